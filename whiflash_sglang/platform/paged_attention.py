@@ -1,0 +1,336 @@
+"""Batched ragged attention over a paged KV pool, in plain torch.
+
+    out[t, h] = softmax_j(scale * q[t, h] . K[slot(r, j), h // G]) @ V[slot(r, j), h // G]
+
+for query row ``t`` of request ``r``, over the KV entries ``j`` that the row may see, with ``G = Hq // Hkv``
+query heads per KV head. A :class:`PagedAttentionPlan` is built once per forward from host-side lengths and is
+then run by every layer; the layers share its slots and masks.
+
+How a batch is laid out:
+
+* Narrow requests (up to ``NARROW_ROWS`` query rows: decoding, verification, draft blocks, chain steps) form
+  one group: one gather of K, one of V, one scaled-dot-product call for the whole group. The ``G`` query heads
+  of a KV head become ``G * M`` rows of one matrix, so KV heads are never repeated. A request shorter than the
+  group's longest reads its own last entry again behind a mask, never a foreign slot.
+* Wide requests (prefill) run one by one, in blocks of ``WIDE_ROWS`` rows that see only the keys they need;
+  K and V are broadcast over the query heads with stride 0.
+
+A mask is built only where a row must not see everything that was gathered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import embedding, scaled_dot_product_attention
+
+NARROW_ROWS = 64
+"""Widest request, in query rows, that joins the batched group."""
+
+WIDE_ROWS = 512
+"""Query rows of one block of a wide request."""
+
+
+@dataclass(frozen=True, slots=True)
+class _NarrowGroup:
+    """Requests padded to ``width`` query rows and ``kv_width`` entries, run as one batch of size ``bs``."""
+
+    bs: int
+    width: int
+    kv_width: int
+    slots: torch.Tensor  # [bs * kv_width] int64
+    mask: torch.Tensor | None  # [bs, 1, 1, width, kv_width] dtype, additive
+    gather_rows: torch.Tensor | None  # [bs * width] int64 into q; None: q is already [bs * width] rows
+    scatter_rows: torch.Tensor | None  # rows of the group's padded output, in the order of `targets`
+    targets: torch.Tensor | None  # rows of the plan's output that they fill; None: all of them, in order
+    row_masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def row_mask(self, groups: int) -> torch.Tensor | None:
+        """The mask of shape ``[bs, 1, groups * width, kv_width]``, kept for the next layer."""
+        if self.mask is None:
+            return None
+        found = self.row_masks.get(groups)
+        if found is None:
+            shape = (self.bs, 1, groups, self.width, self.kv_width)
+            found = self.mask.expand(shape).reshape(self.bs, 1, groups * self.width, self.kv_width)
+            self.row_masks[groups] = found
+        return found
+
+    def run(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of the group's own rows: [rows of the group, Hq, Dv]."""
+        heads, dim = q.shape[1], q.shape[2]
+        kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
+        groups, bs, width = heads // kv_heads, self.bs, self.width
+        if self.gather_rows is not None:
+            q = embedding(self.gather_rows, q.reshape(-1, heads * dim))
+        k = _gather(k_cache, self.slots, q.dtype).view(bs, self.kv_width, kv_heads, dim).transpose(1, 2)
+        v = _gather(v_cache, self.slots, q.dtype).view(bs, self.kv_width, kv_heads, v_dim).transpose(1, 2)
+        if width == 1:
+            rows = q.reshape(bs, kv_heads, groups, dim)
+        else:
+            by_head = q.reshape(bs, width, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
+            rows = by_head.reshape(bs, kv_heads, groups * width, dim)
+        out = scaled_dot_product_attention(rows, k, v, attn_mask=self.row_mask(groups), scale=scale)
+        if width == 1:
+            out = out.reshape(bs, heads, v_dim)
+        else:
+            out = out.reshape(bs, kv_heads, groups, width, v_dim).permute(0, 3, 1, 2, 4)
+            out = out.reshape(bs * width, heads, v_dim)
+        if self.scatter_rows is not None:
+            out = embedding(self.scatter_rows, out.view(-1, heads * v_dim)).view(-1, heads, v_dim)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _WideBlock:
+    """Rows ``[row_start, row_end)`` of the plan's q against entries ``[kv_start, kv_end)`` of its request."""
+
+    row_start: int
+    row_end: int
+    kv_start: int
+    kv_end: int
+    square_causal: bool
+    mask: torch.Tensor | None  # [rows, entries] dtype, additive
+
+
+@dataclass(frozen=True, slots=True)
+class _WideRequest:
+    """One prefill-sized request: its slots from ``kv_base`` on, and the blocks its rows are cut into."""
+
+    slots: torch.Tensor  # [entries] int64
+    kv_base: int
+    blocks: tuple[_WideBlock, ...]
+
+    def run_into(
+        self, out: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+    ) -> None:
+        """Fill this request's rows of ``out`` [T, Hq, Dv]."""
+        heads, dim = q.shape[1], q.shape[2]
+        kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
+        groups = heads // kv_heads
+        k = _gather(k_cache, self.slots, q.dtype).view(-1, kv_heads, dim).transpose(0, 1)
+        v = _gather(v_cache, self.slots, q.dtype).view(-1, kv_heads, v_dim).transpose(0, 1)
+        for block in self.blocks:
+            rows, first, last = (
+                block.row_end - block.row_start,
+                block.kv_start - self.kv_base,
+                block.kv_end - self.kv_base,
+            )
+            q_block = q[block.row_start : block.row_end].view(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
+            attended = scaled_dot_product_attention(
+                q_block,
+                k[:, None, first:last].expand(kv_heads, groups, last - first, dim),
+                v[:, None, first:last].expand(kv_heads, groups, last - first, v_dim),
+                attn_mask=block.mask,
+                is_causal=block.square_causal,
+                scale=scale,
+            )
+            out[block.row_start : block.row_end] = attended.permute(2, 0, 1, 3).reshape(rows, heads, v_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttentionPlan:
+    """Everything of one forward's attention that does not depend on the layer. Build once, run per layer."""
+
+    num_rows: int
+    narrow: _NarrowGroup | None
+    wide: tuple[_WideRequest, ...]
+
+    @staticmethod
+    def build(
+        slot_table: torch.Tensor,
+        q_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        *,
+        causal: bool,
+        dtype: torch.dtype,
+        request_rows: torch.Tensor | None = None,
+        window: int | None = None,
+    ) -> "PagedAttentionPlan":
+        """Plan the attention of a batch of ``bs`` requests.
+
+        Args:
+            slot_table: [bs or more, >= max(kv_lens)] int32/int64, the KV slot of every position of a request.
+            q_lens: query rows of each request, on the host. The rows of ``q`` are packed in this order.
+            kv_lens: entries that the *last* query row of each request may see, its own included.
+            causal: row i of a request with m rows and n entries sees entries 0..n-m+i; otherwise all n.
+            dtype: dtype of q (masks are made in it).
+            request_rows: [bs] int, the row of ``slot_table`` of each request; None: rows 0..bs-1.
+            window: with ``causal``, a row at position p sees entries p-window..p only; ignored without.
+
+        Raises:
+            ValueError: lengths that do not fit each other or the slot table.
+        """
+        _check_lengths(slot_table, q_lens, kv_lens, causal)
+        if request_rows is not None:
+            slot_table = slot_table[:, : max(kv_lens, default=0)].index_select(0, request_rows)
+        if not causal:
+            window = None
+        starts = [0]
+        for length in q_lens:
+            starts.append(starts[-1] + length)
+        narrow = [i for i, m in enumerate(q_lens) if 0 < m <= NARROW_ROWS]
+        wide = tuple(
+            _plan_wide(slot_table[i], starts[i], m, kv_lens[i], causal, dtype, window)
+            for i, m in enumerate(q_lens)
+            if m > NARROW_ROWS
+        )
+        group = None
+        if narrow:
+            group = _plan_narrow(slot_table, narrow, starts, q_lens, kv_lens, causal, dtype, window)
+        return PagedAttentionPlan(num_rows=starts[-1], narrow=group, wide=wide)
+
+    def run(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One layer's attention.
+
+        Args:
+            q: [T, Hq, D], T = sum(q_lens), rows packed per request.
+            k_cache: [S, Hkv, D], contiguous; the rows' own K is already in it.
+            v_cache: [S, Hkv, Dv], contiguous.
+            scale: softmax scale.
+
+        Returns:
+            [T, Hq, Dv] in q's dtype, a new tensor.
+        """
+        narrow = self.narrow
+        if narrow is not None and not self.wide:
+            return narrow.run(q, k_cache, v_cache, scale)
+        out = q.new_empty((self.num_rows, q.shape[1], v_cache.shape[2]))
+        if narrow is not None:
+            attended = narrow.run(q, k_cache, v_cache, scale)
+            if narrow.targets is None:
+                raise AssertionError("a narrow group beside wide requests always has targets")
+            out.index_copy_(0, narrow.targets, attended)
+        for request in self.wide:
+            request.run_into(out, q, k_cache, v_cache, scale)
+        return out
+
+
+def _gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a [S, H, D] cache as [len(slots), H * D]; `embedding` is the fastest row gather on a CPU."""
+    rows = embedding(slots, cache.view(cache.shape[0], -1))
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
+def _check_lengths(
+    slot_table: torch.Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], causal: bool
+) -> None:
+    if len(q_lens) != len(kv_lens):
+        raise ValueError(f"q_lens has {len(q_lens)} requests but kv_lens has {len(kv_lens)}")
+    for i, (m, n) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        if m < 0 or (m > 0 and n < 1) or (causal and m > n):
+            raise ValueError(f"request {i}: {m} query rows do not fit {n} KV entries (causal={causal})")
+    if kv_lens and max(kv_lens) > slot_table.shape[1]:
+        raise ValueError(f"a request has {max(kv_lens)} KV entries, the slot table {slot_table.shape[1]}")
+
+
+def _plan_narrow(
+    slot_table: torch.Tensor,
+    members: list[int],
+    starts: list[int],
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    causal: bool,
+    dtype: torch.dtype,
+    window: int | None,
+) -> _NarrowGroup:
+    device = slot_table.device
+    bs = len(members)
+    widths = [q_lens[i] for i in members]
+    ends = [kv_lens[i] for i in members]
+    firsts = [0] * bs
+    if window is not None:
+        firsts = [max(0, n - m - window) for m, n in zip(widths, ends, strict=True)]
+    width = max(widths)
+    spans = [n - first for n, first in zip(ends, firsts, strict=True)]
+    kv_width = max(spans)
+    uniform = min(widths) == width and min(spans) == kv_width
+
+    if bs == 1:
+        slots = slot_table[members[0], firsts[0] : ends[0]].to(torch.int64)
+        mask = None
+        if width > 1 and causal:
+            mask = _additive_mask(width, ends[0] - width, firsts[0], kv_width, window, dtype, device)
+            mask = mask.view(1, 1, 1, width, kv_width)
+    else:
+        table = slot_table if bs == len(q_lens) else slot_table[torch.tensor(members, device=device)]
+        end = torch.tensor(ends, device=device)[:, None]
+        entry = torch.tensor(firsts, device=device)[:, None] + torch.arange(kv_width, device=device)
+        slots = table.gather(1, torch.minimum(entry, end - 1)).view(-1).to(torch.int64)
+        mask = None
+        if not uniform or (causal and width > 1):
+            width_of = torch.tensor(widths, device=device)[:, None]
+            row = torch.arange(width, device=device)
+            # The last entry a row may see; padding rows repeat the request's last row.
+            last = torch.minimum(end - width_of + row, end - 1) if causal else (end - 1).expand(bs, width)
+            hidden = entry[:, None, :] > last[:, :, None]
+            if window is not None:
+                hidden |= entry[:, None, :] < last[:, :, None] - window
+            mask = torch.zeros(bs, width, kv_width, dtype=dtype, device=device)
+            mask = mask.masked_fill_(hidden, float("-inf")).view(bs, 1, 1, width, kv_width)
+
+    every_row = sum(widths) == starts[-1]
+    gather_rows = scatter_rows = targets = None
+    if min(widths) != width or not every_row:
+        row_ids = [
+            starts[i] + min(j, m - 1) for i, m in zip(members, widths, strict=True) for j in range(width)
+        ]
+        gather_rows = torch.tensor(row_ids, device=device)
+    if min(widths) != width:
+        scatter_rows = torch.tensor(
+            [b * width + j for b, m in enumerate(widths) for j in range(m)], device=device
+        )
+    if not every_row:
+        targets = torch.tensor([starts[i] + j for i in members for j in range(q_lens[i])], device=device)
+    return _NarrowGroup(bs, width, kv_width, slots, mask, gather_rows, scatter_rows, targets)
+
+
+def _plan_wide(
+    table_row: torch.Tensor,
+    row_start: int,
+    q_len: int,
+    kv_len: int,
+    causal: bool,
+    dtype: torch.dtype,
+    window: int | None,
+) -> _WideRequest:
+    prefix = kv_len - q_len
+    kv_base = 0 if window is None else max(0, prefix - window)
+    blocks = []
+    for first in range(0, q_len, WIDE_ROWS):
+        last = min(first + WIDE_ROWS, q_len)
+        kv_start, kv_end, mask, square = 0, kv_len, None, False
+        if causal:
+            kv_start = 0 if window is None else max(0, prefix + first - window)
+            kv_end = prefix + last
+            square = kv_end == last - first and (window is None or window >= kv_end)
+            if not square:
+                rows, entries = last - first, kv_end - kv_start
+                mask = _additive_mask(
+                    rows, prefix + first, kv_start, entries, window, dtype, table_row.device
+                )
+        blocks.append(_WideBlock(row_start + first, row_start + last, kv_start, kv_end, square, mask))
+    return _WideRequest(table_row[kv_base:kv_len].to(torch.int64), kv_base, tuple(blocks))
+
+
+def _additive_mask(
+    rows: int,
+    first_row_position: int,
+    first_entry: int,
+    entries: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """[rows, entries] of 0 and -inf: row i, at position p + i, sees entries up to its own position."""
+    mask = torch.full((rows, entries), float("-inf"), dtype=dtype, device=device)
+    mask.triu_(first_row_position - first_entry + 1)
+    if window is not None:
+        position = first_row_position + torch.arange(rows, device=device)[:, None]
+        entry = first_entry + torch.arange(entries, device=device)
+        mask.masked_fill_(entry < position - window, float("-inf"))
+    return mask
