@@ -1,0 +1,166 @@
+"""SGLang's attention on the CPU: one backend for every forward mode, on :mod:`.paged_attention`.
+
+The plan of a forward (slots, masks) is built at its first layer and shared by all others; a model that
+mixes causal, non-causal and sliding-window layers gets one plan per kind.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+from whiflash_sglang.platform.cpu import ATTENTION_BACKEND
+from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
+
+
+class CpuAttentionBackend(AttentionBackend):
+    """Prefill (with prefix, chunked), decoding, verification and draft blocks over the paged pool."""
+
+    def __init__(self, model_runner: Any, *, draft_offset: int = 0) -> None:
+        """
+        Args:
+            model_runner: the runner whose pools this backend reads.
+            draft_offset: chain entries beyond ``seq_lens`` that a decoding row sees, its own included: step i
+                of a draft chain sees i + 1. 0 for ordinary decoding, where ``seq_lens`` counts the row itself.
+        """
+        super().__init__()
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self._draft_offset = draft_offset
+        self._q_lens: Sequence[int] = ()
+        self._kv_lens: Sequence[int] = ()
+        self._rows: torch.Tensor | None = None
+        self._plans: dict[tuple[bool, int | None, torch.dtype], PagedAttentionPlan] = {}
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Read the batch's lengths once; plans are built from them as layers ask for them."""
+        self._plans = {}
+        self._rows = forward_batch.req_pool_indices
+        mode = forward_batch.forward_mode
+        seq_lens: list[int] = forward_batch.seq_lens.tolist()
+        if mode.is_decode_or_idle():
+            self._q_lens = [1] * len(seq_lens)
+            self._kv_lens = [n + self._draft_offset for n in seq_lens]
+        elif mode.is_target_verify():
+            # A verification's seq_lens leave out the rows that are being verified.
+            self._q_lens = _verify_widths(forward_batch.spec_info, len(seq_lens))
+            self._kv_lens = [n + m for n, m in zip(seq_lens, self._q_lens, strict=True)]
+        else:
+            self._q_lens = forward_batch.extend_seq_lens.tolist()
+            self._kv_lens = seq_lens
+
+    def _plan(self, layer: RadixAttention, dtype: torch.dtype) -> PagedAttentionPlan:
+        causal = not (layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY)
+        window = layer.sliding_window_size if layer.sliding_window_size not in (None, -1) else None
+        key = (causal, window if causal else None, dtype)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = PagedAttentionPlan.build(
+                self.req_to_token_pool.req_to_token,
+                self._q_lens,
+                self._kv_lens,
+                causal=causal,
+                dtype=dtype,
+                request_rows=self._rows,
+                window=key[1],
+            )
+        return plan
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        _refuse_unsupported(layer)
+        pool = self.token_to_kv_pool
+        if save_kv_cache and k is not None and v is not None:
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        plan = self._plan(layer, query.dtype)
+        rows = plan.num_rows
+        padded = query.shape[0]
+        out = plan.run(
+            query if padded == rows else query[:rows],
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
+            layer.scaling,
+        ).view(rows, layer.tp_q_head_num * layer.v_head_dim)
+        if padded == rows:
+            return out
+        return torch.nn.functional.pad(out, (0, 0, 0, padded - rows))
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def support_triton(self) -> bool:
+        return False
+
+
+class CpuMultiStepDraftBackend:
+    """The attention of an EAGLE chain's decoding steps: one backend per step, each a token further."""
+
+    def __init__(self, model_runner: Any, topk: int, speculative_num_steps: int) -> None:
+        if topk != 1:
+            raise ValueError(
+                f"--speculative-eagle-topk {topk}: the CPU platform drafts chains only; use --speculative-eagle-topk 1"
+            )
+        self.attn_backends = [
+            CpuAttentionBackend(model_runner, draft_offset=step + 1)
+            for step in range(speculative_num_steps - 1)
+        ]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)
+
+
+def register_attention_backend() -> None:
+    """Enter the backend into SGLang's registry and into both maps of its draft backend factory."""
+    ATTENTION_BACKENDS.setdefault(ATTENTION_BACKEND, CpuAttentionBackend)
+
+
+def _verify_widths(spec_info: Any, batch_size: int) -> list[int]:
+    """Query rows per request of a verification: ragged where the batch says so, else uniform."""
+    layout = getattr(spec_info, "ragged_verify_layout", None)
+    if layout is not None:
+        widths = layout.verify_lens_cpu
+        return list(widths) if widths is not None else layout.verify_lens.tolist()
+    return [spec_info.draft_token_num] * batch_size
+
+
+def _refuse_unsupported(layer: RadixAttention) -> None:
+    if layer.is_cross_attention or layer.logit_cap:
+        kind = "cross attention" if layer.is_cross_attention else f"a logit cap of {layer.logit_cap}"
+        raise NotImplementedError(
+            f"attention backend {ATTENTION_BACKEND}: layer {layer.layer_id} uses {kind}, which it does not "
+            "serve; start with --attention-backend torch_native"
+        )

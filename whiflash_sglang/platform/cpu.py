@@ -1,0 +1,99 @@
+"""The CPU as an out-of-tree SGLang platform (``sglang==0.5.23``).
+
+SGLang's own CPU engine needs operators that the published ``sgl_kernel`` wheel does not have. As an
+out-of-tree platform the CPU runs SGLang's torch-native code instead, with this package's KV pool and
+attention backend, and with :mod:`whiflash_sglang.platform.seams` in place of Triton-only helpers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups import choices
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
+
+ATTENTION_BACKEND = "whiflash_cpu"
+"""Name of this package's attention backend in SGLang's registry and flags."""
+
+
+def _offer_attention_backend() -> None:
+    """Add the backend's name to every list of choices that SGLang checks it against."""
+    for names in (choices.ATTENTION_BACKEND_CHOICES, choices.DRAFT_ATTENTION_BACKEND_CHOICES):
+        if ATTENTION_BACKEND not in names:
+            names.append(ATTENTION_BACKEND)
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Stock SGLang on a machine without an accelerator: no Triton, no graphs, no streams."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        super().__init__()
+        _offer_attention_backend()
+
+    def init_backend(self) -> None:
+        from whiflash_sglang.platform.attention import register_attention_backend
+
+        register_attention_backend()
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Choose what works here wherever the command line left the choice open."""
+        if server_args.device != "cpu":
+            return
+        # `--device cpu` alone has already become intel_amx, whose operators no published wheel has.
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = ATTENTION_BACKEND
+        graphs = server_args.cuda_graph_config
+        for phase in Phase.ALL:
+            graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+        server_args.cuda_graph_config = graphs
+        server_args.disable_overlap_schedule = True
+        server_args.sampling_backend = "pytorch"
+        # Without it the idle scheduler spins one of the cores that the next request needs.
+        server_args.sleep_on_idle = True
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
+        return ATTENTION_BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return True
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        return backend == ATTENTION_BACKEND
+
+    def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
+        if kind != "mha":
+            return None
+        from whiflash_sglang.platform.kv_pool import CpuKVPool
+
+        return CpuKVPool
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        from whiflash_sglang.platform.seams import extend_cache_locs
+
+        return extend_cache_locs
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        from whiflash_sglang.platform.seams import install_seams
+
+        install_seams()
+        return None  # Upstream's own worker runs once the seams are in place.
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from whiflash_sglang.platform.seams import install_seams
+
+        install_seams()
