@@ -94,7 +94,7 @@ class CpuAttentionBackend(AttentionBackend):
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
             layer.scaling,
-        ).view(rows, layer.tp_q_head_num * layer.v_head_dim)
+        ).reshape(rows, layer.tp_q_head_num * layer.v_head_dim)
         if padded == rows:
             return out
         return torch.nn.functional.pad(out, (0, 0, 0, padded - rows))

@@ -79,7 +79,7 @@ class _NarrowGroup:
             out = out.reshape(bs, kv_heads, groups, width, v_dim).permute(0, 3, 1, 2, 4)
             out = out.reshape(bs * width, heads, v_dim)
         if self.scatter_rows is not None:
-            out = embedding(self.scatter_rows, out.view(-1, heads * v_dim)).view(-1, heads, v_dim)
+            out = embedding(self.scatter_rows, out.reshape(-1, heads * v_dim)).view(-1, heads, v_dim)
         return out
 
 
@@ -118,7 +118,7 @@ class _WideRequest:
                 block.kv_start - self.kv_base,
                 block.kv_end - self.kv_base,
             )
-            q_block = q[block.row_start : block.row_end].view(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
+            q_block = q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
             attended = scaled_dot_product_attention(
                 q_block,
                 k[:, None, first:last].expand(kv_heads, groups, last - first, dim),
