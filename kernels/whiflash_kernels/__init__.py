@@ -1,1 +1,43 @@
-"""WhiFlash."""
+"""Cache-switch kernels of WhiFlash: the device side of switching between speculative drafters.
+
+Every public op dispatches by device: Triton on CUDA, plain torch elsewhere. The environment variable
+``WHIFLASH_KERNELS`` (``auto``, ``torch`` or ``triton``) forces either; ``triton`` on CPU tensors works only
+under Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from whiflash_kernels.backlog import park, unpark
+from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
+from whiflash_kernels.catch_up import dflash_catch_up, eagle3_catch_up
+from whiflash_kernels.router import router_mlp
+from whiflash_kernels.routing import routing_stats
+from whiflash_kernels.structs import (
+    BacklogRings,
+    Committed,
+    DFlashWeights,
+    Eagle3Weights,
+    KVPools,
+    MixedBlock,
+    RoutingStats,
+    Unparked,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BacklogRings",
+    "Committed",
+    "DFlashWeights",
+    "Eagle3Weights",
+    "KVPools",
+    "MixedBlock",
+    "RoutingStats",
+    "Unparked",
+    "accept_and_commit",
+    "dflash_catch_up",
+    "eagle3_catch_up",
+    "park",
+    "prepare_mixed_block",
+    "router_mlp",
+    "routing_stats",
+    "unpark",
+]

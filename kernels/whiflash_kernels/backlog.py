@@ -1,0 +1,128 @@
+"""Parking committed features in per-request rings, and packing ragged backlogs out of them."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.structs import BacklogRings, Unparked
+
+
+def park(
+    rings: BacklogRings,
+    features: Tensor,
+    next_tokens: Tensor,
+    request_slots: Tensor,
+    begins: Tensor,
+    lengths: Tensor,
+    row_starts: Tensor,
+    *,
+    max_length: int | None = None,
+) -> None:
+    """Scatter the committed rows of a forward into the backlog rings.
+
+    For request b and i < lengths[b], with s = request_slots[b] and p = begins[b] + i:
+    rings.features[s, p % capacity] = features[row_starts[b] + i], and the same for next_tokens.
+    Rows of a request beyond ``lengths[b]`` (rejected drafts) are not read. A run longer than the ring keeps
+    its last ``capacity`` rows. After a verification the arguments are at hand: ``begins`` is the old
+    ``seq_lens``, ``lengths`` is ``accept_lens``, ``row_starts`` is ``qo_indptr[:-1]`` and ``next_tokens`` is
+    the target's prediction at each row: the token after a committed row is what the target predicted there.
+
+    Args:
+        rings: written in place.
+        features: [T, width] in the rings' dtype, last dimension contiguous (rows may be strided).
+        next_tokens: [T] int64, the token at the row's position + 1.
+        request_slots: [B] int64 or int32, pairwise different.
+        begins: [B] int64 or int32, first position of each request.
+        lengths: [B] int64 or int32, rows to park; 0 skips the request.
+        row_starts: [B] int64 or int32, first row of each request in ``features``.
+        max_length: upper bound on ``lengths``, which sizes the grid; None takes T. Longer runs are a caller's
+            error and lose their tail on a GPU; the torch path does not need the bound.
+
+    Raises:
+        ValueError: ``features`` does not fit the rings.
+
+    Grid: (B * max_length, width / block); graph-capturable, no host synchronisation.
+    Numerics: a copy.
+    Fallback: torch (index expression and one ``index_put_`` for each ring).
+    Compared: ``index_copy_`` needs the ragged row indices materialised first (six small launches); SGLang
+    parks nothing and appends to the draft's KV in every round.
+    Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
+    """
+    if (
+        features.ndim != 2
+        or features.shape[1] != rings.features.shape[2]
+        or features.dtype != rings.features.dtype
+    ):
+        raise ValueError(
+            f"features must be [T, {rings.features.shape[2]}] {rings.features.dtype} to fit the rings, "
+            f"got {tuple(features.shape)} {features.dtype}"
+        )
+    if backend_for(features) == "triton":
+        from whiflash_kernels.triton_kernels import backlog as kernels
+
+        bound = features.shape[0] if max_length is None else max_length
+        kernels.park(rings, features, next_tokens, request_slots, begins, lengths, row_starts, bound)
+        return
+    from whiflash_kernels.reference import backlog as reference
+
+    reference.park(rings, features, next_tokens, request_slots, begins, lengths, row_starts)
+
+
+def unpark(
+    rings: BacklogRings,
+    request_slots: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    req_to_token: Tensor,
+    *,
+    rows: int | None = None,
+    chunks: Sequence[int] | None = None,
+    chunk_width: int = 0,
+) -> Unparked:
+    """Gather ragged backlogs into one packed batch with positions and KV slots.
+
+    Request b contributes positions begins[b] .. ends[b] - 1 in order; for position p of slot s:
+    feature = rings.features[s, p % capacity], cache slot = req_to_token[s, p]. Slots are resolved here, at
+    flush time, because the radix tree may remap them while a backlog waits.
+
+    Args:
+        rings: read only.
+        request_slots: [B] int64 or int32.
+        begins: [B] int64 or int32, the chosen drafter's watermark.
+        ends: [B] int64 or int32; ``ends - begins`` is at most the rings' capacity; at or below 0 is empty.
+        req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
+        rows: None packs exactly the sum of the lengths, which on a GPU reads that sum back to the host;
+            a number fixes the output's rows, pads, and is graph-capturable.
+        chunks: which column groups of the features to take, in this order: a drafter's layers among the
+            captured union. None takes all columns.
+        chunk_width: columns of one group; needed with ``chunks``.
+
+    Returns:
+        `Unparked`, packed by request. Padding rows: features, next tokens, positions 0; slots, owner -1.
+
+    Raises:
+        ValueError: a chunk lies outside the features, or (torch) the backlogs exceed ``rows``; on a GPU what
+            exceeds is left out, ``total`` tells the full sum.
+
+    Grid: (rows, columns / block), each program finds its request by counting cumulative lengths in registers.
+    Numerics: a copy.
+    Fallback: torch (``repeat_interleave`` and gathers).
+    Compared: torch gathers need the ragged indices materialised and a host synchronisation; FlashInfer's
+    ``append_paged_kv_cache`` goes the other way, from packed to paged.
+    Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
+    """
+    width = rings.features.shape[2]
+    if chunks is not None and not (
+        chunk_width > 0 and width % chunk_width == 0 and all(0 <= c < width // chunk_width for c in chunks)
+    ):
+        raise ValueError(
+            f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
+        )
+    if backend_for(rings.features) == "triton":
+        from whiflash_kernels.triton_kernels import backlog as kernels
+
+        return kernels.unpark(rings, request_slots, begins, ends, req_to_token, rows, chunks, chunk_width)
+    from whiflash_kernels.reference import backlog as reference
+
+    return reference.unpark(rings, request_slots, begins, ends, req_to_token, rows, chunks, chunk_width)

@@ -1,0 +1,136 @@
+"""KV-only catch-up: packed target features to the K and V of a drafter, straight into its paged pools."""
+
+import torch
+from torch import Tensor
+
+from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.structs import DFlashWeights, Eagle3Weights, KVPools
+
+
+@torch.no_grad()
+def dflash_catch_up(
+    features: Tensor,
+    positions: Tensor,
+    cache_slots: Tensor,
+    weights: DFlashWeights,
+    rope_table: Tensor,
+    pools: KVPools,
+) -> Tensor:
+    """Write K and V of every DFlash layer for N context positions.
+
+    fused = RMSNorm(fc . feature); for each layer K = RoPE(RMSNorm_k(W_k . fused)), V = W_v . fused;
+    pool[slot] = K, V. The K and V of a position depend on its feature alone, so this is exact for any number
+    of layers, and the projections of all layers are one matrix product.
+
+    Args:
+        features: [N, C*Ht], the drafter's chunks in its own order; dtype of the weights.
+        positions: [N] int64, rotary positions.
+        cache_slots: [N] int64, pairwise different; negative ones are skipped (padding rows of `unpark`).
+        weights: `DFlashWeights`.
+        rope_table: [max_position, R] float32, cosines in the first R/2 columns and sines in the rest
+            (SGLang's ``cos_sin_cache``), neox halves; R <= D is the rotary width, the rest passes through.
+        pools: `KVPools` of L layers, written in place; the products are rounded to the pools' dtype.
+
+    Returns:
+        fused, [N, H] in the dtype of ``features``.
+
+    Raises:
+        ValueError: the weights, table or pools do not fit each other.
+
+    Grid of the epilogue: (N, L), all KV heads of one layer in a program.
+    Numerics: products in the weights' dtype with float32 accumulation (the library's), norms and rotation in
+    float32, one rounding at the store.
+    Fallback: torch.
+    Compared: SGLang's ``FusedKVMaterializeHelper`` makes the same two products, norm and rotation, but into a
+    workspace that L pool writes then read again; here the epilogue stores to the pools, so K and V
+    are written once and 2 + L launches after the second product become one. The products are torch's
+    (cuBLAS), the hidden norm is ``torch.nn.functional.rms_norm``.
+    Source: DFlash, arXiv 2602.06036; KV-only Prefill, WhiFlash, arXiv 2606.07710.
+    """
+    _check(features, positions, cache_slots, weights, rope_table, pools)
+    if backend_for(features) == "triton":
+        from whiflash_kernels.triton_kernels import catch_up as kernels
+
+        return kernels.dflash_catch_up(features, positions, cache_slots, weights, rope_table, pools)
+    from whiflash_kernels.reference import catch_up as reference
+
+    return reference.dflash_catch_up(features, positions, cache_slots, weights, rope_table, pools)
+
+
+@torch.no_grad()
+def eagle3_catch_up(
+    features: Tensor,
+    next_tokens: Tensor,
+    positions: Tensor,
+    cache_slots: Tensor,
+    weights: Eagle3Weights,
+    rope_table: Tensor,
+    pools: KVPools,
+) -> Tensor:
+    """Write K and V of EAGLE-3's one layer for N positions.
+
+    fused = fc . feature (after the checkpoint's optional norms); x = [RMSNorm_in(embedding[next token]) |
+    RMSNorm_h(fused)]; K = RoPE(W_k . x), V = W_v . x; pool[slot] = K, V. Position p pairs feature p with the
+    token at p + 1 and is rotated and stored at p. Exact, because one layer's K and V need no attention.
+
+    Args:
+        features: [N, C*Ht], the drafter's chunks in its own order; dtype of the weights.
+        next_tokens: [N] int64, the token at position + 1.
+        positions, cache_slots, rope_table: as in `dflash_catch_up`.
+        weights: `Eagle3Weights`.
+        pools: `KVPools` of one layer, written in place.
+
+    Returns:
+        fused, [N, H] in the dtype of ``features``: a chain starts from its row at the last position.
+
+    Raises:
+        ValueError: the weights, table or pools do not fit each other, or the pools have several layers.
+
+    Grid: prologue (N), both norms and the concatenation; epilogue (N, 1).
+    Numerics, fallback: as in `dflash_catch_up`.
+    Compared: SGLang runs the whole layer (queries, attention, MLP, norm) over these rows in its draft-extend
+    pass; torch or FlashInfer would take an embedding gather, two norms and a concatenation, four launches and
+    two more round trips of [N, H], for what the prologue does in one. Upstream has no such pass for EAGLE-3.
+    Source: EAGLE-3, arXiv 2503.01840; KV-only Prefill, WhiFlash, arXiv 2606.07710.
+    """
+    _check(features, positions, cache_slots, weights, rope_table, pools)
+    if len(pools.k) != 1:
+        raise ValueError(
+            f"the KV-only pass is exact for one-layer EAGLE-3 only, got pools of {len(pools.k)} layers"
+        )
+    if backend_for(features) == "triton":
+        from whiflash_kernels.triton_kernels import catch_up as kernels
+
+        return kernels.eagle3_catch_up(
+            features, next_tokens, positions, cache_slots, weights, rope_table, pools
+        )
+    from whiflash_kernels.reference import catch_up as reference
+
+    return reference.eagle3_catch_up(
+        features, next_tokens, positions, cache_slots, weights, rope_table, pools
+    )
+
+
+def _check(
+    features: Tensor,
+    positions: Tensor,
+    cache_slots: Tensor,
+    weights: DFlashWeights | Eagle3Weights,
+    rope_table: Tensor,
+    pools: KVPools,
+) -> None:
+    _, heads, dim = pools.k[0].shape
+    expected = len(pools.k) * 2 * heads * dim
+    if weights.kv.shape[0] != expected:
+        raise ValueError(
+            f"weights.kv has {weights.kv.shape[0]} rows, the pools need layers * 2 * heads * dim = {expected}"
+        )
+    if features.shape[1] != weights.fc.shape[1]:
+        raise ValueError(f"features have {features.shape[1]} columns, weights.fc takes {weights.fc.shape[1]}")
+    if rope_table.shape[1] > dim or rope_table.shape[1] % 2:
+        raise ValueError(f"rope_table has {rope_table.shape[1]} columns, needs an even number up to {dim}")
+    if not features.shape[0] == positions.shape[0] == cache_slots.shape[0]:
+        raise ValueError(
+            f"features, positions and cache_slots differ in rows: {features.shape[0]}, "
+            f"{positions.shape[0]}, {cache_slots.shape[0]}"
+        )

@@ -1,0 +1,1 @@
+"""Plain-torch implementations: the meaning of every op, and its CPU path."""

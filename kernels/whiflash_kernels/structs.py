@@ -1,0 +1,187 @@
+"""What the ops take and return, with every tensor's shape and dtype."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAD_ROW = -1
+"""Marks rows without an owner: ``cache_slots`` and ``request_of_row`` of padding rows of a backlog."""
+
+
+class RoutingStats(NamedTuple):
+    """Per-row statistics of a distribution, one entry for each row of the logits."""
+
+    entropy: Tensor
+    """[R] float32, nats."""
+    top1: Tensor
+    """[R] float32, probability of the most likely token; 0 marks a fully masked row."""
+    margin: Tensor
+    """[R] float32, top-1 minus top-2 probability."""
+    argmax: Tensor
+    """[R] int64, the first index of the largest logit."""
+
+
+@dataclass(frozen=True)
+class BacklogRings:
+    """Parked target features: position p of request slot r lies at ``[r, p % capacity]``."""
+
+    features: Tensor
+    """[slots, capacity, width], as captured (bf16 on a GPU); last dimension contiguous."""
+    next_tokens: Tensor
+    """[slots, capacity] int64, contiguous: the token at p + 1, which EAGLE-3 pairs with feature p."""
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 3 or self.features.stride(2) != 1:
+            raise ValueError(
+                "rings.features must be [slots, capacity, width] with a contiguous last dimension"
+            )
+        if self.next_tokens.shape != self.features.shape[:2] or not self.next_tokens.is_contiguous():
+            raise ValueError(
+                f"rings.next_tokens must be a contiguous {tuple(self.features.shape[:2])}, "
+                f"got {tuple(self.next_tokens.shape)}"
+            )
+
+    @classmethod
+    def allocate(
+        cls, slots: int, capacity: int, width: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> "BacklogRings":
+        """Allocate zeroed rings: ``slots * capacity * (width * itemsize + 8)`` bytes."""
+        return cls(
+            features=torch.zeros(slots, capacity, width, dtype=dtype, device=device),
+            next_tokens=torch.zeros(slots, capacity, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Positions that each request can hold."""
+        return self.features.shape[1]
+
+
+class Unparked(NamedTuple):
+    """A packed backlog, by request in the order given, by position inside a request."""
+
+    features: Tensor
+    """[N, width], or [N, len(chunks) * chunk_width] when chunks were chosen; padding rows are zero."""
+    next_tokens: Tensor
+    """[N] int64; 0 on padding rows."""
+    positions: Tensor
+    """[N] int64; 0 on padding rows."""
+    cache_slots: Tensor
+    """[N] int64, the KV slot of each position; -1 on padding rows, which catch-up skips."""
+    request_of_row: Tensor
+    """[N] int64, index into the batch; -1 on padding rows."""
+    total: Tensor
+    """[] int64, sum of the backlogs' lengths: the number of rows in use."""
+
+
+@dataclass(frozen=True)
+class KVPools:
+    """The paged K and V of a drafter, one pair of tensors for each of its L layers.
+
+    All tensors share shape ``[slots, Hkv, D]``, dtype, strides and device; the last dimension is contiguous.
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        if not self.k or len(self.k) != len(self.v):
+            raise ValueError(
+                f"pools need as many K as V tensors and at least one, got {len(self.k)}/{len(self.v)}"
+            )
+        first = self.k[0]
+        if first.ndim != 3 or first.stride(2) != 1:
+            raise ValueError("pools must be [slots, Hkv, D] with a contiguous last dimension")
+        for pool in (*self.k, *self.v):
+            if (pool.shape, pool.dtype, pool.stride(), pool.device) != (
+                first.shape,
+                first.dtype,
+                first.stride(),
+                first.device,
+            ):
+                raise ValueError("all pools must share shape, dtype, strides and device")
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        """[2, L] int64 on the pools' device: data pointers of K, then of V; built before any capture."""
+        pointers = [[pool.data_ptr() for pool in self.k], [pool.data_ptr() for pool in self.v]]
+        return torch.tensor(pointers, dtype=torch.int64, device=self.k[0].device)
+
+
+@dataclass(frozen=True)
+class DFlashWeights:
+    """What DFlash's KV-only pass reads (arXiv 2602.06036): C context features, hidden size H, L layers."""
+
+    fc: Tensor
+    """[H, C*Ht], projects the concatenated target features."""
+    hidden_norm: Tensor
+    """[H], RMSNorm after ``fc``."""
+    kv: Tensor
+    """[L*2*Hkv*D, H], for each layer its K rows and then its V rows."""
+    k_norm: Tensor | None
+    """[L, D] RMSNorm over each K head, or None."""
+    eps: float
+    """Added to the mean square in both norms."""
+    fc_bias: Tensor | None = None
+    """[H]"""
+    kv_bias: Tensor | None = None
+    """[L*2*Hkv*D]"""
+
+
+@dataclass(frozen=True)
+class Eagle3Weights:
+    """What EAGLE-3's KV-only pass reads (arXiv 2503.01840): one layer, hidden size H, V embeddings."""
+
+    fc: Tensor
+    """[H, C*Ht]"""
+    embedding: Tensor
+    """[V, H]"""
+    input_norm: Tensor
+    """[H], the layer's ``input_layernorm``, applied to the embedding."""
+    hidden_norm: Tensor
+    """[H], applied to the fused feature."""
+    kv: Tensor
+    """[2*Hkv*D, 2H], K rows and then V rows; columns are [embedding | fused feature]."""
+    eps: float
+    """Added to the mean square in every norm."""
+    fc_bias: Tensor | None = None
+    """[H]"""
+    kv_bias: Tensor | None = None
+    """[2*Hkv*D]"""
+    k_norm: Tensor | None = None
+    """[1, D], for checkpoints whose layer norms K heads."""
+    chunk_norms: Tensor | None = None
+    """[C, Ht]: the ``fc_norm`` variant, one RMSNorm for each captured layer before ``fc``."""
+    concat_norm: Tensor | None = None
+    """[C*Ht]: the ``norm_before_fc`` variant, one RMSNorm over the whole concatenation."""
+
+
+class MixedBlock(NamedTuple):
+    """The packed rows of a verification whose requests have different widths."""
+
+    input_ids: Tensor
+    """[T] int64: each request's bonus token and then its drafts; 0 on padding rows."""
+    positions: Tensor
+    """[T] int64; 0 on padding rows."""
+    cache_slots: Tensor
+    """[T] int64; ``pad_slot`` on padding rows."""
+    request_of_row: Tensor
+    """[T] int64, index into the batch; -1 on padding rows."""
+    qo_indptr: Tensor
+    """[B + 1] int32: request b owns rows ``qo_indptr[b] : qo_indptr[b + 1]``."""
+
+
+class Committed(NamedTuple):
+    """What a verification commits, for each request."""
+
+    accept_lens: Tensor
+    """[B] int32, accepted drafts plus the bonus token; 0 for a request without rows."""
+    tokens: Tensor
+    """[B, stride] int64: the committed tokens, then ``pad_token``."""
+    bonus: Tensor
+    """[B] int64, the last committed token, which starts the next block; ``pad_token`` without rows."""
+    seq_lens: Tensor
+    """[B], ``seq_lens + accept_lens`` in the dtype of ``seq_lens``."""

@@ -1,0 +1,1 @@
+"""Triton implementations, imported only when one is about to run."""
