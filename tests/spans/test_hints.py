@@ -1,0 +1,268 @@
+"""The validator: what it accepts, what it refuses by name, and that nothing else ever comes out."""
+
+import contextlib
+import json
+import math
+import random
+import time
+
+import pytest
+
+from whiflash_sglang.spans.hints import (
+    MAX_BYTES,
+    MAX_MARKER_CHARS,
+    MAX_SPANS,
+    HintError,
+    RequestHints,
+    SpanHint,
+    capabilities,
+    parse_hints,
+    resolve,
+    validate_custom_params,
+)
+
+
+def carried(**fields: object) -> dict[str, object]:
+    return {"whiflash": json.dumps(fields)}
+
+
+def test_full_hint_is_read() -> None:
+    span: dict[str, object] = {
+        "kind": "tool_call",
+        "begin": "<tool_call>",
+        "end": "</tool_call>",
+        "prefer": "lookup",
+    }
+    span |= {"bias": {"lookup": 1.5, "ar": -2}, "pin": True, "open": True}
+    hints = parse_hints(carried(version=1, off=True, infer=False, trace=True, spans=[span]))
+    bias = (("ar", -2.0), ("lookup", 1.5))
+    expected = SpanHint("tool_call", "<tool_call>", "</tool_call>", True, "lookup", True, bias)
+    assert hints == RequestHints((expected,), off=True, infer=False, trace=True)
+    assert hash(hints) == hash(RequestHints((expected,), off=True, infer=False, trace=True))
+
+
+@pytest.mark.parametrize("params", [None, {}, {"whiflash": None}, {"other": 1}, {"whiflash": "{}"}])
+def test_absent_hints_are_the_default(params: object) -> None:
+    assert parse_hints(params) == RequestHints()
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ([], "custom_params"),
+        ({"whiflash": {}}, "whiflash"),
+        ({"whiflash": "{"}, "whiflash"),
+        ({"whiflash": "[]"}, "whiflash"),
+        ({"whiflash": "[" * MAX_BYTES}, "whiflash"),
+        ({"whiflash": " " * (MAX_BYTES + 1)}, "whiflash"),
+        ({"whiflash": '"' + "é" * MAX_BYTES + '"'}, "whiflash"),
+        ({"whiflash": "\ud800"}, "whiflash"),
+        ({"whiflash": '{"off": NaN}'}, "whiflash"),
+        ({"whiflash": '{"off": true, "off": false}'}, "whiflash"),
+        ({"whiflash": '{"version": ' + "9" * 5000 + "}"}, "whiflash"),
+        ({"whiflash": "[" + "{}," * 100 + "{}]"}, "whiflash"),
+        (carried(version=2), "whiflash.version"),
+        (carried(version=True), "whiflash.version"),
+        (carried(off=1), "whiflash.off"),
+        (carried(trace="yes"), "whiflash.trace"),
+        (carried(sapns=[]), "whiflash.sapns"),
+        (carried(spans={}), "whiflash.spans"),
+        (carried(spans=[{"kind": "json", "open": True}] * (MAX_SPANS + 1)), "whiflash.spans"),
+        (carried(spans=[3]), "whiflash.spans[0]"),
+        (carried(spans=[{"begin": "x"}]), "whiflash.spans[0].kind"),
+        (carried(spans=[{"kind": "poem", "begin": "x"}]), "whiflash.spans[0].kind"),
+        (carried(spans=[{"kind": "json"}]), "whiflash.spans[0].begin"),
+        (carried(spans=[{"kind": "json", "begin": ""}]), "whiflash.spans[0].begin"),
+        (carried(spans=[{"kind": "json", "begin": 7}]), "whiflash.spans[0].begin"),
+        (carried(spans=[{"kind": "json", "begin": "x" * 65}]), "whiflash.spans[0].begin"),
+        (carried(spans=[{"kind": "json", "begin": "\udfff"}]), "whiflash.spans[0].begin"),
+        (carried(spans=[{"kind": "json", "begin": "x", "end": []}]), "whiflash.spans[0].end"),
+        (carried(spans=[{"kind": "json", "begin": "x", "prefer": "eagle"}]), "whiflash.spans[0].prefer"),
+        (carried(spans=[{"kind": "json", "begin": "x", "pin": True}]), "whiflash.spans[0].prefer"),
+        (carried(spans=[{"kind": "json", "begin": "x", "bias": 1}]), "whiflash.spans[0].bias"),
+        (carried(spans=[{"kind": "json", "begin": "x", "bias": {"tree": 1}}]), "whiflash.spans[0].bias.tree"),
+        (carried(spans=[{"kind": "json", "begin": "x", "bias": {"ar": True}}]), "whiflash.spans[0].bias.ar"),
+        (carried(spans=[{"kind": "json", "begin": "x", "bias": {"ar": 17}}]), "whiflash.spans[0].bias.ar"),
+        (
+            {"whiflash": '{"spans":[{"kind":"json","begin":"x","bias":{"ar":1e999}}]}'},
+            "whiflash.spans[0].bias.ar",
+        ),
+    ],
+)
+def test_malformed_hint_is_refused_by_field(params: object, field: str) -> None:
+    with pytest.raises(HintError) as caught:
+        parse_hints(params)
+    assert caught.value.field == field
+    assert str(caught.value) == f"{field}: {caught.value.reason}"
+    assert len(str(caught.value)) < 300
+
+
+def test_the_bounds_themselves_are_allowed() -> None:
+    spans = [{"kind": "code", "begin": "x" * MAX_MARKER_CHARS, "end": "y" * MAX_MARKER_CHARS}] * MAX_SPANS
+    payload = json.dumps({"spans": spans})
+    padded = payload + " " * (MAX_BYTES - len(payload))
+    assert len(parse_hints({"whiflash": padded}).spans) == MAX_SPANS
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"x": [[1]]},
+        {"x": {"y": {"z": 1}}},
+        {"x": {"y": [1]}},
+        {"x": 2**64},
+        {"x": "\ud800"},
+        {"\ud800": 1},
+        {"x": {"\ud800": 1}},
+        {"x": b"bytes"},
+        {1: 2},
+        {"x": {1: 2}},
+        {"x": [0] * 5000},
+        {"x": "a" * 70000},
+        {"x": ["a" * 40000, "a" * 40000]},
+    ],
+)
+def test_parameters_that_cannot_reach_the_scheduler_are_refused(params: dict[object, object]) -> None:
+    assert parse_hints(params) == RequestHints()
+    with pytest.raises(HintError, match=r"^custom_params"):
+        validate_custom_params(params)
+
+
+def test_other_users_of_custom_params_are_left_alone() -> None:
+    params = {"thinking_budget": 64, "ids": [1, 2.5, None, "x", True], "map": {"a": math.nan, "b": -(2**63)}}
+    assert validate_custom_params(params) == RequestHints()
+    assert parse_hints({"__req__": object(), "whiflash": '{"off": true}'}).off
+
+
+def test_resolve_prefers_the_requests_own_spans() -> None:
+    own, found = (SpanHint("json", open=True),), (SpanHint("code", begin="```"),)
+    inferred = RequestHints(spans=found)
+    assert resolve(RequestHints(spans=own, trace=True), inferred) == RequestHints(spans=own, trace=True)
+    assert resolve(RequestHints(), inferred).spans == found
+    assert resolve(RequestHints(infer=False), inferred).spans == ()
+    assert resolve(RequestHints(off=True), inferred).off
+
+
+def test_capabilities_are_json() -> None:
+    document = capabilities(
+        server_version="0.1.0",
+        model="m",
+        policy="auto",
+        arms=("ar", "none"),
+        tool_call_parser="hermes",
+        reasoning_parser=None,
+    )
+    assert json.loads(json.dumps(document))["limits"] == {"spans": 16, "marker_chars": 64, "bytes": 8192}
+
+
+_SCALARS = [
+    None,
+    True,
+    0,
+    -1,
+    2**70,
+    1e308,
+    math.nan,
+    -math.inf,
+    "",
+    "ar",
+    "json",
+    "\x00",
+    "\ud800",
+    "é" * 70,
+    "x" * 9000,
+]
+_NAMES = [
+    "version",
+    "off",
+    "infer",
+    "trace",
+    "spans",
+    "kind",
+    "begin",
+    "end",
+    "open",
+    "prefer",
+    "pin",
+    "bias",
+    "ar",
+    "?",
+]
+
+
+def _value(rng: random.Random, depth: int) -> object:
+    shape = rng.random()
+    if depth == 0 or shape < 0.5:
+        return rng.choice(_SCALARS)
+    if shape < 0.75:
+        return [_value(rng, depth - 1) for _ in range(rng.choice((0, 1, 2, 20)))]
+    return {rng.choice(_NAMES): _value(rng, depth - 1) for _ in range(rng.choice((0, 1, 3, 6)))}
+
+
+def _near_valid(rng: random.Random) -> dict[str, object]:
+    span = {"kind": rng.choice(("json", "code")), "begin": "<a>", "end": "</a>", "bias": {"ar": 1}}
+    spans: list[dict[str, object]] = [dict(span) for _ in range(rng.choice((1, 2, 16, 17)))]
+    request: dict[str, object] = {"spans": spans, "trace": True}
+    if rng.random() < 0.7:
+        rng.choice([request, *spans])[rng.choice(_NAMES)] = _value(rng, 2)
+    return request
+
+
+def _mangled(rng: random.Random, text: str) -> str:
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+        at = rng.randrange(len(text) + 1)
+        text = (
+            text[:at]
+            + rng.choice(["\x01", "\ud9ff", "NaN", "[" * 3000, '"', "{}," * 900, "1" * 4400])
+            + text[at:]
+        )
+    return text
+
+
+def _payload(rng: random.Random) -> object:
+    shape = rng.random()
+    if shape < 0.1:
+        return _value(rng, 4)
+    if shape < 0.2:
+        return {"whiflash": _value(rng, 2), "other": _value(rng, 3)}
+    if shape < 0.3:
+        return {"whiflash": rng.choice('[{"0 \\') * rng.choice((10, 8000, 100_000, 1_000_000))}
+    body = _near_valid(rng) if shape < 0.8 else _value(rng, 3)
+    return {"whiflash": _mangled(rng, json.dumps(body, ensure_ascii=rng.random() < 0.5))}
+
+
+def _fuzz(cases: int) -> None:
+    rng = random.Random(20260607)
+    accepted = 0
+    for case in range(cases):
+        payload = _payload(rng)
+        began = time.thread_time()
+        try:
+            hints = validate_custom_params(payload)
+        except HintError as error:
+            spent = time.thread_time() - began
+            str(error).encode()
+        else:
+            spent = time.thread_time() - began
+            accepted += 1
+            assert len(hints.spans) <= MAX_SPANS
+        if spent > 1e-3:  # a collection or an interrupt may fall into one measurement, not into three
+            spent = min(_seconds(payload) for _ in range(3))
+        assert spent <= 1e-3, f"case {case} took {spent * 1e3:.2f} ms"
+    assert 0.05 < accepted / cases < 0.6, f"{accepted} of {cases} accepted: the fuzz is one-sided"
+
+
+def _seconds(payload: object) -> float:
+    began = time.thread_time()
+    with contextlib.suppress(HintError):
+        validate_custom_params(payload)
+    return time.thread_time() - began
+
+
+def test_fuzzed_payloads_never_escape() -> None:
+    _fuzz(5_000)
+
+
+@pytest.mark.slow
+def test_fuzzed_payloads_never_escape_at_length() -> None:
+    _fuzz(100_000)

@@ -1,0 +1,177 @@
+"""The tracker against a reference that sees the whole text at once, byte by byte."""
+
+import time
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.spans.hints import KINDS, SpanHint
+from whiflash_sglang.spans.tracker import SpanState, SpanTracker
+
+TOOL = SpanHint("tool_call", "<tool_call>", "</tool_call>", prefer="lookup", bias=(("lookup", 1.0),))
+FENCE = SpanHint("code", "```", "```")
+THINK = SpanHint("reasoning", end="</think>", open=True)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A rule open from byte `opened` up to, but not at, byte `closed`."""
+
+    opened: int
+    closed: int
+
+
+def intervals_on_whole_text(hint: SpanHint, text: bytes) -> list[Interval]:
+    found, at = [], 0
+    opened = 0 if hint.open else None
+    while at <= len(text):
+        marker = hint.begin if opened is None else hint.end
+        if marker is None:
+            break
+        encoded = marker.encode()
+        if text[at : at + len(encoded)] != encoded:
+            at += 1
+            continue
+        at += len(encoded)
+        if opened is None:
+            opened = at
+        else:
+            found.append(Interval(opened, at))
+            opened = None
+    if opened is not None:
+        found.append(Interval(opened, len(text) + 1))
+    return found
+
+
+def expected_state(hints: list[SpanHint], pieces: list[bytes], length: int) -> SpanState:
+    text = b"".join(pieces)
+    seen = len(b"".join(pieces[:length]))
+    open_now = [
+        (interval.opened, -index)
+        for index, hint in enumerate(hints)
+        for interval in intervals_on_whole_text(hint, text)
+        if interval.opened <= seen < interval.closed
+    ]
+    if not open_now:
+        return SpanState(None, 0, length, None, False, (), length)
+    opened, index = max(open_now)
+    hint = hints[-index]
+    since = next(n for n in range(length + 1) if len(b"".join(pieces[:n])) >= opened)
+    return SpanState(hint.kind, len(open_now), since, hint.prefer, hint.pin, hint.bias, length)
+
+
+def cut(text: bytes, at: list[int]) -> list[bytes]:
+    edges = [0, *sorted(place % (len(text) + 1) for place in at), len(text)]
+    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+# Few characters, so that markers occur, overlap, contain and interrupt one another by chance.
+CHARACTERS = "ab<é🙂"
+MARKER = st.text(CHARACTERS, min_size=1, max_size=4)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[SpanHint], list[bytes], list[int]]:
+    hints = []
+    for kind in draw(st.lists(st.sampled_from(KINDS), max_size=4)):
+        is_open = draw(st.booleans())
+        begin = draw(st.none() | MARKER if is_open else MARKER)
+        hints.append(
+            SpanHint(kind, begin, draw(st.none() | MARKER), is_open, draw(st.sampled_from(["ar", None])))
+        )
+    text = draw(st.text(CHARACTERS, max_size=40)).encode()
+    pieces = cut(text, draw(st.lists(st.integers(0, 200), max_size=30)))
+    rounds = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    return hints, pieces, rounds
+
+
+def check_case(case: tuple[list[SpanHint], list[bytes], list[int]]) -> None:
+    hints, pieces, rounds = case
+    tracker = SpanTracker(hints, pieces)
+    at = turn = 0
+    while at < len(pieces):
+        step = rounds[turn % len(rounds)]
+        tracker.push(range(at, min(at + step, len(pieces))))
+        at, turn = min(at + step, len(pieces)), turn + 1
+        assert tracker.state == expected_state(hints, pieces, at)
+    replayed = SpanTracker(hints, pieces)
+    replayed.push(range(len(pieces)))
+    assert replayed.state == tracker.state
+
+
+@given(cases())
+@settings(max_examples=1_000, deadline=None, derandomize=True)
+def test_spans_equal_those_of_the_whole_text(case: tuple[list[SpanHint], list[bytes], list[int]]) -> None:
+    check_case(case)
+
+
+@pytest.mark.slow
+@given(cases())
+@settings(max_examples=10_000, deadline=None, derandomize=True)
+def test_spans_equal_those_of_the_whole_text_at_length(
+    case: tuple[list[SpanHint], list[bytes], list[int]],
+) -> None:
+    check_case(case)
+
+
+def kinds_by_token(hints: list[SpanHint], text: str) -> list[str | None]:
+    """Active kind after each byte of `text`, one byte a token."""
+    pieces = [bytes((byte,)) for byte in text.encode()]
+    tracker = SpanTracker(hints, pieces)
+    kinds = []
+    for index in range(len(pieces)):
+        tracker.push([index])
+        kinds.append(tracker.state.kind)
+    return kinds
+
+
+def test_a_marker_split_over_tokens_opens_after_its_last_byte() -> None:
+    kinds = kinds_by_token([TOOL], "x<tool_call>{}</tool_call>y")
+    assert kinds == [None] * 11 + ["tool_call"] * 13 + [None] * 2
+
+
+def test_a_begin_inside_an_open_span_does_not_keep_it_open() -> None:
+    kinds = kinds_by_token([TOOL], '<tool_call>{"q":"<tool_call>"}</tool_call>.')
+    assert kinds[-2:] == [None, None]
+
+
+def test_equal_markers_toggle_and_spans_overlap() -> None:
+    tracker = SpanTracker([TOOL, FENCE], [b"```", b"<tool_call>", b"</tool_call>"])
+    for token, kind, depth, since in [(0, "code", 1, 1), (1, "tool_call", 2, 2), (0, "tool_call", 1, 2)]:
+        tracker.push([token])
+        state = tracker.state
+        assert (state.kind, state.depth, state.since_position) == (kind, depth, since)
+    assert (tracker.state.prefer, tracker.state.bias) == ("lookup", (("lookup", 1.0),))
+    tracker.push([2])
+    assert tracker.state == SpanState(None, 0, 4, None, False, (), 4)
+
+
+def test_of_spans_opened_together_the_first_listed_is_active() -> None:
+    forced = SpanHint("json", open=True)
+    assert kinds_by_token([THINK, forced], "a</think>b") == ["reasoning"] * 8 + ["json"] * 2
+
+
+def test_unknown_token_ids_count_as_tokens_without_bytes() -> None:
+    tracker = SpanTracker([FENCE], [b"``", b"`"])
+    tracker.push([0, -1, 99, 1])
+    assert (tracker.state.kind, tracker.state.since_position, tracker.length) == ("code", 4, 4)
+
+
+def test_memory_is_one_marker_and_time_is_linear() -> None:
+    table = [bytes((byte,)) for byte in b"ab<"]
+    hints = [SpanHint("code", "a" * 63 + "<", "b" * 64)] * 16
+
+    def seconds(tokens: int) -> float:
+        tracker = SpanTracker(hints, table)
+        began = time.thread_time()
+        for _ in range(tokens // 4):
+            tracker.push((0, 0, 1, 2))
+        assert len(tracker._tail) <= 64
+        return time.thread_time() - began
+
+    small = min(seconds(4_000) for _ in range(3))
+    large = min(seconds(32_000) for _ in range(3))
+    assert large < 8 * small * 1.6
+    assert large / 32_000 < 50e-6

@@ -1,0 +1,82 @@
+"""The bytes each token id stands for, read from a tokenizer's vocabulary.
+
+Detokenised text cannot be used to follow markers: a token may hold half a character, and decoders
+trim and join. Three vocabularies cover the models in use:
+
+- byte-level BPE (GPT-2, SmolLM2, Qwen, Llama 3): each character of a token names one byte, by GPT-2's
+  table of printable stand-ins (Radford et al. 2019, "Language Models are Unsupervised Multitask
+  Learners"; a space is written U+0120);
+- SentencePiece style (Llama 2, Mistral, Gemma): a space is written U+2581, bytes outside the
+  vocabulary `<0x0A>`;
+- anything else: the token is its text.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+_BYTE_LEVEL_SPACE = "\u0120"
+_SENTENCEPIECE_SPACE = "\u2581"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@runtime_checkable
+class HasVocabulary(Protocol):
+    """What is needed of a tokenizer; those of `transformers` and `tokenizers` have it."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """Token to id, added tokens included."""
+        ...
+
+
+def token_bytes(tokenizer: HasVocabulary) -> tuple[bytes, ...]:
+    """Bytes of every token id; empty for ids the vocabulary skips.
+
+    tokenizer: a `transformers` tokenizer or a `tokenizers.Tokenizer`.
+
+    Raises: ValueError if the tokenizer shows no vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab() if isinstance(tokenizer, HasVocabulary) else {}
+    if not vocabulary:
+        raise ValueError(f"{type(tokenizer).__name__} shows no vocabulary: span tracking needs one")
+    added = frozenset(_added_tokens(tokenizer))
+    byte_level = sum(token.startswith(_BYTE_LEVEL_SPACE) for token in vocabulary)
+    sentencepiece = sum(token.startswith(_SENTENCEPIECE_SPACE) for token in vocabulary)
+    decode = _byte_level if byte_level > sentencepiece else _sentencepiece if sentencepiece else str.encode
+    table = [b""] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        table[index] = token.encode() if token in added else decode(token)
+    return tuple(table)
+
+
+def _added_tokens(tokenizer: object) -> Iterator[str]:
+    """Tokens added after training, special ones too: they stand for their own text."""
+    for name in ("added_tokens_decoder", "get_added_tokens_decoder"):
+        decoder = getattr(tokenizer, name, None)
+        entries = decoder() if callable(decoder) else decoder
+        if entries:
+            yield from (getattr(token, "content", str(token)) for token in entries.values())
+            return
+
+
+def _byte_stand_ins() -> dict[str, int]:
+    """GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_STAND_INS = _byte_stand_ins()
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes(_STAND_INS[character] for character in token)
+    except KeyError:  # no stand-in: a token that was never byte-level, kept as its text
+        return token.encode()
+
+
+def _sentencepiece(token: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes((int(match[1], 16),))
+    return token.replace(_SENTENCEPIECE_SPACE, " ").encode()
