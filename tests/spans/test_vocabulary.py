@@ -1,5 +1,7 @@
 """Token bytes from real tokenizers, built here: the bytes of an encoding are the bytes of the text."""
 
+from collections.abc import Callable
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -47,7 +49,7 @@ def sentencepiece_style() -> Tokenizer:
 
 @pytest.mark.parametrize("build", [byte_level, sentencepiece_style])
 @pytest.mark.parametrize("text", TEXTS)
-def test_bytes_of_an_encoding_are_the_bytes_of_the_text(build, text: str) -> None:  # type: ignore[no-untyped-def]
+def test_bytes_of_an_encoding_are_the_bytes_of_the_text(build: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = build()
     table = token_bytes(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
