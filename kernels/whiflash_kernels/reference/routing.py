@@ -6,27 +6,41 @@ from torch import Tensor
 from whiflash_kernels.structs import RoutingStats
 
 MASKED = -1e30
-"""Logits at or below this have probability zero; finite, so that 0 * MASKED is 0 and not NaN."""
+"""Logits at or below this have probability zero."""
+
+_FAR = -1e4
+"""Stands for -inf relative to the maximum: exp(-1e4) is 0 in float32, and 0 * -1e4 is 0, not NaN."""
+
+_CHUNK_ELEMENTS = 1 << 18
+"""Rows are taken so many logits at a time: the float32 copies stay in cache and out of fresh pages, which made
+8 rows of a 49,152-token vocabulary four times faster than one pass over all of them."""
 
 
 def routing_stats(logits: Tensor, rows: Tensor | None) -> RoutingStats:
     """See `whiflash_kernels.routing.routing_stats`."""
     if rows is not None:
         logits = logits[rows]
-    largest, argmax = logits.max(dim=-1, keepdim=True)
-    # The second largest comes from a top-k of the raw dtype: it reads half the bytes of an fp32 copy.
-    second = logits.topk(2, dim=-1).values[:, 1:].float() if logits.shape[1] > 1 else None
-    largest = largest.float().clamp_min(MASKED)
-    shifted = logits.float().clamp_min_(MASKED).sub_(largest)
-    weights = shifted.exp()
-    total = weights.sum(dim=-1, keepdim=True)
-    mean_shifted = torch.linalg.vecdot(weights, shifted, dim=-1).unsqueeze(1) / total
-    runner_up = 0.0 if second is None else (second - largest).exp()
-    top1 = total.reciprocal()
+    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    if logits.shape[0] <= step:
+        return _stats(logits)
+    parts = [_stats(chunk) for chunk in logits.split(step)]
+    return RoutingStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def _stats(logits: Tensor) -> RoutingStats:
+    # A copy even of float32 logits: it is overwritten below.
+    relative = logits.to(torch.float32, copy=True)
+    largest, argmax = relative.max(dim=-1, keepdim=True)
     live = (largest > MASKED).float()
+    relative.sub_(largest.clamp_min_(MASKED)).clamp_min_(_FAR)
+    probabilities = torch.softmax(relative, dim=-1)
+    top1 = probabilities.gather(1, argmax)
+    mean = torch.linalg.vecdot(probabilities, relative, dim=-1).unsqueeze(1)
+    # With the first maximum struck out, the largest of the rest is the runner-up, ties included.
+    runner_up = probabilities.scatter_(1, argmax, 0.0).amax(dim=-1, keepdim=True)
     return RoutingStats(
-        entropy=((total.log() - mean_shifted) * live).squeeze(1),
-        top1=(top1 * live).squeeze(1),
-        margin=(top1 * (1.0 - runner_up) * live).squeeze(1),
+        entropy=(live * (top1.log() + mean).neg_().clamp_min_(0.0)).squeeze(1),
+        top1=(live * top1).squeeze(1),
+        margin=(live * (top1 - runner_up)).squeeze(1),
         argmax=(argmax * live.long()).squeeze(1),
     )
