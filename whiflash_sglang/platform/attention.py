@@ -13,7 +13,6 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
 from whiflash_sglang.platform.cpu import ATTENTION_BACKEND
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
@@ -144,7 +143,7 @@ class CpuMultiStepDraftBackend:
 
 
 def register_attention_backend() -> None:
-    """Enter the backend into SGLang's registry and into both maps of its draft backend factory."""
+    """Enter the backend into SGLang's registry."""
     ATTENTION_BACKENDS.setdefault(ATTENTION_BACKEND, CpuAttentionBackend)
 
 

@@ -5,6 +5,7 @@ out-of-tree platform the CPU runs SGLang's torch-native code instead, with this 
 attention backend, and with :mod:`whiflash_sglang.platform.seams` in place of Triton-only helpers.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def __init__(self) -> None:
         super().__init__()
         _offer_attention_backend()
+        # A dozen helpers are decorated with torch.compile when their modules load. On the CPU that needs a C++
+        # compiler, takes half a minute at the first request and gains nothing; child processes inherit this.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
     def init_backend(self) -> None:
         from whiflash_sglang.platform.attention import register_attention_backend
@@ -83,7 +87,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
     def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
-        from whiflash_sglang.platform.seams import extend_cache_locs
+        from whiflash_sglang.platform.spec_ops import extend_cache_locs
 
         return extend_cache_locs
 

@@ -118,7 +118,9 @@ class _WideRequest:
                 block.kv_start - self.kv_base,
                 block.kv_end - self.kv_base,
             )
-            q_block = q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
+            q_block = (
+                q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
+            )
             attended = scaled_dot_product_attention(
                 q_block,
                 k[:, None, first:last].expand(kv_heads, groups, last - first, dim),

@@ -1,4 +1,204 @@
-"""Torch replacements for the Triton-only helpers of SGLang's speculation."""
+"""Every private SGLang name that the CPU platform replaces, in one table, and the one place that replaces them.
+
+``sglang==0.5.23`` offers hooks for some of what speculation needs on a new platform
+(``get_speculative_cache_locs_fn``, ``get_kv_pool_cls``, ``capabilities``); :mod:`whiflash_sglang.platform.cpu` uses
+those. What is left launches Triton kernels, calls ``None`` where ``sgl_kernel`` has no operator, or refuses an
+out-of-tree platform. :func:`install_seams` puts :mod:`whiflash_sglang.platform.spec_ops` in their place.
+
+With the seams installed these upstream functions work on the CPU, for any speculative algorithm: KV reservation
+(``alloc_for_spec_decode``, through ``assign_req_to_token_pool_func``), slots of a window
+(``assign_extend_cache_locs_func``, ``assign_extend_cache_locs_uniform_func``,
+``assign_draft_cache_locs_contiguous_func``), the future map (``gather_spec_extras``), ``Tensor.record_stream``,
+chain trees (``build_tree_kernel_efficient``, ``verify_tree_greedy_func``, ``fill_bonus_tokens_func``), sampled
+verification (``eagle_sample``, ``compute_dflash_sampling_correct_drafts_and_bonus``) and
+``RaggedVerifyLayout.from_verify_lens`` (torch upstream). Upstream's ``EAGLE3`` (chain) and ``DFLASH`` run unmodified.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
-def install_seams(): pass
-def extend_cache_locs(**kw): raise NotImplementedError
+
+from whiflash_sglang.platform import spec_ops
+from whiflash_sglang.platform.attention import (
+    ATTENTION_BACKEND,
+    CpuAttentionBackend,
+    CpuMultiStepDraftBackend,
+)
+
+_CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
+_EAGLE = "sglang.kernels.ops.speculative.eagle"
+_SPEC_TREE = "sglang.kernels.ops.speculative.spec_tree"
+_EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
+_DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
+
+
+class Seam(NamedTuple):
+    """One replaced name."""
+
+    module: str
+    name: str
+    replacement: Any
+    """A function with the parameters of the original, or a value."""
+    absent: bool = False
+    """Upstream's value on this platform is None or False: no operator exists for it."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class SeamCheck(NamedTuple):
+    """What :func:`verify_seams` found about one name."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def _tree_mask_mode() -> Any:
+    from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+
+    return TreeMaskMode.QLEN_ONLY
+
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        _CACHE_LOCS,
+        "assign_draft_cache_locs_contiguous_func",
+        spec_ops.assign_draft_cache_locs_contiguous_func,
+    ),
+    Seam(
+        "sglang.srt.mem_cache.allocation",
+        "assign_req_to_token_pool_func",
+        spec_ops.assign_req_to_token_pool_func,
+    ),
+    Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
+    Seam(
+        "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
+    ),
+    Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
+    Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
+    Seam(_EAGLE_UTILS, "default_tree_mask_mode", _tree_mask_mode),
+    Seam(
+        "sglang.kernels.ops.attention.table_qk_norm_rope", "table_qk_norm_rope_", spec_ops.table_qk_norm_rope_
+    ),
+    *(
+        Seam(module, name, getattr(spec_ops, name), absent=True)
+        for module in (_EAGLE_UTILS, _DFLASH_UTILS)
+        for name in ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
+    ),
+    Seam(_DFLASH_UTILS, "_DFLASH_SAMPLING_VERIFY_AVAILABLE", True, absent=True),
+)
+
+_DRAFT_BACKEND_FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
+_FACTORY_PARAMETERS = ["self", "backend_name", "backend_map", "error_template", "stamps_children"]
+
+_originals: dict[str, Any] = {}
+"""What each installed seam replaced; empty before :func:`install_seams`."""
+
+
+def install_seams() -> None:
+    """Replace every name of :data:`SEAMS`, wherever SGLang has already imported it. Idempotent.
+
+    Raises:
+        RuntimeError: a name is missing or has other parameters than its replacement.
+    """
+    if _originals:
+        return
+    broken = [check for check in verify_seams() if not check.ok]
+    if broken:
+        listed = "; ".join(f"{check.name}: {check.detail}" for check in broken)
+        raise RuntimeError(f"this SGLang is not the one that the CPU platform was written for ({listed})")
+    for seam in SEAMS:
+        module = importlib.import_module(seam.module)
+        original = getattr(module, seam.name)
+        _originals[seam.label] = original
+        setattr(module, seam.name, seam.replacement)
+        if not seam.absent:
+            _rebind(seam.name, original, seam.replacement)
+    _install_draft_backends()
+    _install_record_stream()
+
+
+def verify_seams() -> list[SeamCheck]:
+    """Check that every name exists with the parameters of its replacement. Imports SGLang; changes nothing."""
+    checks = [_check(seam) for seam in SEAMS]
+    checks.append(_check_parameters(_DRAFT_BACKEND_FACTORY, _factory_method, _FACTORY_PARAMETERS))
+    return checks
+
+
+def _check(seam: Seam) -> SeamCheck:
+    try:
+        upstream = _originals.get(seam.label, getattr(importlib.import_module(seam.module), seam.name))
+    except (ImportError, AttributeError) as error:
+        return SeamCheck(seam.label, False, f"missing: {error}")
+    if seam.absent:
+        if upstream in (None, False):
+            return SeamCheck(seam.label, True, "no operator upstream; torch version in place of it")
+        return SeamCheck(seam.label, False, f"expected no operator on this platform, found {upstream!r}")
+    expected = list(inspect.signature(seam.replacement).parameters)
+    return _check_parameters(seam.label, lambda: upstream, expected)
+
+
+def _check_parameters(label: str, find: Callable[[], Any], expected: list[str]) -> SeamCheck:
+    try:
+        found = list(inspect.signature(find()).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return SeamCheck(label, False, f"missing: {error}")
+    if found != expected:
+        return SeamCheck(label, False, f"parameters are {found}, expected {expected}")
+    return SeamCheck(label, True, f"{len(found)} parameters as expected")
+
+
+def _rebind(name: str, original: Any, replacement: Any) -> None:
+    """Follow ``from module import name`` into every SGLang module that has already run it."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("sglang.") and vars(module).get(name) is original:
+            setattr(module, name, replacement)
+
+
+def _factory_method() -> Any:
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    return _originals.get(_DRAFT_BACKEND_FACTORY, DraftBackendFactory._create_backend)
+
+
+def _install_draft_backends() -> None:
+    """Enter the CPU backend into both maps of the draft backend factory, which are local to its methods."""
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    upstream = DraftBackendFactory._create_backend
+
+    def create(
+        self: Any, backend_name: str, backend_map: Any, error_template: str, stamps_children: bool = False
+    ) -> Any:
+        def decode_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuMultiStepDraftBackend(
+                self.draft_model_runner, self.topk, self.speculative_num_steps
+            )
+
+        def extend_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuAttentionBackend(self.draft_model_runner)
+
+        # Only the multi-step decode backend has children to stamp.
+        ours = decode_backend if stamps_children else extend_backend
+        backends = {**backend_map, ATTENTION_BACKEND: ours}
+        return upstream(self, backend_name, backends, error_template, stamps_children)
+
+    _originals[_DRAFT_BACKEND_FACTORY] = upstream
+    DraftBackendFactory._create_backend = create
+
+
+def _install_record_stream() -> None:
+    """A CPU tensor has no stream that could recycle it: recording one is nothing to do, not an error."""
+    upstream = torch.Tensor.record_stream
+
+    def record_stream(self: torch.Tensor, stream: Any) -> None:
+        if self.device.type != "cpu":
+            upstream(self, stream)
+
+    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign,assignment]

@@ -1,0 +1,232 @@
+"""Tiny random checkpoints in the formats that SGLang reads: a Llama target, an EAGLE-3 and a DFlash drafter.
+
+Real files in real formats (safetensors, config.json, tokenizer.json), so a stock server loads them; small enough
+(hidden size 64) that it starts in seconds. Weights are random but seeded. The target's head favours a few
+tokens, so that random drafters, which share that preference, are right now and then.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+HIDDEN = 64
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = 16
+INTERMEDIATE = 128
+MAX_POSITIONS = 2048
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")
+FAVOURED_TOKENS = tuple(range(68, 74))
+"""Printable byte tokens whose head rows are scaled up; greedy output is made of them."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_target(
+    directory: Path | str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    vocab_size: int = 320,
+    num_layers: int = 6,
+) -> Path:
+    """Write a Llama target with a byte-level tokenizer and a ChatML template.
+
+    Args:
+        directory: created if missing.
+        seed: of the weights.
+        dtype: ``float32`` or ``bfloat16``.
+        vocab_size: at least 260 (256 bytes and four special tokens).
+        num_layers: decoder layers; at least 4, so that the drafters' layers differ.
+
+    Returns:
+        ``directory``.
+    """
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise ValueError(f"vocab_size {vocab_size}: the byte tokenizer needs at least 260")
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    make = _Weights(seed)
+    tensors = {
+        "model.embed_tokens.weight": make(vocab_size, HIDDEN, scale=1.0),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": make(vocab_size, HIDDEN),
+    }
+    tensors["lm_head.weight"][list(FAVOURED_TOKENS)] *= 6
+    for layer in range(num_layers):
+        tensors |= make.decoder_layer(f"model.layers.{layer}.")
+    config = _llama_config(vocab_size, num_layers, dtype) | {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+        "pad_token_id": 256,
+    }
+    _save(path, config, tensors, dtype)
+    _save_tokenizer(path)
+    return path
+
+
+def tiny_eagle3(
+    directory: Path | str, target_dir: Path | str, *, seed: int = 0, draft_vocab_size: int | None = None
+) -> Path:
+    """Write a one-layer EAGLE-3 drafter (``LlamaForCausalLMEagle3``) for a :func:`tiny_target`.
+
+    Args:
+        directory: created if missing.
+        target_dir: the target it drafts for; its head's rows become the drafter's head.
+        seed: of the other weights.
+        draft_vocab_size: rows of the drafter's own head, mapped by ``d2t``; None: the target's vocabulary.
+            The favoured tokens are always among them.
+
+    Returns:
+        ``directory``.
+    """
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    target = json.loads((Path(target_dir) / "config.json").read_text())
+    head = load_file(Path(target_dir) / "model.safetensors")["lm_head.weight"].float()
+    vocab_size, dtype = target["vocab_size"], target["dtype"]
+    draft_vocab = draft_vocab_size or vocab_size
+    first = min(FAVOURED_TOKENS[0], vocab_size - draft_vocab)
+    target_ids = torch.arange(first, first + draft_vocab)
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[target_ids] = True
+    make = _Weights(seed + 1000)
+    layers = target["num_hidden_layers"]
+    tensors = {
+        "fc.weight": make(HIDDEN, 3 * HIDDEN),
+        "norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": head[target_ids].clone(),
+        "d2t": target_ids - torch.arange(draft_vocab),
+        "t2d": t2d,
+        "midlayer.hidden_norm.weight": torch.ones(HIDDEN),
+        **make.decoder_layer("midlayer.", attention_input=2 * HIDDEN),
+    }
+    config = _llama_config(vocab_size, 1, dtype) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": draft_vocab,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, layers // 2, layers - 1]},
+    }
+    _save(path, config, tensors, dtype)
+    return path
+
+
+def tiny_dflash(
+    directory: Path | str, target_dir: Path | str, *, block_size: int = 8, num_layers: int = 2, seed: int = 0
+) -> Path:
+    """Write a DFlash drafter (``DFlashDraftModel``) for a :func:`tiny_target`.
+
+    Args:
+        directory: created if missing.
+        target_dir: the target whose embedding and head it borrows.
+        block_size: tokens of a block, the bonus token's position included.
+        num_layers: draft layers.
+        seed: of the weights.
+
+    Returns:
+        ``directory``.
+    """
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    target = json.loads((Path(target_dir) / "config.json").read_text())
+    layers, dtype = target["num_hidden_layers"], target["dtype"]
+    features = [1, layers // 2, layers - 2]
+    make = _Weights(seed + 2000)
+    tensors = {
+        "fc.weight": make(HIDDEN, len(features) * HIDDEN),
+        "hidden_norm.weight": torch.ones(HIDDEN),
+        "norm.weight": torch.ones(HIDDEN),
+    }
+    for layer in range(num_layers):
+        prefix = f"layers.{layer}."
+        tensors |= make.decoder_layer(prefix)
+        tensors[f"{prefix}self_attn.q_norm.weight"] = torch.ones(HEAD_DIM)
+        tensors[f"{prefix}self_attn.k_norm.weight"] = torch.ones(HEAD_DIM)
+    config = _llama_config(target["vocab_size"], num_layers, dtype) | {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "block_size": block_size,
+        "num_target_layers": layers,
+        "dflash_config": {
+            "mask_token_id": 256 + SPECIAL_TOKENS.index("<|mask|>"),
+            "target_layer_ids": features,
+        },
+    }
+    _save(path, config, tensors, dtype)
+    return path
+
+
+class _Weights:
+    """A seeded source of random matrices."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, rows: int, columns: int, *, scale: float | None = None) -> torch.Tensor:
+        """[rows, columns] float32, normal; by default scaled to keep the variance of its input."""
+        factor = columns**-0.5 if scale is None else scale
+        return torch.randn(rows, columns, generator=self._generator) * factor
+
+    def decoder_layer(self, prefix: str, *, attention_input: int = HIDDEN) -> dict[str, torch.Tensor]:
+        """A Llama decoder layer in Hugging Face's names."""
+        kv = KV_HEADS * HEAD_DIM
+        return {
+            f"{prefix}input_layernorm.weight": torch.ones(HIDDEN),
+            f"{prefix}post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{prefix}self_attn.q_proj.weight": self(HEADS * HEAD_DIM, attention_input),
+            f"{prefix}self_attn.k_proj.weight": self(kv, attention_input),
+            f"{prefix}self_attn.v_proj.weight": self(kv, attention_input),
+            f"{prefix}self_attn.o_proj.weight": self(HIDDEN, HEADS * HEAD_DIM),
+            f"{prefix}mlp.gate_proj.weight": self(INTERMEDIATE, HIDDEN),
+            f"{prefix}mlp.up_proj.weight": self(INTERMEDIATE, HIDDEN),
+            f"{prefix}mlp.down_proj.weight": self(HIDDEN, INTERMEDIATE),
+        }
+
+
+def _llama_config(vocab_size: int, num_layers: int, dtype: str) -> dict[str, object]:
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "max_position_embeddings": MAX_POSITIONS,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _save(path: Path, config: dict[str, object], tensors: dict[str, torch.Tensor], dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    stored = {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _save_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer: 256 bytes, no merges, then the special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[0])
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(path)
