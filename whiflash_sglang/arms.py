@@ -1,0 +1,17 @@
+"""Names of the arms a round can be routed to.
+
+An arm is a way to draft. Code that routes is written for any number of arms and treats these as opaque
+names; only the drafter that implements an arm knows more about it.
+"""
+
+AR = "ar"
+"""EAGLE-3: an autoregressive chain (arXiv 2503.01840)."""
+
+DIFFUSION = "diffusion"
+"""DFlash: one block in one non-causal pass (arXiv 2602.06036)."""
+
+LOOKUP = "lookup"
+"""Copying from the request's own context; no training, no forward pass."""
+
+NONE = "none"
+"""No draft: the round is a plain decoding step."""

@@ -1,0 +1,1 @@
+"""What switching between drafters keeps: watermarks, backlog rings, known tokens, draft KV."""

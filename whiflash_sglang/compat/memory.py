@@ -1,0 +1,52 @@
+"""The drafters' share of the KV budget.
+
+SGLang sizes its KV pool from bytes per token and a fixed overhead. Both drafters keep KV beside every target
+slot, and the rings are allocated up front, so both numbers grow by what the worker reserves.
+"""
+
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from sglang.srt.model_executor import pool_configurator
+
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.errors import ConfigError
+
+
+@dataclass(slots=True)
+class Reservation:
+    """What the worker of this process asks for: bytes per KV slot, and bytes independent of the slots."""
+
+    per_token: int = 0
+    fixed: int = 0
+
+
+_reservation = Reservation()
+
+
+def reserve(per_token: int, fixed: int) -> None:
+    """Called by the worker before the pools are sized."""
+    _reservation.per_token, _reservation.fixed = per_token, fixed
+
+
+def install() -> None:
+    """Account for the reservation wherever SGLang builds a pool configurator. Idempotent."""
+    replace(pool_configurator, "create_memory_pool_configurator", _accounting)
+
+
+def _accounting(original: Any) -> Any:
+    @wraps(original)
+    def create(kvc: Any, *args: Any, **kwargs: Any) -> Any:
+        configurator = original(kvc, *args, **kwargs)
+        if _reservation.per_token and not kvc.is_draft_worker:
+            if type(configurator) is not pool_configurator.DefaultPoolConfigurator:
+                raise ConfigError(
+                    f"WHIFLASH cannot size draft KV for this target's cache ({type(configurator).__name__}); "
+                    "full-attention targets only for now"
+                )
+            configurator._cell_size += _reservation.per_token
+            configurator._fixed_overhead_bytes += _reservation.fixed
+        return configurator
+
+    return create

@@ -1,0 +1,139 @@
+"""Which private names are used, and the one way to replace one.
+
+Upstream's plugin loading swallows exceptions, so nothing here relies on it: `verify_names` is called by the
+plugin itself and its findings stop the start.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from whiflash_sglang.errors import IncompatibleEngine
+
+SGLANG_VERSION = "0.5.23"
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateName:
+    """`module:attribute.path` and the parameters that must be among its own; empty for non-callables."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+
+
+PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
+    PrivateName("sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
+    PrivateName("sglang.srt.entrypoints.engine:Engine.server_args_class"),
+    PrivateName("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.register"),
+    PrivateName(
+        "sglang.srt.speculative.spec_registry:CustomSpecAlgo", ("name", "factory", "supports_overlap")
+    ),
+    PrivateName("sglang.srt.speculative.base_spec_worker:BaseSpecWorker"),
+    PrivateName("sglang.srt.speculative.spec_info:SpecInput"),
+    PrivateName("sglang.srt.speculative.spec_info:SpecInputType.DFLASH_DRAFT"),
+    PrivateName(
+        "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
+        ("draft_token", "positions", "draft_token_num"),
+    ),
+    PrivateName(
+        "sglang.srt.speculative.dflash_info:DFlashVerifyInput.prepare_for_verify", ("batch", "target_worker")
+    ),
+    PrivateName(
+        "sglang.srt.speculative.ragged_verify:RaggedVerifyLayout", ("verify_lens", "graph_num_tokens")
+    ),
+    PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.from_device", ("retrieve_next_token",)),
+    PrivateName(
+        "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask", ("reqs", "tree", "sampling_info")
+    ),
+    PrivateName("sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", ("logits",)),
+    PrivateName("sglang.srt.sampling.sampling_batch_info:ProcessorEntry", ("processor", "rows", "indices")),
+    PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask"),
+    PrivateName("sglang.srt.layers.sampler:Sampler.forward", ("logits_output", "sampling_info", "positions")),
+    PrivateName("sglang.srt.layers.logits_processor:LogitsProcessorOutput", ("next_token_logits",)),
+    PrivateName("sglang.srt.layers.logprob_processor:compute_spec_logprobs", ("batch", "chain_stride")),
+    PrivateName(
+        "sglang.srt.managers.utils:GenerationBatchResult", ("accept_lens", "speculative_output_stride")
+    ),
+    PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
+    PrivateName("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", ("kvc",)),
+    PrivateName("sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator"),
+    PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),
+    PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of a self-check."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+_replaced: dict[str, Any] = {}
+
+
+def replace(owner: Any, attribute: str, build: Callable[[Any], Any]) -> None:
+    """Set `owner.attribute` to `build(original)`, once; a second call with the same target changes nothing.
+
+    Child processes load the plugin again, and a launcher may load it twice.
+    """
+    key = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', owner.__name__)}.{attribute}"
+    if key in _replaced:
+        return
+    original = inspect.getattr_static(owner, attribute)
+    _replaced[key] = original
+    setattr(owner, attribute, build(original))
+
+
+def replaced_names() -> tuple[str, ...]:
+    """The upstream names that this process runs with a replacement of ours."""
+    return tuple(sorted(_replaced))
+
+
+def verify_names() -> list[Finding]:
+    """Check SGLang's version and every private name; never raises."""
+    findings = [_check_version()]
+    findings += [_check_name(name) for name in PRIVATE_NAMES]
+    return findings
+
+
+def require_names() -> None:
+    """Raise IncompatibleEngine naming the first thing that does not fit."""
+    for finding in verify_names():
+        if not finding.ok:
+            raise IncompatibleEngine(
+                f"WHIFLASH needs sglang=={SGLANG_VERSION}; {finding.name}: {finding.detail}"
+            )
+
+
+def _check_version() -> Finding:
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        return Finding("sglang", False, "not installed")
+    return Finding("sglang", found == SGLANG_VERSION, f"{found} installed, {SGLANG_VERSION} expected")
+
+
+def _check_name(name: PrivateName) -> Finding:
+    module_name, _, attribute = name.path.partition(":")
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
+        return Finding(name.path, False, f"missing ({error})")
+    if name.parameters:
+        try:
+            known = inspect.signature(inspect.unwrap(value)).parameters
+        except (TypeError, ValueError) as error:
+            return Finding(name.path, False, f"has no signature ({error})")
+        lost = [parameter for parameter in name.parameters if parameter not in known]
+        if lost:
+            return Finding(name.path, False, f"lost its parameters {lost}")
+    return Finding(name.path, True, "as expected")

@@ -1,0 +1,172 @@
+"""Sampling the target at every verified position, under each request's own parameters.
+
+SGLang's own sampler runs on the packed rows, with the requests' parameters repeated row by row: what plain
+decoding would have sampled at a position is what is sampled here (temperature, top-p, top-k, min-p, seeds keyed by
+absolute position, penalties, grammar, bias, custom processors). Drafts are deterministic, so accepting while the
+draft agrees leaves the output distribution exactly the target's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
+from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
+from whiflash_kernels import MixedBlock
+
+from whiflash_sglang.verify import PenaltyRequest, penalties_at
+
+
+def is_plain_greedy(info: SamplingBatchInfo, has_grammar: bool) -> bool:
+    """Nothing but argmax over the raw logits is needed."""
+    return bool(
+        info.is_all_greedy
+        and not has_grammar
+        and info.logit_bias is None
+        and not info.has_custom_logit_processor
+        and info.acc_additive_penalties is None
+        and info.acc_scaling_penalties is None
+        and (info.penalizer_orchestrator is None or not info.penalizer_orchestrator.is_required)
+    )
+
+
+def grammar_tree(block: MixedBlock, widths: Sequence[int]) -> GrammarTree:
+    """The drafts as chains for SGLang's mask builder, padded to the widest; start it before the target forward."""
+    widest, size = max(widths), len(widths)
+    lens = torch.tensor(widths)
+    columns = torch.arange(widest)
+    next_token = torch.where(columns[None, :] + 1 < lens[:, None], columns[None, :] + 1, -1)
+    sibling = torch.full((size, widest), -1, dtype=torch.int64)
+    ids = torch.zeros((size, widest), dtype=torch.int64, device=block.input_ids.device)
+    ids[block.request_of_row, _column_of_row(block)] = block.input_ids
+    return GrammarTree.from_device(next_token, sibling, ids)
+
+
+def sample_rows(
+    runner: Any,
+    batch: Any,
+    output: Any,
+    block: MixedBlock,
+    widths: Sequence[int],
+    tree: GrammarTree | None,
+    tokens: torch.Tensor,
+    barrier: Any,
+) -> torch.Tensor:
+    """The target's token at each packed row: [T] int64. `output.next_token_logits` is modified in place.
+
+    Args:
+        runner: the target's model runner (its sampler is used).
+        output: SGLang's logits output of the verification.
+        tree: of `grammar_tree`, for a batch with grammars.
+        tokens: token table with this round's drafts written, for penalties.
+    """
+    owner = block.request_of_row
+    info = _expand(batch.sampling_info, batch.reqs, owner)
+    penalties = penalties_at(
+        _penalised(batch.reqs, batch.seq_lens_cpu.tolist(), batch.req_pool_indices.tolist(), widths),
+        tokens,
+        int(owner.shape[0]),
+        info.vocab_size,
+    )
+    info.acc_additive_penalties = None if penalties is None else penalties.additive
+    info.acc_scaling_penalties = None if penalties is None else penalties.scaling
+    info.grammar_mask = None
+    if tree is not None:
+        mask = build_grammar_vocab_mask(
+            reqs=batch.reqs,
+            tree=tree,
+            sampling_info=batch.sampling_info,
+            device=output.next_token_logits.device,
+            barrier=barrier,
+        )
+        if mask is not None:
+            rows = owner * max(widths) + _column_of_row(block)
+            info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[rows])
+    info.apply_logits_bias(output.next_token_logits)
+    judged = output.next_token_logits.clone() if batch.return_logprob else None
+    predictions: torch.Tensor = runner.sampler(output, info, False, [], [], block.positions).to(torch.int64)
+    if judged is not None:
+        output.next_token_logits = judged
+    return predictions
+
+
+def attach_logprobs(
+    batch: Any, output: Any, predictions: torch.Tensor, block: MixedBlock, widths: Sequence[int]
+) -> None:
+    """Log-probabilities of the committed tokens, from the logits they were sampled from."""
+    columns = torch.arange(max(widths), device=predictions.device)
+    last = block.qo_indptr[1:, None].to(torch.int64) - 1
+    index = torch.minimum(block.qo_indptr[:-1, None].to(torch.int64) + columns, last)
+    compute_spec_logprobs(batch, output, predictions, accept_index=index)
+
+
+def _column_of_row(block: MixedBlock) -> torch.Tensor:
+    rows = torch.arange(block.input_ids.shape[0], device=block.input_ids.device)
+    return rows - block.qo_indptr[block.request_of_row].to(torch.int64)
+
+
+def _expand(info: SamplingBatchInfo, reqs: Sequence[Any], owner: torch.Tensor) -> SamplingBatchInfo:
+    """The requests' parameters, one entry per packed row."""
+    rows = dataclasses.replace(
+        info,
+        temperatures=info.temperatures[owner],
+        top_ps=info.top_ps[owner],
+        top_ks=info.top_ks[owner],
+        min_ps=info.min_ps[owner],
+        sampling_seed=None if info.sampling_seed is None else info.sampling_seed[owner],
+        logit_bias=None if info.logit_bias is None else info.logit_bias[owner],
+        penalizer_orchestrator=None,
+        grammars=None,
+    )
+    if info.has_custom_logit_processor:
+        owners = owner.tolist()
+        rows.custom_params = [info.custom_params[i] for i in owners]
+        rows.custom_logit_processor = {
+            key: _expand_processor(entry, owners, owner.device)
+            for key, entry in info.custom_logit_processor.items()
+        }
+    return rows
+
+
+def _expand_processor(entry: ProcessorEntry, owners: list[int], device: torch.device) -> ProcessorEntry:
+    members = set(entry.rows)
+    rows = [row for row, request in enumerate(owners) if request in members]
+    return ProcessorEntry(entry.processor, rows, torch.tensor(rows, dtype=torch.long, device=device))
+
+
+def _penalised(
+    reqs: Sequence[Any], lengths: Sequence[int], table_rows: Sequence[int], widths: Sequence[int]
+) -> list[PenaltyRequest]:
+    found, first = [], 0
+    for req, length, table_row, width in zip(reqs, lengths, table_rows, widths, strict=True):
+        p = req.sampling_params
+        if p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0:
+            found.append(
+                PenaltyRequest(
+                    table_row,
+                    first,
+                    width,
+                    len(req.origin_input_ids),
+                    length,
+                    p.frequency_penalty,
+                    p.presence_penalty,
+                    p.repetition_penalty,
+                    p.min_new_tokens,
+                    _stop_ids(req),
+                )
+            )
+        first += width
+    return found
+
+
+def _stop_ids(req: Any) -> tuple[int, ...]:
+    """The tokens upstream's min_new_tokens penaliser forbids."""
+    ids = set(req.sampling_params.stop_token_ids or ()) | set(req.eos_token_ids or ())
+    if req.tokenizer is not None:
+        ids |= set(req.tokenizer.additional_stop_token_ids or ())
+        if req.tokenizer.eos_token_id is not None:
+            ids.add(req.tokenizer.eos_token_id)
+    return tuple(sorted(i for i in ids if i is not None))

@@ -1,0 +1,174 @@
+"""The scheduler's contract with a speculative worker (spec v2)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.runtime_context import get_schedule
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
+from whiflash_kernels import Committed
+
+__all__ = [
+    "BaseSpecWorker",
+    "DraftInput",
+    "RoundBatch",
+    "max_running_requests",
+    "prefill_rows",
+    "round_result",
+]
+
+
+@dataclass
+class DraftInput(SpecInput):  # type: ignore[misc]
+    """What one round hands to the next: the bonus token and the new length of every request, on the device.
+
+    bonus_tokens: [B] int64. new_seq_lens: [B] int64. The relay of overlap scheduling asks for the EAGLE-shaped
+    fields too; they are None.
+    """
+
+    bonus_tokens: torch.Tensor
+    new_seq_lens: torch.Tensor
+    topk_p: torch.Tensor | None = None
+    topk_index: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+    future_indices: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(spec_input_type=SpecInputType.DFLASH_DRAFT)
+        self.num_tokens_per_req = 1
+        self.num_tokens_for_logprob_per_req = 1
+
+    def filter_batch(self, new_indices: torch.Tensor, new_indices_cpu: list[int] | None = None) -> None:
+        if self.future_indices is not None:
+            self.future_indices = self.future_indices[new_indices]
+            return
+        self.bonus_tokens = self.bonus_tokens[new_indices]
+        self.new_seq_lens = self.new_seq_lens[new_indices]
+
+    def merge_batch(self, other: "DraftInput") -> None:
+        if self.future_indices is not None and other.future_indices is not None:
+            self.future_indices = torch.cat([self.future_indices, other.future_indices])
+            return
+        self.bonus_tokens = torch.cat([self.bonus_tokens, other.bonus_tokens])
+        self.new_seq_lens = torch.cat([self.new_seq_lens, other.new_seq_lens])
+
+
+@dataclass(frozen=True, slots=True)
+class RoundBatch:
+    """A decode batch in this package's terms.
+
+    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request;
+    lengths: the same on the host. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
+    budgets: tokens each request may still commit (its own max_new_tokens and the context).
+    """
+
+    rows: torch.Tensor
+    row_ids: list[int]
+    starts: torch.Tensor
+    lengths: list[int]
+    bonus: torch.Tensor
+    reqs: list[Any]
+    budgets: list[int]
+
+    @classmethod
+    def of(cls, batch: Any, context_len: int) -> "RoundBatch":
+        lengths = batch.seq_lens_cpu.tolist()
+        budgets = [
+            min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
+            for r, n in zip(batch.reqs, lengths, strict=True)
+        ]
+        rows = batch.req_pool_indices
+        return cls(
+            rows.to(torch.int64),
+            rows.tolist() if batch.req_pool_indices_cpu is None else batch.req_pool_indices_cpu.tolist(),
+            batch.seq_lens.to(torch.int64),
+            lengths,
+            batch.spec_info.bonus_tokens.to(torch.int64),
+            list(batch.reqs),
+            [max(budget, 1) for budget in budgets],
+        )
+
+    def history(self, index: int) -> list[int]:
+        """Committed tokens 0..n of a request, from the host's lists."""
+        req = self.reqs[index]
+        return [*req.origin_input_ids, *req.output_ids]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRows:
+    """An extend batch in this package's terms, T packed prompt tokens of B requests.
+
+    positions, slots, next_tokens: [T] int64. ends: n per request after this chunk; last_rows: [B] int64.
+    """
+
+    row_ids: list[int]
+    rows: torch.Tensor
+    ends: list[int]
+    last_rows: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    next_tokens: torch.Tensor
+
+
+def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tensor) -> PrefillRows:
+    """Describe an extend batch; at a chunk's end the next token is the prompt's, not the sampled one."""
+    lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
+    device = input_ids.device
+    ends = torch.tensor(lens, device=device).cumsum(0)
+    tails = next_token_ids.to(torch.int64).clone()
+    if batch.chunked_req_next_prompt_token is not None:
+        for i, req in enumerate(batch.reqs):
+            if req is batch.chunked_req:
+                tails[i] = batch.chunked_req_next_prompt_token
+    next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
+    next_tokens[:-1] = input_ids[1:]
+    next_tokens[ends - 1] = tails
+    positions = torch.cat(
+        [torch.arange(p, p + m, device=device) for p, m in zip(prefixes, lens, strict=True)]
+    )
+    rows = batch.req_pool_indices.to(torch.int64)
+    return PrefillRows(
+        rows.tolist(),
+        rows,
+        [p + m for p, m in zip(prefixes, lens, strict=True)],
+        ends - 1,
+        positions,
+        batch.out_cache_loc.to(torch.int64),
+        next_tokens,
+    )
+
+
+def round_result(
+    output: Any, committed: Committed, stride: int, can_run_cuda_graph: bool
+) -> GenerationBatchResult:
+    """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count."""
+    new_seq_lens = committed.seq_lens.to(torch.int64)
+    return GenerationBatchResult(
+        logits_output=output,
+        next_token_ids=committed.tokens.reshape(-1),
+        accept_lens=committed.accept_lens,
+        can_run_cuda_graph=can_run_cuda_graph,
+        next_draft_input=DraftInput(committed.bonus, new_seq_lens),
+        speculative_num_draft_tokens=stride,
+        speculative_output_stride=stride,
+        new_seq_lens=new_seq_lens,
+    )
+
+
+def idle_result(device: torch.device) -> GenerationBatchResult:
+    """The result of a round without requests."""
+    empty = torch.empty((0,), dtype=torch.int64, device=device)
+    return GenerationBatchResult(
+        next_token_ids=empty,
+        accept_lens=empty.to(torch.int32),
+        next_draft_input=DraftInput(empty, empty),
+        speculative_num_draft_tokens=1,
+        new_seq_lens=empty,
+    )
+
+
+def max_running_requests() -> int:
+    """Requests that may run at once, as the scheduler resolved it."""
+    return int(get_schedule().max_running_requests)

@@ -1,0 +1,236 @@
+"""Flags, the bundle manifest, and what they resolve to. Imports no SGLang.
+
+A *bundle* is a directory (or hub id) with `whiflash.json`: both drafters, the router and its thresholds, given
+to SGLang's own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoint and
+`--whiflash-eagle-draft` names the EAGLE-3 one.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from whiflash_sglang.errors import ConfigError
+
+MANIFEST = "whiflash.json"
+EMBEDDED_BUNDLE = "smollm2-135m-instruct"
+
+RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
+Positive = Annotated[int, Field(gt=0)]
+T = TypeVar("T")
+Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EntropyRouter(_Strict):
+    """tau: nats above which the diffusion drafter is left. min_dwell: rounds an arm is kept at least."""
+
+    tau: Nats = 1.0
+    min_dwell: Annotated[int, Field(ge=0)] = 2
+
+
+class NeuralRouter(_Strict):
+    """path: a .safetensors file or a directory. threshold: on the predicted ΔAL, in tokens."""
+
+    path: str
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    delta_sign: Literal["ar-minus-diffusion", "diffusion-minus-ar"] | None = None
+
+
+class Lookup(_Strict):
+    """The copying arm. max_width: drafts at most. min_match: shortest suffix match worth copying from."""
+
+    enabled: bool = True
+    max_width: Positive = 16
+    min_match: Positive = 2
+
+
+class Manifest(_Strict):
+    """`whiflash.json`. Paths are relative to the bundle."""
+
+    schema_version: Literal[1]
+    name: str
+    target: str
+    eagle3: str
+    dflash: str
+    router: NeuralRouter | None = None
+    entropy: EntropyRouter = EntropyRouter()
+    lookup: Lookup | None = None
+    chat_template: str | None = None
+    tool_call_parser: str | None = None
+
+
+class Flags(_Strict):
+    """What the user said on the command line or to `Engine(...)`; None where nothing was said.
+
+    Names and meanings of the first six are the published release's (arXiv 2606.07710).
+    """
+
+    eagle_draft: str | None = None
+    drafters: Literal["df-e3", "ddt-e3"] = "df-e3"
+    router: RouterName | None = None
+    neural_router_path: str | None = None
+    neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    tree_budget: int | None = None
+    entropy_threshold: Nats | None = None
+    min_dwell: Annotated[int, Field(ge=0)] | None = None
+    eagle_steps: Positive = 5
+    block_size: Annotated[int, Field(ge=2)] | None = None
+    backlog_tokens: Annotated[int, Field(ge=32)] = 64
+
+
+class Settings(_Strict):
+    """Everything a worker needs to build itself: resolved paths and values, picklable."""
+
+    eagle3: Path
+    dflash: Path
+    router: RouterName
+    entropy: EntropyRouter
+    neural: NeuralRouter | None
+    lookup: Lookup
+    eagle_steps: int
+    block_size: int | None
+    backlog_tokens: int
+    chat_template: Path | None = None
+    tool_call_parser: str | None = None
+    bundle: str | None = None
+
+
+def embedded_bundle() -> Path:
+    """Directory of the bundle shipped with the package."""
+    return Path(str(resources.files("whiflash_sglang"))) / "bundles" / EMBEDDED_BUNDLE
+
+
+def parse_flags(given: dict[str, Any]) -> Flags:
+    """Validate raw flag values.
+
+    Raises:
+        ConfigError: naming the flag and what it takes.
+    """
+    try:
+        flags = Flags(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, lambda name: flag_of(name))) from None
+    if flags.drafters == "ddt-e3":
+        raise ConfigError(
+            "--whiflash-drafters ddt-e3 needs the tree drafter, which does not exist yet; use df-e3"
+        )
+    if flags.tree_budget is not None:
+        raise ConfigError(
+            "--ddtree-tree-budget belongs to the tree drafter, which does not exist yet; remove it"
+        )
+    return flags
+
+
+def flag_of(field: str) -> str:
+    """The command-line spelling of a `Flags` field."""
+    return "--ddtree-tree-budget" if field == "tree_budget" else "--whiflash-" + field.replace("_", "-")
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and validate `whiflash.json`.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or has a wrong or unknown key, which is named.
+    """
+    path = bundle / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{bundle} is not a bundle: it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + _first_problem(error, lambda name: f"key {name!r}")) from None
+
+
+def resolve(flags: Flags, draft_path: Path | None) -> Settings:
+    """Turn flags and a local draft path into settings.
+
+    Args:
+        draft_path: a bundle or a DFlash checkpoint, already on disk.
+
+    Raises:
+        ConfigError: a needed part is missing.
+    """
+    if draft_path is None:
+        raise ConfigError(
+            "WHIFLASH needs drafters: give a bundle or a DFlash checkpoint to --speculative-draft-model-path"
+        )
+    if not draft_path.is_dir():
+        raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
+    manifest = load_manifest(draft_path) if (draft_path / MANIFEST).exists() else None
+    if manifest is None and flags.eagle_draft is None:
+        raise ConfigError(
+            f"{draft_path} has no {MANIFEST}, so it is taken for a DFlash checkpoint, and then "
+            "--whiflash-eagle-draft must name the EAGLE-3 one"
+        )
+    eagle3 = Path(flags.eagle_draft) if flags.eagle_draft else draft_path / _need(manifest).eagle3
+    dflash = draft_path if manifest is None else draft_path / manifest.dflash
+    for what, path in (("EAGLE-3", eagle3), ("DFlash", dflash)):
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"the {what} checkpoint {path} has no config.json")
+    entropy = manifest.entropy if manifest else EntropyRouter()
+    entropy = EntropyRouter(
+        tau=entropy.tau if flags.entropy_threshold is None else flags.entropy_threshold,
+        min_dwell=entropy.min_dwell if flags.min_dwell is None else flags.min_dwell,
+    )
+    template = draft_path / manifest.chat_template if manifest and manifest.chat_template else None
+    return Settings(
+        eagle3=eagle3,
+        dflash=dflash,
+        router=flags.router or "entropy",
+        entropy=entropy,
+        neural=_neural(flags, manifest, draft_path),
+        lookup=(manifest.lookup if manifest else None) or Lookup(),
+        eagle_steps=flags.eagle_steps,
+        block_size=flags.block_size,
+        backlog_tokens=flags.backlog_tokens,
+        chat_template=template,
+        tool_call_parser=manifest.tool_call_parser if manifest else None,
+        bundle=manifest.name if manifest else None,
+    )
+
+
+def _neural(flags: Flags, manifest: Manifest | None, draft_path: Path) -> NeuralRouter | None:
+    shipped = manifest.router if manifest else None
+    if flags.neural_router_path is None and shipped is None:
+        if flags.router == "neural":
+            raise ConfigError(
+                "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
+            )
+        return None
+    path = flags.neural_router_path or str(draft_path / _need(shipped).path)
+    threshold = flags.neural_router_threshold
+    if threshold is None:
+        threshold = shipped.threshold if shipped else 0.0
+    return NeuralRouter(path=path, threshold=threshold, delta_sign=shipped.delta_sign if shipped else None)
+
+
+def _need(value: T | None) -> T:
+    if value is None:
+        raise AssertionError("checked by the caller")
+    return value
+
+
+def _first_problem(error: ValidationError, spell: Any) -> str:
+    problem = error.errors()[0]
+    name = str(problem["loc"][0]) if problem["loc"] else "value"
+    if problem["type"] == "extra_forbidden":
+        return f"{spell(name)} is unknown; known: {', '.join(sorted(_known_keys(error)))}"
+    where = ".".join(str(part) for part in problem["loc"][1:])
+    return f"{spell(name)}{'.' + where if where else ''}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _known_keys(error: ValidationError) -> list[str]:
+    models = {"Manifest": Manifest, "Flags": Flags}
+    return list(models.get(error.title, Manifest).model_fields)

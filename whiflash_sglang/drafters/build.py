@@ -1,0 +1,35 @@
+"""The arms that the settings ask for."""
+
+from whiflash_sglang.checkpoints import block_size_of, check_pair, dflash_layers, eagle3_layers
+from whiflash_sglang.compat.target import Target
+from whiflash_sglang.config import Settings
+from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.dflash import DFlashArm
+from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+
+
+def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
+    """Load both checkpoints and check them against the target.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit.
+    """
+    check_pair(settings.eagle3, settings.dflash, target.shape)
+    layers = target.shape.num_layers
+    for_eagle, for_dflash = eagle3_layers(settings.eagle3, layers), dflash_layers(settings.dflash, layers)
+    captured = tuple(sorted(set(for_eagle) | set(for_dflash)))
+    options = {
+        "device": target.device,
+        "dtype": target.dtype,
+        "target_embedding": target.embedding,
+        "target_lm_head": target.lm_head,
+    }
+    eagle = Eagle3Drafter.load(settings.eagle3, **options)
+    dflash = DFlashDrafter.load(settings.dflash, **options)
+    block = block_size_of(settings.dflash, settings.block_size)
+    return [
+        Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps),
+        DFlashArm(dflash, captured, block),
+    ]

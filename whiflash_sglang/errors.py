@@ -1,0 +1,17 @@
+"""Errors that a person can act on. Each message names the thing that is wrong and says what to do."""
+
+
+class WhiflashError(ValueError):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(WhiflashError):
+    """A flag, a manifest or a combination of them cannot work."""
+
+
+class CheckpointError(WhiflashError):
+    """A drafter or router checkpoint is missing, damaged or does not fit the target."""
+
+
+class IncompatibleEngine(WhiflashError):
+    """The installed SGLang is not the one this version is written for."""

@@ -1,0 +1,98 @@
+"""`assign(scores, costs) → routes` for a whole batch.
+
+Activating another drafter or verifying wider is a cost of the batch, not of one request: drafting runs once
+per active arm and verification once for all. So the subsets of active arms are compared by expected tokens
+per second; with a handful of arms that is at most a few dozen subsets.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Protocol
+
+from whiflash_sglang import arms
+
+Scores = Mapping[str, float]
+
+
+class Costs(Protocol):
+    """Measured latencies, in seconds."""
+
+    def draft(self, arm: str, requests: int) -> float:
+        """One draft pass of `arm`, catch-up included, for `requests` requests."""
+        ...
+
+    def verify(self, rows: int, requests: int) -> float:
+        """One target forward over `rows` packed rows, and the round's fixed cost."""
+        ...
+
+    def width(self, arm: str) -> int:
+        """Rows a request routed to `arm` adds to verification (drafts + 1)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dwell:
+    """What keeps routes from thrashing: a switch must promise `margin` (relative) more tokens per second."""
+
+    margin: float = 0.05
+
+
+def best_each(scores: Sequence[Scores]) -> list[str]:
+    """The arm with the highest score for every request on its own; ties go to the arm named first."""
+    return [max(s, key=lambda arm: s[arm]) if s else arms.NONE for s in scores]
+
+
+def assign(
+    scores: Sequence[Scores],
+    costs: Costs | None = None,
+    previous: Sequence[str | None] = (),
+    dwell: Dwell | None = None,
+) -> list[str]:
+    """One arm per request.
+
+    Args:
+        scores: arm → expected accepted tokens, per request.
+        costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
+        previous: the arms of the last round, for the margin; empty: no margin.
+        dwell: margin against thrashing.
+
+    Returns:
+        The routes with the most expected tokens per second, unless keeping the previous ones is within the margin.
+    """
+    if costs is None or not scores:
+        return best_each(scores)
+    best, best_rate = best_each(scores), 0.0
+    for active in _subsets({arm for s in scores for arm in s} - {arms.NONE}):
+        routes = [_best_within(s, active, costs) for s in scores]
+        rate = expected_rate(scores, routes, costs)
+        if rate > best_rate:
+            best, best_rate = routes, rate
+    if dwell is not None and len(previous) == len(scores):
+        kept = [p if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
+        if expected_rate(scores, [str(k) for k in kept], costs) * (1 + dwell.margin) >= best_rate:
+            return [str(k) for k in kept]
+    return best
+
+
+def expected_rate(scores: Sequence[Scores], routes: Sequence[str], costs: Costs) -> float:
+    """Expected tokens per second of a batch under `routes`."""
+    counts: dict[str, int] = {}
+    for arm in routes:
+        counts[arm] = counts.get(arm, 0) + 1
+    seconds = costs.verify(sum(costs.width(arm) for arm in routes), len(routes))
+    seconds += sum(costs.draft(arm, count) for arm, count in counts.items() if arm != arms.NONE)
+    return sum(s[arm] for s, arm in zip(scores, routes, strict=True)) / seconds
+
+
+def _subsets(active: Iterable[str]) -> Iterable[frozenset[str]]:
+    ordered = sorted(active)
+    for size in range(len(ordered) + 1):
+        for chosen in combinations(ordered, size):
+            yield frozenset(chosen)
+
+
+def _best_within(scores: Scores, active: frozenset[str], costs: Costs) -> str:
+    """The request's best active arm, narrower first on ties: rows that verify nothing cost the whole batch."""
+    allowed = [arm for arm in scores if arm in active or arm == arms.NONE]
+    return max(allowed, key=lambda arm: (scores[arm], -costs.width(arm)), default=arms.NONE)

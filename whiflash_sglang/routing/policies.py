@@ -1,0 +1,89 @@
+"""`score(signals) → expected accepted tokens per arm`, one policy a class.
+
+A policy judges one request and knows nothing of the batch; `assign` turns the scores of a whole batch into routes.
+"""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from whiflash_sglang import arms
+from whiflash_sglang.routing.signals import Signals
+
+Scores = Mapping[str, float]
+"""Arm → expected accepted tokens a round, bonus token included. An arm that is absent must not be used."""
+
+PREFERRED, SECOND = 2.0, 1.0
+"""Scores of policies that order arms without predicting lengths."""
+
+
+class Policy(Protocol):
+    """A way to score. `needs` names the signals it reads, so that nothing else is gathered."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def score(self, signals: Signals) -> Scores:
+        """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Always the same arm where it may draft; plain decoding where it may not."""
+
+    name: str
+    needs: frozenset[str] = frozenset()
+
+    def score(self, signals: Signals) -> Scores:
+        if self.name in signals.allowed:
+            return {self.name: PREFERRED, arms.NONE: SECOND}
+        return {arms.NONE: SECOND}
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyPolicy:
+    """Leave the diffusion drafter where the target's entropy exceeds τ (arXiv 2606.07710, entropy router).
+
+    tau: nats. min_dwell: rounds an arm is kept before the next switch, since blind switching every block
+    was measured as a loss. Entropy is degenerate inside agent loops (near 0 at most round starts), so an open
+    span's preference comes first.
+    """
+
+    tau: float
+    min_dwell: int = 2
+    name: str = "entropy"
+    needs: frozenset[str] = field(default=frozenset({"entropy"}))
+
+    def score(self, signals: Signals) -> Scores:
+        order = [arms.DIFFUSION, arms.AR]
+        if not math.isnan(signals.entropy) and signals.entropy > self.tau:
+            order.reverse()
+        wanted = next((arm for arm in order if arm in signals.allowed), arms.NONE)
+        if signals.span is not None and signals.span.prefer in signals.allowed:
+            wanted = str(signals.span.prefer)
+        elif signals.previous in signals.allowed and signals.dwell < self.min_dwell:
+            wanted = str(signals.previous)
+        return {wanted: PREFERRED, arms.NONE: 0.0}
+
+
+@dataclass(slots=True)
+class RandomPolicy:
+    """Switches at random every round. It exists to test that switching never changes text."""
+
+    seed: int = 0
+    name: str = "random"
+    needs: frozenset[str] = frozenset()
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    def score(self, signals: Signals) -> Scores:
+        choices = sorted(signals.allowed | {arms.NONE})
+        return {arm: self._random.random() for arm in choices}

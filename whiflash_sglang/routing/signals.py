@@ -1,0 +1,46 @@
+"""What the controller knows of a request at the start of a round."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSpan:
+    """The innermost span that is open at the end of the committed text.
+
+    kind: tool_call, json, code, reasoning or prose. prefer: an arm the hint names, or None.
+    bias: expected accepted tokens to add to an arm's score.
+    """
+
+    kind: str
+    prefer: str | None = None
+    bias: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """Per-request signals. Host-side ones may lag one round (overlap scheduling) and say for which length they hold.
+
+    entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
+        verified position; NaN when it was not measured. top1, margin: probabilities of the same distribution.
+    recent: arm → mean acceptance length of the request's recent rounds with that arm (bonus token included).
+    expected: arm → acceptance length predicted by a learned head, where one is loaded.
+    delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
+    match: length of the longest suffix match a lookup could copy from; 0 without.
+    previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
+    allowed: arms that may draft for this request.
+    """
+
+    length: int
+    allowed: frozenset[str]
+    entropy: float = math.nan
+    top1: float = math.nan
+    margin: float = math.nan
+    recent: Mapping[str, float] = field(default_factory=dict)
+    expected: Mapping[str, float] = field(default_factory=dict)
+    delta: float = math.nan
+    match: int = 0
+    span: OpenSpan | None = None
+    previous: str | None = None
+    dwell: int = 0

@@ -1,0 +1,285 @@
+"""The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from whiflash_kernels import Committed, MixedBlock, accept_and_commit, prepare_mixed_block, routing_stats
+
+from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Span, Watermarks
+from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.compat import memory, sampling
+from whiflash_sglang.compat.flags import settings_of
+from whiflash_sglang.compat.spec_worker import (
+    BaseSpecWorker,
+    DraftInput,
+    RoundBatch,
+    idle_result,
+    max_running_requests,
+    prefill_rows,
+    round_result,
+)
+from whiflash_sglang.compat.target import Target, Verified
+from whiflash_sglang.drafters.base import DraftBatch, Drafter
+from whiflash_sglang.drafters.build import build_drafters
+from whiflash_sglang.routing.assign import assign
+from whiflash_sglang.routing.build import build_policy
+from whiflash_sglang.routing.lane import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Drafts of the whole batch. tokens: [B, W] int64, padded; widths: rows each request verifies (drafts + 1)."""
+
+    tokens: torch.Tensor
+    widths: list[int]
+
+
+class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
+    """Owns the drafters, their KV and the controller; the target stays SGLang's own worker."""
+
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
+        super().__init__()
+        self._target_worker, self._draft_worker = target_worker, None
+        self.settings = settings_of(server_args)
+        self.target = Target(target_worker)
+        self.drafters: dict[str, Drafter] = {
+            drafter.arm: drafter for drafter in build_drafters(self.settings, self.target)
+        }
+        self.captured = tuple(sorted({i for d in self.drafters.values() for i in d.captured_layers}))
+        self.target.capture(self.captured, final_hidden=False)
+        self.policy = build_policy(self.settings)
+        self.lanes: dict[int, Lane] = {}
+        keeping = [d.arm for d in self.drafters.values() if d.keeps_kv]
+        self.watermarks = Watermarks(keeping, self.settings.backlog_tokens)
+        self._feature_width = len(self.captured) * self.target.shape.hidden_size
+        memory.reserve(
+            per_token=sum(d.kv_bytes_per_token() for d in self.drafters.values()),
+            fixed=FeatureRings.bytes_for(
+                max_running_requests() + 1,
+                self.settings.backlog_tokens,
+                self._feature_width,
+                self.target.dtype,
+            ),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # The scheduler asks its model worker for things that only the target's worker knows.
+        if name == "_target_worker":
+            raise AttributeError(name)
+        return getattr(self._target_worker, name)
+
+    def alloc_memory_pool(self, **pools: Any) -> None:
+        """Drafters' KV beside the target's slots, rings and token table beside its request rows."""
+        super().alloc_memory_pool(**pools)
+        rows, context = self.target.slot_table.shape
+        device = self.target.device
+        for drafter in self.drafters.values():
+            drafter.allocate(self.target.kv_slots)
+        self.rings = FeatureRings(
+            rows, self.settings.backlog_tokens, self._feature_width, self.target.dtype, device
+        )
+        widest = max(d.max_drafts for d in self.drafters.values()) + 1
+        self.tokens = TokenTable(rows, context, widest, device)
+
+    def clear_cache_pool(self) -> None:
+        """`flush_cache`: every slot is free, so nothing that was parked has a home."""
+        for row in list(self.lanes):
+            self._forget(row)
+
+    # ---------------------------------------------------------------- the two entry points
+
+    def forward_batch_generation(
+        self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
+    ) -> Any:
+        """SGLang's spec-v2 contract: prefill an extend batch, or run one round of a decode batch."""
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return self._prefill(batch, on_publish)
+        if batch.forward_mode.is_idle() or not batch.reqs:
+            return idle_result(self.target.device)
+        return self._round(batch, on_publish, grammar_barrier)
+
+    def _round(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
+        requests = RoundBatch.of(batch, self.target.context_len)
+        routes = self._route(requests)
+        self._catch_up(requests, routes)
+        proposal = self._draft(requests, routes)
+        block = prepare_mixed_block(
+            requests.bonus,
+            proposal.tokens,
+            torch.tensor(proposal.widths, device=requests.rows.device),
+            requests.starts,
+            requests.rows,
+            self.target.slot_table,
+            rows=sum(proposal.widths),
+        )
+        verified, predictions = self._verify(batch, requests, block, proposal, grammar_barrier)
+        stride = max(proposal.widths)
+        committed = accept_and_commit(
+            predictions, block.input_ids, block.qo_indptr, requests.starts, stride=stride
+        )
+        if on_publish is not None:
+            on_publish(committed.seq_lens.to(torch.int64))
+        if batch.return_logprob:
+            sampling.attach_logprobs(batch, verified.output, predictions, block, proposal.widths)
+        self._park(requests, routes, block, verified, predictions, committed)
+        return round_result(verified.output, committed, stride, verified.can_run_cuda_graph)
+
+    # ---------------------------------------------------------------- prefill
+
+    def _prefill(self, batch: Any, on_publish: Any) -> Any:
+        """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
+        input_ids = batch.input_ids
+        result = self.target.prefill(batch)
+        result.new_seq_lens = batch.seq_lens
+        if on_publish is not None:
+            on_publish(batch.seq_lens)
+        if batch.forward_mode.is_idle():
+            result.next_draft_input = idle_result(self.target.device).next_draft_input
+            return result
+        features, result.logits_output.hidden_states = result.logits_output.hidden_states, None
+        rows = prefill_rows(batch, input_ids, result.next_token_ids)
+        feature_rows = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
+        for drafter in self.drafters.values():
+            drafter.catch_up(feature_rows)
+        ends = torch.tensor(rows.ends, device=features.device)
+        ones = torch.ones_like(ends)
+        self.rings.park(features, rows.next_tokens, rows.rows, ends - 1, ones, rows.last_rows)
+        for req, row, end in zip(batch.reqs, rows.row_ids, rows.ends, strict=True):
+            self.watermarks.reset(row, end)
+            lane = self.lanes.get(row)
+            if lane is None or lane.rid != req.rid:
+                self.lanes[row] = Lane(req.rid)
+            self.tokens.begin(row, len(req.origin_input_ids), req.output_ids)
+        self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
+        result.next_draft_input = DraftInput(
+            result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
+        )
+        return result
+
+    # ---------------------------------------------------------------- the stages of a round
+
+    def _route(self, requests: RoundBatch) -> list[str]:
+        allowed = frozenset(self.drafters)
+        lanes = [self.lanes[row] for row in requests.row_ids]
+        scores = [
+            self.policy.score(lane.signals(n, allowed))
+            for lane, n in zip(lanes, requests.lengths, strict=True)
+        ]
+        routes = assign(scores)
+        for lane, arm in zip(lanes, routes, strict=True):
+            lane.chose(arm)
+        return routes
+
+    def _catch_up(self, requests: RoundBatch, routes: Sequence[str]) -> None:
+        """One KV-only batch per drafter: whoever chose it, and whoever's ring would overflow."""
+        widths = [self.drafters[arm].max_drafts + 1 if arm in self.drafters else 1 for arm in routes]
+        for arm in self.watermarks.arms:
+            chosen = [arm == route for route in routes]
+            self._ingest(arm, self.watermarks.due(arm, requests.row_ids, requests.lengths, chosen, widths))
+
+    def _ingest(self, arm: str, spans: Sequence[Span]) -> None:
+        if not spans:
+            return
+        self.drafters[arm].catch_up(self.rings.unpark(spans, self.target.slot_table))
+        for span in spans:
+            self.watermarks.advance(span.row, arm, span.end)
+
+    def _draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:
+        """Each arm drafts for its own requests; the results are laid side by side."""
+        widest = max((self.drafters[a].max_drafts for a in routes if a in self.drafters), default=0)
+        tokens = torch.zeros((len(routes), widest), dtype=torch.int64, device=requests.bonus.device)
+        widths = [1] * len(routes)
+        for arm, drafter in self.drafters.items():
+            members = [i for i, route in enumerate(routes) if route == arm]
+            if not members:
+                continue
+            drafts = drafter.draft(self._draft_batch(requests, members, drafter))
+            index = torch.tensor(members, device=tokens.device)
+            tokens[index, : drafts.tokens.shape[1]] = drafts.tokens
+            for i, count in zip(members, drafts.counts, strict=True):
+                widths[i] = count + 1
+        return Proposal(tokens, widths)
+
+    def _draft_batch(self, requests: RoundBatch, members: list[int], drafter: Drafter) -> DraftBatch:
+        index = torch.tensor(members, device=requests.rows.device)
+        rows, starts = requests.rows[index], requests.starts[index]
+        return DraftBatch(
+            rows=rows,
+            row_ids=[requests.row_ids[i] for i in members],
+            lengths=[requests.lengths[i] for i in members],
+            starts=starts,
+            bonus=requests.bonus[index],
+            tail=self.rings.tail(rows, starts),
+            slot_table=self.target.slot_table,
+            # The last token a request may commit needs no draft: it is the bonus token.
+            limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
+            history=lambda i: requests.history(members[i]),
+        )
+
+    def _verify(
+        self, batch: Any, requests: RoundBatch, block: MixedBlock, proposal: Proposal, barrier: Any
+    ) -> tuple[Verified, torch.Tensor]:
+        """One target forward for the mixed batch, and the target's own token at every row."""
+        tree = sampling.grammar_tree(block, proposal.widths) if batch.has_grammar else None
+        verified = self.target.verify(batch, block, proposal.widths)
+        if sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
+            return verified, verified.logits.argmax(-1)
+        # Sampling works in place; the controller reads the raw distribution.
+        verified.output.next_token_logits = verified.logits.clone()
+        self.tokens.put_block(requests.rows, requests.starts + 1, proposal.tokens)
+        predictions = sampling.sample_rows(
+            self.target.runner,
+            batch,
+            verified.output,
+            block,
+            proposal.widths,
+            tree,
+            self.tokens.data,
+            barrier,
+        )
+        return verified, predictions
+
+    def _park(
+        self,
+        requests: RoundBatch,
+        routes: Sequence[str],
+        block: MixedBlock,
+        verified: Verified,
+        predictions: torch.Tensor,
+        committed: Committed,
+    ) -> None:
+        """Features of committed tokens go to the rings; signals of the last verified row go to the controller."""
+        starts = block.qo_indptr[:-1]
+        self.rings.park(
+            verified.features, predictions, requests.rows, requests.starts, committed.accept_lens, starts
+        )
+        self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
+        accepted = committed.accept_lens.tolist()
+        for row, arm, count in zip(requests.row_ids, routes, accepted, strict=True):
+            self.lanes[row].committed(arm, count, self.policy.name)
+        if "entropy" in self.policy.needs:
+            stats = routing_stats(verified.logits, starts + committed.accept_lens - 1)
+            for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
+                self.lanes[row].entropy = entropy
+
+    # ---------------------------------------------------------------- the end of a request
+
+    def prepare_for_kv_cache_release(self, req: Any) -> None:
+        """Called just before the request's slots may enter the tree: flush its backlog into both drafters' KV."""
+        row = req.kv.req_pool_idx
+        if row is None or not self.watermarks.known(row) or self.lanes[row].rid != req.rid:
+            return
+        end = req.owned_kv_len()
+        for arm in self.watermarks.arms:
+            begin = self.watermarks.synced(row, arm)
+            if begin < end:
+                self._ingest(arm, [Span(row, begin, end)])
+        self._forget(row)
+
+    def _forget(self, row: int) -> None:
+        self.watermarks.forget(row)
+        self.lanes.pop(row, None)
+        for drafter in self.drafters.values():
+            drafter.release(row)
