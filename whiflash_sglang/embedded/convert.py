@@ -1,0 +1,122 @@
+"""The GGUF of the embedded target, written as a Hugging Face directory.
+
+llama.cpp stores the query and key projections with the two halves of every rotary pair interleaved; Hugging
+Face's Llama keeps them apart, so both are permuted back. Every tensor is dequantised exactly as `gguf` defines
+the block formats and rounded once, to bfloat16.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from whiflash_sglang.embedded.tokenizer import write_tokenizer
+
+_LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP_TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+
+
+class ConversionProgress(NamedTuple):
+    """How far the conversion is: `done` tensors of `total`."""
+
+    done: int
+    total: int
+
+
+def convert_gguf(gguf_path: Path, out: Path, on_progress: Callable[[ConversionProgress], None]) -> None:
+    """Write `config.json`, `generation_config.json`, the tokenizer and `model.safetensors` (bf16) into `out`.
+
+    Raises `ValueError` where the file holds another architecture or a tensor that Llama does not have.
+    """
+    reader = gguf.GGUFReader(gguf_path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    if fields["general.architecture"] != "llama":
+        raise ValueError(f"{gguf_path} holds a {fields['general.architecture']!r} model; expected 'llama'")
+    config = _llama_config(fields)
+    weights: dict[str, torch.Tensor] = {}
+    for done, (name, tensor) in enumerate(_tensors(reader, config), start=1):
+        weights[name] = tensor
+        on_progress(ConversionProgress(done, len(reader.tensors)))
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    _write_json(out / "config.json", config)
+    _write_json(
+        out / "generation_config.json",
+        {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    write_tokenizer(fields, out)
+
+
+def _tensors(reader: gguf.GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if tensor.name in _TOP_TENSORS:
+            name = _TOP_TENSORS[tensor.name]
+        else:
+            try:
+                block, layer, part, suffix = tensor.name.split(".")
+                name = f"model.layers.{int(layer)}.{_LAYER_TENSORS[part]}.{suffix}"
+            except (ValueError, KeyError):
+                raise ValueError(f"tensor {tensor.name!r} has no place in a Llama checkpoint") from None
+            if block != "blk":
+                raise ValueError(f"tensor {tensor.name!r} has no place in a Llama checkpoint")
+            if part in heads:
+                values = _separate_rotary_halves(values, heads[part])
+        yield name, torch.from_numpy(np.array(values)).to(torch.bfloat16).contiguous()
+
+
+def _separate_rotary_halves(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _llama_config(fields: dict[str, Any]) -> dict[str, Any]:
+    heads = int(fields["llama.attention.head_count"])
+    hidden = int(fields["llama.embedding_length"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": int(fields["tokenizer.ggml.bos_token_id"]),
+        "eos_token_id": int(fields["tokenizer.ggml.eos_token_id"]),
+        "pad_token_id": int(fields["tokenizer.ggml.padding_token_id"]),
+        "head_dim": hidden // heads,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": int(fields["llama.feed_forward_length"]),
+        "max_position_embeddings": int(fields["llama.context_length"]),
+        "mlp_bias": False,
+        "num_attention_heads": heads,
+        "num_hidden_layers": int(fields["llama.block_count"]),
+        "num_key_value_heads": int(fields["llama.attention.head_count_kv"]),
+        # The GGUF holds the single-precision neighbour of 1e-5.
+        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "rope_scaling": None,
+        "rope_theta": float(fields["llama.rope.freq_base"]),
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": int(fields["llama.vocab_size"]),
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

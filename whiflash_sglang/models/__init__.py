@@ -1,0 +1,1 @@
+"""Torch-only draft and target models: no SGLang, no CUDA; training and the server share them."""
