@@ -18,7 +18,7 @@ HEAD_DIM = 16
 INTERMEDIATE = 128
 MAX_POSITIONS = 2048
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")
-FAVOURED_TOKENS = tuple(range(68, 74))
+FAVOURED_TOKENS = tuple(range(68, 84))
 """Printable byte tokens whose head rows are scaled up; greedy output is made of them."""
 
 CHAT_TEMPLATE = (
@@ -57,7 +57,7 @@ def tiny_target(
         "model.norm.weight": torch.ones(HIDDEN),
         "lm_head.weight": make(vocab_size, HIDDEN),
     }
-    tensors["lm_head.weight"][list(FAVOURED_TOKENS)] *= 6
+    tensors["lm_head.weight"][list(FAVOURED_TOKENS)] *= 2
     for layer in range(num_layers):
         tensors |= make.decoder_layer(f"model.layers.{layer}.")
     config = _llama_config(vocab_size, num_layers, dtype) | {
@@ -110,7 +110,8 @@ def tiny_eagle3(
     config = _llama_config(vocab_size, 1, dtype) | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": draft_vocab,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, layers // 2, layers - 1]},
+        # Names layer outputs; Llama cannot give its last one.
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, layers // 2 - 1, layers - 2]},
     }
     _save(path, config, tensors, dtype)
     return path
