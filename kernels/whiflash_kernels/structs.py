@@ -110,6 +110,11 @@ class KVPools:
         pointers = [[pool.data_ptr() for pool in self.k], [pool.data_ptr() for pool in self.v]]
         return torch.tensor(pointers, dtype=torch.int64, device=self.k[0].device)
 
+    @cached_property
+    def aligned(self) -> bool:
+        """Whether every pool starts on 16 bytes, so that a kernel may store 16 bytes at a time."""
+        return all(pool.data_ptr() % 16 == 0 for pool in (*self.k, *self.v))
+
 
 @dataclass(frozen=True)
 class DFlashWeights:

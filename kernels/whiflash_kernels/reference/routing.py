@@ -12,8 +12,8 @@ _FAR = -1e4
 """Stands for -inf relative to the maximum: exp(-1e4) is 0 in float32, and 0 * -1e4 is 0, not NaN."""
 
 _CHUNK_ELEMENTS = 1 << 18
-"""Rows are taken so many logits at a time: the float32 copies stay in cache and out of fresh pages, which made
-8 rows of a 49,152-token vocabulary four times faster than one pass over all of them."""
+"""Logits taken at a time: the float32 copies then stay in cache and out of fresh pages, which made 8 rows of a
+vocabulary of 49,152 four times faster than one pass over all of them."""
 
 
 def routing_stats(logits: Tensor, rows: Tensor | None) -> RoutingStats:
@@ -23,7 +23,7 @@ def routing_stats(logits: Tensor, rows: Tensor | None) -> RoutingStats:
     step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     if logits.shape[0] <= step:
         return _stats(logits)
-    parts = [_stats(chunk) for chunk in logits.split(step)]
+    parts = [_stats(chunk) for chunk in torch.split(logits, step)]
     return RoutingStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 

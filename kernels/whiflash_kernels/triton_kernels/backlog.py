@@ -1,0 +1,205 @@
+# ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Parking and unparking: ragged row copies whose indices never leave the registers."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from whiflash_kernels.structs import BacklogRings, Unparked
+from whiflash_kernels.triton_kernels.launch import power_of_two
+
+COLUMNS = 2048
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=["max_length"])
+def _park_kernel(
+    ring,
+    ring_tokens,
+    features,
+    next_tokens,
+    request_slots,
+    begins,
+    lengths,
+    row_starts,
+    capacity,
+    width,
+    slot_stride,
+    position_stride,
+    feature_stride,
+    max_length,
+    COLUMNS: tl.constexpr,
+):
+    request = tl.program_id(0) // max_length
+    inside = tl.program_id(0) % max_length
+    length = tl.load(lengths + request)
+    # A run longer than the ring would write a place twice, in no order; its head is left out instead.
+    if (inside >= length) | (inside < length - capacity):
+        return
+    slot = tl.load(request_slots + request).to(tl.int64)
+    place = (tl.load(begins + request) + inside) % capacity
+    source = tl.load(row_starts + request).to(tl.int64) + inside
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    values = tl.load(features + source * feature_stride + column, mask=column < width)
+    tl.store(ring + slot * slot_stride + place * position_stride + column, values, mask=column < width)
+    if tl.program_id(1) == 0:
+        tl.store(ring_tokens + slot * capacity + place, tl.load(next_tokens + source))
+
+
+def park(
+    rings: BacklogRings,
+    features: Tensor,
+    next_tokens: Tensor,
+    request_slots: Tensor,
+    begins: Tensor,
+    lengths: Tensor,
+    row_starts: Tensor,
+    max_length: int,
+    *,
+    columns: int = COLUMNS,
+    warps: int = WARPS,
+) -> None:
+    """See `whiflash_kernels.backlog.park`."""
+    requests, width = request_slots.shape[0], features.shape[1]
+    if requests == 0 or max_length == 0:
+        return
+    features = features if features.stride(1) == 1 else features.contiguous()
+    columns = min(columns, power_of_two(width))
+    _park_kernel[(requests * max_length, triton.cdiv(width, columns))](
+        rings.features,
+        rings.next_tokens,
+        features,
+        next_tokens.contiguous(),
+        request_slots.contiguous(),
+        begins.contiguous(),
+        lengths.contiguous(),
+        row_starts.contiguous(),
+        rings.capacity,
+        width,
+        rings.features.stride(0),
+        rings.features.stride(1),
+        features.stride(0),
+        max_length,
+        COLUMNS=columns,
+        num_warps=warps,
+    )
+
+
+@triton.jit(do_not_specialize=["requests", "rows"])
+def _unpark_kernel(
+    ring,
+    ring_tokens,
+    request_slots,
+    begins,
+    ends,
+    req_to_token,
+    features,
+    next_tokens,
+    positions,
+    cache_slots,
+    request_of_row,
+    total_rows,
+    requests,
+    rows,
+    capacity,
+    chunk_width,
+    blocks_per_chunk,
+    slot_stride,
+    position_stride,
+    table_stride,
+    CHUNKS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    request = tl.arange(0, REQUESTS)
+    known = request < requests
+    lengths = tl.load(ends + request, mask=known, other=0) - tl.load(begins + request, mask=known, other=0)
+    lengths = tl.maximum(lengths, 0).to(tl.int32)
+    total = tl.sum(lengths, axis=0)
+    owner = tl.sum((tl.cumsum(lengths, axis=0) <= row).to(tl.int32), axis=0)
+    used = row < total
+    inside = row - tl.sum(tl.where(request < owner, lengths, 0), axis=0)
+    position = tl.load(begins + owner, mask=used, other=0).to(tl.int64) + tl.where(used, inside, 0)
+    slot = tl.load(request_slots + owner, mask=used, other=0).to(tl.int64)
+    place = position % capacity
+
+    chunk = tl.program_id(1) // blocks_per_chunk
+    column = tl.program_id(1) % blocks_per_chunk * COLUMNS + tl.arange(0, COLUMNS)
+    source_chunk = chunk
+    for i in tl.static_range(len(CHUNKS)):
+        source_chunk = tl.where(chunk == i, CHUNKS[i], source_chunk)
+    inside_chunk = (column < chunk_width) & (row < rows)
+    source = ring + slot * slot_stride + place * position_stride + source_chunk * chunk_width + column
+    values = tl.load(source, mask=inside_chunk & used, other=0.0)
+    out_width = tl.num_programs(1) // blocks_per_chunk * chunk_width
+    target = features + row.to(tl.int64) * out_width + chunk * chunk_width + column
+    tl.store(target, values, mask=inside_chunk)
+    if tl.program_id(1) == 0:
+        if row == 0:
+            tl.store(total_rows, total.to(tl.int64))
+        if row < rows:
+            token = tl.load(ring_tokens + slot * capacity + place, mask=used, other=0)
+            cache_slot = tl.load(req_to_token + slot * table_stride + position, mask=used, other=-1)
+            tl.store(next_tokens + row, token)
+            tl.store(positions + row, position)
+            tl.store(cache_slots + row, cache_slot.to(tl.int64))
+            tl.store(request_of_row + row, tl.where(used, owner, -1).to(tl.int64))
+
+
+def unpark(
+    rings: BacklogRings,
+    request_slots: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    req_to_token: Tensor,
+    rows: int | None,
+    chunks: Sequence[int] | None,
+    chunk_width: int,
+    *,
+    columns: int = COLUMNS,
+    warps: int = WARPS,
+) -> Unparked:
+    """See `whiflash_kernels.backlog.unpark`."""
+    if rows is None:
+        rows = int((ends - begins).clamp_min(0).sum())
+    if chunks is None:
+        chunks, chunk_width = (0,), rings.features.shape[2]
+    device, requests = rings.features.device, request_slots.shape[0]
+    packed = Unparked(
+        features=torch.empty(rows, len(chunks) * chunk_width, dtype=rings.features.dtype, device=device),
+        next_tokens=torch.empty(rows, dtype=torch.int64, device=device),
+        positions=torch.empty(rows, dtype=torch.int64, device=device),
+        cache_slots=torch.empty(rows, dtype=torch.int64, device=device),
+        request_of_row=torch.empty(rows, dtype=torch.int64, device=device),
+        total=torch.empty((), dtype=torch.int64, device=device),
+    )
+    columns = min(columns, power_of_two(chunk_width))
+    blocks_per_chunk = triton.cdiv(chunk_width, columns)
+    # One row at least, so that the total is written even when no row is.
+    _unpark_kernel[(max(rows, 1), len(chunks) * blocks_per_chunk)](
+        rings.features,
+        rings.next_tokens,
+        request_slots.contiguous(),
+        begins.contiguous(),
+        ends.contiguous(),
+        req_to_token,
+        *packed,
+        requests,
+        rows,
+        rings.capacity,
+        chunk_width,
+        blocks_per_chunk,
+        rings.features.stride(0),
+        rings.features.stride(1),
+        req_to_token.stride(0),
+        CHUNKS=tuple(chunks),
+        REQUESTS=power_of_two(requests),
+        COLUMNS=columns,
+        num_warps=warps,
+    )
+    return packed

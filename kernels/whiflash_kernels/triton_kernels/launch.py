@@ -1,0 +1,21 @@
+"""Sizes that launches share."""
+
+from functools import lru_cache
+
+import torch
+
+MODELLED_MULTIPROCESSORS = 132
+"""Where there is no device to ask (ahead-of-time compilation, the interpreter); an H100 or H200 has 132."""
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``, or the modelled number where it is not a CUDA device."""
+    if device.type != "cuda":
+        return MODELLED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count`` and 1: Triton's block shapes must be such."""
+    return 1 << max(count - 1, 0).bit_length()
