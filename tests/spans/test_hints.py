@@ -263,6 +263,6 @@ def test_fuzzed_payloads_never_escape() -> None:
     _fuzz(5_000)
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 def test_fuzzed_payloads_never_escape_at_length() -> None:
     _fuzz(100_000)

@@ -108,7 +108,7 @@ def test_spans_equal_those_of_the_whole_text(case: tuple[list[SpanHint], list[by
     check_case(case)
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @given(cases())
 @settings(max_examples=10_000, deadline=None, derandomize=True)
 def test_spans_equal_those_of_the_whole_text_at_length(

@@ -1,0 +1,25 @@
+"""Fixtures: a fake server of each test's own, so that its capabilities are asked anew."""
+
+from collections.abc import Iterator
+
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from .fake_server import FakeServer, serving
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: FakeServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=server.base_url, api_key="key", max_retries=2) as made:
+        yield made
+
+
+@pytest.fixture
+def async_client(server: FakeServer) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=server.base_url, api_key="key")

@@ -1,0 +1,177 @@
+"""A small HTTP server that answers as OpenAI's and SGLang's routes do, and keeps what it was asked."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from whiflash_sdk.hints import decode
+
+TRACE: dict[str, Any] = {
+    "version": 1,
+    "policy": "auto",
+    "stretches": [
+        {"start": 1, "end": 7, "arm": "ar", "rounds": 2, "accepted": 4, "reason": "score", "span": None},
+        {
+            "start": 7,
+            "end": 15,
+            "arm": "lookup",
+            "rounds": 1,
+            "accepted": 7,
+            "reason": "span",
+            "span": "json",
+        },
+    ],
+    "rounds": 3,
+    "tokens": 14,
+    "switches": 1,
+    "arms": {"ar": {"rounds": 2, "tokens": 6}, "lookup": {"rounds": 1, "tokens": 8}},
+}
+
+CAPABILITIES: dict[str, Any] = {
+    "version": 1,
+    "server_version": "0.1.0",
+    "model": "tiny",
+    "policy": "auto",
+    "arms": ["ar", "diffusion", "lookup", "none"],
+    "tool_call_parser": "hermes",
+    "reasoning_parser": None,
+    "a_later_field": {"is": "ignored"},
+}
+
+
+@dataclass
+class FakeServer:
+    """What the server answers with, and the requests it saw, in order."""
+
+    url: str = ""
+    capabilities: Any = field(default_factory=lambda: dict(CAPABILITIES))
+    capabilities_status: int = 200
+    trace: Any = field(default_factory=lambda: dict(TRACE))
+    failures: int = 0
+    content: str = '{"city": "Zürich"}'
+    paths: list[str] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def base_url(self) -> str:
+        """What an OpenAI client is given."""
+        return f"{self.url}/v1"
+
+    def hints(self, index: int = -1) -> dict[str, Any]:
+        """The hints of one completion request, fields at their defaults left out."""
+        return decode(self.bodies[index]["custom_params"]["whiflash"]).model_dump(
+            mode="json", exclude_defaults=True
+        )
+
+
+def _message(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
+    tools = body.get("tools")
+    answered = body["messages"][-1]["role"] == "tool"
+    if tools and not answered and body.get("tool_choice") != "none":
+        named = body.get("tool_choice")
+        function = named["function"]["name"] if isinstance(named, dict) else tools[0]["function"]["name"]
+        properties = tools[0]["function"]["parameters"]["properties"]
+        arguments = {
+            name: 2 if spec.get("type") in ("integer", "number") else "2+2"
+            for name, spec in properties.items()
+        }
+        call = {"name": function, "arguments": json.dumps(arguments)}
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c0", "type": "function", "function": call}],
+        }
+    return {"role": "assistant", "content": server.content}
+
+
+def _completion(server: FakeServer, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny")}
+    usage = {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
+    if chat:
+        message = _message(server, body)
+        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+        answer = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+    else:
+        choice = {"index": 0, "text": server.content, "finish_reason": "stop", "logprobs": None}
+        answer = {**head, "object": "text_completion", "choices": [choice], "usage": usage}
+    if server.trace is not None:
+        answer["sglext"] = {"whiflash": server.trace}
+    return answer
+
+
+def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "chat.completion.chunk"}
+    message = _message(server, body)
+    for call in message.get("tool_calls", []):
+        delta = {"role": "assistant", "tool_calls": [{"index": 0, **call}]}
+        yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    for piece in (message["content"] or "").split(" "):
+        delta = {"role": "assistant", "content": piece + " "}
+        yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    reason = "tool_calls" if message.get("tool_calls") else "stop"
+    yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+    if server.trace is not None:
+        yield {**head, "choices": [], "sglext": {"whiflash": server.trace}}
+
+
+def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Quiet."""
+
+        def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            server.paths.append(self.path)
+            if self.path == "/whiflash/capabilities" and server.capabilities_status == 200:
+                self._send(200, json.dumps(server.capabilities).encode())
+            elif self.path == "/v1/models":
+                self._send(200, b'{"object": "list", "data": []}')
+            else:
+                self._send(server.capabilities_status if server.capabilities_status != 200 else 404, b"{}")
+
+        def do_POST(self) -> None:
+            server.paths.append(self.path)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.bodies.append(body)
+            server.headers.append(dict(self.headers))
+            if server.failures:
+                server.failures -= 1
+                self._send(503, b'{"error": {"message": "busy"}}')
+            elif body.get("stream"):
+                lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in _chunks(server, body)]
+                self._send(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
+            else:
+                answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))
+                self._send(200, json.dumps(answer).encode())
+
+    return Handler
+
+
+@contextmanager
+def serving() -> Iterator[FakeServer]:
+    """A server on a free loopback port for the length of the block."""
+    state = FakeServer()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(state))
+    state.url = f"http://127.0.0.1:{http.server_port}"
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()

@@ -1,0 +1,127 @@
+"""The models: bounds, encoding, levels; and the presets that say what formats look like."""
+
+from typing import Any
+
+import pytest
+import whiflash_sdk
+from pydantic import ValidationError
+from whiflash_sdk import HintError, Hints, Span, presets
+from whiflash_sdk.hints import decode
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "poem", "begin": "x"},
+        {"kind": "json"},
+        {"kind": "json", "begin": ""},
+        {"kind": "json", "begin": "x" * 65},
+        {"kind": "json", "begin": "\ud800"},
+        {"kind": "json", "begin": "x", "prefer": "eagle"},
+        {"kind": "json", "begin": "x", "pin": True},
+        {"kind": "json", "begin": "x", "bias": {"ar": float("nan")}},
+        {"kind": "json", "begin": "x", "bias": {"ar": 17}},
+        {"kind": "json", "begin": "x", "open": "yes"},
+        {"kind": "json", "begin": "x", "colour": "red"},
+    ],
+)
+def test_spans_refuse_what_the_server_would(fields: Any) -> None:
+    with pytest.raises(ValidationError):
+        Span(**fields)
+
+
+def test_encoding_is_short_and_comes_back() -> None:
+    hints = Hints(
+        spans=[Span(kind="json", open=True, prefer="lookup", pin=True, bias={"ar": -2})], trace=True
+    )  # type: ignore[arg-type]
+    text = hints.encode()
+    assert (
+        text
+        == '{"spans":[{"kind":"json","open":true,"prefer":"lookup","pin":true,"bias":{"ar":-2.0}}],"trace":true}'
+    )
+    assert decode(text) == hints
+    assert hints.extra_body() == {"custom_params": {"whiflash": text}}
+
+
+def test_hints_too_long_for_a_request_are_refused() -> None:
+    spans = tuple(Span(kind="code", begin="é" * 64, end="\x01" * 64) for _ in range(16))
+    with pytest.raises(HintError, match="8192"):
+        Hints(spans=spans).encode()
+    with pytest.raises(ValidationError):
+        Hints(spans=spans * 2)
+
+
+def test_over_takes_only_what_was_set() -> None:
+    outer = Hints(off=True, trace=True)
+    assert Hints(off=False).over(outer) == Hints(off=False, trace=True)
+    assert Hints().over(outer) == outer
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"off": 1}', '{"spans": [{"kind": 3}]}', 7, None])
+def test_decode_raises_its_own_error(text: object) -> None:
+    with pytest.raises(HintError, match="whiflash"):
+        decode(text)
+
+
+def likely(**asked: Any) -> list[tuple[str, str | None, bool]]:
+    defaults: dict[str, Any] = {
+        "tool_parser": None,
+        "reasoning_parser": None,
+        "has_tools": False,
+        "response_format": None,
+        "forced": False,
+    }
+    return [(s.kind, s.begin, s.open) for s in presets.likely_spans(**{**defaults, **asked})]
+
+
+FENCES = [("json", "```json", False), ("code", "```", False)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, FENCES),
+        ({"tool_parser": "hermes"}, FENCES),
+        ({"tool_parser": "hermes", "has_tools": True}, [("tool_call", "<tool_call>", False), *FENCES]),
+        ({"tool_parser": "qwen25", "has_tools": True, "forced": True}, [("tool_call", "<tool_call>", True)]),
+        ({"tool_parser": "unheard-of", "has_tools": True, "forced": True}, [("tool_call", None, True)]),
+        ({"tool_parser": "unheard-of", "has_tools": True}, FENCES),
+        ({"response_format": "json_schema"}, [("json", None, True)]),
+        ({"response_format": "text"}, FENCES),
+        ({"reasoning_parser": "qwen3"}, [("reasoning", "<think>", False), *FENCES]),
+        ({"reasoning_parser": "deepseek-r1"}, [("reasoning", "<think>", True), *FENCES]),
+        (
+            {"reasoning_parser": "qwen3", "reasoning_open": True, "response_format": "json_object"},
+            [("reasoning", "<think>", True), ("json", None, True)],
+        ),
+        (
+            {"tool_parser": "gpt-oss", "reasoning_parser": "gpt-oss", "has_tools": True},
+            [
+                ("reasoning", "<|channel|>analysis<|message|>", False),
+                ("tool_call", "to=functions.", False),
+                *FENCES,
+            ],
+        ),
+    ],
+)
+def test_likely_spans(asked: dict[str, Any], expected: list[tuple[str, str | None, bool]]) -> None:
+    assert likely(**asked) == expected
+
+
+def test_every_preset_fits_the_bounds() -> None:
+    for table in (presets.TOOL_CALL_PARSERS, presets.REASONING_PARSERS):
+        for name, found in table.items():
+            assert found, name
+            Hints(spans=found).encode()
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(whiflash_sdk.__all__) == whiflash_sdk.__all__
+    assert set(whiflash_sdk.__all__) == {
+        "Arm", "ArmTotals", "AsyncTracedStream", "Capabilities", "HintError", "Hints", "Kind", "Span", "Stretch",
+        "Trace", "TraceError", "TracedStream", "UnsupportedServerError", "UnsupportedServerWarning",
+        "WhiFlashError", "async_capabilities", "capabilities", "hinted", "presets", "routing", "spans", "traced",
+        "wrap",
+    }  # fmt: skip
+    for name in whiflash_sdk.__all__:
+        assert hasattr(whiflash_sdk, name)

@@ -1,0 +1,284 @@
+"""`wrap`: what goes out, from every way a completion can be asked for, and what is left alone."""
+
+import asyncio
+import warnings
+from typing import Any
+
+import openai
+import pytest
+import whiflash_sdk
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+from whiflash_sdk import Hints, Span, UnsupportedServerError, UnsupportedServerWarning, hinted, spans, wrap
+
+from .fake_server import FakeServer
+
+MESSAGES: Any = [{"role": "user", "content": "What is 2+2?"}]
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "calculate",
+        "description": "Work out an expression.",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string"}},
+            "required": ["expression"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+HERMES = {"kind": "tool_call", "begin": "<tool_call>", "end": "</tool_call>"}
+OWN = Hints(spans=(Span(kind="code", begin="<code>"),))
+
+
+class City(BaseModel):
+    city: str
+
+
+def test_wrap_returns_the_same_object(client: OpenAI) -> None:
+    assert wrap(client) is client
+    assert type(client) is OpenAI
+
+
+def test_tools_become_hints_unasked(client: OpenAI, server: FakeServer) -> None:
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
+    assert server.hints()["spans"][0] == HERMES
+    assert server.hints()["trace"] is True
+    assert {k: v for k, v in server.bodies[0].items() if k != "custom_params"} == {
+        "model": "m",
+        "messages": MESSAGES,
+        "tools": [TOOL],
+    }
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "calculate"}}])
+def test_a_forced_tool_opens_the_span(client: OpenAI, server: FakeServer, choice: Any) -> None:
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL], tool_choice=choice)
+    assert server.hints()["spans"] == [{**HERMES, "open": True}]
+
+
+def test_forbidden_tools_leave_no_tool_span(client: OpenAI, server: FakeServer) -> None:
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL], tool_choice="none")
+    assert [span["kind"] for span in server.hints()["spans"]] == ["json", "code"]
+
+
+def test_response_format_starts_inside_json(client: OpenAI, server: FakeServer) -> None:
+    wrap(client)
+    client.chat.completions.create(model="m", messages=MESSAGES, response_format={"type": "json_object"})
+    parsed = client.chat.completions.parse(model="m", messages=MESSAGES, response_format=City)
+    assert parsed.choices[0].message.parsed == City(city="Zürich")
+    assert server.hints(0)["spans"] == server.hints(1)["spans"] == [{"kind": "json", "open": True}]
+    assert whiflash_sdk.routing(parsed) is not None
+
+
+def test_a_prefilled_answer_is_followed(client: OpenAI, server: FakeServer) -> None:
+    prefill: Any = [*MESSAGES, {"role": "assistant", "content": "```python\nprint("}]
+    wrap(client).chat.completions.create(model="m", messages=prefill)
+    opened = [span["kind"] for span in server.hints()["spans"] if span.get("open")]
+    assert opened == ["code"]
+
+
+def test_every_way_of_asking_carries_hints(client: OpenAI, server: FakeServer) -> None:
+    wrap(client)
+    asked: dict[str, Any] = {"model": "m", "messages": MESSAGES, "hints": OWN}
+    client.chat.completions.create(**asked)
+    client.chat.completions.with_raw_response.create(**asked)
+    with client.chat.completions.with_streaming_response.create(**asked) as streamed:
+        streamed.read()
+    list(client.chat.completions.create(**asked, stream=True))
+    with client.chat.completions.stream(**asked) as events:
+        events.get_final_completion()
+    client.chat.completions.parse(**asked)
+    client.beta.chat.completions.parse(model="m", messages=MESSAGES, extra_body=OWN.extra_body())
+    client.completions.create(model="m", prompt="x", hints=OWN)  # type: ignore[call-overload]
+    client.with_options(timeout=9).chat.completions.create(**asked)
+    client.copy().completions.create(model="m", prompt="x", extra_body=OWN.extra_body())
+    assert len(server.bodies) == 10
+    for index in range(10):
+        assert server.hints(index) == {"spans": [{"kind": "code", "begin": "<code>"}], "trace": True}
+    assert server.paths.count("/whiflash/capabilities") == 1
+
+
+def test_views_cached_before_wrapping_take_hints_too(client: OpenAI, server: FakeServer) -> None:
+    before = client.chat.completions.with_raw_response
+    asked: dict[str, Any] = {"model": "m", "messages": MESSAGES}
+    wrap(client)
+    before.create(**asked)
+    client.chat.completions.with_raw_response.create(**asked, hints=OWN)
+    assert server.hints(1)["spans"] == [{"kind": "code", "begin": "<code>"}]
+
+
+def test_another_wrapper_around_create_stays(client: OpenAI, server: FakeServer) -> None:
+    seen: list[str] = []
+    inner = client.chat.completions.create
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        seen.append("called")
+        return inner(*args, **kwargs)
+
+    client.chat.completions.create = recording  # type: ignore[method-assign]
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES)
+    assert seen == ["called"]
+    assert server.hints()["trace"]
+
+
+def test_the_innermost_level_wins(client: OpenAI, server: FakeServer) -> None:
+    wrap(client, hints=Hints(off=True, spans=(Span(kind="prose", begin="client"),)), trace=False)
+    asked: dict[str, Any] = {"model": "m", "messages": MESSAGES}
+    client.chat.completions.create(**asked)
+    with hinted(Hints(spans=(Span(kind="prose", begin="block"),))):
+        client.chat.completions.create(**asked)
+        with hinted(Hints(trace=True)):
+            client.chat.completions.create(**asked, hints=Hints(off=False))
+    assert server.hints(0) == {"spans": [{"kind": "prose", "begin": "client"}], "off": True}
+    assert server.hints(1) == {"spans": [{"kind": "prose", "begin": "block"}], "off": True}
+    assert server.hints(2) == {"spans": [{"kind": "prose", "begin": "block"}], "trace": True}
+
+
+def test_wrapping_again_changes_the_settings_only(client: OpenAI, server: FakeServer) -> None:
+    wrap(wrap(client, hints=Hints(off=True)), trace=False)
+    client.chat.completions.create(model="m", messages=MESSAGES)
+    assert "off" not in server.hints()
+    assert "trace" not in server.hints()
+
+
+def test_a_block_opens_its_kind(client: OpenAI, server: FakeServer) -> None:
+    wrap(client)
+    with spans.tool_call(prefer="lookup", bias={"ar": -1}):
+        client.chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
+        client.chat.completions.create(model="m", messages=MESSAGES)
+    client.chat.completions.create(model="m", messages=MESSAGES)
+    wishes = {"open": True, "prefer": "lookup", "bias": {"ar": -1.0}}
+    assert server.hints(0)["spans"][0] == {**HERMES, **wishes}
+    assert server.hints(1)["spans"][0] == {"kind": "tool_call", **wishes}
+    assert all(not span.get("open") for span in server.hints(2)["spans"])
+
+
+def test_infer_false_derives_nothing(client: OpenAI, server: FakeServer) -> None:
+    wrap(client, hints=Hints(infer=False), trace=False)
+    client.chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
+    assert server.hints() == {"infer": False}
+
+
+def test_other_custom_params_and_extra_body_stay(client: OpenAI, server: FakeServer) -> None:
+    extra = {"custom_params": {"thinking_budget": 5}, "top_k": 3}
+    asked: dict[str, Any] = {"model": "m", "messages": MESSAGES, "hints": OWN, "extra_body": extra}
+    wrap(client).chat.completions.create(**asked)
+    assert server.bodies[0]["custom_params"]["thinking_budget"] == 5
+    assert server.bodies[0]["top_k"] == 3
+    assert extra == {"custom_params": {"thinking_budget": 5}, "top_k": 3}
+
+
+def test_other_routes_are_left_alone(client: OpenAI, server: FakeServer) -> None:
+    wrap(client).models.list()
+    assert server.paths == ["/v1/models"]
+
+
+def test_retries_carry_the_hints_again(client: OpenAI, server: FakeServer) -> None:
+    server.failures = 1
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
+    assert server.hints(0) == server.hints(1)
+
+
+def test_the_key_goes_to_the_capabilities_route(client: OpenAI, server: FakeServer) -> None:
+    assert whiflash_sdk.capabilities(client) == whiflash_sdk.Capabilities(
+        version=1,
+        server_version="0.1.0",
+        model="tiny",
+        policy="auto",
+        arms=("ar", "diffusion", "lookup", "none"),
+        tool_call_parser="hermes",
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "document"), [(404, None), (401, None), (200, []), (200, {"version": 2}), (200, "x")]
+)
+def test_a_server_that_does_not_route_gets_no_hints(
+    client: OpenAI, server: FakeServer, status: int, document: Any
+) -> None:
+    server.capabilities_status, server.capabilities, server.trace = status, document, None
+    wrap(client)
+    asked: dict[str, Any] = {"model": "m", "messages": MESSAGES, "tools": [TOOL], "hints": OWN}
+    with pytest.warns(UnsupportedServerWarning, match="whiflash/capabilities"):
+        response = client.chat.completions.create(**asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        client.chat.completions.create(**asked, extra_body={"custom_params": {"a": 1}})
+    assert server.bodies[0] == {"model": "m", "messages": MESSAGES, "tools": [TOOL]}
+    assert server.bodies[1]["custom_params"] == {"a": 1}
+    assert server.paths.count("/whiflash/capabilities") == 1
+    assert whiflash_sdk.routing(response) is None
+
+
+def test_strict_says_so_instead(client: OpenAI, server: FakeServer) -> None:
+    server.capabilities_status = 404
+    wrap(client, strict=True)
+    for _ in range(2):
+        with pytest.raises(UnsupportedServerError, match="whiflash serve"):
+            client.chat.completions.create(model="m", messages=MESSAGES)
+    assert server.bodies == []
+
+
+def test_a_server_that_is_down_is_asked_again() -> None:
+    client = wrap(OpenAI(base_url="http://127.0.0.1:9/v1", api_key="key", max_retries=0))
+    for _ in range(2):
+        with pytest.raises(openai.APIConnectionError):
+            client.chat.completions.create(model="m", messages=MESSAGES)
+    strict = wrap(client, strict=True)
+    with pytest.raises(UnsupportedServerError):
+        strict.chat.completions.create(model="m", messages=MESSAGES)
+
+
+def test_async_clients_are_the_same(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    assert wrap(async_client) is async_client
+
+    async def main() -> None:
+        asked: dict[str, Any] = {"model": "m", "messages": MESSAGES, "tools": [TOOL]}
+        with spans.tool_call():
+            await async_client.chat.completions.create(**asked)
+        async for _ in await async_client.chat.completions.create(**asked, stream=True):
+            pass
+        async with async_client.chat.completions.stream(**asked, hints=OWN) as events:
+            await events.get_final_completion()
+        await async_client.with_options(timeout=9).completions.create(model="m", prompt="x")
+        await async_client.chat.completions.with_raw_response.create(**asked)
+        await async_client.close()
+
+    asyncio.run(main())
+    assert server.hints(0)["spans"][0] == {**HERMES, "open": True}
+    assert server.hints(1)["spans"][0] == HERMES
+    assert server.hints(2)["spans"] == [{"kind": "code", "begin": "<code>"}]
+    assert len(server.bodies) == 5
+    assert server.paths.count("/whiflash/capabilities") == 1
+
+
+def test_concurrent_tasks_keep_their_own_blocks(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    wrap(async_client)
+
+    async def ask(kind: str) -> None:
+        with getattr(spans, kind)():
+            await asyncio.sleep(0)
+            await async_client.completions.create(model=kind, prompt="x")
+
+    async def main() -> None:
+        await asyncio.gather(*(ask(kind) for kind in ("prose", "reasoning", "tool_call")))
+        await async_client.close()
+
+    asyncio.run(main())
+    assert {body["model"]: server.hints(i)["spans"][0]["kind"] for i, body in enumerate(server.bodies)} == {
+        kind: kind for kind in ("prose", "reasoning", "tool_call")
+    }
+
+
+def test_misuse_says_what_to_give(client: OpenAI) -> None:
+    with pytest.raises(TypeError, match="OpenAI or AsyncOpenAI"):
+        wrap("client")  # type: ignore[type-var]
+    wrap(client)
+    asked: dict[str, Any] = {"model": "m", "messages": MESSAGES}
+    with pytest.raises(whiflash_sdk.HintError, match=r"whiflash_sdk\.Hints"):
+        client.chat.completions.create(**asked, hints={"off": True})
+    params = {"whiflash": '{"spans":[{"kind":"poem","open":true}]}'}
+    with pytest.raises(whiflash_sdk.HintError, match=r"whiflash\.spans\.0\.kind"):
+        client.chat.completions.create(**asked, extra_body={"custom_params": params})

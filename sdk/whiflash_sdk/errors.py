@@ -1,0 +1,30 @@
+"""What can go wrong, as one tree.
+
+WhiFlashError
+├── HintError               a hint that the server would refuse; nothing was sent
+├── UnsupportedServerError  `strict=True`, and the server does not route (plain SGLang, vLLM, OpenAI)
+└── TraceError              the response carries a trace that cannot be read
+
+Errors of the OpenAI client pass through as they are: a hint that the server refuses is its
+`openai.BadRequestError`, whose message names the field.
+"""
+
+
+class WhiFlashError(Exception):
+    """Base of everything this package raises itself."""
+
+
+class HintError(WhiFlashError, ValueError):
+    """A hint that the server would refuse. The message names the field and says what to change."""
+
+
+class UnsupportedServerError(WhiFlashError):
+    """`strict=True` was asked for and the server at this base URL does not understand hints."""
+
+
+class TraceError(WhiFlashError, ValueError):
+    """The response carries a trace that does not follow the documented schema."""
+
+
+class UnsupportedServerWarning(UserWarning):
+    """Said once per base URL: requests go out without hints, because the server does not route."""

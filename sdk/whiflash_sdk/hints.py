@@ -1,0 +1,110 @@
+"""Hints: what an agent knows about the text it is going to get.
+
+The wire format is `docs/hints.md`; the server's reader is `whiflash_sglang.spans.hints`. A request
+carries one JSON string in SGLang's `custom_params`, which nests two levels at most.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from whiflash_sdk.errors import HintError
+
+Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
+Arm = Literal["ar", "diffusion", "lookup", "none"]
+
+WIRE_KEY: Final = "whiflash"
+MAX_SPANS: Final = 16
+MAX_MARKER_CHARS: Final = 64
+MAX_BYTES: Final = 8192
+MAX_BIAS: Final = 16.0
+
+Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARS)]
+BiasAmount = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
+
+
+class Span(BaseModel):
+    """A kind of stretch that the output may contain, found by literal markers (no patterns).
+
+    kind: what is written inside.
+    begin: text that opens it; may be left out if `open`.
+    end: text that closes it; without one it lasts to the end of the output.
+    open: the output starts inside this span.
+    prefer: arm to favour inside it.
+    pin: use `prefer` for every round inside it.
+    bias: expected accepted tokens to add to an arm's score inside it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Kind
+    begin: Marker | None = None
+    end: Marker | None = None
+    open: bool = False
+    prefer: Arm | None = None
+    pin: bool = False
+    bias: dict[Arm, BiasAmount] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Span:
+        if self.begin is None and not self.open:
+            raise ValueError("give begin, or set open to start inside the span")
+        if self.pin and self.prefer is None:
+            raise ValueError("pin needs prefer: the arm to use")
+        return self
+
+
+class Hints(BaseModel):
+    """What one request says about its routing; only the fields that are set override outer levels.
+
+    spans: at most 16; of spans that open together the first listed is active.
+    off: decode without drafting.
+    infer: where no spans are given, let the SDK and the server derive them from the request.
+    trace: ask for the routing trace with the response.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: Literal[1] = 1
+    spans: Annotated[tuple[Span, ...], Field(max_length=MAX_SPANS, strict=False)] = ()
+    off: bool = False
+    infer: bool = True
+    trace: bool = False
+
+    def encode(self) -> str:
+        """The JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.
+
+        Every field that was set is written, defaults too: `off=False` on a call must override a client's `off`.
+        """
+        fields = {name: value for name, value in self if name in self.model_fields_set}
+        if "spans" in fields:
+            fields["spans"] = [span.model_dump(exclude_defaults=True) for span in self.spans]
+        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+        if len(text.encode()) > MAX_BYTES:
+            raise HintError(f"hints take {len(text.encode())} bytes; at most {MAX_BYTES} are allowed")
+        return text
+
+    def custom_params(self) -> dict[str, str]:
+        """SGLang's `custom_params` for a request that carries these hints."""
+        return {WIRE_KEY: self.encode()}
+
+    def extra_body(self) -> dict[str, Any]:
+        """`extra_body` for the OpenAI client and for every framework that passes one on."""
+        return {"custom_params": self.custom_params()}
+
+    def over(self, outer: Hints) -> Hints:
+        """These hints, with what they leave unset taken from `outer`."""
+        return outer.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+
+
+def decode(text: object) -> Hints:
+    """Read hints back from `custom_params`. Raises: HintError naming the field that is wrong."""
+    try:
+        return Hints.model_validate_json(text)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, (WIRE_KEY, *first["loc"])))
+        raise HintError(f"{where}: {first['msg']}") from None

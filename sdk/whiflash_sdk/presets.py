@@ -1,0 +1,96 @@
+"""How chat templates mark tool calls and reasoning, and the spans a request is likely to write.
+
+Markers are those that SGLang 0.5.23's parsers of the same names look for. A marker here is what all
+variants of a format share, so `<tool_call>` covers both the tight and the newline style.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from whiflash_sdk.hints import Span
+
+
+def _tool(begin: str, end: str | None = None) -> Span:
+    return Span(kind="tool_call", begin=begin, end=end)
+
+
+def _thought(begin: str, end: str) -> Span:
+    return Span(kind="reasoning", begin=begin, end=end)
+
+
+HERMES: Final = (_tool("<tool_call>", "</tool_call>"),)
+QWEN: Final = HERMES
+LLAMA3: Final = (_tool("<|python_tag|>"), _tool('{"name":'))
+LLAMA4_PYTHONIC: Final = (_tool("<|python_start|>", "<|python_end|>"),)
+MISTRAL: Final = (_tool("[TOOL_CALLS]"),)
+DEEPSEEK: Final = (_tool("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),)
+DEEPSEEK_DSML: Final = (_tool("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),)
+HARMONY: Final = (_tool("to=functions.", "<|call|>"),)
+KIMI_K2: Final = (_tool("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),)
+PLAIN_JSON: Final = (Span(kind="json", open=True),)
+
+THINK: Final = (_thought("<think>", "</think>"),)
+HARMONY_ANALYSIS: Final = (_thought("<|channel|>analysis<|message|>", "<|end|>"),)
+
+FENCES: Final = (Span(kind="json", begin="```json", end="```"), Span(kind="code", begin="```", end="```"))
+
+TOOL_CALL_PARSERS: Final[dict[str, tuple[Span, ...]]] = {
+    **dict.fromkeys(("hermes", "qwen", "qwen25", "qwen3_coder", "nanbeige", "step3p5", "mimo"), HERMES),
+    **dict.fromkeys(("glm", "glm45", "glm47"), HERMES),
+    "llama3": LLAMA3,
+    "pythonic": LLAMA4_PYTHONIC,
+    "mistral": MISTRAL,
+    **dict.fromkeys(("deepseekv3", "deepseekv31"), DEEPSEEK),
+    "deepseekv32": DEEPSEEK_DSML,
+    "gpt-oss": HARMONY,
+    "kimi_k2": KIMI_K2,
+    "minimax-m2": (_tool("<minimax:tool_call>", "</minimax:tool_call>"),),
+    "step3": (_tool("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"),),
+    "lfm2": (_tool("<|tool_call_start|>", "<|tool_call_end|>"),),
+    "interns1": (_tool("<|action_start|>", "<|action_end|>"),),
+}
+
+REASONING_PARSERS: Final[dict[str, tuple[Span, ...]]] = {
+    **dict.fromkeys(("deepseek-r1", "deepseek-v3", "qwen3", "qwen3-thinking", "glm45", "ling3"), THINK),
+    **dict.fromkeys(("kimi_k2", "minimax", "nanbeige", "step3", "step3p5", "interns1", "mimo"), THINK),
+    **dict.fromkeys(("granite_thinking_parser", "iquest_q1", "dots"), THINK),
+    "kimi": (_thought("◁think▷", "◁/think▷"),),
+    "mistral": (_thought("[THINK]", "[/THINK]"),),
+    "gpt-oss": HARMONY_ANALYSIS,
+}
+
+# Parsers of models whose template, or whose training, starts the output inside the reasoning.
+OPENS_REASONING: Final = frozenset({"deepseek-r1", "qwen3-thinking", "step3", "step3p5"})
+
+
+def likely_spans(
+    *,
+    tool_parser: str | None,
+    reasoning_parser: str | None,
+    has_tools: bool,
+    response_format: str | None,
+    forced: bool,
+    reasoning_open: bool | None = None,
+) -> tuple[Span, ...]:
+    """The spans a request will write, from what it asks for; parsers that are not known add none.
+
+    tool_parser, reasoning_parser: the server's parser names.
+    has_tools: the request offers tools and does not forbid them.
+    response_format: the request's `response_format.type`.
+    forced: the grammar makes the output a tool call from its first token (`tool_choice` required or named).
+    reasoning_open: the prompt ends inside the reasoning; None takes the parser's habit.
+    """
+    reasoning = REASONING_PARSERS.get(reasoning_parser or "", ())
+    if reasoning_open is None:
+        reasoning_open = reasoning_parser in OPENS_REASONING
+    tools = TOOL_CALL_PARSERS.get(tool_parser or "", ()) if has_tools else ()
+    if has_tools and forced:
+        # At its first byte the output is already inside the call: the begin marker is part of the grammar.
+        first, *others = tools or (Span(kind="tool_call", open=True),)
+        tools = (first.model_copy(update={"open": True}), *others)
+    whole_json = response_format in ("json_object", "json_schema")
+    body = PLAIN_JSON if whole_json and not (has_tools and forced) else ()
+    fences = () if whole_json or (has_tools and forced) else FENCES
+    opened = tuple(span.model_copy(update={"open": reasoning_open}) for span in reasoning)
+    return (*opened, *tools, *body, *fences)

@@ -1,0 +1,117 @@
+"""Inference, and that the SDK and the server mean the same by the same bytes."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from whiflash_sdk import Hints, Span, presets
+from whiflash_sdk import hints as sdk_hints
+
+from whiflash_sglang.spans import hints as server_hints
+from whiflash_sglang.spans.hints import ARMS, KINDS, HintError, SpanHint, parse_hints
+from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.tracker import SpanTracker
+
+
+def walk(hints: server_hints.RequestHints, text: str) -> list[str | None]:
+    """Kinds in order of their change, one byte a token."""
+    pieces = [bytes((byte,)) for byte in text.encode()]
+    tracker = SpanTracker(hints.spans, pieces)
+    kinds = [tracker.state.kind]
+    for index in range(len(pieces)):
+        tracker.push([index])
+        if tracker.state.kind != kinds[-1]:
+            kinds.append(tracker.state.kind)
+    return kinds
+
+
+def test_a_forced_call_starts_inside_the_span() -> None:
+    hints = infer_spans("hermes", None, True, None, True)
+    assert hints.spans == (SpanHint("tool_call", "<tool_call>", "</tool_call>", open=True),)
+    text = '<tool_call>{"name":"a"}</tool_call>\n<tool_call>{"name":"b"}</tool_call>'
+    assert walk(hints, text) == ["tool_call", None, "tool_call", None]
+
+
+def test_a_schema_starts_inside_json_after_the_reasoning() -> None:
+    hints = infer_spans(None, "qwen3", False, "json_schema", False, reasoning_open=True)
+    assert walk(hints, 'hm</think>{"a":1}') == ["reasoning", "json"]
+
+
+@pytest.mark.parametrize(
+    ("tool_parser", "reasoning_parser", "text", "expected"),
+    [
+        ("qwen25", "qwen3", "<think>a</think>b<tool_call>\n{}\n</tool_call>",
+         [None, "reasoning", None, "tool_call", None]),
+        ("llama3", None, 'x<|python_tag|>{"name": "f"}', [None, "tool_call"]),
+        ("llama3", None, '{"name": "f"}', [None, "tool_call"]),
+        ("mistral", None, 'x[TOOL_CALLS] [{"name": "f"}]', [None, "tool_call"]),
+        ("gpt-oss", "gpt-oss", "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary "
+         "to=functions.f<|constrain|>json<|message|>{}<|call|>", [None, "reasoning", None, "tool_call", None]),
+        (None, None, "see:\n```json\n{}\n```\nand\n```py\nx\n```", [None, "code", "json", None, "code", None]),
+    ],
+)  # fmt: skip
+def test_parsers_mark_their_formats(
+    tool_parser: str | None, reasoning_parser: str | None, text: str, expected: list[str | None]
+) -> None:
+    assert walk(infer_spans(tool_parser, reasoning_parser, True, None, False), text) == expected
+
+
+def test_parser_names_are_sglangs() -> None:
+    names = pytest.importorskip("sglang.srt.function_call.parser_names")
+    reasoning = pytest.importorskip("sglang.srt.parser.reasoning_parser_names")
+    assert set(presets.TOOL_CALL_PARSERS) <= set(names.TOOL_CALL_PARSER_NAMES)
+    assert set(presets.REASONING_PARSERS) <= set(reasoning.REASONING_PARSER_NAMES)
+    assert set(presets.REASONING_PARSERS) >= presets.OPENS_REASONING
+
+
+def test_both_sides_share_words_and_bounds() -> None:
+    assert sdk_hints.Kind.__args__ == KINDS
+    assert sdk_hints.Arm.__args__ == ARMS
+    for name in ("WIRE_KEY", "MAX_SPANS", "MAX_MARKER_CHARS", "MAX_BYTES", "MAX_BIAS"):
+        assert getattr(sdk_hints, name) == getattr(server_hints, name)
+
+
+BIAS = st.dictionaries(st.sampled_from(ARMS), st.floats(-16, 16))
+MARKER = st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64)
+SPAN = st.builds(
+    lambda **fields: fields,
+    kind=st.sampled_from(KINDS),
+    begin=MARKER,
+    end=MARKER,
+    open=st.booleans(),
+    prefer=st.none() | st.sampled_from(ARMS),
+    pin=st.booleans(),
+    bias=BIAS,
+)
+
+
+@given(st.lists(SPAN, max_size=18), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_the_server_reads_what_the_sdk_writes(
+    spans: list[dict[str, object]], off: bool, infer: bool, trace: bool
+) -> None:
+    try:
+        sent = Hints(spans=tuple(Span(**span) for span in spans), off=off, infer=infer, trace=trace)  # type: ignore[arg-type]
+        params = sent.custom_params()
+    except (ValidationError, sdk_hints.HintError):
+        return
+    read = parse_hints(params)
+    assert (read.off, read.infer, read.trace) == (off, infer, trace)
+    assert [(s.kind, s.begin, s.end, s.open, s.prefer, s.pin, dict(s.bias)) for s in read.spans] == [
+        (s.kind, s.begin, s.end, s.open, s.prefer, s.pin, s.bias) for s in sent.spans
+    ]
+
+
+@given(SPAN)
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_both_sides_refuse_the_same_spans(span: dict[str, object]) -> None:
+    try:
+        Span(**span)  # type: ignore[arg-type]
+        accepted = True
+    except ValidationError:
+        accepted = False
+    try:
+        server_hints._span("span", span)
+        assert accepted
+    except HintError:
+        assert not accepted
