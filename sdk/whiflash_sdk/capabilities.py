@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from threading import Lock
 from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
 
-import httpx
 import openai
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -80,9 +80,9 @@ _warned: set[str] = set()
 
 def _url(client: OpenAI | AsyncOpenAI) -> str:
     """The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live."""
-    base = httpx.URL(str(client.base_url))
+    base = urlsplit(str(client.base_url))
     root = base.path.rstrip("/").removesuffix("/v1")
-    return str(base.copy_with(path=f"{root}/whiflash/capabilities", query=None))
+    return urlunsplit((base.scheme, base.netloc, f"{root}/whiflash/capabilities", "", ""))
 
 
 def _options() -> Any:
