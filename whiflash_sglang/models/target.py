@@ -5,7 +5,7 @@ Llama, Qwen2 and Qwen3 checkpoints (optional QKV bias, optional per-head query/k
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from whiflash_sglang.models.rope import Rotary, rotate
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attend(layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> [T,Hq,D]`: stores k and v, returns attention."""
+from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.models.rope import Angles, Rotary, rope_parameters, rotate
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -67,7 +65,11 @@ class TargetModel:
         self.head = weights.get("lm_head.weight", self.embedding)
         self.final_norm = weights["model.norm.weight"]
         self.layers = [self._layer(weights, f"model.layers.{index}.") for index in range(self.num_layers)]
-        self.rotary = Rotary(self.config, self.head_dim).to(device)
+        self.rotary = Rotary(
+            rope_parameters(self.config),
+            self.head_dim,
+            int(self.config.get("max_position_embeddings", 32768)),
+        )
 
     @staticmethod
     def _layer(weights: dict[str, Tensor], prefix: str) -> _Layer:
@@ -92,7 +94,7 @@ class TargetModel:
     def forward(
         self, tokens: Tensor, positions: Tensor, attend: Attend, capture: Sequence[int]
     ) -> TargetOutput:
-        """`tokens`, `positions` [T] int64 → features of the layers in `capture` (outputs) and final states."""
+        """`tokens`, `positions` [T] int64 → outputs of the layers in `capture` and final states."""
         hidden = F.embedding(tokens, self.embedding)
         angles = self.rotary.angles(positions)
         wanted = set(capture)
@@ -111,12 +113,10 @@ class TargetModel:
         """`final` [..., H] → [..., V] in the model's dtype."""
         return F.linear(final, self.head)
 
-    def _attention(
-        self, index: int, layer: _Layer, hidden: Tensor, angles: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor:
+    def _attention(self, index: int, layer: _Layer, hidden: Tensor, angles: Angles, attend: Attend) -> Tensor:
         normed = F.rms_norm(hidden, (self.hidden_size,), layer.input_norm, self.eps)
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, self.head_dim)
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = torch.split(qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = F.rms_norm(q, (self.head_dim,), layer.q_norm, self.eps)
             k = F.rms_norm(k, (self.head_dim,), layer.k_norm, self.eps)

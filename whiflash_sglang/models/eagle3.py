@@ -1,0 +1,349 @@
+"""The EAGLE-3 drafter (arXiv 2503.01840) in SGLang's checkpoint format, without SGLang.
+
+One decoder layer whose QKV input is [norm(embedding of the next token); norm(fused target feature)]. Entry p
+of its cache pairs the embedding of token p+1 with the target's feature at p, at RoPE position p; a later
+draft step feeds back the layer's own state before the final norm. Numerics follow
+`sglang/srt/models/llama_eagle3.py` of SGLang 0.5.23.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.checkpoint import (
+    WeightReader,
+    attention_shape,
+    attention_weights,
+    integer,
+    read_json_config,
+    read_weights,
+    write_checkpoint,
+)
+from whiflash_sglang.models.layers import Attend, Attention, AttentionShape, RMSNorm, SwiGLU
+from whiflash_sglang.models.rope import Rotary, rope_parameters
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Config:
+    """Sizes and variants of a checkpoint.
+
+    Attributes:
+        target_hidden_size: size of one captured feature; `num_features` of them are concatenated.
+        draft_vocab_size: None where the drafter uses the target's own head.
+        target_layer_ids: layers whose outputs are captured; empty where SGLang's default is left.
+        norm_before_fc: one norm over the concatenation. fc_norm: one norm for each feature.
+        norm_output: a draft step feeds back the state after the final norm.
+    """
+
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    attention: AttentionShape
+    num_layers: int
+    vocab_size: int
+    draft_vocab_size: int | None
+    num_features: int
+    target_layer_ids: tuple[int, ...]
+    rope: dict[str, Any]
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    fc_bias: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> "Eagle3Config":
+        """Parse `config.json`. Raises `CheckpointError` naming the field that does not fit."""
+        config = read_json_config(path)
+        if ARCHITECTURE not in (config.get("architectures") or []):
+            raise CheckpointError(
+                f"{path}/config.json: architectures is {config.get('architectures')}, "
+                f"expected [{ARCHITECTURE!r}]"
+            )
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(
+                f"{path}/config.json: hidden_act {config['hidden_act']!r} is not supported, only silu"
+            )
+        if config.get("tie_word_embeddings"):
+            raise CheckpointError(
+                f"{path}/config.json: tie_word_embeddings is not supported for an EAGLE-3 drafter"
+            )
+        eagle = config.get("eagle_config") or {}
+        layers = tuple(eagle.get("eagle_aux_hidden_state_layer_ids") or ())
+        draft_vocab = config.get("draft_vocab_size")
+        hidden = integer(config, "hidden_size", path)
+        return cls(
+            hidden_size=hidden,
+            target_hidden_size=integer(config, "target_hidden_size", path, default=hidden),
+            intermediate_size=integer(config, "intermediate_size", path),
+            attention=attention_shape(config, path),
+            num_layers=integer(config, "num_hidden_layers", path),
+            vocab_size=integer(config, "vocab_size", path),
+            draft_vocab_size=None if draft_vocab is None else integer(config, "draft_vocab_size", path),
+            num_features=integer(config, "num_aux_hidden_states", path, default=len(layers) or 3),
+            target_layer_ids=layers,
+            rope=rope_parameters(config),
+            max_position_embeddings=integer(config, "max_position_embeddings", path, default=8192),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+            fc_bias=bool(config.get("bias", False)),
+            norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
+            fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm", False)),
+            norm_output=bool(config.get("norm_output", False)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` that SGLang reads."""
+        plain = asdict(self)
+        heads = plain.pop("attention")
+        rope = plain.pop("rope")
+        layers = list(plain.pop("target_layer_ids"))
+        plain["num_hidden_layers"] = plain.pop("num_layers")
+        plain["bias"] = plain.pop("fc_bias")
+        features = plain.pop("num_features")
+        if not layers and features != 3:
+            plain["num_aux_hidden_states"] = features
+        return {
+            **plain,
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1],
+            "head_dim": heads[2],
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": None if rope["rope_type"] == "default" else rope,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers} if layers else {},
+            "torch_dtype": "bfloat16",
+        }
+
+
+class DraftStep(NamedTuple):
+    """`hidden` [T, H]: what the next step feeds back; `logits_hidden` [T, H]: what the head reads."""
+
+    hidden: Tensor
+    logits_hidden: Tensor
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: Eagle3Config, first: bool) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.embedding_norm = RMSNorm(size, eps) if first else None
+        self.hidden_norm = RMSNorm(size, eps)
+        self.attention = Attention(2 * size if first else size, size, config.attention, head_norm_eps=None)
+        self.mlp_norm = RMSNorm(size, eps)
+        self.mlp = SwiGLU(size, config.intermediate_size)
+
+
+class Eagle3Drafter(nn.Module):
+    """An EAGLE-3 chain drafter.
+
+    Attributes:
+        target_embedding: [V, H], the target's, not part of the checkpoint.
+        d2t: [draft_vocab] int64 offsets, target id = d2t[i] + i; None where the vocabularies are the same.
+    """
+
+    target_embedding: Tensor
+    target_lm_head: Tensor
+    d2t: Tensor | None
+
+    def __init__(
+        self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
+    ) -> None:
+        """Untrained. `target_lm_head` [V, H] serves where `draft_vocab_size` is None."""
+        super().__init__()
+        self.config = config
+        eps = config.rms_norm_eps
+        width = config.num_features * config.target_hidden_size
+        self.input_norm = RMSNorm(width, eps) if config.norm_before_fc else None
+        norms = config.num_features if config.fc_norm else 0
+        self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, eps) for _ in range(norms))
+        self.fc = nn.Linear(width, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList(_Layer(config, first=index == 0) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps)
+        self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
+        self.register_buffer("target_embedding", target_embedding, persistent=False)
+        if config.draft_vocab_size is None:
+            if target_lm_head is None:
+                raise CheckpointError(
+                    "this EAGLE-3 drafter has no head of its own; the target's must be handed in"
+                )
+            self.lm_head = None
+            self.register_buffer("target_lm_head", target_lm_head, persistent=False)
+            self.register_buffer("d2t", None)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, each with K/V of its own."""
+        return self.config.num_layers
+
+    @property
+    def kv_only_exact(self) -> bool:
+        """Whether `keys_values` alone gives the cache: true for one layer, whose K/V need no attention."""
+        return self.config.num_layers == 1
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """`features` [T, num_features · Ht], layers in ascending order → [T, H]."""
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            chunks = features.chunk(self.config.num_features, dim=-1)
+            features = torch.cat(
+                [norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1
+            )
+        fused: Tensor = self.fc(features)
+        return fused
+
+    def keys_values(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """KV-only pass: next-token ids [T], fused features [T, H], positions [T] → k, v each [T, Hkv, D].
+
+        Exact for one layer. Raises `CheckpointError` for a drafter of several layers, which needs `forward`.
+        """
+        if not self.kv_only_exact:
+            raise CheckpointError(
+                f"K/V of an EAGLE-3 drafter of {self.num_layers} layers need its full forward"
+            )
+        layer: Any = self.layers[0]
+        entry = self._first_input(tokens, hidden)
+        keys_values: tuple[Tensor, Tensor] = layer.attention.keys_values(entry, self.rotary.angles(positions))
+        return keys_values
+
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep:
+        """One step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T]."""
+        angles = self.rotary.angles(positions)
+        residual = hidden
+        layers: list[Any] = list(self.layers)
+        for index, layer in enumerate(layers):
+            entry = self._first_input(tokens, hidden) if index == 0 else layer.hidden_norm(residual)
+            residual = residual + layer.attention(entry, angles, index, attend)
+            residual = residual + layer.mlp(layer.mlp_norm(residual))
+        normed = self.norm(residual)
+        return DraftStep(normed if self.config.norm_output else residual, normed)
+
+    def logits(self, logits_hidden: Tensor) -> Tensor:
+        """[T, H] → [T, draft_vocab]."""
+        head: Tensor = self.target_lm_head if self.lm_head is None else self.lm_head.weight
+        return F.linear(logits_hidden, head)
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Ids in the draft vocabulary → ids in the target's, any shape."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    def _first_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        layer: Any = self.layers[0]
+        embedded = layer.embedding_norm(F.embedding(tokens, self.target_embedding).to(hidden.dtype))
+        return torch.cat([embedded, layer.hidden_norm(hidden)], dim=-1)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        target_embedding: Tensor,
+        target_lm_head: Tensor | None,
+    ) -> "Eagle3Drafter":
+        """Read a checkpoint directory. Raises `CheckpointError` naming what is missing or does not fit."""
+        config = Eagle3Config.read(path)
+        reader = WeightReader(path, read_weights(path))
+        if config.target_hidden_size != config.hidden_size:
+            target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
+        _check_target(path, config, target_embedding)
+        drafter = cls(config, target_embedding, target_lm_head)
+        for name, parameter in drafter._plain_parameters().items():
+            reader.fill(parameter, name)
+        for index, layer in enumerate(drafter.layers):
+            prefix = (
+                "midlayer." if index == 0 and "midlayer.hidden_norm.weight" in reader else f"layers.{index}."
+            )
+            _fill_layer(reader, layer, prefix)
+        if config.draft_vocab_size is not None:
+            drafter.d2t = _checked_map(path, reader, config)
+        return drafter.to(device=device, dtype=dtype).eval()
+
+    def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write `config.json` and `model.safetensors`; SGLang's `EAGLE3` loads the result as it is."""
+        weights: dict[str, Tensor] = dict(self._plain_parameters())
+        for index, layer in enumerate(self.layers):
+            weights.update(_layer_weights(layer, "midlayer." if index == 0 else f"layers.{index}."))
+        if self.d2t is not None:
+            known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+            known[self.target_ids(torch.arange(len(self.d2t), device=self.d2t.device)).cpu()] = True
+            weights |= {"d2t": self.d2t, "t2d": known}
+        write_checkpoint(path, self.config.to_json(), weights, dtype)
+
+    def _plain_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters whose name in the checkpoint is their name here."""
+        layers = tuple(f"layers.{index}." for index in range(self.num_layers))
+        return {name: value for name, value in self.named_parameters() if not name.startswith(layers)}
+
+
+def _fill_layer(reader: WeightReader, layer: Any, prefix: str) -> None:
+    reader.fill_attention(layer.attention, f"{prefix}self_attn.")
+    reader.fill(layer.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+    reader.fill(layer.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
+    reader.fill(layer.hidden_norm.weight, f"{prefix}hidden_norm.weight")
+    reader.fill(layer.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
+    if layer.embedding_norm is not None:
+        reader.fill(layer.embedding_norm.weight, f"{prefix}input_layernorm.weight")
+
+
+def _layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
+    gate, up = layer.mlp.gate_up.weight.chunk(2)
+    weights = {
+        **attention_weights(layer.attention, f"{prefix}self_attn."),
+        f"{prefix}mlp.gate_proj.weight": gate,
+        f"{prefix}mlp.up_proj.weight": up,
+        f"{prefix}mlp.down_proj.weight": layer.mlp.down.weight,
+        f"{prefix}hidden_norm.weight": layer.hidden_norm.weight,
+        f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
+    }
+    if layer.embedding_norm is not None:
+        weights[f"{prefix}input_layernorm.weight"] = layer.embedding_norm.weight
+    return weights
+
+
+def _check_target(path: Path, config: Eagle3Config, embedding: Tensor) -> None:
+    vocab, hidden = embedding.shape
+    if hidden != config.hidden_size:
+        raise CheckpointError(
+            f"{path}: this EAGLE-3 drafter is for a target of hidden size {config.target_hidden_size}, "
+            f"the embedding handed in has {hidden}"
+        )
+    if vocab < config.vocab_size:
+        raise CheckpointError(f"{path}: vocab_size {config.vocab_size} exceeds the target's {vocab} tokens")
+
+
+def _checked_map(path: Path, reader: WeightReader, config: Eagle3Config) -> Tensor:
+    if "d2t" not in reader:
+        if config.draft_vocab_size == config.vocab_size:
+            return torch.zeros(config.vocab_size, dtype=torch.int64)
+        raise CheckpointError(
+            f"{path}: the weights lack d2t, the map from the draft vocabulary to the target's"
+        )
+    d2t = reader.tensor("d2t").to(torch.int64)
+    if d2t.shape != (config.draft_vocab_size,):
+        raise CheckpointError(
+            f"{path}: d2t has {list(d2t.shape)} entries, draft_vocab_size is {config.draft_vocab_size}"
+        )
+    ids = d2t + torch.arange(len(d2t))
+    wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if len(wrong):
+        raise CheckpointError(
+            f"{path}: d2t maps to token {int(wrong[0])}, outside the target's vocabulary of "
+            f"{config.vocab_size} ({len(wrong)} such entries)"
+        )
+    return d2t

@@ -1,0 +1,91 @@
+"""Layers that both drafters share: attention whose context and cache belong to the caller, norm, MLP."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang.models.rope import Angles, rotate
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`attend(layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> [T,Hq,D]`.
+
+The caller decides where k and v are stored and what every query sees (paged pools in the server, masked SDPA
+in training); scores are scaled by `D ** -0.5`.
+"""
+
+
+class AttentionShape(NamedTuple):
+    """Query heads, key/value heads and the size of one head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, in fp32 inside, in `x`'s dtype outside."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] → [..., size]."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused projection, and optional per-head query and key norms."""
+
+    def __init__(
+        self, width: int, hidden: int, shape: AttentionShape, *, head_norm_eps: float | None
+    ) -> None:
+        """`width` is the input's size (2H in EAGLE-3's first layer), `hidden` the output's."""
+        super().__init__()
+        self.shape = shape
+        self.query_size = shape.heads * shape.head_dim
+        self.qkv = nn.Linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, bias=False)
+        self.out = nn.Linear(self.query_size, hidden, bias=False)
+        self.q_norm = self.k_norm = None
+        if head_norm_eps is not None:
+            self.q_norm = RMSNorm(shape.head_dim, head_norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, head_norm_eps)
+
+    def forward(self, x: Tensor, angles: Angles, layer: int, attend: Attend) -> Tensor:
+        """`x` [T, width] → [T, hidden]."""
+        heads, kv_heads, head_dim = self.shape
+        qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, head_dim)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        else:
+            q, k = torch.split(rotate(qkv[:, : heads + kv_heads], angles), [heads, kv_heads], dim=1)
+        mixed: Tensor = self.out(attend(layer, q, k, v).reshape(len(x), self.query_size))
+        return mixed
+
+    def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """`x` [T, width] → k and v, each [T, Hkv, D]; neither queries nor attention are computed."""
+        kv = F.linear(x, self.qkv.weight[self.query_size :]).view(len(x), 2 * self.shape.kv_heads, -1)
+        k, v = kv.chunk(2, dim=1)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        return rotate(k, angles), v
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), gate and up in one projection."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.down = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] → [T, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        mixed: Tensor = self.down(F.silu(gate) * up)
+        return mixed
