@@ -117,11 +117,32 @@ def test_every_preset_fits_the_bounds() -> None:
 
 def test_public_names_are_pinned() -> None:
     assert sorted(whiflash_sdk.__all__) == whiflash_sdk.__all__
-    assert set(whiflash_sdk.__all__) == {
-        "Arm", "ArmTotals", "AsyncTracedStream", "Capabilities", "HintError", "Hints", "Kind", "Span", "Stretch",
-        "Trace", "TraceError", "TracedStream", "UnsupportedServerError", "UnsupportedServerWarning",
-        "WhiFlashError", "async_capabilities", "capabilities", "hinted", "presets", "routing", "spans", "traced",
+    assert whiflash_sdk.__all__ == [
+        "Arm",
+        "ArmTotals",
+        "AsyncTracedStream",
+        "Capabilities",
+        "Collected",
+        "HintError",
+        "Hints",
+        "Kind",
+        "Span",
+        "Stretch",
+        "Trace",
+        "TraceError",
+        "TracedStream",
+        "UnsupportedServerError",
+        "UnsupportedServerWarning",
+        "WhiFlashError",
+        "async_capabilities",
+        "capabilities",
+        "collect",
+        "hinted",
+        "presets",
+        "routing",
+        "spans",
+        "traced",
         "wrap",
-    }  # fmt: skip
+    ]
     for name in whiflash_sdk.__all__:
         assert hasattr(whiflash_sdk, name)

@@ -3,6 +3,7 @@
 from whiflash_sdk import presets, spans
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
+from whiflash_sdk.collecting import Collected, collect
 from whiflash_sdk.errors import (
     HintError,
     TraceError,
@@ -22,6 +23,7 @@ __all__ = [
     "ArmTotals",
     "AsyncTracedStream",
     "Capabilities",
+    "Collected",
     "HintError",
     "Hints",
     "Kind",
@@ -35,6 +37,7 @@ __all__ = [
     "WhiFlashError",
     "async_capabilities",
     "capabilities",
+    "collect",
     "hinted",
     "presets",
     "routing",

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities, require
+from whiflash_sdk.collecting import note
 from whiflash_sdk.derive import complete, derive_spans
 from whiflash_sdk.errors import HintError
 from whiflash_sdk.hints import WIRE_KEY, Hints, decode
@@ -52,8 +53,7 @@ def wrap(client: ClientT, *, hints: Hints | None = None, strict: bool = False, t
     vars(client)[_WRAPPED] = _Settings(asked, strict)
     if already:
         return client
-    prepare = _sync_prepare if isinstance(client, OpenAI) else _async_prepare
-    vars(client)["_prepare_options"] = prepare(client)
+    vars(client)["request"] = _sync_request(client) if isinstance(client, OpenAI) else _async_request(client)
     for name in ("copy", "with_options"):
         vars(client)[name] = _wrapping_copy(client, getattr(client, name))
     for resource in (client.chat.completions, client.completions):
@@ -94,49 +94,51 @@ def _with_hints_argument(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _sync_prepare(client: Any) -> Callable[[Any], Any]:
-    """The client's request hook, which its own class leaves for this purpose, with ours after it."""
-    inherited = client._prepare_options
+def _sync_request(client: Any) -> Callable[..., Any]:
+    """The client's one door to the network, with hints put in and traces taken out."""
+    inherited = client.request
 
     @functools.wraps(inherited)
-    def prepare(options: Any) -> Any:
-        options = inherited(options)
-        if _is_routed(options):
-            settings: _Settings = vars(client)[_WRAPPED]
-            found = capabilities(client)
-            require(found, client, strict=settings.strict)
-            _set_hints(options, settings.hints, found)
-        return options
+    def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        if not _is_routed(options):
+            return inherited(cast_to, options, **kwargs)
+        settings: _Settings = vars(client)[_WRAPPED]
+        found = capabilities(client)
+        require(found, client, strict=settings.strict)
+        result = inherited(cast_to, _with_hints(options, settings.hints, found), **kwargs)
+        note(result)
+        return result
 
-    return prepare
+    return request
 
 
-def _async_prepare(client: Any) -> Callable[[Any], Any]:
-    inherited = client._prepare_options
+def _async_request(client: Any) -> Callable[..., Any]:
+    inherited = client.request
 
     @functools.wraps(inherited)
-    async def prepare(options: Any) -> Any:
-        options = await inherited(options)
-        if _is_routed(options):
-            settings: _Settings = vars(client)[_WRAPPED]
-            found = await async_capabilities(client)
-            require(found, client, strict=settings.strict)
-            _set_hints(options, settings.hints, found)
-        return options
+    async def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        if not _is_routed(options):
+            return await inherited(cast_to, options, **kwargs)
+        settings: _Settings = vars(client)[_WRAPPED]
+        found = await async_capabilities(client)
+        require(found, client, strict=settings.strict)
+        result = await inherited(cast_to, _with_hints(options, settings.hints, found), **kwargs)
+        note(result)
+        return result
 
-    return prepare
+    return request
 
 
 def _is_routed(options: Any) -> bool:
     return options.method.lower() == "post" and options.url in _ROUTED_PATHS
 
 
-def _set_hints(options: Any, outer: Hints, found: Capabilities | None) -> None:
-    """Put the request's final hints into its body, or take them out where the server has no use for them."""
+def _with_hints(options: Any, outer: Hints, found: Capabilities | None) -> Any:
+    """The request with its final hints; without any where the server has no use for them."""
     extra = dict(options.extra_json or {})
     params = extra.pop("custom_params", None)
     if params is not None and not isinstance(params, Mapping):
-        return  # not ours to judge: the server will
+        return options  # not ours to judge: the server will
     params = dict(params or {})
     carried = params.pop(WIRE_KEY, None)
     if found is not None:
@@ -148,4 +150,4 @@ def _set_hints(options: Any, outer: Hints, found: Capabilities | None) -> None:
         params[WIRE_KEY] = complete(hints, derived, opened_span()).encode()
     if params:
         extra["custom_params"] = params
-    options.extra_json = extra or None
+    return options.model_copy(update={"extra_json": extra or None})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any, Generic, TypeVar, overload
 
-from whiflash_sdk.trace import _raw_traces
+from whiflash_sdk.trace import raw_traces
 
 ItemT = TypeVar("ItemT")
 
@@ -25,7 +25,7 @@ class _Seen:
         return list(self._by_choice.values())
 
     def _note(self, item: Any) -> None:
-        for raw in _raw_traces(getattr(item, "chunk", item)):
+        for raw in raw_traces(getattr(item, "chunk", item)):
             self._by_choice[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
 
 

@@ -107,14 +107,15 @@ def routing(response: object, choice: int = 0) -> Trace | None:
 
     Raises: TraceError if there is a trace that does not follow the schema.
     """
-    for found in _raw_traces(response):
-        trace = _parse(found)
+    for found in raw_traces(response):
+        trace = parse_trace(found)
         if trace.choice == choice:
             return trace
     return None
 
 
-def _parse(raw: object) -> Trace:
+def parse_trace(raw: object) -> Trace:
+    """One trace as the server sent it. Raises: TraceError if it does not follow the schema."""
     try:
         trace = Trace.model_validate(raw)
     except ValidationError as error:
@@ -125,7 +126,8 @@ def _parse(raw: object) -> Trace:
     return trace
 
 
-def _raw_traces(response: Any) -> list[Any]:
+def raw_traces(response: Any) -> list[Any]:
+    """The traces a response carries, one a choice, unread."""
     if isinstance(response, Mapping):
         fields: Mapping[str, Any] = response
     else:
