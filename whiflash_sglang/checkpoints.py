@@ -1,11 +1,11 @@
 """Draft checkpoints against the target, from their configs alone, before anything is loaded or started."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.checkpoint import read_json_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,29 +17,13 @@ class TargetShape:
     vocab_size: int
 
 
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint. Raises CheckpointError when it is missing or damaged."""
-    path = checkpoint / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no object")
-    return config
-
-
 def block_size_of(checkpoint: Path, wanted: int | None) -> int:
     """Tokens of a DFlash block: `wanted`, or the checkpoint's own.
 
     Raises:
         CheckpointError: no usable block size, or `wanted` exceeds what the drafter was trained at.
     """
-    trained = read_config(checkpoint).get("block_size")
+    trained = read_json_config(checkpoint).get("block_size")
     if not isinstance(trained, int) or isinstance(trained, bool) or trained < 2:
         raise CheckpointError(
             f"{checkpoint}/config.json: block_size must be an integer of at least 2, got {trained!r}"
@@ -58,7 +42,7 @@ def eagle3_layers(checkpoint: Path, num_layers: int) -> tuple[int, ...]:
     SGLang's ids name the layer *before* which the state is captured; its default is [2, L//2, L-3], which are the
     outputs of [1, L//2-1, L-4]. An explicit list in the checkpoint already names outputs (SGLang adds one to each).
     """
-    eagle = read_config(checkpoint).get("eagle_config") or {}
+    eagle = read_json_config(checkpoint).get("eagle_config") or {}
     listed = eagle.get("eagle_aux_hidden_state_layer_ids")
     layers = listed if listed else [1, num_layers // 2 - 1, num_layers - 4]
     return _checked_layers(layers, num_layers, checkpoint, "eagle_config.eagle_aux_hidden_state_layer_ids")
@@ -66,7 +50,7 @@ def eagle3_layers(checkpoint: Path, num_layers: int) -> tuple[int, ...]:
 
 def dflash_layers(checkpoint: Path, num_layers: int) -> tuple[int, ...]:
     """Target layers whose outputs a DFlash checkpoint reads."""
-    dflash = read_config(checkpoint).get("dflash_config") or {}
+    dflash = read_json_config(checkpoint).get("dflash_config") or {}
     layers = dflash.get("target_layer_ids")
     if not layers:
         raise CheckpointError(f"{checkpoint}/config.json: dflash_config.target_layer_ids is missing")
@@ -76,18 +60,19 @@ def dflash_layers(checkpoint: Path, num_layers: int) -> tuple[int, ...]:
 def check_pair(eagle3: Path, dflash: Path, target: TargetShape) -> None:
     """Raise CheckpointError where a drafter cannot belong to the target."""
     for name, path in (("EAGLE-3", eagle3), ("DFlash", dflash)):
-        config = read_config(path)
+        config = read_json_config(path)
         hidden = config.get("target_hidden_size") or config.get("hidden_size")
         if hidden != target.hidden_size:
             raise CheckpointError(
-                f"the {name} checkpoint {path} is for a target of hidden size {hidden}, this one has {target.hidden_size}"
+                f"the {name} checkpoint {path} is for a target of hidden size {hidden}, "
+                f"this one has {target.hidden_size}"
             )
         vocab = config.get("vocab_size")
         if vocab is not None and vocab != target.vocab_size:
             raise CheckpointError(
                 f"the {name} checkpoint {path} is for a vocabulary of {vocab}, this target has {target.vocab_size}"
             )
-    mask = (read_config(dflash).get("dflash_config") or {}).get("mask_token_id")
+    mask = (read_json_config(dflash).get("dflash_config") or {}).get("mask_token_id")
     if not isinstance(mask, int) or not 0 <= mask < target.vocab_size:
         raise CheckpointError(
             f"{dflash}/config.json: dflash_config.mask_token_id {mask!r} is not in the target's vocabulary "

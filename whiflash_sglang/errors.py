@@ -13,5 +13,5 @@ class CheckpointError(WhiflashError):
     """A drafter or router checkpoint is missing, damaged or does not fit the target."""
 
 
-class IncompatibleEngine(WhiflashError):
+class IncompatibleEngineError(WhiflashError):
     """The installed SGLang is not the one this version is written for."""

@@ -30,7 +30,9 @@ def fetch(path: str) -> Path:
 
 
 def default_bundle_for(model_path: str) -> Path | None:
-    """The shipped bundle where `model_path` is the embedded target, else None."""
-    from whiflash_sglang.embedded import is_embedded_target
+    """The shipped bundle where `model_path` is the embedded target's directory, else None."""
+    from whiflash_sglang.embedded import TARGET_NAME
 
-    return embedded_bundle() if is_embedded_target(Path(model_path)) else None
+    path = Path(model_path)
+    is_embedded = path.parent.name == "targets" and path.name.startswith(f"{TARGET_NAME}-")
+    return embedded_bundle() if is_embedded else None

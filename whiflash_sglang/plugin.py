@@ -22,19 +22,20 @@ def register() -> None:
     if _registered:
         return
     from whiflash_sglang.compat import patching
-    from whiflash_sglang.errors import IncompatibleEngine
+    from whiflash_sglang.errors import IncompatibleEngineError
 
     try:
         patching.require_names()
-    except IncompatibleEngine as error:
+    except IncompatibleEngineError as error:
         if any(argument.upper().endswith("WHIFLASH") for argument in sys.argv):
             raise SystemExit(f"whiflash: error: {error}") from None
         logger.warning("WHIFLASH is not available: %s", error)
         return
-    from whiflash_sglang.compat import algorithm, flags, memory, radix
+    from whiflash_sglang.compat import algorithm, flags, memory, radix, streamer
 
     algorithm.register()
     flags.install()
     memory.install()
     radix.install()
+    streamer.install()
     _registered = True

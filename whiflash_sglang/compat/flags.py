@@ -76,6 +76,10 @@ def _reading_flags(original: Any) -> Any:
             attach(server_args, given)
         except WhiflashError as error:
             raise SystemExit(f"whiflash: error: {error}") from None
+        if hasattr(server_args, "_whiflash"):
+            from whiflash_sglang.compat import http  # heavy, and only a launcher serves HTTP
+
+            http.install(server_args)
         return server_args
 
     return classmethod(from_cli_args)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from whiflash_sglang.errors import IncompatibleEngine
+from whiflash_sglang.errors import IncompatibleEngineError
 
 SGLANG_VERSION = "0.5.23"
 
@@ -104,10 +104,10 @@ def verify_names() -> list[Finding]:
 
 
 def require_names() -> None:
-    """Raise IncompatibleEngine naming the first thing that does not fit."""
+    """Raise IncompatibleEngineError naming the first thing that does not fit."""
     for finding in verify_names():
         if not finding.ok:
-            raise IncompatibleEngine(
+            raise IncompatibleEngineError(
                 f"WHIFLASH needs sglang=={SGLANG_VERSION}; {finding.name}: {finding.detail}"
             )
 

@@ -31,5 +31,5 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
     block = block_size_of(settings.dflash, settings.block_size)
     return [
         Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps),
-        DFlashArm(dflash, captured, block),
+        DFlashArm(dflash, captured, for_dflash, block),
     ]

@@ -1,0 +1,21 @@
+"""Shared fixtures: tiny models, the embedded target, and one server per configuration."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--evidence", action="store_true", help="run the full matrices and write docs/evidence/")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--evidence"):
+        return
+    skip = pytest.mark.skip(reason="full matrix; run `make evidence`")
+    for item in items:
+        if "evidence" in item.keywords:
+            item.add_marker(skip)

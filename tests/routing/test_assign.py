@@ -1,0 +1,92 @@
+"""`assign` as a pure function of scores and costs."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.routing.assign import Dwell, assign, expected_rate
+
+ARMS = ("ar", "diffusion", "lookup")
+
+
+@dataclass
+class FixedCosts:
+    """Draft seconds and widths per arm; a verification costs a fixed part and a part per row."""
+
+    draft_seconds: dict[str, float] = field(
+        default_factory=lambda: {"ar": 0.010, "diffusion": 0.006, "lookup": 0.0}
+    )
+    widths: dict[str, int] = field(default_factory=lambda: {"ar": 6, "diffusion": 8, "lookup": 12, "none": 1})
+    fixed: float = 0.020
+    per_row: float = 0.0005
+
+    def draft(self, arm: str, requests: int) -> float:
+        return self.draft_seconds[arm]
+
+    def verify(self, rows: int, requests: int) -> float:
+        return self.fixed + self.per_row * rows
+
+    def width(self, arm: str) -> int:
+        return self.widths[arm]
+
+
+def test_without_costs_every_request_takes_its_best_arm() -> None:
+    scores = [
+        {"ar": 2.0, "diffusion": 3.0, "none": 1.0},
+        {"ar": 2.5, "diffusion": 1.0, "none": 1.0},
+        {"none": 1.0},
+    ]
+    assert assign(scores) == ["diffusion", "ar", "none"]
+
+
+def test_a_second_drafter_must_earn_its_pass() -> None:
+    """One request gains a little from the other drafter; starting that drafter costs the whole batch."""
+    scores = [{"ar": 2.0, "diffusion": 3.0, "none": 1.0}] * 5 + [{"ar": 3.2, "diffusion": 3.0, "none": 1.0}]
+    assert assign(scores, FixedCosts()) == ["diffusion"] * 6
+    assert assign(scores)[-1] == "ar"
+
+
+def test_drafting_that_brings_nothing_is_left_alone() -> None:
+    scores = [{"ar": 1.01, "diffusion": 1.02, "none": 1.0}] * 4
+    assert assign(scores, FixedCosts()) == ["none"] * 4
+
+
+def test_drafting_comes_back_when_it_pays() -> None:
+    scores = [{"ar": 3.0, "diffusion": 1.02, "none": 1.0}] * 4
+    assert assign(scores, FixedCosts()) == ["ar"] * 4
+
+
+def test_margin_keeps_the_previous_routes() -> None:
+    scores = [{"ar": 2.00, "diffusion": 1.80, "none": 1.0}]
+    costs = FixedCosts(
+        draft_seconds={"ar": 0.006, "diffusion": 0.006}, widths={"ar": 8, "diffusion": 8, "none": 1}
+    )
+    assert assign(scores, costs) == ["ar"]
+    assert assign(scores, costs, previous=["diffusion"], dwell=Dwell(margin=0.2)) == ["diffusion"]
+    assert assign(scores, costs, previous=["diffusion"], dwell=Dwell(margin=0.05)) == ["ar"]
+
+
+def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:
+    scores = [{"ar": 2.0, "none": 1.0}]
+    assert assign(scores, FixedCosts(), previous=["lookup"], dwell=Dwell(margin=10.0)) == ["ar"]
+
+
+def test_empty_batch() -> None:
+    assert assign([], FixedCosts()) == []
+
+
+score = st.fixed_dictionaries({"none": st.just(1.0)}, optional={arm: st.floats(1.0, 12.0) for arm in ARMS})
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(score, min_size=1, max_size=5))
+def test_no_single_change_of_one_request_is_better(scores: list[dict[str, float]]) -> None:
+    """The result is at least a local optimum, and at least as good as each static choice."""
+    costs = FixedCosts()
+    routes = assign(scores, costs)
+    rate = expected_rate(scores, routes, costs)
+    for arm in (*ARMS, "none"):
+        static = [arm if arm in s else "none" for s in scores]
+        assert rate >= expected_rate(scores, static, costs) * (1 - 1e-9)
+    assert all(route in s for route, s in zip(routes, scores, strict=True))

@@ -1,0 +1,42 @@
+"""The `whiflash` command."""
+
+import sys
+from importlib import import_module
+
+import typer
+
+from whiflash_sglang.errors import WhiflashError
+
+app = typer.Typer(
+    name="whiflash",
+    help="Token-level switching between speculative drafters, for stock SGLang.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+)
+
+for _command in ("check", "serve", "demo"):
+    import_module(f"whiflash_sglang.cli.{_command}").register(app)
+
+
+def main() -> None:
+    """Run the command line; errors made on purpose end as one line, Ctrl-C as exit code 130."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except WhiflashError as error:
+        typer.echo(f"whiflash: error: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        from click import ClickException
+
+        if not isinstance(error, ClickException):
+            raise
+        error.show()
+        sys.exit(error.exit_code)

@@ -1,0 +1,157 @@
+"""What WHIFLASH adds to SGLang's HTTP process: hint validation, the trace, and the capabilities route."""
+
+import json
+from collections.abc import AsyncIterator
+from functools import wraps
+from typing import Any
+
+from sglang.srt.entrypoints import http_server
+from sglang.srt.entrypoints.openai import protocol
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+from whiflash_sglang import __version__
+from whiflash_sglang.compat.flags import settings_of
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.streamer import META_KEY
+from whiflash_sglang.spans.hints import HintError, capabilities, validate_custom_params
+from whiflash_sglang.trace import build_trace
+
+_RESPONSES = (
+    "ChatCompletionResponse",
+    "ChatCompletionStreamResponse",
+    "CompletionResponse",
+    "CompletionStreamResponse",
+)
+
+
+def install(server_args: Any) -> None:
+    """Idempotent. Only the launcher's process serves HTTP, so only there this is called."""
+    _open_extension()
+    replace(TokenizerManager, "generate_request", _tracing)
+    for serving, build, stream in (
+        (OpenAIServingChat, "_build_chat_response", "_generate_chat_stream"),
+        (OpenAIServingCompletion, "_build_completion_response", "_generate_completion_stream"),
+    ):
+        replace(serving, "_validate_request", _validating)
+        replace(serving, build, _with_trace)
+        replace(serving, stream, _with_trace_chunk)
+    if not any(getattr(route, "path", None) == "/whiflash/capabilities" for route in http_server.app.routes):
+        http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
+
+
+def _open_extension() -> None:
+    """Let `sglext` carry a field of ours; the responses around it are rebuilt since they embed its schema."""
+    if protocol.SglExt.model_config.get("extra") == "allow":
+        return
+    protocol.SglExt.model_config["extra"] = "allow"
+    protocol.SglExt.model_rebuild(force=True)
+    for name in _RESPONSES:
+        getattr(protocol, name).model_rebuild(force=True)
+
+
+def _validating(original: Any) -> Any:
+    @wraps(original)
+    def validate(self: Any, request: Any) -> str | None:
+        try:
+            validate_custom_params(request.custom_params)
+        except HintError as error:
+            return f"custom_params.{META_KEY}: {error}" if META_KEY not in error.field else str(error)
+        result: str | None = original(self, request)
+        return result
+
+    return validate
+
+
+def _tracing(original: Any) -> Any:
+    """Turn the rounds that arrive with a finished answer into its trace; hide them before that."""
+
+    @wraps(original)
+    async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        async for output in original(self, obj, request):
+            for choice, item in enumerate(output if isinstance(output, list) else [output]):
+                _finish_trace(self, obj, item, choice)
+            yield output
+
+    return generate_request
+
+
+def _finish_trace(manager: Any, obj: Any, item: Any, choice: int) -> None:
+    meta = item.get("meta_info") if isinstance(item, dict) else None
+    if not isinstance(meta, dict) or META_KEY not in meta:
+        return
+    rounds = meta.pop(META_KEY)
+    if meta.get("finish_reason") is None:
+        return
+    index = item.get("index", choice)
+    tokens = list(item.get("output_ids") or ())
+    whole = len(tokens) == meta["completion_tokens"] and manager.tokenizer is not None
+
+    def text_of(start: int, end: int) -> str:
+        # A stretch may cut a character in two: both halves come from the text decoded so far.
+        before = manager.tokenizer.decode(tokens[:start])
+        return str(manager.tokenizer.decode(tokens[:end])[len(before) :])
+
+    policy = settings_of(manager.server_args).router
+    meta[META_KEY] = build_trace(
+        rounds, policy, meta["completion_tokens"], choice=index, text_of=text_of if whole else None
+    )
+    traces = getattr(obj, "_whiflash_traces", None)
+    if traces is None:
+        traces = obj._whiflash_traces = []
+    traces.append(meta[META_KEY])
+
+
+def _with_trace(original: Any) -> Any:
+    @wraps(original)
+    def build(self: Any, request: Any, ret: list[dict[str, Any]], *rest: Any, **named: Any) -> Any:
+        response = original(self, request, ret, *rest, **named)
+        traces = [item["meta_info"][META_KEY] for item in ret if META_KEY in item["meta_info"]]
+        if traces and hasattr(response, "sglext"):
+            extension = response.sglext or protocol.SglExt()
+            setattr(extension, META_KEY, traces[0] if len(traces) == 1 else traces)
+            response.sglext = extension
+        return response
+
+    return build
+
+
+def _with_trace_chunk(original: Any) -> Any:
+    @wraps(original)
+    async def stream(self: Any, adapted: Any, request: Any, *rest: Any, **named: Any) -> AsyncIterator[str]:
+        async for line in original(self, adapted, request, *rest, **named):
+            traces = getattr(adapted, "_whiflash_traces", None)
+            if traces and line.startswith("data: [DONE]"):
+                yield f"data: {json.dumps(_trace_chunk(request, traces))}\n\n"
+            yield line
+
+    return stream
+
+
+def _trace_chunk(request: Any, traces: list[dict[str, Any]]) -> dict[str, Any]:
+    """A last chunk without choices, as SGLang's own extension chunks are."""
+    kind = "chat.completion.chunk" if hasattr(request, "messages") else "text_completion"
+    return {
+        "id": "whiflash-trace",
+        "object": kind,
+        "created": 0,
+        "model": request.model,
+        "choices": [],
+        "sglext": {META_KEY: traces[0] if len(traces) == 1 else traces},
+    }
+
+
+def _capabilities_of(server_args: Any) -> Any:
+    async def get_capabilities() -> dict[str, object]:
+        settings = settings_of(server_args)
+        return capabilities(
+            server_version=__version__,
+            model=server_args.served_model_name or server_args.model_path,
+            policy=settings.router,
+            arms=("ar", "diffusion", "none"),
+            tool_call_parser=server_args.tool_call_parser,
+            reasoning_parser=server_args.reasoning_parser,
+        )
+
+    return get_capabilities
