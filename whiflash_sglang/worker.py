@@ -192,7 +192,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         tokens = torch.zeros((len(routes), widest), dtype=torch.int64, device=requests.bonus.device)
         widths = [1] * len(routes)
         for arm, drafter in self.drafters.items():
-            members = [i for i, route in enumerate(routes) if route == arm]
+            # The last token a request may commit needs no draft: it is the bonus token.
+            members = [i for i, route in enumerate(routes) if route == arm and requests.budgets[i] > 1]
             if not members:
                 continue
             drafts = drafter.draft(self._draft_batch(requests, members, drafter))
@@ -213,7 +214,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             bonus=requests.bonus[index],
             tail=self.rings.tail(rows, starts),
             slot_table=self.target.slot_table,
-            # The last token a request may commit needs no draft: it is the bonus token.
             limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
             history=lambda i: requests.history(members[i]),
         )

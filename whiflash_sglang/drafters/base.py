@@ -15,7 +15,7 @@ class DraftBatch:
 
     rows: [B] int64 rows of the request table. lengths: n per request, on the host; starts: the same, [B] int64.
     bonus: [B] int64, token n. tail: [B, F] captured feature n-1. slot_table: [request rows, ctx] int32.
-    limits: drafts wanted per request at most (on the host).
+    limits: drafts wanted per request at most, each at least 1 (on the host).
     history: per request, the committed tokens 0..n on the host, read on demand (a copy drafter needs them).
     """
 

@@ -53,6 +53,6 @@ class DFlashArm(PagedArm):
         )
         attend = self.attend_at(batch.slots(0, block).reshape(-1), plan)
         hidden = self.model(ids.view(-1), positions.view(-1), attend).view(size, block, -1)
-        wanted = max(batch.limits, default=0)
+        wanted = max(batch.limits)
         logits = self.model.logits(hidden[:, 1 : wanted + 1].reshape(size * wanted, -1))
         return Drafts(logits.argmax(-1).view(size, wanted), list(batch.limits))

@@ -51,10 +51,8 @@ class Eagle3Arm(PagedArm):
         self.kv.write(0, rows.slots, k, v)
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        steps, size = max(batch.limits, default=0), len(batch)
+        steps, size = max(batch.limits), len(batch)
         tokens = torch.empty((size, steps), dtype=torch.int64, device=batch.bonus.device)
-        if steps == 0:
-            return Drafts(tokens, [0] * size)
         table = batch.slot_table[batch.rows, : max(batch.lengths) + steps]
         slots = batch.slots(-1, steps)
         token, hidden = batch.bonus, self.model.fuse(self._features(batch.tail))
