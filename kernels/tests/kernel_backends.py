@@ -1,0 +1,53 @@
+"""Where and how the ops run in a test: the device, the implementations, and guarded outputs."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+BACKENDS = ["torch", "triton"] if DEVICE.type == "cuda" or INTERPRETING else ["torch"]
+"""On a CPU, Triton runs only in the child process that `test_interpreter.py` starts with TRITON_INTERPRET=1."""
+
+GUARD = 64
+
+
+@contextmanager
+def running(backend: str) -> Iterator[None]:
+    """Force one implementation."""
+    with mock.patch.dict(os.environ, {"WHIFLASH_KERNELS": backend}):
+        yield
+
+
+@contextmanager
+def guarded_outputs() -> Iterator[None]:
+    """Every tensor that an op allocates starts full of sentinels and lies between two guards of them.
+
+    An element left unwritten then fails the comparison with the oracle, and a write outside its tensor fails
+    here, when the guards are looked at.
+    """
+    buffers = []
+    empty = torch.empty
+
+    def poisoned(*size, dtype=None, device=None):
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        count = math.prod(shape)
+        dtype = dtype or torch.get_default_dtype()
+        sentinel = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        buffer = torch.full((count + 2 * GUARD,), sentinel, dtype=dtype, device=device)
+        buffers.append((buffer, count, sentinel))
+        return buffer[GUARD : GUARD + count].view(shape)
+
+    with mock.patch.object(torch, "empty", poisoned):
+        yield
+    assert empty is torch.empty
+    for buffer, count, sentinel in buffers:
+        guards = torch.cat([buffer[:GUARD], buffer[GUARD + count :]])
+        untouched = guards.isnan() if isinstance(sentinel, float) else guards == sentinel
+        assert untouched.all(), f"a write landed outside an output of {count} elements"

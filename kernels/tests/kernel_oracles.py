@@ -1,0 +1,150 @@
+"""Slow, obvious versions of every op: Python loops and float64, one request, row or head at a time."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def routing_stats(row: Tensor) -> tuple[float, float, float, int]:
+    """Entropy, top-1, margin and first argmax of one row, in float64."""
+    logits = row.double().cpu()
+    if bool((logits <= -1e30).all()):
+        return 0.0, 0.0, 0.0, 0
+    probabilities = torch.softmax(logits, dim=0)
+    entropy = -sum(p * math.log(p) for p in probabilities.tolist() if p > 0)
+    ordered = sorted(probabilities.tolist(), reverse=True)
+    margin = ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0)
+    values = logits.tolist()
+    return entropy, ordered[0], margin, values.index(max(values))
+
+
+def park(ring, ring_tokens, features, next_tokens, slots, begins, lengths, starts) -> None:
+    """Write every committed row in order, so that a later one replaces an earlier one at the same place."""
+    capacity = ring.shape[1]
+    for slot, begin, length, start in zip(slots, begins, lengths, starts, strict=True):
+        for i in range(length):
+            ring[slot, (begin + i) % capacity] = features[start + i]
+            ring_tokens[slot, (begin + i) % capacity] = next_tokens[start + i]
+
+
+def unpark(ring, ring_tokens, slots, begins, ends, req_to_token, columns):
+    """Rows of every backlog in order, as lists: features, next tokens, positions, cache slots, owners."""
+    capacity = ring.shape[1]
+    rows = []
+    for owner, (slot, begin, end) in enumerate(zip(slots, begins, ends, strict=True)):
+        for position in range(begin, end):
+            place = position % capacity
+            rows.append(
+                (
+                    ring[slot, place][columns],
+                    int(ring_tokens[slot, place]),
+                    position,
+                    int(req_to_token[slot, position]),
+                    owner,
+                )
+            )
+    return rows
+
+
+def mixed_block(bonus, drafts, widths, seq_lens, slots, req_to_token):
+    """Rows of every request as lists (id, position, cache slot, owner), and where each request begins."""
+    rows, indptr = [], [0]
+    for owner, width in enumerate(widths):
+        for i in range(width):
+            token = bonus[owner] if i == 0 else drafts[owner][i - 1]
+            position = seq_lens[owner] + i
+            rows.append((token, position, int(req_to_token[slots[owner], position]), owner))
+        indptr.append(len(rows))
+    return rows, indptr
+
+
+def commit(predictions, input_ids, indptr, stride):
+    """Committed tokens of every request."""
+    committed = []
+    for start, end in pairwise(indptr):
+        end = min(end, start + stride)
+        tokens = [predictions[start]] if end > start else []
+        for row in range(start, end - 1):
+            if predictions[row] != input_ids[row + 1]:
+                break
+            tokens.append(predictions[row + 1])
+        committed.append(tokens)
+    return committed
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * weight.double() / math.sqrt(float((x * x).mean()) + eps)
+
+
+def rotate(head: Tensor, angles: Tensor) -> Tensor:
+    """Neox RoPE of one head [D] with one row [R] of the table: pair i is (i, i + R/2)."""
+    half = angles.numel() // 2
+    out = head.clone()
+    for i in range(half):
+        cosine, sine = float(angles[i]), float(angles[half + i])
+        out[i] = head[i] * cosine - head[half + i] * sine
+        out[half + i] = head[half + i] * cosine + head[i] * sine
+    return out
+
+
+def write_kv(kv_rows, k_norm, eps, positions, slots, rope, k_pools, v_pools) -> None:
+    """Norm, rotate and store, one head at a time, from float64 rows [L*2*Hkv*D]."""
+    layers, (_, heads, dim) = len(k_pools), k_pools[0].shape
+    for kv, position, slot in zip(kv_rows, positions, slots, strict=True):
+        if slot < 0:
+            continue
+        parts = kv.view(layers, 2, heads, dim)
+        for layer in range(layers):
+            for head in range(heads):
+                k = parts[layer, 0, head]
+                if k_norm is not None:
+                    k = rms_norm(k, k_norm[layer], eps)
+                k_pools[layer][slot, head] = rotate(k, rope[position])
+                v_pools[layer][slot, head] = parts[layer, 1, head]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = weight.double() @ x
+    return out if bias is None else out + bias.double()
+
+
+def dflash_rows(features, weights) -> list[Tensor]:
+    """The projections of every row, in float64."""
+    rows = []
+    for feature in features.double():
+        fused = rms_norm(linear(feature, weights.fc, weights.fc_bias), weights.hidden_norm, weights.eps)
+        rows.append(linear(fused, weights.kv, weights.kv_bias))
+    return rows
+
+
+def eagle3_rows(features, next_tokens, weights) -> tuple[list[Tensor], list[Tensor]]:
+    """The projections of every row, and the fused features, in float64."""
+    rows, fused_rows = [], []
+    for feature, token in zip(features.double(), next_tokens, strict=True):
+        if weights.concat_norm is not None:
+            feature = rms_norm(feature, weights.concat_norm, weights.eps)
+        if weights.chunk_norms is not None:
+            chunks = feature.view(weights.chunk_norms.shape)
+            normed = [
+                rms_norm(chunk, norm, weights.eps)
+                for chunk, norm in zip(chunks, weights.chunk_norms, strict=True)
+            ]
+            feature = torch.cat(normed)
+        fused = linear(feature, weights.fc, weights.fc_bias)
+        embedded = rms_norm(weights.embedding[token].double(), weights.input_norm, weights.eps)
+        x = torch.cat([embedded, rms_norm(fused, weights.hidden_norm, weights.eps)])
+        rows.append(linear(x, weights.kv, weights.kv_bias))
+        fused_rows.append(fused)
+    return rows, fused_rows
+
+
+def router(hidden, w1, b1, w2, b2) -> Tensor:
+    """[B, n_out] float64, one row at a time."""
+    rows = []
+    for x in hidden.double():
+        inner = linear(x, w1, b1)
+        active = torch.tensor([0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in inner.tolist()])
+        rows.append(linear(active.double(), w2, b2))
+    return torch.stack(rows)

@@ -1,0 +1,156 @@
+"""prepare_mixed_block and accept_and_commit against loops, exactly."""
+
+import kernel_oracles as oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from whiflash_kernels import MixedBlock, accept_and_commit, prepare_mixed_block
+
+SLOTS, CONTEXT = 300, 96
+
+
+def integers(values: list[int] | torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=dtype).to(DEVICE)
+
+
+def slot_table() -> torch.Tensor:
+    order = torch.randperm(SLOTS * CONTEXT, generator=torch.Generator().manual_seed(5))
+    return order.view(SLOTS, CONTEXT).int()
+
+
+def check_round(
+    backend: str,
+    widths: list[int],
+    seed: int,
+    *,
+    padding: int | None = None,
+    dtype: torch.dtype = torch.int64,
+) -> MixedBlock:
+    """Build a block, verify it with predictions that agree with about three drafts in four, commit it."""
+    generator = torch.Generator().manual_seed(seed)
+    requests, most = len(widths), max([*widths, 1])
+    # A narrow alphabet: predictions often agree by chance too.
+    bonus = torch.randint(0, 5, (requests,), generator=generator).tolist()
+    drafts = torch.randint(0, 5, (requests, most - 1), generator=generator).tolist()
+    seq_lens = torch.randint(0, CONTEXT - most, (requests,), generator=generator).tolist()
+    slots = torch.randperm(SLOTS, generator=generator)[:requests].tolist()
+    table = slot_table()
+    rows, indptr = oracles.mixed_block(bonus, drafts, widths, seq_lens, slots, table)
+    pad = padding or 0
+    with running(backend), guarded_outputs():
+        block = prepare_mixed_block(
+            integers(bonus),
+            integers(drafts).view(requests, most - 1),
+            integers(widths, dtype),
+            integers(seq_lens, dtype),
+            integers(slots, dtype),
+            table.to(DEVICE),
+            rows=None if padding is None else len(rows) + padding,
+            pad_slot=7,
+        )
+    assert block.input_ids.tolist() == [r[0] for r in rows] + [0] * pad
+    assert block.positions.tolist() == [r[1] for r in rows] + [0] * pad
+    assert block.cache_slots.tolist() == [r[2] for r in rows] + [7] * pad
+    assert block.request_of_row.tolist() == [r[3] for r in rows] + [-1] * pad
+    assert block.qo_indptr.tolist() == indptr
+    assert [t.dtype for t in block] == [torch.int64] * 4 + [torch.int32]
+
+    predictions = torch.randint(0, 5, (len(rows) + pad,), generator=generator)
+    agree = torch.rand(len(rows) + pad, generator=generator) < 0.75
+    following = block.input_ids.cpu().roll(-1)
+    predictions = torch.where(agree, following, predictions)
+    committed_tokens = oracles.commit(predictions.tolist(), block.input_ids.tolist(), indptr, most)
+    with running(backend), guarded_outputs():
+        committed = accept_and_commit(
+            predictions.to(DEVICE),
+            block.input_ids,
+            block.qo_indptr,
+            integers(seq_lens, dtype),
+            stride=most,
+            pad_token=-9,
+        )
+    lengths = [len(tokens) for tokens in committed_tokens]
+    assert committed.accept_lens.tolist() == lengths
+    assert committed.tokens.tolist() == [t + [-9] * (most - len(t)) for t in committed_tokens]
+    assert committed.bonus.tolist() == [t[-1] if t else -9 for t in committed_tokens]
+    assert committed.seq_lens.tolist() == [n + k for n, k in zip(seq_lens, lengths, strict=True)]
+    assert [t.dtype for t in committed] == [torch.int32, torch.int64, torch.int64, dtype]
+    return block
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    widths=st.lists(st.integers(0, 17), max_size=9),
+    seed=st.integers(0, 1000),
+    padding=st.one_of(st.none(), st.integers(0, 40)),
+)
+def test_any_round(backend: str, widths: list[int], seed: int, padding: int | None) -> None:
+    check_round(backend, widths, seed, padding=padding)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("widths", [[], [0], [1], [16], [1, 1, 1], [8, 4, 1, 16], [0, 5, 0]])
+def test_rounds(backend: str, dtype: torch.dtype, widths: list[int]) -> None:
+    check_round(backend, widths, 1, dtype=dtype)
+    check_round(backend, widths, 2, padding=3, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_256_requests(backend: str) -> None:
+    widths = torch.randint(0, 9, (256,), generator=torch.Generator().manual_seed(6)).tolist()
+    check_round(backend, widths, 3, padding=10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_past_a_width_are_not_read(backend: str) -> None:
+    """Drafts as a strided slice whose unused columns hold nonsense."""
+    wide = torch.full((2, 12), -1, dtype=torch.int64, device=DEVICE)
+    wide[0, 3:5], wide[1, 3:7] = integers([11, 12]), integers([21, 22, 23, 24])
+    one = integers([1, 2])
+    with running(backend):
+        block = prepare_mixed_block(
+            one, wide[:, 3:9], integers([3, 5]), integers([4, 5]), one, slot_table().to(DEVICE)
+        )
+        transposed = prepare_mixed_block(
+            one,
+            wide[:, 3:9].t().contiguous().t(),
+            integers([3, 5]),
+            integers([4, 5]),
+            one,
+            slot_table().to(DEVICE),
+        )
+    assert block.input_ids.tolist() == [1, 11, 12, 2, 21, 22, 23, 24]
+    assert torch.equal(block.input_ids, transposed.input_ids)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_commit_stops_at_the_stride(backend: str) -> None:
+    ids = integers([9, 1, 2, 3, 4])
+    with running(backend):
+        committed = accept_and_commit(
+            integers([1, 2, 3, 4, 5]), ids, integers([0, 5], torch.int32), integers([10]), stride=3
+        )
+    assert committed.tokens.tolist() == [[1, 2, 3]]
+    assert committed.accept_lens.tolist() == [3]
+    assert committed.bonus.tolist() == [3]
+    assert committed.seq_lens.tolist() == [13]
+
+
+def test_torch_rejects_more_rows_than_asked_for() -> None:
+    one = integers([1])
+    with running("torch"), pytest.raises(ValueError, match="raise rows"):
+        prepare_mixed_block(one, integers([[2, 3]]), integers([3]), one, one, slot_table().to(DEVICE), rows=2)
+
+
+def test_rejects_what_does_not_match() -> None:
+    one, table = integers([1]), slot_table().to(DEVICE)
+    with pytest.raises(ValueError, match=r"drafts must be \[1, D\]"):
+        prepare_mixed_block(one, integers([[1], [2]]), one, one, one, table)
+    with pytest.raises(ValueError, match="must match"):
+        accept_and_commit(one, integers([1, 2]), integers([0, 1]), one, stride=1)
+    with pytest.raises(ValueError, match="stride must be at least 1"):
+        accept_and_commit(one, one, integers([0, 1]), one, stride=0)

@@ -1,0 +1,156 @@
+"""routing_stats against a float64 oracle."""
+
+from unittest import mock
+
+import kernel_oracles as oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_tolerances import assert_close
+from whiflash_kernels import RoutingStats, routing_stats
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def random_logits(rows: int, vocab: int, dtype: torch.dtype, scale: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * 100_003 + vocab)
+    return (torch.randn(rows, vocab, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def check(stats: RoutingStats, logits: torch.Tensor) -> None:
+    entropy, top1, margin, argmax = zip(*(oracles.routing_stats(row) for row in logits), strict=True)
+    assert_close(stats.entropy, torch.tensor(entropy), "entropy", torch.float32)
+    assert_close(stats.top1, torch.tensor(top1), "probability", torch.float32)
+    assert_close(stats.margin, torch.tensor(margin), "probability", torch.float32)
+    assert stats.argmax.tolist() == list(argmax)
+    assert [field.dtype for field in stats] == [torch.float32] * 3 + [torch.int64]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (3, 5), (2, 4096), (2, 4097), (3, 32003)])
+def test_random_logits(backend: str, dtype: torch.dtype, rows: int, vocab: int) -> None:
+    logits = random_logits(rows, vocab, dtype)
+    before = logits.clone()
+    with running(backend), guarded_outputs():
+        stats = routing_stats(logits)
+    check(stats, logits)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [151_936, 256_000])
+def test_large_vocabulary(backend: str, vocab: int) -> None:
+    logits = random_logits(2, vocab, torch.bfloat16)
+    with running(backend):
+        check(routing_stats(logits), logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_256_rows(backend: str) -> None:
+    logits = random_logits(256, 33, torch.bfloat16)
+    with running(backend):
+        check(routing_stats(logits), logits)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("backend", ["triton"])
+def test_rows_that_fill_the_chip_are_not_split(backend: str) -> None:
+    from whiflash_kernels.triton_kernels import routing
+
+    logits = random_logits(4, 9001, torch.bfloat16)
+    with running(backend), mock.patch.object(routing, "multiprocessors", return_value=1):
+        check(routing_stats(logits), logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_first_as_in_torch(backend: str, dtype: torch.dtype) -> None:
+    logits = torch.randint(0, 3, (4, 9000), generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
+    with running(backend):
+        stats = routing_stats(logits)
+    check(stats, logits)
+    assert torch.equal(stats.argmax.cpu(), logits.cpu().argmax(dim=-1))
+    assert stats.margin.tolist() == [0.0] * 4
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's numpy; to -inf, as meant
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grammar_masks(backend: str) -> None:
+    logits = random_logits(6, 5000, torch.bfloat16)
+    logits[0, 1:] = -torch.inf  # one allowed token, the first
+    logits[1, :-1] = -torch.inf  # one allowed token, the last
+    logits[2, ::2] = -torch.inf
+    logits[3] = -torch.inf  # nothing allowed
+    logits[4, :4999] = torch.finfo(torch.bfloat16).min  # masked by the lowest value instead
+    logits[5] = torch.finfo(torch.bfloat16).min
+    with running(backend):
+        stats = routing_stats(logits)
+    check(stats, logits)
+    assert stats.top1[3] == 0
+    assert stats.entropy[0] == 0
+    assert stats.margin[1] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [-20_000.0, 0.0, 20_000.0])
+def test_far_from_zero(backend: str, offset: float) -> None:
+    logits = random_logits(2, 700, torch.float32) + offset
+    with running(backend):
+        check(routing_stats(logits), logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uniform_entropy_is_the_log_of_the_vocabulary(backend: str) -> None:
+    with running(backend):
+        stats = routing_stats(torch.zeros(1, 50_000, device=DEVICE))
+    assert_close(stats.entropy, torch.tensor([50_000.0]).log(), "entropy", torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_chosen_rows_and_strided_logits(backend: str, index_dtype: torch.dtype) -> None:
+    wide = random_logits(12, 6000, torch.bfloat16)
+    logits = wide[::2, 7:5000]  # rows are strided and start off the 16-byte grid
+    rows = torch.tensor([5, 0, 3, 3], dtype=index_dtype, device=DEVICE)
+    with running(backend):
+        check(routing_stats(logits, rows), logits[rows])
+        check(routing_stats(logits, torch.stack([rows, rows], dim=1)[:, 0]), logits[rows])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str) -> None:
+    with running(backend):
+        for stats in (
+            routing_stats(torch.zeros(0, 9, device=DEVICE)),
+            routing_stats(torch.zeros(3, 9, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)),
+        ):
+            assert [field.shape for field in stats] == [(0,)] * 4
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 0), (1, 2, 3)])
+def test_rejects_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="logits must be"):
+        routing_stats(torch.zeros(shape, device=DEVICE))
+
+
+def test_rejects_a_strided_vocabulary() -> None:
+    with pytest.raises(ValueError, match="contiguous along the vocabulary"):
+        routing_stats(torch.zeros(9, 2, device=DEVICE).t())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=30, deadline=None)
+@given(
+    values=st.lists(
+        st.one_of(st.just(-float("inf")), st.integers(-6, 6).map(float), st.floats(-80, 80, width=16)),
+        min_size=1,
+        max_size=90,
+    )
+)
+def test_any_row(backend: str, values: list[float]) -> None:
+    logits = torch.tensor([values], dtype=torch.float32, device=DEVICE)
+    with running(backend):
+        check(routing_stats(logits), logits)
