@@ -76,6 +76,7 @@ SEAMS: tuple[Seam, ...] = (
         "assign_req_to_token_pool_func",
         spec_ops.assign_req_to_token_pool_func,
     ),
+    Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
     Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
     Seam(
         "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
@@ -94,8 +95,69 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_DFLASH_UTILS, "_DFLASH_SAMPLING_VERIFY_AVAILABLE", True, absent=True),
 )
 
-_DRAFT_BACKEND_FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
-_FACTORY_PARAMETERS = ["self", "backend_name", "backend_map", "error_template", "stamps_children"]
+
+def _create_draft_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Enter the CPU backend into both maps of the draft backend factory, which are local to its methods."""
+
+    def create(
+        self: Any, backend_name: str, backend_map: Any, error_template: str, stamps_children: bool = False
+    ) -> Any:
+        def decode_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuMultiStepDraftBackend(
+                self.draft_model_runner, self.topk, self.speculative_num_steps
+            )
+
+        def extend_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuAttentionBackend(self.draft_model_runner)
+
+        # Only the multi-step decode backend has children to stamp.
+        ours = decode_backend if stamps_children else extend_backend
+        backends = {**backend_map, ATTENTION_BACKEND: ours}
+        return upstream(self, backend_name, backends, error_template, stamps_children)
+
+    return create
+
+
+def _keep_embedding_dtype(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Upstream turns every input embedding into bfloat16, which a float32 draft model cannot take."""
+
+    def kwargs_of(self: Any, forward_batch: Any, pp_proxy_tensors: Any) -> Any:
+        kwargs = upstream(self, forward_batch, pp_proxy_tensors)
+        if forward_batch.input_embeds is not None and forward_batch.replace_embeds is None:
+            kwargs["input_embeds"] = forward_batch.input_embeds.to(self.dtype)
+        return kwargs
+
+    return kwargs_of
+
+
+class MethodSeam(NamedTuple):
+    """One wrapped method."""
+
+    module: str
+    owner: str
+    name: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    @property
+    def label(self) -> str:
+        return f"{self.module}.{self.owner}.{self.name}"
+
+    def find(self) -> Any:
+        """The class that owns the method."""
+        return getattr(importlib.import_module(self.module), self.owner)
+
+
+METHOD_SEAMS: tuple[MethodSeam, ...] = (
+    MethodSeam(
+        "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
+    ),
+    MethodSeam(
+        "sglang.srt.model_executor.model_runner",
+        "ModelRunner",
+        "_extend_forward_kwargs",
+        _keep_embedding_dtype,
+    ),
+)
 
 _originals: dict[str, Any] = {}
 """What each installed seam replaced; empty before :func:`install_seams`."""
@@ -120,15 +182,16 @@ def install_seams() -> None:
         setattr(module, seam.name, seam.replacement)
         if not seam.absent:
             _rebind(seam.name, original, seam.replacement)
-    _install_draft_backends()
+    for method in METHOD_SEAMS:
+        owner = method.find()
+        _originals[method.label] = getattr(owner, method.name)
+        setattr(owner, method.name, method.wrap(_originals[method.label]))
     _install_record_stream()
 
 
 def verify_seams() -> list[SeamCheck]:
     """Check that every name exists with the parameters of its replacement. Imports SGLang; changes nothing."""
-    checks = [_check(seam) for seam in SEAMS]
-    checks.append(_check_parameters(_DRAFT_BACKEND_FACTORY, _factory_method, _FACTORY_PARAMETERS))
-    return checks
+    return [_check(seam) for seam in SEAMS] + [_check_method(seam) for seam in METHOD_SEAMS]
 
 
 def _check(seam: Seam) -> SeamCheck:
@@ -140,15 +203,23 @@ def _check(seam: Seam) -> SeamCheck:
         if upstream in (None, False):
             return SeamCheck(seam.label, True, "no operator upstream; torch version in place of it")
         return SeamCheck(seam.label, False, f"expected no operator on this platform, found {upstream!r}")
-    expected = list(inspect.signature(seam.replacement).parameters)
-    return _check_parameters(seam.label, lambda: upstream, expected)
+    return _compare(seam.label, upstream, seam.replacement)
 
 
-def _check_parameters(label: str, find: Callable[[], Any], expected: list[str]) -> SeamCheck:
+def _check_method(seam: MethodSeam) -> SeamCheck:
     try:
-        found = list(inspect.signature(find()).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        return SeamCheck(label, False, f"missing: {error}")
+        upstream = _originals.get(seam.label, getattr(seam.find(), seam.name))
+    except (ImportError, AttributeError) as error:
+        return SeamCheck(seam.label, False, f"missing: {error}")
+    return _compare(seam.label, upstream, seam.wrap(upstream))
+
+
+def _compare(label: str, upstream: Any, replacement: Any) -> SeamCheck:
+    """Whether upstream's function takes exactly the parameters of its replacement."""
+    if not callable(upstream):
+        return SeamCheck(label, False, f"expected a function, found {upstream!r}")
+    found = list(inspect.signature(upstream).parameters)
+    expected = list(inspect.signature(replacement).parameters)
     if found != expected:
         return SeamCheck(label, False, f"parameters are {found}, expected {expected}")
     return SeamCheck(label, True, f"{len(found)} parameters as expected")
@@ -159,38 +230,6 @@ def _rebind(name: str, original: Any, replacement: Any) -> None:
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("sglang.") and vars(module).get(name) is original:
             setattr(module, name, replacement)
-
-
-def _factory_method() -> Any:
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
-
-    return _originals.get(_DRAFT_BACKEND_FACTORY, DraftBackendFactory._create_backend)
-
-
-def _install_draft_backends() -> None:
-    """Enter the CPU backend into both maps of the draft backend factory, which are local to its methods."""
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
-
-    upstream = DraftBackendFactory._create_backend
-
-    def create(
-        self: Any, backend_name: str, backend_map: Any, error_template: str, stamps_children: bool = False
-    ) -> Any:
-        def decode_backend() -> tuple[str, Any]:
-            return ATTENTION_BACKEND, CpuMultiStepDraftBackend(
-                self.draft_model_runner, self.topk, self.speculative_num_steps
-            )
-
-        def extend_backend() -> tuple[str, Any]:
-            return ATTENTION_BACKEND, CpuAttentionBackend(self.draft_model_runner)
-
-        # Only the multi-step decode backend has children to stamp.
-        ours = decode_backend if stamps_children else extend_backend
-        backends = {**backend_map, ATTENTION_BACKEND: ours}
-        return upstream(self, backend_name, backends, error_template, stamps_children)
-
-    _originals[_DRAFT_BACKEND_FACTORY] = upstream
-    DraftBackendFactory._create_backend = create
 
 
 def _install_record_stream() -> None:

@@ -79,6 +79,14 @@ def assign_req_to_token_pool_func(
         at += end - start
 
 
+def get_last_loc(
+    req_to_token: torch.Tensor, req_pool_indices_tensor: torch.Tensor, prefix_lens_tensor: torch.Tensor
+) -> torch.Tensor:
+    """Slot of the last allocated position of every request, -1 where there is none: where a page continues."""
+    last = req_to_token[req_pool_indices_tensor.long(), (prefix_lens_tensor - 1).clamp_min(0).long()]
+    return torch.where(prefix_lens_tensor > 0, last.to(prefix_lens_tensor.dtype), -1)
+
+
 def fill_bonus_tokens_func(
     accept_tokens: torch.Tensor,
     accept_lens: torch.Tensor,
