@@ -1,5 +1,6 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,18 @@ from whiflash_sglang.compat.spec_worker import (
     prefill_rows,
     round_result,
 )
+from whiflash_sglang.compat.streamer import trace_log
 from whiflash_sglang.compat.target import Target, Verified
 from whiflash_sglang.drafters.base import DraftBatch, Drafter
 from whiflash_sglang.drafters.build import build_drafters
 from whiflash_sglang.routing.assign import assign
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.lane import Lane
+from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
+from whiflash_sglang.spans.tracker import SpanTracker
+from whiflash_sglang.spans.vocabulary import token_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.capture(self.captured, final_hidden=False)
         self.policy = build_policy(self.settings)
         self.lanes: dict[int, Lane] = {}
+        self._token_bytes = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         keeping = [d.arm for d in self.drafters.values() if d.keeps_kv]
         self.watermarks = Watermarks(keeping, self.settings.backlog_tokens)
         self._feature_width = len(self.captured) * self.target.shape.hidden_size
@@ -148,9 +156,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.rings.park(features, rows.next_tokens, rows.rows, ends - 1, ones, rows.last_rows)
         for req, row, end in zip(batch.reqs, rows.row_ids, rows.ends, strict=True):
             self.watermarks.reset(row, end)
-            lane = self.lanes.get(row)
-            if lane is None or lane.rid != req.rid:
-                self.lanes[row] = Lane(req.rid)
+            self._open_lane(row, req)
             self.tokens.begin(row, len(req.origin_input_ids), req.output_ids)
         self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
         result.next_draft_input = DraftInput(
@@ -158,14 +164,26 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         )
         return result
 
+    def _open_lane(self, row: int, req: Any) -> None:
+        """Start, or after a retraction restart, what the controller remembers of a request."""
+        lane = self.lanes.get(row)
+        if lane is not None and lane.rid == req.rid:
+            return
+        hints = _hints_of(req)
+        lane = self.lanes[row] = Lane(req.rid, hints)
+        if hints.spans and self._token_bytes:
+            lane.tracker = SpanTracker(hints.spans, self._token_bytes)
+            lane.tracker.push(req.output_ids)
+        if hints.trace:
+            trace_log.open(req.rid)
+
     # ---------------------------------------------------------------- the stages of a round
 
     def _route(self, requests: RoundBatch) -> list[str]:
         allowed = frozenset(self.drafters)
         lanes = [self.lanes[row] for row in requests.row_ids]
         scores = [
-            self.policy.score(lane.signals(n, allowed))
-            for lane, n in zip(lanes, requests.lengths, strict=True)
+            lane.score(self.policy, n, allowed) for lane, n in zip(lanes, requests.lengths, strict=True)
         ]
         routes = assign(scores)
         for lane, arm in zip(lanes, routes, strict=True):
@@ -256,9 +274,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             verified.features, predictions, requests.rows, requests.starts, committed.accept_lens, starts
         )
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
-        accepted = committed.accept_lens.tolist()
-        for row, arm, count in zip(requests.row_ids, routes, accepted, strict=True):
-            self.lanes[row].committed(arm, count, self.policy.name)
+        tokens, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
+        for row, arm, block_tokens, count in zip(requests.row_ids, routes, tokens, counts, strict=True):
+            lane = self.lanes[row]
+            trace_log.record(lane.rid, lane.committed(arm, block_tokens[:count]))
         if "entropy" in self.policy.needs:
             stats = routing_stats(verified.logits, starts + committed.accept_lens - 1)
             for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
@@ -283,3 +302,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.lanes.pop(row, None)
         for drafter in self.drafters.values():
             drafter.release(row)
+
+
+def _hints_of(req: Any) -> RequestHints:
+    """The request's hints. HTTP refuses malformed ones; an embedded engine has no HTTP, so there they are dropped."""
+    try:
+        return parse_hints(req.sampling_params.custom_params)
+    except HintError as error:
+        logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
+        return RequestHints()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from whiflash_sglang.routing.hinted import apply_hints
 from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.policies import EntropyPolicy, Pinned, RandomPolicy
 from whiflash_sglang.routing.signals import OpenSpan, Signals
@@ -28,9 +29,29 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     assert best(policy.score(Signals(10, BOTH, entropy=3.0, previous="diffusion", dwell=2))) == "ar"
 
 
-def test_an_open_spans_preference_comes_before_entropy() -> None:
-    span = OpenSpan("tool_call", prefer="ar")
-    assert best(EntropyPolicy(tau=1.0).score(Signals(10, BOTH, entropy=0.0, span=span))) == "ar"
+@pytest.mark.parametrize(
+    ("span", "off", "arm", "reason"),
+    [
+        (None, False, "diffusion", "score"),
+        (OpenSpan("tool_call"), False, "diffusion", "score"),
+        (OpenSpan("tool_call", prefer="ar"), False, "ar", "span"),
+        (OpenSpan("json", bias={"ar": 3.0}), False, "ar", "span"),
+        (OpenSpan("json", bias={"ar": 0.1}), False, "diffusion", "span"),
+        (OpenSpan("json", prefer="lookup"), False, "diffusion", "score"),
+        (OpenSpan("json", prefer="none", pin=True), False, "none", "pin"),
+        (OpenSpan("json", prefer="lookup", pin=True), False, "diffusion", "score"),
+        (OpenSpan("tool_call", prefer="ar"), True, "none", "off"),
+    ],
+)
+def test_hints_move_scores(span: OpenSpan | None, off: bool, arm: str, reason: str) -> None:
+    scores = EntropyPolicy(tau=1.0).score(Signals(10, BOTH, entropy=0.0))
+    hinted = apply_hints(scores, span, BOTH, off=off)
+    assert (best(hinted.scores), hinted.reason) == (arm, reason)
+
+
+def test_a_pin_overrides_a_pinned_policy() -> None:
+    span = OpenSpan("json", prefer="diffusion", pin=True)
+    assert best(apply_hints(Pinned("ar").score(Signals(10, BOTH)), span, BOTH, off=False).scores) == "diffusion"
 
 
 def test_pinned_falls_back_to_plain_decoding() -> None:
@@ -49,6 +70,6 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     for arm in ("ar", "ar", "diffusion"):
         lane.chose(arm)
     assert (lane.previous, lane.dwell) == ("diffusion", 1)
-    lane.committed("diffusion", 4, "entropy")
-    lane.committed("diffusion", 2, "entropy")
+    lane.committed("diffusion", [1, 2, 3, 4])
+    lane.committed("diffusion", [1, 2])
     assert 2.0 < lane.recent["diffusion"] < 4.0

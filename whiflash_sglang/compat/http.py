@@ -10,12 +10,20 @@ from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from whiflash_sdk.hints import Hints, Span
 
 from whiflash_sglang import __version__
 from whiflash_sglang.compat.flags import settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
-from whiflash_sglang.spans.hints import HintError, capabilities, validate_custom_params
+from whiflash_sglang.spans.hints import (
+    HintError,
+    RequestHints,
+    SpanHint,
+    capabilities,
+    validate_custom_params,
+)
+from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.trace import build_trace
 
 _RESPONSES = (
@@ -52,16 +60,47 @@ def _open_extension() -> None:
 
 
 def _validating(original: Any) -> Any:
+    """Refuse malformed hints before anything is scheduled; add the spans that the request itself implies."""
+
     @wraps(original)
     def validate(self: Any, request: Any) -> str | None:
         try:
-            validate_custom_params(request.custom_params)
+            hints = validate_custom_params(request.custom_params)
         except HintError as error:
-            return f"custom_params.{META_KEY}: {error}" if META_KEY not in error.field else str(error)
+            return _problem(error)
+        if hints.infer and not hints.spans:
+            inferred = _inferred(self.tokenizer_manager.server_args, request)
+            if inferred.spans:
+                wire = Hints(
+                    trace=hints.trace,
+                    off=hints.off,
+                    spans=tuple(Span(**_span_fields(s)) for s in inferred.spans),
+                )
+                request.custom_params = {**(request.custom_params or {}), **wire.custom_params()}
         result: str | None = original(self, request)
         return result
 
     return validate
+
+
+def _problem(error: HintError) -> str:
+    return str(error) if error.field.startswith("custom_params") else f"custom_params.{META_KEY}.{error}"
+
+
+def _span_fields(span: SpanHint) -> dict[str, Any]:
+    return {"kind": span.kind, "begin": span.begin, "end": span.end, "open": span.open}
+
+
+def _inferred(server_args: Any, request: Any) -> RequestHints:
+    choice = getattr(request, "tool_choice", None)
+    response_format = getattr(request, "response_format", None)
+    return infer_spans(
+        server_args.tool_call_parser,
+        server_args.reasoning_parser,
+        bool(getattr(request, "tools", None)) and choice != "none",
+        getattr(response_format, "type", None),
+        choice == "required" or not isinstance(choice, (str, type(None))),
+    )
 
 
 def _tracing(original: Any) -> Any:
@@ -69,12 +108,24 @@ def _tracing(original: Any) -> Any:
 
     @wraps(original)
     async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        _validate_native(obj)
         async for output in original(self, obj, request):
             for choice, item in enumerate(output if isinstance(output, list) else [output]):
                 _finish_trace(self, obj, item, choice)
             yield output
 
     return generate_request
+
+
+def _validate_native(obj: Any) -> None:
+    """The native route hands its parameters on unseen; SGLang answers a ValueError with 400."""
+    params = getattr(obj, "sampling_params", None)
+    for entry in params if isinstance(params, list) else [params]:
+        if isinstance(entry, dict) and entry.get("custom_params") is not None:
+            try:
+                validate_custom_params(entry["custom_params"])
+            except HintError as error:
+                raise ValueError(_problem(error)) from None
 
 
 def _finish_trace(manager: Any, obj: Any, item: Any, choice: int) -> None:

@@ -20,14 +20,20 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
     layers = target.shape.num_layers
     for_eagle, for_dflash = eagle3_layers(settings.eagle3, layers), dflash_layers(settings.dflash, layers)
     captured = tuple(sorted(set(for_eagle) | set(for_dflash)))
-    options = {
-        "device": target.device,
-        "dtype": target.dtype,
-        "target_embedding": target.embedding,
-        "target_lm_head": target.lm_head,
-    }
-    eagle = Eagle3Drafter.load(settings.eagle3, **options)
-    dflash = DFlashDrafter.load(settings.dflash, **options)
+    eagle = Eagle3Drafter.load(
+        settings.eagle3,
+        device=target.device,
+        dtype=target.dtype,
+        target_embedding=target.embedding,
+        target_lm_head=target.lm_head,
+    )
+    dflash = DFlashDrafter.load(
+        settings.dflash,
+        device=target.device,
+        dtype=target.dtype,
+        target_embedding=target.embedding,
+        target_lm_head=target.lm_head,
+    )
     block = block_size_of(settings.dflash, settings.block_size)
     return [
         Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps),

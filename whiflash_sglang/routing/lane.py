@@ -1,39 +1,49 @@
-"""What the controller remembers of one running request."""
+"""What the controller remembers of one running request. Imports neither SGLang nor CUDA."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from whiflash_sglang.routing.hinted import apply_hints
+from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.signals import OpenSpan, Signals
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.tracker import SpanTracker
+from whiflash_sglang.trace import TraceRound
 
 RECENT_WEIGHT = 0.3
 """Weight of the newest round in the running mean of a request's acceptance length per arm."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoundTrace:
-    """One round of a request: its arm, the tokens it committed (bonus included), why it was routed there."""
-
-    arm: str
-    committed: int
-    reason: str
-    span: str | None = None
-
-
 @dataclass(slots=True)
 class Lane:
-    """Host-side state of a request, from its prefill to its end."""
+    """Host-side state of a request, from its prefill to its end.
+
+    entropy, top1, margin, delta, expected: see `Signals`. reason: why the last round was routed as it was.
+    """
 
     rid: str
+    hints: RequestHints = field(default_factory=RequestHints)
+    tracker: SpanTracker | None = None
     previous: str | None = None
     dwell: int = 0
+    reason: str = "score"
     entropy: float = math.nan
     top1: float = math.nan
     margin: float = math.nan
     delta: float = math.nan
     expected: dict[str, float] = field(default_factory=dict)
     recent: dict[str, float] = field(default_factory=dict)
-    span: OpenSpan | None = None
-    rounds: list[RoundTrace] = field(default_factory=list)
+
+    @property
+    def span(self) -> OpenSpan | None:
+        """The innermost open span at the end of the committed text."""
+        if self.tracker is None:
+            return None
+        state = self.tracker.state
+        if state.kind is None:
+            return None
+        return OpenSpan(state.kind, state.prefer, state.pin, dict(state.bias))
 
     def signals(self, length: int, allowed: frozenset[str], match: int = 0) -> Signals:
         return Signals(
@@ -51,13 +61,23 @@ class Lane:
             dwell=self.dwell,
         )
 
+    def score(self, policy: Policy, length: int, allowed: frozenset[str]) -> Scores:
+        """The policy's scores with this request's hints applied; remembers what decided."""
+        signals = self.signals(length, allowed)
+        hinted = apply_hints(policy.score(signals), signals.span, allowed, off=self.hints.off)
+        self.reason = hinted.reason
+        return hinted.scores
+
     def chose(self, arm: str) -> None:
         """The controller routed the next round to `arm`."""
         self.dwell = self.dwell + 1 if arm == self.previous else 1
         self.previous = arm
 
-    def committed(self, arm: str, tokens: int, reason: str) -> None:
-        """A round of `arm` committed `tokens`, bonus included."""
-        before = self.recent.get(arm, float(tokens))
-        self.recent[arm] = before + RECENT_WEIGHT * (tokens - before)
-        self.rounds.append(RoundTrace(arm, tokens, reason, self.span.kind if self.span else None))
+    def committed(self, arm: str, tokens: Sequence[int]) -> TraceRound:
+        """A round of `arm` committed `tokens`, the bonus token last."""
+        span = self.span
+        before = self.recent.get(arm, float(len(tokens)))
+        self.recent[arm] = before + RECENT_WEIGHT * (len(tokens) - before)
+        if self.tracker is not None:
+            self.tracker.push(tokens)
+        return TraceRound(arm, len(tokens), self.reason, span.kind if span else None)

@@ -51,8 +51,7 @@ class EntropyPolicy:
     """Leave the diffusion drafter where the target's entropy exceeds τ (arXiv 2606.07710, entropy router).
 
     tau: nats. min_dwell: rounds an arm is kept before the next switch, since blind switching every block
-    was measured as a loss. Entropy is degenerate inside agent loops (near 0 at most round starts), so an open
-    span's preference comes first.
+    was measured as a loss.
     """
 
     tau: float
@@ -64,12 +63,10 @@ class EntropyPolicy:
         order = [arms.DIFFUSION, arms.AR]
         if not math.isnan(signals.entropy) and signals.entropy > self.tau:
             order.reverse()
-        wanted = next((arm for arm in order if arm in signals.allowed), arms.NONE)
-        if signals.span is not None and signals.span.prefer in signals.allowed:
-            wanted = str(signals.span.prefer)
-        elif signals.previous in signals.allowed and signals.dwell < self.min_dwell:
-            wanted = str(signals.previous)
-        return {wanted: PREFERRED, arms.NONE: 0.0}
+        if signals.previous in order and signals.dwell < self.min_dwell:
+            order.sort(key=lambda arm: arm != signals.previous)
+        scores = {arm: PREFERRED - rank for rank, arm in enumerate(order) if arm in signals.allowed}
+        return {**scores, arms.NONE: 0.0}
 
 
 @dataclass(slots=True)

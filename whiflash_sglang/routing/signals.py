@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 class OpenSpan:
     """The innermost span that is open at the end of the committed text.
 
-    kind: tool_call, json, code, reasoning or prose. prefer: an arm the hint names, or None.
+    kind: tool_call, json, code, reasoning or prose. prefer: an arm the hint names, or None; pin: it must be used.
     bias: expected accepted tokens to add to an arm's score.
     """
 
     kind: str
     prefer: str | None = None
+    pin: bool = False
     bias: Mapping[str, float] = field(default_factory=dict)
 
 
