@@ -23,3 +23,11 @@ def client(server: FakeServer) -> Iterator[OpenAI]:
 @pytest.fixture
 def async_client(server: FakeServer) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=server.base_url, api_key="key")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--evidence", default=False):
+        skip = pytest.mark.skip(reason="full matrix; run `make evidence`")
+        for item in items:
+            if "evidence" in item.keywords:
+                item.add_marker(skip)

@@ -1,0 +1,111 @@
+"""Each adapter in its real framework: one tool call to its end, hints on every request, traces back."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+from whiflash_sdk import collect
+
+from .fake_server import FakeServer
+
+FINAL = "It is four."
+
+
+def check(server: FakeServer, traces: list[Any], *, calls: int = 2) -> None:
+    """The tool was called, its result reached the next prompt, and both requests were routed."""
+    assert len(server.bodies) == len(traces) == calls
+    assert server.hints(0)["spans"][0]["kind"] == "tool_call"
+    assert all(server.hints(index)["trace"] for index in range(calls))
+    results = [message for message in server.bodies[1]["messages"] if message["role"] == "tool"]
+    assert "4" in str(results[0]["content"])
+
+
+def calculate(expression: str) -> str:
+    """Work out an arithmetic expression.
+
+    Args:
+        expression: the expression, such as 2+2.
+    """
+    assert expression == "2+2"
+    return "4"
+
+
+@pytest.fixture(autouse=True)
+def prose(server: FakeServer) -> None:
+    server.content = FINAL
+
+
+def test_openai_agents(server: FakeServer) -> None:
+    agents = pytest.importorskip("agents")
+    from whiflash_sdk.adapters.openai_agents import wrap_model
+
+    agents.set_tracing_disabled(True)
+    client = AsyncOpenAI(base_url=server.base_url, api_key="key")
+    model = wrap_model(agents.OpenAIChatCompletionsModel(model="m", openai_client=client))
+    tool = agents.function_tool(calculate)
+    agent = agents.Agent(name="a", instructions="Use the tool.", model=model, tools=[tool])
+    with collect() as collected:
+        result = asyncio.run(agents.Runner.run(agent, "What is 2+2?"))
+    assert result.final_output == FINAL
+    check(server, collected.traces)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_langgraph(server: FakeServer, streaming: bool) -> None:
+    pytest.importorskip("langgraph")
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+    from langgraph.prebuilt import create_react_agent
+    from whiflash_sdk.adapters.langchain import wrap_model
+
+    model = wrap_model(ChatOpenAI(model="m", base_url=server.base_url, api_key="key", streaming=streaming))
+    agent = create_react_agent(model, [tool(calculate)])
+    with collect() as collected:
+        result = agent.invoke({"messages": [("user", "What is 2+2?")]})
+    assert result["messages"][-1].content.strip() == FINAL
+    check(server, collected.traces)
+
+
+def test_langchain_async(server: FakeServer) -> None:
+    pytest.importorskip("langchain_openai")
+    from langchain_openai import ChatOpenAI
+    from whiflash_sdk.adapters.langchain import wrap_model
+
+    model = wrap_model(ChatOpenAI(model="m", base_url=server.base_url, api_key="key"))
+    with collect() as collected:
+        assert asyncio.run(model.ainvoke("Say it.")).content == FINAL
+    assert len(collected.traces) == 1
+
+
+def test_pydantic_ai(server: FakeServer) -> None:
+    pydantic_ai = pytest.importorskip("pydantic_ai")
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+    from whiflash_sdk.adapters.pydantic_ai import wrap_model
+
+    client = AsyncOpenAI(base_url=server.base_url, api_key="key")
+    model = wrap_model(OpenAIChatModel("m", provider=OpenAIProvider(openai_client=client)))
+    agent = pydantic_ai.Agent(model, tools=[calculate])
+    with collect() as collected:
+        assert agent.run_sync("What is 2+2?").output == FINAL
+    check(server, collected.traces)
+
+
+def test_smolagents(server: FakeServer) -> None:
+    smolagents = pytest.importorskip("smolagents")
+    from whiflash_sdk.adapters.smolagents import wrap_model
+
+    model = wrap_model(smolagents.OpenAIModel("m", api_base=server.base_url, api_key="key"))
+    agent = smolagents.ToolCallingAgent(
+        tools=[smolagents.tool(calculate)], model=model, max_steps=2, verbosity_level=0
+    )
+    with collect() as collected:
+        agent.run("What is 2+2?")
+    assert len(collected.traces) == len(server.bodies) >= 2
+    assert server.hints(0)["spans"] == [
+        {"kind": "tool_call", "begin": "<tool_call>", "end": "</tool_call>", "open": True}
+    ]
+    assert "Observation:\n4" in str(
+        server.bodies[1]["messages"][-1]["content"][0]["text"]
+    )  # smolagents tells it as text
