@@ -1,8 +1,8 @@
 """Where the embedded target lives and how it gets there.
 
 `<cache>/targets/<name>-<digest>/` is complete or absent: it is written beside, verified and renamed. Its
-`checksums.json` is checked on every use, so a damaged copy is rebuilt rather than served. A lock file lets two
-processes start at once.
+`checksums.json` is checked on every use, so a damaged copy is rebuilt rather than served. A lock file lets
+two processes start at once.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """The GGUF of the embedded target, written as a Hugging Face directory.
 
 llama.cpp stores the query and key projections with the two halves of every rotary pair interleaved; Hugging
-Face's Llama keeps them apart, so both are permuted back. Every tensor is dequantised exactly as `gguf` defines
-the block formats and rounded once, to bfloat16.
+Face's Llama keeps them apart, so both are permuted back. Every tensor is dequantised exactly as `gguf`
+defines the block formats and rounded once, to bfloat16.
 """
 
 import json

@@ -1,7 +1,8 @@
 """The GGUF's byte-level BPE vocabulary as a Hugging Face fast tokenizer.
 
 GGUF names the pre-tokeniser ("smollm") without spelling it out: SmolLM splits every digit off, then applies
-GPT-2's pattern over bytes. The vocabulary, the merges, the special tokens and the template are the file's own.
+GPT-2's pattern over bytes. The vocabulary, the merges, the special tokens and the template are the file's
+own.
 """
 
 from pathlib import Path

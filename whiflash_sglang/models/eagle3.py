@@ -190,6 +190,11 @@ class Eagle3Drafter(nn.Module):
         return self.config.num_layers
 
     @property
+    def draft_vocab_size(self) -> int:
+        """Rows of the head that drafts."""
+        return self.config.draft_vocab_size or self.config.vocab_size
+
+    @property
     def kv_only_exact(self) -> bool:
         """Whether `keys_values` alone gives the cache: true for one layer, whose K/V need no attention."""
         return self.config.num_layers == 1

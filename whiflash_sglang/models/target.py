@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.models.rope import Angles, Rotary, rope_parameters, rotate
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -65,8 +65,10 @@ class TargetModel:
         self.head = weights.get("lm_head.weight", self.embedding)
         self.final_norm = weights["model.norm.weight"]
         self.layers = [self._layer(weights, f"model.layers.{index}.") for index in range(self.num_layers)]
+        self.rope = rope_parameters(self.config)
+        self.attention_shape = AttentionShape(self.num_heads, self.num_kv_heads, self.head_dim)
         self.rotary = Rotary(
-            rope_parameters(self.config),
+            self.rope,
             self.head_dim,
             int(self.config.get("max_position_embeddings", 32768)),
         )

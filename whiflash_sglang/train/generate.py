@@ -48,8 +48,8 @@ class _Slot:
 
 @dataclass
 class _Group:
-    """KV slots of one capacity. Keys lie transposed, [rows, Hkv, D, capacity]: a batched product over them then
-    needs no packing, which made decode attention three times faster than SDPA on a CPU."""
+    """KV slots of one capacity. Keys lie transposed, [rows, Hkv, D, capacity]: a batched product over them
+    then needs no packing, which made decode attention three times faster than SDPA on a CPU."""
 
     shape: GroupShape
     keys: list[Tensor]
@@ -74,11 +74,14 @@ class Generator:
         max_new_tokens: int,
         eos_id: int,
         temperature: float = 0.0,
+        keep_loops: bool = False,
         seed: int = 0,
     ) -> None:
-        """`temperature` 0 is greedy. Groups are tried in order of capacity."""
+        """`temperature` 0 is greedy. Groups are tried in order of capacity. A row that falls into a loop ends
+        there; its repetitions are cut off unless `keep_loops`."""
         self.target, self.masks, self.capture = target, masks, list(capture)
         self.max_new, self.eos_id, self.temperature = max_new_tokens, eos_id, temperature
+        self.keep_loops = keep_loops
         self.random = torch.Generator(device=target.device).manual_seed(seed)
         self.groups = [self._allocate(shape) for shape in sorted(groups, key=lambda shape: shape.capacity)]
 
@@ -237,7 +240,9 @@ class Generator:
                 grouped = q[span].reshape(len(rows) * heads, share, -1)
                 scores = torch.bmm(grouped, keys.flatten(0, 1)[:, :, :width])
                 weights = torch.add(bias, scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
-                mixed[span] = torch.bmm(weights, values.flatten(0, 1)[:, :width]).view(len(rows), -1, q.shape[-1])
+                mixed[span] = torch.bmm(weights, values.flatten(0, 1)[:, :width]).view(
+                    len(rows), -1, q.shape[-1]
+                )
             return mixed
 
         return attend
@@ -256,6 +261,8 @@ class Generator:
         if not done and cut is None:
             return None
         group.slots[row] = None
-        tokens = slot.tokens if cut is None else slot.tokens[: len(slot.prompt.tokens) + cut]
+        tokens = (
+            slot.tokens if cut is None or self.keep_loops else slot.tokens[: len(slot.prompt.tokens) + cut]
+        )
         states = group.states[row, : len(tokens) - 1].clone()
         return Answer(slot.prompt, tokens, states, looped=cut is not None, finished=ended)

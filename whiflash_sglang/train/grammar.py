@@ -1,7 +1,8 @@
 """The vocabulary masks that SGLang 0.5.23 applies, built with the same xgrammar calls and settings.
 
-`response_format` compiles as a JSON schema with any whitespace (the server's default); `tool_choice: required`
-under the `hermes` parser compiles as a structural tag whose argument schema is open unless the tool is strict.
+`response_format` compiles as a JSON schema with any whitespace (the server's default); `tool_choice:
+required` under the `hermes` parser compiles as a structural tag whose argument schema is open unless the tool
+is strict.
 """
 
 import json
@@ -76,7 +77,7 @@ class GrammarMasks:
         return xgrammar.GrammarMatcher(compiled)
 
     def apply(self, logits: Tensor, matchers: Sequence[xgrammar.GrammarMatcher | None]) -> None:
-        """Mask `logits` [rows, V] in place: −inf where the row's grammar forbids the token."""
+        """Mask `logits` [rows, V] in place: -inf where the row's grammar forbids the token."""
         constrained = [row for row, matcher in enumerate(matchers) if matcher and not matcher.is_terminated()]
         if not constrained:
             return

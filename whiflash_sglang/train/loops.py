@@ -1,4 +1,4 @@
-"""Repeated n-grams at the end of an answer: small greedy models fall into them, and they flatter acceptance."""
+"""Repeated n-grams that end an answer: small greedy models fall into them, and they flatter acceptance."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ MIN_SPAN = 24
 def loop_start(tokens: Sequence[int]) -> int | None:
     """Index where the second repetition of the closing loop begins, or None where the end is no loop.
 
-    A loop is a period of at most 48 tokens that fills the tail at least four times over and at least 24 tokens.
-    The first pass through the period is kept: it is ordinary text.
+    A loop is a period of at most 48 tokens that fills the tail at least four times over and at least 24
+    tokens. The first pass through the period is kept: it is ordinary text.
     """
     length = len(tokens)
     for period in range(1, min(MAX_PERIOD, length // MIN_REPEATS) + 1):

@@ -69,7 +69,9 @@ def balanced(
 def prepare(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: str | None, required_share: float
 ) -> PromptRow:
-    """Render one row. `required_share` of the rows with tools (chosen by their id) use `tool_choice: required`."""
+    """Render one row. `required_share` of the rows with tools (chosen by their id) use `tool_choice:
+    required`.
+    """
     tools = row.get("tools") or None
     encoded = tokenizer.apply_chat_template(
         row["messages"], tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True

@@ -44,7 +44,9 @@ class Sequence(NamedTuple):
 
 
 class FeatureStore:
-    """Sequences on disk with `vectors` hidden states of size `hidden` per token, the last one the final state."""
+    """Sequences on disk with `vectors` hidden states of size `hidden` per token, the last one the final
+    state.
+    """
 
     def __init__(self, path: Path, *, vectors: int, hidden: int, layers: list[int]) -> None:
         """Open or create. Raises `ValueError` where the directory was written with other layers or sizes."""
@@ -98,9 +100,6 @@ class FeatureStore:
 
     def read(self, record: SequenceRecord) -> Sequence:
         """One sequence, copied into memory."""
-        tokens = np.fromfile(
-            self.path / "tokens.bin", dtype=np.int32, count=record.length, offset=record.token_offset * 4
-        )
         raw = np.fromfile(
             self.path / "features.bin",
             dtype=np.int16,
@@ -108,7 +107,14 @@ class FeatureStore:
             offset=record.feature_offset * self._row_bytes,
         )
         states = torch.from_numpy(raw).view(torch.bfloat16).view(-1, self.vectors, self.hidden)
-        return Sequence(record, torch.from_numpy(tokens).long(), states[:, :-1], states[:, -1])
+        return Sequence(record, self.read_tokens(record), states[:, :-1], states[:, -1])
+
+    def read_tokens(self, record: SequenceRecord) -> Tensor:
+        """Token ids [length] int64 of one sequence."""
+        tokens = np.fromfile(
+            self.path / "tokens.bin", dtype=np.int32, count=record.length, offset=record.token_offset * 4
+        )
+        return torch.from_numpy(tokens).long()
 
     def free_bytes(self) -> int:
         """Free space of the disk that holds the store."""

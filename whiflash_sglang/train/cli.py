@@ -1,0 +1,121 @@
+"""`whiflash train …`: data, eagle3, dflash. Every step is resumable and writes its provenance."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.train.config import TrainConfig, load_config
+
+train_app = typer.Typer(
+    help="Train a pair of drafters for a target: data, eagle3, dflash.", no_args_is_help=True
+)
+
+ConfigOption = Annotated[
+    Path,
+    typer.Option(
+        "--config", help="YAML or TOML file, or the name of a shipped one (tiny, smollm2-135m-instruct)."
+    ),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_SHIPPED = Path(__file__).parent / "configs"
+
+
+def resolve_config(path: Path) -> TrainConfig:
+    """A file, or the name of a configuration shipped with the package."""
+    shipped = _SHIPPED / f"{path}.yaml"
+    return load_config(shipped if not path.exists() and shipped.exists() else path)
+
+
+@train_app.command("data")
+def data_command(
+    config: ConfigOption,
+    shard: Annotated[str | None, typer.Option(help="This process's share, e.g. 0/2.")] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Answer the prompts with the target and keep tokens and features.
+
+    Example: whiflash train data --config smollm2-135m-instruct --shard 0/2
+    """
+    from whiflash_sglang.train.data import generate_data
+
+    with _errors():
+        settings = resolve_config(config)
+        if shard is not None:
+            settings = settings.model_copy(
+                update={"data": settings.data.model_copy(update={"shard": _parse_shard(shard)})}
+            )
+        summary = asdict(generate_data(settings))
+    _report(summary, json_output)
+
+
+@train_app.command("eagle3")
+def eagle3_command(
+    config: ConfigOption,
+    start_from: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Train the autoregressive drafter; killed runs go on where they stopped.
+
+    Example: whiflash train eagle3 --config smollm2-135m-instruct
+    """
+    from whiflash_sglang.train.data import target_path
+    from whiflash_sglang.train.runner import train_eagle3
+
+    with _errors():
+        settings = resolve_config(config)
+        out = train_eagle3(settings, target_path(settings.target), start_from)
+    _report({"checkpoint": str(out)}, json_output)
+
+
+@train_app.command("dflash")
+def dflash_command(
+    config: ConfigOption,
+    start_from: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Train the block drafter; killed runs go on where they stopped.
+
+    Example: whiflash train dflash --config smollm2-135m-instruct
+    """
+    from whiflash_sglang.train.data import target_path
+    from whiflash_sglang.train.runner import train_dflash
+
+    with _errors():
+        settings = resolve_config(config)
+        out = train_dflash(settings, target_path(settings.target), start_from)
+    _report({"checkpoint": str(out)}, json_output)
+
+
+class _errors:
+    """Turns errors that a person can act on into one line and exit code 1."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, WhiflashError | OSError | ValueError):
+            Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+            raise typer.Exit(1) from error
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard {text!r} is not of the form index/count, e.g. 0/2") from None
+    if not 0 <= index < count:
+        raise ValueError(f"--shard {text}: the index must be from 0 to {count - 1}")
+    return index, count
+
+
+def _report(result: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key}: {value}")

@@ -1,0 +1,145 @@
+"""The configuration of a training run: one YAML or TOML file, every key checked."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from whiflash_sglang.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Hardware(_Strict):
+    """device: cpu or cuda. dtype: of matrix products. threads: CPU threads, 0 for torch's choice."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    threads: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type of `dtype`."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+class Slots(_Strict):
+    """`rows` sequences generated at once, of at most `capacity` tokens each, prompt and answer together."""
+
+    rows: Positive
+    capacity: Positive
+
+
+class Data(_Strict):
+    """Prompts and how the target answers them.
+
+    Attributes:
+        prompts: JSONL files, or a Hugging Face data set named `hf:<id>` with a `messages` column.
+        category_weights: relative frequency of a category in every prefix of the data; 1 where not named.
+        tool_choice_required: share of the rows with tools that must call one.
+        temperature: 0 is greedy.
+        shard: this process answers rows index, index + count, …; [index, count].
+        max_disk_gb: the run stops before the cached features exceed it.
+    """
+
+    prompts: list[str]
+    category_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    tool_choice_required: Share = 0.85
+    max_new_tokens: Positive = 256
+    slots: list[Slots] = [Slots(rows=48, capacity=512)]
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    shard: tuple[int, int] = (0, 1)
+    limit: Positive | None = None
+    max_disk_gb: Annotated[float, Field(gt=0)] = 20.0
+
+
+class Loop(_Strict):
+    """Optimisation. `answer_tokens`: answer tokens in a batch. `save_steps`: between checkpoints."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    answer_tokens: Positive = 1024
+    min_answer: Annotated[int, Field(ge=3)] = 4
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    warmup_share: Share = 0.04
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    save_steps: Positive = 50
+    log_steps: Positive = 10
+
+
+class Eagle3(_Strict):
+    """The autoregressive drafter. `target_layers`: outputs that it reads, a subset of the captured ones."""
+
+    target_layers: list[int]
+    source_layer: int
+    draft_vocab_size: Positive
+    steps: Positive = 5
+    decay: Share = 0.8
+    loop: Loop = Loop()
+
+
+class DFlash(_Strict):
+    """The block drafter. `frequent` and `sampled`: how many tokens the loss's softmax runs over."""
+
+    target_layers: list[int]
+    source_layers: list[int]
+    block_size: Annotated[int, Field(ge=2)] = 8
+    mask_token_id: Annotated[int, Field(ge=0)]
+    anchors_per_token: Annotated[float, Field(gt=0, le=1)] = 0.25
+    gamma: Annotated[float, Field(gt=0)] = 4.0
+    frequent: Positive = 8192
+    sampled: Annotated[int, Field(ge=0)] = 2048
+    loop: Loop = Loop()
+
+
+class TrainConfig(_Strict):
+    """The whole file.
+
+    Attributes:
+        target: `embedded`, a Hugging Face directory or a hub id.
+        chat_template: a Jinja file instead of the target's own template.
+        capture: target layers whose outputs are cached, ascending; both drafters read subsets of them.
+        work: directory for data, checkpoints and results.
+    """
+
+    target: str = "embedded"
+    chat_template: Path | None = None
+    capture: list[int]
+    work: Path
+    seed: int = 0
+    hardware: Hardware = Hardware()
+    data: Data
+    eagle3: Eagle3
+    dflash: DFlash
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a .yaml, .yml or .toml file. Raises `ConfigError` naming the key that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw: Any = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not valid: {error}") from None
+    try:
+        config = TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{path}: {place}: {first['msg']} ({error.error_count()} problem(s))") from None
+    for name, layers in (("eagle3", config.eagle3.target_layers), ("dflash", config.dflash.target_layers)):
+        missing = sorted(set(layers) - set(config.capture))
+        if missing:
+            raise ConfigError(f"{path}: {name}.target_layers {missing} are not in capture {config.capture}")
+    if config.capture != sorted(set(config.capture)):
+        raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")
+    return config

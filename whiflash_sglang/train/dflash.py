@@ -1,0 +1,207 @@
+"""DFlash training (arXiv 2602.06036): random anchors, whole blocks, position-weighted loss, soft labels.
+
+A block at anchor n holds token n and masks; it sees the context features of tokens 0…n-1 and itself, in both
+directions, and predicts tokens n+1…n+B-1. The head is the target's; over a large vocabulary the loss uses the
+frequent tokens and a random sample of the others, whose logits are corrected by the log of the sampling rate.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang.models.dflash import DFlashConfig, DFlashDrafter
+from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train.batches import Batch, Span, unpack
+from whiflash_sglang.train.labels import cross_entropy, first_choice, index_map, make_labels
+
+
+class Blocks(NamedTuple):
+    """Anchors of a batch: `anchor` [A] position in the sequence, `token`/`feature` [A] offsets of position 0
+    in the batch, `length` [A] of the sequence, and how many anchors each sequence has."""
+
+    anchor: Tensor
+    token: Tensor
+    feature: Tensor
+    length: Tensor
+    counts: list[int]
+
+
+class DFlashTraining(nn.Module):
+    """The drafter with its loss; `forward` takes a batch of `SequenceBatches`."""
+
+    def __init__(
+        self,
+        drafter: DFlashDrafter,
+        *,
+        columns: Sequence[int],
+        frequent: Tensor,
+        sampled: int,
+        anchors_per_token: float,
+        gamma: float,
+    ) -> None:
+        """`columns`: which captured vectors the drafter reads. `frequent` [K] token ids always in the loss,
+        `sampled` more at random. Position k weighs exp(-(k-1)/`gamma`)."""
+        super().__init__()
+        self.drafter, self.columns = drafter, list(columns)
+        self.frequent: Tensor
+        self.rest: Tensor
+        self.position_weights: Tensor
+        self.sampled, self.anchors_per_token = sampled, anchors_per_token
+        vocab = len(drafter.target_lm_head)
+        rest = torch.ones(vocab, dtype=torch.bool)
+        rest[frequent] = False
+        self.register_buffer("frequent", frequent, persistent=False)
+        self.register_buffer("rest", rest.nonzero()[:, 0], persistent=False)
+        weights = torch.exp(-torch.arange(drafter.block_size - 1) / gamma)
+        self.register_buffer("position_weights", weights, persistent=False)
+        self.metrics: dict[str, float] = {}
+
+    def forward(
+        self, tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor
+    ) -> dict[str, Tensor]:
+        """→ {"loss": scalar}."""
+        batch = unpack(tokens, features, final, lengths, prompts)
+        blocks = choose_anchors(batch, self.anchors_per_token)
+        offsets = torch.arange(1, self.drafter.block_size, device=tokens.device)
+        hidden = run_blocks(self.drafter, batch, blocks, self.columns)
+        wanted = blocks.anchor[:, None] + offsets
+        valid = wanted < blocks.length[:, None]
+        wanted = torch.minimum(wanted, blocks.length[:, None] - 1)
+        ids, bias = self._vocabulary()
+        head = self.drafter.target_lm_head[ids].to(torch.bfloat16)
+        index_of = index_map(ids, len(self.drafter.target_lm_head))
+        labels = make_labels(
+            final[(blocks.feature[:, None] + wanted - 1).flatten()],
+            tokens[(blocks.token[:, None] + wanted).flatten()],
+            head,
+            index_of,
+            bias,
+        )
+        logits = F.linear(hidden.flatten(0, 1), head.to(hidden.dtype)) + bias.to(hidden.dtype)
+        each = cross_entropy(logits, labels.weights).view(valid.shape)
+        weights = self.position_weights * (valid & labels.counted.view(valid.shape))
+        hits = valid & first_choice(logits.detach(), labels.ids).view(valid.shape)
+        self.metrics = {"acceptance_length": 1 + hits.cumprod(1).sum(1).float().mean().item()}
+        return {"loss": (each * weights).sum() / weights.sum().clamp(min=1e-6)}
+
+    def _vocabulary(self) -> tuple[Tensor, Tensor]:
+        """Token ids of this batch's loss [K], and what their logits are corrected by [K]."""
+        count = min(self.sampled, len(self.rest))
+        chosen = self.rest[torch.randperm(len(self.rest), device=self.rest.device)[:count]]
+        bias = torch.zeros(len(self.frequent) + count, device=chosen.device)
+        if count:
+            bias[len(self.frequent) :] = math.log(len(self.rest) / count)
+        return torch.cat([self.frequent, chosen]), bias
+
+
+def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Sequence[int]) -> Tensor:
+    """Draft all blocks: final states of positions 1…B-1, [A, B - 1, H]."""
+    width = drafter.block_size
+    device = batch.tokens.device
+    fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
+    places = torch.cat([torch.arange(span.length - 1, device=device) for span in batch.spans])
+    keys, values = drafter.keys_values(fused, places)
+    inputs = torch.full((len(blocks.anchor), width), drafter.mask_token_id, device=device)
+    inputs[:, 0] = batch.tokens[blocks.token + blocks.anchor]
+    positions = (blocks.anchor[:, None] + torch.arange(width, device=device)).flatten()
+    attend = _block_attention(batch.spans, blocks.anchor, blocks.counts, width, keys, values)
+    hidden: Tensor = drafter(inputs.flatten(), positions, attend)
+    return hidden.view(len(inputs), width, -1)[:, 1:]
+
+
+def choose_anchors(batch: Batch, per_token: float) -> Blocks:
+    """`per_token` anchors for each answer token that has one after it, at random; 1 takes them all."""
+    device = batch.tokens.device
+    parts, counts = [], []
+    for span in batch.spans:
+        candidates = span.length - 1 - span.prompt
+        count = max(1, round(candidates * per_token)) if candidates > 0 else 0
+        anchors = span.prompt + torch.randperm(candidates, device=device)[:count].sort().values
+        full = [torch.full_like(anchors, value) for value in (span.token, span.feature, span.length)]
+        parts.append((anchors, *full))
+        counts.append(len(anchors))
+    anchor, token, feature, length = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Blocks(anchor, token, feature, length, counts)
+
+
+def _block_attention(
+    spans: Sequence[Span], anchors: Tensor, counts: Sequence[int], width: int, keys: Tensor, values: Tensor
+) -> Attend:
+    """Non-causal attention of blocks: context entries before the anchor, and the whole block.
+
+    `anchors` [A] positions, `counts` anchors of each span; `keys`, `values` [layers, features, Hkv, D].
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv_heads, size = k.shape[1:]
+        grouped = q.view(-1, width, kv_heads, q.shape[1] // kv_heads, size) * size**-0.5
+        own_keys, own_values = k.view(-1, width, kv_heads, size), v.view(-1, width, kv_heads, size)
+        own = torch.einsum("abhgd,achd->habgc", grouped, own_keys).float()
+        mixed = []
+        start = 0
+        for span, count in zip(spans, counts, strict=True):
+            rows = slice(start, start + count)
+            start += count
+            if not count:
+                continue
+            seen = int(anchors[rows].max())
+            entries = slice(span.feature, span.feature + seen)
+            scores = torch.einsum("abhgd,chd->habgc", grouped[rows], keys[layer, entries]).float()
+            unseen = torch.arange(seen, device=q.device)[None] >= anchors[rows][:, None]
+            scores = scores.masked_fill(unseen[None, :, None, None], float("-inf"))
+            weights = torch.cat([scores, own[:, rows]], dim=-1).softmax(-1).to(v.dtype)
+            out = torch.einsum("habgc,chd->abhgd", weights[..., :seen], values[layer, entries])
+            out = out + torch.einsum("habgc,achd->abhgd", weights[..., seen:], own_values[rows])
+            mixed.append(out)
+        return torch.cat(mixed).reshape(q.shape)
+
+    return attend
+
+
+def initialise(
+    target: TargetModel,
+    *,
+    target_layers: Sequence[int],
+    source_layers: Sequence[int],
+    block_size: int,
+    mask_token_id: int,
+) -> DFlashDrafter:
+    """A drafter whose layers start as the target's `source_layers`, reading the last captured feature
+    unfused.
+    """
+    config = DFlashConfig(
+        hidden_size=target.hidden_size,
+        intermediate_size=int(target.config["intermediate_size"]),
+        attention=target.attention_shape,
+        num_layers=len(source_layers),
+        vocab_size=target.vocab_size,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=tuple(target_layers),
+        num_target_layers=target.num_layers,
+        rope=target.rope,
+        max_position_embeddings=int(target.config["max_position_embeddings"]),
+        rms_norm_eps=target.eps,
+    )
+    drafter = DFlashDrafter(config, target.embedding.float(), target.head.float())
+    size = target.hidden_size
+    with torch.no_grad():
+        drafter.fc.weight.zero_()
+        drafter.fc.weight[:, -size:] = torch.eye(size)
+        drafter.hidden_norm.weight.copy_(target.layers[source_layers[0]].input_norm)
+        drafter.norm.weight.copy_(target.final_norm)
+        layers: list[Any] = list(drafter.layers)
+        for layer, index in zip(layers, source_layers, strict=True):
+            source = target.layers[index]
+            layer.input_norm.weight.copy_(source.input_norm)
+            layer.attention.qkv.weight.copy_(source.qkv)
+            layer.attention.out.weight.copy_(source.out)
+            layer.mlp_norm.weight.copy_(source.post_norm)
+            layer.mlp.gate_up.weight.copy_(source.gate_up)
+            layer.mlp.down.weight.copy_(source.down)
+    return drafter

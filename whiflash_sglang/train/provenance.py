@@ -1,0 +1,69 @@
+"""What made an artefact: command, revision, versions, data, hardware and time, written beside it."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whiflash_sglang.train.config import TrainConfig
+from whiflash_sglang.train.store import FeatureStore
+
+_PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "whiflash-sglang")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A record begun when a run starts and written when it ends."""
+
+    began: float
+    record: dict[str, Any]
+
+    @classmethod
+    def start(cls, config: TrainConfig, stores: list[FeatureStore]) -> "Provenance":
+        """Collect everything that is known at the start."""
+        settings = config.model_dump(mode="json", exclude={"work", "chat_template"})
+        return cls(
+            time.time(),
+            {
+                "command": ["whiflash", *sys.argv[1:]],
+                "revision": _revision(),
+                "python": platform.python_version(),
+                "packages": {name: version(name) for name in _PACKAGES},
+                "hardware": {
+                    "machine": platform.machine(),
+                    "cpu_cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(),
+                    "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+                },
+                "config": settings,
+                "data": [_describe(store) for store in stores],
+            },
+        )
+
+    def finish(self, directory: Path, results: dict[str, Any]) -> None:
+        """Write `provenance.json` into `directory`."""
+        record = {**self.record, "wall_seconds": round(time.time() - self.began, 1), **results}
+        (directory / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _revision() -> str | None:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _describe(store: FeatureStore) -> dict[str, Any]:
+    """Size of a shard and a digest of the sequences that it names."""
+    digest = hashlib.sha256()
+    for record in store.records:
+        digest.update(json.dumps(record).encode())
+    return {"sequences": len(store.records), "index_sha256": digest.hexdigest()}

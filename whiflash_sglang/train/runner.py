@@ -1,0 +1,153 @@
+"""Both drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train import dflash as dflash_training
+from whiflash_sglang.train import eagle3 as eagle3_training
+from whiflash_sglang.train.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.config import Loop, TrainConfig
+from whiflash_sglang.train.provenance import Provenance
+from whiflash_sglang.train.store import FeatureStore
+
+
+class _Measured(Protocol):
+    metrics: dict[str, float]
+
+
+class _LoggingTrainer(Trainer):  # type: ignore[misc]
+    """Adds the training model's own figures to every log line."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        model: Any = self.model
+        super().log({**logs, **model.metrics}, *args, **kwargs)
+
+
+def open_stores(config: TrainConfig, hidden: int) -> list[FeatureStore]:
+    """Every shard that `whiflash train data` has written so far under the work directory."""
+    paths = sorted((config.work / "data").glob("shard*"))
+    vectors = len(config.capture) + 1
+    return [FeatureStore(path, vectors=vectors, hidden=hidden, layers=config.capture) for path in paths]
+
+
+def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+    """Train the EAGLE-3 drafter on the data so far; returns the directory of the checkpoint in SGLang's
+    format.
+    """
+    settings = config.eagle3
+    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
+    stores = open_stores(config, target.hidden_size)
+    columns = [config.capture.index(layer) for layer in settings.target_layers]
+
+    def build() -> eagle3_training.Eagle3Training:
+        if start_from is None:
+            frequencies = token_frequencies(stores, target.vocab_size)
+            drafter = eagle3_training.initialise(
+                target,
+                target_layers=settings.target_layers,
+                source_layer=settings.source_layer,
+                draft_ids=eagle3_training.choose_draft_vocabulary(frequencies, settings.draft_vocab_size),
+            )
+        else:
+            drafter = Eagle3Drafter.load(
+                start_from,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                target_embedding=target.embedding,
+                target_lm_head=None,
+            )
+        return eagle3_training.Eagle3Training(
+            drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
+        )
+
+    return _train("eagle3", config, settings.loop, stores, build)
+
+
+def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+    """Train the DFlash drafter on the data so far; returns the directory of the `DFlashDraftModel`
+    checkpoint.
+    """
+    settings = config.dflash
+    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
+    stores = open_stores(config, target.hidden_size)
+    columns = [config.capture.index(layer) for layer in settings.target_layers]
+
+    def build() -> dflash_training.DFlashTraining:
+        if start_from is None:
+            drafter = dflash_training.initialise(
+                target,
+                target_layers=settings.target_layers,
+                source_layers=settings.source_layers,
+                block_size=settings.block_size,
+                mask_token_id=settings.mask_token_id,
+            )
+        else:
+            drafter = DFlashDrafter.load(
+                start_from,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                target_embedding=target.embedding,
+                target_lm_head=target.head,
+            )
+        frequencies = token_frequencies(stores, target.vocab_size)
+        return dflash_training.DFlashTraining(
+            drafter,
+            columns=columns,
+            frequent=eagle3_training.choose_draft_vocabulary(frequencies, settings.frequent),
+            sampled=settings.sampled,
+            anchors_per_token=settings.anchors_per_token,
+            gamma=settings.gamma,
+        )
+
+    return _train("dflash", config, settings.loop, stores, build)
+
+
+def _train(
+    name: str, config: TrainConfig, loop: Loop, stores: list[FeatureStore], build: Callable[[], nn.Module]
+) -> Path:
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    torch.manual_seed(config.seed)
+    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
+    provenance = Provenance.start(config, stores)
+    model: Any = build()
+    model.train()
+    run = config.work / name
+    arguments = TrainingArguments(
+        output_dir=str(run / "trainer"),
+        num_train_epochs=loop.epochs,
+        per_device_train_batch_size=1,
+        learning_rate=loop.learning_rate,
+        weight_decay=loop.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=loop.clip,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(loop.warmup_share * loop.epochs * len(batches)),
+        bf16=config.hardware.dtype == "bfloat16",
+        use_cpu=config.hardware.device == "cpu",
+        logging_steps=loop.log_steps,
+        save_steps=loop.save_steps,
+        save_total_limit=1,
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+    )
+    trainer = _LoggingTrainer(
+        model=model, args=arguments, train_dataset=batches, data_collator=lambda items: items[0]
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if run.exists() else None)
+    out = run / "checkpoint"
+    model.drafter.save(out)
+    provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
+    return out
