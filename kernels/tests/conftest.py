@@ -1,9 +1,11 @@
 """Puts the checkout's package and this folder's modules on the path: nothing needs to be installed on a GPU."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 for folder in (HERE, HERE.parent):
@@ -13,3 +15,12 @@ for folder in (HERE, HERE.parent):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "aot: compiles kernels ahead of time for several GPU architectures")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products on shared cores: a second thread would mostly wait for its turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
