@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 WIRE_KEY: Final = "whiflash"
+_FIELD: Final = f"custom_params.{WIRE_KEY}"
 WIRE_VERSION: Final = 1
 KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
 ARMS: Final = ("ar", "diffusion", "lookup", "none")
@@ -146,20 +147,20 @@ def capabilities(
 def _decode(payload: object) -> dict[str, object]:
     if not isinstance(payload, str):
         raise HintError(
-            WIRE_KEY, "must be a string holding a JSON object (custom_params nests two levels only)"
+            _FIELD, "must be a string holding a JSON object (custom_params nests two levels only)"
         )
-    if len(payload) > MAX_BYTES or (not payload.isascii() and len(_utf8(WIRE_KEY, payload)) > MAX_BYTES):
-        raise HintError(WIRE_KEY, f"is longer than {MAX_BYTES} bytes")
+    if len(payload) > MAX_BYTES or (not payload.isascii() and len(_utf8(_FIELD, payload)) > MAX_BYTES):
+        raise HintError(_FIELD, f"is longer than {MAX_BYTES} bytes")
     objects = 0
 
     def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
         nonlocal objects
         objects += 1
         if objects > _MAX_OBJECTS:
-            raise HintError(WIRE_KEY, f"holds more than {_MAX_OBJECTS} objects")
+            raise HintError(_FIELD, f"holds more than {_MAX_OBJECTS} objects")
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise HintError(WIRE_KEY, "names a field twice")
+            raise HintError(_FIELD, "names a field twice")
         return found
 
     try:
@@ -167,34 +168,34 @@ def _decode(payload: object) -> dict[str, object]:
     except HintError:
         raise
     except RecursionError:
-        raise HintError(WIRE_KEY, "is nested too deeply") from None
+        raise HintError(_FIELD, "is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, and integers of more digits than Python converts
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise HintError(WIRE_KEY, f"is not valid JSON{where}") from None
+        raise HintError(_FIELD, f"is not valid JSON{where}") from None
     if not isinstance(decoded, dict):
-        raise HintError(WIRE_KEY, "must hold a JSON object")
+        raise HintError(_FIELD, "must hold a JSON object")
     return decoded
 
 
 def _reject_constant(name: str) -> NoReturn:
-    raise HintError(WIRE_KEY, f"holds {name}, which is not a number JSON allows")
+    raise HintError(_FIELD, f"holds {name}, which is not a number JSON allows")
 
 
 def _request(raw: dict[str, object]) -> RequestHints:
-    _refuse_unknown(WIRE_KEY, raw, _REQUEST_FIELDS)
+    _refuse_unknown(_FIELD, raw, _REQUEST_FIELDS)
     version = raw.get("version", WIRE_VERSION)
     if type(version) is not int or version != WIRE_VERSION:
-        raise HintError("whiflash.version", f"this server understands version {WIRE_VERSION}")
+        raise HintError(f"{_FIELD}.version", f"this server understands version {WIRE_VERSION}")
     spans = raw.get("spans", [])
     if not isinstance(spans, list):
-        raise HintError("whiflash.spans", "must be a list")
+        raise HintError(f"{_FIELD}.spans", "must be a list")
     if len(spans) > MAX_SPANS:
-        raise HintError("whiflash.spans", f"holds {len(spans)} spans; at most {MAX_SPANS} are allowed")
+        raise HintError(f"{_FIELD}.spans", f"holds {len(spans)} spans; at most {MAX_SPANS} are allowed")
     return RequestHints(
-        spans=tuple(_span(f"whiflash.spans[{i}]", span) for i, span in enumerate(spans)),
-        off=_flag("whiflash", raw, "off", default=False),
-        infer=_flag("whiflash", raw, "infer", default=True),
-        trace=_flag("whiflash", raw, "trace", default=False),
+        spans=tuple(_span(f"{_FIELD}.spans[{i}]", span) for i, span in enumerate(spans)),
+        off=_flag(_FIELD, raw, "off", default=False),
+        infer=_flag(_FIELD, raw, "infer", default=True),
+        trace=_flag(_FIELD, raw, "trace", default=False),
     )
 
 
