@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             on_publish(committed.seq_lens.to(torch.int64))
         if batch.return_logprob:
             sampling.attach_logprobs(batch, verified.output, predictions, block, proposal.widths)
-        self._park(requests, routes, block, verified, predictions, committed)
+        self._park(requests, routes, proposal.widths, block, verified, predictions, committed)
         return round_result(verified.output, committed, stride, verified.can_run_cuda_graph)
 
     # ---------------------------------------------------------------- prefill
@@ -169,6 +170,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         lane = self.lanes.get(row)
         if lane is not None and lane.rid == req.rid:
             return
+        for drafter in self.drafters.values():
+            drafter.release(row)
         hints = _hints_of(req)
         lane = self.lanes[row] = Lane(req.rid, hints)
         if hints.spans and self._token_bytes:
@@ -180,15 +183,26 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     # ---------------------------------------------------------------- the stages of a round
 
     def _route(self, requests: RoundBatch) -> list[str]:
-        allowed = frozenset(self.drafters)
         lanes = [self.lanes[row] for row in requests.row_ids]
         scores = [
-            lane.score(self.policy, n, allowed) for lane, n in zip(lanes, requests.lengths, strict=True)
+            lane.score(self.policy, n, self._outlook(requests, i))
+            for i, (lane, n) in enumerate(zip(lanes, requests.lengths, strict=True))
         ]
         routes = assign(scores)
         for lane, arm in zip(lanes, routes, strict=True):
             lane.chose(arm)
         return routes
+
+    def _outlook(self, requests: RoundBatch, index: int) -> dict[str, float | None]:
+        """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
+        if requests.budgets[index] <= 1:
+            return {}  # The last token a request may commit needs no draft: it is the bonus token.
+        row, n = requests.row_ids[index], requests.lengths[index]
+        found = {
+            arm: drafter.outlook(row, n, partial(requests.history, index))
+            for arm, drafter in self.drafters.items()
+        }
+        return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
 
     def _catch_up(self, requests: RoundBatch, routes: Sequence[str]) -> None:
         """One KV-only batch per drafter: whoever chose it, and whoever's ring would overflow."""
@@ -210,8 +224,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         tokens = torch.zeros((len(routes), widest), dtype=torch.int64, device=requests.bonus.device)
         widths = [1] * len(routes)
         for arm, drafter in self.drafters.items():
-            # The last token a request may commit needs no draft: it is the bonus token.
-            members = [i for i, route in enumerate(routes) if route == arm and requests.budgets[i] > 1]
+            members = [i for i, route in enumerate(routes) if route == arm]
             if not members:
                 continue
             drafts = drafter.draft(self._draft_batch(requests, members, drafter))
@@ -233,7 +246,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             tail=self.rings.tail(rows, starts),
             slot_table=self.target.slot_table,
             limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
-            history=lambda i: requests.history(members[i]),
         )
 
     def _verify(
@@ -263,6 +275,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self,
         requests: RoundBatch,
         routes: Sequence[str],
+        widths: Sequence[int],
         block: MixedBlock,
         verified: Verified,
         predictions: torch.Tensor,
@@ -275,9 +288,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         )
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
         tokens, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
-        for row, arm, block_tokens, count in zip(requests.row_ids, routes, tokens, counts, strict=True):
+        for row, arm, width, block_tokens, count in zip(
+            requests.row_ids, routes, widths, tokens, counts, strict=True
+        ):
             lane = self.lanes[row]
             trace_log.record(lane.rid, lane.committed(arm, block_tokens[:count]))
+            if arm in self.drafters:
+                self.drafters[arm].observe(row, width - 1, count - 1)
         if "entropy" in self.policy.needs:
             stats = routing_stats(verified.logits, starts + committed.accept_lens - 1)
             for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):

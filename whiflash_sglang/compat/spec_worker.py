@@ -1,5 +1,6 @@
 """The scheduler's contract with a speculative worker (spec v2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +91,13 @@ class RoundBatch:
             [max(budget, 1) for budget in budgets],
         )
 
-    def history(self, index: int) -> list[int]:
-        """Committed tokens 0..n of a request, from the host's lists."""
+    def history(self, index: int, start: int) -> Sequence[int]:
+        """Committed tokens from position `start` to n of a request, from the host's lists."""
         req = self.reqs[index]
-        return [*req.origin_input_ids, *req.output_ids]
+        prompt = len(req.origin_input_ids)
+        if start >= prompt:
+            return req.output_ids[start - prompt :]
+        return [*req.origin_input_ids[start:], *req.output_ids]
 
 
 @dataclass(frozen=True, slots=True)

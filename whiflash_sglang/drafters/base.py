@@ -1,12 +1,15 @@
 """What a drafter is to the worker."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows
+
+History = Callable[[int], Sequence[int]]
+"""`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +19,6 @@ class DraftBatch:
     rows: [B] int64 rows of the request table. lengths: n per request, on the host; starts: the same, [B] int64.
     bonus: [B] int64, token n. tail: [B, F] captured feature n-1. slot_table: [request rows, ctx] int32.
     limits: drafts wanted per request at most, each at least 1 (on the host).
-    history: per request, the committed tokens 0..n on the host, read on demand (a copy drafter needs them).
     """
 
     rows: torch.Tensor
@@ -27,7 +29,6 @@ class DraftBatch:
     tail: torch.Tensor
     slot_table: torch.Tensor
     limits: Sequence[int]
-    history: Callable[[int], Sequence[int]]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -46,37 +47,48 @@ class Drafts:
     counts: Sequence[int]
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """One arm.
 
     Lifecycle: `allocate` once → per request `catch_up` with the prompt's rows, then rounds of `catch_up` and
     `draft` in any order with other arms' rounds between them → `release`.
+
+    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token).
+    captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features.
+    keeps_kv: whether it has KV that must stay synchronised with the target's slots.
     """
 
     arm: str
     max_drafts: int
-    """Most drafts it proposes in a round; a verified block is one token wider (the bonus token)."""
-    captured_layers: tuple[int, ...]
-    """Target layers whose *outputs* it reads; empty for a drafter that needs no features."""
-    keeps_kv: bool
-    """Whether it has KV that must stay synchronised with the target's slots."""
+    captured_layers: tuple[int, ...] = ()
+    keeps_kv: bool = False
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
-        ...
+        return 0
 
-    def allocate(self, slots: int) -> None:
+    def allocate(self, slots: int) -> None:  # noqa: B027 - a drafter without KV has nothing to do
         """Allocate KV for `slots` target slots."""
-        ...
 
-    def catch_up(self, rows: FeatureRows) -> None:
+    def catch_up(self, rows: FeatureRows) -> None:  # noqa: B027 - a drafter without KV has nothing to do
         """Ingest features KV-only: K and V are written, nothing is attended (KV-only Prefill, arXiv 2606.07710)."""
-        ...
 
+    def outlook(self, row: int, length: int, history: History) -> float | None:
+        """Expected acceptance length of a round, bonus token included, where it is known before drafting.
+
+        None: not known. 1: it has nothing to propose for this request now.
+
+        Args:
+            row: of the request table. length: n. history: the request's committed tokens.
+        """
+        return None
+
+    @abstractmethod
     def draft(self, batch: DraftBatch) -> Drafts:
         """Propose tokens. KV writes at positions >= n are provisional."""
-        ...
 
-    def release(self, row: int) -> None:
-        """The request in `row` is gone."""
-        ...
+    def observe(self, row: int, proposed: int, accepted: int) -> None:  # noqa: B027 - most learn nothing online
+        """`accepted` of its `proposed` drafts of the last round were right."""
+
+    def release(self, row: int) -> None:  # noqa: B027 - most keep nothing per request
+        """The request in `row` is gone, or another begins there."""

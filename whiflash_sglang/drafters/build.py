@@ -6,6 +6,7 @@ from whiflash_sglang.config import Settings
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 
@@ -35,7 +36,10 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
         target_lm_head=target.lm_head,
     )
     block = block_size_of(settings.dflash, settings.block_size)
-    return [
+    drafters: list[Drafter] = [
         Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps),
         DFlashArm(dflash, captured, for_dflash, block),
     ]
+    if settings.lookup.enabled:
+        drafters.append(LookupArm(settings.lookup.max_width, settings.lookup.min_match))
+    return drafters

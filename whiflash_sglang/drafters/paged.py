@@ -1,17 +1,14 @@
 """What every neural arm shares: KV beside the target's slots, and attention over it."""
 
-from collections.abc import Callable
-
 import torch
 
 from whiflash_sglang.cache.draft_kv import DraftKV
-from whiflash_sglang.models.layers import AttentionShape
+from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-
-class PagedArm:
+class PagedArm(Drafter):
     """Base of the arms that keep KV.
 
     Args:
@@ -32,9 +29,6 @@ class PagedArm:
         """Allocate KV for `slots` target slots."""
         shape = self._shape
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
-
-    def release(self, row: int) -> None:
-        """Nothing is kept per request: KV lives at the target's slots."""
 
     def attend_at(self, slots: torch.Tensor, plan: PagedAttentionPlan) -> Attend:
         """Attention that first stores k and v at `slots` [T] int64, then reads what `plan` lets each row see."""

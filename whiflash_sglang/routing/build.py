@@ -12,9 +12,9 @@ def build_policy(settings: Settings) -> Policy:
             return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
         case "random":
             return RandomPolicy()
-        case "ar" | "diffusion" | "none":
+        case "ar" | "diffusion" | "lookup" | "none":
             return Pinned(settings.router)
         case other:
             raise ConfigError(
-                f"--whiflash-router {other} is not available yet; use entropy, ar, diffusion or none"
+                f"--whiflash-router {other} is not available yet; use entropy, ar, diffusion, lookup or none"
             )

@@ -1,7 +1,7 @@
 """What the controller remembers of one running request. Imports neither SGLang nor CUDA."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from whiflash_sglang.routing.hinted import apply_hints
@@ -45,26 +45,27 @@ class Lane:
             return None
         return OpenSpan(state.kind, state.prefer, state.pin, dict(state.bias))
 
-    def signals(self, length: int, allowed: frozenset[str], match: int = 0) -> Signals:
+    def signals(self, length: int, outlook: Mapping[str, float | None]) -> Signals:
+        """What a policy may know; `outlook`: arms that may draft, with what they expect of themselves or None."""
+        known = {arm: expected for arm, expected in outlook.items() if expected is not None}
         return Signals(
             length=length,
-            allowed=allowed,
+            allowed=frozenset(outlook),
             entropy=self.entropy,
             top1=self.top1,
             margin=self.margin,
             recent=self.recent,
-            expected=self.expected,
+            expected={**self.expected, **known},
             delta=self.delta,
-            match=match,
             span=self.span,
             previous=self.previous,
             dwell=self.dwell,
         )
 
-    def score(self, policy: Policy, length: int, allowed: frozenset[str]) -> Scores:
+    def score(self, policy: Policy, length: int, outlook: Mapping[str, float | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
-        signals = self.signals(length, allowed)
-        hinted = apply_hints(policy.score(signals), signals.span, allowed, off=self.hints.off)
+        signals = self.signals(length, outlook)
+        hinted = apply_hints(policy.score(signals), signals.span, signals.allowed, off=self.hints.off)
         self.reason = hinted.reason
         return hinted.scores
 

@@ -26,9 +26,8 @@ class Signals:
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
         verified position; NaN when it was not measured. top1, margin: probabilities of the same distribution.
     recent: arm → mean acceptance length of the request's recent rounds with that arm (bonus token included).
-    expected: arm → acceptance length predicted by a learned head, where one is loaded.
+    expected: arm → acceptance length it expects of the next round, where the arm or a learned head tells.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
-    match: length of the longest suffix match a lookup could copy from; 0 without.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
     allowed: arms that may draft for this request.
     """
@@ -41,7 +40,6 @@ class Signals:
     recent: Mapping[str, float] = field(default_factory=dict)
     expected: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
-    match: int = 0
     span: OpenSpan | None = None
     previous: str | None = None
     dwell: int = 0
