@@ -163,7 +163,9 @@ def routing_stats(
     )
     if count == 0:
         return stats
-    wide = 16 // logits.element_size()
+    aligned = (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0
+    # Off the 16-byte grid a group could not be loaded at once, and Triton would spread it over threads.
+    wide = 16 // logits.element_size() if aligned else 1
     tiles = triton.cdiv(vocab, lanes * wide)
     wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, count)
     slice_length = triton.cdiv(tiles, min(tiles, wanted)) * lanes * wide

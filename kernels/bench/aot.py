@@ -1,0 +1,286 @@
+"""Compile every kernel ahead of time for several GPU architectures, without a GPU, and report its resources.
+
+    python kernels/bench/aot.py                    # table on stdout
+    python kernels/bench/aot.py --write            # also kernels/bench/results/aot.json and aot.md
+
+The launches are not described a second time here: the ops themselves run on meta tensors at the shipped shapes,
+and each launch is compiled instead of run, with the arguments, constants and warps that it would have had.
+Registers, stack and shared memory are read from the machine code by Triton's own copy of ``cuobjdump``; a spill
+lives in the stack frame, so a stack of 0 bytes means that nothing was spilled.
+"""
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import triton
+from provenance import provenance
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from whiflash_kernels import BacklogRings, DFlashWeights, Eagle3Weights, KVPools, triton_kernels
+from whiflash_kernels.triton_kernels import backlog, block, catch_up, router, routing
+
+RESULTS = Path(__file__).parent / "results"
+CAPABILITIES = (80, 90, 100)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, as one launch of an op would have it, for one architecture."""
+
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+
+
+class HostlessDriver:
+    """Stands in for the CUDA driver: it names a target, and is never asked to load or launch anything."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def compiling_instead_of_launching(capability: int) -> Iterator[list[Any]]:
+    """Inside, a launch compiles its kernel for ``capability`` and appends it to the list."""
+    compiled: list[Any] = []
+
+    def launcher(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
+        def compile_only(*args: Any, **options: Any) -> None:
+            compiled.append(kernel.run(*args, grid=grid, warmup=True, **options))
+
+        return compile_only
+
+    driver.set_active(HostlessDriver(capability))  # for good: this process launches nothing
+    with mock.patch.object(JITFunction, "__getitem__", launcher):
+        yield compiled
+
+
+def meta(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def index(*size: int) -> torch.Tensor:
+    return meta(*size, dtype=torch.int64)
+
+
+def slot_table() -> torch.Tensor:
+    return meta(257, 40_960, dtype=torch.int32)
+
+
+def pools(layers: int, heads: int, dim: int) -> KVPools:
+    return KVPools(*(tuple(meta(4096, heads, dim) for _ in range(layers)) for _ in range(2)))
+
+
+def run_park(requests: int, hidden: int, captured: int) -> None:
+    width = captured * hidden
+    rings = BacklogRings(meta(64, 64, width), index(64, 64))
+    rows = requests * 16
+    args = (index(requests), index(requests), meta(requests, dtype=torch.int32), index(requests))
+    backlog.park(rings, meta(rows, width), index(rows), *args, 16)
+
+
+def run_unpark(requests: int, hidden: int, captured: int, chunks: tuple[int, ...]) -> None:
+    rings = BacklogRings(meta(64, 64, captured * hidden), index(64, 64))
+    args = (index(requests), index(requests), index(requests), slot_table())
+    backlog.unpark(rings, *args, 64 * requests, chunks, hidden)
+
+
+def run_prepare(requests: int) -> None:
+    drafts = index(requests, 15)
+    slots = slot_table()
+    args = (index(requests), drafts, index(requests), index(requests), index(requests), slots)
+    block.prepare_mixed_block(*args, requests * 16, 0)
+
+
+def run_accept(requests: int) -> None:
+    indptr = meta(requests + 1, dtype=torch.int32)
+    block.accept_and_commit(index(requests * 16), index(requests * 16), indptr, index(requests), 16, 0)
+
+
+def run_dflash(layers: int, hidden: int, chunks: int, heads: int, dim: int) -> None:
+    weights = DFlashWeights(
+        meta(hidden, chunks * hidden),
+        meta(hidden),
+        meta(layers * 2 * heads * dim, hidden),
+        meta(layers, dim),
+        1e-6,
+    )
+    rope = meta(40_960, dim, dtype=torch.float32)
+    features = meta(16, chunks * hidden)
+    catch_up.dflash_catch_up(features, index(16), index(16), weights, rope, pools(layers, heads, dim))
+
+
+def run_eagle3(hidden: int, heads: int, dim: int, vocab: int) -> None:
+    weights = Eagle3Weights(
+        meta(hidden, 3 * hidden),
+        meta(vocab, hidden),
+        meta(hidden),
+        meta(hidden),
+        meta(2 * heads * dim, 2 * hidden),
+        1e-6,
+    )
+    rope = meta(40_960, dim, dtype=torch.float32)
+    features, args = meta(16, 3 * hidden), (index(16), index(16), index(16))
+    catch_up.eagle3_catch_up(features, *args, weights, rope, pools(1, heads, dim))
+
+
+def run_router(rows: int, hidden: int, units: int, dtype: torch.dtype) -> None:
+    layers = (
+        meta(units, hidden, dtype=dtype),
+        meta(units, dtype=dtype),
+        meta(1, units, dtype=dtype),
+        meta(1, dtype=dtype),
+    )
+    router.router_mlp(meta(rows, hidden), *layers)
+
+
+CASES: dict[str, Callable[[], object]] = {
+    "routing_stats, 1 row of 151,936, bf16": lambda: routing.routing_stats(meta(1, 151_936), None),
+    "routing_stats, 32 of 512 rows of 151,936, bf16": lambda: routing.routing_stats(
+        meta(512, 151_936), index(32)
+    ),
+    "routing_stats, 1024 rows of 151,936, bf16": lambda: routing.routing_stats(meta(1024, 151_936), None),
+    "routing_stats, 8 rows of 151,936, fp32": lambda: routing.routing_stats(
+        meta(8, 151_936, dtype=torch.float32), None
+    ),
+    "routing_stats, 8 rows of 50,257, fp16": lambda: routing.routing_stats(
+        meta(8, 50_257, dtype=torch.float16), None
+    ),
+    "park, Qwen3-8B, 32 requests": lambda: run_park(32, 4096, 7),
+    "unpark, Qwen3-8B DFlash, 32 requests": lambda: run_unpark(32, 4096, 7, (0, 2, 3, 4, 5)),
+    "unpark, Qwen3-8B EAGLE-3, 256 requests": lambda: run_unpark(256, 4096, 7, (1, 3, 6)),
+    "prepare_mixed_block, 1 request": lambda: run_prepare(1),
+    "prepare_mixed_block, 32 requests": lambda: run_prepare(32),
+    "prepare_mixed_block, 256 requests": lambda: run_prepare(256),
+    "accept_and_commit, 32 requests": lambda: run_accept(32),
+    "dflash_catch_up, Qwen3-8B": lambda: run_dflash(5, 4096, 5, 8, 128),
+    "dflash_catch_up, SmolLM2-135M": lambda: run_dflash(2, 576, 5, 3, 64),
+    "eagle3_catch_up, Qwen3-8B": lambda: run_eagle3(4096, 8, 128, 151_936),
+    "eagle3_catch_up, SmolLM2-135M": lambda: run_eagle3(576, 3, 64, 49_152),
+    "router_mlp, 1 row, Qwen3-8B, bf16": lambda: run_router(1, 4096, 512, torch.bfloat16),
+    "router_mlp, 32 rows, Qwen3-8B, fp32": lambda: run_router(32, 4096, 512, torch.float32),
+}
+
+
+def kernel_names() -> set[str]:
+    """Every kernel that the package defines, by Triton's decorator and the naming rule ``*_kernel``."""
+    modules = [
+        importlib.import_module(f"{triton_kernels.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(triton_kernels.__path__)
+    ]
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What ``cuobjdump -res-usage`` says of the one function in ``cubin``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", output)}
+
+
+def compile_everything() -> list[Compiled]:
+    """Compile the launches of every case for every architecture."""
+    report = []
+    for capability in CAPABILITIES:
+        for case, run in CASES.items():
+            with compiling_instead_of_launching(capability) as compiled:
+                run()
+            for kernel in compiled:
+                used = resources(kernel.asm["cubin"])
+                report.append(
+                    Compiled(
+                        kernel=kernel.metadata.name,
+                        case=case,
+                        target=f"sm_{capability}",
+                        warps=kernel.metadata.num_warps,
+                        registers=used["REG"],
+                        stack_bytes=used["STACK"],
+                        local_bytes=used["LOCAL"],
+                        shared_bytes=max(used["SHARED"], kernel.metadata.shared),
+                    )
+                )
+    return report
+
+
+def markdown(report: list[Compiled], origin: dict[str, str]) -> str:
+    """One row for each kernel and case, registers and shared memory by architecture."""
+    targets = [f"sm_{capability}" for capability in CAPABILITIES]
+    lines = [
+        "# Kernels compiled ahead of time",
+        "",
+        "Written by `python kernels/bench/aot.py --write`; no GPU is involved. Registers a thread / shared bytes.",
+        *(f"- {key}: {value}" for key, value in origin.items()),
+        "",
+        f"| op and case | kernel | warps | {' | '.join(targets)} | stack bytes |",
+        f"|---|---|---|{'---|' * len(targets)}---|",
+    ]
+    rows: dict[tuple[str, str, int], dict[str, Compiled]] = {}
+    for entry in report:
+        rows.setdefault((entry.case, entry.kernel, entry.warps), {})[entry.target] = entry
+    for (case, kernel, warps), by_target in rows.items():
+        cells = [f"{by_target[t].registers} / {by_target[t].shared_bytes}" for t in targets]
+        stack = max(entry.stack_bytes for entry in by_target.values())
+        lines.append(f"| {case} | `{kernel}` | {warps} | {' | '.join(cells)} | {stack} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write results/aot.json and results/aot.md")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    arguments = parser.parse_args()
+    report, origin = compile_everything(), provenance()
+    document = json.dumps({"provenance": origin, "kernels": [asdict(entry) for entry in report]}, indent=1)
+    if arguments.write:
+        (RESULTS / "aot.json").write_text(document + "\n")
+        (RESULTS / "aot.md").write_text(markdown(report, origin))
+    print(document if arguments.json else markdown(report, origin))
+    missing = kernel_names() - {entry.kernel for entry in report}
+    spilled = [entry for entry in report if entry.stack_bytes or entry.local_bytes]
+    if missing or spilled:
+        print(f"not compiled: {sorted(missing)}; spilled: {spilled}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Every kernel compiles for three GPU architectures without a GPU, and none spills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+TARGETS = {"sm_80", "sm_90", "sm_100"}
+
+
+@pytest.mark.aot
+def test_every_kernel_compiles_and_nothing_spills() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(BENCH / "aot.py"), "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout)["kernels"]
+    compiled = {(entry["kernel"], entry["case"], entry["target"]) for entry in report}
+    assert {target for _, _, target in compiled} == TARGETS
+    assert all((kernel, case, target) in compiled for kernel, case, _ in compiled for target in TARGETS)
+    assert all(entry["stack_bytes"] == 0 and entry["local_bytes"] == 0 for entry in report)
+    assert all(0 < entry["registers"] <= 255 for entry in report)
+
+    kept = json.loads((BENCH / "results" / "aot.json").read_text())["kernels"]
+    names = {(entry["kernel"], entry["case"], entry["target"]) for entry in kept}
+    assert names == compiled, "the kept report is of other kernels: run kernels/bench/aot.py --write"
