@@ -1,0 +1,162 @@
+"""The renderers: nothing the model writes acts, everything the trace says shows, and a real browser agrees."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whiflash_sdk import Trace
+from whiflash_sdk.render import Turn, conversation_html, html, terminal
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'\""
+STRETCHES: list[dict[str, Any]] = [
+    {
+        "start": 1,
+        "end": 9,
+        "arm": "ar",
+        "rounds": 2,
+        "accepted": 6,
+        "reason": "score",
+        "round_tokens": [5, 3],
+    },
+    {"start": 9, "end": 25, "arm": "lookup", "rounds": 1, "accepted": 15, "reason": "span", "span": "json"},
+    {"start": 25, "end": 27, "arm": "diffusion", "rounds": 1, "accepted": 1, "reason": "pin", "span": "json"},
+    {"start": 27, "end": 28, "arm": '"><b>x', "rounds": 1, "accepted": 0, "reason": HOSTILE},
+]
+TEXTS = [f"hi {HOSTILE}\n", '{"city": ', '"Zürich"}', "\x00\x1b[31m\x9b2J\u202edone\ud800"]
+
+
+def trace(*, cut: bool = True) -> Trace:
+    stretches = [{**s, "text": t if cut else None} for s, t in zip(STRETCHES, TEXTS, strict=True)]
+    arms = {s["arm"]: {"rounds": s["rounds"], "tokens": s["end"] - s["start"]} for s in STRETCHES}
+    totals = {"rounds": 5, "tokens": 27, "switches": 3, "arms": arms, "stretches": stretches}
+    return Trace.model_validate({"version": 1, "policy": "auto", **totals})
+
+
+TEXT = "I" + "".join(TEXTS) + "!"
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the text outside of style and title."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_what_the_model_writes_stays_text() -> None:
+    page = html(trace(), TEXT, title=HOSTILE)
+    page.encode()
+    elements = Elements(page)
+    assert not {"script", "img", "b", "a", "link", "iframe"} & {name for name, _ in elements.tags}
+    assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
+    assert HOSTILE in elements.text
+    assert "default-src 'none'" in str(elements.named("meta")[1]["content"])
+    assert not re.search(r"https?://|url\(", page)
+
+
+def test_stretches_spans_rounds_and_totals_show() -> None:
+    elements = Elements(html(trace(), TEXT))
+    focusable = [a for a in elements.named("span") if a.get("tabindex") == "0"]
+    expected = ["stretch arm-ar", "stretch arm-lookup", "stretch arm-diffusion", "stretch arm-other"]
+    assert [a["class"] for a in focusable] == expected
+    assert [a["class"] for a in elements.named("i")] == [
+        "arm-ar",
+        "arm-ar",
+        "arm-lookup",
+        "arm-diffusion",
+        "arm-other",
+    ]
+    assert elements.text.count("[json ") == 1
+    assert elements.text.count(" json]") == 1
+    assert "lookup · 16 tokens · 1 round · acceptance length 16.00 · by span · in json" in elements.text
+    assert "policy auto · 27 tokens · 5 rounds · acceptance length 5.40 · 3 switches" in elements.text
+
+
+def test_text_that_could_not_be_cut_is_shown_whole() -> None:
+    elements = Elements(html(trace(cut=False), "plain text"))
+    assert "plain text" in elements.text
+    assert "not coloured" in elements.text
+    assert not [a for a in elements.named("span") if a.get("tabindex") == "0"]
+
+
+def test_parsed_text_gives_way_to_what_was_generated() -> None:
+    assert "something else" not in Elements(html(trace(), "something else")).text
+    assert '"Zürich"}' in Elements(html(trace())).text
+
+
+def test_an_empty_trace_is_a_page() -> None:
+    empty = Trace.model_validate({"version": 1, "policy": "none", "rounds": 0, "tokens": 0})
+    assert "acceptance length 0.00" in html(empty, "")
+    assert "acceptance length 0.00" in terminal(empty, "")
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_the_terminal_shows_the_same_and_obeys_nothing(colour: bool) -> None:
+    shown = terminal(trace(), TEXT, title=f"x\x1b]0;owned\x07{HOSTILE}", colour=colour)
+    shown.encode()
+    own = re.sub(r"\x1b\[(?:1|\d\d)?0?m", "", shown)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", own)
+    assert "acceptance length 5.40" in shown
+    assert "[json " in shown
+    assert ("‹lookup›" in shown) is not colour
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2, section 1.4.3."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_dark(scheme: str) -> None:
+    style = files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", light if scheme == "light" else dark))
+    assert contrast(colours["ink"], colours["page"]) >= 7
+    assert contrast(colours["quiet"], colours["page"]) >= 4.5
+    for arm in ("ar", "diffusion", "lookup", "none", "other"):
+        assert contrast(colours["ink"], colours[arm]) >= 7
+        assert contrast(colours[f"{arm}-edge"], colours["page"]) >= 3
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    page, shot = tmp_path / "trace.html", tmp_path / "trace.png"
+    turns = [Turn("First", TEXT, trace()), Turn(f"</title>{HOSTILE}", "plain", trace(cut=False))]
+    page.write_text(conversation_html(turns, title="Recorded"), "utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    actions = ["--window-size=1000,1200", f"--screenshot={shot}", "--dump-dom"]
+    command = [str(CHROMIUM), *flags, *actions, "--enable-logging=stderr", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert shot.stat().st_size > 20_000
+    dom = Elements(done.stdout)
+    assert "<title>Recorded</title>" in done.stdout
+    assert len([a for a in dom.named("span") if a.get("tabindex") == "0"]) == 4
+    assert not dom.named("script")
+    assert not dom.named("img")
+    assert "CONSOLE" not in done.stderr

@@ -1,0 +1,7 @@
+"""A trace to look at: a self-contained HTML page, or text for a terminal."""
+
+from whiflash_sdk.render.aligned import Turn
+from whiflash_sdk.render.page import conversation_html, html
+from whiflash_sdk.render.text import conversation_terminal, terminal
+
+__all__ = ["Turn", "conversation_html", "conversation_terminal", "html", "terminal"]

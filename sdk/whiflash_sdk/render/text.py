@@ -1,0 +1,84 @@
+"""The terminal's view: the same facts as the page, in colours a terminal has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from whiflash_sdk.render.aligned import KNOWN_ARMS, Piece, Turn, pieces, printable, rounds, summary
+from whiflash_sdk.trace import ArmTotals, Trace
+
+_COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "none": "90"}
+_LEVELS: Final = "▁▂▃▄▅▆▇█"
+
+
+def terminal(trace: Trace, text: str = "", *, title: str = "Response", colour: bool = True) -> str:
+    """One response as text; without `colour` each stretch is preceded by its drafter's name."""
+    return conversation_terminal([Turn(title, text, trace)], colour=colour)
+
+
+def conversation_terminal(turns: Sequence[Turn], *, colour: bool = True) -> str:
+    """Each response with its stretches, a strip of its rounds and its totals.
+
+    Escape sequences in the model's text come out as pictures of their characters.
+    """
+    return "\n".join(line for number, turn in enumerate(turns, 1) for line in _turn(turn, number, colour))
+
+
+def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
+    title = printable(turn.title).replace("\n", " ")
+    yield _paint(f"{number}. {title}", "1", colour)
+    yield summary(turn.trace)
+    used = {stretch.arm for stretch in turn.trace.stretches}
+    if colour and used:
+        names = [arm for arm in KNOWN_ARMS if arm in used] + sorted(used.difference(KNOWN_ARMS))
+        yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in names)
+    yield "".join(_text(pieces(turn), colour))
+    strip = _strip(turn.trace, colour)
+    if strip:
+        yield strip
+    yield from _totals(turn.trace)
+    yield ""
+
+
+def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
+    span = ""
+    for part in parts:
+        kind = printable(part.stretch.span or "") if part.stretch else ""
+        if kind != span:
+            yield f"{' ' + span + ']' if span else ''}{'[' + kind + ' ' if kind else ''}"
+            span = kind
+        text = printable(part.text)
+        if part.stretch is None:
+            yield text
+        elif colour:
+            # A colour must not run over a line's end: pagers start each line anew.
+            yield "\n".join(_paint(line, _code(part.stretch.arm), colour) for line in text.split("\n"))
+        else:
+            yield f"‹{printable(part.stretch.arm)}›{text}"
+    if span:
+        yield f" {span}]"
+
+
+def _code(arm: str) -> str:
+    return _COLOURS.get(arm, "35")
+
+
+def _paint(text: str, code: str, colour: bool) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if colour and text else text
+
+
+def _strip(trace: Trace, colour: bool) -> str:
+    found = list(rounds(trace))
+    longest = max((entry.tokens for entry in found), default=0) or 1
+    return "".join(
+        _paint(_LEVELS[round(entry.tokens / longest * (len(_LEVELS) - 1))], _code(entry.arm), colour)
+        for entry in found
+    )
+
+
+def _totals(trace: Trace) -> Iterator[str]:
+    yield f"{'drafter':<12}{'rounds':>8}{'tokens':>8}{'acceptance length':>19}"
+    everything = ArmTotals(rounds=trace.rounds, tokens=trace.tokens)
+    for arm, totals in (*trace.arms.items(), ("all", everything)):
+        yield f"{printable(arm):<12}{totals.rounds:>8}{totals.tokens:>8}{totals.acceptance_length:>19.2f}"
