@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+
 
 class Engine:
     """A scheduler with its worker. `run()` steps until every request has ended."""
@@ -28,13 +30,17 @@ class Engine:
         return self.scheduler.draft_worker or self.scheduler.tp_worker
 
     def submit(self, rid: str, tokens: Sequence[int], **params: Any) -> None:
-        """Queue a request. `params` are SGLang's sampling parameters, and `grammar` for a JSON schema."""
+        """Queue a request. `params` are SGLang's sampling parameters, and `return_logprob`.
+
+        Grammars and stop strings need a tokenizer: start the engine with `skip_tokenizer_init=False`.
+        An abort names its request by prefix, so no `rid` may begin with another.
+        """
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         logprobs = params.pop("return_logprob", False)
         sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True, **params})
-        sampling.normalize(None)
+        sampling.normalize(self.scheduler.tokenizer)
         self.scheduler.handle_generate_request(
             TokenizedGenerateReqInput(
                 rid=rid,
@@ -51,7 +57,7 @@ class Engine:
                 stream=False,
             )
         )
-        for req in self.scheduler.waiting_queue:
+        for req in (*self.scheduler.waiting_queue, *self.scheduler.grammar_manager.grammar_queue):
             self.requests.setdefault(req.rid, req)
 
     def step(self) -> bool:
@@ -67,7 +73,13 @@ class Engine:
         scheduler.last_batch = batch
         return bool(batch)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether requests are queued that no step has taken yet."""
+        return bool(self.scheduler.waiting_queue or self.scheduler.grammar_manager.grammar_queue)
+
     def abort(self, rid: str) -> None:
+        """Abort a request in whatever state it is."""
         from sglang.srt.managers.io_struct import AbortReq
 
         self.scheduler.abort_request(AbortReq(rid=rid))
@@ -75,7 +87,7 @@ class Engine:
     def run(self, on_step: Callable[[], None] = lambda: None) -> None:
         """Step until nothing runs or waits."""
         for _ in range(100_000):
-            if not self.step() and not self.scheduler.waiting_queue:
+            if not self.step() and not self.waiting:
                 return
             on_step()
         raise AssertionError("the scheduler never became idle")
@@ -87,23 +99,34 @@ class Engine:
 
     def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[list[int]]:
         """All prompts at once; their outputs in order."""
-        names = [f"g{len(self.requests)}-{i}" for i in range(len(prompts))]
+        names = [f"g{len(self.requests):06d}-{i:06d}" for i in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
             self.submit(name, prompt, **params)
         self.run()
         return [self.output(name) for name in names]
 
+    def rounds(self, rid: str) -> tuple[int, int]:
+        """Verified rounds of a request, and the drafts they accepted."""
+        req = self.requests[rid]
+        return req.spec_verify_ct, req.spec_num_correct_drafts
+
     def check_leaks(self) -> None:
-        """SGLang's own check that every slot is free or in the tree; raises when one is lost."""
-        self.scheduler.invariant_checker.self_check_during_idle()
+        """SGLang's own idle check: every slot is free or in the tree, every request row is free. Raises otherwise."""
+        checker = self.scheduler.invariant_checker
+        leaking, messages = checker._check_all_pools(self.scheduler.pool_stats_observer.get_pool_stats())
+        assert not leaking, "\n".join(messages)
+        checker._check_req_pool()
 
 
 @contextlib.contextmanager
-def engine(model: Path, *, whiflash: dict[str, Any] | None = None, **arguments: Any) -> Iterator[Engine]:
+def engine(
+    model: Path, *, whiflash: dict[str, Any] | None = None, arms: Sequence[Any] = (), **arguments: Any
+) -> Iterator[Engine]:
     """Start an engine in this process.
 
     Args:
         whiflash: draft path (`draft`) and flags as to `Engine(...)`, e.g. `{"draft": D, "whiflash_router": "ar"}`.
+        arms: further drafters beside those that the settings name.
         arguments: SGLang's server arguments.
     """
     from sglang.srt.distributed.parallel_state import (
@@ -129,13 +152,17 @@ def engine(model: Path, *, whiflash: dict[str, Any] | None = None, **arguments: 
     }
     if whiflash is not None:
         flags = dict(whiflash)
-        options |= {"speculative_algorithm": "WHIFLASH", "speculative_draft_model_path": str(flags.pop("draft"))}
+        options |= {
+            "speculative_algorithm": "WHIFLASH",
+            "speculative_draft_model_path": str(flags.pop("draft")),
+        }
         options |= flags
     server_args = SglangEngine.server_args_class(**options)
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")
-    scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
+    with _with_arms(arms):
+        scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
     scheduler.output_streamer.send_to_detokenizer = _Discard()
     try:
         with torch.inference_mode():
@@ -143,6 +170,19 @@ def engine(model: Path, *, whiflash: dict[str, Any] | None = None, **arguments: 
     finally:
         destroy_model_parallel()
         destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def _with_arms(arms: Sequence[Any]) -> Iterator[None]:
+    """Let the worker find `arms` beside the drafters that it builds itself."""
+    from whiflash_sglang import worker
+
+    build = worker.build_drafters
+    worker.build_drafters = lambda *args: [*build(*args), *arms]
+    try:
+        yield
+    finally:
+        worker.build_drafters = build
 
 
 class _Discard:

@@ -1,0 +1,127 @@
+"""What the engine must agree with, computed apart from it: one causal pass over whole sequences in fp32.
+
+Nothing here is paged, batched, cached or incremental, and SGLang is not imported.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from whiflash_sglang.checkpoints import dflash_layers, eagle3_layers
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.target import TargetModel, TargetOutput
+
+TIE = 1e-4
+"""Largest top-two logit gap at which fp32 decoding may choose either token."""
+
+CPU = torch.device("cpu")
+
+
+class ReferenceTarget:
+    """The target's logits and layer outputs of a whole sequence."""
+
+    def __init__(self, path: Path) -> None:
+        self.model = TargetModel(path, device=CPU, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int], capture: Sequence[int] = ()) -> TargetOutput:
+        """Outputs at every position of `tokens`, full causal attention."""
+
+        def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+        ids = torch.tensor(list(tokens))
+        return self.model.forward(ids, torch.arange(len(ids)), attend, capture)
+
+    def next_logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[V]: logits of the token after `tokens`."""
+        return self.model.logits(self.forward(tokens).final[-1])
+
+    def top_two_gap(self, tokens: Sequence[int]) -> float:
+        """How far plain decoding's first choice after `tokens` is ahead of its second."""
+        first, second = self.next_logits(tokens).topk(2).values.tolist()
+        return first - second
+
+
+@dataclass(frozen=True, slots=True)
+class KeysValues:
+    """One drafter's KV of a sequence: k, v [layers, T, Hkv, D]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class ReferenceDrafters:
+    """Both drafters' KV of a whole sequence, in one pass each, straight from the checkpoints."""
+
+    def __init__(self, target: Path, eagle3: Path, dflash: Path) -> None:
+        self.target = ReferenceTarget(target)
+        model = self.target.model
+        options = {
+            "device": CPU,
+            "dtype": torch.float32,
+            "target_embedding": model.embedding,
+            "target_lm_head": model.head,
+        }
+        self._eagle3 = Eagle3Drafter.load(eagle3, **options)
+        self._dflash = DFlashDrafter.load(dflash, **options)
+        layers = json.loads((target / "config.json").read_text())["num_hidden_layers"]
+        self._eagle3_layers, self._dflash_layers = (
+            eagle3_layers(eagle3, layers),
+            dflash_layers(dflash, layers),
+        )
+
+    @torch.inference_mode()
+    def keys_values(self, tokens: Sequence[int]) -> dict[str, KeysValues]:
+        """KV at positions 0..T-2 of `tokens`, per arm; the last token is only the next token of its predecessor."""
+        context = tokens[:-1]
+        positions, following = torch.arange(len(context)), torch.tensor(list(tokens[1:]))
+        fused = self._eagle3.fuse(self._features(context, self._eagle3_layers))
+        k, v = self._eagle3.keys_values(following, fused, positions)
+        ar = KeysValues(k[None], v[None])
+        diffusion = self._dflash.keys_values(
+            self._dflash.fuse(self._features(context, self._dflash_layers)), positions
+        )
+        return {"ar": ar, "diffusion": KeysValues(*diffusion)}
+
+    def _features(self, tokens: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
+        unique = sorted(set(layers))
+        captured = self.target.forward(tokens, unique).features
+        return torch.cat([captured[:, unique.index(layer)] for layer in layers], dim=-1)
+
+
+@dataclass
+class Comparison:
+    """Greedy outputs against plain decoding's (design: identical, or a tie at the first difference)."""
+
+    target: ReferenceTarget
+    compared: int = 0
+    ties: list[float] = field(default_factory=list)
+
+    def check(self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], what: str) -> None:
+        """Raise AssertionError naming the first difference that is no tie."""
+        self.compared += 1
+        if list(expected) == list(found):
+            return
+        first = next(
+            (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
+            min(len(expected), len(found)),
+        )
+        gap = self.target.top_two_gap([*prompt, *expected[:first]])
+        assert gap <= TIE, (
+            f"{what}: token {first} of {len(expected)}/{len(found)} is {list(found[first : first + 1])}, plain "
+            f"decoding gives {list(expected[first : first + 1])} and is {gap:.2e} ahead of its second choice"
+        )
+        self.ties.append(gap)
+
+    def summary(self) -> str:
+        """One line for the test's output."""
+        return (
+            f"{self.compared} outputs compared, {len(self.ties)} ties {[f'{gap:.1e}' for gap in self.ties]}"
+        )

@@ -1,0 +1,67 @@
+"""A third arm behind the drafter interface, for tests: it knows the answers and is wrong as often as it is told.
+
+Random drafters are seldom right; this one makes long accepted runs, full blocks and ragged widths common, and
+shows that an arm fits in without a change to the worker.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, History
+
+ARM = "oracle"
+
+
+class OracleArm(Drafter):
+    """Proposes the known continuation of a request, each token corrupted with probability 1 - `accuracy`.
+
+    Args:
+        alphabet: what corrupted drafts, and drafts for unknown texts, are drawn from.
+    """
+
+    arm = ARM
+
+    def __init__(
+        self, accuracy: float, *, seed: int = 0, max_drafts: int = 7, alphabet: Sequence[int] = range(256)
+    ) -> None:
+        self.max_drafts = max_drafts
+        self._accuracy, self._alphabet = accuracy, list(alphabet)
+        self._random = random.Random(seed)
+        self._texts: list[tuple[int, list[int]]] = []
+        self._ahead: dict[int, list[int]] = {}
+        self.accepted: list[int] = []
+
+    def learn(self, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """`output` is what follows `prompt`."""
+        self._texts.append((len(prompt), [*prompt, *output]))
+
+    def outlook(self, row: int, length: int, history: History) -> float | None:
+        known = list(history(0))
+        text = next((t for p, t in self._texts if t[:p] == known[:p] and t[: len(known)] == known), known)
+        self._ahead[row] = text[len(known) :]
+        return None
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        # Half of the blocks are as wide as they may be, the others ragged.
+        counts = [self._random.choice([limit, self._random.randint(1, limit)]) for limit in batch.limits]
+        tokens = torch.full((len(batch), max(counts)), -1, dtype=torch.int64)
+        for i, (row, count) in enumerate(zip(batch.row_ids, counts, strict=True)):
+            ahead = self._ahead[row][:count]
+            ahead += self._random.choices(self._alphabet, k=count - len(ahead))
+            wrong = self._random.choices(self._alphabet, k=count)
+            tokens[i, :count] = torch.tensor(
+                [
+                    a if self._random.random() < self._accuracy else w
+                    for a, w in zip(ahead, wrong, strict=True)
+                ]
+            )
+        # What lies beyond a request's count is padding and must not be read.
+        return Drafts(tokens, counts)
+
+    def observe(self, row: int, proposed: int, accepted: int) -> None:
+        self.accepted.append(accepted)
+
+    def release(self, row: int) -> None:
+        self._ahead.pop(row, None)

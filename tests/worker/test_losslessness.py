@@ -1,0 +1,123 @@
+"""Greedy output equals plain decoding's, whatever drafts and however requests come and go (fp32).
+
+The rule: identical, or at the first difference plain decoding's own top-two logit gap is at most 1e-4; such ties
+are counted and printed.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+from oracle_arm import ARM, OracleArm
+from reference import Comparison
+from traffic import Arrival, mixed, play
+
+POLICIES = ("ar", "diffusion", "entropy", "random", "none")
+TAU = 2.0
+"""Nats; near the tiny target's median, so that the entropy policy switches."""
+
+CASES = {
+    "alone": {"max_running_requests": 1},
+    "batch": {"max_running_requests": 6},
+    "pages": {"max_running_requests": 6, "page_size": 16},
+    "chunks": {"max_running_requests": 6, "chunked_prefill_size": 16},
+    "pages-and-chunks": {"max_running_requests": 6, "page_size": 16, "chunked_prefill_size": 32},
+    "full-pool": {"max_running_requests": 6, "max_total_tokens": 320},
+    "no-tree": {"max_running_requests": 6, "disable_radix_cache": True},
+}
+
+Outputs = dict[str, list[int]]
+Plain = Callable[[Sequence[Arrival]], Outputs]
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> Plain:
+    """Plain decoding of the same requests in the same engine; nothing is aborted there."""
+    known: dict[tuple[str, ...], Outputs] = {}
+
+    def outputs(arrivals: Sequence[Arrival]) -> Outputs:
+        key = tuple(f"{a.rid}{a.prompt}{a.params}" for a in arrivals)
+        if key not in known:
+            with engine(models.target) as e:
+                known[key] = play(e, [Arrival(a.rid, a.step, a.prompt, a.params) for a in arrivals])
+        return known[key]
+
+    return outputs
+
+
+def compare(models: Models, arrivals: Sequence[Arrival], expected: Outputs, found: Outputs) -> Comparison:
+    """An aborted request must have a prefix of the plain output, any other one all of it."""
+    comparison = Comparison(models.reference.target)
+    for a in arrivals:
+        whole = expected[a.rid] if a.abort_after is None else expected[a.rid][: len(found[a.rid])]
+        comparison.check(a.prompt, whole, found[a.rid], f"{a.rid} {a.params}")
+    print(comparison.summary())
+    return comparison
+
+
+def with_oracle(
+    models: Models, arrivals: Sequence[Arrival], expected: Outputs, seed: int, **arguments: object
+) -> tuple[AbstractContextManager[Engine], OracleArm]:
+    """An engine whose policy switches at random between all arms, one of which knows most of the answers."""
+    oracle = OracleArm(0.93, seed=seed)
+    for a in arrivals:
+        oracle.learn(a.prompt, expected[a.rid])
+    return engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **arguments), oracle
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies(models: Models, plain: Plain, policy: str) -> None:
+    arrivals = mixed(seed=1, count=14, shared=40, aborts=0.15, stops=0.3)
+    expected = plain(arrivals)
+    used: set[str | None] = set()
+    flags = models.whiflash(policy, whiflash_entropy_threshold=TAU, whiflash_min_dwell=1)
+    with engine(models.target, whiflash=flags, chunked_prefill_size=32, max_running_requests=6) as e:
+        found = play(e, arrivals, lambda: used.update(lane.previous for lane in e.worker.lanes.values()))
+    compare(models, arrivals, expected, found)
+    switching = {"entropy": {"ar", "diffusion"}, "random": {"ar", "diffusion", "none"}}
+    assert used - {None} >= switching.get(policy, {policy})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_long_accepted_runs(models: Models, plain: Plain, case: str) -> None:
+    arrivals = mixed(seed=2, count=18, shared=40, aborts=0.15, stops=0.3)
+    expected = plain(arrivals)
+    build, oracle = with_oracle(models, arrivals, expected, seed=3, **CASES[case])
+    with build as e:
+        found = play(e, arrivals)
+        retracted = sum(req.retraction_count for req in e.requests.values())
+    compare(models, arrivals, expected, found)
+    assert {0, oracle.max_drafts} <= set(oracle.accepted), "neither rejections nor full blocks were tried"
+    assert (retracted > 0) == (case == "full-pool")
+
+
+def test_retraction_at_any_step(models: Models, plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own switch retracts requests every third step."""
+    from sglang.srt.managers import scheduler
+
+    arrivals = mixed(seed=4, count=10, shared=30)
+    expected = plain(arrivals)
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+    build, _ = with_oracle(models, arrivals, expected, seed=5, max_running_requests=4)
+    with build as e:
+        found = play(e, arrivals)
+        assert sum(req.retraction_count for req in e.requests.values()) > 5
+    compare(models, arrivals, expected, found)
+
+
+def test_a_third_arm_alone(models: Models, plain: Plain) -> None:
+    """Pinned to an arm that the worker has never heard of: always right, so every round is as long as it may be."""
+    from whiflash_sglang.routing.policies import Pinned
+
+    arrivals = [Arrival("only", 0, tuple(range(20)), {"max_new_tokens": 41})]
+    expected = plain(arrivals)
+    oracle = OracleArm(1.0)
+    oracle.learn(arrivals[0].prompt, expected["only"])
+    with engine(models.target, whiflash=models.whiflash("none"), arms=[oracle]) as e:
+        e.worker.policy = Pinned(ARM)
+        found = play(e, arrivals)
+        rounds, accepted = e.rounds("only")
+    assert found == expected
+    assert rounds + accepted == 40  # the first token comes from the prefill
