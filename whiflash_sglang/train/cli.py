@@ -1,6 +1,8 @@
 """`whiflash train …`: data, eagle3, dflash. Every step is resumable and writes its provenance."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +19,7 @@ train_app = typer.Typer(
 
 ConfigOption = Annotated[
     Path,
-    typer.Option(
-        "--config", help="YAML or TOML file, or the name of a shipped one (tiny, smollm2-135m-instruct)."
-    ),
+    typer.Option("--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct)."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _SHIPPED = Path(__file__).parent / "configs"
@@ -43,7 +43,7 @@ def data_command(
     """
     from whiflash_sglang.train.data import generate_data
 
-    with _errors():
+    with readable_errors():
         settings = resolve_config(config)
         if shard is not None:
             settings = settings.model_copy(
@@ -66,7 +66,7 @@ def eagle3_command(
     from whiflash_sglang.train.data import target_path
     from whiflash_sglang.train.runner import train_eagle3
 
-    with _errors():
+    with readable_errors():
         settings = resolve_config(config)
         out = train_eagle3(settings, target_path(settings.target), start_from)
     _report({"checkpoint": str(out)}, json_output)
@@ -85,22 +85,61 @@ def dflash_command(
     from whiflash_sglang.train.data import target_path
     from whiflash_sglang.train.runner import train_dflash
 
-    with _errors():
+    with readable_errors():
         settings = resolve_config(config)
         out = train_dflash(settings, target_path(settings.target), start_from)
     _report({"checkpoint": str(out)}, json_output)
 
 
-class _errors:
-    """Turns errors that a person can act on into one line and exit code 1."""
+@contextmanager
+def readablereadable_errors() -> Iterator[None]:
+    """Turn errors that a person can act on into one line and exit code 1."""
+    try:
+        yield
+    except (WhiflashError, OSError, ValueError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(1) from error
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, WhiflashError | OSError | ValueError):
-            Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
-            raise typer.Exit(1) from error
+def evaluate_command(
+    bundle: Annotated[Path, typer.Option(help="Bundle directory (with whiflash.json).")],
+    prompts: Annotated[
+        Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a bar chart (.png) to this file.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts to use, balanced over the categories.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Answer tokens per prompt.")] = 160,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep the target's answers here for the next time.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch.")] = 0,
+) -> None:
+    """Acceptance lengths of a bundle's drafters and routers on held-out prompts, without a server.
+
+    Example: whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --json figures.json
+    """
+    from whiflash_sglang.train.config import Hardware
+    from whiflash_sglang.train.evaluation import (
+        EvaluationSettings,
+        evaluate_bundle,
+        figures_table,
+        write_json,
+        write_picture,
+    )
+
+    with readable_errors():
+        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
+        settings = EvaluationSettings(
+            limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
+        )
+        result = evaluate_bundle(bundle, prompts, settings)
+        if json_file is not None:
+            write_json(result, json_file)
+        if picture is not None:
+            write_picture(result, picture)
+    Console().print(figures_table(result))
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.train.config import Data, TrainConfig
+from whiflash_sglang.train.config import Data, Hardware, TrainConfig
 from whiflash_sglang.train.generate import Answer, Generator, GroupShape
 from whiflash_sglang.train.grammar import GrammarMasks
 from whiflash_sglang.train.prompts import PromptRow, balanced, prepare, read_rows
@@ -55,20 +55,18 @@ def target_path(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
 
 
-def load_target(config: TrainConfig) -> LoadedTarget:
+def load_target(name: str, template: Path | None, capture: list[int], hardware: Hardware) -> LoadedTarget:
     """Load what generation needs. Raises `ConfigError` where the target cannot be used."""
-    path = target_path(config.target)
+    path = target_path(name)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = TargetModel(path, device=torch.device(config.hardware.device), dtype=config.hardware.torch_dtype)
+    model = TargetModel(path, device=torch.device(hardware.device), dtype=hardware.torch_dtype)
     last = model.num_layers - 1
-    if config.capture[-1] >= last:
-        raise ConfigError(f"capture {config.capture}: the target's capturable layers are 0 to {last - 1}")
-    template = None
-    if config.chat_template is not None:
-        template = config.chat_template.read_text(encoding="utf-8")
+    if capture[-1] >= last:
+        raise ConfigError(f"capture {capture}: the layers that can be captured are 0 to {last - 1}")
+    text = None if template is None else template.read_text(encoding="utf-8")
     eos_id = model.config["eos_token_id"]
     eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
-    return LoadedTarget(model, tokenizer, template, GrammarMasks(tokenizer, model.vocab_size, eos_id), eos_id)
+    return LoadedTarget(model, tokenizer, text, GrammarMasks(tokenizer, model.vocab_size, eos_id), eos_id)
 
 
 def generate_data(config: TrainConfig) -> DataSummary:
@@ -76,7 +74,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     index, count = config.data.shard
-    target = load_target(config)
+    target = load_target(config.target, config.chat_template, config.capture, config.hardware)
     rows = [row for source in config.data.prompts for row in read_prompts(source)]
     ordered = list(balanced(rows, config.data.category_weights, config.seed))[: config.data.limit][
         index::count

@@ -22,7 +22,6 @@ from whiflash_sglang.train.batches import Batch, Span, unpack
 from whiflash_sglang.train.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.eagle3 import plan_chains, unroll
 from whiflash_sglang.train.loops import loop_start
-from whiflash_sglang.train.store import FeatureStore
 from whiflash_sglang.train.store import Sequence as Stored
 
 ARMS = ("eagle3", "dflash")
@@ -222,15 +221,3 @@ def _mean_figures(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rounds_won": mean("rounds_won"),
         "oracle_gain_share": _gain_shares(lengths, dict.fromkeys(routers)),
     }
-
-
-def replay_all(
-    store: FeatureStore,
-    eagle3: Eagle3Drafter,
-    dflash: DFlashDrafter,
-    capture: Sequence[int],
-    eagle_steps: int = 5,
-) -> list[Replay]:
-    """`replay` over everything in a store."""
-    found = [replay(store.read(record), eagle3, dflash, capture, eagle_steps) for record in store.records]
-    return [answer for answer in found if answer is not None]

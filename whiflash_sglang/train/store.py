@@ -51,7 +51,7 @@ class FeatureStore:
     def __init__(self, path: Path, *, vectors: int, hidden: int, layers: list[int]) -> None:
         """Open or create. Raises `ValueError` where the directory was written with other layers or sizes."""
         path.mkdir(parents=True, exist_ok=True)
-        self.path, self.vectors, self.hidden = path, vectors, hidden
+        self.path, self.vectors, self.hidden, self.layers = path, vectors, hidden, layers
         shape = {"vectors": vectors, "hidden": hidden, "layers": layers}
         meta = path / "meta.json"
         if meta.exists():
