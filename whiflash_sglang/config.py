@@ -188,7 +188,7 @@ def resolve(flags: Flags, draft_path: Path | None) -> Settings:
     return Settings(
         eagle3=eagle3,
         dflash=dflash,
-        router=flags.router or "entropy",
+        router=flags.router or "auto",
         entropy=entropy,
         neural=_neural(flags, manifest, draft_path),
         lookup=(manifest.lookup if manifest else None) or Lookup(),

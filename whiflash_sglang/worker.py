@@ -1,6 +1,7 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from whiflash_kernels import Committed, MixedBlock, accept_and_commit, prepare_mixed_block, routing_stats
 
-from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Span, Watermarks
+from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import memory, sampling
 from whiflash_sglang.compat.flags import settings_of
@@ -26,11 +28,11 @@ from whiflash_sglang.compat.streamer import trace_log
 from whiflash_sglang.compat.target import Target, Verified
 from whiflash_sglang.drafters.base import DraftBatch, Drafter
 from whiflash_sglang.drafters.build import build_drafters
-from whiflash_sglang.routing.assign import assign
+from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.routing.build import build_policy
-from whiflash_sglang.routing.lane import Lane
+from whiflash_sglang.routing.controller import Controller, Outlook
+from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
-from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import token_bytes
 
 logger = logging.getLogger(__name__)
@@ -52,25 +54,22 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self._target_worker, self._draft_worker = target_worker, None
         self.settings = settings_of(server_args)
         self.target = Target(target_worker)
-        self.drafters: dict[str, Drafter] = {
-            drafter.arm: drafter for drafter in build_drafters(self.settings, self.target)
-        }
-        self.captured = tuple(sorted({i for d in self.drafters.values() for i in d.captured_layers}))
-        self.target.capture(self.captured, final_hidden=False)
-        self.policy = build_policy(self.settings)
-        self.lanes: dict[int, Lane] = {}
-        self._token_bytes = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
-        keeping = [d.arm for d in self.drafters.values() if d.keeps_kv]
-        self.watermarks = Watermarks(keeping, self.settings.backlog_tokens)
-        self._feature_width = len(self.captured) * self.target.shape.hidden_size
+        self.drafters: dict[str, Drafter] = {d.arm: d for d in build_drafters(self.settings, self.target)}
+        captured = sorted({i for d in self.drafters.values() for i in d.captured_layers})
+        self.target.capture(captured, final_hidden=False)
+        self.clock = RoundClock()
+        vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
+        policy = build_policy(self.settings)
+        self.controller = Controller(policy, MeasuredCosts(self._usual_width), vocabulary, trace_log)
+        self.sync = DraftSync(
+            self.drafters,
+            self.settings.backlog_tokens,
+            len(captured) * self.target.shape.hidden_size,
+            self.target.dtype,
+        )
         memory.reserve(
             per_token=sum(d.kv_bytes_per_token() for d in self.drafters.values()),
-            fixed=FeatureRings.bytes_for(
-                max_running_requests() + 1,
-                self.settings.backlog_tokens,
-                self._feature_width,
-                self.target.dtype,
-            ),
+            fixed=self.sync.bytes_for(max_running_requests() + 1),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -82,22 +81,17 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def alloc_memory_pool(self, **pools: Any) -> None:
         """Drafters' KV beside the target's slots, rings and token table beside its request rows."""
         super().alloc_memory_pool(**pools)
-        rows, context = self.target.slot_table.shape
-        device = self.target.device
         for drafter in self.drafters.values():
             drafter.allocate(self.target.kv_slots)
-        self.rings = FeatureRings(
-            rows, self.settings.backlog_tokens, self._feature_width, self.target.dtype, device
-        )
+        self.sync.allocate(self.target.slot_table)
+        rows, context = self.target.slot_table.shape
         widest = max(d.max_drafts for d in self.drafters.values()) + 1
-        self.tokens = TokenTable(rows, context, widest, device)
+        self.tokens = TokenTable(rows, context, widest, self.target.device)
 
     def clear_cache_pool(self) -> None:
         """`flush_cache`: every slot is free, so nothing that was parked has a home."""
-        for row in list(self.lanes):
+        for row in list(self.controller.lanes):
             self._forget(row)
-
-    # ---------------------------------------------------------------- the two entry points
 
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
@@ -110,35 +104,37 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         return self._round(batch, on_publish, grammar_barrier)
 
     def _round(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
+        clock = self.clock
+        previous = clock.begin()
+        if previous is not None:
+            self.controller.costs.verified(previous.rows, previous.seconds)
         requests = RoundBatch.of(batch, self.target.context_len)
-        routes = self._route(requests)
-        self._catch_up(requests, routes)
-        proposal = self._draft(requests, routes)
-        block = prepare_mixed_block(
-            requests.bonus,
-            proposal.tokens,
-            torch.tensor(proposal.widths, device=requests.rows.device),
-            requests.starts,
-            requests.rows,
-            self.target.slot_table,
-            rows=sum(proposal.widths),
-        )
-        verified, predictions = self._verify(batch, requests, block, proposal, grammar_barrier)
-        stride = max(proposal.widths)
-        committed = accept_and_commit(
-            predictions, block.input_ids, block.qo_indptr, requests.starts, stride=stride
-        )
-        if on_publish is not None:
-            on_publish(committed.seq_lens.to(torch.int64))
-        if batch.return_logprob:
-            sampling.attach_logprobs(batch, verified.output, predictions, block, proposal.widths)
-        self._park(requests, routes, proposal.widths, block, verified, predictions, committed)
-        return round_result(verified.output, committed, stride, verified.can_run_cuda_graph)
-
-    # ---------------------------------------------------------------- prefill
+        with clock.stage("route"):
+            routes = self._route(requests)
+        with clock.stage("catch_up"):
+            widths = [self._usual_width(arm) for arm in routes]
+            self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
+        with clock.stage("draft"):
+            proposal = self._draft(requests, routes)
+        with clock.stage("verify"):
+            block, verified, predictions = self._verify(batch, requests, proposal, grammar_barrier)
+        with clock.stage("commit"):
+            committed = accept_and_commit(
+                predictions, block.input_ids, block.qo_indptr, requests.starts, stride=max(proposal.widths)
+            )
+            if on_publish is not None:
+                on_publish(committed.seq_lens.to(torch.int64))
+            if batch.return_logprob:
+                sampling.attach_logprobs(batch, verified.output, predictions, block, proposal.widths)
+        with clock.stage("park"):
+            self._park(requests, block, verified, predictions, committed)
+            self._learn(requests, routes, proposal.widths, committed)
+        clock.end(sum(proposal.widths))
+        return round_result(verified.output, committed, max(proposal.widths), verified.can_run_cuda_graph)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
+        self.clock.interrupt()
         input_ids = batch.input_ids
         result = self.target.prefill(batch)
         result.new_seq_lens = batch.seq_lens
@@ -149,74 +145,32 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             return result
         features, result.logits_output.hidden_states = result.logits_output.hidden_states, None
         rows = prefill_rows(batch, input_ids, result.next_token_ids)
-        feature_rows = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
-        for drafter in self.drafters.values():
-            drafter.catch_up(feature_rows)
-        ends = torch.tensor(rows.ends, device=features.device)
-        ones = torch.ones_like(ends)
-        self.rings.park(features, rows.next_tokens, rows.rows, ends - 1, ones, rows.last_rows)
-        for req, row, end in zip(batch.reqs, rows.row_ids, rows.ends, strict=True):
-            self.watermarks.reset(row, end)
-            self._open_lane(row, req)
-            self.tokens.begin(row, len(req.origin_input_ids), req.output_ids)
+        prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
+        self.sync.prefill(prompt, rows.row_ids, rows.rows, rows.last_rows)
+        for req, row in zip(batch.reqs, rows.row_ids, strict=True):
+            if not self.controller.holds(row, req.rid):
+                self._open(row, req)
+        ends = rows.positions[rows.last_rows] + 1
         self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
         result.next_draft_input = DraftInput(
             result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
         )
         return result
 
-    def _open_lane(self, row: int, req: Any) -> None:
-        """Start, or after a retraction restart, what the controller remembers of a request."""
-        lane = self.lanes.get(row)
-        if lane is not None and lane.rid == req.rid:
-            return
-        for drafter in self.drafters.values():
-            drafter.release(row)
-        hints = _hints_of(req)
-        lane = self.lanes[row] = Lane(req.rid, hints)
-        if hints.spans and self._token_bytes:
-            lane.tracker = SpanTracker(hints.spans, self._token_bytes)
-            lane.tracker.push(req.output_ids)
-        if hints.trace:
-            trace_log.open(req.rid)
-
     # ---------------------------------------------------------------- the stages of a round
 
     def _route(self, requests: RoundBatch) -> list[str]:
-        lanes = [self.lanes[row] for row in requests.row_ids]
-        scores = [
-            lane.score(self.policy, n, self._outlook(requests, i))
-            for i, (lane, n) in enumerate(zip(lanes, requests.lengths, strict=True))
-        ]
-        routes = assign(scores)
-        for lane, arm in zip(lanes, routes, strict=True):
-            lane.chose(arm)
-        return routes
+        outlooks = [self._outlook(requests, i) for i in range(len(requests.row_ids))]
+        return self.controller.route(requests.row_ids, requests.lengths, outlooks)
 
-    def _outlook(self, requests: RoundBatch, index: int) -> dict[str, float | None]:
+    def _outlook(self, requests: RoundBatch, index: int) -> Outlook:
         """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
         if requests.budgets[index] <= 1:
             return {}  # The last token a request may commit needs no draft: it is the bonus token.
         row, n = requests.row_ids[index], requests.lengths[index]
-        found = {
-            arm: drafter.outlook(row, n, partial(requests.history, index))
-            for arm, drafter in self.drafters.items()
-        }
+        history = partial(requests.history, index)
+        found = {arm: drafter.outlook(row, n, history) for arm, drafter in self.drafters.items()}
         return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
-
-    def _catch_up(self, requests: RoundBatch, routes: Sequence[str]) -> None:
-        """One KV-only batch per drafter: whoever chose it, and whoever's ring would overflow."""
-        widths = [self.drafters[arm].max_drafts + 1 if arm in self.drafters else 1 for arm in routes]
-        for arm in self.watermarks.arms:
-            chosen = [arm == route for route in routes]
-            self._ingest(arm, self.watermarks.due(arm, requests.row_ids, requests.lengths, chosen, widths))
-
-    def _ingest(self, arm: str, spans: Sequence[Span]) -> None:
-        if not spans:
-            return
-        self.drafters[arm].catch_up(self.rings.unpark(spans, self.target.slot_table))
-        for span in spans:
-            self.watermarks.advance(span.row, arm, span.end)
 
     def _draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""
@@ -227,12 +181,16 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             members = [i for i, route in enumerate(routes) if route == arm]
             if not members:
                 continue
+            began = time.perf_counter()
             drafts = drafter.draft(self._draft_batch(requests, members, drafter))
+            seconds = time.perf_counter() - began + self.sync.seconds.get(arm, 0.0)
+            self.controller.costs.drafted(arm, len(members), seconds)
+            self.clock.drafted(seconds)
             index = torch.tensor(members, device=tokens.device)
             tokens[index, : drafts.tokens.shape[1]] = drafts.tokens
             for i, count in zip(members, drafts.counts, strict=True):
                 widths[i] = count + 1
-        return Proposal(tokens, widths)
+        return Proposal(tokens[:, : max(widths) - 1], widths)
 
     def _draft_batch(self, requests: RoundBatch, members: list[int], drafter: Drafter) -> DraftBatch:
         index = torch.tensor(members, device=requests.rows.device)
@@ -243,19 +201,28 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             lengths=[requests.lengths[i] for i in members],
             starts=starts,
             bonus=requests.bonus[index],
-            tail=self.rings.tail(rows, starts),
+            tail=self.sync.rings.tail(rows, starts),
             slot_table=self.target.slot_table,
             limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
         )
 
     def _verify(
-        self, batch: Any, requests: RoundBatch, block: MixedBlock, proposal: Proposal, barrier: Any
-    ) -> tuple[Verified, torch.Tensor]:
-        """One target forward for the mixed batch, and the target's own token at every row."""
+        self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
+    ) -> tuple[MixedBlock, Verified, torch.Tensor]:
+        """One target forward over the packed rows of the mixed batch, and the target's own token at every row."""
+        block = prepare_mixed_block(
+            requests.bonus,
+            proposal.tokens,
+            torch.tensor(proposal.widths, device=requests.rows.device),
+            requests.starts,
+            requests.rows,
+            self.target.slot_table,
+            rows=sum(proposal.widths),
+        )
         tree = sampling.grammar_tree(block, proposal.widths) if batch.has_grammar else None
         verified = self.target.verify(batch, block, proposal.widths)
         if sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
-            return verified, verified.logits.argmax(-1)
+            return block, verified, verified.logits.argmax(-1)
         # Sampling works in place; the controller reads the raw distribution.
         verified.output.next_token_logits = verified.logits.clone()
         self.tokens.put_block(requests.rows, requests.starts + 1, proposal.tokens)
@@ -269,54 +236,63 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.tokens.data,
             barrier,
         )
-        return verified, predictions
+        return block, verified, predictions
 
     def _park(
         self,
         requests: RoundBatch,
-        routes: Sequence[str],
-        widths: Sequence[int],
         block: MixedBlock,
         verified: Verified,
         predictions: torch.Tensor,
         committed: Committed,
     ) -> None:
-        """Features of committed tokens go to the rings; signals of the last verified row go to the controller."""
+        """Features of committed tokens go to the rings; statistics of the last verified row to the controller."""
         starts = block.qo_indptr[:-1]
-        self.rings.park(
+        self.sync.rings.park(
             verified.features, predictions, requests.rows, requests.starts, committed.accept_lens, starts
         )
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
+        if "entropy" in self.controller.policy.needs:
+            stats = routing_stats(verified.logits, starts + committed.accept_lens - 1)
+            for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
+                self.controller.lanes[row].entropy = entropy
+
+    def _learn(
+        self, requests: RoundBatch, routes: Sequence[str], widths: Sequence[int], committed: Committed
+    ) -> None:
+        """What the round accepted goes to the controller and to the drafter that proposed it."""
         tokens, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
         for row, arm, width, block_tokens, count in zip(
             requests.row_ids, routes, widths, tokens, counts, strict=True
         ):
-            lane = self.lanes[row]
-            trace_log.record(lane.rid, lane.committed(arm, block_tokens[:count]))
+            self.controller.committed(row, arm, block_tokens[:count])
             if arm in self.drafters:
                 self.drafters[arm].observe(row, width - 1, count - 1)
-        if "entropy" in self.policy.needs:
-            stats = routing_stats(verified.logits, starts + committed.accept_lens - 1)
-            for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
-                self.lanes[row].entropy = entropy
 
-    # ---------------------------------------------------------------- the end of a request
+    def _usual_width(self, arm: str) -> int:
+        """Rows that a request routed to `arm` verifies."""
+        return self.drafters[arm].max_drafts + 1 if arm in self.drafters else 1
+
+    # ---------------------------------------------------------------- a request's beginning and end
+
+    def _open(self, row: int, req: Any) -> None:
+        """A request begins in `row`, or begins again after a retraction."""
+        for drafter in self.drafters.values():
+            drafter.release(row)
+        self.controller.open(row, req.rid, _hints_of(req), req.output_ids)
+        self.tokens.begin(row, len(req.origin_input_ids), req.output_ids)
 
     def prepare_for_kv_cache_release(self, req: Any) -> None:
         """Called just before the request's slots may enter the tree: flush its backlog into both drafters' KV."""
         row = req.kv.req_pool_idx
-        if row is None or not self.watermarks.known(row) or self.lanes[row].rid != req.rid:
+        if row is None or not self.controller.holds(row, req.rid):
             return
-        end = req.owned_kv_len()
-        for arm in self.watermarks.arms:
-            begin = self.watermarks.synced(row, arm)
-            if begin < end:
-                self._ingest(arm, [Span(row, begin, end)])
+        self.sync.flush(row, req.owned_kv_len())
         self._forget(row)
 
     def _forget(self, row: int) -> None:
-        self.watermarks.forget(row)
-        self.lanes.pop(row, None)
+        self.sync.forget(row)
+        self.controller.forget(row)
         for drafter in self.drafters.values():
             drafter.release(row)
 

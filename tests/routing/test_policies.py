@@ -51,7 +51,9 @@ def test_hints_move_scores(span: OpenSpan | None, off: bool, arm: str, reason: s
 
 def test_a_pin_overrides_a_pinned_policy() -> None:
     span = OpenSpan("json", prefer="diffusion", pin=True)
-    assert best(apply_hints(Pinned("ar").score(Signals(10, BOTH)), span, BOTH, off=False).scores) == "diffusion"
+    assert (
+        best(apply_hints(Pinned("ar").score(Signals(10, BOTH)), span, BOTH, off=False).scores) == "diffusion"
+    )
 
 
 def test_pinned_falls_back_to_plain_decoding() -> None:
@@ -72,4 +74,5 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     assert (lane.previous, lane.dwell) == ("diffusion", 1)
     lane.committed("diffusion", [1, 2, 3, 4])
     lane.committed("diffusion", [1, 2])
-    assert 2.0 < lane.recent["diffusion"] < 4.0
+    recent = lane.recent["diffusion"]
+    assert 2.0 < recent.total / recent.weight < 4.0

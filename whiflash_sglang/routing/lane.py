@@ -4,22 +4,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from whiflash_sglang.routing.estimate import Context, context_of
 from whiflash_sglang.routing.hinted import apply_hints
+from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.trace import TraceRound
 
-RECENT_WEIGHT = 0.3
-"""Weight of the newest round in the running mean of a request's acceptance length per arm."""
+RECENT_ROUNDS = 8.0
+"""Rounds after which a request's own acceptance with an arm counts for little."""
 
 
 @dataclass(slots=True)
 class Lane:
     """Host-side state of a request, from its prefill to its end.
 
-    entropy, top1, margin, delta, expected: see `Signals`. reason: why the last round was routed as it was.
+    entropy, top1, margin, delta, expected: see `Signals`. reason: why the last round was routed as it was;
+    context: in what context that was decided.
     """
 
     rid: str
@@ -33,7 +36,8 @@ class Lane:
     margin: float = math.nan
     delta: float = math.nan
     expected: dict[str, float] = field(default_factory=dict)
-    recent: dict[str, float] = field(default_factory=dict)
+    recent: dict[str, Mean] = field(default_factory=dict)
+    context: Context = (-1, None)
 
     @property
     def span(self) -> OpenSpan | None:
@@ -65,6 +69,7 @@ class Lane:
     def score(self, policy: Policy, length: int, outlook: Mapping[str, float | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
         signals = self.signals(length, outlook)
+        self.context = context_of(signals)
         hinted = apply_hints(policy.score(signals), signals.span, signals.allowed, off=self.hints.off)
         self.reason = hinted.reason
         return hinted.scores
@@ -77,8 +82,7 @@ class Lane:
     def committed(self, arm: str, tokens: Sequence[int]) -> TraceRound:
         """A round of `arm` committed `tokens`, the bonus token last."""
         span = self.span
-        before = self.recent.get(arm, float(len(tokens)))
-        self.recent[arm] = before + RECENT_WEIGHT * (len(tokens) - before)
+        self.recent.setdefault(arm, Mean()).add(len(tokens), RECENT_ROUNDS)
         if self.tracker is not None:
             self.tracker.push(tokens)
         return TraceRound(arm, len(tokens), self.reason, span.kind if span else None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from whiflash_sglang import arms
+from whiflash_sglang.routing.estimate import AcceptanceEstimator, Context
 from whiflash_sglang.routing.signals import Signals
 
 Scores = Mapping[str, float]
@@ -28,13 +29,31 @@ class Policy(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...
 
+    @property
+    def prices_batches(self) -> bool:
+        """Whether its scores are expected tokens, so that routes may be priced against measured latencies."""
+        ...
+
     def score(self, signals: Signals) -> Scores:
         """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
         ...
 
+    def observe(self, arm: str, context: Context, length: int) -> None:
+        """A round of `arm`, decided in `context`, committed `length` tokens."""
+        ...
+
+
+class _Blind:
+    """What policies have in common that only order arms and learn nothing while serving."""
+
+    prices_batches = False
+
+    def observe(self, arm: str, context: Context, length: int) -> None:
+        """Nothing to learn."""
+
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
+class Pinned(_Blind):
     """Always the same arm where it may draft; plain decoding where it may not."""
 
     name: str
@@ -47,7 +66,7 @@ class Pinned:
 
 
 @dataclass(frozen=True, slots=True)
-class EntropyPolicy:
+class EntropyPolicy(_Blind):
     """Leave the diffusion drafter where the target's entropy exceeds τ (arXiv 2606.07710, entropy router).
 
     tau: nats. min_dwell: rounds an arm is kept before the next switch, since blind switching every block
@@ -70,7 +89,7 @@ class EntropyPolicy:
 
 
 @dataclass(slots=True)
-class RandomPolicy:
+class RandomPolicy(_Blind):
     """Switches at random every round. It exists to test that switching never changes text."""
 
     seed: int = 0
@@ -84,3 +103,46 @@ class RandomPolicy:
     def score(self, signals: Signals) -> Scores:
         choices = sorted(signals.allowed | {arms.NONE})
         return {arm: self._random.random() for arm in choices}
+
+
+PROBE_ROUNDS = 96
+"""Rounds of the server after which an arm that was not used is tried once more, so that it can come back."""
+
+
+class AutoPolicy:
+    """Expected accepted tokens of every arm, from what it says of itself or from running means.
+
+    Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm
+    that is never chosen is probed every `PROBE_ROUNDS` rounds.
+    """
+
+    name = "auto"
+    needs = frozenset({"entropy"})
+    prices_batches = True
+
+    def __init__(self) -> None:
+        self.estimator = AcceptanceEstimator()
+        self._idle: dict[str, int] = {}
+
+    def score(self, signals: Signals) -> Scores:
+        scores = {arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}
+        return {**scores, arms.NONE: 1.0}
+
+    def observe(self, arm: str, context: Context, length: int) -> None:
+        if arm != arms.NONE:
+            self.estimator.observe(arm, context, length)
+        for other in self._idle:
+            self._idle[other] += 1
+        self._idle[arm] = 0
+
+    def _expect(self, arm: str, signals: Signals) -> float:
+        if arm in signals.expected:
+            return signals.expected[arm]
+        if self._idle.setdefault(arm, 0) > PROBE_ROUNDS:
+            self._idle[arm] = 0
+            return PROBE_SCORE
+        return self.estimator.expect(arm, signals)
+
+
+PROBE_SCORE = 16.0
+"""A score that wins once, whatever the arm costs."""

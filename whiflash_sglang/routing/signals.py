@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from whiflash_sglang.routing.mean import Mean
+
 
 @dataclass(frozen=True, slots=True)
 class OpenSpan:
@@ -25,7 +27,7 @@ class Signals:
 
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
         verified position; NaN when it was not measured. top1, margin: probabilities of the same distribution.
-    recent: arm → mean acceptance length of the request's recent rounds with that arm (bonus token included).
+    recent: arm → decayed mean of the request's own acceptance lengths with that arm (bonus token included).
     expected: arm → acceptance length it expects of the next round, where the arm or a learned head tells.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
@@ -37,7 +39,7 @@ class Signals:
     entropy: float = math.nan
     top1: float = math.nan
     margin: float = math.nan
-    recent: Mapping[str, float] = field(default_factory=dict)
+    recent: Mapping[str, Mean] = field(default_factory=dict)
     expected: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
     span: OpenSpan | None = None

@@ -1,0 +1,77 @@
+"""Where a round's time goes, on the host's clock.
+
+On a CPU these are the stages' costs. On a GPU, where launches return before the work is done, only whole rounds
+mean anything on this clock; a device-side breakdown needs the profiler.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
+
+
+class PreviousRound(NamedTuple):
+    """rows: verified. seconds: from its start to the next round's, without drafting."""
+
+    rows: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class RoundClock:
+    """Totals since the start, in seconds, and what the cost model learns from the last round.
+
+    seconds: per stage. rounds, rows: totals. round_seconds: of the stages together and what lies between.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    rounds: int = 0
+    rows: int = 0
+    round_seconds: float = 0.0
+    _began: float = 0.0
+    _drafting: float = 0.0
+    _previous: tuple[float, int, float] | None = None
+
+    def begin(self) -> "PreviousRound | None":
+        """A round starts. Returns the previous round, if it came just before."""
+        self._began = time.perf_counter()
+        previous, self._previous, self._drafting = self._previous, None, 0.0
+        if previous is None:
+            return None
+        began, rows, drafting = previous
+        return PreviousRound(rows, max(self._began - began - drafting, 1e-6))
+
+    def interrupt(self) -> None:
+        """Something other than a round ran: the time until the next round says nothing about rounds."""
+        self._previous = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+    def drafted(self, seconds: float) -> None:
+        """`seconds` of this round went into a draft pass with its catch-up."""
+        self._drafting += seconds
+
+    def end(self, rows: int) -> None:
+        """The round verified `rows` rows."""
+        self.rounds += 1
+        self.rows += rows
+        self.round_seconds += time.perf_counter() - self._began
+        self._previous = (self._began, rows, self._drafting)
+
+    def snapshot(self) -> dict[str, float | int]:
+        """Totals for the metrics route and the benchmark."""
+        return {
+            "rounds": self.rounds,
+            "rows": self.rows,
+            "round_seconds": self.round_seconds,
+            **{f"{name}_seconds": value for name, value in self.seconds.items()},
+        }
