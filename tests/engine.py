@@ -105,6 +105,11 @@ class Engine:
         self.run()
         return [self.output(name) for name in names]
 
+    @property
+    def lanes(self) -> dict[int, Any]:
+        """What the controller remembers of running requests, by request row."""
+        return self.worker.controller.lanes
+
     def rounds(self, rid: str) -> tuple[int, int]:
         """Verified rounds of a request, and the drafts they accepted."""
         req = self.requests[rid]

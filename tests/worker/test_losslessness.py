@@ -74,7 +74,7 @@ def test_policies(models: Models, plain: Plain, policy: str) -> None:
     used: set[str | None] = set()
     flags = models.whiflash(policy, whiflash_entropy_threshold=TAU, whiflash_min_dwell=1)
     with engine(models.target, whiflash=flags, chunked_prefill_size=32, max_running_requests=6) as e:
-        found = play(e, arrivals, lambda: used.update(lane.previous for lane in e.worker.lanes.values()))
+        found = play(e, arrivals, lambda: used.update(lane.previous for lane in e.lanes.values()))
     compare(models, arrivals, expected, found)
     switching = {"entropy": {"ar", "diffusion"}, "random": {"ar", "diffusion", "none"}}
     assert used - {None} >= switching.get(policy, {policy})
