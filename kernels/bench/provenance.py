@@ -1,5 +1,6 @@
 """Where a result came from: command, revision, versions, machine."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def provenance() -> dict[str, str]:
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
         "gpu": device,
-        "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads",
+        "load": f"{os.getloadavg()[0]:.1f} (one-minute average at the start)",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -37,7 +37,7 @@ class Inputs:
         self.table = torch.arange(SLOTS * CONTEXT, dtype=torch.int32, device=DEVICE).view(SLOTS, CONTEXT)
         self.features, self.logits = (
             torch.zeros(ROWS, 144, device=DEVICE),
-            torch.zeros(ROWS, 9000, device=DEVICE),
+            torch.zeros(ROWS + 1, 9000, device=DEVICE),
         )
 
     def refill(self, seed: int) -> None:
@@ -46,8 +46,10 @@ class Inputs:
         def below(limit: int, like: torch.Tensor) -> None:
             like.copy_(torch.randint(0, limit, like.shape, generator=generator))
 
-        below(3, self.bonus), below(3, self.drafts), below(3, self.predictions)
-        below(WIDTH + 1, self.widths), below(CONTEXT - WIDTH, self.seq_lens)
+        for tokens in (self.bonus, self.drafts, self.predictions):
+            below(3, tokens)
+        below(WIDTH + 1, self.widths)
+        below(CONTEXT - WIDTH, self.seq_lens)
         self.request_slots.copy_(torch.randperm(SLOTS, generator=generator)[:REQUESTS])
         self.features.copy_(torch.randn(self.features.shape, generator=generator))
         self.logits.copy_(torch.randn(self.logits.shape, generator=generator))

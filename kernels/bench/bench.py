@@ -1,0 +1,210 @@
+"""Measure every op against its reference, its compiled reference and the floor of the machine it runs on.
+
+    python kernels/bench/bench.py                                    # on a GPU, at the shapes of Qwen3-8B
+    python kernels/bench/bench.py --device cpu --shape smollm2-135m  # the CPU path, at the embedded target's
+
+Results go to kernels/bench/results/<shape>-<device>.json and .md, with quantiles, versions and the revision.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from cases import (
+    Bench,
+    Case,
+    backlog_cases,
+    block_cases,
+    catch_up_cases,
+    router_cases,
+    routing_cases,
+    switch_call,
+)
+from measure import Call, Ceilings, Timing, as_graph, ceilings, forced, time_call
+from provenance import cpu_name, provenance
+from shapes import SHAPES
+from verify_round import verify_round
+
+RESULTS = Path(__file__).parent / "results"
+COPY_SHARE, SWITCH_SHARE = 0.8, 0.03
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one case."""
+
+    op: str
+    case: str
+    variant: str
+    timing: Timing
+    floor_us: float | None
+    """None on a CPU: inputs of these sizes stay in its caches, so bandwidth says nothing."""
+    share_of_copy_bandwidth: float | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal, what was measured, and whether it was met."""
+
+    goal: str
+    measured: float
+    met: bool
+
+
+def variants(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple[str, Call]]:
+    """The implementations of a case, by name."""
+    if device.type == "cuda":
+        yield "triton", case.call
+    yield "torch", case.call
+    if compiled:
+        torch.compiler.reset()  # or the cases of one op would share its limit of recompilations
+        yield "torch.compile", torch.compile(case.call, dynamic=False)
+    yield from case.others.items()
+
+
+def measure(
+    case: Case, device: torch.device, limits: Ceilings | None, *, compiled: bool, budget_ms: int
+) -> Iterator[Row]:
+    for name, call in variants(case, device, compiled):
+        with forced("triton" if name == "triton" else "torch"):
+            timing = time_call(call, device, budget_ms)
+        floor = share = None
+        if limits is not None:
+            floor = limits.floor_us(case.moved_bytes, case.flops)
+            share = case.moved_bytes / (1e-6 * timing.median_us) / limits.copy_bytes_per_second
+        yield Row(case.op, case.label, name, timing, floor, share)
+
+
+def all_cases(bench: Bench) -> Iterator[Case]:
+    """Every op; on a GPU also at sizes that fill the chip."""
+    on_gpu = bench.device.type == "cuda"
+    return chain(
+        routing_cases(bench, fill=1024 if on_gpu else None),
+        backlog_cases(bench, fill=bench.slots - 1 if on_gpu else None),
+        catch_up_cases(bench),
+        block_cases(bench),
+        router_cases(bench),
+    )
+
+
+def switch_rows(bench: Bench, budget_ms: int) -> Iterator[Row]:
+    """A verification round and a whole switch to either drafter, as graphs where there are graphs."""
+    device, tokens = bench.device, bench.shape.block
+    label = f"batch 1, {tokens} tokens, context 2048"
+    verification = as_graph(verify_round(bench.shape, device, tokens, 2048), device)
+    yield Row("verify round", label, "torch", time_call(verification, device, budget_ms), None, None)
+    for arm in ("diffusion", "ar"):
+        with forced("auto"):
+            timing = time_call(as_graph(switch_call(bench, arm), device), device, budget_ms)
+        yield Row("switch", f"batch 1, 16 tokens, to {arm}", "auto", timing, None, None)
+
+
+def targets(rows: list[Row], full: set[tuple[str, str]], device: torch.device) -> list[Target]:
+    """The goals of the project; the shares of bandwidth are goals for a GPU only."""
+    ours = "triton" if device.type == "cuda" else "torch"
+    found = []
+    if device.type == "cuda":
+        for row in rows:
+            if (row.op, row.case) in full and row.variant == ours:
+                share = row.share_of_copy_bandwidth
+                goal = f"{row.op}, {row.case}: at least {COPY_SHARE:.0%} of copy bandwidth"
+                found.append(Target(goal, share, share >= COPY_SHARE))
+    by_case = {(row.op, row.case, row.variant): row.timing.median_us for row in rows}
+    for (op, case, variant), time_us in by_case.items():
+        if variant == "sglang":
+            share = by_case[op, case, ours] / time_us
+            found.append(Target(f"{op}, {case}: no slower than SGLang's", share, share <= 1.0))
+    verification = next(row.timing.median_us for row in rows if row.op == "verify round")
+    for row in rows:
+        if row.op == "switch":
+            share = row.timing.median_us / verification
+            goal = f"{row.op}, {row.case}: under {SWITCH_SHARE:.0%} of a verify round"
+            found.append(Target(goal, share, share < SWITCH_SHARE))
+    return found
+
+
+def markdown(document: dict, rows: list[Row], goals: list[Target]) -> str:
+    lines = [f"# Ops at the shapes of {document['shape']} on {document['device']}", ""]
+    lines += [f"- {key}: {value}" for key, value in document["provenance"].items()]
+    limits = document["ceilings"]
+    if limits:
+        lines += [
+            f"- copy bandwidth: {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
+            f"bf16 products: {limits['matmul_flops_per_second'] / 1e12:.1f} TFLOP/s, "
+            f"shortest call: {limits['launch_us']:.1f} us (each measured in this run)"
+        ]
+    lines += [
+        "",
+        "| op | case | implementation | median us | p10 | p90 | floor us | of copy bandwidth |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        t = row.timing
+        share = "" if row.share_of_copy_bandwidth is None else f"{row.share_of_copy_bandwidth:.0%}"
+        floor = "" if row.floor_us is None else f"{row.floor_us:.1f}"
+        times = f"{t.median_us:.1f} | {t.p10_us:.1f} | {t.p90_us:.1f}"
+        lines.append(f"| {row.op} | {row.case} | {row.variant} | {times} | {floor} | {share} |")
+    lines += ["", "| goal | measured | met |", "|---|---:|---|"]
+    lines += [f"| {goal.goal} | {goal.measured:.1%} | {'yes' if goal.met else 'no'} |" for goal in goals]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU path")
+    parser.add_argument("--budget-ms", type=int, default=200, help="how long each call is repeated")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the references")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no GPU here, so nothing was measured; --device cpu measures the CPU path", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    origin = provenance()
+    shape = SHAPES[arguments.shape]
+    limits = ceilings(device) if device.type == "cuda" else None
+    bench = Bench(shape, device, largest_batch=256 if device.type == "cuda" else 32)
+    rows: list[Row] = []
+    full: set[tuple[str, str]] = set()
+    for case in all_cases(bench):
+        print(f"{case.op}, {case.label}", file=sys.stderr, flush=True)
+        if case.fills_the_chip:
+            full.add((case.op, case.label))
+        rows += measure(
+            case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms
+        )
+    print("verify round and switch", file=sys.stderr, flush=True)
+    rows += switch_rows(bench, arguments.budget_ms)
+    goals = targets(rows, full, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    document = {
+        "shape": shape.name,
+        "device": name,
+        "provenance": origin,
+        "ceilings": None if limits is None else asdict(limits),
+        "rows": [asdict(row) for row in rows],
+        "targets": [asdict(goal) for goal in goals],
+    }
+    text, table = json.dumps(document, indent=1) + "\n", markdown(document, rows, goals)
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{arguments.shape} {name}".lower()).strip("-")
+    (arguments.output / f"{slug}.json").write_text(text)
+    (arguments.output / f"{slug}.md").write_text(table)
+    print(text if arguments.json else table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Timing, and the ceilings that times are compared with."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+
+Call = Callable[[], object]
+
+QUANTILES = (0.5, 0.1, 0.9)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles of one call, in microseconds."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine does at best, measured here."""
+
+    copy_bytes_per_second: float
+    """Bytes read plus bytes written by a copy that fills the chip."""
+    matmul_flops_per_second: float
+    launch_us: float
+    """One call that moves one element: no op is faster."""
+
+    def floor_us(self, moved_bytes: int, flops: int) -> float:
+        """The time below which no implementation can go: bytes, arithmetic or one launch."""
+        moving, computing = moved_bytes / self.copy_bytes_per_second, flops / self.matmul_flops_per_second
+        return max(1e6 * moving, 1e6 * computing, self.launch_us)
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Force one implementation of the ops."""
+    before = os.environ.get("WHIFLASH_KERNELS")
+    os.environ["WHIFLASH_KERNELS"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WHIFLASH_KERNELS"]
+        else:
+            os.environ["WHIFLASH_KERNELS"] = before
+
+
+def time_call(call: Call, device: torch.device, budget_ms: int = 200) -> Timing:
+    """Time ``call``: with device events and a cold cache on a GPU, with the wall clock on a CPU."""
+    if device.type == "cuda":
+        # do_bench empties the L2 cache before every run; that also hides the host's launch time.
+        times = triton.testing.do_bench(call, warmup=50, rep=budget_ms, quantiles=list(QUANTILES))
+        return Timing(*(1e3 * t for t in times))
+    for _ in range(3):
+        call()
+    samples: list[float] = []
+    stop = time.perf_counter() + 1e-3 * budget_ms
+    while len(samples) < 10 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        call()
+        samples.append(1e6 * (time.perf_counter() - start))
+    tenths = statistics.quantiles(samples, n=10)
+    return Timing(statistics.median(samples), tenths[0], tenths[-1])
+
+
+def as_graph(call: Call, device: torch.device) -> Call:
+    """``call`` as a CUDA graph's replay, so that launches from the host do not count; itself on a CPU."""
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure the copy bandwidth, the bf16 product rate and the shortest call of a GPU."""
+    source = torch.randn(1 << 28, device=device).to(torch.bfloat16).repeat(2)
+    target = torch.empty_like(source)
+    copy = time_call(lambda: target.copy_(source), device)
+    side = 8192
+    a = torch.randn(side, side, device=device).bfloat16()
+    product = time_call(lambda: a @ a, device)
+    one = torch.zeros(1, device=device)
+    return Ceilings(
+        copy_bytes_per_second=2 * source.nbytes / (1e-6 * copy.median_us),
+        matmul_flops_per_second=2 * side**3 / (1e-6 * product.median_us),
+        launch_us=time_call(lambda: one.zero_(), device).median_us,
+    )
