@@ -1,0 +1,46 @@
+"""One server host and one set of tiny checkpoints for the tests of the platform."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from server_host import ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    target: Path
+    eagle3: Path
+    dflash: Path
+
+    def arguments(self, algorithm: str) -> list[str]:
+        """Command line of a float32 server for ``none``, ``EAGLE3`` or ``DFLASH``."""
+        common = ["--model-path", str(self.target), "--dtype", "float32"]
+        if algorithm == "EAGLE3":
+            drafter = ["--speculative-draft-model-path", str(self.eagle3)]
+            chain = ["--speculative-num-steps", "4", "--speculative-eagle-topk", "1"]
+            return [*common, "--speculative-algorithm", "EAGLE3", *drafter, *chain]
+        if algorithm == "DFLASH":
+            drafter = ["--speculative-draft-model-path", str(self.dflash)]
+            return [*common, "--speculative-algorithm", "DFLASH", *drafter]
+        return common
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """A target whose greedy output has runs that random drafters get right for several tokens."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    target = tiny_target(root / "target", peaked=True)
+    return Checkpoints(
+        target=target,
+        eagle3=tiny_eagle3(root / "eagle3", target, draft_vocab_size=200),
+        dflash=tiny_dflash(root / "dflash", target),
+    )
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[ServerHost]:
+    with ServerHost() as running:
+        yield running
