@@ -1,0 +1,213 @@
+"""Recorded features and tokens, played into both drafters along any history of a request's life."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.sync import DraftSync
+from whiflash_sglang.checkpoints import dflash_layers, eagle3_layers
+from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.drafters.dflash import DFlashArm
+from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.target import TargetModel
+
+torch.set_num_threads(1)
+
+ROWS, CONTEXT, RING, VOCAB = 3, 176, 32, 256
+SLOTS = 2 * ROWS * CONTEXT
+"""Twice what the rows can hold, so that slots can be remapped to free ones."""
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The two drafters; width: columns of one captured row."""
+
+    by_name: dict[str, PagedArm]
+    width: int
+
+    def full_pass(
+        self, features: torch.Tensor, tokens: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """KV of positions 0..n-1 in one go: per arm k and v [layers, n, Hkv, D]. tokens: [n + 1]."""
+        n = len(features)
+        slots = torch.arange(n)
+        rows = FeatureRows(features, slots, slots, tokens[1 : n + 1])
+        found = {}
+        for name, arm in self.by_name.items():
+            kept = arm.kv
+            arm.allocate(n)
+            arm.catch_up(rows)
+            found[name] = (arm.kv.k, arm.kv.v)
+            arm.kv = kept
+        return found
+
+
+def load_arms(root: Path) -> Arms:
+    """Write tiny checkpoints under `root` and load them."""
+    target = tiny_target(root / "target")
+    eagle3, dflash = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
+    model = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
+    options = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "target_embedding": model.embedding,
+        "target_lm_head": model.head,
+    }
+    for_eagle, for_dflash = eagle3_layers(eagle3, model.num_layers), dflash_layers(dflash, model.num_layers)
+    captured = tuple(sorted({*for_eagle, *for_dflash}))
+    by_name: dict[str, PagedArm] = {
+        "ar": Eagle3Arm(Eagle3Drafter.load(eagle3, **options), captured, for_eagle, 5),
+        "diffusion": DFlashArm(DFlashDrafter.load(dflash, **options), captured, for_dflash, 8),
+    }
+    for arm in by_name.values():
+        arm.model.requires_grad_(False)
+        arm.allocate(SLOTS)
+    return Arms(by_name, len(captured) * model.hidden_size)
+
+
+class Replay:
+    """Requests in `ROWS` rows, each following its own recording, as the worker would drive them."""
+
+    def __init__(self, arms: Arms, seed: int, capacity: int = RING) -> None:
+        self.arms = arms
+        self.random = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.sync = DraftSync(arms.by_name, capacity, arms.width, torch.float32)
+        for arm in arms.by_name.values():
+            arm.kv.k.fill_(torch.nan)  # whatever is read without having been written shows
+            arm.kv.v.fill_(torch.nan)
+        free = list(range(SLOTS))
+        self.random.shuffle(free)
+        self.table = torch.tensor(free[: ROWS * CONTEXT], dtype=torch.int32).view(ROWS, CONTEXT)
+        self.free = free[ROWS * CONTEXT :]
+        self.sync.allocate(self.table)
+        self.lengths = [0] * ROWS
+        self.features = torch.empty(ROWS, CONTEXT, arms.width)
+        self.tokens = torch.empty(ROWS, CONTEXT + 1, dtype=torch.int64)
+        for row in range(ROWS):
+            self.begin(row)
+
+    def begin(self, row: int) -> None:
+        """A new request: its recording is drawn, its prompt is prefilled, sometimes in two chunks."""
+        self.features[row] = torch.randn(CONTEXT, self.arms.width, generator=self._generator)
+        self.tokens[row] = torch.randint(VOCAB, (CONTEXT + 1,), generator=self._generator)
+        length = self.random.randint(1, 24)
+        self.prefill(row, 0, length)
+
+    def prefill(self, row: int, hit: int, length: int) -> None:
+        """Prefill [hit, length) of a row's recording; [0, hit) comes out of the tree."""
+        cut = self.random.randint(hit, length)
+        for begin, end in ((hit, cut), (cut, length)):
+            if begin < end:
+                positions = torch.arange(begin, end)
+                rows = FeatureRows(
+                    self.features[row, begin:end],
+                    positions,
+                    self.table[row, begin:end].long(),
+                    self.tokens[row, begin + 1 : end + 1],
+                )
+                self.sync.prefill(rows, [row], torch.tensor([row]), torch.tensor([end - begin - 1]))
+        self.lengths[row] = length
+
+    def round(self, routes: Sequence[str], accepts: Sequence[int]) -> None:
+        """One round of all rows: catch up, draft for real (provisional writes included), commit and park."""
+        arms = self.arms.by_name
+        widths = [arms[route].max_drafts + 1 if route in arms else 1 for route in routes]
+        rows = list(range(ROWS))
+        self.sync.catch_up(rows, self.lengths, routes, widths)
+        for row, n in enumerate(self.lengths):
+            assert self.sync.watermarks.backlog(row, n) <= self.sync.watermarks.capacity - widths[row]
+            tail = self.sync.rings.tail(torch.tensor([row]), torch.tensor([n]))[0]
+            assert torch.equal(tail, self.features[row, n - 1]), "feature n-1 did not survive"
+        for name, arm in arms.items():
+            members = [row for row in rows if routes[row] == name]
+            if members:
+                drafts = arm.draft(self.draft_batch(members, arm))
+                assert not drafts.tokens.isnan().any()
+        counts = [min(accept, width) for accept, width in zip(accepts, widths, strict=True)]
+        # The verification's packed rows: rejected drafts' features lie between the committed ones.
+        packed, following, starts = [], [], []
+        for row, (n, width, count) in enumerate(zip(self.lengths, widths, counts, strict=True)):
+            starts.append(sum(len(p) for p in packed))
+            rejected = width - count
+            packed.append(
+                torch.cat([self.features[row, n : n + count], torch.full((rejected, self.arms.width), 7.0)])
+            )
+            following.append(
+                torch.cat([self.tokens[row, n + 1 : n + count + 1], torch.zeros(rejected, dtype=torch.int64)])
+            )
+        self.sync.rings.park(
+            torch.cat(packed),
+            torch.cat(following),
+            torch.arange(ROWS),
+            torch.tensor(self.lengths),
+            torch.tensor(counts),
+            torch.tensor(starts),
+        )
+        self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
+
+    def draft_batch(self, members: Sequence[int], arm: PagedArm) -> DraftBatch:
+        rows = torch.tensor(members)
+        starts = torch.tensor([self.lengths[row] for row in members])
+        return DraftBatch(
+            rows=rows,
+            row_ids=list(members),
+            lengths=starts.tolist(),
+            starts=starts,
+            bonus=self.tokens[rows, starts],
+            tail=self.sync.rings.tail(rows, starts),
+            slot_table=self.table,
+            limits=[self.random.randint(1, arm.max_drafts) for _ in members],
+        )
+
+    def finish(self, row: int) -> None:
+        """The request ends: its backlog is flushed, since its slots may enter the tree; another one begins."""
+        self.check(row)
+        self.sync.forget(row)
+        self.begin(row)
+
+    def abort(self, row: int) -> None:
+        """The row is dropped with whatever it had parked."""
+        self.sync.forget(row)
+        self.begin(row)
+
+    def retract(self, row: int) -> None:
+        """The request loses its slots and is prefilled again, a part of it out of the tree."""
+        length = self.lengths[row]
+        self.sync.forget(row)
+        hit = self.random.randint(0, length - 1)
+        full = self.arms.full_pass(self.features[row, :length], self.tokens[row])
+        slots = self.table[row, :hit].long()
+        for name, arm in self.arms.by_name.items():
+            arm.kv.write_all(slots, full[name][0][:, :hit], full[name][1][:, :hit])
+        self.prefill(row, hit, length)
+
+    def remap(self, row: int) -> None:
+        """The tree replaces the request's slots by others that hold the same; parked positions have none yet."""
+        old = self.table[row].long()
+        new = torch.tensor([self.free.pop(0) for _ in range(CONTEXT)])
+        for name, arm in self.arms.by_name.items():
+            done = self.sync.watermarks.synced(row, name)
+            arm.kv.write_all(new[:done], arm.kv.k[:, old[:done]], arm.kv.v[:, old[:done]])
+        self.table[row] = new.int()
+        self.free += old.tolist()
+
+    def check(self, row: int) -> None:
+        """Flush the row and compare it with one full pass: watermarks, slots and KV."""
+        n = self.lengths[row]
+        self.sync.flush(row, n)
+        slots = self.table[row, :n].long()
+        for name, (k, v) in self.arms.full_pass(self.features[row, :n], self.tokens[row]).items():
+            assert self.sync.watermarks.synced(row, name) == n
+            kv = self.arms.by_name[name].kv
+            for found, wanted in ((kv.k[:, slots], k), (kv.v[:, slots], v)):
+                error = float((found - wanted).abs().nan_to_num(torch.inf).max())
+                assert error <= 1e-5 * float(wanted.abs().max()), f"KV of {name} is off by {error:.1e}"

@@ -1,0 +1,97 @@
+"""Any history of routes, accept lengths, aborts and retractions leaves what one full pass would have left.
+
+Slots and watermarks exactly, KV within 1e-5 of its largest value in fp32 (matrix products round differently by
+batch shape, so bit for bit cannot be asked).
+"""
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay import CONTEXT, RING, ROWS, Arms, Replay
+
+from whiflash_sglang.cache.backlog import Span, Watermarks
+
+WIDEST = 8
+EVENTS = ("finish", "abort", "retract", "remap")
+
+route = st.sampled_from(["ar", "diffusion", "none"])
+event = st.none() | st.tuples(st.sampled_from(EVENTS), st.integers(0, ROWS - 1))
+rounds = st.tuples(
+    st.tuples(*[route] * ROWS), st.tuples(*[st.integers(1, WIDEST)] * ROWS), event, st.integers(1, 6)
+)
+"""Routes, accepted lengths (bonus included), what happens after it, and how often the round is repeated."""
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.integers(0, 2**16), st.lists(rounds, min_size=1, max_size=8))
+def test_any_history_equals_one_pass(arms: Arms, seed: int, history: list[object]) -> None:
+    replay = Replay(arms, seed)
+    for routes, accepts, after, times in history:  # type: ignore[misc]
+        for _ in range(times):
+            if max(replay.lengths) > CONTEXT - 2 * WIDEST:
+                break
+            replay.round(routes, accepts)
+        if after is not None:
+            getattr(replay, after[0])(after[1])
+    for row in range(ROWS):
+        replay.check(row)
+
+
+@pytest.mark.parametrize("pinned", ["ar", "diffusion", "none"])
+def test_a_full_ring_is_flushed_and_not_before(arms: Arms, pinned: str) -> None:
+    """The idle drafters lag until their ring could overflow, then catch up in one go."""
+    replay = Replay(arms, seed=1)
+    start = list(replay.lengths)
+    lags = []
+    while max(replay.lengths) < CONTEXT - WIDEST:
+        replay.round([pinned] * ROWS, [3, 2, 1])
+        lags.append(replay.sync.watermarks.backlog(0, replay.lengths[0]))
+    assert RING - WIDEST - 3 <= max(lags) <= RING, "flushed too early, or too late"
+    flushes = sum(after < before for before, after in pairwise(lags))
+    committed = replay.lengths[0] - start[0]
+    assert flushes <= committed // (RING - 2 * WIDEST) + 1, "flushed more often than the ring asks for"
+    for row in range(ROWS):
+        replay.check(row)
+
+
+def test_a_switch_costs_one_batch(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that choose the same drafter are ingested together, however far each of them lags."""
+    replay = Replay(arms, seed=2)
+    for _ in range(4):
+        replay.round(["ar"] * ROWS, [1, 3, 2])
+    batches: list[int] = []
+    diffusion = replay.arms.by_name["diffusion"]
+    ingest = diffusion.catch_up
+    monkeypatch.setattr(diffusion, "catch_up", lambda rows: (batches.append(len(rows)), ingest(rows)))
+    replay.round(["diffusion"] * ROWS, [1, 1, 1])
+    assert batches == [4 * (1 + 3 + 2)]
+
+
+def test_watermarks_never_go_back() -> None:
+    marks = Watermarks(["ar", "diffusion"], RING)
+    marks.reset(4, 10)
+    marks.advance(4, "ar", 12)
+    with pytest.raises(ValueError, match="'ar' cannot go back from 12 to 11"):
+        marks.advance(4, "ar", 11)
+    assert (marks.synced(4, "ar"), marks.synced(4, "diffusion")) == (12, 10)
+    assert marks.backlog(4, 13) == 3
+    marks.forget(4)
+    marks.forget(4)
+    assert not marks.known(4)
+
+
+def test_due_spans_follow_choice_and_room() -> None:
+    marks = Watermarks(["ar"], 16)
+    rng = random.Random(0)
+    for _ in range(200):
+        length, lag, width = rng.randint(20, 40), rng.randint(0, 16), rng.randint(1, 8)
+        marks.reset(0, length - lag)
+        chosen = rng.random() < 0.5
+        parked = max(lag, 1)  # feature n-1 stays parked for the next chain
+        wanted = lag > 0 and (chosen or parked + width > 16)
+        assert marks.due("ar", [0], [length], [chosen], [width]) == (
+            [Span(0, length - lag, length)] if wanted else []
+        )
