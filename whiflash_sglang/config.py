@@ -201,6 +201,37 @@ def resolve(flags: Flags, draft_path: Path | None) -> Settings:
     )
 
 
+class PolicyChange(_Strict):
+    """What may change while serving; None leaves a value as it is."""
+
+    router: RouterName | None = None
+    entropy_threshold: Nats | None = None
+    min_dwell: Annotated[int, Field(ge=0)] | None = None
+    neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+def changed(settings: Settings, change: Any) -> Settings:
+    """`settings` after a `PolicyChange` given as a dictionary.
+
+    Raises:
+        ConfigError: naming the field that is wrong.
+    """
+    try:
+        wanted = PolicyChange.model_validate(change)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, lambda name: f"{name!r}")) from None
+    entropy = EntropyRouter(
+        tau=settings.entropy.tau if wanted.entropy_threshold is None else wanted.entropy_threshold,
+        min_dwell=settings.entropy.min_dwell if wanted.min_dwell is None else wanted.min_dwell,
+    )
+    neural = settings.neural
+    if neural is not None and wanted.neural_router_threshold is not None:
+        neural = neural.model_copy(update={"threshold": wanted.neural_router_threshold})
+    return settings.model_copy(
+        update={"router": wanted.router or settings.router, "entropy": entropy, "neural": neural}
+    )
+
+
 def _neural(flags: Flags, manifest: Manifest | None, draft_path: Path) -> NeuralRouter | None:
     shipped = manifest.router if manifest else None
     if flags.neural_router_path is None and shipped is None:
@@ -232,5 +263,5 @@ def _first_problem(error: ValidationError, spell: Any) -> str:
 
 
 def _known_keys(error: ValidationError) -> list[str]:
-    models = {"Manifest": Manifest, "Flags": Flags}
+    models: dict[str, type[BaseModel]] = {"Manifest": Manifest, "Flags": Flags, "PolicyChange": PolicyChange}
     return list(models.get(error.title, Manifest).model_fields)

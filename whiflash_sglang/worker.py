@@ -26,6 +26,7 @@ from whiflash_sglang.compat.spec_worker import (
 )
 from whiflash_sglang.compat.streamer import trace_log
 from whiflash_sglang.compat.target import Target, Verified
+from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import DraftBatch, Drafter
 from whiflash_sglang.drafters.build import build_drafters
 from whiflash_sglang.metrics import RoundClock
@@ -93,6 +94,26 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         for row in list(self.controller.lanes):
             self._forget(row)
 
+    def settings_with(self, change: Any) -> Settings:
+        """The settings after a change of policy. Raises ConfigError naming the field that is wrong."""
+        settings = changed(self.settings, change)
+        build_policy(settings)
+        return settings
+
+    def reconfigure(self, change: Any) -> None:
+        """Change the policy while serving; running requests go on under the new one."""
+        self.settings = self.settings_with(change)
+        self.controller.policy = build_policy(self.settings)
+
+    def snapshot(self) -> dict[str, Any]:
+        """State for metrics and the benchmark: policy, running requests, where the rounds' time went."""
+        return {
+            "policy": self.controller.policy.name,
+            "arms": sorted(self.drafters),
+            "requests": len(self.controller.lanes),
+            **self.clock.snapshot(),
+        }
+
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
     ) -> Any:
@@ -148,7 +169,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
         self.sync.prefill(prompt, rows.row_ids, rows.rows, rows.last_rows)
         for req, row in zip(batch.reqs, rows.row_ids, strict=True):
-            if not self.controller.holds(row, req.rid):
+            # After a retraction its last row may hold what it knew before an earlier one.
+            if req.output_ids or not self.controller.holds(row, req.rid):
                 self._open(row, req)
         ends = rows.positions[rows.last_rows] + 1
         self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])

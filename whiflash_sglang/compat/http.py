@@ -5,17 +5,22 @@ from collections.abc import AsyncIterator
 from functools import wraps
 from typing import Any
 
+from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from whiflash_sdk.hints import Hints, Span
 
 from whiflash_sglang import __version__
+from whiflash_sglang.compat.control import KEY, encode
 from whiflash_sglang.compat.flags import settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
+from whiflash_sglang.config import changed
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.spans.hints import (
     HintError,
     RequestHints,
@@ -45,8 +50,11 @@ def install(server_args: Any) -> None:
         replace(serving, "_validate_request", _validating)
         replace(serving, build, _with_trace)
         replace(serving, stream, _with_trace_chunk)
-    if not any(getattr(route, "path", None) == "/whiflash/capabilities" for route in http_server.app.routes):
+    known = {getattr(route, "path", None) for route in http_server.app.routes}
+    if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
+        http_server.app.get("/whiflash/state")(_state)
+        http_server.app.post("/whiflash/policy")(_set_policy)
 
 
 def _open_extension() -> None:
@@ -200,9 +208,30 @@ def _capabilities_of(server_args: Any) -> Any:
             server_version=__version__,
             model=server_args.served_model_name or server_args.model_path,
             policy=settings.router,
-            arms=("ar", "diffusion", "none"),
+            arms=("ar", "diffusion", *(("lookup",) if settings.lookup.enabled else ()), "none"),
             tool_call_parser=server_args.tool_call_parser,
             reasoning_parser=server_args.reasoning_parser,
         )
 
     return get_capabilities
+
+
+async def _state() -> JSONResponse:
+    """Policy in force, running requests, and where the rounds' time went."""
+    states = await http_server._global_state.tokenizer_manager.get_internal_state()
+    return JSONResponse(states[0][KEY])
+
+
+async def _set_policy(change: dict[str, Any]) -> JSONResponse:
+    """Change router, thresholds or dwell while serving."""
+    manager = http_server._global_state.tokenizer_manager
+    settings = settings_of(manager.server_args)
+    try:
+        changed(settings, change)
+    except ConfigError as error:
+        return JSONResponse({"error": {"message": str(error), "type": "BadRequestError"}}, status_code=400)
+    answers = await manager.set_internal_state(SetInternalStateReq(server_args=encode(change)))
+    if not all(answers):
+        message = "the change was refused; the server's log says why"
+        return JSONResponse({"error": {"message": message, "type": "BadRequestError"}}, status_code=400)
+    return await _state()

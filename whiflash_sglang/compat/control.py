@@ -1,0 +1,71 @@
+"""Reading the worker's state and changing its policy while it serves, over SGLang's internal-state messages."""
+
+from functools import wraps
+from typing import Any, get_args
+
+from sglang.srt.managers.scheduler_components import internal_state
+from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
+
+from whiflash_sglang.compat.flags import ALGORITHM
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.config import PolicyChange, RouterName
+from whiflash_sglang.errors import ConfigError
+
+KEY = "whiflash"
+ROUTERS: tuple[str, ...] = get_args(RouterName)
+
+
+def install() -> None:
+    """Idempotent."""
+    replace(SchedulerInternalStateController, "_add_speculative", _reporting)
+    replace(SchedulerInternalStateController, "_update_handlers", _updating)
+
+
+def _reporting(original: Any) -> Any:
+    @wraps(original)
+    def add(self: Any, state: dict[str, Any]) -> None:
+        original(self, state)
+        if _is_ours(self.scheduler):
+            state[KEY] = self.scheduler.draft_worker.snapshot()
+
+    return add
+
+
+def encode(change: dict[str, Any]) -> dict[str, float]:
+    """A valid `PolicyChange` as SGLang's message carries it: numbers only, so a router travels as its index."""
+    values = {key: value for key, value in change.items() if value is not None}
+    if "router" in values:
+        values["router"] = ROUTERS.index(values["router"])
+    return {f"{KEY}.{key}": value for key, value in values.items()}
+
+
+def _decoded(key: str, value: Any) -> dict[str, Any]:
+    field = key.removeprefix(f"{KEY}.")
+    return {field: ROUTERS[int(value)] if field == "router" else value}
+
+
+def _updating(original: Any) -> Any:
+    @wraps(original)
+    def handlers(self: Any) -> dict[str, Any]:
+        found: dict[str, Any] = original(self)
+        if _is_ours(self.scheduler):
+            worker = self.scheduler.draft_worker
+
+            def validate(key: str, value: Any) -> None:
+                try:
+                    worker.settings_with(_decoded(key, value))
+                except (ConfigError, IndexError) as error:
+                    raise internal_state.UpdateRejected(f"{key}: {error}") from None
+
+            def apply(key: str, value: Any) -> None:
+                worker.reconfigure(_decoded(key, value))
+
+            handler = internal_state._UpdateHandler(validate, apply)
+            found |= {f"{KEY}.{field}": handler for field in PolicyChange.model_fields}
+        return found
+
+    return handlers
+
+
+def _is_ours(scheduler: Any) -> bool:
+    return bool(getattr(scheduler.spec_algorithm, "name", "") == ALGORITHM)
