@@ -22,7 +22,13 @@ ATTENTION_BACKEND = "whiflash_cpu"
 
 def _offer_attention_backend() -> None:
     """Add the backend's name to every list of choices that SGLang checks it against."""
-    for names in (choices.ATTENTION_BACKEND_CHOICES, choices.DRAFT_ATTENTION_BACKEND_CHOICES):
+    for names in (
+        choices.ATTENTION_BACKEND_CHOICES,
+        choices.DRAFT_ATTENTION_BACKEND_CHOICES,
+        # SGLang reads `sampling_seed` only under --enable-deterministic-inference, which asks for these two.
+        choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
+        choices.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND,
+    ):
         if ATTENTION_BACKEND not in names:
             names.append(ATTENTION_BACKEND)
 
