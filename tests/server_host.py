@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,10 +67,8 @@ class Server:
             return list(pool.map(lambda body: self.generate(**body), bodies))
 
     def stop(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
         wait_until(lambda: not _answers(self.url), 30, f"server {self.pid} still answers after SIGKILL")
 
 
@@ -212,12 +211,17 @@ def _host() -> None:
 
     sglang.srt.models.registry.ModelRegistry.get_supported_archs()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    servers = []
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
+        servers.append(os.fork())
+        if servers[-1] == 0:
             _serve(request["args"], request["log"])
-        print(pid, file=answers, flush=True)
+        print(servers[-1], file=answers, flush=True)
+    # The tests are over, or have been killed: leave no server behind.
+    for pid in servers:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
