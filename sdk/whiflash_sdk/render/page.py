@@ -57,8 +57,11 @@ def _class(arm: str) -> str:
 def _legend(turns: Sequence[Turn]) -> str:
     used = {stretch.arm for turn in turns for stretch in turn.trace.stretches}
     names = [arm for arm in KNOWN_ARMS if arm in used] + sorted(used.difference(KNOWN_ARMS))
-    entries = "".join(f'<li><span class="stretch {_class(arm)}">{_safe(arm)}</span></li>' for arm in names)
-    return f'<ul class="legend" aria-label="Drafters">{entries}<li><span class="edge">[kind … kind]</span> span</li></ul>'
+    entries = [f'<span class="stretch {_class(arm)}">{_safe(arm)}</span>' for arm in names]
+    entries.append('<span class="edge">[kind … kind]</span> span')
+    return (
+        f'<ul class="legend" aria-label="Drafters">{"".join(f"<li>{entry}</li>" for entry in entries)}</ul>'
+    )
 
 
 def _section(turn: Turn, number: int) -> str:

@@ -1,0 +1,57 @@
+"""What every example shares: its command line, its wrapped client, and the report of what routing did."""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openai import AsyncOpenAI, OpenAI
+from whiflash_sdk import Trace, wrap
+from whiflash_sdk.render import Turn, conversation_html, conversation_terminal
+
+
+@dataclass
+class Session:
+    """One run of one example."""
+
+    base_url: str
+    model: str
+    page: Path | None
+    turns: list[Turn] = field(default_factory=list)
+
+    @classmethod
+    def from_command_line(cls, description: str | None, arguments: Sequence[str] | None = None) -> "Session":
+        """Parse the command line; the model is the server's first unless named."""
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument(
+            "--base-url", default="http://127.0.0.1:30000/v1", help="of the server's OpenAI routes"
+        )
+        parser.add_argument("--model", help="default: the server's first")
+        parser.add_argument("--trace", type=Path, metavar="FILE.html", help="write the routing as a page")
+        given = parser.parse_args(arguments)
+        model = given.model or OpenAI(base_url=given.base_url, api_key="unused").models.list().data[0].id
+        return cls(given.base_url, model, given.trace)
+
+    def client(self) -> OpenAI:
+        """The wrapped client."""
+        return wrap(OpenAI(base_url=self.base_url, api_key="unused", timeout=300))
+
+    def async_client(self) -> AsyncOpenAI:
+        """The wrapped asynchronous client."""
+        return wrap(AsyncOpenAI(base_url=self.base_url, api_key="unused", timeout=300))
+
+    def record(self, title: str, traces: Sequence[Trace | None], text: str = "") -> None:
+        """Keep the traces of one step for the report; a server that does not route has none."""
+        self.turns += [Turn(title, text, trace) for trace in traces if trace is not None]
+
+    def report(self) -> None:
+        """Print who drafted what, and write the page that was asked for."""
+        if not self.turns:
+            print("\nThe server sent no routing traces.")
+            return
+        with suppress(BrokenPipeError):
+            print("\n" + conversation_terminal(self.turns))
+        if self.page is not None:
+            self.page.write_text(conversation_html(self.turns, title="WhiFlash: an agent's run"), "utf-8")
+            print(f"wrote {self.page}")
