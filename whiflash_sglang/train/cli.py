@@ -92,7 +92,7 @@ def dflash_command(
 
 
 @contextmanager
-def readablereadable_errors() -> Iterator[None]:
+def readable_errors() -> Iterator[None]:
     """Turn errors that a person can act on into one line and exit code 1."""
     try:
         yield

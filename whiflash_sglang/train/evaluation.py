@@ -117,7 +117,8 @@ def replay_store(
 
 def entropies(answer: Replay, target: LoadedTarget) -> torch.Tensor:
     """The target's entropy in nats at the start of every possible round: [P] fp32."""
-    log = F.linear(answer.final, target.model.head).float().log_softmax(-1)
+    head = target.model.head
+    log = F.linear(answer.final.to(head.dtype), head).float().log_softmax(-1)
     return -(log.exp() * log).sum(-1)
 
 

@@ -34,7 +34,7 @@ class Provenance:
         return cls(
             time.time(),
             {
-                "command": ["whiflash", *sys.argv[1:]],
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "revision": _revision(),
                 "python": platform.python_version(),
                 "packages": {name: version(name) for name in _PACKAGES},

@@ -1,0 +1,67 @@
+"""Walks through recorded acceptance, worked out by hand, and properties of the oracle."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.train.evaluate import ARMS, ORACLE, Replay, Tally, best_arms, tabulate, walk
+
+
+def answer(
+    eagle3: list[int], dflash: list[int], category: str = "chat", loop_from: int | None = None
+) -> Replay:
+    accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash)}
+    return Replay(
+        "a", category, accepted, torch.zeros(len(eagle3), 2), len(eagle3) if loop_from is None else loop_from
+    )
+
+
+def test_a_walk_by_hand() -> None:
+    # Rounds at 0 (2 accepted, 3 tokens), 3 (0, 1 token), 4 (5 accepted, cut to the 2 tokens that are left).
+    one = answer([2, 9, 9, 0, 5, 9], [0] * 6)
+    tally = Tally()
+    walk(one, "eagle3", 0, 6, tally)
+    assert (tally.rounds, tally.tokens) == (3, 6)
+    assert tally.acceptance_length == 2.0
+
+
+def test_the_oracle_takes_the_longer_draft_and_the_first_arm_on_a_tie() -> None:
+    assert best_arms(answer([1, 2, 3], [1, 3, 2])) == {0: "eagle3", 1: "dflash", 2: "eagle3"}
+
+
+def test_loops_are_a_column_of_their_own() -> None:
+    result = tabulate([answer([0] * 4 + [3] * 4, [0] * 8, loop_from=4)], {})
+    assert result["categories"]["chat"]["acceptance_length"]["eagle3"] == 1.0
+    assert result["overall"]["acceptance_length"]["eagle3"] == 1.0
+    assert result["loop"]["acceptance_length"]["eagle3"] == 4.0
+
+
+def test_categories_weigh_the_same_overall() -> None:
+    result = tabulate([answer([1] * 40, [0] * 40, "code"), answer([0] * 4, [1] * 4, "json")], {})
+    assert result["overall"]["acceptance_length"]["eagle3"] == pytest.approx(1.5)
+    assert result["overall"]["rounds_won"] == {"eagle3": 0.5, "dflash": 0.5}
+
+
+def test_a_perfect_router_recovers_the_whole_gain() -> None:
+    answers = [answer([1, 1, 0, 0] * 6, [0, 0, 3, 3] * 6)]
+    result = tabulate(
+        answers,
+        {"perfect": [best_arms(one) for one in answers], "fixed": [dict.fromkeys(range(24), "dflash")]},
+    )
+    share = result["overall"]["oracle_gain_share"]
+    assert share["perfect"] == pytest.approx(1.0)
+    assert share["fixed"] == pytest.approx(0.0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=60))
+def test_every_walk_emits_every_token_once(pairs: list[tuple[int, int]]) -> None:
+    one = answer([first for first, _ in pairs], [second for _, second in pairs])
+    for choose in (*ARMS, best_arms(one)):
+        tally = Tally()
+        walk(one, choose, 0, len(pairs), tally)
+        assert tally.tokens == len(pairs)
+        assert sum(tally.won.values()) == tally.rounds
+    assert set(tabulate([one], {})["overall"]["acceptance_length"]) == {*ARMS, ORACLE}

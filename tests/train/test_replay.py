@@ -1,0 +1,104 @@
+"""Training's packed passes against drafting one token after the other, as a server would."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from torch import Tensor
+
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train.batches import Batch, unpack
+from whiflash_sglang.train.dflash import choose_anchors, run_blocks
+from whiflash_sglang.train.eagle3 import plan_chains, unroll
+
+CAPTURE = [0, 1, 2, 3, 4]
+LENGTHS, PROMPTS = [14, 9, 4], [5, 3, 3]
+
+
+class Pair:
+    """A tiny target with both drafters and a batch of three random sequences."""
+
+    def __init__(self, root: Path) -> None:
+        path = tiny_target(root / "target")
+        options = {"device": torch.device("cpu"), "dtype": torch.float32}
+        self.target = TargetModel(path, **options)
+        heads = {"target_embedding": self.target.embedding, "target_lm_head": self.target.head}
+        self.eagle3 = Eagle3Drafter.load(tiny_eagle3(root / "eagle3", path), **options, **heads)
+        self.dflash = DFlashDrafter.load(tiny_dflash(root / "dflash", path), **options, **heads)
+        torch.manual_seed(0)
+        rows = sum(LENGTHS) - len(LENGTHS)
+        self.batch: Batch = unpack(
+            torch.randint(0, 256, (sum(LENGTHS),)),
+            torch.randn(rows, len(CAPTURE), 64),
+            torch.randn(rows, 64),
+            torch.tensor(LENGTHS),
+            torch.tensor(PROMPTS),
+        )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(tmp_path_factory.mktemp("pair"))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    share = q.shape[1] // k.shape[1]
+    parts = (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
+    return F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in parts))[0].transpose(0, 1)
+
+
+@torch.no_grad()
+def test_every_chain_equals_drafting_it_alone(pair: Pair) -> None:
+    columns, steps = [0, 2, 4], 4
+    plan = plan_chains(pair.batch)
+    packed = list(unroll(pair.eagle3, pair.batch, plan, columns, steps))
+    row = 0
+    for span in pair.batch.spans:
+        tokens = pair.batch.tokens[span.token : span.token + span.length]
+        features = pair.batch.features[span.feature : span.feature + span.length - 1, columns].flatten(1)
+        fused = pair.eagle3.fuse(features)
+        for root in range(span.prompt - 1, span.length - 2):
+            places = torch.arange(root)
+            cache = [pair.eagle3.keys_values(tokens[1 : root + 1], fused[:root], places)]
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, cache: list = cache) -> Tensor:
+                cache.append((k, v))
+                return attention(q, torch.cat([k for k, _ in cache]), torch.cat([v for _, v in cache]))
+
+            hidden = fused[root : root + 1]
+            for step in range(min(steps, span.length - 2 - root)):
+                place = root + step
+                output = pair.eagle3(tokens[place + 1 : place + 2], hidden, torch.tensor([place]), attend)
+                hidden = output.hidden
+                expected = pair.eagle3.logits(output.logits_hidden)[0]
+                torch.testing.assert_close(packed[step][row], expected, rtol=1e-4, atol=1e-4)
+                assert pair.batch.tokens[plan.label_tokens[plan.label[row] + step]] == tokens[place + 2]
+            row += 1
+    assert row == len(plan.position)
+
+
+@torch.no_grad()
+def test_every_block_equals_drafting_it_alone(pair: Pair) -> None:
+    columns = list(pair.dflash.target_layer_ids)
+    blocks = choose_anchors(pair.batch, per_token=1.0)
+    packed = run_blocks(pair.dflash, pair.batch, blocks, columns)
+    row = 0
+    for span in pair.batch.spans:
+        features = pair.batch.features[span.feature : span.feature + span.length - 1, columns].flatten(1)
+        fused = pair.dflash.fuse(features)
+        for anchor in range(span.prompt, span.length - 1):
+            keys, values = pair.dflash.keys_values(fused[:anchor], torch.arange(anchor))
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
+                return attention(q, torch.cat([keys[layer], k]), torch.cat([values[layer], v]))
+
+            inputs = torch.full((8,), pair.dflash.mask_token_id)
+            inputs[0] = pair.batch.tokens[span.token + anchor]
+            expected = pair.dflash(inputs, torch.arange(anchor, anchor + 8), attend)
+            torch.testing.assert_close(packed[row], expected[1:], rtol=1e-4, atol=1e-4)
+            row += 1
+    assert row == len(blocks.anchor)

@@ -1,0 +1,180 @@
+"""The whole path on a tiny random target: data, both drafters, evaluation; resumed runs equal uninterrupted ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import tiny_target
+from typer.testing import CliRunner
+
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.train.cli import train_app
+from whiflash_sglang.train.config import TrainConfig, load_config
+from whiflash_sglang.train.data import generate_data
+from whiflash_sglang.train.evaluation import EvaluationSettings, Hardware, evaluate_bundle, write_picture
+from whiflash_sglang.train.runner import train_dflash, train_eagle3
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def settings(root: Path) -> dict[str, object]:
+    loop = {"epochs": 2, "answer_tokens": 64, "save_steps": 4, "log_steps": 2}
+    return {
+        "target": str(root / "target"),
+        "capture": [0, 1, 2, 3, 4],
+        "work": str(root / "work"),
+        "hardware": {"dtype": "float32"},
+        "data": {
+            "prompts": [str(root / "prompts.jsonl")],
+            "max_new_tokens": 24,
+            "temperature": 1.0,
+            "slots": [{"rows": 8, "capacity": 160}],
+        },
+        "eagle3": {
+            "target_layers": [0, 2, 4],
+            "source_layer": 5,
+            "draft_vocab_size": 128,
+            "steps": 3,
+            "loop": loop,
+        },
+        "dflash": {
+            "target_layers": [1, 3, 4],
+            "source_layers": [4, 5],
+            "block_size": 4,
+            "mask_token_id": 259,
+            "frequent": 128,
+            "sampled": 64,
+            "loop": loop,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("train")
+    tiny_target(directory / "target")
+    rows = [
+        {
+            "id": f"r{i}",
+            "category": ("chat", "code")[i % 2],
+            "messages": [{"role": "user", "content": f"say {i}"}],
+        }
+        for i in range(24)
+    ]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "tiny.yaml").write_text(yaml.safe_dump(settings(directory)))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> TrainConfig:
+    result = CliRunner().invoke(train_app, ["data", "--config", str(root / "tiny.yaml"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output.splitlines()[-1])["sequences"] == 24
+    return load_config(root / "tiny.yaml")
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_data_goes_on_where_it_stopped(root: Path, config: TrainConfig, tmp_path: Path) -> None:
+    part = config.model_copy(update={"work": tmp_path, "data": config.data.model_copy(update={"limit": 10})})
+    assert generate_data(part).sequences == 10
+    whole = generate_data(part.model_copy(update={"data": config.data}))
+    assert whole.sequences == 24
+    index = [json.loads(line) for line in (tmp_path / "data/shard0of1/index.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in index}) == 24
+
+
+@pytest.mark.parametrize("train", [train_eagle3, train_dflash])
+def test_a_killed_run_resumes_to_the_same_weights(
+    train: object, root: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    def run(work: Path) -> Path:
+        work.mkdir(exist_ok=True)
+        if not (work / "data").exists():
+            (work / "data").symlink_to(config.work / "data")
+        return train(config.model_copy(update={"work": work}), root / "target")
+
+    expected = weights(run(tmp_path / "whole"))
+    original = Trainer.training_step
+
+    def dies(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed")
+    found = weights(run(tmp_path / "killed"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    changed = [name for name in found if name.endswith("mlp.down_proj.weight")]
+    assert changed
+
+
+def test_a_bundle_is_evaluated(root: Path, config: TrainConfig, tmp_path: Path) -> None:
+    eagle3 = train_eagle3(config, root / "target")
+    dflash = train_dflash(config, root / "target")
+    assert json.loads((eagle3 / "provenance.json").read_text())["config"]["eagle3"]["steps"] == 3
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    manifest = {
+        "schema_version": 1,
+        "name": "tiny",
+        "target": str(root / "target"),
+        "eagle3": str(eagle3),
+        "dflash": str(dflash),
+    }
+    (bundle / "whiflash.json").write_text(json.dumps(manifest))
+    options = EvaluationSettings(
+        max_new_tokens=24, work=tmp_path / "work", hardware=Hardware(dtype="float32")
+    )
+    result = evaluate_bundle(bundle, root / "prompts.jsonl", options)
+    assert set(result["categories"]) <= {"chat", "code"}
+    lengths = result["overall"]["acceptance_length"]
+    assert 1 <= max(lengths["eagle3"], lengths["dflash"]) <= lengths["oracle"] + 1e-9
+    write_picture(result, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "colour: Extra inputs"),
+        ({"capture": [1, 0]}, "ascending"),
+        ({"capture": [0, 1, 2]}, "not in capture"),
+        ({"hardware": {"device": "abacus"}}, "hardware.device"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key(root: Path, tmp_path: Path, change: dict, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings(root) | change))
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_capturing_the_last_layer_is_refused(root: Path, config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="can be captured are 0 to 4"):
+        generate_data(config.model_copy(update={"capture": [0, 5]}))
+
+
+def test_the_disk_bound_stops_the_run_and_keeps_the_data(config: TrainConfig, tmp_path: Path) -> None:
+    bounded = config.data.model_copy(update={"max_disk_gb": 2e-5})
+    summary = generate_data(config.model_copy(update={"work": tmp_path, "data": bounded}))
+    assert summary.stopped is not None
+    assert "max_disk_gb" in summary.stopped
+    assert 0 < summary.sequences < 24
+
+
+def test_training_without_data_says_what_to_run(root: Path, config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run `whiflash train data` first"):
+        train_eagle3(config.model_copy(update={"work": tmp_path}), root / "target")
