@@ -8,7 +8,7 @@ to SGLang's own `--speculative-draft-model-path`. Without it, that path is a DFl
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -257,11 +257,18 @@ def _first_problem(error: ValidationError, spell: Any) -> str:
     problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else "value"
     if problem["type"] == "extra_forbidden":
-        return f"{spell(name)} is unknown; known: {', '.join(sorted(_known_keys(error)))}"
+        nested = "".join(f".{part}" for part in problem["loc"][1:])
+        return f"{spell(name)}{nested} is unknown; known: {', '.join(sorted(_known_keys(error)))}"
     where = ".".join(str(part) for part in problem["loc"][1:])
     return f"{spell(name)}{'.' + where if where else ''}: {problem['msg']} (got {problem['input']!r})"
 
 
 def _known_keys(error: ValidationError) -> list[str]:
-    models: dict[str, type[BaseModel]] = {"Manifest": Manifest, "Flags": Flags, "PolicyChange": PolicyChange}
-    return list(models.get(error.title, Manifest).model_fields)
+    """Keys of the model that the first problem's unknown key was given to."""
+    models = {m.__name__: m for m in (Manifest, Flags, PolicyChange)}
+    model: type[BaseModel] = models.get(error.title, Manifest)
+    for part in error.errors()[0]["loc"][:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = get_args(annotation) or (annotation,)
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

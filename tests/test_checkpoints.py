@@ -1,0 +1,178 @@
+"""Draft checkpoints that cannot work: each error names the file and the thing that is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import HIDDEN, tiny_dflash, tiny_eagle3, tiny_target
+
+from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_pair
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+
+LAYERS, VOCAB = 6, 320
+TARGET = TargetShape(HIDDEN, LAYERS, VOCAB)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """An EAGLE-3 and a DFlash checkpoint that fit `TARGET`."""
+    target = tiny_target(tmp_path / "target")
+    return tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
+
+
+def load(pair: tuple[Path, Path]) -> None:
+    """What a worker does at start: the configs against the target, then both sets of weights."""
+    check_pair(*pair, TARGET)
+    options = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "target_embedding": torch.zeros(VOCAB, HIDDEN),
+        "target_lm_head": torch.zeros(VOCAB, HIDDEN),
+    }
+    Eagle3Drafter.load(pair[0], **options)
+    DFlashDrafter.load(pair[1], **options)
+
+
+def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    change(weights)
+    save_file(weights, checkpoint / "model.safetensors")
+
+
+def test_a_good_pair_loads(pair: tuple[Path, Path]) -> None:
+    load(pair)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["eagle3", "dflash"])
+class TestFiles:
+    def test_no_weights(self, pair: tuple[Path, Path], which: int) -> None:
+        (pair[which] / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=rf"{pair[which]} has no \.safetensors file"):
+            load(pair)
+
+    @pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
+    def test_truncated_weights(self, pair: tuple[Path, Path], which: int, kept: float) -> None:
+        file = pair[which] / "model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[: int(kept * len(content))])
+        with pytest.raises(CheckpointError, match=rf"{file} is damaged or truncated: .*; fetch it again"):
+            load(pair)
+
+    def test_no_config(self, pair: tuple[Path, Path], which: int) -> None:
+        (pair[which] / "config.json").unlink()
+        with pytest.raises(CheckpointError, match=rf"{pair[which]}/config\.json is missing"):
+            load(pair)
+
+    def test_damaged_config(self, pair: tuple[Path, Path], which: int) -> None:
+        (pair[which] / "config.json").write_text('{"hidden_size": ')
+        with pytest.raises(CheckpointError, match=rf"{pair[which]}/config\.json cannot be read"):
+            load(pair)
+
+    def test_a_missing_tensor(self, pair: tuple[Path, Path], which: int) -> None:
+        edit_weights(pair[which], lambda weights: weights.pop("fc.weight"))
+        with pytest.raises(CheckpointError, match=rf"{pair[which]}: the weights lack fc\.weight"):
+            load(pair)
+
+    def test_wrong_hidden_size(self, pair: tuple[Path, Path], which: int) -> None:
+        edit(pair[which], lambda config: config.update(hidden_size=96))
+        with pytest.raises(CheckpointError, match=r"is for a target of hidden size 96, this one has 64"):
+            load(pair)
+
+    def test_weights_of_another_size(self, pair: tuple[Path, Path], which: int) -> None:
+        edit_weights(pair[which], lambda weights: weights.update({"fc.weight": torch.zeros(64, 32)}))
+        with pytest.raises(CheckpointError, match=r"fc\.weight \[64, 32\] does not fit \[64, 192\]"):
+            load(pair)
+
+    def test_another_vocabulary(self, pair: tuple[Path, Path], which: int) -> None:
+        edit(pair[which], lambda config: config.update(vocab_size=1000))
+        with pytest.raises(CheckpointError, match=r"is for a vocabulary of 1000, this target has 320"):
+            load(pair)
+
+
+LAYER_FIELDS = {
+    0: ("eagle_config", "eagle_aux_hidden_state_layer_ids"),
+    1: ("dflash_config", "target_layer_ids"),
+}
+
+
+@pytest.mark.parametrize("which", LAYER_FIELDS, ids=["eagle3", "dflash"])
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0, 2, 6], r"{field} names layers \[6\]; the target has layers 0 to 5"),
+        ([-1, 2, 3], r"{field} names layers \[-1\]; the target has layers 0 to 5"),
+        ([0, 2, 5], r"{field} asks for the output of the last layer \(5\)"),
+        (["0", 1, 2], r"{field} must be a list of layer numbers, got \['0', 1, 2\]"),
+    ],
+)
+def test_layers_that_the_target_has_not(
+    pair: tuple[Path, Path], which: int, layers: list[Any], message: str
+) -> None:
+    section, field = LAYER_FIELDS[which]
+    edit(pair[which], lambda config: config[section].update({field: layers}))
+    with pytest.raises(CheckpointError, match=message.format(field=rf"{section}\.{field}")):
+        load(pair)
+
+
+@pytest.mark.parametrize("offset", [-1000, 1000])
+def test_a_draft_vocabulary_out_of_range(tmp_path: Path, offset: int) -> None:
+    target = tiny_target(tmp_path / "target")
+    pair = (
+        tiny_eagle3(tmp_path / "eagle3", target, draft_vocab_size=128),
+        tiny_dflash(tmp_path / "dflash", target),
+    )
+    load(pair)
+    edit_weights(pair[0], lambda weights: weights["d2t"].__setitem__(7, offset))
+    with pytest.raises(CheckpointError, match=rf"{pair[0]}: .*d2t.*{7 + offset}"):
+        load(pair)
+
+
+def test_a_draft_vocabulary_of_another_size(tmp_path: Path) -> None:
+    target = tiny_target(tmp_path / "target")
+    pair = (
+        tiny_eagle3(tmp_path / "eagle3", target, draft_vocab_size=128),
+        tiny_dflash(tmp_path / "dflash", target),
+    )
+    edit_weights(pair[0], lambda weights: weights.update(d2t=torch.zeros(100, dtype=torch.int64)))
+    with pytest.raises(CheckpointError, match=r"d2t has \[100\] entries, draft_vocab_size is 128"):
+        load(pair)
+
+
+@pytest.mark.parametrize("block", [0, 1, -4, "8", None, True])
+def test_an_impossible_block(pair: tuple[Path, Path], block: Any) -> None:
+    edit(pair[1], lambda config: config.update(block_size=block))
+    with pytest.raises(CheckpointError, match=rf"block_size must be an integer of at least 2, got {block!r}"):
+        load(pair)
+
+
+def test_a_block_longer_than_trained(pair: tuple[Path, Path]) -> None:
+    assert block_size_of(pair[1], None) == 8
+    assert block_size_of(pair[1], 4) == 4
+    with pytest.raises(
+        CheckpointError, match=r"--whiflash-block-size 16 exceeds the checkpoint's block of 8"
+    ):
+        block_size_of(pair[1], 16)
+
+
+@pytest.mark.parametrize("mask", [-1, 320, None, "mask"])
+def test_an_impossible_mask_token(pair: tuple[Path, Path], mask: Any) -> None:
+    edit(pair[1], lambda config: config["dflash_config"].update(mask_token_id=mask))
+    with pytest.raises(CheckpointError, match=r"mask_token_id .* is not in the target's vocabulary of 320"):
+        load(pair)
+
+
+def test_the_two_checkpoints_swapped(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(CheckpointError):
+        load((pair[1], pair[0]))

@@ -1,0 +1,127 @@
+"""Flags and manifests: every wrong value is named, together with what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whiflash_sglang.config import embedded_bundle, load_manifest, parse_flags, resolve
+from whiflash_sglang.errors import ConfigError
+
+MANIFEST = {"schema_version": 1, "name": "tiny", "target": "tiny/target", "eagle3": "e", "dflash": "d"}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose checkpoints are configs alone; resolving reads no weights."""
+    for part in ("e", "d"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    return write(tmp_path, MANIFEST)
+
+
+def write(bundle: Path, manifest: Any) -> Path:
+    (bundle / "whiflash.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"router": "fastest"}, r"--whiflash-router: .*'ar'.*'fastest'"),
+        ({"entropy_threshold": "warm"}, r"--whiflash-entropy-threshold: .*number.*'warm'"),
+        ({"entropy_threshold": "nan"}, r"--whiflash-entropy-threshold: .*nan"),
+        ({"entropy_threshold": "-1"}, r"--whiflash-entropy-threshold: .*greater than or equal to 0"),
+        ({"neural_router_threshold": "inf"}, r"--whiflash-neural-router-threshold: .*finite"),
+        ({"block_size": "0"}, r"--whiflash-block-size: .*greater than or equal to 2.*'0'"),
+        ({"block_size": "1"}, r"--whiflash-block-size: .*greater than or equal to 2.*'1'"),
+        ({"block_size": "many"}, r"--whiflash-block-size: .*integer.*'many'"),
+        ({"eagle_steps": "0"}, r"--whiflash-eagle-steps: .*greater than 0"),
+        ({"min_dwell": "-2"}, r"--whiflash-min-dwell: "),
+        ({"backlog_tokens": "8"}, r"--whiflash-backlog-tokens: .*32"),
+        ({"drafters": "e3"}, r"--whiflash-drafters: .*'df-e3'"),
+        ({"drafters": "ddt-e3"}, r"--whiflash-drafters ddt-e3 .*does not exist yet; use df-e3"),
+        ({"tree_budget": "32"}, r"--ddtree-tree-budget .*does not exist yet; remove it"),
+    ],
+)
+def test_wrong_flags_are_named(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_flags(given)
+
+
+def test_flags_as_text_are_read() -> None:
+    flags = parse_flags(
+        {"router": "entropy", "entropy_threshold": "0.5", "block_size": "4", "eagle_draft": None}
+    )
+    assert (flags.router, flags.entropy_threshold, flags.block_size, flags.eagle_draft) == (
+        "entropy",
+        0.5,
+        4,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 1}, r"whiflash\.json: key 'temperature' is unknown; known: .*dflash.*eagle3"),
+        ({"entropy": {"tau": "warm"}}, r"whiflash\.json: key 'entropy'\.tau: .*number.*'warm'"),
+        ({"entropy": {"taus": 1}}, r"whiflash\.json: key 'entropy'\.taus is unknown; known: min_dwell, tau$"),
+        ({"schema_version": 2}, r"whiflash\.json: key 'schema_version': .*1.*got 2"),
+        ({"dflash": None}, r"whiflash\.json: key 'dflash': "),
+        ({"lookup": {"max_width": 0}}, r"whiflash\.json: key 'lookup'\.max_width: .*greater than 0"),
+    ],
+)
+def test_wrong_manifest_keys_are_named(bundle: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_manifest(write(bundle, {**MANIFEST, **change}))
+
+
+def test_missing_manifest_keys_are_named(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"whiflash\.json: key 'eagle3': Field required"):
+        load_manifest(write(bundle, {k: v for k, v in MANIFEST.items() if k != "eagle3"}))
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2", "\x00"])
+def test_a_damaged_manifest(bundle: Path, content: str) -> None:
+    (bundle / "whiflash.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"whiflash\.json is not valid JSON: "):
+        load_manifest(bundle)
+
+
+def test_a_manifest_that_is_no_object(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"whiflash\.json: "):
+        load_manifest(write(bundle, ["tiny"]))
+
+
+def test_what_a_start_needs(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="give a bundle or a DFlash checkpoint to --speculative-draft-model-path"
+    ):
+        resolve(parse_flags({}), None)
+    with pytest.raises(ConfigError, match=r"--speculative-draft-model-path .*nowhere: no such directory"):
+        resolve(parse_flags({}), tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"no whiflash\.json.* --whiflash-eagle-draft must name"):
+        resolve(parse_flags({}), bundle / "d")
+    (bundle / "e" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"the EAGLE-3 checkpoint .*e has no config\.json"):
+        resolve(parse_flags({}), bundle)
+
+
+def test_a_neural_policy_needs_a_router(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="--whiflash-router neural needs --whiflash-neural-router-path"):
+        resolve(parse_flags({"router": "neural"}), bundle)
+
+
+def test_flags_win_over_the_manifest(bundle: Path) -> None:
+    write(bundle, {**MANIFEST, "entropy": {"tau": 0.7, "min_dwell": 3}})
+    settings = resolve(parse_flags({"entropy_threshold": "0.2"}), bundle)
+    assert (settings.entropy.tau, settings.entropy.min_dwell) == (0.2, 3)
+    assert (settings.eagle3, settings.dflash) == (bundle / "e", bundle / "d")
+
+
+def test_the_shipped_bundle_is_valid() -> None:
+    settings = resolve(parse_flags({}), embedded_bundle())
+    assert settings.chat_template is not None
+    assert settings.chat_template.is_file()
