@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -41,7 +41,6 @@ class Server:
         arguments: flags after `--host` and `--port`.
         env: additions to the environment.
         log: where its output goes; None: a temporary file that is removed at the end.
-        on_wait: called about four times a second while the server starts.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Server:
         *,
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
-        on_wait: Callable[[], None] = lambda: None,
         start_seconds: float = START_SECONDS,
     ) -> None:
         self.port = free_port()
@@ -59,7 +57,6 @@ class Server:
         self._env = {**os.environ, **(env or {})}
         self._keep_log = log is not None
         self.log = log or Path(tempfile.mkstemp(prefix="whiflash-server-", suffix=".log")[1])
-        self._on_wait = on_wait
         self._start_seconds = start_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -142,6 +139,5 @@ class Server:
                 with contextlib.suppress(httpx.HTTPError):
                     if client.get("/health").status_code == 200:
                         return
-                self._on_wait()
                 time.sleep(0.25)
         raise ServerError(f"the server was not ready after {self._start_seconds:.0f} s:\n{self.tail()}")

@@ -142,3 +142,10 @@ def _read_weights(path: Path, device: torch.device, dtype: torch.dtype) -> dict[
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 weights[name] = handle.get_tensor(name).to(device=device, dtype=dtype)
     return weights
+
+
+def full_attention(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An `attend` without a cache: causal attention over one whole sequence."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return mixed[0].transpose(0, 1)

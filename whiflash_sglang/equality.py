@@ -1,0 +1,76 @@
+"""When two decodings count as equal (losslessness, greedy).
+
+Identical tokens, or at the first difference a tie: plain decoding's own two best logits on that prefix lie within
+1e-4 (fp32) or two units in the last place (bf16), so that rounding, which differs by batch shape, decides. Ties are
+counted and shown, never ignored.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+FP32_GAP = 1e-4
+BF16_ULPS = 2
+_BF16_FRACTION_BITS = 7
+
+
+class Verdict(StrEnum):
+    """identical, a tie at the first difference, or different."""
+
+    IDENTICAL = "identical"
+    TIE = "tie"
+    DIFFERENT = "different"
+
+
+@dataclass(frozen=True, slots=True)
+class TopTwo:
+    """Plain decoding's two best logits at a position. best: the larger one's value; gap: best minus second."""
+
+    best: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """position: of the first difference, None when identical. top_two: there, where it was asked for."""
+
+    verdict: Verdict
+    position: int | None = None
+    top_two: TopTwo | None = None
+
+
+def bf16_ulp(value: float) -> float:
+    """Distance between neighbouring bfloat16 numbers at `value`."""
+    if value == 0:
+        return 0.0
+    return float(2.0 ** (math.floor(math.log2(abs(value))) - _BF16_FRACTION_BITS))
+
+
+def is_tie(top_two: TopTwo, dtype: str) -> bool:
+    """Whether rounding may decide between the two best tokens; `dtype`: float32 or bfloat16."""
+    if dtype == "float32":
+        return top_two.gap <= FP32_GAP
+    if dtype == "bfloat16":
+        return top_two.gap <= BF16_ULPS * bf16_ulp(top_two.best)
+    raise ValueError(f"no tie rule for dtype {dtype!r}; known: float32, bfloat16")
+
+
+def compare(
+    plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo], dtype: str
+) -> Comparison:
+    """Compare output tokens.
+
+    Args:
+        top_two_at: plain decoding's two best logits for output token i, asked only at the first difference.
+    """
+    if list(plain) == list(other):
+        return Comparison(Verdict.IDENTICAL)
+    position = next(
+        (i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), min(len(plain), len(other))
+    )
+    if position >= len(plain) or position >= len(other):
+        return Comparison(Verdict.DIFFERENT, position)
+    top_two = top_two_at(position)
+    verdict = Verdict.TIE if is_tie(top_two, dtype) else Verdict.DIFFERENT
+    return Comparison(verdict, position, top_two)
