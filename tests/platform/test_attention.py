@@ -1,0 +1,174 @@
+"""The attention backend's lengths and masks in every forward mode, against the paged attention itself."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+
+from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
+from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
+
+HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 256
+SCALE = DIM**-0.5
+
+
+class Pool:
+    """A one-layer KV pool of random entries that records what is written."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.k = torch.randn(SLOTS, KV_HEADS, DIM, generator=generator)
+        self.v = torch.randn(SLOTS, KV_HEADS, DIM, generator=generator)
+
+    def set_kv_buffer(self, layer: Any, where: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k[where.loc] = k
+        self.v[where.loc] = v
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.k
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.v
+
+
+@pytest.fixture
+def runner() -> SimpleNamespace:
+    table = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1)).view(4, 64).to(torch.int32)
+    return SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool())
+
+
+def layer(attn_type: AttentionType = AttentionType.DECODER, **changes: Any) -> Any:
+    fields = {
+        "layer_id": 0,
+        "tp_q_head_num": HEADS,
+        "tp_k_head_num": KV_HEADS,
+        "qk_head_dim": DIM,
+        "v_head_dim": DIM,
+        "scaling": SCALE,
+        "is_cross_attention": False,
+        "sliding_window_size": -1,
+        "logit_cap": 0.0,
+        "attn_type": attn_type,
+    }
+    return SimpleNamespace(**fields | changes)
+
+
+def batch(mode: ForwardMode, seq_lens: list[int], **fields: Any) -> Any:
+    rows = torch.tensor([2, 0, 3][: len(seq_lens)])
+    return SimpleNamespace(
+        forward_mode=mode,
+        seq_lens=torch.tensor(seq_lens),
+        req_pool_indices=rows,
+        out_cache_loc=None,
+        spec_info=None,
+        **fields,
+    )
+
+
+def attend(backend: CpuAttentionBackend, rows: int, forward_batch: Any, of: Any) -> torch.Tensor:
+    query = torch.randn(rows, HEADS * DIM, generator=torch.Generator().manual_seed(3))
+    return backend.forward(query, None, None, of, forward_batch, save_kv_cache=False)
+
+
+def expected(
+    runner: Any, q_lens: list[int], kv_lens: list[int], rows: torch.Tensor, causal: bool
+) -> torch.Tensor:
+    query = torch.randn(sum(q_lens), HEADS, DIM, generator=torch.Generator().manual_seed(3))
+    table = runner.req_to_token_pool.req_to_token[rows]
+    plan = PagedAttentionPlan.build(table, q_lens, kv_lens, causal=causal, dtype=torch.float32)
+    pool = runner.token_to_kv_pool
+    return plan.run(query, pool.k, pool.v, SCALE).reshape(sum(q_lens), HEADS * DIM)
+
+
+def check(runner: Any, forward_batch: Any, q_lens: list[int], kv_lens: list[int], **kind: Any) -> None:
+    backend = kind.pop("backend", None) or CpuAttentionBackend(runner)
+    of = layer(**kind)
+    backend.init_forward_metadata(forward_batch)
+    found = attend(backend, sum(q_lens), forward_batch, of)
+    causal = of.attn_type == AttentionType.DECODER
+    assert torch.equal(found, expected(runner, q_lens, kv_lens, forward_batch.req_pool_indices, causal))
+
+
+def test_decoding(runner: Any) -> None:
+    check(runner, batch(ForwardMode.DECODE, [5, 40, 17]), [1, 1, 1], [5, 40, 17])
+
+
+def test_prefill_with_prefix(runner: Any) -> None:
+    forward_batch = batch(ForwardMode.EXTEND, [9, 30], extend_seq_lens=torch.tensor([9, 4]))
+    check(runner, forward_batch, [9, 4], [9, 30])
+
+
+def test_draft_extend(runner: Any) -> None:
+    forward_batch = batch(ForwardMode.DRAFT_EXTEND_V2, [12, 30], extend_seq_lens=torch.tensor([5, 5]))
+    check(runner, forward_batch, [5, 5], [12, 30])
+
+
+def test_uniform_verification_sees_the_rows_after_seq_lens(runner: Any) -> None:
+    forward_batch = batch(ForwardMode.TARGET_VERIFY, [10, 21, 3])
+    forward_batch.spec_info = SimpleNamespace(draft_token_num=4)
+    check(runner, forward_batch, [4, 4, 4], [14, 25, 7])
+
+
+def test_ragged_verification(runner: Any) -> None:
+    layout = RaggedVerifyLayout.from_verify_lens(
+        verify_lens_cpu=[1, 8, 3], device=torch.device("cpu"), grid=[12]
+    )
+    forward_batch = batch(ForwardMode.TARGET_VERIFY, [10, 21, 3])
+    forward_batch.spec_info = SimpleNamespace(draft_token_num=8, ragged_verify_layout=layout)
+    check(runner, forward_batch, [1, 8, 3], [11, 29, 6])
+
+
+def test_the_diffusion_block_is_not_causal(runner: Any) -> None:
+    forward_batch = batch(ForwardMode.TARGET_VERIFY, [10, 21])
+    forward_batch.spec_info = SimpleNamespace(draft_token_num=8)
+    check(runner, forward_batch, [8, 8], [18, 29], attn_type=AttentionType.ENCODER_ONLY)
+
+
+def test_chain_steps_see_one_more_entry_each(runner: Any) -> None:
+    steps = CpuMultiStepDraftBackend(runner, 1, 4)
+    forward_batch = batch(ForwardMode.DECODE, [5, 40])
+    assert len(steps.attn_backends) == 3
+    for step, backend in enumerate(steps.attn_backends):
+        check(runner, forward_batch, [1, 1], [6 + step, 41 + step], backend=backend)
+
+
+def test_own_keys_are_written_before_they_are_read(runner: Any) -> None:
+    forward_batch = batch(ForwardMode.DECODE, [6])
+    slot = runner.req_to_token_pool.req_to_token[2, 5].long()
+    forward_batch.out_cache_loc = slot.view(1)
+    backend = CpuAttentionBackend(runner)
+    backend.init_forward_metadata(forward_batch)
+    query = torch.zeros(1, HEADS * DIM)
+    value = torch.full((1, KV_HEADS, DIM), 1e6)
+    out = backend.forward(query, torch.zeros(1, KV_HEADS, DIM), value, layer(), forward_batch)
+    assert bool((out > 1e4).all())
+
+
+def test_layers_share_one_plan_per_kind(runner: Any) -> None:
+    forward_batch = batch(ForwardMode.DECODE, [5, 40])
+    backend = CpuAttentionBackend(runner)
+    backend.init_forward_metadata(forward_batch)
+    for of in (layer(), layer(), layer(sliding_window_size=4), layer(AttentionType.ENCODER_ONLY)):
+        attend(backend, 2, forward_batch, of)
+    assert len(backend._plans) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"is_cross_attention": True}, "cross"), ({"logit_cap": 30.0}, "logit cap of 30")],
+)
+def test_what_it_does_not_serve_is_refused(runner: Any, changes: dict[str, Any], message: str) -> None:
+    forward_batch = batch(ForwardMode.DECODE, [5])
+    backend = CpuAttentionBackend(runner)
+    backend.init_forward_metadata(forward_batch)
+    with pytest.raises(NotImplementedError, match=message):
+        attend(backend, 1, forward_batch, layer(**changes))
+
+
+def test_trees_are_refused(runner: Any) -> None:
+    with pytest.raises(ValueError, match="speculative-eagle-topk 1"):
+        CpuMultiStepDraftBackend(runner, 2, 4)
