@@ -5,6 +5,7 @@ out-of-tree platform the CPU runs SGLang's torch-native code instead, with this 
 attention backend, and with :mod:`whiflash_sglang.platform.seams` in place of Triton-only helpers.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_pha
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
+
+logger = logging.getLogger(__name__)
 
 ATTENTION_BACKEND = "whiflash_cpu"
 """Name of this package's attention backend in SGLang's registry and flags."""
@@ -31,6 +34,14 @@ def _offer_attention_backend() -> None:
     ):
         if ATTENTION_BACKEND not in names:
             names.append(ATTENTION_BACKEND)
+
+
+def _seeds_without_batch_invariance(enable_bmm: bool = True) -> None:
+    """In place of SGLang's batch-invariant matrix products, which are Triton kernels for accelerators."""
+    logger.warning(
+        "deterministic inference on the CPU: sampling seeds are honoured, but matrix products may differ in "
+        "their last bits between batch shapes"
+    )
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -50,6 +61,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from whiflash_sglang.platform.attention import register_attention_backend
 
         register_attention_backend()
+        from sglang.srt import batch_invariant_ops
+
+        batch_invariant_ops.enable_batch_invariant_mode = _seeds_without_batch_invariance
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Choose what works here wherever the command line left the choice open."""

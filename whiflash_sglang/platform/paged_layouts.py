@@ -1,0 +1,113 @@
+"""One layer's attention over gathered KV entries: the two layouts that a paged attention plan is made of."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import embedding, scaled_dot_product_attention
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowGroup:
+    """Requests padded to ``width`` query rows and ``kv_width`` entries, run as one batch of size ``bs``."""
+
+    bs: int
+    width: int
+    kv_width: int
+    slots: torch.Tensor  # [bs * kv_width] int64
+    mask: torch.Tensor | None  # [bs, 1, 1, width, kv_width] dtype, additive
+    gather_rows: torch.Tensor | None  # [bs * width] int64 into q; None: q is already [bs * width] rows
+    scatter_rows: torch.Tensor | None  # rows of the group's padded output, in the order of `targets`
+    targets: torch.Tensor | None  # rows of the plan's output that they fill; None: all of them, in order
+    row_masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def row_mask(self, groups: int) -> torch.Tensor | None:
+        """The mask of shape ``[bs, 1, groups * width, kv_width]``, kept for the next layer."""
+        if self.mask is None:
+            return None
+        found = self.row_masks.get(groups)
+        if found is None:
+            shape = (self.bs, 1, groups, self.width, self.kv_width)
+            found = self.mask.expand(shape).reshape(self.bs, 1, groups * self.width, self.kv_width)
+            self.row_masks[groups] = found
+        return found
+
+    def run(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of the group's own rows: [rows of the group, Hq, Dv]."""
+        heads, dim = q.shape[1], q.shape[2]
+        kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
+        groups, bs, width = heads // kv_heads, self.bs, self.width
+        if self.gather_rows is not None:
+            q = embedding(self.gather_rows, q.reshape(-1, heads * dim))
+        k = _gather(k_cache, self.slots, q.dtype).view(bs, self.kv_width, kv_heads, dim).transpose(1, 2)
+        v = _gather(v_cache, self.slots, q.dtype).view(bs, self.kv_width, kv_heads, v_dim).transpose(1, 2)
+        if width == 1:
+            rows = q.reshape(bs, kv_heads, groups, dim)
+        else:
+            by_head = q.reshape(bs, width, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
+            rows = by_head.reshape(bs, kv_heads, groups * width, dim)
+        out = scaled_dot_product_attention(rows, k, v, attn_mask=self.row_mask(groups), scale=scale)
+        if width == 1:
+            out = out.reshape(bs, heads, v_dim)
+        else:
+            out = out.reshape(bs, kv_heads, groups, width, v_dim).permute(0, 3, 1, 2, 4)
+            out = out.reshape(bs * width, heads, v_dim)
+        if self.scatter_rows is not None:
+            out = embedding(self.scatter_rows, out.reshape(-1, heads * v_dim)).view(-1, heads, v_dim)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class WideBlock:
+    """Rows ``[row_start, row_end)`` of the plan's q against entries ``[kv_start, kv_end)`` of its request."""
+
+    row_start: int
+    row_end: int
+    kv_start: int
+    kv_end: int
+    square_causal: bool
+    mask: torch.Tensor | None  # [rows, entries] dtype, additive
+
+
+@dataclass(frozen=True, slots=True)
+class WideRequest:
+    """One prefill-sized request: its slots from ``kv_base`` on, and the blocks its rows are cut into."""
+
+    slots: torch.Tensor  # [entries] int64
+    kv_base: int
+    blocks: tuple[WideBlock, ...]
+
+    def run_into(
+        self, out: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+    ) -> None:
+        """Fill this request's rows of ``out`` [T, Hq, Dv]."""
+        heads, dim = q.shape[1], q.shape[2]
+        kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
+        groups = heads // kv_heads
+        k = _gather(k_cache, self.slots, q.dtype).view(-1, kv_heads, dim).transpose(0, 1)
+        v = _gather(v_cache, self.slots, q.dtype).view(-1, kv_heads, v_dim).transpose(0, 1)
+        for block in self.blocks:
+            rows, first, last = (
+                block.row_end - block.row_start,
+                block.kv_start - self.kv_base,
+                block.kv_end - self.kv_base,
+            )
+            q_block = (
+                q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
+            )
+            attended = scaled_dot_product_attention(
+                q_block,
+                k[:, None, first:last].expand(kv_heads, groups, last - first, dim),
+                v[:, None, first:last].expand(kv_heads, groups, last - first, v_dim),
+                attn_mask=block.mask,
+                is_causal=block.square_causal,
+                scale=scale,
+            )
+            out[block.row_start : block.row_end] = attended.permute(2, 0, 1, 3).reshape(rows, heads, v_dim)
+
+
+def _gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a [S, H, D] cache as [len(slots), H * D]; `embedding` is the fastest row gather on a CPU."""
+    rows = embedding(slots, cache.view(cache.shape[0], -1))
+    return rows if rows.dtype == dtype else rows.to(dtype)
