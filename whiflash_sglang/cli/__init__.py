@@ -1,6 +1,7 @@
 """The `whiflash` command."""
 
 import sys
+import warnings
 from importlib import import_module
 
 import typer
@@ -16,12 +17,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for _command in ("check", "serve", "demo"):
+for _command in ("check", "serve", "demo", "trace"):
     import_module(f"whiflash_sglang.cli.{_command}").register(app)
 
 
 def main() -> None:
     """Run the command line; errors made on purpose end as one line, Ctrl-C as exit code 130."""
+    # Engine and torch warn about accelerators they look for; here that is noise around the answer.
+    warnings.simplefilter("ignore")
     try:
         app(standalone_mode=False)
     except typer.Exit as leaving:

@@ -18,10 +18,10 @@ from whiflash_sdk.hints import Hints
 from whiflash_sdk.render import terminal
 from whiflash_sdk.trace import Trace, routing
 
+from whiflash_sglang.config import embedded_bundle
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.hub import embedded_bundle
 from whiflash_sglang.server import Server
 
 TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"

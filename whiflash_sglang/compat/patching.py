@@ -24,17 +24,30 @@ class PrivateName:
     parameters: tuple[str, ...] = ()
 
 
+_SERVING = "sglang.srt.entrypoints.openai"
+_COMPONENTS = "sglang.srt.managers.scheduler_components"
+
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    # flags
     PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
     PrivateName("sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
     PrivateName("sglang.srt.entrypoints.engine:Engine.server_args_class"),
+    # algorithm and worker
+    PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
+    PrivateName("sglang.srt.managers.overlap_utils:FutureMap", ("device", "req_to_token_pool")),
+    PrivateName(
+        "sglang.srt.managers.utils:GenerationBatchResult", ("accept_lens", "speculative_output_stride")
+    ),
+    PrivateName("sglang.srt.runtime_context:get_schedule"),
+    PrivateName("sglang.srt.runtime_context:get_spec"),
+    PrivateName("sglang.srt.speculative.base_spec_worker:BaseSpecWorker"),
+    PrivateName("sglang.srt.speculative.spec_info:SpecInput"),
+    PrivateName("sglang.srt.speculative.spec_info:SpecInputType.DFLASH_DRAFT"),
     PrivateName("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.register"),
     PrivateName(
         "sglang.srt.speculative.spec_registry:CustomSpecAlgo", ("name", "factory", "supports_overlap")
     ),
-    PrivateName("sglang.srt.speculative.base_spec_worker:BaseSpecWorker"),
-    PrivateName("sglang.srt.speculative.spec_info:SpecInput"),
-    PrivateName("sglang.srt.speculative.spec_info:SpecInputType.DFLASH_DRAFT"),
+    # target and verification
     PrivateName(
         "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
         ("draft_token", "positions", "draft_token_num"),
@@ -45,25 +58,57 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.speculative.ragged_verify:RaggedVerifyLayout", ("verify_lens", "graph_num_tokens")
     ),
+    PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
+    # sampling
+    PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
+    PrivateName("sglang.srt.layers.logprob_processor:compute_spec_logprobs", ("batch", "accept_index")),
+    PrivateName("sglang.srt.layers.sampler:Sampler.forward", ("logits_output", "sampling_info", "positions")),
+    PrivateName("sglang.srt.sampling.sampling_batch_info:ProcessorEntry", ("processor", "rows", "indices")),
+    PrivateName("sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", ("logits",)),
     PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.from_device", ("retrieve_next_token",)),
     PrivateName(
         "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask", ("reqs", "tree", "sampling_info")
     ),
-    PrivateName("sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", ("logits",)),
-    PrivateName("sglang.srt.sampling.sampling_batch_info:ProcessorEntry", ("processor", "rows", "indices")),
-    PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask"),
-    PrivateName("sglang.srt.layers.sampler:Sampler.forward", ("logits_output", "sampling_info", "positions")),
-    PrivateName("sglang.srt.layers.logits_processor:LogitsProcessorOutput", ("next_token_logits",)),
-    PrivateName("sglang.srt.layers.logprob_processor:compute_spec_logprobs", ("batch", "chain_stride")),
-    PrivateName(
-        "sglang.srt.managers.utils:GenerationBatchResult", ("accept_lens", "speculative_output_stride")
-    ),
-    PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
+    # memory and radix keys
     PrivateName("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", ("kvc",)),
     PrivateName("sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator"),
     PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),
-    PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
+    # the trace, out of the scheduler and into responses
+    PrivateName(f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.has_additional_customized_info"),
+    PrivateName(
+        f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.build_additional_customized_info", ("reqs",)
+    ),
+    PrivateName(
+        f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.should_build_additional_customized_info"
+    ),
+    PrivateName(f"{_SERVING}.protocol:SglExt.model_rebuild"),
+    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._build_chat_response", ("request", "ret")),
+    PrivateName(
+        f"{_SERVING}.serving_chat:OpenAIServingChat._generate_chat_stream", ("adapted_request", "request")
+    ),
+    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._validate_request", ("request",)),
+    PrivateName(
+        f"{_SERVING}.serving_completions:OpenAIServingCompletion._build_completion_response", ("ret",)
+    ),
+    PrivateName(
+        f"{_SERVING}.serving_completions:OpenAIServingCompletion._generate_completion_stream", ("request",)
+    ),
+    PrivateName(f"{_SERVING}.serving_completions:OpenAIServingCompletion._validate_request", ("request",)),
+    PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
+    PrivateName(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request", ("obj", "request")
+    ),
+    # state and control
+    PrivateName("sglang.srt.managers.io_struct:SetInternalStateReq", ("server_args",)),
+    PrivateName(
+        f"{_COMPONENTS}.internal_state:SchedulerInternalStateController._add_speculative", ("state",)
+    ),
+    PrivateName(f"{_COMPONENTS}.internal_state:SchedulerInternalStateController._update_handlers"),
+    PrivateName(f"{_COMPONENTS}.internal_state:UpdateRejected"),
 )
+
+HEAVY = ("sglang.srt.entrypoints.http_server", _SERVING)
+"""Modules that only a launcher needs: checked by `whiflash check` and the tests, not at every start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +141,15 @@ def replaced_names() -> tuple[str, ...]:
     return tuple(sorted(_replaced))
 
 
-def verify_names() -> list[Finding]:
-    """Check SGLang's version and every private name; never raises."""
-    findings = [_check_version()]
-    findings += [_check_name(name) for name in PRIVATE_NAMES]
-    return findings
+def verify_names(*, heavy: bool = True) -> list[Finding]:
+    """Check SGLang's version and every private name, those of the HTTP process if `heavy`; never raises."""
+    names = [name for name in PRIVATE_NAMES if heavy or not name.path.startswith(HEAVY)]
+    return [_check_version(), *(_check_name(name) for name in names)]
 
 
 def require_names() -> None:
-    """Raise IncompatibleEngineError naming the first thing that does not fit."""
-    for finding in verify_names():
+    """Raise IncompatibleEngineError naming the first thing that does not fit, at every start of every process."""
+    for finding in verify_names(heavy=False):
         if not finding.ok:
             raise IncompatibleEngineError(
                 f"WHIFLASH needs sglang=={SGLANG_VERSION}; {finding.name}: {finding.detail}"

@@ -1,0 +1,66 @@
+"""Only `compat/` and `platform/` import SGLang, and what `compat/` imports is on the checked list."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import whiflash_sglang
+from whiflash_sglang.compat import patching
+
+PACKAGE = Path(whiflash_sglang.__file__).parent
+
+
+def imports(path: Path) -> set[str]:
+    """`module:name` of every import from SGLang in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang"):
+            found |= {f"{node.module}:{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {f"{alias.name}:" for alias in node.names if alias.name.split(".")[0] == "sglang"}
+    return found
+
+
+def test_only_two_packages_import_the_engine() -> None:
+    allowed = {"compat", "platform", "cli"}  # the command line asks SGLang for its registry
+    offenders = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] not in allowed and imports(path)
+    ]
+    assert offenders == []
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "compat").glob("*.py")), ids=lambda p: p.stem)
+def test_every_import_of_compat_is_on_the_list(path: Path) -> None:
+    listed = {name.path for name in patching.PRIVATE_NAMES}
+    for imported in imports(path):
+        module, _, name = imported.partition(":")
+        covered = any(
+            entry.startswith((f"{module}:{name}", f"{module}.{name}:")) or entry == f"{module}:{name}"
+            for entry in listed
+        )
+        assert covered, f"{path.name} imports {imported}, which no entry of PRIVATE_NAMES names"
+
+
+def test_every_name_exists_with_the_expected_parameters() -> None:
+    wrong = [finding for finding in patching.verify_names() if not finding.ok]
+    assert wrong == []
+
+
+def test_a_lost_name_or_parameter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (
+        patching.PrivateName("sglang.srt.server_args:ServerArgs.no_such_thing"),
+        patching.PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("no_such_parameter",)),
+    )
+    monkeypatch.setattr(patching, "PRIVATE_NAMES", names)
+    assert [f.ok for f in patching.verify_names()[1:]] == [False, False]
+    with pytest.raises(patching.IncompatibleEngineError, match="no_such_thing"):
+        patching.require_names()
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "SGLANG_VERSION", "9.9.9")
+    with pytest.raises(patching.IncompatibleEngineError, match=r"needs sglang==9\.9\.9"):
+        patching.require_names()
