@@ -166,13 +166,14 @@ def engine(
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")
-    with _with_arms(arms):
-        scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
-    scheduler.output_streamer.send_to_detokenizer = _Discard()
     try:
+        with _with_arms(arms):
+            scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
+        scheduler.output_streamer.send_to_detokenizer = _Discard()
         with torch.inference_mode():
             yield Engine(scheduler)
     finally:
+        # A start that failed half-way leaves them behind too, and the next one would wait for them.
         destroy_model_parallel()
         destroy_distributed_environment()
 

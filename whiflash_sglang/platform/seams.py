@@ -78,6 +78,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
     ),
+    Seam("sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", spec_ops.murmur_hash32),
     Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
     Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
     Seam(_EAGLE_UTILS, "default_tree_mask_mode", _tree_mask_mode),

@@ -266,6 +266,38 @@ def table_qk_norm_rope_(
     heads.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
 
+_LOW = 0xFFFFFFFF
+
+
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bit, seed 0) of the 16 bytes seed (64 bit), position, column, little-endian.
+
+    Args:
+        seed: [n] uint64. positions: [n] int. col_indices: [m] int.
+
+    Returns:
+        [n, m] uint32. Upstream's versions are a Triton kernel and an operator that no published wheel has.
+    """
+    seed = seed.view(torch.int64)
+    hashed = torch.zeros_like(seed)
+    for block in (seed & _LOW, (seed >> 32) & _LOW, positions.to(torch.int64)):
+        hashed = _murmur_mix(hashed, block)
+    hashed = _murmur_mix(hashed[:, None], col_indices.to(torch.int64)[None]) ^ 16
+    # A product may wrap around in 64 bits; its low 32 are right.
+    hashed = ((hashed ^ (hashed >> 16)) * 0x85EBCA6B) & _LOW
+    hashed = ((hashed ^ (hashed >> 13)) * 0xC2B2AE35) & _LOW
+    return (hashed ^ (hashed >> 16)).to(torch.uint32)
+
+
+def _murmur_mix(hashed: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    block = _rotate_left((block * 0xCC9E2D51) & _LOW, 15)
+    return (_rotate_left(hashed ^ ((block * 0x1B873593) & _LOW), 13) * 5 + 0xE6546B64) & _LOW
+
+
+def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((x << bits) | (x >> (32 - bits))) & _LOW
+
+
 def require_chain(topk: int) -> None:
     """Raise NotImplementedError unless a tree's fan-out says that it is a chain."""
     if topk != 1:
