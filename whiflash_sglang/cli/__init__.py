@@ -7,6 +7,7 @@ from importlib import import_module
 import typer
 
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.train.cli import evaluate_command, train_app
 
 app = typer.Typer(
     name="whiflash",
@@ -19,6 +20,8 @@ app = typer.Typer(
 
 for _command in ("check", "serve", "demo", "trace"):
     import_module(f"whiflash_sglang.cli.{_command}").register(app)
+app.add_typer(train_app, name="train")
+app.command("evaluate")(evaluate_command)
 
 
 def main() -> None:
