@@ -60,9 +60,12 @@ def test_256_rows(backend: str) -> None:
 def test_rows_that_fill_the_chip_are_not_split(backend: str) -> None:
     from whiflash_kernels.triton_kernels import routing
 
-    logits = random_logits(4, 9001, torch.bfloat16)
+    distinct = random_logits(4, 9001, torch.bfloat16)
+    ties = (distinct / 3).round()
+    falling = distinct.sort(dim=1, descending=True).values  # the maximum in the first tile, then never again
     with running(backend), mock.patch.object(routing, "multiprocessors", return_value=1):
-        check(routing_stats(logits), logits)
+        for logits in (distinct, ties, falling, falling.flip(1).contiguous()):
+            check(routing_stats(logits), logits)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
