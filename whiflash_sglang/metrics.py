@@ -25,12 +25,17 @@ class RoundClock:
     """Totals since the start, in seconds, and what the cost model learns from the last round.
 
     seconds: per stage. rounds, rows: totals. round_seconds: of the stages together and what lies between.
+    tokens: committed. switches: rounds of a request drafted by another arm than its round before.
+    extra_catch_up_seconds: part of the catch-up that a drafter used in every round would not have had.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     rounds: int = 0
     rows: int = 0
     round_seconds: float = 0.0
+    tokens: int = 0
+    switches: int = 0
+    extra_catch_up_seconds: float = 0.0
     _began: float = 0.0
     _drafting: float = 0.0
     _previous: tuple[float, int, float] | None = None
@@ -72,6 +77,9 @@ class RoundClock:
         return {
             "rounds": self.rounds,
             "rows": self.rows,
+            "tokens": self.tokens,
+            "switches": self.switches,
+            "extra_catch_up_seconds": self.extra_catch_up_seconds,
             "round_seconds": self.round_seconds,
             **{f"{name}_seconds": value for name, value in self.seconds.items()},
         }

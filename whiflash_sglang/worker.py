@@ -134,7 +134,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             routes = self._route(requests)
         with clock.stage("catch_up"):
             widths = [self._usual_width(arm) for arm in routes]
-            self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
+            extra = self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
+            clock.extra_catch_up_seconds += extra
         with clock.stage("draft"):
             proposal = self._draft(requests, routes)
         with clock.stage("verify"):
@@ -183,7 +184,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _route(self, requests: RoundBatch) -> list[str]:
         outlooks = [self._outlook(requests, i) for i in range(len(requests.row_ids))]
-        return self.controller.route(requests.row_ids, requests.lengths, outlooks)
+        before = [self.controller.lanes[row].previous for row in requests.row_ids]
+        routes = self.controller.route(requests.row_ids, requests.lengths, outlooks)
+        self.clock.switches += sum(old not in (None, new) for old, new in zip(before, routes, strict=True))
+        return routes
 
     def _outlook(self, requests: RoundBatch, index: int) -> Outlook:
         """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
@@ -284,6 +288,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     ) -> None:
         """What the round accepted goes to the controller and to the drafter that proposed it."""
         tokens, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
+        self.clock.tokens += sum(counts)
         for row, arm, width, block_tokens, count in zip(
             requests.row_ids, routes, widths, tokens, counts, strict=True
         ):

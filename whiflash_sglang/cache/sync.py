@@ -28,6 +28,8 @@ class DraftSync:
         self.watermarks = Watermarks([d.arm for d in drafters.values() if d.keeps_kv], capacity)
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
+        self._routed: dict[int, int] = {}
+        """Length at the last catch-up, per row: what lies beyond it is the last round's."""
 
     def bytes_for(self, rows: int) -> int:
         """What `allocate` will take."""
@@ -53,14 +55,30 @@ class DraftSync:
         self.rings.park(prompt.features, prompt.next_tokens, rows, tails, torch.ones_like(tails), last_rows)
         for row, tail in zip(row_ids, tails.tolist(), strict=True):
             self.watermarks.reset(row, tail + 1)
+            self._routed[row] = tail + 1
 
     def catch_up(
         self, row_ids: Sequence[int], lengths: Sequence[int], routes: Sequence[str], widths: Sequence[int]
-    ) -> None:
-        """One KV-only batch per drafter: whoever was routed to it, and whoever's ring could overflow."""
+    ) -> float:
+        """One KV-only batch per drafter: whoever was routed to it, and whoever's ring could overflow.
+
+        Returns:
+            Host seconds beyond what drafters that are used in every round spend on catching up, shared out by
+            tokens. That overstates it: a pass costs little more for more tokens.
+        """
+        extra = 0.0
         for arm in self.watermarks.arms:
             chosen = [arm == route for route in routes]
-            self.seconds[arm] = self._ingest(arm, self.watermarks.due(arm, row_ids, lengths, chosen, widths))
+            spans = self.watermarks.due(arm, row_ids, lengths, chosen, widths)
+            seconds = self.seconds[arm] = self._ingest(arm, spans)
+            usual = {
+                r: n - self._routed.get(r, n) for r, n, c in zip(row_ids, lengths, chosen, strict=True) if c
+            }
+            ingested = sum(span.end - span.begin for span in spans)
+            beyond = ingested - sum(min(usual.get(s.row, 0), s.end - s.begin) for s in spans)
+            extra += seconds * beyond / max(ingested, 1)
+        self._routed.update(zip(row_ids, lengths, strict=True))
+        return extra
 
     def flush(self, row: int, end: int) -> None:
         """Ingest everything parked before position `end`: the request's slots may enter the tree."""
@@ -72,6 +90,7 @@ class DraftSync:
     def forget(self, row: int) -> None:
         """The request in `row` is gone; what it parked is dropped."""
         self.watermarks.forget(row)
+        self._routed.pop(row, None)
 
     def _ingest(self, arm: str, spans: Sequence[Span]) -> float:
         if not spans:
