@@ -54,7 +54,9 @@ def install(server_args: Any) -> None:
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
         http_server.app.get("/whiflash/state")(_state)
-        http_server.app.post("/whiflash/policy")(_set_policy)
+        # As SGLang's own /set_internal_state: with --admin-api-key, only for its holder.
+        admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
+        http_server.app.post("/whiflash/policy")(admin_only(_set_policy))
 
 
 def _open_extension() -> None:

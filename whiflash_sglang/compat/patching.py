@@ -95,6 +95,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(f"{_SERVING}.serving_completions:OpenAIServingCompletion._validate_request", ("request",)),
     PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
+    PrivateName("sglang.srt.entrypoints.http_server:auth_level"),
+    PrivateName("sglang.srt.entrypoints.http_server:AuthLevel.ADMIN_OPTIONAL"),
     PrivateName(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request", ("obj", "request")
     ),
