@@ -1,0 +1,199 @@
+"""Hints and traces over HTTP, on a real server with a tiny model: refused by name, bounded, never in the text."""
+
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+from server_host import Server, ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from whiflash_sdk import Hints, Span, Trace, capabilities, routing, traced, wrap
+
+pytestmark = pytest.mark.server
+
+PROMPT = "one two three four one two three four one two"
+MESSAGES: Any = [{"role": "user", "content": PROMPT}]
+ASKED: dict[str, Any] = {
+    "model": "tiny",
+    "temperature": 0,
+    "max_tokens": 24,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    target = tiny_target(root / "target", peaked=True)
+    arguments = ["--model-path", target, "--served-model-name", "tiny", "--dtype", "float32"]
+    arguments += [
+        "--speculative-algorithm",
+        "WHIFLASH",
+        "--speculative-draft-model-path",
+        tiny_dflash(root / "d", target),
+    ]
+    arguments += ["--whiflash-eagle-draft", tiny_eagle3(root / "e", target), "--tool-call-parser", "hermes"]
+    with ServerHost() as host:
+        yield host.start(*map(str, arguments))
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120) as made:
+        yield wrap(made, strict=True)
+
+
+def check(trace: Trace | None, tokens: int) -> Trace:
+    """A whole trace: stretches adjoin, from the token after the prefill's to the last, and the sums agree."""
+    assert trace is not None
+    assert trace.stretches[0].start == 1
+    assert trace.stretches[-1].end == tokens
+    assert [s.end for s in trace.stretches[:-1]] == [s.start for s in trace.stretches[1:]]
+    assert trace.tokens == tokens - 1 == sum(arm.tokens for arm in trace.arms.values())
+    assert (
+        trace.rounds
+        == sum(s.rounds for s in trace.stretches)
+        == sum(arm.rounds for arm in trace.arms.values())
+    )
+    for stretch in trace.stretches:
+        assert stretch.round_tokens is None or sum(stretch.round_tokens) == stretch.tokens
+    return trace
+
+
+def test_capabilities_name_the_parser(client: OpenAI) -> None:
+    found = capabilities(client)
+    assert found is not None
+    assert (found.version, found.tool_call_parser) == (1, "hermes")
+    assert {"ar", "diffusion", "none"} <= set(found.arms)
+
+
+def test_every_route_returns_the_trace(client: OpenAI, server: Server) -> None:
+    chat = client.chat.completions.create(**ASKED, messages=MESSAGES)
+    text = client.completions.create(**ASKED, prompt=PROMPT)
+    for response in (chat, text):
+        assert response.usage is not None
+        check(routing(response), response.usage.completion_tokens)
+    params = {
+        "temperature": 0,
+        "max_new_tokens": 24,
+        "ignore_eos": True,
+        "custom_params": {"whiflash": '{"trace":true}'},
+    }
+    native = httpx.post(
+        f"{server.url}/generate", json={"text": PROMPT, "sampling_params": params}, timeout=120
+    ).json()
+    trace = check(routing(native), native["meta_info"]["completion_tokens"])
+    assert all(stretch.text is not None for stretch in trace.stretches)
+
+
+def test_streams_return_the_trace(client: OpenAI) -> None:
+    stream = traced(client.chat.completions.create(**ASKED, messages=MESSAGES, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    whole = client.chat.completions.create(**ASKED, messages=MESSAGES)
+    assert text == whole.choices[0].message.content
+    check(routing(stream), 24)
+
+
+def test_every_choice_has_its_trace(client: OpenAI) -> None:
+    response = client.chat.completions.create(**{**ASKED, "temperature": 1.0}, messages=MESSAGES, n=2)
+    for choice in range(2):
+        check(routing(response, choice), 24)
+
+
+def test_no_trace_unless_asked(client: OpenAI) -> None:
+    quiet = wrap(client.with_options(), trace=False)
+    assert routing(quiet.chat.completions.create(**ASKED, messages=MESSAGES)) is None
+
+
+@pytest.mark.parametrize("arm", ["ar", "diffusion", "none"])
+def test_hints_steer_drafting_and_leave_the_text(client: OpenAI, arm: Any) -> None:
+    plain = client.completions.create(**ASKED, prompt=PROMPT)
+    pinned = Hints(spans=(Span(kind="prose", open=True, prefer=arm, pin=True),), trace=True)
+    body = {**ASKED["extra_body"], **pinned.extra_body()}
+    steered = client.completions.create(**{**ASKED, "extra_body": body}, prompt=PROMPT)
+    assert steered.choices[0].text == plain.choices[0].text
+    trace = check(routing(steered), 24)
+    assert set(trace.arms) == {arm}
+    assert {(s.reason, s.span) for s in trace.stretches} == {("pin", "prose")}
+
+
+def test_off_decodes_without_drafting(client: OpenAI) -> None:
+    body = {**ASKED["extra_body"], **Hints(off=True, trace=True).extra_body()}
+    response = client.completions.create(**{**ASKED, "extra_body": body}, prompt=PROMPT)
+    assert set(check(routing(response), 24).arms) == {"none"}
+
+
+def test_tools_and_schemas_open_spans_unasked(client: OpenAI) -> None:
+    schema = {
+        "name": "s",
+        "schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    }
+    asked: Any = {"response_format": {"type": "json_schema", "json_schema": schema}}
+    response = client.chat.completions.create(**ASKED, **asked, messages=MESSAGES)
+    trace = routing(response)
+    assert trace is not None
+    assert {s.span for s in trace.stretches} == {"json"}
+
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
+
+
+def request(route: str, params: object) -> dict[str, Any]:
+    if route == "/generate":
+        return {"text": PROMPT, "sampling_params": {"max_new_tokens": 1, "custom_params": params}}
+    asked = {"model": "tiny", "max_tokens": 1, "custom_params": params}
+    return {**asked, "messages": MESSAGES} if "chat" in route else {**asked, "prompt": PROMPT}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_malformed_hint_is_a_400_that_names_the_field(server: Server, route: str) -> None:
+    bad = json.dumps({"spans": [{"kind": "json", "open": True}, {"kind": "json", "begin": ""}]})
+    answer = httpx.post(server.url + route, json=request(route, {"whiflash": bad}), timeout=60)
+    assert answer.status_code == 400
+    assert "custom_params.whiflash.spans[1].begin: is empty" in answer.text
+
+
+def payload(rng: random.Random) -> bytes:
+    """Custom parameters as JSON text, much of it wrong: types, depth, size, surrogates, controls, NaN."""
+    span = {
+        "kind": rng.choice(["json", "poem", 3]),
+        "begin": rng.choice(["<a>", "", "x" * 65, 7, "\x01", "é🙂"]),
+    }
+    inner: Any = {"spans": [span] * rng.choice([1, 2, 17]), "trace": rng.choice([True, 1, None])}
+    text = rng.choice(
+        [json.dumps(inner), "[" * 5000, '{"off":NaN}', '{"off":true}', "{", "\u0000", '{"version":1e999}']
+    )
+    value = rng.choice(
+        [text, text, text, inner, None, 5, [text], [[1]], {"a": {"b": {"c": 1}}}, "x" * 300_000]
+    )
+    body = json.dumps({rng.choice(["whiflash", "whiflash", "other"]): value})
+    return rng.choice(
+        [body, body, body, body.replace('"', '"\\ud800', 1), '{"whiflash": NaN}', "[" * 2000]
+    ).encode()
+
+
+def test_a_thousand_fuzzed_hints_are_refused_or_served(server: Server) -> None:
+    rng = random.Random(7)
+    cases = []
+    for _ in range(1000):
+        route = rng.choice(ROUTES)
+        body = json.dumps(request(route, "@")).encode().replace(b'"@"', payload(rng))
+        cases.append((route, body))
+
+    with httpx.Client(base_url=server.url, timeout=300) as http, ThreadPoolExecutor(4) as pool:
+
+        def post(case: tuple[str, bytes]) -> int:
+            return http.post(
+                case[0], content=case[1], headers={"Content-Type": "application/json"}
+            ).status_code
+
+        statuses = list(pool.map(post, cases))
+        assert set(statuses) == {200, 400}, {status: statuses.count(status) for status in set(statuses)}
+        assert statuses.count(200) > 100
+        assert statuses.count(400) > 100
+        assert http.get("/health").status_code == 200
+        assert http.post("/generate", json=request("/generate", None)).status_code == 200
