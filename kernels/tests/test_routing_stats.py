@@ -60,11 +60,16 @@ def test_256_rows(backend: str) -> None:
 def test_rows_that_fill_the_chip_are_not_split(backend: str) -> None:
     from whiflash_kernels.triton_kernels import routing
 
-    distinct = random_logits(4, 9001, torch.bfloat16)
-    ties = (distinct / 3).round()
-    falling = distinct.sort(dim=1, descending=True).values  # the maximum in the first tile, then never again
+    distinct = random_logits(4, 9008, torch.bfloat16)
+    # Both leaders in the hands of one thread, in one tile or in two: its state decides, no merge does.
+    near, far = 43, 43 + routing.LANES * 8
+    leaders = distinct - 100
+    leaders[0, [near, far]] = 5.0
+    leaders[1, near], leaders[1, far] = 5.0, 4.0
+    leaders[2, near], leaders[2, far] = 4.0, 5.0
+    leaders[3, near], leaders[3, near + 1] = 4.0, 5.0
     with running(backend), mock.patch.object(routing, "multiprocessors", return_value=1):
-        for logits in (distinct, ties, falling, falling.flip(1).contiguous()):
+        for logits in (distinct, leaders, (distinct / 3).round()):
             check(routing_stats(logits), logits)
 
 
