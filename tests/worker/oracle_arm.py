@@ -29,18 +29,18 @@ class OracleArm(Drafter):
         self.max_drafts = max_drafts
         self._accuracy, self._alphabet = accuracy, list(alphabet)
         self._random = random.Random(seed)
-        self._texts: list[tuple[int, list[int]]] = []
+        self._texts: list[list[int]] = []
         self._ahead: dict[int, list[int]] = {}
         self.accepted: list[int] = []
 
     def learn(self, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """`output` is what follows `prompt`."""
-        self._texts.append((len(prompt), [*prompt, *output]))
+        """`output` may follow `prompt`; where several texts do, one of them is drafted."""
+        self._texts.append([*prompt, *output])
 
     def outlook(self, row: int, length: int, history: History) -> float | None:
         known = list(history(0))
-        text = next((t for p, t in self._texts if t[:p] == known[:p] and t[: len(known)] == known), known)
-        self._ahead[row] = text[len(known) :]
+        texts = [text for text in self._texts if text[: len(known)] == known]
+        self._ahead[row] = self._random.choice(texts)[len(known) :] if texts else []
         return None
 
     def draft(self, batch: DraftBatch) -> Drafts:

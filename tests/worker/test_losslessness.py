@@ -102,9 +102,17 @@ def test_retraction_at_any_step(models: Models, plain: Plain, monkeypatch: pytes
     monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
     build, _ = with_oracle(models, arrivals, expected, seed=5, max_running_requests=4)
     with build as e:
-        found = play(e, arrivals)
+        found = play(e, arrivals, lambda: check_known_tokens(e))
         assert sum(req.retraction_count for req in e.requests.values()) > 5
     compare(models, arrivals, expected, found)
+
+
+def check_known_tokens(e: Engine) -> None:
+    """The worker's table of generated tokens, which penalties count, survives retraction into other rows."""
+    for req in e.scheduler.running_batch.reqs:
+        if req.kv.req_pool_idx is not None and req.output_ids:
+            prompt, output = len(req.origin_input_ids), list(req.output_ids)
+            assert e.worker.tokens.data[req.kv.req_pool_idx, prompt : prompt + len(output)].tolist() == output
 
 
 def test_a_third_arm_alone(models: Models, plain: Plain) -> None:

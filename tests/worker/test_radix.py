@@ -82,7 +82,7 @@ def test_prompts_that_diverge_inside_a_cached_prefix(models: Models, router: str
             assert_tree_is_true(e, models)
         # A generated text is a prefix too, and may be left in its middle.
         said = sequences(e)[0]
-        e.generate([said[:60] + [1, 2, 3], said + [4, 5]], max_new_tokens=12)
+        e.generate([[*said[:60], 1, 2, 3], [*said, 4, 5]], max_new_tokens=12)
         assert assert_tree_is_true(e, models) > 200
 
 

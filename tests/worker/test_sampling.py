@@ -1,0 +1,234 @@
+"""Sampled output has exactly the target's distribution, under every sampling parameter.
+
+The real worker on a tiny target; the joint distribution of the first four tokens (one from the prefill, three or
+more out of verified blocks) against the exact one. Requests with different parameters share every batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from engine import Engine, engine
+from expected import ChiSquare, goodness_of_fit, joint
+from model_set import Models
+from oracle_arm import OracleArm
+from traffic import Arrival, play
+
+PROMPT = tuple(range(100, 130))
+WINDOW = 4
+STOPS = (69, 75)
+BASE = {"temperature": 0.2, "ignore_eos": True}
+"""Low enough that few continuations carry most of the probability: the tests need their counts."""
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.25},
+    "top-p": {"temperature": 0.4, "top_p": 0.6},
+    "top-k": {"temperature": 0.4, "top_k": 3},
+    "min-p": {"temperature": 0.4, "min_p": 0.25},
+    "frequency": {"frequency_penalty": 0.3},
+    "presence": {"presence_penalty": 0.4},
+    "repetition": {"repetition_penalty": 1.1},
+    "min-new-tokens": {"min_new_tokens": 3, "stop_token_ids": STOPS},
+    "logit-bias": {"logit_bias": {"70": 0.4, "79": -0.5, "12": 0.8}},
+    "together": {
+        "temperature": 0.4,
+        "top_p": 0.8,
+        "top_k": 6,
+        "min_p": 0.05,
+        "frequency_penalty": 0.2,
+        "presence_penalty": 0.1,
+        "logit_bias": {"72": 0.3},
+    },
+}
+"""Repetition is not mixed with the additive penalties: upstream applies them in the order of a Python set."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One parameter set's continuations, and its chi-square."""
+
+    name: str
+    test: ChiSquare
+
+
+def sample(
+    e: Engine, oracle: OracleArm, parameters: Mapping[str, Mapping[str, Any]], each: int, tokens: int = 9
+) -> dict[str, list[list[int]]]:
+    """`each` continuations of `PROMPT` per parameter set; requests of all sets share the batches.
+
+    The first ones are what `oracle` drafts for the others.
+    """
+    found: dict[str, list[list[int]]] = {name: [] for name in parameters}
+    for begin in range(0, each, 8):
+        names = [(name, i) for i in range(begin, min(begin + 8, each)) for name in parameters]
+        for name, i in names:
+            e.submit(f"{name}/{i:06d}", PROMPT, max_new_tokens=tokens, **{**BASE, **parameters[name]})
+        e.run()
+        for name, i in names:
+            output = e.output(f"{name}/{i:06d}")
+            found[name].append(output[:WINDOW])
+            if begin == 0:
+                oracle.learn(PROMPT, output)
+            del e.requests[f"{name}/{i:06d}"]
+    return found
+
+
+def judge(models: Models, found: Mapping[str, Sequence[Sequence[int]]]) -> list[Sampled]:
+    results = []
+    for name, samples in found.items():
+        params = {**BASE, **PARAMETERS[name]}
+        cells = joint(models.reference.target, PROMPT, params, WINDOW, rare=5 / len(samples))
+        results.append(Sampled(name, goodness_of_fit(samples, cells)))
+    return results
+
+
+def sampling_engine(models: Models, router: str, oracle: OracleArm | None = None, **arguments: Any) -> Any:
+    return engine(
+        models.target,
+        whiflash=models.whiflash(router),
+        arms=[] if oracle is None else [oracle],
+        max_running_requests=24,
+        max_total_tokens=8192,
+        skip_tokenizer_init=False,  # upstream's min_new_tokens asks the tokenizer for its stop tokens
+        **arguments,
+    )
+
+
+def test_joint_distribution(models: Models) -> None:
+    """A sample of the evidence: 160 sequences of each parameter set, arms switching at random every round."""
+    torch.manual_seed(0)
+    oracle = OracleArm(0.9, seed=4)
+    with sampling_engine(models, "random", oracle) as e:
+        found = sample(e, oracle, PARAMETERS, each=160)
+        accepted = sum(oracle.accepted) / len(oracle.accepted)
+    results = judge(models, found)
+    for r in results:
+        print(f"{r.name}: chi² {r.test.statistic:.1f} at {r.test.freedom} degrees, p {r.test.p_value:.3f}")
+    assert accepted > 0.3, "hardly any draft was accepted, so nothing was verified"
+    # Ten tests: one of them falls below 1e-4 by chance in a thousandth of all runs; this run is seeded.
+    assert min(r.test.p_value for r in results) > 1e-4
+    assert all(r.test.freedom >= 5 for r in results)
+
+
+def test_the_test_can_fail(models: Models) -> None:
+    """The same samples against slightly other parameters: the chi-square must notice."""
+    torch.manual_seed(0)
+    wrong: dict[str, dict[str, Any]] = {"min-p": {"temperature": 0.4}, "logit-bias": {}}
+    oracle = OracleArm(0.9, seed=4)
+    with sampling_engine(models, "random", oracle) as e:
+        found = sample(e, oracle, {name: PARAMETERS[name] for name in wrong}, each=200)
+    for name, params in wrong.items():
+        leaves = joint(models.reference.target, PROMPT, {**BASE, **params}, WINDOW, rare=5 / 200)
+        assert goodness_of_fit(found[name], leaves).p_value < 1e-6, name
+
+
+GREEDY = {
+    "frequency": {"frequency_penalty": 0.8},
+    "presence": {"presence_penalty": 1.1},
+    "repetition": {"repetition_penalty": 1.4},
+    "min-new-tokens": {"min_new_tokens": 12, "stop_token_ids": [69, 70, 75, 80]},
+    "logit-bias": {"logit_bias": {"70": 2.0, "80": -3.0}},
+    "plain": {},
+    "sampled": {"temperature": 1.0},
+}
+
+
+def greedy_requests() -> list[Arrival]:
+    """Requests with different parameters in one batch, arriving at different times; one of them samples."""
+    import random
+
+    rng = random.Random(3)
+    return [
+        Arrival(
+            f"{name}/{i}",
+            rng.randint(0, 12),
+            tuple(rng.choices(range(256), k=rng.randint(4, 30))),
+            {"max_new_tokens": 30, **params},
+        )
+        for i in range(3)
+        for name, params in GREEDY.items()
+    ]
+
+
+@pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
+def test_penalties_are_those_of_plain_decoding(models: Models, router: str) -> None:
+    """Greedy output under penalties depends on every token before it, so one stale penalty changes the text."""
+    arrivals = greedy_requests()
+    with engine(models.target, skip_tokenizer_init=False) as e:
+        expected = play(e, arrivals)
+    oracle = OracleArm(0.9)
+    for a in arrivals:
+        oracle.learn(a.prompt, expected[a.rid])
+    with sampling_engine(models, router, oracle if router == "random" else None) as e:
+        found = play(e, arrivals)
+    greedy_ones = [a.rid for a in arrivals if "temperature" not in a.params]
+    assert {rid: found[rid] for rid in greedy_ones} == {rid: expected[rid] for rid in greedy_ones}
+    assert router != "random" or max(oracle.accepted) == oracle.max_drafts
+
+
+SEEDED = {
+    "temperature": {"temperature": 1.0},
+    "top-p": {"temperature": 1.0, "top_p": 0.8},
+    "top-k": {"temperature": 1.2, "top_k": 5},
+    "frequency": {"temperature": 1.0, "frequency_penalty": 0.6},
+}
+
+
+@pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
+def test_seeds_give_the_tokens_of_plain_decoding(models: Models, router: str) -> None:
+    """Noise is keyed by seed and absolute position, so the draft's width does not matter."""
+    arrivals = [
+        Arrival(
+            f"{name}/{seed}", seed, PROMPT[seed:], {"max_new_tokens": 32, "sampling_seed": seed, **params}
+        )
+        for seed in range(4)
+        for name, params in SEEDED.items()
+    ]
+    with engine(models.target, enable_deterministic_inference=True) as e:
+        expected = play(e, arrivals)
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(arrivals), "the seeds do nothing"
+    oracle = OracleArm(0.9)
+    for a in arrivals:
+        oracle.learn(a.prompt, expected[a.rid])
+    arms = oracle if router == "random" else None
+    with sampling_engine(models, router, arms, enable_deterministic_inference=True) as e:
+        assert play(e, arrivals) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logprobs_are_those_of_plain_decoding(models: Models, temperature: float) -> None:
+    arrivals = [
+        Arrival(
+            f"r{i}",
+            i,
+            PROMPT[i:],
+            {
+                "max_new_tokens": 24,
+                "return_logprob": True,
+                "sampling_seed": i,
+                "temperature": temperature,
+                "frequency_penalty": 0.5 * (i % 2),
+            },
+        )
+        for i in range(4)
+    ]
+    with engine(models.target, enable_deterministic_inference=True) as e:
+        expected = play(e, arrivals)
+        wanted = {a.rid: logprobs(e, a.rid) for a in arrivals}
+    oracle = OracleArm(0.9)
+    for a in arrivals:
+        oracle.learn(a.prompt, expected[a.rid])
+    with sampling_engine(models, "random", oracle, enable_deterministic_inference=True) as e:
+        assert play(e, arrivals) == expected
+        for a in arrivals:
+            assert logprobs(e, a.rid) == pytest.approx(wanted[a.rid], abs=1e-4)
+
+
+def logprobs(e: Engine, rid: str) -> list[float]:
+    """Of every output token, then of the two likeliest tokens at every position."""
+    record = e.requests[rid].logprob
+    values = [float(v) for v in record.output_token_logprobs_val]
+    assert len(values) == len(e.requests[rid].output_ids)
+    return values + [float(v) for pair in record.output_top_logprobs_val for v in pair]
