@@ -161,7 +161,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU path")
     parser.add_argument("--budget-ms", type=int, default=200, help="how long each call is repeated")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the references")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
@@ -172,7 +171,7 @@ def main() -> int:
         print("no GPU here, so nothing was measured; --device cpu measures the CPU path", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)  # the CPU path is timed in one thread's processor time
     origin = provenance()
     shape = SHAPES[arguments.shape]
     limits = ceilings(device) if device.type == "cuda" else None
