@@ -22,6 +22,19 @@ logger = logging.getLogger(__name__)
 ATTENTION_BACKEND = "whiflash_cpu"
 """Name of this package's attention backend in SGLang's registry and flags."""
 
+CHILD_ENVIRONMENT = {
+    # A dozen helpers are decorated with torch.compile when their modules load. On a CPU that needs a C++
+    # compiler, takes half a minute at the first request and gains nothing.
+    "TORCHDYNAMO_DISABLE": "1",
+    # A decoding step is some 300 parallel regions of tens of microseconds, and OpenMP's workers spin between
+    # them. Where the scheduler shares its cores (with the HTTP server, say), a region then waits for the time slice
+    # of a thread that is not running. The matrix products of one step, two threads on two cores: 11-14 ms on free
+    # cores and 95-1544 ms beside busy processes as is; 12-18 and 45-62 ms when spinning stops early; 15-29 and 37-44
+    # without any (OMP_WAIT_POLICY=PASSIVE).
+    "GOMP_SPINCOUNT": "1000",
+}
+"""Set, unless the user has set them, before SGLang starts its scheduler; read there when torch is loaded."""
+
 
 def _offer_attention_backend() -> None:
     """Add the backend's name to every list of choices that SGLang checks it against."""
@@ -53,9 +66,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def __init__(self) -> None:
         super().__init__()
         _offer_attention_backend()
-        # A dozen helpers are decorated with torch.compile when their modules load. On the CPU that needs a C++
-        # compiler, takes half a minute at the first request and gains nothing; child processes inherit this.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        for name, value in CHILD_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
     def init_backend(self) -> None:
         from whiflash_sglang.platform.attention import register_attention_backend
