@@ -14,7 +14,8 @@ from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.train.config import TrainConfig, load_config
 
 train_app = typer.Typer(
-    help="Train a pair of drafters for a target: data, eagle3, dflash.", no_args_is_help=True
+    help="Train a pair of drafters for a target: data (or export and features), eagle3, dflash.",
+    no_args_is_help=True,
 )
 
 ConfigOption = Annotated[
@@ -51,6 +52,59 @@ def data_command(
             )
         summary = asdict(generate_data(settings))
     _report(summary, json_output)
+
+
+@train_app.command("features")
+def features_command(
+    config: ConfigOption,
+    tokens: Annotated[
+        Path, typer.Argument(help="A .npz of token ids, as `whiflash train export` writes it.")
+    ],
+    json_output: JsonFlag = False,
+) -> None:
+    """Recompute the features of answers that were generated before, instead of generating anew.
+
+    Example: whiflash train features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
+    """
+    from whiflash_sglang.train.data import load_target
+    from whiflash_sglang.train.store import FeatureStore
+    from whiflash_sglang.train.tokens import rebuild_features
+
+    with readable_errors():
+        settings = resolve_config(config)
+        target = load_target(
+            settings.target, settings.chat_template, settings.capture, settings.hardware
+        ).model
+        store = FeatureStore(
+            settings.work / "data" / f"shard-{tokens.stem}",
+            vectors=len(settings.capture) + 1,
+            hidden=target.hidden_size,
+            layers=settings.capture,
+        )
+        store.truncate_to_index()
+        done = rebuild_features(tokens, target, store, settings.capture)
+    _report({"recomputed": done, "sequences": len(store.records)}, json_output)
+
+
+@train_app.command("export")
+def export_command(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Argument(help="The .npz to write.")],
+    json_output: JsonFlag = False,
+) -> None:
+    """Write the token ids of all generated answers to one small file.
+
+    Example: whiflash train export tokens.npz --config smollm2-135m-instruct
+    """
+    from whiflash_sglang.train.runner import open_stores
+    from whiflash_sglang.train.tokens import export_tokens
+
+    with readable_errors():
+        stores = open_stores(resolve_config(config))
+        if not stores:
+            raise ValueError("there is no data yet: run `whiflash train data` first")
+        count = export_tokens(stores, out)
+    _report({"tokens": count, "file": str(out)}, json_output)
 
 
 @train_app.command("eagle3")

@@ -1,5 +1,6 @@
 """Both drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,11 +33,17 @@ class _LoggingTrainer(Trainer):  # type: ignore[misc]
         super().log({**logs, **model.metrics}, *args, **kwargs)
 
 
-def open_stores(config: TrainConfig, hidden: int) -> list[FeatureStore]:
-    """Every shard that `whiflash train data` has written so far under the work directory."""
-    paths = sorted((config.work / "data").glob("shard*"))
-    vectors = len(config.capture) + 1
-    return [FeatureStore(path, vectors=vectors, hidden=hidden, layers=config.capture) for path in paths]
+def open_stores(config: TrainConfig) -> list[FeatureStore]:
+    """Every shard that `whiflash train data` has written so far under the work directory.
+
+    Raises `ValueError` where a shard holds other layers than the configuration captures.
+    """
+    stores = []
+    for path in sorted((config.work / "data").glob("shard*")):
+        meta = json.loads((path / "meta.json").read_text())
+        shape = {"vectors": len(config.capture) + 1, "hidden": int(meta["hidden"])}
+        stores.append(FeatureStore(path, **shape, layers=config.capture))
+    return stores
 
 
 def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
@@ -45,7 +52,7 @@ def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None
     """
     settings = config.eagle3
     target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
-    stores = open_stores(config, target.hidden_size)
+    stores = open_stores(config)
     columns = [config.capture.index(layer) for layer in settings.target_layers]
 
     def build() -> eagle3_training.Eagle3Training:
@@ -78,7 +85,7 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
     """
     settings = config.dflash
     target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
-    stores = open_stores(config, target.hidden_size)
+    stores = open_stores(config)
     columns = [config.capture.index(layer) for layer in settings.target_layers]
 
     def build() -> dflash_training.DFlashTraining:
