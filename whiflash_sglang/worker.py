@@ -186,7 +186,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         outlooks = [self._outlook(requests, i) for i in range(len(requests.row_ids))]
         before = [self.controller.lanes[row].previous for row in requests.row_ids]
         routes = self.controller.route(requests.row_ids, requests.lengths, outlooks)
-        self.clock.switches += sum(old not in (None, new) for old, new in zip(before, routes, strict=True))
+        for old, new, outlook in zip(before, routes, outlooks, strict=True):
+            # Where nothing may draft, nothing was switched.
+            self.clock.switches += bool(outlook) and old not in (None, new)
         return routes
 
     def _outlook(self, requests: RoundBatch, index: int) -> Outlook:
