@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for _command in ("check", "serve", "demo", "trace"):
+for _command in ("check", "serve", "demo", "bench", "trace"):
     import_module(f"whiflash_sglang.cli.{_command}").register(app)
 app.add_typer(train_app, name="train")
 app.command("evaluate")(evaluate_command)

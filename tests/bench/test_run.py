@@ -1,0 +1,153 @@
+"""A whole benchmark run on tiny models: real servers, real requests, every part of the report."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+from server_host import Server, ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+from whiflash_sglang.bench.arms import build_arms
+from whiflash_sglang.bench.cells import Journal, Load
+from whiflash_sglang.bench.fleet import Fleet
+from whiflash_sglang.bench.markdown import render
+from whiflash_sglang.bench.prompts import Prompt
+from whiflash_sglang.bench.report import Report
+from whiflash_sglang.bench.runner import Plan, Runner
+from whiflash_sglang.bench.subject import build_subject
+
+pytestmark = pytest.mark.server
+
+ARMS = ["none", "EAGLE3", "DFLASH", "auto", "ar", "diffusion"]
+LOADS = (Load(kind="closed", value=1), Load(kind="closed", value=3), Load(kind="open", value=4))
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+def prompts() -> tuple[Prompt, ...]:
+    def user(text: str) -> tuple[dict[str, str]]:
+        return ({"role": "user", "content": text},)
+
+    as_json = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+    return (
+        Prompt("first", "chat", user("Say something.")),
+        Prompt("turns", "chat", user("What is this?"), follow_ups=("And that?",)),
+        Prompt("object", "json", user("A number, please."), response_format=as_json),
+        Prompt("third", "chat", user("abc def ghi jkl")),
+    )
+
+
+class Forked:
+    """A server of the host, started when the fleet asks for it."""
+
+    def __init__(self, host: ServerHost, arguments: Sequence[str]) -> None:
+        self._host, self._arguments = host, arguments
+        self._server: Server | None = None
+
+    @property
+    def base_url(self) -> str:
+        assert self._server is not None
+        return self._server.url
+
+    def __enter__(self) -> "Forked":
+        self._server = self._host.start(*self._arguments)
+        return self
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[ServerHost]:
+    with ServerHost() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    root = tmp_path_factory.mktemp("bench")
+    target = tiny_target(root / "target")
+    tiny_eagle3(root / "bundle" / "eagle3", target)
+    tiny_dflash(root / "bundle" / "dflash", target)
+    manifest = '{"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}'
+    (root / "bundle" / "whiflash.json").write_text(manifest)
+    (root / "scratch").mkdir()
+    subject = build_subject(str(target), str(root / "bundle"), "float32", (), root / "scratch")
+    arms = build_arms(ARMS, subject)
+    return Plan(subject, tuple(arms), prompts(), loads=LOADS, repetitions=2, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def journal(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Journal:
+    return Journal(tmp_path_factory.mktemp("journal") / "cells.jsonl", plan.fingerprint)
+
+
+@pytest.fixture(scope="module")
+def report(plan: Plan, host: ServerHost, journal: Journal) -> Report:
+    with _fleet(host) as fleet, _silent() as progress:
+        return Runner(plan, fleet, journal, progress).run(resume=False)
+
+
+def _fleet(host: ServerHost) -> Fleet:
+    return Fleet(lambda arguments, log: Forked(host, arguments))
+
+
+def _silent() -> Progress:
+    return Progress(console=Console(file=io.StringIO()))
+
+
+def test_every_arm_answers_every_prompt(report: Report, plan: Plan) -> None:
+    assert report.unavailable == {}
+    assert [load.load for load in report.loads] == list(LOADS)
+    for load in report.loads:
+        assert set(load.arms) == set(ARMS)
+        for figures in load.arms.values():
+            overall = figures["overall"]
+            assert overall.answers + (figures["loops"].answers if "loops" in figures else 0) >= 2
+            assert overall.output_tokens_per_s is not None
+            assert overall.output_tokens_per_s > 0
+    assert sum(report.categories.values()) == len(prompts()) + 1, "the second turn is a prompt of its own"
+
+
+def test_outputs_equal_plain_decoding(report: Report) -> None:
+    """float32: only ties may differ, and they are listed."""
+    assert [d for d in report.differences if d["verdict"] != "tie"] == []
+
+
+def test_acceptance_and_rounds(report: Report) -> None:
+    assert report.arms["none"]["overall"].acceptance_length == 1.0
+    for arm in ("auto", "ar", "diffusion"):
+        overall = report.arms[arm]["overall"]
+        assert overall.acceptance_length >= 1.0
+        assert overall.round_ms is not None
+        stages = overall.round_ms.model_dump()
+        assert min(stages.values()) >= 0
+        assert stages["other"] <= 0.05 * sum(stages.values()), "the stages add up to the round within 5 %"
+        assert overall.switch_share is not None
+        assert 0 < overall.switch_share < 1
+    assert report.arms["ar"]["overall"].switches_per_100_tokens == 0
+    assert report.arms["EAGLE3"]["overall"].round_ms is None
+
+
+def test_ratios_and_page(report: Report) -> None:
+    auto = report.ratios["auto"]
+    assert auto.none["overall"].low <= auto.none["overall"].high
+    assert auto.static_arm["overall"] in ("EAGLE3", "DFLASH")
+    assert auto.static_by_category is not None
+    page = render(report)
+    assert "| auto |" in page
+    assert "/tmp" not in page, "no directory of this machine in a report"
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_finished_run_resumes_without_asking_again(
+    plan: Plan, host: ServerHost, journal: Journal, report: Report
+) -> None:
+    before = journal.read()
+    with _fleet(host) as fleet, _silent() as progress:
+        again = Runner(plan, fleet, journal, progress).run(resume=True)
+    assert journal.read() == before
+    assert again.arms == report.arms

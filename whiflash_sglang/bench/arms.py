@@ -1,0 +1,123 @@
+"""What is compared, and the server behind each arm. Needs no server.
+
+WHIFLASH's routers can be changed while serving, so those that learn nothing share one server. `auto` learns while
+it serves and keeps a server of its own: what other routers do must not teach it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from whiflash_sglang.errors import ConfigError
+
+NONE = "none"
+STATIC = ("EAGLE3", "DFLASH")
+ROUTERS = {
+    "auto": "auto",
+    "neural": "neural",
+    "entropy": "entropy",
+    "ar": "ar",
+    "diffusion": "diffusion",
+    "lookup": "lookup",
+    "pinned-none": "none",
+}
+NO_LOOKUP = "auto-no-lookup"
+KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, NO_LOOKUP)
+QUICK = (NONE, *STATIC, "auto")
+EAGLE_STEPS = 5
+"""Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What every arm serves.
+
+    target, bundle: directories. eagle3, dflash: the bundle's checkpoints. bundle_without_lookup: the same
+    drafters with the lookup arm off. common: arguments of every server.
+    """
+
+    target: Path
+    bundle: Path
+    eagle3: Path
+    dflash: Path
+    bundle_without_lookup: Path
+    dtype: str
+    common: tuple[str, ...] = ()
+
+    def hide_paths(self, arguments: Sequence[str]) -> list[str]:
+        """`arguments` as they may be published: directories by what they hold."""
+        names = {
+            str(self.bundle_without_lookup): "BUNDLE-WITHOUT-LOOKUP",
+            str(self.eagle3): "BUNDLE/eagle3",
+            str(self.dflash): "BUNDLE/dflash",
+            str(self.bundle): "BUNDLE",
+            str(self.target): "TARGET",
+        }
+        shown = []
+        for argument in arguments:
+            for path, name in names.items():
+                argument = argument.replace(path, name)
+            shown.append(argument)
+        return shown
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One column of the comparison. server: key of the server that answers; router: to be set there, if any."""
+
+    name: str
+    server: str
+    arguments: tuple[str, ...] = field(repr=False)
+    router: str | None = None
+
+
+def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
+    """Arms by name; `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4. Plain decoding is always among them.
+
+    Raises:
+        ConfigError: a name is unknown or given twice.
+    """
+    wanted = list(names) if NONE in names else [NONE, *names]
+    if len(set(wanted)) != len(wanted):
+        raise ConfigError(f"--arms names an arm twice: {', '.join(wanted)}")
+    return [_arm(name, subject) for name in wanted]
+
+
+def _arm(name: str, subject: Subject) -> Arm:
+    kind, _, width = name.partition(":")
+    if kind not in KNOWN or (width and (kind not in STATIC or not width.isdigit() or int(width) < 1)):
+        raise ConfigError(
+            f"--arms: {name!r} is unknown; known: {', '.join(KNOWN)}, EAGLE3:STEPS and DFLASH:BLOCK"
+        )
+    common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)
+    if kind == NONE:
+        return Arm(name, name, common)
+    if kind in ROUTERS:
+        own = kind == "auto"
+        return Arm(
+            name,
+            f"WHIFLASH {kind}" if own else "WHIFLASH",
+            (*common, *_whiflash(subject.bundle)),
+            ROUTERS[kind],
+        )
+    if kind == NO_LOOKUP:
+        return Arm(
+            name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle_without_lookup)), ROUTERS["auto"]
+        )
+    return Arm(name, name, (*common, "--speculative-algorithm", kind, *_upstream(kind, width, subject)))
+
+
+def _whiflash(bundle: Path) -> tuple[str, ...]:
+    return ("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle))
+
+
+def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
+    if kind == "EAGLE3":
+        steps = width or str(EAGLE_STEPS)
+        chain = ("--speculative-num-steps", steps, "--speculative-eagle-topk", "1")
+        drafts = ("--speculative-num-draft-tokens", str(int(steps) + 1))
+        return ("--speculative-draft-model-path", str(subject.eagle3), *chain, *drafts)
+    if kind == "DFLASH":
+        block = ("--speculative-num-draft-tokens", width) if width else ()
+        return ("--speculative-draft-model-path", str(subject.dflash), *block)
+    return ()

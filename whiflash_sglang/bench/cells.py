@@ -1,0 +1,115 @@
+"""What was measured, and the journal that keeps it. Needs no server."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from whiflash_sglang.errors import ConfigError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Load(_Frozen):
+    """How requests arrive. closed: `value` in flight at any time; open: `value` arrivals per second."""
+
+    kind: Literal["closed", "open"]
+    value: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind}-{self.value:g}"
+
+    @property
+    def is_alone(self) -> bool:
+        """One request at a time: prompts can be interleaved between the arms one by one."""
+        return self.kind == "closed" and self.value == 1
+
+
+class Answer(_Frozen):
+    """One timed answer.
+
+    seconds: from the request to its last token. ttft: to its first, seconds. tokens: output ids.
+    forwards: target forwards after the prefill.
+    """
+
+    prompt: str
+    seconds: float
+    ttft: float
+    tokens: tuple[int, ...]
+    forwards: int
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per output token after the first."""
+        return (self.seconds - self.ttft) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
+
+
+class Cell(_Frozen):
+    """Answers of one arm under one load in one repetition, asked without a pause.
+
+    seconds: from the first request to the last answer. rounds: what WHIFLASH's own clock gained meanwhile.
+    """
+
+    load: Load
+    arm: str
+    repetition: int
+    seconds: float
+    answers: tuple[Answer, ...]
+    rounds: dict[str, float] | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int, tuple[str, ...]]:
+        """What was asked of whom, for resuming."""
+        return self.load.label, self.arm, self.repetition, tuple(sorted(a.prompt for a in self.answers))
+
+
+class Journal:
+    """Cells as lines of a file, written as they are measured, so that a run can be resumed.
+
+    The first line holds the plan's fingerprint: cells of another plan are never mixed in.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self._fingerprint = path, fingerprint
+
+    def begin(self) -> None:
+        """Forget what an earlier run left."""
+        self.path.write_text(json.dumps({"fingerprint": self._fingerprint}) + "\n", encoding="utf-8")
+
+    def append(self, cell: Cell) -> None:
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(cell.model_dump_json() + "\n")
+
+    def read(self) -> list[Cell]:
+        """Cells of an interrupted run; none where there is no file. A line cut off by the interruption is dropped.
+
+        Raises:
+            ConfigError: the file belongs to another plan.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        try:
+            found = json.loads(lines[0])["fingerprint"] if lines else None
+        except (json.JSONDecodeError, KeyError, TypeError):
+            found = None
+        if found != self._fingerprint:
+            raise ConfigError(
+                f"{self.path} was written by another plan (arms, prompts, loads or versions differ); "
+                "remove it or run without --resume"
+            )
+        return list(_whole(lines[1:]))
+
+
+def _whole(lines: list[str]) -> Iterator[Cell]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield Cell.model_validate_json(line)
+        except ValidationError:
+            if number != len(lines):
+                raise

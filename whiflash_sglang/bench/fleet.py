@@ -1,0 +1,107 @@
+"""The servers of a run: started at once or one by one, stopped whatever happens."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import httpx
+
+from whiflash_sglang.bench.load import ANSWER_SECONDS
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.server import Server
+
+
+class Running(Protocol):
+    """A server that can be started and stopped."""
+
+    @property
+    def base_url(self) -> str: ...
+
+    def __enter__(self) -> object: ...
+
+    def close(self) -> None: ...
+
+
+Make = Callable[[Sequence[str], Path | None], Running]
+"""Arguments and log file to a server that is not started yet."""
+
+
+def threads() -> int:
+    """Compute threads of every server: the user's OMP_NUM_THREADS, or all cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def launcher(arguments: Sequence[str], log: Path | None) -> Server:
+    """A server process of its own, with as many threads as every other."""
+    return Server(arguments, log=log, env={"OMP_NUM_THREADS": str(threads())}, start_seconds=600)
+
+
+class Fleet:
+    """Running servers by key.
+
+    Args:
+        log_dir: keep the servers' logs there.
+    """
+
+    def __init__(self, make: Make = launcher, log_dir: Path | None = None) -> None:
+        self._make, self._log_dir = make, log_dir
+        self._servers: dict[str, Running] = {}
+        self.clients: dict[str, httpx.Client] = {}
+
+    def start(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Start servers at the same time: arguments by key. Returns what did not start, and why."""
+        for key, arguments in wanted.items():
+            log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
+            self._servers[key] = self._make(arguments, log)
+        failed: dict[str, str] = {}
+        with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
+            starting = {key: pool.submit(self._servers[key].__enter__) for key in wanted}
+            try:
+                for key, future in starting.items():
+                    try:
+                        future.result()
+                    except (WhiflashError, RuntimeError) as error:
+                        failed[key] = reason_of(str(error))
+            except BaseException:
+                # Threads wait for servers that nobody wants any more; without them they end by themselves.
+                for key in wanted:
+                    self._servers[key].close()
+                raise
+        for key in failed:
+            del self._servers[key]
+        for key in wanted.keys() - failed.keys():
+            self.clients[key] = httpx.Client(base_url=self.url(key), timeout=ANSWER_SECONDS)
+        return failed
+
+    def url(self, key: str) -> str:
+        return self._servers[key].base_url
+
+    def stop(self, key: str) -> None:
+        self.clients.pop(key).close()
+        self._servers.pop(key).close()
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
+        for server in self._servers.values():
+            server.close()
+        self.clients.clear()
+        self._servers.clear()
+
+    def __enter__(self) -> "Fleet":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def reason_of(message: str) -> str:
+    """The line of a failed start's log that says why: the last exception, else the last line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.split(":")[0] or "error:" in line]
+    return (errors or lines or ["no output"])[-1][:300]

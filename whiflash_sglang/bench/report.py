@@ -1,0 +1,284 @@
+"""The result: its schema, and how it follows from the cells. Needs no server.
+
+`Report.arms` and `Report.ratios` are those of the first load; every load is under `Report.loads`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from whiflash_sglang.bench.arms import NONE, STATIC
+from whiflash_sglang.bench.cells import Answer, Cell, Load
+from whiflash_sglang.bench.reference import Difference
+from whiflash_sglang.bench.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
+from whiflash_sglang.equality import Verdict
+from whiflash_sglang.metrics import STAGES
+
+Belongs = Callable[[str], bool]
+"""Whether a prompt counts."""
+OVERALL, LOOPS = "overall", "loops"
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RoundMs(_Schema):
+    """Mean milliseconds of a WHIFLASH round per stage; other: of the round, but in no stage."""
+
+    route: float
+    catch_up: float
+    draft: float
+    verify: float
+    commit: float
+    park: float
+    other: float
+
+
+class Figures(_Schema):
+    """One arm in one category.
+
+    answers: timed ones, over all repetitions. output_tokens_per_s: of the whole exchange, prefill included; None
+    where requests of several categories ran at the same time. acceptance_length: tokens per target forward.
+    target_forwards: of one repetition. switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, where its
+    clock can be told apart by category. switch_share: route, park and the catch-up beyond one round's tokens, of the
+    round. mismatches: distinct answers that are not plain decoding's; ties: those where rounding decided.
+    """
+
+    answers: int
+    output_tokens: int
+    target_forwards: int
+    output_tokens_per_s: float | None
+    acceptance_length: float
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles | None
+    switches_per_100_tokens: float | None
+    mismatches: int
+    ties: int
+    round_ms: RoundMs | None
+    switch_share: float | None
+
+
+class Ratios(_Schema):
+    """Rates over those of another arm, by category. static: the faster of upstream's EAGLE3 and DFLASH there.
+
+    static_by_category: overall only, against whichever of the two is faster in each category.
+    """
+
+    none: dict[str, Interval]
+    static: dict[str, Interval]
+    static_arm: dict[str, str]
+    static_by_category: Interval | None
+    acceptance_over_static: dict[str, float]
+
+
+class LoadReport(_Schema):
+    load: Load
+    arms: dict[str, dict[str, Figures]]
+    ratios: dict[str, Ratios]
+
+
+class Report(_Schema):
+    """`--json`. unavailable: arms that did not start, and why. differences: every mismatch and tie."""
+
+    schema_version: Literal[1] = 1
+    provenance: dict[str, Any]
+    arms: dict[str, dict[str, Figures]]
+    ratios: dict[str, Ratios]
+    loads: list[LoadReport]
+    unavailable: dict[str, str]
+    differences: list[dict[str, Any]]
+    categories: dict[str, int]
+
+
+def build_report(
+    cells: Sequence[Cell],
+    groups: Mapping[str, str],
+    found: Sequence[Difference],
+    provenance: dict[str, Any],
+    unavailable: Mapping[str, str],
+) -> Report:
+    """The report of all cells.
+
+    Args:
+        groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
+    """
+    by_load: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_load[cell.load.label].append(cell)
+    loads = [_load_report(own, groups, found) for own in by_load.values()]
+    counts: dict[str, int] = defaultdict(int)
+    for group in groups.values():
+        counts[group] += 1
+    return Report(
+        provenance=provenance,
+        arms=loads[0].arms,
+        ratios=loads[0].ratios,
+        loads=loads,
+        unavailable=dict(unavailable),
+        differences=[
+            {"arm": d.arm, "load": d.load, "prompt": d.prompt, "verdict": d.verdict.value}
+            | {"position": d.position, "gap": d.gap}
+            for d in found
+        ],
+        categories=dict(counts),
+    )
+
+
+def _load_report(cells: Sequence[Cell], groups: Mapping[str, str], found: Sequence[Difference]) -> LoadReport:
+    load = cells[0].load
+    arms: dict[str, dict[str, Figures]] = {}
+    own: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        own[cell.arm].append(cell)
+    differing = [d for d in found if d.load == load.label]
+    for arm, mine in own.items():
+        mismatched = [d for d in differing if d.arm == arm]
+        arms[arm] = {
+            name: _figures(mine, belongs, [d for d in mismatched if belongs(d.prompt)], load, name)
+            for name, belongs in _selections(mine, groups)
+        }
+    ratios = {arm: _ratios(arm, own, groups, load, arms) for arm in own if NONE in own and arm != NONE}
+    return LoadReport(load=load, arms=arms, ratios=ratios)
+
+
+def _selections(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[tuple[str, Belongs]]:
+    """Categories that occur, loops last, and what belongs to each; overall is everything but loops."""
+    occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}
+    names = sorted(occurring - {LOOPS})
+    chosen: list[tuple[str, Belongs]] = [(name, _member(groups, name)) for name in names]
+    if names:
+        chosen.append((OVERALL, lambda prompt: groups[prompt] != LOOPS))
+    if LOOPS in occurring:
+        chosen.append((LOOPS, _member(groups, LOOPS)))
+    return chosen
+
+
+def _member(groups: Mapping[str, str], name: str) -> Belongs:
+    return lambda prompt: groups[prompt] == name
+
+
+def _figures(
+    cells: Sequence[Cell],
+    belongs: Belongs,
+    differing: Sequence[Difference],
+    load: Load,
+    name: str,
+) -> Figures:
+    answers = [answer for cell in cells for answer in cell.answers if belongs(answer.prompt)]
+    repetitions = len({cell.repetition for cell in cells})
+    forwards = sum(answer.forwards for answer in answers)
+    drafted = sum(len(answer.tokens) - 1 for answer in answers)
+    whole = [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+    rounds = _rounds(whole)
+    tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
+    per_second = None
+    if load.is_alone or name == OVERALL:
+        per_second = rate(*_samples(whole))
+    return Figures(
+        answers=len(answers),
+        output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
+        target_forwards=forwards // repetitions,
+        output_tokens_per_s=per_second,
+        acceptance_length=drafted / forwards if forwards else 1.0,
+        ttft_ms=percentiles_ms([a.ttft for a in answers]) or Percentiles(p50=0, p95=0, p99=0),
+        tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
+        switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
+        mismatches=sum(d.verdict is Verdict.DIFFERENT for d in differing),
+        ties=sum(d.verdict is Verdict.TIE for d in differing),
+        round_ms=_round_ms(rounds) if rounds else None,
+        switch_share=_switch_share(rounds) if rounds else None,
+    )
+
+
+def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
+    """WHIFLASH's clock over `cells`; empty where no round was drafted there."""
+    total: dict[str, float] = defaultdict(float)
+    for cell in cells:
+        for key, value in (cell.rounds or {}).items():
+            total[key] += value
+    return total if total.get("rounds") else {}
+
+
+def _round_ms(rounds: Mapping[str, float]) -> RoundMs:
+    stages = {name: 1000 * rounds[f"{name}_seconds"] / rounds["rounds"] for name in STAGES}
+    return RoundMs(**stages, other=1000 * rounds["round_seconds"] / rounds["rounds"] - sum(stages.values()))
+
+
+def _switch_share(rounds: Mapping[str, float]) -> float:
+    spent = rounds["route_seconds"] + rounds["park_seconds"] + rounds["extra_catch_up_seconds"]
+    return spent / rounds["round_seconds"]
+
+
+def _samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
+    """Tokens and seconds, [units, repetitions]: a unit is the prompts of one cell, asked in every repetition."""
+    units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
+    for cell in cells:
+        units[cell.key[3]][cell.repetition] = cell
+    rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
+
+    def tokens_of(cell: Cell) -> int:
+        return sum(len(answer.tokens) for answer in cell.answers)
+
+    def seconds_of(cell: Cell) -> float:
+        answers: tuple[Answer, ...] = cell.answers
+        return answers[0].seconds if len(answers) == 1 else cell.seconds
+
+    return (
+        np.array([[tokens_of(cell) for cell in row] for row in rows], dtype=np.float64),
+        np.array([[seconds_of(cell) for cell in row] for row in rows], dtype=np.float64),
+    )
+
+
+def _ratios(
+    arm: str,
+    cells: Mapping[str, Sequence[Cell]],
+    groups: Mapping[str, str],
+    load: Load,
+    figures: Mapping[str, Mapping[str, Figures]],
+) -> Ratios:
+    against_none: dict[str, Interval] = {}
+    against_static: dict[str, Interval] = {}
+    static_arm: dict[str, str] = {}
+    accepted: dict[str, float] = {}
+    statics = [name for name in cells if name.split(":")[0] in STATIC]
+    for name, belongs in _selections(cells[arm], groups):
+        if not load.is_alone and name != OVERALL:
+            continue
+        chosen = {key: _within(own, belongs) for key, own in cells.items()}
+        against_none[name] = _paired(chosen[arm], chosen[NONE], groups)
+        if statics and arm not in statics:
+            best = max(statics, key=lambda key: rate(*_samples(chosen[key])))
+            static_arm[name] = best
+            against_static[name] = _paired(chosen[arm], chosen[best], groups)
+            widest = max(figures[key][name].acceptance_length for key in statics)
+            accepted[name] = figures[arm][name].acceptance_length / widest
+    by_category = None
+    if load.is_alone and static_arm.get(OVERALL):
+        overall = [c for c in cells[arm] if all(groups[a.prompt] != LOOPS for a in c.answers)]
+        mixed = [
+            c
+            for key, own in cells.items()
+            for c in own
+            if static_arm.get(groups[c.answers[0].prompt]) == key and groups[c.answers[0].prompt] != LOOPS
+        ]
+        by_category = _paired(overall, mixed, groups)
+    return Ratios(
+        none=against_none,
+        static=against_static,
+        static_arm=static_arm,
+        static_by_category=by_category,
+        acceptance_over_static=accepted,
+    )
+
+
+def _within(cells: Sequence[Cell], belongs: Belongs) -> list[Cell]:
+    return [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+
+
+def _paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
+    strata = [groups[key[0]] for key in sorted({cell.key[3] for cell in cells})]
+    return paired_ratio(*_samples(cells), *_samples(others), strata)
