@@ -239,7 +239,8 @@ def _payload(rng: random.Random) -> object:
     if shape < 0.1:
         return _value(rng, 4)
     if shape < 0.2:
-        return {"whiflash": _value(rng, 2), "other": _value(rng, 3)}
+        crowd = {f"é{i}": "é" * rng.choice((1, 12)) for i in range(rng.choice((0, 0, 1023, 2000)))}
+        return {"whiflash": _value(rng, 2), "other": _value(rng, 3), **crowd}
     if shape < 0.3:
         return {"whiflash": rng.choice('[{"0 \\') * rng.choice((10, 8000, 100_000, 1_000_000))}
     body = _near_valid(rng) if shape < 0.8 else _value(rng, 3)

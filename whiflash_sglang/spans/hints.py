@@ -27,8 +27,8 @@ MAX_BIAS: Final = 16.0  # expected accepted tokens; no drafter proposes more in 
 
 # The request, its spans and their biases: a well-formed payload holds no more objects than this.
 _MAX_OBJECTS: Final = 1 + 2 * MAX_SPANS
-_MAX_CARRIER_VALUES: Final = 4096
-_MAX_CARRIER_CHARS: Final = 65536
+_MAX_CARRIER_VALUES: Final = 1024
+_MAX_CARRIER_CHARS: Final = 16384
 
 _REQUEST_FIELDS: Final = frozenset({"version", "off", "infer", "trace", "spans"})
 _SPAN_FIELDS: Final = frozenset({"kind", "begin", "end", "open", "prefer", "pin", "bias"})
@@ -287,36 +287,45 @@ def _check_carrier(params: dict[object, object]) -> None:
     for key, value in params.items():
         if not isinstance(key, str):
             raise HintError("custom_params", "has a name that is not a string")
-        field = f"custom_params.{ascii(key[:32])[1:-1]}"
         values -= len(value) if isinstance(value, dict | list) else 1
         if values < 0:
-            raise HintError(field, f"makes custom_params hold more than {_MAX_CARRIER_VALUES} values")
-        for scalar in (key, *_scalars(field, value)):
-            chars -= _scalar_chars(field, scalar, chars)
+            raise _carrier_error(key, f"makes custom_params hold more than {_MAX_CARRIER_VALUES} values")
+        for scalar in (key, *_scalars(key, value)):
+            if isinstance(scalar, str):
+                chars -= len(scalar)
+                _check_text(key, scalar, chars)
+            elif scalar is not None and not isinstance(scalar, float):
+                _check_integer(key, scalar)
 
 
-def _scalars(field: str, value: object) -> Iterable[object]:
+def _carrier_error(key: str, reason: str) -> HintError:
+    return HintError(f"custom_params.{ascii(key[:32])[1:-1]}", reason)
+
+
+def _scalars(key: str, value: object) -> Iterable[object]:
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
         return (value,)
     if not all(isinstance(name, str) for name in value):
-        raise HintError(field, "has a name that is not a string")
+        raise _carrier_error(key, "has a name that is not a string")
     return (*value, *value.values())
 
 
-def _scalar_chars(field: str, scalar: object, allowed: int) -> int:
-    """Characters of text in one scalar, at most `allowed`."""
-    if isinstance(scalar, str):
-        if len(scalar) > allowed:
-            raise HintError(
-                field, f"makes custom_params hold more than {_MAX_CARRIER_CHARS} characters of text"
-            )
-        _utf8(field, scalar)
-        return len(scalar)
-    if isinstance(scalar, int):
-        if not -(2**63) <= scalar < 2**64:
-            raise HintError(field, "holds an integer of more than 64 bits")
-    elif scalar is not None and not isinstance(scalar, float):
-        raise HintError(field, "nests deeper than a list or an object of scalars")
-    return 0
+def _check_text(key: str, text: str, chars_left: int) -> None:
+    if chars_left < 0:
+        raise _carrier_error(
+            key, f"makes custom_params hold more than {_MAX_CARRIER_CHARS} characters of text"
+        )
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _carrier_error(key, "holds a lone surrogate, which is not text") from None
+
+
+def _check_integer(key: str, value: object) -> None:
+    if not isinstance(value, int):
+        raise _carrier_error(key, "nests deeper than a list or an object of scalars")
+    if not -(2**63) <= value < 2**64:
+        raise _carrier_error(key, "holds an integer of more than 64 bits")
