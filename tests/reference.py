@@ -43,10 +43,14 @@ class ReferenceTarget:
         """[V]: logits of the token after `tokens`."""
         return self.model.logits(self.forward(tokens).final[-1])
 
-    def top_two_gap(self, tokens: Sequence[int]) -> float:
-        """How far plain decoding's first choice after `tokens` is ahead of its second."""
-        first, second = self.next_logits(tokens).topk(2).values.tolist()
-        return first - second
+    def lead(self, tokens: Sequence[int], first: int, second: int) -> float:
+        """How far the logit of `first` is ahead of that of `second` after `tokens`.
+
+        Where `first` is plain decoding's choice this is its top-two gap or more, also among the tokens that a
+        grammar leaves.
+        """
+        logits = self.next_logits(tokens)
+        return float(logits[first] - logits[second])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +113,16 @@ class Comparison:
         self.compared += 1
         if list(expected) == list(found):
             return
-        first = next(
-            (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
-            min(len(expected), len(found)),
+        first = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
+        assert first is not None, (
+            f"{what}: {len(found)} tokens instead of {len(expected)}, equal as far as they go"
         )
-        gap = self.target.top_two_gap([*prompt, *expected[:first]])
-        assert gap <= TIE, (
-            f"{what}: token {first} of {len(expected)}/{len(found)} is {list(found[first : first + 1])}, plain "
-            f"decoding gives {list(expected[first : first + 1])} and is {gap:.2e} ahead of its second choice"
+        lead = self.target.lead([*prompt, *expected[:first]], expected[first], found[first])
+        assert lead <= TIE, (
+            f"{what}: token {first} of {len(expected)} is {found[first]}, plain decoding gives {expected[first]}, "
+            f"whose logit is {lead:.2e} ahead"
         )
-        self.ties.append(gap)
+        self.ties.append(lead)
 
     def summary(self) -> str:
         """One line for the test's output."""

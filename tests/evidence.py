@@ -1,0 +1,155 @@
+"""Full matrices, one JSON file per cell, resumable: `make evidence`.
+
+A cell that was measured on the same code is kept. A record says how it came about: the command, the revision, a
+digest of the code that it depends on, versions and hardware. `docs/evidence/README.md` is written from the records.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "evidence" / "results"
+SUMMARY = ROOT / "docs" / "evidence" / "README.md"
+
+RELEVANT = (
+    *("worker.py", "verify.py", "checkpoints.py"),
+    *("cache", "compat", "drafters", "models", "platform", "routing"),
+)
+"""Parts of `whiflash_sglang` that decide what is generated; `whiflash_kernels` is the rest of it."""
+
+PACKAGES = ("sglang", "torch", "transformers", "xgrammar", "whiflash-sglang", "whiflash-kernels")
+
+Result = dict[str, Any]
+
+
+@cache
+def code_digest() -> str:
+    """Of the sources that results depend on, as they lie on the disk."""
+    digest = hashlib.sha256()
+    package = ROOT / "whiflash_sglang"
+    files = [ROOT / "kernels" / "whiflash_kernels"] + [package / part for part in RELEVANT]
+    for path in sorted(_sources(files)):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _sources(paths: Iterable[Path]) -> Iterable[Path]:
+    for path in paths:
+        yield from path.rglob("*.py") if path.is_dir() else [path]
+
+
+def cell(area: str, name: str, measure: Callable[[], Result]) -> Result:
+    """The result of `measure`, from the record where the code is still the same; otherwise it is measured now."""
+    path = RESULTS / area / f"{name}.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        if record["code_digest"] == code_digest():
+            return dict(record["result"])
+    began = time.monotonic()
+    result = measure()
+    _write(
+        path,
+        {
+            "area": area,
+            "cell": name,
+            "result": result,
+            "seconds": round(time.monotonic() - began, 1),
+            "code_digest": code_digest(),
+            **provenance(),
+        },
+    )
+    return result
+
+
+def provenance() -> Result:
+    """Where and from what a record was made."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "command": "make evidence",
+        "commit": commit,
+        "clean": _git("status", "--porcelain", "--", "whiflash_sglang", "kernels/whiflash_kernels") == "",
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "hardware": f"{_processor()}, {os.cpu_count()} cores",
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".writing")
+    with staged.open("w") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+
+
+def write_summary() -> None:
+    """`docs/evidence/README.md`: a table per area, a row per cell, and what the rows were measured on."""
+    areas: dict[str, list[Result]] = defaultdict(list)
+    for path in sorted(RESULTS.glob("*/*.json")):
+        record = json.loads(path.read_text())
+        areas[record["area"]].append(record)
+    lines = [
+        "# Evidence",
+        "",
+        "Written by `make evidence` from the records in `results/`, each of which names its commit, a digest of the",
+        "code it depends on, versions and hardware. A cell is measured again when that code changes.",
+    ]
+    for area, records in areas.items():
+        shown = (key for r in records for key, value in r["result"].items() if not isinstance(value, dict))
+        columns = list(dict.fromkeys(shown))
+        lines += ["", f"## {area}", "", _row(["cell", *columns, "seconds", "commit"])]
+        lines.append(_row(["---"] * (len(columns) + 3)))
+        for r in records:
+            values = [_shown(r["result"].get(column, "")) for column in columns]
+            commit = r["commit"][:9] + ("" if r["clean"] else " + changes")
+            lines.append(_row([r["cell"], *values, str(r["seconds"]), commit]))
+    made = {(r["hardware"], r["python"], *sorted(r["versions"].items())) for rs in areas.values() for r in rs}
+    lines += ["", "## Made on", ""]
+    for hardware, python, *versions in sorted(made):
+        lines.append(f"- {hardware}; Python {python}; " + ", ".join(f"{name} {v}" for name, v in versions))
+    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
+    SUMMARY.write_text("\n".join(lines) + "\n")
+
+
+def _row(values: Iterable[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    write_summary()
+    sys.stdout.write(f"{SUMMARY}\n")

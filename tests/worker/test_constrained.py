@@ -1,0 +1,70 @@
+"""Grammars and stop strings: greedy output equals plain decoding's, and ends where plain decoding's ends."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+from engine import engine
+from model_set import Models
+from oracle_arm import OracleArm
+from traffic import Arrival, play
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "kind": {"enum": ["alpha", "beta", "gamma"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 999},
+        },
+        "required": ["name", "kind", "count"],
+        "additionalProperties": False,
+    }
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "schema": {"ignore_eos": False, "json_schema": SCHEMA, "max_new_tokens": 90},
+    "cut-short": {"json_schema": SCHEMA, "max_new_tokens": 21},
+    "regex": {"ignore_eos": False, "regex": "(red|green|blue)( (red|green|blue)){3}", "max_new_tokens": 60},
+    "penalised": {"ignore_eos": False, "json_schema": SCHEMA, "frequency_penalty": 0.4, "max_new_tokens": 90},
+    "stop-string": {"stop": ["OP", "FF", "K"], "max_new_tokens": 50},
+    "free": {"max_new_tokens": 50},
+}
+
+
+def requests() -> list[Arrival]:
+    rng = random.Random(6)
+    return [
+        Arrival(
+            f"{kind}/{i}",
+            rng.randint(0, 20),
+            tuple(rng.choices(range(32, 127), k=rng.randint(4, 30))),
+            params,
+        )
+        for i in range(2)
+        for kind, params in KINDS.items()
+    ]
+
+
+@pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
+def test_grammars_and_stop_strings(models: Models, router: str) -> None:
+    arrivals = requests()
+    options: dict[str, Any] = {"max_running_requests": 6, "skip_tokenizer_init": False, "random_seed": 1}
+    with engine(models.target, **options) as e:
+        expected = play(e, arrivals)
+        reasons = {rid: req.finished_reason.to_json() for rid, req in e.requests.items()}
+        decode = e.scheduler.tokenizer.decode
+    oracle = OracleArm(0.9, alphabet=range(32, 127))
+    for a in arrivals:
+        oracle.learn(a.prompt, expected[a.rid])
+    arms = [oracle] if router == "random" else []
+    with engine(models.target, whiflash=models.whiflash(router), arms=arms, **options) as e:
+        assert play(e, arrivals) == expected
+        assert {rid: req.finished_reason.to_json() for rid, req in e.requests.items()} == reasons
+    assert router != "random" or max(oracle.accepted) == oracle.max_drafts
+    assert set(json.loads(decode(expected["schema/0"], skip_special_tokens=True))) == {
+        "name",
+        "kind",
+        "count",
+    }
+    assert any(reason["type"] == "stop" for rid, reason in reasons.items() if rid.startswith("stop-string"))
