@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -72,7 +71,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     target = tiny_target(root / "target")
     tiny_eagle3(root / "bundle" / "eagle3", target)
     tiny_dflash(root / "bundle" / "dflash", target)
-    manifest = '{"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}'
+    manifest = (
+        '{"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}'
+    )
     (root / "bundle" / "whiflash.json").write_text(manifest)
     (root / "scratch").mkdir()
     subject = build_subject(str(target), str(root / "bundle"), "float32", (), root / "scratch")

@@ -1,7 +1,7 @@
 """What was measured, and the journal that keeps it. Needs no server."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -77,9 +77,12 @@ class Journal:
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self._fingerprint = path, fingerprint
 
-    def begin(self) -> None:
-        """Forget what an earlier run left."""
-        self.path.write_text(json.dumps({"fingerprint": self._fingerprint}) + "\n", encoding="utf-8")
+    def begin(self, cells: Iterable[Cell] = ()) -> None:
+        """Hold `cells` and nothing else that an earlier run left."""
+        lines = [json.dumps({"fingerprint": self._fingerprint}), *(cell.model_dump_json() for cell in cells)]
+        staged = self.path.with_name(self.path.name + ".part")
+        staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        staged.replace(self.path)
 
     def append(self, cell: Cell) -> None:
         with self.path.open("a", encoding="utf-8") as lines:

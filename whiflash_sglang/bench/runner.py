@@ -84,8 +84,7 @@ class Runner:
         """
         busy_before = provenance.busy()
         self.cells = self._journal.read() if resume else []
-        if not self.cells:
-            self._journal.begin()
+        self._journal.begin(self.cells)
         if self._plan.interleave:
             self._interleaved()
         else:

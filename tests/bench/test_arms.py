@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from whiflash_sglang.bench.arms import KNOWN, QUICK, Subject, build_arms
+from whiflash_sglang.bench.fleet import reason_of
+from whiflash_sglang.cli import app
+from whiflash_sglang.cli.bench import loads_of, scale_of
+from whiflash_sglang.errors import ConfigError
+
+SUBJECT = Subject(
+    target=Path("/models/t"),
+    bundle=Path("/models/b"),
+    eagle3=Path("/models/b/eagle3"),
+    dflash=Path("/models/b/dflash"),
+    bundle_without_lookup=Path("/scratch/x"),
+    dtype="bfloat16",
+    common=("--device", "cpu"),
+)
+
+
+def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
+    shared = ("--model-path", "/models/t", "--dtype", "bfloat16", "--device", "cpu")
+    arms = build_arms(KNOWN, SUBJECT)
+    assert [arm.name for arm in arms] == list(KNOWN)
+    assert all(arm.arguments[: len(shared)] == shared for arm in arms)
+    by_name = {arm.name: arm for arm in arms}
+    assert by_name["none"].arguments == shared
+    assert "--speculative-eagle-topk 1" in " ".join(by_name["EAGLE3"].arguments)
+    assert by_name["auto-no-lookup"].arguments[-1] == "/scratch/x"
+
+
+def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> None:
+    servers = {arm.name: arm.server for arm in build_arms(KNOWN, SUBJECT)}
+    shared = {"neural", "entropy", "ar", "diffusion", "lookup", "pinned-none"}
+    assert {name for name, server in servers.items() if server == servers["ar"]} == shared
+    assert len(set(servers.values())) == len(KNOWN) - len(shared) + 1
+
+
+def test_plain_decoding_is_always_measured() -> None:
+    assert [arm.name for arm in build_arms(["auto"], SUBJECT)] == ["none", "auto"]
+
+
+def test_widths_of_static_drafters() -> None:
+    _, eagle, dflash = build_arms(["EAGLE3:3", "DFLASH:4"], SUBJECT)
+    assert eagle.name == "EAGLE3:3"
+    assert "--speculative-num-steps 3" in " ".join(eagle.arguments)
+    assert "--speculative-num-draft-tokens 4" in " ".join(eagle.arguments)
+    assert dflash.arguments[-2:] == ("--speculative-num-draft-tokens", "4")
+
+
+@pytest.mark.parametrize("name", ["EAGLE", "auto:3", "EAGLE3:x", "EAGLE3:0", ""])
+def test_unknown_arms_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match="is unknown; known: none, EAGLE3"):
+        build_arms([name], SUBJECT)
+
+
+def test_an_arm_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        build_arms(["auto", "auto"], SUBJECT)
+
+
+def test_published_arguments_name_no_directory() -> None:
+    for arm in build_arms(KNOWN, SUBJECT):
+        shown = " ".join(SUBJECT.hide_paths(arm.arguments))
+        assert "/models" not in shown
+        assert "/scratch" not in shown
+
+
+def test_quick_is_four_arms_and_a_budget() -> None:
+    scale = scale_of(True, None, None, None, None)
+    assert scale.arms == list(QUICK)
+    assert scale.minutes is not None
+    assert scale.minutes < 5
+    assert scale_of(False, "auto, ar", None, None, None).arms == ["auto", "ar"]
+
+
+def test_loads() -> None:
+    assert [load.label for load in loads_of("1,4", "0.5")] == ["closed-1", "closed-4", "open-0.5"]
+    for concurrency, rates in (("x", ""), ("0", ""), ("1.5", ""), ("1", "inf"), ("", "")):
+        with pytest.raises(ConfigError):
+            loads_of(concurrency, rates)
+
+
+def test_why_a_server_did_not_start() -> None:
+    log = "the server stopped with exit code 1:\nTraceback\n  File x\nNotImplementedError: no kernel\nKilled"
+    assert reason_of(log) == "NotImplementedError: no kernel"
+    assert reason_of("") == "no output"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "nothing"], "'nothing' is unknown"),
+        (["--resume"], "--resume goes on"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--concurrency", "many"], "--concurrency many"),
+        (["--bundle", "./missing"], "missing"),
+    ],
+)
+def test_wrong_options_stop_before_any_server(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whiflash_sglang.embedded.ensure_target", lambda: Path("/models/t"))
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)

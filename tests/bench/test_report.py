@@ -1,0 +1,204 @@
+"""From cells to figures, tables and pictures."""
+
+from pathlib import Path
+
+import pytest
+
+from whiflash_sglang.bench.cells import Answer, Cell, Load
+from whiflash_sglang.bench.markdown import render
+from whiflash_sglang.bench.plots import draw
+from whiflash_sglang.bench.prompts import Prompt
+from whiflash_sglang.bench.reference import Difference, Reference, differences
+from whiflash_sglang.bench.report import Report, build_report
+from whiflash_sglang.equality import Verdict
+
+ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
+GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}
+TOKENS = {"c1": 13, "c2": 21, "t1": 41, "l1": 101}
+SPEED = {"none": 10.0, "EAGLE3": 15.0, "DFLASH": 12.0, "auto": 24.0}
+ACCEPTED = {"none": 1, "EAGLE3": 2, "DFLASH": 2, "auto": 4}
+ROUNDS = {f"{s}_seconds": 0.001 for s in ("route", "catch_up", "draft", "verify", "commit", "park")}
+PROVENANCE = {
+    "hardware": {"cpu": "a CPU", "cores": 2},
+    "packages": {"sglang": "0.5.23", "torch": "2"},
+    "command": ["whiflash", "bench"],
+    "threads": 2,
+    "dtype": "bfloat16",
+    "repetitions": 3,
+    "interleaved": True,
+    "max_tokens": 160,
+    "busy_before": {"load_1min": 0.1},
+    "busy_after": {"load_1min": 1.9},
+    "servers": {"none": {"arguments": ["--dtype", "bfloat16"], "attention_backend": "whiflash_cpu"}},
+}
+
+
+def speed(arm: str, prompt: str) -> float:
+    """DFLASH is the faster static drafter on tool calls."""
+    return 20.0 if (arm, prompt) == ("DFLASH", "t1") else SPEED[arm]
+
+
+def answer(arm: str, prompt: str) -> Answer:
+    count = TOKENS[prompt]
+    seconds = count / speed(arm, prompt)
+    forwards = (count - 1) // ACCEPTED[arm]
+    return Answer(prompt=prompt, seconds=seconds, ttft=0.1, tokens=tuple(range(count)), forwards=forwards)
+
+
+def clock(arm: str, rounds: int) -> dict[str, float] | None:
+    if arm != "auto":
+        return None
+    stages = {name: rounds * value for name, value in ROUNDS.items()}
+    return stages | {
+        "rounds": rounds,
+        "round_seconds": rounds * 0.0061,
+        "switches": 2,
+        "extra_catch_up_seconds": rounds * 0.0005,
+    }
+
+
+@pytest.fixture
+def report() -> Report:
+    cells = []
+    for repetition in range(3):
+        for arm in SPEED:
+            for prompt in TOKENS:
+                one = answer(arm, prompt)
+                cells.append(
+                    Cell(
+                        load=ALONE,
+                        arm=arm,
+                        repetition=repetition,
+                        seconds=one.seconds + 1,
+                        answers=(one,),
+                        rounds=clock(arm, one.forwards),
+                    )
+                )
+            together = tuple(answer(arm, p) for p in ("c1", "c2", "t1"))
+            cells.append(
+                Cell(
+                    load=FOUR,
+                    arm=arm,
+                    repetition=repetition,
+                    seconds=2.0,
+                    answers=together,
+                    rounds=clock(arm, 9),
+                )
+            )
+    found = [
+        Difference("auto", "closed-1", "c1", Verdict.TIE, 3, 0.01),
+        Difference("DFLASH", "closed-1", "t1", Verdict.DIFFERENT, 5, 3.0),
+        Difference("auto", "closed-4", "t1", Verdict.DIFFERENT, 5, None),
+    ]
+    return build_report(cells, GROUPS, found, PROVENANCE, {"NGRAM": "the server did not start: no kernel"})
+
+
+def test_rates_by_category_without_loops(report: Report) -> None:
+    auto = report.arms["auto"]
+    assert set(auto) == {"chat", "tool_call", "overall", "loops"}
+    assert auto["chat"].output_tokens_per_s == pytest.approx(24)
+    assert auto["overall"].output_tokens == 75
+    assert auto["overall"].answers == 9
+    assert auto["loops"].output_tokens == 101
+    dflash = report.arms["DFLASH"]["overall"]
+    assert dflash.output_tokens_per_s == pytest.approx(75 / (34 / 12 + 41 / 20))
+
+
+def test_acceptance_counts_tokens_per_target_forward(report: Report) -> None:
+    assert report.arms["none"]["overall"].acceptance_length == 1.0
+    assert report.arms["none"]["overall"].target_forwards == 72
+    assert report.arms["auto"]["tool_call"].acceptance_length == 4.0
+
+
+def test_latencies(report: Report) -> None:
+    chat = report.arms["none"]["chat"]
+    assert chat.ttft_ms.p50 == pytest.approx(100)
+    assert chat.tpot_ms is not None
+    assert chat.tpot_ms.p99 == pytest.approx(100, rel=0.05)
+
+
+def test_rounds_add_up_and_switching_has_its_share(report: Report) -> None:
+    overall = report.arms["auto"]["overall"]
+    assert overall.round_ms is not None
+    assert overall.round_ms.verify == pytest.approx(1.0)
+    assert overall.round_ms.other == pytest.approx(0.1)
+    assert overall.switch_share == pytest.approx(2.5 / 6.1)
+    assert overall.switches_per_100_tokens == pytest.approx(100 * 2 * 9 / (3 * 75))
+    assert report.arms["EAGLE3"]["overall"].round_ms is None
+
+
+def test_mismatches_and_ties_belong_to_their_arm_and_load(report: Report) -> None:
+    assert (report.arms["auto"]["chat"].ties, report.arms["auto"]["overall"].mismatches) == (1, 0)
+    assert report.arms["DFLASH"]["tool_call"].mismatches == 1
+    assert report.loads[1].arms["auto"]["overall"].mismatches == 1
+
+
+def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: Report) -> None:
+    auto = report.ratios["auto"]
+    assert auto.none["overall"].ratio == pytest.approx(2.4)
+    assert auto.static_arm == {
+        "chat": "EAGLE3",
+        "tool_call": "DFLASH",
+        "overall": "DFLASH",
+        "loops": "EAGLE3",
+    }
+    assert auto.static["chat"].ratio == pytest.approx(24 / 15)
+    assert auto.static_by_category is not None
+    assert auto.static_by_category.ratio == pytest.approx((34 / 15 + 41 / 20) / (75 / 24))
+    assert auto.acceptance_over_static["overall"] == pytest.approx(2)
+    assert report.ratios["EAGLE3"].static == {}
+
+
+def test_under_load_only_the_whole_mix_has_a_rate(report: Report) -> None:
+    four = report.loads[1].arms["auto"]
+    assert four["overall"].output_tokens_per_s == pytest.approx(75 / 2.0)
+    assert four["chat"].output_tokens_per_s is None
+    assert set(report.loads[1].ratios["auto"].none) == {"overall"}
+
+
+def test_the_schema_reads_back_and_refuses_what_it_does_not_know(report: Report) -> None:
+    text = report.model_dump_json()
+    assert Report.model_validate_json(text) == report
+    assert report.schema_version == 1
+    with pytest.raises(ValueError, match="schema_version"):
+        Report.model_validate_json(text.replace('"schema_version":1', '"schema_version":2'))
+
+
+def test_the_page_says_everything(report: Report) -> None:
+    page = render(report)
+    assert "| auto | 24.0 | 2.40 [2.40, 2.40] |" in page
+    assert "Closed loop, concurrency 4" in page
+    assert "| DFLASH | closed-1 | t1 | different | 5 | 3.0000 |" in page
+    assert "NGRAM: the server did not start: no kernel" in page
+    assert "OMP_NUM_THREADS=2 python -m sglang.launch_server --dtype bfloat16" in page
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+def test_pictures(report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = draw(report, tmp_path / "pictures")
+    assert [path.name for path in files] == ["speedup.svg", "acceptance.svg", "round.svg", "concurrency.svg"]
+    assert all(b"auto" in path.read_bytes() or path.stat().st_size > 5000 for path in files)
+
+
+def test_differences_follow_the_tie_rule() -> None:
+    """Gap 0.1 at a logit of 20 is within two units in the last place of bfloat16 (0.125 each); 0.5 is not."""
+    prompt = Prompt("p", "chat", ())
+    references = {
+        "near": Reference(prompt, (1,), (5, 6, 7), (9.0, 0.1, 9.0), ""),
+        "far": Reference(prompt, (1,), (5, 6, 7), (9.0, 0.5, 9.0), ""),
+    }
+
+    def cell(arm: str, name: str, tokens: tuple[int, ...], repetition: int) -> Cell:
+        one = Answer(prompt=name, seconds=1, ttft=0.1, tokens=tokens, forwards=1)
+        return Cell(load=ALONE, arm=arm, repetition=repetition, seconds=1, answers=(one,))
+
+    cells = [cell("auto", name, (5, 9, 9), r) for name in references for r in range(3)]
+    cells += [cell("auto", "near", (5, 6, 7), 3), cell("ar", "near", (5, 6), 0)]
+    found = differences(cells, references, lambda reference, position: 20.0, "bfloat16")
+    assert [(d.arm, d.prompt, d.verdict, d.position, d.gap) for d in found] == [
+        ("auto", "near", Verdict.TIE, 1, 0.1),
+        ("auto", "far", Verdict.DIFFERENT, 1, 0.5),
+        ("ar", "near", Verdict.DIFFERENT, 2, None),
+    ]
