@@ -69,7 +69,7 @@ class Server:
     def stop(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        wait_until(lambda: not _answers(self.url), 30, f"server {self.pid} still answers after SIGKILL")
+        wait_until(lambda: not answers(self.url), 30, f"server {self.pid} still answers after SIGKILL")
 
 
 class ServerHost:
@@ -110,7 +110,7 @@ class ServerHost:
         server = Server(int(answer), port, log)
         self._servers.append(server)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(server.url + "/health"):
+        while not answers(server.url + "/health"):
             if not _alive(server.pid) or time.monotonic() > deadline:
                 server.stop()
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
@@ -155,7 +155,7 @@ def wait_until(condition: Any, timeout_s: float, message: str) -> None:
         time.sleep(0.1)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=30).is_success
     except httpx.TransportError:

@@ -14,7 +14,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from whiflash_sglang.platform.cpu import ATTENTION_BACKEND
+from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 

@@ -3,6 +3,8 @@
 SGLang's own CPU engine needs operators that the published ``sgl_kernel`` wheel does not have. As an
 out-of-tree platform the CPU runs SGLang's torch-native code instead, with this package's KV pool and
 attention backend, and with :mod:`whiflash_sglang.platform.seams` in place of Triton-only helpers.
+
+SGLang imports this module by its name while it is itself being imported; nothing else should import it first.
 """
 
 import logging
@@ -17,23 +19,9 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
+from whiflash_sglang.platform.defaults import ATTENTION_BACKEND, CHILD_ENVIRONMENT, DEFAULT_KV_TOKENS
+
 logger = logging.getLogger(__name__)
-
-ATTENTION_BACKEND = "whiflash_cpu"
-"""Name of this package's attention backend in SGLang's registry and flags."""
-
-CHILD_ENVIRONMENT = {
-    # A dozen helpers are decorated with torch.compile when their modules load. On a CPU that needs a C++
-    # compiler, takes half a minute at the first request and gains nothing.
-    "TORCHDYNAMO_DISABLE": "1",
-    # A decoding step is some 300 parallel regions of tens of microseconds, and OpenMP's workers spin between
-    # them. Where the scheduler shares its cores (with the HTTP server, say), a region then waits for the time slice
-    # of a thread that is not running. The matrix products of one step, two threads on two cores: 11-14 ms on free
-    # cores and 95-1544 ms beside busy processes as is; 12-18 and 45-62 ms when spinning stops early; 15-29 and 37-44
-    # without any (OMP_WAIT_POLICY=PASSIVE).
-    "GOMP_SPINCOUNT": "1000",
-}
-"""Set, unless the user has set them, before SGLang starts its scheduler; read there when torch is loaded."""
 
 
 def _offer_attention_backend() -> None:
@@ -90,8 +78,14 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.cuda_graph_config = graphs
         server_args.disable_overlap_schedule = True
         server_args.sampling_backend = "pytorch"
+        if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
+            server_args.max_total_tokens = DEFAULT_KV_TOKENS
         # Without it the idle scheduler spins one of the cores that the next request needs.
         server_args.sleep_on_idle = True
+
+    def get_device(self, device_id: int = 0) -> str:
+        # The name, as DeviceMixin declares: without `--device`, SGLang takes it apart as a string.
+        return self.device_type
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND

@@ -24,7 +24,7 @@ import torch
 
 from whiflash_sglang.platform import spec_ops
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
-from whiflash_sglang.platform.cpu import ATTENTION_BACKEND
+from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
 _EAGLE = "sglang.kernels.ops.speculative.eagle"

@@ -1,0 +1,23 @@
+"""What the CPU platform chooses where the user has left the choice open. Imports nothing."""
+
+ATTENTION_BACKEND = "whiflash_cpu"
+"""Name of this package's attention backend in SGLang's registry and flags."""
+
+DEFAULT_KV_TOKENS = 65536
+"""KV slots where neither ``--max-total-tokens`` nor ``--mem-fraction-static`` was given.
+
+SGLang sizes its pool to fill the device. On a CPU the device is the whole machine's memory.
+"""
+
+CHILD_ENVIRONMENT = {
+    # A dozen helpers are decorated with torch.compile when their modules load. On a CPU that needs a C++
+    # compiler, takes half a minute at the first request and gains nothing.
+    "TORCHDYNAMO_DISABLE": "1",
+    # A decoding step is some 300 parallel regions of tens of microseconds, and OpenMP's workers spin between
+    # them. Where the scheduler shares its cores (with the HTTP server, say), a region then waits for the time slice
+    # of a thread that is not running. The matrix products of one step, two threads on two cores: 11-14 ms on free
+    # cores and 95-1544 ms beside busy processes as is; 12-18 and 45-62 ms when spinning stops early; 15-29 and 37-44
+    # without any (OMP_WAIT_POLICY=PASSIVE).
+    "GOMP_SPINCOUNT": "1000",
+}
+"""Set, unless the user has set them, before SGLang starts its scheduler; read there when torch is loaded."""
