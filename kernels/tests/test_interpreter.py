@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(INTERPRETING, reason="this is the child process")
 def test_triton_tests_under_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    selection = ["-k", "triton", "-m", "not aot", "-p", "no:cacheprovider", "-x", "-q"]
+    selection = ["-k", "triton", "-m", "not aot", "-p", "no:cacheprovider", "-x"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", str(HERE), *selection],
         env=environment,
@@ -28,4 +28,4 @@ def test_triton_tests_under_the_interpreter() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    assert " passed" in result.stdout, result.stdout

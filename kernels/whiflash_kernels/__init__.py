@@ -3,6 +3,9 @@
 Every public op dispatches by device: Triton on CUDA, plain torch elsewhere. The environment variable
 ``WHIFLASH_KERNELS`` (``auto``, ``torch`` or ``triton``) forces either; ``triton`` on CPU tensors works only
 under Triton's interpreter (``TRITON_INTERPRET=1``).
+
+Unless a docstring says that something is written in place, no argument is written, and nothing that is returned
+shares memory with an argument. Index tensors may be strided; what must be contiguous says so.
 """
 
 from whiflash_kernels.backlog import park, unpark
