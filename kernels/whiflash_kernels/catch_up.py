@@ -43,7 +43,7 @@ def dflash_catch_up(
     Fallback: torch.
     Compared: SGLang's ``FusedKVMaterializeHelper`` makes the same two products, norm and rotation, but into a
     workspace that L pool writes then read again; here the epilogue stores to the pools, so K and V
-    are written once and 2 + L launches after the second product become one. The products are torch's
+    are written once and the 1 + L launches after the second product become one. The products are torch's
     (cuBLAS), the hidden norm is ``torch.nn.functional.rms_norm``. FlashInfer's paged append takes K and V that
     are already rotated, and its fused rotate-and-append is for FP8 caches.
     Source: DFlash, arXiv 2602.06036; KV-only Prefill, WhiFlash, arXiv 2606.07710.
