@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from whiflash_sglang.bench.report import OVERALL, Figures, LoadReport, Report
+from whiflash_sglang.bench.rounds import RoundMs
 from whiflash_sglang.bench.statistics import Interval, Percentiles
 
 
@@ -15,7 +16,7 @@ def render(report: Report) -> str:
             parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
             parts += ["### Acceptance length", _acceptance(load)]
         parts.append(_rounds(load))
-    parts += [_differences(report), _unavailable(report), _reproduce(report)]
+    parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -98,6 +99,18 @@ def _rounds(load: LoadReport) -> str:
         return ""
     header = (*(name.replace("_", "-") for name in stages), "round")
     return "### A round, in ms\n\n" + _table(("arm", *header, "switching"), rows)
+
+
+def _scaling(report: Report) -> str:
+    if not report.scaling:
+        return ""
+    rows = []
+    for point in report.scaling:
+        shown = (*point.round_ms.model_dump().values(), point.round_ms.total, point.round_ms.overhead)
+        rows.append((str(point.batch), str(point.context), *(f"{value:.2f}" for value in shown)))
+    stages = (name.replace("_", "-") for name in RoundMs.model_fields)
+    header = ("batch", "prompt tokens", *stages, "round", "neither draft nor verify")
+    return "## A round of auto against batch and context, in ms\n\n" + _table(header, rows)
 
 
 def _differences(report: Report) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from whiflash_sglang.bench.arms import NONE
 from whiflash_sglang.bench.report import OVERALL, LoadReport, Report
+from whiflash_sglang.bench.scaling import SHORT, ScalePoint
 
 
 def draw(report: Report, directory: Path) -> list[Path]:
@@ -24,6 +25,8 @@ def draw(report: Report, directory: Path) -> list[Path]:
                 written.append(_save(rounds, directory / "round.svg"))
     if len(closed_loads(report)) > 1:
         written.append(_save(_concurrency(report), directory / "concurrency.svg"))
+    if report.scaling:
+        written.append(_save(_scaling(report.scaling), directory / "scaling.svg"))
     return written
 
 
@@ -113,4 +116,27 @@ def _concurrency(report: Report) -> Any:
     axes.set_ylabel("output tokens/s")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
+    return figure
+
+
+def _scaling(points: Sequence[ScalePoint]) -> Any:
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    by_batch = [point for point in points if point.context == SHORT]
+    by_context = sorted((point for point in points if point.batch == 1), key=lambda point: point.context)
+    for axes, chosen, name in ((panels[0], by_batch, "batch"), (panels[1], by_context, "context")):
+        places = [getattr(point, name) for point in chosen]
+        axes.plot(places, [point.round_ms.total for point in chosen], marker="o", label="round")
+        axes.plot(places, [point.round_ms.draft for point in chosen], marker="o", label="draft")
+        axes.plot(
+            places,
+            [point.round_ms.overhead for point in chosen],
+            marker="o",
+            label="neither draft nor verify",
+        )
+        axes.set_xlabel("requests in the batch" if name == "batch" else "tokens of the prompt")
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("ms of a round")
+    panels[0].legend(fontsize="small")
     return figure

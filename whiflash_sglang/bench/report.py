@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from whiflash_sglang.bench.arms import NONE, STATIC
 from whiflash_sglang.bench.cells import Answer, Cell, Load
 from whiflash_sglang.bench.reference import Difference
+from whiflash_sglang.bench.rounds import RoundMs, round_ms_of, switch_share_of
+from whiflash_sglang.bench.scaling import ScalePoint
 from whiflash_sglang.bench.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
 from whiflash_sglang.equality import Verdict
-from whiflash_sglang.metrics import STAGES
 
 Belongs = Callable[[str], bool]
 """Whether a prompt counts."""
@@ -24,18 +25,6 @@ OVERALL, LOOPS = "overall", "loops"
 
 class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RoundMs(_Schema):
-    """Mean milliseconds of a WHIFLASH round per stage; other: of the round, but in no stage."""
-
-    route: float
-    catch_up: float
-    draft: float
-    verify: float
-    commit: float
-    park: float
-    other: float
 
 
 class Figures(_Schema):
@@ -82,7 +71,11 @@ class LoadReport(_Schema):
 
 
 class Report(_Schema):
-    """`--json`. unavailable: arms that did not start, and why. differences: every mismatch and tie."""
+    """`--json`.
+
+    unavailable: arms that did not start, and why. differences: every mismatch and tie. scaling: a round of `auto`
+    against batch and context, where it was asked for.
+    """
 
     schema_version: Literal[1] = 1
     provenance: dict[str, Any]
@@ -92,6 +85,7 @@ class Report(_Schema):
     unavailable: dict[str, str]
     differences: list[dict[str, Any]]
     categories: dict[str, int]
+    scaling: list[ScalePoint] = []
 
 
 def build_report(
@@ -100,6 +94,7 @@ def build_report(
     found: Sequence[Difference],
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
+    scaling: Sequence[ScalePoint] = (),
 ) -> Report:
     """The report of all cells.
 
@@ -125,6 +120,7 @@ def build_report(
             for d in found
         ],
         categories=dict(counts),
+        scaling=list(scaling),
     )
 
 
@@ -189,8 +185,8 @@ def _figures(
         switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
         mismatches=sum(d.verdict is Verdict.DIFFERENT for d in differing),
         ties=sum(d.verdict is Verdict.TIE for d in differing),
-        round_ms=_round_ms(rounds) if rounds else None,
-        switch_share=_switch_share(rounds) if rounds else None,
+        round_ms=round_ms_of(rounds) if rounds else None,
+        switch_share=switch_share_of(rounds) if rounds else None,
     )
 
 
@@ -201,16 +197,6 @@ def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
         for key, value in (cell.rounds or {}).items():
             total[key] += value
     return total if total.get("rounds") else {}
-
-
-def _round_ms(rounds: Mapping[str, float]) -> RoundMs:
-    stages = {name: 1000 * rounds[f"{name}_seconds"] / rounds["rounds"] for name in STAGES}
-    return RoundMs(**stages, other=1000 * rounds["round_seconds"] / rounds["rounds"] - sum(stages.values()))
-
-
-def _switch_share(rounds: Mapping[str, float]) -> float:
-    spent = rounds["route_seconds"] + rounds["park_seconds"] + rounds["extra_catch_up_seconds"]
-    return spent / rounds["round_seconds"]
 
 
 def _samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:

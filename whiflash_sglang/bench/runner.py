@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import httpx
 from rich.progress import Progress
 
 from whiflash_sglang import __version__
-from whiflash_sglang.bench import provenance
+from whiflash_sglang.bench import provenance, scaling
 from whiflash_sglang.bench.arms import NONE, Arm, Subject
 from whiflash_sglang.bench.cells import Cell, Journal, Load
 from whiflash_sglang.bench.fleet import Fleet
@@ -21,6 +22,7 @@ from whiflash_sglang.bench.load import ANSWER_SECONDS, Asker, RequestError
 from whiflash_sglang.bench.prompts import Prompt, digest_of
 from whiflash_sglang.bench.reference import BestLogit, Reference, ask_reference, differences
 from whiflash_sglang.bench.report import LOOPS, Report, build_report
+from whiflash_sglang.bench.scaling import ScalePoint
 from whiflash_sglang.bench.schedule import Step, in_turn, remaining, sweep
 from whiflash_sglang.errors import WhiflashError
 
@@ -33,6 +35,7 @@ class Plan:
     """What to measure.
 
     repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
+    scaling: afterwards measure how a round of `auto` grows with batch and context (interleaved runs only).
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
     """
 
@@ -44,6 +47,7 @@ class Plan:
     max_tokens: int = 160
     interleave: bool = True
     minutes: float | None = None
+    scaling: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -74,6 +78,7 @@ class Runner:
         self._servers: dict[str, dict[str, Any]] = {}
         self.unavailable: dict[str, str] = {}
         self.cells: list[Cell] = []
+        self._scaling: list[ScalePoint] = []
         self._began = time.monotonic()
 
     def run(self, *, resume: bool) -> Report:
@@ -87,6 +92,7 @@ class Runner:
         self._journal.begin(self.cells)
         if self._plan.interleave:
             self._interleaved()
+            self._scale()
         else:
             self._in_turn()
         cells = [cell for cell in self.cells if cell.arm not in self.unavailable]
@@ -95,7 +101,7 @@ class Runner:
         found = differences(cells, self._references, best, self._plan.subject.dtype)
         self._progress.remove_task(judging)
         record = self._provenance(busy_before, cells)
-        return build_report(cells, self._groups(), found, record, self.unavailable)
+        return build_report(cells, self._groups(), found, record, self.unavailable, self._scaling)
 
     # ---------------------------------------------------------------- the two orders
 
@@ -137,6 +143,19 @@ class Runner:
             self._progress.remove_task(task)
             if names:
                 self._fleet.stop(server)
+
+    def _scale(self) -> None:
+        arm = self._arms.get("auto")
+        if not self._plan.scaling or arm is None or arm.name in self.unavailable:
+            return
+        client = self._fleet.clients[arm.server]
+        info = client.get("/server_info").json()
+        config = json.loads((self._plan.subject.target / "config.json").read_text())
+        wanted = scaling.settings(info["max_total_num_tokens"], config["max_position_embeddings"])
+        for setting in self._progress.track(wanted, description="scaling"):
+            _flush(client)
+            state = partial(_state, arm, client)
+            self._scaling.append(scaling.measure(client, setting, config["vocab_size"], state))
 
     # ---------------------------------------------------------------- before measuring
 

@@ -95,6 +95,7 @@ def register(app: typer.Typer) -> None:
             float | None, typer.Option(help="Start no repetition that would end later.")
         ] = None,
         interleave: Annotated[bool, typer.Option(help="All servers up at once, prompts in turn.")] = True,
+        scaling: Annotated[bool, typer.Option(help="Also a round's cost against batch and context.")] = False,
         json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
         markdown_path: Annotated[
             Path | None, typer.Option("--markdown", help="Write the tables here.")
@@ -121,6 +122,10 @@ def register(app: typer.Typer) -> None:
             raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
         if resume and json_path is None:
             raise ConfigError("--resume goes on with the run that writes to --json FILE; name it")
+        if scaling and not (interleave and "auto" in scale.arms):
+            raise ConfigError(
+                "--scaling measures the arm auto while all servers are up: drop --no-interleave"
+            )
         if plots is not None and find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[train]'")
         chosen = sample(load_prompts(prompts or str(shipped())), scale.per_category)
@@ -139,6 +144,7 @@ def register(app: typer.Typer) -> None:
                 max_tokens=scale.max_tokens,
                 interleave=interleave,
                 minutes=scale.minutes,
+                scaling=scaling,
             )
             cells = (json_path or Path(scratch) / "report.json").with_suffix(".cells.jsonl")
             report = run(plan, cells, log_dir, resume=resume)
