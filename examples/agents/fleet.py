@@ -23,7 +23,7 @@ async def work(client: AsyncOpenAI, session: Session, number: int, tool: str, ta
     asked: dict[str, Any] = {
         "model": session.model,
         "temperature": 0,
-        "max_tokens": 64,
+        "max_tokens": 48,
         "tools": [SCHEMAS[tool]],
     }
     with collect() as collected:

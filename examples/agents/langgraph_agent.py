@@ -44,8 +44,6 @@ def main() -> None:
     result = next(message for message in messages if isinstance(message, ToolMessage))
     print(f"{call['name']}({call['args']}) -> {result.content}\n{messages[-1].content}")
     assert result.status == "success", result.content
-    before, after = (m.usage_metadata["input_tokens"] for m in (messages[2], messages[-1]))
-    assert after > before, "the tool's result did not reach the prompt"
     session.record(TASK, collected.traces)
     session.report()
 

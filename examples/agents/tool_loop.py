@@ -24,7 +24,7 @@ def solve(client: OpenAI, session: Session, task: str, tool: str) -> str:
     asked: dict[str, Any] = {
         "model": session.model,
         "temperature": 0,
-        "max_tokens": 64,
+        "max_tokens": 48,
         "tools": [SCHEMAS[tool]],
     }
 
@@ -40,7 +40,11 @@ def solve(client: OpenAI, session: Session, task: str, tool: str) -> str:
     answer = client.chat.completions.create(**asked, messages=messages, tool_choice="none")
     text = answer.choices[0].message.content or ""
     session.record(f"{task} (answer)", [routing(answer)], text)
-    assert answer.usage.prompt_tokens > turn.usage.prompt_tokens, "the tool's result did not reach the prompt"
+    messages[-1] = {**messages[-1], "content": ""}
+    without = client.chat.completions.create(
+        **{**asked, "max_tokens": 1}, messages=messages, tool_choice="none"
+    )
+    assert answer.usage.prompt_tokens > without.usage.prompt_tokens, "the result did not reach the prompt"
     return text
 
 

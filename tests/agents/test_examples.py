@@ -28,7 +28,7 @@ pytestmark = pytest.mark.server
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """WHIFLASH on the embedded model and bundle."""
-    with ServerHost() as host:
+    with ServerHost(omp_threads=2, env={"SGLANG_TOOL_STRICT_LEVEL": "2"}) as host:
         yield host.start(*server_arguments(["--tool-call-parser", "hermes", "--context-length", "4096"]))
 
 
