@@ -15,7 +15,7 @@ from whiflash_sglang.train.cli import train_app
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.data import generate_data
 from whiflash_sglang.train.evaluation import EvaluationSettings, Hardware, evaluate_bundle, write_picture
-from whiflash_sglang.train.runner import train_dflash, train_eagle3
+from whiflash_sglang.train.runner import open_stores, train_dflash, train_eagle3
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -178,3 +178,24 @@ def test_the_disk_bound_stops_the_run_and_keeps_the_data(config: TrainConfig, tm
 def test_training_without_data_says_what_to_run(root: Path, config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run `whiflash train data` first"):
         train_eagle3(config.model_copy(update={"work": tmp_path}), root / "target")
+
+
+def test_recomputed_features_equal_the_kept_ones(root: Path, config: TrainConfig, tmp_path: Path) -> None:
+    arguments = ["--config", str(root / "tiny.yaml"), "--json"]
+    exported = CliRunner().invoke(train_app, ["export", str(tmp_path / "tokens.npz"), *arguments])
+    assert exported.exit_code == 0, exported.output
+    elsewhere = settings(root) | {"work": str(tmp_path / "work")}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(elsewhere))
+    command = ["features", str(tmp_path / "tokens.npz"), "--config", str(tmp_path / "other.yaml"), "--json"]
+    for recomputed in (24, 0):
+        result = CliRunner().invoke(train_app, command)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.output.splitlines()[-1])["recomputed"] == recomputed
+    kept, again = (
+        open_stores(load_config(file))[0] for file in (root / "tiny.yaml", tmp_path / "other.yaml")
+    )
+    for first, second in zip(kept.records, again.records, strict=True):
+        one, two = kept.read(first), again.read(second)
+        assert torch.equal(one.tokens, two.tokens)
+        torch.testing.assert_close(one.features, two.features, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(one.final, two.final, rtol=2e-2, atol=2e-2)
