@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zmq
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+
+_destroy = zmq.Context.destroy
+# Nobody reads a scheduler's sockets here; collecting one that failed to start must not wait for a reader.
+zmq.Context.destroy = lambda self, linger=None: _destroy(self, linger=0)  # type: ignore[method-assign]
 
 
 class Engine:
