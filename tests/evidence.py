@@ -77,7 +77,7 @@ def provenance() -> Result:
     """Where and from what a record was made."""
     commit = _git("rev-parse", "HEAD")
     return {
-        "command": "make evidence",
+        "command": " ".join(["pytest", *sys.argv[1:]]),
         "commit": commit,
         "clean": _git("status", "--porcelain", "--", "whiflash_sglang", "kernels/whiflash_kernels") == "",
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
