@@ -98,7 +98,12 @@ def _rounds(load: LoadReport) -> str:
     if not rows:
         return ""
     header = (*(name.replace("_", "-") for name in stages), "round")
-    return "### A round, in ms\n\n" + _table(("arm", *header, "switching"), rows)
+    page = "### A round, in ms\n\n" + _table(("arm", *header, "switching"), rows)
+    idle = load.arms.get("pinned-none", {}).get(OVERALL)
+    if idle is not None and idle.round_ms is not None:
+        kept = 100 * (idle.round_ms.catch_up + idle.round_ms.park) / idle.round_ms.total
+        page += f"\n\nKeeping both drafters' KV while `none` decodes takes {kept:.1f} % of the round."
+    return page
 
 
 def _scaling(report: Report) -> str:
