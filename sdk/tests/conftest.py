@@ -1,11 +1,15 @@
 """Fixtures: a fake server of each test's own, so that its capabilities are asked anew."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from .fake_server import FakeServer, serving
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_server import FakeServer, serving
 
 
 @pytest.fixture

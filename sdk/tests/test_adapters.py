@@ -4,10 +4,9 @@ import asyncio
 from typing import Any
 
 import pytest
+from fake_server import FakeServer
 from openai import AsyncOpenAI
 from whiflash_sdk import collect
-
-from .fake_server import FakeServer
 
 FINAL = "It is four."
 

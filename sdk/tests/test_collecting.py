@@ -6,10 +6,9 @@ from contextvars import copy_context
 from typing import Any
 
 import pytest
+from fake_server import TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
 from whiflash_sdk import Trace, TraceError, collect, wrap
-
-from .fake_server import TRACE, FakeServer
 
 ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
 EXPECTED = Trace.model_validate(TRACE)

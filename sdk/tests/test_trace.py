@@ -4,10 +4,9 @@ import asyncio
 from typing import Any
 
 import pytest
+from fake_server import TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
 from whiflash_sdk import Trace, TraceError, routing, traced, wrap
-
-from .fake_server import TRACE, FakeServer
 
 MESSAGES: Any = [{"role": "user", "content": "Where?"}]
 

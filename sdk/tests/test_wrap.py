@@ -7,11 +7,10 @@ from typing import Any
 import openai
 import pytest
 import whiflash_sdk
+from fake_server import FakeServer
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from whiflash_sdk import Hints, Span, UnsupportedServerError, UnsupportedServerWarning, hinted, spans, wrap
-
-from .fake_server import FakeServer
 
 MESSAGES: Any = [{"role": "user", "content": "What is 2+2?"}]
 TOOL: Any = {
