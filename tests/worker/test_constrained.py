@@ -49,7 +49,11 @@ def requests() -> list[Arrival]:
 @pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
 def test_grammars_and_stop_strings(models: Models, router: str) -> None:
     arrivals = requests()
-    options: dict[str, Any] = {"max_running_requests": 6, "skip_tokenizer_init": False, "constrained_json_disable_any_whitespace": True}
+    options: dict[str, Any] = {
+        "max_running_requests": 6,
+        "skip_tokenizer_init": False,
+        "constrained_json_disable_any_whitespace": True,
+    }
     with engine(models.target, **options) as e:
         expected = play(e, arrivals)
         reasons = {rid: req.finished_reason.to_json() for rid, req in e.requests.items()}
