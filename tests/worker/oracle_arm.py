@@ -32,6 +32,7 @@ class OracleArm(Drafter):
         self._texts: list[list[int]] = []
         self._ahead: dict[int, list[int]] = {}
         self.accepted: list[int] = []
+        self.rejected = 0
 
     def learn(self, prompt: Sequence[int], output: Sequence[int]) -> None:
         """`output` may follow `prompt`; where several texts do, one of them is drafted."""
@@ -62,6 +63,7 @@ class OracleArm(Drafter):
 
     def observe(self, row: int, proposed: int, accepted: int) -> None:
         self.accepted.append(accepted)
+        self.rejected += proposed - accepted
 
     def release(self, row: int) -> None:
         self._ahead.pop(row, None)

@@ -146,7 +146,7 @@ def check_running(e: Engine, models: Models) -> None:
 def test_second_turn_accepts_as_much_warm_as_cold(models: Models, router: str) -> None:
     """Turn two continues turn one's own tokens. With a hit the drafters see inherited KV, without one a new prefill."""
     rng = random.Random(5)
-    turns = [(rng.choices(range(256), k=30), rng.choices(range(256), k=10)) for _ in range(6)]
+    turns = [(rng.choices(range(256), k=30), rng.choices(range(256), k=10)) for _ in range(4)]
     warm, cold = (list(second_turns(models, router, turns, cached)) for cached in (True, False))
     assert [w[0] for w in warm] == [c[0] for c in cold]
     assert [w[1] for w in warm] == [c[1] for c in cold]
