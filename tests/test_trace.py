@@ -1,7 +1,8 @@
 """The trace of a response."""
 
-from whiflash_sglang.trace import TraceLog, TraceRound, build_trace
 from whiflash_sdk import routing
+
+from whiflash_sglang.trace import TraceLog, TraceRound, build_trace, pieces_of
 
 
 def rounds(*parts: tuple[str, int]) -> list[TraceRound]:
@@ -46,3 +47,9 @@ def test_log_is_bounded_and_empties() -> None:
     assert len(log.take("b", last=False)) == 1
     assert log.take("b", last=True) == []
     assert len(log) == 1
+
+
+def test_a_character_cut_by_a_stretch_belongs_to_the_one_that_completes_it() -> None:
+    euro = "€".encode()
+    text_of = pieces_of([0, 1, 2, 3], [b"a", euro[:1], euro[1:], b"b"])
+    assert [text_of(0, 2), text_of(2, 4)] == ["a", "€b"]

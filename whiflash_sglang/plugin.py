@@ -31,12 +31,13 @@ def register() -> None:
             raise SystemExit(f"whiflash: error: {error}") from None
         logger.warning("WHIFLASH is not available: %s", error)
         return
-    from whiflash_sglang.compat import algorithm, control, flags, memory, radix, streamer
+    from whiflash_sglang.compat import algorithm, control, flags, memory, radix, release, streamer
 
     algorithm.register()
     flags.install()
     memory.install()
     radix.install()
+    release.install()
     streamer.install()
     control.install()
     _registered = True

@@ -1,5 +1,6 @@
 """The routing trace of a response: which drafter wrote which stretch. Schema: docs/hints.md."""
 
+import codecs
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -105,3 +106,14 @@ def build_trace(
         "arms": arms,
         "choice": choice,
     }
+
+
+def pieces_of(tokens: Sequence[int], vocabulary: Sequence[bytes]) -> Callable[[int, int], str]:
+    """`text_of` for `build_trace`. A character whose bytes two tokens share belongs to the one that completes it.
+
+    Args:
+        tokens: output token ids. vocabulary: bytes of every token.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = [decoder.decode(vocabulary[token] if token < len(vocabulary) else b"") for token in tokens]
+    return lambda start, end: "".join(pieces[start:end])

@@ -13,7 +13,7 @@ from whiflash_kernels import Committed, MixedBlock, accept_and_commit, prepare_m
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import memory, sampling
+from whiflash_sglang.compat import memory, release, sampling
 from whiflash_sglang.compat.flags import settings_of
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
@@ -68,6 +68,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
         )
+        release.notify(self)
         memory.reserve(
             per_token=sum(d.kv_bytes_per_token() for d in self.drafters.values()),
             fixed=self.sync.bytes_for(max_running_requests() + 1),
@@ -312,11 +313,16 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.tokens.begin(row, len(req.origin_input_ids), req.output_ids)
 
     def prepare_for_kv_cache_release(self, req: Any) -> None:
-        """Called just before the request's slots may enter the tree: flush its backlog into both drafters' KV."""
+        """SGLang's own hook: a finished request's slots are about to enter the tree."""
+        self.released(req, enters_tree=True)
+
+    def released(self, req: Any, *, enters_tree: bool) -> None:
+        """The request gives its slots up. What enters the tree is flushed first; otherwise the backlog is dropped."""
         row = req.kv.req_pool_idx
         if row is None or not self.controller.holds(row, req.rid):
             return
-        self.sync.flush(row, req.owned_kv_len())
+        if enters_tree:
+            self.sync.flush(row, req.owned_kv_len())
         self._forget(row)
 
     def _forget(self, row: int) -> None:

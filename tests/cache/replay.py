@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
@@ -64,8 +65,8 @@ def load_arms(root: Path) -> Arms:
     for_eagle, for_dflash = eagle3_layers(eagle3, model.num_layers), dflash_layers(dflash, model.num_layers)
     captured = tuple(sorted({*for_eagle, *for_dflash}))
     by_name: dict[str, PagedArm] = {
-        "ar": Eagle3Arm(Eagle3Drafter.load(eagle3, **options), captured, for_eagle, 5),
-        "diffusion": DFlashArm(DFlashDrafter.load(dflash, **options), captured, for_dflash, 8),
+        "ar": Eagle3Arm(Eagle3Drafter.load(eagle3, **options), captured, for_eagle, 5, 1024),
+        "diffusion": DFlashArm(DFlashDrafter.load(dflash, **options), captured, for_dflash, 8, 1024),
     }
     for arm in by_name.values():
         arm.model.requires_grad_(False)
@@ -187,7 +188,7 @@ class Replay:
         full = self.arms.full_pass(self.features[row, :length], self.tokens[row])
         slots = self.table[row, :hit].long()
         for name, arm in self.arms.by_name.items():
-            arm.kv.write_all(slots, full[name][0][:, :hit], full[name][1][:, :hit])
+            _write(arm, slots, full[name][0][:, :hit], full[name][1][:, :hit])
         self.prefill(row, hit, length)
 
     def remap(self, row: int) -> None:
@@ -196,7 +197,7 @@ class Replay:
         new = torch.tensor([self.free.pop(0) for _ in range(CONTEXT)])
         for name, arm in self.arms.by_name.items():
             done = self.sync.watermarks.synced(row, name)
-            arm.kv.write_all(new[:done], arm.kv.k[:, old[:done]], arm.kv.v[:, old[:done]])
+            _write(arm, new[:done], arm.kv.k[:, old[:done]], arm.kv.v[:, old[:done]])
         self.table[row] = new.int()
         self.free += old.tolist()
 
@@ -211,3 +212,9 @@ class Replay:
             for found, wanted in ((kv.k[:, slots], k), (kv.v[:, slots], v)):
                 error = float((found - wanted).abs().nan_to_num(torch.inf).max())
                 assert error <= 1e-5 * float(wanted.abs().max()), f"KV of {name} is off by {error:.1e}"
+
+
+def _write(arm: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store k, v `[layers, N, Hkv, D]` of all layers at `slots`, as whoever owned them before would have."""
+    arm.kv.k[:, slots] = k
+    arm.kv.v[:, slots] = v

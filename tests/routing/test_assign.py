@@ -72,6 +72,13 @@ def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:
     assert assign(scores, FixedCosts(), previous=["lookup"], dwell=Dwell(margin=10.0)) == ["ar"]
 
 
+def test_pinned_requests_keep_their_arm_beside_free_ones() -> None:
+    scores = [{"ar": 1.0}, {"none": 1.0}, {"ar": 1.01, "diffusion": 9.0, "none": 1.0}, {}]
+    assert assign(scores, FixedCosts()) == ["ar", "none", "diffusion", "none"]
+    assert assign([{"lookup": 1.0}], FixedCosts(), previous=["ar"], dwell=Dwell()) == ["lookup"]
+    assert assign([{}], FixedCosts(), previous=[None], dwell=Dwell()) == ["none"]
+
+
 def test_empty_batch() -> None:
     assert assign([], FixedCosts()) == []
 

@@ -1,12 +1,14 @@
 """Paged KV of one drafter, at the target's own slots, so that one slot table serves target and drafters."""
 
 import torch
+from whiflash_kernels import KVPools
 
 
 class DraftKV:
     """K and V of every draft layer, `[layers, slots, Hkv, D]` each.
 
-    The slots are the target's: whoever owns a target slot owns the drafter's entry beside it.
+    The slots are the target's: whoever owns a target slot owns the drafter's entry beside it. `pools` are the
+    same tensors layer by layer, as the catch-up kernels take them.
     """
 
     def __init__(
@@ -21,6 +23,7 @@ class DraftKV:
         shape = (layers, slots, kv_heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.pools = KVPools(self.k.unbind(0), self.v.unbind(0))
 
     @staticmethod
     def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -30,8 +33,3 @@ class DraftKV:
         """Store k, v `[N, Hkv, D]` of one layer at `slots` [N] int64."""
         self.k[layer].index_copy_(0, slots, k.to(self.k.dtype))
         self.v[layer].index_copy_(0, slots, v.to(self.v.dtype))
-
-    def write_all(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store k, v `[layers, N, Hkv, D]` of all layers at `slots` [N] int64."""
-        self.k.index_copy_(1, slots, k.to(self.k.dtype))
-        self.v.index_copy_(1, slots, v.to(self.v.dtype))

@@ -1,7 +1,7 @@
 """What WHIFLASH adds to SGLang's HTTP process: hint validation, the trace, and the capabilities route."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -29,7 +29,8 @@ from whiflash_sglang.spans.hints import (
     validate_custom_params,
 )
 from whiflash_sglang.spans.infer import infer_spans
-from whiflash_sglang.trace import build_trace
+from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.trace import build_trace, pieces_of
 
 _RESPONSES = (
     "ChatCompletionResponse",
@@ -77,7 +78,7 @@ def _validating(original: Any) -> Any:
         try:
             hints = validate_custom_params(request.custom_params)
         except HintError as error:
-            return _problem(error)
+            return str(error)
         if hints.infer and not hints.spans:
             inferred = _inferred(self.tokenizer_manager.server_args, request)
             if inferred.spans:
@@ -91,10 +92,6 @@ def _validating(original: Any) -> Any:
         return result
 
     return validate
-
-
-def _problem(error: HintError) -> str:
-    return str(error) if error.field.startswith("custom_params") else f"custom_params.{META_KEY}.{error}"
 
 
 def _span_fields(span: SpanHint) -> dict[str, Any]:
@@ -135,7 +132,7 @@ def _validate_native(obj: Any) -> None:
             try:
                 validate_custom_params(entry["custom_params"])
             except HintError as error:
-                raise ValueError(_problem(error)) from None
+                raise ValueError(str(error)) from None
 
 
 def _finish_trace(manager: Any, obj: Any, item: Any, choice: int) -> None:
@@ -148,20 +145,22 @@ def _finish_trace(manager: Any, obj: Any, item: Any, choice: int) -> None:
     index = item.get("index", choice)
     tokens = list(item.get("output_ids") or ())
     whole = len(tokens) == meta["completion_tokens"] and manager.tokenizer is not None
-
-    def text_of(start: int, end: int) -> str:
-        # A stretch may cut a character in two: both halves come from the text decoded so far.
-        before = manager.tokenizer.decode(tokens[:start])
-        return str(manager.tokenizer.decode(tokens[:end])[len(before) :])
+    text_of = pieces_of(tokens, _vocabulary(manager)) if whole else None
 
     policy = settings_of(manager.server_args).router
-    meta[META_KEY] = build_trace(
-        rounds, policy, meta["completion_tokens"], choice=index, text_of=text_of if whole else None
-    )
+    meta[META_KEY] = build_trace(rounds, policy, meta["completion_tokens"], choice=index, text_of=text_of)
     traces = getattr(obj, "_whiflash_traces", None)
     if traces is None:
         traces = obj._whiflash_traces = []
     traces.append(meta[META_KEY])
+
+
+def _vocabulary(manager: Any) -> Sequence[bytes]:
+    """Bytes of every token; built at the first traced answer."""
+    found: Sequence[bytes] | None = getattr(manager, "_whiflash_vocabulary", None)
+    if found is None:
+        found = manager._whiflash_vocabulary = token_bytes(manager.tokenizer)
+    return found
 
 
 def _with_trace(original: Any) -> Any:

@@ -36,9 +36,10 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
         target_lm_head=target.lm_head,
     )
     block = block_size_of(settings.dflash, settings.block_size)
+    positions = target.context_len + max(block, settings.eagle_steps)
     drafters: list[Drafter] = [
-        Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps),
-        DFlashArm(dflash, captured, for_dflash, block),
+        Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps, positions),
+        DFlashArm(dflash, captured, for_dflash, block, positions),
     ]
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup.max_width, settings.lookup.min_match))

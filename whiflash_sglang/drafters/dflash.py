@@ -1,12 +1,14 @@
 """The diffusion arm: one DFlash block in one non-causal pass (arXiv 2602.06036)."""
 
 import torch
+from whiflash_kernels import dflash_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
 from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.weights import dflash_weights, rope_table
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
@@ -19,24 +21,32 @@ class DFlashArm(PagedArm):
     Args:
         model: loaded checkpoint. captured: the union of captured layers. layers: the checkpoint's own.
         block: tokens of a block, the bonus token included; at most the checkpoint's own block size.
+        positions: rotary positions that may occur.
     """
 
     arm = arms.DIFFUSION
 
     def __init__(
-        self, model: DFlashDrafter, captured: tuple[int, ...], layers: tuple[int, ...], block: int
+        self,
+        model: DFlashDrafter,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        block: int,
+        positions: int,
     ) -> None:
         config = model.config
         weight = model.fc.weight
         super().__init__(config.num_layers, config.attention, weight.dtype, weight.device)
         self.model = model
+        self._weights = dflash_weights(model)
+        self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
         self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
-        k, v = self.model.keys_values(self.model.fuse(self._features(rows.features)), rows.positions)
-        self.kv.write_all(rows.slots, k, v)
+        features = self._features(rows.features)
+        dflash_catch_up(features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
 
     def draft(self, batch: DraftBatch) -> Drafts:
         block, size = self.max_drafts + 1, len(batch)

@@ -1,12 +1,14 @@
 """The autoregressive arm: an EAGLE-3 chain (arXiv 2503.01840, section 3)."""
 
 import torch
+from whiflash_kernels import eagle3_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
 from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.weights import eagle3_weights, rope_table
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
@@ -23,6 +25,7 @@ class Eagle3Arm(PagedArm):
         captured: the union of layers that the target captures, in layer order.
         layers: the checkpoint's own, in the order of its `fc`.
         steps: drafts of a round.
+        positions: rotary positions that may occur.
 
     Raises:
         CheckpointError: a drafter of several layers, whose KV-only pass would not be exact.
@@ -31,7 +34,12 @@ class Eagle3Arm(PagedArm):
     arm = arms.AR
 
     def __init__(
-        self, model: Eagle3Drafter, captured: tuple[int, ...], layers: tuple[int, ...], steps: int
+        self,
+        model: Eagle3Drafter,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        steps: int,
+        positions: int,
     ) -> None:
         config = model.config
         if not model.kv_only_exact:
@@ -41,14 +49,17 @@ class Eagle3Arm(PagedArm):
         weight = model.fc.weight
         super().__init__(config.num_layers, config.attention, weight.dtype, weight.device)
         self.model = model
+        self._weights = eagle3_weights(model)
+        self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = steps
         self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
-        fused = self.model.fuse(self._features(rows.features))
-        k, v = self.model.keys_values(rows.next_tokens, fused, rows.positions)
-        self.kv.write(0, rows.slots, k, v)
+        features = self._features(rows.features)
+        eagle3_catch_up(
+            features, rows.next_tokens, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools
+        )
 
     def draft(self, batch: DraftBatch) -> Drafts:
         steps, size = max(batch.limits), len(batch)

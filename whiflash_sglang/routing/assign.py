@@ -64,6 +64,8 @@ def assign(
         return best_each(scores)
     best, best_rate = best_each(scores), 0.0
     for active in _subsets({arm for s in scores for arm in s} - {arms.NONE}):
+        if any(s and not s.keys() & (active | {arms.NONE}) for s in scores):
+            continue  # A pinned request's arm is not active.
         routes = [_best_within(s, active, costs) for s in scores]
         rate = expected_rate(scores, routes, costs)
         if rate > best_rate:
@@ -82,7 +84,7 @@ def expected_rate(scores: Sequence[Scores], routes: Sequence[str], costs: Costs)
         counts[arm] = counts.get(arm, 0) + 1
     seconds = costs.verify(sum(costs.width(arm) for arm in routes), len(routes))
     seconds += sum(costs.draft(arm, count) for arm, count in counts.items() if arm != arms.NONE)
-    return sum(s[arm] for s, arm in zip(scores, routes, strict=True)) / seconds
+    return sum(s[arm] for s, arm in zip(scores, routes, strict=True) if s) / seconds
 
 
 def _subsets(active: Iterable[str]) -> Iterable[frozenset[str]]:

@@ -1,0 +1,48 @@
+"""Draft models as the catch-up kernels take them: weights laid out once, at load."""
+
+from typing import Any
+
+import torch
+from whiflash_kernels import DFlashWeights, Eagle3Weights
+
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.rope import Rotary
+
+
+def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
+    """K and V projections of all layers stacked, so that one product serves the whole catch-up."""
+    layers: list[Any] = list(model.layers)
+    attentions = [layer.attention for layer in layers]
+    return DFlashWeights(
+        fc=model.fc.weight.detach(),
+        hidden_norm=model.hidden_norm.weight.detach(),
+        kv=torch.cat([a.qkv.weight.detach()[a.query_size :] for a in attentions]),
+        k_norm=torch.stack([a.k_norm.weight.detach() for a in attentions]),
+        eps=model.config.rms_norm_eps,
+        fc_bias=None if model.fc.bias is None else model.fc.bias.detach(),
+    )
+
+
+def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
+    """Of a one-layer drafter; the norm variants before `fc` included."""
+    layer: Any = model.layers[0]
+    attention = layer.attention
+    norms: list[Any] = list(model.fc_norm or ())
+    return Eagle3Weights(
+        fc=model.fc.weight.detach(),
+        embedding=model.target_embedding,
+        input_norm=layer.embedding_norm.weight.detach(),
+        hidden_norm=layer.hidden_norm.weight.detach(),
+        kv=attention.qkv.weight.detach()[attention.query_size :],
+        eps=model.config.rms_norm_eps,
+        fc_bias=None if model.fc.bias is None else model.fc.bias.detach(),
+        chunk_norms=torch.stack([norm.weight.detach() for norm in norms]) if norms else None,
+        concat_norm=None if model.input_norm is None else model.input_norm.weight.detach(),
+    )
+
+
+def rope_table(rotary: Rotary, positions: int, device: torch.device) -> torch.Tensor:
+    """[positions, head_dim] float32: cosines in the first half, sines in the second."""
+    cosine, sine = rotary.angles(torch.arange(positions, device=device))
+    return torch.cat([cosine, sine], dim=-1)[:, 0].contiguous()
