@@ -86,6 +86,7 @@ def test_loads() -> None:
 def test_why_a_server_did_not_start() -> None:
     log = "the server stopped with exit code 1:\nTraceback\n  File x\nNotImplementedError: no kernel\nKilled"
     assert reason_of(log) == "NotImplementedError: no kernel"
+    assert reason_of("x\n- ImportError: libx") == "ImportError: libx"
     assert reason_of("") == "no output"
 
 

@@ -52,12 +52,21 @@ def test_interval_covers_the_true_ratio() -> None:
 
 
 def test_strata_keep_their_share() -> None:
-    """One prompt a category: every draw holds each of them, so only repetitions vary, and here they do not."""
-    tokens = np.full((3, 2), 50.0)
-    seconds = np.array([[1.0, 1], [5, 5], [9, 9]])
-    other = np.array([[2.0, 2], [5, 5], [8, 8]])
-    found = paired_ratio(tokens, seconds, tokens, other, ["a", "b", "c"], draws=100)
-    assert found.low == found.high == pytest.approx(1.0)
+    """Prompts of a category are alike here, so every draw that holds its share of each gives the same ratio."""
+    tokens = np.full((4, 2), 50.0)
+    seconds, other = np.repeat([1.0, 9.0], 2), np.repeat([2.0, 8.0], 2)
+    pairs = tokens, seconds[:, None].repeat(2, axis=1), tokens, other[:, None].repeat(2, axis=1)
+    kept = paired_ratio(*pairs, list("aabb"), draws=100)
+    assert kept.low == kept.high == pytest.approx(1.0)
+    mixed = paired_ratio(*pairs, ["a"] * 4, draws=100)
+    assert mixed.low < 1.0 < mixed.high
+
+
+def test_single_prompts_are_not_called_certain() -> None:
+    tokens = np.full((3, 1), 50.0)
+    other = np.array([[2.0], [5.0], [8.0]])
+    found = paired_ratio(tokens, np.array([[1.0], [5.0], [9.0]]), tokens, other, ["a", "b", "c"], draws=200)
+    assert found.low < 1.0 < found.high
 
 
 def test_shapes_must_agree() -> None:

@@ -104,4 +104,4 @@ def reason_of(message: str) -> str:
     """The line of a failed start's log that says why: the last exception, else the last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] or "error:" in line]
-    return (errors or lines or ["no output"])[-1][:300]
+    return (errors or lines or ["no output"])[-1].lstrip("- ")[:300]

@@ -150,7 +150,11 @@ def _categories(load: LoadReport) -> list[str]:
 
 
 def _interval(interval: Interval | None) -> str:
-    return f"{interval.ratio:.2f} [{interval.low:.2f}, {interval.high:.2f}]" if interval else ""
+    """An interval without width comes of a single measurement: it would claim a certainty that is not there."""
+    if interval is None:
+        return ""
+    width = f" [{interval.low:.2f}, {interval.high:.2f}]" if interval.low < interval.high else ""
+    return f"{interval.ratio:.2f}{width}"
 
 
 def _percentiles(values: Percentiles | None, digits: int) -> str:

@@ -162,10 +162,9 @@ class Runner:
     def _start(self, arms: Sequence[Arm]) -> None:
         servers: dict[str, list[str]] = {}
         for arm in arms:
-            router = () if arm.router is None else ("--whiflash-router", arm.router)
             if arm.server not in servers:
                 self._routers[arm.server] = arm.router or ""
-                servers[arm.server] = [*arm.arguments, *router]
+                servers[arm.server] = _alone(arm)
         task = self._progress.add_task(f"starting {len(servers)} servers", total=None)
         failed = self._fleet.start(servers)
         self._progress.remove_task(task)
@@ -175,7 +174,7 @@ class Runner:
             else:
                 info = self._fleet.clients[arm.server].get("/server_info").json()
                 self._servers[arm.name] = {
-                    "arguments": self._plan.subject.hide_paths(servers[arm.server]),
+                    "arguments": self._plan.subject.hide_paths(_alone(arm)),
                     **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
                 }
         if NONE in self.unavailable:
@@ -282,6 +281,11 @@ class Runner:
             "prompts_sha256": digest_of(plan.prompts),
             "servers": self._servers,
         }
+
+
+def _alone(arm: Arm) -> list[str]:
+    """Arguments of a server for this arm only."""
+    return [*arm.arguments, *(() if arm.router is None else ("--whiflash-router", arm.router))]
 
 
 def _flush(client: httpx.Client) -> None:

@@ -54,8 +54,8 @@ def paired_ratio(
 ) -> Interval:
     """Ratio of two arms' rates with its 95 % paired bootstrap interval.
 
-    Both arms are drawn together, first prompts within their stratum (category), then repetitions of each drawn
-    prompt: what a prompt or a moment did to both arms cancels out.
+    Both arms are drawn together, first prompts within their stratum (category; from all where a stratum has but
+    one), then repetitions of each drawn prompt: what a prompt or a moment did to both arms cancels out.
 
     Args:
         tokens, seconds: [prompts, repetitions] of the arm; other_*: of the one it is compared with, same order.
@@ -70,6 +70,8 @@ def paired_ratio(
     prompts, repetitions = tokens.shape
     labels = np.asarray([str(s) for s in strata])
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if min(map(len, members)) == 1:
+        members = [np.arange(prompts)]  # Drawing one prompt of one would call its category certain.
     rows = np.concatenate([generator.choice(m, size=(draws, len(m))) for m in members], axis=1)
     columns = generator.integers(0, repetitions, size=(draws, prompts, repetitions))
 
