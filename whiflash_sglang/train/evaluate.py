@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -103,9 +102,9 @@ def _block_lengths(drafter: DFlashDrafter, batch: Batch, capture: Sequence[int])
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
     hidden = run_blocks(drafter, batch, blocks, columns)
-    drafts = torch.cat(
-        [F.linear(part, drafter.target_lm_head).argmax(-1) for part in torch.split(hidden, 64)]
-    )
+    # Two dimensions: a product of a three-dimensional view would copy the head once for every block.
+    parts = torch.split(hidden.flatten(0, 1), 512)
+    drafts = torch.cat([drafter.logits(part).argmax(-1) for part in parts]).view(hidden.shape[:2])
     span: Span = batch.spans[0]
     wanted = blocks.anchor[:, None] + torch.arange(1, drafter.block_size)
     valid = wanted < span.length
