@@ -60,6 +60,7 @@ _REFUSED = {
     "enable_hierarchical_cache": "--enable-hierarchical-cache (draft KV would not follow the host tier)",
     "enable_lora": "--enable-lora",
     "enable_unified_memory": "--enable-unified-memory",
+    "enable_watermark": "--enable-watermark (its state is not kept per verified position)",
     "enable_two_batch_overlap": "--enable-two-batch-overlap",
 }
 
