@@ -1,5 +1,6 @@
 """The `whiflash` command."""
 
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -28,6 +29,8 @@ def main() -> None:
     """Run the command line; errors made on purpose end as one line, Ctrl-C as exit code 130."""
     # Engine and torch warn about accelerators they look for; here that is noise around the answer.
     warnings.simplefilter("ignore")
+    # A terminated command still ends the servers that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app(standalone_mode=False)
     except typer.Exit as leaving:
