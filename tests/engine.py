@@ -17,9 +17,9 @@ import zmq
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
-_destroy = zmq.Context.destroy
-# Nobody reads a scheduler's sockets here; collecting one that failed to start must not wait for a reader.
-zmq.Context.destroy = lambda self, linger=None: _destroy(self, linger=0)  # type: ignore[method-assign]
+# Nobody reads a scheduler's sockets here. Collecting a context waits for its sockets to be closed, and in a cycle they
+# are collected with it: it would wait for ever.
+zmq.Context.__del__ = lambda self: None  # type: ignore[method-assign]
 
 
 class Engine:

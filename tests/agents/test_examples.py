@@ -27,9 +27,10 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """WHIFLASH on the embedded model and bundle."""
+    """WHIFLASH on the embedded model and bundle; in fp32, where the text does not depend on batch shapes."""
+    flags = ["--tool-call-parser", "hermes", "--context-length", "4096", "--dtype", "float32"]
     with ServerHost(omp_threads=2, env={"SGLANG_TOOL_STRICT_LEVEL": "2"}) as host:
-        yield host.start(*server_arguments(["--tool-call-parser", "hermes", "--context-length", "4096"]))
+        yield host.start(*server_arguments([*flags, "--constrained-json-disable-any-whitespace"]))
 
 
 def run_example(name: str, server: Server, page: Path) -> str:
@@ -44,7 +45,14 @@ def test_all_examples_are_tested() -> None:
     assert {path.name for path in AGENTS.glob("*.py")} - {"session.py", "tools.py"} == set(NEEDS)
 
 
-@pytest.mark.parametrize("name", NEEDS)
+# The grammar of a tool call lets whitespace repeat, and this model goes on with it for ever inside some of them.
+LOOPS_IN_WHITESPACE = {"handoff.py", "langgraph_agent.py"}
+EXAMPLES = [
+    pytest.param(name, marks=[pytest.mark.evidence] if name in LOOPS_IN_WHITESPACE else []) for name in NEEDS
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_agent_reaches_its_end_and_is_routed(name: str, server: Server, tmp_path: Path) -> None:
     if importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
