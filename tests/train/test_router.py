@@ -82,7 +82,9 @@ def test_a_known_rule_is_recovered(tmp_path: Path) -> None:
     states = torch.randn(3000, HIDDEN)
     delta = torch.round(2 * states[:, 0])
     train, held = RouterData(states[:2500], delta[:2500]), RouterData(states[2500:], delta[2500:])
-    router = train_router(train, tmp_path / "router", RouterSettings(width=32, epochs=12, batch=128, learning_rate=2e-2))
+    router = train_router(
+        train, tmp_path / "router", RouterSettings(width=32, epochs=12, batch=128, learning_rate=2e-2)
+    )
     quality = router_quality(load(tmp_path / "router"), held, entropy=torch.rand(500))
     assert quality.r_squared > 0.9
     assert quality.sign_accuracy > 0.95

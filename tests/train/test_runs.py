@@ -21,12 +21,12 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 def settings(root: Path) -> dict[str, object]:
-    loop = {"epochs": 2, "answer_tokens": 64, "save_steps": 4, "log_steps": 2}
+    loop = {"epochs": 1, "answer_tokens": 64, "save_steps": 4, "log_steps": 2}
     return {
         "target": str(root / "target"),
         "capture": [0, 1, 2, 3, 4],
         "work": str(root / "work"),
-        "hardware": {"dtype": "float32"},
+        "hardware": {"dtype": "float32", "threads": 1},
         "data": {
             "prompts": [str(root / "prompts.jsonl")],
             "max_new_tokens": 24,

@@ -136,10 +136,10 @@ def load_config(path: Path) -> TrainConfig:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ConfigError(f"{path}: {place}: {first['msg']} ({error.error_count()} problem(s))") from None
+    if config.capture != sorted(set(config.capture)):
+        raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")
     for name, layers in (("eagle3", config.eagle3.target_layers), ("dflash", config.dflash.target_layers)):
         missing = sorted(set(layers) - set(config.capture))
         if missing:
             raise ConfigError(f"{path}: {name}.target_layers {missing} are not in capture {config.capture}")
-    if config.capture != sorted(set(config.capture)):
-        raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")
     return config
