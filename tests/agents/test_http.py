@@ -117,8 +117,11 @@ def test_hints_steer_drafting_and_leave_the_text(client: OpenAI, arm: Any) -> No
     steered = client.completions.create(**{**ASKED, "extra_body": body}, prompt=PROMPT)
     assert steered.choices[0].text == plain.choices[0].text
     trace = check(routing(steered), 24)
-    assert set(trace.arms) == {arm}
-    assert {(s.reason, s.span) for s in trace.stretches} == {("pin", "prose")}
+    steered_part = trace.stretches
+    if arm != "none" and steered_part[-1].arm == "none":
+        assert steered_part[-1].tokens == 1  # the last token a request may commit needs no draft
+        steered_part = steered_part[:-1]
+    assert {(s.arm, s.reason, s.span) for s in steered_part} == {(arm, "pin", "prose")}
 
 
 def test_off_decodes_without_drafting(client: OpenAI) -> None:
