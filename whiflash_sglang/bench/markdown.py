@@ -23,10 +23,11 @@ def render(report: Report) -> str:
 def _setting(report: Report) -> str:
     p = report.provenance
     prompts = ", ".join(f"{count} {name}" for name, count in report.categories.items())
+    repetitions = "1 repetition" if p["repetitions"] == 1 else f"{p['repetitions']} repetitions"
     order = "interleaved" if p["interleaved"] else "one arm after the other"
     return (
         f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, {p['dtype']}, "
-        f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {p['repetitions']} repetitions, {order}. "
+        f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
         f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
         f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}.\n\n"
         "Rates count the whole exchange, prefill included; medians of the repetitions per prompt. In brackets: 95 % "

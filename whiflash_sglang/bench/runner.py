@@ -87,7 +87,7 @@ class Runner:
         Raises:
             WhiflashError: plain decoding could not be measured; the journal belongs to another plan.
         """
-        busy_before = provenance.busy()
+        record = {**provenance.environment(self._plan.subject.bundle), "busy_before": provenance.busy()}
         self.cells = self._journal.read() if resume else []
         self._journal.begin(self.cells)
         if self._plan.interleave:
@@ -100,7 +100,7 @@ class Runner:
         best = BestLogit(self._plan.subject.target, self._plan.subject.dtype)
         found = differences(cells, self._references, best, self._plan.subject.dtype)
         self._progress.remove_task(judging)
-        record = self._provenance(busy_before, cells)
+        record |= self._provenance(cells)
         return build_report(cells, self._groups(), found, record, self.unavailable, self._scaling)
 
     # ---------------------------------------------------------------- the two orders
@@ -187,6 +187,7 @@ class Runner:
         client = self._fleet.clients[NONE]
         while pending:
             prompt = pending.pop(0)
+            _flush(client)  # As before every measured answer: a cached prefix rounds differently.
             reference = ask_reference(client, prompt, self._plan.max_tokens)
             self._references[prompt.id] = replace(reference, prompt=replace(prompt, follow_ups=()))
             follow_up = prompt.next_turn(reference.text)
@@ -267,12 +268,10 @@ class Runner:
             raise RequestError(f"router {arm.router}: {response.json()['error']['message']}")
         self._routers[arm.server] = arm.router
 
-    def _provenance(self, busy_before: dict[str, float], cells: Sequence[Cell]) -> dict[str, Any]:
+    def _provenance(self, cells: Sequence[Cell]) -> dict[str, Any]:
         plan = self._plan
         return {
-            **provenance.environment(plan.subject.bundle),
             "dtype": plan.subject.dtype,
-            "busy_before": busy_before,
             "busy_after": provenance.busy(),
             "seconds": round(time.monotonic() - self._began, 1),
             "interleaved": plan.interleave,
