@@ -30,25 +30,13 @@ def findings() -> list[Finding]:
             found.append(Finding(package, True, version(package)))
         except PackageNotFoundError:
             found.append(Finding(package, False, "not installed"))
-    from whiflash_sglang.compat.patching import replaced_names, verify_names
+    from whiflash_sglang.compat.patching import check_registration, replaced_names, verify_names
 
     found += verify_names()
-    found.append(_registration())
+    found.append(check_registration())
     found += [Finding(name, True, "replaced by this package") for name in replaced_names()]
     found += _platform()
     return found
-
-
-def _registration() -> Finding:
-    try:
-        from sglang.srt.plugins import load_plugins
-        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-
-        load_plugins()
-        algorithm = SpeculativeAlgorithm.from_string("WHIFLASH")
-    except (Exception, SystemExit) as error:
-        return Finding("WHIFLASH registered", False, str(error))
-    return Finding("WHIFLASH registered", True, type(algorithm).__name__)
 
 
 def _platform() -> list[Finding]:

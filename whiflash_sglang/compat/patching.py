@@ -28,6 +28,7 @@ _SERVING = "sglang.srt.entrypoints.openai"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
 
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    PrivateName("sglang.srt.plugins:load_plugins"),
     # flags
     PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
     PrivateName("sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
@@ -148,6 +149,19 @@ def verify_names(*, heavy: bool = True) -> list[Finding]:
     """Check SGLang's version and every private name, those of the HTTP process if `heavy`; never raises."""
     names = [name for name in PRIVATE_NAMES if heavy or not name.path.startswith(HEAVY)]
     return [_check_version(), *(_check_name(name) for name in names)]
+
+
+def check_registration() -> Finding:
+    """Load the plugins as SGLang does and ask its registry for WHIFLASH; never raises."""
+    try:
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        load_plugins()
+        algorithm = SpeculativeAlgorithm.from_string("WHIFLASH")
+    except (Exception, SystemExit) as error:
+        return Finding("WHIFLASH registered", False, str(error))
+    return Finding("WHIFLASH registered", True, type(algorithm).__name__)
 
 
 def require_names() -> None:
