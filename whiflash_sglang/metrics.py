@@ -14,10 +14,12 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
 class PreviousRound(NamedTuple):
-    """rows: verified. seconds: from its start to the next round's, without drafting."""
+    """rows: verified. tokens: committed. seconds: from its start to the next round's; drafting: part of them."""
 
     rows: int
+    tokens: int
     seconds: float
+    drafting: float
 
 
 @dataclass(slots=True)
@@ -38,20 +40,17 @@ class RoundClock:
     extra_catch_up_seconds: float = 0.0
     _began: float = 0.0
     _drafting: float = 0.0
-    _previous: tuple[float, int, float] | None = None
+    _ended: PreviousRound | None = None
 
-    def begin(self) -> "PreviousRound | None":
+    def begin(self) -> PreviousRound | None:
         """A round starts. Returns the previous round, if it came just before."""
-        self._began = time.perf_counter()
-        previous, self._previous, self._drafting = self._previous, None, 0.0
-        if previous is None:
-            return None
-        began, rows, drafting = previous
-        return PreviousRound(rows, max(self._began - began - drafting, 1e-6))
+        before, self._began = self._began, time.perf_counter()
+        ended, self._ended, self._drafting = self._ended, None, 0.0
+        return ended._replace(seconds=self._began - before) if ended else None
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
-        self._previous = None
+        self._ended = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -65,12 +64,13 @@ class RoundClock:
         """`seconds` of this round went into a draft pass with its catch-up."""
         self._drafting += seconds
 
-    def end(self, rows: int) -> None:
-        """The round verified `rows` rows."""
+    def end(self, rows: int, tokens: int) -> None:
+        """The round verified `rows` rows and committed `tokens`."""
         self.rounds += 1
         self.rows += rows
+        self.tokens += tokens
         self.round_seconds += time.perf_counter() - self._began
-        self._previous = (self._began, rows, self._drafting)
+        self._ended = PreviousRound(rows, tokens, 0.0, self._drafting)
 
     def snapshot(self) -> dict[str, float | int]:
         """Totals for the metrics route and the benchmark."""

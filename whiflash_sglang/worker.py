@@ -29,6 +29,7 @@ from whiflash_sglang.compat.target import Target, Verified
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import DraftBatch, Drafter
 from whiflash_sglang.drafters.build import build_drafters
+from whiflash_sglang.drafters.profile import profile_drafts
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller, Outlook
@@ -61,7 +62,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.clock = RoundClock()
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings)
-        self.controller = Controller(policy, MeasuredCosts(self._usual_width), vocabulary, trace_log)
+        self.controller = Controller(policy, MeasuredCosts(self._widest), vocabulary, trace_log)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
@@ -89,6 +90,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         rows, context = self.target.slot_table.shape
         widest = max(d.max_drafts for d in self.drafters.values()) + 1
         self.tokens = TokenTable(rows, context, widest, self.target.device)
+        profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, self.controller.costs)
 
     def clear_cache_pool(self) -> None:
         """`flush_cache`: every slot is free, so nothing that was parked has a home."""
@@ -129,12 +131,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         clock = self.clock
         previous = clock.begin()
         if previous is not None:
-            self.controller.costs.verified(previous.rows, previous.seconds)
+            self.controller.costs.verified(previous.rows, max(previous.seconds - previous.drafting, 1e-6))
+            self.controller.costs.committed(previous.tokens, previous.seconds)
         requests = RoundBatch.of(batch, self.target.context_len)
         with clock.stage("route"):
             routes = self._route(requests)
         with clock.stage("catch_up"):
-            widths = [self._usual_width(arm) for arm in routes]
+            widths = [self._widest(arm) for arm in routes]
             extra = self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
             clock.extra_catch_up_seconds += extra
         with clock.stage("draft"):
@@ -151,8 +154,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 sampling.attach_logprobs(batch, verified.output, predictions, block, proposal.widths)
         with clock.stage("park"):
             self._park(requests, block, verified, predictions, committed)
-            self._learn(requests, routes, proposal.widths, committed)
-        clock.end(sum(proposal.widths))
+            tokens = self._learn(requests, routes, proposal.widths, committed)
+        clock.end(sum(proposal.widths), tokens)
         return round_result(verified.output, committed, max(proposal.widths), verified.can_run_cuda_graph)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
@@ -212,9 +215,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 continue
             began = time.perf_counter()
             drafts = drafter.draft(self._draft_batch(requests, members, drafter))
-            seconds = time.perf_counter() - began + self.sync.seconds.get(arm, 0.0)
-            self.controller.costs.drafted(arm, len(members), seconds)
-            self.clock.drafted(seconds)
+            seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
+            self.controller.costs.drafted(
+                arm, len(members), passes=drafts.passes, seconds=seconds, catch_up=catch_up
+            )
+            self.clock.drafted(seconds + catch_up)
             index = torch.tensor(members, device=tokens.device)
             tokens[index, : drafts.tokens.shape[1]] = drafts.tokens
             for i, count in zip(members, drafts.counts, strict=True):
@@ -233,6 +238,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             tail=self.sync.rings.tail(rows, starts),
             slot_table=self.target.slot_table,
             limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
+            worth=self.controller.worth(drafter.arm),
         )
 
     def _verify(
@@ -288,19 +294,20 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _learn(
         self, requests: RoundBatch, routes: Sequence[str], widths: Sequence[int], committed: Committed
-    ) -> None:
-        """What the round accepted goes to the controller and to the drafter that proposed it."""
+    ) -> int:
+        """What the round accepted goes to the controller and to the drafter that proposed it; returns its tokens."""
         tokens, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
-        self.clock.tokens += sum(counts)
         for row, arm, width, block_tokens, count in zip(
             requests.row_ids, routes, widths, tokens, counts, strict=True
         ):
             self.controller.committed(row, arm, block_tokens[:count])
+            self.controller.costs.widened(arm, width)
             if arm in self.drafters:
                 self.drafters[arm].observe(row, width - 1, count - 1)
+        return sum(counts)
 
-    def _usual_width(self, arm: str) -> int:
-        """Rows that a request routed to `arm` verifies."""
+    def _widest(self, arm: str) -> int:
+        """Most rows that a request routed to `arm` verifies."""
         return self.drafters[arm].max_drafts + 1 if arm in self.drafters else 1
 
     # ---------------------------------------------------------------- a request's beginning and end

@@ -40,7 +40,7 @@ def test_noise_never_makes_more_work_faster() -> None:
 def test_an_untried_drafter_is_free() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.draft("ar", 4) == 0.0
-    costs.drafted("ar", 4, 0.008)
+    costs.drafted("ar", 4, passes=5, seconds=0.007, catch_up=0.001)
     assert costs.draft("ar", 4) == pytest.approx(0.008)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 
 History = Callable[[int], Sequence[int]]
 """`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
@@ -18,7 +19,7 @@ class DraftBatch:
 
     rows: [B] int64 rows of the request table. lengths: n per request, on the host; starts: the same, [B] int64.
     bonus: [B] int64, token n. tail: [B, F] captured feature n-1. slot_table: [request rows, ctx] int32.
-    limits: drafts wanted per request at most, each at least 1 (on the host).
+    limits: drafts wanted per request at most, each at least 1 (on the host). worth: what a further one must bring.
     """
 
     rows: torch.Tensor
@@ -29,6 +30,7 @@ class DraftBatch:
     tail: torch.Tensor
     slot_table: torch.Tensor
     limits: Sequence[int]
+    worth: Worth = FULL_LENGTH
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -41,10 +43,14 @@ class DraftBatch:
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding."""
+    """tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding.
+
+    passes: forward passes of the drafter's model that they took.
+    """
 
     tokens: torch.Tensor
     counts: Sequence[int]
+    passes: int = 1
 
 
 class Drafter(ABC):

@@ -7,7 +7,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
-from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.paged import PagedArm, choose
 from whiflash_sglang.drafters.weights import dflash_weights, rope_table
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
@@ -15,6 +15,8 @@ from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 class DFlashArm(PagedArm):
     """One block: the bonus token at position n, then mask tokens, drafted together.
+
+    What is not expected to pay for its verification is cut off the block's end.
 
     Entry p comes from feature p alone, at position p; context enters only as K and V, shared by all layers.
 
@@ -64,5 +66,8 @@ class DFlashArm(PagedArm):
         attend = self.attend_at(batch.slots(0, block).reshape(-1), plan)
         hidden = self.model(ids.view(-1), positions.view(-1), attend).view(size, block, -1)
         wanted = max(batch.limits)
-        logits = self.model.logits(hidden[:, 1 : wanted + 1].reshape(size * wanted, -1))
-        return Drafts(logits.argmax(-1).view(size, wanted), list(batch.limits))
+        choice = choose(self.model.logits(hidden[:, 1 : wanted + 1].reshape(size * wanted, -1)))
+        growing = self.length.begin(batch.row_ids, batch.limits, batch.worth)
+        for column in choice.confidence.view(size, wanted).T.tolist():
+            growing.extend(column)
+        return Drafts(choice.token.view(size, wanted), growing.counts)

@@ -7,7 +7,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
-from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.paged import PagedArm, choose
 from whiflash_sglang.drafters.weights import eagle3_weights, rope_table
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -15,7 +15,7 @@ from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 
 class Eagle3Arm(PagedArm):
-    """Chain of `steps` drafts.
+    """Chain of up to `steps` drafts; it ends where another pass is not expected to pay.
 
     Entry p pairs feature p with the embedding of token p+1, at slot and RoPE position p. A chain's first step
     runs the whole layer at position n-1; every later step feeds back the drafter's own pre-norm hidden state.
@@ -24,7 +24,7 @@ class Eagle3Arm(PagedArm):
         model: loaded checkpoint.
         captured: the union of layers that the target captures, in layer order.
         layers: the checkpoint's own, in the order of its `fc`.
-        steps: drafts of a round.
+        steps: drafts of a round at most.
         positions: rotary positions that may occur.
 
     Raises:
@@ -53,6 +53,7 @@ class Eagle3Arm(PagedArm):
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = steps
+        self._on_host = weight.device.type == "cpu"
         self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
@@ -63,17 +64,25 @@ class Eagle3Arm(PagedArm):
 
     def draft(self, batch: DraftBatch) -> Drafts:
         steps, size = max(batch.limits), len(batch)
-        tokens = torch.empty((size, steps), dtype=torch.int64, device=batch.bonus.device)
+        growing = self.length.begin(batch.row_ids, batch.limits, batch.worth)
         table = batch.slot_table[batch.rows, : max(batch.lengths) + steps]
         slots = batch.slots(-1, steps)
         token, hidden = batch.bonus, self.model.fuse(self._features(batch.tail))
+        tokens, confidences = [], []
         for step in range(steps):
             plan = PagedAttentionPlan.build(
                 table, [1] * size, [n + step for n in batch.lengths], causal=True, dtype=hidden.dtype
             )
             attend = self.attend_at(slots[:, step], plan)
             out = self.model(token, hidden, batch.starts + (step - 1), attend)
-            token = self.model.target_ids(self.model.logits(out.logits_hidden).argmax(-1))
-            tokens[:, step] = token
-            hidden = out.hidden
-        return Drafts(tokens, list(batch.limits))
+            choice = choose(self.model.logits(out.logits_hidden))
+            token, hidden = self.model.target_ids(choice.token), out.hidden
+            tokens.append(token)
+            confidences.append(choice.confidence)
+            if self._on_host and not growing.extend(choice.confidence.tolist()):
+                break
+        if not self._on_host:
+            # One transfer for the whole chain: waiting for the device at every step would cost more than it saves.
+            for column in torch.stack(confidences).tolist():
+                growing.extend(column)
+        return Drafts(torch.stack(tokens, 1), growing.counts, passes=len(tokens))

@@ -12,7 +12,7 @@ from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.index import NO_MATCH, Match, SuffixIndex
 
 WORTH = 0.25
-"""Chance of being accepted below which one more copied token is not worth verifying."""
+"""Chance of being accepted below which one more copied token is not worth verifying, where costs are not priced."""
 
 
 class LookupArm(Drafter):
@@ -30,6 +30,7 @@ class LookupArm(Drafter):
         self._min_match = min_match
         self._indexes: dict[int, SuffixIndex] = {}
         self._matches: dict[int, Match] = {}
+        self._worth = WORTH
 
     def outlook(self, row: int, length: int, history: History) -> float:
         index = self._indexes.get(row)
@@ -44,6 +45,7 @@ class LookupArm(Drafter):
         return 1.0 + self.calibration.expected(match.length, self._width(match, self.max_drafts))
 
     def draft(self, batch: DraftBatch) -> Drafts:
+        self._worth = batch.worth.row or WORTH
         proposals: list[list[int]] = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
             match = self._matches.get(row, NO_MATCH)
@@ -65,4 +67,4 @@ class LookupArm(Drafter):
         self._matches.pop(row, None)
 
     def _width(self, match: Match, limit: int) -> int:
-        return self.calibration.width(match.length, limit, WORTH)
+        return self.calibration.width(match.length, limit, self._worth)

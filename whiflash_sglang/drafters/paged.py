@@ -1,9 +1,12 @@
-"""What every neural arm shares: KV beside the target's slots, and attention over it."""
+"""What every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
+
+from typing import NamedTuple
 
 import torch
 
 from whiflash_sglang.cache.draft_kv import DraftKV
 from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
@@ -20,6 +23,7 @@ class PagedArm(Drafter):
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
+        self.length = DraftLength()
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
@@ -30,6 +34,14 @@ class PagedArm(Drafter):
         shape = self._shape
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
 
+    def observe(self, row: int, proposed: int, accepted: int) -> None:
+        """`accepted` of its `proposed` drafts of the last round were right."""
+        self.length.observe(row, proposed, accepted)
+
+    def release(self, row: int) -> None:
+        """The request in `row` is gone, or another begins there."""
+        self.length.release(row)
+
     def attend_at(self, slots: torch.Tensor, plan: PagedAttentionPlan) -> Attend:
         """Attention that first stores k and v at `slots` [T] int64, then reads what `plan` lets each row see."""
         scale = self._shape.head_dim**-0.5
@@ -39,3 +51,16 @@ class PagedArm(Drafter):
             return plan.run(q, self.kv.k[layer], self.kv.v[layer], scale)
 
         return attend
+
+
+class Choice(NamedTuple):
+    """Of each row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its probability."""
+
+    token: torch.Tensor
+    confidence: torch.Tensor
+
+
+def choose(logits: torch.Tensor) -> Choice:
+    """The drafter's first choice for every row of `logits` [N, V], any float type."""
+    top = logits.max(-1)
+    return Choice(top.indices, (top.values.float() - logits.float().logsumexp(-1)).exp())

@@ -22,12 +22,12 @@ class Costs(Protocol):
         """One draft pass of `arm`, catch-up included, for `requests` requests."""
         ...
 
-    def verify(self, rows: int, requests: int) -> float:
+    def verify(self, rows: float, requests: int) -> float:
         """One target forward over `rows` packed rows, and the round's fixed cost."""
         ...
 
-    def width(self, arm: str) -> int:
-        """Rows a request routed to `arm` adds to verification (drafts + 1)."""
+    def width(self, arm: str) -> float:
+        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
         ...
 
 

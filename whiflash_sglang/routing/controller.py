@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from whiflash_sglang.routing.assign import Dwell, assign
-from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
 from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.policies import Policy
 from whiflash_sglang.spans.hints import RequestHints
@@ -60,6 +60,10 @@ class Controller:
         for lane, arm in zip(lanes, routes, strict=True):
             lane.chose(arm)
         return routes
+
+    def worth(self, arm: str) -> Worth:
+        """What a further draft token of `arm` must bring; policies that price nothing draft the full length."""
+        return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH
 
     def committed(self, row: int, arm: str, tokens: Sequence[int]) -> None:
         """A round of `arm` committed `tokens` of the request in `row`, the bonus token last."""

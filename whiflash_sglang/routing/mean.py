@@ -14,3 +14,8 @@ class Mean:
         keep = 1.0 - 1.0 / memory
         self.total = self.total * keep + value
         self.weight = self.weight * keep + 1.0
+
+    @property
+    def value(self) -> float:
+        """The mean; at least one value must have been added."""
+        return self.total / self.weight

@@ -1,0 +1,105 @@
+"""Drafts as long as one more token is expected to pay for itself."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.drafters.length import EDGES, Chances, DraftLength
+from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
+
+
+def grow(length: DraftLength, worth: Worth, confidences: list[float], limit: int = 8) -> int:
+    """Drafts of one request whose every token has the confidence given for its depth."""
+    growing = length.begin([0], [limit], worth)
+    for confidence in confidences:
+        if not growing.extend([confidence]):
+            break
+    return growing.counts[0]
+
+
+def test_full_length_where_nothing_is_priced() -> None:
+    assert grow(DraftLength(), FULL_LENGTH, [0.01] * 8) == 8
+    assert grow(DraftLength(), FULL_LENGTH, [0.01] * 8, limit=3) == 3
+
+
+def test_sure_drafts_are_longer() -> None:
+    worth = Worth(row=0.1, draft=0.1)
+    sure, unsure = (grow(DraftLength(), worth, [c] * 8) for c in (0.98, 0.35))
+    assert unsure < sure == 8
+
+
+def test_dearer_tokens_shorten_a_draft() -> None:
+    counts = [grow(DraftLength(), Worth(row, 0.0), [0.75] * 8) for row in (0.01, 0.1, 0.3, 0.7)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def test_the_first_token_is_always_verified() -> None:
+    """A drafter that was wrong for a while must be able to show that it is not any more."""
+    assert grow(DraftLength(), Worth(row=5.0, draft=5.0), [0.05] * 8) == 1
+
+
+def test_chances_follow_what_is_accepted() -> None:
+    rng, chances = random.Random(0), Chances()
+    assert chances.of(0.95) == pytest.approx(0.935)
+    for _ in range(2000):
+        chances.observe(0.95, rng.random() < 0.4)
+    assert chances.of(0.95) == pytest.approx(0.4, abs=0.05)
+    assert chances.of(0.05) == pytest.approx(0.05)
+
+
+def test_only_tokens_with_a_verdict_count() -> None:
+    length = DraftLength()
+    growing = length.begin([3], [4], FULL_LENGTH)
+    for confidence in (0.95, 0.85, 0.75, 0.65):
+        growing.extend([confidence])
+    length.observe(3, proposed=4, accepted=1)
+    fresh = Chances()
+    assert length.chances.of(0.95) > fresh.of(0.95)
+    assert length.chances.of(0.85) < fresh.of(0.85)
+    assert length.chances.of(0.75) == fresh.of(0.75)
+
+
+def test_one_request_does_not_shorten_anothers_draft() -> None:
+    growing = DraftLength().begin([0, 1], [8, 8], Worth(row=0.1, draft=0.0))
+    for _ in range(8):
+        growing.extend([0.98, 0.15])
+    assert growing.counts == [8, 1]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=1, max_size=5),
+    st.floats(0, 2),
+    st.floats(0, 2),
+    st.data(),
+)
+def test_counts_stay_within_the_limits(
+    requests: list[list[float]], row: float, draft: float, data: st.DataObject
+) -> None:
+    limits = [data.draw(st.integers(1, 8)) for _ in requests]
+    growing = DraftLength().begin(range(len(requests)), limits, Worth(row, draft))
+    for depth in range(max(limits)):
+        if not growing.extend([confidences[depth] for confidences in requests]):
+            break
+    assert all(1 <= count <= limit for count, limit in zip(growing.counts, limits, strict=True))
+
+
+def test_a_slow_drafter_must_bring_more() -> None:
+    costs = MeasuredCosts({"ar": 6}.__getitem__)
+    assert costs.worth("ar") == FULL_LENGTH
+    for _ in range(20):
+        costs.drafted("ar", 1, passes=5, seconds=0.010, catch_up=0.001)
+        costs.verified(6, 0.015)
+        costs.committed(2, 0.025)
+    worth = costs.worth("ar")
+    assert worth.draft == pytest.approx(80 * 0.002)
+    assert worth.row == pytest.approx(80 * 0.015 * 0.03)
+
+
+def test_bins_cover_every_confidence() -> None:
+    chances = Chances()
+    for confidence in (0.0, *EDGES, 1.0):
+        assert 0 <= chances.of(confidence) <= 1

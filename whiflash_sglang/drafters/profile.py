@@ -1,0 +1,61 @@
+"""What a draft pass costs on this machine, measured at the start, before the first request is routed."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.drafters.base import DraftBatch, Drafter
+from whiflash_sglang.routing.costs import MeasuredCosts
+
+BATCHES = (1, 2, 4, 8)
+CONTEXT = 32
+"""Tokens that every request of the profile pretends to have."""
+
+
+def profile_drafts(
+    drafters: Iterable[Drafter], rings: FeatureRings, slot_table: torch.Tensor, costs: MeasuredCosts
+) -> None:
+    """Time drafts of every arm that runs a model, for a few batch sizes, and tell `costs`.
+
+    Runs before any request: the slot table is empty, so every write goes to the engine's padding slot.
+
+    Args:
+        slot_table: [request rows, ctx] int32, all zero.
+    """
+    device = slot_table.device
+    for drafter in drafters:
+        if not drafter.keeps_kv:
+            continue
+        for size in (size for size in BATCHES if size <= len(slot_table)):
+            batch = _idle_batch(size, drafter.max_drafts, rings, slot_table)
+            drafter.draft(batch)  # The first run allocates.
+            _wait(device)
+            began = time.perf_counter()
+            drafts = drafter.draft(batch)
+            _wait(device)
+            seconds = time.perf_counter() - began
+            costs.drafted(drafter.arm, size, passes=drafts.passes, seconds=seconds, catch_up=0.0)
+        for row in range(len(slot_table)):
+            drafter.release(row)
+
+
+def _idle_batch(size: int, drafts: int, rings: FeatureRings, slot_table: torch.Tensor) -> DraftBatch:
+    rows = torch.arange(size, device=slot_table.device)
+    starts = torch.full_like(rows, CONTEXT)
+    return DraftBatch(
+        rows=rows,
+        row_ids=list(range(size)),
+        lengths=[CONTEXT] * size,
+        starts=starts,
+        bonus=torch.zeros_like(rows),
+        tail=rings.tail(rows, starts),
+        slot_table=slot_table,
+        limits=[drafts] * size,
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
