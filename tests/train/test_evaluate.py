@@ -6,16 +6,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.evaluate import ARMS, ORACLE, Replay, Tally, best_arms, tabulate, walk
+from whiflash_sglang.train.evaluate import (
+    ORACLE,
+    ORACLE_OF_THREE,
+    RouterWalk,
+    Tally,
+    best_arms,
+    copy_rule,
+    tabulate,
+    walk,
+)
+from whiflash_sglang.train.replay import ALL_ARMS, ARMS, LOOKUP, Replay
 
 
 def answer(
-    eagle3: list[int], dflash: list[int], category: str = "chat", loop_from: int | None = None
+    eagle3: list[int],
+    dflash: list[int],
+    category: str = "chat",
+    loop_from: int | None = None,
+    lookup: list[int] | None = None,
 ) -> Replay:
-    accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash)}
-    return Replay(
-        "a", category, accepted, torch.zeros(len(eagle3), 2), len(eagle3) if loop_from is None else loop_from
-    )
+    size = len(eagle3)
+    copied = np.array(lookup or [0] * size)
+    accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), LOOKUP: copied}
+    end = size if loop_from is None else loop_from
+    return Replay("a", category, accepted, torch.zeros(size, 2), end, copied > 0)
 
 
 def test_a_walk_by_hand() -> None:
@@ -55,6 +70,25 @@ def test_a_perfect_router_recovers_the_whole_gain() -> None:
     assert share["fixed"] == pytest.approx(0.0)
 
 
+def test_dwell_delays_a_switch() -> None:
+    one = answer([0] * 4, [0] * 4)
+    wishes = {0: "eagle3", 1: "dflash", 2: "eagle3", 3: "dflash"}
+    for dwell, eagle3 in ((0, 2), (2, 3), (4, 4)):
+        tally = Tally()
+        walk(one, wishes, 0, 4, tally, dwell)
+        assert tally.won["eagle3"] == eagle3
+
+
+def test_the_plain_rule_copies_where_it_can_and_has_its_own_oracle() -> None:
+    one = answer([1] * 8, [0] * 8, lookup=[3, 0, 0, 0, 0, 0, 0, 0])
+    assert copy_rule(one) == {0: "lookup", **dict.fromkeys(range(1, 8), "eagle3")}
+    result = tabulate([one], {"copy-rule": RouterWalk([copy_rule(one)], copies=True)})["overall"]
+    lengths = result["acceptance_length"]
+    assert lengths["copy-rule"] == lengths[ORACLE_OF_THREE] == pytest.approx(8 / 3)
+    assert lengths[ORACLE] == 2.0
+    assert result["oracle_gain_share"]["copy-rule"] == pytest.approx(1.0)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=60))
 def test_every_walk_emits_every_token_once(pairs: list[tuple[int, int]]) -> None:
@@ -64,4 +98,5 @@ def test_every_walk_emits_every_token_once(pairs: list[tuple[int, int]]) -> None
         walk(one, choose, 0, len(pairs), tally)
         assert tally.tokens == len(pairs)
         assert sum(tally.won.values()) == tally.rounds
-    assert set(tabulate([one], {})["overall"]["acceptance_length"]) == {*ARMS, ORACLE}
+    lengths = tabulate([one], {})["overall"]["acceptance_length"]
+    assert set(lengths) == {*ALL_ARMS, ORACLE, ORACLE_OF_THREE}

@@ -1,7 +1,9 @@
 """The neural router (arXiv 2606.07710): the target's final hidden state → 2-layer MLP with GELU → predicted ΔAL.
 
 The published release does not name its tensors, so a file is read by shape: one matrix [M, H] and one [1, M], each
-with an optional bias. Our files also say in their metadata what ΔAL means (`delta_sign`).
+with an optional bias. Our files also say in their metadata what ΔAL means (`delta_sign`), and may carry two *heads*
+(`heads.weight` [2, M], `heads.bias` [2]) on the same hidden layer: the drafts that a round of EAGLE-3 and of DFlash
+is expected to get accepted, for policies that weigh tokens against cost.
 """
 
 from pathlib import Path
@@ -16,39 +18,106 @@ from torch import Tensor, nn
 from whiflash_sglang.errors import CheckpointError
 
 AR_MINUS_DIFFUSION = "ar-minus-diffusion"
-SIGNS = (AR_MINUS_DIFFUSION, "diffusion-minus-ar")
+DIFFUSION_MINUS_AR = "diffusion-minus-ar"
+SIGNS = (AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR)
 ROUTER_FILE = "router.safetensors"
+_HEADS = "heads."
+
+
+class Predictions(NamedTuple):
+    """`delta` [B]: ΔAL = AL(EAGLE-3) - AL(DFlash). `accepted` [B, 2]: drafts accepted of EAGLE-3 and of DFlash."""
+
+    delta: Tensor
+    accepted: Tensor
+
+
+class Layers(NamedTuple):
+    """The MLP as `whiflash_kernels.router_mlp` takes it; row 0 of the second layer is ΔAL = AL(EAGLE-3) - AL(DFlash),
+    rows 1 and 2, where the file has heads, the drafts accepted of EAGLE-3 and of DFlash.
+
+    `w1` [M, H], `b1` [M], `w2` [1 or 3, M], `b2` [1 or 3].
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
 
 
 class Router(nn.Module):
-    """Predicts the gain in acceptance length.
+    """Predicts the gain in acceptance length, and with heads both acceptance lengths."""
 
-    Attributes: `delta_sign` one of `SIGNS`, or None where the file does not say.
-    """
-
-    def __init__(self, hidden_size: int, width: int, delta_sign: str | None = AR_MINUS_DIFFUSION) -> None:
+    def __init__(self, hidden_size: int, width: int, *, heads: bool = False) -> None:
         """Untrained; `hidden_size` is the target's, `width` the MLP's."""
         super().__init__()
         self.first = nn.Linear(hidden_size, width)
         self.second = nn.Linear(width, 1)
-        self.delta_sign = delta_sign
+        self.heads = nn.Linear(width, 2) if heads else None
 
     def forward(self, final: Tensor) -> Tensor:
         """`final` [B, H] states after the target's final norm, at the last committed position → ΔAL [B]."""
-        predicted: Tensor = self.second(F.gelu(self.first(final.to(self.first.weight.dtype))))[:, 0]
+        predicted: Tensor = self.second(self._inner(final))[:, 0]
         return predicted
 
+    def predict(self, final: Tensor) -> Predictions:
+        """ΔAL and both heads of `final` [B, H]. Raises `CheckpointError` where the router has no heads."""
+        if self.heads is None:
+            raise CheckpointError("this router predicts ΔAL only; it has no heads")
+        inner = self._inner(final)
+        return Predictions(self.second(inner)[:, 0], self.heads(inner))
+
+    def _inner(self, final: Tensor) -> Tensor:
+        return F.gelu(self.first(final.to(self.first.weight.dtype)))
+
+    def layers(self) -> Layers:
+        """The weights for the kernel."""
+        seconds = [self.second] if self.heads is None else [self.second, self.heads]
+        return Layers(
+            self.first.weight.detach(),
+            self.first.bias.detach(),
+            torch.cat([layer.weight.detach() for layer in seconds]),
+            torch.cat([layer.bias.detach() for layer in seconds]),
+        )
+
+    def standardised(self, mean: Tensor, deviation: Tensor) -> "Router":
+        """The same function of raw states that this router is of `(state - mean) / deviation`; both [H]."""
+        router = Router(self.first.in_features, self.first.out_features, heads=self.heads is not None)
+        router.load_state_dict(self.state_dict())
+        with torch.no_grad():
+            router.first.weight /= deviation
+            router.first.bias -= router.first.weight @ mean
+        return router
+
     @classmethod
-    def load(cls, path: Path, *, hidden_size: int, device: torch.device, dtype: torch.dtype) -> "Router":
-        """Read a .safetensors file or a directory with one. Raises `CheckpointError` saying what was found."""
+    def load(
+        cls,
+        path: Path,
+        *,
+        hidden_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        delta_sign: str | None = None,
+    ) -> "Router":
+        """Read a .safetensors file or a directory with one.
+
+        Args:
+            delta_sign: one of `SIGNS`, for a file whose metadata does not say what its ΔAL means.
+
+        Raises:
+            CheckpointError: saying what was found, where the file does not fit or its sign is not known.
+        """
         found = _read(path)
         parts = _fit(found, hidden_size)
-        router = cls(hidden_size, len(parts.first), found.sign)
+        sign = _sign(found, delta_sign)
+        router = cls(hidden_size, len(parts.first), heads=parts.heads is not None)
         with torch.no_grad():
             router.first.weight.copy_(parts.first)
-            router.second.weight.copy_(parts.second)
             router.first.bias.copy_(parts.first_bias)
-            router.second.bias.copy_(parts.second_bias)
+            router.second.weight.copy_(parts.second * sign)
+            router.second.bias.copy_(parts.second_bias * sign)
+            if router.heads is not None and parts.heads is not None:
+                router.heads.weight.copy_(parts.heads)
+                router.heads.bias.copy_(parts.heads_bias)
         return router.to(device=device, dtype=dtype).eval()
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -57,7 +126,7 @@ class Router(nn.Module):
             name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()
         }
         staged = path.with_suffix(".partial")
-        save_file(tensors, staged, metadata={"delta_sign": self.delta_sign or ""})
+        save_file(tensors, staged, metadata={"delta_sign": AR_MINUS_DIFFUSION})
         staged.chmod(0o644)
         staged.replace(path)
 
@@ -73,6 +142,8 @@ class _Parts(NamedTuple):
     first_bias: Tensor
     second: Tensor
     second_bias: Tensor
+    heads: Tensor | None
+    heads_bias: Tensor
 
 
 def _read(path: Path) -> _File:
@@ -97,12 +168,27 @@ def _read(path: Path) -> _File:
     return _File(file, tensors, sign)
 
 
+def _sign(found: _File, given: str | None) -> float:
+    """1 where the file's ΔAL is ours, -1 where it is the other way round."""
+    if found.sign is None and given is None:
+        raise CheckpointError(
+            f"{found.path} does not say which way round its prediction is: give --whiflash-neural-router-sign "
+            f"(or router.delta_sign in whiflash.json), one of {', '.join(SIGNS)}"
+        )
+    if found.sign is not None and given is not None and found.sign != given:
+        raise CheckpointError(f"{found.path} says delta_sign {found.sign}, the settings say {given}")
+    return -1.0 if (found.sign or given) == DIFFUSION_MINUS_AR else 1.0
+
+
 def _fit(found: _File, hidden_size: int) -> _Parts:
-    matrices = [tensor for tensor in found.tensors.values() if tensor.ndim == 2]
-    vectors = [tensor for tensor in found.tensors.values() if tensor.ndim == 1]
+    plain = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(_HEADS)}
+    matrices = [tensor for tensor in plain.values() if tensor.ndim == 2]
+    vectors = [tensor for tensor in plain.values() if tensor.ndim == 1]
     seconds = [tensor for tensor in matrices if len(tensor) == 1]
     firsts = [tensor for tensor in matrices if tensor.shape[1] == hidden_size and len(tensor) > 1]
-    if len(matrices) != 2 or len(seconds) != 1 or len(firsts) != 1 or seconds[0].shape[1] != len(firsts[0]):
+    heads = found.tensors.get(_HEADS + "weight")
+    fits = len(matrices) == 2 and len(seconds) == 1 and len(firsts) == 1
+    if not fits or seconds[0].shape[1] != len(firsts[0]) or _misfit(heads, len(firsts[0])):
         shapes = (
             ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.tensors.items()) or "nothing"
         )
@@ -114,4 +200,9 @@ def _fit(found: _File, hidden_size: int) -> _Parts:
     def bias(size: int) -> Tensor:
         return next((vector for vector in vectors if len(vector) == size), torch.zeros(size))
 
-    return _Parts(firsts[0], bias(width), seconds[0], bias(1))
+    heads_bias = found.tensors.get(_HEADS + "bias", torch.zeros(2))
+    return _Parts(firsts[0], bias(width), seconds[0], bias(1), heads, heads_bias)
+
+
+def _misfit(heads: Tensor | None, width: int) -> bool:
+    return heads is not None and heads.shape != (2, width)

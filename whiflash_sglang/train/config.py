@@ -100,6 +100,28 @@ class DFlash(_Strict):
     loop: Loop = Loop()
 
 
+class RouterTraining(_Strict):
+    """The neural router.
+
+    Attributes:
+        answers: stored answers that both drafters are replayed over, at most.
+        held_out: share of the answers (by their id) that choose the epoch, give the report and calibrate.
+        width: of the MLP's hidden layer. batch: positions in a step.
+        dropout: of inputs and hidden units, while training.
+        eagle_steps: drafts of an EAGLE-3 round, as in the server.
+    """
+
+    answers: Positive = 1500
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    eagle_steps: Positive = 5
+    width: Annotated[int, Field(ge=2)] = 256
+    epochs: Positive = 12
+    batch: Positive = 512
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
 class TrainConfig(_Strict):
     """The whole file.
 
@@ -119,6 +141,7 @@ class TrainConfig(_Strict):
     data: Data
     eagle3: Eagle3
     dflash: DFlash
+    router: RouterTraining = RouterTraining()
 
 
 def load_config(path: Path) -> TrainConfig:

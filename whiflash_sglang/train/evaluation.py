@@ -9,17 +9,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from rich.table import Table
 
 from whiflash_sglang.config import load_manifest
-from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import Data, Hardware, Slots
 from whiflash_sglang.train.data import LoadedTarget, answer_rows, load_target
-from whiflash_sglang.train.evaluate import ARMS, LOOP, ORACLE, Replay, replay, tabulate
+from whiflash_sglang.train.evaluate import (
+    LOOP,
+    ORACLE,
+    ORACLE_OF_THREE,
+    RouterWalk,
+    copy_rule,
+    tabulate,
+)
 from whiflash_sglang.train.prompts import balanced, read_rows
+from whiflash_sglang.train.replay import ARMS, Pair, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.store import FeatureStore
 
 
@@ -29,7 +35,7 @@ class EvaluationSettings:
 
     Attributes:
         limit: prompts used, balanced over the categories; None takes all.
-        work: where the target's answers are kept for the next evaluation; None keeps nothing.
+        work: where answers and replays are kept for the next evaluation; None keeps nothing.
     """
 
     limit: int | None = None
@@ -43,24 +49,47 @@ class EvaluationSettings:
 SLOTS = (Slots(rows=24, capacity=512), Slots(rows=6, capacity=1152), Slots(rows=3, capacity=4096))
 
 
+@dataclass(frozen=True)
+class AnsweredBundle:
+    """A bundle's replays over the target's own answers to some prompts."""
+
+    target: LoadedTarget
+    answers: list[Replay]
+    prompts: int
+    skipped: int
+
+
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
     """The figures of `tabulate`, with what they were measured on.
 
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
+    done = answer_and_replay(bundle, read_rows(prompts), settings)
+    return {
+        "bundle": load_manifest(bundle).name,
+        "prompts": done.prompts,
+        "skipped": done.skipped,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": settings.hardware.dtype,
+        **tabulate(done.answers, routers_of(bundle, done.answers, done.target)),
+    }
+
+
+def answer_and_replay(
+    bundle: Path, rows: Sequence[dict[str, Any]], settings: EvaluationSettings
+) -> AnsweredBundle:
+    """The target answers `rows` (the first `limit`, balanced), and the bundle's drafters are replayed."""
     manifest = load_manifest(bundle)
-    drafters = _capture_union(bundle / manifest.eagle3, bundle / manifest.dflash)
+    capture = _capture_union(bundle / manifest.eagle3, bundle / manifest.dflash)
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
-    target = load_target(manifest.target, template, drafters, settings.hardware)
-    rows = list(balanced(read_rows(prompts), {}, settings.seed))[: settings.limit]
+    target = load_target(manifest.target, template, capture, settings.hardware)
+    chosen = list(balanced(rows, {}, settings.seed))[: settings.limit]
     with tempfile.TemporaryDirectory() as scratch:
+        work = settings.work or Path(scratch)
         store = FeatureStore(
-            (settings.work or Path(scratch)) / "answers",
-            vectors=len(drafters) + 1,
-            hidden=target.model.hidden_size,
-            layers=drafters,
+            work / "answers", vectors=len(capture) + 1, hidden=target.model.hidden_size, layers=capture
         )
         store.truncate_to_index()
         data = Data(
@@ -69,52 +98,63 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
             max_new_tokens=settings.max_new_tokens,
             slots=list(SLOTS),
         )
-        summary = answer_rows(rows, target, data, drafters, store, keep_loops=True)
-        wanted = {row["id"] for row in rows}
-        answers = replay_store(bundle, target, store, settings.eagle_steps, wanted)
-    routers = {"entropy": [entropy_choices(answer, target, manifest.entropy.tau) for answer in answers]}
-    return {
-        "bundle": manifest.name,
-        "prompts": len(rows),
-        "skipped": summary.skipped,
-        "max_new_tokens": settings.max_new_tokens,
-        "dtype": settings.hardware.dtype,
-        **tabulate(answers, routers),
-    }
+        summary = answer_rows(chosen, target, data, capture, store, keep_loops=True)
+        wanted = {row["id"] for row in chosen}
+        answers = replay_store(bundle, target, store, settings.eagle_steps, wanted, work / "replays")
+    return AnsweredBundle(target, answers, len(chosen), summary.skipped)
 
 
 def replay_store(
-    bundle: Path, target: LoadedTarget, store: FeatureStore, eagle_steps: int, wanted: set[str] | None = None
+    bundle: Path,
+    target: LoadedTarget,
+    store: FeatureStore,
+    eagle_steps: int,
+    wanted: set[str] | None = None,
+    log: Path | None = None,
 ) -> list[Replay]:
-    """Replay both of the bundle's drafters over the stored answers (those with an id in `wanted`)."""
+    """Replay all arms over the stored answers (those with an id in `wanted`); `log`: where replays are kept."""
     manifest = load_manifest(bundle)
-    model = target.model
-    eagle3 = Eagle3Drafter.load(
-        bundle / manifest.eagle3,
-        device=model.device,
-        dtype=model.dtype,
-        target_embedding=model.embedding,
-        target_lm_head=model.head,
-    )
-    dflash = DFlashDrafter.load(
-        bundle / manifest.dflash,
-        device=model.device,
-        dtype=model.dtype,
-        target_embedding=model.embedding,
-        target_lm_head=model.head,
-    )
-    capture = store.layers
-    answers = []
-    records = [record for record in store.records if wanted is None or record.id in wanted]
-    for record in track(records, description="replaying drafters"):
-        answer = replay(store.read(record), eagle3, dflash, capture, eagle_steps)
-        if answer is not None:
-            answers.append(answer)
-    if not answers:
-        raise ConfigError("no answer is long enough to evaluate: raise max_new_tokens or use other prompts")
-    return answers
+    pair = Pair.load(bundle / manifest.eagle3, bundle / manifest.dflash, target.model, eagle_steps)
+    sources = [Source(store, record) for record in store.records if wanted is None or record.id in wanted]
+    return replay_answers(pair, sources, None if log is None else ReplayLog(log, pair))
 
 
+def routers_of(bundle: Path, answers: Sequence[Replay], target: LoadedTarget) -> dict[str, RouterWalk]:
+    """The bundle's routers at its own thresholds, and the plain rule that copies."""
+    manifest = load_manifest(bundle)
+    tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
+    walks = {"entropy": RouterWalk([entropy_choices(answer, target, tau) for answer in answers], dwell)}
+    if manifest.router is not None:
+        router = load_router(bundle, target)
+        threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
+        walks["neural"] = RouterWalk([router_choices(router, one, threshold) for one in answers], dwell)
+    walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
+    return walks
+
+
+def load_router(bundle: Path, target: LoadedTarget) -> Router:
+    """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
+    manifest = load_manifest(bundle)
+    if manifest.router is None:
+        raise CheckpointError(f"{bundle} has no router: run `whiflash train router --bundle {bundle}` first")
+    return Router.load(
+        bundle / manifest.router.path,
+        hidden_size=target.model.hidden_size,
+        device=target.model.device,
+        dtype=torch.float32,
+        delta_sign=manifest.router.delta_sign,
+    )
+
+
+@torch.inference_mode()
+def router_choices(router: Router, answer: Replay, threshold: float) -> dict[int, str]:
+    """The arm of every position: EAGLE-3 where the predicted ΔAL exceeds `threshold`."""
+    eagle3, dflash = ARMS
+    predicted = router(answer.final).tolist()
+    return {position: eagle3 if value > threshold else dflash for position, value in enumerate(predicted)}
+
+
+@torch.inference_mode()
 def entropies(answer: Replay, target: LoadedTarget) -> torch.Tensor:
     """The target's entropy in nats at the start of every possible round: [P] fp32."""
     head = target.model.head
@@ -123,7 +163,7 @@ def entropies(answer: Replay, target: LoadedTarget) -> torch.Tensor:
 
 
 def entropy_choices(answer: Replay, target: LoadedTarget, tau: float) -> dict[int, str]:
-    """The published entropy rule without dwell: DFlash up to `tau` nats, EAGLE-3 above."""
+    """The published entropy rule: DFlash up to `tau` nats, EAGLE-3 above."""
     eagle3, dflash = ARMS
     values = entropies(answer, target).tolist()
     return {position: eagle3 if value > tau else dflash for position, value in enumerate(values)}
@@ -164,7 +204,8 @@ def write_picture(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     categories: Sequence[str] = [*result["categories"], "overall"]
-    names = [name for name in result["overall"]["acceptance_length"] if name != ORACLE]
+    oracles = {ORACLE: "dotted", ORACLE_OF_THREE: "dashed"}
+    names = [name for name in result["overall"]["acceptance_length"] if name not in oracles]
     figure, axes = pyplot.subplots(figsize=(1.4 * len(categories) + 2, 4))
     width = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -175,10 +216,11 @@ def write_picture(result: Mapping[str, Any], path: Path) -> None:
         axes.bar([place + index * width for place in range(len(categories))], values, width, label=name)
     for place, category in enumerate(categories):
         group = {**result["categories"], "overall": result["overall"]}[category]
-        level = group["acceptance_length"][ORACLE]
-        axes.hlines(level, place - width / 2, place + 0.8 - width / 2, colors="black", linestyles="dotted")
+        for oracle, style in oracles.items():
+            level = group["acceptance_length"][oracle]
+            axes.hlines(level, place - width / 2, place + 0.8 - width / 2, colors="black", linestyles=style)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(categories))], categories)
-    axes.set_ylabel("tokens per round (dotted: oracle)")
+    axes.set_ylabel("tokens per round (dotted: oracle of two, dashed: of three)")
     axes.set_ylim(bottom=1)
     axes.legend()
     figure.tight_layout()

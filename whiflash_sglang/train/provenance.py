@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from whiflash_sglang.train.config import TrainConfig
-from whiflash_sglang.train.store import FeatureStore
+from whiflash_sglang.train.store import FeatureStore, SequenceRecord
 
 _PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "whiflash-sglang")
 
@@ -61,9 +62,28 @@ def _revision() -> str | None:
     return done.stdout.strip() or None
 
 
+def trained_on(checkpoint: Path, store: FeatureStore) -> int:
+    """How many of a shard's first sequences a checkpoint was trained on, by its `provenance.json`.
+
+    All of them where the checkpoint has no such record.
+    """
+    file = checkpoint / "provenance.json"
+    if not file.exists():
+        return len(store.records)
+    for shard in json.loads(file.read_text()).get("data", []):
+        count = int(shard["sequences"])
+        if count <= len(store.records) and _digest(store.records[:count]) == shard["index_sha256"]:
+            return count
+    return 0
+
+
 def _describe(store: FeatureStore) -> dict[str, Any]:
     """Size of a shard and a digest of the sequences that it names."""
+    return {"sequences": len(store.records), "index_sha256": _digest(store.records)}
+
+
+def _digest(records: Sequence[SequenceRecord]) -> str:
     digest = hashlib.sha256()
-    for record in store.records:
+    for record in records:
         digest.update(json.dumps(record).encode())
-    return {"sequences": len(store.records), "index_sha256": digest.hexdigest()}
+    return digest.hexdigest()

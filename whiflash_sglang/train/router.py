@@ -1,143 +1,213 @@
-"""Training the neural router: both drafters replayed from the same prefixes, regression on the difference.
+"""Training the neural router: both drafters replayed from the same prefixes, regression on what they accept.
 
-ΔAL at an answer position is AL(EAGLE-3) - AL(DFlash) of a round that starts there (same-round counterfactuals);
-the input is the target's state after the final norm at the last committed position.
+ΔAL at an answer position is AL(EAGLE-3) - AL(DFlash) of a round that starts there (same-round counterfactuals,
+arXiv 2606.07710); the input is the target's state after the final norm at the last committed position. Two heads on
+the same hidden layer learn the accepted drafts of each. Answers are split by their id, never positions: those of one
+answer resemble each other.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from whiflash_sglang.models.router import ROUTER_FILE, Router
-from whiflash_sglang.train.evaluate import ARMS, Replay
+from whiflash_sglang.models.router import Router
+from whiflash_sglang.train.config import RouterTraining
+from whiflash_sglang.train.replay import ARMS, Replay
 
 
 class RouterData(NamedTuple):
-    """`states` [N, H] fp32; `delta` [N] EAGLE-3's accepted drafts minus DFlash's."""
+    """`states` [N, H] fp32; `accepted` [N, 2] fp32: drafts accepted of EAGLE-3 and of DFlash."""
 
     states: Tensor
-    delta: Tensor
+    accepted: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """[N]: ΔAL."""
+        return self.accepted[:, 0] - self.accepted[:, 1]
 
 
-class RouterQuality(NamedTuple):
-    """On held-out positions: R² of ΔAL; accuracy of its sign where it is not zero, of the router and of entropy."""
+@dataclass(frozen=True)
+class Split:
+    """Answers that the router learns from, and those that it never sees."""
 
-    r_squared: float
-    sign_accuracy: float
-    entropy_sign_accuracy: float
+    learn: list[Replay]
+    held_out: list[Replay]
 
 
-class RouterSettings(NamedTuple):
-    """Optimisation of the MLP. `width` of its hidden layer, `batch` positions a step."""
+def is_held_out(answer_id: str, share: float) -> bool:
+    """Whether an answer belongs to the held-out `share`: decided by its id alone, so calibration finds the same."""
+    return int(hashlib.sha256(answer_id.encode()).hexdigest(), 16) % 10_000 < share * 10_000
 
-    width: int = 256
-    epochs: float = 3.0
-    batch: int = 512
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    seed: int = 0
+
+def split(answers: Sequence[Replay], share: float) -> Split:
+    """Raises `ValueError` where one part would be empty."""
+    parts = Split(
+        [one for one in answers if not is_held_out(one.id, share)],
+        [one for one in answers if is_held_out(one.id, share)],
+    )
+    if not parts.learn or not parts.held_out:
+        raise ValueError(
+            f"{len(answers)} answers leave none to learn from or none to hold out (router.held_out {share}): "
+            "generate more with `whiflash train data`"
+        )
+    return parts
 
 
 def router_data(answers: Sequence[Replay]) -> RouterData:
     """All positions before a loop."""
-    states, deltas = [], []
+    states, accepted = [], []
     for answer in answers:
-        first, second = (answer.accepted[arm][: answer.loop_from] for arm in ARMS)
         states.append(answer.final[: answer.loop_from].float())
-        deltas.append(torch.from_numpy((first - second).astype(np.float32)))
-    return RouterData(torch.cat(states), torch.cat(deltas))
+        lengths = [torch.from_numpy(answer.accepted[arm][: answer.loop_from]) for arm in ARMS]
+        accepted.append(torch.stack(lengths, dim=1).float())
+    return RouterData(torch.cat(states), torch.cat(accepted))
+
+
+class _Rows(Dataset[dict[str, Tensor]]):
+    """Whole batches are gathered at once: positions are many and small."""
+
+    def __init__(self, data: RouterData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data.states)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {"states": self._data.states[rows], "accepted": self._data.accepted[rows]}
 
 
 class _Regression(nn.Module):
-    def __init__(self, router: Router) -> None:
+    """Mean squared error of ΔAL and of both heads, on standardised states."""
+
+    def __init__(self, router: Router, data: RouterData, dropout: float) -> None:
         super().__init__()
-        self.router = router
+        self.router, self.dropout = router, dropout
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", data.states.mean(0))
+        self.register_buffer("deviation", data.states.std(0).clamp(min=1e-6))
 
-    def forward(self, states: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return {"loss": nn.functional.mse_loss(self.router(states), delta)}
+    def forward(self, states: Tensor, accepted: Tensor) -> dict[str, Tensor]:
+        """→ {"loss": scalar}."""
+        states = F.dropout((states - self.mean) / self.deviation, self.dropout, self.training)
+        found = self.router.predict(states)
+        delta = accepted[:, 0] - accepted[:, 1]
+        return {"loss": F.mse_loss(found.delta, delta) + F.mse_loss(found.accepted, accepted)}
 
 
-def train_router(data: RouterData, out: Path, settings: RouterSettings) -> Router:
-    """Fit by mean squared error and write `<out>/router.safetensors`; goes on from a killed run's checkpoint."""
-    torch.manual_seed(settings.seed)
-    model = _Regression(Router(data.states.shape[1], settings.width))
+def fit(learn: RouterData, held_out: RouterData, run: Path, settings: RouterTraining, seed: int) -> Router:
+    """Fit by mean squared error; the epoch with the lowest error on the held-out answers is kept.
+
+    `run`: checkpoints of this very training (same data, same settings); a killed one goes on from there.
+    """
+    torch.manual_seed(seed)
+    model = _Regression(Router(learn.states.shape[1], settings.width, heads=True), learn, settings.dropout)
     arguments = TrainingArguments(
-        output_dir=str(out / "trainer"),
+        output_dir=str(run),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=8192,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         lr_scheduler_type="cosine",
-        save_steps=200,
+        warmup_steps=0.04,  # below 1: a share of all steps
+        eval_strategy="epoch",
+        save_strategy="epoch",
         save_total_limit=1,
-        logging_steps=50,
-        seed=settings.seed,
-        data_seed=settings.seed,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        label_names=["accepted"],
+        prediction_loss_only=True,
+        logging_strategy="epoch",
+        seed=seed,
+        data_seed=seed,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         remove_unused_columns=False,
     )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Rows(learn),
+        eval_dataset=_Rows(held_out),
+        data_collator=lambda batch: batch,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
+    (run / "log.json").write_text(json.dumps(trainer.state.log_history))
+    return model.router.cpu().standardised(model.mean.cpu(), model.deviation.cpu()).eval()
 
-    def collate(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        return {"states": torch.stack([x for x, _ in items]), "delta": torch.stack([y for _, y in items])}
 
-    trainer = Trainer(model=model, args=arguments, train_dataset=TensorDataset(*data), data_collator=collate)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if out.exists() else None)
-    out.mkdir(parents=True, exist_ok=True)
-    model.router.save(out / ROUTER_FILE)
-    return model.router
+def run_key(digest: str, parts: Split, settings: RouterTraining, seed: int) -> str:
+    """Names a training run: another pair of drafters, other answers or other settings are another run."""
+    ids = [[one.id for one in answers] for answers in (parts.learn, parts.held_out)]
+    text = json.dumps([digest, ids, settings.model_dump(), seed])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class RouterQuality(NamedTuple):
+    """On positions that the router was not trained on.
+
+    r_squared: of ΔAL; of the heads `r_squared_eagle3`, `r_squared_dflash`. sign_accuracy: where ΔAL is not zero, of
+    the router at threshold 0; entropy_sign_accuracy: of entropy at its best threshold on this very data, chosen in
+    hindsight in its favour; majority_sign_accuracy: of always naming the drafter that is better more often.
+    """
+
+    r_squared: float
+    r_squared_eagle3: float
+    r_squared_dflash: float
+    sign_accuracy: float
+    entropy_sign_accuracy: float
+    majority_sign_accuracy: float
 
 
 @torch.inference_mode()
 def router_quality(router: Router, data: RouterData, entropy: Tensor) -> RouterQuality:
-    """Figures on data that the router was not trained on.
-
-    Entropy's sign accuracy is that of its best threshold on this very data, chosen in hindsight in its favour.
-    """
-    predicted = router(data.states).cpu()
-    residual = (data.delta - predicted).square().sum()
-    total = (data.delta - data.delta.mean()).square().sum()
+    """`entropy` [N]: the target's, at the same positions."""
+    found = router.predict(data.states)
     decided = data.delta != 0
     positive = data.delta[decided] > 0
-    accuracy = ((predicted[decided] > 0) == positive).float().mean().item()
-    order = entropy[decided].argsort()
+    correct = (found.delta[decided] > 0) == positive
+    order = entropy[decided].argsort(stable=True)
     above = positive[order].flip(0).cumsum(0).flip(0)  # positives from the threshold on
     below = (~positive[order]).cumsum(0) - (~positive[order]).long()
-    best = (above + below).max().item() / len(order)
-    return RouterQuality(1 - (residual / total).item(), accuracy, best)
+    share = positive.float().mean().item()
+    return RouterQuality(
+        _r_squared(found.delta, data.delta),
+        _r_squared(found.accepted[:, 0], data.accepted[:, 0]),
+        _r_squared(found.accepted[:, 1], data.accepted[:, 1]),
+        correct.float().mean().item(),
+        (above + below).max().item() / len(order),
+        max(share, 1 - share),
+    )
+
+
+def _r_squared(predicted: Tensor, measured: Tensor) -> float:
+    residual = (measured - predicted).square().sum()
+    return 1 - (residual / (measured - measured.mean()).square().sum()).item()
+
+
+class Bin(NamedTuple):
+    """A tenth of the positions, by prediction: mean predicted and mean measured ΔAL."""
+
+    predicted: float
+    measured: float
 
 
 @torch.inference_mode()
-def router_choices(router: Router, answer: Replay, threshold: float) -> dict[int, str]:
-    """The arm of every position: EAGLE-3 where the predicted ΔAL exceeds `threshold`."""
-    eagle3, dflash = ARMS
-    predicted = router(answer.final.float()).tolist()
-    return {position: eagle3 if value > threshold else dflash for position, value in enumerate(predicted)}
-
-
-def write_calibration_plot(router: Router, data: RouterData, path: Path) -> None:
-    """Predicted against measured ΔAL, the mean of each tenth of the predictions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with torch.inference_mode():
-        predicted = router(data.states).cpu()
-    parts = predicted.argsort().chunk(10)
-    points: list[Any] = [(predicted[part].mean().item(), data.delta[part].mean().item()) for part in parts]
-    figure, axes = pyplot.subplots(figsize=(4, 4))
-    axes.plot(*zip(*points, strict=True), "o-")
-    axes.axline((0, 0), slope=1, linestyle="dotted", color="black")
-    axes.set_xlabel("predicted ΔAL (EAGLE-3 - DFlash)")
-    axes.set_ylabel("measured ΔAL")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def calibration_bins(router: Router, data: RouterData) -> list[Bin]:
+    """Tenths of the predictions in ascending order."""
+    predicted = router(data.states)
+    parts: Any = predicted.argsort().chunk(10)
+    return [Bin(predicted[part].mean().item(), data.delta[part].mean().item()) for part in parts]

@@ -1,0 +1,217 @@
+"""What every arm would have accepted at every position of an answer, without a server.
+
+The text is the target's own whoever drafts, so an arm is replayed at every answer position: how many of its draft
+tokens agree with the text that followed. All arms start from the same committed prefix (same-round counterfactuals,
+arXiv 2606.07710), which is what routers learn from and what oracles are made of.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor
+
+from whiflash_sglang.lookup.calibration import MatchCalibration
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train.batches import Batch, unpack
+from whiflash_sglang.train.copying import replay_lookup
+from whiflash_sglang.train.dflash import choose_anchors, run_blocks
+from whiflash_sglang.train.eagle3 import plan_chains, unroll
+from whiflash_sglang.train.loops import loop_start
+from whiflash_sglang.train.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.store import Sequence as Stored
+
+ARMS = ("eagle3", "dflash")
+"""The trained drafters, between which the paper's routers choose."""
+
+LOOKUP = "lookup"
+ALL_ARMS = (*ARMS, LOOKUP)
+
+_HEAD_ROWS = 512  # rows multiplied with the whole vocabulary at once
+
+Lengths = NDArray[np.int64]
+
+
+class Replay(NamedTuple):
+    """One answer with what each arm would have accepted.
+
+    `accepted` arm → [P] draft tokens accepted by a round starting at answer position i (its bonus token is
+    answer token i, P = answer tokens - 1). `final` [P, H] the target's state at the last committed token of
+    that round. `loop_from`: answer position from which the text repeats itself, P where it never does.
+    `matched` [P] bool: whether the last two tokens occurred before, so that there is something to copy.
+    """
+
+    id: str
+    category: str
+    accepted: dict[str, Lengths]
+    final: Tensor
+    loop_from: int
+    matched: NDArray[np.bool_]
+
+    @property
+    def positions(self) -> int:
+        """P: places where a round can start."""
+        return len(self.accepted[ARMS[0]])
+
+
+class Pair(NamedTuple):
+    """Both drafters, and a digest of their weights and the chain's length, under which replays are kept."""
+
+    eagle3: Eagle3Drafter
+    dflash: DFlashDrafter
+    eagle_steps: int
+    digest: str
+
+    @classmethod
+    def load(cls, eagle3: Path, dflash: Path, target: TargetModel, eagle_steps: int) -> "Pair":
+        """Read both checkpoints. Raises `CheckpointError` where one does not fit the target."""
+        digest = hashlib.sha256(str(eagle_steps).encode())
+        for path in (eagle3, dflash):
+            for file in sorted(path.glob("*.safetensors")):
+                digest.update(file.read_bytes())
+        options = {"device": target.device, "dtype": target.dtype, "target_embedding": target.embedding}
+        return cls(
+            Eagle3Drafter.load(eagle3, **options, target_lm_head=target.head),
+            DFlashDrafter.load(dflash, **options, target_lm_head=target.head),
+            eagle_steps,
+            digest.hexdigest()[:16],
+        )
+
+
+class ReplayLog:
+    """Accepted lengths of the trained drafters on disk, one line an answer, so that a killed replay goes on."""
+
+    def __init__(self, directory: Path, pair: Pair) -> None:
+        """Open or create `<directory>/replay-<digest>.jsonl`; a half-written last line is dropped."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / f"replay-{pair.digest}.jsonl"
+        self.known: dict[str, dict[str, Lengths]] = {}
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+                self.known[row["id"]] = {arm: np.array(row[arm], dtype=np.int64) for arm in ARMS}
+            except (json.JSONDecodeError, KeyError):
+                break
+        if len(self.known) < len(lines):
+            staged = self._path.with_suffix(".partial")
+            staged.write_text("".join(_line(name, lengths) for name, lengths in self.known.items()))
+            staged.replace(self._path)
+
+    def add(self, name: str, lengths: Mapping[str, Lengths]) -> None:
+        """Append one answer."""
+        self.known[name] = dict(lengths)
+        with self._path.open("a") as file:
+            file.write(_line(name, lengths))
+
+
+def _line(name: str, lengths: Mapping[str, Lengths]) -> str:
+    return json.dumps({"id": name, **{arm: lengths[arm].tolist() for arm in ARMS}}) + "\n"
+
+
+class Source(NamedTuple):
+    """Where an answer is stored."""
+
+    store: FeatureStore
+    record: SequenceRecord
+
+
+def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None = None) -> list[Replay]:
+    """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
+
+    The lookup arm's calibration learns from answer to answer, as in one server.
+
+    Raises:
+        ValueError: no answer is long enough.
+    """
+    calibration = MatchCalibration()
+    answers = []
+    for store, record in track(list(sources), description="replaying drafters"):
+        if record.length - record.prompt_length < 2:
+            continue
+        sequence = store.read(record)
+        lengths = log.known.get(record.id) if log is not None else None
+        if lengths is None:
+            lengths = replay_drafters(pair, sequence, store.layers)
+            if log is not None:
+                log.add(record.id, lengths)
+        answers.append(_assemble(sequence, lengths, calibration))
+    if not answers:
+        raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
+    return answers
+
+
+def _assemble(sequence: Stored, lengths: dict[str, Lengths], calibration: MatchCalibration) -> Replay:
+    record = sequence.record
+    copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, calibration)
+    positions = record.length - record.prompt_length - 1
+    answer = sequence.tokens[record.prompt_length :].tolist()
+    start = loop_start(answer[:-1] if record.finished else answer)
+    return Replay(
+        record.id,
+        record.category,
+        {**lengths, LOOKUP: copied.accepted},
+        # A copy: a view would keep the features of the whole sequence in memory.
+        sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
+        positions if start is None else min(start, positions),
+        copied.matched,
+    )
+
+
+@torch.inference_mode()
+def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dict[str, Lengths]:
+    """Accepted drafts of both trained drafters at every answer position."""
+    record = sequence.record
+    batch = unpack(
+        sequence.tokens,
+        sequence.features,
+        sequence.final,
+        torch.tensor([record.length]),
+        torch.tensor([record.prompt_length]),
+    )
+    return {
+        "eagle3": _chain_lengths(pair.eagle3, batch, capture, pair.eagle_steps),
+        "dflash": _block_lengths(pair.dflash, batch, capture),
+    }
+
+
+def _chain_lengths(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int) -> Lengths:
+    layers = drafter.config.target_layer_ids
+    if not layers:
+        raise ValueError("the EAGLE-3 checkpoint names no eagle_aux_hidden_state_layer_ids")
+    plan = plan_chains(batch)
+    columns = [list(capture).index(layer) for layer in layers]
+    wanted = batch.tokens[plan.label_tokens]
+    hits = []
+    for step, logits in enumerate(unroll(drafter, batch, plan, columns, steps)):
+        valid = plan.steps_left > step
+        label = torch.where(valid, plan.label + step, 0)
+        hits.append(valid & (drafter.target_ids(logits.argmax(-1)) == wanted[label]))
+    lengths: Lengths = torch.stack(hits, 1).cumprod(1).sum(1).cpu().numpy()
+    return lengths
+
+
+def _block_lengths(drafter: DFlashDrafter, batch: Batch, capture: Sequence[int]) -> Lengths:
+    blocks = choose_anchors(batch, per_token=1.0)
+    columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
+    hidden = run_blocks(drafter, batch, blocks, columns)
+    accepted = torch.zeros(len(blocks.anchor), dtype=torch.int64)
+    alive = torch.arange(len(blocks.anchor))
+    # The head over the whole vocabulary is most of the work, and a draft after a wrong one does not matter.
+    for offset in range(1, drafter.block_size):
+        alive = alive[blocks.anchor[alive] + offset < batch.spans[0].length]
+        states = hidden[alive, offset - 1]
+        if not len(alive):
+            break
+        drafts = torch.cat([drafter.logits(part).argmax(-1) for part in states.split(_HEAD_ROWS)])
+        alive = alive[drafts == batch.tokens[blocks.anchor[alive] + offset]]
+        accepted[alive] += 1
+    return accepted.numpy()
