@@ -20,6 +20,8 @@ EMBEDDED_BUNDLE = "smollm2-135m-instruct"
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
 Positive = Annotated[int, Field(gt=0)]
 T = TypeVar("T")
+DeltaSign = Literal["ar-minus-diffusion", "diffusion-minus-ar"]
+NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -35,19 +37,30 @@ class EntropyRouter(_Strict):
 
 
 class NeuralRouter(_Strict):
-    """path: a .safetensors file or a directory. threshold: on the predicted ΔAL, in tokens."""
+    """path: a .safetensors file or a directory. threshold: on the predicted ΔAL = AL(EAGLE-3) - AL(DFlash), in tokens.
+    min_dwell: rounds an arm is kept at least. delta_sign: for files that do not say which way round they predict.
+    """
 
     path: str
     threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    delta_sign: Literal["ar-minus-diffusion", "diffusion-minus-ar"] | None = None
+    min_dwell: Annotated[int, Field(ge=0)] = 1
+    delta_sign: DeltaSign | None = None
 
 
 class Lookup(_Strict):
-    """The copying arm. max_width: drafts at most. min_match: shortest suffix match worth copying from."""
+    """The copying arm.
+
+    max_width: drafts at most. min_match: shortest suffix match worth copying from. seed: chances that a copied token
+    is right before anything was seen, as `whiflash lookup-seed` measures them. memory_mib: MiB of recent outputs of
+    all tenants to copy from across requests, 0 for none; memory_minutes: how old they may get.
+    """
 
     enabled: bool = True
     max_width: Positive = 16
-    min_match: Positive = 2
+    min_match: Positive = 1
+    seed: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], ...], ...] | None = None
+    memory_mib: Annotated[int, Field(ge=0)] = 0
+    memory_minutes: Positive = 30
 
 
 class Manifest(_Strict):
@@ -76,6 +89,7 @@ class Flags(_Strict):
     router: RouterName | None = None
     neural_router_path: str | None = None
     neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    neural_router_sign: DeltaSign | None = None
     tree_budget: int | None = None
     entropy_threshold: Nats | None = None
     min_dwell: Annotated[int, Field(ge=0)] | None = None
@@ -225,8 +239,16 @@ def changed(settings: Settings, change: Any) -> Settings:
         min_dwell=settings.entropy.min_dwell if wanted.min_dwell is None else wanted.min_dwell,
     )
     neural = settings.neural
-    if neural is not None and wanted.neural_router_threshold is not None:
-        neural = neural.model_copy(update={"threshold": wanted.neural_router_threshold})
+    if neural is None and (wanted.router == "neural" or wanted.neural_router_threshold is not None):
+        raise ConfigError(f"this server was started without a neural router: {NO_ROUTER}")
+    if neural is not None:
+        threshold, dwell = wanted.neural_router_threshold, wanted.min_dwell
+        neural = neural.model_copy(
+            update={
+                "threshold": neural.threshold if threshold is None else threshold,
+                "min_dwell": neural.min_dwell if dwell is None else dwell,
+            }
+        )
     return settings.model_copy(
         update={"router": wanted.router or settings.router, "entropy": entropy, "neural": neural}
     )
@@ -236,15 +258,19 @@ def _neural(flags: Flags, manifest: Manifest | None, draft_path: Path) -> Neural
     shipped = manifest.router if manifest else None
     if flags.neural_router_path is None and shipped is None:
         if flags.router == "neural":
-            raise ConfigError(
-                "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
-            )
+            raise ConfigError(NO_ROUTER)
         return None
-    path = flags.neural_router_path or str(draft_path / _need(shipped).path)
-    threshold = flags.neural_router_threshold
-    if threshold is None:
-        threshold = shipped.threshold if shipped else 0.0
-    return NeuralRouter(path=path, threshold=threshold, delta_sign=shipped.delta_sign if shipped else None)
+    if flags.neural_router_path is None:
+        base = _need(shipped).model_copy(update={"path": str(draft_path / _need(shipped).path)})
+    else:
+        # Another file: the bundle's threshold and sign were made for its own.
+        base = NeuralRouter(path=flags.neural_router_path)
+    given = {
+        "threshold": flags.neural_router_threshold,
+        "delta_sign": flags.neural_router_sign,
+        "min_dwell": flags.min_dwell,
+    }
+    return base.model_copy(update={key: value for key, value in given.items() if value is not None})
 
 
 def _need(value: T | None) -> T:

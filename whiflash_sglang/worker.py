@@ -8,7 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import Committed, MixedBlock, accept_and_commit, prepare_mixed_block, routing_stats
+from whiflash_kernels import (
+    Committed,
+    MixedBlock,
+    accept_and_commit,
+    prepare_mixed_block,
+    router_mlp,
+    routing_stats,
+)
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.sync import DraftSync
@@ -28,12 +35,14 @@ from whiflash_sglang.compat.streamer import trace_log
 from whiflash_sglang.compat.target import Target, Verified
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import DraftBatch, Drafter
-from whiflash_sglang.drafters.build import build_drafters
+from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.profile import profile_drafts
+from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller, Outlook
 from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.neural import note
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 
@@ -58,10 +67,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target = Target(target_worker)
         self.drafters: dict[str, Drafter] = {d.arm: d for d in build_drafters(self.settings, self.target)}
         captured = sorted({i for d in self.drafters.values() for i in d.captured_layers})
-        self.target.capture(captured, final_hidden=False)
+        self.router = load_router(self.settings.neural, self.target)
+        self.target.capture(captured, final_hidden=self.router is not None)
         self.clock = RoundClock()
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
-        policy = build_policy(self.settings)
+        policy = build_policy(self.settings, heads=self._has_heads)
         self.controller = Controller(policy, MeasuredCosts(self._widest), vocabulary, trace_log)
         self.sync = DraftSync(
             self.drafters,
@@ -100,13 +110,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def settings_with(self, change: Any) -> Settings:
         """The settings after a change of policy. Raises ConfigError naming the field that is wrong."""
         settings = changed(self.settings, change)
-        build_policy(settings)
+        build_policy(settings, heads=self._has_heads)
         return settings
 
     def reconfigure(self, change: Any) -> None:
         """Change the policy while serving; running requests go on under the new one."""
         self.settings = self.settings_with(change)
-        self.controller.policy = build_policy(self.settings)
+        self.controller.policy = build_policy(self.settings, heads=self._has_heads)
 
     def snapshot(self) -> dict[str, Any]:
         """State for metrics and the benchmark: policy, running requests, where the rounds' time went."""
@@ -287,10 +297,17 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             verified.features, predictions, requests.rows, requests.starts, committed.accept_lens, starts
         )
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
-        if "entropy" in self.controller.policy.needs:
-            stats = routing_stats(verified.logits, starts + committed.accept_lens - 1)
+        needs, last = self.controller.policy.needs, starts + committed.accept_lens - 1
+        if "entropy" in needs:
+            stats = routing_stats(verified.logits, last)
             for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
                 self.controller.lanes[row].entropy = entropy
+        if "delta" in needs:
+            if self.router is None or verified.final_hidden is None:
+                raise AssertionError("no policy needs a router that was not loaded")
+            outputs = router_mlp(verified.final_hidden[last], *self.router)
+            for row, predicted in zip(requests.row_ids, outputs.tolist(), strict=True):
+                note(self.controller.lanes[row], predicted)
 
     def _learn(
         self, requests: RoundBatch, routes: Sequence[str], widths: Sequence[int], committed: Committed
@@ -306,6 +323,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 self.drafters[arm].observe(row, width - 1, count - 1)
         return sum(counts)
 
+    @property
+    def _has_heads(self) -> bool:
+        """Whether the router predicts acceptance lengths too."""
+        return self.router is not None and len(self.router.w2) > 1
+
     def _widest(self, arm: str) -> int:
         """Most rows that a request routed to `arm` verifies."""
         return self.drafters[arm].max_drafts + 1 if arm in self.drafters else 1
@@ -314,9 +336,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _open(self, row: int, req: Any) -> None:
         """A request begins in `row`, or begins again after a retraction."""
+        hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
         for drafter in self.drafters.values():
-            drafter.release(row)
-        self.controller.open(row, req.rid, _hints_of(req), req.output_ids)
+            drafter.begin(row, hints, tenant)
+        self.controller.open(row, req.rid, hints, req.output_ids)
         self.tokens.begin(row, len(req.origin_input_ids), req.output_ids)
 
     def prepare_for_kv_cache_release(self, req: Any) -> None:
@@ -330,6 +353,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             return
         if enters_tree:
             self.sync.flush(row, req.owned_kv_len())
+            for drafter in self.drafters.values():
+                drafter.finish(row, req.output_ids_through_stop)
         self._forget(row)
 
     def _forget(self, row: int) -> None:

@@ -5,6 +5,7 @@ The values ride on `server_args._whiflash`: SGLang pickles underscore attributes
 
 import argparse
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine
@@ -24,6 +25,8 @@ _HELP = {
     "paper's, per request), or one arm pinned: ar, diffusion, lookup, none. random exists for tests.",
     "neural_router_path": "Neural router: hub id, directory or .safetensors file.",
     "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
+    "neural_router_sign": "What the router file predicts, where it does not say: ar-minus-diffusion or "
+    "diffusion-minus-ar.",
     "tree_budget": "Reserved for the tree drafter.",
     "entropy_threshold": "Entropy router: leave the diffusion drafter above this many nats.",
     "min_dwell": "Rounds a request keeps its drafter at least before switching.",
@@ -108,6 +111,8 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     local = hub.fetch(path) if path else hub.default_bundle_for(server_args.model_path)
     if flags.eagle_draft:
         flags = flags.model_copy(update={"eagle_draft": str(hub.fetch(flags.eagle_draft))})
+    if flags.neural_router_path and not Path(flags.neural_router_path).is_file():
+        flags = flags.model_copy(update={"neural_router_path": str(hub.fetch(flags.neural_router_path))})
     settings = resolve(flags, local)
     server_args._whiflash = settings
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.

@@ -85,7 +85,9 @@ class Target:
 
     def prefill(self, batch: Any) -> Any:
         """Target forward and first token of an extend batch; `.logits_output.hidden_states` is [tokens, F]."""
-        return self.worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
+        result = self.worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
+        result.logits_output.last_hidden_states = None  # nothing reads a prompt's
+        return result
 
     def verify(self, batch: Any, block: MixedBlock, widths: Sequence[int]) -> Verified:
         """One forward over the packed rows of all requests (design: a narrow row costs what it is wide)."""

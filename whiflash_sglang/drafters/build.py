@@ -1,14 +1,19 @@
-"""The arms that the settings ask for."""
+"""The arms that the settings ask for, and the router between them."""
+
+from pathlib import Path
+
+import torch
 
 from whiflash_sglang.checkpoints import block_size_of, check_pair, dflash_layers, eagle3_layers
 from whiflash_sglang.compat.target import Target
-from whiflash_sglang.config import Settings
+from whiflash_sglang.config import NeuralRouter, Settings
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.router import Layers, Router
 
 
 def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
@@ -42,5 +47,23 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
         DFlashArm(dflash, captured, for_dflash, block, positions),
     ]
     if settings.lookup.enabled:
-        drafters.append(LookupArm(settings.lookup.max_width, settings.lookup.min_match))
+        drafters.append(LookupArm(settings.lookup))
     return drafters
+
+
+def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
+    """The router's weights in fp32 on the target's device; None where the settings name no router.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, does not fit the target, or does not say its sign.
+    """
+    if settings is None:
+        return None
+    router = Router.load(
+        Path(settings.path),
+        hidden_size=target.shape.hidden_size,
+        device=target.device,
+        dtype=torch.float32,
+        delta_sign=settings.delta_sign,
+    )
+    return router.layers()

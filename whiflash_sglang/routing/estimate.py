@@ -20,6 +20,9 @@ PRIOR_WEIGHT = 2.0
 SHARED_WEIGHT = 3.0
 """Rounds of its own after which a request believes itself as much as the shared mean."""
 
+PREDICTED_WEIGHT = 24.0
+"""The same for a router's prediction, which knows the very position: recent rounds correct its level only."""
+
 MEMORY = 400.0
 """Rounds after which an old observation of a context counts for little."""
 
@@ -54,10 +57,13 @@ class AcceptanceEstimator:
         """Expected acceptance length of the request's next round with `arm`."""
         overall = self._shrunk(self._by_arm.get(arm), PRIOR_LENGTH, PRIOR_WEIGHT)
         shared = self._shrunk(self._by_context.get((arm, context_of(signals))), overall, 4.0)
+        believed, weight = shared, SHARED_WEIGHT
+        if arm in signals.predicted:
+            believed, weight = signals.predicted[arm], PREDICTED_WEIGHT
         recent = signals.recent.get(arm)
         if recent is None:
-            return shared
-        return (shared * SHARED_WEIGHT + recent.total) / (SHARED_WEIGHT + recent.weight)
+            return believed
+        return (believed * weight + recent.total) / (weight + recent.weight)
 
     @staticmethod
     def _shrunk(mean: Mean | None, towards: float, weight: float) -> float:

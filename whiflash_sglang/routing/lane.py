@@ -21,7 +21,7 @@ RECENT_ROUNDS = 8.0
 class Lane:
     """Host-side state of a request, from its prefill to its end.
 
-    entropy, top1, margin, delta, expected: see `Signals`. reason: why the last round was routed as it was;
+    entropy, top1, margin, delta, predicted: see `Signals`. reason: why the last round was routed as it was;
     context: in what context that was decided.
     """
 
@@ -35,7 +35,7 @@ class Lane:
     top1: float = math.nan
     margin: float = math.nan
     delta: float = math.nan
-    expected: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
     recent: dict[str, Mean] = field(default_factory=dict)
     context: Context = (-1, None)
 
@@ -59,7 +59,8 @@ class Lane:
             top1=self.top1,
             margin=self.margin,
             recent=self.recent,
-            expected={**self.expected, **known},
+            expected=known,
+            predicted=self.predicted,
             delta=self.delta,
             span=self.span,
             previous=self.previous,

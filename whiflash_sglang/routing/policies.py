@@ -43,7 +43,7 @@ class Policy(Protocol):
         ...
 
 
-class _Blind:
+class Blind:
     """What policies have in common that only order arms and learn nothing while serving."""
 
     prices_batches = False
@@ -53,7 +53,7 @@ class _Blind:
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned(_Blind):
+class Pinned(Blind):
     """Always the same arm where it may draft; plain decoding where it may not."""
 
     name: str
@@ -66,7 +66,7 @@ class Pinned(_Blind):
 
 
 @dataclass(frozen=True, slots=True)
-class EntropyPolicy(_Blind):
+class EntropyPolicy(Blind):
     """Leave the diffusion drafter where the target's entropy exceeds τ (arXiv 2606.07710, entropy router).
 
     tau: nats. min_dwell: rounds an arm is kept before the next switch, since blind switching every block
@@ -89,7 +89,7 @@ class EntropyPolicy(_Blind):
 
 
 @dataclass(slots=True)
-class RandomPolicy(_Blind):
+class RandomPolicy(Blind):
     """Switches at random every round. It exists to test that switching never changes text."""
 
     seed: int = 0
@@ -113,14 +113,15 @@ class AutoPolicy:
     """Expected accepted tokens of every arm, from what it says of itself or from running means.
 
     Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm
-    that is never chosen is probed every `PROBE_ROUNDS` rounds.
+    that is never chosen is probed every `PROBE_ROUNDS` rounds. Where a router with heads is loaded (`heads`), its
+    predictions take the means' place.
     """
 
     name = "auto"
-    needs = frozenset({"entropy"})
     prices_batches = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, heads: bool = False) -> None:
+        self.needs = frozenset({"entropy", "delta"} if heads else {"entropy"})
         self.estimator = AcceptanceEstimator()
         self._idle: dict[str, int] = {}
 

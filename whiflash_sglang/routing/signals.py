@@ -27,8 +27,10 @@ class Signals:
 
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
         verified position; NaN when it was not measured. top1, margin: probabilities of the same distribution.
-    recent: arm → decayed mean of the request's own acceptance lengths with that arm (bonus token included).
-    expected: arm → acceptance length it expects of the next round, where the arm or a learned head tells.
+    recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
+        outside spans (bonus token included).
+    expected: arm → acceptance length of the next round, where the arm itself tells. predicted: where a router's heads
+        tell.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
     allowed: arms that may draft for this request.
@@ -41,6 +43,7 @@ class Signals:
     margin: float = math.nan
     recent: Mapping[str, Mean] = field(default_factory=dict)
     expected: Mapping[str, float] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
     span: OpenSpan | None = None
     previous: str | None = None

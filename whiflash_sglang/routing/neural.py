@@ -1,0 +1,45 @@
+"""The paper's neural router as a policy, and what a router's predictions are to a request. Imports no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from whiflash_sglang import arms
+from whiflash_sglang.routing.lane import Lane
+from whiflash_sglang.routing.policies import PREFERRED, Blind, Scores
+from whiflash_sglang.routing.signals import Signals
+
+HEAD_ARMS = (arms.AR, arms.DIFFUSION)
+"""Arms of a router's heads, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeuralPolicy(Blind):
+    """EAGLE-3 where the predicted ΔAL = AL(EAGLE-3) - AL(DFlash) exceeds a threshold, else DFlash (arXiv 2606.07710).
+
+    threshold: tokens. min_dwell: rounds an arm is kept before the next switch. A request's first round comes before
+    any prediction; there ΔAL counts as 0.
+    """
+
+    threshold: float
+    min_dwell: int = 1
+    name: str = "neural"
+    needs: frozenset[str] = field(default=frozenset({"delta"}))
+
+    def score(self, signals: Signals) -> Scores:
+        delta = 0.0 if math.isnan(signals.delta) else signals.delta
+        order = [arms.AR, arms.DIFFUSION] if delta > self.threshold else [arms.DIFFUSION, arms.AR]
+        if signals.previous in order and signals.dwell < self.min_dwell:
+            order.sort(key=lambda arm: arm != signals.previous)
+        scores = {arm: PREFERRED - rank for rank, arm in enumerate(order) if arm in signals.allowed}
+        return {**scores, arms.NONE: 0.0}
+
+
+def note(lane: Lane, outputs: Sequence[float]) -> None:
+    """Keep a router's outputs for a request's next round: ΔAL, and the accepted drafts of `HEAD_ARMS` from its heads.
+
+    A router without heads leaves `lane.predicted` empty.
+    """
+    delta, *accepted = outputs
+    lane.delta = delta
+    lane.predicted = {arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(HEAD_ARMS, accepted, strict=False)}
