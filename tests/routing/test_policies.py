@@ -74,5 +74,5 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     assert (lane.previous, lane.dwell) == ("diffusion", 1)
     lane.committed("diffusion", [1, 2, 3, 4])
     lane.committed("diffusion", [1, 2])
-    recent = lane.recent["diffusion"]
+    recent = lane.signals(10, {}).recent["diffusion"]
     assert 2.0 < recent.total / recent.weight < 4.0

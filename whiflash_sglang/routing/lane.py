@@ -21,8 +21,9 @@ RECENT_ROUNDS = 8.0
 class Lane:
     """Host-side state of a request, from its prefill to its end.
 
-    entropy, top1, margin, delta, predicted: see `Signals`. reason: why the last round was routed as it was;
-    context: in what context that was decided.
+    entropy, top1, margin, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
+    None outside spans, since what an arm accepts in prose says little of tool calls. reason: why the last round was
+    routed as it was; context: in what context that was decided.
     """
 
     rid: str
@@ -36,7 +37,7 @@ class Lane:
     margin: float = math.nan
     delta: float = math.nan
     predicted: dict[str, float] = field(default_factory=dict)
-    recent: dict[str, Mean] = field(default_factory=dict)
+    recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
     context: Context = (-1, None)
 
     @property
@@ -51,6 +52,7 @@ class Lane:
 
     def signals(self, length: int, outlook: Mapping[str, float | None]) -> Signals:
         """What a policy may know; `outlook`: arms that may draft, with what they expect of themselves or None."""
+        span = self.span
         known = {arm: expected for arm, expected in outlook.items() if expected is not None}
         return Signals(
             length=length,
@@ -58,11 +60,11 @@ class Lane:
             entropy=self.entropy,
             top1=self.top1,
             margin=self.margin,
-            recent=self.recent,
+            recent=self.recent_by_kind.get(span.kind if span else None, {}),
             expected=known,
             predicted=self.predicted,
             delta=self.delta,
-            span=self.span,
+            span=span,
             previous=self.previous,
             dwell=self.dwell,
         )
@@ -71,7 +73,13 @@ class Lane:
         """The policy's scores with this request's hints applied; remembers what decided."""
         signals = self.signals(length, outlook)
         self.context = context_of(signals)
-        hinted = apply_hints(policy.score(signals), signals.span, signals.allowed, off=self.hints.off)
+        hinted = apply_hints(
+            policy.score(signals),
+            signals.span,
+            signals.allowed,
+            off=self.hints.off,
+            measured=signals.recent if policy.prices_batches else None,
+        )
         self.reason = hinted.reason
         return hinted.scores
 
@@ -83,7 +91,8 @@ class Lane:
     def committed(self, arm: str, tokens: Sequence[int]) -> TraceRound:
         """A round of `arm` committed `tokens`, the bonus token last."""
         span = self.span
-        self.recent.setdefault(arm, Mean()).add(len(tokens), RECENT_ROUNDS)
+        recent = self.recent_by_kind.setdefault(span.kind if span else None, {})
+        recent.setdefault(arm, Mean()).add(len(tokens), RECENT_ROUNDS)
         if self.tracker is not None:
             self.tracker.push(tokens)
         return TraceRound(arm, len(tokens), self.reason, span.kind if span else None)
