@@ -1,112 +1,164 @@
 """The index against a search of the whole text, and its bounds on adversarial text."""
 
-import itertools
 import random
+from collections.abc import Sequence
+from itertools import product
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.lookup.calibration import BUCKETS, MatchCalibration
-from whiflash_sglang.lookup.index import MAX_CANDIDATES, MAX_MATCH, SuffixIndex
+from whiflash_sglang.lookup import index as index_module
+from whiflash_sglang.lookup.index import GAP, MAX_CANDIDATES, MAX_MATCH, MAX_STEPS, SuffixIndex
+
+TEXTS = st.lists(st.integers(0, 3), max_size=60)
 
 
-def by_search(text: list[int]) -> int:
-    """Length of the longest earlier occurrence of the text's end, searched in every place."""
-    end, best = len(text) - 1, 0
-    for place in range(end):
+def occurrences(text: Sequence[int], suffix: Sequence[int], *, own: bool) -> dict[int, int]:
+    """Source of every occurrence of the suffix's last token → length of the match, searched in every place."""
+    found = {}
+    for place in range(len(text) - own):
         length = 0
-        while length <= place and length < MAX_MATCH and text[place - length] == text[end - length]:
+        while length <= place and length < min(len(suffix), MAX_MATCH):
+            if text[place - length] != suffix[-1 - length]:
+                break
             length += 1
-        best = max(best, length)
-    return best if best >= 2 else 0
+        if length:
+            found[place + 1] = length
+    return found
+
+
+def newest(found: dict[int, int]) -> list[tuple[int, int]]:
+    """(length, source) of the places that a query keeps."""
+    wanted = {source: length for source, length in found.items() if length > 1} or found
+    return [(wanted[source], source) for source in sorted(wanted, reverse=True)[:MAX_CANDIDATES]]
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(1, 7), max_size=12))
-def test_a_match_is_real_and_the_longest(text: list[int], cuts: list[int]) -> None:
+@given(TEXTS, st.lists(st.integers(1, 7), max_size=12))
+def test_own_text_however_it_was_appended(text: list[int], cuts: list[int]) -> None:
     index, at = SuffixIndex(), 0
     for cut in [*cuts, len(text)]:
         index.extend(text[at : at + cut])
         at += cut
-    text = text[:at]
-    match = index.match()
-    if match.length:
-        assert text[match.source - match.length : match.source] == text[len(text) - match.length :]
-    longest = by_search(text)
-    occurrences = sum(text[i : i + 2] == text[-2:] for i in range(len(text) - 2))
-    assert match.length == longest or (match.length <= longest and occurrences > MAX_CANDIDATES)
+    assert len(index) == len(text)
+    assert [place[:2] for place in index.places()] == newest(occurrences(text, text, own=True))
 
 
-def test_the_newest_of_equal_matches_is_copied() -> None:
-    index = SuffixIndex([1, 2, 9, 1, 2, 7, 1, 2])
-    match = index.match()
-    assert (match.length, list(index.continuation(match.source, 3))) == (2, [7, 1, 2])
+@settings(deadline=None, max_examples=300)
+@given(st.lists(TEXTS, max_size=4), TEXTS)
+def test_other_texts(texts: list[list[int]], suffix: list[int]) -> None:
+    index = SuffixIndex(growing=False)
+    for text in texts:
+        index.extend([*text, GAP])
+    joined = [token for text in texts for token in (*text, GAP)]
+    found = index.places_of(suffix)
+    assert [place[:2] for place in found] == newest(occurrences(joined, suffix, own=False))
+    for place in found:
+        ahead = list(place.continuation(8))
+        assert GAP not in ahead
+        assert ahead == joined[place.source : place.source + len(ahead)]
+        assert len(ahead) == 8 or joined[place.source + len(ahead)] == GAP
+
+
+def test_large_ids_and_growth_beyond_the_first_tables() -> None:
+    rng = random.Random(3)
+    text = [rng.randrange(200_000) for _ in range(700)]
+    text += text[100:130]
+    place = SuffixIndex(text).places()[0]
+    assert (place.length, place.source) == (30, 130)
+    assert list(place.continuation(3)) == text[130:133]
 
 
 def test_a_repeated_unit_continues_itself() -> None:
-    index = SuffixIndex([5, 6, 7] * 4)
-    match = index.match()
-    assert list(index.continuation(match.source, 7)) == [5, 6, 7, 5, 6, 7, 5]
+    place = SuffixIndex([5, 6, 7] * 4).places()[0]
+    assert list(place.continuation(7)) == [5, 6, 7, 5, 6, 7, 5]
 
 
 def test_nothing_to_copy() -> None:
-    assert SuffixIndex([]).match().length == 0
-    assert SuffixIndex([4]).match().length == 0
-    assert SuffixIndex(range(100)).match().length == 0
+    assert SuffixIndex([]).places() == []
+    assert SuffixIndex([4]).places() == []
+    assert SuffixIndex(range(100)).places() == []
+    assert SuffixIndex(growing=False).places_of([1, 2]) == []
+    assert SuffixIndex([1, 2], growing=False).places_of([]) == []
 
 
-def test_work_of_a_query_is_bounded() -> None:
-    """Comparisons, counted: one token repeated, and a de Bruijn sequence, stay within the stated bound."""
-
-    class Counting(SuffixIndex):
-        """Counts the tokens that a query reads."""
-
-        reads = 0
-
-        def match(self):  # type: ignore[no-untyped-def]
-            tokens = self._tokens
-
-            class Spy:
-                def __len__(self) -> int:
-                    return len(tokens)
-
-                def __getitem__(self, i: int) -> int:
-                    Counting.reads += 1
-                    return tokens[i]
-
-            self._tokens = Spy()  # type: ignore[assignment]
-            try:
-                return super().match()
-            finally:
-                self._tokens = tokens
-
-    rng = random.Random(0)
-    texts = [
-        [7] * 8000,
-        [a for pair in itertools.product(range(60), repeat=2) for a in pair],
-        [rng.randrange(3) for _ in range(4000)],
-    ]
-    for text in texts:
-        Counting.reads = 0
-        Counting(text).match()
-        assert Counting.reads <= 2 * MAX_CANDIDATES * MAX_MATCH
+def de_bruijn(symbols: int) -> list[int]:
+    """Every pair of symbols once, by walking all edges of the complete graph (Hierholzer)."""
+    ahead = {a: list(range(symbols)) for a in range(symbols)}
+    stack, tour = [0], []
+    while stack:
+        if ahead[stack[-1]]:
+            stack.append(ahead[stack[-1]].pop())
+        else:
+            tour.append(stack.pop())
+    return tour[::-1]
 
 
-def test_calibration_learns_in_both_directions() -> None:
-    calibration = MatchCalibration()
-    before = calibration.expected(2, 8)
-    for _ in range(300):
-        calibration.observe(2, 8, 0)
-    worse = calibration.expected(2, 8)
-    for _ in range(900):
-        calibration.observe(2, 8, 8)
-    assert worse < before < calibration.expected(2, 8)
+ADVERSARIAL = {
+    "one token 8,000 times": [7] * 8000,
+    "de Bruijn sequence, 90 symbols": de_bruijn(90),
+    "three symbols at random": [random.Random(0).randrange(3) for _ in range(4000)],
+    "all in one chain": [a << 20 for pair in product(range(60), repeat=2) for a in pair],
+}
 
 
-@given(st.integers(2, 40), st.integers(1, 16), st.floats(0.01, 0.9))
-def test_width_and_expectation_are_bounded(length: int, limit: int, worth: float) -> None:
-    calibration = MatchCalibration()
-    width = calibration.width(length, limit, worth)
-    assert 1 <= width <= limit
-    assert 0.0 <= calibration.expected(length, width) <= width
-    assert 0 <= calibration.bucket(length) < len(BUCKETS)
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_reads_of_a_query_are_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that a query reads, counted, at every hundredth length of the text."""
+    reads = 0
+
+    class Counted(list[int]):
+        def __getitem__(self, i):  # type: ignore[no-untyped-def,override]
+            nonlocal reads
+            reads += 1
+            return super().__getitem__(i)
+
+    text = ADVERSARIAL[name]
+    index = SuffixIndex(text)
+    index._tokens = Counted(text)  # type: ignore[assignment]
+    for _ in range(2):
+        for end in range(1, len(text), 100):
+            reads = 0
+            index._follow(
+                index._two_before[end], index._one_before[end], Counted(text[max(0, end - 40) : end + 1])
+            )
+            assert reads <= 1 + 3 * 2 * MAX_STEPS + 2 * MAX_CANDIDATES * MAX_MATCH
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_links_of_an_append_are_linear(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places linked for a text that arrives token by token: at most three for each, rebuilt tables included."""
+    linked = 0
+    link = SuffixIndex._link
+
+    def counting(self: SuffixIndex, start: int) -> None:
+        nonlocal linked
+        linked += len(self) - start
+        link(self, start)
+
+    monkeypatch.setattr(SuffixIndex, "_link", counting)
+    index = SuffixIndex()
+    for token in ADVERSARIAL[name]:
+        index.extend([token])
+    assert linked <= 3 * len(index)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_bytes_of_a_token_are_bounded(name: str) -> None:
+    text = ADVERSARIAL[name]
+    assert SuffixIndex(text).nbytes / len(text) < 32
+    slowly = SuffixIndex()
+    for token in text:
+        slowly.extend([token])
+    assert slowly.nbytes / len(text) < 32
+
+
+def test_a_hundred_requests_of_4000_tokens() -> None:
+    rng = random.Random(1)
+    total = sum(SuffixIndex([rng.randrange(49152) for _ in range(4000)]).nbytes for _ in range(100))
+    assert total <= 100 * 4000 * 24
+
+
+def test_the_bounds_are_the_documented_ones() -> None:
+    assert (index_module.MAX_CANDIDATES, index_module.MAX_STEPS, index_module.MAX_MATCH) == (8, 32, 32)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
+from whiflash_sglang.spans.hints import RequestHints
 
 History = Callable[[int], Sequence[int]]
 """`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
@@ -89,12 +91,19 @@ class Drafter(ABC):
         """
         return None
 
+    def begin(self, row: int, hints: RequestHints, tenant: Tenant | None) -> None:
+        """A request begins in `row`, or begins again after a retraction. tenant: who may share text with it."""
+        self.release(row)
+
     @abstractmethod
     def draft(self, batch: DraftBatch) -> Drafts:
         """Propose tokens. KV writes at positions >= n are provisional."""
 
     def observe(self, row: int, proposed: int, accepted: int) -> None:  # noqa: B027 - most learn nothing online
         """`accepted` of its `proposed` drafts of the last round were right."""
+
+    def finish(self, row: int, output: Sequence[int]) -> None:  # noqa: B027 - most keep no text
+        """The request in `row` ended with `output`; `release` follows."""
 
     def release(self, row: int) -> None:  # noqa: B027 - most keep nothing per request
         """The request in `row` is gone, or another begins there."""

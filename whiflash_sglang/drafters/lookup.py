@@ -4,67 +4,108 @@ While it drafts, both neural drafters do nothing at all; what they missed waits 
 batch when one of them is chosen again.
 """
 
+from collections.abc import Iterable, Sequence
+from functools import partial
+
 import torch
 
 from whiflash_sglang import arms
+from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, History
-from whiflash_sglang.lookup.calibration import MatchCalibration
-from whiflash_sglang.lookup.index import NO_MATCH, Match, SuffixIndex
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.lookup.copier import Copier, Proposal
+from whiflash_sglang.lookup.index import SuffixIndex
+from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
+from whiflash_sglang.spans.hints import RequestHints
 
-WORTH = 0.25
+WORTH = 0.1
 """Chance of being accepted below which one more copied token is not worth verifying, where costs are not priced."""
+
+NOTHING = 1.0
+"""Expected acceptance length of a round without drafts."""
 
 
 class LookupArm(Drafter):
     """Proposes what followed the longest earlier occurrence of the text's end.
 
     Args:
-        max_width: drafts of a round at most. min_match: shortest match worth copying from.
+        settings: widths, shortest match, chances before anything was seen, memory across requests.
     """
 
     arm = arms.LOOKUP
 
-    def __init__(self, max_width: int, min_match: int) -> None:
-        self.max_drafts = max_width
-        self.calibration = MatchCalibration()
-        self._min_match = min_match
-        self._indexes: dict[int, SuffixIndex] = {}
-        self._matches: dict[int, Match] = {}
+    def __init__(self, settings: Lookup) -> None:
+        self.max_drafts = settings.max_width
+        self.calibration = MatchCalibration(settings.seed or EVEN_ODDS)
+        self.memory: TenantMemory | None = None
+        if settings.memory_mib:
+            self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0)
+        self._min_match = settings.min_match
+        self._copiers: dict[int, Copier] = {}
+        self._proposals: dict[int, Proposal] = {}
+        self._tenants: dict[int, Tenant] = {}
+        self._off: set[int] = set()
         self._worth = WORTH
 
+    def begin(self, row: int, hints: RequestHints, tenant: Tenant | None) -> None:
+        """A request begins in `row`, or begins again; `hints.lookup` says what it wants copied."""
+        self.release(row)
+        if hints.lookup == "off":
+            self._off.add(row)
+        if hints.lookup == "memory" and tenant is not None and self.memory is not None:
+            self._tenants[row] = tenant
+
     def outlook(self, row: int, length: int, history: History) -> float:
-        index = self._indexes.get(row)
-        if index is None:
-            index = self._indexes[row] = SuffixIndex()
-        index.extend(history(len(index)))
-        match = index.match()
-        if match.length < self._min_match:
-            self._matches[row] = NO_MATCH
-            return 1.0
-        self._matches[row] = match
-        return 1.0 + self.calibration.expected(match.length, self._width(match, self.max_drafts))
+        if row in self._off:
+            return NOTHING
+        copier = self._copiers.get(row)
+        if copier is None:
+            shared = partial(self._texts, row)
+            copier = self._copiers[row] = Copier(self.calibration, self._min_match, shared)
+        copier.extend(history(len(copier.text)))
+        proposal = self._proposals[row] = copier.look(self.max_drafts, self._worth)
+        return NOTHING + proposal.expected(proposal.width(self.max_drafts, self._worth))
 
     def draft(self, batch: DraftBatch) -> Drafts:
         self._worth = batch.worth.row or WORTH
-        proposals: list[list[int]] = []
+        drafts: list[list[int]] = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
-            match = self._matches.get(row, NO_MATCH)
-            width = self._width(match, limit) if match.length else 0
-            proposals.append(list(self._indexes[row].continuation(match.source, width)) if width else [])
-        counts = [len(p) for p in proposals]
-        tokens = torch.zeros((len(batch), max(counts)), dtype=torch.int64)
-        for i, proposal in enumerate(proposals):
-            tokens[i, : len(proposal)] = torch.tensor(proposal, dtype=torch.int64)
+            proposal = self._proposals.get(row, Proposal())
+            drafts.append([copied.token for copied in proposal.tokens[: proposal.width(limit, self._worth)]])
+        counts = [len(tokens) for tokens in drafts]
+        widest = max(counts)
+        padded = [tokens + [0] * (widest - len(tokens)) for tokens in drafts]
+        tokens = torch.tensor(padded, dtype=torch.int64).view(len(batch), widest)
         return Drafts(tokens.to(batch.bonus.device), counts)
 
-    def observe(self, row: int, proposed: int, accepted: int) -> None:
-        match = self._matches.get(row, NO_MATCH)
-        if match.length and proposed:
-            self.calibration.observe(match.length, proposed, accepted)
+    def finish(self, row: int, output: Sequence[int]) -> None:
+        """Remember a finished request's output for its tenant."""
+        tenant = self._tenants.get(row)
+        if tenant is not None and self.memory is not None and output:
+            self.memory.remember(tenant, output)
+
+    def forget(self, handle: int | None) -> None:
+        """Drop what is remembered of one tenant or of all; requests that run now neither read nor leave anything."""
+        if self.memory is not None:
+            self.memory.forget(handle)
+        for row, tenant in list(self._tenants.items()):
+            if handle is None or handle_of(tenant) == handle:
+                del self._tenants[row]
 
     def release(self, row: int) -> None:
-        self._indexes.pop(row, None)
-        self._matches.pop(row, None)
+        self._copiers.pop(row, None)
+        self._proposals.pop(row, None)
+        self._tenants.pop(row, None)
+        self._off.discard(row)
 
-    def _width(self, match: Match, limit: int) -> int:
-        return self.calibration.width(match.length, limit, self._worth)
+    def snapshot(self) -> dict[str, int]:
+        """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it."""
+        return {
+            "index_bytes": sum(copier.text.nbytes for copier in self._copiers.values()),
+            "memory_bytes": self.memory.nbytes if self.memory is not None else 0,
+            "tenants": len(self.memory) if self.memory is not None else 0,
+        }
+
+    def _texts(self, row: int) -> Iterable[SuffixIndex]:
+        tenant = self._tenants.get(row)
+        return () if tenant is None or self.memory is None else self.memory.texts(tenant)

@@ -1,70 +1,93 @@
-"""How many copied tokens a match of some length is worth, learned while serving.
+"""How likely a copied token is right, learned while serving.
 
-For each bucket of match length a decayed count of how often a copied token at depth k was right, given that all
-before it were. It is seeded with a table measured offline, so that the first request is not blind.
+Two things tell: how long the match is, and whether the places that match agree on what comes next. For every
+combination a decayed count of how often a token copied then was right, given that all before it were.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from enum import IntEnum
 
-BUCKETS = (2, 3, 4, 6, 9, 14, 22)
+BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 """Smallest match length of each bucket."""
 
-SEED = (0.45, 0.55, 0.65, 0.74, 0.82, 0.88, 0.93)
-"""Chance that the next copied token is right, per bucket, before anything was seen."""
 
-SEED_WEIGHT = 20.0
+class Agreement(IntEnum):
+    """What the matching places say about the next token."""
+
+    ALONE = 0
+    """There is one place."""
+    UNANIMOUS = 1
+    """All places say the same."""
+    LEADING = 2
+    """Places differ, and the one copied from matches longer than those that say otherwise."""
+    CONTESTED = 3
+    """Places that match as long say otherwise."""
+
+
+Seed = Sequence[Sequence[float]]
+"""Chances before anything was seen: one row per bucket, in it one chance per agreement."""
+
+EVEN_ODDS: Seed = ((0.5,) * len(Agreement),) * len(BUCKETS)
+"""For a target that nothing was measured on. Twenty answers later it makes no difference."""
+
+SEED_WEIGHT = 4.0
 """Observations that the seed counts for."""
 
 DECAY = 0.995
-"""Of earlier observations, at every new one of the same bucket."""
+"""Of earlier observations, at every new one of the same kind."""
+
+REQUEST_WEIGHT = 16.0
+"""Right tokens for which a request is believed to copy as well as all others."""
+
+SURE = 0.995
+"""No chance is higher: even a long run ends."""
 
 
 class MatchCalibration:
-    """Running chance, per bucket, that one more copied token is right."""
+    """Running chance that a copied token is right, for all requests.
 
-    def __init__(self, seed: Sequence[float] = SEED) -> None:
-        if len(seed) != len(BUCKETS):
+    Raises:
+        ValueError: the seed has not one row per bucket with one chance per agreement.
+    """
+
+    def __init__(self, seed: Seed = EVEN_ODDS) -> None:
+        if len(seed) != len(BUCKETS) or any(len(row) != len(Agreement) for row in seed):
             raise ValueError(
-                f"the seed needs {len(BUCKETS)} chances, one per bucket of match length, got {len(seed)}"
+                f"the lookup seed needs {len(BUCKETS)} rows (match lengths {', '.join(map(str, BUCKETS))}) of "
+                f"{len(Agreement)} chances ({', '.join(a.name.lower() for a in Agreement)})"
             )
-        self._right = [chance * SEED_WEIGHT for chance in seed]
-        self._seen = [SEED_WEIGHT] * len(BUCKETS)
+        self._right = [[chance * SEED_WEIGHT for chance in row] for row in seed]
+        self._seen = [[SEED_WEIGHT] * len(Agreement) for _ in BUCKETS]
 
     @staticmethod
     def bucket(length: int) -> int:
-        """Bucket of a match of `length` >= 2 tokens."""
+        """Bucket of a match of `length` >= 1 tokens."""
         return bisect_right(BUCKETS, length) - 1
 
-    def chance(self, length: int) -> float:
-        """Chance that the token after a match of `length` is right."""
-        i = self.bucket(length)
-        return self._right[i] / self._seen[i]
+    def chance(self, length: int, agreement: Agreement) -> float:
+        """Chance that the token copied after a match of `length` is right."""
+        bucket = self.bucket(length)
+        return self._right[bucket][agreement] / self._seen[bucket][agreement]
 
-    def expected(self, length: int, width: int) -> float:
-        """Expected accepted drafts of `width` copied tokens, bonus token not counted.
+    def observe(self, length: int, agreement: Agreement, right: bool) -> None:
+        """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
+        bucket = self.bucket(length)
+        self._right[bucket][agreement] = self._right[bucket][agreement] * DECAY + right
+        self._seen[bucket][agreement] = self._seen[bucket][agreement] * DECAY + 1.0
 
-        Each accepted token lengthens the match, so the chance moves up the buckets.
-        """
-        total, alive = 0.0, 1.0
-        for depth in range(width):
-            alive *= self.chance(min(length + depth, BUCKETS[-1]))
-            total += alive
-        return total
 
-    def width(self, length: int, limit: int, worth: float) -> int:
-        """Tokens to copy: as long as the next one is accepted with a chance of at least `worth`."""
-        alive, width = 1.0, 0
-        while width < limit:
-            alive *= self.chance(min(length + width, BUCKETS[-1]))
-            if alive < worth:
-                break
-            width += 1
-        return max(width, 1)
+class RequestCalibration:
+    """How much better or worse than others one request copies: right tokens over those that were expected to be."""
 
-    def observe(self, length: int, proposed: int, accepted: int) -> None:
-        """`accepted` of `proposed` copied tokens were right after a match of `length`."""
-        for depth in range(min(accepted + 1, proposed)):
-            i = self.bucket(min(length + depth, BUCKETS[-1]))
-            self._right[i] = self._right[i] * DECAY + (depth < accepted)
-            self._seen[i] = self._seen[i] * DECAY + 1.0
+    def __init__(self) -> None:
+        self._right = self._expected = REQUEST_WEIGHT
+
+    def adjust(self, chance: float) -> float:
+        """`chance` of all requests, as it is for this one."""
+        return min(chance * self._right / self._expected, SURE)
+
+    def observe(self, chance: float, right: bool) -> None:
+        """A token copied at `chance` (of all requests) was `right` or not."""
+        self._right += right
+        self._expected += chance

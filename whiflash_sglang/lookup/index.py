@@ -1,80 +1,146 @@
-"""Where the end of a text occurred before: hash chains over bigrams, as in LZ77.
+"""Where the end of a text occurred before: hash chains over one and two tokens, as in LZ77.
 
-Source: prompt lookup decoding; SuffixDecoding (arXiv 2411.04975) keeps a suffix tree of frequencies instead. For
-one request's own few thousand tokens the longest recent match serves as well, and chains are bounded in the worst
-case: a query looks at `MAX_CANDIDATES` earlier places and compares `MAX_MATCH` tokens at most, whatever the text.
-Memory: 8 bytes of token, 4 of chain, and a dictionary entry for each distinct bigram (about 110 bytes a token).
+Source: prompt lookup decoding; SuffixDecoding (arXiv 2411.04975) keeps a suffix tree of frequencies instead. Bounded
+for any text: a query follows `MAX_STEPS` links of a chain, keeps `MAX_CANDIDATES` places and compares `MAX_MATCH`
+tokens at each. Memory is four flat arrays and two tables of heads: 20 to 28 bytes a token before the arrays' own slack.
 """
 
 from array import array
 from collections.abc import Iterable, Sequence
+from sys import getsizeof
 from typing import NamedTuple
 
-MAX_CANDIDATES = 16
-"""Earlier occurrences of the last bigram that a query compares, newest first."""
+MAX_CANDIDATES = 8
+"""Earlier occurrences that a query keeps, newest first. Four did as well as 32 on training answers."""
+
+MAX_STEPS = 32
+"""Links of a chain that a query follows: places of other tokens with the same hash count too."""
 
 MAX_MATCH = 32
 """Longest match that is told apart from longer ones."""
 
-_SHIFT = 32
+GAP = -1
+"""What separates the texts of one index; no token has this id."""
+
+_FIRST_HEADS = 256
+_MIX = 0x9E3779B1  # Knuth's multiplicative hash: 2^32 over the golden ratio
 
 
-class Match(NamedTuple):
-    """`length` tokens before `source` equal the last `length` tokens; what stands at `source` is what followed."""
+class Place(NamedTuple):
+    """`length` tokens before `source` in `text` equal the end of what was searched for."""
 
     length: int
     source: int
+    text: "SuffixIndex"
 
-
-NO_MATCH = Match(0, 0)
+    def continuation(self, count: int) -> Sequence[int]:
+        """Up to `count` tokens that followed; fewer before a gap."""
+        return self.text.continuation(self.source, count)
 
 
 class SuffixIndex:
-    """The tokens of one request, extended at the end only."""
+    """Texts, extended at the end only. A request has one of its own; a tenant's memory holds several texts in one.
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self._tokens = array("q")
-        self._previous = array("i")  # entry i: the last place before i that ends in the same bigram, or -1
-        self._newest: dict[int, int] = {}
+    Args:
+        growing: what is searched for is the end of this text itself, so a copy that reaches the end goes on with what
+            it copied; otherwise it ends there.
+    """
+
+    def __init__(self, tokens: Iterable[int] = (), *, growing: bool = True) -> None:
+        self._growing = growing
+        self._tokens = array("i")
+        # Chain entry i: the last place before i with the same hash of its last token, or of its last two; -1: none.
+        self._one_before, self._two_before = array("i"), array("i")
+        self._one_heads, self._two_heads = _empty_heads(_FIRST_HEADS), _empty_heads(_FIRST_HEADS)
         self.extend(tokens)
 
     def __len__(self) -> int:
         return len(self._tokens)
 
+    @property
+    def end(self) -> Sequence[int]:
+        """The last `MAX_MATCH` tokens: all that a search compares."""
+        return self._tokens[-MAX_MATCH:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, what they hold in reserve included."""
+        arrays = (self._tokens, self._one_before, self._two_before, self._one_heads, self._two_heads)
+        return sum(getsizeof(a) for a in arrays)
+
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append committed tokens; constant time each."""
-        text, previous, newest = self._tokens, self._previous, self._newest
-        before = text[-1] if text else -1
-        for token in tokens:
-            end = len(text)
-            text.append(token)
-            key = (before + 1) << _SHIFT | token
-            previous.append(newest.get(key, -1))
-            newest[key] = end
+        """Append committed tokens; constant time each, spread over the doublings of the tables."""
+        start = len(self._tokens)
+        self._tokens.extend(iter(tokens))  # an array of another type is only taken as an iterator
+        if len(self._tokens) > len(self._one_heads):
+            size = 1 << (len(self._tokens) - 1).bit_length()
+            self._one_heads, self._two_heads = _empty_heads(size), _empty_heads(size)
+            self._one_before, self._two_before = array("i"), array("i")
+            start = 0
+        self._link(start)
+
+    def _link(self, start: int) -> None:
+        text, ones, twos = self._tokens, self._one_heads, self._two_heads
+        one_before, two_before, mask = self._one_before, self._two_before, len(self._one_heads) - 1
+        before = text[start - 1] if start else GAP
+        for place in range(start, len(text)):
+            token = text[place]
+            one = token & mask
+            one_before.append(ones[one])
+            ones[one] = place
+            two = ((before * _MIX >> 12) ^ token) & mask
+            two_before.append(twos[two])
+            twos[two] = place
             before = token
 
-    def match(self) -> Match:
-        """The longest earlier occurrence of the text's end, of at least two tokens; the newest of equals."""
-        text, end = self._tokens, len(self._tokens) - 1
-        best = NO_MATCH
-        place = self._previous[end] if end >= 1 else -1
-        for _ in range(MAX_CANDIDATES):
-            if place < 1:
+    def places(self) -> list[Place]:
+        """Earlier occurrences of the text's own end, newest first: of two tokens or more, else of one."""
+        end = len(self._tokens) - 1
+        if end < 1:
+            return []
+        return self._follow(self._two_before[end], self._one_before[end], self._tokens)
+
+    def places_of(self, suffix: Sequence[int]) -> list[Place]:
+        """Occurrences of the end of another text, newest first: of two tokens or more, else of one."""
+        if not suffix or not self._tokens:
+            return []
+        mask, last = len(self._one_heads) - 1, suffix[-1]
+        two = self._two_heads[((suffix[-2] * _MIX >> 12) ^ last) & mask] if len(suffix) > 1 else -1
+        return self._follow(two, self._one_heads[last & mask], suffix)
+
+    def _follow(self, two: int, one: int, suffix: Sequence[int]) -> list[Place]:
+        text, last = self._tokens, suffix[-1]
+        found: list[Place] = []
+        for _ in range(MAX_STEPS):
+            if two < 1 or len(found) == MAX_CANDIDATES:
                 break
             # An overlapping occurrence is allowed: a repeated unit continues itself.
-            length = 2
-            limit = min(place + 1, MAX_MATCH)
-            while length < limit and text[place - length] == text[end - length]:
-                length += 1
-            if length > best.length:
-                best = Match(length, place + 1)
-                if length == MAX_MATCH:
-                    break
-            place = self._previous[place]
-        return best
+            if text[two] == last and text[two - 1] == suffix[-2]:
+                length, limit = 2, min(two + 1, len(suffix), MAX_MATCH)
+                while length < limit and text[two - length] == suffix[-1 - length]:
+                    length += 1
+                found.append(Place(length, two + 1, self))
+            two = self._two_before[two]
+        if found:
+            return found
+        for _ in range(MAX_STEPS):
+            if one < 0 or len(found) == MAX_CANDIDATES:
+                break
+            if text[one] == last:
+                found.append(Place(1, one + 1, self))
+            one = self._one_before[one]
+        return found
 
     def continuation(self, source: int, count: int) -> Sequence[int]:
-        """`count` tokens from `source`; where the text ends, it goes on with what it copied."""
-        text, size = self._tokens, len(self._tokens)
-        period = size - source
-        return [text[source + i % period] for i in range(count)]
+        """Up to `count` tokens from `source`."""
+        ahead = self._tokens[source : source + count]
+        if GAP in ahead:
+            return ahead[: ahead.index(GAP)]
+        if self._growing and 0 < len(ahead) < count:
+            period = len(ahead)
+            return (ahead * (count // period + 1))[:count]
+        return ahead
+
+
+def _empty_heads(size: int) -> "array[int]":
+    return array("i", [-1]) * size

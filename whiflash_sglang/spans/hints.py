@@ -11,7 +11,7 @@ it is decoded, and decoding stops at the first object too many.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 WIRE_KEY: Final = "whiflash"
@@ -19,6 +19,8 @@ _FIELD: Final = f"custom_params.{WIRE_KEY}"
 WIRE_VERSION: Final = 1
 KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
 ARMS: Final = ("ar", "diffusion", "lookup", "none")
+
+LOOKUP_SCOPES: Final = ("memory", "context", "off")
 
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
@@ -30,7 +32,7 @@ _MAX_OBJECTS: Final = 1 + 2 * MAX_SPANS
 _MAX_CARRIER_VALUES: Final = 1024
 _MAX_CARRIER_CHARS: Final = 16384
 
-_REQUEST_FIELDS: Final = frozenset({"version", "off", "infer", "trace", "spans"})
+_REQUEST_FIELDS: Final = frozenset({"version", "off", "infer", "trace", "lookup", "spans"})
 _SPAN_FIELDS: Final = frozenset({"kind", "begin", "end", "open", "prefer", "pin", "bias"})
 
 Bias = tuple[tuple[str, float], ...]
@@ -75,12 +77,15 @@ class RequestHints:
     off: decode this request without drafting.
     infer: where `spans` is empty, let the server infer them from the request and its parsers.
     trace: return the routing trace with the response.
+    lookup: what may be copied: `memory` (its own context, and its tenant's recent outputs where the server keeps
+        them), `context` (its own context; nothing of it is kept either), `off`.
     """
 
     spans: tuple[SpanHint, ...] = ()
     off: bool = False
     infer: bool = True
     trace: bool = False
+    lookup: str = "memory"
 
 
 def parse_hints(custom_params: object) -> RequestHints:
@@ -118,7 +123,7 @@ def validate_custom_params(custom_params: object) -> RequestHints:
 def resolve(explicit: RequestHints, inferred: RequestHints) -> RequestHints:
     """The hints to route by: the request's own spans, else the inferred ones where it allows them."""
     spans = explicit.spans or (inferred.spans if explicit.infer else ())
-    return RequestHints(spans=spans, off=explicit.off, infer=explicit.infer, trace=explicit.trace)
+    return replace(explicit, spans=spans)
 
 
 def capabilities(
@@ -196,6 +201,7 @@ def _request(raw: dict[str, object]) -> RequestHints:
         off=_flag(_FIELD, raw, "off", default=False),
         infer=_flag(_FIELD, raw, "infer", default=True),
         trace=_flag(_FIELD, raw, "trace", default=False),
+        lookup=_choice(f"{_FIELD}.lookup", raw.get("lookup"), LOOKUP_SCOPES) or "memory",
     )
 
 

@@ -1,6 +1,7 @@
 """The lookup arm over a stored answer: the same index, calibration and width rule as in a server."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -9,12 +10,15 @@ from numpy.typing import NDArray
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.lookup.calibration import MatchCalibration
-from whiflash_sglang.lookup.index import SuffixIndex
+from whiflash_sglang.lookup.copier import Copier
+
+RULE_MATCH = 2
+"""Tokens that must have occurred before for the plain rule to copy."""
 
 
 class Copied(NamedTuple):
     """`accepted` [P] copied tokens that were right in a round at answer position i; `matched` [P] bool: whether
-    there was something to copy.
+    the plain rule would copy.
     """
 
     accepted: NDArray[np.int64]
@@ -22,9 +26,7 @@ class Copied(NamedTuple):
 
 
 def replay_lookup(tokens: Sequence[int], prompt_length: int, calibration: MatchCalibration) -> Copied:
-    """Replay the arm at every position of an answer.
-
-    `calibration` learns from those rounds only that the arm would have drafted itself, were it alone.
+    """Replay the arm at every position of an answer; `calibration` learns as it goes.
 
     Args:
         tokens: prompt and answer. prompt_length: tokens of the prompt.
@@ -33,23 +35,15 @@ def replay_lookup(tokens: Sequence[int], prompt_length: int, calibration: MatchC
     positions = len(tokens) - prompt_length - 1
     accepted = np.zeros(positions, dtype=np.int64)
     matched = np.zeros(positions, dtype=np.bool_)
-    index = SuffixIndex(tokens[:prompt_length])
-    own_round = 0
+    copier = Copier(calibration, settings.min_match)
+    copier.extend(tokens[:prompt_length])
     for position in range(positions):
         known = prompt_length + position + 1  # the bonus token is known, its KV is not
-        index.extend(tokens[known - 1 : known])
-        match = index.match()
-        proposed = right = 0
-        if match.length >= settings.min_match:
-            matched[position] = True
-            proposed = calibration.width(match.length, min(settings.max_width, positions - position), WORTH)
-            drafts = index.continuation(match.source, proposed)
-            wanted = tokens[known : known + proposed]
-            while right < len(wanted) and drafts[right] == wanted[right]:
-                right += 1
-        accepted[position] = right
-        if position == own_round:
-            if proposed:
-                calibration.observe(match.length, proposed, right)
-            own_round += right + 1
+        copier.extend(tokens[known - 1 : known])
+        limit = min(settings.max_width, positions - position)
+        proposal = copier.look(limit, WORTH)
+        drafts = proposal.tokens[: proposal.width(limit, WORTH)]
+        matched[position] = bool(drafts) and drafts[0].length >= RULE_MATCH
+        pairs = zip(drafts, tokens[known : known + len(drafts)], strict=False)
+        accepted[position] = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
     return Copied(accepted, matched)

@@ -1,0 +1,128 @@
+"""What is proposed, how far it is trusted, and what is learned from what was committed."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.lookup.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
+from whiflash_sglang.lookup.copier import Copier, Proposal
+from whiflash_sglang.lookup.index import GAP, SuffixIndex
+
+
+def copier_of(*tokens: int, **options: object) -> Copier:
+    copier = Copier(MatchCalibration(), **options)  # type: ignore[arg-type]
+    copier.extend(tokens)
+    return copier
+
+
+def tokens_of(proposal: Proposal) -> list[int]:
+    return [copied.token for copied in proposal.tokens]
+
+
+def test_the_longest_match_is_copied_and_the_newest_of_equals() -> None:
+    assert tokens_of(copier_of(1, 2, 9, 1, 2, 7, 1, 2).look(3, 0.0)) == [7, 1, 2]
+    assert tokens_of(copier_of(5, 1, 2, 9, 8, 1, 2, 7, 5, 1, 2).look(2, 0.0)) == [9, 8]
+
+
+def test_agreement_of_the_places() -> None:
+    def first(*tokens: int) -> Agreement:
+        return copier_of(*tokens).look(1, 0.0).tokens[0].agreement
+
+    assert first(1, 2, 9, 1, 2) is Agreement.ALONE
+    assert first(1, 2, 9, 1, 2, 9, 1, 2) is Agreement.UNANIMOUS
+    assert first(5, 1, 2, 9, 8, 1, 2, 7, 5, 1, 2) is Agreement.LEADING
+    assert first(1, 2, 9, 1, 2, 7, 1, 2) is Agreement.CONTESTED
+
+
+def test_agreement_is_judged_among_the_places_that_agreed_so_far() -> None:
+    proposal = copier_of(1, 2, 9, 4, 4, 1, 2, 9, 3, 3, 1, 2, 8, 1, 2).look(3, 0.0)
+    # The newest of equal places says 8; only one place does, so it is alone from there on.
+    assert [copied.agreement for copied in proposal.tokens] == [
+        Agreement.CONTESTED,
+        Agreement.ALONE,
+        Agreement.ALONE,
+    ]
+
+
+def test_shorter_matches_than_asked_for_are_left_alone() -> None:
+    text = (1, 9, 2, 1)
+    assert tokens_of(copier_of(*text).look(1, 0.0)) == [9]
+    assert copier_of(*text, min_match=2).look(1, 0.0) == Proposal()
+
+
+def test_other_texts_are_searched_and_left_at_their_end() -> None:
+    shared = SuffixIndex([3, 1, 2, 6, GAP, 8, 8], growing=False)
+    copier = copier_of(9, 3, 1, 2, shared=lambda: (shared,))
+    assert tokens_of(copier.look(4, 0.0)) == [6]
+
+
+def test_a_longer_match_elsewhere_beats_a_short_one_of_ones_own() -> None:
+    shared = SuffixIndex([3, 1, 2, 6, GAP], growing=False)
+    assert tokens_of(copier_of(1, 2, 7, 3, 1, 2, shared=lambda: (shared,)).look(1, 0.0)) == [6]
+    assert tokens_of(copier_of(1, 2, 7, 5, 1, 2, shared=lambda: (shared,)).look(1, 0.0)) == [7]
+
+
+def test_what_is_committed_teaches_whoever_drafted() -> None:
+    calibration = MatchCalibration()
+    copier = Copier(calibration)
+    copier.extend([1, 2, 9, 8, 7, 1, 2])
+    assert tokens_of(copier.look(3, 0.0)) == [9, 8, 7]
+    before = [calibration.chance(length, Agreement.ALONE) for length in (2, 3, 4)]
+    copier.extend([9, 5])  # the first copy was right, the second wrong, the third is unknown
+    after = [calibration.chance(length, Agreement.ALONE) for length in (2, 3, 4)]
+    assert after[0] > before[0]
+    assert after[1] < before[1]
+    assert after[2] == before[2]
+
+
+def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
+    calibration = MatchCalibration()
+    rng = random.Random(0)
+    good, bad = Copier(calibration), Copier(calibration)
+    good.extend([1, 2, 3, 4, 5])
+    for _ in range(12):
+        for token in (1, 2, 3, 4, 5):
+            good.look(1, 0.0)
+            good.extend([token])
+            bad.look(1, 0.0)
+            bad.extend([rng.choice([1, 2, 3])])
+    known = calibration.chance(2, Agreement.ALONE)
+    assert good._request.adjust(known) > known > bad._request.adjust(known)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    st.integers(1, 16),
+    st.floats(0, 0.9),
+    st.integers(1, 20),
+)
+def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth: float, cut: int) -> None:
+    proposal = copier_of(*text).look(limit, worth)
+    assert len(proposal.tokens) == len(proposal.alive) <= limit
+    assert list(proposal.alive) == sorted(proposal.alive, reverse=True)
+    width = proposal.width(cut, worth)
+    assert width <= min(cut, limit)
+    assert (width == 0) == (not proposal.tokens)
+    assert all(chance >= worth for chance in proposal.alive[1:width])
+    assert 0 <= proposal.expected(width) < width or width == 0
+    # Beyond what was cut off by worth, nothing more would have been worth it.
+    assert len(proposal.tokens) == limit or len(copier_of(*text).look(limit, 0.0).tokens) >= width
+
+
+def test_a_seed_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"{len(BUCKETS)} rows"):
+        MatchCalibration(EVEN_ODDS[1:])
+    with pytest.raises(ValueError, match="alone, unanimous, leading, contested"):
+        MatchCalibration([(0.5,)] * len(BUCKETS))
+
+
+@given(st.integers(1, 10_000), st.sampled_from(Agreement))
+def test_every_length_has_a_chance(length: int, agreement: Agreement) -> None:
+    calibration = MatchCalibration()
+    bucket = calibration.bucket(length)
+    assert BUCKETS[bucket] <= length
+    assert bucket == len(BUCKETS) - 1 or length < BUCKETS[bucket + 1]
+    assert calibration.chance(length, agreement) == 0.5

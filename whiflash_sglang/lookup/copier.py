@@ -1,0 +1,110 @@
+"""What one request copies: from its own text, and from texts that it may share.
+
+The longest match wins, the newest of equals. Counting which continuation is the most frequent did no better on
+training answers; how much the places agree tells instead how far to trust the copy (see `calibration`).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, RequestCalibration
+from whiflash_sglang.lookup.index import Place, SuffixIndex
+
+Shared = Callable[[], Iterable[SuffixIndex]]
+"""Texts that a request may copy from besides its own, as they are now."""
+
+OWN_TEXT_ONLY: Shared = tuple
+
+
+class Copied(NamedTuple):
+    """One proposed token, and what its chance was judged by."""
+
+    token: int
+    length: int
+    agreement: Agreement
+
+
+class Proposal(NamedTuple):
+    """tokens: what to copy. alive: for each, the chance that it and all before it are accepted; never increasing."""
+
+    tokens: Sequence[Copied] = ()
+    alive: Sequence[float] = ()
+
+    def width(self, limit: int, worth: float) -> int:
+        """Tokens to verify: at most `limit`, each accepted with a chance of at least `worth`, the first in any case."""
+        width = min(len(self.alive), limit, 1)
+        while width < min(len(self.alive), limit) and self.alive[width] >= worth:
+            width += 1
+        return width
+
+    def expected(self, width: int) -> float:
+        """Expected accepted tokens of the first `width`, bonus token not counted."""
+        return sum(self.alive[:width])
+
+
+class Copier:
+    """One request. `look` proposes, and whatever is committed next shows how right it was, whoever drafted.
+
+    Args:
+        calibration: shared by all requests. min_match: shortest match worth copying from, in tokens.
+        shared: further texts to copy from.
+    """
+
+    def __init__(
+        self, calibration: MatchCalibration, min_match: int = 1, shared: Shared = OWN_TEXT_ONLY
+    ) -> None:
+        self.text = SuffixIndex()
+        self._calibration, self._request = calibration, RequestCalibration()
+        self._min_match, self._shared = min_match, shared
+        self._proposal = Proposal()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append what was committed since: the prompt first, then round by round."""
+        for copied, token in zip(self._proposal.tokens, tokens, strict=False):
+            right = copied.token == token
+            known = self._calibration.chance(copied.length, copied.agreement)
+            self._request.observe(known, right)
+            self._calibration.observe(copied.length, copied.agreement, right)
+            if not right:
+                break
+        self._proposal = Proposal()
+        self.text.extend(tokens)
+
+    def look(self, limit: int, worth: float) -> Proposal:
+        """What to copy after the text's end: up to `limit` tokens, as far as one more may be worth it."""
+        places = self.text.places()
+        for other in self._shared():
+            places += other.places_of(self.text.end)
+        places = [place for place in places if place.length >= self._min_match]
+        self._proposal = self._propose(places, limit, worth) if places else Proposal()
+        return self._proposal
+
+    def _propose(self, places: list[Place], limit: int, worth: float) -> Proposal:
+        best = max(range(len(places)), key=lambda i: places[i].length)  # the first of equals: the newest
+        length = places[best].length
+        ahead = [place.continuation(limit) for place in places]
+        following = list(range(len(places)))
+        tokens: list[Copied] = []
+        alive: list[float] = []
+        chance = 1.0
+        for depth, token in enumerate(ahead[best]):
+            same = [i for i in following if depth < len(ahead[i]) and ahead[i][depth] == token]
+            agreement = _agreement(places, following, same)
+            known = self._calibration.chance(length + depth, agreement)
+            chance *= self._request.adjust(known)
+            if tokens and chance < worth:
+                break
+            tokens.append(Copied(token, length + depth, agreement))
+            alive.append(chance)
+            following = same
+        return Proposal(tokens, alive)
+
+
+def _agreement(places: Sequence[Place], following: Sequence[int], same: Sequence[int]) -> Agreement:
+    """How the places that agreed so far, `following`, judge a token that `same` of them say."""
+    if len(following) == 1:
+        return Agreement.ALONE
+    if len(same) == len(following):
+        return Agreement.UNANIMOUS
+    otherwise = max(places[i].length for i in following if i not in same)
+    return Agreement.LEADING if max(places[i].length for i in same) > otherwise else Agreement.CONTESTED
