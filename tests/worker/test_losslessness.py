@@ -14,7 +14,7 @@ from oracle_arm import ARM, OracleArm
 from reference import Comparison
 from traffic import Arrival, mixed, play
 
-POLICIES = ("ar", "diffusion", "entropy", "random", "none")
+POLICIES = ("ar", "diffusion", "lookup", "entropy", "auto", "random", "none")
 TAU = 2.0
 """Nats; near the tiny target's median, so that the entropy policy switches."""
 
@@ -76,7 +76,8 @@ def test_policies(models: Models, plain: Plain, policy: str) -> None:
     with engine(models.target, whiflash=flags, chunked_prefill_size=32, max_running_requests=6) as e:
         found = play(e, arrivals, lambda: used.update(lane.previous for lane in e.lanes.values()))
     compare(models, arrivals, expected, found)
-    switching = {"entropy": {"ar", "diffusion"}, "random": {"ar", "diffusion", "none"}}
+    every = {"ar", "diffusion", "lookup", "none"}
+    switching = {"entropy": {"ar", "diffusion"}, "random": every, "auto": {"ar", "lookup"}}
     assert used - {None} >= switching.get(policy, {policy})
 
 

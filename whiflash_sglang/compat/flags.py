@@ -30,8 +30,13 @@ _HELP = {
     "tree_budget": "Reserved for the tree drafter.",
     "entropy_threshold": "Entropy router: leave the diffusion drafter above this many nats.",
     "min_dwell": "Rounds a request keeps its drafter at least before switching.",
-    "eagle_steps": "Length of the EAGLE-3 chain.",
+    "eagle_steps": "Length of the EAGLE-3 chain, at most.",
     "block_size": "DFlash block to draft, bonus token included; at most the checkpoint's own.",
+    "dflash_vocabulary": "What DFlash drafts from: full, or the reduced vocabulary of the eagle3 checkpoint (cheaper "
+    "for small targets). Default: the bundle's, else full.",
+    "lookup": "The copying arm: on or off. Default: as the bundle says, else on.",
+    "lookup_memory_mib": "MiB of recent outputs to copy from in later requests of the same cache salt and extra key; "
+    "0 keeps none. Default: the bundle's, else 0.",
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
 }
 

@@ -1,6 +1,7 @@
 """The diffusion arm: one DFlash block in one non-causal pass (arXiv 2602.06036)."""
 
 import torch
+import torch.nn.functional as F
 from whiflash_kernels import dflash_catch_up
 
 from whiflash_sglang import arms
@@ -24,6 +25,7 @@ class DFlashArm(PagedArm):
         model: loaded checkpoint. captured: the union of captured layers. layers: the checkpoint's own.
         block: tokens of a block, the bonus token included; at most the checkpoint's own block size.
         positions: rotary positions that may occur.
+        vocabulary: [K] int64 target ids that it chooses from; None: all of them.
     """
 
     arm = arms.DIFFUSION
@@ -35,6 +37,7 @@ class DFlashArm(PagedArm):
         layers: tuple[int, ...],
         block: int,
         positions: int,
+        vocabulary: torch.Tensor | None = None,
     ) -> None:
         config = model.config
         weight = model.fc.weight
@@ -44,6 +47,8 @@ class DFlashArm(PagedArm):
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
+        self._vocabulary = vocabulary
+        self._head = model.target_lm_head if vocabulary is None else model.target_lm_head[vocabulary]
         self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
@@ -66,8 +71,9 @@ class DFlashArm(PagedArm):
         attend = self.attend_at(batch.slots(0, block).reshape(-1), plan)
         hidden = self.model(ids.view(-1), positions.view(-1), attend).view(size, block, -1)
         wanted = max(batch.limits)
-        choice = choose(self.model.logits(hidden[:, 1 : wanted + 1].reshape(size * wanted, -1)))
+        choice = choose(F.linear(hidden[:, 1 : wanted + 1].reshape(size * wanted, -1), self._head))
         growing = self.length.begin(batch.row_ids, batch.limits, batch.worth)
         for column in choice.confidence.view(size, wanted).T.tolist():
             growing.extend(column)
-        return Drafts(choice.token.view(size, wanted), growing.counts)
+        token = choice.token if self._vocabulary is None else self._vocabulary[choice.token]
+        return Drafts(token.view(size, wanted), growing.counts)
