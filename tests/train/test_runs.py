@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_models import tiny_target
 from typer.testing import CliRunner
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.train import cli
 from whiflash_sglang.train.cli import train_app
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.data import generate_data
@@ -20,36 +22,11 @@ from whiflash_sglang.train.runner import open_stores, train_dflash, train_eagle3
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
-def settings(root: Path) -> dict[str, object]:
-    loop = {"epochs": 1, "answer_tokens": 64, "save_steps": 4, "log_steps": 2}
-    return {
-        "target": str(root / "target"),
-        "capture": [0, 1, 2, 3, 4],
-        "work": str(root / "work"),
-        "hardware": {"dtype": "float32", "threads": 1},
-        "data": {
-            "prompts": [str(root / "prompts.jsonl")],
-            "max_new_tokens": 24,
-            "temperature": 1.0,
-            "slots": [{"rows": 8, "capacity": 160}],
-        },
-        "eagle3": {
-            "target_layers": [0, 2, 4],
-            "source_layer": 5,
-            "draft_vocab_size": 128,
-            "steps": 3,
-            "loop": loop,
-        },
-        "dflash": {
-            "target_layers": [1, 3, 4],
-            "source_layers": [4, 5],
-            "block_size": 4,
-            "mask_token_id": 259,
-            "frequent": 128,
-            "sampled": 64,
-            "loop": loop,
-        },
-    }
+def settings(root: Path) -> dict[str, Any]:
+    """The shipped tiny configuration with its files under `root`."""
+    tiny = yaml.safe_load((Path(cli.__file__).parent / "configs/tiny.yaml").read_text())
+    data = tiny["data"] | {"prompts": [str(root / "prompts.jsonl")]}
+    return tiny | {"target": str(root / "target"), "work": str(root / "work"), "data": data}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(root: Path) -> TrainConfig:
     result = CliRunner().invoke(train_app, ["data", "--config", str(root / "tiny.yaml"), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output.splitlines()[-1])["sequences"] == 24
+    assert json.loads(result.stdout)["sequences"] == 24
     return load_config(root / "tiny.yaml")
 
 
@@ -190,7 +167,7 @@ def test_recomputed_features_equal_the_kept_ones(root: Path, config: TrainConfig
     for recomputed in (24, 0):
         result = CliRunner().invoke(train_app, command)
         assert result.exit_code == 0, result.output
-        assert json.loads(result.output.splitlines()[-1])["recomputed"] == recomputed
+        assert json.loads(result.stdout)["recomputed"] == recomputed
     kept, again = (
         open_stores(load_config(file))[0] for file in (root / "tiny.yaml", tmp_path / "other.yaml")
     )

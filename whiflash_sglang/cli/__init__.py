@@ -8,7 +8,8 @@ from importlib import import_module
 import typer
 
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.train.cli import evaluate_command, train_app
+from whiflash_sglang.train.cli import train_app
+from whiflash_sglang.train.judging_cli import calibrate_command, evaluate_command
 
 app = typer.Typer(
     name="whiflash",
@@ -19,9 +20,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for _command in ("check", "serve", "demo", "bench", "trace"):
+for _command in ("check", "serve", "demo", "bench", "trace", "lookup"):
     import_module(f"whiflash_sglang.cli.{_command}").register(app)
 app.add_typer(train_app, name="train")
+app.command("calibrate")(calibrate_command)
 app.command("evaluate")(evaluate_command)
 
 

@@ -84,8 +84,8 @@ class Router(nn.Module):
         router = Router(self.first.in_features, self.first.out_features, heads=self.heads is not None)
         router.load_state_dict(self.state_dict())
         with torch.no_grad():
-            router.first.weight /= deviation
-            router.first.bias -= router.first.weight @ mean
+            router.first.weight.div_(deviation)
+            router.first.bias.sub_(router.first.weight @ mean)
         return router
 
     @classmethod

@@ -1,8 +1,9 @@
-"""`whiflash train …`: data, eagle3, dflash. Every step is resumable and writes its provenance."""
+"""`whiflash train …`. Every step is resumable and writes its provenance."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,16 @@ from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.train.config import TrainConfig, load_config
 
 train_app = typer.Typer(
-    help="Train a pair of drafters for a target: data (or export and features), eagle3, dflash.",
+    help="Train a pair of drafters and a router for a target: data (or export and features), eagle3, dflash, "
+    "router, bundle.",
     no_args_is_help=True,
 )
 
 ConfigOption = Annotated[
     Path,
-    typer.Option("--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct)."),
+    typer.Option(
+        "--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct, tiny)."
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _SHIPPED = Path(__file__).parent / "configs"
@@ -51,7 +55,7 @@ def data_command(
                 update={"data": settings.data.model_copy(update={"shard": _parse_shard(shard)})}
             )
         summary = asdict(generate_data(settings))
-    _report(summary, json_output)
+    report(summary, json_output)
 
 
 @train_app.command("features")
@@ -83,7 +87,7 @@ def features_command(
         )
         store.truncate_to_index()
         done = rebuild_features(tokens, target, store, settings.capture)
-    _report({"recomputed": done, "sequences": len(store.records)}, json_output)
+    report({"recomputed": done, "sequences": len(store.records)}, json_output)
 
 
 @train_app.command("export")
@@ -104,96 +108,103 @@ def export_command(
         if not stores:
             raise ValueError("there is no data yet: run `whiflash train data` first")
         count = export_tokens(stores, out)
-    _report({"tokens": count, "file": str(out)}, json_output)
+    report({"tokens": count, "file": str(out)}, json_output)
 
 
-@train_app.command("eagle3")
-def eagle3_command(
+StartFrom = Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")]
+
+
+def _drafter_command(name: str) -> Callable[[Path, Path | None, bool], None]:
+    def command(config: ConfigOption, start_from: StartFrom = None, json_output: JsonFlag = False) -> None:
+        from whiflash_sglang.train.data import target_path
+        from whiflash_sglang.train.runner import train_dflash, train_eagle3
+
+        train = {"eagle3": train_eagle3, "dflash": train_dflash}[name]
+        with readable_errors():
+            settings = resolve_config(config)
+            out = train(settings, target_path(settings.target), start_from)
+        report({"checkpoint": str(out)}, json_output)
+
+    return command
+
+
+for _name, _what in (("eagle3", "autoregressive"), ("dflash", "block")):
+    train_app.command(
+        _name,
+        help=f"Train the {_what} drafter; killed runs go on where they stopped.\n\n"
+        f"Example: whiflash train {_name} --config smollm2-135m-instruct",
+    )(_drafter_command(_name))
+
+
+@train_app.command("router")
+def router_command(
     config: ConfigOption,
-    start_from: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Use this bundle's drafters, and put the router into it; else those just trained."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answers to replay; else router.answers.")] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Train the autoregressive drafter; killed runs go on where they stopped.
+    """Replay both drafters over the stored answers and train the router; killed runs go on where they stopped.
 
-    Example: whiflash train eagle3 --config smollm2-135m-instruct
+    Example: whiflash train router --config smollm2-135m-instruct --bundle my-bundle
     """
+    from whiflash_sglang.config import load_manifest
+    from whiflash_sglang.train.bundle import install_router
     from whiflash_sglang.train.data import target_path
-    from whiflash_sglang.train.runner import train_eagle3
+    from whiflash_sglang.train.router_run import train_router
 
     with readable_errors():
         settings = resolve_config(config)
-        out = train_eagle3(settings, target_path(settings.target), start_from)
-    _report({"checkpoint": str(out)}, json_output)
+        if limit is not None:
+            router = settings.router.model_copy(update={"answers": limit})
+            settings = settings.model_copy(update={"router": router})
+        manifest = None if bundle is None else load_manifest(bundle)
+        drafters = [
+            settings.work / part / "checkpoint"
+            if bundle is None or manifest is None
+            else bundle / getattr(manifest, part)
+            for part in ("eagle3", "dflash")
+        ]
+        done = train_router(settings, target_path(settings.target), *drafters)
+        if bundle is not None:
+            install_router(bundle, done.directory)
+    report({"router": str(done.directory), **done.report}, json_output)
 
 
-@train_app.command("dflash")
-def dflash_command(
+@train_app.command("bundle")
+def bundle_command(
     config: ConfigOption,
-    start_from: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    out: Annotated[
+        Path, typer.Argument(help="Directory of the bundle; an existing one keeps its thresholds.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Its name; else the directory's.")] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Train the block drafter; killed runs go on where they stopped.
+    """Put the trained drafters, and the router where there is one, together with a manifest.
 
-    Example: whiflash train dflash --config smollm2-135m-instruct
+    Example: whiflash train bundle my-bundle --config smollm2-135m-instruct
     """
-    from whiflash_sglang.train.data import target_path
-    from whiflash_sglang.train.runner import train_dflash
+    from whiflash_sglang.train.bundle import assemble
 
     with readable_errors():
         settings = resolve_config(config)
-        out = train_dflash(settings, target_path(settings.target), start_from)
-    _report({"checkpoint": str(out)}, json_output)
+        assemble(settings, out, name or out.resolve().name)
+    report({"bundle": str(out)}, json_output)
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn errors that a person can act on into one line and exit code 1."""
+    """Turn errors that a person can act on into one line and exit code 1; what runs meanwhile shows its progress on
+    stderr, so that stdout holds the result alone.
+    """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except (WhiflashError, OSError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(1) from error
-
-
-def evaluate_command(
-    bundle: Annotated[Path, typer.Option(help="Bundle directory (with whiflash.json).")],
-    prompts: Annotated[
-        Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
-    ],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write a bar chart (.png) to this file.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts to use, balanced over the categories.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Answer tokens per prompt.")] = 160,
-    work: Annotated[
-        Path | None, typer.Option(help="Keep the target's answers here for the next time.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch.")] = 0,
-) -> None:
-    """Acceptance lengths of a bundle's drafters and routers on held-out prompts, without a server.
-
-    Example: whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --json figures.json
-    """
-    from whiflash_sglang.train.config import Hardware
-    from whiflash_sglang.train.evaluation import (
-        EvaluationSettings,
-        evaluate_bundle,
-        figures_table,
-        write_json,
-        write_picture,
-    )
-
-    with readable_errors():
-        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
-        settings = EvaluationSettings(
-            limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
-        )
-        result = evaluate_bundle(bundle, prompts, settings)
-        if json_file is not None:
-            write_json(result, json_file)
-        if picture is not None:
-            write_picture(result, picture)
-    Console().print(figures_table(result))
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -206,7 +217,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-def _report(result: dict[str, object], as_json: bool) -> None:
+def report(result: dict[str, object], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result))
         return

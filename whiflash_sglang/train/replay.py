@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,10 +77,15 @@ class Pair(NamedTuple):
         for path in (eagle3, dflash):
             for file in sorted(path.glob("*.safetensors")):
                 digest.update(file.read_bytes())
-        options = {"device": target.device, "dtype": target.dtype, "target_embedding": target.embedding}
+        options: dict[str, Any] = {
+            "device": target.device,
+            "dtype": target.dtype,
+            "target_embedding": target.embedding,
+            "target_lm_head": target.head,
+        }
         return cls(
-            Eagle3Drafter.load(eagle3, **options, target_lm_head=target.head),
-            DFlashDrafter.load(dflash, **options, target_lm_head=target.head),
+            Eagle3Drafter.load(eagle3, **options),
+            DFlashDrafter.load(dflash, **options),
             eagle_steps,
             digest.hexdigest()[:16],
         )
@@ -211,7 +216,7 @@ def _block_lengths(drafter: DFlashDrafter, batch: Batch, capture: Sequence[int])
         states = hidden[alive, offset - 1]
         if not len(alive):
             break
-        drafts = torch.cat([drafter.logits(part).argmax(-1) for part in states.split(_HEAD_ROWS)])
+        drafts = torch.cat([drafter.logits(part).argmax(-1) for part in torch.split(states, _HEAD_ROWS)])
         alive = alive[drafts == batch.tokens[blocks.anchor[alive] + offset]]
         accepted[alive] += 1
     return accepted.numpy()

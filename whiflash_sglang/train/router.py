@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import RouterTraining
 from whiflash_sglang.train.replay import ARMS, Replay
+from whiflash_sglang.train.runner import last_checkpoint
 
 
 class RouterData(NamedTuple):
@@ -144,7 +144,7 @@ def fit(learn: RouterData, held_out: RouterData, run: Path, settings: RouterTrai
         eval_dataset=_Rows(held_out),
         data_collator=lambda batch: batch,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     (run / "log.json").write_text(json.dumps(trainer.state.log_history))
     return model.router.cpu().standardised(model.mean.cpu(), model.deviation.cpu()).eval()
 

@@ -117,7 +117,7 @@ def _choices(router: Router, answer: Replay) -> dict[int, str]:
 def entropy_of(states: Tensor, head: Tensor) -> Tensor:
     """Nats of the target's own distribution: `states` [N, H] after its final norm, `head` [V, H] → [N] fp32."""
     parts = []
-    for part in states.split(_HEAD_ROWS):
+    for part in torch.split(states, _HEAD_ROWS):
         log = F.linear(part.to(head.device, head.dtype), head).float().log_softmax(-1)
         parts.append(-(log.exp() * log).sum(-1).cpu())
     return torch.cat(parts)

@@ -118,6 +118,12 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
     return _train("dflash", config, settings.loop, stores, build)
 
 
+def last_checkpoint(arguments: TrainingArguments) -> str | None:
+    """Where a killed run of the same output directory stopped; None for a new one."""
+    directory = Path(str(arguments.output_dir))
+    return get_last_checkpoint(str(directory)) if directory.is_dir() else None
+
+
 def _train(
     name: str, config: TrainConfig, loop: Loop, stores: list[FeatureStore], build: Callable[[], nn.Module]
 ) -> Path:
@@ -153,7 +159,7 @@ def _train(
     trainer = _LoggingTrainer(
         model=model, args=arguments, train_dataset=batches, data_collator=lambda items: items[0]
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if run.exists() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     out = run / "checkpoint"
     model.drafter.save(out)
     provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})

@@ -1,0 +1,79 @@
+"""Bundles: put together from trained parts, and their manifest changed in one step."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.config import EMBEDDED_BUNDLE, MANIFEST, load_manifest
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.train.config import TrainConfig
+
+PARTS = ("eagle3", "dflash")
+ROUTER = "router"
+
+
+def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
+    """Copy both drafters (and the router, where there is one) from the work directory; write `whiflash.json`.
+
+    An existing bundle keeps its thresholds and whatever else its manifest says.
+
+    Raises:
+        ConfigError: a drafter has not been trained yet.
+    """
+    bundle.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        trained = config.work / part / "checkpoint"
+        if not (trained / "config.json").is_file():
+            raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train {part}` first")
+        replace_directory(trained, bundle / part)
+    target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
+    manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
+    manifest |= {part: part for part in PARTS}
+    if config.chat_template is not None:
+        shutil.copyfile(config.chat_template, bundle / "chat_template.jinja")
+        manifest["chat_template"] = "chat_template.jinja"
+    update_manifest(bundle, manifest)
+    router = config.work / ROUTER / "checkpoint"
+    if router.is_dir():
+        install_router(bundle, router)
+    return bundle
+
+
+def install_router(bundle: Path, trained: Path) -> None:
+    """Copy a trained router into the bundle; its threshold is 0 until `whiflash calibrate` finds a better one."""
+    replace_directory(trained, bundle / ROUTER)
+    update_manifest(bundle, {"router": {"path": ROUTER, "threshold": 0.0}})
+
+
+def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:
+    """Change keys of `whiflash.json`; the file is replaced whole or not at all.
+
+    Raises:
+        ConfigError: the manifest would not be valid.
+    """
+    path = bundle / MANIFEST
+    fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as scratch:
+        staged = Path(scratch) / MANIFEST
+        with staged.open("w", encoding="utf-8") as file:
+            json.dump({**fields, **changes}, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        load_manifest(Path(scratch))
+        staged.chmod(0o644)
+        staged.replace(path)
+
+
+def replace_directory(source: Path, place: Path) -> None:
+    """Copy `source` to `place`, which is replaced by two renames once the copy is complete."""
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
+        copied, old = Path(scratch) / "new", Path(scratch) / "old"
+        shutil.copytree(source, copied)
+        if place.exists():
+            place.rename(old)
+        copied.rename(place)
