@@ -10,9 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 
 MANIFEST = "whiflash.json"
 EMBEDDED_BUNDLE = "smollm2-135m-instruct"
@@ -62,6 +63,13 @@ class Lookup(_Strict):
     seed: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], ...], ...] | None = None
     memory_mib: Annotated[int, Field(ge=0)] = 0
     memory_minutes: Positive = 30
+
+    @field_validator("seed")
+    @classmethod
+    def _fits(cls, seed: Seed | None) -> Seed | None:
+        if seed is not None:
+            MatchCalibration(seed)
+        return seed
 
 
 class Manifest(_Strict):

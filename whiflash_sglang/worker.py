@@ -125,7 +125,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             "arms": sorted(self.drafters),
             "requests": len(self.controller.lanes),
             **self.clock.snapshot(),
+            **{arm: state for arm, d in self.drafters.items() if (state := d.snapshot())},
         }
+
+    def forget(self, tenant: int | None) -> None:
+        """Drop text that a drafter keeps across requests: one tenant's, by its handle, or everybody's."""
+        for drafter in self.drafters.values():
+            drafter.forget(tenant)
 
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None

@@ -15,6 +15,7 @@ from whiflash_sdk.errors import HintError
 
 Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
 Arm = Literal["ar", "diffusion", "lookup", "none"]
+LookupScope = Literal["memory", "context", "off"]
 
 WIRE_KEY: Final = "whiflash"
 MAX_SPANS: Final = 16
@@ -64,6 +65,8 @@ class Hints(BaseModel):
     off: decode without drafting.
     infer: where no spans are given, let the SDK and the server derive them from the request.
     trace: ask for the routing trace with the response.
+    lookup: what may be copied into the answer: `memory` (the request's own context, and recent outputs of the same
+        cache salt where the server keeps them), `context` (its own context only, and nothing of it is kept), `off`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -73,6 +76,7 @@ class Hints(BaseModel):
     off: bool = False
     infer: bool = True
     trace: bool = False
+    lookup: LookupScope = "memory"
 
     def encode(self) -> str:
         """The JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.

@@ -10,8 +10,12 @@ from whiflash_sglang.compat.flags import ALGORITHM
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lookup.memory import Tenant, handle_of
 
 KEY = "whiflash"
+FORGET = f"{KEY}.forget"
+EVERYBODY = -1
+"""In place of a tenant's handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
 
 
@@ -44,6 +48,11 @@ def _decoded(key: str, value: Any) -> dict[str, Any]:
     return {field: ROUTERS[int(value)] if field == "router" else value}
 
 
+def encode_forget(tenant: Tenant | None) -> dict[str, int]:
+    """Forget one tenant, or all, as SGLang's message carries it."""
+    return {FORGET: EVERYBODY if tenant is None else handle_of(tenant)}
+
+
 def _updating(original: Any) -> Any:
     @wraps(original)
     def handlers(self: Any) -> dict[str, Any]:
@@ -60,11 +69,20 @@ def _updating(original: Any) -> Any:
             def apply(key: str, value: Any) -> None:
                 worker.reconfigure(_decoded(key, value))
 
+            def forget(key: str, value: Any) -> None:
+                worker.forget(None if value == EVERYBODY else value)
+
             handler = internal_state._UpdateHandler(validate, apply)
             found |= {f"{KEY}.{field}": handler for field in PolicyChange.model_fields}
+            found[FORGET] = internal_state._UpdateHandler(_is_handle, forget)
         return found
 
     return handlers
+
+
+def _is_handle(key: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise internal_state.UpdateRejected(f"{key}: not a tenant's handle")
 
 
 def _is_ours(scheduler: Any) -> bool:

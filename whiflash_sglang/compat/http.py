@@ -1,7 +1,7 @@
 """What WHIFLASH adds to SGLang's HTTP process: hint validation, the trace, and the capabilities route."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -15,12 +15,13 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from whiflash_sdk.hints import Hints, Span
 
 from whiflash_sglang import __version__
-from whiflash_sglang.compat.control import KEY, encode
+from whiflash_sglang.compat.control import KEY, encode, encode_forget
 from whiflash_sglang.compat.flags import settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.spans.hints import (
     HintError,
     RequestHints,
@@ -58,6 +59,7 @@ def install(server_args: Any) -> None:
         # As SGLang's own /set_internal_state: with --admin-api-key, only for its holder.
         admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
         http_server.app.post("/whiflash/policy")(admin_only(_set_policy))
+        http_server.app.post("/whiflash/forget")(admin_only(_forget))
 
 
 def _open_extension() -> None:
@@ -85,6 +87,7 @@ def _validating(original: Any) -> Any:
                 wire = Hints(
                     trace=hints.trace,
                     off=hints.off,
+                    lookup=hints.lookup,
                     spans=tuple(Span(**_span_fields(s)) for s in inferred.spans),
                 )
                 request.custom_params = {**(request.custom_params or {}), **wire.custom_params()}
@@ -230,9 +233,27 @@ async def _set_policy(change: dict[str, Any]) -> JSONResponse:
     try:
         changed(settings, change)
     except ConfigError as error:
-        return JSONResponse({"error": {"message": str(error), "type": "BadRequestError"}}, status_code=400)
-    answers = await manager.set_internal_state(SetInternalStateReq(server_args=encode(change)))
+        return _bad_request(str(error))
+    return await _send(encode(change))
+
+
+async def _forget(who: dict[str, Any]) -> JSONResponse:
+    """Drop what the copying arm remembers of one tenant's outputs, or of everybody's."""
+    try:
+        tenant = parse_forget(who)
+    except ConfigError as error:
+        return _bad_request(str(error))
+    return await _send(encode_forget(tenant))
+
+
+async def _send(message: Mapping[str, float]) -> JSONResponse:
+    """Tell every scheduler; the state afterwards."""
+    manager = http_server._global_state.tokenizer_manager
+    answers = await manager.set_internal_state(SetInternalStateReq(server_args=dict(message)))
     if not all(answers):
-        message = "the change was refused; the server's log says why"
-        return JSONResponse({"error": {"message": message, "type": "BadRequestError"}}, status_code=400)
+        return _bad_request("the change was refused; the server's log says why")
     return await _state()
+
+
+def _bad_request(message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": "BadRequestError"}}, status_code=400)

@@ -1,7 +1,7 @@
 """What a drafter is to the worker."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,13 @@ class Drafter(ABC):
 
     def finish(self, row: int, output: Sequence[int]) -> None:  # noqa: B027 - most keep no text
         """The request in `row` ended with `output`; `release` follows."""
+
+    def forget(self, tenant: int | None) -> None:  # noqa: B027 - most keep no text
+        """Drop text kept across requests: of the tenant with this handle, or of all."""
+
+    def snapshot(self) -> Mapping[str, int]:
+        """Its part of the server's state; empty for most."""
+        return {}
 
     def release(self, row: int) -> None:  # noqa: B027 - most keep nothing per request
         """The request in `row` is gone, or another begins there."""

@@ -84,12 +84,12 @@ class LookupArm(Drafter):
         if tenant is not None and self.memory is not None and output:
             self.memory.remember(tenant, output)
 
-    def forget(self, handle: int | None) -> None:
+    def forget(self, tenant: int | None) -> None:
         """Drop what is remembered of one tenant or of all; requests that run now neither read nor leave anything."""
         if self.memory is not None:
-            self.memory.forget(handle)
-        for row, tenant in list(self._tenants.items()):
-            if handle is None or handle_of(tenant) == handle:
+            self.memory.forget(tenant)
+        for row, owner in list(self._tenants.items()):
+            if tenant is None or handle_of(owner) == tenant:
                 del self._tenants[row]
 
     def release(self, row: int) -> None:
