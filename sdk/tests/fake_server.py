@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class FakeServer:
     url: str = ""
     capabilities: Any = field(default_factory=lambda: dict(CAPABILITIES))
     capabilities_status: int = 200
+    capabilities_seconds: float = 0.0
     trace: Any = field(default_factory=lambda: dict(TRACE))
     failures: int = 0
     content: str = '{"city": "Zürich"}'
@@ -136,6 +138,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             server.paths.append(self.path)
+            if self.path == "/whiflash/capabilities":
+                time.sleep(server.capabilities_seconds)
             if self.path == "/whiflash/capabilities" and server.capabilities_status == 200:
                 self._send(200, json.dumps(server.capabilities).encode())
             elif self.path == "/v1/models":

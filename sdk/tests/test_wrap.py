@@ -2,6 +2,7 @@
 
 import asyncio
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -251,6 +252,49 @@ def test_async_clients_are_the_same(async_client: AsyncOpenAI, server: FakeServe
     assert server.hints(2)["spans"] == [{"kind": "code", "begin": "<code>"}]
     assert len(server.bodies) == 5
     assert server.paths.count("/whiflash/capabilities") == 1
+
+
+def test_tasks_that_start_together_ask_once(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    wrap(async_client)
+    server.capabilities_seconds = 0.1
+
+    async def main() -> None:
+        asked: Any = {"model": "m", "messages": MESSAGES, "tools": [TOOL]}
+        await asyncio.gather(*(async_client.chat.completions.create(**asked) for _ in range(8)))
+        await async_client.close()
+
+    asyncio.run(main())
+    assert server.paths.count("/whiflash/capabilities") == 1
+    assert all(server.hints(index)["spans"][0] == HERMES for index in range(8))
+
+
+def test_threads_that_start_together_ask_once(client: OpenAI, server: FakeServer) -> None:
+    wrap(client)
+    server.capabilities_seconds = 0.1
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: client.completions.create(model="m", prompt="x"), range(8)))
+    assert server.paths.count("/whiflash/capabilities") == 1
+    assert len(server.bodies) == 8
+    assert all("whiflash" in body["custom_params"] for body in server.bodies)
+
+
+def test_a_task_that_gives_up_leaves_the_question_to_the_next(
+    async_client: AsyncOpenAI, server: FakeServer
+) -> None:
+    server.capabilities_seconds = 0.2
+
+    async def main() -> list[Any]:
+        asking = [asyncio.create_task(whiflash_sdk.async_capabilities(async_client)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        asking[0].cancel()
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        await async_client.close()
+        return found
+
+    first, *others = asyncio.run(main())
+    assert isinstance(first, asyncio.CancelledError)
+    assert all(isinstance(found, whiflash_sdk.Capabilities) for found in others)
+    assert server.paths.count("/whiflash/capabilities") == 2
 
 
 def test_concurrent_tasks_keep_their_own_blocks(async_client: AsyncOpenAI, server: FakeServer) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
+from weakref import WeakKeyDictionary
 
 import openai
 from openai import AsyncOpenAI, OpenAI
@@ -30,34 +33,73 @@ class Capabilities(BaseModel):
     reasoning_parser: str | None = None
 
 
-_known: dict[str, Capabilities | None] = {}
-_known_lock = Lock()
+@dataclass
+class _Server:
+    """What is known of one base URL. One caller asks; those that come meanwhile wait and take its answer.
+
+    Threads wait at one lock and the tasks of an event loop at another, because a thread that waits for a task of
+    its own loop would wait for ever.
+
+    settled: it answered, or let the time run out. asked: how often it was asked.
+    """
+
+    settled: bool = False
+    found: Capabilities | None = None
+    asked: int = 0
+    warned: bool = False
+    threads: Lock = field(default_factory=Lock)
+    tasks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = field(
+        default_factory=WeakKeyDictionary
+    )
+
+    def is_to_be_asked(self, asked_before: int) -> bool:
+        """Whether nobody has, since the caller found it asked `asked_before` times and began to wait."""
+        return not self.settled and self.asked == asked_before
+
+    def answered(self, body: object) -> None:
+        self.found = _read(body)
+        self.settled = True
+        self.asked += 1
+
+    def failed(self, error: openai.APIError) -> None:
+        """An answer, or silence until the time-out, settles it; a refused connection is asked again."""
+        self.settled = isinstance(error, openai.APITimeoutError) or not isinstance(
+            error, openai.APIConnectionError
+        )
+        self.asked += 1
+
+
+_servers: dict[str, _Server] = {}
 
 
 def capabilities(client: OpenAI) -> Capabilities | None:
     """The server's capabilities; None if it does not route or cannot be reached."""
     url = _url(client)
-    if url in _known:
-        return _known[url]
-    try:
-        body: Any = client.get(url, cast_to=object, options=_options())
-    except openai.APIError as error:
-        _failed(url, error)
-        return None
-    return _remember(url, _read(body))
+    server = _servers.setdefault(url, _Server())
+    asked = server.asked
+    if not server.settled:
+        with server.threads:
+            if server.is_to_be_asked(asked):
+                try:
+                    server.answered(client.get(url, cast_to=object, options=_options()))
+                except openai.APIError as error:
+                    server.failed(error)
+    return server.found
 
 
 async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
     """`capabilities` for an async client."""
     url = _url(client)
-    if url in _known:
-        return _known[url]
-    try:
-        body: Any = await client.get(url, cast_to=object, options=_options())
-    except openai.APIError as error:
-        _failed(url, error)
-        return None
-    return _remember(url, _read(body))
+    server = _servers.setdefault(url, _Server())
+    asked = server.asked
+    if not server.settled:
+        async with server.tasks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+            if server.is_to_be_asked(asked):
+                try:
+                    server.answered(await client.get(url, cast_to=object, options=_options()))
+                except openai.APIError as error:
+                    server.failed(error)
+    return server.found
 
 
 def require(found: Capabilities | None, client: OpenAI | AsyncOpenAI, *, strict: bool) -> None:
@@ -70,12 +112,10 @@ def require(found: Capabilities | None, client: OpenAI | AsyncOpenAI, *, strict:
     reason = f"{_url(client)} does not answer as a WhiFlash server does"
     if strict:
         raise UnsupportedServerError(f"{reason}: start it with `whiflash serve`, or wrap with strict=False")
-    if _url(client) in _known and _url(client) not in _warned:
-        _warned.add(_url(client))
+    server = _servers.get(_url(client))
+    if server is not None and server.settled and not server.warned:
+        server.warned = True
         warnings.warn(f"{reason}; requests go out without hints", UnsupportedServerWarning, stacklevel=2)
-
-
-_warned: set[str] = set()
 
 
 def _url(client: OpenAI | AsyncOpenAI) -> str:
@@ -95,14 +135,3 @@ def _read(body: object) -> Capabilities | None:
     except ValidationError:  # a page or a catch-all route, not our document
         return None
     return found if found.version == 1 else None
-
-
-def _failed(url: str, error: openai.APIError) -> None:
-    """An answer, or silence until the time-out, settles it; a refused connection is asked again."""
-    if isinstance(error, openai.APITimeoutError) or not isinstance(error, openai.APIConnectionError):
-        _remember(url, None)
-
-
-def _remember(url: str, found: Capabilities | None) -> Capabilities | None:
-    with _known_lock:
-        return _known.setdefault(url, found)
