@@ -38,6 +38,15 @@ def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> Non
     assert len(set(servers.values())) == len(KNOWN) - len(shared) + 1
 
 
+def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None:
+    _, auto, unhinted = build_arms(["auto", "auto-no-hints"], SUBJECT)
+    assert auto.arguments == unhinted.arguments
+    assert (auto.router, auto.server != unhinted.server) == ("auto", True)
+    assert auto.request == {"custom_params": {"whiflash": '{"trace":true}'}}
+    assert unhinted.request == {"custom_params": {"whiflash": '{"infer":false,"trace":true}'}}
+    assert build_arms(["auto"], SUBJECT)[1].request == {}, "nothing but the comparison needs traces"
+
+
 def test_plain_decoding_is_always_measured() -> None:
     assert [arm.name for arm in build_arms(["auto"], SUBJECT)] == ["none", "auto"]
 

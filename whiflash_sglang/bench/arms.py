@@ -4,9 +4,12 @@ WHIFLASH's routers can be changed while serving, so those that learn nothing sha
 it serves and keeps a server of its own: what other routers do must not teach it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from whiflash_sdk import Hints
 
 from whiflash_sglang.errors import ConfigError
 
@@ -21,8 +24,8 @@ ROUTERS = {
     "lookup": "lookup",
     "pinned-none": "none",
 }
-NO_LOOKUP = "auto-no-lookup"
-KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, NO_LOOKUP)
+AUTO, NO_LOOKUP, NO_HINTS = "auto", "auto-no-lookup", "auto-no-hints"
+KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, NO_LOOKUP, NO_HINTS)
 QUICK = (NONE, *STATIC, "auto")
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
@@ -63,12 +66,16 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One column of the comparison. server: key of the server that answers; router: to be set there, if any."""
+    """One column of the comparison.
+
+    server: key of the server that answers; router: to be set there, if any. request: fields of every request.
+    """
 
     name: str
     server: str
     arguments: tuple[str, ...] = field(repr=False)
     router: str | None = None
+    request: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
@@ -80,7 +87,12 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     wanted = list(names) if NONE in names else [NONE, *names]
     if len(set(wanted)) != len(wanted):
         raise ConfigError(f"--arms names an arm twice: {', '.join(wanted)}")
-    return [_arm(name, subject) for name in wanted]
+    arms = [_arm(name, subject) for name in wanted]
+    if NO_HINTS not in wanted:
+        return arms
+    # Both sides of the comparison send their rounds with the answer, so that neither has less to do.
+    traced = Hints(trace=True).extra_body()
+    return [replace(arm, request=traced) if arm.name == AUTO else arm for arm in arms]
 
 
 def _arm(name: str, subject: Subject) -> Arm:
@@ -93,7 +105,7 @@ def _arm(name: str, subject: Subject) -> Arm:
     if kind == NONE:
         return Arm(name, name, common)
     if kind in ROUTERS:
-        own = kind == "auto"
+        own = kind == AUTO
         return Arm(
             name,
             f"WHIFLASH {kind}" if own else "WHIFLASH",
@@ -102,8 +114,11 @@ def _arm(name: str, subject: Subject) -> Arm:
         )
     if kind == NO_LOOKUP:
         return Arm(
-            name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle_without_lookup)), ROUTERS["auto"]
+            name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle_without_lookup)), ROUTERS[AUTO]
         )
+    if kind == NO_HINTS:
+        unhinted = Hints(infer=False, trace=True).extra_body()
+        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle)), ROUTERS[AUTO], unhinted)
     return Arm(name, name, (*common, "--speculative-algorithm", kind, *_upstream(kind, width, subject)))
 
 

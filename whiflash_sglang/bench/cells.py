@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,11 +30,18 @@ class Load(_Frozen):
         return self.kind == "closed" and self.value == 1
 
 
+class Round(NamedTuple):
+    """One round of a traced answer: tokens committed, the bonus token counted, and the kind of the open span."""
+
+    tokens: int
+    span: str | None
+
+
 class Answer(_Frozen):
     """One timed answer.
 
     seconds: from the request to its last token. ttft: to its first, seconds. tokens: output ids.
-    forwards: target forwards after the prefill.
+    forwards: target forwards after the prefill. rounds: in order, from the second token on; none without a trace.
     """
 
     prompt: str
@@ -42,6 +49,7 @@ class Answer(_Frozen):
     ttft: float
     tokens: tuple[int, ...]
     forwards: int
+    rounds: tuple[Round, ...] = ()
 
     @property
     def tpot(self) -> float | None:

@@ -4,13 +4,13 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from whiflash_sglang.bench.cells import Answer, Load
+from whiflash_sglang.bench.cells import Answer, Load, Round
 from whiflash_sglang.bench.prompts import Prompt
 from whiflash_sglang.errors import WhiflashError
 
@@ -24,10 +24,11 @@ class RequestError(WhiflashError):
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """One server's streaming chat client. max_tokens: longest answer, in tokens."""
+    """One server's streaming chat client. max_tokens: longest answer, in tokens. request: fields of every request."""
 
     client: httpx.AsyncClient
     max_tokens: int
+    request: Mapping[str, Any] = field(default_factory=dict)
 
     async def ask(self, prompt: Prompt) -> Answer:
         """One greedy answer.
@@ -42,6 +43,7 @@ class Asker:
             "stream": True,
             "return_output_ids_in_sglext": True,
             "return_spec_tokens_details": True,
+            **self.request,
             **prompt.request(),
         }
         began = time.perf_counter()
@@ -110,4 +112,6 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
     details = extension.get("spec_tokens_details") or {}
     # Plain decoding reports no verifications: every token after the first is a forward.
     forwards = details.get("spec_verify_ct") or len(tokens) - 1
-    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards)
+    trace = extension.get("whiflash") or {"stretches": ()}
+    rounds = tuple(Round(count, s["span"]) for s in trace["stretches"] for count in s["round_tokens"])
+    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards, rounds=rounds)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from whiflash_sglang.bench.hints import Acceptance
 from whiflash_sglang.bench.report import OVERALL, Figures, LoadReport, Report
 from whiflash_sglang.bench.rounds import RoundMs
 from whiflash_sglang.bench.statistics import Interval, Percentiles
@@ -15,7 +16,7 @@ def render(report: Report) -> str:
         if load.load.is_alone:
             parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
             parts += ["### Acceptance length", _acceptance(load)]
-        parts.append(_rounds(load))
+        parts += [_hints(load), _rounds(load)]
     parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -84,6 +85,29 @@ def _acceptance(load: LoadReport) -> str:
         for arm, groups in load.arms.items()
     ]
     return _table(("arm", *names), rows)
+
+
+def _hints(load: LoadReport) -> str:
+    if not load.hints:
+        return ""
+    rows = [
+        (name, _interval(gain.speed), *_sides(gain.inside), *_sides(gain.outside), str(gain.unequal))
+        for name, gain in load.hints.items()
+    ]
+    sides = [f"{side}, {what}" for side in ("inside", "outside") for what in ("with", "without", "ratio")]
+    explained = (
+        "`auto` over `auto-no-hints`: tokens per second, and acceptance length inside and outside the spans that "
+        "hints named. Answers that differ between the two count for speed only."
+    )
+    table = _table(("category", "tokens/s", *sides, "answers that differ"), rows)
+    return f"### Hints on against hints off\n\n{explained}\n\n{table}"
+
+
+def _sides(acceptance: Acceptance | None) -> tuple[str, str, str]:
+    if acceptance is None:
+        return "", "", ""
+    lengths = (f"{acceptance.with_hints:.2f}", f"{acceptance.without_hints:.2f}")
+    return (*lengths, _interval(acceptance.ratio))
 
 
 def _rounds(load: LoadReport) -> str:

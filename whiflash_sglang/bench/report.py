@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sglang.bench.arms import NONE, STATIC
+from whiflash_sglang.bench.arms import AUTO, NO_HINTS, NONE, STATIC
 from whiflash_sglang.bench.cells import Answer, Cell, Load
+from whiflash_sglang.bench.hints import HintGain, hint_gain
 from whiflash_sglang.bench.reference import Difference
 from whiflash_sglang.bench.rounds import RoundMs, round_ms_of, switch_share_of
 from whiflash_sglang.bench.scaling import ScalePoint
@@ -65,9 +66,12 @@ class Ratios(_Schema):
 
 
 class LoadReport(_Schema):
+    """hints: what they bought, by category, where `auto` and `auto-no-hints` were both measured."""
+
     load: Load
     arms: dict[str, dict[str, Figures]]
     ratios: dict[str, Ratios]
+    hints: dict[str, HintGain] = {}
 
 
 class Report(_Schema):
@@ -138,7 +142,19 @@ def _load_report(cells: Sequence[Cell], groups: Mapping[str, str], found: Sequen
             for name, belongs in _selections(mine, groups)
         }
     ratios = {arm: _ratios(arm, own, groups, load, arms) for arm in own if NONE in own and arm != NONE}
-    return LoadReport(load=load, arms=arms, ratios=ratios)
+    hints = _hint_gains(own, groups, load) if own.keys() >= {AUTO, NO_HINTS} else {}
+    return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints)
+
+
+def _hint_gains(
+    own: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], load: Load
+) -> dict[str, HintGain]:
+    gains = {}
+    for name, belongs in _selections(own[AUTO], groups):
+        if load.is_alone or name == OVERALL:
+            hinted, unhinted = _within(own[AUTO], belongs), _within(own[NO_HINTS], belongs)
+            gains[name] = hint_gain(hinted, unhinted, groups, _paired(hinted, unhinted, groups))
+    return gains
 
 
 def _selections(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[tuple[str, Belongs]]:

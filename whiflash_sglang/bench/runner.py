@@ -54,7 +54,7 @@ class Plan:
         """What must be equal for the cells of two runs to belong together."""
         parts = {
             "version": __version__,
-            "arms": [[arm.name, self.subject.hide_paths(arm.arguments)] for arm in self.arms],
+            "arms": [[arm.name, self.subject.hide_paths(arm.arguments), arm.request] for arm in self.arms],
             "prompts": digest_of(self.prompts),
             "loads": [load.label for load in self.loads],
             "max_tokens": self.max_tokens,
@@ -220,15 +220,17 @@ class Runner:
     async def _measure(self, steps: Sequence[Step], task: Any) -> None:
         """Measure `steps` in order and keep their cells; without a `task` it is a warm-up, and nothing is kept."""
         async with AsyncExitStack() as stack:
-            askers = {}
+            clients = {}
             for key in self._fleet.clients:
                 client = httpx.AsyncClient(base_url=self._fleet.url(key), timeout=ANSWER_SECONDS)
-                askers[key] = Asker(await stack.enter_async_context(client), self._plan.max_tokens)
+                clients[key] = await stack.enter_async_context(client)
             for step in steps:
                 if step.arm in self.unavailable:
                     continue
+                arm = self._arms[step.arm]
                 try:
-                    cell = await self._cell(step, askers[self._arms[step.arm].server])
+                    asker = Asker(clients[arm.server], self._plan.max_tokens, arm.request)
+                    cell = await self._cell(step, asker)
                 except RequestError as error:
                     if step.arm == NONE:
                         raise

@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from whiflash_sglang.bench.arms import KNOWN, NO_LOOKUP, QUICK, build_arms
+from whiflash_sglang.bench.arms import KNOWN, NO_HINTS, NO_LOOKUP, QUICK, build_arms
 from whiflash_sglang.bench.cells import Journal, Load
 from whiflash_sglang.bench.fleet import Fleet
 from whiflash_sglang.bench.markdown import render
@@ -55,7 +55,7 @@ def scale_of(
             max_tokens or 64,
             QUICK_MINUTES if minutes is None else minutes,
         )
-    everything = [name for name in KNOWN if name != NO_LOOKUP]
+    everything = [name for name in KNOWN if name not in (NO_LOOKUP, NO_HINTS)]
     return Scale(names or everything, per_category, max_tokens or 160, minutes)
 
 
