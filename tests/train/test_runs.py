@@ -1,5 +1,6 @@
 """The whole path on a tiny random target: data, both drafters, evaluation; resumed runs equal uninterrupted ones."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tiny_models import tiny_target
 from typer.testing import CliRunner
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.train import cli
+from whiflash_sglang.train import cli, store
 from whiflash_sglang.train.cli import train_app
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.data import generate_data
@@ -176,3 +177,79 @@ def test_recomputed_features_equal_the_kept_ones(root: Path, config: TrainConfig
         assert torch.equal(one.tokens, two.tokens)
         torch.testing.assert_close(one.features, two.features, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(one.final, two.final, rtol=2e-2, atol=2e-2)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(
+    root: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full while the second checkpoint is written: the error says so, and the first one is gone on from."""
+    from transformers import Trainer
+
+    (tmp_path / "data").symlink_to(config.work / "data")
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump(settings(root) | {"work": str(tmp_path)}))
+    original = Trainer._save_rng_state
+
+    def full(self: Trainer, output_dir: str) -> None:
+        if self.state.global_step >= 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, output_dir)
+
+    command = ["eagle3", "--config", str(tmp_path / "full.yaml"), "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", full)
+        result = CliRunner().invoke(train_app, command)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.output
+    left = sorted(path.name for path in (tmp_path / "eagle3/trainer").iterdir())
+    assert left == ["checkpoint-4", "checkpoint-8"]
+    result = CliRunner().invoke(train_app, command)
+    assert result.exit_code == 0, result.output
+    whole = weights(train_eagle3(config, root / "target"))
+    found = weights(Path(json.loads(result.stdout)["checkpoint"]))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_full_disk_loses_no_answer(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = config.model_copy(update={"work": tmp_path})
+    original, writes = store._append, [0]
+
+    def full(path: Path, data: bytes) -> None:
+        writes[0] += 1
+        if writes[0] == 17:  # the features of the sixth answer
+            original(path, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_append", full)
+        with pytest.raises(OSError, match="No space left"):
+            generate_data(elsewhere)
+    assert len(open_stores(elsewhere)[0].records) == 5
+    assert generate_data(elsewhere).sequences == 24
+    kept, again = open_stores(config)[0], open_stores(elsewhere)[0]
+    assert {record.id for record in kept.records} == {record.id for record in again.records}
+    assert len(again.records) == 24
+
+
+def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig, tmp_path: Path) -> None:
+    row = {"id": "long", "messages": [{"role": "user", "content": "word " * 200}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    data = settings(root)["data"] | {"prompts": [str(tmp_path / "long.jsonl")]}
+    (tmp_path / "long.yaml").write_text(
+        yaml.safe_dump(settings(root) | {"work": str(tmp_path / "work"), "data": data})
+    )
+    result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "long.yaml")])
+    assert result.exit_code == 1
+    assert "leave no room for 24 new ones" in result.output
+    assert "data.slots of a larger capacity" in result.output
+
+
+def test_no_prompts_at_all(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    data = settings(root)["data"] | {"prompts": [str(tmp_path / "empty.jsonl")]}
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump(settings(root) | {"data": data}))
+    result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "empty.yaml")])
+    assert result.exit_code == 1
+    assert "holds no prompts" in result.output

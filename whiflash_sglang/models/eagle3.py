@@ -6,7 +6,6 @@ draft step feeds back the layer's own state before the final norm. Numerics foll
 `sglang/srt/models/llama_eagle3.py` of SGLang 0.5.23.
 """
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,113 +16,13 @@ from torch import Tensor, nn
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import (
     WeightReader,
-    attention_shape,
     attention_weights,
-    integer,
-    read_json_config,
     read_weights,
     write_checkpoint,
 )
-from whiflash_sglang.models.layers import Attend, Attention, AttentionShape, RMSNorm, SwiGLU
-from whiflash_sglang.models.rope import Rotary, rope_parameters
-
-ARCHITECTURE = "LlamaForCausalLMEagle3"
-
-
-@dataclass(frozen=True, slots=True)
-class Eagle3Config:
-    """Sizes and variants of a checkpoint.
-
-    Attributes:
-        target_hidden_size: size of one captured feature; `num_features` of them are concatenated.
-        draft_vocab_size: None where the drafter uses the target's own head.
-        target_layer_ids: layers whose outputs are captured; empty where SGLang's default is left.
-        norm_before_fc: one norm over the concatenation. fc_norm: one norm for each feature.
-        norm_output: a draft step feeds back the state after the final norm.
-    """
-
-    hidden_size: int
-    target_hidden_size: int
-    intermediate_size: int
-    attention: AttentionShape
-    num_layers: int
-    vocab_size: int
-    draft_vocab_size: int | None
-    num_features: int
-    target_layer_ids: tuple[int, ...]
-    rope: dict[str, Any]
-    max_position_embeddings: int = 8192
-    rms_norm_eps: float = 1e-5
-    fc_bias: bool = False
-    norm_before_fc: bool = False
-    fc_norm: bool = False
-    norm_output: bool = False
-
-    @classmethod
-    def read(cls, path: Path) -> "Eagle3Config":
-        """Parse `config.json`. Raises `CheckpointError` naming the field that does not fit."""
-        config = read_json_config(path)
-        if ARCHITECTURE not in (config.get("architectures") or []):
-            raise CheckpointError(
-                f"{path}/config.json: architectures is {config.get('architectures')}, "
-                f"expected [{ARCHITECTURE!r}]"
-            )
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(
-                f"{path}/config.json: hidden_act {config['hidden_act']!r} is not supported, only silu"
-            )
-        if config.get("tie_word_embeddings"):
-            raise CheckpointError(
-                f"{path}/config.json: tie_word_embeddings is not supported for an EAGLE-3 drafter"
-            )
-        eagle = config.get("eagle_config") or {}
-        layers = tuple(eagle.get("eagle_aux_hidden_state_layer_ids") or ())
-        draft_vocab = config.get("draft_vocab_size")
-        hidden = integer(config, "hidden_size", path)
-        return cls(
-            hidden_size=hidden,
-            target_hidden_size=integer(config, "target_hidden_size", path, default=hidden),
-            intermediate_size=integer(config, "intermediate_size", path),
-            attention=attention_shape(config, path),
-            num_layers=integer(config, "num_hidden_layers", path),
-            vocab_size=integer(config, "vocab_size", path),
-            draft_vocab_size=None if draft_vocab is None else integer(config, "draft_vocab_size", path),
-            num_features=integer(config, "num_aux_hidden_states", path, default=len(layers) or 3),
-            target_layer_ids=layers,
-            rope=rope_parameters(config),
-            max_position_embeddings=integer(config, "max_position_embeddings", path, default=8192),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-            fc_bias=bool(config.get("bias", False)),
-            norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
-            fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm", False)),
-            norm_output=bool(config.get("norm_output", False)),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The `config.json` that SGLang reads."""
-        plain = asdict(self)
-        heads = plain.pop("attention")
-        rope = plain.pop("rope")
-        layers = list(plain.pop("target_layer_ids"))
-        plain["num_hidden_layers"] = plain.pop("num_layers")
-        plain["bias"] = plain.pop("fc_bias")
-        features = plain.pop("num_features")
-        if not layers and features != 3:
-            plain["num_aux_hidden_states"] = features
-        return {
-            **plain,
-            "architectures": [ARCHITECTURE],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "num_attention_heads": heads[0],
-            "num_key_value_heads": heads[1],
-            "head_dim": heads[2],
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": None if rope["rope_type"] == "default" else rope,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers} if layers else {},
-            "torch_dtype": "bfloat16",
-        }
+from whiflash_sglang.models.eagle3_config import Eagle3Config
+from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
+from whiflash_sglang.models.rope import Rotary
 
 
 class DraftStep(NamedTuple):

@@ -86,7 +86,13 @@ def generate_data(config: TrainConfig) -> DataSummary:
         layers=config.capture,
     )
     store.truncate_to_index()
-    return answer_rows(ordered, target, config.data, config.capture, store, seed=config.seed)
+    summary = answer_rows(ordered, target, config.data, config.capture, store, seed=config.seed)
+    if not store.records:
+        raise ValueError(
+            f"none of {len(ordered)} prompts gave an answer ({summary.skipped} skipped, for the reasons above); "
+            "longer prompts need data.slots of a larger capacity"
+        )
+    return summary
 
 
 def answer_rows(

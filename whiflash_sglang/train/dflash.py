@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang.models.dflash import DFlashConfig, DFlashDrafter
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.dflash_config import DFlashConfig
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.batches import Batch, Span, unpack

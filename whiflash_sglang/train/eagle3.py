@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.batches import Batch, Span, unpack

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.dflash_config import DFlashConfig
+from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import Data, Hardware, Slots
 from whiflash_sglang.train.data import LoadedTarget, answer_rows, load_target
@@ -170,9 +172,6 @@ def entropy_choices(answer: Replay, target: LoadedTarget, tau: float) -> dict[in
 
 
 def _capture_union(eagle3: Path, dflash: Path) -> list[int]:
-    from whiflash_sglang.models.dflash import DFlashConfig
-    from whiflash_sglang.models.eagle3 import Eagle3Config
-
     layers = {*Eagle3Config.read(eagle3).target_layer_ids, *DFlashConfig.read(dflash).target_layer_ids}
     return sorted(layers)
 

@@ -1,6 +1,7 @@
 """Both drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -119,9 +120,19 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
 
 
 def last_checkpoint(arguments: TrainingArguments) -> str | None:
-    """Where a killed run of the same output directory stopped; None for a new one."""
-    directory = Path(str(arguments.output_dir))
-    return get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    """The last complete checkpoint of a killed run of the same output directory; None for a new one.
+
+    One that was being written when the run died (its state comes last) is removed: the one before it is still there.
+    """
+    found = Path(str(arguments.output_dir)).glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(checkpoint)
+        else:
+            return str(checkpoint)
+    return None
 
 
 def _train(
