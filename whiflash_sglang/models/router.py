@@ -56,17 +56,21 @@ class Router(nn.Module):
 
     def forward(self, final: Tensor) -> Tensor:
         """`final` [B, H] states after the target's final norm, at the last committed position → ΔAL [B]."""
-        predicted: Tensor = self.second(self._inner(final))[:, 0]
+        predicted: Tensor = self.second(self.hidden(final))[:, 0]
         return predicted
 
     def predict(self, final: Tensor) -> Predictions:
         """ΔAL and both heads of `final` [B, H]. Raises `CheckpointError` where the router has no heads."""
+        return self.read(self.hidden(final))
+
+    def read(self, hidden: Tensor) -> Predictions:
+        """Both outputs of the hidden layer's units [B, M]; for a router with heads."""
         if self.heads is None:
             raise CheckpointError("this router predicts ΔAL only; it has no heads")
-        inner = self._inner(final)
-        return Predictions(self.second(inner)[:, 0], self.heads(inner))
+        return Predictions(self.second(hidden)[:, 0], self.heads(hidden))
 
-    def _inner(self, final: Tensor) -> Tensor:
+    def hidden(self, final: Tensor) -> Tensor:
+        """`final` [B, H] → the hidden layer's units [B, M]."""
         return F.gelu(self.first(final.to(self.first.weight.dtype)))
 
     def layers(self) -> Layers:

@@ -203,7 +203,9 @@ def readable_errors() -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     except (WhiflashError, OSError, ValueError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(1) from error
 
 

@@ -115,11 +115,11 @@ class RouterTraining(_Strict):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.15
     eagle_steps: Positive = 5
     width: Annotated[int, Field(ge=2)] = 256
-    epochs: Positive = 12
+    epochs: Positive = 10
     batch: Positive = 512
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.35
 
 
 class TrainConfig(_Strict):

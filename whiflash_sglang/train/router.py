@@ -101,7 +101,7 @@ class _Regression(nn.Module):
     def forward(self, states: Tensor, accepted: Tensor) -> dict[str, Tensor]:
         """→ {"loss": scalar}."""
         states = F.dropout((states - self.mean) / self.deviation, self.dropout, self.training)
-        found = self.router.predict(states)
+        found = self.router.read(F.dropout(self.router.hidden(states), self.dropout, self.training))
         delta = accepted[:, 0] - accepted[:, 1]
         return {"loss": F.mse_loss(found.delta, delta) + F.mse_loss(found.accepted, accepted)}
 
@@ -160,14 +160,15 @@ class RouterQuality(NamedTuple):
     """On positions that the router was not trained on.
 
     r_squared: of ΔAL; of the heads `r_squared_eagle3`, `r_squared_dflash`. sign_accuracy: where ΔAL is not zero, of
-    the router at threshold 0; entropy_sign_accuracy: of entropy at its best threshold on this very data, chosen in
-    hindsight in its favour; majority_sign_accuracy: of always naming the drafter that is better more often.
+    the router at threshold 0; best_sign_accuracy, entropy_sign_accuracy: of the router and of entropy, each at its
+    best threshold on this very data; majority_sign_accuracy: of always naming the drafter that is better more often.
     """
 
     r_squared: float
     r_squared_eagle3: float
     r_squared_dflash: float
     sign_accuracy: float
+    best_sign_accuracy: float
     entropy_sign_accuracy: float
     majority_sign_accuracy: float
 
@@ -179,18 +180,26 @@ def router_quality(router: Router, data: RouterData, entropy: Tensor) -> RouterQ
     decided = data.delta != 0
     positive = data.delta[decided] > 0
     correct = (found.delta[decided] > 0) == positive
-    order = entropy[decided].argsort(stable=True)
-    above = positive[order].flip(0).cumsum(0).flip(0)  # positives from the threshold on
-    below = (~positive[order]).cumsum(0) - (~positive[order]).long()
     share = positive.float().mean().item()
     return RouterQuality(
         _r_squared(found.delta, data.delta),
         _r_squared(found.accepted[:, 0], data.accepted[:, 0]),
         _r_squared(found.accepted[:, 1], data.accepted[:, 1]),
         correct.float().mean().item(),
-        (above + below).max().item() / len(order),
+        _best_accuracy(found.delta[decided], positive),
+        _best_accuracy(entropy[decided], positive),
         max(share, 1 - share),
     )
+
+
+def _best_accuracy(signal: Tensor, positive: Tensor) -> float:
+    """Of "positive where the signal is at least a threshold", for the threshold that is right most often."""
+    values, place = torch.unique(signal, return_inverse=True)
+    positives = torch.bincount(place[positive], minlength=len(values))
+    negatives = torch.bincount(place[~positive], minlength=len(values))
+    above = F.pad(positives.flip(0).cumsum(0).flip(0), (0, 1))
+    below = F.pad(negatives.cumsum(0), (1, 0))
+    return (above + below).max().item() / len(positive)
 
 
 def _r_squared(predicted: Tensor, measured: Tensor) -> float:
