@@ -16,7 +16,7 @@ class Checkpoints:
     dflash: Path
 
     def arguments(self, algorithm: str) -> list[str]:
-        """Command line of a float32 server for ``none``, ``EAGLE3`` or ``DFLASH``."""
+        """Command line of a float32 server for ``none``, ``EAGLE3``, ``DFLASH`` or ``NGRAM``."""
         common = ["--model-path", str(self.target), "--dtype", "float32"]
         if algorithm == "EAGLE3":
             drafter = ["--speculative-draft-model-path", str(self.eagle3)]
@@ -25,7 +25,7 @@ class Checkpoints:
         if algorithm == "DFLASH":
             drafter = ["--speculative-draft-model-path", str(self.dflash)]
             return [*common, "--speculative-algorithm", "DFLASH", *drafter]
-        return common
+        return [*common, "--speculative-algorithm", algorithm] if algorithm == "NGRAM" else common
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from types import ModuleType
 import pytest
 
 from whiflash_sglang.platform import activate, seams
-from whiflash_sglang.platform.seams import METHOD_SEAMS, SEAMS, Seam
+from whiflash_sglang.platform.seams import METHOD_SEAMS, MODULE_SEAMS, SEAMS, Seam
 
 
 def test_every_seam_fits_the_installed_sglang() -> None:
     checks = seams.verify_seams()
-    assert len(checks) == len(SEAMS) + len(METHOD_SEAMS)
+    assert len(checks) == len(SEAMS) + len(METHOD_SEAMS) + len(MODULE_SEAMS)
     assert [check for check in checks if not check.ok] == []
 
 

@@ -21,6 +21,7 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch_native": ("none", ("--attention-backend", "torch_native")),
     "EAGLE3": ("EAGLE3", ()),
     "EAGLE3-paged": ("EAGLE3", PAGED),
+    "NGRAM": ("NGRAM", ()),
     "DFLASH": ("DFLASH", ()),
     "DFLASH-paged": ("DFLASH", PAGED),
 }

@@ -95,15 +95,16 @@ def test_sampled_verification_has_the_targets_distribution() -> None:
     predicts, index, number = outputs(rounds, 3)
     coins = torch.rand(rounds, 3, generator=generator)
     final = torch.rand(rounds, generator=generator)
-    links = torch.full((rounds, 3), -1)
+    links = torch.tensor([1, 2, -1]).expand(rounds, 3)
+    none = torch.full((rounds, 3), -1)
     spec_ops.tree_speculative_sampling_target_only(
         predicts,
         index,
         number,
         draft.expand(rounds, 3),
+        none,
         links,
-        links,
-        links,
+        none,
         coins,
         final,
         rows.float().expand(rounds, 3, vocab),

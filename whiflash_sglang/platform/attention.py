@@ -35,11 +35,13 @@ class CpuAttentionBackend(AttentionBackend):
         self._q_lens: Sequence[int] = ()
         self._kv_lens: Sequence[int] = ()
         self._rows: torch.Tensor | None = None
+        self._trees: Sequence[torch.Tensor] | None = None
         self._plans: dict[tuple[bool, int | None, torch.dtype], PagedAttentionPlan] = {}
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Read the batch's lengths once; plans are built from them as layers ask for them."""
         self._plans = {}
+        self._trees = None
         self._rows = forward_batch.req_pool_indices
         mode = forward_batch.forward_mode
         seq_lens: list[int] = forward_batch.seq_lens.tolist()
@@ -50,6 +52,7 @@ class CpuAttentionBackend(AttentionBackend):
             # A verification's seq_lens leave out the rows that are being verified.
             self._q_lens = _verify_widths(forward_batch.spec_info, len(seq_lens))
             self._kv_lens = [n + m for n, m in zip(seq_lens, self._q_lens, strict=True)]
+            self._trees = _verified_trees(forward_batch.spec_info, seq_lens, self._q_lens)
         else:
             self._q_lens = forward_batch.extend_seq_lens.tolist()
             self._kv_lens = seq_lens
@@ -68,6 +71,7 @@ class CpuAttentionBackend(AttentionBackend):
                 dtype=dtype,
                 request_rows=self._rows,
                 window=key[1],
+                trees=self._trees,
             )
         return plan
 
@@ -154,6 +158,22 @@ def _verify_widths(spec_info: Any, batch_size: int) -> list[int]:
         widths = layout.verify_lens_cpu
         return list(widths) if widths is not None else layout.verify_lens.tolist()
     return [spec_info.draft_token_num] * batch_size
+
+
+def _verified_trees(
+    spec_info: Any, seq_lens: Sequence[int], q_lens: Sequence[int]
+) -> list[torch.Tensor] | None:
+    """Which of a request's rows see each other, [m, m] bool each; None where drafts are chains.
+
+    Upstream packs, per request, [m, committed + m] of what every row sees.
+    """
+    if getattr(spec_info, "tree_topk", 1) == 1:
+        return None
+    packed, trees, at = spec_info.custom_mask, [], 0
+    for n, m in zip(seq_lens, q_lens, strict=True):
+        trees.append(packed[at : at + m * (n + m)].view(m, n + m)[:, n:])
+        at += m * (n + m)
+    return trees
 
 
 def _refuse_unsupported(layer: RadixAttention) -> None:

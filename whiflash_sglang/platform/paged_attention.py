@@ -50,6 +50,7 @@ class PagedAttentionPlan:
         dtype: torch.dtype,
         request_rows: torch.Tensor | None = None,
         window: int | None = None,
+        trees: Sequence[torch.Tensor] | None = None,
     ) -> "PagedAttentionPlan":
         """Plan the attention of a batch of ``bs`` requests.
 
@@ -61,6 +62,8 @@ class PagedAttentionPlan:
             dtype: dtype of q (masks are made in it).
             request_rows: [bs] int, the row of ``slot_table`` of each request; None: rows 0..bs-1.
             window: with ``causal``, a row at position p sees entries p-window..p only; ignored without.
+            trees: per request [m, m] bool: of its own m rows, those that each row sees besides what came before
+                (drafts in branches); requests of up to ``NARROW_ROWS`` rows only.
 
         Raises:
             ValueError: lengths that do not fit each other or the slot table.
@@ -82,6 +85,8 @@ class PagedAttentionPlan:
         group = None
         if narrow:
             group = _plan_narrow(slot_table, narrow, starts, q_lens, kv_lens, causal, dtype, window)
+            if trees is not None:
+                _hide_other_branches(group, [trees[i] for i in narrow])
         return PagedAttentionPlan(num_rows=starts[-1], narrow=group, wide=wide)
 
     def run(
@@ -183,6 +188,17 @@ def _plan_narrow(
     if not every_row:
         targets = torch.tensor([starts[i] + j for i in members for j in range(q_lens[i])], device=device)
     return NarrowGroup(bs, width, kv_width, slots, mask, gather_rows, scatter_rows, targets)
+
+
+def _hide_other_branches(group: NarrowGroup, trees: Sequence[torch.Tensor]) -> None:
+    """Of the last entries of each request, its own rows, let every row see its tree's only."""
+    if group.mask is None:
+        return  # One row each: there is no other branch.
+    hidden = group.mask.view(len(trees), group.width, group.kv_width)
+    for rows, tree in zip(hidden, trees, strict=True):
+        # The last row that sees the most tells where the request's entries end.
+        end = int((rows[len(tree) - 1] == 0).nonzero()[-1]) + 1
+        rows[: len(tree), end - len(tree) : end].masked_fill_(~tree, float("-inf"))
 
 
 def _plan_wide(

@@ -11,18 +11,22 @@ With the seams installed these upstream functions work on the CPU, for any specu
 ``assign_draft_cache_locs_contiguous_func``), the future map (``gather_spec_extras``), ``Tensor.record_stream``,
 chain trees (``build_tree_kernel_efficient``, ``verify_tree_greedy_func``, ``fill_bonus_tokens_func``), sampled
 verification (``eagle_sample``, ``compute_dflash_sampling_correct_drafts_and_bonus``) and
-``RaggedVerifyLayout.from_verify_lens`` (torch upstream). Upstream's ``EAGLE3`` (chain) and ``DFLASH`` run unmodified.
+``RaggedVerifyLayout.from_verify_lens`` (torch upstream). Upstream's ``EAGLE3`` (chain), ``DFLASH`` and ``NGRAM``
+(trees; its corpus is compiled at the first start, by the machine's C++ compiler) run unmodified.
 """
 
+import ast
 import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from whiflash_sglang.platform import spec_ops
+from whiflash_sglang.platform import spec_ops, spec_trees
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
@@ -74,6 +78,8 @@ SEAMS: tuple[Seam, ...] = (
         spec_ops.assign_req_to_token_pool_func,
     ),
     Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
+    Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_trees.fill_front_out_cache_loc_func),
+    Seam(_EAGLE, "fill_accept_out_cache_loc_func", spec_trees.fill_accept_out_cache_loc_func),
     Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
     Seam(
         "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
@@ -157,6 +163,28 @@ METHOD_SEAMS: tuple[MethodSeam, ...] = (
     ),
 )
 
+
+class ModuleSeam(NamedTuple):
+    """One module that cannot be imported here, because it imports operators that no published wheel has."""
+
+    module: str
+    name: str
+    replacement: Callable[..., Any]
+    """The function that is wanted of it, with the parameters of the original."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+MODULE_SEAMS: tuple[ModuleSeam, ...] = (
+    ModuleSeam(
+        "sglang.kernels.ops.speculative.reconstruct_tree",
+        "reconstruct_indices_from_tree_mask_func",
+        spec_trees.reconstruct_indices_from_tree_mask_func,
+    ),
+)
+
 _originals: dict[str, Any] = {}
 """What each installed seam replaced; empty before :func:`install_seams`."""
 
@@ -173,6 +201,9 @@ def install_seams() -> None:
     if broken:
         listed = "; ".join(f"{check.name}: {check.detail}" for check in broken)
         raise RuntimeError(f"this SGLang is not the one that the CPU platform was written for ({listed})")
+    for absent in MODULE_SEAMS:
+        sys.modules[absent.module] = stand_in = ModuleType(absent.module)
+        setattr(stand_in, absent.name, absent.replacement)
     for seam in SEAMS:
         module = importlib.import_module(seam.module)
         original = getattr(module, seam.name)
@@ -189,7 +220,11 @@ def install_seams() -> None:
 
 def verify_seams() -> list[SeamCheck]:
     """Check that every name exists with the parameters of its replacement. Imports SGLang; changes nothing."""
-    return [_check(seam) for seam in SEAMS] + [_check_method(seam) for seam in METHOD_SEAMS]
+    return [
+        *(_check(seam) for seam in SEAMS),
+        *(_check_method(seam) for seam in METHOD_SEAMS),
+        *(_check_module(seam) for seam in MODULE_SEAMS),
+    ]
 
 
 def _check(seam: Seam) -> SeamCheck:
@@ -212,11 +247,26 @@ def _check_method(seam: MethodSeam) -> SeamCheck:
     return _compare(seam.label, upstream, seam.wrap(upstream))
 
 
+def _check_module(seam: ModuleSeam) -> SeamCheck:
+    """The module's source says what the function takes; importing it is what fails."""
+    parent, _, name = seam.module.rpartition(".")
+    source = Path(str(importlib.import_module(parent).__file__)).parent / f"{name}.py"
+    functions = ast.parse(source.read_text()).body if source.exists() else []
+    for function in functions:
+        if isinstance(function, ast.FunctionDef) and function.name == seam.name:
+            found = [argument.arg for argument in function.args.args]
+            return _compare_parameters(seam.label, found, seam.replacement)
+    return SeamCheck(seam.label, False, "missing")
+
+
 def _compare(label: str, upstream: Any, replacement: Any) -> SeamCheck:
     """Whether upstream's function takes exactly the parameters of its replacement."""
     if not callable(upstream):
         return SeamCheck(label, False, f"expected a function, found {upstream!r}")
-    found = list(inspect.signature(upstream).parameters)
+    return _compare_parameters(label, list(inspect.signature(upstream).parameters), replacement)
+
+
+def _compare_parameters(label: str, found: list[str], replacement: Callable[..., Any]) -> SeamCheck:
     expected = list(inspect.signature(replacement).parameters)
     if found != expected:
         return SeamCheck(label, False, f"parameters are {found}, expected {expected}")

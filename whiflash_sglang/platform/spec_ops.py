@@ -1,14 +1,15 @@
-"""Torch versions of SGLang's Triton- and CUDA-only speculation helpers, for chains of drafts.
+"""Torch versions of SGLang's Triton- and CUDA-only speculation helpers; those of trees are in :mod:`.spec_trees`.
 
 Each function has the parameters of the upstream function that it stands in for (see
 :mod:`whiflash_sglang.platform.seams`) and its contract: tensors marked mutable are filled in place. A chain
-(``topk == 1``) is the only tree that they build, verify and sample: node ``i`` of a request's ``W`` rows is the
-only child of node ``i - 1``.
+(``topk == 1``) is the only tree that they build: node ``i`` of a request's ``W`` rows is the only child of ``i - 1``.
 """
 
 from typing import Any
 
 import torch
+
+from whiflash_sglang.platform import spec_trees
 
 
 def extend_cache_locs(
@@ -154,17 +155,24 @@ def verify_tree_greedy_func(
     target_predict: torch.Tensor,
     topk: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Accept a chain's drafts while they equal the target's argmax.
+    """Accept drafts while they equal the target's argmax.
 
     Args:
         predicts: [bs * W] int32, mutable: the target's token at every accepted node.
         accept_index: [bs, depth] int32, mutable: accepted nodes, global; -1 beyond.
         accept_token_num: [bs] int32, mutable: accepted drafts, without the bonus token.
         candidates, target_predict: [bs, W] int64.
-        topk: 1; the tree must be a chain.
+        topk: 1 for chains, anything else for trees.
     """
-    require_chain(topk)
     depth = accept_index.shape[1]
+    if topk != 1:
+        trees = spec_trees.links_of(retrieve_next_token, retrieve_next_sibling)
+        paths = [
+            spec_trees.accept_greedily(*tree, depth)
+            for tree in zip(candidates, trees, target_predict, strict=True)
+        ]
+        spec_trees.write_paths(paths, predicts, accept_index, accept_token_num)
+        return predicts, accept_index, accept_token_num
     matches = candidates[:, 1:depth] == target_predict[:, : depth - 1]
     accepted = matches.to(torch.int64).cumprod(1).sum(1)
     _write_accepted(predicts, accept_index, accept_token_num, accepted, target_predict)
@@ -187,10 +195,10 @@ def tree_speculative_sampling_target_only(
     threshold_acc: float = 1.0,
     deterministic: bool = True,
 ) -> None:
-    """Speculative sampling of a chain of deterministic drafts.
+    """Speculative sampling of deterministic drafts; of trees, see :func:`.spec_trees.accept_by_chance`.
 
-    Draft ``j`` is accepted with the target's probability of it; at the first rejection the token is drawn from
-    the target without the rejected draft, after the last draft from the target. With both thresholds at 1 the
+    Of a chain: draft ``j`` is accepted with the target's probability of it; at the first rejection the token is drawn
+    from the target without the rejected draft, after the last draft from the target. With both thresholds at 1 the
     result has the target's distribution (Leviathan et al., arXiv 2211.17192, for a point-mass draft).
 
     Args:
@@ -200,8 +208,18 @@ def tree_speculative_sampling_target_only(
         threshold_single, threshold_acc: a draft is also accepted at a probability of ``threshold_single``, and
             ``threshold_acc`` divides the probability; 1 and 1 keep the distribution.
     """
-    require_chain(-1 if bool((retrive_next_sibling != -1).any()) else 1)
     depth = accept_index.shape[1]
+    chain = torch.arange(1, candidates.shape[1])
+    if bool((retrive_next_token[:, :-1] != chain).any()):
+        trees = spec_trees.links_of(retrive_next_token, retrive_next_sibling)
+        coins, last = uniform_samples, uniform_samples_for_final_sampling.view(-1)
+        thresholds = (threshold_single, threshold_acc)
+        paths = [
+            spec_trees.accept_by_chance(*tree, depth, thresholds)
+            for tree in zip(candidates, trees, target_probs, coins, last, strict=True)
+        ]
+        spec_trees.write_paths(paths, predicts, accept_index, accept_token_num)
+        return
     probs = target_probs[:, : depth - 1].gather(2, candidates[:, 1:depth, None]).squeeze(2)
     take = uniform_samples[:, : depth - 1] < probs / threshold_acc
     if threshold_single < 1:
