@@ -35,7 +35,7 @@ class Engine:
         return self.scheduler.draft_worker or self.scheduler.tp_worker
 
     def submit(self, rid: str, tokens: Sequence[int], **params: Any) -> None:
-        """Queue a request. `params` are SGLang's sampling parameters, and `return_logprob`.
+        """Queue a request. `params` are SGLang's sampling parameters, `return_logprob` and `cache_salt`.
 
         Grammars and stop strings need a tokenizer: start the engine with `skip_tokenizer_init=False`.
         An abort names its request by prefix, so no `rid` may begin with another.
@@ -44,6 +44,7 @@ class Engine:
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         logprobs = params.pop("return_logprob", False)
+        salt = params.pop("cache_salt", None)
         sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True, **params})
         sampling.normalize(self.scheduler.tokenizer)
         self.scheduler.handle_generate_request(
@@ -60,6 +61,7 @@ class Engine:
                 top_logprobs_num=2 if logprobs else 0,
                 token_ids_logprob=None,
                 stream=False,
+                cache_salt=salt,
             )
         )
         for req in (*self.scheduler.waiting_queue, *self.scheduler.grammar_manager.grammar_queue):

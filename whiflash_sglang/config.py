@@ -53,8 +53,9 @@ class Lookup(_Strict):
     """The copying arm.
 
     max_width: drafts at most. min_match: shortest suffix match worth copying from. seed: chances that a copied token
-    is right before anything was seen, as `whiflash lookup-seed` measures them. memory_mib: MiB of recent outputs of
-    all tenants to copy from across requests, 0 for none; memory_minutes: how old they may get.
+    is right before anything was seen, as `whiflash lookup-seed` measures them; None: the embedded bundle's.
+    memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0 for none; memory_minutes: how old
+    they may get.
     """
 
     enabled: bool = True
@@ -293,11 +294,14 @@ def _neural(flags: Flags, manifest: Manifest | None, draft_path: Path) -> Neural
 
 
 def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
-    given = {
+    given: dict[str, Any] = {
         "enabled": None if flags.lookup is None else flags.lookup == "on",
         "memory_mib": flags.lookup_memory_mib,
     }
     said = (manifest.lookup if manifest else None) or Lookup()
+    if said.seed is None:
+        # Chances of a small model's answers are nearer to any other's than even odds, and are soon overwritten.
+        given["seed"] = _need(load_manifest(embedded_bundle()).lookup).seed
     return said.model_copy(update={key: value for key, value in given.items() if value is not None})
 
 

@@ -126,3 +126,26 @@ def test_every_length_has_a_chance(length: int, agreement: Agreement) -> None:
     assert BUCKETS[bucket] <= length
     assert bucket == len(BUCKETS) - 1 or length < BUCKETS[bucket + 1]
     assert calibration.chance(length, agreement) == 0.5
+
+
+def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
+    """Of a token repeated for long, a chain's newest places are those at the end of the run."""
+    run = [7] * 60
+    shared = SuffixIndex([1, 2, *run, 3, 4, 5, GAP], growing=False)
+    copier = copier_of(9, 1, 2, shared=lambda: (shared,))
+    for _ in range(4):
+        copier.extend(tokens_of(copier.look(15, 0.0)))
+    assert tokens_of(copier.look(15, 0.0)) == [3, 4, 5]
+
+
+def test_what_was_forgotten_is_not_copied_on() -> None:
+    texts = [SuffixIndex([1, 2, 3, 4, 5, 6, GAP], growing=False)]
+    copier = copier_of(9, 1, 2, shared=lambda: texts)
+    copier.extend(tokens_of(copier.look(2, 0.0)))
+    texts.clear()
+    assert copier.look(2, 0.0) == Proposal()
+
+
+def test_the_end_of_another_text_does_not_hide_a_shorter_match() -> None:
+    shared = SuffixIndex([3, 1, 2, GAP], growing=False)
+    assert tokens_of(copier_of(1, 2, 7, 3, 1, 2, shared=lambda: (shared,)).look(1, 0.0)) == [7]

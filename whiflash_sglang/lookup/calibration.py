@@ -29,7 +29,7 @@ Seed = Sequence[Sequence[float]]
 """Chances before anything was seen: one row per bucket, in it one chance per agreement."""
 
 EVEN_ODDS: Seed = ((0.5,) * len(Agreement),) * len(BUCKETS)
-"""For a target that nothing was measured on. Twenty answers later it makes no difference."""
+"""Where nothing was measured: what `seed` starts from."""
 
 SEED_WEIGHT = 4.0
 """Observations that the seed counts for."""

@@ -57,6 +57,7 @@ class Copier:
         self._calibration, self._request = calibration, RequestCalibration()
         self._min_match, self._shared = min_match, shared
         self._proposal = Proposal()
+        self._source: Place | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
@@ -68,22 +69,37 @@ class Copier:
             if not right:
                 break
         self._proposal = Proposal()
+        if self._source is not None:
+            self._source = self._source._replace(source=self._source.source + len(tokens))
         self.text.extend(tokens)
 
     def look(self, limit: int, worth: float) -> Proposal:
         """What to copy after the text's end: up to `limit` tokens, as far as one more may be worth it."""
+        end, shared = self.text.end, list(self._shared())
         places = self.text.places()
-        for other in self._shared():
-            places += other.places_of(self.text.end)
-        places = [place for place in places if place.length >= self._min_match]
-        self._proposal = self._propose(places, limit, worth) if places else Proposal()
+        for other in shared:
+            places += other.places_of(end)
+        copied_on = self._copied_on(end, shared)
+        if copied_on is not None:
+            places = [copied_on, *(place for place in places if place != copied_on)]
+        ahead = [(place, place.continuation(limit)) for place in places if place.length >= self._min_match]
+        ahead = [(place, tokens) for place, tokens in ahead if tokens]
+        self._proposal = self._propose(ahead, worth) if ahead else Proposal()
         return self._proposal
 
-    def _propose(self, places: list[Place], limit: int, worth: float) -> Proposal:
+    def _copied_on(self, end: Sequence[int], shared: Iterable[SuffixIndex]) -> Place | None:
+        """Where the last copy came from, moved on: a chain's newest places may have left it behind."""
+        last = self._source
+        # What was forgotten since must not be proposed.
+        if last is None or not any(last.text is text for text in (self.text, *shared)):
+            return None
+        return last.text.place_at(last.source, end)
+
+    def _propose(self, found: Sequence[tuple[Place, Sequence[int]]], worth: float) -> Proposal:
+        places, ahead = zip(*found, strict=True)
         best = max(range(len(places)), key=lambda i: places[i].length)  # the first of equals: the newest
-        length = places[best].length
-        ahead = [place.continuation(limit) for place in places]
-        following = list(range(len(places)))
+        length, self._source = places[best].length, places[best]
+        following: Sequence[int] = range(len(places))
         tokens: list[Copied] = []
         alive: list[float] = []
         chance = 1.0

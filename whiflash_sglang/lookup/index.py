@@ -108,6 +108,14 @@ class SuffixIndex:
         two = self._two_heads[((suffix[-2] * _MIX >> 12) ^ last) & mask] if len(suffix) > 1 else -1
         return self._follow(two, self._one_heads[last & mask], suffix)
 
+    def place_at(self, source: int, suffix: Sequence[int]) -> Place:
+        """How long a match with the end of a text the place before `source` is; 0: none."""
+        text, length = self._tokens, 0
+        limit = min(source, len(suffix), MAX_MATCH)
+        while length < limit and text[source - 1 - length] == suffix[-1 - length]:
+            length += 1
+        return Place(length, source, self)
+
     def _follow(self, two: int, one: int, suffix: Sequence[int]) -> list[Place]:
         text, last = self._tokens, suffix[-1]
         found: list[Place] = []
@@ -116,10 +124,7 @@ class SuffixIndex:
                 break
             # An overlapping occurrence is allowed: a repeated unit continues itself.
             if text[two] == last and text[two - 1] == suffix[-2]:
-                length, limit = 2, min(two + 1, len(suffix), MAX_MATCH)
-                while length < limit and text[two - length] == suffix[-1 - length]:
-                    length += 1
-                found.append(Place(length, two + 1, self))
+                found.append(self.place_at(two + 1, suffix))
             two = self._two_before[two]
         if found:
             return found

@@ -1,0 +1,99 @@
+"""The picture of lazy catch-up in docs/lookup.md: `python tests/lookup/picture.py docs/lookup/catch_up.svg`.
+
+The embedded target is asked to repeat a table, under the policy `auto`; every round's arm, the request's length and
+both drafters' watermarks are recorded from the running scheduler.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from engine import Engine, engine
+
+from whiflash_sglang.config import embedded_bundle
+from whiflash_sglang.embedded import ensure_target
+
+TABLE = "\n".join(
+    f'{{"id": {i}, "name": "{name}", "city": "{city}"}}'
+    for i, (name, city) in enumerate(
+        [("Ada", "London"), ("Emmy", "Erlangen"), ("Grace", "Arlington"), ("Sofia", "Stockholm")], 1
+    )
+)
+QUESTION = f"Repeat these lines exactly, then describe in one sentence what they have in common:\n{TABLE}"
+COLOURS = {"ar": "tab:blue", "diffusion": "tab:orange", "lookup": "tab:green", "none": "lightgrey"}
+NEURAL = ("ar", "diffusion")
+BACKLOG = 256
+
+
+@dataclass
+class Round:
+    """arm: that drafted it. length: committed tokens after it. synced: watermark of each neural drafter after it."""
+
+    arm: str
+    length: int
+    synced: dict[str, int]
+
+
+def record(running: Engine, tokens: int) -> list[Round]:
+    """One request, round by round."""
+    prompt = running.scheduler.tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
+    )
+    running.submit("table", prompt, max_new_tokens=tokens, ignore_eos=True)
+    rounds: list[Round] = []
+    worker = running.worker
+
+    def note() -> None:
+        request: Any = running.requests["table"]
+        row = request.kv.req_pool_idx if request.kv is not None else None
+        lane = worker.controller.lanes.get(row)
+        if lane is None or lane.previous is None:
+            return
+        length = len(request.origin_input_ids) + len(request.output_ids)
+        synced = {arm: worker.sync.watermarks.synced(row, arm) for arm in NEURAL}
+        rounds.append(Round(lane.previous, length, synced))
+
+    running.run(on_step=note)
+    return rounds
+
+
+def draw(rounds: list[Round], path: Path) -> None:
+    """Length and watermarks by round, above the arms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.2))
+    places = range(1, len(rounds) + 1)
+    for place, entry in zip(places, rounds, strict=True):
+        axes.axvspan(place - 0.5, place + 0.5, color=COLOURS[entry.arm], alpha=0.18, linewidth=0)
+    axes.plot(places, [entry.length for entry in rounds], color="black", label="committed tokens")
+    for arm in NEURAL:
+        marks = [entry.synced[arm] for entry in rounds]
+        axes.step(places, marks, where="mid", color=COLOURS[arm], label=f"in the KV of {arm}")
+    for arm in dict.fromkeys(entry.arm for entry in rounds):
+        axes.bar(0, 0, color=COLOURS[arm], alpha=0.4, label=f"round drafted by {arm}")
+    axes.set_xlim(0.5, len(rounds) + 0.5)
+    axes.set_ylim(bottom=min(min(entry.synced.values()) for entry in rounds) - 10)
+    axes.set_xlabel("round")
+    axes.set_ylabel("position")
+    axes.legend(loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    flags = {"draft": embedded_bundle(), "whiflash_router": "auto", "whiflash_backlog_tokens": BACKLOG}
+    with engine(ensure_target(), whiflash=flags, skip_tokenizer_init=False, dtype="bfloat16") as running:
+        rounds = record(running, 240)
+        print(running.scheduler.tokenizer.decode(running.output("table")))
+    print(" ".join(f"{entry.arm}:{entry.length}" for entry in rounds))
+    draw(rounds, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

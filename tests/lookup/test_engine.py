@@ -1,0 +1,178 @@
+"""The copying arm in the real scheduler: whose text it proposes, and what the other drafters do meanwhile."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+
+from whiflash_sglang.lookup.calibration import MatchCalibration
+from whiflash_sglang.lookup.memory import handle_of, tenant_of
+
+TOKENS = 160
+LONG = 240
+"""Less than a ring of 256 holds: nothing has to be flushed on the way."""
+PROMPT = random.Random(5).choices(range(256), k=24)
+
+
+@pytest.fixture(scope="module")
+def running(models: Models) -> Iterator[Engine]:
+    flags = models.whiflash("lookup", whiflash_lookup_memory_mib=1, whiflash_backlog_tokens=256)
+    with engine(models.target, whiflash=flags, page_size=1) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def fresh(running: Engine) -> None:
+    running.worker.reconfigure({"router": "lookup"})
+    running.worker.forget(None)
+    running.scheduler.flush_cache()
+
+
+@dataclass
+class Answer:
+    """Output tokens, and the rounds that they took."""
+
+    tokens: list[int]
+    rounds: int
+
+
+def ask(
+    running: Engine, salt: str | None, prompt: list[int] = PROMPT, tokens: int = TOKENS, **hints: Any
+) -> Answer:
+    name = f"q{len(running.requests):05d}"
+    # What was learned from earlier requests changes how many tokens are proposed.
+    running.worker.drafters["lookup"].calibration = MatchCalibration(running.worker.settings.lookup.seed)
+    params = {"custom_params": {"whiflash": json.dumps(hints)}} if hints else {}
+    running.submit(name, prompt, max_new_tokens=tokens, cache_salt=salt, **params)
+    running.run()
+    return Answer(running.output(name), running.rounds(name)[0])
+
+
+@pytest.fixture
+def cold(running: Engine) -> Answer:
+    """The same request where nothing is remembered."""
+    return ask(running, None)
+
+
+def test_a_tenants_own_output_is_copied(running: Engine, cold: Answer) -> None:
+    assert ask(running, "a") == cold
+    again = ask(running, "a")
+    assert again.tokens == cold.tokens
+    assert TOKENS / 17 <= again.rounds < cold.rounds / 3  # 16 copied tokens and one more a round at best
+
+
+def test_neither_another_tenant_nor_a_request_without_a_key_copies_it(running: Engine, cold: Answer) -> None:
+    ask(running, "a")
+    assert ask(running, "b") == cold
+    assert ask(running, None) == cold
+
+
+def test_forgetting_one_tenant_leaves_the_others(running: Engine, cold: Answer) -> None:
+    for salt in ("a", "b"):
+        ask(running, salt)
+    tenant = tenant_of(None, "a")
+    assert tenant is not None
+    running.worker.forget(handle_of(tenant))
+    assert ask(running, "a") == cold
+    assert ask(running, "b").rounds < cold.rounds
+    assert running.worker.snapshot()["lookup"]["tenants"] == 2
+
+
+def test_a_request_that_runs_while_its_tenant_is_forgotten_leaves_nothing(
+    running: Engine, cold: Answer
+) -> None:
+    running.submit("running", PROMPT, max_new_tokens=TOKENS, cache_salt="a")
+    for _ in range(4):
+        running.step()
+    assert not running.requests["running"].finished()
+    running.worker.forget(None)
+    running.run()
+    assert running.worker.snapshot()["lookup"]["tenants"] == 0
+    assert running.output("running") == cold.tokens
+
+
+@pytest.mark.parametrize("scope", ["context", "off"])
+def test_a_request_may_opt_out(running: Engine, cold: Answer, scope: str) -> None:
+    opted_out = ask(running, "a", lookup=scope)
+    assert opted_out.tokens == cold.tokens
+    assert opted_out.rounds == (cold.rounds if scope == "context" else TOKENS - 1)
+    assert running.worker.snapshot()["lookup"]["tenants"] == 0, "it left its output behind"
+    ask(running, "a")
+    assert ask(running, "a", lookup=scope) == opted_out, "it read what was remembered"
+
+
+def test_indexes_end_with_their_requests(running: Engine) -> None:
+    ask(running, "a")
+    assert running.worker.snapshot()["lookup"]["index_bytes"] == 0
+
+
+@dataclass
+class Work:
+    """Rows of every pass that a drafter ran, in order."""
+
+    catch_ups: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.catch_ups.clear()
+        self.drafts.clear()
+
+
+def watch(running: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Work]:
+    works = {}
+    for arm in ("ar", "diffusion"):
+        drafter, work = running.worker.drafters[arm], Work()
+        catch_up, draft = drafter.catch_up, drafter.draft
+
+        def catching(rows: Any, catch_up: Any = catch_up, work: Work = work) -> None:
+            work.catch_ups.append(len(rows.positions))
+            catch_up(rows)
+
+        def drafting(batch: Any, draft: Any = draft, work: Work = work) -> Any:
+            work.drafts.append(len(batch))
+            return draft(batch)
+
+        monkeypatch.setattr(drafter, "catch_up", catching)
+        monkeypatch.setattr(drafter, "draft", drafting)
+        works[arm] = work
+    return works
+
+
+def test_lazy_catch_up_through_a_long_copied_run(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While three requests copy, the neural drafters run nothing; then each ingests what it missed in one batch."""
+    prompts = [[*PROMPT, extra] for extra in (1, 2, 3)]
+    for prompt in prompts:
+        ask(running, "a", prompt, tokens=LONG)
+    works = watch(running, monkeypatch)
+    names = [f"copy{i}" for i in range(3)]
+    for name, prompt in zip(names, prompts, strict=True):
+        running.submit(name, prompt, max_new_tokens=LONG, cache_salt="a")
+    while not all(name in running.requests and running.requests[name].output_ids for name in names):
+        running.step()
+    rows = [running.requests[name].kv.req_pool_idx for name in names]
+    marks = running.worker.sync.watermarks
+    for work in works.values():
+        work.clear()
+
+    copied = [0] * len(names)
+    while min(copied) <= 64:
+        running.step()
+        copied = [len(running.requests[name].output_ids) for name in names]
+        assert max(copied) < LONG, "a request ended before all had copied"
+    assert all(not work.catch_ups and not work.drafts for work in works.values())
+
+    for arm in ("ar", "diffusion"):
+        behind = sum(
+            len(req.origin_input_ids) + len(req.output_ids) - 1 - marks.synced(row, arm)
+            for row, req in ((row, running.requests[name]) for row, name in zip(rows, names, strict=True))
+        )
+        assert behind >= sum(copied) - len(names)
+        running.worker.reconfigure({"router": arm})
+        running.step()
+        assert (works[arm].catch_ups, works[arm].drafts) == ([behind], [len(names)])
+    running.run()

@@ -1,0 +1,83 @@
+"""Memory across requests over HTTP: SGLang's own fields name the tenant, our route forgets."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from model_set import Models
+from server_host import Server, ServerHost
+
+from whiflash_sglang.lookup.memory import handle_of, tenant_of
+
+pytestmark = pytest.mark.server
+
+ADMIN = {"Authorization": "Bearer the-admin"}
+PROMPT = random.Random(5).choices(range(256), k=24)
+
+
+@pytest.fixture(scope="module")
+def server(models: Models) -> Iterator[Server]:
+    flags = models.whiflash("lookup", whiflash_lookup_memory_mib=1)
+    paths = ("--speculative-draft-model-path", str(flags.pop("draft")))
+    arguments = [
+        str(part) for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    with ServerHost() as host:
+        yield host.start(
+            *("--model-path", str(models.target), "--dtype", "float32", "--skip-tokenizer-init"),
+            *("--speculative-algorithm", "WHIFLASH", *paths, *arguments, "--admin-api-key", "the-admin"),
+        )
+
+
+def ask(server: Server, **keys: str) -> None:
+    server.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 40}, **keys)
+
+
+def forget(server: Server, body: Any, headers: dict[str, str] = ADMIN) -> httpx.Response:
+    return httpx.post(f"{server.url}/whiflash/forget", json=body, headers=headers, timeout=60)
+
+
+def tenants(server: Server) -> int:
+    found: int = server.get("/whiflash/state")["lookup"]["tenants"]
+    return found
+
+
+def test_forgetting_over_http(server: Server) -> None:
+    ask(server)
+    assert tenants(server) == 0, "a request without a key left something behind"
+    for salt in ("a", "b", "c"):
+        ask(server, cache_salt=salt)
+    ask(server, cache_salt="a", extra_key="k")
+    assert tenants(server) == 4
+    answer = forget(server, {"cache_salt": "a"})
+    assert (answer.status_code, answer.json()["lookup"]["tenants"]) == (200, 3)
+    assert forget(server, {"cache_salt": "never seen"}).json()["lookup"]["tenants"] == 3
+    assert forget(server, {"cache_salt": "a", "extra_key": "k"}).json()["lookup"]["tenants"] == 2
+    assert forget(server, {"all": True}).json()["lookup"] == {
+        "index_bytes": 0,
+        "memory_bytes": 0,
+        "tenants": 0,
+    }
+
+
+def test_only_the_administrator_forgets(server: Server) -> None:
+    ask(server, cache_salt="a")
+    assert forget(server, {"all": True}, headers={}).status_code in (401, 403)
+    assert tenants(server) == 1
+
+
+@pytest.mark.parametrize("body", [{}, {"all": 1}, {"salt": "a"}, {"all": True, "cache_salt": "a"}])
+def test_a_malformed_body_is_a_400(server: Server, body: dict[str, Any]) -> None:
+    answer = forget(server, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_large_handles_survive_the_message(server: Server) -> None:
+    """A float would round 63 bits."""
+    salt = next(s for s in map(str, range(1000)) if handle_of(tenant_of(None, s) or b"") > 2**62)
+    ask(server, cache_salt=salt)
+    before = tenants(server)
+    assert forget(server, {"cache_salt": salt}).json()["lookup"]["tenants"] == before - 1
