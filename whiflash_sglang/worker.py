@@ -1,10 +1,7 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
 import logging
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,27 +31,20 @@ from whiflash_sglang.compat.spec_worker import (
 from whiflash_sglang.compat.streamer import trace_log
 from whiflash_sglang.compat.target import Target, Verified
 from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.drafters.base import DraftBatch, Drafter
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.profile import profile_drafts
+from whiflash_sglang.drafters.stage import DraftStage, Proposal
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.routing.build import build_policy
-from whiflash_sglang.routing.controller import Controller, Outlook
+from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Drafts of the whole batch. tokens: [B, W] int64, padded; widths: rows each request verifies (drafts + 1)."""
-
-    tokens: torch.Tensor
-    widths: list[int]
 
 
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
@@ -100,6 +90,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         rows, context = self.target.slot_table.shape
         widest = max(d.max_drafts for d in self.drafters.values()) + 1
         self.tokens = TokenTable(rows, context, widest, self.target.device)
+        self.stage = DraftStage(self.drafters, self.sync, self.controller, self.clock, self.target.slot_table)
         profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, self.controller.costs)
 
     def clear_cache_pool(self) -> None:
@@ -157,7 +148,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             extra = self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
             clock.extra_catch_up_seconds += extra
         with clock.stage("draft"):
-            proposal = self._draft(requests, routes)
+            proposal = self.stage.draft(requests, routes)
         with clock.stage("verify"):
             block, verified, predictions = self._verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):
@@ -203,59 +194,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     # ---------------------------------------------------------------- the stages of a round
 
     def _route(self, requests: RoundBatch) -> list[str]:
-        outlooks = [self._outlook(requests, i) for i in range(len(requests.row_ids))]
+        outlooks = [self.stage.outlook(requests, i) for i in range(len(requests.row_ids))]
         before = [self.controller.lanes[row].previous for row in requests.row_ids]
         routes = self.controller.route(requests.row_ids, requests.lengths, outlooks)
         for old, new, outlook in zip(before, routes, outlooks, strict=True):
             # Where nothing may draft, nothing was switched.
             self.clock.switches += bool(outlook) and old not in (None, new)
         return routes
-
-    def _outlook(self, requests: RoundBatch, index: int) -> Outlook:
-        """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
-        if requests.budgets[index] <= 1:
-            return {}  # The last token a request may commit needs no draft: it is the bonus token.
-        row, n = requests.row_ids[index], requests.lengths[index]
-        history = partial(requests.history, index)
-        found = {arm: drafter.outlook(row, n, history) for arm, drafter in self.drafters.items()}
-        return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
-
-    def _draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:
-        """Each arm drafts for its own requests; the results are laid side by side."""
-        widest = max((self.drafters[a].max_drafts for a in routes if a in self.drafters), default=0)
-        tokens = torch.zeros((len(routes), widest), dtype=torch.int64, device=requests.bonus.device)
-        widths = [1] * len(routes)
-        for arm, drafter in self.drafters.items():
-            members = [i for i, route in enumerate(routes) if route == arm]
-            if not members:
-                continue
-            began = time.perf_counter()
-            drafts = drafter.draft(self._draft_batch(requests, members, drafter))
-            seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
-            self.controller.costs.drafted(
-                arm, len(members), passes=drafts.passes, seconds=seconds, catch_up=catch_up
-            )
-            self.clock.drafted(seconds + catch_up)
-            index = torch.tensor(members, device=tokens.device)
-            tokens[index, : drafts.tokens.shape[1]] = drafts.tokens
-            for i, count in zip(members, drafts.counts, strict=True):
-                widths[i] = count + 1
-        return Proposal(tokens[:, : max(widths) - 1], widths)
-
-    def _draft_batch(self, requests: RoundBatch, members: list[int], drafter: Drafter) -> DraftBatch:
-        index = torch.tensor(members, device=requests.rows.device)
-        rows, starts = requests.rows[index], requests.starts[index]
-        return DraftBatch(
-            rows=rows,
-            row_ids=[requests.row_ids[i] for i in members],
-            lengths=[requests.lengths[i] for i in members],
-            starts=starts,
-            bonus=requests.bonus[index],
-            tail=self.sync.rings.tail(rows, starts),
-            slot_table=self.target.slot_table,
-            limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
-            worth=self.controller.worth(drafter.arm),
-        )
 
     def _verify(
         self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any

@@ -42,7 +42,9 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
     )
     block = block_size_of(settings.dflash, settings.block_size)
     shared = settings.dflash_vocabulary == "eagle3"
-    vocabulary = eagle.target_ids(torch.arange(eagle.draft_vocab_size, device=target.device)) if shared else None
+    vocabulary = (
+        eagle.target_ids(torch.arange(eagle.draft_vocab_size, device=target.device)) if shared else None
+    )
     positions = target.context_len + max(block, settings.eagle_steps)
     drafters: list[Drafter] = [
         Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps, positions),
