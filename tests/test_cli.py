@@ -92,12 +92,23 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(
 
 
 def test_serve_fills_in_what_is_left_open() -> None:
-    from whiflash_sglang.cli.serve import server_arguments
+    from whiflash_sglang.cli.serve import COMPACT_JSON, server_arguments, server_environment
 
     given = server_arguments(["--model-path", "owner/model", "--port", "33001"])
     assert given[:2] == ["--speculative-algorithm", "WHIFLASH"]
     assert given[-4:] == ["--model-path", "owner/model", "--port", "33001"]
     assert "WHIFLASH" not in server_arguments(["--model-path=x", "--speculative-algorithm", "EAGLE3"])
+    assert COMPACT_JSON not in given
+    assert server_environment(["--model-path=x"]) == {}
+
+
+def test_serve_keeps_the_embedded_target_to_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
+    from whiflash_sglang.cli.serve import COMPACT_JSON, server_arguments, server_environment
+
+    monkeypatch.setattr("whiflash_sglang.embedded.ensure_target", lambda: Path("/models/t"))
+    assert COMPACT_JSON in server_arguments([])
+    assert COMPACT_JSON not in server_arguments(["--constrained-json-max-whitespace-cnt=3"])
+    assert server_environment(["--port", "1"]) == {"SGLANG_TOOL_STRICT_LEVEL": "2"}
 
 
 def test_every_command_has_help_with_an_example() -> None:

@@ -31,7 +31,7 @@ def register() -> None:
             raise SystemExit(f"whiflash: error: {error}") from None
         logger.warning("WHIFLASH is not available: %s", error)
         return
-    from whiflash_sglang.compat import algorithm, control, flags, memory, radix, release, streamer
+    from whiflash_sglang.compat import algorithm, control, flags, memory, radix, release, streamer, whitespace
 
     algorithm.register()
     flags.install()
@@ -40,4 +40,5 @@ def register() -> None:
     release.install()
     streamer.install()
     control.install()
+    whitespace.install()
     _registered = True

@@ -48,6 +48,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.speculative.spec_registry:CustomSpecAlgo", ("name", "factory", "supports_overlap")
     ),
+    # a request's tenant and output
+    PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),
+    PrivateName("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop"),
     # target and verification
     PrivateName(
         "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
@@ -69,6 +72,14 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.from_device", ("retrieve_next_token",)),
     PrivateName(
         "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask", ("reqs", "tree", "sampling_info")
+    ),
+    PrivateName(
+        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend",
+        ("any_whitespace", "max_whitespace_cnt"),
+    ),
+    PrivateName(
+        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag",
+        ("key_string",),
     ),
     # memory and radix keys
     PrivateName("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", ("kvc",)),
