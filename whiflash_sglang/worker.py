@@ -18,7 +18,7 @@ from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import memory, release, sampling
-from whiflash_sglang.compat.flags import settings_of
+from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
     DraftInput,

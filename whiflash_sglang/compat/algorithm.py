@@ -7,7 +7,7 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.compat.flags import ALGORITHM, settings_of
+from whiflash_sglang.compat.carried import ALGORITHM, settings_of
 from whiflash_sglang.errors import ConfigError
 
 DEFAULT_RUNNING_REQUESTS = 48

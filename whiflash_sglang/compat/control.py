@@ -6,7 +6,7 @@ from typing import Any, get_args
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
-from whiflash_sglang.compat.flags import ALGORITHM
+from whiflash_sglang.compat.carried import ALGORITHM
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError

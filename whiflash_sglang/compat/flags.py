@@ -12,11 +12,10 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import ServerArgs
 
 from whiflash_sglang import hub
+from whiflash_sglang.compat.carried import ALGORITHM
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.config import Flags, Settings, flag_of, parse_flags, resolve
+from whiflash_sglang.config import Flags, flag_of, parse_flags, resolve
 from whiflash_sglang.errors import WhiflashError
-
-ALGORITHM = "WHIFLASH"
 
 _HELP = {
     "eagle_draft": "EAGLE-3 checkpoint (directory or hub id). Needed unless the draft path is a bundle.",
@@ -46,12 +45,6 @@ def install() -> None:
     replace(ServerArgs, "add_cli_args", _with_flags)
     replace(ServerArgs, "from_cli_args", _reading_flags)
     replace(Engine, "server_args_class", _engine_arguments)
-
-
-def settings_of(server_args: Any) -> Settings:
-    """The resolved settings a launch carries."""
-    settings: Settings = server_args._whiflash
-    return settings
 
 
 def _dest(field: str) -> str:

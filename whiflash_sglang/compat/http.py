@@ -15,8 +15,8 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from whiflash_sdk.hints import Hints, Span
 
 from whiflash_sglang import __version__
+from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.control import KEY, encode, encode_forget
-from whiflash_sglang.compat.flags import settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
 from whiflash_sglang.config import changed

@@ -11,7 +11,7 @@ from typing import Any
 from sglang.srt.mem_cache import kv_cache_builder
 from sglang.srt.runtime_context import get_spec
 
-from whiflash_sglang.compat.flags import ALGORITHM
+from whiflash_sglang.compat.carried import ALGORITHM
 from whiflash_sglang.compat.patching import replace
 
 

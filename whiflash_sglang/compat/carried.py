@@ -1,0 +1,13 @@
+"""What a launch carries from the command line to the scheduler: our settings, on SGLang's own record."""
+
+from typing import Any
+
+from whiflash_sglang.config import Settings
+
+ALGORITHM = "WHIFLASH"
+
+
+def settings_of(server_args: Any) -> Settings:
+    """The resolved settings of a launch. They ride on an underscore attribute: SGLang pickles those to its children."""
+    settings: Settings = server_args._whiflash
+    return settings
