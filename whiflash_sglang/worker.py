@@ -245,7 +245,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Features of committed tokens go to the rings; statistics of the last verified row to the controller."""
         starts = block.qo_indptr[:-1]
         self.sync.rings.park(
-            verified.features, predictions, requests.rows, requests.starts, committed.accept_lens, starts
+            verified.features,
+            predictions,
+            requests.rows,
+            requests.starts,
+            committed.accept_lens,
+            starts,
+            widest=committed.tokens.shape[1],
         )
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
         needs, last = self.controller.policy.needs, starts + committed.accept_lens - 1

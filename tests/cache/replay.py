@@ -152,6 +152,7 @@ class Replay:
             torch.tensor(self.lengths),
             torch.tensor(counts),
             torch.tensor(starts),
+            widest=max(counts),
         )
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
 

@@ -126,9 +126,14 @@ class FeatureRings:
         begins: torch.Tensor,
         counts: torch.Tensor,
         row_starts: torch.Tensor,
+        *,
+        widest: int,
     ) -> None:
-        """Keep `counts[b]` rows of `features` [T, F], from row `row_starts[b]`, at positions from `begins[b]`."""
-        park(self.rings, features, next_tokens, rows, begins, counts, row_starts)
+        """Keep `counts[b]` rows of `features` [T, F], from row `row_starts[b]`, at positions from `begins[b]`.
+
+        `widest`: no count is larger.
+        """
+        park(self.rings, features, next_tokens, rows, begins, counts, row_starts, max_length=widest)
 
     def tail(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Feature n-1 of every request: [B, F]."""

@@ -52,7 +52,8 @@ class DraftSync:
         for drafter in self._drafters.values():
             drafter.catch_up(prompt)
         tails = prompt.positions[last_rows]
-        self.rings.park(prompt.features, prompt.next_tokens, rows, tails, torch.ones_like(tails), last_rows)
+        one = torch.ones_like(tails)
+        self.rings.park(prompt.features, prompt.next_tokens, rows, tails, one, last_rows, widest=1)
         for row, tail in zip(row_ids, tails.tolist(), strict=True):
             self.watermarks.reset(row, tail + 1)
             self._routed[row] = tail + 1
