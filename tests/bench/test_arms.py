@@ -1,12 +1,16 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from whiflash_sglang.bench.arms import KNOWN, QUICK, Subject, build_arms
 from whiflash_sglang.bench.fleet import reason_of
+from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.cli import app
 from whiflash_sglang.cli.bench import loads_of, scale_of
+from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import ConfigError
 
 SUBJECT = Subject(
@@ -17,6 +21,7 @@ SUBJECT = Subject(
     bundle_without_lookup=Path("/scratch/x"),
     dtype="bfloat16",
     common=("--device", "cpu"),
+    bad_bundle=Path("/scratch/bad"),
 )
 
 
@@ -45,6 +50,22 @@ def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None
     assert auto.request == {"custom_params": {"whiflash": '{"trace":true}'}}
     assert unhinted.request == {"custom_params": {"whiflash": '{"infer":false,"trace":true}'}}
     assert build_arms(["auto"], SUBJECT)[1].request == {}, "nothing but the comparison needs traces"
+
+
+def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
+    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, bad_drafters=True)
+    assert subject.bad_bundle is not None
+    manifest = load_manifest(subject.bad_bundle)
+    assert manifest.lookup is not None
+    assert not manifest.lookup.enabled
+    assert manifest.router is None
+    for part, good in (("eagle3", subject.eagle3), ("dflash", subject.dflash)):
+        files = sorted(good.glob("*.safetensors"))
+        assert files
+        for file in files:
+            right, wrong = load_file(file), load_file(subject.bad_bundle / part / file.name)
+            assert {k: v.shape for k, v in right.items()} == {k: v.shape for k, v in wrong.items()}
+            assert not any(torch.equal(v, wrong[k]) for k, v in right.items() if v.ndim > 1)
 
 
 def test_plain_decoding_is_always_measured() -> None:

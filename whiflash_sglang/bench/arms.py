@@ -24,8 +24,8 @@ ROUTERS = {
     "lookup": "lookup",
     "pinned-none": "none",
 }
-AUTO, NO_LOOKUP, NO_HINTS = "auto", "auto-no-lookup", "auto-no-hints"
-KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, NO_LOOKUP, NO_HINTS)
+AUTO, NO_LOOKUP, NO_HINTS, BAD = "auto", "auto-no-lookup", "auto-no-hints", "auto-bad-drafters"
+KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, NO_LOOKUP, NO_HINTS, BAD)
 QUICK = (NONE, *STATIC, "auto")
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
@@ -36,7 +36,8 @@ class Subject:
     """What every arm serves.
 
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints. bundle_without_lookup: the same
-    drafters with the lookup arm off. common: arguments of every server.
+    drafters with the lookup arm off. bad_bundle: drafters that know nothing, where wanted. common: arguments of
+    every server.
     """
 
     target: Path
@@ -46,11 +47,13 @@ class Subject:
     bundle_without_lookup: Path
     dtype: str
     common: tuple[str, ...] = ()
+    bad_bundle: Path | None = None
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
         """`arguments` as they may be published: directories by what they hold."""
         names = {
             str(self.bundle_without_lookup): "BUNDLE-WITHOUT-LOOKUP",
+            str(self.bad_bundle): "BUNDLE-OF-BAD-DRAFTERS",
             str(self.eagle3): "BUNDLE/eagle3",
             str(self.dflash): "BUNDLE/dflash",
             str(self.bundle): "BUNDLE",
@@ -116,6 +119,10 @@ def _arm(name: str, subject: Subject) -> Arm:
         return Arm(
             name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle_without_lookup)), ROUTERS[AUTO]
         )
+    if kind == BAD:
+        if subject.bad_bundle is None:
+            raise AssertionError("the subject was built without bad drafters")
+        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bad_bundle)), ROUTERS[AUTO])
     if kind == NO_HINTS:
         unhinted = Hints(infer=False, trace=True).extra_body()
         return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle)), ROUTERS[AUTO], unhinted)
