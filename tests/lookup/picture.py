@@ -1,9 +1,10 @@
 """The picture of lazy catch-up in docs/lookup.md: `python tests/lookup/picture.py docs/lookup/catch_up.svg`.
 
-The embedded target is asked to repeat a table, under the policy `auto`; every round's arm, the request's length and
-both drafters' watermarks are recorded from the running scheduler.
+The embedded target copies three records and comments on each, under the policy `auto`; every round's arm, the
+request's length and both drafters' watermarks are recorded from the running scheduler.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,27 @@ from engine import Engine, engine
 from whiflash_sglang.config import embedded_bundle
 from whiflash_sglang.embedded import ensure_target
 
-TABLE = "\n".join(
-    f'{{"id": {i}, "name": "{name}", "city": "{city}"}}'
-    for i, (name, city) in enumerate(
-        [("Ada", "London"), ("Emmy", "Erlangen"), ("Grace", "Arlington"), ("Sofia", "Stockholm")], 1
-    )
+RECORDS = (
+    ("Ada", 36, "London", ["analytical engine", "notes on programs", "Bernoulli numbers"]),
+    ("Emmy", 53, "Erlangen", ["abstract algebra", "invariants", "conservation laws"]),
+    ("Sofia", 41, "Stockholm", ["partial differential equations", "a spinning top", "Saturn's rings"]),
 )
-QUESTION = f"Repeat these lines exactly, then describe in one sentence what they have in common:\n{TABLE}"
+COMMENTS = ("She wrote the first program.", "She tied symmetry to conservation.", None)
+
+
+def prompt_text() -> str:
+    """Two records copied and commented on, and the third to be copied."""
+    parts = []
+    for (name, age, city, works), comment in zip(RECORDS, COMMENTS, strict=True):
+        record = json.dumps(
+            {"name": name, "age": age, "city": city, "works": works, "verified": True}, indent=1
+        )
+        parts.append(f"Record:\n{record}\nCopy:\n")
+        if comment is not None:
+            parts.append(f"{record}\nComment: {comment}\n\n")
+    return "".join(parts)
+
+
 COLOURS = {"ar": "tab:blue", "diffusion": "tab:orange", "lookup": "tab:green", "none": "lightgrey"}
 NEURAL = ("ar", "diffusion")
 BACKLOG = 256
@@ -39,15 +54,13 @@ class Round:
 
 def record(running: Engine, tokens: int) -> list[Round]:
     """One request, round by round."""
-    prompt = running.scheduler.tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
-    )
-    running.submit("table", prompt, max_new_tokens=tokens, ignore_eos=True)
+    prompt = running.scheduler.tokenizer.encode(prompt_text())
+    running.submit("records", prompt, max_new_tokens=tokens, ignore_eos=True)
     rounds: list[Round] = []
     worker = running.worker
 
     def note() -> None:
-        request: Any = running.requests["table"]
+        request: Any = running.requests["records"]
         row = request.kv.req_pool_idx if request.kv is not None else None
         lane = worker.controller.lanes.get(row)
         if lane is None or lane.previous is None:
@@ -89,8 +102,8 @@ def draw(rounds: list[Round], path: Path) -> None:
 def main() -> None:
     flags = {"draft": embedded_bundle(), "whiflash_router": "auto", "whiflash_backlog_tokens": BACKLOG}
     with engine(ensure_target(), whiflash=flags, skip_tokenizer_init=False, dtype="bfloat16") as running:
-        rounds = record(running, 240)
-        print(running.scheduler.tokenizer.decode(running.output("table")))
+        rounds = record(running, 150)
+        print(running.scheduler.tokenizer.decode(running.output("records")))
     print(" ".join(f"{entry.arm}:{entry.length}" for entry in rounds))
     draw(rounds, Path(sys.argv[1]))
 

@@ -112,6 +112,32 @@ def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth:
     assert len(proposal.tokens) == limit or len(copier_of(*text).look(limit, 0.0).tokens) >= width
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4),
+    st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8),
+)
+def test_any_text_beside_any_other(texts: list[list[int]], rounds: list[list[int]]) -> None:
+    """What is committed follows no proposal in particular; what is proposed stands somewhere after a real match."""
+    shared = SuffixIndex(growing=False)
+    for text in texts:
+        shared.extend([*text, GAP])
+    copier, own = Copier(MatchCalibration(), shared=lambda: (shared,)), []
+    for tokens in rounds:
+        copier.extend(tokens)
+        own += tokens
+        proposal = copier.look(4, 0.0)
+        if proposal.tokens:
+            length, copied = proposal.tokens[0].length, tokens_of(proposal)
+            wanted = [*own[len(own) - length :], copied[0]]
+            everything = [own, *texts]
+            assert any(
+                text[at : at + length + 1] == wanted
+                for text in everything
+                for at in range(len(text) - length)
+            )
+
+
 def test_a_seed_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=f"{len(BUCKETS)} rows"):
         MatchCalibration(EVEN_ODDS[1:])

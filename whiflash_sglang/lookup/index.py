@@ -109,9 +109,9 @@ class SuffixIndex:
         return self._follow(two, self._one_heads[last & mask], suffix)
 
     def place_at(self, source: int, suffix: Sequence[int]) -> Place:
-        """How long a match with the end of a text the place before `source` is; 0: none."""
+        """How long a match with the end of a text the place before `source` is; 0: none, or beyond this text."""
         text, length = self._tokens, 0
-        limit = min(source, len(suffix), MAX_MATCH)
+        limit = min(source, len(suffix), MAX_MATCH) if source <= len(text) else 0
         while length < limit and text[source - 1 - length] == suffix[-1 - length]:
             length += 1
         return Place(length, source, self)
