@@ -252,4 +252,4 @@ def test_no_prompts_at_all(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text(yaml.safe_dump(settings(root) | {"data": data}))
     result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "empty.yaml")])
     assert result.exit_code == 1
-    assert "holds no prompts" in result.output
+    assert "empty.jsonl holds no prompts" in result.output

@@ -20,7 +20,7 @@ from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.train.cli import resolve_config
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.data import generate_data
-from whiflash_sglang.train.replay import ARMS, Pair, replay_drafters
+from whiflash_sglang.train.replay import ARMS, Pair, Parts, replay_drafters
 from whiflash_sglang.train.runner import train_dflash, train_eagle3
 from whiflash_sglang.train.store import Sequence as Stored
 from whiflash_sglang.train.store import SequenceRecord
@@ -118,7 +118,7 @@ def replayed(target: ReferenceTarget, trained: Trained, prompt: Sequence[int], o
     tokens = [*prompt, *output]
     forward = target.forward(tokens[:-1], capture)
     record = SequenceRecord("a", "chat", len(prompt), len(tokens), False, False, 0, 0)
-    pair = Pair.load(trained.eagle3, trained.dflash, target.model, STEPS)
+    pair = Pair.load(Parts(trained.eagle3, trained.dflash, STEPS), target.model)
     sequence = Stored(record, torch.tensor(tokens), forward.features, forward.final)
     return replay_drafters(pair, sequence, capture)
 

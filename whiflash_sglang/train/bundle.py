@@ -32,7 +32,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
         replace_directory(trained, bundle / part)
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
-    manifest |= {part: part for part in PARTS}
+    manifest |= {part: part for part in PARTS} | {"dflash_vocabulary": config.dflash.vocabulary}
     if config.chat_template is not None:
         shutil.copyfile(config.chat_template, bundle / "chat_template.jinja")
         manifest["chat_template"] = "chat_template.jinja"

@@ -23,7 +23,7 @@ from whiflash_sglang.train.evaluation import (
 )
 from whiflash_sglang.train.plots import plot_thresholds
 from whiflash_sglang.train.prompts import read_rows
-from whiflash_sglang.train.replay import Pair, Replay, ReplayLog, replay_answers
+from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, replay_answers
 from whiflash_sglang.train.round_costs import (
     RoundSeconds,
     measure,
@@ -102,14 +102,15 @@ def stored_answers(
 
     Replays that `whiflash train router` made are used again.
     """
-    manifest = load_manifest(bundle)
-    drafters = (bundle / manifest.eagle3, bundle / manifest.dflash)
-    pair = Pair.load(*drafters, target.model, config.router.eagle_steps)
+    parts = Parts.of_bundle(bundle, config.router.eagle_steps)
+    pair = Pair.load(parts, target.model)
     log = ReplayLog(config.work / "router", pair)
     stores = open_stores(config)
     held_out = [
         source
-        for source in choose_answers(stores, drafters, sum(len(store.records) for store in stores))
+        for source in choose_answers(
+            stores, (parts.eagle3, parts.dflash), sum(len(store.records) for store in stores)
+        )
         if is_held_out(source.record.id, config.router.held_out)
     ]
     taken: Counter[str] = Counter()

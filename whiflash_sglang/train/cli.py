@@ -150,9 +150,9 @@ def router_command(
 
     Example: whiflash train router --config smollm2-135m-instruct --bundle my-bundle
     """
-    from whiflash_sglang.config import load_manifest
     from whiflash_sglang.train.bundle import install_router
     from whiflash_sglang.train.data import target_path
+    from whiflash_sglang.train.replay import Parts
     from whiflash_sglang.train.router_run import train_router
 
     with readable_errors():
@@ -160,14 +160,12 @@ def router_command(
         if limit is not None:
             router = settings.router.model_copy(update={"answers": limit})
             settings = settings.model_copy(update={"router": router})
-        manifest = None if bundle is None else load_manifest(bundle)
-        drafters = [
-            settings.work / part / "checkpoint"
-            if bundle is None or manifest is None
-            else bundle / getattr(manifest, part)
-            for part in ("eagle3", "dflash")
-        ]
-        done = train_router(settings, target_path(settings.target), *drafters)
+        if bundle is None:
+            eagle3, dflash = (settings.work / part / "checkpoint" for part in ("eagle3", "dflash"))
+            drafters = Parts(eagle3, dflash, settings.router.eagle_steps, settings.dflash.vocabulary)
+        else:
+            drafters = Parts.of_bundle(bundle, settings.router.eagle_steps)
+        done = train_router(settings, target_path(settings.target), drafters)
         if bundle is not None:
             install_router(bundle, done.directory)
     report({"router": str(done.directory), **done.report}, json_output)

@@ -87,7 +87,12 @@ class Eagle3(_Strict):
 
 
 class DFlash(_Strict):
-    """The block drafter. `frequent` and `sampled`: how many tokens the loss's softmax runs over."""
+    """The block drafter.
+
+    Attributes:
+        frequent, sampled: how many tokens the loss's softmax runs over.
+        vocabulary: what the bundle lets it choose from: the target's whole vocabulary, or EAGLE-3's reduced one.
+    """
 
     target_layers: list[int]
     source_layers: list[int]
@@ -97,6 +102,7 @@ class DFlash(_Strict):
     gamma: Annotated[float, Field(gt=0)] = 4.0
     frequent: Positive = 8192
     sampled: Annotated[int, Field(ge=0)] = 2048
+    vocabulary: Literal["full", "eagle3"] = "full"
     loop: Loop = Loop()
 
 

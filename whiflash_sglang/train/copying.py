@@ -25,13 +25,16 @@ class Copied(NamedTuple):
     matched: NDArray[np.bool_]
 
 
-def replay_lookup(tokens: Sequence[int], prompt_length: int, calibration: MatchCalibration) -> Copied:
-    """Replay the arm at every position of an answer; `calibration` learns as it goes.
+def replay_lookup(
+    tokens: Sequence[int], prompt_length: int, settings: Lookup, calibration: MatchCalibration
+) -> Copied:
+    """Replay the arm at every position of an answer, without memory across requests.
+
+    `calibration` and the request's own learn as it goes, a token at a time: from the first token of every proposal.
 
     Args:
         tokens: prompt and answer. prompt_length: tokens of the prompt.
     """
-    settings = Lookup()
     positions = len(tokens) - prompt_length - 1
     accepted = np.zeros(positions, dtype=np.int64)
     matched = np.zeros(positions, dtype=np.bool_)

@@ -27,7 +27,7 @@ from whiflash_sglang.train.evaluate import (
     tabulate,
 )
 from whiflash_sglang.train.prompts import balanced, read_rows
-from whiflash_sglang.train.replay import ARMS, Pair, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.store import FeatureStore
 
 
@@ -115,8 +115,7 @@ def replay_store(
     log: Path | None = None,
 ) -> list[Replay]:
     """Replay all arms over the stored answers (those with an id in `wanted`); `log`: where replays are kept."""
-    manifest = load_manifest(bundle)
-    pair = Pair.load(bundle / manifest.eagle3, bundle / manifest.dflash, target.model, eagle_steps)
+    pair = Pair.load(Parts.of_bundle(bundle, eagle_steps), target.model)
     sources = [Source(store, record) for record in store.records if wanted is None or record.id in wanted]
     return replay_answers(pair, sources, None if log is None else ReplayLog(log, pair))
 

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
-from whiflash_sglang.lookup.calibration import MatchCalibration
+from whiflash_sglang.config import Lookup, load_manifest
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
@@ -62,19 +64,48 @@ class Replay(NamedTuple):
         return len(self.accepted[ARMS[0]])
 
 
+class Parts(NamedTuple):
+    """What a server drafts with: both checkpoints, drafts of a chain, what DFlash chooses from, the copying arm."""
+
+    eagle3: Path
+    dflash: Path
+    eagle_steps: int = 5
+    dflash_vocabulary: str = "full"
+    lookup: Lookup = Lookup()
+
+    @classmethod
+    def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "Parts":
+        """As the bundle's manifest says."""
+        manifest = load_manifest(bundle)
+        return cls(
+            bundle / manifest.eagle3,
+            bundle / manifest.dflash,
+            eagle_steps,
+            manifest.dflash_vocabulary,
+            manifest.lookup or Lookup(),
+        )
+
+
 class Pair(NamedTuple):
-    """Both drafters, and a digest of their weights and the chain's length, under which replays are kept."""
+    """Both drafters, loaded, and the settings of the copying arm.
+
+    `vocabulary` [K] target ids that DFlash chooses from, `head` [K, H] their rows of the target's head. `digest`: of
+    everything that decides what they draft; replays are kept under it.
+    """
 
     eagle3: Eagle3Drafter
     dflash: DFlashDrafter
     eagle_steps: int
+    vocabulary: Tensor
+    head: Tensor
     digest: str
+    lookup: Lookup
 
     @classmethod
-    def load(cls, eagle3: Path, dflash: Path, target: TargetModel, eagle_steps: int) -> "Pair":
+    def load(cls, parts: Parts, target: TargetModel) -> "Pair":
         """Read both checkpoints. Raises `CheckpointError` where one does not fit the target."""
-        digest = hashlib.sha256(str(eagle_steps).encode())
-        for path in (eagle3, dflash):
+        digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
+        for path in (parts.eagle3, parts.dflash):
             for file in sorted(path.glob("*.safetensors")):
                 digest.update(file.read_bytes())
         options: dict[str, Any] = {
@@ -83,12 +114,13 @@ class Pair(NamedTuple):
             "target_embedding": target.embedding,
             "target_lm_head": target.head,
         }
-        return cls(
-            Eagle3Drafter.load(eagle3, **options),
-            DFlashDrafter.load(dflash, **options),
-            eagle_steps,
-            digest.hexdigest()[:16],
-        )
+        eagle3 = Eagle3Drafter.load(parts.eagle3, **options)
+        dflash = DFlashDrafter.load(parts.dflash, **options)
+        vocabulary = torch.arange(len(target.head), device=target.device)
+        if parts.dflash_vocabulary == "eagle3":
+            vocabulary = eagle3.target_ids(torch.arange(eagle3.draft_vocab_size, device=target.device))
+        head = target.head if parts.dflash_vocabulary == "full" else target.head[vocabulary]
+        return cls(eagle3, dflash, parts.eagle_steps, vocabulary, head, digest.hexdigest()[:16], parts.lookup)
 
 
 class ReplayLog:
@@ -137,7 +169,7 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None 
     Raises:
         ValueError: no answer is long enough.
     """
-    calibration = MatchCalibration()
+    calibration = MatchCalibration(pair.lookup.seed or EVEN_ODDS)
     answers = []
     for store, record in track(list(sources), description="replaying drafters"):
         if record.length - record.prompt_length < 2:
@@ -148,15 +180,17 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None 
             lengths = replay_drafters(pair, sequence, store.layers)
             if log is not None:
                 log.add(record.id, lengths)
-        answers.append(_assemble(sequence, lengths, calibration))
+        answers.append(_assemble(sequence, lengths, pair.lookup, calibration))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
     return answers
 
 
-def _assemble(sequence: Stored, lengths: dict[str, Lengths], calibration: MatchCalibration) -> Replay:
+def _assemble(
+    sequence: Stored, lengths: dict[str, Lengths], lookup: Lookup, calibration: MatchCalibration
+) -> Replay:
     record = sequence.record
-    copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, calibration)
+    copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, lookup, calibration)
     positions = record.length - record.prompt_length - 1
     answer = sequence.tokens[record.prompt_length :].tolist()
     start = loop_start(answer[:-1] if record.finished else answer)
@@ -184,7 +218,7 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dic
     )
     return {
         "eagle3": _chain_lengths(pair.eagle3, batch, capture, pair.eagle_steps),
-        "dflash": _block_lengths(pair.dflash, batch, capture),
+        "dflash": _block_lengths(pair, batch, capture),
     }
 
 
@@ -204,19 +238,21 @@ def _chain_lengths(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int],
     return lengths
 
 
-def _block_lengths(drafter: DFlashDrafter, batch: Batch, capture: Sequence[int]) -> Lengths:
+def _block_lengths(pair: Pair, batch: Batch, capture: Sequence[int]) -> Lengths:
+    drafter = pair.dflash
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
     hidden = run_blocks(drafter, batch, blocks, columns)
     accepted = torch.zeros(len(blocks.anchor), dtype=torch.int64)
     alive = torch.arange(len(blocks.anchor))
-    # The head over the whole vocabulary is most of the work, and a draft after a wrong one does not matter.
+    # The head over a whole vocabulary is most of the work, and a draft after a wrong one does not matter.
     for offset in range(1, drafter.block_size):
         alive = alive[blocks.anchor[alive] + offset < batch.spans[0].length]
         states = hidden[alive, offset - 1]
         if not len(alive):
             break
-        drafts = torch.cat([drafter.logits(part).argmax(-1) for part in torch.split(states, _HEAD_ROWS)])
+        choices = [F.linear(part, pair.head).argmax(-1) for part in torch.split(states, _HEAD_ROWS)]
+        drafts = pair.vocabulary[torch.cat(choices)]
         alive = alive[drafts == batch.tokens[blocks.anchor[alive] + offset]]
         accepted[alive] += 1
     return accepted.numpy()

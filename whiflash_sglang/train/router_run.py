@@ -16,7 +16,7 @@ from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.evaluate import RouterWalk, tabulate
 from whiflash_sglang.train.plots import plot_calibration
 from whiflash_sglang.train.provenance import Provenance, trained_on
-from whiflash_sglang.train.replay import ARMS, Pair, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.router import (
     RouterData,
     calibration_bins,
@@ -57,7 +57,7 @@ def choose_answers(stores: Sequence[FeatureStore], checkpoints: Sequence[Path], 
     return [*fresh, *(known[index] for index in order)][:limit]
 
 
-def train_router(config: TrainConfig, target_path: Path, eagle3: Path, dflash: Path) -> TrainedRouter:
+def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> TrainedRouter:
     """Replay both drafters, fit, and judge on held-out answers. Every part goes on where a killed run stopped.
 
     Raises:
@@ -71,8 +71,8 @@ def train_router(config: TrainConfig, target_path: Path, eagle3: Path, dflash: P
     )
     stores = open_stores(config)
     provenance = Provenance.start(config, stores)
-    pair = Pair.load(eagle3, dflash, target, settings.eagle_steps)
-    sources = choose_answers(stores, (eagle3, dflash), settings.answers)
+    pair = Pair.load(drafters, target)
+    sources = choose_answers(stores, (drafters.eagle3, drafters.dflash), settings.answers)
     work = config.work / "router"
     answers = replay_answers(pair, sources, ReplayLog(work, pair))
     parts = split(answers, settings.held_out)
