@@ -36,6 +36,7 @@ def test_the_sdk_reads_it() -> None:
     assert read is not None
     assert read.acceptance_length == 3.5
     assert [s.text for s in read.stretches] == ["1-4", "4-8"]
+    assert read.prefill_text == "0-1"
 
 
 def test_log_is_bounded_and_empties() -> None:

@@ -71,7 +71,7 @@ def build_trace(
         rounds: `TraceRound` fields, in order. What was committed beyond a stop is cut at `completion_tokens`.
         text_of: text of output tokens [start, end), where it is known.
 
-    Token 0 comes from the prefill and belongs to no round.
+    Token 0 comes from the prefill and belongs to no round; its text, where it is known, is `prefill_text`.
     """
     stretches: list[dict[str, Any]] = []
     position = 1
@@ -96,6 +96,7 @@ def build_trace(
         total["tokens"] += sum(counts)
         if text_of is not None:
             stretch["text"] = text_of(stretch["start"], stretch["end"])
+    prefill = {} if text_of is None else {"prefill_text": text_of(0, min(1, completion_tokens))}
     return {
         "version": WIRE_VERSION,
         "policy": policy,
@@ -105,6 +106,7 @@ def build_trace(
         "switches": sum(a["arm"] != b["arm"] for a, b in pairwise(stretches)),
         "arms": arms,
         "choice": choice,
+        **prefill,
     }
 
 

@@ -88,6 +88,22 @@ def test_stretches_spans_rounds_and_totals_show() -> None:
     assert "policy auto · 27 tokens · 5 rounds · acceptance length 5.40 · 3 switches" in elements.text
 
 
+def test_a_newcomer_is_told_what_the_words_mean() -> None:
+    elements = Elements(html(trace(), TEXT))
+    for words in ("without a drafter it is 1", "DFlash: a block of tokens at once", "a hint demanded it"):
+        assert words in elements.text
+    assert "plain decoding" not in elements.text, "what was not used needs no explanation"
+
+
+def test_the_prefills_token_is_part_of_the_text_and_of_its_span() -> None:
+    stretch = {**STRETCHES[1], "start": 1, "span": "tool_call", "text": 'tool_call>{"name"'}
+    totals = {"rounds": 1, "tokens": 16, "arms": {"lookup": {"rounds": 1, "tokens": 16}}}
+    given = {"version": 1, "policy": "auto", **totals, "stretches": [stretch], "prefill_text": "<"}
+    found = Trace.model_validate(given)
+    assert '[tool_call <tool_call>{"name"' in Elements(html(found, "parsed: name()")).text
+    assert "[tool_call <‹lookup›tool_call>" in terminal(found, colour=False)
+
+
 def test_text_that_could_not_be_cut_is_shown_whole() -> None:
     elements = Elements(html(trace(cut=False), "plain text"))
     assert "plain text" in elements.text

@@ -79,6 +79,7 @@ class Trace(BaseModel):
     switches: changes of drafter from one round to the next.
     arms: totals by drafter.
     choice: index of the choice this trace belongs to.
+    prefill_text: the text before the first stretch, where the server can cut it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -91,6 +92,7 @@ class Trace(BaseModel):
     switches: int = Field(default=0, ge=0)
     arms: dict[str, ArmTotals] = Field(default_factory=dict)
     choice: int = Field(default=0, ge=0)
+    prefill_text: str | None = None
 
     @property
     def acceptance_length(self) -> float:

@@ -138,6 +138,13 @@ def test_a_preference_is_one_round_of_belief() -> None:
     assert scored(None) == 2.0 + RANKS
 
 
+def test_the_reason_tells_measurement_from_order() -> None:
+    def reason(measured: dict[str, Mean] | None) -> str:
+        return apply_hints({"none": 1.0}, None, frozenset(), off=False, measured=measured).reason
+
+    assert (reason({}), reason(None)) == ("score", "policy")
+
+
 def test_a_lane_measures_every_kind_of_span_by_itself() -> None:
     controller = Controller(AutoPolicy(), Machine(), VOCABULARY, TraceLog())  # type: ignore[arg-type]
     controller.open(0, "r", SPANS, ())

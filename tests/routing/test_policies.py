@@ -32,14 +32,14 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
 @pytest.mark.parametrize(
     ("span", "off", "arm", "reason"),
     [
-        (None, False, "diffusion", "score"),
-        (OpenSpan("tool_call"), False, "diffusion", "score"),
+        (None, False, "diffusion", "policy"),
+        (OpenSpan("tool_call"), False, "diffusion", "policy"),
         (OpenSpan("tool_call", prefer="ar"), False, "ar", "span"),
         (OpenSpan("json", bias={"ar": 3.0}), False, "ar", "span"),
         (OpenSpan("json", bias={"ar": 0.1}), False, "diffusion", "span"),
-        (OpenSpan("json", prefer="lookup"), False, "diffusion", "score"),
+        (OpenSpan("json", prefer="lookup"), False, "diffusion", "policy"),
         (OpenSpan("json", prefer="none", pin=True), False, "none", "pin"),
-        (OpenSpan("json", prefer="lookup", pin=True), False, "diffusion", "score"),
+        (OpenSpan("json", prefer="lookup", pin=True), False, "diffusion", "policy"),
         (OpenSpan("tool_call", prefer="ar"), True, "none", "off"),
     ],
 )

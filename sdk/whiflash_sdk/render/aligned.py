@@ -34,6 +34,7 @@ class Piece(NamedTuple):
 
     text: str
     stretch: Stretch | None
+    span: str | None = None
 
 
 class Round(NamedTuple):
@@ -50,10 +51,14 @@ def pieces(turn: Turn) -> list[Piece]:
         return [Piece(turn.text, None)] if turn.text else []
     joined = "".join(stretch.text or "" for stretch in stretches)
     before, found, after = turn.text.partition(joined) if joined else (turn.text, "", "")
-    if not found:  # parsed text, of a tool call for example, is not what was generated
-        before = after = ""
-    inner = [Piece(stretch.text or "", stretch) for stretch in stretches]
-    return [piece for piece in (Piece(before, None), *inner, Piece(after, None)) if piece.text]
+    if turn.trace.prefill_text is not None:
+        before = turn.trace.prefill_text
+    elif not found:  # parsed text, of a tool call for example, is not what was generated
+        before = ""
+    inner = [Piece(stretch.text or "", stretch, stretch.span) for stretch in stretches]
+    # A span that is open at the first round opened at the start, or with the prefill's token.
+    first = Piece(before, None, stretches[0].span)
+    return [piece for piece in (first, *inner, Piece(after if found else "", None)) if piece.text]
 
 
 def rounds(trace: Trace) -> Iterator[Round]:

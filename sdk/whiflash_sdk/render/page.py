@@ -13,6 +13,24 @@ from whiflash_sdk.trace import ArmTotals, Trace
 # No script may run and nothing may be fetched, whatever the text says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+_INTRODUCTION = """Colour shows which drafter proposed the text. In every round one drafter proposes a few tokens and
+the model checks them in one pass: it keeps those that it would have written itself and adds one of its own.
+<strong>Acceptance length</strong> is tokens per round; without a drafter it is 1. Point at a stretch of text, or go to
+it with Tab, to see its figures."""
+_ARMS = {
+    "ar": "EAGLE-3: one token after another",
+    "diffusion": "DFlash: a block of tokens at once",
+    "lookup": "copied from the context",
+    "none": "no draft: plain decoding",
+}
+_REASONS = {
+    "score": "most expected tokens for the time",
+    "span": "the same, after a preference or bias of a hint",
+    "pin": "a hint demanded it",
+    "off": "the request switched drafting off",
+    "policy": "the order that the server's router puts the drafters in",
+}
+
 
 def html(trace: Trace, text: str = "", *, title: str = "Response") -> str:
     """A page that shows one response. See `conversation_html`."""
@@ -38,6 +56,7 @@ def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -
 <body>
 <main>
 <h1>{_safe(title)}</h1>
+<p>{_INTRODUCTION}</p>
 {_legend(turns)}
 {sections}
 </main>
@@ -57,8 +76,11 @@ def _class(arm: str) -> str:
 def _legend(turns: Sequence[Turn]) -> str:
     used = {stretch.arm for turn in turns for stretch in turn.trace.stretches}
     names = [arm for arm in KNOWN_ARMS if arm in used] + sorted(used.difference(KNOWN_ARMS))
-    entries = [f'<span class="stretch {_class(arm)}">{_safe(arm)}</span>' for arm in names]
-    entries.append('<span class="edge">[kind … kind]</span> span')
+    entries = [
+        f'<span class="stretch {_class(arm)}">{_safe(arm)}</span> {_ARMS.get(arm, "")}'.rstrip()
+        for arm in names
+    ]
+    entries.append('<span class="edge">[kind … kind]</span> span: tool call, JSON, code, reasoning')
     return (
         f'<ul class="legend" aria-label="Drafters">{"".join(f"<li>{entry}</li>" for entry in entries)}</ul>'
     )
@@ -86,7 +108,7 @@ def _text(turn: Turn) -> str:
 
 def _spans(parts: Sequence[Piece]) -> Iterator[str]:
     """Stretches, with a bracket around neighbours in the same span."""
-    for kind, group in groupby(parts, key=lambda part: part.stretch.span if part.stretch else None):
+    for kind, group in groupby(parts, key=lambda part: part.span):
         inner = "".join(map(_piece, group))
         if kind:
             name = _safe(kind)
@@ -112,7 +134,7 @@ def _strip(trace: Trace) -> str:
         f' title="round {index}: {_safe(entry.arm)}, {entry.tokens:g} tokens"></i>'
         for index, entry in enumerate(found, 1)
     )
-    label = f"Tokens committed by each of {len(found)} rounds, at most {longest:g}"
+    label = f"One bar a round: tokens committed by each of {len(found)}, at most {longest:g}"
     return (
         f'<figure><figcaption>{label}</figcaption><div class="strip" role="img" tabindex="0"'
         f' aria-label="{label}; mean {trace.acceptance_length:.2f}">{bars}</div></figure>'
@@ -149,7 +171,9 @@ def _stretches(trace: Trace) -> str:
         f'<th scope="col">{head}</th>'
         for head in ("Tokens", "Drafter", "Decided by", "Span", "Rounds", "Accepted", "Acceptance length")
     )
+    used = sorted({stretch.reason for stretch in trace.stretches} & _REASONS.keys())
+    reasons = "".join(f"<li><em>{reason}</em>: {_REASONS[reason]}</li>" for reason in used)
     return (
         f"<details><summary>Stretches</summary><table><thead><tr>{heads}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></details>"
+        f'<tbody>{rows}</tbody></table><ul class="note">{reasons}</ul></details>'
     )

@@ -44,7 +44,7 @@ def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
 def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
     span = ""
     for part in parts:
-        kind = printable(part.stretch.span or "") if part.stretch else ""
+        kind = printable(part.span or "")
         if kind != span:
             yield f"{' ' + span + ']' if span else ''}{'[' + kind + ' ' if kind else ''}"
             span = kind
