@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.config import embedded_bundle, load_manifest, parse_flags, resolve
+from whiflash_sglang.config import changed, embedded_bundle, load_manifest, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
 
 MANIFEST = {"schema_version": 1, "name": "tiny", "target": "tiny/target", "eagle3": "e", "dflash": "d"}
@@ -125,3 +125,38 @@ def test_the_shipped_bundle_is_valid() -> None:
     settings = resolve(parse_flags({}), embedded_bundle())
     assert settings.chat_template is not None
     assert settings.chat_template.is_file()
+
+
+ROUTER = {"path": "r", "threshold": 0.4, "delta_sign": "ar-minus-diffusion"}
+
+
+def test_a_bundles_router_and_what_flags_change(bundle: Path) -> None:
+    write(bundle, {**MANIFEST, "router": ROUTER})
+    neural = resolve(parse_flags({}), bundle).neural
+    assert neural is not None
+    assert (neural.path, neural.threshold, neural.min_dwell) == (str(bundle / "r"), 0.4, 1)
+    given = {"router": "neural", "neural_router_threshold": "1.5", "min_dwell": "3"}
+    neural = resolve(parse_flags(given), bundle).neural
+    assert neural is not None
+    assert (neural.threshold, neural.min_dwell) == (1.5, 3)
+
+
+def test_another_router_file_takes_nothing_from_the_bundles(bundle: Path) -> None:
+    write(bundle, {**MANIFEST, "router": ROUTER})
+    given = {"neural_router_path": "other.safetensors", "neural_router_sign": "diffusion-minus-ar"}
+    neural = resolve(parse_flags(given), bundle).neural
+    assert neural is not None
+    assert (neural.path, neural.threshold) == ("other.safetensors", 0.0)
+    assert neural.delta_sign == "diffusion-minus-ar"
+
+
+def test_changes_while_serving(bundle: Path) -> None:
+    without = resolve(parse_flags({}), bundle)
+    for change in ({"router": "neural"}, {"neural_router_threshold": 1.0}):
+        with pytest.raises(ConfigError, match="started without a neural router"):
+            changed(without, change)
+    write(bundle, {**MANIFEST, "router": ROUTER})
+    settings = changed(resolve(parse_flags({}), bundle), {"router": "neural", "neural_router_threshold": 1.0})
+    assert settings.router == "neural"
+    assert settings.neural is not None
+    assert settings.neural.threshold == 1.0

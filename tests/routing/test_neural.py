@@ -1,0 +1,69 @@
+"""The neural policy from its signals, and auto with a router's predictions."""
+
+import math
+
+import pytest
+
+from whiflash_sglang.routing.lane import Lane
+from whiflash_sglang.routing.mean import Mean
+from whiflash_sglang.routing.neural import NeuralPolicy, note
+from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.signals import Signals
+
+BOTH = frozenset({"ar", "diffusion"})
+
+
+def best(policy: NeuralPolicy, **known: object) -> str:
+    scores = policy.score(Signals(10, BOTH, **known))  # type: ignore[arg-type]
+    return max(scores, key=lambda arm: scores[arm])
+
+
+@pytest.mark.parametrize(
+    ("delta", "threshold", "arm"),
+    [
+        (0.6, 0.5, "ar"),
+        (0.5, 0.5, "diffusion"),
+        (-0.1, -0.2, "ar"),
+        (math.nan, 0.5, "diffusion"),
+        (math.nan, -0.5, "ar"),
+    ],
+)
+def test_threshold(delta: float, threshold: float, arm: str) -> None:
+    assert best(NeuralPolicy(threshold), delta=delta) == arm
+
+
+def test_dwell_keeps_an_arm() -> None:
+    policy = NeuralPolicy(0.0, min_dwell=3)
+    assert best(policy, delta=1.0, previous="diffusion", dwell=2) == "diffusion"
+    assert best(policy, delta=1.0, previous="diffusion", dwell=3) == "ar"
+
+
+def test_an_arm_that_may_not_draft_is_not_offered() -> None:
+    assert NeuralPolicy(0.0).score(Signals(10, frozenset({"ar"}), delta=-1.0)).keys() == {"ar", "none"}
+
+
+def test_a_routers_outputs_reach_the_policy() -> None:
+    lane = Lane("r")
+    note(lane, [0.25, 1.5, -0.1])
+    assert lane.delta == 0.25
+    assert lane.predicted == {"ar": 2.5, "diffusion": 1.0}
+    note(lane, [0.5])
+    assert lane.predicted == {}
+    assert lane.signals(10, dict.fromkeys(BOTH)).delta == 0.5
+
+
+def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
+    policy = AutoPolicy(heads=True)
+    assert "delta" in policy.needs
+    assert "delta" not in AutoPolicy().needs
+    for _ in range(50):
+        policy.observe("ar", (-1, None), 5)
+    predicted = {"ar": 1.5, "diffusion": 3.0}
+    scores = policy.score(Signals(10, BOTH, predicted=predicted))
+    assert scores["ar"] == 1.5
+    assert scores["diffusion"] == 3.0
+    recent = Mean()
+    for _ in range(8):
+        recent.add(1.0, 8.0)
+    lower = policy.score(Signals(10, BOTH, predicted=predicted, recent={"diffusion": recent}))["diffusion"]
+    assert 2.0 < lower < 3.0
