@@ -5,6 +5,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -34,11 +35,11 @@ def test_full_hint_is_read() -> None:
         "prefer": "lookup",
     }
     span |= {"bias": {"lookup": 1.5, "ar": -2}, "pin": True, "open": True}
-    hints = parse_hints(carried(version=1, off=True, infer=False, trace=True, spans=[span]))
+    hints = parse_hints(carried(version=1, off=True, infer=False, trace=True, lookup="context", spans=[span]))
     bias = (("ar", -2.0), ("lookup", 1.5))
     expected = SpanHint("tool_call", "<tool_call>", "</tool_call>", True, "lookup", True, bias)
-    assert hints == RequestHints((expected,), off=True, infer=False, trace=True)
-    assert hash(hints) == hash(RequestHints((expected,), off=True, infer=False, trace=True))
+    assert hints == RequestHints((expected,), off=True, infer=False, trace=True, lookup="context")
+    assert hash(hints) == hash(replace(hints))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"whiflash": None}, {"other": 1}, {"whiflash": "{}"}])
@@ -65,6 +66,8 @@ def test_absent_hints_are_the_default(params: object) -> None:
         (carried(version=True), "custom_params.whiflash.version"),
         (carried(off=1), "custom_params.whiflash.off"),
         (carried(trace="yes"), "custom_params.whiflash.trace"),
+        (carried(lookup="none"), "custom_params.whiflash.lookup"),
+        (carried(lookup=False), "custom_params.whiflash.lookup"),
         (carried(sapns=[]), "custom_params.whiflash.sapns"),
         (carried(spans={}), "custom_params.whiflash.spans"),
         (carried(spans=[{"kind": "json", "open": True}] * (MAX_SPANS + 1)), "custom_params.whiflash.spans"),
@@ -153,6 +156,7 @@ def test_resolve_prefers_the_requests_own_spans() -> None:
     own, found = (SpanHint("json", open=True),), (SpanHint("code", begin="```"),)
     inferred = RequestHints(spans=found)
     assert resolve(RequestHints(spans=own, trace=True), inferred) == RequestHints(spans=own, trace=True)
+    assert resolve(RequestHints(lookup="off"), inferred) == replace(inferred, lookup="off")
     assert resolve(RequestHints(), inferred).spans == found
     assert resolve(RequestHints(infer=False), inferred).spans == ()
     assert resolve(RequestHints(off=True), inferred).off
@@ -192,6 +196,7 @@ _NAMES = [
     "off",
     "infer",
     "trace",
+    "lookup",
     "spans",
     "kind",
     "begin",
