@@ -12,6 +12,11 @@ from test_index import ADVERSARIAL
 
 from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.trace import TraceLog
 
 ROUNDS = 400
 
@@ -42,6 +47,31 @@ def measure(name: str, text: Sequence[int]) -> str:
     )
 
 
+def routing(lookup: bool) -> float:
+    """Median µs of routing one request that has nothing to copy, the arm's own work included."""
+    rng = random.Random(0)
+    costs = MeasuredCosts(lambda arm: 8)
+    costs.verified(1, 0.027)
+    controller = Controller(AutoPolicy(), costs, (), TraceLog())
+    controller.open(0, "r", RequestHints(), [])
+    copier = Copier(MatchCalibration())
+    copier.extend(rng.sample(range(49152), 4000))
+    fresh = rng.sample(range(50_000, 60_000), ROUNDS)
+    took = []
+    for length, token in enumerate(fresh, 4000):
+        began = time.perf_counter()
+        outlook: dict[str, float | None] = {"ar": None, "diffusion": None}
+        if lookup:
+            copier.extend([token])
+            proposal = copier.look(16, 0.05)
+            if proposal.tokens:
+                outlook["lookup"] = 1.0 + proposal.expected(16)
+        routes = controller.route([0], [length], [outlook])
+        took.append(time.perf_counter() - began)
+        controller.committed(0, routes[0], [token])
+    return microseconds(took, 0.5)
+
+
 def main() -> None:
     rng = random.Random(0)
     print(
@@ -62,6 +92,8 @@ def main() -> None:
         f"\n100 requests of 4,000 tokens: {took:.1f} ms for all looks of one round, "
         f"{sum(copier.text.nbytes for copier in copiers) / 2**20:.1f} MiB."
     )
+    without, with_it = routing(lookup=False), routing(lookup=True)
+    print(f"Routing one request with nothing to copy: {without:.0f} µs without the arm, {with_it:.0f} µs with it.")
 
 
 if __name__ == "__main__":
