@@ -29,6 +29,7 @@ from whiflash_sglang.train.round_costs import (
     measure,
     measure_with_own_server,
     parse_round_costs,
+    sample,
 )
 from whiflash_sglang.train.router import is_held_out
 from whiflash_sglang.train.router_run import choose_answers
@@ -78,7 +79,7 @@ def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
         done = answer_and_replay(bundle, rows, settings.evaluation)
         target, answers = done.target, done.answers
     if seconds is None and settings.server is not None:
-        seconds = measure(settings.server)
+        seconds = measure(settings.server, sample())
     elif seconds is None:
         dtype = settings.evaluation.hardware.dtype
         seconds = measure_with_own_server(bundle, target_path(manifest.target), dtype)

@@ -53,20 +53,24 @@ def measure_with_own_server(bundle: Path, model_path: Path, dtype: str) -> dict[
             *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle)),
         ]
         with launcher(arguments, None) as server:
-            return measure(server.base_url)
+            return measure(server.base_url, sample())
 
 
-def measure(url: str) -> dict[str, float]:
+def sample() -> list[Prompt]:
+    """A few prompts of every category of the benchmark's sample."""
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in load_prompts(str(shipped())):
+        by_category.setdefault(prompt.category, []).append(prompt)
+    return [prompt for part in by_category.values() for prompt in part[:PROMPTS_PER_CATEGORY]]
+
+
+def measure(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Seconds of a round of each drafter at a running server of the bundle, whose router is changed and put back.
 
     Raises:
         WhiflashError: the server is none of ours, or refuses.
     """
-    by_category: dict[str, list[Prompt]] = {}
-    for prompt in load_prompts(str(shipped())):
-        by_category.setdefault(prompt.category, []).append(prompt)
-    chosen = [prompt for part in by_category.values() for prompt in part[:PROMPTS_PER_CATEGORY]]
-    return asyncio.run(_measure(url, chosen))
+    return asyncio.run(_measure(url, prompts))
 
 
 async def _measure(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:

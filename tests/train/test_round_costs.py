@@ -1,0 +1,66 @@
+"""Rounds are measured through a real server, whose policy is put back; the neural policy over HTTP."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from server_host import Server, ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+from whiflash_sglang.bench.load import RequestError
+from whiflash_sglang.bench.prompts import Prompt
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.models.router import Router
+from whiflash_sglang.train.round_costs import measure
+
+pytestmark = pytest.mark.server
+
+PROMPTS = [Prompt(f"p{i}", "chat", ({"role": "user", "content": "abc " * (i + 1)},)) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root: Path = tmp_path_factory.mktemp("round-costs")
+    target = tiny_target(root / "target")
+    bundle = root / "bundle"
+    tiny_eagle3(bundle / "eagle3", target)
+    tiny_dflash(bundle / "dflash", target)
+    (bundle / "router").mkdir()
+    Router(64, 8, heads=True).save(bundle / "router" / "router.safetensors")
+    manifest = {"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
+    router = {"router": {"path": "router", "threshold": 0.25}}
+    (bundle / "whiflash.json").write_text(json.dumps(manifest | router))
+    arguments = ("--model-path", str(target), "--dtype", "float32", "--speculative-algorithm", "WHIFLASH")
+    with ServerHost() as host:
+        yield host.start(*arguments, "--speculative-draft-model-path", str(bundle))
+
+
+def test_both_drafters_are_timed_and_the_policy_is_put_back(server: Server) -> None:
+    seconds = measure(server.url, PROMPTS)
+    assert seconds.keys() == {"eagle3", "dflash"}
+    assert all(0 < value < 5 for value in seconds.values())
+    assert server.get("/whiflash/state")["policy"] == "auto"
+
+
+def test_the_policy_is_put_back_after_an_error(server: Server) -> None:
+    too_long = Prompt("long", "chat", ({"role": "user", "content": "abc " * 4000},))
+    with pytest.raises(RequestError, match="prompt long"):
+        measure(server.url, [too_long])
+    assert server.get("/whiflash/state")["policy"] == "auto"
+
+
+def test_the_neural_policy_over_http(server: Server) -> None:
+    change = {"router": "neural", "neural_router_threshold": -0.5, "min_dwell": 2}
+    assert server.post("/whiflash/policy", change)["policy"] == "neural"
+    messages = [{"role": "user", "content": "abc"}]
+    body = {"model": "m", "temperature": 0, "max_tokens": 24, "messages": messages}
+    neural = server.post("/v1/chat/completions", body)["choices"][0]["message"]
+    server.post("/whiflash/policy", {"router": "none"})
+    assert server.post("/v1/chat/completions", body)["choices"][0]["message"] == neural
+    server.post("/whiflash/policy", {"router": "auto"})
+
+
+def test_an_address_without_a_server_is_named() -> None:
+    with pytest.raises(WhiflashError, match=r"127\.0\.0\.1:9.* is no WHIFLASH server"):
+        measure("http://127.0.0.1:9", PROMPTS)
