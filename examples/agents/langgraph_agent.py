@@ -34,7 +34,7 @@ def main() -> None:
         base_url=session.base_url,
         api_key="unused",
         temperature=0,
-        max_completion_tokens=64,
+        max_completion_tokens=128,
     )
     agent = build(wrap_model(model))
     start = [SystemMessage("You answer with the help of tools."), HumanMessage(TASK)]

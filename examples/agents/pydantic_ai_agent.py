@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, RunContext, Tool, ToolOutput
+from pydantic_ai.capabilities import PrepareOutputTools, PrepareTools
 from pydantic_ai.messages import ToolReturnPart
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -40,9 +41,8 @@ def main() -> None:
         wrap_model(OpenAIChatModel(session.model, provider=provider)),
         tools=[Tool(query_shop)],
         output_type=ToolOutput(Answer),
-        prepare_tools=first_step,
-        prepare_output_tools=later_steps,
-        model_settings={"temperature": 0, "max_tokens": 64},
+        capabilities=[PrepareTools(first_step), PrepareOutputTools(later_steps)],
+        model_settings={"temperature": 0, "max_tokens": 128},
     )
     with collect() as collected:
         result = agent.run_sync(TASK)
@@ -52,7 +52,7 @@ def main() -> None:
         for part in message.parts
         if isinstance(part, ToolReturnPart)
     ]
-    assert returns[0].tool_name == "query_shop"
+    assert returns[0].tool_name == "query_shop", result.all_messages()
     print(f"query_shop -> {returns[0].content}\n{result.output!r}")
     session.record(TASK, collected.traces)
     session.report()

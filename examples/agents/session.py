@@ -43,7 +43,10 @@ class Session:
 
     def record(self, title: str, traces: Sequence[Trace | None], text: str = "") -> None:
         """Keep the traces of one step for the report; a server that does not route has none."""
-        self.turns += [Turn(title, text, trace) for trace in traces if trace is not None]
+        known = [trace for trace in traces if trace is not None]
+        for number, trace in enumerate(known, 1):
+            named = title if len(known) == 1 else f"{title} (model call {number} of {len(known)})"
+            self.turns.append(Turn(named, text, trace))
 
     def report(self) -> None:
         """Print who drafted what, and write the page that was asked for."""

@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ from whiflash_sdk import Hints, Span, Trace, capabilities, routing, traced, wrap
 
 pytestmark = pytest.mark.server
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 PROMPT = "one two three four one two three four one two"
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
 ASKED: dict[str, Any] = {
@@ -88,6 +91,18 @@ def test_every_route_returns_the_trace(client: OpenAI, server: Server) -> None:
     ).json()
     trace = check(routing(native), native["meta_info"]["completion_tokens"])
     assert all(stretch.text is not None for stretch in trace.stretches)
+
+
+def test_the_readmes_example_runs_as_it_stands(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    assert len(code.strip().replace("\n\n", "\n").splitlines()) == 5
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    names: dict[str, Any] = {"messages": MESSAGES, "tools": [tool]}
+    exec(code.replace("http://localhost:30000", server.url).replace('"demo"', '"tiny"'), names)
+    trace = routing(names["answer"])
+    assert trace is not None
+    assert capsys.readouterr().out.strip() == str(trace)
+    assert trace.rounds > 0
 
 
 def test_streams_return_the_trace(client: OpenAI) -> None:
