@@ -18,6 +18,8 @@ from whiflash_sglang.train.cli import train_app
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.data import generate_data
 from whiflash_sglang.train.evaluation import EvaluationSettings, Hardware, evaluate_bundle, write_picture
+from whiflash_sglang.train.provenance import digest_of
+from whiflash_sglang.train.router_run import choose_answers
 from whiflash_sglang.train.runner import open_stores, train_dflash, train_eagle3
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -253,3 +255,18 @@ def test_no_prompts_at_all(root: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "empty.yaml")])
     assert result.exit_code == 1
     assert "empty.jsonl holds no prompts" in result.output
+
+
+def test_answers_that_no_drafter_saw_come_first(root: Path, config: TrainConfig, tmp_path: Path) -> None:
+    store = open_stores(config)[0]
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    assert len(choose_answers([store], [checkpoint], 99)) == 24  # no record: it may have seen all of them
+    seen = {"sequences": 20, "index_sha256": digest_of(store.records[:20])}
+    (checkpoint / "provenance.json").write_text(json.dumps({"data": [seen]}))
+    chosen = [source.record.id for source in choose_answers([store], [checkpoint], 99)]
+    assert chosen[:4] == [record.id for record in store.records[20:]]
+    assert len(chosen) == 24
+    # Another shard with the same prompts brings nothing new.
+    assert [one.record.id for one in choose_answers([store, store], [checkpoint], 99)] == chosen
+    assert [one.record.id for one in choose_answers([store], [checkpoint], 2)] == chosen[:2]

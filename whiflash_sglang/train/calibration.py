@@ -23,7 +23,7 @@ from whiflash_sglang.train.evaluation import (
 )
 from whiflash_sglang.train.plots import plot_thresholds
 from whiflash_sglang.train.prompts import read_rows
-from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, replay_answers
+from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.round_costs import (
     RoundSeconds,
     measure,
@@ -116,7 +116,7 @@ def stored_answers(
     ]
     taken: Counter[str] = Counter()
     chosen = []
-    for source in sorted(held_out, key=lambda source: source.record.id not in log.known):
+    for source in sorted(held_out, key=lambda source: replay_name(*source) not in log.known):
         taken[source.record.category] += 1
         if taken[source.record.category] <= per_category:
             chosen.append(source)

@@ -72,17 +72,18 @@ def trained_on(checkpoint: Path, store: FeatureStore) -> int:
         return len(store.records)
     for shard in json.loads(file.read_text()).get("data", []):
         count = int(shard["sequences"])
-        if count <= len(store.records) and _digest(store.records[:count]) == shard["index_sha256"]:
+        if count <= len(store.records) and digest_of(store.records[:count]) == shard["index_sha256"]:
             return count
     return 0
 
 
 def _describe(store: FeatureStore) -> dict[str, Any]:
     """Size of a shard and a digest of the sequences that it names."""
-    return {"sequences": len(store.records), "index_sha256": _digest(store.records)}
+    return {"sequences": len(store.records), "index_sha256": digest_of(store.records)}
 
 
-def _digest(records: Sequence[SequenceRecord]) -> str:
+def digest_of(records: Sequence[SequenceRecord]) -> str:
+    """SHA-256 of an index: names data, not its content."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record).encode())

@@ -154,6 +154,11 @@ def _line(name: str, lengths: Mapping[str, Lengths]) -> str:
     return json.dumps({"id": name, **{arm: lengths[arm].tolist() for arm in ARMS}}) + "\n"
 
 
+def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
+    """What a replay is kept under: two shards may have answered the same prompt, a rounding apart."""
+    return f"{store.path.name}/{record.id}"
+
+
 class Source(NamedTuple):
     """Where an answer is stored."""
 
@@ -175,11 +180,12 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None 
         if record.length - record.prompt_length < 2:
             continue
         sequence = store.read(record)
-        lengths = log.known.get(record.id) if log is not None else None
+        name = replay_name(store, record)
+        lengths = log.known.get(name) if log is not None else None
         if lengths is None:
             lengths = replay_drafters(pair, sequence, store.layers)
             if log is not None:
-                log.add(record.id, lengths)
+                log.add(name, lengths)
         answers.append(_assemble(sequence, lengths, pair.lookup, calibration))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")

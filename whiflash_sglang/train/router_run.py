@@ -46,15 +46,19 @@ def choose_answers(stores: Sequence[FeatureStore], checkpoints: Sequence[Path], 
     """Stored answers, those first that no checkpoint was trained on: there drafters accept what they will accept
     later, elsewhere a little more. Raises `ValueError` where there are none.
     """
-    fresh, known = [], []
+    known: dict[str, Source] = {}
+    later: dict[str, Source] = {}
     for store in stores:
         count = max(trained_on(path, store) for path in checkpoints)
-        known += [Source(store, record) for record in store.records[:count]]
-        fresh += [Source(store, record) for record in store.records[count:]]
+        known |= {record.id: Source(store, record) for record in store.records[:count]}
+        later |= {record.id: Source(store, record) for record in store.records[count:]}
+    # A prompt that two shards answered counts once, and as known where either answer was trained on.
+    fresh = [source for name, source in later.items() if name not in known]
     if not fresh and not known:
         raise ValueError("there is no data yet: run `whiflash train data` first")
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
-    return [*fresh, *(known[index] for index in order)][:limit]
+    trained = list(known.values())
+    return [*fresh, *(trained[index] for index in order)][:limit]
 
 
 def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> TrainedRouter:
