@@ -107,6 +107,17 @@ def _completion(server: FakeServer, body: dict[str, Any], *, chat: bool) -> dict
     return answer
 
 
+def _text_chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "text_completion"}
+    for piece in server.content.split(" "):
+        yield {
+            **head,
+            "choices": [{"index": 0, "text": piece + " ", "finish_reason": None, "logprobs": None}],
+        }
+    if server.trace is not None:
+        yield {**head, "choices": [], "sglext": {"whiflash": server.trace}}
+
+
 def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "chat.completion.chunk"}
     message = _message(server, body)
@@ -156,7 +167,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 server.failures -= 1
                 self._send(503, b'{"error": {"message": "busy"}}')
             elif body.get("stream"):
-                lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in _chunks(server, body)]
+                chunks = _chunks if self.path.endswith("/chat/completions") else _text_chunks
+                lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(server, body)]
                 self._send(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
             else:
                 answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from fake_server import FakeServer
 from openai import AsyncOpenAI
+
 from whiflash_sdk import collect
 
 FINAL = "It is four."
@@ -56,6 +57,7 @@ def test_langgraph(server: FakeServer, streaming: bool) -> None:
     from langchain_core.tools import tool
     from langchain_openai import ChatOpenAI
     from langgraph.prebuilt import create_react_agent
+
     from whiflash_sdk.adapters.langchain import wrap_model
 
     model = wrap_model(ChatOpenAI(model="m", base_url=server.base_url, api_key="key", streaming=streaming))
@@ -69,6 +71,7 @@ def test_langgraph(server: FakeServer, streaming: bool) -> None:
 def test_langchain_async(server: FakeServer) -> None:
     pytest.importorskip("langchain_openai")
     from langchain_openai import ChatOpenAI
+
     from whiflash_sdk.adapters.langchain import wrap_model
 
     model = wrap_model(ChatOpenAI(model="m", base_url=server.base_url, api_key="key"))
@@ -81,6 +84,7 @@ def test_pydantic_ai(server: FakeServer) -> None:
     pydantic_ai = pytest.importorskip("pydantic_ai")
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
+
     from whiflash_sdk.adapters.pydantic_ai import wrap_model
 
     client = AsyncOpenAI(base_url=server.base_url, api_key="key")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_server import TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
+
 from whiflash_sdk import Trace, TraceError, collect, wrap
 
 ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}

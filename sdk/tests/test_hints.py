@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-import whiflash_sdk
 from pydantic import ValidationError
+
+import whiflash_sdk
 from whiflash_sdk import HintError, Hints, Span, presets
 from whiflash_sdk.hints import decode
 

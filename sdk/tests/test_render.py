@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from whiflash_sdk import Trace
 from whiflash_sdk.render import Turn, conversation_html, html, terminal
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from fake_server import TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
+
 from whiflash_sdk import Trace, TraceError, routing, traced, wrap
 
 MESSAGES: Any = [{"role": "user", "content": "Where?"}]
@@ -39,6 +40,24 @@ def test_streams_pass_through_and_keep_the_trace(client: OpenAI) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     assert text.strip() == '{"city": "Zürich"}'
     assert routing(stream) == Trace.model_validate(TRACE)
+
+
+def test_completion_streams_keep_the_trace(
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer
+) -> None:
+    stream = traced(wrap(client).completions.create(model="m", prompt="x", stream=True))
+    assert "".join(c.choices[0].text for c in stream if c.choices).strip() == '{"city": "Zürich"}'
+    assert routing(stream) == Trace.model_validate(TRACE)
+
+    async def main() -> Trace | None:
+        asked = wrap(async_client).completions.create(model="m", prompt="x", stream=True)
+        other = traced(await asked)
+        assert len([chunk async for chunk in other]) == 3
+        await async_client.close()
+        return routing(other)
+
+    assert asyncio.run(main()) == Trace.model_validate(TRACE)
+    assert all(body["stream"] and "whiflash" in body["custom_params"] for body in server.bodies)
 
 
 def test_event_streams_keep_the_trace(client: OpenAI) -> None:

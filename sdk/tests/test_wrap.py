@@ -7,10 +7,11 @@ from typing import Any
 
 import openai
 import pytest
-import whiflash_sdk
 from fake_server import FakeServer
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
+
+import whiflash_sdk
 from whiflash_sdk import Hints, Span, UnsupportedServerError, UnsupportedServerWarning, hinted, spans, wrap
 
 MESSAGES: Any = [{"role": "user", "content": "What is 2+2?"}]
@@ -219,6 +220,35 @@ def test_strict_says_so_instead(client: OpenAI, server: FakeServer) -> None:
         with pytest.raises(UnsupportedServerError, match="whiflash serve"):
             client.chat.completions.create(model="m", messages=MESSAGES)
     assert server.bodies == []
+
+
+def test_strict_holds_for_async_clients_and_streams(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    server.capabilities_status = 404
+    wrap(async_client, strict=True)
+
+    async def main() -> None:
+        with pytest.raises(UnsupportedServerError, match="strict=False"):
+            await async_client.chat.completions.create(model="m", messages=MESSAGES, stream=True)
+        with pytest.raises(UnsupportedServerError):
+            await async_client.completions.create(model="m", prompt="x")
+        await async_client.close()
+
+    asyncio.run(main())
+    assert server.bodies == []
+
+
+def test_async_clients_parse_too(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    async def main() -> Any:
+        parsed = await wrap(async_client).chat.completions.parse(
+            model="m", messages=MESSAGES, response_format=City
+        )
+        await async_client.close()
+        return parsed
+
+    parsed = asyncio.run(main())
+    assert parsed.choices[0].message.parsed == City(city="Zürich")
+    assert server.hints()["spans"] == [{"kind": "json", "open": True}]
+    assert whiflash_sdk.routing(parsed) is not None
 
 
 def test_a_server_that_is_down_is_asked_again() -> None:

@@ -1,0 +1,26 @@
+"""The SDK is Python 3.10's, wherever the tests run; `test_matrix.py` runs it there where it can be had."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import whiflash_sdk
+
+PACKAGE = Path(whiflash_sdk.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_syntax_is_of_python_3_10(path: Path) -> None:
+    ast.parse(path.read_text("utf-8"), feature_version=(3, 10))
+
+
+@pytest.mark.evidence
+def test_the_standard_library_of_python_3_10_has_what_is_used(tmp_path: Path) -> None:
+    """By typeshed, which knows since when every name exists."""
+    api = pytest.importorskip("mypy.api")
+    options = ["--python-version", "3.10", "--config-file", "", "--follow-imports", "silent"]
+    options += ["--ignore-missing-imports", "--cache-dir", str(tmp_path)]
+    stdout, stderr, status = api.run([*options, str(PACKAGE)])
+    assert status == 0, stdout + stderr
