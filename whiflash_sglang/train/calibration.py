@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import ConfigError
@@ -83,6 +84,8 @@ def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
     elif seconds is None:
         dtype = settings.evaluation.hardware.dtype
         seconds = measure_with_own_server(bundle, target_path(manifest.target), dtype)
+    said = ",".join(f"{arm}={1000 * value:.2f}" for arm, value in seconds.items())
+    Console(stderr=True).print(f"rounds in milliseconds, for --round-ms: {said}", highlight=False)
     return calibrate_bundle(bundle, answers, target, seconds, settings.picture)
 
 
