@@ -54,7 +54,7 @@ class _Rule:
         self.since_position = 0
 
     def advance(self, data: bytes, base: int) -> bool:
-        """Follow `data`, which starts at offset `base`; True if the rule opened anew and is still open."""
+        """Follow `data`, which starts at offset `base`; True if the rule opened in it and is still open."""
         opened = False
         while (marker := self.begin if self.opened_at is None else self.end) is not None:
             found = data.find(marker, max(self.next_from - base, 0))
@@ -64,7 +64,7 @@ class _Rule:
             self.next_from = base + found + len(marker)
             opened = self.opened_at is None
             self.opened_at = self.next_from if opened else None
-        return opened and self.opened_at is not None
+        return opened
 
 
 class SpanTracker:
