@@ -12,7 +12,7 @@ it is decoded, and decoding stops at the first object too many.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final, NoReturn
+from typing import Final, Literal, NoReturn, TypeVar
 
 WIRE_KEY: Final = "whiflash"
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
@@ -20,7 +20,8 @@ WIRE_VERSION: Final = 1
 KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
 ARMS: Final = ("ar", "diffusion", "lookup", "none")
 
-LOOKUP_SCOPES: Final = ("memory", "context", "off")
+LookupScope = Literal["memory", "context", "off"]
+LOOKUP_SCOPES: Final[tuple[LookupScope, ...]] = ("memory", "context", "off")
 
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
@@ -36,6 +37,7 @@ _REQUEST_FIELDS: Final = frozenset({"version", "off", "infer", "trace", "lookup"
 _SPAN_FIELDS: Final = frozenset({"kind", "begin", "end", "open", "prefer", "pin", "bias"})
 
 Bias = tuple[tuple[str, float], ...]
+_Word = TypeVar("_Word", bound=str)
 
 
 class HintError(ValueError):
@@ -85,7 +87,7 @@ class RequestHints:
     off: bool = False
     infer: bool = True
     trace: bool = False
-    lookup: str = "memory"
+    lookup: LookupScope = "memory"
 
 
 def parse_hints(custom_params: object) -> RequestHints:
@@ -243,12 +245,13 @@ def _flag(field: str, raw: dict[str, object], name: str, *, default: bool) -> bo
     return value
 
 
-def _choice(field: str, value: object, allowed: tuple[str, ...]) -> str | None:
+def _choice(field: str, value: object, allowed: tuple[_Word, ...]) -> _Word | None:
     if value is None:
         return None
-    if not isinstance(value, str) or value not in allowed:
-        raise HintError(field, f"must be one of {', '.join(allowed)}")
-    return value
+    for word in allowed:
+        if value == word:
+            return word
+    raise HintError(field, f"must be one of {', '.join(allowed)}")
 
 
 def _marker(field: str, value: object) -> str | None:
