@@ -91,7 +91,7 @@ TRAFFIC: dict[str, dict[str, Any]] = {
     "aborts-in-pages": {"page_size": 16},
     "chunks": {"chunked_prefill_size": 16},
     "chunks-in-pages": {"chunked_prefill_size": 32, "page_size": 16},
-    "full-pool": {"max_total_tokens": 448},
+    "full-pool": {"max_total_tokens": 320},
     "small-rings": {},
 }
 
