@@ -93,7 +93,9 @@ def main() -> None:
         f"{sum(copier.text.nbytes for copier in copiers) / 2**20:.1f} MiB."
     )
     without, with_it = routing(lookup=False), routing(lookup=True)
-    print(f"Routing one request with nothing to copy: {without:.0f} µs without the arm, {with_it:.0f} µs with it.")
+    print(
+        f"Routing one request with nothing to copy: {without:.0f} µs without the arm, {with_it:.0f} µs with it."
+    )
 
 
 if __name__ == "__main__":
