@@ -37,7 +37,7 @@ def profile_drafts(
             _wait(device)
             seconds = time.perf_counter() - began
             costs.drafted(drafter.arm, size, passes=drafts.passes, seconds=seconds, catch_up=0.0)
-        for row in range(len(slot_table)):
+        for row in range(max(BATCHES)):
             drafter.release(row)
 
 

@@ -35,6 +35,18 @@ def read_json_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def read_config_of(path: Path, architecture: str) -> dict[str, Any]:
+    """`config.json` of an `architecture` checkpoint. Raises `CheckpointError` where it is missing, damaged, or says
+    another architecture.
+    """
+    config = read_json_config(path)
+    if architecture not in (config.get("architectures") or []):
+        raise CheckpointError(
+            f"{path}/config.json: architectures is {config.get('architectures')}, expected [{architecture!r}]"
+        )
+    return config
+
+
 def integer(
     config: Mapping[str, Any], key: str, path: Path, *, minimum: int = 1, default: int | None = None
 ) -> int:

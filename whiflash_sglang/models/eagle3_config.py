@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.checkpoint import attention_shape, integer, read_json_config
+from whiflash_sglang.models.checkpoint import attention_shape, integer, read_config_of
 from whiflash_sglang.models.layers import AttentionShape
 from whiflash_sglang.models.rope import rope_parameters
 
@@ -44,12 +44,7 @@ class Eagle3Config:
     @classmethod
     def read(cls, path: Path) -> "Eagle3Config":
         """Parse `config.json`. Raises `CheckpointError` naming the field that does not fit."""
-        config = read_json_config(path)
-        if ARCHITECTURE not in (config.get("architectures") or []):
-            raise CheckpointError(
-                f"{path}/config.json: architectures is {config.get('architectures')}, "
-                f"expected [{ARCHITECTURE!r}]"
-            )
+        config = read_config_of(path, ARCHITECTURE)
         if config.get("hidden_act", "silu") != "silu":
             raise CheckpointError(
                 f"{path}/config.json: hidden_act {config['hidden_act']!r} is not supported, only silu"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from whiflash_sglang import arms
 from whiflash_sglang.routing.lane import Lane
-from whiflash_sglang.routing.policies import PREFERRED, Blind, Scores
+from whiflash_sglang.routing.policies import Blind, Scores, order_pair
 from whiflash_sglang.routing.signals import Signals
 
 HEAD_ARMS = (arms.AR, arms.DIFFUSION)
@@ -28,11 +28,7 @@ class NeuralPolicy(Blind):
 
     def score(self, signals: Signals) -> Scores:
         delta = 0.0 if math.isnan(signals.delta) else signals.delta
-        order = [arms.AR, arms.DIFFUSION] if delta > self.threshold else [arms.DIFFUSION, arms.AR]
-        if signals.previous in order and signals.dwell < self.min_dwell:
-            order.sort(key=lambda arm: arm != signals.previous)
-        scores = {arm: PREFERRED - rank for rank, arm in enumerate(order) if arm in signals.allowed}
-        return {**scores, arms.NONE: 0.0}
+        return order_pair(signals, ar_first=delta > self.threshold, min_dwell=self.min_dwell)
 
 
 def note(lane: Lane, outputs: Sequence[float]) -> None:

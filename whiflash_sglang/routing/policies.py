@@ -3,7 +3,6 @@
 A policy judges one request and knows nothing of the batch; `assign` turns the scores of a whole batch into routes.
 """
 
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,6 +51,17 @@ class Blind:
         """Nothing to learn."""
 
 
+def order_pair(signals: Signals, *, ar_first: bool, min_dwell: int) -> Scores:
+    """EAGLE-3 before DFlash or the other way round, plain decoding last; a drafter in use fewer than `min_dwell`
+    rounds stays first.
+    """
+    order = [arms.AR, arms.DIFFUSION] if ar_first else [arms.DIFFUSION, arms.AR]
+    if signals.previous in order and signals.dwell < min_dwell:
+        order.sort(key=lambda arm: arm != signals.previous)
+    scores = {arm: PREFERRED - rank for rank, arm in enumerate(order) if arm in signals.allowed}
+    return {**scores, arms.NONE: 0.0}
+
+
 @dataclass(frozen=True, slots=True)
 class Pinned(Blind):
     """Always the same arm where it may draft; plain decoding where it may not."""
@@ -79,13 +89,8 @@ class EntropyPolicy(Blind):
     needs: frozenset[str] = field(default=frozenset({"entropy"}))
 
     def score(self, signals: Signals) -> Scores:
-        order = [arms.DIFFUSION, arms.AR]
-        if not math.isnan(signals.entropy) and signals.entropy > self.tau:
-            order.reverse()
-        if signals.previous in order and signals.dwell < self.min_dwell:
-            order.sort(key=lambda arm: arm != signals.previous)
-        scores = {arm: PREFERRED - rank for rank, arm in enumerate(order) if arm in signals.allowed}
-        return {**scores, arms.NONE: 0.0}
+        # NaN, before the first verification, exceeds nothing.
+        return order_pair(signals, ar_first=signals.entropy > self.tau, min_dwell=self.min_dwell)
 
 
 @dataclass(slots=True)
