@@ -18,7 +18,7 @@ from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 MANIFEST = "whiflash.json"
 EMBEDDED_BUNDLE = "smollm2-135m-instruct"
 
-RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
+RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "copy-rule", "none", "random"]
 Positive = Annotated[int, Field(gt=0)]
 T = TypeVar("T")
 DraftVocabulary = Literal["full", "eagle3"]

@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from whiflash_sglang.bench.arms import KNOWN, QUICK, Subject, build_arms
+from whiflash_sglang.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms
 from whiflash_sglang.bench.fleet import reason_of
 from whiflash_sglang.bench.subject import build_subject
+from whiflash_sglang.bench.variants import write_variant
 from whiflash_sglang.cli import app
 from whiflash_sglang.cli.bench import loads_of, scale_of
 from whiflash_sglang.config import load_manifest
@@ -18,10 +19,9 @@ SUBJECT = Subject(
     bundle=Path("/models/b"),
     eagle3=Path("/models/b/eagle3"),
     dflash=Path("/models/b/dflash"),
-    bundle_without_lookup=Path("/scratch/x"),
     dtype="bfloat16",
     common=("--device", "cpu"),
-    bad_bundle=Path("/scratch/bad"),
+    variants={arm: Path("/scratch") / arm for arm in VARIANTS},
 )
 
 
@@ -33,7 +33,9 @@ def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
     by_name = {arm.name: arm for arm in arms}
     assert by_name["none"].arguments == shared
     assert "--speculative-eagle-topk 1" in " ".join(by_name["EAGLE3"].arguments)
-    assert by_name["auto-no-lookup"].arguments[-1] == "/scratch/x"
+    assert {arm: by_name[arm].arguments[-1] for arm in VARIANTS} == {
+        arm: f"/scratch/{arm}" for arm in VARIANTS
+    }
 
 
 def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> None:
@@ -53,9 +55,9 @@ def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None
 
 
 def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
-    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, bad_drafters=True)
-    assert subject.bad_bundle is not None
-    manifest = load_manifest(subject.bad_bundle)
+    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["auto", "auto-bad-drafters"])
+    bad = subject.variants["auto-bad-drafters"]
+    manifest = load_manifest(bad)
     assert manifest.lookup is not None
     assert not manifest.lookup.enabled
     assert manifest.router is None
@@ -63,9 +65,22 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
         files = sorted(good.glob("*.safetensors"))
         assert files
         for file in files:
-            right, wrong = load_file(file), load_file(subject.bad_bundle / part / file.name)
+            right, wrong = load_file(file), load_file(bad / part / file.name)
             assert {k: v.shape for k, v in right.items()} == {k: v.shape for k, v in wrong.items()}
             assert not any(torch.equal(v, wrong[k]) for k, v in right.items() if v.ndim > 1)
+
+
+def test_the_copying_rule_needs_two_tokens_and_is_otherwise_the_bundle(tmp_path: Path) -> None:
+    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["copy-rule", "auto-no-lookup"])
+    shipped, rule = load_manifest(subject.bundle), load_manifest(subject.variants["copy-rule"])
+    assert shipped.lookup is not None
+    assert rule.lookup == shipped.lookup.model_copy(update={"min_match": 2})
+    assert rule.entropy == shipped.entropy
+    off = load_manifest(subject.variants["auto-no-lookup"]).lookup
+    assert off is not None
+    assert not off.enabled
+    with pytest.raises(ValueError, match="serves the bundle as it is"):
+        write_variant("auto", subject.bundle, tmp_path / "x")
 
 
 def test_plain_decoding_is_always_measured() -> None:

@@ -202,3 +202,24 @@ def test_differences_follow_the_tie_rule() -> None:
         ("auto", "far", Verdict.DIFFERENT, 1, 0.5),
         ("ar", "near", Verdict.DIFFERENT, 2, None),
     ]
+
+
+def test_conversations_are_reported_by_turn(report: Report) -> None:
+    assert report.loads[0].turns == {}, "no prompt of this fixture is beyond its first turn"
+    cells = [
+        Cell(load=ALONE, arm=arm, repetition=repetition, seconds=one.seconds, answers=(one,))
+        for repetition in range(2)
+        for arm in ("none", "auto")
+        for one in (answer(arm, prompt) for prompt in TOKENS)
+    ]
+    turns = {"c1": 1, "c2": 3, "t1": 1, "l1": 2}
+    talks = build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns).loads[0].turns
+    assert {arm: list(figures) for arm, figures in talks.items()} == {"none": [1, 3], "auto": [1, 3]}
+    assert talks["auto"][1].answers == 2, "the tool call has one turn and the loop does not count"
+    first, third = talks["auto"][1], talks["auto"][3]
+    assert (first.acceptance_length, third.acceptance_length) == (4.0, 4.0)
+    assert third.over_none is not None
+    assert third.over_none.ratio == pytest.approx(2.4)
+    assert talks["none"][3].over_none is None
+    page = render(build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns))
+    assert "| auto | 2.40; 4.00 | 2.40; 4.00 |" in page

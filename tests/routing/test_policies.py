@@ -6,7 +6,7 @@ import pytest
 
 from whiflash_sglang.routing.hinted import apply_hints
 from whiflash_sglang.routing.lane import Lane
-from whiflash_sglang.routing.policies import EntropyPolicy, Pinned, RandomPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, RandomPolicy
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 
 BOTH = frozenset({"ar", "diffusion"})
@@ -76,3 +76,15 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     lane.committed("diffusion", [1, 2])
     recent = lane.signals(10, {}).recent["diffusion"]
     assert 2.0 < recent.total / recent.weight < 4.0
+
+
+@pytest.mark.parametrize(
+    ("allowed", "arm"),
+    [({"ar", "diffusion", "lookup"}, "lookup"), ({"ar", "diffusion"}, "ar"), (set(), "none")],
+)
+def test_the_plain_rule_copies_where_it_can(allowed: set[str], arm: str) -> None:
+    assert best(CopyRule().score(Signals(10, frozenset(allowed)))) == arm
+
+
+def test_auto_asks_for_one_pass_over_the_round_whichever_signal_it_has() -> None:
+    assert (AutoPolicy().needs, AutoPolicy(heads=True).needs) == ({"entropy"}, {"delta"})

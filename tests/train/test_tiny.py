@@ -89,7 +89,10 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     run("evaluate", "--bundle", "bundle", *held_out, "--json", "e.json", "--picture", "e.png")
     figures = json.loads(Path("e.json").read_text())
     lengths = figures["overall"]["acceptance_length"]
-    arms, routers = {"eagle3", "dflash", "lookup"}, {"entropy", "neural", "copy-rule"}
+    arms, routers = (
+        {"eagle3", "dflash", "lookup"},
+        {"entropy", "neural", "copy-rule", "auto", "auto-unpriced"},
+    )
     assert lengths.keys() == arms | routers | {"oracle", "oracle-of-three"}
     assert figures["overall"]["oracle_gain_share"].keys() == routers
     assert set(figures["overall"]["rounds_won"]) == {"eagle3", "dflash"}

@@ -24,8 +24,11 @@ ROUTERS = {
     "lookup": "lookup",
     "pinned-none": "none",
 }
-AUTO, NO_LOOKUP, NO_HINTS, BAD = "auto", "auto-no-lookup", "auto-no-hints", "auto-bad-drafters"
-KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, NO_LOOKUP, NO_HINTS, BAD)
+AUTO, NO_HINTS = "auto", "auto-no-hints"
+COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
+VARIANTS = {COPY_RULE: COPY_RULE, NO_LOOKUP: AUTO, BAD: AUTO}
+"""Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
+KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
 QUICK = (NONE, *STATIC, "auto")
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
@@ -35,25 +38,22 @@ EAGLE_STEPS = 5
 class Subject:
     """What every arm serves.
 
-    target, bundle: directories. eagle3, dflash: the bundle's checkpoints. bundle_without_lookup: the same
-    drafters with the lookup arm off. bad_bundle: drafters that know nothing, where wanted. common: arguments of
-    every server.
+    target, bundle: directories. eagle3, dflash: the bundle's checkpoints. common: arguments of every server.
+    variants: arm → the changed bundle that it serves, for the arms that are wanted.
     """
 
     target: Path
     bundle: Path
     eagle3: Path
     dflash: Path
-    bundle_without_lookup: Path
     dtype: str
     common: tuple[str, ...] = ()
-    bad_bundle: Path | None = None
+    variants: Mapping[str, Path] = field(default_factory=dict)
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
         """`arguments` as they may be published: directories by what they hold."""
         names = {
-            str(self.bundle_without_lookup): "BUNDLE-WITHOUT-LOOKUP",
-            str(self.bad_bundle): "BUNDLE-OF-BAD-DRAFTERS",
+            **{str(path): f"BUNDLE-OF-{arm}" for arm, path in self.variants.items()},
             str(self.eagle3): "BUNDLE/eagle3",
             str(self.dflash): "BUNDLE/dflash",
             str(self.bundle): "BUNDLE",
@@ -115,14 +115,8 @@ def _arm(name: str, subject: Subject) -> Arm:
             (*common, *_whiflash(subject.bundle)),
             ROUTERS[kind],
         )
-    if kind == NO_LOOKUP:
-        return Arm(
-            name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle_without_lookup)), ROUTERS[AUTO]
-        )
-    if kind == BAD:
-        if subject.bad_bundle is None:
-            raise AssertionError("the subject was built without bad drafters")
-        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bad_bundle)), ROUTERS[AUTO])
+    if kind in VARIANTS:
+        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.variants[kind])), VARIANTS[kind])
     if kind == NO_HINTS:
         unhinted = Hints(infer=False, trace=True).extra_body()
         return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle)), ROUTERS[AUTO], unhinted)

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from whiflash_sglang.bench.hints import Acceptance
-from whiflash_sglang.bench.report import OVERALL, Figures, LoadReport, Report
+from whiflash_sglang.bench.report import Figures, LoadReport, Report
 from whiflash_sglang.bench.rounds import RoundMs
+from whiflash_sglang.bench.selection import OVERALL
 from whiflash_sglang.bench.statistics import Interval, Percentiles
 
 
@@ -16,7 +17,7 @@ def render(report: Report) -> str:
         if load.load.is_alone:
             parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
             parts += ["### Acceptance length", _acceptance(load)]
-        parts += [_hints(load), _rounds(load)]
+        parts += [_turns(load), _hints(load), _rounds(load)]
     parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -85,6 +86,25 @@ def _acceptance(load: LoadReport) -> str:
         for arm, groups in load.arms.items()
     ]
     return _table(("arm", *names), rows)
+
+
+def _turns(load: LoadReport) -> str:
+    if not load.turns:
+        return ""
+    numbers = list(next(iter(load.turns.values())))
+    rows = []
+    for arm, figures in load.turns.items():
+        cells = (_turn(figures[number].over_none, figures[number].acceptance_length) for number in numbers)
+        rows.append((arm, *cells))
+    header = ("arm", *(f"turn {number}" for number in numbers))
+    explained = (
+        "Output tokens per second over plain decoding, and acceptance length, by turn of the conversations."
+    )
+    return f"### Conversations by turn\n\n{explained}\n\n{_table(header, rows)}"
+
+
+def _turn(over_none: Interval | None, acceptance_length: float) -> str:
+    return f"{_interval(over_none) or '1.00'}; {acceptance_length:.2f}"
 
 
 def _hints(load: LoadReport) -> str:

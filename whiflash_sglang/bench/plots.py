@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.bench.arms import NONE
-from whiflash_sglang.bench.report import OVERALL, LoadReport, Report
+from whiflash_sglang.bench.report import LoadReport, Report
 from whiflash_sglang.bench.scaling import SHORT, ScalePoint
+from whiflash_sglang.bench.selection import OVERALL
 
 
 def draw(report: Report, directory: Path) -> list[Path]:

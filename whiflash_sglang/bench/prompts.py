@@ -26,6 +26,11 @@ class Prompt:
     tools: tuple[dict[str, Any], ...] = ()
     response_format: dict[str, Any] | None = None
 
+    @property
+    def turn(self) -> int:
+        """Which of the assistant's turns is asked for, from 1."""
+        return 1 + sum(message["role"] == "assistant" for message in self.messages)
+
     def request(self) -> dict[str, Any]:
         """Fields of a chat completion request: tools are required to be used, schemas are enforced."""
         fields: dict[str, Any] = {"messages": list(self.messages)}

@@ -4,24 +4,21 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from whiflash_sglang.bench.arms import AUTO, NO_HINTS, NONE, STATIC
-from whiflash_sglang.bench.cells import Answer, Cell, Load
+from whiflash_sglang.bench.cells import Cell, Load
 from whiflash_sglang.bench.hints import HintGain, hint_gain
 from whiflash_sglang.bench.reference import Difference
 from whiflash_sglang.bench.rounds import RoundMs, round_ms_of, switch_share_of
 from whiflash_sglang.bench.scaling import ScalePoint
-from whiflash_sglang.bench.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
+from whiflash_sglang.bench.selection import LOOPS, OVERALL, Belongs, paired, samples, selections, within
+from whiflash_sglang.bench.statistics import Interval, Percentiles, percentiles_ms, rate
+from whiflash_sglang.bench.turns import TurnFigures, by_turn
 from whiflash_sglang.equality import Verdict
-
-Belongs = Callable[[str], bool]
-"""Whether a prompt counts."""
-OVERALL, LOOPS = "overall", "loops"
 
 
 class _Schema(BaseModel):
@@ -66,12 +63,16 @@ class Ratios(_Schema):
 
 
 class LoadReport(_Schema):
-    """hints: what they bought, by category, where `auto` and `auto-no-hints` were both measured."""
+    """hints: what they bought, by category, where `auto` and `auto-no-hints` were both measured.
+
+    turns: arm → turn of a conversation → figures, where conversations have several turns and were asked alone.
+    """
 
     load: Load
     arms: dict[str, dict[str, Figures]]
     ratios: dict[str, Ratios]
     hints: dict[str, HintGain] = {}
+    turns: dict[str, dict[int, TurnFigures]] = {}
 
 
 class Report(_Schema):
@@ -99,16 +100,18 @@ def build_report(
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
     scaling: Sequence[ScalePoint] = (),
+    turns: Mapping[str, int] | None = None,
 ) -> Report:
     """The report of all cells.
 
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
+        turns: prompt id → turn of its conversation, from 1; None: nothing is reported by turn.
     """
     by_load: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_load[cell.load.label].append(cell)
-    loads = [_load_report(own, groups, found) for own in by_load.values()]
+    loads = [_load_report(own, groups, found, turns) for own in by_load.values()]
     counts: dict[str, int] = defaultdict(int)
     for group in groups.values():
         counts[group] += 1
@@ -128,7 +131,12 @@ def build_report(
     )
 
 
-def _load_report(cells: Sequence[Cell], groups: Mapping[str, str], found: Sequence[Difference]) -> LoadReport:
+def _load_report(
+    cells: Sequence[Cell],
+    groups: Mapping[str, str],
+    found: Sequence[Difference],
+    turns: Mapping[str, int] | None,
+) -> LoadReport:
     load = cells[0].load
     arms: dict[str, dict[str, Figures]] = {}
     own: dict[str, list[Cell]] = defaultdict(list)
@@ -139,38 +147,23 @@ def _load_report(cells: Sequence[Cell], groups: Mapping[str, str], found: Sequen
         mismatched = [d for d in differing if d.arm == arm]
         arms[arm] = {
             name: _figures(mine, belongs, [d for d in mismatched if belongs(d.prompt)], load, name)
-            for name, belongs in _selections(mine, groups)
+            for name, belongs in selections(mine, groups)
         }
     ratios = {arm: _ratios(arm, own, groups, load, arms) for arm in own if NONE in own and arm != NONE}
     hints = _hint_gains(own, groups, load) if own.keys() >= {AUTO, NO_HINTS} else {}
-    return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints)
+    talks = by_turn(own, groups, turns) if turns is not None and load.is_alone else {}
+    return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints, turns=talks)
 
 
 def _hint_gains(
     own: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], load: Load
 ) -> dict[str, HintGain]:
     gains = {}
-    for name, belongs in _selections(own[AUTO], groups):
+    for name, belongs in selections(own[AUTO], groups):
         if load.is_alone or name == OVERALL:
-            hinted, unhinted = _within(own[AUTO], belongs), _within(own[NO_HINTS], belongs)
-            gains[name] = hint_gain(hinted, unhinted, groups, _paired(hinted, unhinted, groups))
+            hinted, unhinted = within(own[AUTO], belongs), within(own[NO_HINTS], belongs)
+            gains[name] = hint_gain(hinted, unhinted, groups, paired(hinted, unhinted, groups))
     return gains
-
-
-def _selections(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[tuple[str, Belongs]]:
-    """Categories that occur, loops last, and what belongs to each; overall is everything but loops."""
-    occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}
-    names = sorted(occurring - {LOOPS})
-    chosen: list[tuple[str, Belongs]] = [(name, _member(groups, name)) for name in names]
-    if names:
-        chosen.append((OVERALL, lambda prompt: groups[prompt] != LOOPS))
-    if LOOPS in occurring:
-        chosen.append((LOOPS, _member(groups, LOOPS)))
-    return chosen
-
-
-def _member(groups: Mapping[str, str], name: str) -> Belongs:
-    return lambda prompt: groups[prompt] == name
 
 
 def _figures(
@@ -189,7 +182,7 @@ def _figures(
     tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
     per_second = None
     if load.is_alone or name == OVERALL:
-        per_second = rate(*_samples(whole))
+        per_second = rate(*samples(whole))
     return Figures(
         answers=len(answers),
         output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
@@ -215,26 +208,6 @@ def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
     return total if total.get("rounds") else {}
 
 
-def _samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
-    """Tokens and seconds, [units, repetitions]: a unit is the prompts of one cell, asked in every repetition."""
-    units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
-    for cell in cells:
-        units[cell.key[3]][cell.repetition] = cell
-    rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
-
-    def tokens_of(cell: Cell) -> int:
-        return sum(len(answer.tokens) for answer in cell.answers)
-
-    def seconds_of(cell: Cell) -> float:
-        answers: tuple[Answer, ...] = cell.answers
-        return answers[0].seconds if len(answers) == 1 else cell.seconds
-
-    return (
-        np.array([[tokens_of(cell) for cell in row] for row in rows], dtype=np.float64),
-        np.array([[seconds_of(cell) for cell in row] for row in rows], dtype=np.float64),
-    )
-
-
 def _ratios(
     arm: str,
     cells: Mapping[str, Sequence[Cell]],
@@ -247,15 +220,15 @@ def _ratios(
     static_arm: dict[str, str] = {}
     accepted: dict[str, float] = {}
     statics = [name for name in cells if name.split(":")[0] in STATIC]
-    for name, belongs in _selections(cells[arm], groups):
+    for name, belongs in selections(cells[arm], groups):
         if not load.is_alone and name != OVERALL:
             continue
-        chosen = {key: _within(own, belongs) for key, own in cells.items()}
-        against_none[name] = _paired(chosen[arm], chosen[NONE], groups)
+        chosen = {key: within(own, belongs) for key, own in cells.items()}
+        against_none[name] = paired(chosen[arm], chosen[NONE], groups)
         if statics and arm not in statics:
-            best = max(statics, key=lambda key: rate(*_samples(chosen[key])))
+            best = max(statics, key=lambda key: rate(*samples(chosen[key])))
             static_arm[name] = best
-            against_static[name] = _paired(chosen[arm], chosen[best], groups)
+            against_static[name] = paired(chosen[arm], chosen[best], groups)
             widest = max(figures[key][name].acceptance_length for key in statics)
             accepted[name] = figures[arm][name].acceptance_length / widest
     by_category = None
@@ -267,7 +240,7 @@ def _ratios(
             for c in own
             if static_arm.get(groups[c.answers[0].prompt]) == key and groups[c.answers[0].prompt] != LOOPS
         ]
-        by_category = _paired(overall, mixed, groups)
+        by_category = paired(overall, mixed, groups)
     return Ratios(
         none=against_none,
         static=against_static,
@@ -275,12 +248,3 @@ def _ratios(
         static_by_category=by_category,
         acceptance_over_static=accepted,
     )
-
-
-def _within(cells: Sequence[Cell], belongs: Belongs) -> list[Cell]:
-    return [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
-
-
-def _paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
-    strata = [groups[key[0]] for key in sorted({cell.key[3] for cell in cells})]
-    return paired_ratio(*_samples(cells), *_samples(others), strata)

@@ -21,9 +21,10 @@ from whiflash_sglang.bench.fleet import Fleet
 from whiflash_sglang.bench.load import ANSWER_SECONDS, Asker, RequestError
 from whiflash_sglang.bench.prompts import Prompt, digest_of
 from whiflash_sglang.bench.reference import BestLogit, Reference, ask_reference, differences
-from whiflash_sglang.bench.report import LOOPS, Report, build_report
+from whiflash_sglang.bench.report import Report, build_report
 from whiflash_sglang.bench.scaling import ScalePoint
 from whiflash_sglang.bench.schedule import Step, in_turn, remaining, sweep
+from whiflash_sglang.bench.selection import LOOPS
 from whiflash_sglang.errors import WhiflashError
 
 WARM_UP_PROMPTS = 3
@@ -101,7 +102,8 @@ class Runner:
         found = differences(cells, self._references, best, self._plan.subject.dtype)
         self._progress.remove_task(judging)
         record |= self._provenance(cells)
-        return build_report(cells, self._groups(), found, record, self.unavailable, self._scaling)
+        turns = {key: reference.prompt.turn for key, reference in self._references.items()}
+        return build_report(cells, self._groups(), found, record, self.unavailable, self._scaling, turns)
 
     # ---------------------------------------------------------------- the two orders
 

@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from whiflash_sglang.bench.arms import BAD, KNOWN, NO_HINTS, NO_LOOKUP, QUICK, build_arms
+from whiflash_sglang.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS, build_arms
 from whiflash_sglang.bench.cells import Journal, Load
 from whiflash_sglang.bench.fleet import Fleet
 from whiflash_sglang.bench.markdown import render
@@ -55,7 +55,7 @@ def scale_of(
             max_tokens or 64,
             QUICK_MINUTES if minutes is None else minutes,
         )
-    everything = [name for name in KNOWN if name not in (NO_LOOKUP, NO_HINTS, BAD)]
+    everything = [name for name in KNOWN if name not in (NO_HINTS, *VARIANTS)]
     return Scale(names or everything, per_category, max_tokens or 160, minutes)
 
 
@@ -135,9 +135,7 @@ def register(app: typer.Typer) -> None:
                 directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
             extra = shlex.split(server_args)
-            subject = build_subject(
-                model_path, bundle, dtype, extra, Path(scratch), bad_drafters=BAD in scale.arms
-            )
+            subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms)
             plan = Plan(
                 subject=subject,
                 arms=tuple(build_arms(scale.arms, subject)),

@@ -21,7 +21,8 @@ _HELP = {
     "eagle_draft": "EAGLE-3 checkpoint (directory or hub id). Needed unless the draft path is a bundle.",
     "drafters": "Drafter pair: df-e3 (DFlash and EAGLE-3). ddt-e3 (tree) is reserved.",
     "router": "How rounds are routed: auto (expected tokens per second of the batch), entropy or neural (the "
-    "paper's, per request), or one arm pinned: ar, diffusion, lookup, none. random exists for tests.",
+    "paper's, per request), or one arm pinned: ar, diffusion, lookup, none. copy-rule (copy where possible, "
+    "else EAGLE-3) is a baseline, random exists for tests.",
     "neural_router_path": "Neural router: hub id, directory or .safetensors file.",
     "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
     "neural_router_sign": "What the router file predicts, where it does not say: ar-minus-diffusion or "

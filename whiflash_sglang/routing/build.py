@@ -3,7 +3,7 @@
 from whiflash_sglang.config import NO_ROUTER, Settings
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.routing.neural import NeuralPolicy
-from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, Policy, RandomPolicy
 
 
 def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
@@ -17,6 +17,8 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
             return RandomPolicy()
         case "ar" | "diffusion" | "lookup" | "none":
             return Pinned(settings.router)
+        case "copy-rule":
+            return CopyRule()
         case "neural":
             if settings.neural is None:
                 raise ConfigError(NO_ROUTER)

@@ -76,6 +76,18 @@ class Pinned(Blind):
 
 
 @dataclass(frozen=True, slots=True)
+class CopyRule(Blind):
+    """The plain rule that better policies are measured against: copy where there is something to copy, else EAGLE-3."""
+
+    name: str = "copy-rule"
+    needs: frozenset[str] = frozenset()
+
+    def score(self, signals: Signals) -> Scores:
+        order = [arm for arm in (arms.LOOKUP, arms.AR) if arm in signals.allowed]
+        return {**{arm: PREFERRED - rank for rank, arm in enumerate(order)}, arms.NONE: 0.0}
+
+
+@dataclass(frozen=True, slots=True)
 class EntropyPolicy(Blind):
     """Leave the diffusion drafter where the target's entropy exceeds τ (arXiv 2606.07710, entropy router).
 
@@ -113,20 +125,23 @@ class RandomPolicy(Blind):
 PROBE_ROUNDS = 96
 """Rounds of the server after which an arm that was not used is tried once more, so that it can come back."""
 
+FIRST_PROBE = 4
+"""The same for an arm that was never used; doubles with every round of it that was seen."""
+
 
 class AutoPolicy:
     """Expected accepted tokens of every arm, from what it says of itself or from running means.
 
     Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm
-    that is never chosen is probed every `PROBE_ROUNDS` rounds. Where a router with heads is loaded (`heads`), its
-    predictions take the means' place.
+    that is not chosen is probed now and then, the less often the better it is known. Where a router with heads is loaded (`heads`), its
+    predictions take the means' place and the target's entropy is not computed.
     """
 
     name = "auto"
     prices_batches = True
 
     def __init__(self, *, heads: bool = False) -> None:
-        self.needs = frozenset({"entropy", "delta"} if heads else {"entropy"})
+        self.needs = frozenset({"delta"} if heads else {"entropy"})
         self.estimator = AcceptanceEstimator()
         self._idle: dict[str, int] = {}
 
@@ -144,7 +159,8 @@ class AutoPolicy:
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:
             return signals.expected[arm]
-        if self._idle.setdefault(arm, 0) > PROBE_ROUNDS:
+        patience = min(PROBE_ROUNDS, FIRST_PROBE * 2 ** min(self.estimator.rounds(arm), 8.0))
+        if self._idle.setdefault(arm, 0) > patience:
             self._idle[arm] = 0
             return PROBE_SCORE
         return self.estimator.expect(arm, signals)

@@ -17,11 +17,12 @@ RULE_MATCH = 2
 
 
 class Copied(NamedTuple):
-    """`accepted` [P] copied tokens that were right in a round at answer position i; `matched` [P] bool: whether
-    the plain rule would copy.
+    """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
+    the arm expected; `matched` [P] bool: whether the plain rule would copy.
     """
 
     accepted: NDArray[np.int64]
+    expected: NDArray[np.float64]
     matched: NDArray[np.bool_]
 
 
@@ -37,6 +38,7 @@ def replay_lookup(
     """
     positions = len(tokens) - prompt_length - 1
     accepted = np.zeros(positions, dtype=np.int64)
+    expected = np.zeros(positions)
     matched = np.zeros(positions, dtype=np.bool_)
     copier = Copier(calibration, settings.min_match)
     copier.extend(tokens[:prompt_length])
@@ -45,8 +47,9 @@ def replay_lookup(
         copier.extend(tokens[known - 1 : known])
         limit = min(settings.max_width, positions - position)
         proposal = copier.look(limit, WORTH)
-        drafts = proposal.tokens[: proposal.width(limit, WORTH)]
+        width = proposal.width(limit, WORTH)
+        drafts, expected[position] = proposal.tokens[:width], proposal.expected(width)
         matched[position] = bool(drafts) and drafts[0].length >= RULE_MATCH
         pairs = zip(drafts, tokens[known : known + len(drafts)], strict=False)
         accepted[position] = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
-    return Copied(accepted, matched)
+    return Copied(accepted, expected, matched)

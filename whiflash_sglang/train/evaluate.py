@@ -59,7 +59,7 @@ def walk(
             arm = previous
         dwell = dwell + 1 if arm == previous else 1
         previous = arm
-        emitted = min(int(answer.accepted[arm][position]) + 1, end - position)
+        emitted = min(answer.drafts_accepted(arm, position) + 1, end - position)
         tally.rounds += 1
         tally.tokens += emitted
         tally.won[arm] += 1

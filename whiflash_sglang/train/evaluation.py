@@ -17,6 +17,7 @@ from whiflash_sglang.models.dflash_config import DFlashConfig
 from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import Data, Hardware, Slots
+from whiflash_sglang.train.controlled import Known, Prices, auto_choices
 from whiflash_sglang.train.data import LoadedTarget, answer_rows, load_target
 from whiflash_sglang.train.evaluate import (
     LOOP,
@@ -121,15 +122,20 @@ def replay_store(
 
 
 def routers_of(bundle: Path, answers: Sequence[Replay], target: LoadedTarget) -> dict[str, RouterWalk]:
-    """The bundle's routers at its own thresholds, and the plain rule that copies."""
+    """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`, priced and unpriced."""
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
-    walks = {"entropy": RouterWalk([entropy_choices(answer, target, tau) for answer in answers], dwell)}
+    nats = [entropies(answer, target).tolist() for answer in answers]
+    walks = {"entropy": RouterWalk([entropy_choices(one, tau) for one in nats], dwell)}
+    router = None
     if manifest.router is not None:
         router = load_router(bundle, target)
         threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
         walks["neural"] = RouterWalk([router_choices(router, one, threshold) for one in answers], dwell)
     walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
+    known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
+    for name, costs in (("auto", Prices.of_two_cores()), ("auto-unpriced", None)):
+        walks[name] = RouterWalk(auto_choices(answers, known, costs), copies=True)
     return walks
 
 
@@ -163,11 +169,20 @@ def entropies(answer: Replay, target: LoadedTarget) -> torch.Tensor:
     return -(log.exp() * log).sum(-1)
 
 
-def entropy_choices(answer: Replay, target: LoadedTarget, tau: float) -> dict[int, str]:
-    """The published entropy rule: DFlash up to `tau` nats, EAGLE-3 above."""
+def entropy_choices(entropies: Sequence[float], tau: float) -> dict[int, str]:
+    """The published entropy rule: DFlash up to `tau` nats, EAGLE-3 above. entropies: of every position, in nats."""
     eagle3, dflash = ARMS
-    values = entropies(answer, target).tolist()
-    return {position: eagle3 if value > tau else dflash for position, value in enumerate(values)}
+    return {position: eagle3 if value > tau else dflash for position, value in enumerate(entropies)}
+
+
+@torch.inference_mode()
+def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
+    """ΔAL and both heads at every position [P][3]; empty where there is no router, or one without heads."""
+    if router is None or router.heads is None:
+        return []
+    found = router.predict(answer.final)
+    rows: list[list[float]] = torch.cat([found.delta[:, None], found.accepted], dim=1).tolist()
+    return rows
 
 
 def _capture_union(eagle3: Path, dflash: Path) -> list[int]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import xgrammar
 from torch import Tensor
 
@@ -158,18 +157,17 @@ class Generator:
             return None
         tokens = torch.tensor(prompt.tokens, device=self.target.device)
         length = len(tokens)
+        unseen = torch.full((length, length), float("-inf"), device=tokens.device).triu_(1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
             group.keys[layer][row, :, :, :length] = k.transpose(1, 2)
             group.values[layer][row, :, :length] = v
-            mixed = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None],
-                k.repeat_interleave(self._share, 0)[None],
-                v.repeat_interleave(self._share, 0)[None],
-                is_causal=True,
-            )
-            return mixed[0].transpose(0, 1)
+            grouped = q.transpose(0, 1).reshape(len(k), self._share * length, -1)
+            scores = torch.bmm(grouped, k.transpose(1, 2)).view(len(k), self._share, length, length)
+            weights = torch.add(unseen, scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
+            mixed = torch.bmm(weights.view(len(k), -1, length), v)
+            return mixed.view(-1, length, q.shape[-1]).transpose(0, 1)
 
         output = self.target.forward(tokens, torch.arange(length, device=tokens.device), attend, self.capture)
         group.states[row, :length] = torch.cat([output.features, output.final[:, None]], dim=1)
@@ -188,7 +186,7 @@ class Generator:
             weights = (logits.float() / self.temperature).softmax(-1)
             chosen = torch.multinomial(weights, 1, generator=self.random)[:, 0]
         else:
-            chosen = logits.argmax(-1)
+            chosen = logits.max(-1).indices
         for slot, token in zip(slots, chosen.tolist(), strict=True):
             if slot is None:
                 continue

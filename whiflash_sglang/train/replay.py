@@ -48,7 +48,8 @@ class Replay(NamedTuple):
     `accepted` arm → [P] draft tokens accepted by a round starting at answer position i (its bonus token is
     answer token i, P = answer tokens - 1). `final` [P, H] the target's state at the last committed token of
     that round. `loop_from`: answer position from which the text repeats itself, P where it never does.
-    `matched` [P] bool: whether the last two tokens occurred before, so that there is something to copy.
+    `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted. `matched` [P] bool: whether the
+    last two tokens occurred before, so that the plain rule copies.
     """
 
     id: str
@@ -56,12 +57,17 @@ class Replay(NamedTuple):
     accepted: dict[str, Lengths]
     final: Tensor
     loop_from: int
+    copies: NDArray[np.float64]
     matched: NDArray[np.bool_]
 
     @property
     def positions(self) -> int:
         """P: places where a round can start."""
         return len(self.accepted[ARMS[0]])
+
+    def drafts_accepted(self, arm: str, position: int) -> int:
+        """Of a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
+        return int(self.accepted[arm][position]) if arm in self.accepted else 0
 
 
 class Parts(NamedTuple):
@@ -207,6 +213,7 @@ def _assemble(
         # A copy: a view would keep the features of the whole sequence in memory.
         sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
         positions if start is None else min(start, positions),
+        copied.expected,
         copied.matched,
     )
 

@@ -1,0 +1,59 @@
+"""`auto` offline is the server's own controller."""
+
+import numpy as np
+import pytest
+import torch
+
+from whiflash_sglang.train.controlled import Known, Prices, auto_choices
+from whiflash_sglang.train.evaluate import RouterWalk, tabulate
+from whiflash_sglang.train.replay import Replay
+
+SIZE = 240
+NOTHING = Known([0.0] * SIZE, [])
+
+
+def answer(eagle3: int, dflash: int, copied: int = 0, loop_from: int = SIZE) -> Replay:
+    lengths = {"eagle3": eagle3, "dflash": dflash, "lookup": copied}
+    accepted = {arm: np.full(SIZE, length) for arm, length in lengths.items()}
+    copies = np.full(SIZE, float(copied))
+    return Replay("a", "chat", accepted, torch.zeros(SIZE, 2), loop_from, copies, copies > 0)
+
+
+def most_used(choices: dict[int, str]) -> str:
+    arms = list(choices.values())
+    return max(set(arms), key=arms.count)
+
+
+@pytest.mark.parametrize(
+    ("replay", "arm"),
+    [(answer(4, 1), "eagle3"), (answer(1, 4), "dflash"), (answer(1, 1, copied=9), "lookup")],
+)
+@pytest.mark.parametrize("costs", [None, Prices.of_two_cores()])
+def test_it_comes_to_the_best_arm(replay: Replay, arm: str, costs: Prices | None) -> None:
+    (choices,) = auto_choices([replay], [NOTHING], costs)
+    assert most_used(choices) == arm
+
+
+def test_drafters_that_are_never_right_are_left_alone_where_they_cost() -> None:
+    (choices,) = auto_choices([answer(0, 0)], [NOTHING], Prices.of_two_cores())
+    assert most_used(choices) == "none"
+
+
+def test_heads_decide_the_round_they_speak_of() -> None:
+    """The drafters take turns, and the heads say so; means over the answer could not know."""
+    even = np.arange(SIZE) % 10 < 5
+    accepted = {"eagle3": np.where(even, 4, 0), "dflash": np.where(even, 0, 4), "lookup": np.zeros(SIZE, int)}
+    replay = Replay("a", "chat", accepted, torch.zeros(SIZE, 2), SIZE, np.zeros(SIZE), np.zeros(SIZE, bool))
+    heads = [[4.0, 4.0, 0.0] if first else [-4.0, 0.0, 4.0] for first in even]
+    lengths = {}
+    for name, known in (("heads", Known([0.0] * SIZE, heads)), ("means", NOTHING)):
+        walk = RouterWalk(auto_choices([replay], [known], None), copies=True)
+        lengths[name] = tabulate([replay], {"auto": walk})["overall"]["acceptance_length"]["auto"]
+    assert lengths["heads"] > 4.5 > lengths["means"]
+
+
+def test_loops_are_walked_on_their_own() -> None:
+    replay = answer(4, 1, loop_from=101)
+    walk = RouterWalk(auto_choices([replay], [NOTHING], None), copies=True)
+    figures = tabulate([replay], {"auto": walk})
+    assert figures["loop"]["acceptance_length"]["auto"] > 4

@@ -1,0 +1,101 @@
+"""`auto` walked through replays: the server's own policy, lanes and assignment, without a server."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from whiflash_sglang import arms
+from whiflash_sglang.routing.assign import Costs, Dwell, assign
+from whiflash_sglang.routing.lane import Lane
+from whiflash_sglang.routing.neural import note
+from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.train.evaluate import Choices
+from whiflash_sglang.train.replay import ARMS, LOOKUP, Replay
+
+REPLAYED = {arms.AR: ARMS[0], arms.DIFFUSION: ARMS[1], arms.LOOKUP: LOOKUP, arms.NONE: arms.NONE}
+"""The controller's names of the arms → the replays'."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a round costs, in verifications of one row; `Costs` for one request alone.
+
+    drafts: arm → its draft stage. rows: arm → rows that it verifies. row: one more row of a verification.
+
+    The defaults are the embedded target's on two cores, rounded (docs/benchmark/report.md: verification 34 ms, five
+    EAGLE-3 passes 7 ms, a DFlash block 6 ms, a further row 0.7 ms).
+    """
+
+    drafts: Mapping[str, float]
+    rows: Mapping[str, float]
+    row: float
+
+    @classmethod
+    def of_two_cores(cls) -> "Prices":
+        """The defaults."""
+        return cls(
+            {arms.AR: 0.20, arms.DIFFUSION: 0.17}, {arms.AR: 6, arms.DIFFUSION: 8, arms.LOOKUP: 7}, 0.02
+        )
+
+    def draft(self, arm: str, requests: int) -> float:
+        return self.drafts.get(arm, 0.0)
+
+    def verify(self, rows: float, requests: int) -> float:
+        return 1.0 + self.row * (rows - 1)
+
+    def width(self, arm: str) -> float:
+        return self.rows.get(arm, 1)
+
+
+class Known(NamedTuple):
+    """What the controller may know at every position of an answer: the target's entropy in nats [P], and the router's
+    outputs [P][3] (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads."""
+
+    entropy: Sequence[float]
+    predicted: Sequence[Sequence[float]]
+
+
+def auto_choices(answers: Sequence[Replay], known: Sequence[Known], costs: Costs | None) -> list[Choices]:
+    """The arm of every round that `auto` comes to, answer by answer; it learns as it goes, as one server does.
+
+    Drafts have their full length. costs: None: nothing costs, so that `auto` seeks acceptance length alone.
+    """
+    policy = AutoPolicy(heads=any(one.predicted for one in known))
+    chosen = []
+    for answer, one in zip(answers, known, strict=True):
+        choices: dict[int, str] = {}
+        for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
+            _walk(policy, answer, one, (begin, end), costs, choices)
+        chosen.append(choices)
+    return chosen
+
+
+def _walk(
+    policy: AutoPolicy,
+    answer: Replay,
+    known: Known,
+    span: tuple[int, int],
+    costs: Costs | None,
+    choices: dict[int, str],
+) -> None:
+    """Rounds from the first position of `span` on; where they begin is what `evaluate.walk` comes to as well."""
+    lane = Lane(answer.id, RequestHints())
+    position, end = span
+    while position < end:
+        outlook: dict[str, float | None] = {arms.AR: None, arms.DIFFUSION: None}
+        if answer.copies[position] > 0:
+            outlook[arms.LOOKUP] = 1.0 + float(answer.copies[position])
+        scores = [lane.score(policy, position, outlook)]
+        arm = assign(scores, costs, [lane.previous], Dwell())[0]
+        lane.chose(arm)
+        choices[position] = REPLAYED[arm]
+        emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
+        policy.observe(arm, lane.context, emitted)
+        lane.committed(arm, [0] * emitted)
+        position += emitted
+        if position < end:
+            lane.entropy = known.entropy[position] if known.entropy else math.nan
+            if known.predicted:
+                note(lane, known.predicted[position])
