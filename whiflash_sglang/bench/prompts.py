@@ -29,7 +29,7 @@ class Prompt:
     @property
     def turn(self) -> int:
         """Which of the assistant's turns is asked for, from 1."""
-        return 1 + sum(message["role"] == "assistant" for message in self.messages)
+        return 1 + len([m for m in self.messages if m["role"] == "assistant"])
 
     def request(self) -> dict[str, Any]:
         """Fields of a chat completion request: tools are required to be used, schemas are enforced."""

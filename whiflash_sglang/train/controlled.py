@@ -63,7 +63,7 @@ def auto_choices(answers: Sequence[Replay], known: Sequence[Known], costs: Costs
     Drafts have their full length. costs: None: nothing costs, so that `auto` seeks acceptance length alone.
     """
     policy = AutoPolicy(heads=any(one.predicted for one in known))
-    chosen = []
+    chosen: list[Choices] = []
     for answer, one in zip(answers, known, strict=True):
         choices: dict[int, str] = {}
         for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):

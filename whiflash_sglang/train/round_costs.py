@@ -47,7 +47,7 @@ def parse_round_costs(text: str) -> dict[str, float]:
 def measure_with_own_server(bundle: Path, model_path: Path, dtype: str) -> dict[str, float]:
     """Start a server of the bundle, measure, stop it. Raises `ServerError` where it does not start."""
     with tempfile.TemporaryDirectory() as scratch:
-        subject = build_subject(str(model_path), str(bundle), dtype, (), Path(scratch))
+        subject = build_subject(str(model_path), str(bundle), dtype, (), Path(scratch), ())
         arguments = [
             *("--model-path", str(subject.target), "--dtype", dtype, *subject.common),
             *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle)),
