@@ -133,8 +133,8 @@ class AutoPolicy:
     """Expected accepted tokens of every arm, from what it says of itself or from running means.
 
     Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm
-    that is not chosen is probed now and then, the less often the better it is known. Where a router with heads is loaded (`heads`), its
-    predictions take the means' place and the target's entropy is not computed.
+    that is not chosen is probed now and then, the less often the better it is known. Where a router with heads is
+    loaded (`heads`), its predictions take the means' place and the target's entropy is not computed.
     """
 
     name = "auto"
