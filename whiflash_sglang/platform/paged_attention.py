@@ -12,8 +12,7 @@ How a batch is laid out:
   one group: one gather of K, one of V, one scaled-dot-product call for the whole group. The ``G`` query heads
   of a KV head become ``G * M`` rows of one matrix, so KV heads are never repeated. A request shorter than the
   group's longest reads its own last entry again behind a mask, never a foreign slot.
-* Wide requests (prefill) run one by one, in blocks of ``WIDE_ROWS`` rows that see only the keys they need;
-  K and V are broadcast over the query heads with stride 0.
+* Wide requests (prefill) run one by one, in blocks of ``WIDE_ROWS`` rows that see only the keys they need.
 
 A mask is built only where a row must not see everything that was gathered.
 """
@@ -28,8 +27,8 @@ from whiflash_sglang.platform.paged_layouts import NarrowGroup, WideBlock, WideR
 NARROW_ROWS = 64
 """Widest request, in query rows, that joins the batched group."""
 
-WIDE_ROWS = 512
-"""Query rows of one block of a wide request."""
+WIDE_ROWS = 64
+"""Query rows of one block of a wide request: its scores stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,20 +211,21 @@ def _plan_wide(
 ) -> WideRequest:
     prefix = kv_len - q_len
     kv_base = 0 if window is None else max(0, prefix - window)
+    rows = min(q_len, WIDE_ROWS)
+    later = _additive_mask(rows, 0, 0, rows, None, dtype, table_row.device)
     blocks = []
     for first in range(0, q_len, WIDE_ROWS):
         last = min(first + WIDE_ROWS, q_len)
-        kv_start, kv_end, mask, square = 0, kv_len, None, False
+        rows = last - first
+        kv_start, kv_end, mask = 0, kv_len, None
         if causal:
-            kv_start = 0 if window is None else max(0, prefix + first - window)
             kv_end = prefix + last
-            square = kv_end == last - first and (window is None or window >= kv_end)
-            if not square:
-                rows, entries = last - first, kv_end - kv_start
-                mask = _additive_mask(
-                    rows, prefix + first, kv_start, entries, window, dtype, table_row.device
-                )
-        blocks.append(WideBlock(row_start + first, row_start + last, kv_start, kv_end, square, mask))
+            mask = later[:rows, :rows]
+        if causal and window is not None:
+            kv_start = max(0, prefix + first - window)
+            entries = kv_end - kv_start
+            mask = _additive_mask(rows, prefix + first, kv_start, entries, window, dtype, table_row.device)
+        blocks.append(WideBlock(row_start + first, row_start + last, kv_start, kv_end, mask))
     return WideRequest(table_row[kv_base:kv_len].to(torch.int64), kv_base, tuple(blocks))
 
 

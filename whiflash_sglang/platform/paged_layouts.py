@@ -66,13 +66,17 @@ class WideBlock:
     row_end: int
     kv_start: int
     kv_end: int
-    square_causal: bool
-    mask: torch.Tensor | None  # [rows, entries] dtype, additive
+    mask: torch.Tensor | None  # [rows, entries or the last few of them] dtype, additive; None: all are seen
 
 
 @dataclass(frozen=True, slots=True)
 class WideRequest:
-    """One prefill-sized request: its slots from ``kv_base`` on, and the blocks its rows are cut into."""
+    """One prefill-sized request: its slots from ``kv_base`` on, and the blocks its rows are cut into.
+
+    Products of matrices instead of torch's fused attention: in bf16, on a CPU without matrix units, 1,000 causal rows
+    took 8 ms a layer (embedded target, one thread) where ``scaled_dot_product_attention`` took 22, in fp32 the same.
+    Scores are rounded to q's dtype; the softmax is taken in fp32.
+    """
 
     slots: torch.Tensor  # [entries] int64
     kv_base: int
@@ -85,25 +89,19 @@ class WideRequest:
         heads, dim = q.shape[1], q.shape[2]
         kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
         groups = heads // kv_heads
-        k = _gather(k_cache, self.slots, q.dtype).view(-1, kv_heads, dim).transpose(0, 1)
+        k = _gather(k_cache, self.slots, q.dtype).view(-1, kv_heads, dim).permute(1, 2, 0)
         v = _gather(v_cache, self.slots, q.dtype).view(-1, kv_heads, v_dim).transpose(0, 1)
         for block in self.blocks:
-            rows, first, last = (
-                block.row_end - block.row_start,
-                block.kv_start - self.kv_base,
-                block.kv_end - self.kv_base,
-            )
-            q_block = (
+            rows = block.row_end - block.row_start
+            entries = slice(block.kv_start - self.kv_base, block.kv_end - self.kv_base)
+            by_head = (
                 q[block.row_start : block.row_end].reshape(rows, kv_heads, groups, dim).permute(1, 2, 0, 3)
             )
-            attended = scaled_dot_product_attention(
-                q_block,
-                k[:, None, first:last].expand(kv_heads, groups, last - first, dim),
-                v[:, None, first:last].expand(kv_heads, groups, last - first, v_dim),
-                attn_mask=block.mask,
-                is_causal=block.square_causal,
-                scale=scale,
-            )
+            scaled = by_head.reshape(kv_heads, groups * rows, dim) * scale
+            scores = torch.bmm(scaled, k[:, :, entries])
+            if block.mask is not None:
+                scores.view(kv_heads, groups, rows, -1)[..., -block.mask.shape[1] :] += block.mask
+            attended = torch.bmm(scores.softmax(-1), v[:, entries]).view(kv_heads, groups, rows, v_dim)
             out[block.row_start : block.row_end] = attended.permute(2, 0, 1, 3).reshape(rows, heads, v_dim)
 
 
