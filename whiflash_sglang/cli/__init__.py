@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for _command in ("check", "serve", "demo", "bench", "trace", "lookup"):
+for _command in ("check", "serve", "demo", "bench", "profile", "trace", "lookup"):
     import_module(f"whiflash_sglang.cli.{_command}").register(app)
 app.add_typer(train_app, name="train")
 app.command("calibrate")(calibrate_command)

@@ -1,0 +1,155 @@
+"""Where a round's time goes, operator by operator: torch's profiler in a running server."""
+
+import gzip
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ConfigDict
+
+from whiflash_sglang.errors import WhiflashError
+
+TRACE_SECONDS = 120.0
+"""How long a server may take to write its trace."""
+
+
+class Operator(BaseModel):
+    """ms: its own time in a round, without the operators that it calls. calls: in a round."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    ms: float
+    calls: float
+
+
+class Profile(BaseModel):
+    """Of `rounds` rounds, prefills of the prompts included. round_ms: WHIFLASH's own clock, under the profiler.
+
+    operators: the most expensive first. elsewhere_ms: of a round, outside every operator: Python and waiting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rounds: int
+    round_ms: float
+    operators: list[Operator]
+    elsewhere_ms: float
+
+
+def profile(client: httpx.Client, requests: Iterable[Mapping[str, Any]], keep: Path | None = None) -> Profile:
+    """Ask chat completions one after the other while the server's scheduler is profiled.
+
+    Args:
+        client: of a WHIFLASH server on this machine, whose files this process can read.
+        requests: bodies of `/v1/chat/completions`. keep: existing directory that the trace is left in.
+
+    Raises:
+        WhiflashError: the server is not WHIFLASH's, refused, or left no trace.
+    """
+    before = _clock(client)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = keep or Path(scratch)
+        known = set(directory.glob("*.trace.json.gz"))
+        body = {
+            "output_dir": str(directory),
+            "activities": ["CPU"],
+            "with_stack": False,
+            "record_shapes": False,
+        }
+        _post(client, "/start_profile", body)
+        try:
+            for request in requests:
+                _post(client, "/v1/chat/completions", dict(request))
+        finally:
+            _post(client, "/stop_profile", {})
+        after = _clock(client)
+        events = _read(_written(directory, known))
+    rounds = int(after["rounds"] - before["rounds"])
+    if not rounds:
+        raise WhiflashError("the server ran no round: give prompts with longer answers")
+    operators, elsewhere = own_times(events)
+    return Profile(
+        rounds=rounds,
+        round_ms=1000 * (after["round_seconds"] - before["round_seconds"]) / rounds,
+        operators=[
+            Operator(name=name, ms=seconds * 1000 / rounds, calls=calls / rounds)
+            for name, (seconds, calls) in sorted(operators.items(), key=lambda item: -item[1][0])
+        ],
+        elsewhere_ms=elsewhere * 1000 / rounds,
+    )
+
+
+def own_times(events: Iterable[Mapping[str, Any]]) -> tuple[dict[str, tuple[float, int]], float]:
+    """Operator → own seconds and calls; and the seconds between the first and the last that belong to none.
+
+    Args:
+        events: of a Chrome trace; complete ones (`ph` X) of category `cpu_op` count. `ts`, `dur` in microseconds.
+            Only the thread with the most of them counts: the scheduler's.
+    """
+    threads: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") == "cpu_op":
+            threads[event["tid"]].append(event)
+    if not threads:
+        return {}, 0.0
+    main = sorted(
+        max(threads.values(), key=lambda own: len(own)), key=lambda event: (event["ts"], -event["dur"])
+    )
+    spent: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    callers: list[Mapping[str, Any]] = []
+    outermost = 0.0
+    for event in main:
+        while callers and event["ts"] >= callers[-1]["ts"] + callers[-1]["dur"]:
+            callers.pop()
+        spent[event["name"]] += event["dur"]
+        calls[event["name"]] += 1
+        if callers:
+            spent[callers[-1]["name"]] -= event["dur"]
+        else:
+            outermost += event["dur"]
+        callers.append(event)
+    whole = max(event["ts"] + event["dur"] for event in main) - main[0]["ts"]
+    found = {name: (micros * 1e-6, calls[name]) for name, micros in spent.items()}
+    return found, (whole - outermost) * 1e-6
+
+
+def _clock(client: httpx.Client) -> dict[str, float]:
+    response = client.get("/whiflash/state")
+    if response.status_code != 200:
+        raise WhiflashError(
+            f"{client.base_url} is not a WHIFLASH server: /whiflash/state says {response.status_code}"
+        )
+    state: dict[str, float] = response.json()
+    return state
+
+
+def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    response = client.post(path, json=body)
+    if response.status_code != 200:
+        raise WhiflashError(f"{path} says {response.status_code}: {response.text[:200]}")
+
+
+def _written(directory: Path, known: set[Path]) -> Path:
+    """The new trace, once its size stands still."""
+    deadline, size = time.monotonic() + TRACE_SECONDS, -1
+    while time.monotonic() < deadline:
+        new = [path for path in directory.glob("*.trace.json.gz") if path not in known]
+        if new and new[0].stat().st_size == size:
+            return new[0]
+        size = new[0].stat().st_size if new else -1
+        time.sleep(0.5)
+    raise WhiflashError(
+        f"the server wrote no trace into {directory} within {TRACE_SECONDS:.0f} s: it must run on this machine, as a "
+        "user that may write there"
+    )
+
+
+def _read(path: Path) -> list[Mapping[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as text:
+        events: list[Mapping[str, Any]] = json.load(text)["traceEvents"]
+    return events

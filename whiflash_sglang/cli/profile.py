@@ -1,0 +1,72 @@
+"""`whiflash profile`: where a round's time goes in a running server."""
+
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from whiflash_sglang.bench.profile import Profile, profile
+from whiflash_sglang.bench.prompts import load_prompts, sample, shipped
+from whiflash_sglang.errors import WhiflashError
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("profile")
+    def command(
+        server: Annotated[
+            str, typer.Option(help="A WHIFLASH server on this machine.")
+        ] = "http://127.0.0.1:30000",
+        prompts: Annotated[str | None, typer.Option(help="JSONL file, or data set of the hub.")] = None,
+        per_category: Annotated[int, typer.Option(min=1, help="Prompts of each category.")] = 1,
+        max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 32,
+        top: Annotated[int, typer.Option(min=1, help="Operators to show.")] = 15,
+        keep: Annotated[
+            Path | None, typer.Option(help="Leave the trace in this directory, for a viewer.")
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    ) -> None:
+        """Profile the rounds of a running server, operator by operator.
+
+        The server answers a few prompts under torch's profiler, which slows it down: compare shares, not milliseconds.
+
+        Example: whiflash profile --server http://127.0.0.1:30000 --keep traces
+        """
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+        chosen = sample(load_prompts(prompts or str(shipped())), per_category)
+        fixed = {"model": "default", "max_tokens": max_tokens, "temperature": 0}
+        requests = track(
+            [{**prompt.request(), **fixed} for prompt in chosen],
+            description="asking under the profiler",
+            console=Console(stderr=True),
+        )
+        try:
+            with httpx.Client(base_url=server, timeout=600.0) as client:
+                found = profile(client, requests, keep and keep.resolve())
+        except httpx.HTTPError as error:
+            raise WhiflashError(f"{server} does not answer: {error}") from None
+        if as_json:
+            typer.echo(found.model_dump_json(indent=1))
+        else:
+            Console().print(table(found, top))
+
+
+def table(found: Profile, top: int) -> Table:
+    """The `top` operators of a round, and what is not among them."""
+    whole = sum(operator.ms for operator in found.operators) + found.elsewhere_ms
+    shown = Table(title=f"a round of {found.round_ms:.1f} ms, mean of {found.rounds}, under the profiler")
+    shown.add_column("operator")
+    for column in ("ms of its own", "share", "calls"):
+        shown.add_column(column, justify="right")
+    for operator in found.operators[:top]:
+        shown.add_row(
+            operator.name, f"{operator.ms:.2f}", f"{operator.ms / whole:.1%}", f"{operator.calls:.1f}"
+        )
+    rest = sum(operator.ms for operator in found.operators[top:])
+    shown.add_row(f"{max(len(found.operators) - top, 0)} more", f"{rest:.2f}", f"{rest / whole:.1%}", "")
+    shown.add_row("Python and waiting", f"{found.elsewhere_ms:.2f}", f"{found.elsewhere_ms / whole:.1%}", "")
+    return shown
