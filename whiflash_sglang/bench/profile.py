@@ -96,9 +96,8 @@ def own_times(events: Iterable[Mapping[str, Any]]) -> tuple[dict[str, tuple[floa
             threads[event["tid"]].append(event)
     if not threads:
         return {}, 0.0
-    main = sorted(
-        max(threads.values(), key=lambda own: len(own)), key=lambda event: (event["ts"], -event["dur"])
-    )
+    busiest = max(threads, key=lambda thread: len(threads[thread]))
+    main = sorted(threads[busiest], key=lambda event: (event["ts"], -event["dur"]))
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     callers: list[Mapping[str, Any]] = []
