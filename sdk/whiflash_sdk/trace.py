@@ -26,7 +26,7 @@ class Stretch(BaseModel):
     arm: the drafter; `none` is plain decoding.
     rounds: verification passes of the target.
     accepted: draft tokens accepted, bonus tokens not counted.
-    reason: what decided, e.g. `score`, `span`, `pin`, `dwell`, `threshold`.
+    reason: what decided, e.g. `score`, `policy`, `span`, `pin`, `off`.
     span: kind of the open span, or None.
     text: the text of these tokens, where the server can cut it.
     round_tokens: tokens committed by each round, the bonus token counted, where the server tells.

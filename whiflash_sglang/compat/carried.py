@@ -11,3 +11,8 @@ def settings_of(server_args: Any) -> Settings:
     """The resolved settings of a launch. They ride on an underscore attribute: SGLang pickles those to its children."""
     settings: Settings = server_args._whiflash
     return settings
+
+
+def replace_settings(server_args: Any, settings: Settings) -> None:
+    """Let this process know that the settings changed while serving."""
+    server_args._whiflash = settings

@@ -15,7 +15,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from whiflash_sdk.hints import Hints, Span
 
 from whiflash_sglang import __version__
-from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.carried import replace_settings, settings_of
 from whiflash_sglang.compat.control import KEY, encode, encode_forget
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
@@ -231,10 +231,13 @@ async def _set_policy(change: dict[str, Any]) -> JSONResponse:
     manager = http_server._global_state.tokenizer_manager
     settings = settings_of(manager.server_args)
     try:
-        changed(settings, change)
+        settings = changed(settings, change)
     except ConfigError as error:
         return _bad_request(str(error))
-    return await _send(encode(change))
+    answer = await _send(encode(change))
+    if answer.status_code == 200:
+        replace_settings(manager.server_args, settings)
+    return answer
 
 
 async def _forget(who: dict[str, Any]) -> JSONResponse:

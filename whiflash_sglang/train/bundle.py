@@ -19,7 +19,8 @@ ROUTER = "router"
 def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
     """Copy both drafters (and the router, where there is one) from the work directory; write `whiflash.json`.
 
-    An existing bundle keeps its thresholds and whatever else its manifest says.
+    An existing bundle keeps what else its manifest says, its entropy threshold too; a router that is installed anew
+    begins at threshold 0.
 
     Raises:
         ConfigError: a drafter has not been trained yet.
