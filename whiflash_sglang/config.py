@@ -298,11 +298,18 @@ def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
         "enabled": None if flags.lookup is None else flags.lookup == "on",
         "memory_mib": flags.lookup_memory_mib,
     }
+    return lookup_of(manifest).model_copy(
+        update={k: value for k, value in given.items() if value is not None}
+    )
+
+
+def lookup_of(manifest: Manifest | None) -> Lookup:
+    """What a bundle says of the copying arm, with the embedded bundle's seed where it has none."""
     said = (manifest.lookup if manifest else None) or Lookup()
-    if said.seed is None:
-        # Chances of a small model's answers are nearer to any other's than even odds, and are soon overwritten.
-        given["seed"] = _need(load_manifest(embedded_bundle()).lookup).seed
-    return said.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if said.seed is not None:
+        return said
+    # Chances of a small model's answers are nearer to any other's than even odds, and are soon overwritten.
+    return said.model_copy(update={"seed": _need(load_manifest(embedded_bundle()).lookup).seed})
 
 
 def _need(value: T | None) -> T:

@@ -215,7 +215,7 @@ def test_conversations_are_reported_by_turn(report: Report) -> None:
     turns = {"c1": 1, "c2": 3, "t1": 1, "l1": 2}
     talks = build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns).loads[0].turns
     assert {arm: list(figures) for arm, figures in talks.items()} == {"none": [1, 3], "auto": [1, 3]}
-    assert talks["auto"][1].answers == 2, "the tool call has one turn and the loop does not count"
+    assert talks["auto"][1].prompts == 1, "the tool call has one turn and the loop does not count"
     first, third = talks["auto"][1], talks["auto"][3]
     assert (first.acceptance_length, third.acceptance_length) == (4.0, 4.0)
     assert third.over_none is not None

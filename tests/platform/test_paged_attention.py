@@ -90,7 +90,7 @@ def reference(case: Case, tensors: Tensors, scale: float) -> torch.Tensor:
     return torch.stack(rows).view(-1, heads, HEAD_DIM) if rows else torch.zeros(0, heads, HEAD_DIM).double()
 
 
-def run(case: Case, tensors: Tensors) -> torch.Tensor:
+def run(case: Case, tensors: Tensors, scale: float = 0.25) -> torch.Tensor:
     plan = PagedAttentionPlan.build(
         tensors.table,
         case.q_lens,
@@ -99,7 +99,7 @@ def run(case: Case, tensors: Tensors) -> torch.Tensor:
         dtype=tensors.q.dtype,
         window=case.window,
     )
-    return plan.run(tensors.q, tensors.k_cache, tensors.v_cache, 0.25)
+    return plan.run(tensors.q, tensors.k_cache, tensors.v_cache, scale)
 
 
 @settings(deadline=None, max_examples=150)
@@ -174,6 +174,16 @@ def test_bfloat16_stays_near_the_reference() -> None:
     assert found.dtype == torch.bfloat16
     # 8 bits of mantissa on values of order one.
     torch.testing.assert_close(found.double(), reference(case, tensors, 0.25), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("scale", [0.25, 8.0])
+def test_bfloat16_prefill_keeps_its_scores_in_fp32(scale: float) -> None:
+    """At `scale` 8 scores reach a hundred: rounded to bf16 they would be off by a quarter."""
+    case = Case([100, 70], [160, 70], 3, 3, True, None, 5)
+    tensors = make_tensors(case, torch.bfloat16)
+    expected = reference(case, tensors, scale)
+    assert paged_attention.NARROW_ROWS < 70
+    torch.testing.assert_close(run(case, tensors, scale).double(), expected, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize(

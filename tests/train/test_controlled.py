@@ -8,6 +8,7 @@ from whiflash_sglang.train.controlled import Known, Prices, auto_choices
 from whiflash_sglang.train.evaluate import RouterWalk, tabulate
 from whiflash_sglang.train.replay import Replay
 
+PRICES = Prices.of_two_cores(eagle_steps=5, block_size=8)
 SIZE = 240
 NOTHING = Known([0.0] * SIZE, [])
 
@@ -28,14 +29,14 @@ def most_used(choices: dict[int, str]) -> str:
     ("replay", "arm"),
     [(answer(4, 1), "eagle3"), (answer(1, 4), "dflash"), (answer(1, 1, copied=9), "lookup")],
 )
-@pytest.mark.parametrize("costs", [None, Prices.of_two_cores()])
+@pytest.mark.parametrize("costs", [None, PRICES])
 def test_it_comes_to_the_best_arm(replay: Replay, arm: str, costs: Prices | None) -> None:
     (choices,) = auto_choices([replay], [NOTHING], costs)
     assert most_used(choices) == arm
 
 
 def test_drafters_that_are_never_right_are_left_alone_where_they_cost() -> None:
-    (choices,) = auto_choices([answer(0, 0)], [NOTHING], Prices.of_two_cores())
+    (choices,) = auto_choices([answer(0, 0)], [NOTHING], PRICES)
     assert most_used(choices) == "none"
 
 

@@ -67,7 +67,9 @@ def test_a_real_server_is_profiled(server: Server) -> None:
 def test_the_neural_policy_over_http(server: Server) -> None:
     change = {"router": "neural", "neural_router_threshold": -0.5, "min_dwell": 2}
     assert server.post("/whiflash/policy", change)["policy"] == "neural"
-    assert server.get("/whiflash/capabilities")["policy"] == "neural", "what is in force, not what it started with"
+    assert server.get("/whiflash/capabilities")["policy"] == "neural", (
+        "what is in force, not what it started with"
+    )
     messages = [{"role": "user", "content": "abc"}]
     body = {"model": "m", "temperature": 0, "max_tokens": 24, "messages": messages}
     neural = server.post("/v1/chat/completions", body)["choices"][0]["message"]

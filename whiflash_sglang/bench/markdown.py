@@ -7,6 +7,7 @@ from whiflash_sglang.bench.report import Figures, LoadReport, Report
 from whiflash_sglang.bench.rounds import RoundMs
 from whiflash_sglang.bench.selection import OVERALL
 from whiflash_sglang.bench.statistics import Interval, Percentiles
+from whiflash_sglang.bench.turns import TurnFigures
 
 
 def render(report: Report) -> str:
@@ -91,20 +92,19 @@ def _acceptance(load: LoadReport) -> str:
 def _turns(load: LoadReport) -> str:
     if not load.turns:
         return ""
-    numbers = list(next(iter(load.turns.values())))
-    rows = []
-    for arm, figures in load.turns.items():
-        cells = (_turn(figures[number].over_none, figures[number].acceptance_length) for number in numbers)
-        rows.append((arm, *cells))
-    header = ("arm", *(f"turn {number}" for number in numbers))
+    plain = next(iter(load.turns.values()))
+    rows = [(arm, *(_turn(figures[turn]) for turn in plain)) for arm, figures in load.turns.items()]
+    header = ("arm", *(f"turn {turn} ({figures.prompts} prompts)" for turn, figures in plain.items()))
     explained = (
-        "Output tokens per second over plain decoding, and acceptance length, by turn of the conversations."
+        "Output tokens per second over plain decoding, and acceptance length, by the turn that is asked for. Few "
+        "prompts a turn, and other ones at every turn: read it for what grows with a conversation, not for its digits."
     )
     return f"### Conversations by turn\n\n{explained}\n\n{_table(header, rows)}"
 
 
-def _turn(over_none: Interval | None, acceptance_length: float) -> str:
-    return f"{_interval(over_none) or '1.00'}; {acceptance_length:.2f}"
+def _turn(figures: TurnFigures) -> str:
+    ratio = "1.00" if figures.over_none is None else f"{figures.over_none.ratio:.2f}"
+    return f"{ratio}; {figures.acceptance_length:.2f}"
 
 
 def _hints(load: LoadReport) -> str:

@@ -5,7 +5,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Operator(BaseModel):
 
 
 class Profile(BaseModel):
-    """Of `rounds` rounds, prefills of the prompts included. round_ms: WHIFLASH's own clock, under the profiler.
+    """Of `rounds` rounds, with cached prompts between them. round_ms: WHIFLASH's own clock, under the profiler.
 
     operators: the most expensive first. elsewhere_ms: of a round, outside every operator: Python and waiting.
     """
@@ -40,30 +40,45 @@ class Profile(BaseModel):
     elsewhere_ms: float
 
 
-def profile(client: httpx.Client, requests: Iterable[Mapping[str, Any]], keep: Path | None = None) -> Profile:
+def profile(
+    client: httpx.Client,
+    requests: Iterable[Mapping[str, Any]],
+    keep: Path | None = None,
+    *,
+    on_answer: Callable[[], None] = lambda: None,
+) -> Profile:
     """Ask chat completions one after the other while the server's scheduler is profiled.
+
+    Each is asked once before, so that its prompt is in the prefix cache and rounds are nearly all that is profiled.
 
     Args:
         client: of a WHIFLASH server on this machine, whose files this process can read.
         requests: bodies of `/v1/chat/completions`. keep: existing directory that the trace is left in.
+        on_answer: called after each of the two times that a request is asked.
 
     Raises:
         WhiflashError: the server is not WHIFLASH's, refused, or left no trace.
     """
+    bodies = [dict(request) for request in requests]
+    _clock(client)
+    for body in bodies:
+        _post(client, "/v1/chat/completions", body)
+        on_answer()
     before = _clock(client)
     with tempfile.TemporaryDirectory() as scratch:
         directory = keep or Path(scratch)
         known = set(directory.glob("*.trace.json.gz"))
-        body = {
+        wanted = {
             "output_dir": str(directory),
             "activities": ["CPU"],
             "with_stack": False,
             "record_shapes": False,
         }
-        _post(client, "/start_profile", body)
+        _post(client, "/start_profile", wanted)
         try:
-            for request in requests:
-                _post(client, "/v1/chat/completions", dict(request))
+            for body in bodies:
+                _post(client, "/v1/chat/completions", body)
+                on_answer()
         finally:
             _post(client, "/stop_profile", {})
         after = _clock(client)
@@ -72,6 +87,8 @@ def profile(client: httpx.Client, requests: Iterable[Mapping[str, Any]], keep: P
     if not rounds:
         raise WhiflashError("the server ran no round: give prompts with longer answers")
     operators, elsewhere = own_times(events)
+    if not operators:
+        raise WhiflashError("the server's trace holds no operator")
     return Profile(
         rounds=rounds,
         round_ms=1000 * (after["round_seconds"] - before["round_seconds"]) / rounds,

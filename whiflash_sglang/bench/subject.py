@@ -51,5 +51,5 @@ def build_subject(
         dflash=bundle / manifest.dflash,
         dtype=dtype,
         common=(*common, *extra),
-        variants={arm: write_variant(arm, bundle, scratch / arm) for arm in arms if arm in VARIANTS},
+        variants={arm: write_variant(arm, bundle, scratch / arm) for arm in VARIANTS.keys() & set(arms)},
     )

@@ -11,11 +11,11 @@ from whiflash_sglang.bench.statistics import Interval, rate
 
 
 class TurnFigures(BaseModel):
-    """One arm at one turn of its conversations. over_none: of tokens per second; None for plain decoding itself."""
+    """One arm at one turn. over_none: of tokens per second; None for plain decoding itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    answers: int
+    prompts: int
     output_tokens_per_s: float
     acceptance_length: float
     over_none: Interval | None
@@ -24,9 +24,10 @@ class TurnFigures(BaseModel):
 def by_turn(
     cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], turns: Mapping[str, int]
 ) -> dict[str, dict[int, TurnFigures]]:
-    """Figures by arm and turn, loops left out; empty where no conversation has a second turn.
+    """Figures by arm and turn, loops left out; empty where all conversations are at the same turn.
 
-    Only conversations count: categories in which some prompt is beyond its first turn.
+    Only conversations count: categories in which some prompt is beyond its first turn. Different turns are different
+    prompts, unless the prompts file asked for follow-up turns.
 
     Args:
         cells: by arm, of prompts asked one at a time. groups: prompt → category or loops. turns: prompt → turn, from 1.
@@ -44,7 +45,7 @@ def by_turn(
         forwards = sum(answer.forwards for answer in answers)
         drafted = sum(len(answer.tokens) - 1 for answer in answers)
         return TurnFigures(
-            answers=len(answers),
+            prompts=len({answer.prompt for answer in answers}),
             output_tokens_per_s=rate(*samples(own)),
             acceptance_length=drafted / forwards if forwards else 1.0,
             over_none=paired(own, within(cells[NONE], belongs), groups)
@@ -52,4 +53,4 @@ def by_turn(
             else None,
         )
 
-    return {arm: {turn: figures(arm, turn) for turn in numbers} for arm in cells} if numbers else {}
+    return {arm: {turn: figures(arm, turn) for turn in numbers} for arm in cells} if len(numbers) > 1 else {}

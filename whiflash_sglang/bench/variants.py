@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from whiflash_sglang.bench.arms import BAD, COPY_RULE, NO_LOOKUP
 from whiflash_sglang.config import MANIFEST, load_manifest
-from whiflash_sglang.train.copying import RULE_MATCH
+from whiflash_sglang.lookup.copier import RULE_MATCH
 
 
 def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
@@ -21,7 +21,7 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
     fields = _located(bundle)
     directory.mkdir()
     if arm == COPY_RULE:
-        fields["lookup"] = {**fields.get("lookup", {}), "min_match": RULE_MATCH}
+        fields["lookup"] = {**fields.get("lookup", {}), "enabled": True, "min_match": RULE_MATCH}
     elif arm in (NO_LOOKUP, BAD):
         fields["lookup"] = {"enabled": False}
     else:

@@ -1,12 +1,14 @@
 """`whiflash profile`: where a round's time goes in a running server."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import httpx
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from whiflash_sglang.bench.profile import Profile, profile
@@ -39,14 +41,10 @@ def register(app: typer.Typer) -> None:
             keep.mkdir(parents=True, exist_ok=True)
         chosen = sample(load_prompts(prompts or str(shipped())), per_category)
         fixed = {"model": "default", "max_tokens": max_tokens, "temperature": 0}
-        requests = track(
-            [{**prompt.request(), **fixed} for prompt in chosen],
-            description="asking under the profiler",
-            console=Console(stderr=True),
-        )
+        requests = [{**prompt.request(), **fixed} for prompt in chosen]
         try:
-            with httpx.Client(base_url=server, timeout=600.0) as client:
-                found = profile(client, requests, keep and keep.resolve())
+            with httpx.Client(base_url=server, timeout=600.0) as client, _progress(len(requests)) as step:
+                found = profile(client, requests, keep and keep.resolve(), on_answer=step)
         except httpx.HTTPError as error:
             raise WhiflashError(f"{server} does not answer: {error}") from None
         if as_json:
@@ -55,10 +53,18 @@ def register(app: typer.Typer) -> None:
             Console().print(table(found, top))
 
 
+@contextmanager
+def _progress(requests: int) -> Iterator[Callable[[], None]]:
+    """A bar over every request asked twice, on stderr; yields what moves it on."""
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("asking, then asking under the profiler", total=2 * requests)
+        yield lambda: bar.advance(task)
+
+
 def table(found: Profile, top: int) -> Table:
-    """The `top` operators of a round, and what is not among them."""
+    """The `top` operators, by round, and what is not among them."""
     whole = sum(operator.ms for operator in found.operators) + found.elsewhere_ms
-    shown = Table(title=f"a round of {found.round_ms:.1f} ms, mean of {found.rounds}, under the profiler")
+    shown = Table(title=f"{found.rounds} rounds of {found.round_ms:.1f} ms (mean) under the profiler")
     shown.add_column("operator")
     for column in ("ms of its own", "share", "calls"):
         shown.add_column(column, justify="right")

@@ -16,6 +16,10 @@ Shared = Callable[[], Iterable[SuffixIndex]]
 OWN_TEXT_ONLY: Shared = tuple
 
 
+RULE_MATCH = 2
+"""Tokens that must have occurred before for the plain rule, which better ones are measured against, to copy."""
+
+
 class Copied(NamedTuple):
     """One proposed token, and what its chance was judged by."""
 

@@ -27,8 +27,8 @@ from whiflash_sglang.platform.paged_layouts import NarrowGroup, WideBlock, WideR
 NARROW_ROWS = 64
 """Widest request, in query rows, that joins the batched group."""
 
-WIDE_ROWS = 64
-"""Query rows of one block of a wide request: its scores stay in the cache."""
+WIDE_ROWS = 32
+"""Query rows of one block of a wide request: few, so that scores stay near the cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class PagedAttentionPlan:
             starts.append(starts[-1] + length)
         narrow = [i for i, m in enumerate(q_lens) if 0 < m <= NARROW_ROWS]
         wide = tuple(
-            _plan_wide(slot_table[i], starts[i], m, kv_lens[i], causal, dtype, window)
+            _plan_wide(slot_table[i], starts[i], m, kv_lens[i], causal, window)
             for i, m in enumerate(q_lens)
             if m > NARROW_ROWS
         )
@@ -206,25 +206,24 @@ def _plan_wide(
     q_len: int,
     kv_len: int,
     causal: bool,
-    dtype: torch.dtype,
     window: int | None,
 ) -> WideRequest:
     prefix = kv_len - q_len
     kv_base = 0 if window is None else max(0, prefix - window)
-    rows = min(q_len, WIDE_ROWS)
-    later = _additive_mask(rows, 0, 0, rows, None, dtype, table_row.device)
+    widest = min(q_len, WIDE_ROWS)
+    own = _additive_mask(widest, 0, 0, widest, None, torch.float32, table_row.device) if causal else None
     blocks = []
     for first in range(0, q_len, WIDE_ROWS):
         last = min(first + WIDE_ROWS, q_len)
         rows = last - first
-        kv_start, kv_end, mask = 0, kv_len, None
-        if causal:
-            kv_end = prefix + last
-            mask = later[:rows, :rows]
-        if causal and window is not None:
+        kv_start, kv_end = 0, prefix + last if causal else kv_len
+        mask = None if own is None else own[:rows, :rows]
+        if window is not None:
             kv_start = max(0, prefix + first - window)
             entries = kv_end - kv_start
-            mask = _additive_mask(rows, prefix + first, kv_start, entries, window, dtype, table_row.device)
+            mask = _additive_mask(
+                rows, prefix + first, kv_start, entries, window, torch.float32, table_row.device
+            )
         blocks.append(WideBlock(row_start + first, row_start + last, kv_start, kv_end, mask))
     return WideRequest(table_row[kv_base:kv_len].to(torch.int64), kv_base, tuple(blocks))
 

@@ -57,6 +57,7 @@ class Controller:
             routes = assign(scores, self.costs, [lane.previous for lane in lanes], Dwell())
         else:
             routes = assign(scores)
+        self.policy.routed(routes)
         for lane, arm in zip(lanes, routes, strict=True):
             lane.chose(arm)
         return routes

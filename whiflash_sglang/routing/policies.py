@@ -4,7 +4,7 @@ A policy judges one request and knows nothing of the batch; `assign` turns the s
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,8 +37,12 @@ class Policy(Protocol):
         """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
         ...
 
+    def routed(self, routes: Sequence[str]) -> None:
+        """A round of the whole batch begins with these arms, one per request."""
+        ...
+
     def observe(self, arm: str, context: Context, length: int) -> None:
-        """A round of `arm`, decided in `context`, committed `length` tokens."""
+        """A request's round of `arm`, decided in `context`, committed `length` tokens."""
         ...
 
 
@@ -46,6 +50,9 @@ class Blind:
     """What policies have in common that only order arms and learn nothing while serving."""
 
     prices_batches = False
+
+    def routed(self, routes: Sequence[str]) -> None:
+        """Nothing to count."""
 
     def observe(self, arm: str, context: Context, length: int) -> None:
         """Nothing to learn."""
@@ -123,10 +130,13 @@ class RandomPolicy(Blind):
 
 
 PROBE_ROUNDS = 96
-"""Rounds of the server after which an arm that was not used is tried once more, so that it can come back."""
+"""Rounds of the batch after which an arm that was not used is tried once more, so that it can come back."""
 
 FIRST_PROBE = 4
-"""The same for an arm that was never used; doubles with every round of it that was seen."""
+"""The same for an arm that was never used; doubles with every round of a request with it that was seen."""
+
+PROBE_SCORE = 1e6
+"""A score that wins once, whatever the arm costs and however many requests there are."""
 
 
 class AutoPolicy:
@@ -144,27 +154,28 @@ class AutoPolicy:
         self.needs = frozenset({"delta"} if heads else {"entropy"})
         self.estimator = AcceptanceEstimator()
         self._idle: dict[str, int] = {}
+        """Rounds of the batch since an arm was used."""
+        self._probing: set[str] = set()
+        """Arms that one request was told to try in the round that is being routed."""
 
     def score(self, signals: Signals) -> Scores:
         scores = {arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}
         return {**scores, arms.NONE: 1.0}
 
+    def routed(self, routes: Sequence[str]) -> None:
+        self._probing.clear()
+        for arm in self._idle:
+            self._idle[arm] = 0 if arm in routes else self._idle[arm] + 1
+
     def observe(self, arm: str, context: Context, length: int) -> None:
         if arm != arms.NONE:
             self.estimator.observe(arm, context, length)
-        for other in self._idle:
-            self._idle[other] += 1
-        self._idle[arm] = 0
 
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:
             return signals.expected[arm]
         patience = min(PROBE_ROUNDS, FIRST_PROBE * 2 ** min(self.estimator.rounds(arm), 8.0))
-        if self._idle.setdefault(arm, 0) > patience:
-            self._idle[arm] = 0
+        if self._idle.setdefault(arm, 0) >= patience and arm not in self._probing:
+            self._probing.add(arm)
             return PROBE_SCORE
         return self.estimator.expect(arm, signals)
-
-
-PROBE_SCORE = 16.0
-"""A score that wins once, whatever the arm costs."""

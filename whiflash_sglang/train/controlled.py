@@ -1,6 +1,5 @@
 """`auto` walked through replays: the server's own policy, lanes and assignment, without a server."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,9 +22,6 @@ class Prices:
     """What a round costs, in verifications of one row; `Costs` for one request alone.
 
     drafts: arm → its draft stage. rows: arm → rows that it verifies. row: one more row of a verification.
-
-    The defaults are the embedded target's on two cores, rounded (docs/benchmark/report.md: verification 34 ms, five
-    EAGLE-3 passes 7 ms, a DFlash block 6 ms, a further row 0.7 ms).
     """
 
     drafts: Mapping[str, float]
@@ -33,11 +29,12 @@ class Prices:
     row: float
 
     @classmethod
-    def of_two_cores(cls) -> "Prices":
-        """The defaults."""
-        return cls(
-            {arms.AR: 0.20, arms.DIFFUSION: 0.17}, {arms.AR: 6, arms.DIFFUSION: 8, arms.LOOKUP: 7}, 0.02
-        )
+    def of_two_cores(cls, eagle_steps: int, block_size: int) -> "Prices":
+        """The embedded target's on two cores, rounded: verification 34 ms, five EAGLE-3 passes 7 ms, a DFlash block 6 ms,
+        a further row 0.7 ms (docs/benchmark/report.md); copies are 6 tokens wide.
+        """
+        rows = {arms.AR: eagle_steps + 1, arms.DIFFUSION: block_size, arms.LOOKUP: 7}
+        return cls({arms.AR: 0.04 * eagle_steps, arms.DIFFUSION: 0.17}, rows, 0.02)
 
     def draft(self, arm: str, requests: int) -> float:
         return self.drafts.get(arm, 0.0)
@@ -89,6 +86,7 @@ def _walk(
             outlook[arms.LOOKUP] = 1.0 + float(answer.copies[position])
         scores = [lane.score(policy, position, outlook)]
         arm = assign(scores, costs, [lane.previous], Dwell())[0]
+        policy.routed([arm])
         lane.chose(arm)
         choices[position] = REPLAYED[arm]
         emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
@@ -96,6 +94,7 @@ def _walk(
         lane.committed(arm, [0] * emitted)
         position += emitted
         if position < end:
-            lane.entropy = known.entropy[position] if known.entropy else math.nan
+            if "entropy" in policy.needs:
+                lane.entropy = known.entropy[position]
             if known.predicted:
                 note(lane, known.predicted[position])

@@ -10,10 +10,7 @@ from numpy.typing import NDArray
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.lookup.calibration import MatchCalibration
-from whiflash_sglang.lookup.copier import Copier
-
-RULE_MATCH = 2
-"""Tokens that must have occurred before for the plain rule to copy."""
+from whiflash_sglang.lookup.copier import RULE_MATCH, Copier
 
 
 class Copied(NamedTuple):
@@ -29,7 +26,7 @@ class Copied(NamedTuple):
 def replay_lookup(
     tokens: Sequence[int], prompt_length: int, settings: Lookup, calibration: MatchCalibration
 ) -> Copied:
-    """Replay the arm at every position of an answer, without memory across requests.
+    """Replay the arm at every position of an answer, without memory across requests. Switched off it copies nothing.
 
     `calibration` and the request's own learn as it goes, a token at a time: from the first token of every proposal.
 
@@ -40,6 +37,8 @@ def replay_lookup(
     accepted = np.zeros(positions, dtype=np.int64)
     expected = np.zeros(positions)
     matched = np.zeros(positions, dtype=np.bool_)
+    if not settings.enabled:
+        return Copied(accepted, expected, matched)
     copier = Copier(calibration, settings.min_match)
     copier.extend(tokens[:prompt_length])
     for position in range(positions):

@@ -21,12 +21,14 @@ class RouterWalk(NamedTuple):
     """A router's wishes: for each answer the arm of every position.
 
     min_dwell: rounds that an arm is kept before the next switch. copies: whether the lookup arm is among its arms,
-    so that it is measured against the oracle of three.
+    so that it is measured against the oracle of three. priced: it seeks speed instead of acceptance length, so that
+    it has no share in an oracle's gain.
     """
 
     choices: Sequence[Choices]
     min_dwell: int = 0
     copies: bool = False
+    priced: bool = False
 
 
 @dataclass
@@ -138,6 +140,8 @@ def _figures(
 def _gain_shares(lengths: Mapping[str, float], routers: Mapping[str, RouterWalk]) -> dict[str, float]:
     shares = {}
     for name, router in routers.items():
+        if router.priced:
+            continue
         static = max(lengths[arm] for arm in (ALL_ARMS if router.copies else ARMS))
         gain = lengths[ORACLE_OF_THREE if router.copies else ORACLE] - static
         shares[name] = (lengths[name] - static) / gain if gain > 0 else float("nan")

@@ -49,6 +49,9 @@ class EvaluationSettings:
     hardware: Hardware = field(default_factory=Hardware)
 
 
+EMBEDDED = "embedded"
+"""What the names of the embedded target begin with."""
+
 SLOTS = (Slots(rows=24, capacity=512), Slots(rows=6, capacity=1152), Slots(rows=3, capacity=4096))
 
 
@@ -74,7 +77,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         "skipped": done.skipped,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.hardware.dtype,
-        **tabulate(done.answers, routers_of(bundle, done.answers, done.target)),
+        **tabulate(done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps)),
     }
 
 
@@ -121,8 +124,12 @@ def replay_store(
     return replay_answers(pair, sources, None if log is None else ReplayLog(log, pair))
 
 
-def routers_of(bundle: Path, answers: Sequence[Replay], target: LoadedTarget) -> dict[str, RouterWalk]:
-    """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`, priced and unpriced."""
+def routers_of(
+    bundle: Path, answers: Sequence[Replay], target: LoadedTarget, eagle_steps: int
+) -> dict[str, RouterWalk]:
+    """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`: unpriced, and for the
+    embedded target, whose prices are known, priced.
+    """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
     nats = [entropies(answer, target).tolist() for answer in answers]
@@ -134,8 +141,11 @@ def routers_of(bundle: Path, answers: Sequence[Replay], target: LoadedTarget) ->
         walks["neural"] = RouterWalk([router_choices(router, one, threshold) for one in answers], dwell)
     walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
-    for name, costs in (("auto", Prices.of_two_cores()), ("auto-unpriced", None)):
-        walks[name] = RouterWalk(auto_choices(answers, known, costs), copies=True)
+    walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
+    if manifest.target.startswith(EMBEDDED):
+        block_size = DFlashConfig.read(bundle / manifest.dflash).block_size
+        prices = Prices.of_two_cores(eagle_steps, block_size)
+        walks["auto"] = RouterWalk(auto_choices(answers, known, prices), copies=True, priced=True)
     return walks
 
 

@@ -13,7 +13,7 @@ import xgrammar
 from torch import Tensor
 
 from whiflash_sglang.models.layers import Attend
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.target import TargetModel, causal_attention
 from whiflash_sglang.train.grammar import GrammarMasks
 from whiflash_sglang.train.loops import loop_start
 from whiflash_sglang.train.prompts import PromptRow
@@ -157,17 +157,12 @@ class Generator:
             return None
         tokens = torch.tensor(prompt.tokens, device=self.target.device)
         length = len(tokens)
-        unseen = torch.full((length, length), float("-inf"), device=tokens.device).triu_(1)
+        whole = causal_attention(length, tokens.device, self.target.dtype)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-            group.keys[layer][row, :, :, :length] = k.transpose(1, 2)
-            group.values[layer][row, :, :length] = v
-            grouped = q.transpose(0, 1).reshape(len(k), self._share * length, -1)
-            scores = torch.bmm(grouped, k.transpose(1, 2)).view(len(k), self._share, length, length)
-            weights = torch.add(unseen, scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
-            mixed = torch.bmm(weights.view(len(k), -1, length), v)
-            return mixed.view(-1, length, q.shape[-1]).transpose(0, 1)
+            group.keys[layer][row, :, :, :length] = k.permute(1, 2, 0)
+            group.values[layer][row, :, :length] = v.transpose(0, 1)
+            return whole(q, k, v)
 
         output = self.target.forward(tokens, torch.arange(length, device=tokens.device), attend, self.capture)
         group.states[row, :length] = torch.cat([output.features, output.final[:, None]], dim=1)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
-from whiflash_sglang.config import Lookup, load_manifest
+from whiflash_sglang.config import Lookup, load_manifest, lookup_of
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -48,8 +48,8 @@ class Replay(NamedTuple):
     `accepted` arm → [P] draft tokens accepted by a round starting at answer position i (its bonus token is
     answer token i, P = answer tokens - 1). `final` [P, H] the target's state at the last committed token of
     that round. `loop_from`: answer position from which the text repeats itself, P where it never does.
-    `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted. `matched` [P] bool: whether the
-    last two tokens occurred before, so that the plain rule copies.
+    `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
+    `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies.
     """
 
     id: str
@@ -88,7 +88,7 @@ class Parts(NamedTuple):
             bundle / manifest.dflash,
             eagle_steps,
             manifest.dflash_vocabulary,
-            manifest.lookup or Lookup(),
+            lookup_of(manifest),
         )
 
 

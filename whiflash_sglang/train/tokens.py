@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.target import TargetModel, causal_attention
 from whiflash_sglang.train.store import FeatureStore, SequenceRecord
 
 _SMALL_VOCABULARY = 2**16
@@ -73,13 +72,11 @@ def rebuild_features(path: Path, target: TargetModel, store: FeatureStore, captu
 
 def _states(target: TargetModel, tokens: Tensor, capture: Sequence[int]) -> Tensor:
     """Captured features and final states of one sequence, [T, captured + 1, H]."""
-    share = target.num_heads // target.num_kv_heads
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
-        queries, keys, values = (part.transpose(0, 1)[None] for part in parts)
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)[0].transpose(0, 1)
-
     tokens = tokens.to(target.device)
+    whole = causal_attention(len(tokens), target.device, target.dtype)
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return whole(q, k, v)
+
     output = target.forward(tokens, torch.arange(len(tokens), device=tokens.device), attend, capture)
     return torch.cat([output.features, output.final[:, None]], dim=1)
