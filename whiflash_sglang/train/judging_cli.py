@@ -52,7 +52,9 @@ def evaluate_command(
             write_json(result, json_file)
         if picture is not None:
             write_picture(result, picture)
-    Console().print(figures_table(result))
+    terminal = Console()
+    # A file or a pipe has no width of its own; a table cut to 80 columns would show no figures.
+    (terminal if terminal.is_terminal else Console(width=200)).print(figures_table(result))
 
 
 def calibrate_command(
