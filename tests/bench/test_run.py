@@ -20,7 +20,7 @@ from whiflash_sglang.bench.subject import build_subject
 
 pytestmark = pytest.mark.server
 
-ARMS = ["none", "EAGLE3", "DFLASH", "auto", "auto-no-hints", "ar", "diffusion"]
+ARMS = ["none", "EAGLE3", "DFLASH", "auto", "auto-no-hints", "copy-rule", "ar", "diffusion"]
 LOADS = (Load(kind="closed", value=1), Load(kind="closed", value=3), Load(kind="open", value=4))
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
@@ -76,7 +76,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     )
     (root / "bundle" / "whiflash.json").write_text(manifest)
     (root / "scratch").mkdir()
-    subject = build_subject(str(target), str(root / "bundle"), "float32", (), root / "scratch")
+    subject = build_subject(str(target), str(root / "bundle"), "float32", (), root / "scratch", ARMS)
     arms = build_arms(ARMS, subject)
     return Plan(subject, tuple(arms), prompts(), loads=LOADS, repetitions=2, max_tokens=24)
 
