@@ -5,7 +5,7 @@ Llama, Qwen2 and Qwen3 checkpoints (optional QKV bias, optional per-head query/k
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,21 +145,14 @@ def _read_weights(path: Path, device: torch.device, dtype: torch.dtype) -> dict[
     return weights
 
 
-def full_attention(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An `attend` without a cache: causal attention over one whole sequence."""
-    return causal_attention(len(q), q.device, q.dtype)(q, k, v)
-
-
-def causal_attention(
-    length: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention over a whole sequence, planned once for all layers: q [T, Hq, D], k and v [T, Hkv, D] → [T, Hq, D]."""
+def causal_attention(length: int, device: torch.device, dtype: torch.dtype) -> Attend:
+    """An `attend` without a cache: over one whole sequence of `length` tokens, planned once for all layers."""
     if device.type == "cpu":
         slots = torch.arange(length, device=device)[None]
         plan = PagedAttentionPlan.build(slots, [length], [length], causal=True, dtype=dtype)
-        return lambda q, k, v: plan.run(q, k.contiguous(), v.contiguous(), q.shape[-1] ** -0.5)
+        return lambda _, q, k, v: plan.run(q, k.contiguous(), v.contiguous(), q.shape[-1] ** -0.5)
 
-    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def fused(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return mixed[0].transpose(0, 1)

@@ -1,8 +1,7 @@
 """Expected acceptance per arm without training: running means, by context, shared by all requests.
 
 A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
-span. A request's own
-recent rounds outweigh the shared means the more of them there are.
+span. A request's own recent rounds outweigh the shared means the more of them there are.
 """
 
 import math

@@ -65,6 +65,11 @@ def order_pair(signals: Signals, *, ar_first: bool, min_dwell: int) -> Scores:
     order = [arms.AR, arms.DIFFUSION] if ar_first else [arms.DIFFUSION, arms.AR]
     if signals.previous in order and signals.dwell < min_dwell:
         order.sort(key=lambda arm: arm != signals.previous)
+    return in_order(order, signals)
+
+
+def in_order(order: Sequence[str], signals: Signals) -> Scores:
+    """The allowed arms of `order`, best first, and plain decoding last."""
     scores = {arm: PREFERRED - rank for rank, arm in enumerate(order) if arm in signals.allowed}
     return {**scores, arms.NONE: 0.0}
 
@@ -90,8 +95,7 @@ class CopyRule(Blind):
     needs: frozenset[str] = frozenset()
 
     def score(self, signals: Signals) -> Scores:
-        order = [arm for arm in (arms.LOOKUP, arms.AR) if arm in signals.allowed]
-        return {**{arm: PREFERRED - rank for rank, arm in enumerate(order)}, arms.NONE: 0.0}
+        return in_order((arms.LOOKUP, arms.AR), signals)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,14 @@ class DataSummary:
     stopped: str | None = None
 
 
+def is_embedded(target: str) -> bool:
+    """Whether a configuration or a manifest names the embedded target."""
+    return target == "embedded" or target.startswith("embedded:")
+
+
 def target_path(name: str) -> Path:
     """`embedded`, a local directory or a hub id → a local directory."""
-    if name == "embedded" or name.startswith("embedded:"):
+    if is_embedded(name):
         return ensure_target()
     if Path(name).is_dir():
         return Path(name)

@@ -18,7 +18,7 @@ from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import Data, Hardware, Slots
 from whiflash_sglang.train.controlled import Known, Prices, auto_choices
-from whiflash_sglang.train.data import LoadedTarget, answer_rows, load_target
+from whiflash_sglang.train.data import LoadedTarget, answer_rows, is_embedded, load_target
 from whiflash_sglang.train.evaluate import (
     LOOP,
     ORACLE,
@@ -48,9 +48,6 @@ class EvaluationSettings:
     work: Path | None = None
     hardware: Hardware = field(default_factory=Hardware)
 
-
-EMBEDDED = "embedded"
-"""What the names of the embedded target begin with."""
 
 SLOTS = (Slots(rows=24, capacity=512), Slots(rows=6, capacity=1152), Slots(rows=3, capacity=4096))
 
@@ -142,7 +139,7 @@ def routers_of(
     walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
-    if manifest.target.startswith(EMBEDDED):
+    if is_embedded(manifest.target):
         block_size = DFlashConfig.read(bundle / manifest.dflash).block_size
         prices = Prices.of_two_cores(eagle_steps, block_size)
         walks["auto"] = RouterWalk(auto_choices(answers, known, prices), copies=True, priced=True)

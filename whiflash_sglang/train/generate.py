@@ -162,7 +162,7 @@ class Generator:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             group.keys[layer][row, :, :, :length] = k.permute(1, 2, 0)
             group.values[layer][row, :, :length] = v.transpose(0, 1)
-            return whole(q, k, v)
+            return whole(layer, q, k, v)
 
         output = self.target.forward(tokens, torch.arange(length, device=tokens.device), attend, self.capture)
         group.states[row, :length] = torch.cat([output.features, output.final[:, None]], dim=1)

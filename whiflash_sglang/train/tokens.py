@@ -73,10 +73,6 @@ def rebuild_features(path: Path, target: TargetModel, store: FeatureStore, captu
 def _states(target: TargetModel, tokens: Tensor, capture: Sequence[int]) -> Tensor:
     """Captured features and final states of one sequence, [T, captured + 1, H]."""
     tokens = tokens.to(target.device)
-    whole = causal_attention(len(tokens), target.device, target.dtype)
-
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return whole(q, k, v)
-
+    attend = causal_attention(len(tokens), target.device, target.dtype)
     output = target.forward(tokens, torch.arange(len(tokens), device=tokens.device), attend, capture)
     return torch.cat([output.features, output.final[:, None]], dim=1)
