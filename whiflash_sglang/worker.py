@@ -1,6 +1,7 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from whiflash_kernels import (
     routing_stats,
 )
 
+from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
@@ -88,8 +90,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             drafter.allocate(self.target.kv_slots)
         self.sync.allocate(self.target.slot_table)
         rows, context = self.target.slot_table.shape
-        widest = max(d.max_drafts for d in self.drafters.values()) + 1
-        self.tokens = TokenTable(rows, context, widest, self.target.device)
+        self._widest_block = max(d.max_drafts for d in self.drafters.values()) + 1
+        self.tokens = TokenTable(rows, context, self._widest_block, self.target.device)
         self.stage = DraftStage(self.drafters, self.sync, self.controller, self.clock, self.target.slot_table)
         profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, self.controller.costs)
 
@@ -144,7 +146,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("route"):
             routes = self._route(requests)
         with clock.stage("catch_up"):
-            widths = [self._widest(arm) for arm in routes]
+            # Any arm's drafts may be prolonged up to the widest block.
+            widths = [1 if arm == arms.NONE else self._widest_block for arm in routes]
             extra = self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
             clock.extra_catch_up_seconds += extra
         with clock.stage("draft"):
@@ -160,7 +163,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             if batch.return_logprob:
                 sampling.attach_logprobs(batch, verified.output, predictions, block, proposal.widths)
         with clock.stage("park"):
-            self._park(requests, block, verified, predictions, committed)
+            self._park(requests, routes, block, verified, predictions, committed)
             tokens = self._learn(requests, routes, proposal.widths, committed)
         clock.end(sum(proposal.widths), tokens)
         return round_result(verified.output, committed, max(proposal.widths), verified.can_run_cuda_graph)
@@ -237,6 +240,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def _park(
         self,
         requests: RoundBatch,
+        routes: Sequence[str],
         block: MixedBlock,
         verified: Verified,
         predictions: torch.Tensor,
@@ -256,8 +260,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
         needs, last = self.controller.policy.needs, starts + committed.accept_lens - 1
         if "entropy" in needs:
-            stats = routing_stats(verified.logits, last)
-            for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
+            entropies = [math.nan] * len(routes)
+            # Where nothing was drafted, no arm is in question until the next probe, and reading all logits costs.
+            if any(arm != arms.NONE for arm in routes):
+                entropies = routing_stats(verified.logits, last).entropy.tolist()
+            for row, entropy in zip(requests.row_ids, entropies, strict=True):
                 self.controller.lanes[row].entropy = entropy
         if "delta" in needs:
             if self.router is None or verified.final_hidden is None:

@@ -77,6 +77,35 @@ def test_what_is_committed_teaches_whoever_drafted() -> None:
     assert after[2] == before[2]
 
 
+def test_drafts_lead_into_a_copy() -> None:
+    copier = copier_of(5, 6, 1, 2, 9, 8, 7, 3, 4, 6)
+    committed = tokens_of(copier.look(2, 0.0))
+    assert copier.look_beyond([1, 2], 1.0, 3, 0.0) == [9, 8, 7]
+    assert copier.look_beyond([1, 2], 1.0, 9, 0.0) == [9, 8, 7, 3, 4, 6, 1, 2, 9], (
+        "the text goes on with the drafts"
+    )
+    assert not copier.look_beyond([11, 12], 1.0, 3, 0.0)
+    assert tokens_of(copier._proposal) == committed, "what the text's end says is still what is learned from"
+
+
+def test_a_copy_behind_drafts_is_as_likely_as_they_are() -> None:
+    copier = copier_of(5, 6, 1, 2, 9, 8, 7, 3, 4, 6)
+    sure, unsure = (len(copier.look_beyond([1, 2], alive, 5, 0.1)) for alive in (1.0, 0.5))
+    assert sure > unsure > 0
+    assert not copier.look_beyond([1, 2], 0.15, 5, 0.1)
+
+
+def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
+    copier = copier_of(*range(1, 12), 1, 2)
+    before = copier.look(8, 0.0).alive
+    for _ in range(200):
+        copier._request.observe(0.5, True)
+    after = copier.look(8, 0.0).alive
+    factors = [b / a for a, b in zip(before, after, strict=True)]
+    assert factors[0] > 1.1
+    assert factors == pytest.approx([factors[0]] * len(factors))
+
+
 def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
     calibration = MatchCalibration()
     rng = random.Random(0)

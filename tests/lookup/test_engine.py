@@ -1,15 +1,18 @@
 """The copying arm in the real scheduler: whose text it proposes, and what the other drafters do meanwhile."""
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from engine import Engine, engine
 from model_set import Models
 
+from whiflash_sglang.drafters.base import Drafts
 from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
@@ -104,6 +107,51 @@ def test_a_request_may_opt_out(running: Engine, cold: Answer, scope: str) -> Non
     assert running.worker.snapshot()["lookup"]["tenants"] == 0, "it left its output behind"
     ask(running, "a")
     assert ask(running, "a", lookup=scope) == opted_out, "it read what was remembered"
+
+
+def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round is EAGLE-3's, and it drafts the next three tokens of `truth`, as sure as can be."""
+
+    def draft(batch: Any) -> Drafts:
+        begins = [n - len(PROMPT) + 1 for n in batch.lengths]
+        counts = [min(limit, 3) for limit in batch.limits]
+        rows = [truth[begin : begin + 3] + [0] * 3 for begin in begins]
+        return Drafts(torch.tensor([row[:3] for row in rows]), counts, alive=[1.0] * len(counts))
+
+    monkeypatch.setattr(running.worker.drafters["ar"], "draft", draft)
+    monkeypatch.setattr(running.worker.controller, "route", lambda rows, *_: ["ar"] * len(rows))
+
+
+def test_drafts_that_lead_into_a_copy_are_prolonged(
+    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(running, "a")
+    drafting_the_truth(running, cold.tokens, monkeypatch)
+    running.worker.reconfigure({"router": "ar"})
+    pinned = ask(running, "a")
+    running.worker.reconfigure({"router": "random"})
+    joined, without = ask(running, "a"), ask(running, "a", lookup="off")
+    assert pinned.tokens == joined.tokens == without.tokens == cold.tokens
+    assert pinned.rounds == without.rounds == math.ceil((TOKENS - 1) / 4)
+    assert joined.rounds < pinned.rounds * 0.6  # at even odds a copy is three tokens long
+
+
+def test_whatever_prolongs_a_draft_the_text_is_the_same(
+    running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, widths = random.Random(3), set()
+
+    def anything(row: int, drafts: Any, alive: float, limit: int, worth: Any) -> list[int]:
+        widths.add(len(drafts) + limit)
+        return rng.choices(range(256), k=rng.randint(0, limit))
+
+    monkeypatch.setattr(running.worker.drafters["lookup"], "prolong", anything)
+    running.worker.reconfigure({"router": "random"})
+    others = [rng.choices(range(256), k=20) for _ in range(3)]
+    for number, prompt in enumerate(others):
+        running.submit(f"beside{number}-{len(running.requests)}", prompt, max_new_tokens=TOKENS)
+    assert ask(running, None).tokens == cold.tokens
+    assert max(widths) == running.worker.drafters["lookup"].max_drafts
 
 
 def test_indexes_end_with_their_requests(running: Engine) -> None:

@@ -103,3 +103,13 @@ def test_bins_cover_every_confidence() -> None:
     chances = Chances()
     for confidence in (0.0, *EDGES, 1.0):
         assert 0 <= chances.of(confidence) <= 1
+
+
+def test_the_chance_that_a_whole_draft_is_accepted() -> None:
+    length, worth = DraftLength(), Worth(row=0.2, draft=0.0)
+    growing = length.begin([0, 1], [8, 2], worth)
+    for confidence in (0.85, 0.75, 0.05, 0.05):
+        growing.extend([confidence, confidence])
+    both = length.chances.of(0.85) * length.chances.of(0.75)
+    assert growing.counts == [2, 2], "one ended where more did not pay, the other at its limit"
+    assert growing.alive == pytest.approx([both, both])

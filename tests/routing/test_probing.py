@@ -23,7 +23,7 @@ def rounds_with_probes(rounds: int, batch: int) -> list[tuple[int, int]]:
 
 
 def test_the_first_probe_comes_soon_and_the_next_ones_ever_later() -> None:
-    probes = [number for number, _ in rounds_with_probes(600, batch=1)]
+    probes = [number for number, _ in rounds_with_probes(1500, batch=1)]
     gaps = [after - before for before, after in pairwise(probes)]
     assert probes[0] == FIRST_PROBE
     assert all(after >= before for before, after in pairwise(gaps))

@@ -6,7 +6,7 @@ import torch
 
 from whiflash_sglang.train.controlled import Known, Prices, auto_choices
 from whiflash_sglang.train.evaluate import RouterWalk, tabulate
-from whiflash_sglang.train.replay import Replay
+from whiflash_sglang.train.replay import JOINED, Replay
 
 PRICES = Prices.of_two_cores(eagle_steps=5, block_size=8)
 SIZE = 240
@@ -14,7 +14,8 @@ NOTHING = Known([0.0] * SIZE, [])
 
 
 def answer(eagle3: int, dflash: int, copied: int = 0, loop_from: int = SIZE) -> Replay:
-    lengths = {"eagle3": eagle3, "dflash": dflash, "lookup": copied}
+    drafted = {"eagle3": eagle3, "dflash": dflash}
+    lengths = {**drafted, **{JOINED[arm]: length for arm, length in drafted.items()}, "lookup": copied}
     accepted = {arm: np.full(SIZE, length) for arm, length in lengths.items()}
     copies = np.full(SIZE, float(copied))
     return Replay("a", "chat", accepted, torch.zeros(SIZE, 2), loop_from, copies, copies > 0)
@@ -27,7 +28,7 @@ def most_used(choices: dict[int, str]) -> str:
 
 @pytest.mark.parametrize(
     ("replay", "arm"),
-    [(answer(4, 1), "eagle3"), (answer(1, 4), "dflash"), (answer(1, 1, copied=9), "lookup")],
+    [(answer(4, 1), "eagle3+lookup"), (answer(1, 4), "dflash+lookup"), (answer(1, 1, copied=9), "lookup")],
 )
 @pytest.mark.parametrize("costs", [None, PRICES])
 def test_it_comes_to_the_best_arm(replay: Replay, arm: str, costs: Prices | None) -> None:
@@ -43,7 +44,9 @@ def test_drafters_that_are_never_right_are_left_alone_where_they_cost() -> None:
 def test_heads_decide_the_round_they_speak_of() -> None:
     """The drafters take turns, and the heads say so; means over the answer could not know."""
     even = np.arange(SIZE) % 10 < 5
-    accepted = {"eagle3": np.where(even, 4, 0), "dflash": np.where(even, 0, 4), "lookup": np.zeros(SIZE, int)}
+    drafted = {"eagle3": np.where(even, 4, 0), "dflash": np.where(even, 0, 4)}
+    joined = {JOINED[arm]: lengths for arm, lengths in drafted.items()}
+    accepted = {**drafted, **joined, "lookup": np.zeros(SIZE, int)}
     replay = Replay("a", "chat", accepted, torch.zeros(SIZE, 2), SIZE, np.zeros(SIZE), np.zeros(SIZE, bool))
     heads = [[4.0, 4.0, 0.0] if first else [-4.0, 0.0, 4.0] for first in even]
     lengths = {}

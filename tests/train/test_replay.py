@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.batches import Batch, unpack
 from whiflash_sglang.train.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.eagle3 import plan_chains, unroll
+from whiflash_sglang.train.replay import join_copies
 
 CAPTURE = [0, 1, 2, 3, 4]
 LENGTHS, PROMPTS = [14, 9, 4], [5, 3, 3]
@@ -102,3 +104,9 @@ def test_every_block_equals_drafting_it_alone(pair: Pair) -> None:
             torch.testing.assert_close(packed[row], expected[1:], rtol=1e-4, atol=1e-4)
             row += 1
     assert row == len(blocks.anchor)
+
+
+def test_a_copy_goes_on_where_a_draft_of_full_length_ends() -> None:
+    accepted, copied = np.array([2, 1, 2, 0, 2, 2]), np.array([0, 0, 7, 0, 9, 0])
+    # From 0 the copy at 2 goes on, from 2 the one at 4; behind the last two there is no answer left.
+    assert join_copies(accepted, copied, full=2).tolist() == [9, 1, 11, 0, 2, 2]

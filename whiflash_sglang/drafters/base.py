@@ -47,12 +47,14 @@ class DraftBatch:
 class Drafts:
     """tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding.
 
-    passes: forward passes of the drafter's model that they took.
+    passes: forward passes of the drafter's model that they took. alive: per request, the chance that all its drafts are
+    accepted; empty where the arm cannot say.
     """
 
     tokens: torch.Tensor
     counts: Sequence[int]
     passes: int = 1
+    alive: Sequence[float] = ()
 
 
 class Drafter(ABC):
@@ -98,6 +100,16 @@ class Drafter(ABC):
     @abstractmethod
     def draft(self, batch: DraftBatch) -> Drafts:
         """Propose tokens. KV writes at positions >= n are provisional."""
+
+    def prolong(
+        self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
+    ) -> Sequence[int]:
+        """Up to `limit` tokens to verify after another arm's `drafts`, at no pass of a model; most know none.
+
+        Args:
+            row: of the request table. alive: chance that all drafts are accepted. worth: what a token must bring.
+        """
+        return ()
 
     def observe(self, row: int, proposed: int, accepted: int) -> None:  # noqa: B027 - most learn nothing online
         """`accepted` of its `proposed` drafts of the last round were right."""

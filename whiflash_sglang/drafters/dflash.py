@@ -76,4 +76,4 @@ class DFlashArm(PagedArm):
         for column in choice.confidence.view(size, wanted).T.tolist():
             growing.extend(column)
         token = choice.token if self._vocabulary is None else self._vocabulary[choice.token]
-        return Drafts(token.view(size, wanted), growing.counts)
+        return Drafts(token.view(size, wanted), growing.counts, alive=growing.alive)

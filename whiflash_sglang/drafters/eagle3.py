@@ -85,4 +85,4 @@ class Eagle3Arm(PagedArm):
             # One transfer for the whole chain: waiting for the device at every step would cost more than it saves.
             for column in torch.stack(confidences).tolist():
                 growing.extend(column)
-        return Drafts(torch.stack(tokens, 1), growing.counts, passes=len(tokens))
+        return Drafts(torch.stack(tokens, 1), growing.counts, passes=len(tokens), alive=growing.alive)

@@ -74,12 +74,13 @@ class Growing:
     """Drafts of one round while they grow by one token per request at a time.
 
     kept: per request, the confidences of the tokens that are worth verifying; always the first, so that a drafter
-    that was wrong for a while is not forgotten.
+    that was wrong for a while is not forgotten. alive: per request, the chance that all of them are accepted.
     """
 
     def __init__(self, chances: Chances, limits: Sequence[int], worth: Worth) -> None:
         self._chances, self._limits, self._worth = chances, limits, worth
-        self._alive = dict.fromkeys(range(len(limits)), 1.0)
+        self._growing = list(range(len(limits)))
+        self.alive = [1.0] * len(limits)
         self.kept: list[list[float]] = [[] for _ in limits]
 
     @property
@@ -89,13 +90,14 @@ class Growing:
 
     def extend(self, confidences: Sequence[float]) -> bool:
         """One more token was drafted for every request. Returns whether drafting yet another one pays."""
-        for i, alive in list(self._alive.items()):
-            self._alive[i] = alive * self._chances.of(confidences[i])
-            if self.kept[i] and self._alive[i] < self._worth.row:
-                del self._alive[i]
+        growing, self._growing = self._growing, []
+        for i in growing:
+            alive = self.alive[i] * self._chances.of(confidences[i])
+            if self.kept[i] and alive < self._worth.row:
                 continue
             self.kept[i].append(confidences[i])
-            if len(self.kept[i]) == self._limits[i]:
-                del self._alive[i]
-        gain = sum(self._alive.values()) * self._chances.mean
-        return bool(self._alive) and gain >= self._worth.draft + self._worth.row * len(self._alive)
+            self.alive[i] = alive
+            if len(self.kept[i]) < self._limits[i]:
+                self._growing.append(i)
+        gain = sum(self.alive[i] for i in self._growing) * self._chances.mean
+        return bool(self._growing) and gain >= self._worth.draft + self._worth.row * len(self._growing)

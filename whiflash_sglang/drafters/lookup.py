@@ -16,6 +16,7 @@ from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
+from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
 
 WORTH = 0.1
@@ -77,6 +78,15 @@ class LookupArm(Drafter):
         padded = [tokens + [0] * (widest - len(tokens)) for tokens in drafts]
         tokens = torch.tensor(padded, dtype=torch.int64).view(len(batch), widest)
         return Drafts(tokens.to(batch.bonus.device), counts)
+
+    def prolong(
+        self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
+    ) -> Sequence[int]:
+        """A copy that another arm's drafts lead into."""
+        copier = self._copiers.get(row)
+        if row in self._off or copier is None:
+            return ()
+        return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """Remember a finished request's output for its tenant."""

@@ -9,7 +9,7 @@ import torch
 
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
-from whiflash_sglang.drafters.base import DraftBatch, Drafter
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.routing.controller import Controller, Outlook
 
@@ -43,7 +43,7 @@ class DraftStage:
 
     def draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        widest = max((self.drafters[a].max_drafts for a in routes if a in self.drafters), default=0)
+        widest = max((drafter.max_drafts for drafter in self.drafters.values()), default=0)
         tokens = torch.zeros((len(routes), widest), dtype=torch.int64, device=requests.bonus.device)
         widths = [1] * len(routes)
         for arm, drafter in self.drafters.items():
@@ -61,7 +61,28 @@ class DraftStage:
             tokens[index, : drafts.tokens.shape[1]] = drafts.tokens
             for i, count in zip(members, drafts.counts, strict=True):
                 widths[i] = count + 1
+            self._prolong(requests, members, arm, drafts, Proposal(tokens, widths))
         return Proposal(tokens[:, : max(widths) - 1], widths)
+
+    def _prolong(
+        self, requests: RoundBatch, members: list[int], arm: str, drafts: Drafts, into: Proposal
+    ) -> None:
+        """Append to an arm's drafts what another arm knows to follow them: a chain may lead into a copy."""
+        others = [other for other in self.drafters.values() if other.arm != arm and not other.keeps_kv]
+        open_to_it = [i for i in members if self.controller.may_join(requests.row_ids[i])]
+        if not (others and open_to_it and drafts.alive):
+            return
+        tokens, widest = drafts.tokens.tolist(), into.tokens.shape[1]
+        for i, own, count, alive in zip(members, tokens, drafts.counts, drafts.alive, strict=True):
+            room = min(widest, requests.budgets[i] - 1) - count
+            if room < 1 or i not in open_to_it:
+                continue
+            worth = self.controller.worth(arm)
+            found = (o.prolong(requests.row_ids[i], own[:count], alive, room, worth) for o in others)
+            more = max(found, key=len)
+            if more:
+                into.tokens[i, count : count + len(more)] = torch.tensor(more, device=into.tokens.device)
+                into.widths[i] += len(more)
 
     def _batch(self, requests: RoundBatch, members: list[int], drafter: Drafter) -> DraftBatch:
         index = torch.tensor(members, device=requests.rows.device)

@@ -37,8 +37,8 @@ SEED_WEIGHT = 4.0
 DECAY = 0.995
 """Of earlier observations, at every new one of the same kind."""
 
-REQUEST_WEIGHT = 16.0
-"""Right tokens for which a request is believed to copy as well as all others."""
+REQUEST_WEIGHT = 64.0
+"""Right copies for which a request is believed to copy as well as all others."""
 
 SURE = 0.995
 """No chance is higher: even a long run ends."""
@@ -78,16 +78,19 @@ class MatchCalibration:
 
 
 class RequestCalibration:
-    """How much better or worse than others one request copies: right tokens over those that were expected to be."""
+    """How much better or worse than others one request copies: copies that began right over those expected to.
+
+    It moves a whole copy, not each of its tokens: a factor on every one of them would be raised to the copy's length.
+    """
 
     def __init__(self) -> None:
         self._right = self._expected = REQUEST_WEIGHT
 
     def adjust(self, chance: float) -> float:
-        """`chance` of all requests, as it is for this one."""
+        """The chance that a copy's first token is right, as it is for this request; `chance`: for all."""
         return min(chance * self._right / self._expected, SURE)
 
     def observe(self, chance: float, right: bool) -> None:
-        """A token copied at `chance` (of all requests) was `right` or not."""
+        """A copy's first token, at `chance` (of all requests), was `right` or not."""
         self._right += right
         self._expected += chance

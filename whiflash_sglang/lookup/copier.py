@@ -5,9 +5,10 @@ training answers; how much the places agree tells instead how far to trust the c
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, RequestCalibration
+from whiflash_sglang.lookup.calibration import SURE, Agreement, MatchCalibration, RequestCalibration
 from whiflash_sglang.lookup.index import Place, SuffixIndex
 
 Shared = Callable[[], Iterable[SuffixIndex]]
@@ -65,10 +66,10 @@ class Copier:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
-        for copied, token in zip(self._proposal.tokens, tokens, strict=False):
+        for depth, (copied, token) in enumerate(zip(self._proposal.tokens, tokens, strict=False)):
             right = copied.token == token
-            known = self._calibration.chance(copied.length, copied.agreement)
-            self._request.observe(known, right)
+            if depth == 0:
+                self._request.observe(self._calibration.chance(copied.length, copied.agreement), right)
             self._calibration.observe(copied.length, copied.agreement, right)
             if not right:
                 break
@@ -86,10 +87,29 @@ class Copier:
         copied_on = self._copied_on(end, shared)
         if copied_on is not None:
             places = [copied_on, *(place for place in places if place != copied_on)]
-        ahead = [(place, place.continuation(limit)) for place in places if place.length >= self._min_match]
-        ahead = [(place, tokens) for place, tokens in ahead if tokens]
-        self._proposal = self._propose(ahead, worth) if ahead else Proposal()
+        found = self._usable((place, place.continuation(limit)) for place in places)
+        self._proposal = Proposal()
+        if found:
+            self._source = found[_best(found)][0]
+            self._proposal = self._propose(found, worth)
         return self._proposal
+
+    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Sequence[int]:
+        """Up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
+
+        Every one is worth verifying. Nothing is learned from them: what they say is looked for again once committed.
+        """
+        end = [*self.text.end, *drafts]
+        places = chain.from_iterable(text.places_of(end) for text in (self.text, *self._shared()))
+        found = self._usable((place, place.continuation(limit, drafts)) for place in places)
+        if not found:
+            return ()
+        proposal = self._propose(found, worth, alive)
+        return [copied.token for copied, c in zip(proposal.tokens, proposal.alive, strict=True) if c >= worth]
+
+    def _usable(self, found: Iterable[tuple[Place, Sequence[int]]]) -> list[tuple[Place, Sequence[int]]]:
+        """Places that match well enough, with what followed there, if anything did."""
+        return [(place, tokens) for place, tokens in found if place.length >= self._min_match and tokens]
 
     def _copied_on(self, end: Sequence[int], shared: Iterable[SuffixIndex]) -> Place | None:
         """Where the last copy came from, moved on: a chain's newest places may have left it behind."""
@@ -99,25 +119,32 @@ class Copier:
             return None
         return last.text.place_at(last.source, end)
 
-    def _propose(self, found: Sequence[tuple[Place, Sequence[int]]], worth: float) -> Proposal:
+    def _propose(
+        self, found: Sequence[tuple[Place, Sequence[int]]], worth: float, chance: float = 1.0
+    ) -> Proposal:
+        """The best place's copy; `chance`: that everything before it is accepted."""
         places, ahead = zip(*found, strict=True)
-        best = max(range(len(places)), key=lambda i: places[i].length)  # the first of equals: the newest
-        length, self._source = places[best].length, places[best]
+        best = _best(found)
+        length = places[best].length
         following: Sequence[int] = range(len(places))
         tokens: list[Copied] = []
         alive: list[float] = []
-        chance = 1.0
         for depth, token in enumerate(ahead[best]):
             same = [i for i in following if depth < len(ahead[i]) and ahead[i][depth] == token]
             agreement = _agreement(places, following, same)
             known = self._calibration.chance(length + depth, agreement)
-            chance *= self._request.adjust(known)
+            chance *= min(known, SURE) if depth else self._request.adjust(known)
             if tokens and chance < worth:
                 break
             tokens.append(Copied(token, length + depth, agreement))
             alive.append(chance)
             following = same
         return Proposal(tokens, alive)
+
+
+def _best(found: Sequence[tuple[Place, Sequence[int]]]) -> int:
+    """The longest match, the newest of equals: places come newest first."""
+    return max(range(len(found)), key=lambda i: found[i][0].length)
 
 
 def _agreement(places: Sequence[Place], following: Sequence[int], same: Sequence[int]) -> Agreement:

@@ -33,9 +33,9 @@ class Place(NamedTuple):
     source: int
     text: "SuffixIndex"
 
-    def continuation(self, count: int) -> Sequence[int]:
-        """Up to `count` tokens that followed; fewer before a gap."""
-        return self.text.continuation(self.source, count)
+    def continuation(self, count: int, drafts: Sequence[int] = ()) -> Sequence[int]:
+        """Up to `count` tokens that followed; fewer before a gap. drafts: what a growing text goes on with."""
+        return self.text.continuation(self.source, count, drafts)
 
 
 class SuffixIndex:
@@ -136,14 +136,15 @@ class SuffixIndex:
             one = self._one_before[one]
         return found
 
-    def continuation(self, source: int, count: int) -> Sequence[int]:
-        """Up to `count` tokens from `source`."""
+    def continuation(self, source: int, count: int, drafts: Sequence[int] = ()) -> Sequence[int]:
+        """Up to `count` tokens from `source`, a growing text's `drafts` behind its end included."""
         ahead = self._tokens[source : source + count]
         if GAP in ahead:
             return ahead[: ahead.index(GAP)]
-        if self._growing and 0 < len(ahead) < count:
+        if self._growing and len(ahead) < count:
+            ahead.extend(drafts[: count - len(ahead)])
             period = len(ahead)
-            return (ahead * (count // period + 1))[:count]
+            return (ahead * (count // period + 1))[:count] if period else ahead
         return ahead
 
 

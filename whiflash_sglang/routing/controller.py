@@ -62,6 +62,10 @@ class Controller:
             lane.chose(arm)
         return routes
 
+    def may_join(self, row: int) -> bool:
+        """Whether the drafts of the request in `row` may be prolonged by another arm than the one it was routed to."""
+        return self.policy.joins_arms and self.lanes[row].reason != "pin"
+
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring; policies that price nothing draft the full length."""
         return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH

@@ -33,6 +33,11 @@ class Policy(Protocol):
         """Whether its scores are expected tokens, so that routes may be priced against measured latencies."""
         ...
 
+    @property
+    def joins_arms(self) -> bool:
+        """Whether an arm's drafts may be prolonged by what another one knows to follow (a copy behind a chain)."""
+        ...
+
     def score(self, signals: Signals) -> Scores:
         """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
         ...
@@ -50,6 +55,7 @@ class Blind:
     """What policies have in common that only order arms and learn nothing while serving."""
 
     prices_batches = False
+    joins_arms: bool = False
 
     def routed(self, routes: Sequence[str]) -> None:
         """Nothing to count."""
@@ -123,6 +129,7 @@ class RandomPolicy(Blind):
     seed: int = 0
     name: str = "random"
     needs: frozenset[str] = frozenset()
+    joins_arms: bool = True
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +140,7 @@ class RandomPolicy(Blind):
         return {arm: self._random.random() for arm in choices}
 
 
-PROBE_ROUNDS = 96
+PROBE_ROUNDS = 256
 """Rounds of the batch after which an arm that was not used is tried once more, so that it can come back."""
 
 FIRST_PROBE = 4
@@ -153,6 +160,7 @@ class AutoPolicy:
 
     name = "auto"
     prices_batches = True
+    joins_arms = True
 
     def __init__(self, *, heads: bool = False) -> None:
         self.needs = frozenset({"delta"} if heads else {"entropy"})

@@ -11,9 +11,14 @@ from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.train.evaluate import Choices
-from whiflash_sglang.train.replay import ARMS, LOOKUP, Replay
+from whiflash_sglang.train.replay import ARMS, JOINED, LOOKUP, Replay
 
-REPLAYED = {arms.AR: ARMS[0], arms.DIFFUSION: ARMS[1], arms.LOOKUP: LOOKUP, arms.NONE: arms.NONE}
+REPLAYED = {
+    arms.AR: JOINED[ARMS[0]],
+    arms.DIFFUSION: JOINED[ARMS[1]],
+    arms.LOOKUP: LOOKUP,
+    arms.NONE: arms.NONE,
+}
 """The controller's names of the arms → the replays'."""
 
 

@@ -35,6 +35,9 @@ ARMS = ("eagle3", "dflash")
 """The trained drafters, between which the paper's routers choose."""
 
 LOOKUP = "lookup"
+JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}
+"""A trained drafter whose full-length drafts are prolonged by the copy that they lead into, as `auto` serves it."""
+
 ALL_ARMS = (*ARMS, LOOKUP)
 
 _HEAD_ROWS = 512  # rows multiplied with the whole vocabulary at once
@@ -45,9 +48,10 @@ Lengths = NDArray[np.int64]
 class Replay(NamedTuple):
     """One answer with what each arm would have accepted.
 
-    `accepted` arm → [P] draft tokens accepted by a round starting at answer position i (its bonus token is
-    answer token i, P = answer tokens - 1). `final` [P, H] the target's state at the last committed token of
-    that round. `loop_from`: answer position from which the text repeats itself, P where it never does.
+    `accepted` arm (`ALL_ARMS` and `JOINED`) → [P] draft tokens accepted by a round starting at answer position i
+    (its bonus token is answer token i, P = answer tokens - 1). `final` [P, H] the target's state at the last
+    committed token of that round. `loop_from`: answer position from which the text repeats itself, P where it never
+    does.
     `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
     `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies.
     """
@@ -192,30 +196,44 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None 
             lengths = replay_drafters(pair, sequence, store.layers)
             if log is not None:
                 log.add(name, lengths)
-        answers.append(_assemble(sequence, lengths, pair.lookup, calibration))
+        answers.append(_assemble(sequence, lengths, pair, calibration))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
     return answers
 
 
 def _assemble(
-    sequence: Stored, lengths: dict[str, Lengths], lookup: Lookup, calibration: MatchCalibration
+    sequence: Stored, lengths: dict[str, Lengths], pair: Pair, calibration: MatchCalibration
 ) -> Replay:
     record = sequence.record
-    copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, lookup, calibration)
+    copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, pair.lookup, calibration)
+    full = dict(zip(ARMS, (pair.eagle_steps, pair.dflash.block_size - 1), strict=True))
+    joined = {JOINED[arm]: join_copies(lengths[arm], copied.accepted, full[arm]) for arm in ARMS}
     positions = record.length - record.prompt_length - 1
     answer = sequence.tokens[record.prompt_length :].tolist()
     start = loop_start(answer[:-1] if record.finished else answer)
     return Replay(
         record.id,
         record.category,
-        {**lengths, LOOKUP: copied.accepted},
+        {**lengths, **joined, LOOKUP: copied.accepted},
         # A copy: a view would keep the features of the whole sequence in memory.
         sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
         positions if start is None else min(start, positions),
         copied.expected,
         copied.matched,
     )
+
+
+def join_copies(accepted: Lengths, copied: Lengths, full: int) -> Lengths:
+    """Accepted drafts [P] of an arm with drafts of `full` length, and of the copy behind those that are all right.
+
+    copied: [P] what a copy from every position accepts; behind drafts that are right it begins where they end.
+    """
+    joined = accepted.copy()
+    ends = np.flatnonzero(accepted >= full)
+    ends = ends[ends + full < len(accepted)]
+    joined[ends] += copied[ends + full]
+    return joined
 
 
 @torch.inference_mode()
