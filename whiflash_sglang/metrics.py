@@ -14,9 +14,13 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
 class PreviousRound(NamedTuple):
-    """rows: verified. tokens: committed. seconds: from its start to the next round's; drafting: part of them."""
+    """rows: verified, of `requests` requests. tokens: committed.
+
+    seconds: from its start to the next round's; drafting: part of them.
+    """
 
     rows: int
+    requests: int
     tokens: int
     seconds: float
     drafting: float
@@ -64,13 +68,13 @@ class RoundClock:
         """`seconds` of this round went into a draft pass with its catch-up."""
         self._drafting += seconds
 
-    def end(self, rows: int, tokens: int) -> None:
-        """The round verified `rows` rows and committed `tokens`."""
+    def end(self, rows: int, requests: int, tokens: int) -> None:
+        """The round verified `rows` rows of `requests` requests and committed `tokens`."""
         self.rounds += 1
         self.rows += rows
         self.tokens += tokens
         self.round_seconds += time.perf_counter() - self._began
-        self._ended = PreviousRound(rows, tokens, 0.0, self._drafting)
+        self._ended = PreviousRound(rows, requests, tokens, 0.0, self._drafting)
 
     def snapshot(self) -> dict[str, float | int]:
         """Totals for the metrics route and the benchmark."""

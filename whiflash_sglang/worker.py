@@ -1,7 +1,6 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +47,9 @@ from whiflash_sglang.spans.vocabulary import token_bytes
 
 logger = logging.getLogger(__name__)
 
+PLAIN_ENTROPY_ROUNDS = 4
+"""Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
+
 
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     """Owns the drafters, their KV and the controller; the target stays SGLang's own worker."""
@@ -90,9 +92,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             drafter.allocate(self.target.kv_slots)
         self.sync.allocate(self.target.slot_table)
         rows, context = self.target.slot_table.shape
-        self._widest_block = max(d.max_drafts for d in self.drafters.values()) + 1
-        self.tokens = TokenTable(rows, context, self._widest_block, self.target.device)
         self.stage = DraftStage(self.drafters, self.sync, self.controller, self.clock, self.target.slot_table)
+        self.tokens = TokenTable(rows, context, self.stage.widest + 1, self.target.device)
         profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, self.controller.costs)
 
     def clear_cache_pool(self) -> None:
@@ -140,14 +141,14 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         clock = self.clock
         previous = clock.begin()
         if previous is not None:
-            self.controller.costs.verified(previous.rows, max(previous.seconds - previous.drafting, 1e-6))
+            rest = max(previous.seconds - previous.drafting, 1e-6)
+            self.controller.costs.verified(previous.rows, previous.requests, rest)
             self.controller.costs.committed(previous.tokens, previous.seconds)
         requests = RoundBatch.of(batch, self.target.context_len)
         with clock.stage("route"):
             routes = self._route(requests)
         with clock.stage("catch_up"):
-            # Any arm's drafts may be prolonged up to the widest block.
-            widths = [1 if arm == arms.NONE else self._widest_block for arm in routes]
+            widths = [self._room(arm) for arm in routes]
             extra = self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
             clock.extra_catch_up_seconds += extra
         with clock.stage("draft"):
@@ -165,7 +166,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("park"):
             self._park(requests, routes, block, verified, predictions, committed)
             tokens = self._learn(requests, routes, proposal.widths, committed)
-        clock.end(sum(proposal.widths), tokens)
+        clock.end(sum(proposal.widths), len(routes), tokens)
         return round_result(verified.output, committed, max(proposal.widths), verified.can_run_cuda_graph)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
@@ -259,12 +260,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         )
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
         needs, last = self.controller.policy.needs, starts + committed.accept_lens - 1
-        if "entropy" in needs:
-            entropies = [math.nan] * len(routes)
-            # Where nothing was drafted, no arm is in question until the next probe, and reading all logits costs.
-            if any(arm != arms.NONE for arm in routes):
-                entropies = routing_stats(verified.logits, last).entropy.tolist()
-            for row, entropy in zip(requests.row_ids, entropies, strict=True):
+        drafted = any(arm != arms.NONE for arm in routes)
+        if "entropy" in needs and (drafted or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0):
+            stats = routing_stats(verified.logits, last)
+            for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
                 self.controller.lanes[row].entropy = entropy
         if "delta" in needs:
             if self.router is None or verified.final_hidden is None:
@@ -293,8 +292,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         return self.router is not None and len(self.router.w2) > 1
 
     def _widest(self, arm: str) -> int:
-        """Most rows that a request routed to `arm` verifies."""
+        """Most rows that a request routed to `arm` verifies, of the arm's own drafts."""
         return self.drafters[arm].max_drafts + 1 if arm in self.drafters else 1
+
+    def _room(self, arm: str) -> int:
+        """The same where another arm may prolong them."""
+        joined = arm in self.drafters and self.controller.policy.joins_arms
+        return self.stage.widest + 1 if joined else self._widest(arm)
 
     # ---------------------------------------------------------------- a request's beginning and end
 

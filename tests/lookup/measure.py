@@ -51,7 +51,7 @@ def routing(lookup: bool) -> float:
     """Median µs of routing one request that has nothing to copy, the arm's own work included."""
     rng = random.Random(0)
     costs = MeasuredCosts(lambda arm: 8)
-    costs.verified(1, 0.027)
+    costs.verified(1, 1, 0.027)
     controller = Controller(AutoPolicy(), costs, (), TraceLog())
     controller.open(0, "r", RequestHints(), [])
     copier = Copier(MatchCalibration())

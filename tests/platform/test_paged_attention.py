@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.platform import paged_attention
+from whiflash_sglang.platform import grouping, paged_attention
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 SLOTS = 512
@@ -120,6 +120,17 @@ def test_wide_requests_equal_the_reference(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged_attention, "NARROW_ROWS", 3)
         patch.setattr(paged_attention, "WIDE_ROWS", 5)
+        found = run(case, tensors)
+    torch.testing.assert_close(found.double(), reference(case, tensors, 0.25), rtol=0, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases())
+def test_groups_equal_the_reference(case: Case) -> None:
+    """The same, where groups cost so little that no request is padded for another."""
+    tensors = make_tensors(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "GROUP", 0.1)
         found = run(case, tensors)
     torch.testing.assert_close(found.double(), reference(case, tensors, 0.25), rtol=0, atol=1e-5)
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from whiflash_sglang.routing.costs import Line, MeasuredCosts
-from whiflash_sglang.routing.estimate import AcceptanceEstimator, context_of
+from whiflash_sglang.routing.costs import PRIOR_SHARE, Line, MeasuredCosts, Plane
+from whiflash_sglang.routing.estimate import AcceptanceEstimator
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 
@@ -37,6 +37,39 @@ def test_noise_never_makes_more_work_faster() -> None:
     assert line.at(10) >= line.at(1) > 0
 
 
+def busy_server(rounds: int, requests: list[int], seed: int = 0) -> Plane:
+    """Verifications that take 30 ms, 4 ms a request and 2 ms a draft; who serves more requests verifies more drafts."""
+    rng, plane = random.Random(seed), Plane(0.02, PRIOR_SHARE)
+    for _ in range(rounds):
+        count = rng.choice(requests)
+        drafts = sum(rng.choice([0, 1, 1, 5]) for _ in range(count))
+        plane.add(drafts, count, 0.030 + 0.004 * count + 0.002 * drafts + rng.gauss(0, 0.002))
+    return plane
+
+
+def test_a_draft_is_not_charged_for_the_requests_beside_it() -> None:
+    plane = busy_server(600, [1, 2, 4, 8])
+    assert plane.slopes == pytest.approx((0.002, 0.004), rel=0.15)
+    assert plane.at(0, 8) == pytest.approx(0.062, rel=0.05)
+    assert plane.at(24, 8) == pytest.approx(0.110, rel=0.05)
+
+
+def test_what_never_differed_keeps_its_prior() -> None:
+    draft, request = busy_server(600, [1]).slopes
+    assert draft == pytest.approx(0.002, rel=0.15)
+    assert request == pytest.approx(PRIOR_SHARE * 0.0375, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_plane_never_makes_more_work_faster(seed: int) -> None:
+    rng, plane = random.Random(seed), Plane(0.02, PRIOR_SHARE)
+    for _ in range(300):
+        drafts, requests = rng.randrange(20), rng.randrange(1, 9)
+        plane.add(drafts, requests, max(0.001, 0.05 - 0.001 * drafts - 0.002 * requests + rng.gauss(0, 0.01)))
+    assert min(plane.slopes) >= 0
+    assert plane.at(20, 8) >= plane.at(0, 1) > 0
+
+
 def test_an_untried_drafter_is_free() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.draft("ar", 4) == 0.0
@@ -48,24 +81,36 @@ def test_estimates_move_from_the_prior_to_what_was_seen() -> None:
     estimator, signals = AcceptanceEstimator(), Signals(5, BOTH, entropy=0.3)
     before = estimator.expect("ar", signals)
     for _ in range(50):
-        estimator.observe("ar", context_of(signals), 4)
+        estimator.observe("ar", signals, 4)
     assert before == 2.0
     assert estimator.expect("ar", signals) == pytest.approx(4.0, abs=0.15)
+
+
+def test_predictions_are_brought_to_the_level_of_what_is_accepted() -> None:
+    """Drafts are cut where rows are dear, so that full-length predictions are too high for every request."""
+    estimator = AcceptanceEstimator()
+    cut, untried = (Signals(5, BOTH, predicted={"ar": length, "diffusion": length}) for length in (4.0, 2.0))
+    assert estimator.expect("ar", cut) == 4.0
+    for _ in range(200):
+        estimator.observe("ar", cut, 2)
+    assert estimator.expect("ar", cut) == pytest.approx(2.0, abs=0.2)
+    assert estimator.expect("ar", untried) == pytest.approx(1.33, abs=0.1)
+    assert estimator.expect("diffusion", cut) == 4.0
 
 
 def test_contexts_differ() -> None:
     estimator = AcceptanceEstimator()
     prose, tool = Signals(5, BOTH, entropy=2.0), Signals(5, BOTH, entropy=2.0, span=OpenSpan("tool_call"))
     for _ in range(40):
-        estimator.observe("ar", context_of(prose), 1)
-        estimator.observe("ar", context_of(tool), 6)
+        estimator.observe("ar", prose, 1)
+        estimator.observe("ar", tool, 6)
     assert estimator.expect("ar", tool) > estimator.expect("ar", prose) + 3
 
 
 def test_a_requests_own_rounds_count() -> None:
     estimator = AcceptanceEstimator()
     for _ in range(40):
-        estimator.observe("ar", (0, None), 2)
+        estimator.observe("ar", Signals(5, BOTH, entropy=0.0), 2)
     own = Mean()
     for _ in range(10):
         own.add(6.0, 8.0)

@@ -92,7 +92,7 @@ def test_a_slow_drafter_must_bring_more() -> None:
     assert costs.worth("ar") == FULL_LENGTH
     for _ in range(20):
         costs.drafted("ar", 1, passes=5, seconds=0.010, catch_up=0.001)
-        costs.verified(6, 0.015)
+        costs.verified(6, 1, 0.015)
         costs.committed(2, 0.025)
     worth = costs.worth("ar")
     assert worth.draft == pytest.approx(80 * 0.002)

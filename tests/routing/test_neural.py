@@ -57,7 +57,7 @@ def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
     assert "delta" in policy.needs
     assert "delta" not in AutoPolicy().needs
     for _ in range(50):
-        policy.observe("ar", (-1, None), 5)
+        policy.observe("ar", Signals(10, BOTH), 5)
     predicted = {"ar": 1.5, "diffusion": 3.0}
     scores = policy.score(Signals(10, BOTH, predicted=predicted))
     assert scores["ar"] == 1.5

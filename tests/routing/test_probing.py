@@ -18,7 +18,7 @@ def rounds_with_probes(rounds: int, batch: int) -> list[tuple[int, int]]:
             found.append((number, routes.count("diffusion")))
         policy.routed(routes)
         for arm in routes:
-            policy.observe(arm, (-1, None), 6 if arm == "ar" else 1)
+            policy.observe(arm, Signals(10, BOTH), 6 if arm == "ar" else 1)
     return found
 
 

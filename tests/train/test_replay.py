@@ -109,4 +109,5 @@ def test_every_block_equals_drafting_it_alone(pair: Pair) -> None:
 def test_a_copy_goes_on_where_a_draft_of_full_length_ends() -> None:
     accepted, copied = np.array([2, 1, 2, 0, 2, 2]), np.array([0, 0, 7, 0, 9, 0])
     # From 0 the copy at 2 goes on, from 2 the one at 4; behind the last two there is no answer left.
-    assert join_copies(accepted, copied, full=2).tolist() == [9, 1, 11, 0, 2, 2]
+    assert join_copies(accepted, copied, full=2, widest=16).tolist() == [9, 1, 11, 0, 2, 2]
+    assert join_copies(accepted, copied, full=2, widest=10).tolist() == [9, 1, 10, 0, 2, 2]

@@ -23,6 +23,11 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         width = max(settings.eagle_steps + 1, widest_block(server_args))
         if settings.lookup.enabled:
             width = max(width, settings.lookup.max_width + 1)
+        if settings.backlog_tokens <= width:
+            raise ConfigError(
+                f"--whiflash-backlog-tokens {settings.backlog_tokens} is too few: a round commits up to {width} "
+                f"tokens; give at least {width + 1}, or narrow the lookup arm (lookup.max_width in whiflash.json)"
+            )
         server_args.speculative_num_draft_tokens = width
         server_args.speculative_num_steps = 1
         server_args.speculative_eagle_topk = 1

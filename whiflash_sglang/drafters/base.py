@@ -65,13 +65,15 @@ class Drafter(ABC):
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token).
     captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features.
-    keeps_kv: whether it has KV that must stay synchronised with the target's slots.
+    keeps_kv: whether it has KV that must stay synchronised with the target's slots. prolongs: whether it can go on
+    where another arm's drafts end.
     """
 
     arm: str
     max_drafts: int
     captured_layers: tuple[int, ...] = ()
     keeps_kv: bool = False
+    prolongs: bool = False
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
@@ -104,7 +106,7 @@ class Drafter(ABC):
     def prolong(
         self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
     ) -> Sequence[int]:
-        """Up to `limit` tokens to verify after another arm's `drafts`, at no pass of a model; most know none.
+        """Up to `limit` tokens to verify after another arm's `drafts`, at no pass of a model; asked if it `prolongs`.
 
         Args:
             row: of the request table. alive: chance that all drafts are accepted. worth: what a token must bring.

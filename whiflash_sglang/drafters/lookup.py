@@ -34,6 +34,7 @@ class LookupArm(Drafter):
     """
 
     arm = arms.LOOKUP
+    prolongs = True
 
     def __init__(self, settings: Lookup) -> None:
         self.max_drafts = settings.max_width
@@ -84,7 +85,7 @@ class LookupArm(Drafter):
     ) -> Sequence[int]:
         """A copy that another arm's drafts lead into."""
         copier = self._copiers.get(row)
-        if row in self._off or copier is None:
+        if copier is None:
             return ()
         return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
 

@@ -32,6 +32,11 @@ class DraftStage:
     clock: RoundClock
     slot_table: torch.Tensor
 
+    @property
+    def widest(self) -> int:
+        """Most drafts of a round, whoever drafts them."""
+        return max((drafter.max_drafts for drafter in self.drafters.values()), default=0)
+
     def outlook(self, requests: RoundBatch, index: int) -> Outlook:
         """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
         if requests.budgets[index] <= 1:
@@ -43,9 +48,9 @@ class DraftStage:
 
     def draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        widest = max((drafter.max_drafts for drafter in self.drafters.values()), default=0)
-        tokens = torch.zeros((len(routes), widest), dtype=torch.int64, device=requests.bonus.device)
+        tokens = torch.zeros((len(routes), self.widest), dtype=torch.int64, device=requests.bonus.device)
         widths = [1] * len(routes)
+        tails: dict[int, Sequence[int]] = {}
         for arm, drafter in self.drafters.items():
             members = [i for i, route in enumerate(routes) if route == arm]
             if not members:
@@ -56,33 +61,32 @@ class DraftStage:
             self.controller.costs.drafted(
                 arm, len(members), passes=drafts.passes, seconds=seconds, catch_up=catch_up
             )
-            self.clock.drafted(seconds + catch_up)
             index = torch.tensor(members, device=tokens.device)
             tokens[index, : drafts.tokens.shape[1]] = drafts.tokens
             for i, count in zip(members, drafts.counts, strict=True):
                 widths[i] = count + 1
-            self._prolong(requests, members, arm, drafts, Proposal(tokens, widths))
+            tails |= self._tails(requests, members, arm, drafts)
+            self.clock.drafted(time.perf_counter() - began + catch_up)
+        _append(tails, tokens, widths)
         return Proposal(tokens[:, : max(widths) - 1], widths)
 
-    def _prolong(
-        self, requests: RoundBatch, members: list[int], arm: str, drafts: Drafts, into: Proposal
-    ) -> None:
-        """Append to an arm's drafts what another arm knows to follow them: a chain may lead into a copy."""
-        others = [other for other in self.drafters.values() if other.arm != arm and not other.keeps_kv]
-        open_to_it = [i for i in members if self.controller.may_join(requests.row_ids[i])]
-        if not (others and open_to_it and drafts.alive):
-            return
-        tokens, widest = drafts.tokens.tolist(), into.tokens.shape[1]
-        for i, own, count, alive in zip(members, tokens, drafts.counts, drafts.alive, strict=True):
-            room = min(widest, requests.budgets[i] - 1) - count
-            if room < 1 or i not in open_to_it:
-                continue
-            worth = self.controller.worth(arm)
-            found = (o.prolong(requests.row_ids[i], own[:count], alive, room, worth) for o in others)
-            more = max(found, key=len)
-            if more:
-                into.tokens[i, count : count + len(more)] = torch.tensor(more, device=into.tokens.device)
-                into.widths[i] += len(more)
+    def _tails(
+        self, requests: RoundBatch, members: Sequence[int], arm: str, drafts: Drafts
+    ) -> dict[int, Sequence[int]]:
+        """Request → what another arm knows to follow its drafts of `arm`, such as the copy that a chain leads into."""
+        others = [d for d in self.drafters.values() if d.prolongs and d.arm != arm]
+        joining = [(at, i) for at, i in enumerate(members) if self.controller.may_join(requests.row_ids[i])]
+        if not (others and joining and drafts.alive):
+            return {}
+        tokens, worth = drafts.tokens.tolist(), self.controller.worth(arm)
+        tails = {}
+        for at, i in joining:
+            count = drafts.counts[at]
+            room = min(self.widest, requests.budgets[i] - 1) - count
+            if room > 0:
+                given = (requests.row_ids[i], tokens[at][:count], drafts.alive[at], room, worth)
+                tails[i] = max((other.prolong(*given) for other in others), key=len)
+        return tails
 
     def _batch(self, requests: RoundBatch, members: list[int], drafter: Drafter) -> DraftBatch:
         index = torch.tensor(members, device=requests.rows.device)
@@ -98,3 +102,14 @@ class DraftStage:
             limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
             worth=self.controller.worth(drafter.arm),
         )
+
+
+def _append(tails: Mapping[int, Sequence[int]], tokens: torch.Tensor, widths: list[int]) -> None:
+    """Write tails behind their requests' drafts, all in one transfer, and widen these."""
+    cells = [(i, widths[i] - 1 + k, token) for i, tail in tails.items() for k, token in enumerate(tail)]
+    if not cells:
+        return
+    rows, columns, values = torch.tensor(cells, device=tokens.device).T
+    tokens[rows, columns] = values
+    for i, tail in tails.items():
+        widths[i] += len(tail)

@@ -5,7 +5,6 @@ training answers; how much the places agree tells instead how far to trust the c
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 from whiflash_sglang.lookup.calibration import SURE, Agreement, MatchCalibration, RequestCalibration
@@ -16,6 +15,8 @@ Shared = Callable[[], Iterable[SuffixIndex]]
 
 OWN_TEXT_ONLY: Shared = tuple
 
+Found = tuple[Place, Sequence[int]]
+"""A place that matches, and what followed there."""
 
 RULE_MATCH = 2
 """Tokens that must have occurred before for the plain rule, which better ones are measured against, to copy."""
@@ -80,18 +81,12 @@ class Copier:
 
     def look(self, limit: int, worth: float) -> Proposal:
         """What to copy after the text's end: up to `limit` tokens, as far as one more may be worth it."""
-        end, shared = self.text.end, list(self._shared())
-        places = self.text.places()
-        for other in shared:
-            places += other.places_of(end)
-        copied_on = self._copied_on(end, shared)
-        if copied_on is not None:
-            places = [copied_on, *(place for place in places if place != copied_on)]
-        found = self._usable((place, place.continuation(limit)) for place in places)
         self._proposal = Proposal()
+        found = self._find((), limit)
         if found:
-            self._source = found[_best(found)][0]
-            self._proposal = self._propose(found, worth)
+            best = _best(found)
+            self._source = found[best][0]
+            self._proposal = self._propose(found, best, worth)
         return self._proposal
 
     def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Sequence[int]:
@@ -99,32 +94,38 @@ class Copier:
 
         Every one is worth verifying. Nothing is learned from them: what they say is looked for again once committed.
         """
-        end = [*self.text.end, *drafts]
-        places = chain.from_iterable(text.places_of(end) for text in (self.text, *self._shared()))
-        found = self._usable((place, place.continuation(limit, drafts)) for place in places)
+        found = self._find(drafts, limit) if alive >= worth else []
         if not found:
             return ()
-        proposal = self._propose(found, worth, alive)
+        proposal = self._propose(found, _best(found), worth, alive)
         return [copied.token for copied, c in zip(proposal.tokens, proposal.alive, strict=True) if c >= worth]
 
-    def _usable(self, found: Iterable[tuple[Place, Sequence[int]]]) -> list[tuple[Place, Sequence[int]]]:
-        """Places that match well enough, with what followed there, if anything did."""
-        return [(place, tokens) for place, tokens in found if place.length >= self._min_match and tokens]
+    def _find(self, drafts: Sequence[int], limit: int) -> list[Found]:
+        """Places that match the text's end, `drafts` behind it included, newest first, and what followed there."""
+        end = [*self.text.end, *drafts] if drafts else self.text.end
+        shared = list(self._shared())
+        places = self.text.places_of(end) if drafts else self.text.places()
+        for other in shared:
+            places += other.places_of(end)
+        copied_on = self._copied_on(end, shared, len(drafts))
+        if copied_on is not None:
+            places = [copied_on, *(place for place in places if place != copied_on)]
+        ahead = (
+            (place, place.continuation(limit, drafts)) for place in places if place.length >= self._min_match
+        )
+        return [(place, tokens) for place, tokens in ahead if tokens]
 
-    def _copied_on(self, end: Sequence[int], shared: Iterable[SuffixIndex]) -> Place | None:
+    def _copied_on(self, end: Sequence[int], shared: Iterable[SuffixIndex], drafts: int) -> Place | None:
         """Where the last copy came from, moved on: a chain's newest places may have left it behind."""
         last = self._source
         # What was forgotten since must not be proposed.
         if last is None or not any(last.text is text for text in (self.text, *shared)):
             return None
-        return last.text.place_at(last.source, end)
+        return last.text.place_at(last.source + drafts, end)
 
-    def _propose(
-        self, found: Sequence[tuple[Place, Sequence[int]]], worth: float, chance: float = 1.0
-    ) -> Proposal:
-        """The best place's copy; `chance`: that everything before it is accepted."""
+    def _propose(self, found: Sequence[Found], best: int, worth: float, chance: float = 1.0) -> Proposal:
+        """The copy from place `best`; `chance`: that everything before it is accepted."""
         places, ahead = zip(*found, strict=True)
-        best = _best(found)
         length = places[best].length
         following: Sequence[int] = range(len(places))
         tokens: list[Copied] = []
@@ -142,7 +143,7 @@ class Copier:
         return Proposal(tokens, alive)
 
 
-def _best(found: Sequence[tuple[Place, Sequence[int]]]) -> int:
+def _best(found: Sequence[Found]) -> int:
     """The longest match, the newest of equals: places come newest first."""
     return max(range(len(found)), key=lambda i: found[i][0].length)
 

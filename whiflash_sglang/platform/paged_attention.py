@@ -9,9 +9,9 @@ then run by every layer; the layers share its slots and masks.
 How a batch is laid out:
 
 * Narrow requests (up to ``NARROW_ROWS`` query rows: decoding, verification, draft blocks, chain steps) form
-  one group: one gather of K, one of V, one scaled-dot-product call for the whole group. The ``G`` query heads
-  of a KV head become ``G * M`` rows of one matrix, so KV heads are never repeated. A request shorter than the
-  group's longest reads its own last entry again behind a mask, never a foreign slot.
+  groups of similar size (:mod:`.grouping`): one gather of K, one of V, one scaled-dot-product call a group.
+  The ``G`` query heads of a KV head become ``G * M`` rows of one matrix, so KV heads are never repeated. A request
+  shorter than the group's longest reads its own last entry again behind a mask, never a foreign slot.
 * Wide requests (prefill) run one by one, in blocks of ``WIDE_ROWS`` rows that see only the keys they need.
 
 A mask is built only where a row must not see everything that was gathered.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from whiflash_sglang.platform.grouping import group
 from whiflash_sglang.platform.paged_layouts import NarrowGroup, WideBlock, WideRequest
 
 NARROW_ROWS = 64
@@ -36,7 +37,7 @@ class PagedAttentionPlan:
     """Everything of one forward's attention that does not depend on the layer. Build once, run per layer."""
 
     num_rows: int
-    narrow: NarrowGroup | None
+    narrow: tuple[NarrowGroup, ...]
     wide: tuple[WideRequest, ...]
 
     @staticmethod
@@ -81,12 +82,13 @@ class PagedAttentionPlan:
             for i, m in enumerate(q_lens)
             if m > NARROW_ROWS
         )
-        group = None
-        if narrow:
-            group = _plan_narrow(slot_table, narrow, starts, q_lens, kv_lens, causal, dtype, window)
+        groups = []
+        for members in group(narrow, q_lens, kv_lens):
+            planned = _plan_narrow(slot_table, members, starts, q_lens, kv_lens, causal, dtype, window)
             if trees is not None:
-                _hide_other_branches(group, [trees[i] for i in narrow])
-        return PagedAttentionPlan(num_rows=starts[-1], narrow=group, wide=wide)
+                _hide_other_branches(planned, [trees[i] for i in members])
+            groups.append(planned)
+        return PagedAttentionPlan(num_rows=starts[-1], narrow=tuple(groups), wide=wide)
 
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
@@ -102,15 +104,13 @@ class PagedAttentionPlan:
         Returns:
             [T, Hq, Dv] in q's dtype, a new tensor.
         """
-        narrow = self.narrow
-        if narrow is not None and not self.wide:
-            return narrow.run(q, k_cache, v_cache, scale)
+        if len(self.narrow) == 1 and not self.wide:
+            return self.narrow[0].run(q, k_cache, v_cache, scale)
         out = q.new_empty((self.num_rows, q.shape[1], v_cache.shape[2]))
-        if narrow is not None:
-            attended = narrow.run(q, k_cache, v_cache, scale)
+        for narrow in self.narrow:
             if narrow.targets is None:
-                raise AssertionError("a narrow group beside wide requests always has targets")
-            out.index_copy_(0, narrow.targets, attended)
+                raise AssertionError("a narrow group beside other requests always has targets")
+            out.index_copy_(0, narrow.targets, narrow.run(q, k_cache, v_cache, scale))
         for request in self.wide:
             request.run_into(out, q, k_cache, v_cache, scale)
         return out

@@ -73,7 +73,7 @@ class Controller:
     def committed(self, row: int, arm: str, tokens: Sequence[int]) -> None:
         """A round of `arm` committed `tokens` of the request in `row`, the bonus token last."""
         lane = self.lanes[row]
-        self.policy.observe(arm, lane.context, len(tokens))
+        self.policy.observe(arm, lane.decided_on, len(tokens))
         self._trace_log.record(lane.rid, lane.committed(arm, tokens))
 
     def forget(self, row: int) -> None:

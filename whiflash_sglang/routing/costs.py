@@ -12,8 +12,14 @@ MEMORY = 200.0
 RATE_MEMORY = 32.0
 """Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
 
-PRIOR_SLOPE = 0.03
-"""What one more row adds to a verification, as a share of it, before rows of different number were seen."""
+STIFFNESS = 10.0
+"""How much data a prior slope counts for: rounds times the spread of what they differ in."""
+
+FIRST_ROUND = 0.020
+"""Seconds of a verification before the first one was timed."""
+
+PRIOR_SHARE = 0.03
+"""What one more draft, or one more request, adds to a verification, as a share of it, before their number differed."""
 
 
 class Worth(NamedTuple):
@@ -34,13 +40,11 @@ FULL_LENGTH = Worth(0.0, 0.0)
 class Line:
     """seconds ≈ a + b·x by decayed least squares, pulled towards a prior while there is little data.
 
-    The slope is never negative: more work is not faster, only noise says so. prior_slope: instead of `prior_b`, a
-    share of the measured mean, once there is one.
+    The slope is never negative: more work is not faster, only noise says so.
     """
 
     prior_a: float
     prior_b: float
-    prior_slope: float | None = None
     _w: float = 0.0
     _x: float = 0.0
     _y: float = 0.0
@@ -56,29 +60,67 @@ class Line:
         self._xy = self._xy * keep + x * seconds
 
     @property
-    def seen(self) -> bool:
-        return self._w > 0
-
-    @property
     def slope(self) -> float:
         """Seconds that one more of x costs."""
-        if not self.seen:
+        if not self._w:
             return self.prior_b
         mean_x, mean_y = self._x / self._w, self._y / self._w
-        prior = self.prior_b if self.prior_slope is None else self.prior_slope * mean_y
         spread = self._xx / self._w - mean_x * mean_x
         if spread <= 1e-6:
-            return prior
+            return self.prior_b
         fitted = (self._xy / self._w - mean_x * mean_y) / spread
-        trust = self._w * spread / (self._w * spread + 10.0)
-        return max(0.0, trust * fitted + (1 - trust) * prior)
+        trust = self._w * spread / (self._w * spread + STIFFNESS)
+        return max(0.0, trust * fitted + (1 - trust) * self.prior_b)
 
     def at(self, x: float) -> float:
         """Seconds at `x`, never below a tenth of the mean that was measured."""
-        if not self.seen:
+        if not self._w:
             return self.prior_a + self.prior_b * x
         mean_x, mean_y = self._x / self._w, self._y / self._w
         return max(mean_y + self.slope * (x - mean_x), mean_y * 0.1)
+
+
+class Plane:
+    """seconds ≈ a + b·drafts + c·requests, fitted like `Line`.
+
+    A busy server verifies more drafts *and* serves more requests: on one line a draft would be charged for both. Before
+    there is data a draft and a request each cost `share` of the mean.
+    """
+
+    def __init__(self, first: float, share: float) -> None:
+        self._first, self._share = first, share
+        self._sums = [0.0] * 9
+
+    def add(self, drafts: float, requests: float, seconds: float) -> None:
+        keep, x, z, y = 1.0 - 1.0 / MEMORY, drafts, requests, seconds
+        new = (1.0, x, z, y, x * x, z * z, x * z, x * y, z * y)
+        self._sums = [old * keep + value for old, value in zip(self._sums, new, strict=True)]
+
+    @property
+    def slopes(self) -> tuple[float, float]:
+        """Seconds that one more draft and one more request cost."""
+        w, x, z, y, xx, zz, xz, xy, zy = self._sums
+        if not w:
+            return self._first * self._share, self._first * self._share
+        prior = self._share * y / w
+        # Ridge regression of the centred sums towards the prior.
+        sxx, szz, sxz = xx - x * x / w + STIFFNESS, zz - z * z / w + STIFFNESS, xz - x * z / w
+        rx, rz = xy - x * y / w + STIFFNESS * prior, zy - z * y / w + STIFFNESS * prior
+        determinant = sxx * szz - sxz * sxz
+        draft, request = (rx * szz - rz * sxz) / determinant, (rz * sxx - rx * sxz) / determinant
+        if draft < 0:
+            return 0.0, max(0.0, rz / szz)
+        if request < 0:
+            return max(0.0, rx / sxx), 0.0
+        return draft, request
+
+    def at(self, drafts: float, requests: float) -> float:
+        """Seconds, never below a tenth of the mean that was measured."""
+        w, x, z, y = self._sums[:4]
+        draft, request = self.slopes
+        if not w:
+            return self._first + draft * drafts + request * (requests - 1)
+        return max(y / w + draft * (drafts - x / w) + request * (requests - z / w), 0.1 * y / w)
 
 
 class MeasuredCosts:
@@ -88,12 +130,12 @@ class MeasuredCosts:
     starts of two rounds, less the draft stage. A drafter that was never timed is free, so that it is tried.
 
     Args:
-        width: arm → most rows that a request routed to it verifies; the measured mean takes its place.
+        width: arm → most rows that a request routed to it verifies, of its own drafts; a measured mean replaces it.
     """
 
     def __init__(self, width: Callable[[str], int]) -> None:
         self._widest = width
-        self._verify = Line(prior_a=0.020, prior_b=0.0006, prior_slope=PRIOR_SLOPE)
+        self._verify = Plane(FIRST_ROUND, PRIOR_SHARE)
         self._draft: dict[str, Line] = {}
         self._pass: dict[str, Mean] = {}
         self._rows: dict[str, Mean] = {}
@@ -108,9 +150,9 @@ class MeasuredCosts:
         """A request routed to `arm` verified `rows` rows."""
         self._rows.setdefault(arm, Mean()).add(rows, MEMORY)
 
-    def verified(self, rows: int, seconds: float) -> None:
-        """The rest of a round that verified `rows` rows took `seconds`."""
-        self._verify.add(rows, seconds)
+    def verified(self, rows: int, requests: int, seconds: float) -> None:
+        """The rest of a round that verified `rows` rows of `requests` requests took `seconds`."""
+        self._verify.add(rows - requests, requests, seconds)
 
     def committed(self, tokens: int, seconds: float) -> None:
         """A whole round took `seconds` and committed `tokens`."""
@@ -123,14 +165,14 @@ class MeasuredCosts:
             return FULL_LENGTH
         rate = self._tokens.total / self._seconds.total
         one_pass = self._pass.get(arm)
-        return Worth(rate * self._verify.slope, rate * one_pass.value if one_pass else 0.0)
+        return Worth(rate * self._verify.slopes[0], rate * one_pass.value if one_pass else 0.0)
 
     def draft(self, arm: str, requests: int) -> float:
         line = self._draft.get(arm)
         return line.at(requests) if line else 0.0
 
     def verify(self, rows: float, requests: int) -> float:
-        return self._verify.at(rows)
+        return self._verify.at(rows - requests, requests)
 
     def width(self, arm: str) -> float:
         rows = self._rows.get(arm)

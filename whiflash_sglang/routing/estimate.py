@@ -1,4 +1,4 @@
-"""Expected acceptance per arm without training: running means, by context, shared by all requests.
+"""Expected acceptance per arm: running means, by context, shared by all requests, or a router's predictions.
 
 A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
 span. A request's own recent rounds outweigh the shared means the more of them there are.
@@ -21,10 +21,16 @@ SHARED_WEIGHT = 3.0
 """Rounds of its own after which a request believes itself as much as the shared mean."""
 
 PREDICTED_WEIGHT = 24.0
-"""The same for a router's prediction, which knows the very position: recent rounds correct its level only."""
+"""The same for a router's prediction, which knows the very position."""
 
 MEMORY = 400.0
 """Rounds after which an old observation of a context counts for little."""
+
+LEVEL_MEMORY = 100.0
+"""The same for what a router's predictions are worth: drafts are cut shorter as soon as the server is busier."""
+
+LEVEL_PRIOR = 20.0
+"""Predicted accepted drafts for which a router is believed as it is."""
 
 
 Context = tuple[int, str | None]
@@ -42,11 +48,17 @@ class AcceptanceEstimator:
     def __init__(self) -> None:
         self._by_arm: dict[str, Mean] = {}
         self._by_context: dict[tuple[str, Context], Mean] = {}
+        self._levels: dict[str, tuple[Mean, Mean]] = {}
+        """Per arm, drafts that were accepted and those that the router predicted."""
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
-        """A round of `arm` that began in `context` committed `length` tokens."""
+    def observe(self, arm: str, signals: Signals, length: int) -> None:
+        """A round of `arm`, decided on `signals`, committed `length` tokens."""
         self._by_arm.setdefault(arm, Mean()).add(length, MEMORY)
-        self._by_context.setdefault((arm, context), Mean()).add(length, MEMORY)
+        self._by_context.setdefault((arm, context_of(signals)), Mean()).add(length, MEMORY)
+        if arm in signals.predicted:
+            accepted, predicted = self._levels.setdefault(arm, (Mean(), Mean()))
+            accepted.add(length - 1, LEVEL_MEMORY)
+            predicted.add(signals.predicted[arm] - 1, LEVEL_MEMORY)
 
     def rounds(self, arm: str) -> float:
         """Decayed number of rounds seen of `arm`."""
@@ -59,11 +71,16 @@ class AcceptanceEstimator:
         shared = self._shrunk(self._by_context.get((arm, context_of(signals))), overall, 4.0)
         believed, weight = shared, SHARED_WEIGHT
         if arm in signals.predicted:
-            believed, weight = signals.predicted[arm], PREDICTED_WEIGHT
+            believed, weight = 1 + (signals.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         recent = signals.recent.get(arm)
         if recent is None:
             return believed
         return (believed * weight + recent.total) / (weight + recent.weight)
+
+    def _level(self, arm: str) -> float:
+        """Accepted over predicted drafts: a router predicts drafts of full length, and text like its training's."""
+        accepted, predicted = self._levels.get(arm, (Mean(), Mean()))
+        return (accepted.total + LEVEL_PRIOR) / (predicted.total + LEVEL_PRIOR)
 
     @staticmethod
     def _shrunk(mean: Mean | None, towards: float, weight: float) -> float:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from whiflash_sglang.routing.estimate import Context, context_of
 from whiflash_sglang.routing.hinted import apply_hints
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.policies import Policy, Scores
@@ -23,7 +22,7 @@ class Lane:
 
     entropy, top1, margin, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. reason: why the last round was
-    routed as it was; context: in what context that was decided.
+    routed as it was; decided_on: the signals that it was decided on.
     """
 
     rid: str
@@ -38,7 +37,7 @@ class Lane:
     delta: float = math.nan
     predicted: dict[str, float] = field(default_factory=dict)
     recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
-    context: Context = (-1, None)
+    decided_on: Signals = field(default_factory=lambda: Signals(0, frozenset()))
 
     @property
     def span(self) -> OpenSpan | None:
@@ -71,8 +70,7 @@ class Lane:
 
     def score(self, policy: Policy, length: int, outlook: Mapping[str, float | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
-        signals = self.signals(length, outlook)
-        self.context = context_of(signals)
+        signals = self.decided_on = self.signals(length, outlook)
         hinted = apply_hints(
             policy.score(signals),
             signals.span,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from whiflash_sglang import arms
-from whiflash_sglang.routing.estimate import AcceptanceEstimator, Context
+from whiflash_sglang.routing.estimate import AcceptanceEstimator
 from whiflash_sglang.routing.signals import Signals
 
 Scores = Mapping[str, float]
@@ -46,8 +46,8 @@ class Policy(Protocol):
         """A round of the whole batch begins with these arms, one per request."""
         ...
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
-        """A request's round of `arm`, decided in `context`, committed `length` tokens."""
+    def observe(self, arm: str, signals: Signals, length: int) -> None:
+        """A request's round of `arm`, decided on `signals`, committed `length` tokens."""
         ...
 
 
@@ -55,12 +55,12 @@ class Blind:
     """What policies have in common that only order arms and learn nothing while serving."""
 
     prices_batches = False
-    joins_arms: bool = False
+    joins_arms = False
 
     def routed(self, routes: Sequence[str]) -> None:
         """Nothing to count."""
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
+    def observe(self, arm: str, signals: Signals, length: int) -> None:
         """Nothing to learn."""
 
 
@@ -122,18 +122,15 @@ class EntropyPolicy(Blind):
         return order_pair(signals, ar_first=signals.entropy > self.tau, min_dwell=self.min_dwell)
 
 
-@dataclass(slots=True)
 class RandomPolicy(Blind):
     """Switches at random every round. It exists to test that switching never changes text."""
 
-    seed: int = 0
-    name: str = "random"
+    name = "random"
     needs: frozenset[str] = frozenset()
-    joins_arms: bool = True
-    _random: random.Random = field(init=False)
+    joins_arms = True
 
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
 
     def score(self, signals: Signals) -> Scores:
         choices = sorted(signals.allowed | {arms.NONE})
@@ -179,9 +176,9 @@ class AutoPolicy:
         for arm in self._idle:
             self._idle[arm] = 0 if arm in routes else self._idle[arm] + 1
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
+    def observe(self, arm: str, signals: Signals, length: int) -> None:
         if arm != arms.NONE:
-            self.estimator.observe(arm, context, length)
+            self.estimator.observe(arm, signals, length)
 
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:

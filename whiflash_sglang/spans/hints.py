@@ -26,7 +26,7 @@ LOOKUP_SCOPES: Final[tuple[LookupScope, ...]] = ("memory", "context", "off")
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
 MAX_BYTES: Final = 8192
-MAX_BIAS: Final = 16.0  # expected accepted tokens; no drafter proposes more in one block
+MAX_BIAS: Final = 16.0  # expected accepted tokens; hardly any round accepts more
 
 # The request, its spans and their biases: a well-formed payload holds no more objects than this.
 _MAX_OBJECTS: Final = 1 + 2 * MAX_SPANS

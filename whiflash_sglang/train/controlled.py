@@ -95,7 +95,7 @@ def _walk(
         lane.chose(arm)
         choices[position] = REPLAYED[arm]
         emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
-        policy.observe(arm, lane.context, emitted)
+        policy.observe(arm, lane.decided_on, emitted)
         lane.committed(arm, [0] * emitted)
         position += emitted
         if position < end:

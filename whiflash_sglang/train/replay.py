@@ -208,7 +208,8 @@ def _assemble(
     record = sequence.record
     copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, pair.lookup, calibration)
     full = dict(zip(ARMS, (pair.eagle_steps, pair.dflash.block_size - 1), strict=True))
-    joined = {JOINED[arm]: join_copies(lengths[arm], copied.accepted, full[arm]) for arm in ARMS}
+    widest = max(pair.lookup.max_width, *full.values())
+    joined = {JOINED[arm]: join_copies(lengths[arm], copied.accepted, full[arm], widest) for arm in ARMS}
     positions = record.length - record.prompt_length - 1
     answer = sequence.tokens[record.prompt_length :].tolist()
     start = loop_start(answer[:-1] if record.finished else answer)
@@ -224,15 +225,16 @@ def _assemble(
     )
 
 
-def join_copies(accepted: Lengths, copied: Lengths, full: int) -> Lengths:
+def join_copies(accepted: Lengths, copied: Lengths, full: int, widest: int) -> Lengths:
     """Accepted drafts [P] of an arm with drafts of `full` length, and of the copy behind those that are all right.
 
     copied: [P] what a copy from every position accepts; behind drafts that are right it begins where they end.
+    widest: most tokens of both together.
     """
     joined = accepted.copy()
     ends = np.flatnonzero(accepted >= full)
     ends = ends[ends + full < len(accepted)]
-    joined[ends] += copied[ends + full]
+    joined[ends] += np.minimum(copied[ends + full], widest - full)
     return joined
 
 

@@ -1,0 +1,35 @@
+"""What a round tells the controller."""
+
+import math
+from typing import Any
+
+import pytest
+from engine import engine
+from model_set import Models
+
+from whiflash_sglang import worker
+
+ROUNDS = 40
+
+
+@pytest.mark.parametrize("arm", ["none", "ar"])
+def test_entropy_is_read_seldom_where_nothing_is_drafted(
+    models: Models, arm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heavy read of all logits; `auto` must still notice, within a few tokens, that the text has changed."""
+    read: list[int] = []
+
+    def counted(logits: Any, rows: Any, stats: Any = worker.routing_stats) -> Any:
+        read.append(len(rows))
+        return stats(logits, rows)
+
+    monkeypatch.setattr(worker, "routing_stats", counted)
+    with engine(models.target, whiflash=models.whiflash("auto")) as e:
+        monkeypatch.setattr(e.worker.controller, "route", lambda rows, *_: [arm] * len(rows))
+        e.submit("a", [1, 2, 3], max_new_tokens=1 + ROUNDS)
+        while not e.requests["a"].finished():
+            e.step()
+            known = [lane.entropy for lane in e.worker.controller.lanes.values()]
+            assert len(read) < worker.PLAIN_ENTROPY_ROUNDS or not any(math.isnan(x) for x in known)
+    rounds = e.worker.clock.rounds
+    assert len(read) == (rounds if arm == "ar" else math.ceil(rounds / worker.PLAIN_ENTROPY_ROUNDS))
