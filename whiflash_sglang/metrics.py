@@ -65,7 +65,7 @@ class RoundClock:
             self.seconds[name] += time.perf_counter() - began
 
     def drafted(self, seconds: float) -> None:
-        """`seconds` of this round went into a draft pass with its catch-up."""
+        """`seconds` of this round went into a draft pass, its catch-up and what prolongs it."""
         self._drafting += seconds
 
     def end(self, rows: int, requests: int, tokens: int) -> None:

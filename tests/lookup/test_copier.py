@@ -190,7 +190,19 @@ def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
     copier = copier_of(9, 1, 2, shared=lambda: (shared,))
     for _ in range(4):
         copier.extend(tokens_of(copier.look(15, 0.0)))
-    assert tokens_of(copier.look(15, 0.0)) == [3, 4, 5]
+    before = copier.look(15, 0.0)
+    assert tokens_of(before) == [3, 4, 5]
+    assert copier.look_beyond([3, 4], 1.0, 15, 0.0) == [5]
+
+
+def test_a_copy_behind_drafts_goes_on_where_it_was() -> None:
+    run = [7] * 60
+    shared = SuffixIndex([1, 2, *run, 3, 4, 5, GAP], growing=False)
+    copier = copier_of(9, 1, 2, shared=lambda: (shared,))
+    for _ in range(3):
+        copier.extend(tokens_of(copier.look(15, 0.0)))
+    copier.look(15, 0.0)
+    assert copier.look_beyond([7] * 15, 1.0, 15, 0.0) == [3, 4, 5], "the newest places of the run end with it"
 
 
 def test_what_was_forgotten_is_not_copied_on() -> None:

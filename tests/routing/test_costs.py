@@ -5,7 +5,7 @@ import random
 import pytest
 
 from whiflash_sglang.routing.costs import PRIOR_SHARE, Line, MeasuredCosts, Plane
-from whiflash_sglang.routing.estimate import AcceptanceEstimator
+from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 
@@ -13,7 +13,7 @@ BOTH = frozenset({"ar", "diffusion"})
 
 
 def test_a_line_finds_intercept_and_slope() -> None:
-    rng, line = random.Random(0), Line(0.01, 0.002)
+    rng, line = random.Random(0), Line(0.002)
     for _ in range(400):
         x = rng.randrange(1, 40)
         line.add(x, 0.02 + 0.0005 * x + rng.gauss(0, 0.0005))
@@ -22,7 +22,7 @@ def test_a_line_finds_intercept_and_slope() -> None:
 
 
 def test_a_line_follows_a_machine_that_slows_down() -> None:
-    line = Line(0.0, 0.0)
+    line = Line(0.0)
     for _ in range(300):
         line.add(8, 0.01)
     for _ in range(600):
@@ -31,7 +31,7 @@ def test_a_line_follows_a_machine_that_slows_down() -> None:
 
 
 def test_noise_never_makes_more_work_faster() -> None:
-    line = Line(0.0, 0.0)
+    line = Line(0.0)
     for x, y in ((1, 0.03), (2, 0.02), (3, 0.01)) * 20:
         line.add(x, y)
     assert line.at(10) >= line.at(1) > 0
@@ -70,6 +70,25 @@ def test_a_plane_never_makes_more_work_faster(seed: int) -> None:
     assert plane.at(20, 8) >= plane.at(0, 1) > 0
 
 
+def test_a_busy_server_that_drafts_less_does_not_make_drafts_free() -> None:
+    """Alone both slopes would be negative here; of the planes that do not fall the best one has dear drafts."""
+    plane = Plane(0.02, PRIOR_SHARE)
+    for drafts, requests, seconds in ((0, 8, 0.040), (20, 1, 0.060), (20, 8, 0.035)) * 100:
+        plane.add(drafts, requests, seconds)
+    draft, request = plane.slopes
+    assert draft == pytest.approx(0.00037, abs=0.0001)
+    assert request == 0
+
+
+def test_a_plane_before_and_after_its_first_round() -> None:
+    plane = Plane(0.02, PRIOR_SHARE)
+    assert plane.at(0, 1) == 0.02
+    assert plane.at(5, 3) == pytest.approx(0.02 * (1 + 7 * PRIOR_SHARE))
+    plane.add(5, 3, 0.05)
+    assert plane.at(5, 3) == pytest.approx(0.05)
+    assert plane.at(0, 1) == pytest.approx(0.05 * (1 - 7 * PRIOR_SHARE))
+
+
 def test_an_untried_drafter_is_free() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.draft("ar", 4) == 0.0
@@ -89,13 +108,23 @@ def test_estimates_move_from_the_prior_to_what_was_seen() -> None:
 def test_predictions_are_brought_to_the_level_of_what_is_accepted() -> None:
     """Drafts are cut where rows are dear, so that full-length predictions are too high for every request."""
     estimator = AcceptanceEstimator()
-    cut, untried = (Signals(5, BOTH, predicted={"ar": length, "diffusion": length}) for length in (4.0, 2.0))
+    cut, lower = (Signals(5, BOTH, predicted={"ar": length, "diffusion": length}) for length in (4.0, 2.0))
     assert estimator.expect("ar", cut) == 4.0
     for _ in range(200):
         estimator.observe("ar", cut, 2)
     assert estimator.expect("ar", cut) == pytest.approx(2.0, abs=0.2)
-    assert estimator.expect("ar", untried) == pytest.approx(1.33, abs=0.1)
+    assert estimator.expect("ar", lower) == pytest.approx(1.33, abs=0.1)
     assert estimator.expect("diffusion", cut) == 4.0
+    for _ in range(200):
+        estimator.observe("ar", cut, 4)
+    assert estimator.expect("ar", cut) == pytest.approx(4.0, abs=0.3), "the busy time is forgotten"
+
+
+def test_a_text_that_copies_well_does_not_raise_predictions_for_all() -> None:
+    estimator, signals = AcceptanceEstimator(), Signals(5, BOTH, predicted={"ar": 3.0})
+    for _ in range(200):
+        estimator.observe("ar", signals, 20)
+    assert estimator.expect("ar", signals) == 1 + 2 * LEVEL_LIMIT
 
 
 def test_contexts_differ() -> None:

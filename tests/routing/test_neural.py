@@ -4,11 +4,16 @@ import math
 
 import pytest
 
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.estimate import LEVEL_PRIOR
 from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.neural import NeuralPolicy, note
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.signals import Signals
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.trace import TraceLog
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -67,3 +72,17 @@ def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
         recent.add(1.0, 8.0)
     lower = policy.score(Signals(10, BOTH, predicted=predicted, recent={"diffusion": recent}))["diffusion"]
     assert 2.0 < lower < 3.0
+
+
+def test_a_round_is_judged_by_the_predictions_that_it_was_decided_on() -> None:
+    policy = AutoPolicy(heads=True)
+    controller = Controller(policy, MeasuredCosts(lambda arm: 6), (), TraceLog())
+    controller.open(0, "r", RequestHints(), [])
+    note(controller.lanes[0], [0.0, 3.0, 1.0])
+    controller.route([0], [10], [dict.fromkeys(BOTH)])
+    note(controller.lanes[0], [0.0, 9.0, 9.0])  # of the round's end, before it is learned from
+    controller.committed(0, "ar", [5, 6])
+    level = (1 + LEVEL_PRIOR) / (3 + LEVEL_PRIOR)
+    assert policy.estimator.expect("ar", Signals(10, BOTH, predicted={"ar": 5.0})) == pytest.approx(
+        1 + 4 * level
+    )

@@ -26,7 +26,8 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         if settings.backlog_tokens <= width:
             raise ConfigError(
                 f"--whiflash-backlog-tokens {settings.backlog_tokens} is too few: a round commits up to {width} "
-                f"tokens; give at least {width + 1}, or narrow the lookup arm (lookup.max_width in whiflash.json)"
+                f"tokens; give at least {width + 1}, or narrow the widest arm (lookup.max_width, eagle_steps or "
+                "block_size in whiflash.json)"
             )
         server_args.speculative_num_draft_tokens = width
         server_args.speculative_num_steps = 1

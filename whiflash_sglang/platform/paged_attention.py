@@ -26,7 +26,7 @@ from whiflash_sglang.platform.grouping import group
 from whiflash_sglang.platform.paged_layouts import NarrowGroup, WideBlock, WideRequest
 
 NARROW_ROWS = 64
-"""Widest request, in query rows, that joins the batched group."""
+"""Widest request, in query rows, that joins a group of others."""
 
 WIDE_ROWS = 32
 """Query rows of one block of a wide request: few, so that scores stay near the cores."""
@@ -83,7 +83,10 @@ class PagedAttentionPlan:
             if m > NARROW_ROWS
         )
         groups = []
-        for members in group(narrow, q_lens, kv_lens):
+        seen = (
+            kv_lens if window is None else [min(n, m + window) for m, n in zip(q_lens, kv_lens, strict=True)]
+        )
+        for members in group(narrow, q_lens, seen):
             planned = _plan_narrow(slot_table, members, starts, q_lens, kv_lens, causal, dtype, window)
             if trees is not None:
                 _hide_other_branches(planned, [trees[i] for i in members])
@@ -189,11 +192,11 @@ def _plan_narrow(
     return NarrowGroup(bs, width, kv_width, slots, mask, gather_rows, scatter_rows, targets)
 
 
-def _hide_other_branches(group: NarrowGroup, trees: Sequence[torch.Tensor]) -> None:
+def _hide_other_branches(narrow: NarrowGroup, trees: Sequence[torch.Tensor]) -> None:
     """Of the last entries of each request, its own rows, let every row see its tree's only."""
-    if group.mask is None:
+    if narrow.mask is None:
         return  # One row each: there is no other branch.
-    hidden = group.mask.view(len(trees), group.width, group.kv_width)
+    hidden = narrow.mask.view(len(trees), narrow.width, narrow.kv_width)
     for rows, tree in zip(hidden, trees, strict=True):
         # The last row that sees the most tells where the request's entries end.
         end = int((rows[len(tree) - 1] == 0).nonzero()[-1]) + 1

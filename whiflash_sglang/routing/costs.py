@@ -1,4 +1,4 @@
-"""Latencies that the worker measures itself: a line per stage, refitted with every round."""
+"""Latencies that the worker measures itself: a line for drafting, a plane for verification, refitted every round."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,9 @@ STIFFNESS = 10.0
 
 FIRST_ROUND = 0.020
 """Seconds of a verification before the first one was timed."""
+
+FIRST_DRAFT = 0.0002
+"""Seconds that one more request adds to a draft pass, before their number differed."""
 
 PRIOR_SHARE = 0.03
 """What one more draft, or one more request, adds to a verification, as a share of it, before their number differed."""
@@ -38,12 +41,11 @@ FULL_LENGTH = Worth(0.0, 0.0)
 
 @dataclass(slots=True)
 class Line:
-    """seconds ≈ a + b·x by decayed least squares, pulled towards a prior while there is little data.
+    """seconds ≈ a + b·x by decayed least squares; b is pulled towards `prior_b` while there is little data.
 
-    The slope is never negative: more work is not faster, only noise says so.
+    The slope is never negative: more work is not faster, only noise says so. Something must have been added.
     """
 
-    prior_a: float
     prior_b: float
     _w: float = 0.0
     _x: float = 0.0
@@ -62,8 +64,6 @@ class Line:
     @property
     def slope(self) -> float:
         """Seconds that one more of x costs."""
-        if not self._w:
-            return self.prior_b
         mean_x, mean_y = self._x / self._w, self._y / self._w
         spread = self._xx / self._w - mean_x * mean_x
         if spread <= 1e-6:
@@ -74,8 +74,6 @@ class Line:
 
     def at(self, x: float) -> float:
         """Seconds at `x`, never below a tenth of the mean that was measured."""
-        if not self._w:
-            return self.prior_a + self.prior_b * x
         mean_x, mean_y = self._x / self._w, self._y / self._w
         return max(mean_y + self.slope * (x - mean_x), mean_y * 0.1)
 
@@ -108,11 +106,12 @@ class Plane:
         rx, rz = xy - x * y / w + STIFFNESS * prior, zy - z * y / w + STIFFNESS * prior
         determinant = sxx * szz - sxz * sxz
         draft, request = (rx * szz - rz * sxz) / determinant, (rz * sxx - rx * sxz) / determinant
-        if draft < 0:
-            return 0.0, max(0.0, rz / szz)
-        if request < 0:
-            return max(0.0, rx / sxx), 0.0
-        return draft, request
+        if draft >= 0 and request >= 0:
+            return draft, request
+        # The best plane that does not fall rests on one of the axes.
+        if request < 0 < rx:
+            return rx / sxx, 0.0
+        return 0.0, max(0.0, rz / szz)
 
     def at(self, drafts: float, requests: float) -> float:
         """Seconds, never below a tenth of the mean that was measured."""
@@ -143,7 +142,7 @@ class MeasuredCosts:
 
     def drafted(self, arm: str, requests: int, *, passes: int, seconds: float, catch_up: float) -> None:
         """`arm` drafted for `requests` requests in `passes` passes of its model, after catching up."""
-        self._draft.setdefault(arm, Line(0.0, 0.0002)).add(requests, seconds + catch_up)
+        self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
         self._pass.setdefault(arm, Mean()).add(seconds / max(passes, 1), MEMORY)
 
     def widened(self, arm: str, rows: int) -> None:

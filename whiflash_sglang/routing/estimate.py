@@ -1,4 +1,5 @@
-"""Expected acceptance per arm: running means, by context, shared by all requests, or a router's predictions.
+"""Expected acceptance per arm: running means, by context, shared by all requests, or a router's predictions at the
+level of what is accepted.
 
 A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
 span. A request's own recent rounds outweigh the shared means the more of them there are.
@@ -32,6 +33,8 @@ LEVEL_MEMORY = 100.0
 LEVEL_PRIOR = 20.0
 """Predicted accepted drafts for which a router is believed as it is."""
 
+LEVEL_LIMIT = 2.0
+"""No level is higher: copies behind drafts may be many times as long as what is predicted."""
 
 Context = tuple[int, str | None]
 
@@ -80,7 +83,7 @@ class AcceptanceEstimator:
     def _level(self, arm: str) -> float:
         """Accepted over predicted drafts: a router predicts drafts of full length, and text like its training's."""
         accepted, predicted = self._levels.get(arm, (Mean(), Mean()))
-        return (accepted.total + LEVEL_PRIOR) / (predicted.total + LEVEL_PRIOR)
+        return min((accepted.total + LEVEL_PRIOR) / (predicted.total + LEVEL_PRIOR), LEVEL_LIMIT)
 
     @staticmethod
     def _shrunk(mean: Mean | None, towards: float, weight: float) -> float:
