@@ -25,11 +25,16 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
 
     monkeypatch.setattr(worker, "routing_stats", counted)
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
-        monkeypatch.setattr(e.worker.controller, "route", lambda rows, *_: [arm] * len(rows))
+        # The last token is never drafted for.
+        route = lambda rows, lengths, outlooks: [arm if outlook else "none" for outlook in outlooks]  # noqa: E731
+        monkeypatch.setattr(e.worker.controller, "route", route)
         e.submit("a", [1, 2, 3], max_new_tokens=1 + ROUNDS)
         while not e.requests["a"].finished():
             e.step()
             known = [lane.entropy for lane in e.worker.controller.lanes.values()]
             assert len(read) < worker.PLAIN_ENTROPY_ROUNDS or not any(math.isnan(x) for x in known)
     rounds = e.worker.clock.rounds
-    assert len(read) == (rounds if arm == "ar" else math.ceil(rounds / worker.PLAIN_ENTROPY_ROUNDS))
+    if arm == "ar":
+        assert len(read) >= rounds - 1
+    else:
+        assert len(read) == math.ceil(rounds / worker.PLAIN_ENTROPY_ROUNDS)
