@@ -183,24 +183,23 @@ def test_every_length_has_a_chance(length: int, agreement: Agreement) -> None:
     assert calibration.chance(length, agreement) == 0.5
 
 
-def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
-    """Of a token repeated for long, a chain's newest places are those at the end of the run."""
-    run = [7] * 60
-    shared = SuffixIndex([1, 2, *run, 3, 4, 5, GAP], growing=False)
+def copying_a_run(rounds: int) -> Copier:
+    """It has copied 15 tokens a round from a token repeated 60 times, whose newest places are those at its end."""
+    shared = SuffixIndex([1, 2, *[7] * 60, 3, 4, 5, GAP], growing=False)
     copier = copier_of(9, 1, 2, shared=lambda: (shared,))
-    for _ in range(4):
+    for _ in range(rounds):
         copier.extend(tokens_of(copier.look(15, 0.0)))
-    before = copier.look(15, 0.0)
-    assert tokens_of(before) == [3, 4, 5]
+    return copier
+
+
+def test_a_copy_goes_on_where_it_was_though_newer_places_hide_it() -> None:
+    copier = copying_a_run(rounds=4)
+    assert tokens_of(copier.look(15, 0.0)) == [3, 4, 5]
     assert copier.look_beyond([3, 4], 1.0, 15, 0.0) == [5]
 
 
 def test_a_copy_behind_drafts_goes_on_where_it_was() -> None:
-    run = [7] * 60
-    shared = SuffixIndex([1, 2, *run, 3, 4, 5, GAP], growing=False)
-    copier = copier_of(9, 1, 2, shared=lambda: (shared,))
-    for _ in range(3):
-        copier.extend(tokens_of(copier.look(15, 0.0)))
+    copier = copying_a_run(rounds=3)
     copier.look(15, 0.0)
     assert copier.look_beyond([7] * 15, 1.0, 15, 0.0) == [3, 4, 5], "the newest places of the run end with it"
 

@@ -102,9 +102,7 @@ def run(case: Case, tensors: Tensors, scale: float = 0.25) -> torch.Tensor:
     return plan.run(tensors.q, tensors.k_cache, tensors.v_cache, scale)
 
 
-@settings(deadline=None, max_examples=150)
-@given(cases())
-def test_equals_the_reference(case: Case) -> None:
+def agrees_with_the_reference(case: Case) -> None:
     tensors = make_tensors(case)
     expected = reference(case, tensors, 0.25)
     found = run(case, tensors)
@@ -112,28 +110,30 @@ def test_equals_the_reference(case: Case) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
+@settings(deadline=None, max_examples=150)
+@given(cases())
+def test_equals_the_reference(case: Case) -> None:
+    agrees_with_the_reference(case)
+
+
 @settings(deadline=None, max_examples=100)
 @given(cases())
 def test_wide_requests_equal_the_reference(case: Case) -> None:
     """The same, with limits so low that requests are split into blocks and mixed with narrow ones."""
-    tensors = make_tensors(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged_attention, "NARROW_ROWS", 3)
         patch.setattr(paged_attention, "WIDE_ROWS", 5)
         patch.setattr(grouping, "GROUP", case.seed % 2 * grouping.GROUP)
-        found = run(case, tensors)
-    torch.testing.assert_close(found.double(), reference(case, tensors, 0.25), rtol=0, atol=1e-5)
+        agrees_with_the_reference(case)
 
 
 @settings(deadline=None, max_examples=100)
 @given(cases())
 def test_groups_equal_the_reference(case: Case) -> None:
     """The same, where groups cost so little that no request is padded for another."""
-    tensors = make_tensors(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping, "GROUP", 0.1)
-        found = run(case, tensors)
-    torch.testing.assert_close(found.double(), reference(case, tensors, 0.25), rtol=0, atol=1e-5)
+        agrees_with_the_reference(case)
 
 
 @settings(deadline=None, max_examples=50)
