@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,12 +74,13 @@ class Server:
 
 
 class ServerHost:
-    """The process that has imported SGLang and forks servers."""
+    """The process that has imported SGLang and forks servers. Threads may start servers at the same time."""
 
     def __init__(self, *, omp_threads: int = 1, env: dict[str, str] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="server-host-")
-        self._count = 0
         self._servers: list[Server] = []
+        self._ports: set[int] = set()
+        self._asking = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -89,32 +91,39 @@ class ServerHost:
             env={**os.environ, "OMP_NUM_THREADS": str(omp_threads), **(env or {})},
         )
 
-    def start(self, *args: str, port: int | None = None) -> Server:
+    def start(self, *args: str) -> Server:
         """Fork a server with ``args`` beside :data:`SMALL` and wait until it has served its warm-up request.
 
         Raises:
             RuntimeError: it ended or did not become healthy in time; carries the end of its log.
         """
-        port = port or free_port()
-        self._count += 1
-        log = Path(self._directory.name) / f"server-{self._count}.log"
-        request = {"args": [*SMALL, "--port", str(port), *args], "log": str(log)}
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise AssertionError("the host is started with pipes")
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        answer = stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the server host ended with status {self._process.wait()}")
-        server = Server(int(answer), port, log)
-        self._servers.append(server)
+        server = self._fork(args)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not answers(server.url + "/health"):
             if not _alive(server.pid) or time.monotonic() > deadline:
                 server.stop()
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
             time.sleep(0.2)
+        return server
+
+    def _fork(self, args: Sequence[str]) -> Server:
+        """One question and its answer at a time: a thread that read another's would stop the wrong server."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise AssertionError("the host is started with pipes")
+        with self._asking:
+            while (port := free_port()) in self._ports:
+                pass  # a server that still starts has not bound its port
+            self._ports.add(port)
+            log = Path(self._directory.name) / f"server-{len(self._servers)}.log"
+            request = {"args": [*SMALL, "--port", str(port), *args], "log": str(log)}
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            answer = stdout.readline()
+            if not answer:
+                raise RuntimeError(f"the server host ended with status {self._process.wait()}")
+            server = Server(int(answer), port, log)
+            self._servers.append(server)
         return server
 
     def close(self) -> None:
