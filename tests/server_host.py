@@ -102,7 +102,7 @@ class ServerHost:
         while not answers(server.url + "/health"):
             if not _alive(server.pid) or time.monotonic() > deadline:
                 server.stop()
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
+                raise RuntimeError(f"the server did not start:\n{server.log.read_text()[-4000:]}")
             time.sleep(0.2)
         return server
 
