@@ -225,7 +225,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             return block, verified, verified.logits.argmax(-1)
         # Sampling works in place; the controller reads the raw distribution.
         verified.output.next_token_logits = verified.logits.clone()
-        self.tokens.put_block(requests.rows, requests.starts + 1, proposal.tokens)
+        self._note_tokens(requests, proposal.tokens)
         predictions = sampling.sample_rows(
             self.target.runner,
             batch,
@@ -258,7 +258,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             starts,
             widest=committed.tokens.shape[1],
         )
-        self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
+        self._note_tokens(requests, committed.tokens)
         needs, last = self.controller.policy.needs, starts + committed.accept_lens - 1
         drafted = any(arm != arms.NONE for arm in routes)
         if "entropy" in needs and (drafted or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0):
@@ -271,6 +271,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             outputs = router_mlp(verified.final_hidden[last], *self.router)
             for row, predicted in zip(requests.row_ids, outputs.tolist(), strict=True):
                 note(self.controller.lanes[row], predicted)
+
+    def _note_tokens(self, requests: RoundBatch, tokens: torch.Tensor) -> None:
+        """Keep what follows position n, for penalties; where nobody is penalised nobody reads it."""
+        if any(sampling.is_penalised(req) for req in requests.reqs):
+            self.tokens.put_block(requests.rows, requests.starts + 1, tokens)
 
     def _learn(
         self, requests: RoundBatch, routes: Sequence[str], widths: Sequence[int], committed: Committed

@@ -93,7 +93,7 @@ def test_any_round(backend: str, widths: list[int], seed: int, padding: int | No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("widths", [[], [0], [1], [16], [1, 1, 1], [8, 4, 1, 16], [0, 5, 0]])
+@pytest.mark.parametrize("widths", [[], [0], [1], [16], [1, 1, 1], [0, 1, 1], [8, 4, 1, 16], [0, 5, 0]])
 def test_rounds(backend: str, dtype: torch.dtype, widths: list[int]) -> None:
     check_round(backend, widths, 1, dtype=dtype)
     check_round(backend, widths, 2, padding=3, dtype=dtype)

@@ -78,7 +78,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     (root / "scratch").mkdir()
     subject = build_subject(str(target), str(root / "bundle"), "float32", (), root / "scratch", ARMS)
     arms = build_arms(ARMS, subject)
-    return Plan(subject, tuple(arms), prompts(), loads=LOADS, repetitions=2, max_tokens=24)
+    return Plan(subject, tuple(arms), prompts(), loads=LOADS, repetitions=2, max_tokens=24, restart=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +87,23 @@ def journal(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Journal:
 
 
 @pytest.fixture(scope="module")
-def report(plan: Plan, host: ServerHost, journal: Journal) -> Report:
-    with _fleet(host) as fleet, _silent() as progress:
+def started() -> list[Sequence[str]]:
+    """Arguments of every server that the run of `report` started."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(plan: Plan, host: ServerHost, journal: Journal, started: list[Sequence[str]]) -> Report:
+    with _fleet(host, started) as fleet, _silent() as progress:
         return Runner(plan, fleet, journal, progress).run(resume=False)
 
 
-def _fleet(host: ServerHost) -> Fleet:
-    return Fleet(lambda arguments, log: Forked(host, arguments))
+def _fleet(host: ServerHost, started: list[Sequence[str]]) -> Fleet:
+    def start(arguments: Sequence[str], log: object) -> Forked:
+        started.append(arguments)
+        return Forked(host, arguments)
+
+    return Fleet(start)
 
 
 def _silent() -> Progress:
@@ -111,6 +121,13 @@ def test_every_arm_answers_every_prompt(report: Report, plan: Plan) -> None:
             assert overall.output_tokens_per_s is not None
             assert overall.output_tokens_per_s > 0
     assert sum(report.categories.values()) == len(prompts()) + 1, "the second turn is a prompt of its own"
+
+
+def test_every_repetition_has_servers_of_its_own(
+    report: Report, plan: Plan, started: list[Sequence[str]]
+) -> None:
+    assert len(started) == plan.repetitions * len({arm.server for arm in plan.arms})
+    assert "new servers for each" in render(report)
 
 
 def test_outputs_equal_plain_decoding(report: Report) -> None:
@@ -166,8 +183,9 @@ def test_hints_are_seen_by_one_arm_and_measured_in_both(report: Report, journal:
 def test_a_finished_run_resumes_without_asking_again(
     plan: Plan, host: ServerHost, journal: Journal, report: Report
 ) -> None:
-    before = journal.read()
-    with _fleet(host) as fleet, _silent() as progress:
+    before, servers = journal.read(), []
+    with _fleet(host, servers) as fleet, _silent() as progress:
         again = Runner(plan, fleet, journal, progress).run(resume=True)
+    assert len(servers) == len({arm.server for arm in plan.arms}), "nothing is left that wants new servers"
     assert journal.read() == before
     assert again.arms == report.arms

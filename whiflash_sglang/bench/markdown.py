@@ -28,6 +28,7 @@ def _setting(report: Report) -> str:
     prompts = ", ".join(f"{count} {name}" for name, count in report.categories.items())
     repetitions = "1 repetition" if p["repetitions"] == 1 else f"{p['repetitions']} repetitions"
     order = "interleaved" if p["interleaved"] else "one arm after the other"
+    order += ", new servers for each" if p.get("restarted") else ""
     return (
         f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, {p['dtype']}, "
         f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "

@@ -38,6 +38,8 @@ class Plan:
     repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
     scaling: afterwards measure how a round of `auto` grows with batch and context (interleaved runs only).
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
+    restart: start the servers anew for every repetition (interleaved runs only). Two processes that do the same may
+        differ by 1 % for as long as they live; without new ones that is taken for the arms'.
     """
 
     subject: Subject
@@ -47,6 +49,7 @@ class Plan:
     repetitions: int = 3
     max_tokens: int = 160
     interleave: bool = True
+    restart: bool = False
     minutes: float | None = None
     scaling: bool = False
 
@@ -110,14 +113,18 @@ class Runner:
     def _interleaved(self) -> None:
         self._start(self._plan.arms)
         self._ask_references()
-        for arm in self._available():
-            self._warm_up(arm)
+        self._warm_up_all()
         task = self._progress.add_task("measuring", total=1)
         began, done, planned = time.monotonic(), 0, self._plan.repetitions
         while done < planned:
             steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
             self._progress.update(task, total=planned * len(steps))
-            asyncio.run(self._measure(remaining(steps, self.cells), task))
+            left = remaining(steps, self.cells)
+            if self._plan.restart and done and left:
+                self._fleet.close()
+                self._start([self._arms[name] for name in self._available()])
+                self._warm_up_all()
+            asyncio.run(self._measure(left, task))
             done += 1
             self._progress.update(task, completed=done * len(steps))
             planned = self._fitting(done, (time.monotonic() - began) / done)
@@ -208,6 +215,10 @@ class Runner:
         together = [key for key, group in groups.items() if group != LOOPS]
         return list(groups), together or list(groups)
 
+    def _warm_up_all(self) -> None:
+        for name in self._available():
+            self._warm_up(name)
+
     def _warm_up(self, name: str) -> None:
         prompts = tuple(list(self._references)[:WARM_UP_PROMPTS])
         task = self._progress.add_task(f"warming up {name}", total=None)
@@ -279,6 +290,7 @@ class Runner:
             "busy_after": provenance.busy(),
             "seconds": round(time.monotonic() - self._began, 1),
             "interleaved": plan.interleave,
+            "restarted": plan.restart,
             "repetitions": len({cell.repetition for cell in cells}),
             "max_tokens": plan.max_tokens,
             "prompts_sha256": digest_of(plan.prompts),

@@ -95,6 +95,7 @@ def register(app: typer.Typer) -> None:
             float | None, typer.Option(help="Start no repetition that would end later.")
         ] = None,
         interleave: Annotated[bool, typer.Option(help="All servers up at once, prompts in turn.")] = True,
+        restart: Annotated[bool, typer.Option(help="New servers for every repetition.")] = False,
         scaling: Annotated[bool, typer.Option(help="Also a round's cost against batch and context.")] = False,
         json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
         markdown_path: Annotated[
@@ -126,6 +127,8 @@ def register(app: typer.Typer) -> None:
             raise ConfigError(
                 "--scaling measures the arm auto while all servers are up: drop --no-interleave"
             )
+        if restart and not interleave:
+            raise ConfigError("--restart is for interleaved runs: drop --no-interleave")
         if plots is not None and find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[train]'")
         chosen = sample(load_prompts(prompts or str(shipped())), scale.per_category)
@@ -144,6 +147,7 @@ def register(app: typer.Typer) -> None:
                 repetitions=repetitions,
                 max_tokens=scale.max_tokens,
                 interleave=interleave,
+                restart=restart,
                 minutes=scale.minutes,
                 scaling=scaling,
             )

@@ -33,6 +33,14 @@ def is_plain_greedy(info: SamplingBatchInfo, has_grammar: bool) -> bool:
     )
 
 
+def is_penalised(req: Any) -> bool:
+    """Whether a request's next token depends on which tokens it generated; never changes while it runs."""
+    p = req.sampling_params
+    return bool(
+        p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0
+    )
+
+
 def grammar_tree(block: MixedBlock, widths: Sequence[int]) -> GrammarTree:
     """The drafts as chains for SGLang's mask builder, padded to the widest; start it before the target forward."""
     widest, size = max(widths), len(widths)
@@ -142,8 +150,8 @@ def _penalised(
 ) -> list[PenaltyRequest]:
     found, first = [], 0
     for req, length, table_row, width in zip(reqs, lengths, table_rows, widths, strict=True):
-        p = req.sampling_params
-        if p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0:
+        if is_penalised(req):
+            p = req.sampling_params
             found.append(
                 PenaltyRequest(
                     table_row,

@@ -48,8 +48,10 @@ class DraftStage:
 
     def draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        tokens = torch.zeros((len(routes), self.widest), dtype=torch.int64, device=requests.bonus.device)
         widths = [1] * len(routes)
+        if not any(route in self.drafters for route in routes):
+            return Proposal(requests.bonus.new_empty((len(routes), 0)), widths)
+        tokens = torch.zeros((len(routes), self.widest), dtype=torch.int64, device=requests.bonus.device)
         tails: dict[int, Sequence[int]] = {}
         for arm, drafter in self.drafters.items():
             members = [i for i, route in enumerate(routes) if route == arm]

@@ -18,17 +18,27 @@ def park(
     row_starts: Tensor,
 ) -> None:
     """See `whiflash_kernels.backlog.park`."""
-    capacity = rings.capacity
+    if all(length == 1 for length in lengths.tolist()):
+        # What a round without drafts leaves; see reference/block.py.
+        source, ring_rows = row_starts, request_slots.long() * rings.capacity + begins % rings.capacity
+    else:
+        source, ring_rows = _ragged(rings.capacity, request_slots, begins, lengths, row_starts)
+    rings.features.flatten(0, 1).index_copy_(0, ring_rows, features.index_select(0, source))
+    rings.next_tokens.view(-1).index_copy_(0, ring_rows, next_tokens.index_select(0, source))
+
+
+def _ragged(
+    capacity: int, request_slots: Tensor, begins: Tensor, lengths: Tensor, row_starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Source row and ring row of everything that is parked."""
     kept = lengths.clamp_max(capacity).long()
     owner = torch.repeat_interleave(kept)
     # Index inside the request's run of rows; a run longer than the ring keeps its last `capacity` rows.
     inside = (
         torch.arange(owner.numel(), device=owner.device) - (kept.cumsum(0) - kept - lengths + kept)[owner]
     )
-    source = row_starts[owner] + inside
     ring_rows = request_slots[owner].long() * capacity + (begins[owner] + inside) % capacity
-    rings.features.flatten(0, 1)[ring_rows] = features[source]
-    rings.next_tokens.view(-1)[ring_rows] = next_tokens[source]
+    return row_starts[owner] + inside, ring_rows
 
 
 def unpark(
