@@ -1,6 +1,5 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,18 +35,15 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.profile import profile_drafts
 from whiflash_sglang.drafters.stage import DraftStage, Proposal
-from whiflash_sglang.lookup.memory import tenant_of
+from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.neural import note
-from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 
-logger = logging.getLogger(__name__)
-
-PLAIN_ENTROPY_ROUNDS = 4
+PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
 
 
@@ -73,7 +69,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
         )
-        release.notify(self)
         memory.reserve(
             per_token=sum(d.kv_bytes_per_token() for d in self.drafters.values()),
             fixed=self.sync.bytes_for(max_running_requests() + 1),
@@ -94,12 +89,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         rows, context = self.target.slot_table.shape
         self.stage = DraftStage(self.drafters, self.sync, self.controller, self.clock, self.target.slot_table)
         self.tokens = TokenTable(rows, context, self.stage.widest + 1, self.target.device)
+        self.lifecycle = Lifecycle(self.drafters, self.sync, self.controller, self.tokens)
+        release.notify(self.lifecycle)
         profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, self.controller.costs)
 
     def clear_cache_pool(self) -> None:
-        """`flush_cache`: every slot is free, so nothing that was parked has a home."""
-        for row in list(self.controller.lanes):
-            self._forget(row)
+        """`flush_cache`."""
+        self.lifecycle.forget_all()
 
     def settings_with(self, change: Any) -> Settings:
         """The settings after a change of policy. Raises ConfigError naming the field that is wrong."""
@@ -185,9 +181,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
         self.sync.prefill(prompt, rows.row_ids, rows.rows, rows.last_rows)
         for req, row in zip(batch.reqs, rows.row_ids, strict=True):
-            # After a retraction its last row may hold what it knew before an earlier one.
-            if req.output_ids or not self.controller.holds(row, req.rid):
-                self._open(row, req)
+            self.lifecycle.begin(row, req)
         ends = rows.positions[rows.last_rows] + 1
         self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
         result.next_draft_input = DraftInput(
@@ -305,42 +299,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         joined = arm in self.drafters and self.controller.policy.joins_arms
         return self.stage.widest + 1 if joined else self._widest(arm)
 
-    # ---------------------------------------------------------------- a request's beginning and end
-
-    def _open(self, row: int, req: Any) -> None:
-        """A request begins in `row`, or begins again after a retraction."""
-        hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
-        for drafter in self.drafters.values():
-            drafter.begin(row, hints, tenant)
-        self.controller.open(row, req.rid, hints, req.output_ids)
-        self.tokens.begin(row, len(req.origin_input_ids), req.output_ids)
-
     def prepare_for_kv_cache_release(self, req: Any) -> None:
         """SGLang's own hook: a finished request's slots are about to enter the tree."""
-        self.released(req, enters_tree=True)
-
-    def released(self, req: Any, *, enters_tree: bool) -> None:
-        """The request gives its slots up. What enters the tree is flushed first; otherwise the backlog is dropped."""
-        row = req.kv.req_pool_idx
-        if row is None or not self.controller.holds(row, req.rid):
-            return
-        if enters_tree:
-            self.sync.flush(row, req.owned_kv_len())
-            for drafter in self.drafters.values():
-                drafter.finish(row, req.output_ids_through_stop)
-        self._forget(row)
-
-    def _forget(self, row: int) -> None:
-        self.sync.forget(row)
-        self.controller.forget(row)
-        for drafter in self.drafters.values():
-            drafter.release(row)
-
-
-def _hints_of(req: Any) -> RequestHints:
-    """The request's hints. HTTP refuses malformed ones; an embedded engine has no HTTP, so there they are dropped."""
-    try:
-        return parse_hints(req.sampling_params.custom_params)
-    except HintError as error:
-        logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
-        return RequestHints()
+        self.lifecycle.released(req, enters_tree=True)

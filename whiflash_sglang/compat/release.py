@@ -15,7 +15,7 @@ from whiflash_sglang.compat.patching import replace
 
 
 class Owner(Protocol):
-    """The worker, as seen from here."""
+    """Who keeps something per request."""
 
     def released(self, req: Any, *, enters_tree: bool) -> None: ...
 

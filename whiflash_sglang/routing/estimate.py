@@ -68,10 +68,13 @@ class AcceptanceEstimator:
         mean = self._by_arm.get(arm)
         return mean.weight if mean else 0.0
 
+    def usual(self, arm: str) -> float:
+        """Acceptance length of `arm` in all contexts together."""
+        return self._shrunk(self._by_arm.get(arm), PRIOR_LENGTH, PRIOR_WEIGHT)
+
     def expect(self, arm: str, signals: Signals) -> float:
         """Expected acceptance length of the request's next round with `arm`."""
-        overall = self._shrunk(self._by_arm.get(arm), PRIOR_LENGTH, PRIOR_WEIGHT)
-        shared = self._shrunk(self._by_context.get((arm, context_of(signals))), overall, 4.0)
+        shared = self._shrunk(self._by_context.get((arm, context_of(signals))), self.usual(arm), 4.0)
         believed, weight = shared, SHARED_WEIGHT
         if arm in signals.predicted:
             believed, weight = 1 + (signals.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT

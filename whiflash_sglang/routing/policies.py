@@ -140,6 +140,9 @@ class RandomPolicy(Blind):
 PROBE_ROUNDS = 256
 """Rounds of the batch after which an arm that was not used is tried once more, so that it can come back."""
 
+HOPELESS = 0.25
+"""Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
+
 FIRST_PROBE = 4
 """The same for an arm that was never used; doubles with every round of a request with it that was seen."""
 
@@ -183,8 +186,12 @@ class AutoPolicy:
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:
             return signals.expected[arm]
-        patience = min(PROBE_ROUNDS, FIRST_PROBE * 2 ** min(self.estimator.rounds(arm), 8.0))
-        if self._idle.setdefault(arm, 0) >= patience and arm not in self._probing:
+        if self._idle.setdefault(arm, 0) >= self._patience(arm) and arm not in self._probing:
             self._probing.add(arm)
             return PROBE_SCORE
         return self.estimator.expect(arm, signals)
+
+    def _patience(self, arm: str) -> float:
+        """Rounds without an arm after which it is tried: the more, the better it is known, and the worse it is."""
+        drafts = min(max(self.estimator.usual(arm) - 1, HOPELESS), 1.0)
+        return min(PROBE_ROUNDS / drafts, FIRST_PROBE * 2 ** min(self.estimator.rounds(arm), 16.0))

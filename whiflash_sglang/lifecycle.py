@@ -1,0 +1,65 @@
+"""A request's beginning and end, told to everything that keeps something per row of the request table."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from whiflash_sglang.cache.sync import DraftSync
+from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.lookup.memory import tenant_of
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
+
+logger = logging.getLogger(__name__)
+
+
+class Lifecycle:
+    """Opens and closes what drafters, backlog, controller and token table keep of a request."""
+
+    def __init__(
+        self, drafters: Mapping[str, Drafter], sync: DraftSync, controller: Controller, tokens: TokenTable
+    ) -> None:
+        self._drafters, self._sync, self._controller, self._tokens = drafters, sync, controller, tokens
+
+    def begin(self, row: int, req: Any) -> None:
+        """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk)."""
+        # After a retraction its last row may hold what it knew before an earlier one.
+        if not req.output_ids and self._controller.holds(row, req.rid):
+            return
+        hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
+        for drafter in self._drafters.values():
+            drafter.begin(row, hints, tenant)
+        self._controller.open(row, req.rid, hints, req.output_ids)
+        self._tokens.begin(row, len(req.origin_input_ids), req.output_ids)
+
+    def released(self, req: Any, *, enters_tree: bool) -> None:
+        """The request gives its slots up. What enters the tree is flushed first; otherwise the backlog is dropped."""
+        row = req.kv.req_pool_idx
+        if row is None or not self._controller.holds(row, req.rid):
+            return
+        if enters_tree:
+            self._sync.flush(row, req.owned_kv_len())
+            for drafter in self._drafters.values():
+                drafter.finish(row, req.output_ids_through_stop)
+        self._forget(row)
+
+    def forget_all(self) -> None:
+        """Every slot is free, so nothing that was parked has a home."""
+        for row in list(self._controller.lanes):
+            self._forget(row)
+
+    def _forget(self, row: int) -> None:
+        self._sync.forget(row)
+        self._controller.forget(row)
+        for drafter in self._drafters.values():
+            drafter.release(row)
+
+
+def _hints_of(req: Any) -> RequestHints:
+    """The request's hints. HTTP refuses malformed ones; an embedded engine has no HTTP, so there they are dropped."""
+    try:
+        return parse_hints(req.sampling_params.custom_params)
+    except HintError as error:
+        logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
+        return RequestHints()
