@@ -24,7 +24,7 @@ class Lifecycle:
 
     def begin(self, row: int, req: Any) -> None:
         """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk)."""
-        # After a retraction its last row may hold what it knew before an earlier one.
+        # With output it was retracted: what its row still holds may be of before an earlier retraction.
         if not req.output_ids and self._controller.holds(row, req.rid):
             return
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)

@@ -70,7 +70,7 @@ class Server:
             "--port",
             str(self.port),
         ]
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             # A session of its own, so that Ctrl-C reaches the owner alone and the owner ends the tree.
             self._process = subprocess.Popen(
                 command + self._arguments,

@@ -44,8 +44,8 @@ def park(
 
     Grid: (B * max_length, width / block); graph-capturable, no host synchronisation.
     Numerics: a copy.
-    Fallback: torch (index expression and one ``index_put_`` for each ring).
-    Compared: ``index_copy_`` needs the ragged row indices materialised first (six small launches); SGLang
+    Fallback: torch (row indices, then one ``index_copy_`` for each ring).
+    Compared: torch needs the ragged row indices materialised first (six small launches); SGLang
     parks nothing and appends to the draft's KV in every round.
     Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
     """

@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from whiflash_sglang.bench.prompts import Prompt
 from whiflash_sglang.bench.report import Report
 from whiflash_sglang.bench.runner import Plan, Runner
 from whiflash_sglang.bench.subject import build_subject
+from whiflash_sglang.errors import WhiflashError
 
 pytestmark = pytest.mark.server
 
@@ -189,3 +192,31 @@ def test_a_finished_run_resumes_without_asking_again(
     assert len(servers) == len({arm.server for arm in plan.arms}), "nothing is left that wants new servers"
     assert journal.read() == before
     assert again.arms == report.arms
+
+
+def test_a_server_that_does_not_start_again_loses_no_measurement(
+    plan: Plan, host: ServerHost, tmp_path: Path
+) -> None:
+    arms = tuple(arm for arm in plan.arms if arm.name in ("none", "auto"))
+    small = replace(plan, arms=arms, prompts=plan.prompts[:1], loads=LOADS[:1])
+    journal = Journal(tmp_path / "cells.jsonl", small.fingerprint)
+    started: list[str] = []
+
+    class Once(Forked):
+        def __enter__(self) -> Forked:
+            if started.count("WHIFLASH") > 1:
+                raise RuntimeError("OSError: no memory")
+            return super().__enter__()
+
+    def start(arguments: Sequence[str], log: object) -> Forked:
+        speculating = "WHIFLASH" in arguments
+        started.append("WHIFLASH" if speculating else "none")
+        return (Once if speculating else Forked)(host, arguments)
+
+    with (
+        Fleet(start) as fleet,
+        _silent() as progress,
+        pytest.raises(WhiflashError, match=r"auto: .*no memory.*--resume"),
+    ):
+        Runner(small, fleet, journal, progress).run(resume=False)
+    assert {(cell.arm, cell.repetition) for cell in journal.read()} == {("none", 0), ("auto", 0)}

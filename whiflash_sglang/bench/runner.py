@@ -62,6 +62,7 @@ class Plan:
             "prompts": digest_of(self.prompts),
             "loads": [load.label for load in self.loads],
             "max_tokens": self.max_tokens,
+            "order": [self.interleave, self.restart],
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -115,19 +116,30 @@ class Runner:
         self._ask_references()
         self._warm_up_all()
         task = self._progress.add_task("measuring", total=1)
-        began, done, planned = time.monotonic(), 0, self._plan.repetitions
+        # A repetition with new servers takes as long as they take to start.
+        began = self._began if self._plan.restart else time.monotonic()
+        done, planned, used = 0, self._plan.repetitions, False
         while done < planned:
             steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
             self._progress.update(task, total=planned * len(steps))
             left = remaining(steps, self.cells)
-            if self._plan.restart and done and left:
-                self._fleet.close()
-                self._start([self._arms[name] for name in self._available()])
-                self._warm_up_all()
+            if self._plan.restart and used and left:
+                self._renew()
+            used = used or bool(left)
             asyncio.run(self._measure(left, task))
             done += 1
             self._progress.update(task, completed=done * len(steps))
             planned = self._fitting(done, (time.monotonic() - began) / done)
+
+    def _renew(self) -> None:
+        """New servers. Raises WhiflashError where one does not start: what its arm has measured must not be lost."""
+        names = self._available()
+        self._fleet.close()
+        self._start([self._arms[name] for name in names])
+        lost = [f"{name}: {self.unavailable[name]}" for name in names if name in self.unavailable]
+        if lost:
+            raise WhiflashError(f"{'; '.join(lost)}; --resume goes on from what was measured")
+        self._warm_up_all()
 
     def _fitting(self, done: int, seconds_each: float) -> int:
         """Repetitions that fit into the time given, at least those that are done."""

@@ -1,4 +1,4 @@
-"""The known tokens of every running request, on the device.
+"""The generated tokens of running requests whose penalties count them, on the device.
 
 Penalties count the tokens generated so far, drafts included; the host's lists lag a round under overlap
 scheduling, this table does not.
@@ -11,6 +11,8 @@ import torch
 
 class TokenTable:
     """`[request rows, context + margin]` int64; entry (r, p) is the token at position p while p <= n.
+
+    The worker writes rounds in which some request is penalised; the rows of others may lack tokens.
 
     Args:
         margin: the widest block that `put_block` may write past the context's end.

@@ -34,7 +34,7 @@ def is_plain_greedy(info: SamplingBatchInfo, has_grammar: bool) -> bool:
 
 
 def is_penalised(req: Any) -> bool:
-    """Whether a request's next token depends on which tokens it generated; never changes while it runs."""
+    """Whether a request's next token depends on the tokens it generated, as a count of each or of all."""
     p = req.sampling_params
     return bool(
         p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0

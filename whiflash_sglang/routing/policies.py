@@ -140,11 +140,11 @@ class RandomPolicy(Blind):
 PROBE_ROUNDS = 256
 """Rounds of the batch after which an arm that was not used is tried once more, so that it can come back."""
 
-HOPELESS = 0.25
-"""Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
-
 FIRST_PROBE = 4
 """The same for an arm that was never used; doubles with every round of a request with it that was seen."""
+
+HOPELESS = 0.25
+"""Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
 
 PROBE_SCORE = 1e6
 """A score that wins once, whatever the arm costs and however many requests there are."""
@@ -194,4 +194,4 @@ class AutoPolicy:
     def _patience(self, arm: str) -> float:
         """Rounds without an arm after which it is tried: the more, the better it is known, and the worse it is."""
         drafts = min(max(self.estimator.usual(arm) - 1, HOPELESS), 1.0)
-        return min(PROBE_ROUNDS / drafts, FIRST_PROBE * 2 ** min(self.estimator.rounds(arm), 16.0))
+        return min(PROBE_ROUNDS / drafts, FIRST_PROBE * 2 ** self.estimator.rounds(arm))

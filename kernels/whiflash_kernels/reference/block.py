@@ -1,7 +1,7 @@
 """Building and committing mixed-width blocks in plain torch.
 
 A round without drafts has one row a request, known beforehand. It is the round in which a few microseconds of small
-operators show most, so it has a way of its own, a third as long.
+operators show most, so it has a way of its own.
 """
 
 import torch
