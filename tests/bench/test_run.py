@@ -101,10 +101,10 @@ def report(plan: Plan, host: ServerHost, journal: Journal, started: list[Sequenc
         return Runner(plan, fleet, journal, progress).run(resume=False)
 
 
-def _fleet(host: ServerHost, started: list[Sequence[str]]) -> Fleet:
+def _fleet(host: ServerHost, started: list[Sequence[str]], server: type[Forked] = Forked) -> Fleet:
     def start(arguments: Sequence[str], log: object) -> Forked:
         started.append(arguments)
-        return Forked(host, arguments)
+        return server(host, arguments)
 
     return Fleet(start)
 
@@ -200,21 +200,16 @@ def test_a_server_that_does_not_start_again_loses_no_measurement(
     arms = tuple(arm for arm in plan.arms if arm.name in ("none", "auto"))
     small = replace(plan, arms=arms, prompts=plan.prompts[:1], loads=LOADS[:1])
     journal = Journal(tmp_path / "cells.jsonl", small.fingerprint)
-    started: list[str] = []
+    started: list[Sequence[str]] = []
 
     class Once(Forked):
         def __enter__(self) -> Forked:
-            if started.count("WHIFLASH") > 1:
+            if "WHIFLASH" in self._arguments and started.count(self._arguments) > 1:
                 raise RuntimeError("OSError: no memory")
             return super().__enter__()
 
-    def start(arguments: Sequence[str], log: object) -> Forked:
-        speculating = "WHIFLASH" in arguments
-        started.append("WHIFLASH" if speculating else "none")
-        return (Once if speculating else Forked)(host, arguments)
-
     with (
-        Fleet(start) as fleet,
+        _fleet(host, started, Once) as fleet,
         _silent() as progress,
         pytest.raises(WhiflashError, match=r"auto: .*no memory.*--resume"),
     ):

@@ -26,7 +26,7 @@ class Signals:
     """Per-request signals. Host-side ones may lag one round (overlap scheduling) and say for which length they hold.
 
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
-        verified position, where nothing is drafted of up to three rounds before; NaN when it was not measured.
+        verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
         top1, margin: probabilities of the same distribution.
     recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
         outside spans (bonus token included).

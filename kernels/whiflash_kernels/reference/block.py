@@ -22,10 +22,23 @@ def prepare_mixed_block(
 ) -> MixedBlock:
     """See `whiflash_kernels.block.prepare_mixed_block`."""
     if not drafts.shape[1] and all(width == 1 for width in widths.tolist()):
-        block = _one_row_each(bonus, seq_lens, request_slots, req_to_token)
-    else:
-        block = _packed(bonus, drafts, widths, seq_lens, request_slots, req_to_token)
-    return block if rows is None else _pad(block, rows, pad_slot)
+        return _pad(_one_row_each(bonus, seq_lens, request_slots, req_to_token), rows, pad_slot)
+    widths = widths.long()
+    ends = widths.cumsum(0)
+    indptr = torch.zeros(widths.numel() + 1, dtype=torch.int32, device=widths.device)
+    indptr[1:] = ends
+    owner = torch.repeat_interleave(widths)
+    offset = torch.arange(owner.numel(), device=owner.device) - (ends - widths)[owner]
+    positions = seq_lens[owner].long() + offset
+    tokens = torch.cat([bonus[:, None], drafts], dim=1)
+    block = MixedBlock(
+        input_ids=tokens[owner, offset],
+        positions=positions,
+        cache_slots=req_to_token[request_slots[owner], positions].long(),
+        request_of_row=owner,
+        qo_indptr=indptr,
+    )
+    return _pad(block, rows, pad_slot)
 
 
 def _one_row_each(bonus: Tensor, seq_lens: Tensor, request_slots: Tensor, req_to_token: Tensor) -> MixedBlock:
@@ -39,33 +52,8 @@ def _one_row_each(bonus: Tensor, seq_lens: Tensor, request_slots: Tensor, req_to
     )
 
 
-def _packed(
-    bonus: Tensor,
-    drafts: Tensor,
-    widths: Tensor,
-    seq_lens: Tensor,
-    request_slots: Tensor,
-    req_to_token: Tensor,
-) -> MixedBlock:
-    widths = widths.long()
-    ends = widths.cumsum(0)
-    indptr = torch.zeros(widths.numel() + 1, dtype=torch.int32, device=widths.device)
-    indptr[1:] = ends
-    owner = torch.repeat_interleave(widths)
-    offset = torch.arange(owner.numel(), device=owner.device) - (ends - widths)[owner]
-    positions = seq_lens[owner].long() + offset
-    tokens = torch.cat([bonus[:, None], drafts], dim=1)
-    return MixedBlock(
-        input_ids=tokens[owner, offset],
-        positions=positions,
-        cache_slots=req_to_token[request_slots[owner], positions].long(),
-        request_of_row=owner,
-        qo_indptr=indptr,
-    )
-
-
-def _pad(block: MixedBlock, rows: int, pad_slot: int) -> MixedBlock:
-    missing = rows - block.positions.numel()
+def _pad(block: MixedBlock, rows: int | None, pad_slot: int) -> MixedBlock:
+    missing = 0 if rows is None else rows - block.positions.numel()
     if missing < 0:
         raise ValueError(
             f"the widths sum to {block.positions.numel()} rows, more than rows={rows}: raise rows"
