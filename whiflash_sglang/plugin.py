@@ -31,13 +31,24 @@ def register() -> None:
             raise SystemExit(f"whiflash: error: {error}") from None
         logger.warning("WHIFLASH is not available: %s", error)
         return
-    from whiflash_sglang.compat import algorithm, control, flags, memory, radix, release, streamer, whitespace
+    from whiflash_sglang.compat import (
+        algorithm,
+        control,
+        flags,
+        memory,
+        radix,
+        release,
+        step,
+        streamer,
+        whitespace,
+    )
 
     algorithm.register()
     flags.install()
     memory.install()
     radix.install()
     release.install()
+    step.install()
     streamer.install()
     control.install()
     whitespace.install()

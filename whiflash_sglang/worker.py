@@ -1,5 +1,6 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,16 +18,17 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import memory, release, sampling
+from whiflash_sglang.compat import memory, release, sampling, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
+    Done,
     DraftInput,
     RoundBatch,
     idle_result,
     max_running_requests,
     prefill_rows,
-    round_result,
+    step_result,
 )
 from whiflash_sglang.compat.streamer import trace_log
 from whiflash_sglang.compat.target import Target, Verified
@@ -45,6 +47,9 @@ from whiflash_sglang.spans.vocabulary import token_bytes
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
+
+STEP_SECONDS = 0.1
+"""A step that lasted so long is not given another round: clients see its tokens when it ends."""
 
 
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
@@ -126,21 +131,40 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
     ) -> Any:
-        """SGLang's spec-v2 contract: prefill an extend batch, or run one round of a decode batch."""
+        """SGLang's spec-v2 contract: prefill an extend batch, or run a step of a decode batch."""
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
         if batch.forward_mode.is_idle() or not batch.reqs:
             return idle_result(self.target.device)
-        return self._round(batch, on_publish, grammar_barrier)
+        return self._step(batch, on_publish, grammar_barrier)
 
-    def _round(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
+    def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
+        """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.
+
+        It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
+        """
+        began, requests = time.perf_counter(), RoundBatch.of(batch, self.target.context_len)
+        alone = on_publish is None and not step.needs_scheduler(batch)
+        rounds = [self._round(batch, requests, on_publish, grammar_barrier)]
+        while (
+            alone
+            and not rounds[-1].drafted
+            and len(rounds) <= self.stage.widest
+            and time.perf_counter() - began < STEP_SECONDS
+            and not requests.any_ended(rounds[-1])
+            and not step.has_mail()
+        ):
+            requests = requests.after(batch, rounds[-1])
+            rounds.append(self._round(batch, requests, on_publish, grammar_barrier))
+        return step_result(rounds)
+
+    def _round(self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any) -> Done:
         clock = self.clock
         previous = clock.begin()
         if previous is not None:
             rest = max(previous.seconds - previous.drafting, 1e-6)
             self.controller.costs.verified(previous.rows, previous.requests, rest)
             self.controller.costs.committed(previous.tokens, previous.seconds)
-        requests = RoundBatch.of(batch, self.target.context_len)
         with clock.stage("route"):
             routes = self._route(requests)
         with clock.stage("catch_up"):
@@ -162,8 +186,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("park"):
             self._park(requests, routes, block, verified, predictions, committed)
             tokens = self._learn(requests, routes, proposal.widths, committed)
-        clock.end(sum(proposal.widths), len(routes), tokens)
-        return round_result(verified.output, committed, max(proposal.widths), verified.can_run_cuda_graph)
+        clock.end(sum(proposal.widths), len(routes), sum(map(len, tokens)))
+        return Done(verified.output, committed, tokens, max(proposal.widths) > 1, verified.can_run_cuda_graph)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
@@ -273,17 +297,16 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _learn(
         self, requests: RoundBatch, routes: Sequence[str], widths: Sequence[int], committed: Committed
-    ) -> int:
-        """What the round accepted goes to the controller and to the drafter that proposed it; returns its tokens."""
-        tokens, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
-        for row, arm, width, block_tokens, count in zip(
-            requests.row_ids, routes, widths, tokens, counts, strict=True
-        ):
-            self.controller.committed(row, arm, block_tokens[:count])
+    ) -> list[list[int]]:
+        """What the round accepted, which goes to the controller and to the drafter that proposed it."""
+        blocks, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
+        tokens = [block[:count] for block, count in zip(blocks, counts, strict=True)]
+        for row, arm, width, own in zip(requests.row_ids, routes, widths, tokens, strict=True):
+            self.controller.committed(row, arm, own)
             self.controller.costs.widened(arm, width)
             if arm in self.drafters:
-                self.drafters[arm].observe(row, width - 1, count - 1)
-        return sum(counts)
+                self.drafters[arm].observe(row, width - 1, len(own) - 1)
+        return tokens
 
     @property
     def _has_heads(self) -> bool:

@@ -37,7 +37,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
     PrivateName("sglang.srt.managers.overlap_utils:FutureMap", ("device", "req_to_token_pool")),
     PrivateName(
-        "sglang.srt.managers.utils:GenerationBatchResult", ("accept_lens", "speculative_output_stride")
+        "sglang.srt.managers.utils:GenerationBatchResult",
+        ("accept_lens", "num_non_draft_tokens_per_req", "speculative_output_stride"),
     ),
     PrivateName("sglang.srt.runtime_context:get_schedule"),
     PrivateName("sglang.srt.runtime_context:get_spec"),
@@ -48,6 +49,16 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.speculative.spec_registry:CustomSpecAlgo", ("name", "factory", "supports_overlap")
     ),
+    # several rounds in one step
+    PrivateName(
+        f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver", ("recv_from_tokenizer", "recv_from_rpc")
+    ),
+    PrivateName(f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver._pull_raw_reqs"),
+    PrivateName(
+        f"{_COMPONENTS}.metrics_reporter:SchedulerMetricsReporter.update_spec_metrics",
+        ("bs", "num_correct_drafts", "num_accept_tokens"),
+    ),
+    PrivateName("sglang.srt.managers.schedule_batch:Req.update_spec_correct_drafts_histogram"),
     # a request's tenant and output
     PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),
     PrivateName("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop"),

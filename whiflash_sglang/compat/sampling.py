@@ -163,15 +163,15 @@ def _penalised(
                     p.presence_penalty,
                     p.repetition_penalty,
                     p.min_new_tokens,
-                    _stop_ids(req),
+                    stop_ids(req),
                 )
             )
         first += width
     return found
 
 
-def _stop_ids(req: Any) -> tuple[int, ...]:
-    """The tokens upstream's min_new_tokens penaliser forbids."""
+def stop_ids(req: Any) -> tuple[int, ...]:
+    """The tokens that end a request, in order: those that upstream's min_new_tokens penaliser forbids."""
     ids = set(req.sampling_params.stop_token_ids or ()) | set(req.eos_token_ids or ())
     if req.tokenizer is not None:
         ids |= set(req.tokenizer.additional_stop_token_ids or ())

@@ -1,7 +1,7 @@
 """The scheduler's contract with a speculative worker (spec v2)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,16 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from whiflash_kernels import Committed
 
+from whiflash_sglang.compat import sampling
+
 __all__ = [
     "BaseSpecWorker",
+    "Done",
     "DraftInput",
     "RoundBatch",
     "max_running_requests",
     "prefill_rows",
-    "round_result",
+    "step_result",
 ]
 
 
@@ -72,6 +75,7 @@ class RoundBatch:
     bonus: torch.Tensor
     reqs: list[Any]
     budgets: list[int]
+    ahead: list[list[int]]
 
     @classmethod
     def of(cls, batch: Any, context_len: int) -> "RoundBatch":
@@ -89,15 +93,43 @@ class RoundBatch:
             batch.spec_info.bonus_tokens.to(torch.int64),
             list(batch.reqs),
             [max(budget, 1) for budget in budgets],
+            [[] for _ in batch.reqs],
+        )
+
+    def after(self, batch: Any, done: "Done") -> "RoundBatch":
+        """The same requests a round later, in the same step of the scheduler; `batch` follows."""
+        lengths = [n + len(tokens) for n, tokens in zip(self.lengths, done.tokens, strict=True)]
+        starts = done.committed.seq_lens.to(torch.int64)
+        batch.seq_lens, batch.seq_lens_cpu = starts, torch.tensor(lengths)
+        batch.seq_lens_sum = sum(lengths)
+        for req in self.reqs:
+            # Upstream counts the last forward of a step; this one is not the last.
+            req.spec_verify_ct += 1
+            req.update_spec_correct_drafts_histogram(0)
+        return replace(
+            self,
+            starts=starts,
+            lengths=lengths,
+            bonus=done.committed.bonus,
+            budgets=[left - len(tokens) for left, tokens in zip(self.budgets, done.tokens, strict=True)],
+            ahead=[known + tokens for known, tokens in zip(self.ahead, done.tokens, strict=True)],
+        )
+
+    def any_ended(self, done: "Done") -> bool:
+        """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
+        return any(
+            left <= len(tokens)
+            or (not req.sampling_params.ignore_eos and tokens[-1] in sampling.stop_ids(req))
+            for req, left, tokens in zip(self.reqs, self.budgets, done.tokens, strict=True)
         )
 
     def history(self, index: int, start: int) -> Sequence[int]:
         """Committed tokens from position `start` to n of a request, from the host's lists."""
-        req = self.reqs[index]
-        prompt = len(req.origin_input_ids)
-        if start >= prompt:
-            return req.output_ids[start - prompt :]
-        return [*req.origin_input_ids[start:], *req.output_ids]
+        req, ahead = self.reqs[index], self.ahead[index]
+        output = start - len(req.origin_input_ids)
+        if output < 0:
+            return [*req.origin_input_ids[start:], *req.output_ids, *ahead]
+        return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +176,35 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
     )
 
 
-def round_result(
-    output: Any, committed: Committed, stride: int, can_run_cuda_graph: bool
-) -> GenerationBatchResult:
-    """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count."""
-    new_seq_lens = committed.seq_lens.to(torch.int64)
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a round brought. output: SGLang's record of the forward. tokens: committed per request, on the host.
+
+    drafted: whether anything was.
+    """
+
+    output: Any
+    committed: Committed
+    tokens: list[list[int]]
+    drafted: bool
+    can_run_cuda_graph: bool
+
+
+def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:
+    """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count.
+
+    Only the last of the rounds may have drafted, so the others have a column each.
+    """
+    last = rounds[-1].committed
+    tokens = torch.cat([done.committed.tokens for done in rounds], dim=1)
+    stride, new_seq_lens = tokens.shape[1], last.seq_lens.to(torch.int64)
     return GenerationBatchResult(
-        logits_output=output,
-        next_token_ids=committed.tokens.reshape(-1),
-        accept_lens=committed.accept_lens,
-        can_run_cuda_graph=can_run_cuda_graph,
-        next_draft_input=DraftInput(committed.bonus, new_seq_lens),
+        logits_output=rounds[-1].output,
+        next_token_ids=tokens.reshape(-1),
+        accept_lens=last.accept_lens + (len(rounds) - 1),
+        num_non_draft_tokens_per_req=len(rounds),
+        can_run_cuda_graph=rounds[-1].can_run_cuda_graph,
+        next_draft_input=DraftInput(last.bonus, new_seq_lens),
         speculative_num_draft_tokens=stride,
         speculative_output_stride=stride,
         new_seq_lens=new_seq_lens,

@@ -1,0 +1,143 @@
+"""Several rounds in one step of the scheduler: what ends a step, and what the records of a step say.
+
+That the text stays what it was, `test_losslessness.py` and `test_sampling.py` show, whose steps have several rounds
+too.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+from engine import engine
+from model_set import Models
+
+from whiflash_sglang import worker
+from whiflash_sglang.compat import step
+
+PROMPT, TOKENS = [1, 2, 3], 30
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rounds of every step, however long they take."""
+    found: list[int] = []
+
+    def counted(rounds: Sequence[Any], result: Any = worker.step_result) -> Any:
+        found.append(len(rounds))
+        return result(rounds)
+
+    monkeypatch.setattr(worker, "step_result", counted)
+    monkeypatch.setattr(worker, "STEP_SECONDS", 60.0)
+    return found
+
+
+def test_rounds_without_drafts_share_steps(models: Models, steps: list[int]) -> None:
+    with engine(models.target) as e:
+        [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        e.submit("a", PROMPT, max_new_tokens=TOKENS)
+        e.run()
+        assert e.output("a") == plain
+        assert e.rounds("a") == (TOKENS - 1, 0) == (sum(steps), 0)
+        assert max(steps) == e.worker.stage.widest + 1
+        reporter = e.scheduler.metrics_reporter
+        assert reporter.spec_num_accept_tokens == reporter.spec_num_forward_ct == TOKENS - 1
+        assert e.requests["a"].spec_correct_drafts_histogram == [TOKENS - 1]
+        e.check_leaks()
+
+
+def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafted round is the last of its step, behind a full step of plain ones too: its slots are there."""
+    with engine(models.target) as e:
+        [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        plain_rounds = e.worker.stage.widest
+
+        def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:
+            drafts = e.worker.clock.rounds % (plain_rounds + 1) == plain_rounds
+            return ["diffusion" if drafts and outlook else "none" for outlook in outlooks]
+
+        monkeypatch.setattr(e.worker.controller, "route", route)
+        e.submit("a", PROMPT, max_new_tokens=TOKENS)
+        e.run()
+        assert e.output("a") == plain
+        assert steps[0] == plain_rounds + 1
+        assert e.rounds("a")[0] == sum(steps)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}],
+    ids=lambda p: next(iter(p)),
+)
+def test_penalties_take_a_round_a_step(models: Models, steps: list[int], params: dict[str, Any]) -> None:
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        e.generate([PROMPT], max_new_tokens=TOKENS, **params)
+    assert set(steps) == {1}
+
+
+@pytest.mark.parametrize("record", ["has_grammar", "return_logprob", "return_hidden_states", None])
+def test_what_the_scheduler_follows_needs_it(record: str | None) -> None:
+    names = ("has_grammar", "return_logprob", "return_hidden_states")
+    sampling = SimpleNamespace(has_custom_logit_processor=False)
+    batch = SimpleNamespace(reqs=[], sampling_info=sampling, **{name: name == record for name in names})
+    assert step.needs_scheduler(batch) == (record is not None)
+    sampling.has_custom_logit_processor = True
+    assert step.needs_scheduler(batch)
+
+
+def test_a_token_that_stops_ends_a_step(models: Models, steps: list[int]) -> None:
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
+        last = next(i for i, token in enumerate(plain) if token not in plain[:i] and i > 5)
+        steps.clear()
+        e.submit("b", PROMPT, max_new_tokens=TOKENS, stop_token_ids=[plain[last]], ignore_eos=False)
+        e.run()
+        assert e.output("b") == plain[: last + 1]
+        assert sum(steps) == last  # the first token is the prefill's
+
+
+class Mailbox:
+    def __init__(self, mail: bool) -> None:
+        self.mail = mail
+
+    def poll(self, timeout: int) -> int:
+        assert timeout == 0
+        return int(self.mail)
+
+
+@pytest.mark.parametrize(
+    ("socket", "rounds"), [(Mailbox(True), 1), (object(), 1), (Mailbox(False), None)], ids=str
+)
+def test_mail_ends_a_step(
+    models: Models, steps: list[int], socket: Any, rounds: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "_sockets", (Mailbox(False), socket))
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        e.generate([PROMPT], max_new_tokens=TOKENS)
+    assert max(steps) == rounds or (rounds is None and max(steps) > 1)
+
+
+def test_a_long_step_ends(models: Models, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "STEP_SECONDS", 0.0)
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        e.generate([PROMPT], max_new_tokens=TOKENS)
+    assert set(steps) == {1}
+
+
+def test_the_mailbox_is_the_schedulers(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that was sent and not read yet is seen."""
+    monkeypatch.setattr(step, "_sockets", ())
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        receiver = e.scheduler.request_receiver
+        assert receiver.recv_requests() == []
+        assert not step.has_mail()
+        with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
+            sender.bind(receiver.recv_from_tokenizer.getsockopt_string(zmq.LAST_ENDPOINT))
+            sender.send(b"a request")
+            assert receiver.recv_from_tokenizer.poll(10_000)
+            assert step.has_mail()
+            receiver.recv_from_tokenizer.recv()
+            assert not step.has_mail()

@@ -1,0 +1,73 @@
+"""Several rounds in one step of the scheduler: when it would only be in the way, and how its records stay true.
+
+Between two rounds the scheduler takes its mail, rebuilds the batch, copies it and streams what was committed. Plain
+decoding pays less for that than a speculative round does, so rounds that draft nothing go on without it.
+"""
+
+from functools import wraps
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+
+from whiflash_sglang.compat import sampling
+from whiflash_sglang.compat.carried import ALGORITHM
+from whiflash_sglang.compat.patching import replace
+
+_sockets: tuple[Any, ...] = ()
+"""Where this process's scheduler gets its mail, known from its first look; empty without a scheduler's loop."""
+
+
+def install() -> None:
+    """Idempotent."""
+    replace(SchedulerRequestReceiver, "_pull_raw_reqs", _noting_sockets)
+    replace(SchedulerMetricsReporter, "update_spec_metrics", _counting_forwards)
+
+
+def has_mail() -> bool:
+    """Whether requests, aborts or messages wait for the scheduler. True where its mailbox cannot be asked."""
+    return any(not hasattr(socket, "poll") or socket.poll(0) for socket in _sockets)
+
+
+def needs_scheduler(batch: Any) -> bool:
+    """Whether a token of this batch depends on what the scheduler does with the one before it, or on its records.
+
+    Grammars, penalties and processors follow the committed text there; log-probabilities and hidden states are
+    collected from one forward of a step.
+    """
+    return bool(
+        batch.has_grammar
+        or batch.return_logprob
+        or batch.return_hidden_states
+        or batch.sampling_info.has_custom_logit_processor
+        or any(sampling.is_penalised(req) for req in batch.reqs)
+    )
+
+
+def _noting_sockets(original: Any) -> Any:
+    @wraps(original)
+    def pull(self: SchedulerRequestReceiver) -> Any:
+        global _sockets
+        _sockets = tuple(s for s in (self.recv_from_tokenizer, self.recv_from_rpc) if s is not None)
+        return original(self)
+
+    return pull
+
+
+def _counting_forwards(original: Any) -> Any:
+    """Upstream counts one forward of every request a step; each forward commits one token that is no draft."""
+
+    @wraps(original)
+    def update(
+        self: SchedulerMetricsReporter,
+        bs: int,
+        num_correct_drafts: int,
+        num_accept_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if getattr(self.scheduler.spec_algorithm, "name", "") == ALGORITHM:
+            bs = num_accept_tokens - num_correct_drafts
+        original(self, bs, num_correct_drafts, num_accept_tokens, *args, **kwargs)
+
+    return update
