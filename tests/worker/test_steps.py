@@ -52,7 +52,7 @@ def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest
     """A drafted round is the last of its step, behind a full step of plain ones too: its slots are there."""
     with engine(models.target) as e:
         [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
+    with engine(models.target, whiflash=models.whiflash("random")) as e:
         plain_rounds = e.worker.stage.widest
 
         def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:

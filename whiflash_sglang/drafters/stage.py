@@ -43,7 +43,11 @@ class DraftStage:
             return {}  # The last token a request may commit needs no draft: it is the bonus token.
         row, n = requests.row_ids[index], requests.lengths[index]
         history = partial(requests.history, index)
-        found = {arm: drafter.outlook(row, n, history) for arm, drafter in self.drafters.items()}
+        found = {
+            arm: drafter.outlook(row, n, history)
+            for arm, drafter in self.drafters.items()
+            if self.controller.may_name(row, arm)
+        }
         return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
 
     def draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:

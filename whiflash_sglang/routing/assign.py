@@ -63,7 +63,7 @@ def assign(
     if costs is None or not scores:
         return best_each(scores)
     best, best_rate = best_each(scores), 0.0
-    for active in _subsets({arm for s in scores for arm in s} - {arms.NONE}):
+    for active in _subsets({arm for s in scores for arm in s} - {arms.NONE}, most=len(scores)):
         if any(s and not s.keys() & (active | {arms.NONE}) for s in scores):
             continue  # A pinned request's arm is not active.
         routes = [_best_within(s, active, costs) for s in scores]
@@ -87,9 +87,10 @@ def expected_rate(scores: Sequence[Scores], routes: Sequence[str], costs: Costs)
     return sum(s[arm] for s, arm in zip(scores, routes, strict=True) if s) / seconds
 
 
-def _subsets(active: Iterable[str]) -> Iterable[frozenset[str]]:
+def _subsets(active: Iterable[str], most: int) -> Iterable[frozenset[str]]:
+    """Sets of at most `most` arms: no more are used than there are requests."""
     ordered = sorted(active)
-    for size in range(len(ordered) + 1):
+    for size in range(min(len(ordered), most) + 1):
         for chosen in combinations(ordered, size):
             yield frozenset(chosen)
 

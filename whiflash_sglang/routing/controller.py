@@ -62,6 +62,16 @@ class Controller:
             lane.chose(arm)
         return routes
 
+    def may_name(self, row: int, arm: str) -> bool:
+        """Whether the next round of the request in `row` may be routed to `arm`; others need not be asked."""
+        lane, candidates = self.lanes[row], self.policy.candidates
+        if lane.hints.off:
+            return False
+        if candidates is None or arm in candidates:
+            return True
+        span = lane.span
+        return span is not None and span.pin and span.prefer == arm
+
     def may_join(self, row: int) -> bool:
         """Whether the drafts of the request in `row` may be prolonged by another arm than the one it was routed to."""
         return self.policy.joins_arms and self.lanes[row].reason != "pin"

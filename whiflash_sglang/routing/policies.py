@@ -15,6 +15,9 @@ from whiflash_sglang.routing.signals import Signals
 Scores = Mapping[str, float]
 """Arm → expected accepted tokens a round, bonus token included. An arm that is absent must not be used."""
 
+PAIR = frozenset({arms.AR, arms.DIFFUSION})
+"""What the paper's routers choose from."""
+
 PREFERRED, SECOND = 2.0, 1.0
 """Scores of policies that order arms without predicting lengths."""
 
@@ -27,6 +30,11 @@ class Policy(Protocol):
 
     @property
     def needs(self) -> frozenset[str]: ...
+
+    @property
+    def candidates(self) -> frozenset[str] | None:
+        """The arms that it may name, so that no other is asked what it expects of a round. None: any."""
+        ...
 
     @property
     def prices_batches(self) -> bool:
@@ -54,6 +62,7 @@ class Policy(Protocol):
 class Blind:
     """What policies have in common that only order arms and learn nothing while serving."""
 
+    candidates: frozenset[str] | None = PAIR
     prices_batches = False
     joins_arms = False
 
@@ -87,6 +96,10 @@ class Pinned(Blind):
     name: str
     needs: frozenset[str] = frozenset()
 
+    @property
+    def candidates(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self.name})
+
     def score(self, signals: Signals) -> Scores:
         if self.name in signals.allowed:
             return {self.name: PREFERRED, arms.NONE: SECOND}
@@ -97,6 +110,7 @@ class Pinned(Blind):
 class CopyRule(Blind):
     """The plain rule that better policies are measured against: copy where there is something to copy, else EAGLE-3."""
 
+    candidates = frozenset({arms.LOOKUP, arms.AR})
     name: str = "copy-rule"
     needs: frozenset[str] = frozenset()
 
@@ -125,6 +139,7 @@ class EntropyPolicy(Blind):
 class RandomPolicy(Blind):
     """Switches at random every round. It exists to test that switching never changes text."""
 
+    candidates = None
     name = "random"
     needs: frozenset[str] = frozenset()
     joins_arms = True
@@ -158,6 +173,7 @@ class AutoPolicy:
     loaded (`heads`), its predictions take the means' place and the target's entropy is not computed.
     """
 
+    candidates = None
     name = "auto"
     prices_batches = True
     joins_arms = True

@@ -1,0 +1,45 @@
+"""Whom the controller asks before it routes."""
+
+import pytest
+
+from whiflash_sglang import arms
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, Policy, RandomPolicy
+from whiflash_sglang.spans.hints import RequestHints, SpanHint
+from whiflash_sglang.trace import TraceLog
+
+EVERY = {arms.AR, arms.DIFFUSION, arms.LOOKUP}
+ROW = 3
+
+
+def asked(policy: Policy, hints: RequestHints) -> set[str]:
+    """The drafting arms that the request is asked about, in the middle of its output."""
+    controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"], TraceLog())
+    controller.open(ROW, "r", hints, [0, 1])
+    return {arm for arm in EVERY if controller.may_name(ROW, arm)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (AutoPolicy(), EVERY),
+        (RandomPolicy(), EVERY),
+        (Pinned(arms.NONE), set()),
+        (Pinned(arms.AR), {arms.AR}),
+        (CopyRule(), {arms.LOOKUP, arms.AR}),
+        (EntropyPolicy(tau=1.0), {arms.AR, arms.DIFFUSION}),
+    ],
+    ids=lambda p: getattr(p, "name", None),
+)
+def test_only_arms_that_the_policy_may_name(policy: Policy, expected: set[str]) -> None:
+    assert asked(policy, RequestHints()) == expected
+    assert asked(policy, RequestHints(off=True)) == set()
+
+
+def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
+    """A preference moves only what the policy offers; a pin decides whatever the policy says."""
+    pinned = SpanHint(kind="json", open=True, prefer=arms.LOOKUP, pin=True)
+    preferred = SpanHint(kind="json", open=True, prefer=arms.LOOKUP)
+    assert asked(Pinned(arms.AR), RequestHints(spans=(pinned,))) == {arms.AR, arms.LOOKUP}
+    assert asked(Pinned(arms.AR), RequestHints(spans=(preferred,))) == {arms.AR}
