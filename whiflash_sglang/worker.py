@@ -237,7 +237,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.target.slot_table,
             rows=sum(proposal.widths),
         )
-        tree = sampling.grammar_tree(block, proposal.widths) if batch.has_grammar else None
+        chains = None
+        if batch.has_grammar:
+            chains = sampling.grammar_chains(block, proposal.widths, requests.ahead)
         verified = self.target.verify(batch, block, proposal.widths)
         if sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
             return block, verified, verified.logits.argmax(-1)
@@ -250,7 +252,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             verified.output,
             block,
             proposal.widths,
-            tree,
+            chains,
             self.tokens.data,
             barrier,
         )

@@ -10,6 +10,8 @@ from model_set import Models
 from oracle_arm import OracleArm
 from traffic import Arrival, play
 
+from whiflash_sglang import worker
+
 SCHEMA = json.dumps(
     {
         "type": "object",
@@ -72,3 +74,29 @@ def test_grammars_and_stop_strings(models: Models, router: str) -> None:
         "count",
     }
     assert any(reason["type"] == "stop" for rid, reason in reasons.items() if rid.startswith("stop-string"))
+
+
+@pytest.mark.parametrize("router", ["none", "random"])
+def test_grammars_follow_rounds_that_share_a_step(
+    models: Models, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a step a grammar has not seen what earlier rounds committed; its masks are those of plain decoding."""
+    arrivals = [a for a in requests() if "penalised" not in a.rid]
+    options: dict[str, Any] = {
+        "max_running_requests": 6,
+        "skip_tokenizer_init": False,
+        "constrained_json_disable_any_whitespace": True,
+    }
+    with engine(models.target, **options) as e:
+        expected = play(e, arrivals)
+    steps: list[int] = []
+
+    def counted(rounds: Any, result: Any = worker.step_result) -> Any:
+        steps.append(len(rounds))
+        return result(rounds)
+
+    monkeypatch.setattr(worker, "step_result", counted)
+    monkeypatch.setattr(worker, "STEP_SECONDS", 60.0)
+    with engine(models.target, whiflash=models.whiflash(router), **options) as e:
+        assert play(e, arrivals) == expected
+    assert max(steps) > 1

@@ -78,9 +78,9 @@ def test_penalties_take_a_round_a_step(models: Models, steps: list[int], params:
     assert set(steps) == {1}
 
 
-@pytest.mark.parametrize("record", ["has_grammar", "return_logprob", "return_hidden_states", None])
+@pytest.mark.parametrize("record", ["return_logprob", "return_hidden_states", None])
 def test_what_the_scheduler_follows_needs_it(record: str | None) -> None:
-    names = ("has_grammar", "return_logprob", "return_hidden_states")
+    names = ("return_logprob", "return_hidden_states")
     sampling = SimpleNamespace(has_custom_logit_processor=False)
     batch = SimpleNamespace(reqs=[], sampling_info=sampling, **{name: name == record for name in names})
     assert step.needs_scheduler(batch) == (record is not None)

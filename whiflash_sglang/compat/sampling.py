@@ -41,16 +41,33 @@ def is_penalised(req: Any) -> bool:
     )
 
 
-def grammar_tree(block: MixedBlock, widths: Sequence[int]) -> GrammarTree:
-    """The drafts as chains for SGLang's mask builder, padded to the widest; start it before the target forward."""
-    widest, size = max(widths), len(widths)
-    lens = torch.tensor(widths)
-    columns = torch.arange(widest)
-    next_token = torch.where(columns[None, :] + 1 < lens[:, None], columns[None, :] + 1, -1)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chains:
+    """The drafts as SGLang's mask builder takes them. rows: [T] int64, the mask's row of every packed row."""
+
+    tree: GrammarTree
+    rows: torch.Tensor
+
+
+def grammar_chains(block: MixedBlock, widths: Sequence[int], ahead: Sequence[Sequence[int]]) -> Chains:
+    """One chain a request, padded to the widest; start it before the target forward.
+
+    Args:
+        ahead: per request, equally many tokens that were committed and that its grammar has not seen, the bonus
+            token last; they go before its rows.
+    """
+    behind, size = len(ahead[0]), len(widths)
+    widest = behind + max(widths)
+    columns, device = torch.arange(widest), block.input_ids.device
+    last = torch.tensor(widths)[:, None] + behind - 1
+    next_token = torch.where(columns[None, :] < last, columns[None, :] + 1, -1)
     sibling = torch.full((size, widest), -1, dtype=torch.int64)
-    ids = torch.zeros((size, widest), dtype=torch.int64, device=block.input_ids.device)
-    ids[block.request_of_row, _column_of_row(block)] = block.input_ids
-    return GrammarTree.from_device(next_token, sibling, ids)
+    ids = torch.zeros((size, widest), dtype=torch.int64, device=device)
+    ids[:, 1 : behind + 1] = torch.tensor(ahead, dtype=torch.int64, device=device).view(size, behind)
+    column = _column_of_row(block) + behind
+    ids[block.request_of_row, column] = block.input_ids
+    tree = GrammarTree.from_device(next_token, sibling, ids)
+    return Chains(tree, block.request_of_row * widest + column)
 
 
 def sample_rows(
@@ -59,7 +76,7 @@ def sample_rows(
     output: Any,
     block: MixedBlock,
     widths: Sequence[int],
-    tree: GrammarTree | None,
+    chains: Chains | None,
     tokens: torch.Tensor,
     barrier: Any,
 ) -> torch.Tensor:
@@ -68,7 +85,7 @@ def sample_rows(
     Args:
         runner: the target's model runner (its sampler is used).
         output: SGLang's logits output of the verification.
-        tree: of `grammar_tree`, for a batch with grammars.
+        chains: of `grammar_chains`, for a batch with grammars.
         tokens: token table with this round's drafts written, for penalties.
     """
     owner = block.request_of_row
@@ -82,17 +99,16 @@ def sample_rows(
     info.acc_additive_penalties = None if penalties is None else penalties.additive
     info.acc_scaling_penalties = None if penalties is None else penalties.scaling
     info.grammar_mask = None
-    if tree is not None:
+    if chains is not None:
         mask = build_grammar_vocab_mask(
             reqs=batch.reqs,
-            tree=tree,
+            tree=chains.tree,
             sampling_info=batch.sampling_info,
             device=output.next_token_logits.device,
             barrier=barrier,
         )
         if mask is not None:
-            rows = owner * max(widths) + _column_of_row(block)
-            info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[rows])
+            info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[chains.rows])
     info.apply_logits_bias(output.next_token_logits)
     judged = output.next_token_logits.clone() if batch.return_logprob else None
     predictions: torch.Tensor = runner.sampler(output, info, False, [], [], block.positions).to(torch.int64)

@@ -32,12 +32,11 @@ def has_mail() -> bool:
 def needs_scheduler(batch: Any) -> bool:
     """Whether a token of this batch depends on what the scheduler does with the one before it, or on its records.
 
-    Grammars, penalties and processors follow the committed text there; log-probabilities and hidden states are
-    collected from one forward of a step.
+    Penalties and processors follow the committed text there; log-probabilities and hidden states are collected from
+    one forward of a step.
     """
     return bool(
-        batch.has_grammar
-        or batch.return_logprob
+        batch.return_logprob
         or batch.return_hidden_states
         or batch.sampling_info.has_custom_logit_processor
         or any(sampling.is_penalised(req) for req in batch.reqs)
