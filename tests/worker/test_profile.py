@@ -1,0 +1,37 @@
+"""The start-up profile of the drafters."""
+
+import time
+from typing import Any
+
+import torch
+
+from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.drafters import profile
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
+from whiflash_sglang.routing.costs import MeasuredCosts
+
+SLOW, QUICK = 0.2, 0.002
+
+
+class Disturbed(Drafter):
+    """Every other of its drafts is held up by something else."""
+
+    arm, max_drafts, keeps_kv = "disturbed", 3, True
+
+    def __init__(self) -> None:
+        self.drafts = 0
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        self.drafts += 1
+        time.sleep(SLOW if self.drafts % 2 else QUICK)
+        return Drafts(torch.zeros((len(batch), 3), dtype=torch.int64), [3] * len(batch), passes=3)
+
+
+def test_something_else_at_the_start_does_not_make_an_arm_dear(monkeypatch: Any) -> None:
+    monkeypatch.setattr(profile, "BATCHES", (1, 2))
+    slot_table = torch.zeros((2, 64), dtype=torch.int32)
+    rings = FeatureRings(2, 8, 4, torch.float32, "cpu")
+    costs = MeasuredCosts(lambda arm: 4)
+    profile.profile_drafts([Disturbed()], rings, slot_table, costs)
+    assert costs.draft("disturbed", 1) < SLOW / 2
+    assert costs.draft("disturbed", 2) < SLOW / 2
