@@ -16,7 +16,7 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 class PreviousRound(NamedTuple):
     """rows: verified, of `requests` requests. tokens: committed.
 
-    seconds: from its start to the next round's; drafting: part of them.
+    seconds: from its start to its end; drafting: part of them. gap: from its end to the next round's start.
     """
 
     rows: int
@@ -24,6 +24,7 @@ class PreviousRound(NamedTuple):
     tokens: int
     seconds: float
     drafting: float
+    gap: float
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ class RoundClock:
         """A round starts. Returns the previous round, if it came just before."""
         before, self._began = self._began, time.perf_counter()
         ended, self._ended, self._drafting = self._ended, None, 0.0
-        return ended._replace(seconds=self._began - before) if ended else None
+        return ended._replace(gap=self._began - before - ended.seconds) if ended else None
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
@@ -73,8 +74,9 @@ class RoundClock:
         self.rounds += 1
         self.rows += rows
         self.tokens += tokens
-        self.round_seconds += time.perf_counter() - self._began
-        self._ended = PreviousRound(rows, requests, tokens, 0.0, self._drafting)
+        seconds = time.perf_counter() - self._began
+        self.round_seconds += seconds
+        self._ended = PreviousRound(rows, requests, tokens, seconds, self._drafting, 0.0)
 
     def snapshot(self) -> dict[str, float | int]:
         """Totals for the metrics route and the benchmark."""

@@ -48,8 +48,8 @@ from whiflash_sglang.spans.vocabulary import token_bytes
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
 
-STEP_SECONDS = 0.1
-"""A step that lasted so long is not given another round: clients see its tokens when it ends."""
+STEP_ROUNDS, STEP_SECONDS = 4, 0.1
+"""A step that had so many rounds or lasted so long is not given another one: clients see its tokens when it ends."""
 
 
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
@@ -145,11 +145,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """
         began, requests = time.perf_counter(), RoundBatch.of(batch, self.target.context_len)
         alone = on_publish is None and not step.needs_scheduler(batch)
+        most = min(STEP_ROUNDS, self.stage.widest + 1) if alone else 1
         rounds = [self._round(batch, requests, on_publish, grammar_barrier)]
         while (
-            alone
+            len(rounds) < most
             and not rounds[-1].drafted
-            and len(rounds) <= self.stage.widest
             and time.perf_counter() - began < STEP_SECONDS
             and not requests.any_ended(rounds[-1])
             and not step.has_mail()
@@ -164,7 +164,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if previous is not None:
             rest = max(previous.seconds - previous.drafting, 1e-6)
             self.controller.costs.verified(previous.rows, previous.requests, rest)
-            self.controller.costs.committed(previous.tokens, previous.seconds)
+            self.controller.costs.committed(previous.tokens, previous.seconds, previous.gap)
         with clock.stage("route"):
             routes = self._route(requests)
         with clock.stage("catch_up"):
@@ -219,9 +219,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         outlooks = [self.stage.outlook(requests, i) for i in range(len(requests.row_ids))]
         before = [self.controller.lanes[row].previous for row in requests.row_ids]
         routes = self.controller.route(requests.row_ids, requests.lengths, outlooks)
-        for old, new, outlook in zip(before, routes, outlooks, strict=True):
-            # Where nothing may draft, nothing was switched.
-            self.clock.switches += bool(outlook) and old not in (None, new)
+        for old, new, left in zip(before, routes, requests.budgets, strict=True):
+            # Before its last token a request has nothing to switch to.
+            self.clock.switches += left > 1 and old not in (None, new)
         return routes
 
     def _verify(

@@ -29,3 +29,16 @@ def test_a_ring_that_one_round_could_overflow_is_refused(monkeypatch: pytest.Mon
     assert widths_of(monkeypatch, backlog_tokens=34, copies=32) == 33
     with pytest.raises(ConfigError, match=r"--whiflash-backlog-tokens 33 .* at least 34"):
         widths_of(monkeypatch, backlog_tokens=33, copies=32)
+
+
+@pytest.mark.parametrize("backend", ["outlines", "xgrammar", "llguidance"])
+def test_a_grammar_backend_that_takes_nothing_back_is_refused(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(algorithm, "resolving_view", lambda args: args)
+    arguments = SimpleNamespace(_whiflash=None, grammar_backend=backend, disaggregation_mode=None)
+    if backend != "outlines":
+        algorithm.validate(arguments)
+        return
+    with pytest.raises(ConfigError, match=r"--grammar-backend outlines .* use xgrammar or llguidance"):
+        algorithm.validate(arguments)

@@ -89,6 +89,18 @@ def test_a_plane_before_and_after_its_first_round() -> None:
     assert plane.at(0, 1) == pytest.approx(0.05 * (1 - 7 * PRIOR_SHARE))
 
 
+def test_what_the_engine_takes_between_rounds_is_charged_to_all_alike() -> None:
+    """Rounds without drafts share its steps; by the round, the gap would make every draft dearer."""
+    costs = MeasuredCosts({"ar": 4}.__getitem__)
+    for _ in range(50):
+        costs.verified(4, 1, 0.023)
+        costs.committed(2, 0.023, gap=0.004)
+        costs.verified(1, 1, 0.020)
+        costs.committed(1, 0.020)
+    assert costs.verify(4, 1) - costs.verify(1, 1) == pytest.approx(0.003, rel=0.05)
+    assert costs.verify(1, 1) == pytest.approx(0.022, rel=0.02)
+
+
 def test_an_untried_drafter_is_free() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.draft("ar", 4) == 0.0

@@ -12,9 +12,11 @@ import pytest
 import zmq
 from engine import engine
 from model_set import Models
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from whiflash_sglang import worker
 from whiflash_sglang.compat import step
+from whiflash_sglang.compat.step import GrammarManager
 
 PROMPT, TOKENS = [1, 2, 3], 30
 
@@ -41,7 +43,7 @@ def test_rounds_without_drafts_share_steps(models: Models, steps: list[int]) -> 
         e.run()
         assert e.output("a") == plain
         assert e.rounds("a") == (TOKENS - 1, 0) == (sum(steps), 0)
-        assert max(steps) == e.worker.stage.widest + 1
+        assert max(steps) == worker.STEP_ROUNDS
         reporter = e.scheduler.metrics_reporter
         assert reporter.spec_num_accept_tokens == reporter.spec_num_forward_ct == TOKENS - 1
         assert e.requests["a"].spec_correct_drafts_histogram == [TOKENS - 1]
@@ -54,6 +56,7 @@ def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest
         [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         plain_rounds = e.worker.stage.widest
+        monkeypatch.setattr(worker, "STEP_ROUNDS", plain_rounds + 1)
 
         def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:
             drafts = e.worker.clock.rounds % (plain_rounds + 1) == plain_rounds
@@ -86,6 +89,42 @@ def test_what_the_scheduler_follows_needs_it(record: str | None) -> None:
     assert step.needs_scheduler(batch) == (record is not None)
     sampling.has_custom_logit_processor = True
     assert step.needs_scheduler(batch)
+
+
+@pytest.mark.parametrize("stops", [{}, {"stop": ["\n\n"]}, {"stop_regex": "[0-9]{9}"}], ids=str)
+def test_stops_in_the_text_need_it(stops: dict[str, Any]) -> None:
+    """Only the scheduler decodes the text, so nothing else knows whether the request has ended."""
+    params = SamplingParams(**stops)
+    req = SimpleNamespace(sampling_params=params, to_finish=None)
+    sampling = SimpleNamespace(has_custom_logit_processor=False)
+    batch = SimpleNamespace(
+        reqs=[req], sampling_info=sampling, return_logprob=False, return_hidden_states=False
+    )
+    assert step.needs_scheduler(batch) == bool(stops)
+
+
+def test_an_aborted_request_gets_one_more_round(models: Models, steps: list[int]) -> None:
+    """Upstream ends it after its next forward; a step of several would add to its text."""
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        e.submit("a", PROMPT, max_new_tokens=TOKENS)
+        e.step()
+        e.step()
+        steps.clear()
+        e.abort("a")
+        e.run()
+        assert steps == [1]
+
+
+def test_requests_whose_grammar_compiles_are_mail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the scheduler's next look shows that one is ready."""
+    monkeypatch.setattr(step, "_sockets", ())
+    monkeypatch.setattr(step, "_compiling", False)
+    manager = SimpleNamespace(grammar_queue=[object()])
+    assert GrammarManager.has_waiting_grammars(manager)
+    assert step.has_mail()
+    manager.grammar_queue.clear()
+    assert not GrammarManager.has_waiting_grammars(manager)
+    assert not step.has_mail()
 
 
 def test_a_token_that_stops_ends_a_step(models: Models, steps: list[int]) -> None:

@@ -84,6 +84,11 @@ def validate(server_args: Any) -> None:
     for field, flag in (("tp_size", "--tp-size"), ("pp_size", "--pp-size"), ("dp_size", "--dp-size")):
         if int(getattr(cfg, field, 1) or 1) != 1:
             raise ConfigError(f"WHIFLASH runs on one device for now; {flag} must be 1")
+    if cfg.grammar_backend == "outlines":
+        raise ConfigError(
+            "WHIFLASH does not work with --grammar-backend outlines (it cannot take a token back, as drafts need); "
+            "use xgrammar or llguidance"
+        )
     if cfg.disaggregation_mode not in (None, "null"):
         raise ConfigError(
             "WHIFLASH does not work with prefill/decode disaggregation; remove --disaggregation-mode"

@@ -1,14 +1,20 @@
-"""The drafters' share of the KV budget.
+"""The drafters' share of the KV budget, and room for what is reserved beyond a request's text.
 
 SGLang sizes its KV pool from bytes per token and a fixed overhead. Both drafters keep KV beside every target
 slot, and the rings are allocated up front, so both numbers grow by what the worker reserves.
+
+A decoding request holds slots for two blocks beyond its text, but with pages of one token a row of the request table
+has room for little more than one behind the context's end: near it the write would leave the row.
 """
 
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+from sglang.srt.mem_cache import kv_cache_configurator
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
+from sglang.srt.runtime_context import get_spec
 
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.errors import ConfigError
@@ -31,8 +37,19 @@ def reserve(per_token: int, fixed: int) -> None:
 
 
 def install() -> None:
-    """Account for the reservation wherever SGLang builds a pool configurator. Idempotent."""
+    """Account for both wherever SGLang sizes its pools. Idempotent."""
     replace(pool_configurator, "create_memory_pool_configurator", _accounting)
+    replace(kv_cache_configurator, "get_req_to_token_extra_context_len", _holding_the_reserve)
+
+
+def _holding_the_reserve(original: Any) -> Any:
+    @wraps(original)
+    def columns() -> int:
+        """Columns of a request's row beyond the context."""
+        reserve = get_alloc_reserve_per_decode() if get_spec().speculative_algorithm else 0
+        return max(int(original()), reserve)
+
+    return columns
 
 
 def _accounting(original: Any) -> Any:

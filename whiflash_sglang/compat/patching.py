@@ -59,6 +59,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         ("bs", "num_correct_drafts", "num_accept_tokens"),
     ),
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_spec_correct_drafts_histogram"),
+    PrivateName("sglang.srt.constrained.grammar_manager:GrammarManager.has_waiting_grammars"),
     # a request's tenant and output
     PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),
     PrivateName("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop"),
@@ -95,6 +96,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     # memory and radix keys
     PrivateName("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", ("kvc",)),
     PrivateName("sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator"),
+    PrivateName("sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len"),
+    PrivateName("sglang.srt.mem_cache.allocation_sizing:get_alloc_reserve_per_decode"),
     PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),
     PrivateName("sglang.srt.mem_cache.common:release_kv_cache", ("req", "tree_cache", "checkpoint")),
     # the trace, out of the scheduler and into responses

@@ -118,8 +118,7 @@ class RoundBatch:
     def any_ended(self, done: "Done") -> bool:
         """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
         return any(
-            left <= len(tokens)
-            or (not req.sampling_params.ignore_eos and tokens[-1] in sampling.stop_ids(req))
+            left <= len(tokens) or (_heeds_stops(req) and tokens[-1] in sampling.stop_ids(req))
             for req, left, tokens in zip(self.reqs, self.budgets, done.tokens, strict=True)
         )
 
@@ -130,6 +129,11 @@ class RoundBatch:
         if output < 0:
             return [*req.origin_input_ids[start:], *req.output_ids, *ahead]
         return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
+
+
+def _heeds_stops(req: Any) -> bool:
+    """Whether a token may end the request: one that a grammar ends with does so in any case."""
+    return not req.sampling_params.ignore_eos or req.grammar is not None
 
 
 @dataclass(frozen=True, slots=True)

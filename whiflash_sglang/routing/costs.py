@@ -125,8 +125,9 @@ class Plane:
 class MeasuredCosts:
     """`Costs` from the running worker.
 
-    Verification is everything of a round that is not drafting, the engine's own share included: time between the
-    starts of two rounds, less the draft stage. A drafter that was never timed is free, so that it is tried.
+    Verification is everything of a round that is not drafting, and what the engine takes between two rounds on
+    average: rounds without drafts share a step of its scheduler, so by the round it would be charged to drafts. A
+    drafter that was never timed is free, so that it is tried.
 
     Args:
         width: arm → most rows that a request routed to it verifies, of its own drafts; a measured mean replaces it.
@@ -138,7 +139,7 @@ class MeasuredCosts:
         self._draft: dict[str, Line] = {}
         self._pass: dict[str, Mean] = {}
         self._rows: dict[str, Mean] = {}
-        self._tokens, self._seconds = Mean(), Mean()
+        self._tokens, self._seconds, self._gap = Mean(), Mean(), Mean()
 
     def drafted(self, arm: str, requests: int, *, passes: int, seconds: float, catch_up: float) -> None:
         """`arm` drafted for `requests` requests in `passes` passes of its model, after catching up."""
@@ -153,10 +154,11 @@ class MeasuredCosts:
         """The rest of a round that verified `rows` rows of `requests` requests took `seconds`."""
         self._verify.add(rows - requests, requests, seconds)
 
-    def committed(self, tokens: int, seconds: float) -> None:
-        """A whole round took `seconds` and committed `tokens`."""
+    def committed(self, tokens: int, seconds: float, gap: float = 0.0) -> None:
+        """A whole round took `seconds` and committed `tokens`; the engine took `gap` seconds until the next."""
         self._tokens.add(tokens, RATE_MEMORY)
-        self._seconds.add(seconds, RATE_MEMORY)
+        self._seconds.add(seconds + gap, RATE_MEMORY)
+        self._gap.add(gap, RATE_MEMORY)
 
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring. Full length until a rate was measured."""
@@ -171,7 +173,8 @@ class MeasuredCosts:
         return line.at(requests) if line else 0.0
 
     def verify(self, rows: float, requests: int) -> float:
-        return self._verify.at(rows - requests, requests)
+        gap = self._gap.value if self._gap.weight else 0.0
+        return self._verify.at(rows - requests, requests) + gap
 
     def width(self, arm: str) -> float:
         rows = self._rows.get(arm)
