@@ -16,7 +16,8 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 class PreviousRound(NamedTuple):
     """rows: verified, of `requests` requests. tokens: committed.
 
-    seconds: from its start to its end; drafting: part of them. gap: from its end to the next round's start.
+    seconds: from its start to its end; drafting: part of them. gap: from its end to the next round's start, at most
+    as long as itself: a longer one was a pause.
     """
 
     rows: int
@@ -51,7 +52,9 @@ class RoundClock:
         """A round starts. Returns the previous round, if it came just before."""
         before, self._began = self._began, time.perf_counter()
         ended, self._ended, self._drafting = self._ended, None, 0.0
-        return ended._replace(gap=self._began - before - ended.seconds) if ended else None
+        if ended is None:
+            return None
+        return ended._replace(gap=min(self._began - before - ended.seconds, ended.seconds))
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
