@@ -144,8 +144,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
         """
         began, requests = time.perf_counter(), RoundBatch.of(batch, self.target.context_len)
-        alone = on_publish is None and not step.needs_scheduler(batch)
-        most = min(STEP_ROUNDS, self.stage.widest + 1) if alone else 1
+        most = min(STEP_ROUNDS, self.stage.widest + 1)
+        if on_publish is not None or step.needs_scheduler(batch):
+            most = 1
         rounds = [self._round(batch, requests, on_publish, grammar_barrier)]
         while (
             len(rounds) < most
@@ -187,7 +188,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self._park(requests, routes, block, verified, predictions, committed)
             tokens = self._learn(requests, routes, proposal.widths, committed)
         clock.end(sum(proposal.widths), len(routes), sum(map(len, tokens)))
-        return Done(verified.output, committed, tokens, max(proposal.widths) > 1, verified.can_run_cuda_graph)
+        return Done(verified.output, committed, tokens, verified.can_run_cuda_graph)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""

@@ -10,8 +10,6 @@ from model_set import Models
 from oracle_arm import OracleArm
 from traffic import Arrival, play
 
-from whiflash_sglang import worker
-
 SCHEMA = json.dumps(
     {
         "type": "object",
@@ -33,6 +31,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "free": {"max_new_tokens": 50},
 }
 
+OPTIONS: dict[str, Any] = {
+    "max_running_requests": 6,
+    "skip_tokenizer_init": False,
+    "constrained_json_disable_any_whitespace": True,
+}
+
 
 def requests() -> list[Arrival]:
     rng = random.Random(6)
@@ -51,12 +55,7 @@ def requests() -> list[Arrival]:
 @pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
 def test_grammars_and_stop_strings(models: Models, router: str) -> None:
     arrivals = requests()
-    options: dict[str, Any] = {
-        "max_running_requests": 6,
-        "skip_tokenizer_init": False,
-        "constrained_json_disable_any_whitespace": True,
-    }
-    with engine(models.target, **options) as e:
+    with engine(models.target, **OPTIONS) as e:
         expected = play(e, arrivals)
         reasons = {rid: req.finished_reason.to_json() for rid, req in e.requests.items()}
         decode = e.scheduler.tokenizer.decode
@@ -64,7 +63,7 @@ def test_grammars_and_stop_strings(models: Models, router: str) -> None:
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
     arms = [oracle] if router == "random" else []
-    with engine(models.target, whiflash=models.whiflash(router), arms=arms, **options) as e:
+    with engine(models.target, whiflash=models.whiflash(router), arms=arms, **OPTIONS) as e:
         assert play(e, arrivals) == expected
         assert {rid: req.finished_reason.to_json() for rid, req in e.requests.items()} == reasons
     assert router != "random" or max(oracle.accepted) == oracle.max_drafts
@@ -77,26 +76,11 @@ def test_grammars_and_stop_strings(models: Models, router: str) -> None:
 
 
 @pytest.mark.parametrize("router", ["none", "random"])
-def test_grammars_follow_rounds_that_share_a_step(
-    models: Models, router: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grammars_follow_rounds_that_share_a_step(models: Models, router: str, steps: list[int]) -> None:
     """Within a step a grammar has not seen what earlier rounds committed; its masks are those of plain decoding."""
     arrivals = [a for a in requests() if "penalised" not in a.rid]
-    options: dict[str, Any] = {
-        "max_running_requests": 6,
-        "skip_tokenizer_init": False,
-        "constrained_json_disable_any_whitespace": True,
-    }
-    with engine(models.target, **options) as e:
+    with engine(models.target, **OPTIONS) as e:
         expected = play(e, arrivals)
-    steps: list[int] = []
-
-    def counted(rounds: Any, result: Any = worker.step_result) -> Any:
-        steps.append(len(rounds))
-        return result(rounds)
-
-    monkeypatch.setattr(worker, "step_result", counted)
-    monkeypatch.setattr(worker, "STEP_SECONDS", 60.0)
-    with engine(models.target, whiflash=models.whiflash(router), **options) as e:
+    with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
         assert play(e, arrivals) == expected
     assert max(steps) > 1

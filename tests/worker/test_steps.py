@@ -21,20 +21,6 @@ from whiflash_sglang.compat.step import GrammarManager
 PROMPT, TOKENS = [1, 2, 3], 30
 
 
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rounds of every step, however long they take."""
-    found: list[int] = []
-
-    def counted(rounds: Sequence[Any], result: Any = worker.step_result) -> Any:
-        found.append(len(rounds))
-        return result(rounds)
-
-    monkeypatch.setattr(worker, "step_result", counted)
-    monkeypatch.setattr(worker, "STEP_SECONDS", 60.0)
-    return found
-
-
 def test_rounds_without_drafts_share_steps(models: Models, steps: list[int]) -> None:
     with engine(models.target) as e:
         [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)

@@ -13,6 +13,11 @@ def settings_of(server_args: Any) -> Settings:
     return settings
 
 
+def is_ours(scheduler: Any) -> bool:
+    """Whether a scheduler of SGLang runs this algorithm: hooks are installed whatever is served."""
+    return bool(getattr(scheduler.spec_algorithm, "name", "") == ALGORITHM)
+
+
 def replace_settings(server_args: Any, settings: Settings) -> None:
     """Let this process know that the settings changed while serving."""
     server_args._whiflash = settings

@@ -6,7 +6,7 @@ from typing import Any, get_args
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
-from whiflash_sglang.compat.carried import ALGORITHM
+from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
@@ -29,7 +29,7 @@ def _reporting(original: Any) -> Any:
     @wraps(original)
     def add(self: Any, state: dict[str, Any]) -> None:
         original(self, state)
-        if _is_ours(self.scheduler):
+        if is_ours(self.scheduler):
             state[KEY] = self.scheduler.draft_worker.snapshot()
 
     return add
@@ -57,7 +57,7 @@ def _updating(original: Any) -> Any:
     @wraps(original)
     def handlers(self: Any) -> dict[str, Any]:
         found: dict[str, Any] = original(self)
-        if _is_ours(self.scheduler):
+        if is_ours(self.scheduler):
             worker = self.scheduler.draft_worker
 
             def validate(key: str, value: Any) -> None:
@@ -83,7 +83,3 @@ def _updating(original: Any) -> Any:
 def _is_handle(key: str, value: Any) -> None:
     if not isinstance(value, int):
         raise internal_state.UpdateRejected(f"{key}: not a tenant's handle")
-
-
-def _is_ours(scheduler: Any) -> bool:
-    return bool(getattr(scheduler.spec_algorithm, "name", "") == ALGORITHM)

@@ -182,16 +182,17 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a round brought. output: SGLang's record of the forward. tokens: committed per request, on the host.
-
-    drafted: whether anything was.
-    """
+    """What a round brought. output: SGLang's record of the forward. tokens: committed per request, on the host."""
 
     output: Any
     committed: Committed
     tokens: list[list[int]]
-    drafted: bool
     can_run_cuda_graph: bool
+
+    @property
+    def drafted(self) -> bool:
+        """Whether the round verified more than each request's bonus token."""
+        return self.committed.tokens.shape[1] > 1
 
 
 def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:

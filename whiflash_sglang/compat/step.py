@@ -12,7 +12,7 @@ from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerM
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
 from whiflash_sglang.compat import sampling
-from whiflash_sglang.compat.carried import ALGORITHM
+from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import replace
 
 _sockets: tuple[Any, ...] = ()
@@ -85,7 +85,7 @@ def _counting_forwards(original: Any) -> Any:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if getattr(self.scheduler.spec_algorithm, "name", "") == ALGORITHM:
+        if is_ours(self.scheduler):
             bs = num_accept_tokens - num_correct_drafts
         original(self, bs, num_correct_drafts, num_accept_tokens, *args, **kwargs)
 
