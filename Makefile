@@ -9,7 +9,7 @@ RUN := $(UV) run --no-sync
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence check format bench test-gpu clean
+.PHONY: help install demo test evidence mutation check format docs bench test-gpu clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -18,8 +18,11 @@ help: ## Show this help
 	python3 -m venv .uv
 	.uv/bin/pip install --quiet uv
 
+# With CPU_ONLY=1: without packages that a server on a CPU never imports.
+LEAVE_OUT := $(if $(CPU_ONLY),$(addprefix --no-install-package ,$(shell cat docs/cpu-leaves-out.txt)))
+
 .venv/.installed: $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock sdk/pyproject.toml kernels/pyproject.toml
-	$(UV) sync --frozen --all-packages
+	$(UV) sync --frozen --all-packages $(LEAVE_OUT)
 	@touch $@
 
 install: .venv/.installed ## Install everything into .venv
@@ -27,11 +30,15 @@ install: .venv/.installed ## Install everything into .venv
 demo: install ## Start the server on the embedded model, ask it two questions, show who drafted what
 	$(RUN) whiflash demo
 
-test: install ## All tests with seeded samples (at most 20 minutes on 2 cores)
+test: install ## All tests with seeded samples (half an hour on 2 cores)
 	$(RUN) pytest
 
 evidence: install ## The full matrices; resumable; results go to docs/evidence/
 	$(RUN) pytest --evidence -m evidence
+
+mutation: install ## Plant faults and ask the tests whether they notice; goes on where it was ended
+	$(UV) sync --frozen --all-packages --group mutation
+	$(RUN) python tests/mutation/run.py --most 20 --out mutation.jsonl
 
 check: install ## Formatting, lint, types: what CI and pre-commit check
 	$(RUN) ruff format --check .
@@ -41,6 +48,9 @@ check: install ## Formatting, lint, types: what CI and pre-commit check
 format: install ## Format and fix what can be fixed
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
+
+docs: install ## Write the tables of the documentation that come from code
+	$(RUN) python -m whiflash_sglang.flags docs/server.md
 
 bench: install ## First answer on speed, in under five minutes
 	$(RUN) whiflash bench --quick

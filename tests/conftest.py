@@ -1,11 +1,21 @@
-"""Shared fixtures: tiny models, the embedded target, and one server per configuration."""
+"""What all tests share: the host that real servers are forked from, the limits on time, the option for evidence."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from patience import pytest_report_header, pytest_timeout_set_timer  # noqa: F401  (hooks)
+from server_host import ServerHost
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[ServerHost]:
+    with ServerHost() as running:
+        yield running
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,24 +2,36 @@
 
 A server's processes take half a minute to import; white-box tests of the tree, the pools and the worker need
 neither HTTP nor tokenising. Requests go in as token ids; what comes out is the scheduler's own record of them.
-One engine at a time: SGLang's runtime context is process-wide.
+One engine at a time: SGLang's runtime context is process-wide. What an engine holds (threads, sockets, weights, KV
+pools) goes with it, `worker/test_engine.py` asserts it.
 """
 
 import contextlib
+import gc
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import zmq
 
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+REQUEST_FIELDS = (
+    "cache_salt",
+    "custom_logit_processor",
+    "logprob_start_len",
+    "priority",
+    "return_hidden_states",
+    "return_logprob",
+    "session",
+    "token_ids_logprob",
+    "top_logprobs_num",
+)
+"""What `Engine.submit` takes beside sampling parameters."""
 
-# Nobody reads a scheduler's sockets here. Collecting a context waits for its sockets to be closed, and in a cycle they
-# are collected with it: it would wait for ever.
-zmq.Context.__del__ = lambda self: None  # type: ignore[method-assign]
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 
 class Engine:
@@ -35,16 +47,23 @@ class Engine:
         return self.scheduler.draft_worker or self.scheduler.tp_worker
 
     def submit(self, rid: str, tokens: Sequence[int], **params: Any) -> None:
-        """Queue a request. `params` are SGLang's sampling parameters, `return_logprob` and `cache_salt`.
+        """Queue a request. `params` are SGLang's sampling parameters, and those of `REQUEST_FIELDS`.
 
-        Grammars and stop strings need a tokenizer: start the engine with `skip_tokenizer_init=False`.
+        With `return_logprob` the two likeliest tokens come too, unless `top_logprobs_num` says otherwise.
+        `session`: the id of an open session, or SGLang's fields of one (`id`, and `rid` of the turn before). Grammars
+        and stop strings need a tokenizer: start the engine with `skip_tokenizer_init=False`.
         An abort names its request by prefix, so no `rid` may begin with another.
         """
-        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+        from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        logprobs = params.pop("return_logprob", False)
-        salt = params.pop("cache_salt", None)
+        fields = {name: params.pop(name) for name in REQUEST_FIELDS if name in params}
+        session = fields.pop("session", None)
+        if session is not None:
+            fields["session_params"] = SessionParams(
+                **(session if isinstance(session, dict) else {"id": session})
+            )
+        logprobs = fields.setdefault("return_logprob", False)
         sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True, **params})
         sampling.normalize(self.scheduler.tokenizer)
         self.scheduler.handle_generate_request(
@@ -56,12 +75,13 @@ class Engine:
                 mm_inputs=None,
                 token_type_ids=None,
                 sampling_params=sampling,
-                return_logprob=logprobs,
-                logprob_start_len=-1,
-                top_logprobs_num=2 if logprobs else 0,
-                token_ids_logprob=None,
                 stream=False,
-                cache_salt=salt,
+                **{
+                    "logprob_start_len": -1,
+                    "top_logprobs_num": 2 if logprobs else 0,
+                    "token_ids_logprob": None,
+                    **fields,
+                },
             )
         )
         for req in (*self.scheduler.waiting_queue, *self.scheduler.grammar_manager.grammar_queue):
@@ -90,6 +110,21 @@ class Engine:
         from sglang.srt.managers.io_struct import AbortReq
 
         self.scheduler.abort_request(AbortReq(rid=rid))
+
+    def open_session(self, name: str, *, streaming: bool) -> None:
+        """Open a session, which requests name with `session`."""
+        from sglang.srt.managers.io_struct import OpenSessionReqInput
+
+        opened = self.scheduler.open_session(
+            OpenSessionReqInput(capacity_of_str_len=10_000, session_id=name, streaming=streaming)
+        )
+        assert opened.success
+
+    def close_session(self, name: str) -> None:
+        """What the session keeps is given up."""
+        from sglang.srt.managers.io_struct import CloseSessionReqInput
+
+        self.scheduler.close_session(CloseSessionReqInput(session_id=name))
 
     def run(self, on_step: Callable[[], None] = lambda: None) -> None:
         """Step until nothing runs or waits."""
@@ -141,16 +176,13 @@ def engine(
         arms: further drafters beside those that the settings name.
         arguments: SGLang's server arguments.
     """
-    from sglang.srt.distributed.parallel_state import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-    )
     from sglang.srt.entrypoints.engine import Engine as SglangEngine
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs
 
+    gc.collect()  # a scheduler is a cycle, and the test that read the last one has let go of it by now
     load_plugins()
     options: dict[str, Any] = {
         "model_path": str(model),
@@ -173,16 +205,63 @@ def engine(
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")
-    try:
-        with _with_arms(arms):
+    with _process_groups(), _sockets():
+        with _with_arms(arms), _unwatched():
             scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
         scheduler.output_streamer.send_to_detokenizer = _Discard()
         with torch.inference_mode():
             yield Engine(scheduler)
+
+
+@contextlib.contextmanager
+def _process_groups() -> Iterator[None]:
+    """Leave none behind. A start that failed half-way would make the next one wait for them, and each has threads."""
+    from sglang.srt.distributed import parallel_state
+
+    try:
+        yield
     finally:
-        # A start that failed half-way leaves them behind too, and the next one would wait for them.
-        destroy_model_parallel()
-        destroy_distributed_environment()
+        parallel_state.destroy_model_parallel()
+        if parallel_state._SELF_PP is not None:  # the one that SGLang forgets
+            parallel_state._SELF_PP.destroy()
+            parallel_state._SELF_PP = None
+        parallel_state.destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def _sockets() -> Iterator[None]:
+    """Close the sockets that the engine opens. Nobody reads them, so what was sent is dropped."""
+    contexts: list[zmq.Context[Any]] = []
+    make = zmq.Context
+
+    def opened(*args: Any) -> zmq.Context[Any]:
+        contexts.append(make(*args))
+        return contexts[-1]
+
+    try:
+        with patch.object(zmq, "Context", opened):
+            yield
+    finally:
+        for context in contexts:
+            context.destroy(linger=0)
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """No watchdog: its thread never ends and holds the scheduler, and a test that steps slowly is not stuck.
+
+    No load figures in shared memory: nobody reads them, and nobody would remove the file.
+    """
+    from sglang.srt.managers import scheduler
+    from sglang.srt.utils.watchdog import Watchdog
+
+    with (
+        patch.object(
+            scheduler, "create_scheduler_watchdog", lambda *_, **__: Watchdog.create("engine", None)
+        ),
+        patch.object(scheduler, "create_load_snapshot_writer", lambda *_, **__: None),
+    ):
+        yield
 
 
 @contextlib.contextmanager

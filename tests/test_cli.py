@@ -73,6 +73,63 @@ def test_a_right_command_line_is_taken(launch: Arguments, checkpoints: dict[str,
     assert (settings.router, settings.block_size, settings.eagle3) == ("ar", 4, checkpoints["eagle3"])
 
 
+def test_hub_ids_are_fetched_as_the_command_line_says(
+    launch: Arguments, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The revision is the draft path's; the directory holds all downloads."""
+    asked = {}
+
+    def download(path: str, **given: object) -> str:
+        asked[path] = given
+        return str(checkpoints[path.removeprefix("owner/")])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    revision = ["--speculative-draft-model-revision", "v2", "--download-dir", "/data"]
+    launch(*revision, "--whiflash-eagle-draft", "owner/eagle3", draft="owner/dflash", eagle=None)
+    assert asked == {
+        "owner/dflash": {"revision": "v2", "cache_dir": "/data"},
+        "owner/eagle3": {"revision": None, "cache_dir": "/data"},
+    }
+
+
+def test_what_cannot_be_served_stops_before_weights_are_read(
+    launch: Arguments, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """One line instead of a traceback, from the same call that a launcher makes."""
+    target = tmp_path / "target"
+    target.mkdir()
+    for file in checkpoints["target"].iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    for arguments, message in (
+        (["--tokenizer-worker-num", "2"], "--tokenizer-worker-num must be 1"),
+        (["--enable-mixed-chunk"], "--enable-mixed-chunk .*; remove it"),
+        (["--speculative-num-steps", "3"], "--speculative-num-steps belongs to .*; remove it"),
+        (["--attention-backend", "torch_native"], "not torch_native; remove the flag"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^whiflash: error: .*{message}$"):
+            launch("--model-path", str(target), *arguments).resolve_once()  # type: ignore[attr-defined]
+    launch("--model-path", str(target)).resolve_once()  # type: ignore[attr-defined]
+
+
+def test_drafters_for_another_target_stop_there_too(launch: Arguments, tmp_path: Path) -> None:
+    other = tiny_target(tmp_path / "other", vocab_size=400)
+    with pytest.raises(SystemExit, match=r"whiflash: error: the EAGLE-3 checkpoint .* vocabulary of 320"):
+        launch("--model-path", str(other)).resolve_once()  # type: ignore[attr-defined]
+
+
+def test_our_flags_without_our_algorithm_are_named() -> None:
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    with pytest.raises(
+        SystemExit, match=r"--whiflash-router does something only with --speculative-algorithm"
+    ):
+        prepare_server_args(["--model-path", "unused", "--whiflash-router", "ar"])
+    assert not hasattr(prepare_server_args(["--model-path", "unused"]), "_whiflash")
+
+
 def test_a_worker_does_not_start_on_a_damaged_checkpoint(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

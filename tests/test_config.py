@@ -78,6 +78,37 @@ def test_wrong_manifest_keys_are_named(bundle: Path, change: dict[str, Any], mes
         load_manifest(write(bundle, {**MANIFEST, **change}))
 
 
+@pytest.mark.parametrize("key", ["eagle3", "dflash", "chat_template", "router.path"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../neighbour", "d/../../neighbour", "out", "linked"])
+def test_paths_of_a_bundle_stay_inside_it(bundle: Path, tmp_path: Path, key: str, path: str) -> None:
+    """Absolute, climbing, a link out of it, and a directory in which a link leads out of it."""
+    outside = tmp_path.parent / "neighbour"
+    outside.mkdir(exist_ok=True)
+    (bundle / "out").symlink_to(outside)
+    (bundle / "linked").mkdir()
+    (bundle / "linked" / "config.json").symlink_to("/etc/passwd")
+    change: dict[str, Any] = {"router": {"path": path}} if key == "router.path" else {key: path}
+    with pytest.raises(ConfigError, match=rf"whiflash\.json: key '{key}': '{path}'.* outside the bundle"):
+        load_manifest(write(bundle, {**MANIFEST, **change}))
+
+
+def test_a_snapshot_of_the_hub_links_into_its_own_blobs(tmp_path: Path) -> None:
+    """And into no other repository's."""
+    mine, other = tmp_path / "models--o--mine", tmp_path / "models--o--other"
+    snapshot = mine / "snapshots" / "0123abc"
+    for repository in (mine, other):
+        (repository / "blobs").mkdir(parents=True)
+        (repository / "blobs" / "f00").write_text("{}")
+    for part in ("e", "d"):
+        (snapshot / part).mkdir(parents=True)
+        (snapshot / part / "config.json").symlink_to(Path("../../../blobs/f00"))
+    manifest = load_manifest(write(snapshot, MANIFEST))
+    assert (manifest.eagle3, manifest.dflash) == ("e", "d")
+    (snapshot / "e" / "weights").symlink_to(other / "blobs" / "f00")
+    with pytest.raises(ConfigError, match=r"key 'eagle3': 'e', a link to .*models--o--other"):
+        load_manifest(snapshot)
+
+
 def test_missing_manifest_keys_are_named(bundle: Path) -> None:
     with pytest.raises(ConfigError, match=r"whiflash\.json: key 'eagle3': Field required"):
         load_manifest(write(bundle, {k: v for k, v in MANIFEST.items() if k != "eagle3"}))

@@ -1,56 +1,105 @@
 """The trace of a response."""
 
+import json
+import pickle
+
+import pytest
 from whiflash_sdk import routing
 
-from whiflash_sglang.trace import TraceLog, TraceRound, build_trace, pieces_of
+from whiflash_sglang.spans.hints import TraceLevel
+from whiflash_sglang.trace import Recording, build_trace, pieces_of, place
+
+PROMPT = 7
 
 
-def rounds(*parts: tuple[str, int]) -> list[TraceRound]:
-    return [TraceRound(arm, tokens, "entropy", None) for arm, tokens in parts]
+def recorded(*rounds: tuple[str, int], level: TraceLevel = "full", reason: str = "score") -> Recording:
+    """Rounds that follow each other, each of which proposed four tokens."""
+    recording, length = Recording(level, PROMPT), PROMPT
+    for arm, tokens in rounds:
+        recording.add(length, arm, tokens, proposed=4, reason=reason, span=None)
+        length += tokens
+    return recording
 
 
 def test_stretches_totals_and_switches() -> None:
-    trace = build_trace(rounds(("ar", 3), ("ar", 2), ("diffusion", 4), ("ar", 1)), "entropy", 11)
+    trace = build_trace(recorded(("ar", 3), ("ar", 2), ("diffusion", 4), ("ar", 1)), "entropy", 11)
     assert [(s["arm"], s["start"], s["end"], s["rounds"], s["accepted"]) for s in trace["stretches"]] == [
         ("ar", 1, 6, 2, 3),
         ("diffusion", 6, 10, 1, 3),
         ("ar", 10, 11, 1, 0),
     ]
-    assert trace["switches"] == 2
-    assert trace["tokens"] == 10
-    assert trace["arms"]["ar"] == {"rounds": 3, "tokens": 6}
+    assert (trace["switches"], trace["tokens"], trace["rounds"], trace["reasons"]) == (2, 10, 4, {"score": 4})
+    assert trace["arms"]["ar"] == {"rounds": 3, "tokens": 6, "proposed": 12, "accepted": 3}
+
+
+def test_a_summary_has_the_sums_of_the_full_trace_and_nothing_else() -> None:
+    rounds = (("ar", 3), ("ar", 2), ("diffusion", 4), ("ar", 1))
+    full = build_trace(recorded(*rounds), "entropy", 11)
+    del full["stretches"]
+    assert build_trace(recorded(*rounds, level="summary"), "entropy", 11) == full
 
 
 def test_what_was_committed_beyond_a_stop_does_not_count() -> None:
-    trace = build_trace(rounds(("ar", 6), ("diffusion", 6)), "entropy", 9)
-    assert (trace["tokens"], trace["stretches"][-1]["end"]) == (8, 9)
+    trace = build_trace(recorded(("ar", 6), ("diffusion", 6), ("ar", 2)), "entropy", 9)
+    assert (trace["tokens"], trace["stretches"][-1]["end"], trace["rounds"]) == (8, 9, 2)
+
+
+def test_a_retraction_leaves_a_gap_for_the_token_of_the_second_prefill() -> None:
+    recording = recorded(("ar", 3), ("ar", 2))
+    recording.add(PROMPT + 6, "ar", 2, proposed=4, reason="score", span=None)
+    trace = build_trace(recording, "auto", 9)
+    assert [(s["start"], s["end"]) for s in trace["stretches"]] == [(1, 6), (7, 9)]
+    assert (trace["tokens"], trace["switches"]) == (7, 0)
 
 
 def test_an_answer_of_one_token_has_no_rounds() -> None:
-    assert build_trace([], "entropy", 1)["stretches"] == []
+    trace = build_trace(Recording("full", PROMPT), "entropy", 1)
+    place(trace, ["a"], "a")
+    assert (trace["stretches"], trace["rounds"], trace["arms"]) == ([], 0, {})
 
 
-def test_the_sdk_reads_it() -> None:
-    trace = build_trace(rounds(("ar", 3), ("diffusion", 4)), "entropy", 8, text_of=lambda a, b: f"{a}-{b}")
-    read = routing({"sglext": {"whiflash": trace}})
+def test_stretches_point_into_the_text_that_the_client_has() -> None:
+    trace = build_trace(recorded(("ar", 3), ("diffusion", 4)), "entropy", 8)
+    pieces = ["I", " am", " h", "er", "e", " no", "w", "."]
+    place(trace, pieces, "I am here now")  # the last token is trimmed: a stop
+    assert [s["chars"] for s in trace["stretches"]] == [[1, 8], [8, 13]]
+    assert "text" not in trace
+    read = routing({"sglext": {"whiflash": json.loads(json.dumps(trace))}})
     assert read is not None
     assert read.acceptance_length == 3.5
-    assert [s.text for s in read.stretches] == ["1-4", "4-8"]
-    assert read.prefill_text == "0-1"
+    assert [s.chars for s in read.stretches] == [(1, 8), (8, 13)]
 
 
-def test_log_is_bounded_and_empties() -> None:
-    log = TraceLog(requests=2)
-    for rid in ("a", "b", "c"):
-        log.open(rid)
-        log.record(rid, TraceRound("ar", 1, "", None))
-    assert log.take("a", last=True) == []
-    assert len(log.take("b", last=False)) == 1
-    assert log.take("b", last=True) == []
-    assert len(log) == 1
+@pytest.mark.parametrize("text", ["what a parser left", None])
+def test_where_the_client_has_another_text_the_trace_carries_its_own(text: str | None) -> None:
+    trace = build_trace(recorded(("ar", 2)), "entropy", 3)
+    place(trace, ["a", "b", "c"], text)
+    assert trace["text"] == "abc"
+    assert trace["stretches"][0]["chars"] == [1, 3]
 
 
 def test_a_character_cut_by_a_stretch_belongs_to_the_one_that_completes_it() -> None:
     euro = "€".encode()
-    text_of = pieces_of([0, 1, 2, 3], [b"a", euro[:1], euro[1:], b"b"])
-    assert [text_of(0, 2), text_of(2, 4)] == ["a", "€b"]
+    vocabulary = [b"a", euro[:1], euro[1:], b"<end>"]
+    assert pieces_of([0, 1, 2, 3], vocabulary, frozenset({3})) == ["a", "", "€", ""]
+    assert pieces_of([0, 1], vocabulary, frozenset()) == ["a", "\ufffd"]
+    assert pieces_of([9], vocabulary, frozenset()) == ["a"]
+
+
+def test_a_summary_stays_small_whatever_the_length() -> None:
+    """Sizes in bytes of JSON, against an answer of four characters a token."""
+    sizes = {}
+    for tokens in (1_000, 100_000):
+        arms = [("ar", 2), ("diffusion", 4), ("lookup", 8), ("none", 1)] * (tokens // 15)
+        for level in ("summary", "full"):
+            recording = recorded(*arms, level=level)  # type: ignore[arg-type]
+            sizes[tokens, level] = len(json.dumps(build_trace(recording, "auto", tokens)))
+    assert sizes[1_000, "summary"] < sizes[100_000, "summary"] < 500
+    assert sizes[1_000, "summary"] < 4 * 1_000 / 8
+    assert sizes[1_000, "full"] < sizes[100_000, "full"]
+
+
+def test_a_recording_of_a_long_answer_is_cheap_to_send() -> None:
+    recording = recorded(*[("none", 1)] * 100_000)
+    assert len(recording.stretches) == 1
+    assert len(pickle.dumps(recording)) < 250_000

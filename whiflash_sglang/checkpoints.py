@@ -16,6 +16,12 @@ class TargetShape:
     num_layers: int
     vocab_size: int
 
+    @classmethod
+    def of(cls, model_config: Any) -> "TargetShape":
+        """From SGLang's configuration of a model."""
+        text = model_config.hf_text_config
+        return cls(text.hidden_size, text.num_hidden_layers, text.vocab_size)
+
 
 def block_size_of(checkpoint: Path, wanted: int | None) -> int:
     """Tokens of a DFlash block: `wanted`, or the checkpoint's own.

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from whiflash_sglang.bundle_paths import check_members
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 
@@ -25,6 +26,7 @@ DraftVocabulary = Literal["full", "eagle3"]
 DeltaSign = Literal["ar-minus-diffusion", "diffusion-minus-ar"]
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rounds = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Strict(BaseModel):
@@ -35,7 +37,7 @@ class EntropyRouter(_Strict):
     """tau: nats above which the diffusion drafter is left. min_dwell: rounds an arm is kept at least."""
 
     tau: Nats = 1.0
-    min_dwell: Annotated[int, Field(ge=0)] = 2
+    min_dwell: Rounds = 2
 
 
 class NeuralRouter(_Strict):
@@ -45,7 +47,7 @@ class NeuralRouter(_Strict):
 
     path: str
     threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    min_dwell: Annotated[int, Field(ge=0)] = 1
+    min_dwell: Rounds = 1
     delta_sign: DeltaSign | None = None
 
 
@@ -107,7 +109,7 @@ class Flags(_Strict):
     neural_router_sign: DeltaSign | None = None
     tree_budget: int | None = None
     entropy_threshold: Nats | None = None
-    min_dwell: Annotated[int, Field(ge=0)] | None = None
+    min_dwell: Rounds | None = None
     eagle_steps: Positive = 5
     block_size: Annotated[int, Field(ge=2)] | None = None
     dflash_vocabulary: DraftVocabulary | None = None
@@ -169,7 +171,8 @@ def load_manifest(bundle: Path) -> Manifest:
     """Read and validate `whiflash.json`.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, or has a wrong or unknown key, which is named.
+        ConfigError: the file is missing, is not JSON, or has a wrong or unknown key, or a path that leaves the bundle;
+            the key is named.
     """
     path = bundle / MANIFEST
     try:
@@ -181,9 +184,12 @@ def load_manifest(bundle: Path) -> Manifest:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: " + _first_problem(error, lambda name: f"key {name!r}")) from None
+    named = {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "chat_template": manifest.chat_template}
+    check_members(bundle, {**named, "router.path": manifest.router.path if manifest.router else None})
+    return manifest
 
 
 def resolve(flags: Flags, draft_path: Path | None) -> Settings:
@@ -238,9 +244,11 @@ def resolve(flags: Flags, draft_path: Path | None) -> Settings:
 class PolicyChange(_Strict):
     """What may change while serving; None leaves a value as it is."""
 
+    model_config = ConfigDict(strict=True)
+
     router: RouterName | None = None
     entropy_threshold: Nats | None = None
-    min_dwell: Annotated[int, Field(ge=0)] | None = None
+    min_dwell: Rounds | None = None
     neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 

@@ -1,13 +1,20 @@
 """Checkpoints and bundles on disk, from a directory or a hub id."""
 
+import os
 from pathlib import Path
 
 from whiflash_sglang.config import EMBEDDED_BUNDLE, embedded_bundle
 from whiflash_sglang.errors import ConfigError
 
 
-def fetch(path: str) -> Path:
-    """The local directory of `path`: a directory as it is, `embedded:NAME`, or a hub id through huggingface_hub.
+def fetch(path: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The local directory of `path`: a directory as it is, `embedded:NAME`, or a hub id.
+
+    Hub ids go to huggingface_hub, or to ModelScope where `SGLANG_USE_MODELSCOPE` says so, as SGLang's own do.
+
+    Args:
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        download_dir: where downloads are kept; None: the hub's own cache.
 
     Raises:
         ConfigError: neither a directory nor something the hub (or its offline cache) knows.
@@ -19,14 +26,41 @@ def fetch(path: str) -> Path:
         return local
     if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise ConfigError(f"{path}: no such directory, and not a hub id of the form owner/name")
+    download = _from_modelscope if _uses_modelscope() else _from_hugging_face
+    return Path(download(path, revision, download_dir))
+
+
+def _uses_modelscope() -> bool:
+    return os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true", "yes", "y", "t", "on")
+
+
+def _from_hugging_face(path: str, revision: str | None, download_dir: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path))
+        return str(snapshot_download(path, revision=revision, cache_dir=download_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: not a directory here, and the hub gave nothing: {first}") from None
+        raise _gave_nothing(path, revision, error) from None
+
+
+def _from_modelscope(path: str, revision: str | None, download_dir: str | None) -> str:
+    try:
+        from modelscope.hub.snapshot_download import snapshot_download
+    except ImportError:
+        raise ConfigError(
+            f"{path}: SGLANG_USE_MODELSCOPE is set, but modelscope is not installed; install it or unset the variable"
+        ) from None
+    try:
+        return str(snapshot_download(path, revision=revision, cache_dir=download_dir))
+    except Exception as error:  # its errors have no common base
+        raise _gave_nothing(path, revision, error) from None
+
+
+def _gave_nothing(path: str, revision: str | None, error: Exception) -> ConfigError:
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    at = f" at revision {revision}" if revision else ""
+    return ConfigError(f"{path}{at}: not a directory here, and the hub gave nothing: {first}")
 
 
 def default_bundle_for(model_path: str) -> Path | None:

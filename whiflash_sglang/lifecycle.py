@@ -6,6 +6,7 @@ from typing import Any
 
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.routing.controller import Controller
@@ -30,16 +31,18 @@ class Lifecycle:
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
         for drafter in self._drafters.values():
             drafter.begin(row, hints, tenant)
-        self._controller.open(row, req.rid, hints, req.output_ids)
+        recording = recording_of(req, hints.trace) if hints.trace else None
+        self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(row, len(req.origin_input_ids), req.output_ids)
 
-    def released(self, req: Any, *, enters_tree: bool) -> None:
-        """The request gives its slots up. What enters the tree is flushed first; otherwise the backlog is dropped."""
+    def released(self, req: Any, *, kept: bool) -> None:
+        """The request gives its slots up. Where the tree or a session keeps them what was parked is flushed first."""
         row = req.kv.req_pool_idx
         if row is None or not self._controller.holds(row, req.rid):
             return
-        if enters_tree:
+        if kept:
             self._sync.flush(row, req.owned_kv_len())
+        if kept and req.finished():
             for drafter in self._drafters.values():
                 drafter.finish(row, req.output_ids_through_stop)
         self._forget(row)

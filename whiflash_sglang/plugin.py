@@ -1,7 +1,11 @@
 """Entry point of the group `sglang.srt.plugins`.
 
-SGLang logs a failing plugin and starts without it, so nothing here may depend on being heard: on an engine that
-does not fit, nothing is installed, and a command line that asks for WHIFLASH is stopped on the spot.
+SGLang calls it in every process of every server, whatever that serves, so it adds names and replaces nothing: the
+algorithm goes into SGLang's registry and the flags onto its command line. What a WHIFLASH server needs beyond that
+is put in place where the arguments ask for it (:mod:`whiflash_sglang.compat.hooks`).
+
+SGLang logs a failing plugin and starts without it, so on an engine that does not fit nothing is registered, and a
+command line that asks for WHIFLASH is stopped on the spot.
 """
 
 import logging
@@ -13,7 +17,7 @@ _registered = False
 
 
 def register() -> None:
-    """Register the algorithm, the flags and the hooks. Idempotent.
+    """Register the algorithm and the flags. Idempotent.
 
     Raises:
         SystemExit: WHIFLASH is asked for on an engine it does not fit. (Upstream swallows every `Exception`.)
@@ -25,31 +29,14 @@ def register() -> None:
     from whiflash_sglang.errors import IncompatibleEngineError
 
     try:
-        patching.require_names()
+        patching.require_version()
     except IncompatibleEngineError as error:
         if any(argument.upper().endswith("WHIFLASH") for argument in sys.argv):
             raise SystemExit(f"whiflash: error: {error}") from None
         logger.warning("WHIFLASH is not available: %s", error)
         return
-    from whiflash_sglang.compat import (
-        algorithm,
-        control,
-        flags,
-        memory,
-        radix,
-        release,
-        step,
-        streamer,
-        whitespace,
-    )
+    from whiflash_sglang.compat import algorithm, flags
 
     algorithm.register()
-    flags.install()
-    memory.install()
-    radix.install()
-    release.install()
-    step.install()
-    streamer.install()
-    control.install()
-    whitespace.install()
+    flags.offer()
     _registered = True

@@ -1,7 +1,8 @@
-"""A server as a child process that never outlives its owner. Used by the demo, the benchmark and the tests."""
+"""A server as a process that never outlives its owner. Used by the demo, the benchmark and calibration."""
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,29 +17,56 @@ import httpx
 import psutil
 
 from whiflash_sglang.errors import WhiflashError
-
-START_SECONDS = 300
-"""A cold import of SGLang alone takes half a minute on a busy machine."""
+from whiflash_sglang.server_host import ServerHost
 
 
 class ServerError(WhiflashError):
     """The server did not start, or died. The message ends with the last lines of its log."""
 
 
+_ports = set[int]()
+"""Given out before: a server that still starts has not bound its own."""
+
+
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free a moment ago, below the range that the system hands to outgoing connections.
+
+    Raises:
+        ServerError: there is none.
+    """
+    for port in random.sample(range(20000, 32000), 200):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _ports:
+                _ports.add(port)
+                return port
+    raise ServerError("no free TCP port between 20000 and 32000")
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether the process itself, not another one, listens on the TCP port."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        sockets = psutil.Process(pid).net_connections("inet")
+        return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+    return False
+
+
+def runs(pid: int) -> bool:
+    """Whether the process exists and has not ended; one that nobody has waited for yet has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 class Server:
     """`python -m sglang.launch_server` with `arguments`, on the loopback interface.
 
-    Use as a context manager; leaving it, by whatever way, ends the server and all its children.
+    Use as a context manager. Entering it waits until the server is ready or has ended; leaving it, by whatever way,
+    ends the server and all its children.
 
     Args:
         arguments: flags after `--host` and `--port`.
+        host: fork the server from there, with SGLang imported; None: start a new interpreter.
         env: additions to the environment.
         log: where its output goes; None: a temporary file that is removed at the end.
     """
@@ -47,45 +75,46 @@ class Server:
         self,
         arguments: Sequence[str],
         *,
+        host: ServerHost | None = None,
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
-        start_seconds: float = START_SECONDS,
     ) -> None:
         self.port = free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
-        self._arguments = list(arguments)
-        self._env = {**os.environ, **(env or {})}
+        self._arguments = ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        self._host = host
+        self._env = dict(env or {})
         self._keep_log = log is not None
         self.log = log or Path(tempfile.mkstemp(prefix="whiflash-server-", suffix=".log")[1])
-        self._start_seconds = start_seconds
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: psutil.Process | None = None
 
     def __enter__(self) -> "Server":
-        command = [
-            sys.executable,
-            "-m",
-            "sglang.launch_server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-        ]
-        with self.log.open("ab") as log:
-            # A session of its own, so that Ctrl-C reaches the owner alone and the owner ends the tree.
-            self._process = subprocess.Popen(
-                command + self._arguments,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=self._env,
-                start_new_session=True,
-            )
+        self._process = self._spawn() if self._host is None else self._fork(self._host)
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(self._process)
         except BaseException:
             self.close()
             raise
         return self
+
+    def _spawn(self) -> psutil.Process:
+        with self.log.open("ab") as log:
+            # A session of its own, so that Ctrl-C reaches the owner alone and the owner ends the tree.
+            return psutil.Popen(
+                [sys.executable, "-m", "sglang.launch_server", *self._arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **self._env},
+                start_new_session=True,
+            )
+
+    def _fork(self, host: ServerHost) -> psutil.Process:
+        pid = host.fork(self._arguments, self.log, self._env)
+        try:
+            return psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            raise ServerError(f"the server stopped:\n{self.tail()}") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,8 +127,7 @@ class Server:
         if self._process is None:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self._process.pid)
-            return [parent.pid, *(child.pid for child in parent.children(recursive=True))]
+            return [self._process.pid, *(child.pid for child in self._process.children(recursive=True))]
         return []
 
     def tail(self, lines: int = 15) -> str:
@@ -112,32 +140,24 @@ class Server:
         if process is None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
-            tree = psutil.Process(process.pid)
-            children = tree.children(recursive=True)
+            tree = [process, *process.children(recursive=True)]
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
-            _, alive = psutil.wait_procs([tree, *children], timeout=5)
+            _, alive = psutil.wait_procs(tree, timeout=5)
             for survivor in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     survivor.kill()
-            psutil.wait_procs(alive, timeout=5)
-        process.wait()
+            psutil.wait_procs(alive)
         if not self._keep_log:
             self.log.unlink(missing_ok=True)
 
-    def _wait_until_ready(self) -> None:
-        process = self._process
-        if process is None:
-            raise AssertionError("started just above")
-        deadline = time.monotonic() + self._start_seconds
-        with httpx.Client(base_url=self.base_url, timeout=2) as client:
-            while time.monotonic() < deadline:
-                if process.poll() is not None:
-                    raise ServerError(
-                        f"the server stopped with exit code {process.returncode}:\n{self.tail()}"
-                    )
+    def _wait_until_ready(self, process: psutil.Process) -> None:
+        """However long it takes, unless it ends: on a busy machine importing SGLang alone takes minutes."""
+        with httpx.Client(base_url=self.base_url, timeout=None) as client:
+            while True:
+                if not runs(process.pid):
+                    raise ServerError(f"the server stopped:\n{self.tail()}")
                 with contextlib.suppress(httpx.HTTPError):
-                    if client.get("/health").status_code == 200:
+                    if listens(process.pid, self.port) and client.get("/health").status_code == 200:
                         return
                 time.sleep(0.25)
-        raise ServerError(f"the server was not ready after {self._start_seconds:.0f} s:\n{self.tail()}")

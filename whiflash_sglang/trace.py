@@ -1,121 +1,143 @@
-"""The routing trace of a response: which drafter wrote which stretch. Schema: docs/hints.md."""
+"""The routing trace of a response: which drafter wrote what, and why. Schema: docs/hints.md. Imports no SGLang."""
 
 import codecs
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
 
-from whiflash_sglang.spans.hints import WIRE_VERSION
+from whiflash_sglang.spans.hints import WIRE_VERSION, TraceLevel
 
 
-class TraceRound(NamedTuple):
-    """One round of one request, as it travels from the scheduler to the HTTP process.
+@dataclass(slots=True)
+class Stretch:
+    """Rounds of one request that followed each other with the same arm, reason and span.
 
-    tokens: committed by the round, bonus token included.
+    start: output token that the first of them committed first. tokens: committed by each round, the bonus token
+    included. proposed: draft tokens of all of them.
     """
 
+    start: int
     arm: str
-    tokens: int
     reason: str
     span: str | None
+    tokens: list[int] = field(default_factory=list)
+    proposed: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + sum(self.tokens)
 
 
-class TraceLog:
-    """Rounds of traced requests that were not sent to the HTTP process yet; bounded by requests.
+@dataclass(slots=True)
+class Recording:
+    """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
 
-    The scheduler's output streamer empties it. A request whose end is never streamed is pushed out by newer ones.
+    level: what was asked for. prompt_tokens: where the output begins.
     """
 
-    def __init__(self, requests: int = 4096) -> None:
-        self._limit = requests
-        self._pending: dict[str, list[TraceRound]] = {}
+    level: TraceLevel
+    prompt_tokens: int
+    stretches: list[Stretch] = field(default_factory=list)
 
-    def open(self, rid: str) -> None:
-        """Start recording `rid`."""
-        while len(self._pending) >= self._limit:
-            self._pending.pop(next(iter(self._pending)))
-        self._pending.setdefault(rid, [])
+    def add(
+        self, length: int, arm: str, tokens: int, *, proposed: int, reason: str, span: str | None
+    ) -> None:
+        """A round of `arm` that began behind `length` committed tokens and a bonus token."""
+        start = length + 1 - self.prompt_tokens
+        last = self.stretches[-1] if self.stretches else None
+        if last is None or (last.arm, last.reason, last.span, last.end) != (arm, reason, span, start):
+            last = Stretch(start, arm, reason, span)
+            self.stretches.append(last)
+        last.tokens.append(tokens)
+        last.proposed += proposed
 
-    def record(self, rid: str, entry: TraceRound) -> None:
-        """Keep a round of a request that is being recorded; other requests are ignored."""
-        rounds = self._pending.get(rid)
-        if rounds is not None:
-            rounds.append(entry)
-
-    def take(self, rid: str, *, last: bool) -> list[TraceRound]:
-        """The rounds since the last call; `last` ends the recording."""
-        rounds = self._pending.get(rid)
-        if rounds is None:
-            return []
-        if last:
-            del self._pending[rid]
-        else:
-            self._pending[rid] = []
-        return rounds
-
-    def __len__(self) -> int:
-        return len(self._pending)
+    def until(self, completion_tokens: int) -> Iterator[Stretch]:
+        """Its stretches without what was committed beyond a stop."""
+        for stretch in self.stretches:
+            end, kept = stretch.start, []
+            for tokens in stretch.tokens:
+                if end < completion_tokens:
+                    kept.append(min(tokens, completion_tokens - end))
+                end += tokens
+            if kept:
+                yield Stretch(
+                    stretch.start, stretch.arm, stretch.reason, stretch.span, kept, stretch.proposed
+                )
 
 
-def build_trace(
-    rounds: Sequence[Sequence[Any]],
-    policy: str,
-    completion_tokens: int,
-    *,
-    choice: int = 0,
-    text_of: Callable[[int, int], str] | None = None,
-) -> dict[str, Any]:
-    """The trace as JSON-ready data.
-
-    Args:
-        rounds: `TraceRound` fields, in order. What was committed beyond a stop is cut at `completion_tokens`.
-        text_of: text of output tokens [start, end), where it is known.
-
-    Token 0 comes from the prefill and belongs to no round; its text, where it is known, is `prefill_text`.
-    """
-    stretches: list[dict[str, Any]] = []
-    position = 1
-    for arm, tokens, reason, span in rounds:
-        tokens = min(tokens, completion_tokens - position)
-        if tokens <= 0:
-            break
-        last = stretches[-1] if stretches else None
-        if last is None or (last["arm"], last["reason"], last["span"]) != (arm, reason, span):
-            last = {"start": position, "arm": arm, "reason": reason, "span": span, "round_tokens": []}
-            stretches.append(last)
-        last["round_tokens"].append(tokens)
-        position += tokens
-        last["end"] = position
+def build_trace(recording: Recording, policy: str, completion_tokens: int) -> dict[str, Any]:
+    """The trace as JSON-ready data: sums, and with the level `full` the stretches, whose characters `place` adds."""
+    stretches = list(recording.until(completion_tokens))
     arms: dict[str, dict[str, int]] = {}
+    reasons: dict[str, int] = {}
     for stretch in stretches:
-        counts = stretch["round_tokens"]
-        stretch["rounds"] = len(counts)
-        stretch["accepted"] = sum(counts) - len(counts)
-        total = arms.setdefault(stretch["arm"], {"rounds": 0, "tokens": 0})
-        total["rounds"] += len(counts)
-        total["tokens"] += sum(counts)
-        if text_of is not None:
-            stretch["text"] = text_of(stretch["start"], stretch["end"])
-    prefill = {} if text_of is None else {"prefill_text": text_of(0, min(1, completion_tokens))}
-    return {
+        arm = arms.setdefault(stretch.arm, dict.fromkeys(("rounds", "tokens", "proposed", "accepted"), 0))
+        for name, count in _counts(stretch).items():
+            arm[name] += count
+        reasons[stretch.reason] = reasons.get(stretch.reason, 0) + len(stretch.tokens)
+    trace = {
         "version": WIRE_VERSION,
         "policy": policy,
-        "stretches": stretches,
-        "rounds": sum(total["rounds"] for total in arms.values()),
-        "tokens": sum(total["tokens"] for total in arms.values()),
-        "switches": sum(a["arm"] != b["arm"] for a, b in pairwise(stretches)),
+        "choice": 0,
+        "rounds": sum(arm["rounds"] for arm in arms.values()),
+        "tokens": sum(arm["tokens"] for arm in arms.values()),
+        "switches": sum(a.arm != b.arm for a, b in pairwise(stretches)),
         "arms": arms,
-        "choice": choice,
-        **prefill,
+        "reasons": reasons,
+    }
+    if recording.level == "full":
+        trace["stretches"] = [_described(stretch) for stretch in stretches]
+    return trace
+
+
+def _counts(stretch: Stretch) -> dict[str, int]:
+    rounds, tokens = len(stretch.tokens), sum(stretch.tokens)
+    return {"rounds": rounds, "tokens": tokens, "proposed": stretch.proposed, "accepted": tokens - rounds}
+
+
+def _described(stretch: Stretch) -> dict[str, Any]:
+    counts = _counts(stretch)
+    return {
+        "start": stretch.start,
+        "end": stretch.end,
+        "arm": stretch.arm,
+        "rounds": counts["rounds"],
+        "proposed": counts["proposed"],
+        "accepted": counts["accepted"],
+        "reason": stretch.reason,
+        "span": stretch.span,
+        "round_tokens": stretch.tokens,
     }
 
 
-def pieces_of(tokens: Sequence[int], vocabulary: Sequence[bytes]) -> Callable[[int, int], str]:
-    """`text_of` for `build_trace`. A character whose bytes two tokens share belongs to the one that completes it.
+def place(trace: dict[str, Any], pieces: Sequence[str], text: str | None) -> None:
+    """Give every stretch of a full trace its characters: `chars`, half-open offsets into the text.
 
     Args:
-        tokens: output token ids. vocabulary: bytes of every token.
+        pieces: text of every output token.
+        text: what the client gets. It may end earlier, at a stop; where it is another text, the trace carries the
+            one that its offsets count in.
+    """
+    raw = "".join(pieces)
+    if text is None or not raw.startswith(text):
+        text = trace["text"] = raw
+    ends = [0, *(min(end, len(text)) for end in accumulate(map(len, pieces)))]
+    for stretch in trace["stretches"]:
+        stretch["chars"] = [ends[stretch["start"]], ends[stretch["end"]]]
+
+
+def pieces_of(tokens: Iterable[int], vocabulary: Sequence[bytes], left_out: frozenset[int]) -> list[str]:
+    """Text of every token. A character whose bytes two tokens share belongs to the one that completes it.
+
+    Args:
+        tokens: output token ids; one beyond the vocabulary counts as token 0, as it does to SGLang's detokeniser.
+        vocabulary: bytes of every token. left_out: ids that stand for no text, such as special tokens where these are
+            skipped.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    pieces = [decoder.decode(vocabulary[token] if token < len(vocabulary) else b"") for token in tokens]
-    return lambda start, end: "".join(pieces[start:end])
+    known = (token if token < len(vocabulary) else 0 for token in tokens)
+    pieces = [decoder.decode(b"" if token in left_out else vocabulary[token]) for token in known]
+    if pieces:
+        pieces[-1] += decoder.decode(b"", final=True)
+    return pieces

@@ -18,7 +18,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import memory, release, sampling, step
+from whiflash_sglang.compat import memory, records, release, sampling, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
@@ -30,7 +30,6 @@ from whiflash_sglang.compat.spec_worker import (
     prefill_rows,
     step_result,
 )
-from whiflash_sglang.compat.streamer import trace_log
 from whiflash_sglang.compat.target import Target, Verified
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import Drafter
@@ -55,6 +54,9 @@ STEP_ROUNDS, STEP_SECONDS = 4, 0.1
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     """Owns the drafters, their KV and the controller; the target stays SGLang's own worker."""
 
+    # The scheduler's rounds run in inference mode or without gradients, its start does not. Not inference mode: what
+    # it makes could not be written without it.
+    @torch.no_grad()
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
         super().__init__()
         self._target_worker, self._draft_worker = target_worker, None
@@ -67,7 +69,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.clock = RoundClock()
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
-        self.controller = Controller(policy, MeasuredCosts(self._widest), vocabulary, trace_log)
+        self.controller = Controller(policy, MeasuredCosts(self._widest), vocabulary)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
@@ -85,6 +87,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             raise AttributeError(name)
         return getattr(self._target_worker, name)
 
+    @torch.no_grad()
     def alloc_memory_pool(self, **pools: Any) -> None:
         """Drafters' KV beside the target's slots, rings and token table beside its request rows."""
         super().alloc_memory_pool(**pools)
@@ -180,28 +183,27 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             committed = accept_and_commit(
                 predictions, block.input_ids, block.qo_indptr, requests.starts, stride=max(proposal.widths)
             )
+            committed, tokens = requests.until_stops(committed)
             if on_publish is not None:
                 on_publish(committed.seq_lens.to(torch.int64))
-            if batch.return_logprob:
-                sampling.attach_logprobs(batch, verified.output, predictions, block, proposal.widths)
+            records.attach(batch, verified, block, proposal.widths)
         with clock.stage("park"):
             self._park(requests, routes, block, verified, predictions, committed)
-            tokens = self._learn(requests, routes, proposal.widths, committed)
+            self._learn(requests, routes, proposal.widths, tokens)
         clock.end(sum(proposal.widths), len(routes), sum(map(len, tokens)))
-        return Done(verified.output, committed, tokens, verified.can_run_cuda_graph)
+        return Done(verified.output, committed, tokens, proposal.widths, verified.can_run_cuda_graph)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
         self.clock.interrupt()
         input_ids = batch.input_ids
-        result = self.target.prefill(batch)
+        result, features = self.target.prefill(batch)
         result.new_seq_lens = batch.seq_lens
         if on_publish is not None:
             on_publish(batch.seq_lens)
         if batch.forward_mode.is_idle():
             result.next_draft_input = idle_result(self.target.device).next_draft_input
             return result
-        features, result.logits_output.hidden_states = result.logits_output.hidden_states, None
         rows = prefill_rows(batch, input_ids, result.next_token_ids)
         prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
         self.sync.prefill(prompt, rows.row_ids, rows.rows, rows.last_rows)
@@ -242,7 +244,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if batch.has_grammar:
             chains = sampling.grammar_chains(block, proposal.widths, requests.ahead)
         verified = self.target.verify(batch, block, proposal.widths)
-        if sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
+        if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
             return block, verified, verified.logits.argmax(-1)
         # Sampling works in place; the controller reads the raw distribution.
         verified.output.next_token_logits = verified.logits.clone()
@@ -299,17 +301,17 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.tokens.put_block(requests.rows, requests.starts + 1, tokens)
 
     def _learn(
-        self, requests: RoundBatch, routes: Sequence[str], widths: Sequence[int], committed: Committed
-    ) -> list[list[int]]:
-        """What the round accepted, which goes to the controller and to the drafter that proposed it."""
-        blocks, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
-        tokens = [block[:count] for block, count in zip(blocks, counts, strict=True)]
+        self,
+        requests: RoundBatch,
+        routes: Sequence[str],
+        widths: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+    ) -> None:
+        """What the round committed goes to the controller and to the drafter that proposed it."""
         for row, arm, width, own in zip(requests.row_ids, routes, widths, tokens, strict=True):
-            self.controller.committed(row, arm, own)
-            self.controller.costs.widened(arm, width)
-            if arm in self.drafters:
+            evidence = self.controller.committed(row, arm, own, width)
+            if evidence and arm in self.drafters:
                 self.drafters[arm].observe(row, width - 1, len(own) - 1)
-        return tokens
 
     @property
     def _has_heads(self) -> bool:
@@ -324,7 +326,3 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """The same where another arm may prolong them."""
         joined = arm in self.drafters and self.controller.policy.joins_arms
         return self.stage.widest + 1 if joined else self._widest(arm)
-
-    def prepare_for_kv_cache_release(self, req: Any) -> None:
-        """SGLang's own hook: a finished request's slots are about to enter the tree."""
-        self.lifecycle.released(req, enters_tree=True)

@@ -52,7 +52,7 @@ def build(model: OpenAIChatCompletionsModel) -> Agent[Any]:
 
 async def run(session: Session) -> None:
     set_tracing_disabled(True)
-    model = wrap_model(OpenAIChatCompletionsModel(session.model, session.async_client()))
+    model = wrap_model(OpenAIChatCompletionsModel(session.model, session.async_client()), trace="full")
     with collect() as collected:
         result = await Runner.run(build(model), TASK, max_turns=4)
     items = result.new_items

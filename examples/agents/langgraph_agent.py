@@ -36,7 +36,7 @@ def main() -> None:
         temperature=0,
         max_completion_tokens=128,
     )
-    agent = build(wrap_model(model))
+    agent = build(wrap_model(model, trace="full"))
     start = [SystemMessage("You answer with the help of tools."), HumanMessage(TASK)]
     with collect() as collected:
         messages = agent.invoke({"messages": start})["messages"]

@@ -38,7 +38,7 @@ def main() -> None:
     session = Session.from_command_line(__doc__)
     provider = OpenAIProvider(openai_client=session.async_client())
     agent = Agent(
-        wrap_model(OpenAIChatModel(session.model, provider=provider)),
+        wrap_model(OpenAIChatModel(session.model, provider=provider), trace="full"),
         tools=[Tool(query_shop)],
         output_type=ToolOutput(Answer),
         capabilities=[PrepareTools(first_step), PrepareOutputTools(later_steps)],

@@ -35,11 +35,11 @@ class Session:
 
     def client(self) -> OpenAI:
         """The wrapped client."""
-        return wrap(OpenAI(base_url=self.base_url, api_key="unused", timeout=300))
+        return wrap(OpenAI(base_url=self.base_url, api_key="unused", timeout=300), trace="full")
 
     def async_client(self) -> AsyncOpenAI:
         """The wrapped asynchronous client."""
-        return wrap(AsyncOpenAI(base_url=self.base_url, api_key="unused", timeout=300))
+        return wrap(AsyncOpenAI(base_url=self.base_url, api_key="unused", timeout=300), trace="full")
 
     def record(self, title: str, traces: Sequence[Trace | None], text: str = "") -> None:
         """Keep the traces of one step for the report; a server that does not route has none."""

@@ -20,7 +20,8 @@ def main() -> None:
             temperature=0,
             max_tokens=64,
             tool_choice={"type": "function", "function": {"name": "query_shop"}},
-        )
+        ),
+        trace="full",
     )
     agent = ToolCallingAgent(tools=[tool(query_shop)], model=model, max_steps=1, verbosity_level=0)
     with collect() as collected:

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from whiflash_kernels import BacklogRings, DFlashWeights, Eagle3Weights, KVPools, triton_kernels
-from whiflash_kernels.triton_kernels import backlog, block, catch_up, router, routing
+from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, copies, router, routing
 
 RESULTS = Path(__file__).parent / "results"
 CAPABILITIES = (80, 90, 100)
@@ -165,6 +165,22 @@ def run_router(rows: int, hidden: int, units: int, dtype: torch.dtype) -> None:
     router.router_mlp(meta(rows, hidden), *layers)
 
 
+def run_attention(
+    requests: int, width: int, heads: int, kv_heads: int, dim: int, window: int | None = None
+) -> None:
+    q, pool = meta(requests * width, heads, dim), meta(4096, kv_heads, dim)
+    args = (slot_table(), index(requests), meta(requests, dtype=torch.int32))
+    attention.draft_attention(q, pool, pool, *args, width, width, width == 1, dim**-0.5, window)
+
+
+def run_copies(requests: int) -> None:
+    numbers = [index(requests) for _ in range(4)]
+    shares = [meta(requests, dtype=torch.float32) for _ in range(2)]
+    chances, boundaries = meta(requests, 8, 4, dtype=torch.float32), meta(8, dtype=torch.int32)
+    table = meta(257, 40_960, dtype=torch.int64)
+    copies.propose_copies(table, *numbers, *shares, chances, boundaries, 24, 0.1, 1, True)
+
+
 CASES: dict[str, Callable[[], object]] = {
     "routing_stats, 1 row of 151,936, bf16": lambda: routing.routing_stats(meta(1, 151_936), None),
     "routing_stats, 32 of 512 rows of 151,936, bf16": lambda: routing.routing_stats(
@@ -188,6 +204,14 @@ CASES: dict[str, Callable[[], object]] = {
     "dflash_catch_up, SmolLM2-135M": lambda: run_dflash(2, 576, 5, 3, 64),
     "eagle3_catch_up, Qwen3-8B": lambda: run_eagle3(4096, 8, 128, 151_936),
     "eagle3_catch_up, SmolLM2-135M": lambda: run_eagle3(576, 3, 64, 49_152),
+    "draft_attention, chain step, Qwen3-8B, 1 request": lambda: run_attention(1, 1, 32, 8, 128),
+    "draft_attention, chain step, Qwen3-8B, 256 requests": lambda: run_attention(256, 1, 32, 8, 128),
+    "draft_attention, block of 16, Qwen3-8B, 1 request": lambda: run_attention(1, 16, 32, 8, 128),
+    "draft_attention, block of 16 in a window, Qwen3-8B, 32 requests": lambda: run_attention(
+        32, 16, 32, 8, 128, 4096
+    ),
+    "draft_attention, block of 8, SmolLM2-135M, 8 requests": lambda: run_attention(8, 8, 9, 3, 64),
+    "propose_copies, 24 tokens, 32 requests": lambda: run_copies(32),
     "router_mlp, 1 row, Qwen3-8B, bf16": lambda: run_router(1, 4096, 512, torch.bfloat16),
     "router_mlp, 32 rows, Qwen3-8B, fp32": lambda: run_router(32, 4096, 512, torch.float32),
 }

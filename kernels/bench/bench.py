@@ -21,9 +21,11 @@ import torch
 from cases import (
     Bench,
     Case,
+    attention_cases,
     backlog_cases,
     block_cases,
     catch_up_cases,
+    copy_cases,
     router_cases,
     routing_cases,
     switch_call,
@@ -90,7 +92,9 @@ def all_cases(bench: Bench) -> Iterator[Case]:
         routing_cases(bench, fill=1024 if on_gpu else None),
         backlog_cases(bench, fill=bench.slots - 1 if on_gpu else None),
         catch_up_cases(bench),
+        attention_cases(bench),
         block_cases(bench),
+        copy_cases(bench),
         router_cases(bench),
     )
 

@@ -14,9 +14,11 @@ from whiflash_kernels import (
     KVPools,
     accept_and_commit,
     dflash_catch_up,
+    draft_attention,
     eagle3_catch_up,
     park,
     prepare_mixed_block,
+    propose_copies,
     router_mlp,
     routing_stats,
     unpark,
@@ -198,6 +200,39 @@ def block_cases(bench: Bench) -> Iterator[Case]:
             partial(accept_and_commit, *commit, stride=s.block),
             2 * 8 * rows + 8 * batch * s.block,
         )
+
+
+def attention_cases(bench: Bench) -> Iterator[Case]:
+    """A chain step and a block over nearly the whole context."""
+    s = bench.shape
+    for batch in BATCHES:
+        for width in (1, s.block):
+            q, pool = bench.random(batch * width, s.heads, s.dim), bench.pools(1)
+            slots, lengths = bench.request_slots(batch), bench.below(64, batch) + CONTEXT - 64 - width
+            arguments = (q, pool.k[0], pool.v[0], bench.table, slots, lengths)
+            options = {"extra": width, "width": width, "causal": width == 1, "scale": s.dim**-0.5}
+            entries = int(lengths.sum()) + batch * width
+            yield Case(
+                "draft_attention",
+                f"{batch} x {width} rows over {CONTEXT - 64} or more",
+                partial(draft_attention, *arguments, **options),
+                2 * entries * s.kv_heads * s.dim * q.element_size() + 2 * q.nbytes,
+                4 * entries * width * s.heads * s.dim,
+            )
+
+
+def copy_cases(bench: Bench) -> Iterator[Case]:
+    """Texts that hold nothing to copy: each is walked to its beginning."""
+    texts = torch.arange(bench.slots * CONTEXT, device=bench.device).view(bench.slots, CONTEXT)
+    boundaries = torch.tensor([1, 2, 3, 4, 6, 9, 14, 22], dtype=torch.int32, device=bench.device)
+    for batch in BATCHES:
+        whole = torch.full((batch,), CONTEXT, device=bench.device)
+        none, limits = torch.zeros_like(whole), torch.full_like(whole, 24)
+        ones = torch.ones(batch, device=bench.device)
+        chances = torch.full((batch, 8, 4), 0.5, device=bench.device)
+        arguments = (texts, bench.request_slots(batch), whole, none, limits, ones, ones, chances, boundaries)
+        call = partial(propose_copies, *arguments, width=24, worth=0.1)
+        yield Case("propose_copies", f"{batch} x {CONTEXT} tokens", call, 8 * batch * CONTEXT)
 
 
 def router_cases(bench: Bench) -> Iterator[Case]:

@@ -148,3 +148,63 @@ def router(hidden, w1, b1, w2, b2) -> Tensor:
         active = torch.tensor([0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in inner.tolist()])
         rows.append(linear(active.double(), w2, b2))
     return torch.stack(rows)
+
+
+def draft_attention(q, k, v, table, request_slots, ends, width, causal, scale, window):
+    """[rows, Hq, D] in float64, one head of one row at a time; a row that sees nothing is 0."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    groups = q.shape[1] // k.shape[1]
+    for row in range(q.shape[0]):
+        request, offset = divmod(row, width)
+        end = ends[request]
+        position = end - width + offset
+        first = 0 if window is None else max(0, position - window)
+        slots = table[request_slots[request], first : max(position + 1 if causal else end, 0)].tolist()
+        if not slots:
+            continue
+        for head in range(q.shape[1]):
+            keys, values = (pool[slots, head // groups].double().cpu() for pool in (k, v))
+            weights = torch.softmax(scale * (keys @ q[row, head].double().cpu()), dim=0)
+            out[row, head] = weights @ values
+    return out
+
+
+def propose_copy(
+    text, source, limit, alive, factor, chances, boundaries, width, worth, min_match, keep_first
+):
+    """One request, token by token: (tokens, chances, place, match length)."""
+
+    def match(place: int) -> int:
+        m = 0
+        while m < min(32, place, len(text)) and text[place - 1 - m] == text[-1 - m]:
+            m += 1
+        return m
+
+    lengths = {place: match(place) for place in range(len(text) - 1, 0, -1)}
+    places = [p for p in lengths if lengths[p] >= 2][:8] or [p for p in lengths if lengths[p] == 1][:8]
+    if 0 < source < len(text):
+        places = [source, *(p for p in places if p != source)]
+    places = [p for p in places if lengths[p] >= max(min_match, 1)]
+    if not places:
+        return [], [], 0, 0
+    best = max(places, key=lambda p: lengths[p])
+    said = {p: [(text[p:] * width)[d] for d in range(width)] for p in places}
+    following, tokens, lives, chance = places, [], [], alive
+    for depth in range(min(width, limit)):
+        token = said[best][depth]
+        same = [p for p in following if said[p][depth] == token]
+        others = [lengths[p] for p in following if p not in same]
+        if len(following) == 1:
+            agreement = 0
+        elif not others:
+            agreement = 1
+        else:
+            agreement = 2 if max(lengths[p] for p in same) > max(others) else 3
+        bucket = max(k for k, b in enumerate(boundaries) if b <= lengths[best] + depth)
+        chance *= min(chances[bucket][agreement] * (factor if depth == 0 else 1.0), 0.995)
+        if chance < worth and not (keep_first and depth == 0):
+            break
+        tokens.append(token)
+        lives.append(chance)
+        following = same
+    return tokens, lives, best, lengths[best]

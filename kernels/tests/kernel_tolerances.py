@@ -35,6 +35,11 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("kv", torch.bfloat16): Tolerance(
         0.0, 3e-2, "as float16 with 8 bits: 2^-8 = 3.9e-3 a rounding, 8 of them"
     ),
+    ("attention", torch.float32): Tolerance(
+        0.0, 1e-5, "two products and a softmax in another order, of the largest value"
+    ),
+    ("attention", torch.float16): Tolerance(0.0, 4e-3, "weights and result rounded to 11 bits"),
+    ("attention", torch.bfloat16): Tolerance(0.0, 2e-2, "weights and result rounded to 8 bits"),
     ("router", torch.float32): Tolerance(1e-5, 1e-5, "two float32 products in another order"),
     ("router", torch.bfloat16): Tolerance(
         0.0, 3e-2, "torch rounds the hidden layer to 8 bits, the kernel does not: sums of rounded terms"

@@ -20,9 +20,11 @@ sys.exit(bench.main())
 OPS = {
     "accept_and_commit",
     "dflash_catch_up",
+    "draft_attention",
     "eagle3_catch_up",
     "park",
     "prepare_mixed_block",
+    "propose_copies",
     "router_mlp",
     "routing_stats",
     "switch",

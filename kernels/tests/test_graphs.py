@@ -10,6 +10,7 @@ from whiflash_kernels import (
     BacklogRings,
     accept_and_commit,
     dflash_catch_up,
+    draft_attention,
     park,
     prepare_mixed_block,
     router_mlp,
@@ -61,6 +62,8 @@ def whole_round(inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
     weights, rope = dflash_weights(source, shape), torch.rand(CONTEXT, shape.rotary, device=DEVICE)
     rings = BacklogRings.allocate(SLOTS, 16, 144, dtype=torch.float32, device=DEVICE)
     pools = sentinel_pools(Shape(slots=SLOTS * CONTEXT), torch.float32)
+    heads, dim = pools.k[0].shape[1:]
+    queries = torch.randn(REQUESTS * WIDTH, 2 * heads, dim, device=DEVICE)
     router = [torch.randn(size, device=DEVICE) for size in ((24, 48), (24,), (1, 24), (1,))]
 
     def run() -> list[torch.Tensor]:
@@ -83,7 +86,11 @@ def whole_round(inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
         fused = dflash_catch_up(packed.features, packed.positions, packed.cache_slots, weights, rope, pools)
         stats = routing_stats(inputs.logits, starts)
         gains = router_mlp(fused, *router)
-        return [*block, *committed, *packed, fused, *stats, gains, *pools.k, *pools.v]
+        k, v = pools.k[0], pools.v[0]
+        attended = draft_attention(
+            queries, k, v, inputs.table, slots, begins, extra=WIDTH, width=WIDTH, causal=True, scale=0.5
+        )
+        return [*block, *committed, *packed, fused, *stats, gains, attended, *pools.k, *pools.v]
 
     return run
 

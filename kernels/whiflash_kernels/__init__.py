@@ -8,14 +8,17 @@ Unless a docstring says that something is written in place, no argument is writt
 shares memory with an argument. Index tensors may be strided; what must be contiguous says so.
 """
 
+from whiflash_kernels.attention import draft_attention
 from whiflash_kernels.backlog import park, unpark
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
 from whiflash_kernels.catch_up import dflash_catch_up, eagle3_catch_up
+from whiflash_kernels.copies import propose_copies
 from whiflash_kernels.router import router_mlp
 from whiflash_kernels.routing import routing_stats
 from whiflash_kernels.structs import (
     BacklogRings,
     Committed,
+    Copies,
     DFlashWeights,
     Eagle3Weights,
     KVPools,
@@ -29,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BacklogRings",
     "Committed",
+    "Copies",
     "DFlashWeights",
     "Eagle3Weights",
     "KVPools",
@@ -37,9 +41,11 @@ __all__ = [
     "Unparked",
     "accept_and_commit",
     "dflash_catch_up",
+    "draft_attention",
     "eagle3_catch_up",
     "park",
     "prepare_mixed_block",
+    "propose_copies",
     "router_mlp",
     "routing_stats",
     "unpark",

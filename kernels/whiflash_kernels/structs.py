@@ -77,6 +77,21 @@ class Unparked(NamedTuple):
     """[] int64, sum of the backlogs' lengths: the number of rows in use."""
 
 
+class Copies(NamedTuple):
+    """Proposed copies, one row a request."""
+
+    tokens: Tensor
+    """[B, width] int64; 0 past ``widths``."""
+    alive: Tensor
+    """[B, width] float32: the chance that a token and all before it are accepted; 0 past ``widths``."""
+    widths: Tensor
+    """[B] int64: tokens proposed."""
+    sources: Tensor
+    """[B] int64: the place copied from, 0 where nothing matches."""
+    matched: Tensor
+    """[B] int64: tokens before the place that match the text's end, at most 32."""
+
+
 @dataclass(frozen=True)
 class KVPools:
     """The paged K and V of a drafter, one pair of tensors for each of its L layers.

@@ -1,4 +1,4 @@
-"""Fixtures: a fake server of each test's own, so that its capabilities are asked anew."""
+"""Fixtures: a fake server of each test's own, so that its capabilities are asked anew; time that stands still."""
 
 import sys
 from collections.abc import Iterator
@@ -9,13 +9,28 @@ from openai import AsyncOpenAI, OpenAI
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_server import FakeServer, serving
+from fake_server import Clock, FakeServer, serving
+
+import whiflash_sdk  # noqa: F401
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     with serving() as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that answers expire by. However slow the machine is, none does and no probe gives up unasked.
+
+    Nothing is known of any server at first: ports come again.
+    """
+    made = Clock()
+    module = sys.modules["whiflash_sdk.capabilities"]
+    for name, value in {"now": made, "PROBE_SECONDS": 60.0, "_servers": {}, "_warned": set()}.items():
+        monkeypatch.setattr(module, name, value)
+    return made
 
 
 @pytest.fixture

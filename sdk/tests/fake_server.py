@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,23 +14,33 @@ from whiflash_sdk.hints import decode
 TRACE: dict[str, Any] = {
     "version": 1,
     "policy": "auto",
-    "stretches": [
-        {"start": 1, "end": 7, "arm": "ar", "rounds": 2, "accepted": 4, "reason": "score", "span": None},
-        {
-            "start": 7,
-            "end": 15,
-            "arm": "lookup",
-            "rounds": 1,
-            "accepted": 7,
-            "reason": "span",
-            "span": "json",
-        },
-    ],
+    "choice": 0,
     "rounds": 3,
     "tokens": 14,
     "switches": 1,
-    "arms": {"ar": {"rounds": 2, "tokens": 6}, "lookup": {"rounds": 1, "tokens": 8}},
+    "arms": {
+        "ar": {"rounds": 2, "tokens": 6, "proposed": 8, "accepted": 4},
+        "lookup": {"rounds": 1, "tokens": 8, "proposed": 9, "accepted": 7},
+    },
+    "reasons": {"score": 2, "span": 1},
 }
+
+STRETCHES: list[dict[str, Any]] = [
+    {
+        "start": 1,
+        "end": 7,
+        "chars": [1, 9],
+        "arm": "ar",
+        "rounds": 2,
+        "proposed": 8,
+        "accepted": 4,
+        "reason": "score",
+    },
+    {"start": 7, "end": 15, "chars": [9, 18], "arm": "lookup", "rounds": 1, "proposed": 9, "accepted": 7}
+    | {"reason": "span", "span": "json"},
+]
+USAGE = {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
+FULL: dict[str, Any] = {**TRACE, "stretches": STRETCHES}
 
 CAPABILITIES: dict[str, Any] = {
     "version": 1,
@@ -38,22 +48,42 @@ CAPABILITIES: dict[str, Any] = {
     "model": "tiny",
     "policy": "auto",
     "arms": ["ar", "diffusion", "lookup", "none"],
+    "traces": ["summary", "full"],
     "tool_call_parser": "hermes",
     "reasoning_parser": None,
     "a_later_field": {"is": "ignored"},
 }
 
 
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
 @dataclass
 class FakeServer:
-    """What the server answers with, and the requests it saw, in order."""
+    """What the server answers with, and the requests it saw, in order.
+
+    capabilities: the document, or its bytes as they are.
+    capabilities_key: who does not send it is answered 401; empty takes everybody.
+    silent: while set, the capabilities route does not answer.
+    """
 
     url: str = ""
     capabilities: Any = field(default_factory=lambda: dict(CAPABILITIES))
     capabilities_status: int = 200
     capabilities_seconds: float = 0.0
+    capabilities_kind: str = "application/json"
+    capabilities_key: str = ""
+    silent: threading.Event = field(default_factory=threading.Event)
     trace: Any = field(default_factory=lambda: dict(TRACE))
     failures: int = 0
+    usage_chunk: bool = False
     content: str = '{"city": "Zürich"}'
     paths: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -63,6 +93,11 @@ class FakeServer:
     def base_url(self) -> str:
         """What an OpenAI client is given."""
         return f"{self.url}/v1"
+
+    def wire(self, index: int = -1) -> dict[str, Any]:
+        """The hints of one completion request, as they were sent."""
+        sent: dict[str, Any] = json.loads(self.bodies[index]["custom_params"]["whiflash"])
+        return sent
 
     def hints(self, index: int = -1) -> dict[str, Any]:
         """The hints of one completion request, fields at their defaults left out."""
@@ -93,15 +128,14 @@ def _message(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
 
 def _completion(server: FakeServer, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
     head = {"id": "r0", "created": 1, "model": body.get("model", "tiny")}
-    usage = {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
     if chat:
         message = _message(server, body)
         reason = "tool_calls" if message.get("tool_calls") else "stop"
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        answer = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+        answer = {**head, "object": "chat.completion", "choices": [choice], "usage": USAGE}
     else:
         choice = {"index": 0, "text": server.content, "finish_reason": "stop", "logprobs": None}
-        answer = {**head, "object": "text_completion", "choices": [choice], "usage": usage}
+        answer = {**head, "object": "text_completion", "choices": [choice], "usage": USAGE}
     if server.trace is not None:
         answer["sglext"] = {"whiflash": server.trace}
     return answer
@@ -129,6 +163,8 @@ def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]
         yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
     reason = "tool_calls" if message.get("tool_calls") else "stop"
     yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+    if server.usage_chunk:
+        yield {**head, "choices": [], "usage": USAGE}
     if server.trace is not None:
         yield {**head, "choices": [], "sglext": {"whiflash": server.trace}}
 
@@ -144,19 +180,28 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the client did not wait
+                self.end_headers()
+                self.wfile.write(body)
 
         def do_GET(self) -> None:
             server.paths.append(self.path)
             if self.path == "/whiflash/capabilities":
                 time.sleep(server.capabilities_seconds)
+                while server.silent.is_set():
+                    time.sleep(0.01)
+                key = f"Bearer {server.capabilities_key}"
+                if server.capabilities_key and self.headers.get("Authorization") != key:
+                    return self._send(401, b"{}")
             if self.path == "/whiflash/capabilities" and server.capabilities_status == 200:
-                self._send(200, json.dumps(server.capabilities).encode())
+                found = server.capabilities
+                body = found if isinstance(found, bytes) else json.dumps(found).encode()
+                self._send(200, body, server.capabilities_kind)
             elif self.path == "/v1/models":
                 self._send(200, b'{"object": "list", "data": []}')
             else:
                 self._send(server.capabilities_status if server.capabilities_status != 200 else 404, b"{}")
+            return None
 
         def do_POST(self) -> None:
             server.paths.append(self.path)
@@ -188,6 +233,7 @@ def serving() -> Iterator[FakeServer]:
     try:
         yield state
     finally:
+        state.silent.clear()
         http.shutdown()
         http.server_close()
         thread.join()

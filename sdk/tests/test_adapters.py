@@ -7,7 +7,7 @@ import pytest
 from fake_server import FakeServer
 from openai import AsyncOpenAI
 
-from whiflash_sdk import collect
+from whiflash_sdk import Capabilities, collect
 
 FINAL = "It is four."
 
@@ -49,6 +49,20 @@ def test_openai_agents(server: FakeServer) -> None:
         result = asyncio.run(agents.Runner.run(agent, "What is 2+2?"))
     assert result.final_output == FINAL
     check(server, collected.traces)
+
+
+def test_settings_are_those_of_wrap(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("langchain_openai")
+    from langchain_openai import ChatOpenAI
+
+    from whiflash_sdk.adapters.langchain import wrap_model
+
+    monkeypatch.setenv("WHIFLASH_SDK_TRACE", "0")
+    known = Capabilities(version=1, tool_call_parser="hermes")
+    model = wrap_model(ChatOpenAI(model="m", base_url=server.base_url, api_key="key"), capabilities=known)
+    model.invoke("Say it.")
+    assert "trace" not in server.hints()
+    assert "/whiflash/capabilities" not in server.paths
 
 
 @pytest.mark.parametrize("streaming", [False, True])

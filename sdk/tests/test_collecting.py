@@ -1,7 +1,9 @@
 """`collect`: traces of calls whose responses somebody else keeps."""
 
 import asyncio
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
@@ -36,16 +38,18 @@ def test_a_stream_left_open_is_seen_when_it_ends(client: OpenAI) -> None:
     with collect() as collected:
         stream = wrap(client).chat.completions.create(**ASKED, stream=True)
     assert collected.traces == []
-    assert len(list(stream)) == 4
+    assert len(list(stream)) == 3
     assert collected.traces == [EXPECTED]
 
 
-def test_raw_streams_pass_untouched(client: OpenAI) -> None:
-    with collect():
+def test_raw_streams_are_seen_too(client: OpenAI) -> None:
+    with collect() as collected:
         raw = wrap(client).chat.completions.with_raw_response.create(**ASKED, stream=True)
+        stream = raw.parse()
         with client.chat.completions.with_streaming_response.create(**ASKED) as streamed:
             body = streamed.json()
-    assert len(list(raw.parse())) == 4
+    assert len(list(stream)) == 3
+    assert collected.traces == [EXPECTED]
     assert body["object"] == "chat.completion"  # type: ignore[index]
 
 
@@ -62,14 +66,114 @@ def test_async_calls_are_seen(async_client: AsyncOpenAI) -> None:
     assert asyncio.run(main()) == [EXPECTED] * 3
 
 
-def test_threads_started_with_the_context_are_seen(client: OpenAI) -> None:
+def ask(client: OpenAI) -> None:
+    client.chat.completions.create(**ASKED)
+
+
+def from_threads(client: OpenAI, before: ThreadPoolExecutor) -> int:
+    """Ask from threads and tasks of every kind; return how often."""
+    thread = threading.Thread(target=ask, args=(client,))
+    thread.start()
+    thread.join()
+    with ThreadPoolExecutor(2) as inside:
+        for pool in (before, inside):
+            list(pool.map(ask, [client, client]))
+    asyncio.run(asyncio.to_thread(ask, client))
+    before.submit(lambda: list(client.chat.completions.create(**ASKED, stream=True))).result()
+    return 7
+
+
+def test_every_thread_of_a_client_is_seen(client: OpenAI, server: FakeServer) -> None:
+    """Pools of before the block too, and clients made from it; not other clients."""
+    wrap(client)
+    with ThreadPoolExecutor(2) as before, OpenAI(base_url=server.base_url, api_key="other") as other:
+        before.submit(ask, client).result()
+        with collect(client) as collected:
+            asked = from_threads(client, before)
+            before.submit(ask, client.with_options(timeout=9)).result()
+            before.submit(ask, wrap(other)).result()
+            ask(other)
+        before.submit(ask, client).result()
+    assert collected.traces == [EXPECTED] * (asked + 1)
+
+
+def test_a_call_counts_once(client: OpenAI, async_client: AsyncOpenAI) -> None:
+    with collect(wrap(client), client, wrap(async_client)) as collected, collect() as around:
+        ask(client)
+        asyncio.run(async_client.completions.create(model="m", prompt="x"))  # type: ignore[arg-type]
+    assert collected.traces == around.traces == [EXPECTED] * 2
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+def test_blocks_side_by_side_do_not_mix(client: OpenAI, by_client: bool) -> None:
+    """By a client of each block's own where the block has threads of its own, by context where it has none."""
+    wrap(client)
+    both_open, asked = threading.Barrier(2), threading.Barrier(2)
+
+    def job(calls: int) -> int:
+        mine = client.with_options()
+        with ThreadPoolExecutor(2) as pool, collect(*([mine] if by_client else [])) as collected:
+            both_open.wait()
+            for _ in range(calls):
+                pool.submit(ask, mine).result() if by_client else ask(mine)
+            asked.wait()
+        return len(collected.traces)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(job, [1, 3])) == [1, 3]
+
+
+def test_tasks_side_by_side_do_not_mix(async_client: AsyncOpenAI) -> None:
+    wrap(async_client)
+
+    async def job(calls: int) -> int:
+        with collect() as collected:
+            asking = (async_client.chat.completions.create(**ASKED) for _ in range(calls))
+            await asyncio.gather(*asking)
+        return len(collected.traces)
+
+    async def main() -> list[int]:
+        found = await asyncio.gather(job(1), job(3))
+        await async_client.close()
+        return found
+
+    assert asyncio.run(main()) == [1, 3]
+
+
+def test_tasks_started_inside_are_seen_and_to_thread_too(client: OpenAI) -> None:
+    wrap(client)
+
+    async def main() -> list[Trace]:
+        with collect() as collected:
+            task = asyncio.create_task(asyncio.to_thread(ask, client))
+            await asyncio.to_thread(ask, client)
+        await task
+        return collected.traces
+
+    assert asyncio.run(main()) == [EXPECTED] * 2
+
+
+def test_threads_started_with_the_context_are_seen_and_others_as_python_has_it(client: OpenAI) -> None:
     wrap(client)
     with collect() as collected:
-        asking = lambda: client.chat.completions.create(**ASKED)  # noqa: E731
-        thread = threading.Thread(target=copy_context().run, args=(asking,))
-        thread.start()
-        thread.join()
-    assert collected.traces == [EXPECTED]
+        for target in (copy_context().run, lambda asking, given: asking(given)):
+            thread = threading.Thread(target=target, args=(ask, client))
+            thread.start()
+            thread.join()
+    inherits = getattr(sys.flags, "thread_inherit_context", 0)
+    assert collected.traces == [EXPECTED] * (2 if inherits else 1)
+
+
+def test_collecting_of_an_unwrapped_client_says_what_to_do(client: OpenAI) -> None:
+    with pytest.raises(TypeError, match=r"whiflash_sdk\.wrap"), collect(client):
+        pass
+
+
+def test_a_client_forgets_its_blocks(client: OpenAI) -> None:
+    with pytest.raises(ZeroDivisionError), collect(wrap(client)) as collected:
+        raise ZeroDivisionError
+    ask(client)
+    assert collected.traces == []
 
 
 def test_a_broken_trace_never_breaks_the_call(client: OpenAI, server: FakeServer) -> None:

@@ -131,6 +131,7 @@ def test_public_names_are_pinned() -> None:
         "Stretch",
         "Trace",
         "TraceError",
+        "TraceLevel",
         "TracedStream",
         "UnsupportedServerError",
         "UnsupportedServerWarning",
@@ -142,7 +143,6 @@ def test_public_names_are_pinned() -> None:
         "presets",
         "routing",
         "spans",
-        "traced",
         "wrap",
     ]
     for name in whiflash_sdk.__all__:

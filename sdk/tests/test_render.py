@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 
-from whiflash_sdk import Trace
+from whiflash_sdk import Stretch, Trace, routing, wrap
 from whiflash_sdk.render import Turn, conversation_html, html, terminal
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'\""
@@ -87,6 +88,79 @@ def test_stretches_spans_rounds_and_totals_show() -> None:
     assert elements.text.count(" json]") == 1
     assert "lookup · 16 tokens · 1 round · acceptance length 16.00 · by span · in json" in elements.text
     assert "policy auto · 27 tokens · 5 rounds · acceptance length 5.40 · 3 switches" in elements.text
+
+
+def pointing(text: str | None = None) -> Trace:
+    """The same response as servers send it now: offsets into the text, whose first character is the prefill's."""
+    stretches, end = [], 1
+    for stretch, own in zip(STRETCHES, TEXTS, strict=True):
+        stretches.append({**stretch, "chars": [end, end + len(own)], "proposed": 20})
+        end += len(own)
+    return trace().model_copy(
+        update={"stretches": tuple(map(Stretch.model_validate, stretches)), "text": text}
+    )
+
+
+@pytest.mark.parametrize(("given", "own"), [(TEXT, None), ("", TEXT), ("f(x)", TEXT)])
+def test_offsets_show_as_texts_did(given: str, own: str | None) -> None:
+    assert html(pointing(own), given) == html(trace(), TEXT)
+    assert terminal(pointing(own), given) == terminal(trace(), TEXT)
+
+
+def test_what_no_round_wrote_between_two_stretches_is_shown() -> None:
+    """After a retraction a token comes from a prefill."""
+    first, second = ({**STRETCHES[1], "chars": chars, "span": "json"} for chars in ([1, 3], [4, 6]))
+    found = trace().model_copy(update={"stretches": tuple(map(Stretch.model_validate, (first, second)))})
+    assert "[json a‹lookup›bcd‹lookup›ef json]g" in terminal(found, "abcdefg", colour=False)
+
+
+def test_offsets_that_lie_beyond_the_text_colour_nothing() -> None:
+    assert "not coloured" in Elements(html(pointing(), TEXT[:20])).text
+
+
+def test_a_summary_shows_its_sums_and_says_what_it_is() -> None:
+    arms = {"ar": {"rounds": 2, "tokens": 8, "proposed": 10, "accepted": 6}}
+    totals = {"rounds": 2, "tokens": 8, "arms": arms, "reasons": {"score": 1, HOSTILE: 1}}
+    found = Trace.model_validate({"version": 1, "policy": "auto", **totals})
+    elements = Elements(html(found, "the text"))
+    for words in ("the text", 'trace="full"', "6 of 10", "1 round by score", "EAGLE-3", HOSTILE):
+        assert words in elements.text
+    assert not elements.named("script")
+    shown = terminal(found, "the text", colour=False)
+    for words in ("the text", "1 round by score", "6 of 10"):
+        assert words in shown
+
+
+def test_a_trace_prints_as_a_few_lines(client: OpenAI) -> None:
+    answer = wrap(client).completions.create(model="m", prompt="x")
+    assert f"{routing(answer)}" == (
+        "policy auto · 14 tokens · 3 rounds · acceptance length 4.67 · 1 switch\n"
+        "2 rounds by score · 1 round by span\n"
+        "drafter       rounds  tokens  acceptance length   drafts accepted\n"
+        "ar                 2       6               3.00            4 of 8\n"
+        "lookup             1       8               8.00            7 of 9\n"
+        "all                3      14               4.67          11 of 17"
+    )
+    assert "\x1b" not in str(trace())
+    assert repr(trace()).startswith("Trace(version=1"), "all of it, for who debugs"
+
+
+def test_a_notebook_shows_the_figures_and_obeys_nothing() -> None:
+    elements = Elements(trace()._repr_html_())
+    tables = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"}
+    assert {name for name, _ in elements.tags} <= {
+        "div",
+        "p",
+        "ul",
+        "li",
+        "em",
+        "details",
+        "summary",
+        *tables,
+    }
+    assert {name for _, attributes in elements.tags for name in attributes} <= {"scope", "class"}
+    for words in ("policy auto", "Acceptance length", "5 rounds", HOSTILE, "json"):
+        assert words in elements.text
 
 
 def test_a_newcomer_is_told_what_the_words_mean() -> None:
@@ -169,7 +243,7 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     actions = ["--window-size=1000,1200", f"--screenshot={shot}", "--dump-dom"]
     command = [str(CHROMIUM), *flags, *actions, "--enable-logging=stderr", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert shot.stat().st_size > 20_000
     dom = Elements(done.stdout)
     assert "<title>Recorded</title>" in done.stdout

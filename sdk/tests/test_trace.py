@@ -1,27 +1,38 @@
-"""`routing` on everything that can carry a trace, streams included."""
+"""`routing` on everything that can carry a trace."""
 
-import asyncio
 from typing import Any
 
 import pytest
-from fake_server import TRACE, FakeServer
-from openai import AsyncOpenAI, OpenAI
+from fake_server import CAPABILITIES, FULL, STRETCHES, TRACE, FakeServer
+from openai import OpenAI
 
-from whiflash_sdk import Trace, TraceError, routing, traced, wrap
+from whiflash_sdk import Hints, Trace, TraceError, routing, wrap
 
 MESSAGES: Any = [{"role": "user", "content": "Where?"}]
+ASKED: Any = {"model": "m", "messages": MESSAGES}
 
 
-def test_the_trace_is_typed(client: OpenAI) -> None:
-    trace = routing(wrap(client).chat.completions.create(model="m", messages=MESSAGES))
+def test_the_trace_is_typed(client: OpenAI, server: FakeServer) -> None:
+    server.trace = FULL
+    trace = routing(wrap(client, trace="full").chat.completions.create(**ASKED))
     assert isinstance(trace, Trace)
     assert (trace.policy, trace.switches, trace.rounds, trace.tokens) == ("auto", 1, 3, 14)
     assert trace.acceptance_length == pytest.approx(14 / 3)
-    assert [(s.arm, s.tokens, s.acceptance_length, s.span) for s in trace.stretches] == [
-        ("ar", 6, 3.0, None),
-        ("lookup", 8, 8.0, "json"),
+    assert [(s.arm, s.tokens, s.acceptance_length, s.span, s.proposed) for s in trace.stretches] == [
+        ("ar", 6, 3.0, None, 8),
+        ("lookup", 8, 8.0, "json", 9),
     ]
     assert trace.arms["lookup"].acceptance_length == 8.0
+    assert (trace.arms["ar"].accepted, trace.arms["ar"].proposed) == (4, 8)
+    assert trace.reasons == {"score": 2, "span": 1}
+    assert trace.text == server.content, "the response has the text, so the server sends it once"
+
+
+def test_a_text_that_the_server_sends_is_kept(client: OpenAI, server: FakeServer) -> None:
+    server.trace = {**FULL, "text": "what was generated"}
+    trace = routing(wrap(client).chat.completions.create(**ASKED))
+    assert trace is not None
+    assert trace.text == "what was generated"
 
 
 def test_raw_responses_completions_and_json_carry_it_too(client: OpenAI) -> None:
@@ -31,51 +42,44 @@ def test_raw_responses_completions_and_json_carry_it_too(client: OpenAI) -> None
     expected = Trace.model_validate(TRACE)
     assert routing(raw) == routing(text) == routing(text.model_dump()) == expected
     assert routing({"text": "x", "meta_info": {"whiflash": TRACE}}) == expected
+    full = routing({"text": "x" * 20, "meta_info": {"whiflash": FULL}})
+    assert full is not None
+    assert full.text == "x" * 20
 
 
-def test_streams_pass_through_and_keep_the_trace(client: OpenAI) -> None:
-    wrap(client)
-    stream = traced(client.chat.completions.create(model="m", messages=MESSAGES, stream=True))
-    assert routing(stream) is None
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-    assert text.strip() == '{"city": "Zürich"}'
-    assert routing(stream) == Trace.model_validate(TRACE)
-
-
-def test_completion_streams_keep_the_trace(
-    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer
+@pytest.mark.parametrize(
+    ("given", "sent"), [(True, True), ("summary", True), ("full", "full"), (False, False)]
+)
+def test_the_level_goes_out_as_every_server_reads_it(
+    client: OpenAI, server: FakeServer, given: Any, sent: Any
 ) -> None:
-    stream = traced(wrap(client).completions.create(model="m", prompt="x", stream=True))
-    assert "".join(c.choices[0].text for c in stream if c.choices).strip() == '{"city": "Zürich"}'
-    assert routing(stream) == Trace.model_validate(TRACE)
-
-    async def main() -> Trace | None:
-        asked = wrap(async_client).completions.create(model="m", prompt="x", stream=True)
-        other = traced(await asked)
-        assert len([chunk async for chunk in other]) == 3
-        await async_client.close()
-        return routing(other)
-
-    assert asyncio.run(main()) == Trace.model_validate(TRACE)
-    assert all(body["stream"] and "whiflash" in body["custom_params"] for body in server.bodies)
+    wrap(client, trace=given).chat.completions.create(**ASKED)
+    wrap(client, trace=False).chat.completions.create(**ASKED, extra_body=Hints(trace=given).extra_body())
+    assert [server.wire(index)["trace"] for index in range(2)] == [sent, sent]
 
 
-def test_event_streams_keep_the_trace(client: OpenAI) -> None:
-    with wrap(client).chat.completions.stream(model="m", messages=MESSAGES) as events:
-        seen = traced(events)
-        assert [event.type for event in seen].count("chunk") == 4
-    assert routing(seen) == Trace.model_validate(TRACE)
+def test_a_server_of_before_is_asked_for_the_level_it_has(client: OpenAI, server: FakeServer) -> None:
+    server.capabilities = {key: value for key, value in CAPABILITIES.items() if key != "traces"}
+    stretches = [{**s, "text": "t"} for s in STRETCHES]
+    for stretch in stretches:
+        del stretch["chars"], stretch["proposed"]
+    arms = {"ar": {"rounds": 2, "tokens": 6}, "lookup": {"rounds": 1, "tokens": 8}}
+    server.trace = {**TRACE, "arms": arms, "stretches": stretches, "prefill_text": "p"}
+    del server.trace["reasons"]
+    trace = routing(wrap(client, trace="full").chat.completions.create(**ASKED))
+    assert server.wire()["trace"] is True
+    assert trace is not None
+    assert [stretch.text for stretch in trace.stretches] == ["t", "t"]
+    assert (trace.prefill_text, trace.reasons, trace.arms["ar"].proposed) == ("p", {}, None)
+    assert trace.text is None
 
 
-def test_async_streams_keep_the_trace(async_client: AsyncOpenAI) -> None:
-    async def main() -> Trace | None:
-        asked = wrap(async_client).chat.completions.create(model="m", messages=MESSAGES, stream=True)
-        stream = traced(await asked)
-        assert len([chunk async for chunk in stream]) == 4
-        await async_client.close()
-        return routing(stream)
-
-    assert asyncio.run(main()) == Trace.model_validate(TRACE)
+def test_fields_of_a_later_server_are_ignored(client: OpenAI, server: FakeServer) -> None:
+    server.capabilities = {**CAPABILITIES, "traces": ["summary", "full", "live"]}
+    server.trace = {**FULL, "new": 1, "stretches": [{**STRETCHES[0], "new": {}}]}
+    trace = routing(wrap(client, trace="full").chat.completions.create(**ASKED))
+    assert trace is not None
+    assert len(trace.stretches) == 1
 
 
 def test_choices_have_traces_of_their_own(client: OpenAI, server: FakeServer) -> None:
@@ -86,7 +90,16 @@ def test_choices_have_traces_of_their_own(client: OpenAI, server: FakeServer) ->
 
 
 @pytest.mark.parametrize(
-    "broken", [{}, {**TRACE, "version": 2}, {**TRACE, "rounds": -1}, {**TRACE, "stretches": [{}]}, "text", 3]
+    "broken",
+    [
+        {},
+        {**TRACE, "version": 2},
+        {**TRACE, "rounds": -1},
+        {**TRACE, "stretches": [{}]},
+        {**TRACE, "stretches": [{**STRETCHES[0], "chars": [-1, 2]}]},
+        "text",
+        3,
+    ],
 )
 def test_a_broken_trace_is_named(client: OpenAI, server: FakeServer, broken: Any) -> None:
     server.trace = broken

@@ -1,5 +1,7 @@
 """WhiFlash's client side: routing hints on the OpenAI client, and what they bought."""
 
+import logging
+
 from whiflash_sdk import presets, spans
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
@@ -11,12 +13,14 @@ from whiflash_sdk.errors import (
     UnsupportedServerWarning,
     WhiFlashError,
 )
-from whiflash_sdk.hints import Arm, Hints, Kind, Span
+from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
 from whiflash_sdk.spans import hinted
-from whiflash_sdk.streaming import AsyncTracedStream, TracedStream, traced
+from whiflash_sdk.streaming import AsyncTracedStream, TracedStream
 from whiflash_sdk.trace import ArmTotals, Stretch, Trace, routing
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "Arm",
@@ -31,6 +35,7 @@ __all__ = [
     "Stretch",
     "Trace",
     "TraceError",
+    "TraceLevel",
     "TracedStream",
     "UnsupportedServerError",
     "UnsupportedServerWarning",
@@ -42,6 +47,5 @@ __all__ = [
     "presets",
     "routing",
     "spans",
-    "traced",
     "wrap",
 ]

@@ -1,22 +1,42 @@
-"""Does this server route? `GET /whiflash/capabilities`, asked once per base URL."""
+"""Does this server route? `GET /whiflash/capabilities`, asked now and then per base URL and key.
+
+An answer holds for five minutes; of the statuses only a 404 says that there are no routes. Everything else
+(busy, wrong key, unreachable, a page instead of the document) is asked again, after a second at first and
+after a minute at last, and leaves a server that was known to route what it was.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
+import logging
+import os
+import time
 import warnings
 from dataclasses import dataclass, field
+from math import inf
 from threading import Lock
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
+import anyio
 import openai
-from openai import AsyncOpenAI, OpenAI
+from anyio.lowlevel import RunVar
+from openai import AsyncOpenAI, NotGiven, OpenAI, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, UnsupportedServerWarning
 
-TIMEOUT_SECONDS: Final = 5.0
+PROBE_SECONDS: Final = 2.0
+KEPT_SECONDS: Final = 300.0
+FIRST_RETRY_SECONDS: Final = 1.0
+LONGEST_RETRY_SECONDS: Final = 60.0
+MOST_SERVERS: Final = 256
+
+_LOG: Final = logging.getLogger("whiflash_sdk")
+_SALT: Final = os.urandom(16)
+
+now = time.monotonic
 
 
 class Capabilities(BaseModel):
@@ -29,104 +49,217 @@ class Capabilities(BaseModel):
     model: str = ""
     policy: str = ""
     arms: tuple[str, ...] = ()
+    traces: tuple[str, ...] = ()
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
 
 
-@dataclass
-class _Server:
-    """What is known of one base URL. One caller asks; those that come meanwhile wait and take its answer.
+@dataclass(eq=False)
+class Server:
+    """What is known of one base URL, as one key sees it.
 
+    One caller asks; those that come meanwhile wait for its answer, or go on with the one that is being renewed.
     Threads wait at one lock and the tasks of an event loop at another, because a thread that waits for a task of
     its own loop would wait for ever.
 
-    settled: it answered, or let the time run out. asked: how often it was asked.
+    url: the route that was asked, without a password.
+    trouble: why `found` is None.
+    failures: in a row.
+    next_probe: nobody asks before, by `now`.
     """
 
-    settled: bool = False
+    url: str
     found: Capabilities | None = None
-    asked: int = 0
-    warned: bool = False
+    trouble: str = "has not been asked"
+    failures: int = 0
+    next_probe: float = -inf
     threads: Lock = field(default_factory=Lock)
-    tasks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = field(
-        default_factory=WeakKeyDictionary
-    )
 
-    def is_to_be_asked(self, asked_before: int) -> bool:
-        """Whether nobody has, since the caller found it asked `asked_before` times and began to wait."""
-        return not self.settled and self.asked == asked_before
+    def is_due(self) -> bool:
+        return now() >= self.next_probe
 
     def answered(self, body: object) -> None:
+        """Take the body of a 200."""
         self.found = _read(body)
-        self.settled = True
-        self.asked += 1
+        if self.found is None:
+            self._ask_again("answered with something else than this SDK reads")
+        else:
+            self._keep(f"routes: {self.found!r}")
 
-    def failed(self, error: openai.APIError) -> None:
-        """An answer, or silence until the time-out, settles it; a refused connection is asked again."""
-        self.settled = isinstance(error, openai.APITimeoutError) or not isinstance(
-            error, openai.APIConnectionError
-        )
-        self.asked += 1
+    def failed(self, error: Exception) -> None:
+        """Take what was raised instead. Its message may quote a key: only its kind is kept."""
+        if isinstance(error, openai.NotFoundError):
+            self.found = None
+            self._keep("answered 404")
+        elif isinstance(error, openai.APIStatusError):
+            self._ask_again(f"answered {error.status_code}")
+        elif isinstance(error, openai.APITimeoutError | TimeoutError):
+            self._ask_again("gave no answer in time")
+        elif isinstance(error, openai.APIConnectionError):
+            self._ask_again("could not be reached")
+        else:
+            self._ask_again(f"could not be asked ({type(error).__name__})")
+
+    def require(self, *, strict: bool) -> Capabilities | None:
+        """`found`; without it an error under `strict`, else one warning per URL and trouble.
+
+        Raises: UnsupportedServerError under `strict`.
+        """
+        if self.found is not None:
+            return self.found
+        wait = max(0.0, self.next_probe - now())
+        reason = f"{self.url} {self.trouble}; asked again in {wait:.0f} s"
+        if strict:
+            raise UnsupportedServerError(
+                f"{reason}. Start the server with `whiflash serve`, wrap with strict=False, or say what it can "
+                "do with wrap(client, capabilities=…)"
+            )
+        said = (self.url, self.trouble)
+        if self.trouble != "could not be reached" and said not in _warned:  # the request will say that itself
+            _warned.add(said)
+            warnings.warn(f"{reason}. Requests go out without hints", UnsupportedServerWarning, stacklevel=3)
+        return None
+
+    def _keep(self, trouble: str) -> None:
+        self._note(trouble, 0, KEPT_SECONDS)
+
+    def _ask_again(self, trouble: str) -> None:
+        wait = FIRST_RETRY_SECONDS * 2 ** min(self.failures, 16)
+        self._note(trouble, self.failures + 1, min(wait, LONGEST_RETRY_SECONDS))
+
+    def _note(self, trouble: str, failures: int, seconds: float) -> None:
+        self.trouble, self.failures = trouble, failures
+        self.next_probe = now() + seconds
+        _LOG.debug("%s %s; asked again in %g s", self.url, trouble, seconds)
 
 
-_servers: dict[str, _Server] = {}
+# Known servers, the oldest first; locks that asyncio or trio tasks of one event loop wait at; what was warned of.
+_servers: dict[tuple[int, bytes], Server] = {}
+_LOCKS: RunVar[WeakKeyDictionary[Server, anyio.Lock]] = RunVar("whiflash_locks")
+_warned: set[tuple[str, str]] = set()
 
 
 def capabilities(client: OpenAI) -> Capabilities | None:
-    """The server's capabilities; None if it does not route or cannot be reached."""
-    url = _url(client)
-    server = _servers.setdefault(url, _Server())
-    asked = server.asked
-    if not server.settled:
-        with server.threads:
-            if server.is_to_be_asked(asked):
-                try:
-                    server.answered(client.get(url, cast_to=object, options=_options()))
-                except openai.APIError as error:
-                    server.failed(error)
-    return server.found
+    """The server's capabilities; None if it does not route or could not be asked.
+
+    Takes the client's own timeout at most, and never more than two seconds a phase (connect, read).
+    """
+    return ask(client).found
 
 
 async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
-    """`capabilities` for an async client."""
-    url = _url(client)
-    server = _servers.setdefault(url, _Server())
-    asked = server.asked
-    if not server.settled:
-        async with server.tasks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
-            if server.is_to_be_asked(asked):
-                try:
-                    server.answered(await client.get(url, cast_to=object, options=_options()))
-                except openai.APIError as error:
-                    server.failed(error)
-    return server.found
+    """`capabilities` for an async client; never more than two seconds in all."""
+    return (await async_ask(client)).found
 
 
-def require(found: Capabilities | None, client: OpenAI | AsyncOpenAI, *, strict: bool) -> None:
-    """Complain if the server does not route: an error under `strict`, else one warning per base URL.
+def ask(client: OpenAI, timeout: float | Timeout | NotGiven | None = None) -> Server:
+    """What is known of the client's server, asked anew if it is time.
 
-    Raises: UnsupportedServerError under `strict`.
+    timeout: of the request that wants to know, which the probe does not outlast; not given, the client's.
     """
-    if found is not None:
-        return
-    reason = f"{_url(client)} does not answer as a WhiFlash server does"
-    if strict:
-        raise UnsupportedServerError(f"{reason}: start it with `whiflash serve`, or wrap with strict=False")
-    server = _servers.get(_url(client))
-    if server is not None and server.settled and not server.warned:
-        server.warned = True
-        warnings.warn(f"{reason}; requests go out without hints", UnsupportedServerWarning, stacklevel=2)
+    url, server = _server(client)
+    if server.is_due():
+        limits = _limits(client, timeout)
+        if server.threads.acquire(timeout=0 if server.found else _longest(limits)):
+            try:
+                if server.is_due():
+                    _probe(client, url, server, limits)
+            finally:
+                server.threads.release()
+    return server
 
 
-def _url(client: OpenAI | AsyncOpenAI) -> str:
-    """The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live."""
+def _probe(client: OpenAI, url: str, server: Server, limits: Timeout) -> None:
+    try:
+        body = client.get(url, cast_to=object, options=_options(limits))
+    except Exception as error:  # hooks and key providers are the user's; a probe breaks no request
+        server.failed(error)
+    else:
+        server.answered(body)
+
+
+async def async_ask(client: AsyncOpenAI, timeout: float | Timeout | NotGiven | None = None) -> Server:
+    """`ask` for an async client."""
+    url, server = _server(client)
+    lock = _lock(server) if server.is_due() else None
+    if lock is not None and not (server.found and lock.locked()):
+        limits = _limits(client, timeout)
+        is_asking = False
+        with anyio.move_on_after(_longest(limits)) as scope:
+            async with lock:
+                if server.is_due():
+                    is_asking = True
+                    await _async_probe(client, url, server, limits)
+                    is_asking = False
+        if is_asking and scope.cancel_called:
+            server.failed(TimeoutError())
+    return server
+
+
+async def _async_probe(client: AsyncOpenAI, url: str, server: Server, limits: Timeout) -> None:
+    try:
+        body = await client.get(url, cast_to=object, options=_options(limits))
+    except Exception as error:
+        server.failed(error)
+    else:
+        server.answered(body)
+
+
+def _lock(server: Server) -> anyio.Lock:
+    """Where the running event loop's tasks wait for this server's answer."""
+    try:
+        locks = _LOCKS.get()
+    except LookupError:
+        locks = WeakKeyDictionary()
+        _LOCKS.set(locks)
+    return locks.setdefault(server, anyio.Lock())
+
+
+def _server(client: OpenAI | AsyncOpenAI) -> tuple[str, Server]:
+    """The address to ask, and what is known of it under the client's key in this process."""
     base = urlsplit(str(client.base_url))
-    root = base.path.rstrip("/").removesuffix("/v1")
-    return urlunsplit((base.scheme, base.netloc, f"{root}/whiflash/capabilities", "", ""))
+    # The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live.
+    route = base.path.rstrip("/").removesuffix("/v1") + "/whiflash/capabilities"
+    url, shown = (
+        urlunsplit((base.scheme, netloc, route, "", ""))
+        for netloc in (base.netloc, base.netloc.rpartition("@")[2])
+    )
+    # A fork has locks of its own: nobody there will release those that its parent's threads held.
+    server = _servers.setdefault((os.getpid(), _fingerprint(client, url)), Server(shown))
+    for oldest in list(_servers)[:-MOST_SERVERS]:
+        _servers.pop(oldest, None)
+    return url, server
 
 
-def _options() -> Any:
-    return {"max_retries": 0, "timeout": TIMEOUT_SECONDS}
+def _fingerprint(client: OpenAI | AsyncOpenAI, url: str) -> bytes:
+    """Address and authentication as a digest, so that no secret is kept.
+
+    Cookies are left out: balancers set new ones as they please. So is a key that is made for every request: its
+    maker stands for it.
+    """
+    http: Any = client._client
+    maker = getattr(client, "_api_key_provider", None)
+    headers = {**http.headers, **client.default_headers}
+    sent = sorted((name.lower(), value) for name, value in headers.items() if isinstance(value, str))
+    if maker is not None:
+        sent = [(name, value) for name, value in sent if name != "authorization"]
+    key = client.api_key if maker is None else id(maker)
+    identity = (url, key, sent, sorted(map(repr, client.default_query.items())), id(http.auth))
+    return hashlib.blake2b(repr(identity).encode(), key=_SALT, digest_size=16).digest()
+
+
+def _limits(client: OpenAI | AsyncOpenAI, timeout: float | Timeout | NotGiven | None) -> Timeout:
+    asked: Any = client.timeout if timeout is None or isinstance(timeout, NotGiven) else timeout
+    phases = (asked if hasattr(asked, "as_dict") else Timeout(asked)).as_dict()
+    return Timeout(**{name: min(PROBE_SECONDS, inf if s is None else s) for name, s in phases.items()})
+
+
+def _longest(limits: Timeout) -> float:
+    return max(limits.read or 0.0, limits.connect or 0.0)
+
+
+def _options(limits: Timeout) -> Any:
+    return {"max_retries": 0, "timeout": limits}
 
 
 def _read(body: object) -> Capabilities | None:

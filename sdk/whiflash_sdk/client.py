@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypedDict, TypeVar, get_args
 
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities, require
-from whiflash_sdk.collecting import note
+from whiflash_sdk.capabilities import Capabilities, ask, async_ask
+from whiflash_sdk.collecting import collectors, note, open_scope
 from whiflash_sdk.derive import complete, derive_spans
-from whiflash_sdk.errors import HintError
-from whiflash_sdk.hints import WIRE_KEY, Hints, decode
+from whiflash_sdk.hints import WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.spans import block_hints, opened_span
+from whiflash_sdk.streaming import traced_class
 
 ClientT = TypeVar("ClientT", bound="OpenAI | AsyncOpenAI")
 
 _ROUTED_PATHS: Final = ("/chat/completions", "/completions")
 _WRAPPED: Final = "_whiflash_settings"
+_FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+    ("", "0", "false", "no", "off"), False
+)
+_LEVELS: Final[dict[str, TraceLevel]] = {level: level for level in get_args(TraceLevel)}
 
 
 @dataclass(frozen=True)
@@ -28,70 +33,94 @@ class _Settings:
 
     hints: Hints
     strict: bool
+    capabilities: Capabilities | bool | None
 
 
-def wrap(client: ClientT, *, hints: Hints | None = None, strict: bool = False, trace: bool = True) -> ClientT:
+class Settings(TypedDict, total=False):
+    """The arguments of `wrap`, as the adapters pass them on."""
+
+    hints: Hints | None
+    strict: bool
+    trace: bool | TraceLevel | None
+    capabilities: Capabilities | bool | None
+
+
+def wrap(
+    client: ClientT,
+    *,
+    hints: Hints | None = None,
+    strict: bool = False,
+    trace: bool | TraceLevel | None = None,
+    capabilities: Capabilities | bool | None = None,
+) -> ClientT:
     """Make `client` send routing hints, and return it: the same object, of the same type.
 
     Hints come from the request itself (tools, tool choice, response format, a prefilled answer), then
-    from `hints` here, from enclosing blocks (`whiflash_sdk.spans`) and from `hints=` or
+    from `hints` here, from enclosing blocks (`whiflash_sdk.hinted`, `whiflash_sdk.spans`) and from
     `extra_body=Hints(...).extra_body()` on a call; what is set later wins. Clients made from this one
     (`with_options`, `copy`) are wrapped too; to keep an unwrapped one, wrap `client.with_options()`.
-    Other routes, and every request to a server that does not route, go out untouched.
+    Other routes, and every request to a server that does not route, go out untouched. (`copy.copy` makes no client of
+    its own: what it returns asks through this one.)
 
     client: an `OpenAI` or `AsyncOpenAI`, or a subclass.
     hints: hints for every call.
     strict: raise UnsupportedServerError where the server does not route, instead of warning once.
-    trace: ask for the routing trace with every response; read it with `routing`.
+    trace: ask for the routing trace with every response; read it with `routing`. True, the default, is "summary":
+        sums by drafter. "full" has the stretches too, for `whiflash_sdk.render`.
+    capabilities: None asks the server. Where something in front of it hides the answer, the `Capabilities`
+        that it has, or True: it routes, and derives spans itself. False: it does not route; no hints go out, nobody
+        is asked or told.
 
-    Raises: TypeError if `client` is something else.
+    Environment, read here: `WHIFLASH_SDK_TRACE` (0, 1 or a level) and `WHIFLASH_SDK_ASSUME` (1: `capabilities=True`)
+    where the argument is not given; `WHIFLASH_SDK_DISABLE` (1: `capabilities=False`) in any case.
+
+    Raises: TypeError if `client` is something else; ValueError for a variable that says neither yes nor no.
     """
     if not isinstance(client, OpenAI | AsyncOpenAI):
         raise TypeError(f"wrap takes an OpenAI or AsyncOpenAI client, not {type(client).__name__}")
+    if trace is None:
+        level = os.environ.get("WHIFLASH_SDK_TRACE", "").lower()
+        trace = _LEVELS[level] if level in _LEVELS else _environment("TRACE", default=True)
+    if _environment("DISABLE", default=False):
+        capabilities = False
+    elif capabilities is None and _environment("ASSUME", default=False):
+        capabilities = True
     asked = (hints or Hints()).over(Hints(trace=trace))
+    _install(client, _Settings(asked, strict, capabilities))
+    return client
+
+
+def _environment(name: str, *, default: bool) -> bool:
+    variable = f"WHIFLASH_SDK_{name}"
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if text.lower() not in _FLAGS:
+        raise ValueError(f"{variable}: give 1 or 0, not {text!r}")
+    return _FLAGS[text.lower()]
+
+
+def _install(
+    client: OpenAI | AsyncOpenAI, settings: _Settings, origin: OpenAI | AsyncOpenAI | None = None
+) -> None:
     already = _WRAPPED in vars(client)
-    vars(client)[_WRAPPED] = _Settings(asked, strict)
+    vars(client)[_WRAPPED] = settings
     if already:
-        return client
+        return
+    open_scope(client, origin)
     vars(client)["request"] = _sync_request(client) if isinstance(client, OpenAI) else _async_request(client)
     for name in ("copy", "with_options"):
         vars(client)[name] = _wrapping_copy(client, getattr(client, name))
-    for resource in (client.chat.completions, client.completions):
-        _accept_hints(resource)
-    return client
 
 
 def _wrapping_copy(client: OpenAI | AsyncOpenAI, copy: Callable[..., ClientT]) -> Callable[..., ClientT]:
     @functools.wraps(copy)
     def copied(*args: Any, **kwargs: Any) -> ClientT:
-        settings: _Settings = vars(client)[_WRAPPED]
-        return wrap(copy(*args, **kwargs), hints=settings.hints, strict=settings.strict)
+        made = copy(*args, **kwargs)
+        _install(made, vars(client)[_WRAPPED], client)
+        return made
 
     return copied
-
-
-def _accept_hints(resource: object) -> None:
-    """`hints=` on the methods that send a completion, as a shorthand for `extra_body`."""
-    for view in ("with_raw_response", "with_streaming_response"):
-        vars(resource).pop(view, None)  # cached views hold the methods as they were
-    for name in ("create", "parse", "stream"):
-        method = getattr(resource, name, None)
-        if method is not None:
-            setattr(resource, name, _with_hints_argument(method))
-
-
-def _with_hints_argument(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(*args: Any, hints: Hints | None = None, **kwargs: Any) -> Any:
-        if hints is not None:
-            if not isinstance(hints, Hints):
-                raise HintError(f"hints: give a whiflash_sdk.Hints, not {type(hints).__name__}")
-            body = dict(kwargs.get("extra_body") or {})
-            params = {**(body.get("custom_params") or {}), **hints.custom_params()}
-            kwargs["extra_body"] = {**body, "custom_params": params}
-        return method(*args, **kwargs)
-
-    return call
 
 
 def _sync_request(client: Any) -> Callable[..., Any]:
@@ -103,10 +132,14 @@ def _sync_request(client: Any) -> Callable[..., Any]:
         if not _is_routed(options):
             return inherited(cast_to, options, **kwargs)
         settings: _Settings = vars(client)[_WRAPPED]
-        found = capabilities(client)
-        require(found, client, strict=settings.strict)
+        found = settings.capabilities
+        if found is None:
+            found = ask(client, options.timeout).require(strict=settings.strict)
+        enclosing = collectors(client)
+        if found:
+            kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
         result = inherited(cast_to, _with_hints(options, settings.hints, found), **kwargs)
-        note(result)
+        note(result, enclosing)
         return result
 
     return request
@@ -120,10 +153,14 @@ def _async_request(client: Any) -> Callable[..., Any]:
         if not _is_routed(options):
             return await inherited(cast_to, options, **kwargs)
         settings: _Settings = vars(client)[_WRAPPED]
-        found = await async_capabilities(client)
-        require(found, client, strict=settings.strict)
+        found = settings.capabilities
+        if found is None:
+            found = (await async_ask(client, options.timeout)).require(strict=settings.strict)
+        enclosing = collectors(client)
+        if found:
+            kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
         result = await inherited(cast_to, _with_hints(options, settings.hints, found), **kwargs)
-        note(result)
+        note(result, enclosing)
         return result
 
     return request
@@ -133,20 +170,27 @@ def _is_routed(options: Any) -> bool:
     return options.method.lower() == "post" and options.url in _ROUTED_PATHS
 
 
-def _with_hints(options: Any, outer: Hints, found: Capabilities | None) -> Any:
-    """The request with its final hints; without any where the server has no use for them."""
+def _with_hints(options: Any, outer: Hints, found: Capabilities | bool | None) -> Any:
+    """The request with its final hints; without any where the server has no use for them.
+
+    found: True where the server's parsers are not known: it derives what it can, which no span may preclude.
+    """
     extra = dict(options.extra_json or {})
     params = extra.pop("custom_params", None)
     if params is not None and not isinstance(params, Mapping):
         return options  # not ours to judge: the server will
     params = dict(params or {})
     carried = params.pop(WIRE_KEY, None)
-    if found is not None:
+    if found:
         hints = block_hints().over(outer)
         if carried is not None:
             hints = decode(carried).over(hints)
-        body = options.json_data if isinstance(options.json_data, Mapping) else {}
-        derived = derive_spans({**body, **extra}, found.tool_call_parser, found.reasoning_parser)
+        derived: tuple[Span, ...] = ()
+        if isinstance(found, Capabilities):
+            body = options.json_data if isinstance(options.json_data, Mapping) else {}
+            derived = derive_spans({**body, **extra}, found.tool_call_parser, found.reasoning_parser)
+            if hints.trace not in (False, *found.traces):  # servers of before have one level, the full one
+                hints = hints.model_copy(update={"trace": True})
         params[WIRE_KEY] = complete(hints, derived, opened_span()).encode()
     if params:
         extra["custom_params"] = params

@@ -7,6 +7,7 @@ carries one JSON string in SGLang's `custom_params`, which nests two levels at m
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +17,7 @@ from whiflash_sdk.errors import HintError
 Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
 Arm = Literal["ar", "diffusion", "lookup", "none"]
 LookupScope = Literal["memory", "context", "off"]
+TraceLevel = Literal["summary", "full"]
 
 WIRE_KEY: Final = "whiflash"
 MAX_SPANS: Final = 16
@@ -64,7 +66,7 @@ class Hints(BaseModel):
     spans: at most 16; of spans that open together the first listed is active.
     off: decode without drafting.
     infer: where no spans are given, let the SDK and the server derive them from the request.
-    trace: ask for the routing trace with the response.
+    trace: ask for the routing trace with the response. True is "summary": sums by drafter; "full" has the stretches.
     lookup: what may be copied into the answer: `memory` (the request's own context, and recent outputs of the same
         cache salt where the server keeps them), `context` (its own context only, and nothing of it is kept), `off`.
     """
@@ -75,7 +77,7 @@ class Hints(BaseModel):
     spans: Annotated[tuple[Span, ...], Field(max_length=MAX_SPANS, strict=False)] = ()
     off: bool = False
     infer: bool = True
-    trace: bool = False
+    trace: bool | TraceLevel = False
     lookup: LookupScope = "memory"
 
     def encode(self) -> str:
@@ -86,6 +88,8 @@ class Hints(BaseModel):
         fields = {name: value for name, value in self if name in self.model_fields_set}
         if "spans" in fields:
             fields["spans"] = [span.model_dump(exclude_defaults=True) for span in self.spans]
+        if fields.get("trace") == "summary":
+            fields["trace"] = True  # what servers of before understand too
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
         if len(text.encode()) > MAX_BYTES:
             raise HintError(f"hints take {len(text.encode())} bytes; at most {MAX_BYTES} are allowed")
@@ -95,9 +99,18 @@ class Hints(BaseModel):
         """SGLang's `custom_params` for a request that carries these hints."""
         return {WIRE_KEY: self.encode()}
 
-    def extra_body(self) -> dict[str, Any]:
-        """`extra_body` for the OpenAI client and for every framework that passes one on."""
-        return {"custom_params": self.custom_params()}
+    def extra_body(self, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """`extra_body` for one call of the OpenAI client, and for every framework that passes one on.
+
+        others: what else is to go there; it is not changed. Its `custom_params` keep what is not ours.
+
+        Raises: HintError if the hints are too long, or the others' `custom_params` no mapping.
+        """
+        body = dict(others or {})
+        params = body.get("custom_params") or {}
+        if not isinstance(params, Mapping):
+            raise HintError(f"custom_params: hints go into a mapping, not {type(params).__name__}")
+        return {**body, "custom_params": {**params, **self.custom_params()}}
 
     def over(self, outer: Hints) -> Hints:
         """These hints, with what they leave unset taken from `outer`."""

@@ -1,73 +1,143 @@
-"""Traces while streaming: `for chunk in (stream := traced(client.chat.completions.create(stream=True, …)))`.
+"""Streams of a wrapped client: the client's own, without the server's trace chunk among their items.
 
-Chunks pass through unchanged; the trace seen so far is read with `routing(stream)` at any moment.
+The server sends a stream's trace in a last chunk of its own, without choices. It is taken out and kept, so that every
+chunk has a first choice as it does elsewhere, and `routing(stream)` gives the trace once the stream has ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from typing import Any, Generic, TypeVar, overload
+import copy
+import queue
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar, get_args, get_origin
 
-from whiflash_sdk.trace import raw_traces
+from openai import AsyncStream, Stream
+from pydantic import BaseModel
+
+from whiflash_sdk.collecting import Collected, collectors
+from whiflash_sdk.trace import sent_traces, text_of, with_text
 
 ItemT = TypeVar("ItemT")
 
 
-class _Seen:
-    """The newest trace of every choice: a server sends each trace as far as it has come."""
+class _Kept:
+    """The traces of a stream, one a choice, as the server sent them; handed to `collect` blocks when it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: Any) -> None:
         self._by_choice: dict[int, Any] = {}
+        self._texts: dict[int, list[str]] = {}
+        self._collectors: tuple[Collected, ...] = collectors(client)
+
+    @property
+    def raw_traces(self) -> list[Any]:
+        texts = {choice: "".join(parts) for choice, parts in self._texts.items()}
+        return [with_text(raw, texts) for raw in self._by_choice.values()]
+
+    def takes(self, item: Any) -> bool:
+        """Keep what an item tells. True if that is traces and nothing else."""
+        for choice in getattr(item, "choices", None) or ():
+            self._texts.setdefault(choice.index, []).append(text_of(choice))
+        found = sent_traces(item)
+        for raw in found:
+            self._by_choice[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
+        return bool(found) and _holds_nothing_else(item)
+
+    def ended(self) -> None:
+        for collected in self._collectors:
+            collected.add(self.raw_traces)
+
+
+def _holds_nothing_else(item: Any) -> bool:
+    if not isinstance(item, BaseModel) or getattr(item, "choices", None) or getattr(item, "usage", None):
+        return False
+    return set((item.model_extra or {}).get("sglext") or ()) == {"whiflash"}
+
+
+class TracedStream(Stream[ItemT]):
+    """The client's stream without the trace chunk. It is closed when nobody refers to it any more."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        kept = self._kept = _Kept(named["client"])
+        # The client's iterator refers to its stream. It gets a copy for that, so that this stream is in no cycle, is
+        # missed as soon as a loop over it was left, and can be closed then.
+        del self._iterator
+        items = copy.copy(self).__stream__()
+        self._iterator = _without_traces(items, kept)
+        _close_when_lost(self._iterator, items, self.response.close)
 
     @property
     def raw_traces(self) -> list[Any]:
         """Traces seen so far, one a choice, as the server sent them."""
-        return list(self._by_choice.values())
-
-    def _note(self, item: Any) -> None:
-        for raw in raw_traces(getattr(item, "chunk", item)):
-            self._by_choice[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
+        return self._kept.raw_traces
 
 
-class TracedStream(_Seen, Generic[ItemT]):
-    """An iterator over a synchronous stream's own items."""
+class AsyncTracedStream(AsyncStream[ItemT]):
+    """The client's asynchronous stream without the trace chunk. Event loops close what is lost themselves."""
 
-    def __init__(self, stream: Iterable[ItemT]) -> None:
-        super().__init__()
-        self._items = iter(stream)
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        kept = self._kept = _Kept(named["client"])
+        del self._iterator
+        self._iterator = _async_without_traces(copy.copy(self).__stream__(), kept)
 
-    def __iter__(self) -> Iterator[ItemT]:
-        return self
-
-    def __next__(self) -> ItemT:
-        item = next(self._items)
-        self._note(item)
-        return item
-
-
-class AsyncTracedStream(_Seen, Generic[ItemT]):
-    """An iterator over an asynchronous stream's own items."""
-
-    def __init__(self, stream: AsyncIterable[ItemT]) -> None:
-        super().__init__()
-        self._items = aiter(stream)
-
-    def __aiter__(self) -> AsyncIterator[ItemT]:
-        return self
-
-    async def __anext__(self) -> ItemT:
-        item = await anext(self._items)
-        self._note(item)
-        return item
+    @property
+    def raw_traces(self) -> list[Any]:
+        """Traces seen so far, one a choice, as the server sent them."""
+        return self._kept.raw_traces
 
 
-@overload
-def traced(stream: Iterable[ItemT]) -> TracedStream[ItemT]: ...
-@overload
-def traced(stream: AsyncIterable[ItemT]) -> AsyncTracedStream[ItemT]: ...
-def traced(stream: Any) -> Any:
-    """Pass a stream's items through and keep its trace.
+def _without_traces(items: Iterator[ItemT], kept: _Kept) -> Iterator[ItemT]:
+    for item in items:
+        if not kept.takes(item):
+            yield item
+    kept.ended()
 
-    stream: what `create(stream=True)` returned, or the event stream inside `with …stream(…) as`.
+
+async def _async_without_traces(items: AsyncIterator[ItemT], kept: _Kept) -> AsyncIterator[ItemT]:
+    async for item in items:
+        if not kept.takes(item):
+            yield item
+    kept.ended()
+
+
+def traced_class(stream_cls: Any) -> Any:
+    """The class to build a stream of, in place of the client's own; another one is left as it is."""
+    origin, items = get_origin(stream_cls) or stream_cls, get_args(stream_cls)
+    ours: Any = {Stream: TracedStream, AsyncStream: AsyncTracedStream}.get(origin)
+    if ours is None:
+        return stream_cls
+    return ours[items] if items else ours
+
+
+_lost: queue.SimpleQueue[tuple[Any, Callable[[], None]]] = queue.SimpleQueue()
+_closer: threading.Thread | None = None
+_starting = threading.Lock()
+
+
+def _close_when_lost(reader: Any, items: Any, close: Callable[[], None]) -> None:
+    """Close a response in a thread of its own when `reader` is gone, wherever that is noticed.
+
+    The garbage collector may notice it inside httpcore, under the lock of the connection pool, which closing a
+    response takes too: there it may only be noted, and `SimpleQueue.put` is made for that. `items` hold the response,
+    and are held here so that they are not collected along with the reader.
     """
-    return AsyncTracedStream(stream) if isinstance(stream, AsyncIterable) else TracedStream(stream)
+    global _closer
+    with _starting:
+        if _closer is None or not _closer.is_alive():
+            _closer = threading.Thread(target=_close_lost, name="whiflash-closes-streams", daemon=True)
+            _closer.start()
+    weakref.finalize(reader, _lost.put, (items, close)).atexit = False
+
+
+def _close_lost() -> None:
+    while True:
+        items, close = _lost.get()
+        try:
+            items.close()
+            close()
+        except Exception:  # the connection is gone already, in whatever way
+            pass
+        del items, close

@@ -7,12 +7,15 @@ half-open. Token 0 comes from the prefill: it belongs to no round, so to no stre
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from whiflash_sdk.errors import TraceError
+
+Offset = Annotated[int, Field(ge=0)]
 
 
 def _ratio(tokens: int, rounds: int) -> float:
@@ -25,10 +28,11 @@ class Stretch(BaseModel):
     start, end: output token offsets.
     arm: the drafter; `none` is plain decoding.
     rounds: verification passes of the target.
-    accepted: draft tokens accepted, bonus tokens not counted.
+    proposed, accepted: draft tokens; bonus tokens are neither. Servers of before do not tell what was proposed.
     reason: what decided, e.g. `score`, `policy`, `span`, `pin`, `off`.
     span: kind of the open span, or None.
-    text: the text of these tokens, where the server can cut it.
+    chars: where these tokens stand in `Trace.text`, half-open, where the server can tell.
+    text: the text of these tokens, from servers of before.
     round_tokens: tokens committed by each round, the bonus token counted, where the server tells.
     """
 
@@ -38,9 +42,11 @@ class Stretch(BaseModel):
     end: int = Field(ge=0)
     arm: str
     rounds: int = Field(ge=0)
+    proposed: int | None = Field(default=None, ge=0)
     accepted: int = Field(ge=0)
     reason: str = ""
     span: str | None = None
+    chars: tuple[Offset, Offset] | None = None
     text: str | None = None
     round_tokens: tuple[int, ...] | None = None
 
@@ -56,12 +62,14 @@ class Stretch(BaseModel):
 
 
 class ArmTotals(BaseModel):
-    """One drafter's share of a response."""
+    """One drafter's share of a response. proposed, accepted: draft tokens, where the server tells."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     rounds: int = Field(ge=0)
     tokens: int = Field(ge=0)
+    proposed: int | None = Field(default=None, ge=0)
+    accepted: int | None = Field(default=None, ge=0)
 
     @property
     def acceptance_length(self) -> float:
@@ -74,12 +82,15 @@ class Trace(BaseModel):
 
     version: of the schema, 1.
     policy: the routing policy in force.
-    stretches: in output order.
+    stretches: in output order; none in a summary.
     rounds, tokens: totals; tokens committed by rounds, bonus tokens counted.
     switches: changes of drafter from one round to the next.
     arms: totals by drafter.
+    reasons: rounds by what decided about them.
     choice: index of the choice this trace belongs to.
-    prefill_text: the text before the first stretch, where the server can cut it.
+    text: of a full trace, the text that its stretches' `chars` count in: the response's own, unless a parser took
+        something out of it.
+    prefill_text: the text before the first stretch, from servers of before.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -91,7 +102,9 @@ class Trace(BaseModel):
     tokens: int = Field(ge=0)
     switches: int = Field(default=0, ge=0)
     arms: dict[str, ArmTotals] = Field(default_factory=dict)
+    reasons: dict[str, int] = Field(default_factory=dict)
     choice: int = Field(default=0, ge=0)
+    text: str | None = None
     prefill_text: str | None = None
 
     @property
@@ -99,15 +112,28 @@ class Trace(BaseModel):
         """Tokens per round, the bonus token counted."""
         return _ratio(self.tokens, self.rounds)
 
+    def __str__(self) -> str:
+        """The figures in a few lines, for `print`; `repr` has all of it, `whiflash_sdk.render` the text in colours."""
+        from whiflash_sdk.render.text import figures  # which reads this module
+
+        return figures(self)
+
+    def _repr_html_(self) -> str:
+        """The figures as tables, where a notebook shows a trace."""
+        from whiflash_sdk.render.page import figures
+
+        return figures(self)
+
 
 def routing(response: object, choice: int = 0) -> Trace | None:
     """The trace that came with a response; None if it carries none.
 
-    response: a chat or text completion, parsed or raw, a stream chunk, a `TracedStream`, or the JSON
-        of any of them, the native route's included. In a stream the last trace seen is the whole one.
+    response: a chat or text completion, parsed or raw, a stream of a wrapped client once it has ended, a stream
+        chunk, or the JSON of any of them, the native route's included.
     choice: index of the choice, for requests with `n` above 1.
 
-    Raises: TraceError if there is a trace that does not follow the schema.
+    Raises: TraceError if there is a trace that does not follow the schema; TypeError for a response that has to be
+        awaited first.
     """
     for found in raw_traces(response):
         trace = parse_trace(found)
@@ -129,19 +155,56 @@ def parse_trace(raw: object) -> Trace:
 
 
 def raw_traces(response: Any) -> list[Any]:
-    """The traces a response carries, one a choice, unread."""
-    if isinstance(response, Mapping):
-        fields: Mapping[str, Any] = response
-    else:
-        traces = getattr(response, "raw_traces", None)
-        if traces is not None:
-            return list(traces)
+    """The traces a response carries, one a choice, unread; full ones with the text that they count in."""
+    if not isinstance(response, Mapping):
         if not isinstance(response, BaseModel) and hasattr(response, "parse"):
             response = response.parse()  # a raw response
-        fields = getattr(response, "model_extra", None) or {}
+            if inspect.iscoroutine(response):
+                response.close()
+                raise TypeError("routing takes what `await response.parse()` gives, not the response itself")
+        # The client's event streams hold the stream that they read.
+        stream = getattr(response, "_raw_stream", response)
+        if (kept := getattr(stream, "raw_traces", None)) is not None:
+            return list(kept)
+    texts = _texts(response)
+    return [with_text(raw, texts) for raw in sent_traces(response)]
+
+
+def sent_traces(body: Any) -> list[Any]:
+    """The traces in a response's or chunk's own body, as they were sent."""
+    fields = body if isinstance(body, Mapping) else getattr(body, "model_extra", None) or {}
     for name in ("sglext", "meta_info"):
         extension = fields.get(name)
         found = extension.get("whiflash") if isinstance(extension, Mapping) else None
         if found is not None:
             return found if isinstance(found, list) else [found]
     return []
+
+
+def with_text(raw: Any, texts: Mapping[int, str]) -> Any:
+    """A full trace with the text that it counts in: the server leaves it out where the response has it."""
+    if not isinstance(raw, dict) or raw.get("text") is not None or not _has_offsets(raw.get("stretches")):
+        return raw
+    choice = raw.get("choice", 0)
+    return {**raw, "text": texts[choice]} if choice in texts else raw
+
+
+def _has_offsets(stretches: Any) -> bool:
+    first = stretches[0] if isinstance(stretches, list) and stretches else None
+    return isinstance(first, dict) and first.get("chars") is not None
+
+
+def text_of(choice: Any) -> str:
+    """The text of one choice of a response or chunk, as an object or as JSON."""
+    holder = _field(choice, "message") or _field(choice, "delta") or choice
+    return _field(holder, "content") or _field(choice, "text") or ""
+
+
+def _texts(response: Any) -> dict[int, str]:
+    if isinstance(response, Mapping) and isinstance(response.get("text"), str):
+        return {response.get("index") or 0: response["text"]}
+    return {_field(choice, "index") or 0: text_of(choice) for choice in _field(response, "choices") or ()}
+
+
+def _field(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)

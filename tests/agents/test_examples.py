@@ -27,11 +27,11 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(host: ServerHost) -> Iterator[Server]:
     """What `whiflash serve` starts; in fp32, where the text does not depend on batch shapes."""
     flags = ["--context-length", "4096", "--dtype", "float32"]
-    with ServerHost(omp_threads=2, env=server_environment(flags)) as host:
-        yield host.start(*server_arguments(flags))
+    with host.running(*server_arguments(flags), env=server_environment(flags), threads=2) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,7 @@ def isolated() -> list[str]:
     command = [uv, "run", "--isolated", "--no-project", "--no-config", "--quiet", "--python", python]
     command += ["--with-editable", f"{ROOT / 'sdk'}[pydantic-ai]", "python"]
     try:
-        done = subprocess.run(
-            [*command, "-c", "import pydantic_ai"], capture_output=True, text=True, timeout=300
-        )
+        done = subprocess.run([*command, "-c", "import pydantic_ai"], capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("an environment for pydantic-ai is built with uv, which is not installed")
     if done.returncode != 0:
@@ -55,7 +53,7 @@ def isolated() -> list[str]:
 def run_example(name: str, server: Server, page: Path, python: Sequence[str] = (sys.executable,)) -> str:
     """Its output; the example itself checks that its tools ran and their results reached the next prompt."""
     command = [*python, name, "--base-url", f"{server.url}/v1", "--trace", str(page)]
-    done = subprocess.run(command, cwd=AGENTS, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=AGENTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -1,5 +1,6 @@
-"""Hints and traces over HTTP, on a real server with a tiny model: refused by name, bounded, never in the text."""
+"""Hints over HTTP, on a real server with a tiny model: refused by name, bounded, never in the text."""
 
+import ast
 import json
 import random
 import re
@@ -12,8 +13,8 @@ import httpx
 import pytest
 from openai import OpenAI
 from server_host import Server, ServerHost
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
-from whiflash_sdk import Hints, Span, Trace, capabilities, routing, traced, wrap
+from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
+from whiflash_sdk import Hints, Span, Trace, capabilities, routing, wrap
 
 pytestmark = pytest.mark.server
 
@@ -29,7 +30,7 @@ ASKED: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("checkpoints")
     target = tiny_target(root / "target", peaked=True)
     arguments = ["--model-path", target, "--served-model-name", "tiny", "--dtype", "float32"]
@@ -39,15 +40,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--speculative-draft-model-path",
         tiny_dflash(root / "d", target),
     ]
-    arguments += ["--whiflash-eagle-draft", tiny_eagle3(root / "e", target), "--tool-call-parser", "hermes"]
-    with ServerHost() as host:
-        yield host.start(*map(str, arguments))
+    arguments += ["--whiflash-eagle-draft", tiny_eagle3(root / "e", target)]
+    # SGLang finds the parser of `auto` by what the template shows.
+    template = root / "template.jinja"
+    template.write_text(CHAT_TEMPLATE + "{# <function=f><parameter=p> #}")
+    arguments += ["--tool-call-parser", "auto", "--reasoning-parser", "auto", "--chat-template", template]
+    with host.running(*map(str, arguments)) as running:
+        yield running
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120) as made:
-        yield wrap(made, strict=True)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+        yield wrap(made, strict=True, trace="full")
 
 
 def check(trace: Trace | None, tokens: int) -> Trace:
@@ -70,64 +75,27 @@ def check(trace: Trace | None, tokens: int) -> Trace:
 def test_capabilities_name_the_parser(client: OpenAI) -> None:
     found = capabilities(client)
     assert found is not None
-    assert (found.version, found.tool_call_parser) == (1, "hermes")
+    assert (found.version, found.tool_call_parser) == (1, "qwen3_coder")
+    assert found.reasoning_parser is None
     assert {"ar", "diffusion", "none"} <= set(found.arms)
-
-
-def test_every_route_returns_the_trace(client: OpenAI, server: Server) -> None:
-    chat = client.chat.completions.create(**ASKED, messages=MESSAGES)
-    text = client.completions.create(**ASKED, prompt=PROMPT)
-    for response in (chat, text):
-        assert response.usage is not None
-        check(routing(response), response.usage.completion_tokens)
-    params = {
-        "temperature": 0,
-        "max_new_tokens": 24,
-        "ignore_eos": True,
-        "custom_params": {"whiflash": '{"trace":true}'},
-    }
-    native = httpx.post(
-        f"{server.url}/generate", json={"text": PROMPT, "sampling_params": params}, timeout=120
-    ).json()
-    trace = check(routing(native), native["meta_info"]["completion_tokens"])
-    assert all(stretch.text is not None for stretch in trace.stretches)
 
 
 def test_the_readmes_example_runs_as_it_stands(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert len(code.strip().replace("\n\n", "\n").splitlines()) == 5
+    assert len(ast.parse(code).body) == 5
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     names: dict[str, Any] = {"messages": MESSAGES, "tools": [tool]}
-    exec(code.replace("http://localhost:30000", server.url).replace('"demo"', '"tiny"'), names)
+    exec(code.replace("http://localhost:30000", server.url).replace("smollm2-135m-instruct", "tiny"), names)
     trace = routing(names["answer"])
     assert trace is not None
     assert capsys.readouterr().out.strip() == str(trace)
     assert trace.rounds > 0
 
 
-def test_streams_return_the_trace(client: OpenAI) -> None:
-    stream = traced(client.chat.completions.create(**ASKED, messages=MESSAGES, stream=True))
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-    whole = client.chat.completions.create(**ASKED, messages=MESSAGES)
-    assert text == whole.choices[0].message.content
-    check(routing(stream), 24)
-
-
-def test_every_choice_has_its_trace(client: OpenAI) -> None:
-    response = client.chat.completions.create(**{**ASKED, "temperature": 1.0}, messages=MESSAGES, n=2)
-    for choice in range(2):
-        check(routing(response, choice), 24)
-
-
-def test_no_trace_unless_asked(client: OpenAI) -> None:
-    quiet = wrap(client.with_options(), trace=False)
-    assert routing(quiet.chat.completions.create(**ASKED, messages=MESSAGES)) is None
-
-
 @pytest.mark.parametrize("arm", ["ar", "diffusion", "none"])
 def test_hints_steer_drafting_and_leave_the_text(client: OpenAI, arm: Any) -> None:
     plain = client.completions.create(**ASKED, prompt=PROMPT)
-    pinned = Hints(spans=(Span(kind="prose", open=True, prefer=arm, pin=True),), trace=True)
+    pinned = Hints(spans=(Span(kind="prose", open=True, prefer=arm, pin=True),), trace="full")
     body = {**ASKED["extra_body"], **pinned.extra_body()}
     steered = client.completions.create(**{**ASKED, "extra_body": body}, prompt=PROMPT)
     assert steered.choices[0].text == plain.choices[0].text
@@ -140,7 +108,7 @@ def test_hints_steer_drafting_and_leave_the_text(client: OpenAI, arm: Any) -> No
 
 
 def test_off_decodes_without_drafting(client: OpenAI) -> None:
-    body = {**ASKED["extra_body"], **Hints(off=True, trace=True).extra_body()}
+    body = {**ASKED["extra_body"], **Hints(off=True, trace="full").extra_body()}
     response = client.completions.create(**{**ASKED, "extra_body": body}, prompt=PROMPT)
     assert set(check(routing(response), 24).arms) == {"none"}
 
@@ -170,7 +138,7 @@ def request(route: str, params: object) -> dict[str, Any]:
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_malformed_hint_is_a_400_that_names_the_field(server: Server, route: str) -> None:
     bad = json.dumps({"spans": [{"kind": "json", "open": True}, {"kind": "json", "begin": ""}]})
-    answer = httpx.post(server.url + route, json=request(route, {"whiflash": bad}), timeout=60)
+    answer = httpx.post(server.url + route, json=request(route, {"whiflash": bad}), timeout=None)
     assert answer.status_code == 400
     assert "custom_params.whiflash.spans[1].begin: is empty" in answer.text
 
@@ -202,7 +170,7 @@ def test_a_thousand_fuzzed_hints_are_refused_or_served(server: Server) -> None:
         body = json.dumps(request(route, "@")).encode().replace(b'"@"', payload(rng))
         cases.append((route, body))
 
-    with httpx.Client(base_url=server.url, timeout=300) as http, ThreadPoolExecutor(4) as pool:
+    with httpx.Client(base_url=server.url, timeout=None) as http, ThreadPoolExecutor(4) as pool:
 
         def post(case: tuple[str, bytes]) -> int:
             return http.post(

@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from whiflash_sglang.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms
+from whiflash_sglang.bench.command import loads_of, scale_of
 from whiflash_sglang.bench.fleet import reason_of
 from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.bench.variants import write_variant
 from whiflash_sglang.cli import app
-from whiflash_sglang.cli.bench import loads_of, scale_of
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import ConfigError
 
@@ -49,8 +49,8 @@ def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None
     _, auto, unhinted = build_arms(["auto", "auto-no-hints"], SUBJECT)
     assert auto.arguments == unhinted.arguments
     assert (auto.router, auto.server != unhinted.server) == ("auto", True)
-    assert auto.request == {"custom_params": {"whiflash": '{"trace":true}'}}
-    assert unhinted.request == {"custom_params": {"whiflash": '{"infer":false,"trace":true}'}}
+    assert auto.request == {"custom_params": {"whiflash": '{"trace":"full"}'}}
+    assert unhinted.request == {"custom_params": {"whiflash": '{"infer":false,"trace":"full"}'}}
     assert build_arms(["auto"], SUBJECT)[1].request == {}, "nothing but the comparison needs traces"
 
 

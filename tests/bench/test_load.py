@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -55,19 +56,25 @@ def test_a_broken_stream_is_an_error(lines: list[tuple[float, str]]) -> None:
         parse_stream("p", lines)
 
 
-class Slow:
-    """Answers after `seconds`, and knows how many requests it saw at once and when they came."""
+class Held:
+    """Answers nobody until `together` requests wait, then everybody.
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    Knows how many it saw at once, and when they came by `clock`.
+    """
+
+    def __init__(self, together: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.together, self.clock = together, clock
         self.now = self.most = 0
         self.came: list[float] = []
+        self.enough = asyncio.Event()
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.came.append(time.perf_counter())
+        self.came.append(self.clock())
         self.now += 1
         self.most = max(self.most, self.now)
-        await asyncio.sleep(self.seconds)
+        if self.now >= self.together:
+            self.enough.set()
+        await self.enough.wait()
         self.now -= 1
         text = json.loads(request.content)["messages"][0]["content"]
         if text == "refused":
@@ -76,7 +83,7 @@ class Slow:
         return httpx.Response(200, text=body + "\n\n")
 
 
-def run(server: Slow, load: Load, prompts: list[Prompt]) -> list[tuple[str, tuple[int, ...]]]:
+def run(server: Held, load: Load, prompts: list[Prompt]) -> list[tuple[str, tuple[int, ...]]]:
     async def whole() -> list[tuple[str, tuple[int, ...]]]:
         transport = httpx.MockTransport(server)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
@@ -88,21 +95,31 @@ def run(server: Slow, load: Load, prompts: list[Prompt]) -> list[tuple[str, tupl
 
 @pytest.mark.parametrize("concurrency", [1, 4, 50])
 def test_closed_loop_keeps_as_many_in_flight(concurrency: int) -> None:
-    server = Slow(0.02)
+    most = min(concurrency, len(PROMPTS))
+    server = Held(most)
     answers = run(server, Load(kind="closed", value=concurrency), PROMPTS)
     assert answers == [(f"p{i}", (i, 0)) for i in range(6)], "in the prompts' order"
-    assert server.most == min(concurrency, len(PROMPTS))
+    assert server.most == most
 
 
-def test_open_loop_keeps_its_rate_whatever_the_server_does() -> None:
-    server = Slow(0.2)
+def test_open_loop_keeps_its_rate_whatever_the_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pause = 0.0, asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        for _ in range(10):
+            await pause(0)  # what was asked before reaches the server
+        now += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    server = Held(len(PROMPTS), lambda: now)
     answers = run(server, Load(kind="open", value=50), PROMPTS)
-    assert [prompt for prompt, _ in answers] == [p.id for p in PROMPTS]
-    assert server.most == len(PROMPTS), "no arrival waits for an answer"
-    assert server.came[-1] - server.came[0] >= 5 / 50 - 0.005
+    assert [prompt for prompt, _ in answers] == [p.id for p in PROMPTS], "no arrival waits for an answer"
+    assert server.came == pytest.approx([i / 50 for i in range(6)])
 
 
 def test_a_refused_request_names_its_prompt() -> None:
     refused = Prompt("bad", "chat", ({"role": "user", "content": "refused"},))
     with pytest.raises(RequestError, match="prompt bad: too long"):
-        run(Slow(0.0), Load(kind="closed", value=2), [*PROMPTS, refused])
+        run(Held(1), Load(kind="closed", value=2), [*PROMPTS, refused])

@@ -20,7 +20,7 @@ def test_the_shipped_sample() -> None:
     wanted = {"agent", "chat", "code", "json", "math", "summarisation", "tool_call"}
     assert set(categories) == wanted
     assert {categories.count(category) for category in wanted} == {6}
-    rows = [json.loads(line) for line in shipped().read_text().splitlines()]
+    rows = [json.loads(line) for line in shipped().read_text(encoding="utf-8").strip().split("\n")]
     assert all(row["license"] and row["source"] for row in rows)
     requests = {prompt.category: prompt.request() for prompt in prompts}
     assert requests["tool_call"]["tool_choice"] == "required"

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from whiflash_sglang.bench.cells import Answer, Cell, Load
+from whiflash_sglang.bench.command import Outputs, judge
 from whiflash_sglang.bench.markdown import render
 from whiflash_sglang.bench.plots import draw
 from whiflash_sglang.bench.prompts import Prompt
 from whiflash_sglang.bench.reference import Difference, Reference, differences
 from whiflash_sglang.bench.report import Report, build_report
 from whiflash_sglang.equality import Verdict
+from whiflash_sglang.errors import WhiflashError
 
 ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
 GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}
@@ -180,6 +182,26 @@ def test_pictures(report: Report, tmp_path: Path) -> None:
     files = draw(report, tmp_path / "pictures")
     assert [path.name for path in files] == ["speedup.svg", "acceptance.svg", "round.svg", "concurrency.svg"]
     assert all(b"auto" in path.read_bytes() or path.stat().st_size > 5000 for path in files)
+
+
+def test_json_is_all_that_goes_to_stdout(
+    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = Outputs(as_json=True, out=tmp_path / "new" / "r.json", markdown=tmp_path / "r.md", plots=None)
+    outputs.prepare()
+    outputs.publish(report)
+    printed = capsys.readouterr().out
+    assert Report.model_validate_json(printed) == report
+    assert (tmp_path / "new" / "r.json").read_text() == printed
+    assert (tmp_path / "r.md").read_text() == render(report)
+
+
+def test_a_failing_arm_of_ours_fails_the_command(report: Report) -> None:
+    judge(report)
+    ours = {"auto": {"arguments": ["--speculative-algorithm", "WHIFLASH"]}}
+    of_ours = report.model_copy(update={"provenance": {**report.provenance, "servers": ours}})
+    with pytest.raises(WhiflashError, match="auto: answers differ"):
+        judge(of_ours)
 
 
 def test_differences_follow_the_tie_rule() -> None:

@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from whiflash_sglang.compat import algorithm
+from whiflash_sglang.compat import algorithm, carried, triton_backend
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.errors import ConfigError
 
@@ -31,14 +32,27 @@ def test_a_ring_that_one_round_could_overflow_is_refused(monkeypatch: pytest.Mon
         widths_of(monkeypatch, backlog_tokens=33, copies=32)
 
 
-@pytest.mark.parametrize("backend", ["outlines", "xgrammar", "llguidance"])
-def test_a_grammar_backend_that_takes_nothing_back_is_refused(
-    monkeypatch: pytest.MonkeyPatch, backend: str
+def test_lengths_come_to_the_host_whatever_the_attention_needs() -> None:
+    """Backends like fa3 and Triton do without, and SGLang would then leave `seq_lens_cpu` empty under overlap."""
+    ours = algorithm.WhiflashAlgorithm("WHIFLASH", lambda _: object, supports_overlap=True)
+    pool = SimpleNamespace(req_to_token=torch.zeros(3, 8, dtype=torch.int32))
+    future_map = ours.create_future_map("cpu", pool, needs_cpu_seq_lens=False)
+    future_map.new_seq_lens_buf[:] = torch.tensor([0, 5, 7])
+    draft = SimpleNamespace(future_indices=torch.tensor([2, 1]))
+    batch = SimpleNamespace(spec_info=draft, seq_lens=None, seq_lens_cpu=None, seq_lens_sum=None)
+    future_map.resolve_seq_lens_cpu(batch)
+    assert batch.seq_lens_cpu.tolist() == [7, 5]
+
+
+@pytest.mark.parametrize("algorithm_served", ["WHIFLASH", "EAGLE3", None])
+def test_triton_is_ours_in_a_server_of_ours(
+    monkeypatch: pytest.MonkeyPatch, algorithm_served: str | None
 ) -> None:
-    monkeypatch.setattr(algorithm, "resolving_view", lambda args: args)
-    arguments = SimpleNamespace(_whiflash=None, grammar_backend=backend, disaggregation_mode=None)
-    if backend != "outlines":
-        algorithm.validate(arguments)
-        return
-    with pytest.raises(ConfigError, match=r"--grammar-backend outlines .* use xgrammar or llguidance"):
-        algorithm.validate(arguments)
+    monkeypatch.setitem(triton_backend.ATTENTION_BACKENDS, "triton", None)
+    served = SimpleNamespace(speculative_algorithm=algorithm_served)
+    monkeypatch.setattr(carried, "get_spec", lambda: served)
+    monkeypatch.setattr(triton_backend, "RaggedTritonBackend", lambda _: "ours")
+    monkeypatch.setattr(triton_backend, "_upstreams", lambda _: "upstream's")
+    triton_backend.install()
+    made = triton_backend.ATTENTION_BACKENDS["triton"](object())
+    assert made == ("ours" if algorithm_served == "WHIFLASH" else "upstream's")

@@ -36,6 +36,12 @@ class Tokenizer:
         return xgrammar.TokenizerInfo(vocabulary, xgrammar.VocabType.RAW, stop_token_ids=[0]), None
 
 
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine runs here that could say whose it is."""
+    monkeypatch.setattr(whitespace, "serves_ours", lambda: True)
+
+
 def accepts(tag: dict[str, Any], text: str, **bounds: Any) -> bool:
     """Whether SGLang's backend lets the model write `text`, as far as it goes."""
     whitespace.install()
@@ -80,3 +86,9 @@ def test_what_is_no_tag_is_left_to_the_engine(text: str) -> None:
         assert whitespace.bounded_tag(text, 1) == text
     else:
         assert json.loads(whitespace.bounded_tag(text, 1)) == expected
+
+
+def test_another_algorithms_grammars_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whitespace, "serves_ours", lambda: False)
+    text = '<t>{"json_schema":  "b"}</t>'
+    assert accepts(MODERN, text, any_whitespace=True, max_whitespace_cnt=1)

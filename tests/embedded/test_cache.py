@@ -215,9 +215,10 @@ def test_two_processes_at_once_share_one_copy(source: Path, root: Path) -> None:
     workers = [context.Process(target=prepare, args=(results,)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = {results.get(timeout=120) for _ in workers}
     for worker in workers:
         worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    found = {results.get() for _ in workers}
     assert len(found) == 1
     digests = json.loads((Path(found.pop()) / "checksums.json").read_text())
     assert "model.safetensors" in digests

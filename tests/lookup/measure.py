@@ -16,7 +16,6 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.trace import TraceLog
 
 ROUNDS = 400
 
@@ -52,7 +51,7 @@ def routing(lookup: bool) -> float:
     rng = random.Random(0)
     costs = MeasuredCosts(lambda arm: 8)
     costs.verified(1, 1, 0.027)
-    controller = Controller(AutoPolicy(), costs, (), TraceLog())
+    controller = Controller(AutoPolicy(), costs, ())
     controller.open(0, "r", RequestHints(), [])
     copier = Copier(MatchCalibration())
     copier.extend(rng.sample(range(49152), 4000))
@@ -68,7 +67,7 @@ def routing(lookup: bool) -> float:
                 outlook["lookup"] = 1.0 + proposal.expected(16)
         routes = controller.route([0], [length], [outlook])
         took.append(time.perf_counter() - began)
-        controller.committed(0, routes[0], [token])
+        controller.committed(0, routes[0], [token], 1)
     return microseconds(took, 0.5)
 
 

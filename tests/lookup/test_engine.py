@@ -13,7 +13,6 @@ from engine import Engine, engine
 from model_set import Models
 
 from whiflash_sglang.drafters.base import Drafts
-from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
 TOKENS = 160
@@ -48,8 +47,6 @@ def ask(
     running: Engine, salt: str | None, prompt: list[int] = PROMPT, tokens: int = TOKENS, **hints: Any
 ) -> Answer:
     name = f"q{len(running.requests):05d}"
-    # What was learned from earlier requests changes how many tokens are proposed.
-    running.worker.drafters["lookup"].calibration = MatchCalibration(running.worker.settings.lookup.seed)
     params = {"custom_params": {"whiflash": json.dumps(hints)}} if hints else {}
     running.submit(name, prompt, max_new_tokens=tokens, cache_salt=salt, **params)
     running.run()
@@ -58,8 +55,8 @@ def ask(
 
 @pytest.fixture
 def cold(running: Engine) -> Answer:
-    """The same request where nothing is remembered."""
-    return ask(running, None)
+    """The same request where nothing is known, and which leaves nothing."""
+    return ask(running, None, lookup="context")
 
 
 def test_a_tenants_own_output_is_copied(running: Engine, cold: Answer) -> None:
@@ -70,9 +67,23 @@ def test_a_tenants_own_output_is_copied(running: Engine, cold: Answer) -> None:
 
 
 def test_neither_another_tenant_nor_a_request_without_a_key_copies_it(running: Engine, cold: Answer) -> None:
-    ask(running, "a")
+    for _ in range(3):
+        ask(running, "a")
     assert ask(running, "b") == cold
     assert ask(running, None) == cold
+
+
+def test_what_one_tenants_copies_teach_is_not_told_to_another(running: Engine) -> None:
+    """Short prompts under a running server: nothing is put back between them but by the tenants' keys."""
+    prompts = [random.Random(seed).choices(range(256), k=12) for seed in range(3)]
+    alone = [ask(running, "mine", prompt) for prompt in prompts]
+    running.worker.forget(None)
+    beside = []
+    for prompt in prompts:
+        for other in ("theirs", None):
+            ask(running, other, [7, 8, 9] * 20)
+        beside.append(ask(running, "mine", prompt))
+    assert beside == alone
 
 
 def test_forgetting_one_tenant_leaves_the_others(running: Engine, cold: Answer) -> None:

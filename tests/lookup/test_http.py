@@ -18,17 +18,17 @@ PROMPT = random.Random(5).choices(range(256), k=24)
 
 
 @pytest.fixture(scope="module")
-def server(models: Models) -> Iterator[Server]:
+def server(models: Models, host: ServerHost) -> Iterator[Server]:
     flags = models.whiflash("lookup", whiflash_lookup_memory_mib=1)
     paths = ("--speculative-draft-model-path", str(flags.pop("draft")))
     arguments = [
         str(part) for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)
     ]
-    with ServerHost() as host:
-        yield host.start(
-            *("--model-path", str(models.target), "--dtype", "float32", "--skip-tokenizer-init"),
-            *("--speculative-algorithm", "WHIFLASH", *paths, *arguments, "--admin-api-key", "the-admin"),
-        )
+    with host.running(
+        *("--model-path", str(models.target), "--dtype", "float32", "--skip-tokenizer-init"),
+        *("--speculative-algorithm", "WHIFLASH", *paths, *arguments, "--admin-api-key", "the-admin"),
+    ) as running:
+        yield running
 
 
 def ask(server: Server, **keys: str) -> None:
@@ -36,11 +36,12 @@ def ask(server: Server, **keys: str) -> None:
 
 
 def forget(server: Server, body: Any, headers: dict[str, str] = ADMIN) -> httpx.Response:
-    return httpx.post(f"{server.url}/whiflash/forget", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}/whiflash/forget", json=body, headers=headers, timeout=None)
 
 
 def tenants(server: Server) -> int:
-    found: int = server.get("/whiflash/state")["lookup"]["tenants"]
+    answer = httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None)
+    found: int = answer.raise_for_status().json()["lookup"]["tenants"]
     return found
 
 
@@ -81,3 +82,37 @@ def test_large_handles_survive_the_message(server: Server) -> None:
     ask(server, cache_salt=salt)
     before = tenants(server)
     assert forget(server, {"cache_salt": salt}).json()["lookup"]["tenants"] == before - 1
+
+
+def test_the_state_is_the_administrators(server: Server) -> None:
+    """SGLang's own `/server_info` needs no key here, and holds nothing of it."""
+    ask(server)
+    assert httpx.get(f"{server.url}/whiflash/state", timeout=None).status_code == 401
+    (state,) = server.get("/server_info")["internal_states"]
+    assert "max_running_requests" in state
+    assert "whiflash" not in state
+
+
+EVER_WRONG = ("NaN", '"NaN"', '"inf"', '"-inf"', "[1]", '"a"', "null")
+WRONG = {
+    "router": (*EVER_WRONG, "-1", "-2", "1.5", "99", f"1{'0' * 30}"),
+    "min_dwell": (*EVER_WRONG, "-1", "1.5", "4294967296", f"1{'0' * 30}"),
+    "entropy_threshold": (*EVER_WRONG, "-1"),
+    "neural_router_threshold": EVER_WRONG,
+    "forget": (*EVER_WRONG, "-2", "1.5", f"{2**63}", f"1{'0' * 30}"),
+}
+"""JSON. SGLang's route reads a number out of a string too, and so NaN and infinities."""
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_in_sglangs_own_message_harms_nobody(server: Server, key: str) -> None:
+    """A scheduler that raises serves nobody any more."""
+    for value in WRONG[key]:
+        answer = httpx.put(
+            f"{server.url}/set_internal_state",
+            content=f'{{"server_args": {{"whiflash.{key}": {value}}}}}',
+            headers=ADMIN | {"Content-Type": "application/json"},
+            timeout=None,
+        )
+        assert answer.status_code >= 400 or answer.json() == [False], value
+        ask(server)

@@ -1,11 +1,9 @@
-"""One server host and one set of tiny checkpoints for the tests of the platform."""
+"""One set of tiny checkpoints for the tests of the platform."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from server_host import ServerHost
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 
@@ -38,9 +36,3 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         eagle3=tiny_eagle3(root / "eagle3", target, draft_vocab_size=200),
         dflash=tiny_dflash(root / "dflash", target),
     )
-
-
-@pytest.fixture(scope="session")
-def host() -> Iterator[ServerHost]:
-    with ServerHost() as running:
-        yield running

@@ -5,9 +5,9 @@ import pytest
 from whiflash_sglang import arms
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, Policy, RandomPolicy
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
-from whiflash_sglang.trace import TraceLog
 
 EVERY = {arms.AR, arms.DIFFUSION, arms.LOOKUP}
 ROW = 3
@@ -15,7 +15,7 @@ ROW = 3
 
 def asked(policy: Policy, hints: RequestHints) -> set[str]:
     """The drafting arms that the request is asked about, in the middle of its output."""
-    controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"], TraceLog())
+    controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
     controller.open(ROW, "r", hints, [0, 1])
     return {arm for arm in EVERY if controller.may_name(ROW, arm)}
 
@@ -43,3 +43,12 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
     preferred = SpanHint(kind="json", open=True, prefer=arms.LOOKUP)
     assert asked(Pinned(arms.AR), RequestHints(spans=(pinned,))) == {arms.AR, arms.LOOKUP}
     assert asked(Pinned(arms.AR), RequestHints(spans=(preferred,))) == {arms.AR}
+
+
+def test_dwell_counts_the_rounds_of_an_arm_in_a_row() -> None:
+    lane = Lane("r")
+    found = []
+    for arm in ("ar", "ar", "ar", "none", "ar"):
+        lane.chose(arm)
+        found.append(lane.dwell)
+    assert found == [1, 2, 3, 1, 1]

@@ -18,7 +18,6 @@ from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.signals import OpenSpan
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
-from whiflash_sglang.trace import TraceLog
 
 VOCABULARY = (b"x", b"<t>", b"</t>")
 PIECES = (("prose", 40), ("tool", 30)) * 2
@@ -40,6 +39,12 @@ class Machine:
 
     def width(self, arm: str) -> int:
         return WIDTHS[arm]
+
+    def widened(self, arm: str, rows: int) -> None:
+        """Widths are known."""
+
+    def timings(self, arm: str) -> int:
+        return 1000
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,19 @@ def tokens_per_second(
     """Of `requests` answers with `hints`, after `warm` with none."""
     rng, machine = random.Random(seed), Machine()
     costs: Any = machine
-    controller = Controller(AutoPolicy(), costs, VOCABULARY, TraceLog())
+    controller = Controller(AutoPolicy(), costs, VOCABULARY)
     tokens, seconds = 0, 0.0
     for number in range(warm + requests):
         own = hints if number >= warm else RequestHints(spans=(TOOL,) if hints.spans else ())
         controller.open(0, str(number), own, ())
         for piece, length in PIECES:
-            controller.committed(0, "none", [1 if piece == "tool" else 2])
+            controller.committed(0, "none", [1 if piece == "tool" else 2], 1)
             left = length
             while left > 0:
                 controller.lanes[0].entropy = rng.choice(ENTROPIES)
                 (arm,) = controller.route([0], [length], [dict.fromkeys(world.prose)])
                 accepted = world.accepted(rng, piece, arm)
-                controller.committed(0, arm, [0] * accepted)
+                controller.committed(0, arm, [0] * accepted, WIDTHS[arm])
                 left -= accepted
                 if number >= warm:
                     tokens += accepted
@@ -146,7 +151,7 @@ def test_the_reason_tells_measurement_from_order() -> None:
 
 
 def test_a_lane_measures_every_kind_of_span_by_itself() -> None:
-    controller = Controller(AutoPolicy(), Machine(), VOCABULARY, TraceLog())  # type: ignore[arg-type]
+    controller = Controller(AutoPolicy(), Machine(), VOCABULARY)  # type: ignore[arg-type]
     controller.open(0, "r", SPANS, ())
     lane: Lane = controller.lanes[0]
     lane.committed("ar", [0, 0, 0, 1])

@@ -13,7 +13,6 @@ from whiflash_sglang.routing.neural import NeuralPolicy, note
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.trace import TraceLog
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -76,12 +75,12 @@ def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
 
 def test_a_round_is_judged_by_the_predictions_that_it_was_decided_on() -> None:
     policy = AutoPolicy(heads=True)
-    controller = Controller(policy, MeasuredCosts(lambda arm: 6), (), TraceLog())
+    controller = Controller(policy, MeasuredCosts(lambda arm: 6), ())
     controller.open(0, "r", RequestHints(), [])
     note(controller.lanes[0], [0.0, 3.0, 1.0])
     controller.route([0], [10], [dict.fromkeys(BOTH)])
     note(controller.lanes[0], [0.0, 9.0, 9.0])  # of the round's end, before it is learned from
-    controller.committed(0, "ar", [5, 6])
+    controller.committed(0, "ar", [5, 6], 6)
     level = (1 + LEVEL_PRIOR) / (3 + LEVEL_PRIOR)
     assert policy.estimator.expect("ar", Signals(10, BOTH, predicted={"ar": 5.0})) == pytest.approx(
         1 + 4 * level

@@ -1,28 +1,41 @@
 """How often `auto` tries what it does not use: seldom, the less often the better it is known, one request at a time."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 
-from whiflash_sglang.routing.policies import FIRST_PROBE, HOPELESS, PROBE_ROUNDS, PROBE_SCORE, AutoPolicy
+from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.probes import FIRST_PROBE, HOPELESS, PROBE_ROUNDS
 from whiflash_sglang.routing.signals import Signals
 
 BOTH = frozenset({"ar", "diffusion"})
 
 
-def rounds_with_probes(rounds: int, batch: int, accepted: int = 2) -> list[tuple[int, int]]:
+def in_use(arm: str, round_number: int) -> Signals:
+    """A request that drafts with `arm` in every round."""
+    return Signals(10, BOTH, rounds=round_number, last={arm: round_number - 1} if round_number else {})
+
+
+def rounds_with_probes(
+    rounds: int, batch: int, accepted: int = 2, timings: Sequence[int] = ()
+) -> list[tuple[int, int]]:
     """Rounds in which DFlash was probed, and by how many requests; EAGLE-3 is used otherwise and is far better.
 
-    accepted: DFlash's acceptance length.
+    accepted: DFlash's acceptance length. timings: of its price, from one probe to the next; then, and without any, it
+    is known.
     """
-    policy, found = AutoPolicy(), []
+    policy, found, left = AutoPolicy(), [], list(timings)
     for number in range(rounds):
-        scores = [policy.score(Signals(10, BOTH)) for _ in range(batch)]
-        routes = ["diffusion" if s["diffusion"] == PROBE_SCORE else "ar" for s in scores]
-        if "diffusion" in routes:
-            found.append((number, routes.count("diffusion")))
-        policy.routed(routes)
-        for arm in routes:
+        signals = [in_use("ar", number) for _ in range(batch)]
+        price = left[0] if left else 10**6
+        probes = policy.probe(signals, lambda arm, price=price: price)  # type: ignore[misc]
+        probed = [index for index, arm in probes.items() if arm == "diffusion"]
+        if probed:
+            found.append((number, len(probed)))
+            left[:1] = []
+        for index in range(batch):
+            arm = probes.get(index, "ar")
             policy.observe(arm, Signals(10, BOTH), 6 if arm == "ar" else accepted)
     return found
 
@@ -49,11 +62,32 @@ def test_a_batch_is_no_reason_to_probe_more_often() -> None:
     assert rounds_with_probes(600, batch=16) == rounds_with_probes(600, batch=1)
 
 
-def test_a_probe_that_was_not_followed_is_still_due() -> None:
+def test_a_price_that_was_wrong_is_looked_at_again_soon() -> None:
+    """It is known as well as the less known of its acceptance and its price."""
+    probes = [number for number, _ in rounds_with_probes(3000, batch=1, timings=[9] * 9 + [0, 1, 2, 3])]
+    gaps = [after - before for before, after in pairwise(probes)]
+    assert gaps[7] == PROBE_ROUNDS + 1
+    assert gaps[8:12] == [1 + FIRST_PROBE * 2**known for known in range(4)]
+    assert gaps[12] == PROBE_ROUNDS + 1
+
+
+def test_whoever_went_without_it_longest_tries_it() -> None:
+    """One request that never ends does not take every probe: in turn all of them do."""
+    policy, last = AutoPolicy(), [dict[str, int]() for _ in range(3)]
+    tried = []
+    for number in range(PROBE_ROUNDS * 6):
+        signals = [Signals(10, BOTH, rounds=number, last={**seen, "ar": number - 1}) for seen in last]
+        for index, arm in policy.probe(signals, lambda _: 10**6).items():
+            last[index][arm] = number
+            tried.append((arm, index))
+            policy.observe(arm, signals[index], 2)
+    assert {arm for arm, _ in tried} == {"diffusion"}
+    turns = [index for _, index in tried]
+    assert turns[:3] == [0, 1, 2]
+    assert max(turns.count(index) for index in range(3)) - min(turns.count(index) for index in range(3)) <= 1
+
+
+def test_who_uses_an_arm_does_not_try_it() -> None:
     policy = AutoPolicy()
-    for _ in range(FIRST_PROBE):
-        policy.score(Signals(10, BOTH))
-        policy.routed(["ar"])
-    for _ in range(3):
-        assert policy.score(Signals(10, BOTH))["diffusion"] == PROBE_SCORE
-        policy.routed(["ar"])
+    for number in range(1, 2000):
+        assert "ar" not in policy.probe([in_use("ar", number)], lambda _: 10**6).values()

@@ -38,8 +38,15 @@ def test_full_hint_is_read() -> None:
     hints = parse_hints(carried(version=1, off=True, infer=False, trace=True, lookup="context", spans=[span]))
     bias = (("ar", -2.0), ("lookup", 1.5))
     expected = SpanHint("tool_call", "<tool_call>", "</tool_call>", True, "lookup", True, bias)
-    assert hints == RequestHints((expected,), off=True, infer=False, trace=True, lookup="context")
+    assert hints == RequestHints((expected,), off=True, infer=False, trace="summary", lookup="context")
     assert hash(hints) == hash(replace(hints))
+
+
+@pytest.mark.parametrize(
+    ("sent", "level"), [(True, "summary"), ("summary", "summary"), ("full", "full"), (False, None)]
+)
+def test_a_trace_is_asked_for_by_level(sent: object, level: str | None) -> None:
+    assert parse_hints(carried(trace=sent)).trace == level
 
 
 @pytest.mark.parametrize("params", [None, {}, {"whiflash": None}, {"other": 1}, {"whiflash": "{}"}])
@@ -155,7 +162,7 @@ def test_other_users_of_custom_params_are_left_alone() -> None:
 def test_resolve_prefers_the_requests_own_spans() -> None:
     own, found = (SpanHint("json", open=True),), (SpanHint("code", begin="```"),)
     inferred = RequestHints(spans=found)
-    assert resolve(RequestHints(spans=own, trace=True), inferred) == RequestHints(spans=own, trace=True)
+    assert resolve(RequestHints(spans=own, trace="full"), inferred) == RequestHints(spans=own, trace="full")
     assert resolve(RequestHints(lookup="off"), inferred) == replace(inferred, lookup="off")
     assert resolve(RequestHints(), inferred).spans == found
     assert resolve(RequestHints(infer=False), inferred).spans == ()

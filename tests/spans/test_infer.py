@@ -85,10 +85,13 @@ SPAN = st.builds(
 )
 
 
-@given(st.lists(SPAN, max_size=18), st.booleans(), st.booleans(), st.booleans())
+LEVELS: list[bool | sdk_hints.TraceLevel] = [False, True, "summary", "full"]
+
+
+@given(st.lists(SPAN, max_size=18), st.booleans(), st.booleans(), st.sampled_from(LEVELS))
 @settings(max_examples=500, deadline=None, derandomize=True)
 def test_the_server_reads_what_the_sdk_writes(
-    spans: list[dict[str, object]], off: bool, infer: bool, trace: bool
+    spans: list[dict[str, object]], off: bool, infer: bool, trace: bool | sdk_hints.TraceLevel
 ) -> None:
     try:
         sent = Hints(spans=tuple(Span(**span) for span in spans), off=off, infer=infer, trace=trace)  # type: ignore[arg-type]
@@ -96,7 +99,7 @@ def test_the_server_reads_what_the_sdk_writes(
     except (ValidationError, sdk_hints.HintError):
         return
     read = parse_hints(params)
-    assert (read.off, read.infer, read.trace) == (off, infer, trace)
+    assert (read.off, read.infer, read.trace) == (off, infer, "summary" if trace is True else trace or None)
     assert [(s.kind, s.begin, s.end, s.open, s.prefer, s.pin, dict(s.bias)) for s in read.spans] == [
         (s.kind, s.begin, s.end, s.open, s.prefer, s.pin, s.bias) for s in sent.spans
     ]

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,22 +14,27 @@ from safetensors.torch import load_file
 from tiny_models import tiny_target
 from typer.testing import CliRunner
 
+from whiflash_sglang import train
+from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.train import cli, store
-from whiflash_sglang.train.cli import train_app
+from whiflash_sglang.train import store
+from whiflash_sglang.train.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.config import TrainConfig, load_config
-from whiflash_sglang.train.data import generate_data
+from whiflash_sglang.train.copies import next_logits
+from whiflash_sglang.train.data import generate_data, load_target
 from whiflash_sglang.train.evaluation import EvaluationSettings, Hardware, evaluate_bundle, write_picture
 from whiflash_sglang.train.provenance import digest_of
 from whiflash_sglang.train.router_run import choose_answers
 from whiflash_sglang.train.runner import open_stores, train_dflash, train_eagle3
+from whiflash_sglang.train.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.tokens import Exported, export_tokens, rebuild_features
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def settings(root: Path) -> dict[str, Any]:
     """The shipped tiny configuration with its files under `root`."""
-    tiny = yaml.safe_load((Path(cli.__file__).parent / "configs/tiny.yaml").read_text())
+    tiny = yaml.safe_load((Path(train.__path__[0]) / "configs/tiny.yaml").read_text())
     data = tiny["data"] | {"prompts": [str(root / "prompts.jsonl")]}
     return tiny | {"target": str(root / "target"), "work": str(root / "work"), "data": data}
 
@@ -101,18 +108,189 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert changed
 
 
+@pytest.fixture(scope="module")
+def killed(root: Path, config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run that ended after its first checkpoint."""
+    from transformers import Trainer
+
+    work = tmp_path_factory.mktemp("killed")
+    shutil.copytree(config.work / "data", work / "data")
+    begun = config.model_copy(update={"work": work})
+    original = Trainer.training_step
+
+    def dies(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_eagle3(begun, root / "target")
+    return begun
+
+
+def copied(begun: TrainConfig, work: Path) -> TrainConfig:
+    shutil.copytree(begun.work, work)
+    return begun.model_copy(update={"work": work})
+
+
+def test_a_run_does_not_go_on_with_other_data(root: Path, killed: TrainConfig, tmp_path: Path) -> None:
+    other = copied(killed, tmp_path / "work")
+    [shard] = open_stores(other)
+    record = shard.records[0]
+    shard.append(record._replace(id="new"), shard.read_tokens(record).tolist(), _states_of(shard, record))
+    with pytest.raises(
+        ConfigError, match=r"eagle3/trainer holds a run that began otherwise: data\.shard0of1 was"
+    ):
+        train_eagle3(other, root / "target")
+
+
+def test_a_run_does_not_go_on_with_another_configuration(
+    root: Path, killed: TrainConfig, tmp_path: Path
+) -> None:
+    loop = killed.eagle3.loop.model_copy(update={"epochs": 9.0})
+    other = copied(killed, tmp_path / "work").model_copy(
+        update={"eagle3": killed.eagle3.model_copy(update={"loop": loop})}
+    )
+    with pytest.raises(
+        ConfigError, match=r"configuration\.eagle3\.loop\.epochs was .* and is 9\.0\. .* remove"
+    ):
+        train_eagle3(other, root / "target")
+
+
+def test_a_run_does_not_go_on_from_another_checkpoint(
+    root: Path, killed: TrainConfig, config: TrainConfig, tmp_path: Path
+) -> None:
+    other = copied(killed, tmp_path / "work")
+    start = train_eagle3(config, root / "target")
+    with pytest.raises(ConfigError, match="--start-from was None and is '"):
+        train_eagle3(other, root / "target", start)
+
+
+def test_what_decides_no_weight_may_change(root: Path, killed: TrainConfig, tmp_path: Path) -> None:
+    """The other drafter's section, the prompts, where the files lie."""
+    other = copied(killed, tmp_path / "moved").model_copy(
+        update={
+            "dflash": killed.dflash.model_copy(update={"gamma": 7.0}),
+            "data": killed.data.model_copy(update={"limit": 3}),
+        }
+    )
+    assert (train_eagle3(other, root / "target") / "model.safetensors").exists()
+
+
+def test_answers_do_not_go_on_under_another_configuration(config: TrainConfig, tmp_path: Path) -> None:
+    part = config.model_copy(update={"work": tmp_path, "data": config.data.model_copy(update={"limit": 2})})
+    generate_data(part)
+    hotter = part.model_copy(update={"data": part.data.model_copy(update={"temperature": 0.5})})
+    with pytest.raises(ConfigError, match=r"configuration\.data\.temperature was 1\.0 and is 0\.5"):
+        generate_data(hotter)
+
+
+def test_two_shards_answer_no_prompt_twice(config: TrainConfig, tmp_path: Path) -> None:
+    """Whatever the shares are cut into: the second run is told another count than the first."""
+    half = config.data.model_copy(update={"shard": (0, 2)})
+    assert generate_data(config.model_copy(update={"work": tmp_path, "data": half})).sequences == 12
+    rest = generate_data(config.model_copy(update={"work": tmp_path}))
+    assert (rest.sequences, rest.elsewhere) == (12, 12)
+    again = generate_data(config.model_copy(update={"work": tmp_path}))
+    assert (again.sequences, again.elsewhere) == (12, 12)
+    names = [
+        record.id
+        for shard in open_stores(config.model_copy(update={"work": tmp_path}))
+        for record in shard.records
+    ]
+    assert len(names) == len(set(names)) == 24
+
+
+def test_prompts_that_share_an_id_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    twice = config.data.model_copy(update={"prompts": config.data.prompts * 2})
+    with pytest.raises(ConfigError, match="two prompts have the id 'r0'"):
+        generate_data(config.model_copy(update={"work": tmp_path, "data": twice}))
+
+
+def test_a_prompt_that_was_answered_twice_is_learned_from_once(
+    root: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    """By older shards, or in a file of tokens that holds both: the first answer counts."""
+    for name in ("shard0of1", "shard1of2"):
+        shutil.copytree(config.work / "data/shard0of1", tmp_path / "data" / name)
+    stores = open_stores(config.model_copy(update={"work": tmp_path}))
+    assert [len(shard.records) for shard in stores] == [24, 24]
+    one, both = (SequenceBatches(part, 1024, 4, 0) for part in (stores[:1], stores))
+    assert (len(both), both.answer_tokens) == (len(one), one.answer_tokens)
+    assert torch.equal(token_frequencies(stores, 512), token_frequencies(stores[:1], 512))
+    export_tokens(stores, tmp_path / "tokens.npz")
+    assert len(Exported(tmp_path / "tokens.npz").ids) == 24
+    columns = dict(np.load(tmp_path / "tokens.npz"))
+    double = {name: np.concatenate([column, column]) for name, column in columns.items()}
+    np.savez_compressed(tmp_path / "double.npz", **double)
+    target = load_target(config.target, None, config.capture, config.hardware).model
+    store = FeatureStore(
+        tmp_path / "again", vectors=len(config.capture) + 1, hidden=target.hidden_size, layers=config.capture
+    )
+    assert rebuild_features(tmp_path / "double.npz", target, store, config.capture) == 24
+    assert rebuild_features(tmp_path / "double.npz", target, store, config.capture) == 0
+    assert [record.id for record in store.records] == Exported(tmp_path / "tokens.npz").ids
+
+
+def test_where_answers_part_is_counted_and_judged(root: Path, config: TrainConfig, tmp_path: Path) -> None:
+    """One copy is the same, one takes the target's least likely token, one ends earlier."""
+    export_tokens(open_stores(config), tmp_path / "tokens.npz")
+    columns = dict(np.load(tmp_path / "tokens.npz"))
+    exported = Exported(tmp_path / "tokens.npz")
+    target = load_target(config.target, None, config.capture, config.hardware).model
+    at = int(columns["prompt_lengths"][1]) + 1
+    copies = [exported.tokens(index) for index in range(3)]
+    copies[1][at] = next_logits(target, copies[1][:at]).argmin()
+    copies[2] = copies[2][:-1]
+    double = {name: np.concatenate([column, column[:3]]) for name, column in columns.items()}
+    double["tokens"] = np.concatenate([columns["tokens"], *(copy.numpy() for copy in copies)])
+    double["lengths"][-3:] = list(map(len, copies))
+    np.savez_compressed(tmp_path / "double.npz", **double)
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join((root / "prompts.jsonl").open().readlines()[:20]))
+    command = ["audit", str(tmp_path / "double.npz"), "--prompts", str(some), "--json"]
+    result = CliRunner().invoke(train_app, [*command, "--target", config.target])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    gaps = found.pop("gaps in bf16 ulps, median and largest")
+    assert gaps[0] == gaps[1] > 2
+    assert found == {
+        "sequences": 27,
+        "prompts": 24,
+        "answered again": 3,
+        "first answers": "0 to 2",
+        "other answers": "24 to 26",
+        "with another answer": 2,
+        "of which cut elsewhere alone": 1,
+        "dtype": "bfloat16",
+        "ties": 0,
+        "beyond the tie rule": 1,
+        "answers to other prompts": sum(
+            name not in {f"r{i}" for i in range(20)} for name in double["ids"].tolist()
+        ),
+    }
+
+
+def _states_of(shard: FeatureStore, record: SequenceRecord) -> torch.Tensor:
+    sequence = shard.read(record)
+    return torch.cat([sequence.features, sequence.final[:, None]], 1)
+
+
 def test_a_bundle_is_evaluated(root: Path, config: TrainConfig, tmp_path: Path) -> None:
     eagle3 = train_eagle3(config, root / "target")
     dflash = train_dflash(config, root / "target")
     assert json.loads((eagle3 / "provenance.json").read_text())["config"]["eagle3"]["steps"] == 3
     bundle = tmp_path / "bundle"
-    bundle.mkdir()
+    shutil.copytree(eagle3, bundle / "eagle3")
+    shutil.copytree(dflash, bundle / "dflash")
     manifest = {
         "schema_version": 1,
         "name": "tiny",
         "target": str(root / "target"),
-        "eagle3": str(eagle3),
-        "dflash": str(dflash),
+        "eagle3": "eagle3",
+        "dflash": "dflash",
     }
     (bundle / "whiflash.json").write_text(json.dumps(manifest))
     options = EvaluationSettings(
@@ -201,8 +379,8 @@ def test_an_unfinished_checkpoint_is_passed_over(
         patch.setattr(Trainer, "_save_rng_state", full)
         result = CliRunner().invoke(train_app, command)
     assert result.exit_code == 1
-    assert "No space left on device" in result.output
-    left = sorted(path.name for path in (tmp_path / "eagle3/trainer").iterdir())
+    assert "No space left on device" in str(result.exception)
+    left = sorted(path.name for path in (tmp_path / "eagle3/trainer").glob("checkpoint-*"))
     assert left == ["checkpoint-4", "checkpoint-8"]
     result = CliRunner().invoke(train_app, command)
     assert result.exit_code == 0, result.output
@@ -245,7 +423,7 @@ def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig,
     result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "long.yaml")])
     assert result.exit_code == 1
     assert "leave no room for 24 new ones" in result.output
-    assert "data.slots of a larger capacity" in result.output
+    assert "data.slots of a larger capacity" in str(result.exception)
 
 
 def test_no_prompts_at_all(root: Path, tmp_path: Path) -> None:
@@ -254,7 +432,7 @@ def test_no_prompts_at_all(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text(yaml.safe_dump(settings(root) | {"data": data}))
     result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "empty.yaml")])
     assert result.exit_code == 1
-    assert "empty.jsonl holds no prompts" in result.output
+    assert "empty.jsonl holds no prompts" in str(result.exception)
 
 
 def test_answers_that_no_drafter_saw_come_first(root: Path, config: TrainConfig, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.bench.prompts import load_prompts, shipped
 from whiflash_sglang.checkpoints import block_size_of, dflash_layers, eagle3_layers
+from whiflash_sglang.cli.train import resolve_config
 from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import ensure_target
-from whiflash_sglang.train.cli import resolve_config
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.data import generate_data
 from whiflash_sglang.train.replay import ARMS, Pair, Parts, replay_drafters

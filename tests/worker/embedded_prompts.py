@@ -29,7 +29,7 @@ def prompts(target: Path) -> tuple[Prompt, ...]:
     tokenizer = AutoTokenizer.from_pretrained(target)
     template = (embedded_bundle() / "chat_template.jinja").read_text()
     found = []
-    for row in map(json.loads, PROMPTS.read_text().splitlines()):
+    for row in map(json.loads, PROMPTS.read_text(encoding="utf-8").strip().split("\n")):
         text = tokenizer.apply_chat_template(
             row["messages"],
             tools=row.get("tools"),

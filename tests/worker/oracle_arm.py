@@ -18,15 +18,22 @@ class OracleArm(Drafter):
     """Proposes the known continuation of a request, each token corrupted with probability 1 - `accuracy`.
 
     Args:
+        ragged: half of its drafts are shorter than they may be.
         alphabet: what corrupted drafts, and drafts for unknown texts, are drawn from.
     """
 
     arm = ARM
 
     def __init__(
-        self, accuracy: float, *, seed: int = 0, max_drafts: int = 7, alphabet: Sequence[int] = range(256)
+        self,
+        accuracy: float,
+        *,
+        seed: int = 0,
+        max_drafts: int = 7,
+        ragged: bool = True,
+        alphabet: Sequence[int] = range(256),
     ) -> None:
-        self.max_drafts = max_drafts
+        self.max_drafts, self._ragged = max_drafts, ragged
         self._accuracy, self._alphabet = accuracy, list(alphabet)
         self._random = random.Random(seed)
         self._texts: list[list[int]] = []
@@ -45,8 +52,9 @@ class OracleArm(Drafter):
         return None
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        # Half of the blocks are as wide as they may be, the others ragged.
-        counts = [self._random.choice([limit, self._random.randint(1, limit)]) for limit in batch.limits]
+        counts = list(batch.limits)
+        if self._ragged:
+            counts = [self._random.choice([limit, self._random.randint(1, limit)]) for limit in batch.limits]
         tokens = torch.full((len(batch), max(counts)), -1, dtype=torch.int64)
         for i, (row, count) in enumerate(zip(batch.row_ids, counts, strict=True)):
             ahead = self._ahead[row][:count]

@@ -2,12 +2,13 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from engine import engine
 from model_set import Models
-from oracle_arm import OracleArm
+from oracle_arm import ARM, OracleArm
 from traffic import Arrival, play
 
 SCHEMA = json.dumps(
@@ -84,3 +85,43 @@ def test_grammars_follow_rounds_that_share_a_step(models: Models, router: str, s
     with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
         assert play(e, arrivals) == expected
     assert max(steps) > 1
+
+
+STOPS: dict[str, dict[str, Any]] = {
+    "later-listed-first": {"stop": ["Z", "N", "G", "J", "R"]},
+    "token-before-string": {"ignore_eos": False, "stop_token_ids": [70, 77], "stop": ["I", "L", "Q"]},
+    "regex": {"stop_regex": ["[P-S][D-J]", "K.?L"]},
+    "regex-at-the-end": {"stop_regex": ["[G-I]$", "^[D-F][D-S][G-J]"]},
+    "kept": {"stop": ["H", "M"], "no_stop_trim": True},
+    "in-a-grammar": {"ignore_eos": False, "regex": "[D-S]{20}", "stop": ["N", "GE", "H"]},
+    "at-least": {"ignore_eos": False, "stop_token_ids": [70, 74, 77, 80], "min_new_tokens": 9},
+    "ignored": {"ignore_eos": True, "stop_token_ids": [70, 74, 77, 80], "max_new_tokens": 13},
+}
+
+
+def test_the_first_stop_in_a_block_ends_the_request(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts that are right lead past it, and past others that plain decoding never comes to."""
+    rng = random.Random(8)
+    arrivals = [
+        Arrival(f"{kind}/{i}", rng.randint(0, 20), tuple(rng.choices(range(32, 127), k=12)), params)
+        for i in range(6)
+        for kind, params in STOPS.items()
+    ]
+    with engine(models.target, **OPTIONS) as e:
+        expected = play(e, arrivals)
+        reasons = {rid: req.finished_reason.to_json() for rid, req in e.requests.items()}
+        beyond = e.generate([a.prompt for a in arrivals], max_new_tokens=48)
+    oracle = OracleArm(0.97, alphabet=range(32, 127))
+    for a, text in zip(arrivals, beyond, strict=True):
+        oracle.learn(a.prompt, text)
+
+    def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:
+        return [ARM if ARM in outlook else "none" for outlook in outlooks]
+
+    with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **OPTIONS) as e:
+        monkeypatch.setattr(e.worker.controller, "route", route)
+        assert play(e, arrivals) == expected
+        assert {rid: e.requests[rid].finished_reason.to_json() for rid in reasons} == reasons
+        for rid, output in expected.items():
+            assert list(e.requests[rid].output_ids) == output, "what lies behind a stop is kept"
+    assert max(oracle.accepted) == oracle.max_drafts

@@ -125,11 +125,13 @@ def test_a_third_arm_alone(models: Models, plain: Plain) -> None:
 
     arrivals = [Arrival("only", 0, tuple(range(20)), {"max_new_tokens": 41})]
     expected = plain(arrivals)
-    oracle = OracleArm(1.0)
+    oracle = OracleArm(1.0, ragged=False)
     oracle.learn(arrivals[0].prompt, expected["only"])
     with engine(models.target, whiflash=models.whiflash("none"), arms=[oracle]) as e:
-        e.worker.policy = Pinned(ARM)
+        e.worker.controller.policy = Pinned(ARM)
         found = play(e, arrivals)
         rounds, accepted = e.rounds("only")
     assert found == expected
-    assert rounds + accepted == 40  # the first token comes from the prefill
+    # The first token comes from the prefill; each of the other 40 is one of 7 drafts or the token behind them.
+    assert (rounds, accepted) == (5, 35)
+    assert oracle.accepted == [7] * 5

@@ -6,6 +6,7 @@ real traffic every slot in the tree is compared with one pass over the sequence 
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,13 +121,38 @@ def test_after_traffic(models: Models, case: str) -> None:
         assert not any(e.worker.sync.watermarks.known(row) for row in range(16))
 
 
-def test_retracted_requests(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+RETRACTED: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "chunks": {"chunked_prefill_size": 8},
+    "chunks-in-pages": {"chunked_prefill_size": 8, "page_size": 4},
+}
+
+
+@pytest.mark.parametrize(("case", "temperature"), [("whole", 0.0), ("chunks", 1.0), ("chunks-in-pages", 1.0)])
+def test_retracted_requests(
+    models: Models, case: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk may end inside the output that a request had; what is sampled there is thrown away."""
     from sglang.srt.managers import scheduler
 
     monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
-    with engine(models.target, whiflash=models.whiflash("random"), max_running_requests=4) as e:
-        play(e, mixed(seed=8, count=10, shared=30, aborts=0.3))
-        assert sum(req.retraction_count for req in e.requests.values()) > 5
+    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 3 if case == "whole" else 13)
+    arrivals = [
+        replace(a, params={**a.params, "temperature": temperature})
+        for a in mixed(seed=8, count=10, shared=30, aborts=0.3, tokens=70)
+    ]
+    inside = set()
+
+    def note() -> None:
+        req = e.scheduler.chunked_req
+        if req is not None and req.extend_end > len(req.origin_input_ids):
+            inside.add(req.rid)
+
+    flags = models.whiflash("random")
+    with engine(models.target, whiflash=flags, max_running_requests=4, **RETRACTED[case]) as e:
+        play(e, arrivals, note)
+        assert sum(req.retraction_count for req in e.requests.values()) > 3
+        assert bool(inside) == (case != "whole")
         assert_tree_is_true(e, models)
 
 

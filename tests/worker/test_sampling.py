@@ -14,7 +14,6 @@ from engine import Engine, engine
 from expected import ChiSquare, goodness_of_fit, joint
 from model_set import Models
 from oracle_arm import OracleArm
-from reference import TIE
 from traffic import Arrival, play
 
 PROMPT = tuple(range(100, 130))
@@ -196,53 +195,3 @@ def test_seeds_give_the_tokens_of_plain_decoding(models: Models, router: str) ->
     arms = oracle if router == "random" else None
     with sampling_engine(models, router, arms, enable_deterministic_inference=True) as e:
         assert play(e, arrivals) == expected
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_logprobs_are_those_of_plain_decoding(models: Models, temperature: float) -> None:
-    arrivals = [
-        Arrival(
-            f"r{i}",
-            i,
-            PROMPT[i:],
-            {
-                "max_new_tokens": 24,
-                "return_logprob": True,
-                "sampling_seed": i,
-                "temperature": temperature,
-                "frequency_penalty": 0.5 * (i % 2),
-            },
-        )
-        for i in range(4)
-    ]
-    with engine(models.target, enable_deterministic_inference=True) as e:
-        expected = play(e, arrivals)
-        wanted = {a.rid: logprobs(e, a.rid) for a in arrivals}
-    oracle = OracleArm(0.9)
-    for a in arrivals:
-        oracle.learn(a.prompt, expected[a.rid])
-    with sampling_engine(models, "random", oracle, enable_deterministic_inference=True) as e:
-        found = play(e, arrivals)
-        for a in arrivals:
-            ours, plain = logprobs(e, a.rid), wanted[a.rid]
-            same = next(
-                (
-                    i
-                    for i, (x, y) in enumerate(zip(*(o[a.rid] for o in (found, expected)), strict=True))
-                    if x != y
-                ),
-                24,
-            )
-            if same < 24:  # only where plain decoding's own first choice leads by nothing but rounding
-                assert plain[same][1] - plain[same][2] <= TIE
-            assert ours[:same] == [pytest.approx(values, abs=1e-4) for values in plain[:same]]
-        assert sum(found[a.rid] == expected[a.rid] for a in arrivals) >= 3
-
-
-def logprobs(e: Engine, rid: str) -> list[list[float]]:
-    """Of every output token, and of the two likeliest tokens at its position."""
-    record = e.requests[rid].logprob
-    pairs = zip(record.output_token_logprobs_val, record.output_top_logprobs_val, strict=True)
-    values = [[float(value), *(float(v) for v in top)] for value, top in pairs]
-    assert len(values) == len(e.requests[rid].output_ids)
-    return values

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from whiflash_sdk import Hints
-
 from whiflash_sglang.errors import ConfigError
 
 NONE = "none"
@@ -94,7 +92,7 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     if NO_HINTS not in wanted:
         return arms
     # Both sides of the comparison send their rounds with the answer, so that neither has less to do.
-    traced = Hints(trace=True).extra_body()
+    traced = _hints({"trace": "full"})
     return [replace(arm, request=traced) if arm.name == AUTO else arm for arm in arms]
 
 
@@ -118,9 +116,16 @@ def _arm(name: str, subject: Subject) -> Arm:
     if kind in VARIANTS:
         return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.variants[kind])), VARIANTS[kind])
     if kind == NO_HINTS:
-        unhinted = Hints(infer=False, trace=True).extra_body()
-        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle)), ROUTERS[AUTO], unhinted)
+        unhinted, whiflash = _hints({"infer": False, "trace": "full"}), _whiflash(subject.bundle)
+        return Arm(name, f"WHIFLASH {kind}", (*common, *whiflash), ROUTERS[AUTO], unhinted)
     return Arm(name, name, (*common, "--speculative-algorithm", kind, *_upstream(kind, width, subject)))
+
+
+def _hints(given: Mapping[str, bool | str]) -> dict[str, Any]:
+    """A request's fields that carry hints."""
+    from whiflash_sdk import Hints  # with the OpenAI client behind it, which names of arms do not need
+
+    return Hints.model_validate(given).extra_body()
 
 
 def _whiflash(bundle: Path) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import lines_of
 
 
 class _Frozen(BaseModel):
@@ -104,7 +105,7 @@ class Journal:
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = [line for _, line in lines_of(self.path.read_text(encoding="utf-8"))]
         try:
             found = json.loads(lines[0])["fingerprint"] if lines else None
         except (json.JSONDecodeError, KeyError, TypeError):

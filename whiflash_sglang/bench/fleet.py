@@ -12,6 +12,7 @@ import httpx
 from whiflash_sglang.bench.load import ANSWER_SECONDS
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.server import Server
+from whiflash_sglang.server_host import ServerHost
 
 
 class Running(Protocol):
@@ -34,9 +35,10 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
-def launcher(arguments: Sequence[str], log: Path | None) -> Server:
-    """A server process of its own, with as many threads as every other."""
-    return Server(arguments, log=log, env={"OMP_NUM_THREADS": str(threads())}, start_seconds=600)
+def launcher(arguments: Sequence[str], log: Path | None, *, host: ServerHost | None = None) -> Server:
+    """A server with as many threads as every other, forked by `host` where there is one."""
+    env = {"OMP_NUM_THREADS": str(threads())}
+    return Server(arguments, host=host, log=log, env=env)
 
 
 class Fleet:
@@ -51,14 +53,22 @@ class Fleet:
         self._servers: dict[str, Running] = {}
         self.clients: dict[str, httpx.Client] = {}
 
-    def start(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """Start servers at the same time: arguments by key. Returns what did not start, and why."""
+    def start(
+        self, wanted: Mapping[str, Sequence[str]], on_start: Callable[[], None] = lambda: None
+    ) -> dict[str, str]:
+        """Start servers at the same time: arguments by key. Returns what did not start, and why.
+
+        Args:
+            on_start: called for each as it is ready or has failed.
+        """
         for key, arguments in wanted.items():
             log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
             self._servers[key] = self._make(arguments, log)
         failed: dict[str, str] = {}
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
             starting = {key: pool.submit(self._servers[key].__enter__) for key in wanted}
+            for future in starting.values():
+                future.add_done_callback(lambda _: on_start())
             try:
                 for key, future in starting.items():
                     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import parse_json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +138,7 @@ def _rows_of_file(path: Path) -> list[Any]:
             return list(json.loads(text))
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number}: not JSON ({error})") from None
-    return rows
+    return [row for _, row in parse_json_lines(text, path)]
 
 
 def _rows_of_hub(source: str) -> list[Any]:

@@ -76,7 +76,7 @@ class LoadReport(_Schema):
 
 
 class Report(_Schema):
-    """`--json`.
+    """What `--json` prints and `--out` writes.
 
     unavailable: arms that did not start, and why. differences: every mismatch and tie. scaling: a round of `auto`
     against batch and context, where it was asked for.

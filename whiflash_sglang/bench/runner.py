@@ -186,8 +186,8 @@ class Runner:
             if arm.server not in servers:
                 self._routers[arm.server] = arm.router or ""
                 servers[arm.server] = _alone(arm)
-        task = self._progress.add_task(f"starting {len(servers)} servers", total=None)
-        failed = self._fleet.start(servers)
+        task = self._progress.add_task("starting servers", total=len(servers))
+        failed = self._fleet.start(servers, lambda: self._progress.advance(task))
         self._progress.remove_task(task)
         for arm in arms:
             if arm.server in failed:

@@ -1,9 +1,9 @@
 """Changed bundles that arms of the benchmark serve. Needs no server."""
 
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,42 +16,43 @@ from whiflash_sglang.lookup.copier import RULE_MATCH
 def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
     """Make the new `directory` a bundle that differs from `bundle` in what `arm` is about; returns it.
 
-    Checkpoints are named where they lie, except those that change. Raises `ValueError` for an arm without a variant.
+    Files that do not change are links to the bundle's, where the file system allows.
+
+    Raises:
+        ValueError: an arm without a variant.
     """
-    fields = _located(bundle)
-    directory.mkdir()
+    fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
     if arm == COPY_RULE:
         fields["lookup"] = {**fields.get("lookup", {}), "enabled": True, "min_match": RULE_MATCH}
     elif arm in (NO_LOOKUP, BAD):
         fields["lookup"] = {"enabled": False}
     else:
         raise ValueError(f"{arm} serves the bundle as it is")
+    shutil.copytree(bundle, directory, copy_function=_link)
     if arm == BAD:
         fields.pop("router", None)
         for part in ("eagle3", "dflash"):
-            fields[part] = _shuffle(Path(fields[part]), directory / part)
+            _shuffle(directory / fields[part])
+    (directory / MANIFEST).unlink()  # it is the bundle's own
     (directory / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")
     return directory
 
 
-def _located(bundle: Path) -> dict[str, Any]:
-    """The manifest's fields with absolute paths."""
-    fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
-    for key in ("eagle3", "dflash", "chat_template"):
-        if key in fields:
-            fields[key] = str((bundle / fields[key]).resolve())
-    if "router" in fields:
-        fields["router"]["path"] = str((bundle / fields["router"]["path"]).resolve())
-    return fields
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
-def _shuffle(checkpoint: Path, copy: Path) -> str:
-    """Copy a drafter with every matrix shuffled: as slow as before, never right. Returns the copy's name."""
+def _shuffle(checkpoint: Path) -> None:
+    """Shuffle every matrix of a drafter: as slow as before, never right."""
     random = torch.Generator().manual_seed(0)
-    shutil.copytree(checkpoint, copy)
-    for file in copy.glob("*.safetensors"):
-        save_file({name: _shuffled(value, random) for name, value in load_file(file).items()}, file)
-    return copy.name
+    for file in checkpoint.glob("*.safetensors"):
+        shuffled = {name: _shuffled(value, random) for name, value in load_file(file).items()}
+        file.unlink()  # it is the bundle's own
+        save_file(shuffled, file)
 
 
 def _shuffled(tensor: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -1,13 +1,12 @@
-"""`whiflash check`: one line per thing that must be right."""
+"""`whiflash check`: what must be right, and what is not."""
 
 import json
-import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from whiflash_sglang.cli.options import JsonFlag
 from whiflash_sglang.compat.patching import Finding
 
 PACKAGES = (
@@ -24,14 +23,16 @@ PACKAGES = (
 
 def findings() -> list[Finding]:
     """Versions, the plugin's registration, the platform, every private name and every seam."""
+    import platform
+
+    from whiflash_sglang.compat.patching import check_registration, replaced_names, verify_names
+
     found = [Finding("python", True, platform.python_version())]
     for package in PACKAGES:
         try:
             found.append(Finding(package, True, version(package)))
         except PackageNotFoundError:
             found.append(Finding(package, False, "not installed"))
-    from whiflash_sglang.compat.patching import check_registration, replaced_names, verify_names
-
     found += verify_names()
     found.append(check_registration())
     found += [Finding(name, True, "replaced by this package") for name in replaced_names()]
@@ -53,21 +54,30 @@ def _platform() -> list[Finding]:
 def register(app: typer.Typer) -> None:
     @app.command()
     def check(
-        as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of lines.")] = False,
+        verbose: Annotated[
+            bool, typer.Option("--verbose", "-v", help="Also show what is right, one line each.")
+        ] = False,
+        as_json: JsonFlag = False,
     ) -> None:
         """Check versions, the plugin, the platform and every private SGLang name. Exit code 1 on any failure.
 
-        Example: whiflash check
+        Example: whiflash check -v
         """
+        from rich.console import Console
+
         found = findings()
+        failed = [f for f in found if not f.ok]
         if as_json:
-            typer.echo(
-                json.dumps([{"name": f.name, "ok": f.ok, "detail": f.detail} for f in found], indent=2)
-            )
+            listed = [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in found]
+            typer.echo(json.dumps(listed, indent=2))
         else:
             console = Console(highlight=False, soft_wrap=True)
-            for f in found:
+            for f in found if verbose else failed:
                 mark = "[green]ok  [/]" if f.ok else "[red]FAIL[/]"
-                console.print(f"{mark} {f.name}: {f.detail}", markup=True)
-        if not all(f.ok for f in found):
+                console.print(mark, end=" ")
+                console.print(f"{f.name}: {f.detail}", markup=False)
+            console.print(
+                f"{len(failed)} of {len(found)} failed" if failed else f"{len(found)} of {len(found)} right"
+            )
+        if failed:
             raise typer.Exit(1)

@@ -1,31 +1,34 @@
 """`whiflash lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
+from whiflash_sglang.cli.options import JsonFlag, for_tables
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
-from whiflash_sglang.lookup.seed import Answer, measure_seed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from whiflash_sglang.lookup.seed import Answer
 
 
 class TokenFileError(WhiflashError):
     """A file of token ids cannot be used."""
 
 
-def read_answers(path: Path) -> Iterator[Answer]:
-    """Sequences of a file that `whiflash train export` wrote, with a progress bar.
+def read_answers(path: Path) -> "Iterator[Answer]":
+    """Sequences of a file that `whiflash train export` wrote, with their progress.
 
     Raises:
         TokenFileError: the file is missing or is not such a file.
     """
     import numpy as np
+
+    from whiflash_sglang.lookup.seed import Answer
+    from whiflash_sglang.progress import tracked
 
     try:
         with np.load(path) as file:
@@ -33,10 +36,8 @@ def read_answers(path: Path) -> Iterator[Answer]:
     except (OSError, ValueError, KeyError) as error:
         raise TokenFileError(f"{path} is not a file of `whiflash train export`: {error}") from None
     ends = np.cumsum(lengths)
-    columns = zip(ends.tolist(), lengths.tolist(), prompts.tolist(), strict=True)
-    for end, length, prompt in track(
-        columns, description="copying from answers", total=len(ends), console=Console(stderr=True)
-    ):
+    columns = list(zip(ends.tolist(), lengths.tolist(), prompts.tolist(), strict=True))
+    for end, length, prompt in tracked(columns, "copying from answers"):
         yield Answer(tokens[end - length : end].tolist(), prompt)
 
 
@@ -50,27 +51,35 @@ def register(app: typer.Typer) -> None:
             Path | None,
             typer.Option(help="Bundle whose whiflash.json takes the result; without it, print only."),
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the chances as JSON.")] = False,
+        as_json: JsonFlag = False,
     ) -> None:
         """Measure on a target's own answers how often a copied token is right, per match length and agreement.
 
         Example: whiflash lookup-seed training_data/smollm2-135m-instruct/tokens.npz --bundle my-bundle
         """
+        import json
+
         from whiflash_sglang.config import Lookup, load_manifest
-        from whiflash_sglang.train.bundle import update_manifest
+        from whiflash_sglang.lookup.seed import measure_seed
 
         settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
         seed = measure_seed(read_answers(tokens), settings.max_width)
         if bundle is not None:
+            from whiflash_sglang.train.bundle import update_manifest
+
             said = settings.model_dump(exclude_unset=True)
             update_manifest(bundle, {"lookup": {**said, "seed": seed}})
         if as_json:
             typer.echo(json.dumps(seed))
             return
-        Console().print(_table(seed))
+        for_tables().print(_table(seed))
 
 
-def _table(seed: tuple[tuple[float, ...], ...]) -> Table:
+def _table(seed: tuple[tuple[float, ...], ...]) -> "Table":
+    from rich.table import Table
+
+    from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
+
     table = Table("match length", *(agreement.name.lower() for agreement in Agreement))
     for length, chances in zip(BUCKETS, seed, strict=True):
         table.add_row(f"{length} or more", *(f"{chance:.0%}" for chance in chances))

@@ -1,19 +1,17 @@
 """`whiflash profile`: where a round's time goes in a running server."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from whiflash_sglang.bench.profile import Profile, profile
-from whiflash_sglang.bench.prompts import load_prompts, sample, shipped
+from whiflash_sglang.cli.options import JsonFlag, for_tables
 from whiflash_sglang.errors import WhiflashError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from whiflash_sglang.bench.profile import Profile
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +27,7 @@ def register(app: typer.Typer) -> None:
         keep: Annotated[
             Path | None, typer.Option(help="Leave the trace in this directory, for a viewer.")
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+        as_json: JsonFlag = False,
     ) -> None:
         """Profile the rounds of a running server, operator by operator.
 
@@ -37,32 +35,36 @@ def register(app: typer.Typer) -> None:
 
         Example: whiflash profile --server http://127.0.0.1:30000 --keep traces
         """
+        import httpx
+
+        from whiflash_sglang.bench.load import ANSWER_SECONDS
+        from whiflash_sglang.bench.profile import profile
+        from whiflash_sglang.bench.prompts import load_prompts, sample, shipped
+        from whiflash_sglang.progress import progress
+
         if keep is not None:
             keep.mkdir(parents=True, exist_ok=True)
         chosen = sample(load_prompts(prompts or str(shipped())), per_category)
         fixed = {"model": "default", "max_tokens": max_tokens, "temperature": 0}
         requests = [{**prompt.request(), **fixed} for prompt in chosen]
         try:
-            with httpx.Client(base_url=server, timeout=600.0) as client, _progress(len(requests)) as step:
-                found = profile(client, requests, keep and keep.resolve(), on_answer=step)
-        except httpx.HTTPError as error:
+            with httpx.Client(base_url=server, timeout=ANSWER_SECONDS) as client, progress() as bar:
+                task = bar.add_task("asking, then asking under the profiler", total=2 * len(requests))
+                found = profile(
+                    client, requests, keep and keep.resolve(), on_answer=lambda: bar.advance(task)
+                )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise WhiflashError(f"{server} does not answer: {error}") from None
         if as_json:
             typer.echo(found.model_dump_json(indent=1))
         else:
-            Console().print(table(found, top))
+            for_tables().print(table(found, top))
 
 
-@contextmanager
-def _progress(requests: int) -> Iterator[Callable[[], None]]:
-    """A bar over every request asked twice, on stderr; yields what moves it on."""
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("asking, then asking under the profiler", total=2 * requests)
-        yield lambda: bar.advance(task)
-
-
-def table(found: Profile, top: int) -> Table:
+def table(found: "Profile", top: int) -> "Table":
     """The `top` operators, by round, and what is not among them."""
+    from rich.table import Table
+
     whole = sum(operator.ms for operator in found.operators) + found.elsewhere_ms
     shown = Table(title=f"{found.rounds} rounds of {found.round_ms:.1f} ms (mean) under the profiler")
     shown.add_column("operator")

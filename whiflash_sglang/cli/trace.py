@@ -2,21 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from whiflash_sdk.render import Turn, conversation_html, conversation_terminal
-from whiflash_sdk.trace import routing
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import parse_json_lines
+
+if TYPE_CHECKING:
+    from whiflash_sdk.render import Turn
 
 
-def turns_of(path: Path) -> list[Turn]:
+def turns_of(path: Path) -> "list[Turn]":
     """Turns with a trace, from a file of responses: one JSON object, a list of them, or one per line.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, or holds no response with a routing trace.
     """
+    from whiflash_sdk.render import Turn
+    from whiflash_sdk.trace import routing
+
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -25,8 +30,8 @@ def turns_of(path: Path) -> list[Turn]:
         recorded: Any = json.loads(text)
     except json.JSONDecodeError:
         try:
-            recorded = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
+            recorded = [response for _, response in parse_json_lines(text, path)]
+        except ConfigError as error:
             raise ConfigError(f"{path} is neither JSON nor JSON lines: {error}") from None
     responses = recorded if isinstance(recorded, list) else [recorded]
     turns = []
@@ -36,7 +41,7 @@ def turns_of(path: Path) -> list[Turn]:
             turns.append(Turn(f"Turn {number}", _text_of(response), trace))
     if not turns:
         raise ConfigError(
-            f'{path} holds no response with a routing trace; ask for one with the hint "trace": true'
+            f'{path} holds no response with a routing trace; ask for one with the hint "trace": "full"'
         )
     return turns
 
@@ -56,15 +61,28 @@ def register(app: typer.Typer) -> None:
     def trace(
         file: Annotated[Path, typer.Argument(help="Responses: JSON, or JSON lines.")],
         html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
-        colour: Annotated[bool, typer.Option(help="Colour in the terminal.")] = True,
+        colour: Annotated[
+            bool | None,
+            typer.Option(
+                help="Colours; else each drafter's name before its text. Default: colours on a terminal, unless "
+                "NO_COLOR is set.",
+                show_default=False,
+            ),
+        ] = None,
     ) -> None:
         """Show which drafter wrote what in recorded responses.
 
         Example: whiflash trace answers.jsonl --html answers.html
         """
+        from rich.console import Console
+        from whiflash_sdk.render import conversation_html, conversation_terminal
+
         turns = turns_of(file)
         if html is None:
-            typer.echo(conversation_terminal(turns, colour=colour))
+            console = Console()
+            wanted = console.is_terminal and not console.no_color if colour is None else colour
+            # Not through typer, which takes colours that were asked for out of a pipe.
+            print(conversation_terminal(turns, colour=wanted))
             return
         page = html.with_suffix(html.suffix + ".part")
         page.write_text(conversation_html(turns, title=file.name), encoding="utf-8")

@@ -7,8 +7,12 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.compat.carried import ALGORITHM, settings_of
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_pair
+from whiflash_sglang.compat import hooks
+from whiflash_sglang.compat.carried import ALGORITHM, asks_for_ours, settings_of
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.models.dflash_config import DFlashConfig
+from whiflash_sglang.models.eagle3_config import Eagle3Config
 
 DEFAULT_RUNNING_REQUESTS = 48
 """As upstream's speculative algorithms: rings and draft buffers are sized by it."""
@@ -51,48 +55,47 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         needs_cpu_seq_lens: bool = True,
         needs_confidence_relay: bool = False,
     ) -> FutureMap:
-        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
+        # Routing and catch-up read lengths on the host, also where the target's attention (fa3, Triton) needs none.
+        return FutureMap(device, self, req_to_token_pool, True, needs_confidence_relay)
 
 
 def widest_block(server_args: Any) -> int:
     """Tokens of a DFlash block under these arguments."""
-    from whiflash_sglang.checkpoints import block_size_of
-
     settings = settings_of(server_args)
     return block_size_of(settings.dflash, settings.block_size)
 
 
-_REFUSED = {
-    "enable_hierarchical_cache": "--enable-hierarchical-cache (draft KV would not follow the host tier)",
-    "enable_lora": "--enable-lora",
-    "enable_unified_memory": "--enable-unified-memory",
-    "enable_watermark": "--enable-watermark (its state is not kept per verified position)",
-    "enable_two_batch_overlap": "--enable-two-batch-overlap",
-}
-
-
 def validate(server_args: Any) -> None:
-    """Stop the start where the flags cannot work together. Raises ConfigError naming the flag."""
-    cfg = resolving_view(server_args)
-    if not hasattr(server_args, "_whiflash"):
+    """Stop the start where the arguments, the target or the drafters cannot work, from configurations alone.
+
+    Raises:
+        WhiflashError: one sentence that names the flag, the model or the file. From the command line it ends the
+            launcher, as argparse's errors do.
+    """
+    try:
+        _judge(server_args)
+    except WhiflashError as error:
+        if getattr(server_args, "_whiflash_from_command_line", False):
+            raise SystemExit(f"whiflash: error: {error}") from None
+        raise
+
+
+def _judge(server_args: Any) -> None:
+    if not asks_for_ours(server_args):
         raise ConfigError(
             "WHIFLASH was chosen after the arguments were parsed; pass it to the launcher or to Engine"
         )
-    for field, flag in _REFUSED.items():
-        if getattr(cfg, field, False):
-            raise ConfigError(f"WHIFLASH does not work with {flag}; remove it")
-    for field, flag in (("tp_size", "--tp-size"), ("pp_size", "--pp-size"), ("dp_size", "--dp-size")):
-        if int(getattr(cfg, field, 1) or 1) != 1:
-            raise ConfigError(f"WHIFLASH runs on one device for now; {flag} must be 1")
-    if cfg.grammar_backend == "outlines":
-        raise ConfigError(
-            "WHIFLASH does not work with --grammar-backend outlines (it cannot take a token back, as drafts need); "
-            "use xgrammar or llguidance"
-        )
-    if cfg.disaggregation_mode not in (None, "null"):
-        raise ConfigError(
-            "WHIFLASH does not work with prefill/decode disaggregation; remove --disaggregation-mode"
-        )
+    from whiflash_sglang.compat.launch import Launch
+    from whiflash_sglang.compat.refusals import refusal_of
+
+    launch = Launch.of(server_args)
+    refusal = refusal_of(launch)
+    if refusal is not None:
+        raise ConfigError(refusal)
+    settings = settings_of(server_args)
+    check_pair(settings.eagle3, settings.dflash, TargetShape.of(launch.model))
+    Eagle3Config.read(settings.eagle3)
+    DFlashConfig.read(settings.dflash)
 
 
 def register() -> None:
@@ -102,6 +105,8 @@ def register() -> None:
         ALGORITHM, supports_overlap=True, validate_server_args=validate, spec_class=WhiflashAlgorithm
     )
     def worker_class(server_args: Any) -> type:
+        # The first thing of ours that a scheduler calls, before it builds anything that is hooked.
+        hooks.in_scheduler()
         from whiflash_sglang.worker import WhiFlashWorker
 
         return WhiFlashWorker

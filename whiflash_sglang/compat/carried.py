@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sglang.srt.runtime_context import get_spec
+
 from whiflash_sglang.config import Settings
 
 ALGORITHM = "WHIFLASH"
@@ -13,9 +15,19 @@ def settings_of(server_args: Any) -> Settings:
     return settings
 
 
+def asks_for_ours(server_args: Any) -> bool:
+    """Whether a launch asks for this algorithm."""
+    return hasattr(server_args, "_whiflash")
+
+
 def is_ours(scheduler: Any) -> bool:
-    """Whether a scheduler of SGLang runs this algorithm: hooks are installed whatever is served."""
+    """Whether a scheduler of SGLang runs this algorithm: a process may serve another one after ours."""
     return bool(getattr(scheduler.spec_algorithm, "name", "") == ALGORITHM)
+
+
+def serves_ours() -> bool:
+    """Whether the engine of this process, the last one that was started, runs this algorithm."""
+    return bool(get_spec().speculative_algorithm == ALGORITHM)
 
 
 def replace_settings(server_args: Any, settings: Settings) -> None:

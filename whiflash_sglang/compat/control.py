@@ -3,6 +3,7 @@
 from functools import wraps
 from typing import Any, get_args
 
+from sglang.srt.managers.io_struct import GetInternalStateReq
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
@@ -10,7 +11,7 @@ from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lookup.memory import Tenant, handle_of
+from whiflash_sglang.lookup.memory import HANDLES, Tenant, handle_of
 
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"
@@ -21,31 +22,48 @@ ROUTERS: tuple[str, ...] = get_args(RouterName)
 
 def install() -> None:
     """Idempotent."""
-    replace(SchedulerInternalStateController, "_add_speculative", _reporting)
+    replace(SchedulerInternalStateController, "get_internal_state", reporting)
     replace(SchedulerInternalStateController, "_update_handlers", _updating)
 
 
-def _reporting(original: Any) -> Any:
-    @wraps(original)
-    def add(self: Any, state: dict[str, Any]) -> None:
-        original(self, state)
-        if is_ours(self.scheduler):
-            state[KEY] = self.scheduler.draft_worker.snapshot()
+def state_request() -> GetInternalStateReq:
+    """Asks a scheduler for our state too.
 
-    return add
+    SGLang's own request, which anybody's `GET /server_info` sends, is not told it: from one reading to the next it
+    tells what was accepted of the requests that run.
+    """
+    return GetInternalStateReq(rid=KEY)
+
+
+def reporting(original: Any) -> Any:
+    @wraps(original)
+    def get(self: Any, request: Any) -> Any:
+        answer = original(self, request)
+        if request.rid == KEY and is_ours(self.scheduler):
+            answer.internal_state[KEY] = self.scheduler.draft_worker.snapshot()
+        return answer
+
+    return get
 
 
 def encode(change: dict[str, Any]) -> dict[str, float]:
     """A valid `PolicyChange` as SGLang's message carries it: numbers only, so a router travels as its index."""
-    values = {key: value for key, value in change.items() if value is not None}
+    values = PolicyChange.model_validate(change).model_dump(exclude_none=True)
     if "router" in values:
         values["router"] = ROUTERS.index(values["router"])
     return {f"{KEY}.{key}": value for key, value in values.items()}
 
 
 def _decoded(key: str, value: Any) -> dict[str, Any]:
+    """A `PolicyChange` of one field. Raises ConfigError for what `encode` would not have made."""
     field = key.removeprefix(f"{KEY}.")
-    return {field: ROUTERS[int(value)] if field == "router" else value}
+    if type(value) not in (int, float):
+        raise ConfigError(f"a number is needed (got {value!r})")
+    if field == "router":
+        if type(value) is not int or not 0 <= value < len(ROUTERS):
+            raise ConfigError(f"a router's index from 0 to {len(ROUTERS) - 1} is needed (got {value!r})")
+        value = ROUTERS[value]
+    return {field: value}
 
 
 def encode_forget(tenant: Tenant | None) -> dict[str, int]:
@@ -63,7 +81,7 @@ def _updating(original: Any) -> Any:
             def validate(key: str, value: Any) -> None:
                 try:
                     worker.settings_with(_decoded(key, value))
-                except (ConfigError, IndexError) as error:
+                except ConfigError as error:
                     raise internal_state.UpdateRejected(f"{key}: {error}") from None
 
             def apply(key: str, value: Any) -> None:
@@ -81,5 +99,5 @@ def _updating(original: Any) -> Any:
 
 
 def _is_handle(key: str, value: Any) -> None:
-    if not isinstance(value, int):
-        raise internal_state.UpdateRejected(f"{key}: not a tenant's handle")
+    if type(value) is not int or not EVERYBODY <= value < HANDLES:
+        raise internal_state.UpdateRejected(f"{key}: a tenant's handle is needed (got {value!r})")

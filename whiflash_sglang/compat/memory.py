@@ -14,8 +14,8 @@ from typing import Any
 from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
-from sglang.srt.runtime_context import get_spec
 
+from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.errors import ConfigError
 
@@ -46,7 +46,7 @@ def _holding_the_reserve(original: Any) -> Any:
     @wraps(original)
     def columns() -> int:
         """Columns of a request's row beyond the context."""
-        reserve = get_alloc_reserve_per_decode() if get_spec().speculative_algorithm else 0
+        reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
         return max(int(original()), reserve)
 
     return columns
@@ -56,7 +56,7 @@ def _accounting(original: Any) -> Any:
     @wraps(original)
     def create(kvc: Any, *args: Any, **kwargs: Any) -> Any:
         configurator = original(kvc, *args, **kwargs)
-        if _reservation.per_token and not kvc.is_draft_worker:
+        if serves_ours() and not kvc.is_draft_worker:
             if type(configurator) is not pool_configurator.DefaultPoolConfigurator:
                 raise ConfigError(
                     f"WHIFLASH cannot size draft KV for this target's cache ({type(configurator).__name__}); "

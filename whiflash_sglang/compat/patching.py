@@ -1,7 +1,7 @@
 """Which private names are used, and the one way to replace one.
 
-Upstream's plugin loading swallows exceptions, so nothing here relies on it: `verify_names` is called by the
-plugin itself and its findings stop the start.
+Upstream's plugin loading swallows exceptions, so nothing here relies on it: the version is checked when the plugin is
+loaded, every name when WHIFLASH is asked for, and findings stop the start.
 """
 
 import importlib
@@ -29,16 +29,28 @@ _COMPONENTS = "sglang.srt.managers.scheduler_components"
 
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.plugins:load_plugins"),
+    PrivateName("sglang.srt.plugins.hook_registry:HookRegistry.register", ("target", "hook", "hook_type")),
+    PrivateName("sglang.srt.plugins.hook_registry:HookType.AROUND"),
     # flags
     PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
     PrivateName("sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
     PrivateName("sglang.srt.entrypoints.engine:Engine.server_args_class"),
     # algorithm and worker
     PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
-    PrivateName("sglang.srt.managers.overlap_utils:FutureMap", ("device", "req_to_token_pool")),
+    PrivateName("sglang.srt.arg_groups.overrides:model_config_of"),
+    PrivateName("sglang.srt.configs.hybrid_arch:mambaish_config", ("model_config",)),
+    PrivateName("sglang.srt.configs.model_config:AttentionArch.MLA"),
+    PrivateName("sglang.srt.configs.model_config:is_hybrid_swa_model"),
+    PrivateName("sglang.srt.model_executor.cuda_graph_config:Backend.DISABLED"),
+    PrivateName("sglang.srt.model_executor.cuda_graph_config:Phase.ALL"),
+    PrivateName("sglang.srt.platforms:current_platform"),
+    PrivateName("sglang.srt.runtime_context:get_platform"),
+    PrivateName(
+        "sglang.srt.managers.overlap_utils:FutureMap", ("device", "req_to_token_pool", "needs_cpu_seq_lens")
+    ),
     PrivateName(
         "sglang.srt.managers.utils:GenerationBatchResult",
-        ("accept_lens", "num_non_draft_tokens_per_req", "speculative_output_stride"),
+        ("accept_lens", "cap_lens", "num_non_draft_tokens_per_req", "speculative_output_stride"),
     ),
     PrivateName("sglang.srt.runtime_context:get_schedule"),
     PrivateName("sglang.srt.runtime_context:get_spec"),
@@ -54,13 +66,21 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver", ("recv_from_tokenizer", "recv_from_rpc")
     ),
     PrivateName(f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver._pull_raw_reqs"),
+    PrivateName("sglang.srt.constrained.grammar_manager:GrammarManager.has_waiting_grammars"),
+    # figures of speculation
     PrivateName(
         f"{_COMPONENTS}.metrics_reporter:SchedulerMetricsReporter.update_spec_metrics",
-        ("bs", "num_correct_drafts", "num_accept_tokens"),
+        ("bs", "num_correct_drafts", "num_accept_tokens", "num_cap_tokens"),
     ),
+    PrivateName(f"{_COMPONENTS}.metrics_reporter:SchedulerMetricsReporter.report_decode_stats"),
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_spec_correct_drafts_histogram"),
-    PrivateName("sglang.srt.constrained.grammar_manager:GrammarManager.has_waiting_grammars"),
-    # a request's tenant and output
+    PrivateName("sglang.srt.managers.schedule_batch:Req.update_spec_cap_lens_histogram"),
+    PrivateName(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics",
+        ("meta_info", "recv_obj", "i"),
+    ),
+    # a request's tenant, output and stops
+    PrivateName("sglang.srt.managers.schedule_batch:Req.update_finish_state", ("new_accepted_len",)),
     PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),
     PrivateName("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop"),
     # target and verification
@@ -69,16 +89,33 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         ("draft_token", "positions", "draft_token_num"),
     ),
     PrivateName(
-        "sglang.srt.speculative.dflash_info:DFlashVerifyInput.prepare_for_verify", ("batch", "target_worker")
+        "sglang.srt.speculative.dflash_info:DFlashVerifyInput.prepare_for_verify",
+        ("batch", "target_worker", "defer_metadata_init"),
     ),
     PrivateName(
-        "sglang.srt.speculative.ragged_verify:RaggedVerifyLayout", ("verify_lens", "graph_num_tokens")
+        "sglang.srt.speculative.ragged_verify:RaggedVerifyLayout",
+        ("verify_lens", "graph_num_tokens", "qo_indptr_device", "verify_lens_cpu", "total_verify_tokens"),
     ),
+    PrivateName("sglang.srt.speculative.ragged_verify:resolve_ragged_verify_layout", ("forward_batch",)),
+    PrivateName("sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"),
+    PrivateName("sglang.srt.layers.attention.attention_registry:register_attention_backend", ("name",)),
+    PrivateName(
+        "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+        ("forward_batch",),
+    ),
+    PrivateName(
+        "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata_out_graph",
+        ("forward_batch", "in_capture"),
+    ),
+    PrivateName("sglang.srt.layers.attention.triton_backend:ForwardMetadata", ("qo_indptr",)),
     PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
+    PrivateName("sglang.srt.model_executor.forward_batch_info:get_server_return_hidden_states_mode"),
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
-    PrivateName("sglang.srt.layers.logprob_processor:compute_spec_logprobs", ("batch", "accept_index")),
-    PrivateName("sglang.srt.layers.sampler:Sampler.forward", ("logits_output", "sampling_info", "positions")),
+    PrivateName(
+        "sglang.srt.layers.sampler:Sampler.forward",
+        ("logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs"),
+    ),
     PrivateName("sglang.srt.sampling.sampling_batch_info:ProcessorEntry", ("processor", "rows", "indices")),
     PrivateName("sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", ("logits",)),
     PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.from_device", ("retrieve_next_token",)),
@@ -100,13 +137,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.mem_cache.allocation_sizing:get_alloc_reserve_per_decode"),
     PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),
     PrivateName("sglang.srt.mem_cache.common:release_kv_cache", ("req", "tree_cache", "checkpoint")),
+    PrivateName("sglang.srt.session.streaming_session:StreamingSession.try_cache_finished_req", ("req",)),
     # the trace, out of the scheduler and into responses
     PrivateName(f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.has_additional_customized_info"),
     PrivateName(
         f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.build_additional_customized_info", ("reqs",)
-    ),
-    PrivateName(
-        f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.should_build_additional_customized_info"
     ),
     PrivateName(f"{_SERVING}.protocol:SglExt.model_rebuild"),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._build_chat_response", ("request", "ret")),
@@ -127,16 +162,32 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request", ("obj", "request")
     ),
+    PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.config_value", ("name",)),
+    PrivateName(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info",
+        ("meta_info", "state", "customized_info", "index", "finish_reason"),
+    ),
     # state and control
     PrivateName("sglang.srt.managers.io_struct:SetInternalStateReq", ("server_args",)),
+    PrivateName("sglang.srt.managers.io_struct:GetInternalStateReq", ("rid",)),
     PrivateName(
-        f"{_COMPONENTS}.internal_state:SchedulerInternalStateController._add_speculative", ("state",)
+        f"{_COMPONENTS}.internal_state:SchedulerInternalStateController.get_internal_state", ("recv_req",)
     ),
+    PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop"),
     PrivateName(f"{_COMPONENTS}.internal_state:SchedulerInternalStateController._update_handlers"),
     PrivateName(f"{_COMPONENTS}.internal_state:UpdateRejected"),
+    # servers that share one import
+    PrivateName("sglang.launch_server:run_server", ("server_args",)),
+    PrivateName("sglang.srt.server_args:prepare_server_args", ("argv",)),
+    PrivateName("sglang.srt.models.registry:ModelRegistry.get_supported_archs"),
 )
 
-HEAVY = ("sglang.srt.entrypoints.http_server", _SERVING)
+HEAVY = (
+    "sglang.srt.entrypoints.http_server",
+    _SERVING,
+    "sglang.launch_server",
+    "sglang.srt.models.registry",
+)
 """Modules that only a launcher needs: checked by `whiflash check` and the tests, not at every start."""
 
 
@@ -155,7 +206,7 @@ _replaced: dict[str, Any] = {}
 def replace(owner: Any, attribute: str, build: Callable[[Any], Any]) -> None:
     """Set `owner.attribute` to `build(original)`, once; a second call with the same target changes nothing.
 
-    Child processes load the plugin again, and a launcher may load it twice.
+    A process may start one server after another.
     """
     key = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', owner.__name__)}.{attribute}"
     if key in _replaced:
@@ -189,13 +240,22 @@ def check_registration() -> Finding:
     return Finding("WHIFLASH registered", True, type(algorithm).__name__)
 
 
+def require_version() -> None:
+    """Raise IncompatibleEngineError where SGLang has another version; imports nothing of it."""
+    _require(_check_version())
+
+
 def require_names() -> None:
-    """Raise IncompatibleEngineError naming the first thing that does not fit, at every start of every process."""
+    """Raise IncompatibleEngineError naming the first thing that does not fit, before anything is replaced."""
     for finding in verify_names(heavy=False):
-        if not finding.ok:
-            raise IncompatibleEngineError(
-                f"WHIFLASH needs sglang=={SGLANG_VERSION}; {finding.name}: {finding.detail}"
-            )
+        _require(finding)
+
+
+def _require(finding: Finding) -> None:
+    if not finding.ok:
+        raise IncompatibleEngineError(
+            f"WHIFLASH needs sglang=={SGLANG_VERSION}; {finding.name}: {finding.detail}"
+        )
 
 
 def _check_version() -> Finding:

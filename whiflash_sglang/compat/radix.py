@@ -9,9 +9,8 @@ from functools import wraps
 from typing import Any
 
 from sglang.srt.mem_cache import kv_cache_builder
-from sglang.srt.runtime_context import get_spec
 
-from whiflash_sglang.compat.carried import ALGORITHM
+from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 
 
@@ -23,7 +22,7 @@ def install() -> None:
 def _with_bigrams(original: Any) -> Any:
     @wraps(original, updated=())
     def build(*args: Any, **kwargs: Any) -> Any:
-        if get_spec().speculative_algorithm == ALGORITHM:
+        if serves_ours():
             kwargs["is_eagle"] = True
         return original(*args, **kwargs)
 

@@ -1,7 +1,6 @@
 """Every end of a request's KV, retraction and preemption included, of which SGLang tells no worker.
 
-`prepare_for_kv_cache_release` covers finished requests only; `release_kv_cache` is the one function they all go
-through.
+Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
 """
 
 import sys
@@ -10,14 +9,16 @@ from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
 from sglang.srt.mem_cache import common
+from sglang.srt.session.streaming_session import StreamingSession
 
+from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 
 
 class Owner(Protocol):
     """Who keeps something per request."""
 
-    def released(self, req: Any, *, enters_tree: bool) -> None: ...
+    def released(self, req: Any, *, kept: bool) -> None: ...
 
 
 _owner: ReferenceType[Any] | None = None
@@ -31,6 +32,7 @@ def notify(owner: Owner) -> None:
 
 def install() -> None:
     """Idempotent."""
+    replace(StreamingSession, "try_cache_finished_req", _keeping_what_was_computed)
     original = common.release_kv_cache
     replace(common, "release_kv_cache", _noting)
     for name, module in list(sys.modules.items()):
@@ -43,8 +45,28 @@ def _noting(original: Any) -> Any:
     @wraps(original)
     def release_kv_cache(req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
         owner = _owner() if _owner is not None else None
-        if owner is not None:
-            owner.released(req, enters_tree=checkpoint)
+        if owner is not None and serves_ours():
+            # A session keeps the slots of a turn that is retracted, too.
+            owner.released(req, kept=checkpoint or (req.session is not None and req.session.streaming))
         original(req, tree_cache, checkpoint=checkpoint)
 
     return release_kv_cache
+
+
+def _keeping_what_was_computed(original: Any) -> Any:
+    """A session keeps a turn's slots up to its last token, which no forward has seen.
+
+    Upstream takes what is allocated for computed: true of plain decoding, which allocates no slot before it needs it.
+    """
+
+    @wraps(original)
+    def try_cache_finished_req(self: StreamingSession, req: Any) -> bool:
+        session = req.session
+        known = len(req.origin_input_ids) + len(req.output_ids_through_stop)
+        kept: bool = original(self, req)
+        if kept and serves_ours():
+            kv = self.slots[session.session_id].kv
+            kv.kv_committed_len = min(kv.kv_committed_len, known - 1)
+        return kept
+
+    return try_cache_finished_req

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
-from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from whiflash_kernels import MixedBlock
@@ -39,6 +38,17 @@ def is_penalised(req: Any) -> bool:
     return bool(
         p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0
     )
+
+
+def takes_single_tokens(req: Any) -> bool:
+    """Whether a token can only be judged when the scheduler has dealt with the one before it.
+
+    A custom processor reads its request, and may keep state from one call to the next: it must be called once a token,
+    as the text is then. "last" hidden states are those of the token that ends the text, which the scheduler finds.
+    """
+    p = req.sampling_params
+    ends_in_text = bool(p.stop_strs or p.stop_regex_strs)
+    return bool(req.custom_logit_processor or (req.return_hidden_states == "last" and ends_in_text))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +92,8 @@ def sample_rows(
 ) -> torch.Tensor:
     """The target's token at each packed row: [T] int64. `output.next_token_logits` is modified in place.
 
+    Where the batch asks for log-probabilities `output` gets them row by row, from the logits that were sampled from.
+
     Args:
         runner: the target's model runner (its sampler is used).
         output: SGLang's logits output of the verification.
@@ -110,21 +122,16 @@ def sample_rows(
         if mask is not None:
             info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[chains.rows])
     info.apply_logits_bias(output.next_token_logits)
-    judged = output.next_token_logits.clone() if batch.return_logprob else None
-    predictions: torch.Tensor = runner.sampler(output, info, False, [], [], block.positions).to(torch.int64)
-    if judged is not None:
-        output.next_token_logits = judged
-    return predictions
-
-
-def attach_logprobs(
-    batch: Any, output: Any, predictions: torch.Tensor, block: MixedBlock, widths: Sequence[int]
-) -> None:
-    """Log-probabilities of the committed tokens, from the logits they were sampled from."""
-    columns = torch.arange(max(widths), device=predictions.device)
-    last = block.qo_indptr[1:, None].to(torch.int64) - 1
-    index = torch.minimum(block.qo_indptr[:-1, None].to(torch.int64) + columns, last)
-    compute_spec_logprobs(batch, output, predictions, accept_index=index)
+    records: tuple[bool, list[Any], list[Any]] = (False, [], [])
+    if batch.return_logprob:
+        owners = owner.tolist()
+        records = (
+            True,
+            [batch.top_logprobs_nums[i] for i in owners],
+            [batch.token_ids_logprobs[i] for i in owners],
+        )
+    predictions: torch.Tensor = runner.sampler(output, info, *records, block.positions)
+    return predictions.to(torch.int64)
 
 
 def _column_of_row(block: MixedBlock) -> torch.Tensor:

@@ -65,7 +65,9 @@ class RoundBatch:
 
     rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request;
     lengths: the same on the host. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
-    budgets: tokens each request may still commit (its own max_new_tokens and the context).
+    budgets: tokens that each request may commit in one round: what is left of its own max_new_tokens and of the
+    context, and one where its next token cannot be judged before the scheduler has seen this one.
+    ahead: tokens that each request committed in earlier rounds of this step.
     """
 
     rows: torch.Tensor
@@ -81,7 +83,9 @@ class RoundBatch:
     def of(cls, batch: Any, context_len: int) -> "RoundBatch":
         lengths = batch.seq_lens_cpu.tolist()
         budgets = [
-            min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
+            1
+            if sampling.takes_single_tokens(r)
+            else min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
             for r, n in zip(batch.reqs, lengths, strict=True)
         ]
         rows = batch.req_pool_indices
@@ -103,9 +107,11 @@ class RoundBatch:
         batch.seq_lens, batch.seq_lens_cpu = starts, torch.tensor(lengths)
         batch.seq_lens_sum = sum(lengths)
         for req in self.reqs:
-            # Upstream counts the last forward of a step; this one is not the last.
+            # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
             req.spec_verify_ct += 1
             req.update_spec_correct_drafts_histogram(0)
+            req.spec_num_cap_tokens += 1
+            req.update_spec_cap_lens_histogram(1)
         return replace(
             self,
             starts=starts,
@@ -114,6 +120,21 @@ class RoundBatch:
             budgets=[left - len(tokens) for left, tokens in zip(self.budgets, done.tokens, strict=True)],
             ahead=[known + tokens for known, tokens in zip(self.ahead, done.tokens, strict=True)],
         )
+
+    def until_stops(self, committed: Committed) -> tuple[Committed, list[list[int]]]:
+        """`committed` without what lies behind a token that ends its request, and its tokens on the host.
+
+        Plain decoding never comes to those: neither the engine nor anything of ours may learn of them.
+        """
+        blocks, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
+        runs = [block[:count] for block, count in zip(blocks, counts, strict=True)]
+        tokens = [_until_stop(req, run) for req, run in zip(self.reqs, runs, strict=True)]
+        if tokens == runs:
+            return committed, tokens
+        accept_lens = torch.tensor([len(run) for run in tokens]).to(committed.accept_lens)
+        bonus = committed.tokens.gather(1, accept_lens[:, None].to(torch.int64) - 1).squeeze(1)
+        seq_lens = committed.seq_lens - (committed.accept_lens - accept_lens)
+        return Committed(accept_lens, committed.tokens, bonus, seq_lens), tokens
 
     def any_ended(self, done: "Done") -> bool:
         """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
@@ -131,6 +152,16 @@ class RoundBatch:
         return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
 
 
+def _until_stop(req: Any, run: list[int]) -> list[int]:
+    """`run` up to and with its first token that ends the request."""
+    if len(run) > 1 and _heeds_stops(req):
+        stops = sampling.stop_ids(req)
+        for end, token in enumerate(run, start=1):
+            if token in stops:
+                return run[:end]
+    return run
+
+
 def _heeds_stops(req: Any) -> bool:
     """Whether a token may end the request: one that a grammar ends with does so in any case."""
     return not req.sampling_params.ignore_eos or req.grammar is not None
@@ -140,12 +171,11 @@ def _heeds_stops(req: Any) -> bool:
 class PrefillRows:
     """An extend batch in this package's terms, T packed prompt tokens of B requests.
 
-    positions, slots, next_tokens: [T] int64. ends: n per request after this chunk; last_rows: [B] int64.
+    positions, slots, next_tokens: [T] int64. last_rows: [B] int64.
     """
 
     row_ids: list[int]
     rows: torch.Tensor
-    ends: list[int]
     last_rows: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
@@ -153,15 +183,19 @@ class PrefillRows:
 
 
 def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tensor) -> PrefillRows:
-    """Describe an extend batch; at a chunk's end the next token is the prompt's, not the sampled one."""
+    """Describe an extend batch.
+
+    At a chunk's end the next token is the request's own, not the sampled one, which SGLang throws away; it is one of
+    the output where a request begins again after a retraction.
+    """
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
     device = input_ids.device
     ends = torch.tensor(lens, device=device).cumsum(0)
     tails = next_token_ids.to(torch.int64).clone()
-    if batch.chunked_req_next_prompt_token is not None:
-        for i, req in enumerate(batch.reqs):
-            if req is batch.chunked_req:
-                tails[i] = batch.chunked_req_next_prompt_token
+    for i, (req, prefix, length) in enumerate(zip(batch.reqs, prefixes, lens, strict=True)):
+        known = req.full_untruncated_fill_ids
+        if prefix + length < len(known):
+            tails[i] = known[prefix + length]
     next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
     next_tokens[:-1] = input_ids[1:]
     next_tokens[ends - 1] = tails
@@ -172,7 +206,6 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
     return PrefillRows(
         rows.tolist(),
         rows,
-        [p + m for p, m in zip(prefixes, lens, strict=True)],
         ends - 1,
         positions,
         batch.out_cache_loc.to(torch.int64),
@@ -182,11 +215,15 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a round brought. output: SGLang's record of the forward. tokens: committed per request, on the host."""
+    """What a round brought. output: SGLang's record of the forward. tokens: committed per request, on the host.
+
+    widths: rows verified per request, the bonus token's among them.
+    """
 
     output: Any
     committed: Committed
     tokens: list[list[int]]
+    widths: Sequence[int]
     can_run_cuda_graph: bool
 
     @property
@@ -198,7 +235,8 @@ class Done:
 def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:
     """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count.
 
-    Only the last of the rounds may have drafted, so the others have a column each.
+    Only the last of the rounds may have drafted, so the others have a column each. What is proposed differs from
+    request to request: `cap_lens` is upstream's record of that, the rows that the last forward verified.
     """
     last = rounds[-1].committed
     tokens = torch.cat([done.committed.tokens for done in rounds], dim=1)
@@ -207,6 +245,7 @@ def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:
         logits_output=rounds[-1].output,
         next_token_ids=tokens.reshape(-1),
         accept_lens=last.accept_lens + (len(rounds) - 1),
+        cap_lens=torch.tensor(rounds[-1].widths),
         num_non_draft_tokens_per_req=len(rounds),
         can_run_cuda_graph=rounds[-1].can_run_cuda_graph,
         next_draft_input=DraftInput(last.bonus, new_seq_lens),

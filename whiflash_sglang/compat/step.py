@@ -1,4 +1,4 @@
-"""Several rounds in one step of the scheduler: when it would only be in the way, and how its records stay true.
+"""Several rounds in one step of the scheduler: when it would only be in the way.
 
 Between two rounds the scheduler takes its mail, rebuilds the batch, copies it and streams what was committed. Plain
 decoding pays less for that than a speculative round does, so rounds that draft nothing go on without it.
@@ -8,11 +8,9 @@ from functools import wraps
 from typing import Any
 
 from sglang.srt.constrained.grammar_manager import GrammarManager
-from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
 from whiflash_sglang.compat import sampling
-from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import replace
 
 _sockets: tuple[Any, ...] = ()
@@ -26,7 +24,6 @@ def install() -> None:
     """Idempotent."""
     replace(SchedulerRequestReceiver, "_pull_raw_reqs", _noting_sockets)
     replace(GrammarManager, "has_waiting_grammars", _noting_grammars)
-    replace(SchedulerMetricsReporter, "update_spec_metrics", _counting_forwards)
 
 
 def has_mail() -> bool:
@@ -71,22 +68,3 @@ def _noting_grammars(original: Any) -> Any:
         return _compiling
 
     return waiting
-
-
-def _counting_forwards(original: Any) -> Any:
-    """Upstream counts one forward of every request a step; each forward commits one token that is no draft."""
-
-    @wraps(original)
-    def update(
-        self: SchedulerMetricsReporter,
-        bs: int,
-        num_correct_drafts: int,
-        num_accept_tokens: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        if is_ours(self.scheduler):
-            bs = num_accept_tokens - num_correct_drafts
-        original(self, bs, num_correct_drafts, num_accept_tokens, *args, **kwargs)
-
-    return update

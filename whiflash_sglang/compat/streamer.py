@@ -1,29 +1,65 @@
-"""Rounds of traced requests, from the scheduler's output streamer to the HTTP process."""
+"""Recordings of traced requests: on SGLang's own requests, and out of the scheduler with a request's last output,
+where they become traces.
 
+What is traced is read off the requests themselves, so it ends with them, however they end, and the output of those
+that did not ask is the one that SGLang sends without us.
+"""
+
+from functools import wraps
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.trace import TraceLog
+from whiflash_sglang.spans.hints import TraceLevel
+from whiflash_sglang.trace import Recording, build_trace
 
 META_KEY = "whiflash"
-
-trace_log = TraceLog()
-"""The scheduler process's own; the worker records into it."""
+_RECORDING = "_whiflash_recording"
 
 
 def install() -> None:
-    """Idempotent."""
+    """In the scheduler. Idempotent."""
     replace(SchedulerOutputStreamer, "has_additional_customized_info", lambda _: True)
-    replace(SchedulerOutputStreamer, "should_build_additional_customized_info", lambda _: _is_tracing)
-    replace(SchedulerOutputStreamer, "build_additional_customized_info", lambda _: _rounds_of)
+    replace(SchedulerOutputStreamer, "build_additional_customized_info", lambda _: _ended)
 
 
-def _is_tracing(_: SchedulerOutputStreamer) -> bool:
-    return len(trace_log) > 0
+def install_answers() -> None:
+    """In the process that serves HTTP or holds an `Engine`. Idempotent."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    replace(TokenizerManager, "update_request_meta_info", _taking_recordings)
 
 
-def _rounds_of(_: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any]]:
-    """One list of rounds per emitted request; the HTTP process appends it to what it has."""
-    return {META_KEY: [[list(r) for r in trace_log.take(q.rid, last=q.finished())] for q in reqs]}
+def recording_of(req: Any, level: TraceLevel) -> Recording:
+    """The request's recording, begun now if it has none yet."""
+    found: Recording | None = getattr(req, _RECORDING, None)
+    if found is None:
+        found = Recording(level, len(req.origin_input_ids))
+        setattr(req, _RECORDING, found)
+    return found
+
+
+def _ended(_: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any]]:
+    """Recordings of the requests that end with this output, a list of at most one for each of `reqs`."""
+    recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
+    if not any(recordings):
+        return {}
+    return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}
+
+
+def _taking_recordings(original: Any) -> Any:
+    """Keep recordings out of what SGLang cuts by token offsets and repeats with every output."""
+
+    @wraps(original)
+    def update(
+        self: Any, meta_info: Any, state: Any, customized_info: Any, index: int, finish_reason: Any
+    ) -> None:
+        others = {key: values for key, values in customized_info.items() if key != META_KEY}
+        original(self, meta_info, state, others, index, finish_reason)
+        for recording in customized_info[META_KEY][index] if META_KEY in customized_info else ():
+            policy = settings_of(self.server_args).router
+            meta_info[META_KEY] = build_trace(recording, policy, meta_info["completion_tokens"])
+
+    return update

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    get_server_return_hidden_states_mode,
+)
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import MixedBlock
@@ -19,8 +22,8 @@ class Verified:
     """One verification forward of T packed rows.
 
     logits: [T, V], the target's raw logits. features: [T, F], captured layer outputs.
-    final_hidden: [T, H] after the final norm, None unless it was asked for. output: SGLang's own record, which
-    carries log-probabilities back to the scheduler.
+    final_hidden: [T, H] after the final norm, None unless a router or the server's clients may ask for it. output:
+    SGLang's own record, which carries log-probabilities back to the scheduler.
     """
 
     logits: torch.Tensor
@@ -37,8 +40,7 @@ class Target:
         self.worker = target_worker
         self.runner = target_worker.model_runner
         self.model = self.runner.model
-        config = target_worker.model_config.hf_text_config
-        self.shape = TargetShape(config.hidden_size, config.num_hidden_layers, config.vocab_size)
+        self.shape = TargetShape.of(target_worker.model_config)
         self.context_len = int(target_worker.model_config.context_len)
         self.dtype: torch.dtype = self.runner.dtype
         self.device = torch.device(self.runner.device)
@@ -46,13 +48,22 @@ class Target:
     @property
     def embedding(self) -> torch.Tensor:
         """[V, H] input embedding, without padding rows."""
-        weight: torch.Tensor = self.model.get_input_embeddings().weight
-        return weight[: self.shape.vocab_size]
+        return self._matrix("input embedding", self.model.get_input_embeddings())
 
     @property
     def lm_head(self) -> torch.Tensor:
         """[V, H] output projection, without padding rows."""
-        weight: torch.Tensor = self.model.lm_head.weight
+        return self._matrix("output head", self.model.lm_head)
+
+    def _matrix(self, what: str, module: Any) -> torch.Tensor:
+        """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix."""
+        weight: torch.Tensor | None = getattr(module, "weight", None)
+        plain = weight is not None and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if weight is None or not plain or weight.shape[1] != self.shape.hidden_size:
+            raise CheckpointError(
+                f"the target's {what} is quantised, and drafters read it as it is; use a checkpoint that leaves it in "
+                "16 or 32 bits"
+            )
         return weight[: self.shape.vocab_size]
 
     @property
@@ -70,6 +81,7 @@ class Target:
     def capture(self, layers: Sequence[int], *, final_hidden: bool) -> None:
         """Capture the outputs of `layers` (ascending) in every forward that asks for hidden states.
 
+        A server whose clients may ask for hidden states keeps the final ones too, as does one with `final_hidden`.
         Upstream's two setters write one list and the second would overwrite the first, so the union is set once.
         """
         setter = getattr(self.model, "set_dflash_layers_to_capture", None) or getattr(
@@ -80,26 +92,31 @@ class Target:
                 f"{type(self.model).__name__} has no hidden-state capture in SGLang, so neither drafter can read it"
             )
         setter(list(layers))
-        if final_hidden:
+        if final_hidden or get_server_return_hidden_states_mode().need_capture():
             self.model.logits_processor.keep_last_hidden_states = True
 
-    def prefill(self, batch: Any) -> Any:
-        """Target forward and first token of an extend batch; `.logits_output.hidden_states` is [tokens, F]."""
+    def prefill(self, batch: Any) -> tuple[Any, torch.Tensor]:
+        """Target forward and first token of an extend batch: SGLang's result, and features [tokens, F].
+
+        The result has the hidden states that the batch's requests asked for, if any.
+        """
         result = self.worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
-        result.logits_output.last_hidden_states = None  # nothing reads a prompt's
-        return result
+        output = result.logits_output
+        features, output.hidden_states = output.hidden_states, None
+        final, output.last_hidden_states = output.last_hidden_states, None
+        if batch.return_hidden_states:
+            asked = max(batch.return_hidden_states_mode, get_server_return_hidden_states_mode())
+            ends = torch.tensor(batch.extend_lens, device=final.device).cumsum(0)
+            output.hidden_states = final if asked.is_full() else final[ends - 1]
+        return result, features
 
     def verify(self, batch: Any, block: MixedBlock, widths: Sequence[int]) -> Verified:
         """One forward over the packed rows of all requests (design: a narrow row costs what it is wide)."""
-        verify_input = DFlashVerifyInput(
-            draft_token=block.input_ids,
-            positions=block.positions,
-            draft_token_num=max(widths),
-            capture_hidden_mode=CaptureHiddenMode.FULL,
-            ragged_verify_layout=_layout(block, widths),
-        )
         batch.out_cache_loc = block.cache_slots
-        forward_batch, _ = verify_input.prepare_for_verify(batch, self.worker)
+        # Deferred: the runner plans the attention of every verification itself, so a plan made here would be a second.
+        forward_batch, _ = verify_input(block, widths).prepare_for_verify(
+            batch, self.worker, defer_metadata_init=True
+        )
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
         output = result.logits_output
         features, output.hidden_states = output.hidden_states, None
@@ -107,17 +124,26 @@ class Target:
         return Verified(output.next_token_logits, features, final_hidden, output, result.can_run_cuda_graph)
 
 
-def _layout(block: MixedBlock, widths: Sequence[int]) -> RaggedVerifyLayout | None:
-    """Ragged rows where widths differ; upstream builds this with Triton kernels only."""
-    if min(widths) == max(widths):
-        return None
-    device = block.input_ids.device
-    lens = torch.tensor(widths, dtype=torch.int32, device=device)
-    return RaggedVerifyLayout(
-        verify_lens=lens,
-        graph_num_tokens=sum(widths),
+def verify_input(block: MixedBlock, widths: Sequence[int]) -> DFlashVerifyInput:
+    """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
+
+    The layout goes with equal widths too: without one a backend may take the widest block that the server was
+    configured for (fa3 does). It holds the widths on the device, and on the host, where FlashInfer sizes its indices
+    by their sum and fa3 reads the widest.
+    """
+    total = sum(widths)
+    layout = RaggedVerifyLayout(
+        verify_lens=block.qo_indptr.diff(),
+        graph_num_tokens=total,
         extend_start_loc=block.qo_indptr[:-1],
         qo_indptr_device=block.qo_indptr,
         verify_lens_cpu=list(widths),
-        total_verify_tokens=sum(widths),
+        total_verify_tokens=total,
+    )
+    return DFlashVerifyInput(
+        draft_token=block.input_ids,
+        positions=block.positions,
+        draft_token_num=max(widths),
+        capture_hidden_mode=CaptureHiddenMode.FULL,
+        ragged_verify_layout=layout,
     )

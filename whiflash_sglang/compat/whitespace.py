@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
+from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 
 COMPACT = 1
@@ -24,6 +25,8 @@ def install() -> None:
 def _bounding(original: Any) -> Any:
     @wraps(original)
     def dispatch_structural_tag(self: Any, key_string: str) -> Any:
+        if not serves_ours():
+            return original(self, key_string)
         limit = self.max_whitespace_cnt or (None if self.any_whitespace else COMPACT)
         return original(self, key_string if limit is None else bounded_tag(key_string, limit))
 

@@ -114,7 +114,7 @@ class Drafter(ABC):
         return ()
 
     def observe(self, row: int, proposed: int, accepted: int) -> None:  # noqa: B027 - most learn nothing online
-        """`accepted` of its `proposed` drafts of the last round were right."""
+        """`accepted` of its `proposed` drafts of the last round were right; what a caller ordered is not told."""
 
     def finish(self, row: int, output: Sequence[int]) -> None:  # noqa: B027 - most keep no text
         """The request in `row` ended with `output`; `release` follows."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from whiflash_sglang.checkpoints import block_size_of, check_pair, dflash_layers, eagle3_layers
+from whiflash_sglang.checkpoints import block_size_of, dflash_layers, eagle3_layers
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import NeuralRouter, Settings
 from whiflash_sglang.drafters.base import Drafter
@@ -17,12 +17,11 @@ from whiflash_sglang.models.router import Layers, Router
 
 
 def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
-    """Load both checkpoints and check them against the target.
+    """Load both checkpoints, which were checked against the target when the arguments were read.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or does not fit.
+        CheckpointError: a file is missing or damaged.
     """
-    check_pair(settings.eagle3, settings.dflash, target.shape)
     layers = target.shape.num_layers
     for_eagle, for_dflash = eagle3_layers(settings.eagle3, layers), dflash_layers(settings.dflash, layers)
     captured = tuple(sorted(set(for_eagle) | set(for_dflash)))
@@ -40,6 +39,8 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
         target_embedding=target.embedding,
         target_lm_head=target.lm_head,
     )
+    for model in (eagle, dflash):
+        model.requires_grad_(False)
     block = block_size_of(settings.dflash, settings.block_size)
     shared = settings.dflash_vocabulary == "eagle3"
     vocabulary = (

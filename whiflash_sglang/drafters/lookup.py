@@ -12,7 +12,7 @@ import torch
 from whiflash_sglang import arms
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, History
-from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
@@ -38,7 +38,7 @@ class LookupArm(Drafter):
 
     def __init__(self, settings: Lookup) -> None:
         self.max_drafts = settings.max_width
-        self.calibration = MatchCalibration(settings.seed or EVEN_ODDS)
+        self._calibrations = Calibrations(settings.seed or EVEN_ODDS)
         self.memory: TenantMemory | None = None
         if settings.memory_mib:
             self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0)
@@ -46,6 +46,7 @@ class LookupArm(Drafter):
         self._copiers: dict[int, Copier] = {}
         self._proposals: dict[int, Proposal] = {}
         self._tenants: dict[int, Tenant] = {}
+        self._learns: dict[int, MatchCalibration] = {}
         self._off: set[int] = set()
         self._worth = WORTH
 
@@ -54,6 +55,9 @@ class LookupArm(Drafter):
         self.release(row)
         if hints.lookup == "off":
             self._off.add(row)
+            return
+        keeps_nothing = hints.lookup == "context"
+        self._learns[row] = self._calibrations.fresh() if keeps_nothing else self._calibrations.of(tenant)
         if hints.lookup == "memory" and tenant is not None and self.memory is not None:
             self._tenants[row] = tenant
 
@@ -63,7 +67,7 @@ class LookupArm(Drafter):
         copier = self._copiers.get(row)
         if copier is None:
             shared = partial(self._texts, row)
-            copier = self._copiers[row] = Copier(self.calibration, self._min_match, shared)
+            copier = self._copiers[row] = Copier(self._learns[row], self._min_match, shared)
         copier.extend(history(len(copier.text)))
         proposal = self._proposals[row] = copier.look(self.max_drafts, self._worth)
         return NOTHING + proposal.expected(proposal.width(self.max_drafts, self._worth))
@@ -96,7 +100,8 @@ class LookupArm(Drafter):
             self.memory.remember(tenant, output)
 
     def forget(self, tenant: int | None) -> None:
-        """Drop what is remembered of one tenant or of all; requests that run now neither read nor leave anything."""
+        """Drop what is known of one tenant or of all; requests that run now neither read texts nor leave anything."""
+        self._calibrations.forget(tenant)
         if self.memory is not None:
             self.memory.forget(tenant)
         for row, owner in list(self._tenants.items()):
@@ -107,6 +112,7 @@ class LookupArm(Drafter):
         self._copiers.pop(row, None)
         self._proposals.pop(row, None)
         self._tenants.pop(row, None)
+        self._learns.pop(row, None)
         self._off.discard(row)
 
     def snapshot(self) -> dict[str, int]:

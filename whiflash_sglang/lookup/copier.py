@@ -52,7 +52,7 @@ class Copier:
     """One request. `look` proposes, and whatever is committed next shows how right it was, whoever drafted.
 
     Args:
-        calibration: shared by all requests. min_match: shortest match worth copying from, in tokens.
+        calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
         shared: further texts to copy from.
     """
 

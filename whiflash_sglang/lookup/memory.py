@@ -31,6 +31,10 @@ SWEEPS = 16
 """Times that all tenants are looked through for old texts while one text ages."""
 
 
+HANDLES = 2**63
+"""How many handles there are."""
+
+
 def tenant_of(extra_key: str | None, cache_salt: str | None) -> Tenant | None:
     """Who may share text with a request, from SGLang's two keys; None: nobody."""
     if not extra_key and not cache_salt:

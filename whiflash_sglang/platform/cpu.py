@@ -45,6 +45,11 @@ def _seeds_without_batch_invariance(enable_bmm: bool = True) -> None:
     )
 
 
+def chosen(server_args: Any, field: str) -> Any:
+    """What the user gave, before SGLang's own rules filled it in."""
+    return getattr(server_args, "_raw_input", {}).get(field)
+
+
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Stock SGLang on a machine without an accelerator: no Triton, no graphs, no streams."""
 
@@ -69,8 +74,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Choose what works here wherever the command line left the choice open."""
         if server_args.device != "cpu":
             return
-        # `--device cpu` alone has already become intel_amx, whose operators no published wheel has.
-        if server_args.attention_backend in (None, "intel_amx"):
+        # `--device cpu` alone has already become intel_amx, whose operators no published wheel has; who asks for it
+        # by name gets it.
+        if chosen(server_args, "attention_backend") is None:
             server_args.attention_backend = ATTENTION_BACKEND
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL:

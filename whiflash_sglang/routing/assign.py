@@ -30,6 +30,10 @@ class Costs(Protocol):
         """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
         ...
 
+    def timings(self, arm: str) -> int:
+        """How often a draft of `arm` was timed since its price was last found wrong."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Dwell:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from whiflash_sglang.routing.assign import Dwell, assign
+from whiflash_sglang.routing.assign import Costs, Dwell, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
 from whiflash_sglang.routing.lane import Lane
-from whiflash_sglang.routing.policies import Policy
+from whiflash_sglang.routing.policies import Policy, Scores
+from whiflash_sglang.routing.probes import PROBE_ROUNDS
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
-from whiflash_sglang.trace import TraceLog
+from whiflash_sglang.trace import Recording
 
 Outlook = Mapping[str, float | None]
 """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
@@ -20,26 +21,27 @@ class Controller:
     Args:
         policy: scores one request. costs: measured latencies, read by policies that price batches.
         token_bytes: bytes of every token, for spans; empty: spans are not followed.
-        trace_log: where rounds of traced requests go.
     """
 
-    def __init__(
-        self, policy: Policy, costs: MeasuredCosts, token_bytes: Sequence[bytes], trace_log: TraceLog
-    ) -> None:
+    def __init__(self, policy: Policy, costs: MeasuredCosts, token_bytes: Sequence[bytes]) -> None:
         self.policy = policy
         self.costs = costs
         self.lanes: dict[int, Lane] = {}
         self._token_bytes = token_bytes
-        self._trace_log = trace_log
 
-    def open(self, row: int, rid: str, hints: RequestHints, output: Sequence[int]) -> None:
-        """A request begins in `row`, with the `output` it had before a retraction."""
-        lane = self.lanes[row] = Lane(rid, hints)
+    def open(
+        self,
+        row: int,
+        rid: str,
+        hints: RequestHints,
+        output: Sequence[int],
+        recording: Recording | None = None,
+    ) -> None:
+        """A request begins in `row`, with the `output` it had before a retraction, and its trace if it has one."""
+        lane = self.lanes[row] = Lane(rid, hints, recording=recording)
         if hints.spans and self._token_bytes:
             lane.tracker = SpanTracker(hints.spans, self._token_bytes)
             lane.tracker.push(output)
-        if hints.trace:
-            self._trace_log.open(rid)
 
     def holds(self, row: int, rid: str) -> bool:
         """Whether `row` is the lane of request `rid`."""
@@ -48,19 +50,7 @@ class Controller:
 
     def route(self, rows: Sequence[int], lengths: Sequence[int], outlooks: Sequence[Outlook]) -> list[str]:
         """One arm per request."""
-        lanes = [self.lanes[row] for row in rows]
-        scores = [
-            lane.score(self.policy, n, outlook)
-            for lane, n, outlook in zip(lanes, lengths, outlooks, strict=True)
-        ]
-        if self.policy.prices_batches:
-            routes = assign(scores, self.costs, [lane.previous for lane in lanes], Dwell())
-        else:
-            routes = assign(scores)
-        self.policy.routed(routes)
-        for lane, arm in zip(lanes, routes, strict=True):
-            lane.chose(arm)
-        return routes
+        return route(self.policy, [self.lanes[row] for row in rows], lengths, outlooks, self.costs)
 
     def may_name(self, row: int, arm: str) -> bool:
         """Whether the next round of the request in `row` may be routed to `arm`; others need not be asked."""
@@ -80,12 +70,55 @@ class Controller:
         """What a further draft token of `arm` must bring; policies that price nothing draft the full length."""
         return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH
 
-    def committed(self, row: int, arm: str, tokens: Sequence[int]) -> None:
-        """A round of `arm` committed `tokens` of the request in `row`, the bonus token last."""
+    def committed(self, row: int, arm: str, tokens: Sequence[int], width: int) -> bool:
+        """A round of `arm` committed `tokens` of the request in `row`, the bonus token last, and verified `width` rows.
+
+        Returns whether the round is evidence for other requests too (`Lane.free`).
+        """
         lane = self.lanes[row]
-        self.policy.observe(arm, lane.decided_on, len(tokens))
-        self._trace_log.record(lane.rid, lane.committed(arm, tokens))
+        if lane.free:
+            self.policy.observe(arm, lane.decided_on, len(tokens))
+            self.costs.widened(arm, width)
+        lane.committed(arm, tokens, width - 1)
+        return lane.free
 
     def forget(self, row: int) -> None:
         """The request in `row` is gone."""
         self.lanes.pop(row, None)
+
+
+def route(
+    policy: Policy,
+    lanes: Sequence[Lane],
+    lengths: Sequence[int],
+    outlooks: Sequence[Outlook],
+    costs: Costs | None,
+) -> list[str]:
+    """One arm per request; every lane is told its own. costs: None where nothing costs."""
+    scores = [
+        lane.score(policy, n, outlook) for lane, n, outlook in zip(lanes, lengths, outlooks, strict=True)
+    ]
+    scores = [_ordered(lane, own, costs) for lane, own in zip(lanes, scores, strict=True)]
+    free = [lane.decided_on if lane.free else None for lane in lanes]
+    for index, arm in policy.probe(free, costs.timings if costs else lambda _: PROBE_ROUNDS).items():
+        scores[index] = {arm: scores[index][arm]}
+    if policy.prices_batches:
+        routes = assign(scores, costs, [lane.previous for lane in lanes], Dwell())
+    else:
+        routes = assign(scores)
+    for lane, arm in zip(lanes, routes, strict=True):
+        lane.chose(arm)
+    return routes
+
+
+def _ordered(lane: Lane, scores: Scores, costs: Costs | None) -> Scores:
+    """The scores; of a request with a bias, its choice alone at what the policy expects of it.
+
+    A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
+    round that nobody gets would make their drafts look dear.
+    """
+    span = lane.decided_on.span
+    if lane.free or span is None or lane.reason != "span":
+        return scores
+    (arm,) = assign([scores], costs, [lane.previous], Dwell())
+    return {arm: max(scores[arm] - span.bias.get(arm, 0.0), 1.0)}

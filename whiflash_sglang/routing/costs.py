@@ -1,15 +1,22 @@
-"""Latencies that the worker measures itself: a line for drafting, a plane for verification, refitted every round."""
+"""Latencies that the worker measures itself: a line for drafting, a plane for verification, refitted every round.
 
+What they learn from is what rounds took, whoever's they were: a pinned request's rounds tell as much of a machine as
+any other's. One slow moment counts for little, whichever stage it fell in; a machine that is slower for most of a few
+rounds is believed at once (`watch`).
+"""
+
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from whiflash_sglang.routing.mean import Mean
+from whiflash_sglang.routing.watch import CHEAPER, LIMIT, WINDOW, Watch, median, within
 
 MEMORY = 200.0
 """Rounds after which an old measurement counts for little; machines get slower and faster while they serve."""
 
-RATE_MEMORY = 32.0
+RATE_ROUNDS = 32
 """Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
 
 STIFFNESS = 10.0
@@ -20,6 +27,9 @@ FIRST_ROUND = 0.020
 
 FIRST_DRAFT = 0.0002
 """Seconds that one more request adds to a draft pass, before their number differed."""
+
+SHORTEST = 1e-6
+"""Seconds; a clock may not have moved."""
 
 PRIOR_SHARE = 0.03
 """What one more draft, or one more request, adds to a verification, as a share of it, before their number differed."""
@@ -52,14 +62,20 @@ class Line:
     _y: float = 0.0
     _xx: float = 0.0
     _xy: float = 0.0
+    _watch: Watch = field(default_factory=Watch)
 
-    def add(self, x: float, seconds: float) -> None:
-        keep = 1.0 - 1.0 / MEMORY
+    def add(self, x: float, seconds: float) -> bool:
+        """Returns whether what was expected turned out wrong: most of the last ones differ, or this took far less."""
+        expected = self.at(x) if self._w else seconds
+        off = self._watch.judge(seconds / expected)
+        self._y, self._xy = self._y * off, self._xy * off
+        y, keep = within(seconds, expected * off), 1.0 - 1.0 / MEMORY
         self._w = self._w * keep + 1.0
         self._x = self._x * keep + x
-        self._y = self._y * keep + seconds
+        self._y = self._y * keep + y
         self._xx = self._xx * keep + x * x
-        self._xy = self._xy * keep + x * seconds
+        self._xy = self._xy * keep + x * y
+        return off != 1.0 or seconds < expected * CHEAPER
 
     @property
     def slope(self) -> float:
@@ -88,9 +104,14 @@ class Plane:
     def __init__(self, first: float, share: float) -> None:
         self._first, self._share = first, share
         self._sums = [0.0] * 9
+        self._watch = Watch()
 
     def add(self, drafts: float, requests: float, seconds: float) -> None:
-        keep, x, z, y = 1.0 - 1.0 / MEMORY, drafts, requests, seconds
+        expected = self.at(drafts, requests) if self._sums[0] else seconds
+        off = self._watch.judge(seconds / expected)
+        for with_seconds in (3, 7, 8):
+            self._sums[with_seconds] *= off
+        keep, x, z, y = 1.0 - 1.0 / MEMORY, drafts, requests, within(seconds, expected * off)
         new = (1.0, x, z, y, x * x, z * z, x * z, x * y, z * y)
         self._sums = [old * keep + value for old, value in zip(self._sums, new, strict=True)]
 
@@ -137,14 +158,25 @@ class MeasuredCosts:
         self._widest = width
         self._verify = Plane(FIRST_ROUND, PRIOR_SHARE)
         self._draft: dict[str, Line] = {}
-        self._pass: dict[str, Mean] = {}
+        self._timings: dict[str, int] = {}
+        self._passes: dict[str, deque[float]] = {}
         self._rows: dict[str, Mean] = {}
-        self._tokens, self._seconds, self._gap = Mean(), Mean(), Mean()
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
+        self._rate = self._gap = 0.0
 
     def drafted(self, arm: str, requests: int, *, passes: int, seconds: float, catch_up: float) -> None:
         """`arm` drafted for `requests` requests in `passes` passes of its model, after catching up."""
-        self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
-        self._pass.setdefault(arm, Mean()).add(seconds / max(passes, 1), MEMORY)
+        seconds = max(seconds, SHORTEST)
+        before = self.draft(arm, requests)
+        wrong = self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
+        # What costs less than one more row decides nothing: a copy takes microseconds, and they vary.
+        matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(0, requests)
+        self._timings[arm] = 0 if wrong and matters else self.timings(arm) + 1
+        self._passes.setdefault(arm, deque(maxlen=WINDOW)).append(seconds / max(passes, 1))
+
+    def timings(self, arm: str) -> int:
+        """How often a draft of `arm` was timed since its price was last found wrong, or ever."""
+        return self._timings.get(arm, 0)
 
     def widened(self, arm: str, rows: int) -> None:
         """A request routed to `arm` verified `rows` rows."""
@@ -152,29 +184,30 @@ class MeasuredCosts:
 
     def verified(self, rows: int, requests: int, seconds: float) -> None:
         """The rest of a round that verified `rows` rows of `requests` requests took `seconds`."""
-        self._verify.add(rows - requests, requests, seconds)
+        self._verify.add(rows - requests, requests, max(seconds, SHORTEST))
 
     def committed(self, tokens: int, seconds: float, gap: float = 0.0) -> None:
         """A whole round took `seconds` and committed `tokens`; the engine took `gap` seconds until the next."""
-        self._tokens.add(tokens, RATE_MEMORY)
-        self._seconds.add(seconds + gap, RATE_MEMORY)
-        self._gap.add(gap, RATE_MEMORY)
+        self._recent.append((tokens, seconds, gap))
+        longest = LIMIT * median([round_seconds for _, round_seconds, _ in self._recent])
+        gaps = sum(min(pause, longest) for *_, pause in self._recent)
+        spent = gaps + sum(min(round_seconds, longest) for _, round_seconds, _ in self._recent)
+        self._rate = sum(count for count, *_ in self._recent) / max(spent, SHORTEST)
+        self._gap = gaps / len(self._recent)
 
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring. Full length until a rate was measured."""
-        if self._seconds.total <= 0:
+        if not self._rate:
             return FULL_LENGTH
-        rate = self._tokens.total / self._seconds.total
-        one_pass = self._pass.get(arm)
-        return Worth(rate * self._verify.slopes[0], rate * one_pass.value if one_pass else 0.0)
+        passes = self._passes.get(arm)
+        return Worth(self._rate * self._verify.slopes[0], self._rate * median(passes) if passes else 0.0)
 
     def draft(self, arm: str, requests: int) -> float:
         line = self._draft.get(arm)
         return line.at(requests) if line else 0.0
 
     def verify(self, rows: float, requests: int) -> float:
-        gap = self._gap.value if self._gap.weight else 0.0
-        return self._verify.at(rows - requests, requests) + gap
+        return self._verify.at(rows - requests, requests) + self._gap
 
     def width(self, arm: str) -> float:
         rows = self._rows.get(arm)

@@ -3,6 +3,9 @@ level of what is accepted.
 
 A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
 span. A request's own recent rounds outweigh the shared means the more of them there are.
+
+Whose rounds teach the shared means: every request's whose caller left the route to the policy (`Lane.free`), and a
+request's later rounds with an arm ever less (`REQUEST_ROUNDS`), so that one that never ends does not speak for all.
 """
 
 import math
@@ -26,6 +29,10 @@ PREDICTED_WEIGHT = 24.0
 
 MEMORY = 400.0
 """Rounds after which an old observation of a context counts for little."""
+
+REQUEST_ROUNDS = 64
+"""Rounds of an arm that a request teaches in full. Its n-th one beyond counts as so many over n: a request of 10,000
+rounds counts as one of 390."""
 
 LEVEL_MEMORY = 100.0
 """The same for what a router's predictions are worth: drafts are cut shorter as soon as the server is busier."""
@@ -56,12 +63,13 @@ class AcceptanceEstimator:
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         """A round of `arm`, decided on `signals`, committed `length` tokens."""
-        self._by_arm.setdefault(arm, Mean()).add(length, MEMORY)
-        self._by_context.setdefault((arm, context_of(signals)), Mean()).add(length, MEMORY)
+        weight = min(REQUEST_ROUNDS / max(signals.tried.get(arm, 1), 1), 1.0)
+        self._by_arm.setdefault(arm, Mean()).add(length, MEMORY, weight)
+        self._by_context.setdefault((arm, context_of(signals)), Mean()).add(length, MEMORY, weight)
         if arm in signals.predicted:
             accepted, predicted = self._levels.setdefault(arm, (Mean(), Mean()))
-            accepted.add(length - 1, LEVEL_MEMORY)
-            predicted.add(signals.predicted[arm] - 1, LEVEL_MEMORY)
+            accepted.add(length - 1, LEVEL_MEMORY, weight)
+            predicted.add(signals.predicted[arm] - 1, LEVEL_MEMORY, weight)
 
     def rounds(self, arm: str) -> float:
         """Decayed number of rounds seen of `arm`."""

@@ -48,7 +48,7 @@ def apply_hints(
     if span is None:
         return unmoved
     if span.pin and (span.prefer in allowed or span.prefer == arms.NONE):
-        return Hinted({str(span.prefer): 1.0}, "pin")
+        return Hinted({str(span.prefer): scores.get(str(span.prefer), 1.0)}, "pin")
     wishes = dict(span.bias)
     if span.prefer is not None:
         wishes[span.prefer] = wishes.get(span.prefer, 0.0) + _preference(span.prefer, measured)

@@ -10,7 +10,7 @@ from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
-from whiflash_sglang.trace import TraceRound
+from whiflash_sglang.trace import Recording
 
 RECENT_ROUNDS = 8.0
 """Rounds after which a request's own acceptance with an arm counts for little."""
@@ -21,13 +21,17 @@ class Lane:
     """Host-side state of a request, from its prefill to its end.
 
     entropy, top1, margin, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
-    None outside spans, since what an arm accepts in prose says little of tool calls. reason: why the last round was
-    routed as it was; decided_on: the signals that it was decided on.
+    None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
+    `Signals`. reason: why the last round was routed as it was; decided_on: the signals that it was decided on.
+    recording: of a request that asked for its trace.
     """
 
     rid: str
     hints: RequestHints = field(default_factory=RequestHints)
     tracker: SpanTracker | None = None
+    rounds: int = 0
+    tried: dict[str, int] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
     previous: str | None = None
     dwell: int = 0
     reason: str = "score"
@@ -38,6 +42,7 @@ class Lane:
     predicted: dict[str, float] = field(default_factory=dict)
     recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
     decided_on: Signals = field(default_factory=lambda: Signals(0, frozenset()))
+    recording: Recording | None = None
 
     @property
     def span(self) -> OpenSpan | None:
@@ -64,6 +69,9 @@ class Lane:
             predicted=self.predicted,
             delta=self.delta,
             span=span,
+            rounds=self.rounds,
+            tried=self.tried,
+            last=self.last,
             previous=self.previous,
             dwell=self.dwell,
         )
@@ -81,16 +89,33 @@ class Lane:
         self.reason = hinted.reason
         return hinted.scores
 
+    @property
+    def free(self) -> bool:
+        """Whether the request's caller left this round to the policy: decoding is not off, nothing pinned or biased.
+
+        Only such a round may be a probe, and only such a round is evidence of what other requests may expect: what its
+        caller ordered was drafted where nothing else would have, and as often as its caller likes. A preference is no
+        order: it counts for one round.
+        """
+        span = self.decided_on.span
+        return self.reason not in ("pin", "off") and not (span and any(span.bias.values()))
+
     def chose(self, arm: str) -> None:
         """The controller routed the next round to `arm`."""
+        self.tried[arm] = self.tried.get(arm, 0) + 1
+        self.last[arm] = self.rounds
+        self.rounds += 1
         self.dwell = self.dwell + 1 if arm == self.previous else 1
         self.previous = arm
 
-    def committed(self, arm: str, tokens: Sequence[int]) -> TraceRound:
-        """A round of `arm` committed `tokens`, the bonus token last."""
+    def committed(self, arm: str, tokens: Sequence[int], proposed: int = 0) -> None:
+        """A round of `arm` that drafted `proposed` tokens committed `tokens`, the bonus token last."""
         span = self.span
         recent = self.recent_by_kind.setdefault(span.kind if span else None, {})
         recent.setdefault(arm, Mean()).add(len(tokens), RECENT_ROUNDS)
+        if self.recording is not None:
+            kind = span.kind if span else None
+            length = self.decided_on.length
+            self.recording.add(length, arm, len(tokens), proposed=proposed, reason=self.reason, span=kind)
         if self.tracker is not None:
             self.tracker.push(tokens)
-        return TraceRound(arm, len(tokens), self.reason, span.kind if span else None)

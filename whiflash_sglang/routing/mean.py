@@ -10,10 +10,11 @@ class Mean:
     total: float = 0.0
     weight: float = 0.0
 
-    def add(self, value: float, memory: float) -> None:
-        keep = 1.0 - 1.0 / memory
-        self.total = self.total * keep + value
-        self.weight = self.weight * keep + 1.0
+    def add(self, value: float, memory: float, weight: float = 1.0) -> None:
+        """`value` counts `weight`; what came before counts 1/e less after `memory` values of weight 1."""
+        keep = 1.0 - weight / memory
+        self.total = self.total * keep + value * weight
+        self.weight = self.weight * keep + weight
 
     @property
     def value(self) -> float:

@@ -4,12 +4,13 @@ A policy judges one request and knows nothing of the batch; `assign` turns the s
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from whiflash_sglang import arms
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
+from whiflash_sglang.routing.probes import Probes
 from whiflash_sglang.routing.signals import Signals
 
 Scores = Mapping[str, float]
@@ -50,12 +51,16 @@ class Policy(Protocol):
         """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
         ...
 
-    def routed(self, routes: Sequence[str]) -> None:
-        """A round of the whole batch begins with these arms, one per request."""
+    def probe(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+        """A round of the whole batch begins: requests, by their index, that are to try an arm whatever it promises.
+
+        free: of every request, None where its caller ordered the route. timings: how often an arm's price was found
+        right.
+        """
         ...
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
-        """A request's round of `arm`, decided on `signals`, committed `length` tokens."""
+        """A request's round of `arm`, decided on `signals`, committed `length` tokens; its caller ordered nothing."""
         ...
 
 
@@ -66,8 +71,9 @@ class Blind:
     prices_batches = False
     joins_arms = False
 
-    def routed(self, routes: Sequence[str]) -> None:
-        """Nothing to count."""
+    def probe(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+        """Nothing to try."""
+        return {}
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         """Nothing to learn."""
@@ -152,25 +158,12 @@ class RandomPolicy(Blind):
         return {arm: self._random.random() for arm in choices}
 
 
-PROBE_ROUNDS = 256
-"""Rounds of the batch after which an arm that was not used is tried once more, so that it can come back."""
-
-FIRST_PROBE = 4
-"""The same for an arm that was never used; doubles with every round of a request with it that was seen."""
-
-HOPELESS = 0.25
-"""Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
-
-PROBE_SCORE = 1e6
-"""A score that wins once, whatever the arm costs and however many requests there are."""
-
-
 class AutoPolicy:
     """Expected accepted tokens of every arm, from what it says of itself or from running means.
 
     Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm
-    that is not chosen is probed now and then, the less often the better it is known. Where a router with heads is
-    loaded (`heads`), its predictions take the means' place and the target's entropy is not computed.
+    that is not chosen is probed now and then (`Probes`). Where a router with heads is loaded (`heads`), its predictions
+    take the means' place and the target's entropy is not computed.
     """
 
     candidates = None
@@ -181,19 +174,13 @@ class AutoPolicy:
     def __init__(self, *, heads: bool = False) -> None:
         self.needs = frozenset({"delta"} if heads else {"entropy"})
         self.estimator = AcceptanceEstimator()
-        self._idle: dict[str, int] = {}
-        """Rounds of the batch since an arm was used."""
-        self._probing: set[str] = set()
-        """Arms that one request was told to try in the round that is being routed."""
+        self._probes = Probes(self.estimator)
 
     def score(self, signals: Signals) -> Scores:
-        scores = {arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}
-        return {**scores, arms.NONE: 1.0}
+        return {**{arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}, arms.NONE: 1.0}
 
-    def routed(self, routes: Sequence[str]) -> None:
-        self._probing.clear()
-        for arm in self._idle:
-            self._idle[arm] = 0 if arm in routes else self._idle[arm] + 1
+    def probe(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+        return self._probes.choose(free, timings)
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         if arm != arms.NONE:
@@ -202,12 +189,4 @@ class AutoPolicy:
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:
             return signals.expected[arm]
-        if self._idle.setdefault(arm, 0) >= self._patience(arm) and arm not in self._probing:
-            self._probing.add(arm)
-            return PROBE_SCORE
         return self.estimator.expect(arm, signals)
-
-    def _patience(self, arm: str) -> float:
-        """Rounds without an arm after which it is tried: the more, the better it is known, and the worse it is."""
-        drafts = min(max(self.estimator.usual(arm) - 1, HOPELESS), 1.0)
-        return min(PROBE_ROUNDS / drafts, FIRST_PROBE * 2 ** self.estimator.rounds(arm))

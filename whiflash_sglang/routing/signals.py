@@ -33,6 +33,8 @@ class Signals:
     expected: arm → acceptance length of the next round, where the arm itself tells. predicted: where a router's heads
         tell.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
+    rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the
+        last one of them; arms that it was never routed to are absent.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
     allowed: arms that may draft for this request.
     """
@@ -47,5 +49,12 @@ class Signals:
     predicted: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
     span: OpenSpan | None = None
+    rounds: int = 0
+    tried: Mapping[str, int] = field(default_factory=dict)
+    last: Mapping[str, int] = field(default_factory=dict)
     previous: str | None = None
     dwell: int = 0
+
+    def without(self, arm: str) -> float:
+        """Rounds that the request has gone since it was last routed to `arm`; infinite if it never was."""
+        return self.rounds - self.last[arm] if arm in self.last else math.inf

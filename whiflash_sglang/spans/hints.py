@@ -20,6 +20,9 @@ WIRE_VERSION: Final = 1
 KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
 ARMS: Final = ("ar", "diffusion", "lookup", "none")
 
+TraceLevel = Literal["summary", "full"]
+TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = ("summary", "full")
+
 LookupScope = Literal["memory", "context", "off"]
 LOOKUP_SCOPES: Final[tuple[LookupScope, ...]] = ("memory", "context", "off")
 
@@ -78,7 +81,7 @@ class RequestHints:
     spans: at most `MAX_SPANS`; among spans that open at the same byte the first listed is active.
     off: decode this request without drafting.
     infer: where `spans` is empty, let the server infer them from the request and its parsers.
-    trace: return the routing trace with the response.
+    trace: return the routing trace with the response, in sums or with its stretches.
     lookup: what may be copied: `memory` (its own context, and its tenant's recent outputs where the server keeps
         them), `context` (its own context; nothing of it is kept either), `off`.
     """
@@ -86,7 +89,7 @@ class RequestHints:
     spans: tuple[SpanHint, ...] = ()
     off: bool = False
     infer: bool = True
-    trace: bool = False
+    trace: TraceLevel | None = None
     lookup: LookupScope = "memory"
 
 
@@ -145,6 +148,7 @@ def capabilities(
         "policy": policy,
         "arms": list(arms),
         "kinds": list(KINDS),
+        "traces": list(TRACE_LEVELS),
         "tool_call_parser": tool_call_parser,
         "reasoning_parser": reasoning_parser,
         "limits": {"spans": MAX_SPANS, "marker_chars": MAX_MARKER_CHARS, "bytes": MAX_BYTES},
@@ -202,7 +206,7 @@ def _request(raw: dict[str, object]) -> RequestHints:
         spans=tuple(_span(f"{_FIELD}.spans[{i}]", span) for i, span in enumerate(spans)),
         off=_flag(_FIELD, raw, "off", default=False),
         infer=_flag(_FIELD, raw, "infer", default=True),
-        trace=_flag(_FIELD, raw, "trace", default=False),
+        trace=_trace_level(raw.get("trace", False)),
         lookup=_choice(f"{_FIELD}.lookup", raw.get("lookup"), LOOKUP_SCOPES) or "memory",
     )
 
@@ -243,6 +247,15 @@ def _flag(field: str, raw: dict[str, object], name: str, *, default: bool) -> bo
     if not isinstance(value, bool):
         raise HintError(f"{field}.{name}", "must be true or false")
     return value
+
+
+def _trace_level(value: object) -> TraceLevel | None:
+    if isinstance(value, bool):
+        return "summary" if value else None
+    for level in TRACE_LEVELS:
+        if value == level:
+            return level
+    raise HintError(f"{_FIELD}.trace", f"must be true, false, {' or '.join(TRACE_LEVELS)}")
 
 
 def _choice(field: str, value: object, allowed: tuple[_Word, ...]) -> _Word | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.store import FeatureStore, SequenceRecord, unique_answers
 
 
 class Span(NamedTuple):
@@ -55,8 +55,7 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
         """Raises `ValueError` where no stored answer has `min_answer` tokens."""
         entries = [
             (store, record)
-            for store in stores
-            for record in store.records
+            for store, record in unique_answers(stores)
             if record.length - record.prompt_length >= min_answer
         ]
         if not entries:
@@ -93,8 +92,7 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
 def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tensor:
     """How often each token occurs in the answers: [V] int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for store in stores:
-        for record in store.records:
-            answer = store.read_tokens(record)[record.prompt_length :]
-            counts += torch.bincount(answer, minlength=vocab_size)
+    for store, record in unique_answers(stores):
+        answer = store.read_tokens(record)[record.prompt_length :]
+        counts += torch.bincount(answer, minlength=vocab_size)
     return counts

@@ -2,13 +2,15 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from whiflash_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -26,8 +28,10 @@ class Hardware(_Strict):
     threads: Annotated[int, Field(ge=0)] = 0
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The torch type of `dtype`."""
+        import torch
+
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 

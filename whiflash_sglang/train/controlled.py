@@ -1,14 +1,18 @@
 """`auto` walked through replays: the server's own policy, lanes and assignment, without a server."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from whiflash_sglang import arms
-from whiflash_sglang.routing.assign import Costs, Dwell, assign
+from whiflash_sglang.routing.assign import Costs
+from whiflash_sglang.routing.controller import route
 from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.probes import PROBE_ROUNDS
+from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.train.evaluate import Choices
 from whiflash_sglang.train.replay import ARMS, JOINED, LOOKUP, Replay
@@ -50,6 +54,9 @@ class Prices:
     def width(self, arm: str) -> float:
         return self.rows.get(arm, 1)
 
+    def timings(self, arm: str) -> int:
+        return PROBE_ROUNDS
+
 
 class Known(NamedTuple):
     """What the controller may know at every position of an answer: the target's entropy in nats [P], and the router's
@@ -59,7 +66,25 @@ class Known(NamedTuple):
     predicted: Sequence[Sequence[float]]
 
 
-def auto_choices(answers: Sequence[Replay], known: Sequence[Known], costs: Costs | None) -> list[Choices]:
+class Lag(NamedTuple):
+    """Rounds whose results a decision does not know yet, as where the host plans a round while earlier ones run.
+
+    rounds: results that are missing: 0 in step with the device, 1 or 2 behind it. signals: whether the entropy and the
+    router's outputs are missing as well; a device that chooses itself knows them. copies: whether what the copying arm
+    expects is that of the text as it was then; proposed is always what follows the text as it is.
+    """
+
+    rounds: int = 0
+    signals: bool = True
+    copies: bool = True
+
+
+IN_STEP = Lag()
+
+
+def auto_choices(
+    answers: Sequence[Replay], known: Sequence[Known], costs: Costs | None, lag: Lag = IN_STEP
+) -> list[Choices]:
     """The arm of every round that `auto` comes to, answer by answer; it learns as it goes, as one server does.
 
     Drafts have their full length. costs: None: nothing costs, so that `auto` seeks acceptance length alone.
@@ -69,7 +94,7 @@ def auto_choices(answers: Sequence[Replay], known: Sequence[Known], costs: Costs
     for answer, one in zip(answers, known, strict=True):
         choices: dict[int, str] = {}
         for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
-            _walk(policy, answer, one, (begin, end), costs, choices)
+            _walk(policy, answer, one, (begin, end), costs, choices, lag)
         chosen.append(choices)
     return chosen
 
@@ -81,25 +106,37 @@ def _walk(
     span: tuple[int, int],
     costs: Costs | None,
     choices: dict[int, str],
+    lag: Lag,
 ) -> None:
     """Rounds from the first position of `span` on; where they begin is what `evaluate.walk` comes to as well."""
     lane = Lane(answer.id, RequestHints())
     position, end = span
+    missing: deque[tuple[str, Signals, int, int]] = (
+        deque()
+    )  # arm, what it was decided on, tokens, where it ended
     while position < end:
+        expected = answer.copies[position - sum(one[2] for one in missing) if lag.copies else position]
         outlook: dict[str, float | None] = {arms.AR: None, arms.DIFFUSION: None}
-        if answer.copies[position] > 0:
-            outlook[arms.LOOKUP] = 1.0 + float(answer.copies[position])
-        scores = [lane.score(policy, position, outlook)]
-        arm = assign(scores, costs, [lane.previous], Dwell())[0]
-        policy.routed([arm])
-        lane.chose(arm)
+        if expected > 0:
+            outlook[arms.LOOKUP] = 1.0 + float(expected)
+        (arm,) = route(policy, [lane], [position], [outlook], costs)
         choices[position] = REPLAYED[arm]
         emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
-        policy.observe(arm, lane.decided_on, emitted)
-        lane.committed(arm, [0] * emitted)
         position += emitted
-        if position < end:
-            if "entropy" in policy.needs:
-                lane.entropy = known.entropy[position]
-            if known.predicted:
-                note(lane, known.predicted[position])
+        missing.append((arm, lane.decided_on, emitted, position))
+        if not lag.signals and position < end:
+            _signal(lane, policy, known, position)
+        if len(missing) > lag.rounds:
+            arm, decided_on, tokens, ended = missing.popleft()
+            policy.observe(arm, decided_on, tokens)
+            lane.committed(arm, [0] * tokens)
+            if lag.signals and ended < end:
+                _signal(lane, policy, known, ended)
+
+
+def _signal(lane: Lane, policy: AutoPolicy, known: Known, position: int) -> None:
+    """What the device read where a round ended."""
+    if "entropy" in policy.needs:
+        lane.entropy = known.entropy[position]
+    if known.predicted:
+        note(lane, known.predicted[position])

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.progress import progress
 from whiflash_sglang.train.config import Data, Hardware, TrainConfig
 from whiflash_sglang.train.generate import Answer, Generator, GroupShape
 from whiflash_sglang.train.grammar import GrammarMasks
-from whiflash_sglang.train.prompts import PromptRow, balanced, prepare, read_rows
+from whiflash_sglang.train.prompts import PromptRow, balanced, check_ids, prepare, read_rows
+from whiflash_sglang.train.resume import check_same_run
+from whiflash_sglang.train.runner import open_stores
 from whiflash_sglang.train.store import FeatureStore, SequenceRecord
 
 _MIN_ANSWER = 4
@@ -35,9 +37,10 @@ class LoadedTarget:
 
 @dataclass
 class DataSummary:
-    """What a run did."""
+    """What a run did. elsewhere: prompts of this share that another shard of the work directory has answered."""
 
     sequences: int = 0
+    elsewhere: int = 0
     answer_tokens: int = 0
     skipped: int = 0
     looped: int = 0
@@ -81,6 +84,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
     index, count = config.data.shard
     target = load_target(config.target, config.chat_template, config.capture, config.hardware)
     rows = [row for source in config.data.prompts for row in read_prompts(source)]
+    check_ids(rows)
     ordered = list(balanced(rows, config.data.category_weights, config.seed))[: config.data.limit][
         index::count
     ]
@@ -90,14 +94,33 @@ def generate_data(config: TrainConfig) -> DataSummary:
         hidden=target.model.hidden_size,
         layers=config.capture,
     )
+    check_same_run(store.path, _facts(config), begun=bool(store.records))
     store.truncate_to_index()
-    summary = answer_rows(ordered, target, config.data, config.capture, store, seed=config.seed)
-    if not store.records:
+    elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}
+    mine = [row for row in ordered if row["id"] not in elsewhere]
+    summary = answer_rows(mine, target, config.data, config.capture, store, seed=config.seed)
+    summary.elsewhere = len(ordered) - len(mine)
+    if not store.records and not summary.elsewhere:
         raise ValueError(
             f"none of {len(ordered)} prompts gave an answer ({summary.skipped} skipped, for the reasons above); "
             "longer prompts need data.slots of a larger capacity"
         )
     return summary
+
+
+def _facts(config: TrainConfig) -> dict[str, Any]:
+    """What decides an answer, rounding apart."""
+    template = config.chat_template
+    return {
+        "configuration": {
+            **config.model_dump(mode="json", include={"target", "seed"}),
+            "data": config.data.model_dump(
+                mode="json", include={"temperature", "max_new_tokens", "tool_choice_required"}
+            ),
+            "chat_template": None if template is None else template.read_text(encoding="utf-8"),
+            "hardware.dtype": config.hardware.dtype,
+        }
+    }
 
 
 def answer_rows(
@@ -134,8 +157,7 @@ def answer_rows(
         keep_loops=keep_loops,
         seed=seed,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as bar:
+    with progress() as bar:
         task = bar.add_task("answering prompts", total=len(rows), completed=len(known))
         for answer in generator.run(prompts(), skip):
             bar.update(task, advance=1, description=f"{summary.answer_tokens:,} answer tokens")

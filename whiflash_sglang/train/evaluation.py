@@ -17,7 +17,7 @@ from whiflash_sglang.models.dflash_config import DFlashConfig
 from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import Data, Hardware, Slots
-from whiflash_sglang.train.controlled import Known, Prices, auto_choices
+from whiflash_sglang.train.controlled import Known, Lag, Prices, auto_choices
 from whiflash_sglang.train.data import LoadedTarget, answer_rows, is_embedded, load_target
 from whiflash_sglang.train.evaluate import (
     LOOP,
@@ -39,6 +39,7 @@ class EvaluationSettings:
     Attributes:
         limit: prompts used, balanced over the categories; None takes all.
         work: where answers and replays are kept for the next evaluation; None keeps nothing.
+        lags: rounds behind the device at which `auto` is walked too (`controlled.Lag`).
     """
 
     limit: int | None = None
@@ -47,7 +48,11 @@ class EvaluationSettings:
     seed: int = 1
     work: Path | None = None
     hardware: Hardware = field(default_factory=Hardware)
+    lags: tuple[int, ...] = ()
 
+
+LATE = (("all", True, True), ("signals", True, False), ("copies", False, True), ("learning", False, False))
+"""What a walk behind the device knows late, beside what rounds accepted: the target's signals, what copies expect."""
 
 SLOTS = (Slots(rows=24, capacity=512), Slots(rows=6, capacity=1152), Slots(rows=3, capacity=4096))
 
@@ -74,7 +79,9 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         "skipped": done.skipped,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.hardware.dtype,
-        **tabulate(done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps)),
+        **tabulate(
+            done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps, settings.lags)
+        ),
     }
 
 
@@ -122,10 +129,14 @@ def replay_store(
 
 
 def routers_of(
-    bundle: Path, answers: Sequence[Replay], target: LoadedTarget, eagle_steps: int
+    bundle: Path,
+    answers: Sequence[Replay],
+    target: LoadedTarget,
+    eagle_steps: int,
+    lags: Sequence[int] = (),
 ) -> dict[str, RouterWalk]:
     """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`: unpriced, and for the
-    embedded target, whose prices are known, priced.
+    embedded target, whose prices are known, priced. Unpriced also `lags` rounds behind the device, by what is late.
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
@@ -139,6 +150,10 @@ def routers_of(
     walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
+    for lag in lags:
+        for name, signals, copies in LATE:
+            choices = auto_choices(answers, known, None, Lag(lag, signals=signals, copies=copies))
+            walks[f"lag-{lag}-{name}"] = RouterWalk(choices, copies=True)
     if is_embedded(manifest.target):
         block_size = DFlashConfig.read(bundle / manifest.dflash).block_size
         prices = Prices.of_two_cores(eagle_steps, block_size)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json_lines
 from whiflash_sglang.train.grammar import GrammarSpec, response_format_grammar, tool_call_grammar
 
 
@@ -23,24 +25,29 @@ class PromptRow(NamedTuple):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL prompt file. Raises `ValueError` naming the line where one is not usable."""
+    """Rows of a JSONL prompt file, each with an id and a category. Raises ConfigError naming the line that is wrong."""
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict) or not row.get("messages"):
-                raise ValueError(f"{path}, line {number}: a row needs a non-empty 'messages' list")
-            row.setdefault("id", hashlib.sha256(line.encode()).hexdigest()[:12])
-            row.setdefault("category", "chat")
-            rows.append(row)
+    for number, row in read_json_lines(path):
+        if not isinstance(row, dict) or not row.get("messages"):
+            raise ConfigError(f"{path}, line {number}: a row needs a non-empty 'messages' list")
+        content = json.dumps(row, sort_keys=True, ensure_ascii=False)
+        row.setdefault("id", hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12])
+        row.setdefault("category", "chat")
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no prompts")
+        raise ConfigError(f"{path} holds no prompts")
     return rows
+
+
+def check_ids(rows: Iterable[dict[str, Any]]) -> None:
+    """Raises ConfigError where two rows share an id: the prompt would be answered twice."""
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise ConfigError(
+                f"two prompts have the id {row['id']!r}; every prompt is answered once, so ids must differ"
+            )
+        seen.add(row["id"])
 
 
 def balanced(

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 
 from whiflash_sglang.config import Lookup, load_manifest, lookup_of
+from whiflash_sglang.jsonl import lines_of
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.progress import tracked
 from whiflash_sglang.train.batches import Batch, unpack
 from whiflash_sglang.train.copying import replay_lookup
 from whiflash_sglang.train.dflash import choose_anchors, run_blocks
@@ -141,7 +142,8 @@ class ReplayLog:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f"replay-{pair.digest}.jsonl"
         self.known: dict[str, dict[str, Lengths]] = {}
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        lines = [line for _, line in lines_of(text)]
         for line in lines:
             try:
                 row = json.loads(line)
@@ -186,7 +188,7 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None 
     """
     calibration = MatchCalibration(pair.lookup.seed or EVEN_ODDS)
     answers = []
-    for store, record in track(list(sources), description="replaying drafters"):
+    for store, record in tracked(list(sources), "replaying drafters"):
         if record.length - record.prompt_length < 2:
             continue
         sequence = store.read(record)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
-from rich.progress import Progress
 
 from whiflash_sglang import arms
 from whiflash_sglang.bench.fleet import launcher
@@ -19,6 +18,7 @@ from whiflash_sglang.bench.load import ANSWER_SECONDS, Asker
 from whiflash_sglang.bench.prompts import Prompt, load_prompts, shipped
 from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.progress import progress
 from whiflash_sglang.train.replay import ARMS
 
 SERVER_NAMES = dict(zip(ARMS, (arms.AR, arms.DIFFUSION), strict=True))
@@ -79,7 +79,7 @@ async def _measure(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         before = await _policy(client)
         asker = Asker(client, TOKENS)
         try:
-            with Progress() as bar:
+            with progress() as bar:
                 task = bar.add_task("measuring rounds", total=(len(prompts) + 1) * len(ARMS))
                 for index, prompt in enumerate([prompts[0], *prompts]):
                     for arm in ARMS:

@@ -144,7 +144,7 @@ def fit(learn: RouterData, held_out: RouterData, run: Path, settings: RouterTrai
         eval_dataset=_Rows(held_out),
         data_collator=lambda batch: batch,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(arguments.output_dir))))
     (run / "log.json").write_text(json.dumps(trainer.state.log_history))
     return model.router.cpu().standardised(model.mean.cpu(), model.deviation.cpu()).eval()
 

@@ -19,6 +19,7 @@ from whiflash_sglang.train import eagle3 as eagle3_training
 from whiflash_sglang.train.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.config import Loop, TrainConfig
 from whiflash_sglang.train.provenance import Provenance
+from whiflash_sglang.train.resume import check_same_run, checkpoint_digest, data_digest
 from whiflash_sglang.train.store import FeatureStore
 
 
@@ -77,7 +78,7 @@ def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None
             drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
         )
 
-    return _train("eagle3", config, settings.loop, stores, build)
+    return _train("eagle3", config, settings.loop, stores, build, start_from)
 
 
 def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
@@ -116,15 +117,15 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
             gamma=settings.gamma,
         )
 
-    return _train("dflash", config, settings.loop, stores, build)
+    return _train("dflash", config, settings.loop, stores, build, start_from)
 
 
-def last_checkpoint(arguments: TrainingArguments) -> str | None:
+def last_checkpoint(directory: Path) -> str | None:
     """The last complete checkpoint of a killed run of the same output directory; None for a new one.
 
     One that was being written when the run died (its state comes last) is removed: the one before it is still there.
     """
-    found = Path(str(arguments.output_dir)).glob("checkpoint-*")
+    found = directory.glob("checkpoint-*")
     for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
             json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
@@ -135,17 +136,39 @@ def last_checkpoint(arguments: TrainingArguments) -> str | None:
     return None
 
 
+def _facts(
+    name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
+) -> dict[str, Any]:
+    """What a run's weights come from. Threads and where the files lie are not among it."""
+    settings = config.model_dump(mode="json", include={"target", "capture", "seed", name})
+    return {
+        "data": {store.path.name: data_digest(store) for store in stores},
+        "configuration": {
+            **settings,
+            "hardware": config.hardware.model_dump(mode="json", exclude={"threads"}),
+        },
+        "--start-from": checkpoint_digest(start_from),
+    }
+
+
 def _train(
-    name: str, config: TrainConfig, loop: Loop, stores: list[FeatureStore], build: Callable[[], nn.Module]
+    name: str,
+    config: TrainConfig,
+    loop: Loop,
+    stores: list[FeatureStore],
+    build: Callable[[], nn.Module],
+    start_from: Path | None,
 ) -> Path:
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     torch.manual_seed(config.seed)
+    run = config.work / name
     batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
+    resumed = last_checkpoint(run / "trainer")
+    check_same_run(run / "trainer", _facts(name, config, stores, start_from), begun=resumed is not None)
     provenance = Provenance.start(config, stores)
     model: Any = build()
     model.train()
-    run = config.work / name
     arguments = TrainingArguments(
         output_dir=str(run / "trainer"),
         num_train_epochs=loop.epochs,
@@ -170,7 +193,7 @@ def _train(
     trainer = _LoggingTrainer(
         model=model, args=arguments, train_dataset=batches, data_collator=lambda items: items[0]
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    trainer.train(resume_from_checkpoint=resumed)
     out = run / "checkpoint"
     model.drafter.save(out)
     provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})

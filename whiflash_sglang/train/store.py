@@ -8,12 +8,15 @@ reader or a resumed writer sees whole sequences only.
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from whiflash_sglang.jsonl import lines_of
 
 
 class SequenceRecord(NamedTuple):
@@ -127,6 +130,18 @@ class FeatureStore:
         return self.records[-1].feature_offset + self.records[-1].feature_length if self.records else 0
 
 
+def unique_answers(stores: Iterable[FeatureStore]) -> list[tuple[FeatureStore, SequenceRecord]]:
+    """Every answer of `stores`, but one a prompt: where shards answered the same prompt, the first one's.
+
+    Two answers to a prompt are the target's two ways out of a tie; together they would count for twice as much.
+    """
+    found: dict[str, tuple[FeatureStore, SequenceRecord]] = {}
+    for store in stores:
+        for record in store.records:
+            found.setdefault(record.id, (store, record))
+    return list(found.values())
+
+
 def _append(path: Path, data: bytes) -> None:
     with path.open("ab") as file:
         file.write(data)
@@ -139,7 +154,7 @@ def _read_index(path: Path) -> list[SequenceRecord]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for _, line in lines_of(path.read_text(encoding="utf-8")):
         try:
             records.append(SequenceRecord(**json.loads(line)))
         except (json.JSONDecodeError, TypeError):

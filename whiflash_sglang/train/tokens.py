@@ -5,27 +5,27 @@ bytes and were expensive to generate, so they are what is kept.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from whiflash_sglang.models.target import TargetModel, causal_attention
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord
+from whiflash_sglang.progress import tracked
+from whiflash_sglang.train.store import FeatureStore, SequenceRecord, unique_answers
 
 _SMALL_VOCABULARY = 2**16
 
 
 def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
-    """Write every stored sequence to a compressed .npz; returns the number of tokens.
+    """Write every stored sequence, one a prompt, to a compressed .npz; returns the number of tokens.
 
     Arrays: `tokens` (uint16 where the ids fit, else int32), `lengths`, `prompt_lengths`, `looped`, `finished`,
     `ids` and `categories`, one entry a sequence.
     """
-    records = [(store, record) for store in stores for record in store.records]
+    records = unique_answers(stores)
     tokens = torch.cat([store.read_tokens(record) for store, record in records]).numpy()
     small = int(tokens.max()) < _SMALL_VOCABULARY
     staged = path.with_suffix(".partial.npz")
@@ -43,24 +43,58 @@ def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
     return len(tokens)
 
 
-def rebuild_features(path: Path, target: TargetModel, store: FeatureStore, capture: Sequence[int]) -> int:
+class Exported:
+    """An `export_tokens` file: entry i of `columns` ("tokens" apart) and `tokens(i)` [N] int64 are a sequence."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as file:
+            self.columns = {name: file[name] for name in file.files}
+        self.ids: list[str] = self.columns["ids"].tolist()
+        self._ends = np.cumsum(self.columns["lengths"], dtype=np.int64)
+
+    def tokens(self, index: int) -> Tensor:
+        """Prompt and answer."""
+        end = int(self._ends[index])
+        part = self.columns["tokens"][end - int(self.columns["lengths"][index]) : end]
+        return torch.from_numpy(part.astype(np.int64))
+
+    def copies(self) -> dict[str, list[int]]:
+        """Sequences of every prompt, in their order. More than one where shards answered the same prompt."""
+        found: dict[str, list[int]] = {}
+        for index, name in enumerate(self.ids):
+            found.setdefault(name, []).append(index)
+        return found
+
+
+def rebuild_features(
+    path: Path,
+    target: TargetModel,
+    store: FeatureStore,
+    capture: Sequence[int],
+    prompts: Collection[str] | None = None,
+) -> int:
     """Run the target over the sequences of an `export_tokens` file and append what `store` lacks; returns how many.
 
-    Resumable: sequences that the store holds are passed over.
+    Resumable: sequences that the store holds are passed over. Of several answers to a prompt the first one counts.
+
+    Args:
+        prompts: ids of those to take; None for all.
     """
-    with np.load(path) as file:
-        columns = {name: file[name] for name in file.files}
+    exported = Exported(path)
+    columns = exported.columns
     known = {record.id for record in store.records}
-    starts = np.concatenate([[0], np.cumsum(columns["lengths"])[:-1]])
-    missing = [index for index, name in enumerate(columns["ids"].tolist()) if name not in known]
-    for index in track(missing, description="recomputing features"):
-        start, length = int(starts[index]), int(columns["lengths"][index])
-        tokens = torch.from_numpy(columns["tokens"][start : start + length].astype(np.int64))
+    missing = [
+        indices[0]
+        for name, indices in exported.copies().items()
+        if name not in known and (prompts is None or name in prompts)
+    ]
+    for index in tracked(missing, "recomputing features"):
+        tokens = exported.tokens(index)
         record = SequenceRecord(
             id=str(columns["ids"][index]),
             category=str(columns["categories"][index]),
             prompt_length=int(columns["prompt_lengths"][index]),
-            length=length,
+            length=len(tokens),
             looped=bool(columns["looped"][index]),
             finished=bool(columns["finished"][index]),
             token_offset=0,

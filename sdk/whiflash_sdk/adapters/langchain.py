@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from langchain_openai import ChatOpenAI
+from typing_extensions import Unpack
 
-from whiflash_sdk.client import wrap
-from whiflash_sdk.hints import Hints
+from whiflash_sdk.client import Settings, wrap
 
 
-def wrap_model(
-    model: ChatOpenAI, *, hints: Hints | None = None, strict: bool = False, trace: bool = True
-) -> ChatOpenAI:
-    """Wrap the model's clients, sync and async, see `whiflash_sdk.wrap`, and return the model.
+def wrap_model(model: ChatOpenAI, **settings: Unpack[Settings]) -> ChatOpenAI:
+    """Wrap the model's clients, sync and async, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Hints for one runnable alone: `model.bind(extra_body=Hints(…).extra_body())`.
     """
     for client in (model.root_client, model.root_async_client):
         if client is not None:  # without a key there is no sync client
-            wrap(client, hints=hints, strict=strict, trace=trace)
+            wrap(client, **settings)
     return model

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from agents import OpenAIChatCompletionsModel
+from typing_extensions import Unpack
 
-from whiflash_sdk.client import wrap
-from whiflash_sdk.hints import Hints
+from whiflash_sdk.client import Settings, wrap
 
 
-def wrap_model(
-    model: OpenAIChatCompletionsModel, *, hints: Hints | None = None, strict: bool = False, trace: bool = True
-) -> OpenAIChatCompletionsModel:
-    """Wrap the model's client, see `whiflash_sdk.wrap`, and return the model.
+def wrap_model(model: OpenAIChatCompletionsModel, **settings: Unpack[Settings]) -> OpenAIChatCompletionsModel:
+    """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Hints for one agent alone go into its `ModelSettings(extra_body=Hints(…).extra_body())`.
     """
-    wrap(model._client, hints=hints, strict=strict, trace=trace)
+    wrap(model._client, **settings)
     return model

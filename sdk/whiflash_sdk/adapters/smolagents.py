@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from smolagents import OpenAIModel  # type: ignore[import-untyped]
+from typing_extensions import Unpack
 
-from whiflash_sdk.client import wrap
-from whiflash_sdk.hints import Hints
+from whiflash_sdk.client import Settings, wrap
 
 
-def wrap_model(
-    model: OpenAIModel, *, hints: Hints | None = None, strict: bool = False, trace: bool = True
-) -> OpenAIModel:
-    """Wrap the model's client, see `whiflash_sdk.wrap`, and return the model.
+def wrap_model(model: OpenAIModel, **settings: Unpack[Settings]) -> OpenAIModel:
+    """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Hints for every call of this model: `OpenAIModel(…, extra_body=Hints(…).extra_body())`.
     """
-    wrap(model.client, hints=hints, strict=strict, trace=trace)
+    wrap(model.client, **settings)
     return model

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from whiflash_sdk.trace import Stretch, Trace
+from whiflash_sdk.trace import ArmTotals, Stretch, Trace
 
 KNOWN_ARMS: Final = ("ar", "diffusion", "lookup", "none")
 _CONTROLS: Final = {
@@ -20,7 +20,7 @@ class Turn(NamedTuple):
     """One response of a recorded conversation.
 
     title: what to call it, such as the request's last message.
-    text: the response's text; empty takes the stretches' own.
+    text: the response's text; a full trace that has its own needs none.
     trace: its routing.
     """
 
@@ -47,8 +47,28 @@ class Round(NamedTuple):
 def pieces(turn: Turn) -> list[Piece]:
     """The response cut at its stretches; in one piece if the server could not cut it."""
     stretches = turn.trace.stretches
-    if not stretches or any(stretch.text is None for stretch in stretches):
-        return [Piece(turn.text, None)] if turn.text else []
+    text = turn.text if turn.trace.text is None else turn.trace.text
+    if stretches and all(s.chars is not None and s.chars[1] <= len(text) for s in stretches):
+        return [piece for piece in _cut(text, stretches) if piece.text]
+    if stretches and all(stretch.text is not None for stretch in stretches):
+        return _joined(turn)
+    return [Piece(text, None)] if text else []
+
+
+def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
+    """`text` at the offsets of its stretches; what lies between two of the same span is part of that span."""
+    end, span = 0, stretches[0].span
+    for stretch in stretches:
+        begin, after = stretch.chars or (end, end)
+        yield Piece(text[end:begin], None, span if span == stretch.span else None)
+        yield Piece(text[begin:after], stretch, stretch.span)
+        end, span = max(end, after), stretch.span
+    yield Piece(text[end:], None)
+
+
+def _joined(turn: Turn) -> list[Piece]:
+    """A response of a server of before, which sent the text of each stretch."""
+    stretches = turn.trace.stretches
     joined = "".join(stretch.text or "" for stretch in stretches)
     before, found, after = turn.text.partition(joined) if joined else (turn.text, "", "")
     if turn.trace.prefill_text is not None:
@@ -92,6 +112,24 @@ def summary(trace: Trace) -> str:
         _count(trace.switches, "switch", "switches"),
     ]
     return printable(" · ".join(facts))
+
+
+def everything(trace: Trace) -> ArmTotals:
+    """The totals of all drafters."""
+    told = [arm for arm in trace.arms.values() if arm.proposed is not None and arm.accepted is not None]
+    drafts = {}
+    if len(told) == len(trace.arms):
+        drafts = {
+            "proposed": sum(arm.proposed or 0 for arm in told),
+            "accepted": sum(arm.accepted or 0 for arm in told),
+        }
+    return ArmTotals(rounds=trace.rounds, tokens=trace.tokens, **drafts)
+
+
+def reasons(trace: Trace) -> str:
+    """Rounds by what decided about them, in one line."""
+    found = (f"{_count(rounds, 'round')} by {reason}" for reason, rounds in trace.reasons.items())
+    return printable(" · ".join(found))
 
 
 def _count(number: int, one: str, many: str = "") -> str:

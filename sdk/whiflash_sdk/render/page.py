@@ -7,7 +7,18 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 
-from whiflash_sdk.render.aligned import KNOWN_ARMS, Piece, Turn, describe, pieces, printable, rounds, summary
+from whiflash_sdk.render.aligned import (
+    KNOWN_ARMS,
+    Piece,
+    Turn,
+    describe,
+    everything,
+    pieces,
+    printable,
+    reasons,
+    rounds,
+    summary,
+)
 from whiflash_sdk.trace import ArmTotals, Trace
 
 # No script may run and nothing may be fetched, whatever the text says.
@@ -22,6 +33,10 @@ _ARMS = {
     "diffusion": "DFlash: a block of tokens at once",
     "lookup": "copied from the context",
     "none": "no draft: plain decoding",
+}
+_UNCOLOURED = {
+    False: 'The trace is a summary; one asked for with trace="full" says which text is whose.',
+    True: "The trace does not say where its stretches are in the text, so the text is not coloured.",
 }
 _REASONS = {
     "score": "most expected tokens for the time",
@@ -65,6 +80,11 @@ def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -
 """
 
 
+def figures(trace: Trace) -> str:
+    """What a trace counts, as a part of somebody else's page: no style, no script, nothing loaded."""
+    return f"<div><p>{_safe(summary(trace))}</p>{_totals(trace)}{_stretches(trace)}</div>"
+
+
 def _safe(text: str) -> str:
     return escape(printable(text))
 
@@ -74,7 +94,7 @@ def _class(arm: str) -> str:
 
 
 def _legend(turns: Sequence[Turn]) -> str:
-    used = {stretch.arm for turn in turns for stretch in turn.trace.stretches}
+    used = {arm for turn in turns for arm in turn.trace.arms}
     names = [arm for arm in KNOWN_ARMS if arm in used] + sorted(used.difference(KNOWN_ARMS))
     entries = [
         f'<span class="stretch {_class(arm)}">{_safe(arm)}</span> {_ARMS.get(arm, "")}'.rstrip()
@@ -101,7 +121,7 @@ def _text(turn: Turn) -> str:
     parts = pieces(turn)
     note = ""
     if parts and all(part.stretch is None for part in parts):
-        note = '<p class="note">The server sent no text of stretches, so the text is not coloured.</p>'
+        note = f'<p class="note">{_UNCOLOURED[bool(turn.trace.stretches)]}</p>'
     body = "".join(_spans(parts))
     return f'{note}<div class="text" role="group" aria-label="Response text">{body}</div>'
 
@@ -144,10 +164,10 @@ def _strip(trace: Trace) -> str:
 def _totals(trace: Trace) -> str:
     rows = [(arm, trace.arms[arm]) for arm in sorted(trace.arms, key=lambda arm: -trace.arms[arm].tokens)]
     body = "".join(_row(arm, totals, trace.tokens) for arm, totals in rows)
-    total = _row("all", ArmTotals(rounds=trace.rounds, tokens=trace.tokens), trace.tokens)
+    total = _row("all", everything(trace), trace.tokens)
     heads = "".join(
         f'<th scope="col">{head}</th>'
-        for head in ("Drafter", "Rounds", "Tokens", "Share", "Acceptance length")
+        for head in ("Drafter", "Rounds", "Tokens", "Share", "Acceptance length", "Drafts accepted")
     )
     return (
         f"<table><caption>Totals</caption><thead><tr>{heads}</tr></thead>"
@@ -157,11 +177,14 @@ def _totals(trace: Trace) -> str:
 
 def _row(arm: str, totals: ArmTotals, tokens: int) -> str:
     share = totals.tokens / tokens if tokens else 0.0
-    cells = (totals.rounds, totals.tokens, f"{share:.0%}", f"{totals.acceptance_length:.2f}")
+    drafts = "" if totals.proposed is None else f"{totals.accepted} of {totals.proposed}"
+    cells = (totals.rounds, totals.tokens, f"{share:.0%}", f"{totals.acceptance_length:.2f}", drafts)
     return f'<tr><th scope="row">{_safe(arm)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _stretches(trace: Trace) -> str:
+    if not trace.stretches:
+        return f'<p class="note">{_safe(reasons(trace))}</p>' if trace.reasons else ""
     rows = "".join(
         f"<tr><td>{s.start}–{s.end}</td><td>{_safe(s.arm)}</td><td>{_safe(s.reason)}</td><td>{_safe(s.span or '')}</td>"
         f"<td>{s.rounds}</td><td>{s.accepted}</td><td>{s.acceptance_length:.2f}</td></tr>"
@@ -172,8 +195,8 @@ def _stretches(trace: Trace) -> str:
         for head in ("Tokens", "Drafter", "Decided by", "Span", "Rounds", "Accepted", "Acceptance length")
     )
     used = sorted({stretch.reason for stretch in trace.stretches} & _REASONS.keys())
-    reasons = "".join(f"<li><em>{reason}</em>: {_REASONS[reason]}</li>" for reason in used)
+    meanings = "".join(f"<li><em>{reason}</em>: {_REASONS[reason]}</li>" for reason in used)
     return (
         f"<details><summary>Stretches</summary><table><thead><tr>{heads}</tr></thead>"
-        f'<tbody>{rows}</tbody></table><ul class="note">{reasons}</ul></details>'
+        f'<tbody>{rows}</tbody></table><ul class="note">{meanings}</ul></details>'
     )

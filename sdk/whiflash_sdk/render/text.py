@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from whiflash_sdk.render.aligned import KNOWN_ARMS, Piece, Turn, pieces, printable, rounds, summary
-from whiflash_sdk.trace import ArmTotals, Trace
+from whiflash_sdk.render.aligned import (
+    KNOWN_ARMS,
+    Piece,
+    Turn,
+    everything,
+    pieces,
+    printable,
+    reasons,
+    rounds,
+    summary,
+)
+from whiflash_sdk.trace import Trace
 
 _COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "none": "90"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
@@ -25,11 +35,19 @@ def conversation_terminal(turns: Sequence[Turn], *, colour: bool = True) -> str:
     return "\n".join(line for number, turn in enumerate(turns, 1) for line in _turn(turn, number, colour))
 
 
+def figures(trace: Trace) -> str:
+    """What a trace counts, without the text that it is about."""
+    lines = (summary(trace), reasons(trace), *_totals(trace))
+    return "\n".join(line for line in lines if line)
+
+
 def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
     title = printable(turn.title).replace("\n", " ")
     yield _paint(f"{number}. {title}", "1", colour)
     yield summary(turn.trace)
     used = {stretch.arm for stretch in turn.trace.stretches}
+    if not used and turn.trace.reasons:
+        yield reasons(turn.trace)
     if colour and used:
         names = [arm for arm in KNOWN_ARMS if arm in used] + sorted(used.difference(KNOWN_ARMS))
         yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in names)
@@ -78,7 +96,8 @@ def _strip(trace: Trace, colour: bool) -> str:
 
 
 def _totals(trace: Trace) -> Iterator[str]:
-    yield f"{'drafter':<12}{'rounds':>8}{'tokens':>8}{'acceptance length':>19}"
-    everything = ArmTotals(rounds=trace.rounds, tokens=trace.tokens)
-    for arm, totals in (*trace.arms.items(), ("all", everything)):
-        yield f"{printable(arm):<12}{totals.rounds:>8}{totals.tokens:>8}{totals.acceptance_length:>19.2f}"
+    yield f"{'drafter':<12}{'rounds':>8}{'tokens':>8}{'acceptance length':>19}{'drafts accepted':>18}"
+    for arm, totals in (*trace.arms.items(), ("all", everything(trace))):
+        drafts = "" if totals.proposed is None else f"{totals.accepted} of {totals.proposed}"
+        row = f"{printable(arm):<12}{totals.rounds:>8}{totals.tokens:>8}{totals.acceptance_length:>19.2f}"
+        yield f"{row}{drafts:>18}".rstrip()

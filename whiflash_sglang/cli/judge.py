@@ -1,12 +1,16 @@
-"""`whiflash evaluate` and `whiflash calibrate`: a bundle is judged without a server, its thresholds are chosen."""
+"""`whiflash evaluate` and `whiflash calibrate`: a bundle is judged without a server, its thresholds are chosen.
 
+Bundle and configuration are read before torch is imported: what is wrong with them is said at once.
+"""
+
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from whiflash_sglang.train.cli import readable_errors, report, resolve_config
+from whiflash_sglang.cli.options import JsonFlag, OutOption, for_tables
+from whiflash_sglang.cli.train import readable_errors, resolve_config
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle directory (with whiflash.json).")]
 PictureOption = Annotated[Path | None, typer.Option(help="Write a picture (.png) to this file.")]
@@ -21,40 +25,49 @@ def evaluate_command(
     prompts: Annotated[
         Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
     ],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    as_json: JsonFlag = False,
+    out: OutOption = None,
     picture: PictureOption = None,
     limit: Annotated[int | None, typer.Option(help="Prompts to use, balanced over the categories.")] = None,
     max_new_tokens: TokensOption = 160,
     work: WorkOption = None,
+    lag: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Walk `auto` this many rounds behind the device too; may be repeated."),
+    ] = None,
     dtype: DtypeOption = "bfloat16",
     threads: ThreadsOption = 0,
 ) -> None:
     """Acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
 
-    Example: whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --json figures.json
+    Example: whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
     """
-    from whiflash_sglang.train.config import Hardware
-    from whiflash_sglang.train.evaluation import (
-        EvaluationSettings,
-        evaluate_bundle,
-        figures_table,
-        write_json,
-        write_picture,
-    )
+    from whiflash_sglang.config import load_manifest
 
     with readable_errors():
+        load_manifest(bundle)
+        from whiflash_sglang.train.config import Hardware
+        from whiflash_sglang.train.evaluation import (
+            EvaluationSettings,
+            evaluate_bundle,
+            figures_table,
+            write_json,
+            write_picture,
+        )
+
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = EvaluationSettings(
-            limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
+            limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware, lags=tuple(lag or ())
         )
         result = evaluate_bundle(bundle, prompts, settings)
-        if json_file is not None:
-            write_json(result, json_file)
+        if out is not None:
+            write_json(result, out)
         if picture is not None:
             write_picture(result, picture)
-    terminal = Console()
-    # A file or a pipe has no width of its own; a table cut to 80 columns would show no figures.
-    (terminal if terminal.is_terminal else Console(width=200)).print(figures_table(result))
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for_tables().print(figures_table(result))
 
 
 def calibrate_command(
@@ -71,7 +84,8 @@ def calibrate_command(
     round_ms: Annotated[
         str | None, typer.Option(help="Milliseconds of a round instead: eagle3=31.0,dflash=28.5")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the curves to this file.")] = None,
+    as_json: JsonFlag = False,
+    out: OutOption = None,
     picture: PictureOption = None,
     max_new_tokens: TokensOption = 160,
     work: WorkOption = None,
@@ -82,11 +96,14 @@ def calibrate_command(
 
     Example: whiflash calibrate --bundle my-bundle --config smollm2-135m-instruct --picture thresholds.png
     """
-    from whiflash_sglang.train.calibration import CalibrationSettings, calibrate
-    from whiflash_sglang.train.config import Hardware
-    from whiflash_sglang.train.evaluation import EvaluationSettings, write_json
+    from whiflash_sglang.config import load_manifest
 
     with readable_errors():
+        load_manifest(bundle)
+        from whiflash_sglang.train.calibration import CalibrationSettings, calibrate
+        from whiflash_sglang.train.config import Hardware
+        from whiflash_sglang.train.evaluation import EvaluationSettings, write_json
+
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = CalibrationSettings(
             config=None if config is None else resolve_config(config),
@@ -98,7 +115,17 @@ def calibrate_command(
             evaluation=EvaluationSettings(max_new_tokens=max_new_tokens, work=work, hardware=hardware),
         )
         result = calibrate(bundle, settings)
-        if json_file is not None:
-            write_json(result, json_file)
-    shown = {name: f"{part['threshold']:.4g}" for name, part in result["routers"].items()}
-    report({"thresholds": shown, "tokens_per_second": result["tokens_per_second"]}, as_json=False)
+        if out is not None:
+            write_json(result, out)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for name, part in result["routers"].items():
+        typer.echo(f"threshold of {name}: {part['threshold']:.4g}")
+    for name, value in result["tokens_per_second"].items():
+        typer.echo(f"tokens per second of {name}: {value:.4g}")
+
+
+def register(app: typer.Typer) -> None:
+    app.command("calibrate")(calibrate_command)
+    app.command("evaluate")(evaluate_command)

@@ -1,24 +1,29 @@
-"""`whiflash train …`. Every step is resumable and writes its provenance."""
+"""`whiflash train …`. Every step is resumable and writes its provenance.
 
-import json
+A configuration is read before torch is imported: what is wrong with it is said at once.
+"""
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.train.config import TrainConfig, load_config
+from whiflash_sglang.cli import prompts
+from whiflash_sglang.cli.options import JsonFlag, report
+from whiflash_sglang.errors import ConfigError, WhiflashError
+
+if TYPE_CHECKING:
+    from whiflash_sglang.train.config import TrainConfig
 
 train_app = typer.Typer(
     help="Train a pair of drafters and a router for a target: data (or export and features), eagle3, dflash, "
     "router, bundle.",
     no_args_is_help=True,
 )
+prompts.register(train_app)
 
 ConfigOption = Annotated[
     Path,
@@ -26,13 +31,18 @@ ConfigOption = Annotated[
         "--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct, tiny)."
     ),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-_SHIPPED = Path(__file__).parent / "configs"
 
 
-def resolve_config(path: Path) -> TrainConfig:
+def register(app: typer.Typer) -> None:
+    app.add_typer(train_app, name="train")
+
+
+def resolve_config(path: Path) -> "TrainConfig":
     """A file, or the name of a configuration shipped with the package."""
-    shipped = _SHIPPED / f"{path}.yaml"
+    from whiflash_sglang import train
+    from whiflash_sglang.train.config import load_config
+
+    shipped = Path(train.__path__[0]) / "configs" / f"{path}.yaml"
     return load_config(shipped if not path.exists() and shipped.exists() else path)
 
 
@@ -40,13 +50,13 @@ def resolve_config(path: Path) -> TrainConfig:
 def data_command(
     config: ConfigOption,
     shard: Annotated[str | None, typer.Option(help="This process's share, e.g. 0/2.")] = None,
-    json_output: JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Answer the prompts with the target and keep tokens and features.
 
     Example: whiflash train data --config smollm2-135m-instruct --shard 0/2
     """
-    from whiflash_sglang.train.data import generate_data
+    from dataclasses import asdict
 
     with readable_errors():
         settings = resolve_config(config)
@@ -54,8 +64,10 @@ def data_command(
             settings = settings.model_copy(
                 update={"data": settings.data.model_copy(update={"shard": _parse_shard(shard)})}
             )
+        from whiflash_sglang.train.data import generate_data
+
         summary = asdict(generate_data(settings))
-    report(summary, json_output)
+    report(summary, as_json)
 
 
 @train_app.command("features")
@@ -64,18 +76,23 @@ def features_command(
     tokens: Annotated[
         Path, typer.Argument(help="A .npz of token ids, as `whiflash train export` writes it.")
     ],
-    json_output: JsonFlag = False,
+    only: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Take the answers to these prompts alone (JSON lines), by their ids."),
+    ] = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Recompute the features of answers that were generated before, instead of generating anew.
 
     Example: whiflash train features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
     """
-    from whiflash_sglang.train.data import load_target
-    from whiflash_sglang.train.store import FeatureStore
-    from whiflash_sglang.train.tokens import rebuild_features
-
     with readable_errors():
         settings = resolve_config(config)
+        from whiflash_sglang.train.data import load_target
+        from whiflash_sglang.train.prompts import read_rows
+        from whiflash_sglang.train.store import FeatureStore
+        from whiflash_sglang.train.tokens import rebuild_features
+
         target = load_target(
             settings.target, settings.chat_template, settings.capture, settings.hardware
         ).model
@@ -86,44 +103,46 @@ def features_command(
             layers=settings.capture,
         )
         store.truncate_to_index()
-        done = rebuild_features(tokens, target, store, settings.capture)
-    report({"recomputed": done, "sequences": len(store.records)}, json_output)
+        wanted = None if only is None else {row["id"] for row in read_rows(only)}
+        done = rebuild_features(tokens, target, store, settings.capture, wanted)
+    report({"recomputed": done, "sequences": len(store.records)}, as_json)
 
 
 @train_app.command("export")
 def export_command(
     config: ConfigOption,
     out: Annotated[Path, typer.Argument(help="The .npz to write.")],
-    json_output: JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Write the token ids of all generated answers to one small file.
 
     Example: whiflash train export tokens.npz --config smollm2-135m-instruct
     """
-    from whiflash_sglang.train.runner import open_stores
-    from whiflash_sglang.train.tokens import export_tokens
-
     with readable_errors():
-        stores = open_stores(resolve_config(config))
+        settings = resolve_config(config)
+        from whiflash_sglang.train.runner import open_stores
+        from whiflash_sglang.train.tokens import export_tokens
+
+        stores = open_stores(settings)
         if not stores:
-            raise ValueError("there is no data yet: run `whiflash train data` first")
+            raise ConfigError("there is no data yet: run `whiflash train data` first")
         count = export_tokens(stores, out)
-    report({"tokens": count, "file": str(out)}, json_output)
+    report({"tokens": count, "file": str(out)}, as_json)
 
 
 StartFrom = Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")]
 
 
 def _drafter_command(name: str) -> Callable[[Path, Path | None, bool], None]:
-    def command(config: ConfigOption, start_from: StartFrom = None, json_output: JsonFlag = False) -> None:
-        from whiflash_sglang.train.data import target_path
-        from whiflash_sglang.train.runner import train_dflash, train_eagle3
-
-        train = {"eagle3": train_eagle3, "dflash": train_dflash}[name]
+    def command(config: ConfigOption, start_from: StartFrom = None, as_json: JsonFlag = False) -> None:
         with readable_errors():
             settings = resolve_config(config)
+            from whiflash_sglang.train.data import target_path
+            from whiflash_sglang.train.runner import train_dflash, train_eagle3
+
+            train = {"eagle3": train_eagle3, "dflash": train_dflash}[name]
             out = train(settings, target_path(settings.target), start_from)
-        report({"checkpoint": str(out)}, json_output)
+        report({"checkpoint": str(out)}, as_json)
 
     return command
 
@@ -144,19 +163,19 @@ def router_command(
         typer.Option(help="Use this bundle's drafters, and put the router into it; else those just trained."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answers to replay; else router.answers.")] = None,
-    json_output: JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Replay both drafters over the stored answers and train the router; killed runs go on where they stopped.
 
     Example: whiflash train router --config smollm2-135m-instruct --bundle my-bundle
     """
-    from whiflash_sglang.train.bundle import install_router
-    from whiflash_sglang.train.data import target_path
-    from whiflash_sglang.train.replay import Parts
-    from whiflash_sglang.train.router_run import train_router
-
     with readable_errors():
         settings = resolve_config(config)
+        from whiflash_sglang.train.bundle import install_router
+        from whiflash_sglang.train.data import target_path
+        from whiflash_sglang.train.replay import Parts
+        from whiflash_sglang.train.router_run import train_router
+
         if limit is not None:
             router = settings.router.model_copy(update={"answers": limit})
             settings = settings.model_copy(update={"router": router})
@@ -168,7 +187,7 @@ def router_command(
         done = train_router(settings, target_path(settings.target), drafters)
         if bundle is not None:
             install_router(bundle, done.directory)
-    report({"router": str(done.directory), **done.report}, json_output)
+    report({"router": str(done.directory), **done.report}, as_json)
 
 
 @train_app.command("bundle")
@@ -178,48 +197,39 @@ def bundle_command(
         Path, typer.Argument(help="Directory of the bundle; an existing one keeps its thresholds.")
     ],
     name: Annotated[str | None, typer.Option(help="Its name; else the directory's.")] = None,
-    json_output: JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Put the trained drafters, and the router where there is one, together with a manifest.
 
     Example: whiflash train bundle my-bundle --config smollm2-135m-instruct
     """
-    from whiflash_sglang.train.bundle import assemble
-
     with readable_errors():
         settings = resolve_config(config)
+        from whiflash_sglang.train.bundle import assemble
+
         assemble(settings, out, name or out.resolve().name)
-    report({"bundle": str(out)}, json_output)
+    report({"bundle": str(out)}, as_json)
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn errors that a person can act on into one line and exit code 1; what runs meanwhile shows its progress on
-    stderr, so that stdout holds the result alone.
+    """Make errors that a person can act on those of this package; what runs meanwhile shows its progress on stderr, so
+    that stdout holds the result alone.
     """
     try:
         with redirect_stdout(sys.stderr):
             yield
-    except (WhiflashError, OSError, ValueError) as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
-        raise typer.Exit(1) from error
+    except WhiflashError:
+        raise
+    except ValueError as error:  # prompts, data or a checkpoint that cannot be used
+        raise WhiflashError(str(error)) from error
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
     try:
         index, count = (int(part) for part in text.split("/"))
     except ValueError:
-        raise ValueError(f"--shard {text!r} is not of the form index/count, e.g. 0/2") from None
+        raise ConfigError(f"--shard {text!r} is not of the form index/count, e.g. 0/2") from None
     if not 0 <= index < count:
-        raise ValueError(f"--shard {text}: the index must be from 0 to {count - 1}")
+        raise ConfigError(f"--shard {text}: the index must be from 0 to {count - 1}")
     return index, count
-
-
-def report(result: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    for key, value in result.items():
-        typer.echo(f"{key}: {value}")

@@ -1,0 +1,161 @@
+"""draft_attention against a float64 oracle, whatever a pool holds where nobody looks."""
+
+from dataclasses import dataclass
+
+import kernel_oracles as oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_tolerances import assert_close
+from whiflash_kernels import draft_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random requests over one pool; slots that no request owns hold NaN."""
+
+    seq_lens: tuple[int, ...]
+    extra: int
+    width: int
+    causal: bool
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    window: int | None = None
+    dtype: torch.dtype = torch.float32
+    context: int = 200
+
+    def check(self, backend: str) -> None:
+        generator = torch.Generator().manual_seed(sum(self.seq_lens) + self.width)
+        requests, rows = len(self.seq_lens), len(self.seq_lens) + 1
+        table = torch.randperm(rows * self.context, generator=generator).view(rows, self.context).int()
+        request_slots = torch.randperm(rows, generator=generator)[:requests]
+        k, v = (torch.full((rows * self.context, self.kv_heads, self.dim), float("nan")) for _ in range(2))
+        ends = [length + self.extra for length in self.seq_lens]
+        for slot, end in zip(request_slots.tolist(), ends, strict=True):
+            for pool in (k, v):
+                own = table[slot, : max(end, 0)].long()
+                pool[own] = torch.randn(len(own), self.kv_heads, self.dim, generator=generator)
+        q = torch.randn(requests * self.width, self.heads, self.dim, generator=generator)
+        q, k, v = (tensor.to(self.dtype).to(DEVICE) for tensor in (q, k, v))
+        scale = self.dim**-0.5
+        expected = oracles.draft_attention(
+            q, k, v, table, request_slots.tolist(), ends, self.width, self.causal, scale, self.window
+        )
+        with running(backend), guarded_outputs():
+            out = draft_attention(
+                q,
+                k,
+                v,
+                table.to(DEVICE),
+                request_slots.to(DEVICE),
+                torch.tensor(self.seq_lens, dtype=torch.int32, device=DEVICE),
+                extra=self.extra,
+                width=self.width,
+                causal=self.causal,
+                scale=scale,
+                window=self.window,
+            )
+        assert out.dtype == self.dtype
+        assert_close(out, expected, "attention", self.dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_random_requests(backend: str, dtype: torch.dtype, causal: bool, width: int) -> None:
+    Batch((5, 131, 64, 1), extra=width, width=width, causal=causal, dtype=dtype).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (1, 1, 8), (8, 1, 40), (6, 6, 16)])
+def test_shapes_of_heads(backend: str, heads: int, kv_heads: int, dim: int) -> None:
+    Batch((70, 9), extra=4, width=4, causal=False, heads=heads, kv_heads=kv_heads, dim=dim).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_several_tiles(backend: str) -> None:
+    Batch((77, 3), extra=17, width=17, causal=True, heads=8, kv_heads=1).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 63, 64, 500])
+def test_windows(backend: str, causal: bool, window: int) -> None:
+    Batch((150, 2), extra=5, width=5, causal=causal, window=window).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_padding_request_is_zero(backend: str, causal: bool) -> None:
+    Batch((12, -4, 0), extra=4, width=4, causal=causal).check(backend)
+    Batch((-4, -9), extra=4, width=4, causal=causal).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_of_a_chain_share_their_lengths(backend: str) -> None:
+    for step in range(3):
+        Batch((40, 7), extra=1 + step, width=1, causal=True).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_requests(backend: str) -> None:
+    empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    pool = torch.zeros(4, 1, 8, device=DEVICE)
+    table = torch.zeros(1, 4, dtype=torch.int32, device=DEVICE)
+    q = torch.zeros(0, 2, 8, device=DEVICE)
+    with running(backend):
+        out = draft_attention(q, pool, pool, table, empty, empty, extra=1, width=1, causal=True, scale=1.0)
+    assert out.shape == (0, 2, 8)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("splits", [1, 2, 8, 32])
+def test_splits_do_not_show(backend: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from whiflash_kernels.triton_kernels import attention
+
+    monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
+    Batch((1, 64, 190), extra=3, width=3, causal=True).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(
+    seq_lens=st.lists(st.integers(-9, 120), min_size=1, max_size=4),
+    width=st.integers(1, 9),
+    ahead=st.integers(0, 6),
+    causal=st.booleans(),
+    window=st.none() | st.integers(0, 140),
+)
+def test_any_batch(
+    backend: str, seq_lens: list[int], width: int, ahead: int, causal: bool, window: int | None
+) -> None:
+    Batch(tuple(seq_lens), width + ahead, width, causal, window=window).check(backend)
+
+
+def test_rejects_what_does_not_fit() -> None:
+    q, pool = torch.zeros(4, 4, 8), torch.zeros(9, 2, 8)
+    table, one = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+
+    def attend(q=q, k=pool, v=pool, lens=one, width=2):
+        return draft_attention(q, k, v, table, one, lens, extra=2, width=width, causal=True, scale=1.0)
+
+    attend()
+    with pytest.raises(ValueError, match="width must be"):
+        attend(width=0)
+    with pytest.raises(ValueError, match="q must be"):
+        attend(q=q[:3])
+    with pytest.raises(ValueError, match="q must be"):
+        attend(lens=one[:1])
+    with pytest.raises(ValueError, match="k and v must both"):
+        attend(v=pool[:, :1])
+    with pytest.raises(ValueError, match="k and v must both"):
+        attend(k=torch.zeros(9, 3, 8), v=torch.zeros(9, 3, 8))
+    with pytest.raises(ValueError, match="contiguous"):
+        attend(q=torch.zeros(4, 8, 4).transpose(1, 2))

@@ -1,0 +1,128 @@
+"""propose_copies against a loop over every place of a text."""
+
+import kernel_oracles as oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from whiflash_kernels import propose_copies
+
+BOUNDARIES = (1, 2, 3, 4, 6, 9, 14, 22)
+
+
+def check(
+    backend: str,
+    texts: list[list[int]],
+    *,
+    sources: list[int] | None = None,
+    limits: list[int] | None = None,
+    width: int = 9,
+    worth: float = 0.1,
+    min_match: int = 1,
+    keep_first: bool = True,
+    context: int = 3000,
+) -> None:
+    generator = torch.Generator().manual_seed(len(texts))
+    requests = len(texts)
+    table = torch.randint(
+        0, 4, (requests + 1, context), generator=generator
+    )  # beyond a text: what others left
+    slots = torch.randperm(requests + 1, generator=generator)[:requests]
+    for slot, text in zip(slots.tolist(), texts, strict=True):
+        table[slot, : len(text)] = torch.tensor(text, dtype=torch.int64)
+    sources = sources or [0] * requests
+    limits = limits or [width] * requests
+    chances = torch.rand(requests, len(BOUNDARIES), 4, generator=generator) * 0.5 + 0.5
+    alive, factors = (torch.rand(requests, generator=generator) * 0.5 + 0.5 for _ in range(2))
+    on_device = [
+        tensor.to(DEVICE)
+        for tensor in (
+            table,
+            slots,
+            torch.tensor([len(text) for text in texts]),
+            torch.tensor(sources),
+            torch.tensor(limits),
+            alive,
+            factors,
+            chances,
+            torch.tensor(BOUNDARIES, dtype=torch.int32),
+        )
+    ]
+    options = {"width": width, "worth": worth, "min_match": min_match, "keep_first": keep_first}
+    with running(backend), guarded_outputs():
+        copies = propose_copies(*on_device, **options)
+    for b, text in enumerate(texts):
+        judged = (alive[b].item(), factors[b].item(), chances[b].tolist(), BOUNDARIES)
+        tokens, lives, place, length = oracles.propose_copy(
+            text, sources[b], limits[b], *judged, width, worth, min_match, keep_first
+        )
+        found = copies.widths[b].item()
+        assert copies.tokens[b].tolist() == tokens + [0] * (width - found)
+        assert copies.alive[b].tolist() == pytest.approx(lives + [0.0] * (width - found), abs=1e-5)
+        assert (copies.sources[b].item(), copies.matched[b].item()) == (place, length)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_text_that_repeats(backend: str) -> None:
+    check(backend, [[5, 6, 7, 8, 9, 5, 6, 7], [1, 2, 3], [4], [], [3] * 40, [1, 2] * 30])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_places_disagree(backend: str) -> None:
+    check(backend, [[1, 2, 9, 1, 2, 9, 8, 1, 2, 7, 1, 2], [8, 1, 2, 5, 3, 1, 2, 6, 8, 1, 2]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [1023, 1024, 1025, 1026, 2500])
+def test_far_back(backend: str, length: int) -> None:
+    """The only place lies in another tile than the text's end, or across the border of two."""
+    noise = list(range(10, 10 + length))
+    check(backend, [[1, 2, 3, *noise, 1, 2], [3, 1, *noise, 3], [*noise[:5], *noise]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_places_than_are_kept(backend: str) -> None:
+    often = [token for i in range(200) for token in (1, 2, 10 + i % 7)]
+    check(backend, [[*often, 1, 2], [*often, 1], [*often * 4, 1, 2]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_goes_on_where_it_was(backend: str) -> None:
+    text = [1, 2, 3, 4, 9, *[1, 2, 8] * 10, 1, 2]
+    check(backend, [text] * 4, sources=[2, 5, 0, 10_000])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep_first", [True, False])
+def test_limits_and_worth(backend: str, keep_first: bool) -> None:
+    text = [5, 6, 7, 8, 9, 5, 6, 7]
+    for worth in (0.0, 0.3, 0.9, 1.1):
+        check(backend, [text] * 3, limits=[0, 1, 4], worth=worth, keep_first=keep_first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shortest_match(backend: str) -> None:
+    for shortest in (1, 2, 3, 40):
+        check(backend, [[1, 5, 2, 1], [3, 1, 5, 2, 3, 1], [4, 3, 1, 5, 4, 3, 1]], min_match=shortest)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_requests(backend: str) -> None:
+    check(backend, [])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.lists(st.integers(0, 3), max_size=60), min_size=1, max_size=3),
+    source=st.integers(-2, 61),
+    width=st.integers(1, 12),
+)
+def test_any_text(backend: str, texts: list[list[int]], source: int, width: int) -> None:
+    check(backend, texts, sources=[source] * len(texts), width=width)
+
+
+def test_rejects_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="width must be"):
+        check("torch", [[1, 2, 1]], width=0)

@@ -1,0 +1,84 @@
+"""Attention of a drafter's few query rows over its paged KV, with lengths that only the device knows."""
+
+from torch import Tensor
+
+from whiflash_kernels.dispatch import backend_for
+
+
+def draft_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    req_to_token: Tensor,
+    request_slots: Tensor,
+    seq_lens: Tensor,
+    *,
+    extra: int,
+    width: int,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attend from ``width`` rows of each request to its paged entries, those of the rows themselves included.
+
+    Request b has e = seq_lens[b] + extra entries, the last ``width`` of them its own rows'; its row i stands at
+    p = e - width + i. With G = Hq // Hkv:
+
+        out[b * width + i, h] = sum_j softmax_j(scale * q[b * width + i, h] . K[s(j), h // G]) V[s(j), h // G]
+
+    over the entries j that the row sees, s(j) = req_to_token[request_slots[b], j]: 0 <= j <= p with ``causal`` (a
+    chain step, EAGLE-3), else 0 <= j < e (a block, DFlash); with ``window`` only j >= p - window of these.
+
+    Args:
+        q: [B * width, Hq, D] float, request after request; last dimension contiguous.
+        k, v: [S, Hkv, D], q's dtype; last dimension contiguous. The rows' own K and V are already there.
+        req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
+        request_slots: [B] int64 or int32.
+        seq_lens: [B] int64 or int32. A request with e <= 0 is padding.
+        extra: entries beyond ``seq_lens``: ``width`` where the rows follow the context, one more for every step
+            of a chain, so that all steps share ``seq_lens``.
+        width: rows of every request, at least 1.
+        window: entries before its own that a row sees; None: all.
+
+    Returns:
+        [B * width, Hq, D] in q's dtype, contiguous, new. A row that sees nothing is 0.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or ``width`` below 1.
+
+    Grid: (B * Hkv, row tiles, splits), the splits of a request's entries merged by a second launch; both
+    graph-capturable: splits depend on the batch's shape and the context's bound alone.
+    Numerics: scores, softmax and sums in float32; for 16-bit inputs the weights are rounded to them before the
+    second product, as flash attention does.
+    Fallback: torch gathers K and V and runs its scaled-dot-product attention; on a GPU it reads the longest length
+    back to the host.
+    Compared: SGLang's Triton decode attention takes one row a request, its extend attention host-planned index
+    lists; FlashInfer's paged prefill plans on the host.
+    Source: flash attention's online softmax, arXiv 2205.14135; splits, arXiv 2311.01282.
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    requests = request_slots.shape[0]
+    if q.ndim != 3 or q.shape[0] != requests * width or seq_lens.shape != (requests,):
+        raise ValueError(
+            f"q must be [{requests} * {width}, Hq, D] and seq_lens [{requests}], "
+            f"got {tuple(q.shape)} and {tuple(seq_lens.shape)}"
+        )
+    if k.ndim != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k and v must both be [S, Hkv, {q.shape[2]}] with Hkv dividing {q.shape[1]}, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if any(tensor.stride(-1) != 1 for tensor in (q, k, v, req_to_token)):
+        raise ValueError("the last dimensions of q, k, v and req_to_token must be contiguous")
+    if backend_for(q) == "triton":
+        from whiflash_kernels.triton_kernels import attention as kernels
+
+        return kernels.draft_attention(
+            q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window
+        )
+    from whiflash_kernels.reference import attention as reference
+
+    return reference.draft_attention(
+        q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window
+    )

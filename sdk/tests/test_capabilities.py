@@ -1,0 +1,385 @@
+"""Whether a server routes: how long an answer holds, whose it is, what a probe costs, how it is overridden."""
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from fake_server import Clock, FakeServer
+from openai import AsyncOpenAI, OpenAI
+
+import whiflash_sdk
+from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, UnsupportedServerWarning, wrap
+
+ROUTE = "/whiflash/capabilities"
+ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
+TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {}}}}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsupportedServerWarning)
+        yield
+
+
+def ask(client: OpenAI) -> None:
+    client.chat.completions.create(**ASKED)
+
+
+def routed(server: FakeServer) -> list[bool]:
+    """Which of the completion requests carried hints."""
+    return ["whiflash" in body.get("custom_params", {}) for body in server.bodies]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 401, 403, 405])
+def test_a_failure_is_asked_again(client: OpenAI, server: FakeServer, clock: Clock, status: int) -> None:
+    server.capabilities_status = status
+    ask(wrap(client))
+    server.capabilities_status = 200
+    clock.seconds += 1.5
+    ask(client)
+    assert routed(server) == [False, True]
+
+
+@pytest.mark.parametrize("document", [b"", b"<p>soon</p>", b'{"ok":'])
+def test_a_document_that_is_no_document_is_asked_again(
+    client: OpenAI, server: FakeServer, clock: Clock, document: bytes
+) -> None:
+    server.capabilities, known = document, server.capabilities
+    ask(wrap(client))
+    server.capabilities = known
+    clock.seconds += 1.5
+    ask(client)
+    assert routed(server) == [False, True]
+
+
+def test_a_dead_gateway_is_not_asked_with_every_request(
+    client: OpenAI, server: FakeServer, clock: Clock
+) -> None:
+    server.capabilities_status = 503
+    wrap(client)
+    for _ in range(1200):  # ten minutes, a request every half second
+        whiflash_sdk.capabilities(client)
+        clock.seconds += 0.5
+    assert 6 + 8 <= server.paths.count(ROUTE) <= 6 + 10  # 1, 2, 4, 8, 16, 32 seconds, then every minute
+
+
+def test_a_404_holds_for_its_time_and_no_longer(client: OpenAI, server: FakeServer, clock: Clock) -> None:
+    server.capabilities_status = 404
+    ask(wrap(client))
+    server.capabilities_status = 200  # upgraded
+    clock.seconds = 299
+    ask(client)
+    assert server.paths.count(ROUTE) == 1
+    clock.seconds = 301
+    ask(client)
+    assert routed(server) == [False, False, True]
+
+
+def test_a_yes_expires_too(client: OpenAI, server: FakeServer, clock: Clock) -> None:
+    ask(wrap(client))
+    server.capabilities_status = 404  # replaced by a plain server
+    clock.seconds = 301
+    ask(client)
+    assert routed(server) == [True, False]
+
+
+def test_a_failure_does_not_undo_a_yes(client: OpenAI, server: FakeServer, clock: Clock) -> None:
+    ask(wrap(client))
+    server.capabilities_status = 503
+    clock.seconds = 301
+    ask(client)
+    assert routed(server) == [True, True]
+    assert server.paths.count(ROUTE) == 2
+
+
+def test_one_clients_401_is_not_anothers(server: FakeServer, clock: Clock) -> None:
+    server.capabilities_key = "right"
+    for key in ("wrong", "right"):
+        with OpenAI(base_url=server.base_url, api_key=key) as client:
+            ask(wrap(client))
+    assert routed(server) == [False, True]
+
+
+def test_headers_that_authenticate_count_and_cookies_do_not(server: FakeServer) -> None:
+    with OpenAI(base_url=server.base_url, api_key="k") as client:
+        wrap(client)
+        for name in ("a", "a", "b"):
+            ask(client.with_options(default_headers={"X-Api-Key": name}))
+        client._client.cookies.set("sticky", "1")
+        ask(client.with_options(default_headers={"X-Api-Key": "b"}))
+    assert server.paths.count(ROUTE) == 2
+
+
+def test_keys_that_are_made_anew_for_every_request_are_one_clients(server: FakeServer) -> None:
+    keys = iter(f"k{number}" for number in range(100))
+    with OpenAI(base_url=server.base_url, api_key=lambda: next(keys)) as client:
+        wrap(client)
+        for _ in range(3):
+            ask(client)
+    assert routed(server) == [True] * 3
+    assert server.paths.count(ROUTE) == 1
+
+
+def test_a_silent_server_takes_the_clients_time(client: OpenAI, server: FakeServer) -> None:
+    server.silent.set()
+    assert whiflash_sdk.capabilities(client.with_options(timeout=0.05)) is None
+
+
+def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(client: OpenAI) -> None:
+    told: list[dict[str, float]] = []
+
+    def hook(request: Any) -> None:
+        if request.url.path == ROUTE:
+            told.append(request.extensions["timeout"])
+
+    client._client.event_hooks["request"] = [hook]
+    wrap(client)
+    limits = [50.0, openai.Timeout(None, connect=40.0), 600.0, None]
+    for number, timeout in enumerate(limits):
+        ask(client.with_options(default_headers={"X": f"client {number}"}, timeout=timeout))
+    client.chat.completions.create(**ASKED, timeout=30.0)
+    phases = ("connect", "read", "write", "pool")
+    whole = dict.fromkeys(phases, 60.0)
+    assert told == [
+        dict.fromkeys(phases, 50.0),
+        {**whole, "connect": 40.0},
+        whole,
+        whole,
+        dict.fromkeys(phases, 30.0),
+    ]
+
+
+def test_an_async_probe_keeps_to_it_too(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    server.silent.set()
+
+    async def main() -> None:
+        mine = wrap(async_client).with_options(timeout=0.2)
+        await asyncio.gather(*(whiflash_sdk.async_capabilities(mine) for _ in range(3)))
+        await async_client.close()
+
+    asyncio.run(main())
+    assert server.paths.count(ROUTE) == 1
+
+
+def test_who_waits_for_anothers_probe_waits_as_long_as_it_would_itself(
+    client: OpenAI, server: FakeServer
+) -> None:
+    server.silent.set()
+    wrap(client)
+    asking = threading.Thread(target=whiflash_sdk.capabilities, args=(client,))
+    asking.start()
+    while ROUTE not in server.paths:
+        asking.join(0.01)
+    assert whiflash_sdk.capabilities(client.with_options(timeout=0.01)) is None
+    assert server.paths.count(ROUTE) == 1
+    server.silent.clear()
+    asking.join()
+    assert whiflash_sdk.capabilities(client) is not None
+
+
+def test_nobody_waits_for_a_known_answer_to_be_renewed(
+    client: OpenAI, server: FakeServer, clock: Clock
+) -> None:
+    assert whiflash_sdk.capabilities(client) is not None
+    clock.seconds = 301
+    server.silent.set()
+    asking = threading.Thread(target=whiflash_sdk.capabilities, args=(client,))
+    asking.start()
+    while server.paths.count(ROUTE) < 2:
+        asking.join(0.01)
+    ask(wrap(client))  # would stand still until `silent` ends
+    assert routed(server) == [True]
+    assert asking.is_alive()
+    server.silent.clear()
+    asking.join()
+
+
+def test_event_loops_that_come_and_go(server: FakeServer, clock: Clock) -> None:
+    server.capabilities_status = 503
+
+    async def main() -> None:
+        async with AsyncOpenAI(base_url=server.base_url, api_key="key") as client:
+            wrap(client)
+            await asyncio.gather(*(client.chat.completions.create(**ASKED) for _ in range(2)))
+
+    asyncio.run(main())
+    server.capabilities_status = 200
+    clock.seconds = 2
+    asyncio.run(main())
+    assert routed(server) == [False, False, True, True]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_does_not_wait_for_its_parents_probe(client: OpenAI, server: FakeServer) -> None:
+    server.silent.set()
+    asking = threading.Thread(target=whiflash_sdk.capabilities, args=(client,))
+    asking.start()
+    while ROUTE not in server.paths:
+        asking.join(0.01)
+    context = multiprocessing.get_context("fork")
+    there, here = context.Pipe()
+
+    def child() -> None:
+        with OpenAI(base_url=server.base_url, api_key="key") as own:
+            there.send(whiflash_sdk.capabilities(own))
+
+    process = context.Process(target=child)
+    process.start()
+    while server.paths.count(ROUTE) < 2 and process.is_alive():
+        process.join(0.01)
+    server.silent.clear()
+    assert here.recv() is not None
+    process.join()
+    asking.join()
+
+
+def test_an_answer_can_be_given_beforehand(client: OpenAI, server: FakeServer) -> None:
+    server.capabilities_status = 404
+    known = Capabilities(version=1, tool_call_parser="hermes")
+    wrap(client, capabilities=known).with_options(timeout=9).chat.completions.create(**ASKED, tools=[TOOL])
+    assert server.hints()["spans"][0]["begin"] == "<tool_call>"
+    wrap(client, capabilities=True, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
+    assert server.hints() == {"trace": True}  # spans are left to the server, which knows its parsers
+    wrap(client, capabilities=False, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
+    assert routed(server) == [True, True, False]
+    assert ROUTE not in server.paths
+
+
+def test_switched_off_nothing_of_ours_goes_out(client: OpenAI, server: FakeServer) -> None:
+    extra = Hints(off=True).extra_body({"custom_params": {"a": 1}, "top_k": 3})
+    wrap(client, capabilities=False).chat.completions.create(**ASKED, extra_body=extra)
+    assert server.bodies == [{**ASKED, "custom_params": {"a": 1}, "top_k": 3}]
+
+
+class OthersTimeout:
+    """As of another version of the transport."""
+
+    def as_dict(self) -> dict[str, float | None]:
+        return {"connect": 30.0, "read": None, "write": None, "pool": None}
+
+
+@pytest.mark.parametrize("timeout", [(30.0, 60.0, 60.0, 60.0), OthersTimeout()])
+def test_every_way_to_write_a_timeout_is_read(client: OpenAI, timeout: Any) -> None:
+    client.timeout = timeout
+    assert whiflash_sdk.capabilities(client) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("ASSUME", "1", {"trace": True}),
+        ("DISABLE", "1", None),
+        ("DISABLE", "off", {"trace": True}),
+        ("TRACE", "0", {}),
+    ],
+)
+def test_the_environment_sets_what_the_code_does_not(
+    client: OpenAI, server: FakeServer, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: Any
+) -> None:
+    monkeypatch.setenv(f"WHIFLASH_SDK_{name}", value)
+    ask(wrap(client, hints=whiflash_sdk.Hints(infer=False)))
+    assert routed(server) == [expected is not None]
+    if expected is not None:
+        assert server.hints() == {"infer": False, **expected}
+    assert (ROUTE in server.paths) == (name == "TRACE" or value == "off")
+    ask(wrap(client, trace=True, capabilities=Capabilities(version=1)))
+    assert routed(server)[1] == (expected is not None)  # DISABLE is the operator's: above the code
+    assert expected is None or server.hints(1)["trace"]
+
+
+def test_a_variable_that_says_nothing_is_named(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHIFLASH_SDK_ASSUME", "maybe")
+    with pytest.raises(ValueError, match=r"WHIFLASH_SDK_ASSUME.*maybe"):
+        wrap(client)
+
+
+def test_what_is_wrong_is_said_once_a_server_and_reason(
+    client: OpenAI, server: FakeServer, clock: Clock
+) -> None:
+    wrap(client)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for status in (503, 503, 404, 404):
+            server.capabilities_status = status
+            ask(client)
+            clock.seconds += 1000
+    assert [str(one.message).split("; ")[0].split(" answered ")[1] for one in said] == ["503", "404"]
+
+
+def test_strict_says_why(client: OpenAI, server: FakeServer, clock: Clock) -> None:
+    server.capabilities_status = 503
+    with pytest.raises(UnsupportedServerError, match=r"answered 503.*asked again in 1"):
+        ask(wrap(client, strict=True))
+    with (
+        OpenAI(base_url="http://127.0.0.1:9/v1", api_key="key", max_retries=0) as down,
+        pytest.raises(UnsupportedServerError, match="could not be reached"),
+    ):
+        ask(wrap(down, strict=True))
+
+
+def test_a_probe_that_breaks_in_the_users_own_code_breaks_nothing(
+    client: OpenAI, server: FakeServer, clock: Clock
+) -> None:
+    def hook(request: Any) -> None:
+        if request.url.path == ROUTE:
+            raise KeyError("a hook of the user's")
+
+    client._client.event_hooks["request"] = [hook]
+    ask(wrap(client))
+    assert routed(server) == [False]
+
+
+def test_the_log_tells_of_probes_and_of_no_secret(
+    server: FakeServer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert any(isinstance(h, logging.NullHandler) for h in logging.getLogger("whiflash_sdk").handlers)
+    url = server.base_url.replace("http://", "http://user:hunter2@")
+    server.capabilities_key = "sk-other"
+    with caplog.at_level(logging.DEBUG, "whiflash_sdk"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with OpenAI(base_url=url, api_key="sk-secret", default_headers={"X-Key": "hush"}) as client:
+            ask(wrap(client))
+            with pytest.raises(UnsupportedServerError) as raised:
+                ask(wrap(client, strict=True))
+        server.capabilities_key = ""
+        with OpenAI(base_url=server.base_url, api_key="sk-secret") as client:
+            ask(wrap(client))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("whiflash_sdk")]
+    assert "answered 401" in lines[0]
+    assert "routes" in lines[-1]
+    everything = " ".join([*lines, str(raised.value), *(str(one.message) for one in said)])
+    for secret in ("sk-secret", "hunter2", "hush"):
+        assert secret not in everything
+        assert secret not in repr(vars(sys.modules["whiflash_sdk.capabilities"]))
+
+
+def test_what_is_known_stays_bounded(server: FakeServer) -> None:
+    known: dict[Any, Any] = vars(sys.modules["whiflash_sdk.capabilities"])["_servers"]
+    with OpenAI(base_url=server.base_url, api_key="key") as client:
+        for number in range(300):
+            whiflash_sdk.capabilities(client.with_options(api_key=f"k{number}"))
+    assert len(known) <= 256
+
+
+def test_clients_can_still_be_what_they_could_not_before_either() -> None:
+    """Plain clients cannot be pickled; a wrapped one says the same thing."""
+    with OpenAI(base_url="http://127.0.0.1:9/v1", api_key="key") as client:
+        with pytest.raises(Exception) as plain:  # noqa: PT011
+            pickle.dumps(client)
+        with pytest.raises(type(plain.value)):
+            pickle.dumps(wrap(client))
+
+
+def test_the_base_error_is_ours(client: OpenAI) -> None:
+    assert issubclass(UnsupportedServerError, whiflash_sdk.WhiFlashError)
+    assert not issubclass(UnsupportedServerError, openai.OpenAIError)

@@ -1,0 +1,163 @@
+"""Streams of a wrapped client: its own, with nothing among their items that others do not send."""
+
+import asyncio
+import gc
+import threading
+from typing import Any
+
+import pytest
+from fake_server import FULL, TRACE, FakeServer
+from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
+
+from whiflash_sdk import Trace, routing, wrap
+
+ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
+PROMPT: Any = {"model": "m", "prompt": "x"}
+EXPECTED = Trace.model_validate(TRACE)
+
+
+def read(stream: Any) -> str:
+    """As loops are written everywhere: every item has a first choice."""
+    return "".join(text_of(chunk) for chunk in stream)
+
+
+def text_of(chunk: Any) -> str:
+    choice = chunk.choices[0]
+    return str(choice.text if hasattr(choice, "text") else choice.delta.content or "")
+
+
+def test_every_item_has_a_choice_and_the_trace_is_kept(client: OpenAI, server: FakeServer) -> None:
+    wrap(client)
+    for ask, body in ((client.chat.completions.create, ASKED), (client.completions.create, PROMPT)):
+        stream = ask(**body, stream=True)
+        assert isinstance(stream, Stream)
+        assert routing(stream) is None
+        assert read(stream).strip() == server.content
+        assert routing(stream) == EXPECTED
+        assert stream.response.is_closed
+
+
+def test_a_full_trace_knows_the_text_of_its_stream(client: OpenAI, server: FakeServer) -> None:
+    server.trace = FULL
+    stream = wrap(client, trace="full").chat.completions.create(**ASKED, stream=True)
+    text = read(stream)
+    trace = routing(stream)
+    assert trace is not None
+    assert trace.text == text
+
+
+def test_it_is_left_as_the_clients_own(client: OpenAI) -> None:
+    with wrap(client).chat.completions.create(**ASKED, stream=True) as stream:
+        assert next(iter(stream)).choices
+        assert stream.response.status_code == 200
+    assert stream.response.is_closed
+    stream = client.chat.completions.create(**ASKED, stream=True)
+    next(stream)
+    stream.close()
+    assert stream.response.is_closed
+
+
+def test_raw_and_streaming_views_and_the_event_helper(client: OpenAI, server: FakeServer) -> None:
+    wrap(client)
+    raw = client.chat.completions.with_raw_response.create(**ASKED, stream=True)
+    assert read(raw.parse()).strip() == server.content
+    assert routing(raw) == EXPECTED
+    with client.chat.completions.with_streaming_response.create(**ASKED, stream=True) as response:
+        assert read(response.parse()).strip() == server.content
+        assert routing(response) == EXPECTED
+    with client.chat.completions.stream(**ASKED) as events:
+        chunks = [event.chunk for event in events if event.type == "chunk"]
+        assert events.get_final_completion().choices[0].message.content
+    assert all(chunk.choices for chunk in chunks)
+    assert routing(events) == EXPECTED
+
+
+def test_async_streams_do_the_same(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    async def main() -> None:
+        create = wrap(async_client).chat.completions.create
+        stream = await create(**ASKED, stream=True)
+        assert isinstance(stream, AsyncStream)
+        assert "".join([text_of(chunk) async for chunk in stream]).strip() == server.content
+        assert routing(stream) == EXPECTED
+        async with await create(**ASKED, stream=True) as stream:
+            async for chunk in stream:
+                assert chunk.choices
+                break
+        assert stream.response.is_closed
+        raw = await async_client.chat.completions.with_raw_response.create(**ASKED, stream=True)
+        parsed = raw.parse()
+        assert "".join([text_of(chunk) async for chunk in parsed]).strip() == server.content
+        assert routing(raw) == EXPECTED
+        view = async_client.chat.completions.with_streaming_response.create(**ASKED, stream=True)
+        async with view as response:
+            parsed = await response.parse()
+            assert "".join([text_of(chunk) async for chunk in parsed]).strip() == server.content
+            assert routing(parsed) == EXPECTED
+            with pytest.raises(TypeError, match="await"):
+                routing(response)
+        async with async_client.chat.completions.stream(**ASKED) as events:
+            chunks = [event.chunk async for event in events if event.type == "chunk"]
+        assert all(chunk.choices for chunk in chunks)
+        assert routing(events) == EXPECTED
+        await async_client.close()
+
+    asyncio.run(main())
+
+
+def test_other_chunks_without_choices_stay(client: OpenAI, server: FakeServer) -> None:
+    server.usage_chunk = True
+    stream = wrap(client).chat.completions.create(
+        **ASKED, stream=True, stream_options={"include_usage": True}
+    )
+    last = list(stream)[-1]
+    assert (last.choices, last.usage and last.usage.total_tokens) == ([], 20)
+    assert routing(stream) == EXPECTED
+
+
+def test_a_plain_clients_stream_is_untouched(client: OpenAI) -> None:
+    stream = client.chat.completions.create(**ASKED, stream=True)
+    assert type(stream) is Stream
+
+
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_a_loop_that_raises_closes_its_stream_elsewhere(client: OpenAI, in_a_cycle: bool) -> None:
+    """The collector may run under the lock that closing takes; a thread of its own can wait for it."""
+    wrap(client)
+    closers: list[threading.Thread] = []
+    done = threading.Event()
+
+    def loop() -> None:
+        stream = client.chat.completions.create(**ASKED, stream=True)
+        watch(stream, closers, done)
+        keep: list[Any] = [stream]
+        if in_a_cycle:
+            keep.append(keep)
+        for _ in stream:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        loop()
+    gc.collect()
+    assert done.wait(60)
+    assert threading.current_thread() not in closers
+
+
+def watch(stream: Any, closers: list[threading.Thread], done: threading.Event) -> None:
+    """Note who closes what the stream reads from."""
+    body = stream.response.stream
+    original = body.close
+
+    def close() -> None:
+        original()
+        closers.append(threading.current_thread())
+        done.set()
+
+    body.close = close
+
+
+def test_a_stream_that_was_never_read_is_closed_too(client: OpenAI) -> None:
+    wrap(client)
+    closers: list[threading.Thread] = []
+    done = threading.Event()
+    watch(client.chat.completions.create(**ASKED, stream=True), closers, done)
+    assert done.wait(60)

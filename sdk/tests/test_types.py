@@ -1,0 +1,35 @@
+"""A user's program passes strict type checkers, with the openai that is installed."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import whiflash_sdk
+
+PROGRAM = Path(__file__).parent / "typed_program.py"
+PACKAGES = Path(whiflash_sdk.__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("checker", "command"),
+    [
+        ("mypy", ["mypy", "--strict", "--config-file=", "--cache-dir=.mypy"]),
+        pytest.param("basedpyright", ["basedpyright", f"--pythonpath={sys.executable}"], id="pyright"),
+    ],
+)
+def test_a_users_program_is_typed(checker: str, command: list[str], tmp_path: Path) -> None:
+    if find_spec(checker) is None:
+        pytest.skip(f"needs {checker}; the matrix of `make evidence` installs it")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.read_text("utf-8"))
+    (tmp_path / "pyrightconfig.json").write_text(
+        f'{{"typeCheckingMode": "strict", "extraPaths": ["{PACKAGES}"]}}'
+    )
+    line = [sys.executable, "-m", *command, "program.py"]
+    environment = {**os.environ, "MYPYPATH": str(PACKAGES)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,311 @@
+"""Traces over HTTP, on real servers with a tiny model: whole for who asked, and nothing at all for the others."""
+
+import gc
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+from patience import wait_until
+from server_host import Server, ServerHost
+from sse import ask, comparable
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from whiflash_sdk import Trace, routing, wrap
+
+pytestmark = pytest.mark.server
+
+PROMPT = "one two three four one two three four one two"
+MESSAGES: Any = [{"role": "user", "content": PROMPT}]
+ASKED: dict[str, Any] = {
+    "model": "tiny",
+    "temperature": 0,
+    "max_tokens": 24,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+}
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
+Start = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Start]:
+    """Start a server on a tiny target, with WHIFLASH unless told otherwise."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    target = tiny_target(root / "target", peaked=True)
+    common = ["--model-path", target, "--served-model-name", "tiny", "--dtype", "float32"]
+    common += ["--tool-call-parser", "hermes"]
+    drafts = [
+        "--speculative-algorithm",
+        "WHIFLASH",
+        "--whiflash-eagle-draft",
+        tiny_eagle3(root / "e", target),
+    ]
+    drafts += ["--speculative-draft-model-path", tiny_dflash(root / "d", target)]
+    with ExitStack() as running:
+        yield lambda *flags, whiflash=True: running.enter_context(
+            host.running(*map(str, [*common, *(drafts if whiflash else ()), *flags]))
+        )
+
+
+@pytest.fixture(scope="module")
+def server(start: Start) -> Server:
+    return start()
+
+
+@pytest.fixture(scope="module")
+def stock(start: Start) -> Server:
+    """The same target without WHIFLASH."""
+    return start(whiflash=False)
+
+
+@pytest.fixture(scope="module")
+def incremental(start: Start) -> Server:
+    """Streams of increments, prompts in small chunks."""
+    return start("--incremental-streaming-output", "--chunked-prefill-size", "64")
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+        yield wrap(made, strict=True)
+
+
+@pytest.fixture
+def full(server: Server) -> Iterator[OpenAI]:
+    """Asks for full traces."""
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+        yield wrap(made, trace="full", strict=True)
+
+
+def check(trace: Trace | None, tokens: int, text: str | None = None) -> Trace:
+    """A whole trace, full: stretches adjoin, from the token after the prefill's to the last, and the sums agree."""
+    assert trace is not None
+    assert trace.stretches[0].start == 1
+    assert trace.stretches[-1].end == tokens
+    assert [s.end for s in trace.stretches[:-1]] == [s.start for s in trace.stretches[1:]]
+    assert trace.tokens == tokens - 1 == sum(arm.tokens for arm in trace.arms.values())
+    assert trace.rounds == sum(s.rounds for s in trace.stretches) == sum(trace.reasons.values())
+    for stretch in trace.stretches:
+        assert stretch.round_tokens is not None
+        assert sum(stretch.round_tokens) == stretch.tokens
+    for name, arm in trace.arms.items():
+        own = [s for s in trace.stretches if s.arm == name]
+        assert (arm.rounds, arm.accepted) == (sum(s.rounds for s in own), arm.tokens - arm.rounds)
+        assert arm.proposed == sum(s.proposed or 0 for s in own)
+        assert arm.accepted <= arm.proposed
+    if text is not None:
+        check_text(trace, text)
+    return trace
+
+
+def check_text(trace: Trace, text: str) -> None:
+    """The stretches' texts adjoin, behind that of the prefill's token, to the end."""
+    assert trace.text == text
+    places = [s.chars or (-1, -1) for s in trace.stretches]
+    assert 0 <= places[0][0] <= 1
+    assert [end for _, end in places[:-1]] == [begin for begin, _ in places[1:]]
+    assert places[-1][1] == len(text)
+
+
+NATIVE: dict[str, Any] = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+
+
+def test_every_route_returns_the_trace(full: OpenAI, server: Server) -> None:
+    chat = full.chat.completions.create(**ASKED, messages=MESSAGES)
+    check(routing(chat), 24, chat.choices[0].message.content)
+    text = full.completions.create(**ASKED, prompt=PROMPT)
+    check(routing(text), 24, text.choices[0].text)
+    params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
+    native = server.post("/generate", {"text": PROMPT, "sampling_params": params})
+    check(routing(native), 24, native["text"])
+
+
+def test_the_default_is_a_summary_of_constant_size(client: OpenAI, full: OpenAI) -> None:
+    for tokens in (24, 400):
+        asked = {**ASKED, "max_tokens": tokens, "messages": MESSAGES}
+        carried = client.chat.completions.create(**asked).model_extra
+        assert carried is not None
+        assert "stretches" not in carried["sglext"]["whiflash"]
+        assert len(json.dumps(carried["sglext"])) < 500
+    answer = full.chat.completions.create(**asked)
+    assert (answer.choices[0].message.content or "") not in json.dumps(answer.model_extra)
+
+
+def test_text_that_a_parser_took_comes_with_the_trace(full: OpenAI) -> None:
+    call = 'so <tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    forced: Any = {"regex": re.escape(call), "tools": [TOOL]}
+    body = {**ASKED["extra_body"], "ignore_eos": False, "regex": forced["regex"]}
+    asked: Any = {**ASKED, "max_tokens": 100, "extra_body": body, "messages": MESSAGES, "tools": [TOOL]}
+    answer = full.chat.completions.create(**asked)
+    assert answer.choices[0].message.tool_calls
+    stream = full.chat.completions.create(**asked, stream=True)
+    chunks = list(stream)
+    assert any(chunk.choices[0].delta.tool_calls for chunk in chunks)
+    for trace in (routing(answer), routing(stream)):
+        assert trace is not None
+        assert trace.text == call
+        assert {s.span for s in trace.stretches} >= {"tool_call"}
+
+
+@pytest.mark.parametrize("name", ["server", "incremental"])
+def test_streams_return_the_trace(name: str, request: pytest.FixtureRequest) -> None:
+    server: Server = request.getfixturevalue(name)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+        client = wrap(made, trace="full", strict=True)
+        chat = client.chat.completions.create(**ASKED, messages=MESSAGES, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chat)
+        assert text == client.chat.completions.create(**ASKED, messages=MESSAGES).choices[0].message.content
+        check(routing(chat), 24, text)
+        words = client.completions.create(**ASKED, prompt=PROMPT, stream=True)
+        text = "".join(chunk.choices[0].text for chunk in words)
+        check(routing(words), 24, text)
+        both = client.completions.create(**ASKED, prompt=PROMPT, stream=True, n=2)
+        assert sorted({chunk.choices[0].index for chunk in both}) == [0, 1]
+        for choice in range(2):
+            check(routing(both, choice), 24, text)
+
+
+def test_native_streams_return_the_trace_at_their_end(incremental: Server) -> None:
+    params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
+    body = {"text": PROMPT, "sampling_params": params, "stream": True}
+    sent = ask(incremental.url, "/generate", body).split("\n\n")
+    lines = [json.loads(line.removeprefix("data: ")) for line in sent if line.startswith("data: {")]
+    assert [routing(line) is not None for line in lines] == [False] * (len(lines) - 1) + [True]
+    trace = check(routing(lines[-1]), 24)
+    check_text(trace, "".join(line["text"] for line in lines))
+
+
+def test_every_choice_has_its_trace(full: OpenAI) -> None:
+    response = full.chat.completions.create(**{**ASKED, "temperature": 1.0}, messages=MESSAGES, n=2)
+    for choice in range(2):
+        check(routing(response, choice), 24, response.choices[choice].message.content)
+
+
+def test_a_traced_prompt_that_is_given_up_in_its_prefill_leaves_others_alone(incremental: Server) -> None:
+    body = {**plain("/v1/completions", stream=True, n=1), "max_tokens": 200}
+    alone = comparable(ask(incremental.url, "/v1/completions", body))
+    long = {"text": PROMPT * 40, "stream": True, "rid": "given-up", "sampling_params": dict(NATIVE)}
+    long["sampling_params"]["custom_params"] = {"whiflash": '{"trace":"full"}'}
+    with ThreadPoolExecutor(5) as pool:
+        beside = [pool.submit(ask, incremental.url, "/v1/completions", body) for _ in range(4)]
+        for _ in range(4):
+            given_up = pool.submit(httpx.post, f"{incremental.url}/generate", json=long, timeout=None)
+            while not given_up.done():
+                httpx.post(f"{incremental.url}/abort_request", json={"rid": "given-up"}, timeout=None)
+    assert [comparable(future.result()) for future in beside] == [alone] * 4
+    assert comparable(ask(incremental.url, "/v1/completions", body)) == alone
+
+
+@contextmanager
+def traced_neighbour(server: Server) -> Iterator[None]:
+    """Somebody who asks for traces has a request running as long as the block lasts."""
+    ended = threading.Event()
+    running = threading.Event()
+
+    def ask_on() -> None:
+        with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+            wrapped = wrap(made, trace="full")
+            while not ended.is_set():
+                asked = {**ASKED, "max_tokens": 400, "stream": True, "messages": MESSAGES}
+                with wrapped.chat.completions.create(**asked) as stream:
+                    for _ in stream:
+                        running.set()
+                        if ended.is_set():
+                            return
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask_on)
+        wait_until(lambda: running.is_set() or asking.done())
+        try:
+            yield
+        finally:
+            ended.set()
+            asking.result()
+
+
+def plain(route: str, stream: bool, n: int) -> dict[str, Any]:
+    """A request of somebody who has never heard of us."""
+    if route == "/generate":
+        params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True, "n": n}
+        return {"text": PROMPT, "sampling_params": params, "stream": stream}
+    asked = {
+        "model": "tiny",
+        "temperature": 0,
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "n": n,
+        "stream": stream,
+    }
+    return {**asked, "messages": MESSAGES} if "chat" in route else {**asked, "prompt": PROMPT}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_who_did_not_ask_gets_what_a_plain_server_sends(
+    server: Server, stock: Server, route: str, stream: bool, n: int
+) -> None:
+    body = plain(route, stream, n)
+    alone = ask(server.url, route, body)
+    with traced_neighbour(server):
+        beside = [ask(server.url, route, body) for _ in range(3)]
+    assert all("whiflash" not in sent for sent in (alone, *beside))
+    assert [comparable(sent, spec=False) for sent in (alone, *beside)] == [
+        comparable(ask(stock.url, route, body))
+    ] * 4
+    assert [comparable(sent).keys() for sent in beside] == [comparable(alone).keys()] * 3
+
+
+def test_sixteen_loops_read_every_chunks_first_choice(server: Server) -> None:
+    asked: Any = {**ASKED, "messages": MESSAGES, "stream": True}
+
+    def loop(wrapped: bool) -> list[str]:
+        with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+            client = wrap(made) if wrapped else made
+            texts = []
+            for _ in range(4):
+                stream = client.chat.completions.create(**asked)
+                texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream))
+                assert (routing(stream) is not None) is wrapped
+            return texts
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(loop, [True, False] * 8))
+    assert {text for texts in found for text in texts} == {found[0][0]}
+
+
+def test_loops_that_raise_leave_nothing_open(server: Server) -> None:
+    asked: Any = {**ASKED, "max_tokens": 300, "messages": MESSAGES, "stream": True}
+    kept: list[BaseException] = []  # with their frames, so that only the collector can find the streams
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+        client = wrap(made)
+
+        def loop(_: int) -> None:
+            for _ in range(2):
+                mine = []
+                try:
+                    for chunk in client.chat.completions.create(**asked):
+                        mine.append(chunk)
+                        raise KeyError("in the middle")
+                except KeyError as error:
+                    mine.append(error)  # type: ignore[arg-type]
+                    kept.append(error)
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(loop, range(16)))
+        assert len(kept) == 32
+        kept.clear()
+        gc.collect()
+        wait_until(lambda: server.get("/whiflash/state")["requests"] == 0)
+        assert client.chat.completions.create(**ASKED, messages=MESSAGES).choices

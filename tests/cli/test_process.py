@@ -1,0 +1,184 @@
+"""The installed command as a user meets it: a process with an exit code, its answer on stdout, errors on stderr."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
+HEAVY = ("torch", "sglang", "transformers", "numpy", "openai", "matplotlib", "datasets")
+"""What takes seconds to import, and nobody who asks for help is to wait for."""
+
+
+def whiflash(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [WHIFLASH, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
+    )
+
+
+def said_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line on stderr; nothing on stdout."""
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("whiflash: error: ")
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["bench", "--quik"], "--quik"),
+        (["bnech"], "'bnech'"),
+        (["trace"], "'file'"),
+        (["evaluate", "--bundle", "b"], "--prompts"),
+        (["bench", "--repetitions", "many"], "--repetitions"),
+        (["train", "export", "--config", "tiny"], "'out'"),
+        (["train", "dta"], "'dta'"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(arguments: list[str], named: str) -> None:
+    done = whiflash(*arguments)
+    line = said_in_one_line(done)
+    assert done.returncode == 2
+    assert named in line
+    assert "--help" in line, "says where to read on"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "data", "--config", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
+        (["train", "export", "out.npz", "--config", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
+        (["calibrate", "--bundle", "/nowhere/b", "--round-ms", "eagle3=1"], "/nowhere/b"),
+        (["trace", "/nowhere/answers.json"], "/nowhere/answers.json"),
+        (["lookup-seed", "/nowhere/tokens.npz"], "/nowhere/tokens.npz"),
+        (["profile", "--prompts", "/nowhere/prompts.jsonl"], "/nowhere/prompts.jsonl"),
+        (["bench", "--concurrency", "0"], "--concurrency"),
+    ],
+)
+def test_a_failure_ends_with_1_and_names_the_thing(arguments: list[str], named: str) -> None:
+    done = whiflash(*arguments)
+    assert done.returncode == 1
+    assert named in said_in_one_line(done)
+
+
+def test_a_traceback_is_there_for_whoever_asks() -> None:
+    done = whiflash("trace", "/nowhere/answers.json", env={"WHIFLASH_DEBUG": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith(
+        "whiflash: error: /nowhere/answers.json cannot be read: No such file or directory\n"
+    )
+
+
+def test_version() -> None:
+    done = whiflash("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    from importlib.metadata import version
+
+    assert done.stdout == f"whiflash {version('whiflash-sglang')} (sglang {version('sglang')})\n"
+
+
+def test_without_a_command_it_shows_what_there_is_and_ends_with_2() -> None:
+    done = whiflash()
+    assert done.returncode == 2
+    assert "bench" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+)
+def test_an_interrupted_command_says_so(sent: signal.Signals, code: int) -> None:
+    """While it waits for a server that has taken its connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        waiting = subprocess.Popen(
+            [WHIFLASH, "profile", "--server", url],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A suite that runs in the background has Ctrl-C ignored, and its children would ignore it too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        connection, _ = silent.accept()
+        with connection:
+            connection.recv(1)
+            waiting.send_signal(sent)
+            _, said = waiting.communicate()
+    assert waiting.returncode == code
+    assert "Traceback" not in said
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        f"{WHIFLASH} bench --help | head -1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Of every command, in one process."""
+    script = f"""
+import sys
+from whiflash_sglang.cli import main
+names = [[], ["train"], ["train", "data"], ["train", "router"]]
+names += [[name] for name in "serve demo check bench profile trace lookup-seed calibrate evaluate".split()]
+for name in names:
+    sys.argv = ["whiflash", *name, "--help"]
+    try:
+        main()
+    except SystemExit as left:
+        assert left.code == 0, name
+print("loaded:", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("loaded: []\n"), done.stdout[-500:] + done.stderr[-2000:]
+
+
+def checked(findings: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`whiflash check` where what it finds is given: finding it imports SGLang."""
+    script = f"""
+import sys
+from whiflash_sglang.cli import check, main
+from whiflash_sglang.compat.patching import Finding
+check.findings = lambda: {findings}
+sys.argv = ["whiflash", "check", *{list(arguments)!r}]
+main()
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+ONE_WRONG = "[Finding('python', True, '3.11'), Finding('x:y', False, 'missing'), Finding('z', True, 'there')]"
+ALL_RIGHT = "[Finding('python', True, '3.11'), Finding('x:y', True, 'there')]"
+
+
+def test_check_shows_failures_and_a_summary() -> None:
+    done = checked(ONE_WRONG)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["FAIL x:y: missing", "1 of 3 failed"]
+    done = checked(ALL_RIGHT)
+    assert (done.returncode, done.stdout) == (0, "2 of 2 right\n")
+
+
+def test_check_shows_all_when_asked() -> None:
+    done = checked(ONE_WRONG, "-v")
+    assert done.returncode == 1
+    lines = ["ok   python: 3.11", "FAIL x:y: missing", "ok   z: there", "1 of 3 failed"]
+    assert done.stdout.splitlines() == lines
+
+
+def test_check_as_json() -> None:
+    done = checked(ONE_WRONG, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)[1] == {"name": "x:y", "ok": False, "detail": "missing"}

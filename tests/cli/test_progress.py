@@ -1,0 +1,68 @@
+"""Progress where there is no terminal: lines on stderr, and stdout for the result alone."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from whiflash_sglang import progress
+from whiflash_sglang.progress import Lines, tracked
+
+WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
+
+
+def test_a_long_command_says_what_it_does_and_how_far_it_is(tmp_path: Path) -> None:
+    tokens = np.tile(np.arange(20, dtype=np.uint16), 10)
+    np.savez(tmp_path / "tokens.npz", tokens=tokens, lengths=[100, 100], prompt_lengths=[40, 40])
+    command = [WHIFLASH, "lookup-seed", str(tmp_path / "tokens.npz"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(json.loads(done.stdout)) == 8
+    begins, ends = done.stderr.splitlines()
+    assert begins == "copying from answers …"
+    assert ends.startswith("copying from answers: 2 of 2, took ")
+
+
+def test_between_begin_and_end_there_are_lines_with_an_estimate() -> None:
+    out = Written("about")
+    with Lines(Console(file=out, width=200), seconds=0.001) as bar:
+        starting = bar.add_task("starting servers", total=None)
+        bar.remove_task(starting)
+        measuring = bar.add_task("measuring", total=4)
+        bar.advance(measuring)
+        bar.advance(measuring)
+        out.seen.wait()
+        bar.update(measuring, completed=4)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "starting servers …"
+    assert any(line.startswith("measuring: 2 of 4, ") and line.endswith(" left") for line in lines)
+    assert lines[-1].startswith("measuring: 4 of 4, took ")
+
+
+def test_items_are_counted_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Written("items: 2 of 4")
+    monkeypatch.setattr(progress, "progress", lambda: Lines(Console(file=out, width=200), seconds=0.001))
+    for item in tracked(range(4), "items"):
+        if item == 2:
+            out.seen.wait()
+    assert out.getvalue().splitlines()[-1].startswith("items: 4 of 4, took ")
+
+
+class Written(io.StringIO):
+    """`seen` is set once `wanted` was written."""
+
+    def __init__(self, wanted: str) -> None:
+        import threading
+
+        super().__init__()
+        self._wanted = wanted
+        self.seen = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._wanted in text:
+            self.seen.set()
+        return super().write(text)

@@ -1,0 +1,88 @@
+"""`whiflash serve`: what is asked for is served; only what is left open is filled in."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
+LAUNCHER = [sys.executable, "-m", "sglang.launch_server"]
+
+
+def printed(*arguments: str) -> list[str]:
+    """The words that a shell reads from `whiflash serve … --print-command`."""
+    done = subprocess.run(
+        [WHIFLASH, "serve", *arguments, "--print-command"], capture_output=True, text=True, check=True
+    )
+    shell = f'for word in {done.stdout.strip()}; do printf "%s\\0" "$word"; done'
+    words = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+    assert words.split("\0")[:-1] == shlex.split(done.stdout)
+    return shlex.split(done.stdout)
+
+
+def given_model(words: list[str]) -> str:
+    assert words.count("--model-path") == 1
+    return words[words.index("--model-path") + 1]
+
+
+def test_a_model_given_as_first_argument_is_served() -> None:
+    words = printed("Qwen/Qwen3-8B", "--port", "30001")
+    assert words[:3] == LAUNCHER, "nothing is set up for the embedded target"
+    assert given_model(words) == "Qwen/Qwen3-8B"
+    assert words[-2:] == ["--port", "30001"]
+    assert words[words.index("--speculative-algorithm") + 1] == "WHIFLASH"
+
+
+@pytest.mark.parametrize("spelled", ["model-path", "model_path", "model"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_model_of_the_configuration_file_is_served(tmp_path: Path, spelled: str, joined: bool) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(f"{spelled}: Qwen/Qwen3-8B\nspeculative-algorithm: EAGLE3\n")
+    words = printed(*([f"--config={config}"] if joined else ["--config", str(config)]))
+    assert words == [*LAUNCHER, "--config", str(config)], "the file says everything, and SGLang must see it"
+
+
+def test_a_configuration_file_without_a_model_leaves_the_target_open(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("port: 30001\nserved-model-name: mine\n")
+    words = printed("--config", str(config))
+    assert "smollm2-135m-instruct" in given_model(words)
+    assert "--served-model-name" not in words
+    assert words[words.index("--speculative-algorithm") + 1] == "WHIFLASH"
+
+
+def test_a_configuration_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for name, content in (("gone.yaml", None), ("list.yaml", "- a\n"), ("broken.yaml", "a: [\n")):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        command = [WHIFLASH, "serve", "--config", str(tmp_path / name), "--print-command"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert name in done.stderr
+
+
+def test_flags_of_the_model_are_recognised_as_the_launcher_recognises_them() -> None:
+    for model in (["--model", "a/b"], ["--model=a/b"], ["--model-path=a/b"], ["--model-p", "a/b"]):
+        words = printed(*model)
+        assert words[:3] == LAUNCHER
+        assert words[-len(model) :] == model
+        assert "--served-model-name" not in words
+
+
+def test_the_command_is_quoted_for_a_shell() -> None:
+    words = printed(
+        "a/b", "--served-model-name", "it's $HOME; `ls`", "--json-model-override-args", '{"a": 1}'
+    )
+    assert words[-4:] == ["--served-model-name", "it's $HOME; `ls`", "--json-model-override-args", '{"a": 1}']
+
+
+def test_the_embedded_target_comes_with_what_keeps_its_calls_valid() -> None:
+    words = printed()
+    assert words[:2] == ["env", "SGLANG_TOOL_STRICT_LEVEL=2"]
+    assert words[2:5] == LAUNCHER
+    assert "--constrained-json-disable-any-whitespace" in words
+    assert "--constrained-json-disable-any-whitespace" not in printed(
+        "--constrained-json-max-whitespace-cnt=3"
+    )

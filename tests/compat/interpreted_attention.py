@@ -1,0 +1,320 @@
+"""What SGLang's attention backends plan for our verifications, and its extend kernel on that plan.
+
+Run by `test_attention.py` in a child process: Triton's interpreter must be chosen before Triton is first imported, and
+`sgl_kernel`, which does not load without CUDA, is a stand-in here.
+
+Each backend is SGLang's own class, built without its constructor, which wants a GPU: it has the attributes that its
+`init_forward_metadata` reads, as the constructor sets them for a target with full attention. The Triton kernels that
+fill its indices run under the interpreter; FlashInfer's wrapper is replaced by one that keeps what it is told to plan.
+This proves which rows, lengths and slots a backend hands to its kernels. It does not prove that the kernels, compiled,
+do with them what they should, nor that a backend starts: no GPU has run any of this.
+"""
+
+# ruff: noqa: E402
+
+import sys
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+
+class _NotLoaded(ModuleType):
+    """Any function of a module that does not load; none is called here."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+sys.modules["sgl_kernel"] = _NotLoaded("sgl_kernel")
+
+from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+from sglang.srt.layers.attention import trtllm_mla_backend
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+from sglang.srt.layers.attention.flashinfer_backend import (
+    FlashInferAttnBackend,
+    FlashInferIndicesUpdaterPrefill,
+)
+from sglang.srt.layers.attention.flashinfer_mla_backend import (
+    FlashInferMLAAttnBackend,
+    FlashInferMLAIndicesUpdaterPrefill,
+)
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
+from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
+from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from whiflash_kernels import prepare_mixed_block
+
+from whiflash_sglang.compat.target import verify_input
+from whiflash_sglang.compat.triton_backend import RaggedTritonBackend
+
+CONFIGURED = 17
+"""`speculative_num_draft_tokens` of a server with lookup: its widest block."""
+CONTEXT = 64
+STARTS, ROWS = [5, 2, 9], [2, 0, 3]
+WIDTHS = {"uniform": [3, 3, 3], "ragged": [3, 1, 5], "alone": [4], "plain": [1, 1, 1]}
+
+
+class Plan(NamedTuple):
+    """Of a verification: query rows as offsets, and per request the entries of K and V that are read, in order."""
+
+    rows: list[int]
+    slots: list[list[int]]
+    widest: int
+
+
+class Verification:
+    """A batch of requests with `widths` rows each, as the runner hands it to a backend."""
+
+    def __init__(self, widths: list[int]) -> None:
+        self.widths, self.starts, rows = widths, STARTS[: len(widths)], ROWS[: len(widths)]
+        order = torch.randperm(4 * CONTEXT, generator=torch.Generator().manual_seed(0))
+        self.table = order.view(4, CONTEXT).to(torch.int32)
+        self.pool = SimpleNamespace(req_to_token=self.table, size=4)
+        self.rows, starts = torch.tensor(rows), torch.tensor(self.starts)
+        drafts = torch.ones(len(widths), max(widths) - 1, dtype=torch.int64)
+        bonus = torch.ones(len(widths), dtype=torch.int64)
+        self.block = prepare_mixed_block(
+            bonus, drafts, torch.tensor(widths), starts, self.rows, self.table, rows=sum(widths)
+        )
+        self.translator = KVIndexTranslator(
+            req_to_token=self.table,
+            token_to_kv_pool_allocator=None,
+            token_to_kv_pool=None,
+            page_size=1,
+            device="cpu",
+        )
+        self.batch = SimpleNamespace(
+            batch_size=len(widths),
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            input_ids=self.block.input_ids,
+            positions=self.block.positions,
+            out_cache_loc=self.block.cache_slots,
+            req_pool_indices=self.rows,
+            seq_lens=starts,
+            seq_lens_cpu=starts,
+            seq_lens_sum=int(starts.sum()),
+            encoder_lens=None,
+            extend_seq_lens_cpu=None,
+            spec_info=verify_input(self.block, widths),
+        )
+        self.batch.kv_loc_plan = self.translator.own_plan(self.batch)
+
+    def backend(self, cls: type, **attributes: Any) -> Any:
+        """`cls` without its constructor, and what all backends keep."""
+        backend = object.__new__(cls)
+        backend.__dict__.update(
+            req_to_token_pool=self.pool,
+            req_to_token=self.table,
+            kv_index_translator=self.translator,
+            token_to_kv_pool=None,
+            use_sliding_window_kv_pool=False,
+            sliding_window_size=None,
+            max_context_len=CONTEXT,
+            page_size=1,
+            device="cpu",
+            topk=1,
+            _kv_shard_pool=None,
+            **attributes,
+        )
+        return backend
+
+    def read(self, lengths: list[int]) -> list[list[int]]:
+        """The slots of each request's first `lengths` positions."""
+        return [self.table[row, :n].tolist() for row, n in zip(self.rows.tolist(), lengths, strict=True)]
+
+    @property
+    def offsets(self) -> list[int]:
+        return [0, *accumulate(self.widths)]
+
+    @property
+    def ends(self) -> list[int]:
+        return [n + m for n, m in zip(self.starts, self.widths, strict=True)]
+
+
+def cut(flat: torch.Tensor, offsets: torch.Tensor) -> list[list[int]]:
+    return [flat[a:b].tolist() for a, b in pairwise(offsets.tolist())]
+
+
+def triton_metadata(case: Verification, cls: type = RaggedTritonBackend) -> Any:
+    backend = case.backend(
+        cls,
+        dllm_attention=None,
+        dcp_size=1,
+        target_verify_num_tokens_per_req=CONFIGURED,
+        kv_indptr=torch.zeros(5, dtype=torch.int32),
+        mask_indptr=torch.zeros(5, dtype=torch.int64),
+        window_kv_indptr=None,
+    )
+    backend.init_forward_metadata(case.batch)
+    return backend.forward_metadata
+
+
+def triton(case: Verification, cls: type = RaggedTritonBackend) -> Plan:
+    """Reads the prefix; K and V of the rows themselves are handed to the kernel."""
+    planned = triton_metadata(case, cls)
+    return Plan(
+        planned.qo_indptr.tolist(), cut(planned.kv_indices, planned.kv_indptr), planned.max_extend_len
+    )
+
+
+def fa3(case: Verification) -> Plan:
+    backend = case.backend(
+        FlashAttentionBackend,
+        speculative_num_draft_tokens=CONFIGURED,
+        local_attn_builder=None,
+        is_prefill_aware_swa=False,
+        is_encoder_decoder=False,
+        has_swa=False,
+    )
+    backend.init_forward_metadata(case.batch)
+    planned = backend.forward_metadata
+    lengths = planned.cache_seqlens_int32.tolist()
+    slots = [row[:n].tolist() for row, n in zip(planned.page_table, lengths, strict=True)]
+    assert planned.cu_seqlens_k.tolist() == [0, *accumulate(lengths)]
+    assert planned.max_seq_len_k >= max(lengths)
+    return Plan(planned.cu_seqlens_q.tolist(), slots, planned.max_seq_len_q)
+
+
+def trtllm_mha(case: Verification) -> Plan:
+    backend = case.backend(
+        TRTLLMHAAttnBackend,
+        speculative_num_draft_tokens=CONFIGURED,
+        is_xqa_impl=False,
+        max_num_pages=CONTEXT,
+        _swa_kv_pool=None,
+        attn_cp_size=1,
+        expand_encoder_only_verify=False,
+    )
+    backend.init_forward_metadata(case.batch)
+    planned = backend.forward_metadata
+    lengths = planned.cache_seqlens_int32.tolist()
+    slots = [row[:n].tolist() for row, n in zip(planned.page_table, lengths, strict=True)]
+    return Plan(planned.cu_seqlens_q.tolist(), slots, planned.max_seq_len_q)
+
+
+class Wrapper:
+    """FlashInfer's wrapper, which keeps what it is told to plan."""
+
+    is_cuda_graph_enabled = False
+
+    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, kv_indices: Any, *_: Any, **__: Any) -> None:
+        self.rows, self.slots = qo_indptr.tolist(), cut(kv_indices, kv_indptr)
+
+    plan = begin_forward
+
+
+def flashinfer(case: Verification) -> Plan:
+    wrapper = Wrapper()
+    backend = case.backend(
+        FlashInferAttnBackend, prefill_wrappers_verify=[wrapper], kv_last_page_len=torch.ones(4)
+    )
+    updater = object.__new__(FlashInferIndicesUpdaterPrefill)
+    updater.__dict__.update(
+        attn_backend=backend,
+        prefill_wrapper_ragged=None,
+        kv_indptr=[None],
+        qo_indptr=[None],
+        kv_last_page_len=backend.kv_last_page_len,
+        num_qo_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        q_data_type=torch.float32,
+        data_type=torch.float32,
+    )
+    updater.update = updater.update_single_wrapper
+    backend.indices_updater_prefill = updater
+    backend.init_forward_metadata(case.batch)
+    return Plan(wrapper.rows, wrapper.slots, max(case.widths))
+
+
+def flashinfer_mla(case: Verification) -> Plan:
+    wrapper = Wrapper()
+    backend = case.backend(FlashInferMLAAttnBackend, prefill_wrapper_verify=wrapper)
+    updater = object.__new__(FlashInferMLAIndicesUpdaterPrefill)
+    updater.__dict__.update(
+        attn_backend=backend,
+        prefill_wrapper_ragged=None,
+        kv_indptr=None,
+        qo_indptr=None,
+        scaling=1.0,
+        num_local_heads=2,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        q_data_type=torch.float32,
+        data_type=torch.float32,
+    )
+    backend.indices_updater_prefill = updater
+    backend.init_forward_metadata(case.batch)
+    return Plan(wrapper.rows, wrapper.slots, max(case.widths))
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("plan", [fa3, trtllm_mha, flashinfer, flashinfer_mla])
+def test_backends_that_read_every_row_from_the_pool(plan: Callable[..., Plan], widths: list[int]) -> None:
+    case = Verification(widths)
+    assert plan(case) == Plan(case.offsets, case.read(case.ends), max(widths))
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_triton_reads_the_prefix_from_the_pool(widths: list[int]) -> None:
+    case = Verification(widths)
+    assert triton(case) == Plan(case.offsets, case.read(case.starts), max(widths))
+
+
+def test_what_is_refused_plans_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's Triton gives every request the widest one's rows; TRT-LLM's MLA counts the configured width."""
+    case = Verification(WIDTHS["ragged"])
+    assert triton(case, TritonAttnBackend).rows != case.offsets
+    backend = case.backend(TRTLLMMLABackend, num_draft_tokens=CONFIGURED, data_type=torch.float32)
+    backend._create_block_kv_indices = lambda *_: None
+    monkeypatch.setattr(trtllm_mla_backend, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
+    backend.init_forward_metadata(case.batch)
+    # Its kernel lays max(widths) padded rows at the end of these.
+    assert backend.forward_decode_metadata.seq_lens_k.tolist() == [n + CONFIGURED for n in case.starts]
+    # XQA (Hopper, SM120) takes no layout at all, of whatever widths.
+    with pytest.raises(NotImplementedError, match="xqa"):
+        case.backend(TRTLLMHAAttnBackend, is_xqa_impl=True).init_forward_metadata(case.batch)
+
+
+def test_graphs_of_a_verification_are_refused() -> None:
+    case = Verification(WIDTHS["uniform"])
+    with pytest.raises(NotImplementedError, match="--cuda-graph-backend-decode disabled"):
+        case.backend(RaggedTritonBackend).init_forward_metadata_out_graph(case.batch)
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_sglangs_extend_kernel_attends_as_a_loop_does(widths: list[int]) -> None:
+    case, (heads, kv_heads, size) = Verification(widths), (4, 2, 16)
+    planned, generator = triton_metadata(case), torch.Generator().manual_seed(1)
+    keys, values = torch.randn(2, 4 * CONTEXT, kv_heads, size, generator=generator)
+    queries = torch.randn(sum(widths), heads, size, generator=generator)
+    out, at = torch.full_like(queries, torch.nan), case.block.cache_slots
+    extend_attention_fwd(
+        queries,
+        keys[at],
+        values[at],
+        out,
+        keys,
+        values,
+        planned.qo_indptr,
+        planned.kv_indptr,
+        planned.kv_indices,
+        planned.custom_mask,
+        True,
+        planned.mask_indptr,
+        planned.max_extend_len,
+        1.0,
+        1.0,
+    )
+    for i, position in enumerate(case.block.positions.tolist()):
+        seen = case.table[case.rows[case.block.request_of_row[i]], : position + 1].long()
+        k, v = (pool[seen].repeat_interleave(heads // kv_heads, 1) for pool in (keys, values))
+        weights = torch.einsum("hd,nhd->hn", queries[i], k).div(size**0.5).softmax(-1)
+        torch.testing.assert_close(out[i], torch.einsum("hn,nhd->hd", weights, v), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,137 @@
+"""What SGLang's internal-state message may carry of ours: everything wrong is refused with a reason, nothing raises."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sglang.srt.managers.io_struct import GetInternalStateReqOutput, SetInternalStateReq
+from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
+
+from whiflash_sglang.compat import control
+from whiflash_sglang.config import Flags, PolicyChange, Settings, changed, embedded_bundle, resolve
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.worker import WhiFlashWorker
+
+KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET]
+NUMBERS = st.one_of(
+    st.floats(), st.integers(), st.integers(-(10**400), 10**400), st.integers(-3, 20), st.booleans()
+)
+ANYTHING = st.recursive(
+    st.one_of(st.none(), NUMBERS, st.text(), st.binary(), st.complex_numbers()),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),
+)
+SETTINGS = resolve(Flags(), embedded_bundle())
+
+
+class Worker:
+    """What a message may change of a worker."""
+
+    settings_with = WhiFlashWorker.settings_with
+    _has_heads = True
+
+    def __init__(self, settings: Settings = SETTINGS) -> None:
+        self.settings = settings
+        self.forgotten: list[int | None] = []
+
+    def reconfigure(self, change: Any) -> None:
+        self.settings = self.settings_with(change)
+
+    def forget(self, tenant: int | None) -> None:
+        self.forgotten.append(tenant)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"rounds": 1}
+
+
+def send(worker: Worker, message: Any, name: str = "WHIFLASH") -> bool:
+    """Whether a scheduler with `worker` takes the message."""
+    control.install()
+    algorithm = SimpleNamespace(name=name, is_none=lambda: False)
+    scheduler = SimpleNamespace(spec_algorithm=algorithm, draft_worker=worker)
+    controller = SchedulerInternalStateController(scheduler, False)
+    return bool(controller.set_internal_state(SetInternalStateReq(server_args=message)).updated)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, min_size=1))
+def test_no_message_raises_and_a_refused_one_changes_nothing(message: dict[str, Any]) -> None:
+    worker = Worker()
+    if not send(worker, message):
+        assert (worker.settings, worker.forgotten) == (SETTINGS, [])
+        return
+    for key, value in message.items():
+        assert type(value) in (int, float)
+        assert math.isfinite(value)
+        assert type(value) is int or key.endswith("threshold")
+        assert value >= 0 or key.endswith("neural_router_threshold") or (key, value) == (control.FORGET, -1)
+    if (index := message.get("whiflash.router")) is not None:
+        assert worker.settings.router == control.ROUTERS[index]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, -2, 1.5, True, False, "1", None, [1], {"a": 1}, 10**30]
+)
+def test_a_wrong_value_is_refused_with_a_reason(
+    key: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    if key.endswith("threshold") and type(value) in (int, float) and 0 <= value < math.inf:
+        pytest.skip("a threshold may be any finite number")
+    if key.endswith("neural_router_threshold") and value == -2:
+        pytest.skip("a gain in tokens may be negative")
+    worker = Worker()
+    assert not send(worker, {key: value})
+    assert (worker.settings, worker.forgotten) == (SETTINGS, [])
+    assert key in caplog.text
+
+
+def test_the_index_behind_the_last_router_is_refused() -> None:
+    assert not send(Worker(), {"whiflash.router": len(control.ROUTERS)})
+    assert not send(Worker(), {"whiflash.router": -1})
+
+
+def test_one_wrong_value_refuses_the_whole_message() -> None:
+    worker = Worker()
+    assert not send(worker, {"whiflash.min_dwell": 7, "whiflash.router": math.nan})
+    assert worker.settings == SETTINGS
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.sampled_from(list(PolicyChange.model_fields)), ANYTHING))
+def test_every_change_that_the_route_takes_survives_the_message(change: dict[str, Any]) -> None:
+    """What `POST /whiflash/policy` lets through is a message that can be sent and that the scheduler takes."""
+    import msgspec
+
+    try:
+        wanted = changed(SETTINGS, change)
+    except ConfigError:
+        return
+    message = SetInternalStateReq(server_args=control.encode(change))
+    arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=SetInternalStateReq)
+    worker = Worker()
+    assert send(worker, arrived.server_args)
+    assert worker.settings == wanted
+
+
+def test_another_algorithm_knows_no_key_of_ours() -> None:
+    assert not send(Worker(), {"whiflash.router": 0}, name="EAGLE")
+
+
+def test_only_who_asks_for_it_is_told_our_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang answers `GET /server_info` from the same state, to whom it does not ask for a key."""
+    monkeypatch.setattr(
+        SchedulerInternalStateController,
+        "get_internal_state",
+        control.reporting(lambda self, request: GetInternalStateReqOutput(internal_state={})),
+    )
+    algorithm = SimpleNamespace(name="WHIFLASH")
+    controller = SchedulerInternalStateController(
+        SimpleNamespace(spec_algorithm=algorithm, draft_worker=Worker()), False
+    )
+    assert controller.get_internal_state(control.GetInternalStateReq()).internal_state == {}
+    assert controller.get_internal_state(control.state_request()).internal_state == {
+        control.KEY: {"rounds": 1}
+    }

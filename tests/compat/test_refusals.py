@@ -1,0 +1,229 @@
+"""What does not start: every row of the table, on configurations of real model classes and on arguments alone."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
+from sglang.srt.server_args import ServerArgs
+
+from whiflash_sglang.compat import launch as launches
+from whiflash_sglang.compat.launch import Launch, choose_for_cuda
+from whiflash_sglang.compat.refusals import REFUSALS, refusal_of
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 32, "head_dim": 16}
+SECTIONS = {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [2, 3, 3]}}
+PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["re:.*lm_head"]}}}
+MULTIMODAL = {"vision_config": {}, "text_config": {}}
+TARGETS: dict[str, dict[str, Any]] = {
+    "recurrent": {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
+    "windows": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", **WINDOWS},
+    "mrope": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        **SECTIONS,
+    },
+    "multimodal": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **MULTIMODAL},
+    "encoder": {"architectures": ["LlamaForSequenceClassification"]},
+    "packed_head": {"quantization_config": PACKED},
+    "cpu_mla": {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
+}
+"""By row: what differs from a Llama."""
+
+
+def target(directory: Path, **changes: Any) -> ModelConfig:
+    """SGLang's configuration of a checkpoint that consists of its `config.json`."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(LLAMA | changes))
+    return ModelConfig(str(directory))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return target(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def taken(llama: ModelConfig) -> Launch:
+    """A launch on the CPU that nothing is wrong with, as SGLang resolves it."""
+    graphs = default_cuda_graph_config()
+    graphs.decode.backend = graphs.prefill.backend = Backend.DISABLED
+    args = ServerArgs(
+        model_path="unused",
+        device="cpu",
+        attention_backend="whiflash_cpu",
+        cuda_graph_config=graphs,
+        disable_overlap_schedule=True,
+        enable_lora=False,
+    )
+    return Launch(resolving_view(args), {}, llama, "cpu", own_platform=True, environment={})
+
+
+def with_arguments(launch: Launch, **changes: Any) -> Launch:
+    fields = {name: getattr(launch.args, name) for name in ServerArgs.__struct_fields__}
+    return replace(launch, args=SimpleNamespace(**fields | changes), given=changes)
+
+
+def on_cuda(launch: Launch) -> Launch:
+    return replace(with_arguments(launch, attention_backend="flashinfer"), device="cuda", own_platform=False)
+
+
+def sentence(launch: Launch) -> str:
+    """The refusal, which is one sentence and says what to do."""
+    found = refusal_of(launch)
+    assert found is not None
+    assert "\n" not in found
+    assert "{" not in found
+    words = ("remove", "unset", "give", "serve", "use", "must be", "hide")
+    assert any(word in found for word in words), found
+    return found
+
+
+def test_what_is_fine_is_taken(taken: Launch) -> None:
+    assert refusal_of(taken) is None
+    for backend in ("flashinfer", "fa3", "triton"):
+        assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
+
+
+@pytest.mark.parametrize("row", TARGETS)
+def test_targets(taken: Launch, tmp_path: Path, row: str) -> None:
+    model = target(tmp_path / row, **TARGETS[row])
+    found = sentence(replace(taken, model=model))
+    assert found == next(r for r in REFUSALS if r.name == row).sentence.format(
+        "compressed-tensors" if row == "packed_head" else model.hf_config.architectures[0]
+    )
+
+
+def test_a_gguf_target(taken: Launch, llama: ModelConfig) -> None:
+    model = SimpleNamespace(**vars(llama) | {"quantization": "gguf"})
+    assert "quantised (gguf)" in sentence(replace(taken, model=model))
+
+
+def test_latent_attention_is_the_cpus_limit(taken: Launch, tmp_path: Path) -> None:
+    model = target(tmp_path / "mla", **TARGETS["cpu_mla"])
+    assert refusal_of(replace(on_cuda(taken), model=model)) is None
+
+
+ARGUMENTS: dict[str, tuple[Any, str]] = {
+    **{
+        size: (2, "--" + size.replace("_", "-")) for size in ("tp_size", "pp_size", "dp_size", "attn_dp_size")
+    },
+    **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size", "ep_size")},
+    "tokenizer_worker_num": (2, "--tokenizer-worker-num must be 1"),
+    "smg_grpc_mode": (True, "--smg-grpc-mode"),
+    "grpc_mode": (True, "--grpc-mode"),
+    "use_ray": (True, "--use-ray"),
+    "encoder_only": (True, "--encoder-only"),
+    "disaggregation_mode": ("decode", "--disaggregation-mode"),
+    "decoupled_spec_role": ("verifier", "--decoupled-spec-role"),
+    "enable_hierarchical_cache": (True, "--enable-hierarchical-cache"),
+    "enable_lmcache": (True, "--enable-lmcache"),
+    "enable_flexkv": (True, "--enable-flexkv"),
+    "enable_unified_cache_external_linker": (True, "--enable-unified-cache-external-linker"),
+    "enable_hisparse": (True, "--enable-hisparse"),
+    "enable_unified_memory": (True, "--enable-unified-memory"),
+    "enable_page_major_kv_layout": (True, "--enable-page-major-kv-layout"),
+    "radix_cache_backend": ("mine", "--radix-cache-backend mine"),
+    "lora": (True, "--lora-paths"),
+    "enable_watermark": (True, "--enable-watermark"),
+    "enable_mixed_chunk": (True, "--enable-mixed-chunk"),
+    "enable_two_batch_overlap": (True, "--enable-two-batch-overlap"),
+    "enable_single_batch_overlap": (True, "--enable-single-batch-overlap"),
+    "enable_pdmux": (True, "--enable-pdmux"),
+    "dllm_algorithm": ("LowConfidence", "--dllm-algorithm"),
+    "grammar_backend": ("outlines", "--grammar-backend outlines .* use xgrammar or llguidance"),
+    "cpu_attention": ("intel_amx", "needs --attention-backend whiflash_cpu, .* not intel_amx"),
+    "other_algorithms": (1, "--speculative-num-steps belongs to .* --whiflash-eagle-steps"),
+}
+"""By row: a value that is refused, and what the sentence names."""
+SPELT = {
+    "lora": "enable_lora",
+    "cpu_attention": "attention_backend",
+    "other_algorithms": "speculative_num_steps",
+}
+
+
+@pytest.mark.parametrize("row", ARGUMENTS)
+def test_arguments(taken: Launch, row: str) -> None:
+    value, named = ARGUMENTS[row]
+    found = sentence(with_arguments(taken, **{SPELT.get(row, row): value}))
+    assert re.search(named, found), found
+
+
+CUDA: dict[str, tuple[dict[str, Any], str]] = {
+    "cuda_attention": (
+        {"decode_attention_backend": "trtllm_mla"},
+        "flashinfer, fa3, triton .* not trtllm_mla",
+    ),
+    "cuda_graphs": (
+        {"cuda_graph_config": default_cuda_graph_config()},
+        "--cuda-graph-backend-decode disabled",
+    ),
+    "cuda_overlap": ({"disable_overlap_schedule": False}, "give --disable-overlap-schedule"),
+    "cuda_deterministic": ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+}
+
+
+@pytest.mark.parametrize("row", CUDA)
+def test_what_has_not_been_shown_on_cuda(taken: Launch, row: str) -> None:
+    changes, named = CUDA[row]
+    given = {"attention_backend": "flashinfer", **changes}
+    assert re.search(named, sentence(replace(with_arguments(taken, **given), device="cuda")))
+
+
+ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
+    "device": ({"device": "xpu"}, "not on xpu"),
+    "cpu_engine": ({"own_platform": False}, "SGLANG_USE_CPU_ENGINE"),
+    "rust_server": ({"environment": {"SGLANG_RUST_SERVER": "1"}}, "unset SGLANG_RUST_SERVER"),
+    "post_capture_sizing": (
+        {"environment": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "true"}},
+        "unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ELSEWHERE)
+def test_machine_and_environment(taken: Launch, row: str) -> None:
+    changes, named = ELSEWHERE[row]
+    assert named in sentence(replace(taken, **changes))
+
+
+def test_every_row_has_its_case() -> None:
+    assert {r.name for r in REFUSALS} == {*TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
+
+
+def test_deterministic_inference_stays_on_the_cpu(taken: Launch) -> None:
+    """There sampling seeds are what it is for."""
+    assert refusal_of(with_arguments(taken, enable_deterministic_inference=True)) is None
+
+
+def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
+    args = ServerArgs(model_path="unused")
+    choose_for_cuda(args)
+    assert (args.attention_backend, args.disable_overlap_schedule) == ("flashinfer", True)
+    assert args.cuda_graph_backend_decode == args.cuda_graph_backend_prefill == "disabled"
+    chosen = ServerArgs(model_path="unused", attention_backend="fa3", cuda_graph_backend_decode="full")
+    choose_for_cuda(chosen)
+    assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == ("fa3", "full")
+    elsewhere = ServerArgs(model_path="unused", device="cpu")
+    choose_for_cuda(elsewhere)
+    assert elsewhere.attention_backend is None

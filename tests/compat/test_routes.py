@@ -1,0 +1,132 @@
+"""Who may use our routes: every one of them under every combination of SGLang's keys."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sglang.srt.entrypoints import http_server
+from sglang.srt.utils.auth import add_api_key_middleware
+
+from whiflash_sglang.compat import http
+from whiflash_sglang.config import Flags, embedded_bundle, resolve
+
+KEYS = {"none": None, "user": "the-user", "admin": "the-admin", "wrong": "guess"}
+SERVERS = {
+    "open": (None, None),
+    "api": ("the-user", None),
+    "admin": (None, "the-admin"),
+    "both": ("the-user", "the-admin"),
+}
+EVERYBODY = set(KEYS)
+ALLOWED = {
+    "open": {"anyone": EVERYBODY, "operator": EVERYBODY},
+    "api": {"anyone": {"user"}, "operator": {"user"}},
+    "admin": {"anyone": EVERYBODY, "operator": {"admin"}},
+    "both": {"anyone": {"user"}, "operator": {"admin"}},
+}
+"""By server, whose key opens what everybody may use who may ask for answers, and what is an operator's."""
+
+FOR = {
+    ("GET", "/whiflash/capabilities"): "anyone",
+    ("GET", "/whiflash/state"): "operator",
+    ("POST", "/whiflash/policy"): "operator",
+    ("POST", "/whiflash/forget"): "operator",
+}
+BODIES: dict[str, Any] = {"/whiflash/policy": {"min_dwell": 3}, "/whiflash/forget": {"all": True}}
+
+
+class Manager:
+    """The tokenizer manager as far as the routes ask it; `sent` is what reached the schedulers."""
+
+    def __init__(self) -> None:
+        self.server_args = SimpleNamespace(_whiflash=resolve(Flags(), embedded_bundle()))
+        self.sent: list[Any] = []
+
+    def config_value(self, name: str) -> Any:
+        return getattr(self.server_args, name, None)
+
+    def auto_create_handle_loop(self) -> None:
+        return
+
+    async def get_internal_state_communicator(self, request: Any) -> list[Any]:
+        return [SimpleNamespace(internal_state={"whiflash": {"rounds": 1}})]
+
+    async def get_internal_state(self) -> list[Any]:
+        return [{"whiflash": {"rounds": 1}}]
+
+    async def set_internal_state(self, message: Any) -> list[bool]:
+        self.sent.append(message)
+        return [True]
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> Manager:
+    made = Manager()
+    monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=made))
+    return made
+
+
+def client_of(manager: Manager, server: str) -> TestClient:
+    """A client of our routes behind SGLang's own middleware."""
+    arguments = SimpleNamespace(
+        _whiflash=manager.server_args._whiflash,
+        served_model_name="tiny",
+        model_path="tiny",
+        tool_call_parser=None,
+        reasoning_parser=None,
+    )
+    http.install(arguments)
+    app = FastAPI(routes=our_routes())
+    user, admin = SERVERS[server]
+    add_api_key_middleware(app, api_key=user, admin_api_key=admin)
+    return TestClient(app)
+
+
+def our_routes() -> list[Any]:
+    return [r for r in http_server.app.routes if getattr(r, "path", "").startswith("/whiflash/")]
+
+
+def test_every_route_of_ours_is_in_the_table(manager: Manager) -> None:
+    client_of(manager, "open")
+    found = {(method, route.path) for route in our_routes() for method in route.methods}
+    assert found == FOR.keys()
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize(("method", "path"), FOR)
+def test_a_route_opens_for_its_keys_alone(
+    manager: Manager, method: str, path: str, server: str, key: str
+) -> None:
+    headers = {"Authorization": f"Bearer {KEYS[key]}"} if KEYS[key] else {}
+    answer = client_of(manager, server).request(method, path, json=BODIES.get(path), headers=headers)
+    allowed = key in ALLOWED[server][FOR[method, path]]
+    assert answer.status_code == (200 if allowed else 401)
+    assert bool(manager.sent) == (allowed and method == "POST")
+    assert allowed or answer.json() == {"error": "Unauthorized"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"router": NaN}',
+        '{"min_dwell": "3"}',
+        '{"min_dwell": true}',
+        '{"min_dwell": 1.5}',
+        f'{{"min_dwell": 1{"0" * 30}}}',
+        f'{{"entropy_threshold": 1{"0" * 400}}}',
+        '{"entropy_threshold": 1e999}',
+        '{"entropy_threshold": "1"}',
+        '{"router": ["ar"]}',
+        '{"tau": 1}',
+    ],
+)
+def test_a_wrong_change_of_policy_is_a_400_and_reaches_no_scheduler(manager: Manager, body: str) -> None:
+    json_body = {"Content-Type": "application/json"}
+    answer = client_of(manager, "open").post("/whiflash/policy", content=body, headers=json_body)
+    # 422 where FastAPI refuses to read it, which SGLang's own handler turns into 400.
+    assert answer.status_code in (400, 422)
+    assert answer.json()
+    assert not manager.sent

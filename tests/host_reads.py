@@ -1,0 +1,101 @@
+"""What the host reads from the device, or sends to it, while it plans: on a CPU nothing would show otherwise.
+
+`tolist` and `item` do not dispatch on CPU tensors, so a dispatch mode cannot see them; a function mode can. Whatever
+waits for the device on a GPU counts as a read: values that become Python's, and shapes that depend on values.
+"""
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = frozenset(
+    {
+        "tolist",
+        "item",
+        "cpu",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__contains__",
+        "equal",
+        "allclose",
+        "nonzero",
+        "argwhere",
+        "masked_select",
+        "unique",
+        "unique_consecutive",
+        "bincount",
+    }
+)
+"""By the name of the function or method; its result, or its result's shape, is known only when the device is done."""
+
+UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
+
+
+class HostReads(TorchFunctionMode):
+    """Counts reads and uploads by the line of ours, or of SGLang's, that asked for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+        self.uploads: Counter[str] = Counter()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS or _depends_on_values(name, args):
+            self.reads[_site(name)] += 1
+        elif name in UPLOADS:
+            self.uploads[_site(name)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that would each be a launch; views and allocations are none."""
+
+    FREE = ("view", "reshape", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE)))
+        return func(*args, **(kwargs or {}))
+
+
+def _depends_on_values(name: str, args: Sequence[Any]) -> bool:
+    """Indexing by a mask, and `where` with a condition alone, have as many results as there are true values."""
+    if name == "where":
+        return len(args) == 1
+    if name not in ("__getitem__", "__setitem__"):
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in index)
+
+
+def _site(name: str) -> str:
+    for frame in reversed(traceback.extract_stack()):
+        for package in ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/"):
+            if package in frame.filename:
+                return f"{package}{frame.filename.split(package)[-1]}:{frame.lineno} {name}"
+    return name

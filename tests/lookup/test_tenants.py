@@ -1,0 +1,137 @@
+"""A tenant's proposals are those that it would get alone, whatever others copy between its rounds."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.config import Lookup
+from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.drafters.lookup import LookupArm
+from whiflash_sglang.lookup.calibration import Agreement, Calibrations
+from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
+from whiflash_sglang.spans.hints import RequestHints
+
+WIDTH = 24
+
+
+def arm() -> LookupArm:
+    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1))
+
+
+@dataclass
+class Client:
+    """One tenant's requests, one at a time, in a row of its own."""
+
+    arm: LookupArm
+    row: int
+    tenant: Tenant | None
+    scope: str = "memory"
+    text: list[int] | None = None
+    seen: list[tuple[float, list[int]]] = field(default_factory=list)
+
+    def say(self, tokens: Sequence[int]) -> None:
+        """A round that commits `tokens`, or the prompt of a new request; then a proposal. Nothing: the request ends."""
+        if not tokens:
+            if self.text is not None:
+                self.arm.finish(self.row, self.text)
+                self.arm.release(self.row)
+            self.text = None
+            return
+        if self.text is None:
+            self.text = []
+            self.arm.begin(self.row, RequestHints(lookup=self.scope), self.tenant)  # type: ignore[arg-type]
+        self.text += tokens
+        text = self.text
+        expected = self.arm.outlook(self.row, len(text), lambda start: text[start:])
+        self.seen.append((expected, drafted(self.arm, self.row)))
+
+
+def drafted(arm: LookupArm, row: int) -> list[int]:
+    one = torch.zeros(1, dtype=torch.int64)
+    table = torch.zeros((1, 8), dtype=torch.int32)
+    batch = DraftBatch(one, [row], [1], one, one, torch.zeros(1, 1), table, [WIDTH])
+    drafts = arm.draft(batch)
+    return [int(token) for token in drafts.tokens[0][: drafts.counts[0]]]
+
+
+def proposals(
+    mine: Iterable[Sequence[int]], between: Iterable[Sequence[Sequence[int]]], other: Client
+) -> list[object]:
+    client = Client(other.arm, 0, tenant_of(None, "mine"))
+    for tokens, others in zip(mine, between, strict=True):
+        for theirs in others:
+            other.say(theirs)
+        client.say(tokens)
+    return list(client.seen)
+
+
+rounds = st.lists(st.integers(1, 4), max_size=12)
+script = st.lists(st.tuples(rounds, st.lists(rounds, max_size=4)), min_size=1, max_size=25)
+ALWAYS_RIGHT = [([1, 2, 3, 4] * 3, [[9, 8, 7] * 20] * 8)] * 6
+
+
+@settings(deadline=None, max_examples=150)
+@given(script, st.sampled_from([None, "theirs"]), st.sampled_from(["memory", "context", "off"]))
+@example(ALWAYS_RIGHT, "theirs", "memory")
+@example(ALWAYS_RIGHT, None, "memory")
+def test_a_tenants_proposals_are_those_it_gets_alone(
+    script: list[tuple[list[int], list[list[int]]]], salt: str | None, scope: str
+) -> None:
+    mine = [own for own, _ in script]
+    alone = proposals(mine, [()] * len(mine), Client(arm(), 1, None))
+    beside = proposals(mine, [others for _, others in script], Client(arm(), 1, tenant_of(None, salt), scope))
+    assert beside == alone
+
+
+def test_requests_without_a_key_learn_together_and_from_no_tenant() -> None:
+    server = arm()
+    first, second, keyed = (
+        Client(server, row, tenant) for row, tenant in enumerate((None, None, tenant_of(None, "a")))
+    )
+    text = [1, 2, 3, 4] * 30
+    for client in (keyed, first, second):
+        client.say(text[:8])
+        for at in range(8, 100, 4):
+            client.say(text[at : at + 4])
+        client.say([])
+    assert first.seen == keyed.seen, "each began with the seed"
+    assert second.seen[0] > first.seen[0], "what copied well for one is believed of the next"
+
+
+def test_a_request_that_keeps_nothing_leaves_no_chances() -> None:
+    server = arm()
+    tenant = tenant_of(None, "a")
+    private, alone = Client(server, 0, tenant, "context"), Client(arm(), 0, tenant)
+    for _ in range(5):
+        private.say([1, 2, 3] * 10)
+    after = Client(server, 1, tenant)
+    for client in (after, alone):
+        client.say([1, 2, 3] * 10)
+    assert after.seen == alone.seen
+
+
+def test_forgetting_a_tenant_forgets_what_its_text_taught() -> None:
+    tenants = [tenant_of(None, name) for name in "ab"]
+    assert tenants[0] is not None
+    book = Calibrations()
+    for tenant in (*tenants, None):
+        book.of(tenant).observe(3, Agreement.ALONE, True)
+    running = book.of(tenants[0])
+    book.forget(handle_of(tenants[0]))
+    running.observe(3, Agreement.ALONE, True)
+    chances = [book.of(tenant).chance(3, Agreement.ALONE) for tenant in (*tenants, None)]
+    assert chances[0] == 0.5 < chances[1] == chances[2]
+    book.forget()
+    assert [book.of(tenant).chance(3, Agreement.ALONE) for tenant in (*tenants, None)] == [0.5] * 3
+
+
+def test_tenants_are_bounded_and_the_least_recent_one_begins_again() -> None:
+    book = Calibrations(most=2)
+    for name in ("a", "b", "a", "c"):
+        book.of(tenant_of(None, name)).observe(3, Agreement.ALONE, True)
+    assert len(book) == 2
+    assert book.of(tenant_of(None, "a")).chance(3, Agreement.ALONE) > 0.6
+    assert book.of(tenant_of(None, "b")).chance(3, Agreement.ALONE) == 0.5

@@ -1,0 +1,289 @@
+"""Mutation testing: plants single faults and asks the tests whether they notice.
+
+    python tests/mutation/run.py --most 20 --out results.jsonl            # every target, 20 faults a module
+    python tests/mutation/run.py --only 'routing/costs' --most 1000       # one module, every fault
+    python tests/mutation/run.py --out results.jsonl --report             # the table of what was found
+
+A process that has imported everything but our own packages forks for every mutant, so that importing SGLang is paid
+once. The child finds the mutated module in a copy of the tree that comes first on its path; processes that it starts
+find it too. Results are kept as they come: the same command goes on where it was ended.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "sdk/whiflash_sdk")
+KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Modules and the tests that judge them, as in targets.toml."""
+
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+    warm: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the tests said of one mutant. digest: of the mutated source, so that changed code is asked again."""
+
+    module: str
+    name: str
+    line: int
+    outcome: str
+    seconds: float
+    digest: str
+
+
+def targets() -> list[Target]:
+    """Of targets.toml."""
+    with (HERE / "targets.toml").open("rb") as file:
+        return [
+            Target(tuple(t["modules"]), tuple(t["tests"]), tuple(t["warm"]))
+            for t in tomllib.load(file)["target"]
+        ]
+
+
+# ---------------------------------------------------------------- one target: a warm process that forks
+
+
+def run_target(root: Path, index: int, options: argparse.Namespace) -> None:
+    """In a process of its own: import what is slow, then fork for every mutant; results go to `options.out`."""
+    from mutants import sample
+
+    target = targets()[index]
+    known = {(r.module, r.name, r.digest) for r in read(options.out)}
+    planned = []
+    for module in _modules(root, target, options.only):
+        for mutant in sample(module, (root / module).read_text(), options.most):
+            digest = _digest(mutant.source)
+            if (module, mutant.name, digest) not in known:
+                planned.append((mutant, digest))
+    if not planned:
+        return
+    for name in target.warm:
+        importlib.import_module(name)
+    tests = [test for test in target.tests if (root / test).exists()]
+    unharmed = _finish(_start(root, None, tests), limit=float("inf"))
+    if unharmed.outcome != SURVIVED:
+        raise SystemExit(f"the tests of {target.modules} fail without a fault:\n{unharmed.log}")
+    limit = max(60.0, 5 * unharmed.seconds)
+    running: list[tuple[Trial, Any]] = []
+    with options.out.open("a") as out:
+        while planned or running:
+            while planned and len(running) < options.jobs:
+                mutant, digest = planned.pop(0)
+                running.append((_start(root, mutant, tests), (mutant, digest)))
+            trial, (mutant, digest) = running.pop(0)
+            end = _finish(trial, limit, patience=0.2)
+            if end is None:
+                running.append((trial, (mutant, digest)))
+                continue
+            result = Result(
+                mutant.module, mutant.name, mutant.line, end.outcome, round(end.seconds, 1), digest
+            )
+            print(json.dumps(asdict(result)), file=out, flush=True)
+            print(
+                f"{end.outcome:9} {end.seconds:6.1f} s  {mutant.module}:{mutant.line}  {mutant.name}",
+                flush=True,
+            )
+
+
+def _modules(root: Path, target: Target, only: str | None) -> Iterator[str]:
+    for pattern in target.modules:
+        for path in sorted(root.glob(pattern)):
+            name = str(path.relative_to(root))
+            if path.stat().st_size and (only is None or fnmatch.fnmatch(name, f"*{only}*")):
+                yield name
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A child that runs the tests in a tree of its own."""
+
+    pid: int
+    overlay: Path
+    began: float
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How it ended."""
+
+    outcome: str
+    seconds: float
+    log: str
+
+
+def _start(root: Path, mutant: Any, tests: Sequence[str]) -> Trial:
+    """Fork a child that runs the tests with the fault in place."""
+    overlay = Path(tempfile.mkdtemp(prefix="mutant-"))
+    for name in SOURCES:
+        _link(root / name, overlay / name)
+    if mutant is not None:
+        place = overlay / mutant.module
+        place.unlink()
+        place.write_text(mutant.source)
+    began, pid = time.monotonic(), os.fork()
+    if pid == 0:
+        _child(root, overlay, tests)
+    return Trial(pid, overlay, began)
+
+
+def _link(source: Path, copy: Path) -> None:
+    """The package's folders anew, its files as hard links: a symbolic one would lead out of a bundle."""
+    shutil.copytree(source, copy, copy_function=_file, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _child(root: Path, overlay: Path, tests: Sequence[str]) -> None:
+    """Never returns: its exit code is pytest's."""
+    code = 3
+    try:
+        os.setsid()
+        os.chdir(root)
+        with (overlay / "log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        paths = [str(overlay / Path(name).parent) for name in SOURCES]
+        sys.path[:0] = paths
+        for name, module in list(
+            sys.modules.items()
+        ):  # SGLang imports its platform, so a little of us is there
+            if name.startswith("whiflash") and hasattr(module, "__path__"):
+                module.__path__ = [str(overlay.joinpath(*name.split(".")))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(overlay / "hypothesis")
+        sys.dont_write_bytecode = True
+        import hypothesis
+        import pytest
+
+        # One failing example is enough; shrinking it takes most of the time.
+        found = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        hypothesis.settings.register_profile("mutation", phases=found, deadline=None)
+        hypothesis.settings.load_profile("mutation")
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]))
+    finally:
+        os._exit(code)
+
+
+def _finish(trial: Trial, limit: float, patience: float = float("inf")) -> End | None:
+    """Wait for a child's end, at most `patience` seconds; one that ran for `limit` seconds is ended."""
+    asked = time.monotonic()
+    while True:
+        done, status = os.waitpid(trial.pid, os.WNOHANG)
+        seconds = time.monotonic() - trial.began
+        if done or seconds > limit:
+            break
+        if time.monotonic() - asked > patience:
+            return None
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(trial.pid, signal.SIGKILL)  # what the tests started too
+    log = (trial.overlay / "log").read_text(errors="replace")[-3000:]
+    if done:
+        outcome = SURVIVED if os.waitstatus_to_exitcode(status) == 0 else KILLED
+    else:
+        os.waitpid(trial.pid, 0)
+        outcome = TIMEOUT
+    shutil.rmtree(trial.overlay, ignore_errors=True)
+    return End(outcome, seconds, log)
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- results
+
+
+def read(path: Path) -> list[Result]:
+    """Results kept so far."""
+    return (
+        [Result(**json.loads(line)) for line in path.read_text().split("\n") if line] if path.exists() else []
+    )
+
+
+def reasons() -> dict[str, str]:
+    """Of survivors.toml: why a mutant that survives may, by `module :: name`."""
+    path = HERE / "survivors.toml"
+    found = tomllib.loads(path.read_text()) if path.exists() else {}
+    return {f"{module} :: {name}": why for module, names in found.items() for name, why in names.items()}
+
+
+def report(results: Sequence[Result]) -> str:
+    """Score by module, and the survivors with their reasons."""
+    by_module: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        by_module[result.module].append(result)
+    why = reasons()
+    lines = ["| module | mutants | killed | score |", "|---|---|---|---|"]
+    for module, found in sorted(by_module.items()):
+        lines.append(_row(module, found))
+    lines += [_row("all", results), ""]
+    for result in results:
+        if result.outcome == SURVIVED:
+            reason = why.get(f"{result.module} :: {result.name}", "**no reason yet**")
+            lines.append(f"- `{result.module}:{result.line}` {result.name}: {reason}")
+    return "\n".join(lines)
+
+
+def _row(name: str, results: Sequence[Result]) -> str:
+    killed = sum(result.outcome != SURVIVED for result in results)
+    return f"| {name} | {len(results)} | {killed} | {killed / max(len(results), 1):.0%} |"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=HERE.parent.parent, help="tree to plant faults into")
+    parser.add_argument("--only", help="modules whose path contains this (a glob)")
+    parser.add_argument("--most", type=int, default=20, help="faults a module, drawn by its name")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"), help="results, one a line")
+    parser.add_argument("--report", action="store_true", help="print the table of --out, run nothing")
+    parser.add_argument("--target", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out = options.out.absolute()
+    if options.target is not None:
+        sys.path.insert(0, str(HERE))
+        run_target(options.root.absolute(), options.target, options)
+        return
+    if not options.report:
+        for index in range(len(targets())):
+            again = [sys.executable, str(HERE / "run.py"), *sys.argv[1:], "--target", str(index)]
+            if subprocess.run(again, check=False).returncode not in (0,):
+                print(f"target {index} was not finished", file=sys.stderr)
+    print(report(read(options.out)))
+
+
+if __name__ == "__main__":
+    main()

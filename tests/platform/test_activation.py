@@ -1,0 +1,37 @@
+"""Where the CPU platform steps in, and which choices stay the user's."""
+
+import pytest
+import torch
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.server_args import ServerArgs
+
+from whiflash_sglang import platform
+
+from .conftest import Checkpoints
+
+OURS = "whiflash_sglang.platform.cpu:CpuPlatform"
+
+
+def test_it_runs_where_nothing_else_could(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    assert platform.activate() == OURS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert platform.activate() is None
+
+
+def test_it_steps_aside_for_sglangs_own_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert platform.activate() is None
+    monkeypatch.setenv("SGLANG_PLATFORM", platform.NAME)
+    assert platform.activate() == OURS
+
+
+@pytest.mark.parametrize("chosen", [None, "whiflash_cpu", "intel_amx", "torch_native"])
+def test_an_attention_backend_that_was_chosen_stays(checkpoints: Checkpoints, chosen: str | None) -> None:
+    """`intel_amx` becomes `torch_native` in SGLang itself, where the processor has no AMX."""
+    arguments = ServerArgs(model_path=str(checkpoints.target), device="cpu", attention_backend=chosen)
+    arguments.resolve_once()
+    ours = chosen in (None, "whiflash_cpu")
+    assert (resolving_view(arguments).attention_backend == "whiflash_cpu") is ours

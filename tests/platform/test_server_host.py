@@ -1,0 +1,73 @@
+"""The host of the tests' servers: a failed start is told at once, nobody else's server is taken for ours."""
+
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+import server_host
+from patience import wait_until
+from server_host import ServerHost, answers
+
+from whiflash_sglang import server_host as product
+from whiflash_sglang.platform.defaults import CHILD_ENVIRONMENT
+
+from .conftest import Checkpoints
+
+pytestmark = pytest.mark.server
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Says yes to whatever it is asked."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+def test_a_server_that_dies_is_reported_with_its_log(host: ServerHost, tmp_path: object) -> None:
+    with pytest.raises(RuntimeError, match=f"did not start(.|\n)*{tmp_path}"):
+        host.start("--model-path", f"{tmp_path}/nothing")
+
+
+def test_another_server_on_the_port_is_not_ours(
+    host: ServerHost, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        monkeypatch.setattr(server_host, "free_port", lambda: other.server_port)
+        assert answers(f"http://127.0.0.1:{other.server_port}/health")
+        with pytest.raises(RuntimeError, match="did not start"):
+            host.start(*checkpoints.arguments("none"))
+        other.shutdown()
+
+
+def test_openmp_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spawned scheduler gets these from the platform; in the host torch is there before any platform is."""
+    for name in CHILD_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    own = next(iter(CHILD_ENVIRONMENT))
+    with product.ServerHost({"OMP_NUM_THREADS": "3", own: "mine"}) as running:
+        # The kernel shows them a moment after the process was started.
+        wait_until(lambda: psutil.Process(running.pid).environ())
+        found = psutil.Process(running.pid).environ()
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found[own] == "mine", "what the user sets stays"
+    assert {name: found[name] for name in CHILD_ENVIRONMENT} == {**CHILD_ENVIRONMENT, own: "mine"}
+    assert not psutil.pid_exists(running.pid), "it ends with its owner's interest, imported or not"
+
+
+def test_a_host_that_cannot_import_says_why(tmp_path: Path) -> None:
+    (tmp_path / "sglang.py").write_text("raise ImportError('no such engine')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with product.ServerHost({"PYTHONPATH": path}) as running:
+        with pytest.raises(product.ServerHostError, match="no such engine"):
+            running.wait()
+        with pytest.raises(product.ServerHostError, match="no such engine"):
+            running.fork([], tmp_path / "log")

@@ -1,0 +1,155 @@
+"""What one request can do to the others' routes: the real controller and costs, simulated acceptance, no noise.
+
+DFlash is right five times a round and EAGLE-3 never, of a text that is nobody's in particular; a request whose caller
+orders an arm has a text that nothing drafts.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.spans.hints import RequestHints, SpanHint
+
+WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
+SECONDS = {"ar": 0.007, "diffusion": 0.006}
+GOOD = {"ar": 1, "diffusion": 5}
+NOTHING: Mapping[str, int] = {}
+FREE = RequestHints()
+
+
+def ordered(**wish: object) -> RequestHints:
+    return RequestHints(spans=(SpanHint(kind="json", open=True, **wish),))  # type: ignore[arg-type]
+
+
+ORDERS = {
+    "pin-ar": ordered(prefer="ar", pin=True),
+    "pin-diffusion": ordered(prefer="diffusion", pin=True),
+    "pin-none": ordered(prefer="none", pin=True),
+    "bias-ar": ordered(bias={"ar": 16.0}),
+    "bias-diffusion": ordered(bias={"diffusion": 16.0}),
+    "bias-none": ordered(bias={"none": 16.0}),
+    "off": RequestHints(off=True),
+}
+
+
+class Server:
+    """A batch that is stepped by hand. text: of every running request, what the arms accept of it."""
+
+    def __init__(self) -> None:
+        self.costs = MeasuredCosts(WIDTHS.__getitem__)
+        self.controller = Controller(AutoPolicy(), self.costs, [b"a"])
+        self.text: dict[int, Mapping[str, int]] = {}
+
+    def open(self, row: int, hints: RequestHints = FREE, text: Mapping[str, int] = GOOD) -> None:
+        self.controller.open(row, f"r{row}", hints, [0])
+        self.text[row] = text
+
+    def close(self, row: int) -> None:
+        self.controller.forget(row)
+        del self.text[row]
+
+    def round(self, rows: Sequence[int]) -> dict[int, str]:
+        """The arm of every row."""
+        routes = self.controller.route(rows, [10] * len(rows), [{"ar": None, "diffusion": None}] * len(rows))
+        for arm in set(routes) & SECONDS.keys():
+            self.costs.drafted(arm, routes.count(arm), passes=1, seconds=SECONDS[arm], catch_up=0.0)
+        verified = sum(WIDTHS[arm] for arm in routes)
+        self.costs.verified(verified, len(rows), 0.03 + 0.0006 * verified)
+        self.costs.committed(2 * len(rows), 0.045)
+        for row, arm in zip(rows, routes, strict=True):
+            self.controller.committed(row, arm, [0] * self.text[row].get(arm, 1), WIDTHS[arm])
+        return dict(zip(rows, routes, strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_beside_a_request_that_ordered_its_arm_another_finds_the_best(order: str) -> None:
+    """Wherever it stands in the batch, and however long the other one was there before."""
+    for mine, theirs in ((0, 1), (1, 0)):
+        server = Server()
+        server.open(theirs, ORDERS[order], NOTHING)
+        for _ in range(500):
+            server.round([theirs])
+        server.open(mine)
+        routes = [server.round([0, 1])[mine] for _ in range(100)]
+        assert routes[-50:].count("diffusion") >= 48, "all but a probe of the other one"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_was_ordered_teaches_nobody_what_to_expect(order: str) -> None:
+    """The means, the widths and the next request's routes are those of a server that never saw it."""
+    taught, untouched = Server(), Server()
+    taught.open(1, ORDERS[order], NOTHING)
+    for server in (taught, untouched):
+        server.open(0)
+    for _ in range(300):
+        taught.round([0, 1])
+        untouched.round([0])
+    for server in (taught, untouched):
+        server.close(0)
+        server.open(2)
+    policies = [server.controller.policy for server in (taught, untouched)]
+    for arm in ("ar", "diffusion"):
+        usual = [policy.estimator.usual(arm) for policy in policies]  # type: ignore[attr-defined]
+        assert usual[0] == pytest.approx(usual[1], abs=0.2), arm
+        assert taught.costs.width(arm) == untouched.costs.width(arm)
+    for _ in range(50):
+        assert taught.round([2]) == untouched.round([2])
+
+
+def test_an_order_costs_others_no_probe_and_no_arm() -> None:
+    """Pinned to EAGLE-3, a request keeps that drafter running; its neighbour's text changes, and it notices."""
+    server = Server()
+    server.open(0, ORDERS["pin-ar"], NOTHING)
+    server.open(1, FREE, NOTHING)
+    for _ in range(2000):
+        server.round([0, 1])
+    server.text[1] = {"ar": 6}
+    routes = [server.round([0, 1])[1] for _ in range(1500)]
+    assert routes[-1] == "ar", "it has never tried it again"
+
+
+def test_a_request_that_never_ends_does_not_speak_for_all() -> None:
+    """Ten thousand rounds in which nothing was right weigh no more than some hundred of another request's."""
+    server = Server()
+    server.open(0, FREE, {"ar": 1, "diffusion": 2})
+    for _ in range(10_000):
+        server.round([0])
+    server.close(0)
+    for _ in range(2):
+        server.open(1)
+        routes = [server.round([1])[1] for _ in range(300)]
+        server.close(1)
+    assert routes[-1] == "diffusion"
+
+
+def test_probes_of_requests_that_are_aborted_come_again() -> None:
+    """Requests that come and go after a round each: whoever is there when a probe is due makes it."""
+    server = Server()
+    server.open(0, FREE, NOTHING)
+    for _ in range(100):
+        server.round([0])
+    tried = 0
+    for _ in range(PROBES):
+        server.open(1, FREE, NOTHING)
+        tried += server.round([0, 1])[1] != "none"
+        server.close(1)
+    assert 0 < tried < PROBES / 10, "a new request is no reason for a probe"
+
+
+PROBES = 2000
+
+
+def test_a_probe_leaves_the_others_their_arms() -> None:
+    """It binds one request. Scored above everything, it made the cheapest routes of all others the best."""
+    server = Server()
+    server.open(0)
+    for _ in range(100):
+        server.round([0])
+    server.open(1)
+    for _ in range(1500):
+        routes = server.round([0, 1])
+        assert "none" not in routes.values()
+        assert "diffusion" in routes.values()

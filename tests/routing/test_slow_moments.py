@@ -1,0 +1,173 @@
+"""Slow moments and slower machines: `auto` on simulated clocks, seeded.
+
+EAGLE-3 drafts in 5 ms and DFlash in 12, three tokens a round are accepted of either; a verification takes 30 ms and
+0.6 ms a row; all with lognormal noise. So EAGLE-3 is the better arm by a sixth, and plain decoding is far behind.
+"""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.spans.hints import RequestHints
+
+WIDTHS = {"ar": 6, "diffusion": 8, "lookup": 8, "none": 1}
+ACCEPTED = {"ar": 3, "diffusion": 3, "none": 1}
+NOISE = 0.2
+STAGES = ("draft", "verify", "catch_up", "gap")
+
+
+class Machine:
+    """One server, one endless request. seconds: of a draft by arm; slower: factor on every stage."""
+
+    def __init__(self, noise: float = NOISE, seed: int = 0) -> None:
+        self.seconds = {"ar": 0.005, "diffusion": 0.012, "lookup": 0.0001}
+        self.slower = 1.0
+        self.copies: float | None = None
+        self.costs = MeasuredCosts(WIDTHS.__getitem__)
+        self.controller = Controller(AutoPolicy(), self.costs, [b"a"])
+        self.controller.open(0, "r", RequestHints(), [0])
+        self._rng, self._noise = random.Random(seed), noise
+
+    def took(self, seconds: float) -> float:
+        return seconds * self.slower * math.exp(self._rng.gauss(0, self._noise))
+
+    def profile(self, factors: dict[str, float]) -> None:
+        for arm, factor in factors.items():
+            for requests in (1, 2, 4, 8):
+                seconds = self.seconds[arm] * (1 + 0.1 * (requests - 1)) * factor
+                self.costs.drafted(arm, requests, passes=5, seconds=seconds, catch_up=0.0)
+
+    def round(self, stall: str | None = None) -> str:
+        """One round; `stall`: the stage that takes ten seconds longer."""
+        late = {stage: 10.0 * (stage == stall) for stage in STAGES}
+        outlook: dict[str, float | None] = {"ar": None, "diffusion": None}
+        if self.copies is not None:
+            outlook["lookup"] = self.copies
+        (arm,) = self.controller.route([0], [10], [outlook])
+        drafting = 0.0
+        if arm != "none":
+            drafting = self.took(self.seconds[arm]) + late["draft"]
+            catch_up = self.took(0.001) + late["catch_up"]
+            self.costs.drafted(arm, 1, passes=5, seconds=drafting, catch_up=catch_up)
+            drafting += catch_up
+        verifying = self.took(0.030 + 0.0006 * WIDTHS[arm]) + late["verify"]
+        self.costs.verified(WIDTHS[arm], 1, verifying)
+        tokens = ACCEPTED.get(arm) or round(self.copies or 1)
+        self.costs.committed(tokens, drafting + verifying, gap=self.took(0.004) + late["gap"])
+        self.controller.committed(0, arm, [0] * tokens, WIDTHS[arm])
+        return arm
+
+    def rounds(self, count: int) -> Counter[str]:
+        return Counter(self.round() for _ in range(count))
+
+    def prices(self, requests: int = 1) -> dict[str, float]:
+        return {arm: self.costs.draft(arm, requests) for arm in ("ar", "diffusion")}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("stall", ["draft", "verify", "catch_up", "gap"])
+@pytest.mark.parametrize("before", [0, 1, 200])
+def test_ten_seconds_once(stall: str, before: int, seed: int) -> None:
+    """In the first round, the second, or after hundreds: the better arm is back within fifty rounds."""
+    machine = Machine(seed=seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.rounds(before)
+    machine.round(stall)
+    machine.rounds(50)
+    assert machine.rounds(300)["ar"] >= 290
+    assert machine.costs.worth("ar").draft == pytest.approx(settled_worth(seed), rel=0.5)
+
+
+def settled_worth(seed: int) -> float:
+    """What a further pass of EAGLE-3 must bring where nothing was slow."""
+    machine = Machine(seed=seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.rounds(400)
+    return machine.costs.worth("ar").draft
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ten_seconds_at_the_start_of_an_arm(seed: int) -> None:
+    """Without a profile, and in the arm's very first draft."""
+    machine = Machine(seed=seed)
+    while machine.round("draft") != "ar":
+        pass
+    machine.rounds(100)
+    assert machine.rounds(300)["ar"] >= 280
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ten_seconds_of_a_copy(seed: int) -> None:
+    """What an arm expects of itself does not keep it from being timed again."""
+    machine = Machine(seed=seed)
+    machine.copies = 9.0
+    machine.rounds(5)
+    while machine.round("draft") != "lookup":
+        pass
+    machine.rounds(50)
+    assert machine.rounds(300)["lookup"] >= 290
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "factors", [{"ar": 5.0, "diffusion": 1.0}, {"ar": 1.0, "diffusion": 5.0}, {"ar": 5.0, "diffusion": 5.0}]
+)
+def test_a_start_up_on_a_busy_machine(factors: dict[str, float], seed: int) -> None:
+    """Sixty rounds later the routes are those of a profile that was right."""
+    machine = Machine(seed=seed)
+    machine.profile(factors)
+    machine.rounds(60)
+    assert machine.rounds(300)["ar"] >= 290
+    assert machine.prices()["ar"] == pytest.approx(0.006, rel=0.25)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_machine_that_stays_slower_or_faster(factor: float, seed: int) -> None:
+    machine = Machine(seed=seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.rounds(300)
+    machine.slower = factor
+    machine.rounds(30)
+    assert machine.prices()["ar"] == pytest.approx(0.006 * factor, rel=0.25)
+    assert machine.costs.verify(6, 1) == pytest.approx((0.0336 + 0.004) * factor, rel=0.25)
+    assert machine.rounds(300)["ar"] >= 280
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_arm_that_stays_dearer_is_left(seed: int) -> None:
+    machine = Machine(seed=seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.rounds(300)
+    machine.seconds["ar"] = 0.024
+    machine.rounds(50)
+    assert machine.rounds(300)["diffusion"] >= 280
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_busy_while_is_forgotten_soon(seed: int) -> None:
+    """A hundred rounds in which the drafter took five times as long; then all is as it was."""
+    machine = Machine(seed=seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.rounds(300)
+    machine.seconds["ar"] = 0.025
+    assert machine.rounds(100)["diffusion"] >= 80
+    machine.seconds["ar"] = 0.005
+    machine.rounds(160)
+    assert machine.rounds(300)["ar"] >= 280
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_ordinary_noise_changes_nothing(noise: float, seed: int) -> None:
+    """Neither routes that go back and forth, nor probes beyond those that are due."""
+    machine = Machine(noise, seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.rounds(1000)
+    assert machine.rounds(2000)["ar"] >= (1980 if noise < 0.5 else 1960)
+    assert machine.prices()["ar"] == pytest.approx(0.006 * math.exp(noise**2 / 2), rel=0.15 + noise / 4)

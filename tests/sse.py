@@ -1,0 +1,78 @@
+"""What a server sent, byte for byte, but for what no two answers share: names, clocks, and cuts."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+_IDENTITIES = ((re.compile(r'"id": ?"[^"]*"'), '"id":"…"'), (re.compile(r'"created": ?\d+'), '"created":0'))
+_CLOCKS = re.compile(r"_latency$|_ts$|_time$|_throughput$|^cached_tokens|^id$")
+
+
+def ask(url: str, route: str, body: dict[str, Any]) -> str:
+    """The body of the answer to a plain request, as it was sent."""
+    answer = httpx.post(url + route, json=body, timeout=None)
+    assert answer.status_code == 200, answer.text
+    return answer.text
+
+
+def comparable(sent: str, *, spec: bool = True) -> dict[Any, Any]:
+    """Lines of an answer by the choice they belong to; neighbours that differ in their text alone are joined.
+
+    spec: keep what every speculative algorithm of SGLang adds to `meta_info`.
+    """
+    found: dict[Any, list[list[str]]] = {}
+    for line in sent.split("\n"):
+        if not line:
+            continue  # it only ends an event; how many there are depends on how a text is cut
+        for choice, shape, text in _parts(line, spec):
+            lines = found.setdefault(choice, [])
+            if lines and lines[-1][0] == shape:
+                lines[-1][1] += text
+            else:
+                lines.append([shape, text])
+    return found
+
+
+def _parts(line: str, spec: bool) -> Iterator[tuple[Any, str, str]]:
+    """Choice, the line without its text, and the text."""
+    for pattern, placeholder in _IDENTITIES:
+        line = pattern.sub(placeholder, line)
+    event, data = line[:6] if line.startswith("data: ") else "", line.removeprefix("data: ")
+    if not data.startswith(("{", "[{")):
+        yield None, line, ""
+        return
+    parsed = json.loads(data)
+    for item in parsed if isinstance(parsed, list) else [parsed]:
+        if "meta_info" in item:
+            yield _native(event, item, spec)
+            continue
+        texts = [_cut_text(choice) for choice in item.get("choices", ())]
+        index = item["choices"][0].get("index") if event and texts else None
+        yield index, event + json.dumps(item, ensure_ascii=False), "".join(texts)
+
+
+def _cut_text(choice: dict[str, Any]) -> str:
+    holder = choice.get("delta") or choice.get("message") or choice
+    name = "text" if "text" in holder else "content"
+    text, holder[name] = holder.get(name) or "", "…"
+    return str(text)
+
+
+def _native(event: str, item: dict[str, Any], spec: bool) -> tuple[Any, str, str]:
+    """Native streams repeat the text so far: of an unfinished line only the names of its fields are kept."""
+    meta = {
+        key: None if _CLOCKS.search(key) else value
+        for key, value in item["meta_info"].items()
+        if spec or not key.startswith("spec_")
+    }
+    text = ""
+    if meta["finish_reason"] is None:
+        item = dict.fromkeys(item)
+        meta = dict.fromkeys(meta)
+    else:
+        text, item["text"] = item["text"], "…"
+    shape = json.dumps({**item, "meta_info": meta}, ensure_ascii=False)
+    return item.get("index"), event + shape, text

@@ -1,0 +1,45 @@
+"""What the documentation and the help say of WHIFLASH's flags is what the code takes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from whiflash_sglang.config import Flags, RouterName, flag_of, parse_flags
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.flags import documented, flags
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_documented_table_is_that_of_the_code() -> None:
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    assert page == documented(page), "`make docs` writes it anew"
+
+
+def test_every_flag_is_there_with_its_choices() -> None:
+    shown = {flag.field: flag for flag in flags()}
+    assert set(shown) == set(Flags.model_fields)
+    assert shown["router"].takes.split("|") == list(get_args(RouterName))
+    assert shown["min_dwell"].takes == "INTEGER"
+    assert shown["eagle_draft"].takes == "PATH"
+    for flag in shown.values():
+        for choice in flag.takes.split("|") if "|" in flag.takes else ():
+            if choice != "ddt-e3":  # reserved
+                parse_flags({flag.field: choice})
+        if "|" in flag.takes:
+            with pytest.raises(ConfigError, match=flag.name):
+                parse_flags({flag.field: "something else"})
+
+
+def test_help_shows_them_with_their_choices() -> None:
+    command = [str(Path(sys.executable).with_name("whiflash")), "serve", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for field in Flags.model_fields:
+        assert flag_of(field) in said
+    words = set(re.findall(r"[\w-]+", said))
+    assert words >= set(get_args(RouterName))
+    assert "ar-minus-diffusion" in words

@@ -1,0 +1,91 @@
+"""JSON lines end at line feeds alone: what readers of text call a line end may stand inside a JSON string."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whiflash_sglang.bench.cells import Answer, Cell, Journal, Load
+from whiflash_sglang.bench.load import Asker
+from whiflash_sglang.bench.prompts import Prompt, load_prompts
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import parse_json_lines, read_json_lines, stream_lines
+from whiflash_sglang.train.prompts import read_rows
+
+ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"
+"""Where `str.splitlines` ends a line; JSON lets the first three stand in a string as they are."""
+TEXT = "one\u2028two\u2029three\x85four"
+
+
+def dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@given(st.lists(st.text()), st.sampled_from(["\n", "\r\n", "\n\n"]))
+def test_any_text_comes_back(texts: list[str], end: str) -> None:
+    whole = "".join(dumps({"text": text}) + end for text in texts)
+    assert [row["text"] for _, row in parse_json_lines(whole, "here")] == texts
+
+
+def test_the_line_that_is_wrong_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(dumps({"a": TEXT}) + "\n\n{oops\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 3: not JSON"):
+        read_json_lines(file)
+    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
+        read_json_lines(tmp_path / "none.jsonl")
+
+
+def test_prompts_are_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    row = {"id": "p", "category": "chat", "messages": [{"role": "user", "content": TEXT}]}
+    file.write_text(dumps(row) + "\n", encoding="utf-8")
+    assert load_prompts(str(file))[0].messages[0]["content"] == TEXT
+    assert read_rows(file) == [row]
+
+
+def test_a_journal_is_read_whole(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "cells.jsonl", f"plan {TEXT}")
+    answer = Answer(prompt=TEXT, seconds=1, ttft=1, tokens=(1,), forwards=0)
+    cell = Cell(load=Load(kind="closed", value=1), arm="auto", repetition=0, seconds=1, answers=(answer,))
+    journal.begin([cell])
+    journal.append(cell)
+    assert journal.read() == [cell, cell]
+
+
+@given(st.text(alphabet="ab\n\r\u2028é", max_size=30), st.integers(1, 5))
+def test_a_stream_is_divided_like_a_file(text: str, size: int) -> None:
+    raw = text.encode()
+
+    async def parts() -> AsyncIterator[bytes]:
+        for start in range(0, len(raw), size):
+            yield raw[start : start + size]
+
+    async def collected() -> list[str]:
+        return [line async for line in stream_lines(parts())]
+
+    wanted = [line.removesuffix("\r") for line in text.split("\n")]
+    assert asyncio.run(collected()) == (wanted[:-1] if text.endswith("\n") or not text else wanted)
+
+
+def test_a_streamed_answer_may_hold_any_text() -> None:
+    """SGLang's events are not escaped."""
+    events = [
+        {"choices": [{"delta": {"content": TEXT}}]},
+        {"choices": [], "sglext": {"output_ids": [[1, 2]]}},
+    ]
+    body = "".join(f"data: {dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=body.encode()))
+
+    async def ask() -> Answer:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await Asker(client, max_tokens=8).ask(
+                Prompt("p", "chat", ({"role": "user", "content": "x"},))
+            )
+
+    assert asyncio.run(ask()).tokens == (1, 2)

@@ -1,0 +1,86 @@
+"""`auto` in the real scheduler: what its worker keeps, and what a pinned request does to its neighbour."""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from engine import Engine, engine
+from model_set import Models
+
+PROMPTS = [random.Random(seed).choices(range(256), k=30) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def running(models: Models) -> Iterator[Engine]:
+    options = {
+        "max_running_requests": 2,
+        "skip_tokenizer_init": False,
+    }  # spans are found in the tokens' bytes
+    with engine(models.target, whiflash=models.whiflash("auto"), **options) as e:
+        yield e
+
+
+def tensors_of(kept: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that `kept` leads to, with its path; SGLang's own objects are not looked into."""
+    if id(kept) in seen:
+        return
+    seen.add(id(kept))
+    if isinstance(kept, torch.Tensor):
+        yield path, kept
+        return
+    inside: list[tuple[str, Any]] = []
+    if isinstance(kept, dict):
+        inside = [(f"{path}[{key!r}]", value) for key, value in kept.items()]
+    elif isinstance(kept, list | tuple | set | frozenset):
+        inside = [(f"{path}[{i}]", value) for i, value in enumerate(kept)]
+    elif type(kept).__module__.split(".")[0] in ("whiflash_sglang", "whiflash_kernels", "torch"):
+        names = [
+            *getattr(kept, "__dict__", {}),
+            *(n for c in type(kept).__mro__ for n in vars(c).get("__slots__", ())),
+        ]
+        inside = [(f"{path}.{name}", getattr(kept, name)) for name in names if hasattr(kept, name)]
+    for name, value in inside:
+        yield from tensors_of(value, name, seen)
+
+
+def test_nothing_that_the_worker_keeps_is_on_a_graph(running: Engine) -> None:
+    """A server starts outside `inference_mode`, in which its rounds run: what is written then stays on a graph."""
+    found = dict(tensors_of(running.worker, "worker", set()))
+    assert any(".kv.k" in path for path in found)
+    assert any("rings" in path for path in found)
+    assert any(".model." in path and path.endswith("weight']") for path in found)
+    assert any("tokens.data" in path for path in found)
+    assert [p for p, t in found.items() if t.requires_grad or t.grad_fn is not None] == []
+    assert [p for p, t in found.items() if t.is_inference()] == [], (
+        "such a tensor could not be written at a start"
+    )
+
+
+def arms_of(running: Engine, rid: str) -> set[str | None]:
+    return {lane.previous for lane in running.lanes.values() if lane.rid == rid}
+
+
+@pytest.mark.parametrize("arm", ["ar", "diffusion"])
+def test_a_pin_leaves_every_probe_to_its_neighbour(running: Engine, arm: str) -> None:
+    """By the time that the neighbour comes, the pinned request has had both drafters to itself for long."""
+    running.worker.reconfigure({"router": "auto"})  # what was learned of either drafter is forgotten
+    policy = running.worker.controller.policy
+    before = {name: policy.estimator.rounds(name) for name in ("ar", "diffusion")}
+    hint = {"spans": [{"kind": "json", "open": True, "prefer": arm, "pin": True}], "lookup": "off"}
+    names = [f"{rid}-{arm}" for rid in ("pinned", "neighbour")]
+    params = [
+        {"custom_params": {"whiflash": json.dumps(hint)}},
+        {"custom_params": {"whiflash": '{"lookup":"off"}'}},
+    ]
+    running.submit(names[0], PROMPTS[0], max_new_tokens=200, **params[0])
+    while len(running.requests[names[0]].output_ids) < 60:
+        running.step()
+        assert arms_of(running, names[0]) <= {arm, None}
+    assert {name: policy.estimator.rounds(name) for name in before} == before, "a pin taught the shared means"
+    tried: set[str | None] = set()
+    running.submit(names[1], PROMPTS[1], max_new_tokens=120, **params[1])
+    running.run(lambda: tried.update(arms_of(running, names[1])))
+    assert tried >= {"ar", "diffusion"}

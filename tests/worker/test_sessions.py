@@ -1,0 +1,149 @@
+"""Sessions of several turns: every turn's text is plain decoding's, and so is what the next turn inherits."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+from oracle_arm import OracleArm
+from test_radix import close
+
+OPTIONS: dict[str, Any] = {
+    "max_running_requests": 16,  # between its turns a streaming session keeps its place
+    "enable_streaming_session": True,
+    "skip_tokenizer_init": False,
+}
+ENDS: dict[str, dict[str, Any]] = {
+    "length": {},
+    "tokens": {"ignore_eos": False, "stop_token_ids": [70, 73, 76, 79]},
+    "strings": {"stop": ["E", "I", "N"]},
+}
+"""What ends a turn. Stop tokens and strings lie in the middle of most blocks."""
+
+TURNS = 4
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session: what each of its turns adds, and what ends them."""
+
+    name: str
+    streaming: bool
+    params: dict[str, Any]
+    turns: list[list[int]]
+
+
+def sessions() -> list[Session]:
+    rng = random.Random(11)
+    return [
+        Session(
+            f"{'streaming' if streaming else 'ordinary'}-{end}-{i}",
+            streaming,
+            params,
+            [rng.choices(range(32, 127), k=rng.randint(3, 24)) for _ in range(TURNS)],
+        )
+        for i in range(2)
+        for streaming in (True, False)
+        for end, params in ENDS.items()
+    ]
+
+
+Texts = dict[str, list[tuple[list[int], list[int]]]]
+"""Per session and turn: the whole prompt as the engine saw it, and the output."""
+
+
+def converse(e: Engine, talks: Sequence[Session], check: Any = lambda _: None) -> Texts:
+    """All sessions at once, turn by turn, each turn when the session's last one has ended."""
+    for talk in talks:
+        e.open_session(talk.name, streaming=talk.streaming)
+    found: Texts = {talk.name: [] for talk in talks}
+    for turn in range(TURNS):
+        for talk in talks:
+            session = {"id": talk.name}
+            if turn and not talk.streaming:
+                session["rid"] = f"{talk.name}/{turn - 1}"
+            params = {"max_new_tokens": 24, **talk.params, "session": session}
+            e.submit(f"{talk.name}/{turn}", talk.turns[turn], **params)
+        for talk in talks:  # later turns share the arrays of earlier ones and extend them
+            req = e.requests[f"{talk.name}/{turn}"]
+            found[talk.name].append((list(req.origin_input_ids), []))
+        e.run()
+        check(e)
+        for talk in talks:
+            found[talk.name][-1][1].extend(e.output(f"{talk.name}/{turn}"))
+    for talk in talks:
+        e.close_session(talk.name)
+    e.check_leaks()
+    return found
+
+
+Beyond = list[tuple[list[int], list[int]]]
+"""Prompts, with what plain decoding says where nothing stops it: drafts lead past the stops."""
+
+
+@pytest.fixture(scope="module")
+def plain_and_beyond(models: Models) -> tuple[Texts, Beyond]:
+    with engine(models.target, **OPTIONS) as e:
+        texts = converse(e, sessions())
+        prompts = [prompt for turns in texts.values() for prompt, _ in turns]
+        return texts, list(zip(prompts, e.generate(prompts, max_new_tokens=32), strict=True))
+
+
+@pytest.fixture
+def plain(plain_and_beyond: tuple[Texts, Beyond]) -> Texts:
+    return plain_and_beyond[0]
+
+
+@pytest.fixture
+def oracle(plain_and_beyond: tuple[Texts, Beyond]) -> OracleArm:
+    arm = OracleArm(0.95, alphabet=range(32, 127))
+    for prompt, said in plain_and_beyond[1]:
+        arm.learn(prompt, said)
+    return arm
+
+
+@pytest.mark.parametrize("router", ["ar", "diffusion", "lookup", "auto", "random", "none"])
+def test_turns(models: Models, plain: Texts, oracle: OracleArm, router: str) -> None:
+    arms = [oracle] if router == "random" else []
+    with engine(models.target, whiflash=models.whiflash(router), arms=arms, **OPTIONS) as e:
+        assert converse(e, sessions()) == plain
+        assert not e.lanes
+    assert router != "random" or max(oracle.accepted) == oracle.max_drafts
+
+
+@pytest.mark.parametrize(
+    "case", [{"page_size": 16}, {"chunked_prefill_size": 16}, {"max_total_tokens": 480}], ids=str
+)
+def test_turns_in_pages_chunks_and_a_full_pool(
+    models: Models, plain: Texts, oracle: OracleArm, case: dict[str, int]
+) -> None:
+    flags = models.whiflash("random")
+    with engine(models.target, whiflash=flags, arms=[oracle], **{**OPTIONS, **case}) as e:
+        talks = sessions() if "max_total_tokens" not in case else sessions()[:3]
+        assert converse(e, talks) == {talk.name: plain[talk.name] for talk in talks}
+
+
+def test_what_a_streaming_session_keeps(models: Models, oracle: OracleArm) -> None:
+    """Every slot that a session keeps between turns has both drafters' KV, as one pass would leave it."""
+    checked: list[int] = []
+
+    def check(e: Engine) -> None:
+        for name, slot in e.scheduler.tree_cache.session.slots.items():
+            [node] = e.scheduler.session_controller.get(name).req_nodes.values()
+            tokens = [*node.req.origin_input_ids, *node.req.output_ids]
+            kept = slot.kv.kv_committed_len
+            assert kept == len(tokens) - 1, "the last token was never computed"
+            slots = e.worker.target.slot_table[slot.kv.req_pool_idx, :kept].long()
+            for arm, expected in models.reference.keys_values(tokens).items():
+                kv = e.worker.drafters[arm].kv
+                close(kv.k[:, slots], expected.k[:, :kept], f"k of {arm} in {name}")
+                close(kv.v[:, slots], expected.v[:, :kept], f"v of {arm} in {name}")
+            checked.append(kept)
+
+    flags = models.whiflash("random")
+    with engine(models.target, whiflash=flags, arms=[oracle], **OPTIONS) as e:
+        converse(e, [talk for talk in sessions() if talk.streaming], check)
+    assert len(checked) == TURNS * sum(talk.streaming for talk in sessions())

@@ -1,0 +1,33 @@
+"""What several commands share: options that mean one thing everywhere, and how a result is given."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON; nothing else goes to stdout.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result, as JSON, to this file.")]
+
+
+def report(result: Mapping[str, Any], as_json: bool) -> None:
+    """Print a result: one JSON object, or a line for each of its keys."""
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key}: {value}")
+
+
+def for_tables() -> "Console":
+    """Stdout, wide enough: a file or a pipe has no width of its own, and 80 columns would cut figures off."""
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=200)

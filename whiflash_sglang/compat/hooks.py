@@ -1,0 +1,51 @@
+"""When a process is given its hooks: as soon as its arguments ask for WHIFLASH, and not before.
+
+The launcher knows when it has read the command line, `Engine` its keywords, and the scheduler when SGLang asks the
+registered algorithm for its worker: before pools, caches, grammars and the output streamer exist. No other process of a
+server is changed, and a server without WHIFLASH does not even import the hooks. They stay for the life of a process, so
+each asks whether the server that it is called for is ours.
+"""
+
+from typing import Any
+
+from whiflash_sglang.compat import patching
+
+
+def in_launcher(server_args: Any) -> None:
+    """Validation, traces and routes, in the process that serves HTTP. Idempotent."""
+    from whiflash_sglang.compat import http
+
+    http.install(server_args)
+
+
+def in_engine() -> None:
+    """The figures and the trace of an answer, in the process that holds an `Engine`. Idempotent."""
+    from whiflash_sglang.compat import figures, streamer
+
+    figures.install_answers()
+    streamer.install_answers()
+
+
+def in_scheduler() -> None:
+    """What the worker needs around it. Idempotent.
+
+    Raises:
+        IncompatibleEngineError: a private name is missing or has changed.
+    """
+    patching.require_names()
+    from whiflash_sglang.compat import (
+        control,
+        figures,
+        memory,
+        radix,
+        release,
+        step,
+        stops,
+        streamer,
+        triton_backend,
+        whitespace,
+    )
+
+    parts = (memory, radix, release, step, stops, figures, streamer, control, whitespace, triton_backend)
+    for part in parts:
+        part.install()

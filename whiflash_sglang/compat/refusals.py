@@ -1,0 +1,281 @@
+"""Which launches WHIFLASH does not take: one table of conditions.
+
+What is refused here starts in SGLang and then serves wrong text, crashes later or silently does something else. Each
+sentence names the flag or the model and says what to do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.configs.hybrid_arch import mambaish_config
+from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
+
+from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, Launch
+from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+
+_FULL_ATTENTION = "WHIFLASH serves targets with full attention in every layer; serve this one without it"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """`found` gives None or False where a launch is fine, else what `sentence` names in its braces."""
+
+    name: str
+    found: Callable[[Launch], Any]
+    sentence: str
+
+
+def refusal_of(launch: Launch) -> str | None:
+    """The first sentence that stops this launch; None where nothing does."""
+    for refusal in REFUSALS:
+        found = refusal.found(launch)
+        if found not in (None, False):
+            return refusal.sentence.format(found)
+    return None
+
+
+def _on(argument: str) -> Callable[[Launch], Any]:
+    """An argument that is off by default."""
+    return lambda launch: bool(getattr(launch.args, argument))
+
+
+def _more_than_one(argument: str) -> Callable[[Launch], Any]:
+    return lambda launch: int(getattr(launch.args, argument) or 1) != 1
+
+
+def _foreign_flag(launch: Launch) -> str | None:
+    """The first flag of SGLang's other algorithms that the user gave."""
+    given = (f for f, default in _FOREIGN.items() if launch.given.get(f, default) != default)
+    return next((f"--{field.replace('_', '-')}" for field in given), None)
+
+
+def _architecture(condition: Callable[[Launch], Any]) -> Callable[[Launch], Any]:
+    """The target's architecture where `condition` holds."""
+    return lambda launch: launch.architecture if condition(launch) else None
+
+
+def _foreign_attention(launch: Launch) -> str | None:
+    allowed = CUDA_ATTENTIONS if launch.device == "cuda" else (ATTENTION_BACKEND,)
+    return next(iter(sorted(launch.attention_backends.difference(allowed))), None)
+
+
+def _captures_graphs(launch: Launch) -> str | None:
+    config = launch.args.cuda_graph_config
+    captured = (p for p in Phase.ALL if getattr(config, p).backend != Backend.DISABLED)
+    return next(captured, None) if launch.device == "cuda" else None
+
+
+def _has_windows(launch: Launch) -> bool:
+    """Also where `--disable-hybrid-swa-memory` keeps their KV whole: the windows have not been verified in blocks."""
+    return bool(
+        launch.model.is_hybrid_swa
+        or launch.model.is_local_attention_model
+        or is_hybrid_swa_model(launch.model.hf_config.architectures, launch.model.hf_text_config)
+    )
+
+
+def _packed_head(launch: Launch) -> str | None:
+    """How the input embedding or the output projection is quantised; drafters read both as plain matrices."""
+    method = launch.model.quantization
+    if method in ("gguf", "expert_pack"):
+        return str(method)
+    config = getattr(launch.model.hf_config, "quantization_config", None) or {}
+    config = config if isinstance(config, dict) else config.to_dict()
+    named = [t for group in (config.get("config_groups") or {}).values() for t in group.get("targets") or ()]
+    if config.get("lm_head") or any("lm_head" in target for target in named):
+        return str(config.get("quant_method") or method)
+    return None
+
+
+_FOREIGN: dict[str, Any] = {
+    "speculative_num_steps": None,
+    "speculative_eagle_topk": None,
+    "speculative_num_draft_tokens": None,
+    "speculative_token_map": None,
+    "speculative_accept_threshold_single": 1.0,
+    "speculative_accept_threshold_acc": 1.0,
+    "speculative_use_rejection_sampling": False,
+    "speculative_draft_attention_backend": None,
+    "speculative_draft_window_size": None,
+    "speculative_draft_model_quantization": None,
+    "speculative_draft_kv_cache_dtype": None,
+    "speculative_adaptive": False,
+    "enable_multi_layer_eagle": False,
+}
+"""Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
+_ONE_DEVICE = "WHIFLASH runs on one device for now; {} must be 1"
+_REMOVE = "WHIFLASH does not work with {}; remove it"
+_HTTP = "WHIFLASH's routes, checks and traces are in SGLang's own HTTP server, one process of it; "
+
+
+def _removed(argument: str, reason: str = "") -> Refusal:
+    """A switch that cannot be on."""
+    flag = f"--{argument.replace('_', '-')}"
+    return Refusal(argument, _on(argument), _REMOVE.format(f"{flag} ({reason})" if reason else flag))
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    # where it runs
+    Refusal(
+        "device",
+        lambda x: x.device not in ("cpu", "cuda") and x.device,
+        "WHIFLASH runs on the CPU and on CUDA, not on {}; serve without it",
+    ),
+    Refusal(
+        "cpu_engine",
+        lambda x: x.device == "cpu" and not x.own_platform,
+        "WHIFLASH on the CPU runs on this package's platform, which steps aside for an accelerator and for "
+        "SGLANG_USE_CPU_ENGINE=1; hide the one (CUDA_VISIBLE_DEVICES=) and unset the other",
+    ),
+    Refusal(
+        "cpu_attention",
+        lambda x: x.device == "cpu" and _foreign_attention(x),
+        f"WHIFLASH on the CPU needs --attention-backend {ATTENTION_BACKEND}, its default, not {{}}; remove the flag",
+    ),
+    Refusal(
+        "cuda_attention",
+        lambda x: x.device == "cuda" and _foreign_attention(x),
+        f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)} (the first by default), not {{}}, "
+        "which is not known to verify drafts of several lengths rightly; remove the flag",
+    ),
+    Refusal(
+        "cuda_graphs",
+        _captures_graphs,
+        "WHIFLASH on CUDA runs without graphs for now, and those of {} are on; give --cuda-graph-backend-decode "
+        "disabled --cuda-graph-backend-prefill disabled",
+    ),
+    Refusal(
+        "cuda_overlap",
+        lambda x: x.device == "cuda" and not x.args.disable_overlap_schedule,
+        "WHIFLASH on CUDA runs without overlap scheduling for now; give --disable-overlap-schedule",
+    ),
+    Refusal(
+        "cuda_deterministic",
+        lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
+        "WHIFLASH on CUDA cannot promise --enable-deterministic-inference: rows are verified together; remove it",
+    ),
+    *(
+        Refusal(argument, _more_than_one(argument), _ONE_DEVICE.format(f"--{argument.replace('_', '-')}"))
+        for argument in (
+            "tp_size",
+            "pp_size",
+            "dp_size",
+            "attn_dp_size",
+            "attn_cp_size",
+            "dcp_size",
+            "ep_size",
+        )
+    ),
+    # which target
+    Refusal(
+        "recurrent",
+        _architecture(lambda x: mambaish_config(x.model)),
+        f"{{}} keeps a recurrent state, which goes on behind rejected drafts; {_FULL_ATTENTION}",
+    ),
+    Refusal(
+        "windows",
+        _architecture(_has_windows),
+        f"{{}} has layers with a sliding or chunked window, beside whose KV drafts have no place; {_FULL_ATTENTION}",
+    ),
+    Refusal(
+        "mrope",
+        _architecture(lambda x: x.model.model_is_mrope),
+        "{} counts positions in three dimensions (M-RoPE), which SGLang cannot lay out for drafts of several lengths; "
+        "serve it without WHIFLASH",
+    ),
+    Refusal(
+        "multimodal",
+        _architecture(lambda x: x.model.is_multimodal or x.model.is_audio_model),
+        "{} takes images or sound, which drafters cannot read; serve it without WHIFLASH",
+    ),
+    Refusal(
+        "encoder",
+        _architecture(lambda x: x.model.is_encoder_decoder or not x.model.is_generation),
+        "{} does not decode token by token from a prompt alone; serve it without WHIFLASH",
+    ),
+    Refusal(
+        "cpu_mla",
+        _architecture(lambda x: x.device == "cpu" and x.model.attention_arch == AttentionArch.MLA),
+        "{} has latent attention (MLA), which this package's CPU platform does not serve; use a GPU",
+    ),
+    Refusal(
+        "packed_head",
+        _packed_head,
+        "the target's embedding or output head is quantised ({}), and drafters read both; use a checkpoint that leaves "
+        "them in 16 or 32 bits",
+    ),
+    # who serves it
+    Refusal(
+        "tokenizer_worker_num",
+        _more_than_one("tokenizer_worker_num"),
+        _HTTP + "--tokenizer-worker-num must be 1",
+    ),
+    Refusal(
+        "rust_server",
+        lambda x: x.is_set("SGLANG_RUST_SERVER"),
+        _HTTP + "unset SGLANG_RUST_SERVER",
+    ),
+    *(
+        Refusal(argument, _on(argument), _HTTP + f"remove --{argument.replace('_', '-')}")
+        for argument in ("smg_grpc_mode", "grpc_mode", "use_ray", "encoder_only")
+    ),
+    Refusal(
+        "disaggregation_mode",
+        lambda x: x.args.disaggregation_mode not in (None, "null"),
+        _REMOVE.format("prefill/decode disaggregation (--disaggregation-mode)"),
+    ),
+    Refusal(
+        "decoupled_spec_role",
+        lambda x: x.args.decoupled_spec_role not in (None, "null"),
+        _REMOVE.format("decoupled speculation (--decoupled-spec-role)"),
+    ),
+    # caches and memory
+    _removed("enable_hierarchical_cache", "draft KV would not follow the host tier"),
+    _removed("enable_lmcache", "draft KV would not follow"),
+    _removed("enable_flexkv", "draft KV would not follow"),
+    _removed("enable_unified_cache_external_linker", "draft KV would not follow"),
+    _removed("enable_hisparse", "draft KV lies at the target's own slots"),
+    _removed("enable_unified_memory"),
+    _removed("enable_page_major_kv_layout", "draft KV has a layout of its own"),
+    Refusal(
+        "radix_cache_backend",
+        lambda x: x.args.radix_cache_backend,
+        "WHIFLASH needs SGLang's own radix cache, whose keys it makes bigrams; remove --radix-cache-backend {}",
+    ),
+    Refusal(
+        "post_capture_sizing",
+        lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        "draft KV is allocated beside the target's, whose size must be known before; unset "
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+    ),
+    # what the scheduler does
+    Refusal(
+        "lora",
+        lambda x: bool(x.args.enable_lora or x.args.lora_paths),
+        _REMOVE.format("LoRA (--enable-lora, --lora-paths)"),
+    ),
+    _removed("enable_watermark", "its state is not kept per verified position"),
+    _removed("enable_mixed_chunk", "a step is a prefill or a round"),
+    _removed("enable_two_batch_overlap"),
+    _removed("enable_single_batch_overlap"),
+    _removed("enable_pdmux"),
+    Refusal(
+        "dllm_algorithm",
+        lambda x: bool(x.args.dllm_algorithm),
+        _REMOVE.format("diffusion targets (--dllm-algorithm)"),
+    ),
+    Refusal(
+        "grammar_backend",
+        lambda x: x.args.grammar_backend == "outlines",
+        "WHIFLASH does not work with --grammar-backend outlines (it cannot take a token back, as drafts need); use "
+        "xgrammar or llguidance",
+    ),
+    Refusal(
+        "other_algorithms",
+        _foreign_flag,
+        "{} belongs to SGLang's other speculative algorithms and would do nothing; WHIFLASH drafts as long as pays, at "
+        "most --whiflash-eagle-steps and --whiflash-block-size; remove it",
+    ),
+)

@@ -1,0 +1,195 @@
+"""Traces in SGLang's HTTP process: completed with what only text can tell, and put where clients look for them.
+
+A trace arrives in the `meta_info` of its request's last output; the OpenAI routes show it as `sglext`.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from functools import wraps
+from typing import Any
+
+from sglang.srt.entrypoints.openai import protocol
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.streamer import META_KEY
+from whiflash_sglang.spans.hints import HintError, parse_hints
+from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.trace import pieces_of, place
+
+_RESPONSES = (
+    "ChatCompletionResponse",
+    "ChatCompletionStreamResponse",
+    "CompletionResponse",
+    "CompletionStreamResponse",
+)
+_FOUND = "_whiflash_traces"
+
+
+def install() -> None:
+    """Idempotent."""
+    _open_extension()
+    for serving, build, stream in (
+        (OpenAIServingChat, "_build_chat_response", "_generate_chat_stream"),
+        (OpenAIServingCompletion, "_build_completion_response", "_generate_completion_stream"),
+    ):
+        replace(serving, build, _with_trace)
+        replace(serving, stream, _with_trace_chunk)
+
+
+def _open_extension() -> None:
+    """Let `sglext` carry a field of ours; the responses around it are rebuilt since they embed its schema."""
+    if protocol.SglExt.model_config.get("extra") == "allow":
+        return
+    protocol.SglExt.model_config["extra"] = "allow"
+    protocol.SglExt.model_rebuild(force=True)
+    for name in _RESPONSES:
+        getattr(protocol, name).model_rebuild(force=True)
+
+
+async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The outputs of a request, with its traces completed: the choice that each is of, and what only text can tell."""
+    arrived = _Arrived(manager, obj)
+    async for output in outputs:
+        for number, item in enumerate(output if isinstance(output, list) else [output]):
+            if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
+                arrived.take(item, item.get("index", number))
+        yield output
+
+
+class _Arrived:
+    """What has come of one request's answers. Streams of increments are put together for those that need the whole.
+
+    The traces are left on `obj`, the one thing that reaches the writer of a stream, with the texts they count in.
+    """
+
+    def __init__(self, manager: Any, obj: Any) -> None:
+        self._manager, self._obj = manager, obj
+        increments = bool(getattr(obj, "stream", False)) and manager.incremental_streaming_output
+        self._earlier: dict[int, tuple[list[int], list[str]]] | None = (
+            {} if increments and asks_text(obj) else None
+        )
+
+    def take(self, item: dict[str, Any], choice: int) -> None:
+        tokens, text = item.get("output_ids") or [], item.get("text")
+        if self._earlier is not None:
+            before = self._earlier.setdefault(choice, ([], []))
+            before[0].extend(tokens)
+            before[1].append(text or "")
+        trace = item["meta_info"].get(META_KEY)
+        if trace is None:
+            return
+        if self._earlier is not None:
+            tokens, text = before[0], "".join(before[1])
+        trace["choice"] = choice
+        is_whole = len(tokens) == item["meta_info"]["completion_tokens"]
+        if "stretches" in trace and is_whole and self._manager.tokenizer is not None:
+            vocabulary, special = _vocabulary(self._manager)
+            skipped = special if _skips_special_tokens(self._obj, choice) else frozenset[int]()
+            place(trace, pieces_of(tokens, vocabulary, skipped), text)
+            if self._earlier is not None:
+                trace.setdefault("text", text)  # the answer's last line holds its end alone
+        self._obj.__dict__.setdefault(_FOUND, []).append((trace, text))
+
+
+def _parameters(obj: Any) -> list[Any]:
+    given = getattr(obj, "sampling_params", None)
+    return given if isinstance(given, list) else [given]
+
+
+def asks_text(obj: Any) -> bool:
+    """Whether a full trace was asked for, which is the kind that speaks of text."""
+    for parameters in _parameters(obj):
+        if isinstance(parameters, dict):
+            try:
+                if parse_hints(parameters.get("custom_params")).trace == "full":
+                    return True
+            except HintError:
+                continue
+    return False
+
+
+def _skips_special_tokens(obj: Any, choice: int) -> bool:
+    parameters = _parameters(obj)
+    own = parameters[choice % len(parameters)]
+    return bool(own.get("skip_special_tokens", True)) if isinstance(own, dict) else True
+
+
+def _vocabulary(manager: Any) -> tuple[tuple[bytes, ...], frozenset[int]]:
+    """Bytes of every token and the ids of special ones; built at the first full trace."""
+    found: tuple[tuple[bytes, ...], frozenset[int]] | None = getattr(manager, "_whiflash_vocabulary", None)
+    if found is None:
+        special = frozenset(getattr(manager.tokenizer, "all_special_ids", ()))
+        found = manager._whiflash_vocabulary = token_bytes(manager.tokenizer), special
+    return found
+
+
+def _with_trace(original: Any) -> Any:
+    @wraps(original)
+    def build(self: Any, request: Any, ret: list[dict[str, Any]], *rest: Any, **named: Any) -> Any:
+        # Taken out first: with `return_meta_info` the response would carry it twice.
+        traces = [item["meta_info"].pop(META_KEY, None) for item in ret]
+        response = original(self, request, ret, *rest, **named)
+        found = []
+        for item, trace, choice in zip(ret, traces, getattr(response, "choices", ()), strict=False):
+            if trace is not None:
+                message = getattr(choice, "message", None)
+                shown = choice.text if message is None else message.content
+                found.append(_with_text(trace, item.get("text"), shown))
+        if found:
+            extension = response.sglext or protocol.SglExt()
+            setattr(extension, META_KEY, found[0] if len(found) == 1 else found)
+            response.sglext = extension
+        return response
+
+    return build
+
+
+def _with_trace_chunk(original: Any) -> Any:
+    @wraps(original)
+    async def stream(self: Any, adapted: Any, request: Any, *rest: Any, **named: Any) -> AsyncIterator[str]:
+        shown: dict[int, str] | None = {} if asks_text(adapted) else None
+        async for line in original(self, adapted, request, *rest, **named):
+            if shown is not None:
+                _note_shown(shown, line)
+            found = getattr(adapted, _FOUND, None)
+            if found and line.startswith("data: [DONE]"):
+                texts = shown or {}
+                traces = [_with_text(trace, text, texts.get(trace["choice"])) for trace, text in found]
+                yield f"data: {json.dumps(_trace_chunk(request, traces))}\n\n"
+            yield line
+
+    return stream
+
+
+def _with_text(trace: dict[str, Any], text: str | None, shown: str | None) -> dict[str, Any]:
+    """The trace, with the text that its offsets count in where its client was shown another one, and only there."""
+    if "stretches" in trace and text is not None:
+        if text != (shown or ""):
+            trace.setdefault("text", text)
+        elif trace.get("text") == text:
+            del trace["text"]
+    return trace
+
+
+def _note_shown(shown: dict[int, str], line: str) -> None:
+    """What the lines of a stream have put into the content of each choice."""
+    for part in line.split("\n"):
+        if part.startswith("data: {"):
+            for choice in json.loads(part.removeprefix("data: ")).get("choices") or ():
+                text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
+                shown[choice["index"]] = shown.get(choice["index"], "") + text
+
+
+def _trace_chunk(request: Any, traces: list[dict[str, Any]]) -> dict[str, Any]:
+    """A last chunk without choices, as SGLang's own extension chunks are."""
+    kind = "chat.completion.chunk" if hasattr(request, "messages") else "text_completion"
+    return {
+        "id": "whiflash-trace",
+        "object": kind,
+        "created": 0,
+        "model": request.model,
+        "choices": [],
+        "sglext": {META_KEY: traces[0] if len(traces) == 1 else traces},
+    }

@@ -1,0 +1,1 @@
+"""Two real questions to the embedded target: who drafted what, and how fast that was against plain decoding."""

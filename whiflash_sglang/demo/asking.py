@@ -1,0 +1,209 @@
+"""The questions, asked of a WHIFLASH server and of plain decoding beside it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from rich.progress import Progress
+from whiflash_sdk.hints import Hints
+from whiflash_sdk.trace import Trace, routing
+
+from whiflash_sglang.cli.serve import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.config import embedded_bundle, load_manifest
+from whiflash_sglang.embedded import TARGET_NAME, ensure_target
+from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.server import Server
+from whiflash_sglang.server_host import ServerHost, shares_imports
+
+TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"
+REPEATS = 3
+MAX_TOKENS = 160
+
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather of a city.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the city"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+        },
+    },
+}
+
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "chat": {
+        "messages": [
+            {
+                "role": "user",
+                "content": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips "
+                "in May. How many clips did she sell altogether in April and May?",
+            }
+        ]
+    },
+    "tool call": {
+        "messages": [{"role": "user", "content": "What is the weather in Paris, in celsius?"}],
+        "tools": [WEATHER_TOOL],
+        "tool_choice": "required",
+        # The call is the answer; the grammar would let so small a model invent what the tool said.
+        "stop": ["</tool_call>"],
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question, asked of both servers.
+
+    calls: of tools, as a program would run them. Speeds are medians of interleaved runs, output tokens per second.
+    """
+
+    question: str
+    text: str
+    calls: list[str]
+    trace: Trace
+    plain_tokens_per_s: float
+    whiflash_tokens_per_s: float
+    comparison: Comparison
+
+    @property
+    def speedup(self) -> float:
+        return self.whiflash_tokens_per_s / self.plain_tokens_per_s
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "target": TARGET,
+            "text": self.text,
+            "calls": self.calls,
+            "trace": self.trace.model_dump(),
+            "plain_tokens_per_s": self.plain_tokens_per_s,
+            "whiflash_tokens_per_s": self.whiflash_tokens_per_s,
+            "comparison": asdict(self.comparison),
+        }
+
+
+def run(router: str, log_dir: Path | None, progress: Progress) -> list[Answer]:
+    """Start both servers, as `whiflash serve` starts one, ask every question of both, stop them."""
+    model = ensure_target()
+    common = [*embedded_arguments(set()), "--dtype", "bfloat16", "--max-total-tokens", "16384"]
+    bundle = embedded_bundle()
+    manifest = load_manifest(bundle)  # WHIFLASH reads it by itself; plain decoding has no bundle.
+    common += ["--chat-template", str(bundle / str(manifest.chat_template))]
+    common += ["--tool-call-parser", str(manifest.tool_call_parser)]
+    wanted = {
+        "plain": common,
+        "whiflash": [*common, "--speculative-algorithm", "WHIFLASH", "--whiflash-router", router],
+    }
+    with ExitStack() as stack:
+        plain, ours = _started(wanted, log_dir, progress, stack)
+        task = progress.add_task("asking both servers, in turn", total=len(QUESTIONS) * (REPEATS + 1))
+        answers = [
+            ask(name, question, plain, ours, model, lambda: progress.advance(task))
+            for name, question in QUESTIONS.items()
+        ]
+        progress.remove_task(task)
+    return answers
+
+
+def _started(
+    wanted: Mapping[str, Sequence[str]], log_dir: Path | None, progress: Progress, stack: ExitStack
+) -> list[Server]:
+    """Running servers, in order; `stack` ends them."""
+    host = None
+    if shares_imports():
+        task = progress.add_task("importing SGLang, once for both servers", total=None)
+        host = stack.enter_context(ServerHost())
+        host.wait()
+        progress.remove_task(task)
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    servers = []
+    for name, arguments in wanted.items():
+        task = progress.add_task(f"starting {name}", total=None)
+        log = None if log_dir is None else log_dir / f"{name}.log"
+        server = Server(arguments, host=host, env=STRICT_TOOLS, log=log)
+        servers.append(stack.enter_context(server))
+        progress.remove_task(task)
+    return servers
+
+
+def ask(
+    name: str,
+    question: dict[str, Any],
+    plain: Server,
+    ours: Server,
+    model: Path,
+    on_step: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Warm up, compare, then time both servers in turn."""
+    request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
+    clients = {
+        server: OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+        for server in (plain, ours)
+    }
+    asked = {"return_output_ids_in_sglext": True, "return_input_ids_in_sglext": True, "no_stop_trim": True}
+    reference = clients[plain].chat.completions.create(
+        **request, logprobs=True, top_logprobs=2, extra_body=asked
+    )
+    answer = clients[ours].chat.completions.create(
+        **request, extra_body={**asked, **Hints(trace="full").extra_body()}
+    )
+    trace = routing(answer)
+    if trace is None:
+        raise WhiflashError("the server's answer carries no routing trace")
+    plain_ids, our_ids = _output_ids(reference), _output_ids(answer)
+    comparison = compare(plain_ids, our_ids, _top_two(reference, model), "bfloat16")
+    on_step()
+    seconds: dict[Server, list[float]] = {plain: [], ours: []}
+    for _ in range(REPEATS):
+        for server in (plain, ours):
+            began = time.perf_counter()
+            clients[server].chat.completions.create(**request)
+            seconds[server].append(time.perf_counter() - began)
+        on_step()
+    speeds = [len(plain_ids) / sorted(seconds[server])[REPEATS // 2] for server in (plain, ours)]
+    message = answer.choices[0].message
+    calls = [f"{call.function.name}({call.function.arguments})" for call in message.tool_calls or ()]
+    return Answer(name, message.content or "", calls, trace, speeds[0], speeds[1], comparison)
+
+
+def _output_ids(response: Any) -> list[int]:
+    return list(response.sglext["output_ids"][0])
+
+
+def _top_two(reference: Any, model: Path) -> Callable[[int], TopTwo]:
+    """Plain decoding's own gap from its log-probabilities; the logit's size, which a log-probability lacks, from a
+    forward of the same weights."""
+
+    def at(position: int) -> TopTwo:
+        import torch
+
+        from whiflash_sglang.models.target import TargetModel, causal_attention
+
+        first, second = reference.choices[0].logprobs.content[position].top_logprobs[:2]
+        tokens = [*reference.sglext["input_ids"], *_output_ids(reference)[:position]]
+        target = TargetModel(model, device=torch.device("cpu"), dtype=torch.bfloat16)
+        ids, positions = torch.tensor(tokens), torch.arange(len(tokens))
+        attend = causal_attention(len(ids), target.device, target.dtype)
+        final = target.forward(ids, positions, attend, ()).final
+        return TopTwo(float(target.logits(final[-1]).max()), first.logprob - second.logprob)
+
+    return at
+
+
+def judge(answers: list[Answer]) -> None:
+    """Raise WhiflashError when an answer differs from plain decoding's."""
+    different = [a.question for a in answers if a.comparison.verdict is Verdict.DIFFERENT]
+    if different:
+        raise WhiflashError(f"answers differ from plain decoding's: {', '.join(different)}")

@@ -1,0 +1,86 @@
+"""What WHIFLASH adds to SGLang's command line, for every help text and for the documentation. Imports no SGLang.
+
+`python -m whiflash_sglang.flags docs/server.md` writes the table there anew (`make docs`).
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from whiflash_sglang.config import Flags, flag_of
+
+MEANING = {
+    "eagle_draft": "EAGLE-3 checkpoint (directory or hub id). Needed unless the draft path is a bundle.",
+    "drafters": "Drafter pair: df-e3 (DFlash and EAGLE-3). ddt-e3 (tree) is reserved.",
+    "router": "How rounds are routed: auto (expected tokens per second of the batch), entropy or neural (the "
+    "paper's, per request), or one arm pinned: ar, diffusion, lookup, none. copy-rule (copy where possible, "
+    "else EAGLE-3) is a baseline, random exists for tests.",
+    "neural_router_path": "Neural router: hub id, directory or .safetensors file.",
+    "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
+    "neural_router_sign": "What the router file predicts, where it does not say: ar-minus-diffusion or "
+    "diffusion-minus-ar.",
+    "tree_budget": "Reserved for the tree drafter.",
+    "entropy_threshold": "Entropy router: leave the diffusion drafter above this many nats.",
+    "min_dwell": "Rounds a request keeps its drafter at least before switching.",
+    "eagle_steps": "Length of the EAGLE-3 chain, at most.",
+    "block_size": "DFlash block to draft, bonus token included; at most the checkpoint's own.",
+    "dflash_vocabulary": "What DFlash drafts from: full, or the reduced vocabulary of the eagle3 checkpoint (cheaper "
+    "for small targets). Default: the bundle's, else full.",
+    "lookup": "The copying arm: on or off. Default: as the bundle says, else on.",
+    "lookup_memory_mib": "MiB of recent outputs to copy from in later requests of the same cache salt and extra key; "
+    "0 keeps none. Default: the bundle's, else 0.",
+    "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
+}
+BEGIN, END = "<!-- flags: written by `make docs` -->", "<!-- end of flags -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A flag of the command line. takes: its choices, or what kind of value. meaning: with the default, if any."""
+
+    field: str
+    name: str
+    takes: str
+    meaning: str
+
+
+def flags() -> Iterator[Flag]:
+    """Every flag, in the order of `Flags`."""
+    for field, info in Flags.model_fields.items():
+        default = "" if info.default is None else f" Default: {info.default}."
+        yield Flag(field, flag_of(field), _takes(info.annotation), MEANING[field] + default)
+
+
+def table() -> str:
+    """The flags as a Markdown table."""
+    rows = [f"| `{flag.name}` | {_code(flag.takes)} | {flag.meaning} |" for flag in flags()]
+    return "\n".join(["| flag | takes | meaning |", "|---|---|---|", *rows])
+
+
+def documented(text: str) -> str:
+    """`text` with the table between its marks written anew. Raises ValueError where the marks are missing."""
+    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:before]}\n{table()}\n{text[after:]}"
+
+
+def _code(takes: str) -> str:
+    return ", ".join(f"`{part}`" for part in takes.split("|"))
+
+
+def _takes(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return "|".join(get_args(annotation))
+    if origin is Annotated:
+        return _takes(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return "|".join(_takes(part) for part in get_args(annotation) if part is not NoneType)
+    return {int: "INTEGER", float: "NUMBER", str: "PATH"}[annotation]
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(documented(page.read_text(encoding="utf-8")), encoding="utf-8")
