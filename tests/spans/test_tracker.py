@@ -1,12 +1,12 @@
 """The tracker against a reference that sees the whole text at once, byte by byte."""
 
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from work import lines_run
 
 from whiflash_sglang.spans.hints import KINDS, SpanHint
 from whiflash_sglang.spans.tracker import SpanState, SpanTracker
@@ -160,19 +160,20 @@ def test_unknown_token_ids_count_as_tokens_without_bytes() -> None:
     assert (tracker.state.kind, tracker.state.since_position, tracker.length) == ("code", 4, 4)
 
 
-def test_memory_is_one_marker_and_time_is_linear() -> None:
+def test_memory_is_one_marker_and_work_is_linear() -> None:
     table = [bytes((byte,)) for byte in b"ab<"]
     hints = [SpanHint("code", "a" * 63 + "<", "b" * 64)] * 16
 
-    def seconds(tokens: int) -> float:
+    def lines(tokens: int) -> int:
         tracker = SpanTracker(hints, table)
-        began = time.thread_time()
-        for _ in range(tokens // 4):
-            tracker.push((0, 0, 1, 2))
-        assert len(tracker._tail) <= 64
-        return time.thread_time() - began
 
-    small = min(seconds(4_000) for _ in range(3))
-    large = min(seconds(32_000) for _ in range(3))
-    assert large < 8 * small * 1.6
-    assert large / 32_000 < 50e-6
+        def push() -> None:
+            for _ in range(tokens // 4):
+                tracker.push((0, 0, 1, 2))
+                assert len(tracker._tail) <= 64
+
+        return lines_run(push)
+
+    small, large = lines(1_000), lines(8_000)
+    assert large <= 8 * small
+    assert large <= 8_000 * 60

@@ -97,7 +97,8 @@ def parse_hints(custom_params: object) -> RequestHints:
     """The hints in a request's `custom_params`; the default `RequestHints` where it has none.
 
     Only our own key is looked at, so the scheduler may call this on parameters that SGLang has
-    added private values to. Takes at most 1 ms for any payload.
+    added private values to. Its work is bounded whatever the payload: `MAX_BYTES` are decoded, no more objects kept
+    than a well-formed request holds.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """
