@@ -30,8 +30,9 @@ install: .venv/.installed ## Install everything into .venv
 demo: install ## Start the server on the embedded model, ask it two questions, show who drafted what
 	$(RUN) whiflash demo
 
-test: install ## All tests with seeded samples (half an hour on 2 cores)
-	$(RUN) pytest
+# Two processes, each of which runs whole files: what a file starts (a server, an engine) it starts once.
+test: install ## All tests with seeded samples (a quarter of an hour on 2 quiet cores)
+	$(RUN) pytest -n 2 --dist loadfile
 
 evidence: install ## The full matrices; resumable; results go to docs/evidence/
 	$(RUN) pytest --evidence -m evidence
