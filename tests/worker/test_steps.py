@@ -134,7 +134,9 @@ class Mailbox:
 
 
 @pytest.mark.parametrize(
-    ("socket", "rounds"), [(Mailbox(True), 1), (object(), 1), (Mailbox(False), None)], ids=["mail", "unknown", "none"]
+    ("socket", "rounds"),
+    [(Mailbox(True), 1), (object(), 1), (Mailbox(False), None)],
+    ids=["mail", "unknown", "none"],
 )
 def test_mail_ends_a_step(
     models: Models, steps: list[int], socket: Any, rounds: int | None, monkeypatch: pytest.MonkeyPatch
