@@ -9,7 +9,7 @@ RUN := $(UV) run --no-sync
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation check format docs bench test-gpu clean
+.PHONY: help install demo test evidence mutation check format docs dist bench test-gpu clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -52,6 +52,11 @@ format: install ## Format and fix what can be fixed
 
 docs: install ## Write the tables of the documentation that come from code
 	$(RUN) python -m whiflash_sglang.flags docs/server.md
+
+dist: install ## Wheels and source distributions of the three packages, checked, in dist/
+	rm -rf dist
+	$(UV) build --all-packages -o dist
+	$(RUN) twine check --strict dist/*.whl dist/*.tar.gz
 
 bench: install ## First answer on speed, in under five minutes
 	$(RUN) whiflash bench --quick

@@ -1,0 +1,97 @@
+"""The three distributions as they are built and installed: what `pip install` would bring to an empty directory."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import whiflash_sglang.config
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"whiflash_sglang": ROOT, "whiflash_kernels": ROOT / "kernels", "whiflash_sdk": ROOT / "sdk"}
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Each wheel is built from its source distribution, as a release is."""
+    built = {}
+    for name, source in PACKAGES.items():
+        folder = tmp_path_factory.mktemp(name)
+        run("-m", "hatchling", "build", "-t", "sdist", "-d", str(folder), cwd=source)
+        (archive,) = folder.glob("*.tar.gz")
+        subprocess.run(["tar", "-xf", archive, "-C", folder], check=True)
+        (unpacked,) = (path for path in folder.iterdir() if path.is_dir())
+        run("-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=unpacked)
+        (built[name],) = folder.glob("*.whl")
+    return built
+
+
+def run(*arguments: str, cwd: Path, path: str | None = None) -> str:
+    """This Python without the project's own folders on its path."""
+    environment = {"PATH": "/usr/bin:/bin", **({"PYTHONPATH": path} if path else {})}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def metadata(wheel: Path) -> tuple[Mapping[str, str], list[str]]:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (record,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(record).decode()), names
+
+
+def test_the_three_carry_one_version_and_ask_for_each_other(wheels: Mapping[str, Path]) -> None:
+    versions = {name: metadata(wheel)[0]["Version"] for name, wheel in wheels.items()}
+    assert len(set(versions.values())) == 1, versions
+    (series,) = {version.rsplit(".", 1)[0] for version in versions.values()}
+    wanted = metadata(wheels["whiflash_sglang"])[0].get_all("Requires-Dist")  # type: ignore[attr-defined]
+    assert f"whiflash-kernels~={series}.0" in wanted
+    assert f"whiflash-sdk~={series}.0" in wanted
+    assert "sglang==0.5.23" in wanted
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_wheel_has_its_licence_its_types_and_nothing_of_the_tests(
+    wheels: Mapping[str, Path], name: str
+) -> None:
+    fields, names = metadata(wheels[name])
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert any(entry.endswith("/licenses/LICENSE") for entry in names)
+    assert f"{name}/py.typed" in names
+    assert all(entry.startswith((f"{name}/", f"{name}-")) for entry in names)
+    run("-m", "twine", "check", "--strict", str(wheels[name]), cwd=wheels[name].parent)
+
+
+def test_installed_into_an_empty_directory_the_command_finds_its_bundle(
+    wheels: Mapping[str, Path], tmp_path: Path
+) -> None:
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(tmp_path)
+    look = (
+        "import json, whiflash_sglang, whiflash_kernels, whiflash_sdk\n"
+        "from whiflash_sglang.config import embedded_bundle, load_manifest\n"
+        "load_manifest(embedded_bundle())\n"
+        "homes = [m.__file__ for m in (whiflash_sglang, whiflash_kernels, whiflash_sdk)]\n"
+        "print(json.dumps([*homes, str(embedded_bundle())]))\n"
+    )
+    found = json.loads(run("-c", look, cwd=tmp_path, path=str(tmp_path)))
+    assert all(Path(path).is_relative_to(tmp_path) for path in found), found
+    bundle = Path(found[-1])
+    shipped = Path(whiflash_sglang.config.embedded_bundle())
+    assert files(bundle) == files(shipped)
+    command = "from whiflash_sglang.cli import main; main()"
+    said = run("-c", command, "--version", cwd=tmp_path, path=str(tmp_path))
+    assert whiflash_sglang.__version__ in said
