@@ -189,7 +189,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             records.attach(batch, verified, block, proposal.widths)
         with clock.stage("park"):
             self._park(requests, routes, block, verified, predictions, committed)
-            self._learn(requests, routes, proposal.widths, tokens)
+            self._learn(requests, routes, proposal, tokens)
         clock.end(sum(proposal.widths), len(routes), sum(map(len, tokens)))
         return Done(verified.output, committed, tokens, proposal.widths, verified.can_run_cuda_graph)
 
@@ -304,14 +304,15 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self,
         requests: RoundBatch,
         routes: Sequence[str],
-        widths: Sequence[int],
+        proposal: Proposal,
         tokens: Sequence[Sequence[int]],
     ) -> None:
         """What the round committed goes to the controller and to the drafter that proposed it."""
-        for row, arm, width, own in zip(requests.row_ids, routes, widths, tokens, strict=True):
+        per_request = (requests.row_ids, routes, proposal.widths, proposal.confidences, tokens)
+        for row, arm, width, confidences, own in zip(*per_request, strict=True):
             evidence = self.controller.committed(row, arm, own, width)
             if evidence and arm in self.drafters:
-                self.drafters[arm].observe(row, width - 1, len(own) - 1)
+                self.drafters[arm].observe(row, width - 1, len(own) - 1, confidences)
 
     @property
     def _has_heads(self) -> bool:

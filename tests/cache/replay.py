@@ -159,6 +159,7 @@ class Replay:
     def draft_batch(self, members: Sequence[int], arm: PagedArm) -> DraftBatch:
         rows = torch.tensor(members)
         starts = torch.tensor([self.lengths[row] for row in members])
+        limits = [self.random.randint(1, arm.max_drafts) for _ in members]
         return DraftBatch(
             rows=rows,
             row_ids=list(members),
@@ -167,7 +168,9 @@ class Replay:
             bonus=self.tokens[rows, starts],
             tail=self.sync.rings.tail(rows, starts),
             slot_table=self.table,
-            limits=[self.random.randint(1, arm.max_drafts) for _ in members],
+            limits=limits,
+            caps=torch.tensor(limits),
+            calibration=torch.tensor(arm.calibration()),
         )
 
     def finish(self, row: int) -> None:

@@ -127,7 +127,8 @@ def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.Mo
         begins = [n - len(PROMPT) + 1 for n in batch.lengths]
         counts = [min(limit, 3) for limit in batch.limits]
         rows = [truth[begin : begin + 3] + [0] * 3 for begin in begins]
-        return Drafts(torch.tensor([row[:3] for row in rows]), counts, alive=[1.0] * len(counts))
+        sure = torch.ones(len(counts), 3)
+        return Drafts(torch.tensor([row[:3] for row in rows]), torch.tensor(counts), alive=sure)
 
     monkeypatch.setattr(running.worker.drafters["ar"], "draft", draft)
     monkeypatch.setattr(running.worker.controller, "route", lambda rows, *_: ["ar"] * len(rows))

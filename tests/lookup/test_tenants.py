@@ -52,7 +52,8 @@ class Client:
 def drafted(arm: LookupArm, row: int) -> list[int]:
     one = torch.zeros(1, dtype=torch.int64)
     table = torch.zeros((1, 8), dtype=torch.int32)
-    batch = DraftBatch(one, [row], [1], one, one, torch.zeros(1, 1), table, [WIDTH])
+    caps, nothing = torch.tensor([WIDTH]), torch.zeros(0)
+    batch = DraftBatch(one, [row], [1], one, one, torch.zeros(1, 1), table, [WIDTH], caps, nothing)
     drafts = arm.draft(batch)
     return [int(token) for token in drafts.tokens[0][: drafts.counts[0]]]
 

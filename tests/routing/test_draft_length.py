@@ -1,22 +1,43 @@
 """Drafts as long as one more token is expected to pay for itself."""
 
 import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.drafters.length import EDGES, Chances, DraftLength
+from whiflash_sglang.drafters.length import EDGES, Chances, Cut, DraftLength
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
+
+
+class Request(NamedTuple):
+    """What a drafter reads of a batch when it judges its drafts."""
+
+    limits: list[int]
+    caps: torch.Tensor
+    calibration: torch.Tensor
+    worth: Worth
+
+
+def asked(length: DraftLength, limits: list[int], worth: Worth) -> Any:
+    return Request(limits, torch.tensor(limits), torch.tensor(length.calibration()), worth)
+
+
+def chain(length: DraftLength, batch: Any, confidences: Sequence[Sequence[float]]) -> Cut:
+    """A chain's drafts, pass by pass, with the confidences given for each request, as long as another pass pays."""
+    columns = torch.tensor(confidences).T
+    passes = 1
+    while passes < len(columns) and length.goes_on(list(columns[:passes]), batch):
+        passes += 1
+    return length.cut(columns[:passes].T, batch)
 
 
 def grow(length: DraftLength, worth: Worth, confidences: list[float], limit: int = 8) -> int:
     """Drafts of one request whose every token has the confidence given for its depth."""
-    growing = length.begin([0], [limit], worth)
-    for confidence in confidences:
-        if not growing.extend([confidence]):
-            break
-    return growing.counts[0]
+    return int(chain(length, asked(length, [limit], worth), [confidences]).counts[0])
 
 
 def test_full_length_where_nothing_is_priced() -> None:
@@ -52,10 +73,7 @@ def test_chances_follow_what_is_accepted() -> None:
 
 def test_only_tokens_with_a_verdict_count() -> None:
     length = DraftLength()
-    growing = length.begin([3], [4], FULL_LENGTH)
-    for confidence in (0.95, 0.85, 0.75, 0.65):
-        growing.extend([confidence])
-    length.observe(3, proposed=4, accepted=1)
+    length.observe(proposed=4, accepted=1, confidences=(0.95, 0.85, 0.75, 0.65))
     fresh = Chances()
     assert length.chances.of(0.95) > fresh.of(0.95)
     assert length.chances.of(0.85) < fresh.of(0.85)
@@ -63,10 +81,9 @@ def test_only_tokens_with_a_verdict_count() -> None:
 
 
 def test_one_request_does_not_shorten_anothers_draft() -> None:
-    growing = DraftLength().begin([0, 1], [8, 8], Worth(row=0.1, draft=0.0))
-    for _ in range(8):
-        growing.extend([0.98, 0.15])
-    assert growing.counts == [8, 1]
+    length = DraftLength()
+    batch = asked(length, [8, 8], Worth(row=0.1, draft=0.0))
+    assert chain(length, batch, [[0.98] * 8, [0.15] * 8]).counts.tolist() == [8, 1]
 
 
 @settings(deadline=None, max_examples=200)
@@ -80,11 +97,19 @@ def test_counts_stay_within_the_limits(
     requests: list[list[float]], row: float, draft: float, data: st.DataObject
 ) -> None:
     limits = [data.draw(st.integers(1, 8)) for _ in requests]
-    growing = DraftLength().begin(range(len(requests)), limits, Worth(row, draft))
-    for depth in range(max(limits)):
-        if not growing.extend([confidences[depth] for confidences in requests]):
-            break
-    assert all(1 <= count <= limit for count, limit in zip(growing.counts, limits, strict=True))
+    length = DraftLength()
+    batch = asked(length, limits, Worth(row, draft))
+    whole, counts = length.cut(torch.tensor(requests), batch).counts, chain(length, batch, requests).counts
+    for count, full, limit, confidences in zip(
+        counts.tolist(), whole.tolist(), limits, requests, strict=True
+    ):
+        alive, kept = 1.0, 0
+        for confidence in confidences[:limit]:
+            alive *= length.chances.of(confidence)
+            if kept and alive < row:
+                break
+            kept += 1
+        assert 1 <= count <= full == kept <= limit
 
 
 def test_a_slow_drafter_must_bring_more() -> None:
@@ -106,10 +131,9 @@ def test_bins_cover_every_confidence() -> None:
 
 
 def test_the_chance_that_a_whole_draft_is_accepted() -> None:
-    length, worth = DraftLength(), Worth(row=0.2, draft=0.0)
-    growing = length.begin([0, 1], [8, 2], worth)
-    for confidence in (0.85, 0.75, 0.05, 0.05):
-        growing.extend([confidence, confidence])
+    length = DraftLength()
+    batch = asked(length, [8, 2], Worth(row=0.2, draft=0.0))
+    counts, alive = chain(length, batch, [[0.85, 0.75, 0.05, 0.05]] * 2)
     both = length.chances.of(0.85) * length.chances.of(0.75)
-    assert growing.counts == [2, 2], "one ended where more did not pay, the other at its limit"
-    assert growing.alive == pytest.approx([both, both])
+    assert counts.tolist() == [2, 2], "one ended where more did not pay, the other at its limit"
+    assert alive[:, 1].tolist() == pytest.approx([both, both])

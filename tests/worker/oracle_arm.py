@@ -67,9 +67,9 @@ class OracleArm(Drafter):
                 ]
             )
         # What lies beyond a request's count is padding and must not be read.
-        return Drafts(tokens, counts)
+        return Drafts(tokens, torch.tensor(counts))
 
-    def observe(self, row: int, proposed: int, accepted: int) -> None:
+    def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         self.accepted.append(accepted)
         self.rejected += proposed - accepted
 

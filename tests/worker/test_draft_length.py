@@ -38,7 +38,7 @@ def test_dear_tokens_make_short_drafts(models: Models, arm: str, monkeypatch: py
             monkeypatch.setattr(e.worker.controller, "worth", lambda _, worth=worth: worth)
             seen.clear()
             texts.append(e.generate(PROMPTS, max_new_tokens=40))
-            counts = [count for _, drafts in seen for count in drafts.counts]
+            counts = [count for _, drafts in seen for count in drafts.counts.tolist()]
             widths.append(sum(counts) / len(counts))
             passes.append(max(drafts.passes for _, drafts in seen))
         full = e.worker.drafters[arm].max_drafts

@@ -23,7 +23,7 @@ class Disturbed(Drafter):
     def draft(self, batch: DraftBatch) -> Drafts:
         self.drafts += 1
         self.now += SLOW if self.drafts % 2 else QUICK
-        return Drafts(torch.zeros((len(batch), 3), dtype=torch.int64), [3] * len(batch), passes=3)
+        return Drafts(torch.zeros((len(batch), 3), dtype=torch.int64), torch.full((len(batch),), 3), passes=3)
 
 
 def test_something_else_at_the_start_does_not_make_an_arm_dear(monkeypatch: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 from whiflash_sglang.spans.hints import RequestHints
@@ -19,9 +20,11 @@ History = Callable[[int], Sequence[int]]
 class DraftBatch:
     """The requests of one round that one arm drafts for.
 
-    rows: [B] int64 rows of the request table. lengths: n per request, on the host; starts: the same, [B] int64.
-    bonus: [B] int64, token n. tail: [B, F] captured feature n-1. slot_table: [request rows, ctx] int32.
-    limits: drafts wanted per request at most, each at least 1 (on the host). worth: what a further one must bring.
+    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request; lengths:
+    on the host, the most that each n can be, n itself where `host.exact`. bonus: [B] int64, token n. tail: [B, F]
+    captured feature n-1. slot_table: [request rows, ctx] int32. limits: drafts wanted per request at most, each at
+    least 1, on the host; caps: [B] int64, the same on the device. calibration: float32, what `Drafter.calibration` was
+    when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts.
     """
 
     rows: torch.Tensor
@@ -32,10 +35,13 @@ class DraftBatch:
     tail: torch.Tensor
     slot_table: torch.Tensor
     limits: Sequence[int]
+    caps: torch.Tensor
+    calibration: torch.Tensor
     worth: Worth = FULL_LENGTH
+    host: HostView = EXACT
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.row_ids)
 
     def slots(self, offset: int, width: int = 1) -> torch.Tensor:
         """KV slots of positions n+offset … n+offset+width-1: [B, width] int64."""
@@ -45,16 +51,19 @@ class DraftBatch:
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding.
+    """What an arm drafted; all of it stays on the device.
 
-    passes: forward passes of the drafter's model that they took. alive: per request, the chance that all its drafts are
-    accepted; empty where the arm cannot say.
+    tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding. counts: [B]
+    int64. alive: [B, W] float32, chance that a draft and all before it are accepted; None where the arm cannot say.
+    confidences: [B, W] float32, what `observe` is given back; None where it needs none. passes: forward passes of the
+    drafter's model that they took.
     """
 
     tokens: torch.Tensor
-    counts: Sequence[int]
+    counts: torch.Tensor
+    alive: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
     passes: int = 1
-    alive: Sequence[float] = ()
 
 
 class Drafter(ABC):
@@ -113,8 +122,17 @@ class Drafter(ABC):
         """
         return ()
 
-    def observe(self, row: int, proposed: int, accepted: int) -> None:  # noqa: B027 - most learn nothing online
-        """`accepted` of its `proposed` drafts of the last round were right; what a caller ordered is not told."""
+    def calibration(self) -> Sequence[float]:
+        """What its drafts are judged by, uploaded with every round's plan; always as many numbers."""
+        return ()
+
+    def observe(  # noqa: B027 - most learn nothing online
+        self, row: int, proposed: int, accepted: int, confidences: Sequence[float]
+    ) -> None:
+        """`accepted` of its `proposed` drafts of a round were right, which it drafted with these `confidences`.
+
+        What a caller ordered is not told.
+        """
 
     def finish(self, row: int, output: Sequence[int]) -> None:  # noqa: B027 - most keep no text
         """The request in `row` ended with `output`; `release` follows."""

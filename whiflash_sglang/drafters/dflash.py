@@ -72,8 +72,5 @@ class DFlashArm(PagedArm):
         hidden = self.model(ids.view(-1), positions.view(-1), attend).view(size, block, -1)
         wanted = max(batch.limits)
         choice = choose(F.linear(hidden[:, 1 : wanted + 1].reshape(size * wanted, -1), self._head))
-        growing = self.length.begin(batch.row_ids, batch.limits, batch.worth)
-        for column in choice.confidence.view(size, wanted).T.tolist():
-            growing.extend(column)
         token = choice.token if self._vocabulary is None else self._vocabulary[choice.token]
-        return Drafts(token.view(size, wanted), growing.counts, alive=growing.alive)
+        return self.cut(token.view(size, wanted), choice.confidence.view(size, wanted), batch)

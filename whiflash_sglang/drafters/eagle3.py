@@ -53,7 +53,6 @@ class Eagle3Arm(PagedArm):
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = steps
-        self._on_host = weight.device.type == "cpu"
         self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
@@ -64,7 +63,6 @@ class Eagle3Arm(PagedArm):
 
     def draft(self, batch: DraftBatch) -> Drafts:
         steps, size = max(batch.limits), len(batch)
-        growing = self.length.begin(batch.row_ids, batch.limits, batch.worth)
         table = batch.slot_table[batch.rows, : max(batch.lengths) + steps]
         slots = batch.slots(-1, steps)
         token, hidden = batch.bonus, self.model.fuse(self._features(batch.tail))
@@ -79,10 +77,7 @@ class Eagle3Arm(PagedArm):
             token, hidden = self.model.target_ids(choice.token), out.hidden
             tokens.append(token)
             confidences.append(choice.confidence)
-            if self._on_host and not growing.extend(choice.confidence.tolist()):
+            # Where reading would wait for the device, at every step, running them all costs less.
+            if batch.host.exact and not self.length.goes_on(confidences, batch):
                 break
-        if not self._on_host:
-            # One transfer for the whole chain: waiting for the device at every step would cost more than it saves.
-            for column in torch.stack(confidences).tolist():
-                growing.extend(column)
-        return Drafts(torch.stack(tokens, 1), growing.counts, passes=len(tokens), alive=growing.alive)
+        return self.cut(torch.stack(tokens, 1), torch.stack(confidences, 1), batch, passes=len(tokens))

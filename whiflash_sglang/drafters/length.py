@@ -2,14 +2,18 @@
 
 A drafter's confidence in a token (its own top-1 probability) is calibrated while serving into the chance that the
 target accepts it, given that it accepted everything before. The product of these chances along a draft is what one
-more token is expected to bring; `Worth` says what it costs. Imports neither SGLang nor torch.
+more token is expected to bring; `Worth` says what it costs. Imports no SGLang.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
-from whiflash_sglang.routing.costs import Worth
+import torch
+
+if TYPE_CHECKING:
+    from whiflash_sglang.drafters.base import DraftBatch
 
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Top-1 probabilities that separate the bins of confidence."""
@@ -36,6 +40,11 @@ class Chances:
         return self._right[i] / self._seen[i]
 
     @property
+    def of_bins(self) -> list[float]:
+        """The same for every bin, by rising confidence."""
+        return [right / seen for right, seen in zip(self._right, self._seen, strict=True)]
+
+    @property
     def mean(self) -> float:
         """Chance of a draft whose confidence is not known yet."""
         return sum(self._right) / sum(self._seen)
@@ -47,57 +56,49 @@ class Chances:
         self._seen[i] = self._seen[i] * DECAY + 1.0
 
 
+class Cut(NamedTuple):
+    """How much of every draft to verify: counts [B] int64. alive: [B, W] float32, chance that all so far are right."""
+
+    counts: torch.Tensor
+    alive: torch.Tensor
+
+
 class DraftLength:
-    """One drafter's chances, and the confidences of its last drafts per request row."""
+    """One drafter's chances, learned on the host; what they say of a round's drafts is worked out on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.chances = Chances()
-        self._proposed: dict[int, list[float]] = {}
+        self._edges = torch.tensor(EDGES, device=device)
 
-    def begin(self, row_ids: Sequence[int], limits: Sequence[int], worth: Worth) -> "Growing":
-        """Start the drafts of one round: nothing proposed yet for the requests in `row_ids`."""
-        growing = Growing(self.chances, limits, worth)
-        self._proposed.update(zip(row_ids, growing.kept, strict=True))
-        return growing
+    def calibration(self) -> list[float]:
+        """Chance of every bin of confidence, then their mean: what a round's plan uploads."""
+        return [*self.chances.of_bins, self.chances.mean]
 
-    def observe(self, row: int, proposed: int, accepted: int) -> None:
-        """The first `accepted` of the `proposed` drafts of the last round were right, the next one was not."""
-        for depth, confidence in enumerate(self._proposed.get(row, ())[: min(accepted + 1, proposed)]):
+    def cut(self, confidences: torch.Tensor, batch: "DraftBatch") -> Cut:
+        """The drafts that are worth their rows, of those with `confidences` [B, W] float32.
+
+        Always the first, so that a drafter that was wrong for a while is not forgotten.
+        """
+        chances = batch.calibration[torch.bucketize(confidences.contiguous(), self._edges, right=True)]
+        alive = chances.cumprod(1)
+        kept = (alive[:, 1:] >= batch.worth.row).sum(
+            1
+        ) + 1  # chances never rise above one, so these are the first
+        return Cut(torch.minimum(kept, batch.caps), alive)
+
+    def goes_on(self, confidences: Sequence[torch.Tensor], batch: "DraftBatch") -> bool:
+        """Whether another pass pays after drafts with these `confidences`, [B] each. Reads the device."""
+        depth, worth = len(confidences), batch.worth
+        counts, alive = self.cut(torch.stack(list(confidences), 1), batch)
+        growing = [
+            chance
+            for chance, count, limit in zip(alive[:, -1].tolist(), counts.tolist(), batch.limits, strict=True)
+            if count == depth < limit
+        ]
+        gain = sum(growing) * float(batch.calibration[-1])
+        return bool(growing) and gain >= worth.draft + worth.row * len(growing)
+
+    def observe(self, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
+        """The first `accepted` of the `proposed` drafts with these `confidences` were right, the next one was not."""
+        for depth, confidence in enumerate(confidences[: min(accepted + 1, proposed)]):
             self.chances.observe(confidence, depth < accepted)
-
-    def release(self, row: int) -> None:
-        """The request in `row` is gone."""
-        self._proposed.pop(row, None)
-
-
-class Growing:
-    """Drafts of one round while they grow by one token per request at a time.
-
-    kept: per request, the confidences of the tokens that are worth verifying; always the first, so that a drafter
-    that was wrong for a while is not forgotten. alive: per request, the chance that all of them are accepted.
-    """
-
-    def __init__(self, chances: Chances, limits: Sequence[int], worth: Worth) -> None:
-        self._chances, self._limits, self._worth = chances, limits, worth
-        self._growing = list(range(len(limits)))
-        self.alive = [1.0] * len(limits)
-        self.kept: list[list[float]] = [[] for _ in limits]
-
-    @property
-    def counts(self) -> list[int]:
-        """Drafts to verify, per request."""
-        return [len(kept) for kept in self.kept]
-
-    def extend(self, confidences: Sequence[float]) -> bool:
-        """One more token was drafted for every request. Returns whether drafting yet another one pays."""
-        growing, self._growing = self._growing, []
-        for i in growing:
-            alive = self.alive[i] * self._chances.of(confidences[i])
-            if self.kept[i] and alive < self._worth.row:
-                continue
-            self.kept[i].append(confidences[i])
-            self.alive[i] = alive
-            if len(self.kept[i]) < self._limits[i]:
-                self._growing.append(i)
-        gain = sum(self.alive[i] for i in self._growing) * self._chances.mean
-        return bool(self._growing) and gain >= self._worth.draft + self._worth.row * len(self._growing)

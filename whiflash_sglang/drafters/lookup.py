@@ -82,7 +82,8 @@ class LookupArm(Drafter):
         widest = max(counts)
         padded = [tokens + [0] * (widest - len(tokens)) for tokens in drafts]
         tokens = torch.tensor(padded, dtype=torch.int64).view(len(batch), widest)
-        return Drafts(tokens.to(batch.bonus.device), counts)
+        device = batch.bonus.device
+        return Drafts(tokens.to(device), torch.tensor(counts, device=device))
 
     def prolong(
         self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth

@@ -1,11 +1,12 @@
 """What every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from whiflash_sglang.cache.draft_kv import DraftKV
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
 from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
@@ -23,7 +24,7 @@ class PagedArm(Drafter):
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
-        self.length = DraftLength()
+        self.length = DraftLength(device)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
@@ -34,13 +35,20 @@ class PagedArm(Drafter):
         shape = self._shape
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
 
-    def observe(self, row: int, proposed: int, accepted: int) -> None:
-        """`accepted` of its `proposed` drafts of the last round were right."""
-        self.length.observe(row, proposed, accepted)
+    def calibration(self) -> Sequence[float]:
+        """Chances of acceptance per bin of confidence, and their mean."""
+        return self.length.calibration()
 
-    def release(self, row: int) -> None:
-        """The request in `row` is gone, or another begins there."""
-        self.length.release(row)
+    def cut(
+        self, tokens: torch.Tensor, confidences: torch.Tensor, batch: DraftBatch, *, passes: int = 1
+    ) -> Drafts:
+        """`tokens` [B, W] int64, drafted with `confidences` [B, W] float32, as far as they are worth their rows."""
+        counts, alive = self.length.cut(confidences, batch)
+        return Drafts(tokens, counts, alive, confidences, passes)
+
+    def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
+        """`accepted` of its `proposed` drafts of a round were right."""
+        self.length.observe(proposed, accepted, confidences)
 
     def attend_at(self, slots: torch.Tensor, plan: PagedAttentionPlan) -> Attend:
         """Attention that first stores k and v at `slots` [T] int64, then reads what `plan` lets each row see."""

@@ -33,7 +33,7 @@ def profile_drafts(
         if not drafter.keeps_kv:
             continue
         for size in (size for size in BATCHES if size <= len(slot_table)):
-            batch = _idle_batch(size, drafter.max_drafts, rings, slot_table)
+            batch = _idle_batch(size, drafter, rings, slot_table)
             drafter.draft(batch)  # The first run allocates.
             seconds, passes = min(_timed(drafter, batch) for _ in range(TIMINGS))
             costs.drafted(drafter.arm, size, passes=passes, seconds=seconds, catch_up=0.0)
@@ -51,7 +51,7 @@ def _timed(drafter: Drafter, batch: DraftBatch) -> tuple[float, int]:
     return time.perf_counter() - began, drafts.passes
 
 
-def _idle_batch(size: int, drafts: int, rings: FeatureRings, slot_table: torch.Tensor) -> DraftBatch:
+def _idle_batch(size: int, drafter: Drafter, rings: FeatureRings, slot_table: torch.Tensor) -> DraftBatch:
     rows = torch.arange(size, device=slot_table.device)
     starts = torch.full_like(rows, CONTEXT)
     return DraftBatch(
@@ -62,7 +62,9 @@ def _idle_batch(size: int, drafts: int, rings: FeatureRings, slot_table: torch.T
         bonus=torch.zeros_like(rows),
         tail=rings.tail(rows, starts),
         slot_table=slot_table,
-        limits=[drafts] * size,
+        limits=[drafter.max_drafts] * size,
+        caps=torch.full_like(rows, drafter.max_drafts),
+        calibration=torch.tensor(drafter.calibration(), dtype=torch.float32, device=rows.device),
     )
 
 

@@ -16,10 +16,15 @@ from whiflash_sglang.routing.controller import Controller, Outlook
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Drafts of the whole batch. tokens: [B, W] int64, padded; widths: rows each request verifies (drafts + 1)."""
+    """Drafts of the whole batch.
+
+    tokens: [B, W] int64, padded; widths: rows each request verifies (drafts + 1). confidences: what the drafters gave
+    their own drafts, per request; empty where they give none.
+    """
 
     tokens: torch.Tensor
     widths: list[int]
+    confidences: list[list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +57,9 @@ class DraftStage:
 
     def draft(self, requests: RoundBatch, routes: Sequence[str]) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        widths = [1] * len(routes)
+        widths, confidences = [1] * len(routes), [[] for _ in routes]  # type: list[int], list[list[float]]
         if not any(route in self.drafters for route in routes):
-            return Proposal(requests.bonus.new_empty((len(routes), 0)), widths)
+            return Proposal(requests.bonus.new_empty((len(routes), 0)), widths, confidences)
         tokens = torch.zeros((len(routes), self.widest), dtype=torch.int64, device=requests.bonus.device)
         tails: dict[int, Sequence[int]] = {}
         for arm, drafter in self.drafters.items():
@@ -69,33 +74,38 @@ class DraftStage:
             )
             index = torch.tensor(members, device=tokens.device)
             tokens[index, : drafts.tokens.shape[1]] = drafts.tokens
-            for i, count in zip(members, drafts.counts, strict=True):
+            counts = drafts.counts.tolist()
+            for i, count in zip(members, counts, strict=True):
                 widths[i] = count + 1
-            tails |= self._tails(requests, members, arm, drafts)
+            if drafts.confidences is not None:
+                for i, own in zip(members, drafts.confidences.tolist(), strict=True):
+                    confidences[i] = own
+            tails |= self._tails(requests, members, arm, drafts, counts)
             self.clock.drafted(time.perf_counter() - began + catch_up)
         _append(tails, tokens, widths)
-        return Proposal(tokens[:, : max(widths) - 1], widths)
+        return Proposal(tokens[:, : max(widths) - 1], widths, confidences)
 
     def _tails(
-        self, requests: RoundBatch, members: Sequence[int], arm: str, drafts: Drafts
+        self, requests: RoundBatch, members: Sequence[int], arm: str, drafts: Drafts, counts: Sequence[int]
     ) -> dict[int, Sequence[int]]:
         """Request → what another arm knows to follow its drafts of `arm`, such as the copy that a chain leads into."""
         others = [d for d in self.drafters.values() if d.prolongs and d.arm != arm]
         joining = [(at, i) for at, i in enumerate(members) if self.controller.may_join(requests.row_ids[i])]
-        if not (others and joining and drafts.alive):
+        if not (others and joining and drafts.alive is not None):
             return {}
-        tokens, worth = drafts.tokens.tolist(), self.controller.worth(arm)
+        tokens, alive, worth = drafts.tokens.tolist(), drafts.alive.tolist(), self.controller.worth(arm)
         tails = {}
         for at, i in joining:
-            count = drafts.counts[at]
+            count = counts[at]
             room = min(self.widest, requests.budgets[i] - 1) - count
             if room > 0:
-                given = (requests.row_ids[i], tokens[at][:count], drafts.alive[at], room, worth)
+                given = (requests.row_ids[i], tokens[at][:count], alive[at][count - 1], room, worth)
                 tails[i] = max((other.prolong(*given) for other in others), key=len)
         return tails
 
     def _batch(self, requests: RoundBatch, members: list[int], drafter: Drafter) -> DraftBatch:
-        index = torch.tensor(members, device=requests.rows.device)
+        limits = [min(drafter.max_drafts, requests.budgets[i] - 1) for i in members]
+        index, caps = torch.tensor([members, limits], device=requests.rows.device)
         rows, starts = requests.rows[index], requests.starts[index]
         return DraftBatch(
             rows=rows,
@@ -105,7 +115,9 @@ class DraftStage:
             bonus=requests.bonus[index],
             tail=self.sync.rings.tail(rows, starts),
             slot_table=self.slot_table,
-            limits=[min(drafter.max_drafts, requests.budgets[i] - 1) for i in members],
+            limits=limits,
+            caps=caps,
+            calibration=torch.tensor(drafter.calibration(), dtype=torch.float32, device=rows.device),
             worth=self.controller.worth(drafter.arm),
         )
 
