@@ -13,6 +13,9 @@ from fake_server import Clock, FakeServer, serving
 
 import whiflash_sdk  # noqa: F401
 
+PROBE_SECONDS = 24 * 3600.0
+"""What is only ended by this hangs, and the test's own limit ends it long before."""
+
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
@@ -22,26 +25,31 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock that answers expire by. However slow the machine is, none does and no probe gives up unasked.
+    """The clock that answers expire by. However slow the machine is, none does and no probe gives up by itself.
 
     Nothing is known of any server at first: ports come again.
     """
     made = Clock()
     module = sys.modules["whiflash_sdk.capabilities"]
-    for name, value in {"now": made, "PROBE_SECONDS": 60.0, "_servers": {}, "_warned": set()}.items():
+    for name, value in {
+        "now": made,
+        "PROBE_SECONDS": PROBE_SECONDS,
+        "_servers": {},
+        "_warned": set(),
+    }.items():
         monkeypatch.setattr(module, name, value)
     return made
 
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[OpenAI]:
-    with OpenAI(base_url=server.base_url, api_key="key", max_retries=2) as made:
+    with OpenAI(base_url=server.base_url, api_key="key", max_retries=2, timeout=None) as made:
         yield made
 
 
 @pytest.fixture
 def async_client(server: FakeServer) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=server.base_url, api_key="key")
+    return AsyncOpenAI(base_url=server.base_url, api_key="key", timeout=None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -144,12 +144,13 @@ def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(cl
 
     client._client.event_hooks["request"] = [hook]
     wrap(client)
-    limits = [50.0, openai.Timeout(None, connect=40.0), 600.0, None]
+    bound: float = vars(sys.modules["whiflash_sdk.capabilities"])["PROBE_SECONDS"]
+    limits = [50.0, openai.Timeout(None, connect=40.0), 2 * bound, None]
     for number, timeout in enumerate(limits):
         ask(client.with_options(default_headers={"X": f"client {number}"}, timeout=timeout))
     client.chat.completions.create(**ASKED, timeout=30.0)
     phases = ("connect", "read", "write", "pool")
-    whole = dict.fromkeys(phases, 60.0)
+    whole = dict.fromkeys(phases, bound)
     assert told == [
         dict.fromkeys(phases, 50.0),
         {**whole, "connect": 40.0},
@@ -164,11 +165,12 @@ def test_an_async_probe_keeps_to_it_too(async_client: AsyncOpenAI, server: FakeS
 
     async def main() -> None:
         mine = wrap(async_client).with_options(timeout=0.2)
-        await asyncio.gather(*(whiflash_sdk.async_capabilities(mine) for _ in range(3)))
+        found = await asyncio.gather(*(whiflash_sdk.async_capabilities(mine) for _ in range(3)))
+        assert found == [None] * 3
         await async_client.close()
 
     asyncio.run(main())
-    assert server.paths.count(ROUTE) == 1
+    assert server.paths.count(ROUTE) <= 1  # none where the time was over before the server was reached
 
 
 def test_who_waits_for_anothers_probe_waits_as_long_as_it_would_itself(
