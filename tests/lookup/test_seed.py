@@ -32,6 +32,13 @@ def test_measured_chances_are_those_of_the_text() -> None:
         assert seed[MatchCalibration.bucket(length)][Agreement.UNANIMOUS] == pytest.approx(0.9, abs=0.05)
 
 
+def test_only_tokens_of_the_answer_are_asked_for() -> None:
+    """Behind its first, which the prefill gives: an answer of one token says nothing, whatever its prompt repeats."""
+    prompt = [*range(20)] * 3
+    assert measure_seed([Answer([*prompt, 0], len(prompt))]) == measure_seed([])
+    assert measure_seed([Answer([*prompt, 0, 1], len(prompt))]) != measure_seed([])
+
+
 def test_what_never_occurred_stays_at_even_odds() -> None:
     assert measure_seed([]) == tuple(tuple(row) for row in EVEN_ODDS)
 

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from work import lines_run
@@ -39,6 +39,14 @@ def test_full_hint_is_read() -> None:
     expected = SpanHint("tool_call", "<tool_call>", "</tool_call>", True, "lookup", True, bias)
     assert hints == RequestHints((expected,), off=True, infer=False, trace="summary", lookup="context")
     assert hash(hints) == hash(replace(hints))
+
+
+def test_what_a_span_does_not_say() -> None:
+    spans = parse_hints(carried(spans=[{"kind": "json", "begin": "x"}])).spans
+    nothing = {"end": None, "open": False, "prefer": None, "pin": False, "bias": ()}
+    assert [asdict(span) for span in (*spans, SpanHint("json", "x"))] == [
+        {"kind": "json", "begin": "x", **nothing}
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,7 @@ def test_absent_hints_are_the_default(params: object) -> None:
         (carried(spans={}), "custom_params.whiflash.spans"),
         (carried(spans=[{"kind": "json", "open": True}] * (MAX_SPANS + 1)), "custom_params.whiflash.spans"),
         (carried(spans=[3]), "custom_params.whiflash.spans[0]"),
+        (carried(spans=[{"kind": "json", "begin": "x", "off": True}]), "custom_params.whiflash.spans[0].off"),
         (carried(spans=[{"begin": "x"}]), "custom_params.whiflash.spans[0].kind"),
         (carried(spans=[{"kind": "poem", "begin": "x"}]), "custom_params.whiflash.spans[0].kind"),
         (carried(spans=[{"kind": "json"}]), "custom_params.whiflash.spans[0].begin"),
@@ -108,6 +117,10 @@ def test_absent_hints_are_the_default(params: object) -> None:
             "custom_params.whiflash.spans[0].bias.ar",
         ),
         (
+            carried(spans=[{"kind": "json", "begin": "x", "bias": {"ar": -16.5}}]),
+            "custom_params.whiflash.spans[0].bias.ar",
+        ),
+        (
             {"whiflash": '{"spans":[{"kind":"json","begin":"x","bias":{"ar":1e999}}]}'},
             "custom_params.whiflash.spans[0].bias.ar",
         ),
@@ -122,10 +135,64 @@ def test_malformed_hint_is_refused_by_field(params: object, field: str) -> None:
 
 
 def test_the_bounds_themselves_are_allowed() -> None:
-    spans = [{"kind": "code", "begin": "x" * MAX_MARKER_CHARS, "end": "y" * MAX_MARKER_CHARS}] * MAX_SPANS
+    span = {"kind": "code", "begin": "x" * MAX_MARKER_CHARS, "end": "y" * MAX_MARKER_CHARS}
+    spans = [{**span, "bias": {"ar": 16, "none": -16.0}}] * MAX_SPANS
     payload = json.dumps({"spans": spans})
     padded = payload + " " * (MAX_BYTES - len(payload))
     assert len(parse_hints({"whiflash": padded}).spans) == MAX_SPANS
+
+
+def test_bytes_are_counted_not_characters() -> None:
+    head, tail = '{"spans": [{"kind": "code", "begin": "', '"}]}'
+    marker = "é" * MAX_MARKER_CHARS
+    spaces = " " * (MAX_BYTES - len(head) - 2 * len(marker) - len(tail))
+    assert parse_hints({"whiflash": head + marker + tail + spaces}).spans[0].begin == marker
+    with pytest.raises(HintError, match="longer than"):
+        parse_hints({"whiflash": head + marker + tail + spaces + " "})
+
+
+def test_decoding_stops_at_the_first_object_too_many() -> None:
+    """One more than sixteen spans with their biases hold: refused before it is known what the objects are."""
+    objects = ["{}"] * (2 * MAX_SPANS + 1)
+    with pytest.raises(HintError, match="must hold a JSON object"):
+        parse_hints({"whiflash": f"[{','.join(objects)}]"})
+    with pytest.raises(HintError, match="more than 33 objects"):
+        parse_hints({"whiflash": f"[{','.join([*objects, '{}'])}]"})
+
+
+@pytest.mark.parametrize(
+    ("most", "more"),
+    [
+        ({"a": [0] * 1023, "b": 0}, {"c": 0}),
+        ({"a": dict.fromkeys(map(str, range(1022))), "b": 0, "c": 0}, {"d": 0}),
+        ({"a": [0] * 1024, "b": [], "c": {}}, {"d": [0]}),
+        ({"a": "x" * 16_383}, {"b": 0}),
+        ({"a": {"key": "x" * 16_000}, "b": ["x" * 379]}, {"c": 0}),
+        ({"a": [2**64 - 1, -(2**63)]}, {"b": 2**64}),
+        ({"a": [2**64 - 1, -(2**63)]}, {"b": [-(2**63) - 1]}),
+    ],
+    ids=["values", "of an object", "empty ones", "characters", "names too", "largest", "smallest"],
+)
+def test_parameters_reach_the_scheduler_up_to_their_bounds(
+    most: dict[str, object], more: dict[str, object]
+) -> None:
+    assert validate_custom_params(most) == RequestHints()
+    with pytest.raises(HintError) as caught:
+        validate_custom_params(most | more)
+    assert caught.value.field == f"custom_params.{next(iter(more))}"
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        (carried(**{"é" * 40: 1}), "custom_params.whiflash." + "\\xe9" * 32),
+        ({"k" * 40: 2**64}, "custom_params." + "k" * 32),
+    ],
+)
+def test_a_name_in_an_error_is_cut_and_printable(params: dict[str, object], field: str) -> None:
+    with pytest.raises(HintError) as caught:
+        validate_custom_params(params)
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(
