@@ -14,6 +14,7 @@ import contextlib
 import fnmatch
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -81,9 +82,11 @@ def run_target(root: Path, index: int, options: argparse.Namespace) -> None:
                 planned.append((mutant, digest))
     if not planned:
         return
-    for name in target.warm:
+    for name in ("pytest", *target.warm):
         importlib.import_module(name)
-    tests = [test for test in target.tests if (root / test).exists()]
+    for plugin in importlib.metadata.entry_points(group="pytest11"):
+        plugin.load()
+    tests = [test for test in target.tests if _is_there(root, test)]
     unharmed = _finish(_start(root, None, tests), limit=float("inf"))
     if unharmed.outcome != SURVIVED:
         raise SystemExit(f"the tests of {target.modules} fail without a fault:\n{unharmed.log}")
@@ -115,6 +118,13 @@ def _modules(root: Path, target: Target, only: str | None) -> Iterator[str]:
             name = str(path.relative_to(root))
             if path.stat().st_size and (only is None or fnmatch.fnmatch(name, f"*{only}*")):
                 yield name
+
+
+def _is_there(root: Path, test: str) -> bool:
+    """Whether the tree has the file, and in it the test where one is named."""
+    path, _, name = test.partition("::")
+    file = root / path
+    return file.exists() and (not name or f"def {name.partition('[')[0]}(" in file.read_text())
 
 
 @dataclass(frozen=True, slots=True)
