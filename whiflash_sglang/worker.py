@@ -30,7 +30,7 @@ from whiflash_sglang.compat.spec_worker import (
     prefill_rows,
     step_result,
 )
-from whiflash_sglang.compat.target import Target, Verified
+from whiflash_sglang.compat.target import Target, Verified, packed
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.build import build_drafters, load_router
@@ -231,19 +231,20 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
     ) -> tuple[MixedBlock, Verified, torch.Tensor]:
         """One target forward over the packed rows of the mixed batch, and the target's own token at every row."""
-        block = prepare_mixed_block(
+        padded = prepare_mixed_block(
             requests.bonus,
             proposal.tokens,
             torch.tensor(proposal.widths, device=requests.rows.device),
             requests.starts,
             requests.rows,
             self.target.slot_table,
-            rows=sum(proposal.widths),
+            rows=self.target.rows_for(proposal.widths),
         )
+        block = packed(padded, sum(proposal.widths))
         chains = None
         if batch.has_grammar:
             chains = sampling.grammar_chains(block, proposal.widths, requests.ahead)
-        verified = self.target.verify(batch, block, proposal.widths)
+        verified = self.target.verify(batch, padded, proposal.widths)
         if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
             return block, verified, verified.logits.argmax(-1)
         # Sampling works in place; the controller reads the raw distribution.

@@ -51,11 +51,13 @@ from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from whiflash_kernels import prepare_mixed_block
 
+from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets, spare_slots
 from whiflash_sglang.compat.target import verify_input
 from whiflash_sglang.compat.triton_backend import RaggedTritonBackend
 
 CONFIGURED = 17
 """`speculative_num_draft_tokens` of a server with lookup: its widest block."""
+REQUESTS = 4
 CONTEXT = 64
 STARTS, ROWS = [5, 2, 9], [2, 0, 3]
 WIDTHS = {"uniform": [3, 3, 3], "ragged": [3, 1, 5], "alone": [4], "plain": [1, 1, 1]}
@@ -72,7 +74,7 @@ class Plan(NamedTuple):
 class Verification:
     """A batch of requests with `widths` rows each, as the runner hands it to a backend."""
 
-    def __init__(self, widths: list[int]) -> None:
+    def __init__(self, widths: list[int], bucket: int | None = None) -> None:
         self.widths, self.starts, rows = widths, STARTS[: len(widths)], ROWS[: len(widths)]
         order = torch.randperm(4 * CONTEXT, generator=torch.Generator().manual_seed(0))
         self.table = order.view(4, CONTEXT).to(torch.int32)
@@ -81,7 +83,7 @@ class Verification:
         drafts = torch.ones(len(widths), max(widths) - 1, dtype=torch.int64)
         bonus = torch.ones(len(widths), dtype=torch.int64)
         self.block = prepare_mixed_block(
-            bonus, drafts, torch.tensor(widths), starts, self.rows, self.table, rows=sum(widths)
+            bonus, drafts, torch.tensor(widths), starts, self.rows, self.table, rows=bucket or sum(widths)
         )
         self.translator = KVIndexTranslator(
             req_to_token=self.table,
@@ -142,16 +144,31 @@ def cut(flat: torch.Tensor, offsets: torch.Tensor) -> list[list[int]]:
     return [flat[a:b].tolist() for a, b in pairwise(offsets.tolist())]
 
 
-def triton_metadata(case: Verification, cls: type = RaggedTritonBackend) -> Any:
-    backend = case.backend(
+def triton_backend(case: Verification, cls: type) -> Any:
+    most = REQUESTS * CONFIGURED + 1
+    return case.backend(
         cls,
         dllm_attention=None,
         dcp_size=1,
         target_verify_num_tokens_per_req=CONFIGURED,
-        kv_indptr=torch.zeros(5, dtype=torch.int32),
-        mask_indptr=torch.zeros(5, dtype=torch.int64),
+        num_draft_tokens=CONFIGURED,
+        kv_indptr=torch.zeros(most, dtype=torch.int32),
+        qo_indptr=torch.zeros(most, dtype=torch.int64),
+        mask_indptr=torch.zeros(most, dtype=torch.int64),
         window_kv_indptr=None,
+        num_head=4,
+        v_head_dim=16,
+        swa_v_head_dim=None,
+        max_kv_splits=1,
+        lean_total_programs=1,
+        lean_block_m=1,
+        is_draft_runner=True,
+        skip_prefill=False,
     )
+
+
+def triton_metadata(case: Verification, cls: type = RaggedTritonBackend) -> Any:
+    backend = triton_backend(case, cls)
     backend.init_forward_metadata(case.batch)
     return backend.forward_metadata
 
@@ -164,15 +181,28 @@ def triton(case: Verification, cls: type = RaggedTritonBackend) -> Plan:
     )
 
 
-def fa3(case: Verification) -> Plan:
-    backend = case.backend(
+def fa3_backend(case: Verification) -> Any:
+    return case.backend(
         FlashAttentionBackend,
         speculative_num_draft_tokens=CONFIGURED,
         local_attn_builder=None,
         is_prefill_aware_swa=False,
         is_encoder_decoder=False,
         has_swa=False,
+        fa_impl_ver=3,
+        max_num_pages=CONTEXT,
+        needs_cpu_seq_lens=False,
+        use_mla=False,
+        _get_scheduler_metadata=None,
+        decode_cuda_graph_metadata={},
+        attn_cp_size=1,
+        is_draft_runner=True,
+        skip_prefill=False,
     )
+
+
+def fa3(case: Verification) -> Plan:
+    backend = fa3_backend(case)
     backend.init_forward_metadata(case.batch)
     planned = backend.forward_metadata
     lengths = planned.cache_seqlens_int32.tolist()
@@ -182,8 +212,8 @@ def fa3(case: Verification) -> Plan:
     return Plan(planned.cu_seqlens_q.tolist(), slots, planned.max_seq_len_q)
 
 
-def trtllm_mha(case: Verification) -> Plan:
-    backend = case.backend(
+def trtllm_mha_backend(case: Verification) -> Any:
+    return case.backend(
         TRTLLMHAAttnBackend,
         speculative_num_draft_tokens=CONFIGURED,
         is_xqa_impl=False,
@@ -191,7 +221,13 @@ def trtllm_mha(case: Verification) -> Plan:
         _swa_kv_pool=None,
         attn_cp_size=1,
         expand_encoder_only_verify=False,
+        is_draft_runner=True,
+        skip_prefill=False,
     )
+
+
+def trtllm_mha(case: Verification) -> Plan:
+    backend = trtllm_mha_backend(case)
     backend.init_forward_metadata(case.batch)
     planned = backend.forward_metadata
     lengths = planned.cache_seqlens_int32.tolist()
@@ -283,10 +319,92 @@ def test_what_is_refused_plans_other_rows(monkeypatch: pytest.MonkeyPatch) -> No
         case.backend(TRTLLMHAAttnBackend, is_xqa_impl=True).init_forward_metadata(case.batch)
 
 
-def test_graphs_of_a_verification_are_refused() -> None:
-    case = Verification(WIDTHS["uniform"])
-    with pytest.raises(NotImplementedError, match="--cuda-graph-backend-decode disabled"):
-        case.backend(RaggedTritonBackend).init_forward_metadata_out_graph(case.batch)
+def captured(case: Verification, backend: Any) -> Any:
+    """What a backend's kernels were captured with, and hold before a replay of `case`: one metadata, filled twice."""
+    buckets = row_buckets(REQUESTS * CONFIGURED)
+    bucket = int(case.block.positions.shape[0])
+    assert bucket in buckets
+    slots = min(bucket, REQUESTS + spare_slots(buckets, CONFIGURED))
+    backend.init_cuda_graph_state(REQUESTS + spare_slots(buckets, CONFIGURED), buckets[-1])
+
+    def view(spec_info: Any, rows: torch.Tensor, starts: torch.Tensor) -> Any:
+        batch = SimpleNamespace(**vars(case.batch))
+        batch.batch_size, batch.spec_info = slots, spec_info
+        batch.req_pool_indices = torch.zeros(slots, dtype=torch.int64)
+        batch.seq_lens = batch.seq_lens_cpu = torch.ones(slots, dtype=torch.int64)
+        batch.req_pool_indices[: len(rows)], batch.seq_lens[: len(rows)] = rows, starts
+        batch.seq_lens_sum = int(batch.seq_lens.sum())
+        batch.kv_loc_plan = case.translator.own_plan(batch)
+        return batch
+
+    graphs = object.__new__(VerifyGraphs)
+    graphs.__dict__.update(
+        widest=CONFIGURED,
+        max_bs=REQUESTS + spare_slots(buckets, CONFIGURED),
+        capture_num_tokens=buckets,
+        device="cpu",
+        _captured_ragged_layouts={},
+    )
+    nothing = torch.zeros(0, dtype=torch.int64)
+    backend.init_forward_metadata_out_graph(
+        view(graphs.get_spec_info(bucket), nothing, nothing), in_capture=True
+    )
+    metadata = backend.forward_metadata
+    for name in (
+        "cache_seqlens_int32",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "page_table",
+        "qo_indptr",
+        "kv_indptr",
+    ):
+        if getattr(metadata, name, None) is not None:
+            getattr(metadata, name)[1:].fill_(-1)
+    replay = view(case.batch.spec_info, case.rows, case.batch.seq_lens)
+    backend.init_forward_metadata_out_graph(replay)
+    assert backend.forward_metadata is metadata
+    return metadata
+
+
+def captured_triton(case: Verification) -> Plan:
+    metadata = captured(case, triton_backend(case, RaggedTritonBackend))
+    lengths = [*case.starts, *[1] * (len(metadata.kv_indptr) - 1 - len(case.starts))]
+    assert metadata.kv_indptr.tolist() == [0, *accumulate(lengths)]
+    slots = cut(metadata.kv_indices, metadata.kv_indptr)
+    return Plan(metadata.qo_indptr.tolist(), slots, metadata.max_extend_len)
+
+
+def captured_fa3(case: Verification) -> Plan:
+    return _of_pages(captured(case, fa3_backend(case)))
+
+
+def captured_trtllm_mha(case: Verification) -> Plan:
+    return _of_pages(captured(case, trtllm_mha_backend(case)))
+
+
+def _of_pages(metadata: Any) -> Plan:
+    lengths = metadata.cache_seqlens_int32.tolist()
+    assert metadata.cu_seqlens_k.tolist() == [0, *accumulate(lengths)]
+    slots = [row[:n].tolist() for row, n in zip(metadata.page_table, lengths, strict=True)]
+    return Plan(metadata.cu_seqlens_q.tolist(), slots, metadata.max_seq_len_q)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("plan", [captured_fa3, captured_trtllm_mha, captured_triton])
+def test_what_a_graph_was_captured_with_fits_every_batch(
+    plan: Callable[..., Plan], widths: list[int], spare: int
+) -> None:
+    """Requests have their rows and their context, as without a graph; the rows behind them have slots of their own."""
+    bucket = next(b for b in row_buckets(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
+    case = Verification(widths, bucket)
+    found, count = plan(case), len(widths)
+    assert found.rows[: count + 1] == case.offsets
+    assert found.rows[-1] == bucket
+    lengths = case.starts if plan is captured_triton else case.ends
+    assert found.slots[:count] == case.read(lengths)
+    assert max(b - a for a, b in pairwise(found.rows)) <= found.widest
+    assert len(found.slots) > count or bucket == sum(widths)
 
 
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)

@@ -99,8 +99,12 @@ def sentence(launch: Launch) -> str:
 
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
-    for backend in ("flashinfer", "fa3", "triton"):
+    captured = default_cuda_graph_config()
+    captured.prefill.backend = Backend.DISABLED
+    for backend in ("flashinfer", "fa3", "triton", "trtllm_mha"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
+        graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=captured)
+        assert (refusal_of(graphs) is None) == (backend != "flashinfer")
 
 
 @pytest.mark.parametrize("row", TARGETS)
@@ -168,14 +172,24 @@ def test_arguments(taken: Launch, row: str) -> None:
     assert re.search(named, found), found
 
 
+_DECODE = default_cuda_graph_config()
+_DECODE.prefill.backend = Backend.DISABLED
 CUDA: dict[str, tuple[dict[str, Any], str]] = {
     "cuda_attention": (
         {"decode_attention_backend": "trtllm_mla"},
-        "flashinfer, fa3, triton .* not trtllm_mla",
+        "triton, fa3, trtllm_mha, flashinfer, not trtllm_mla",
     ),
     "cuda_graphs": (
         {"cuda_graph_config": default_cuda_graph_config()},
-        "--cuda-graph-backend-decode disabled",
+        "graphs with --attention-backend triton, fa3, trtllm_mha, not with flashinfer",
+    ),
+    "cuda_prefill_graphs": (
+        {"cuda_graph_config": default_cuda_graph_config(), "attention_backend": "triton"},
+        "--cuda-graph-backend-prefill disabled",
+    ),
+    "cuda_graph_padding": (
+        {"cuda_graph_config": _DECODE, "attention_backend": "triton", "disable_cuda_graph_padding": True},
+        "remove --disable-cuda-graph-padding",
     ),
     "cuda_overlap": ({"disable_overlap_schedule": False}, "give --disable-overlap-schedule"),
     "cuda_deterministic": ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
@@ -192,6 +206,16 @@ def test_what_has_not_been_shown_on_cuda(taken: Launch, row: str) -> None:
 ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "xpu"}, "not on xpu"),
     "cpu_engine": ({"own_platform": False}, "SGLANG_USE_CPU_ENGINE"),
+    "cuda_xqa": ({"device": "cuda", "xqa": True, "attention_backend": "trtllm_mha"}, "XQA"),
+    "cuda_metadata_glue": (
+        {
+            "device": "cuda",
+            "attention_backend": "triton",
+            "cuda_graph_config": _DECODE,
+            "environment": {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"},
+        },
+        "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    ),
     "rust_server": ({"environment": {"SGLANG_RUST_SERVER": "1"}}, "unset SGLANG_RUST_SERVER"),
     "post_capture_sizing": (
         {"environment": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "true"}},
@@ -203,7 +227,9 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("row", ELSEWHERE)
 def test_machine_and_environment(taken: Launch, row: str) -> None:
     changes, named = ELSEWHERE[row]
-    assert named in sentence(replace(taken, **changes))
+    ours = {name: changes[name] for name in Launch.__dataclass_fields__ if name in changes}
+    theirs = {name: value for name, value in changes.items() if name not in ours}
+    assert named in sentence(replace(with_arguments(taken, **theirs), **ours))
 
 
 def test_every_row_has_its_case() -> None:
@@ -218,12 +244,18 @@ def test_deterministic_inference_stays_on_the_cpu(taken: Launch) -> None:
 def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
     args = ServerArgs(model_path="unused")
-    choose_for_cuda(args)
-    assert (args.attention_backend, args.disable_overlap_schedule) == ("flashinfer", True)
-    assert args.cuda_graph_backend_decode == args.cuda_graph_backend_prefill == "disabled"
-    chosen = ServerArgs(model_path="unused", attention_backend="fa3", cuda_graph_backend_decode="full")
-    choose_for_cuda(chosen)
-    assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == ("fa3", "full")
+    for hopper, attention in ((True, "fa3"), (False, "triton")):
+        monkeypatch.setattr(launches, "get_platform", lambda h=hopper: SimpleNamespace(is_sm90=h))
+        args = ServerArgs(model_path="unused")
+        choose_for_cuda(args)
+        assert (args.attention_backend, args.disable_overlap_schedule) == (attention, True)
+        assert (args.cuda_graph_backend_decode, args.cuda_graph_backend_prefill) == (None, "disabled")
+    for attention, decode in (("flashinfer", None), ("trtllm_mha", "disabled")):
+        chosen = ServerArgs(
+            model_path="unused", attention_backend=attention, cuda_graph_backend_decode=decode
+        )
+        choose_for_cuda(chosen)
+        assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == (attention, "disabled")
     elsewhere = ServerArgs(model_path="unused", device="cpu")
     choose_for_cuda(elsewhere)
     assert elsewhere.attention_backend is None

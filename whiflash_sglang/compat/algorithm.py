@@ -40,7 +40,7 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
             server_args.max_running_requests = DEFAULT_RUNNING_REQUESTS
 
     def supports_ragged_verify(self) -> bool:
-        return False  # Rows are packed eagerly; captured graphs pad.
+        return True  # A verification always has a layout of its rows, captured or not.
 
     def carries_draft_hidden_states(self) -> bool:
         return False

@@ -11,10 +11,11 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_platform
 
-CUDA_ATTENTIONS = ("flashinfer", "fa3", "triton")
-"""What plans a verification of several widths rightly without graphs, `triton` with
-:class:`whiflash_sglang.compat.triton_backend.RaggedTritonBackend` (shown on CPU tensors; no GPU has run any of them).
-The first is set where the choice was left open."""
+GRAPH_ATTENTIONS = ("triton", "fa3", "trtllm_mha")
+"""What plans a verification of several widths rightly both eagerly and for a captured graph (shown on CPU tensors; no
+GPU has run any of them): `triton` is :class:`whiflash_sglang.compat.triton_backend.RaggedTritonBackend`."""
+CUDA_ATTENTIONS = (*GRAPH_ATTENTIONS, "flashinfer")
+"""FlashInfer plans such a verification on the host, so it runs without graphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Launch:
 
     args: SGLang's arguments as resolved so far. given: the same as the user gave them. model: SGLang's configuration
     of the target. device: `cpu` or `cuda`, or another accelerator's name. own_platform: this package's CPU platform
-    is active.
+    is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which takes one width.
     """
 
     args: Any
@@ -31,14 +32,17 @@ class Launch:
     model: Any
     device: str
     own_platform: bool
+    xqa: bool = False
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     @classmethod
     def of(cls, server_args: Any) -> "Launch":
         cfg = resolving_view(server_args)
-        device = "hip" if cfg.device == "cuda" and get_platform().is_hip else str(cfg.device)
+        platform = get_platform()
+        device = "hip" if cfg.device == "cuda" and platform.is_hip else str(cfg.device)
         own = type(current_platform).__module__.startswith("whiflash_sglang.")
-        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own)
+        xqa = bool(platform.is_sm90 or platform.is_sm120)
+        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa)
 
     @property
     def attention_backends(self) -> set[str]:
@@ -61,9 +65,13 @@ def choose_for_cuda(server_args: Any) -> None:
     if not torch.cuda.is_available() or torch.version.hip or server_args.device not in (None, "cuda"):
         return
     if server_args.attention_backend is None:
-        server_args.attention_backend = CUDA_ATTENTIONS[0]
+        # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, which has no graphs for several widths.
+        server_args.attention_backend = "fa3" if get_platform().is_sm90 else "triton"
+    flashinfer = server_args.attention_backend == "flashinfer"
     if server_args.cuda_graph_config is None:
-        for phase in ("cuda_graph_backend_decode", "cuda_graph_backend_prefill"):
-            if getattr(server_args, phase) is None:
-                setattr(server_args, phase, Backend.DISABLED)
+        for phase in ("decode", "prefill") if flashinfer else ("prefill",):
+            if getattr(server_args, f"cuda_graph_backend_{phase}") is None:
+                setattr(server_args, f"cuda_graph_backend_{phase}", Backend.DISABLED)
+    # Its dummy forward is a verification without a layout.
+    server_args.disable_flashinfer_autotune = True
     server_args.disable_overlap_schedule = True

@@ -25,6 +25,8 @@ class PrivateName:
 
 
 _SERVING = "sglang.srt.entrypoints.openai"
+_TRITON = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend"
+_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
 
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
@@ -96,6 +98,23 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.speculative.ragged_verify:RaggedVerifyLayout",
         ("verify_lens", "graph_num_tokens", "qo_indptr_device", "verify_lens_cpu", "total_verify_tokens"),
     ),
+    PrivateName("sglang.srt.environ:envs"),
+    PrivateName("sglang.srt.speculative.ragged_verify:RaggedVerifyLayout.padded_to_bucket", ("padded_bs",)),
+    PrivateName("sglang.srt.speculative.ragged_verify:RaggedVerifyMode.COMPACT"),
+    PrivateName(
+        "sglang.srt.speculative.ragged_verify:build_capture_verify_lens",
+        ("num_tokens", "num_slots", "num_draft_tokens"),
+    ),
+    PrivateName("sglang.srt.speculative.ragged_verify:round_up_grid", ("total", "grid")),
+    PrivateName("sglang.srt.model_executor.model_runner:ModelRunner._decode_cuda_graph_runner_cls"),
+    PrivateName(_GRAPHS, ("model_runner", "attn_backend", "speculative_num_draft_tokens")),
+    PrivateName(f"{_GRAPHS}._autotune_buffers"),
+    PrivateName(f"{_GRAPHS}._build_ragged_verify_token_buckets"),
+    PrivateName(f"{_GRAPHS}._can_run_ragged_verify_graph", ("forward_batch", "ragged_layout")),
+    PrivateName(f"{_GRAPHS}._capture_ragged_verify_layout", ("num_tokens",)),
+    PrivateName(f"{_GRAPHS}._ragged_capture_slots", ("num_tokens",)),
+    PrivateName(f"{_GRAPHS}._stage_ragged_verify_layout", ("ragged_layout", "graph_size_key")),
+    PrivateName(f"{_GRAPHS}.get_spec_info", ("num_tokens",)),
     PrivateName("sglang.srt.speculative.ragged_verify:resolve_ragged_verify_layout", ("forward_batch",)),
     PrivateName("sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"),
     PrivateName("sglang.srt.layers.attention.attention_registry:register_attention_backend", ("name",)),
@@ -103,10 +122,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
         ("forward_batch",),
     ),
+    PrivateName(f"{_TRITON}.init_cuda_graph_state", ("max_bs", "max_num_tokens")),
     PrivateName(
-        "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata_out_graph",
-        ("forward_batch", "in_capture"),
+        f"{_TRITON}._update_target_verify_buffers",
+        ("plan", "bs", "seq_lens", "spec_info", "req_pool_indices"),
     ),
+    PrivateName(f"{_TRITON}._build_cuda_graph_forward_metadata", ("bs", "forward_mode", "spec_info")),
     PrivateName("sglang.srt.layers.attention.triton_backend:ForwardMetadata", ("qo_indptr",)),
     PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
     PrivateName("sglang.srt.model_executor.forward_batch_info:get_server_return_hidden_states_mode"),

@@ -12,7 +12,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
-from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, Launch
+from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, GRAPH_ATTENTIONS, Launch
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
 _FULL_ATTENTION = "WHIFLASH serves targets with full attention in every layer; serve this one without it"
@@ -61,10 +61,16 @@ def _foreign_attention(launch: Launch) -> str | None:
     return next(iter(sorted(launch.attention_backends.difference(allowed))), None)
 
 
-def _captures_graphs(launch: Launch) -> str | None:
+def _captures(launch: Launch, phase: str) -> bool:
     config = launch.args.cuda_graph_config
-    captured = (p for p in Phase.ALL if getattr(config, p).backend != Backend.DISABLED)
-    return next(captured, None) if launch.device == "cuda" else None
+    return launch.device == "cuda" and getattr(config, phase).backend != Backend.DISABLED
+
+
+def _uncaptured_attention(launch: Launch) -> str | None:
+    """The attention backend that has no graphs of our verifications, where such are to be captured."""
+    if not _captures(launch, Phase.DECODE):
+        return None
+    return next(iter(sorted(launch.attention_backends.difference(GRAPH_ATTENTIONS))), None)
 
 
 def _has_windows(launch: Launch) -> bool:
@@ -137,14 +143,38 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "cuda_attention",
         lambda x: x.device == "cuda" and _foreign_attention(x),
-        f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)} (the first by default), not {{}}, "
+        f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)}, not {{}}, "
         "which is not known to verify drafts of several lengths rightly; remove the flag",
     ),
     Refusal(
+        "cuda_xqa",
+        lambda x: x.device == "cuda" and x.xqa and "trtllm_mha" in x.attention_backends,
+        "TRT-LLM's attention is its XQA kernel on this GPU, which cannot verify drafts of several lengths; remove "
+        "--attention-backend trtllm_mha",
+    ),
+    Refusal(
         "cuda_graphs",
-        _captures_graphs,
-        "WHIFLASH on CUDA runs without graphs for now, and those of {} are on; give --cuda-graph-backend-decode "
-        "disabled --cuda-graph-backend-prefill disabled",
+        _uncaptured_attention,
+        f"WHIFLASH on CUDA has graphs with --attention-backend {', '.join(GRAPH_ATTENTIONS)}, not with {{}}; use one "
+        "of these, or give --cuda-graph-backend-decode disabled",
+    ),
+    Refusal(
+        "cuda_prefill_graphs",
+        lambda x: _captures(x, Phase.PREFILL),
+        "WHIFLASH on CUDA runs prefills without graphs: those that SGLang captures keep no features for drafters; give "
+        "--cuda-graph-backend-prefill disabled",
+    ),
+    Refusal(
+        "cuda_graph_padding",
+        lambda x: _captures(x, Phase.DECODE) and x.args.disable_cuda_graph_padding,
+        "WHIFLASH pads verifications to the rows of a captured graph; remove --disable-cuda-graph-padding, or give "
+        "--cuda-graph-backend-decode disabled",
+    ),
+    Refusal(
+        "cuda_metadata_glue",
+        lambda x: _captures(x, Phase.DECODE) and x.is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+        "the plan of a verification is made from widths that lie elsewhere in every round, so it cannot be captured; "
+        "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
     Refusal(
         "cuda_overlap",

@@ -14,6 +14,7 @@ from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints import TargetShape
+from whiflash_sglang.compat import graphs
 from whiflash_sglang.errors import CheckpointError
 
 
@@ -44,6 +45,7 @@ class Target:
         self.context_len = int(target_worker.model_config.context_len)
         self.dtype: torch.dtype = self.runner.dtype
         self.device = torch.device(self.runner.device)
+        graphs.install(self.runner)
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -110,18 +112,39 @@ class Target:
             output.hidden_states = final if asked.is_full() else final[ends - 1]
         return result, features
 
+    def rows_for(self, widths: Sequence[int]) -> int:
+        """Rows to pack a verification of these widths into: more than their sum where a graph of that size waits."""
+        runner, total = self.runner.decode_cuda_graph_runner, sum(widths)
+        return runner.rows_for(total, len(widths)) if isinstance(runner, graphs.VerifyGraphs) else total
+
     def verify(self, batch: Any, block: MixedBlock, widths: Sequence[int]) -> Verified:
-        """One forward over the packed rows of all requests (design: a narrow row costs what it is wide)."""
+        """One forward over the packed rows of all requests (design: a narrow row costs what it is wide).
+
+        `block` has `rows_for(widths)` rows, of which those beyond the widths' sum go through the forward with the
+        others; what comes back is without them.
+        """
         batch.out_cache_loc = block.cache_slots
         # Deferred: the runner plans the attention of every verification itself, so a plan made here would be a second.
         forward_batch, _ = verify_input(block, widths).prepare_for_verify(
             batch, self.worker, defer_metadata_init=True
         )
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
-        output = result.logits_output
-        features, output.hidden_states = output.hidden_states, None
+        output, total = result.logits_output, sum(widths)
+        features, output.hidden_states = output.hidden_states[:total], None
         final_hidden, output.last_hidden_states = output.last_hidden_states, None
-        return Verified(output.next_token_logits, features, final_hidden, output, result.can_run_cuda_graph)
+        output.next_token_logits = output.next_token_logits[:total]
+        return Verified(
+            output.next_token_logits,
+            features,
+            None if final_hidden is None else final_hidden[:total],
+            output,
+            result.can_run_cuda_graph,
+        )
+
+
+def packed(block: MixedBlock, rows: int) -> MixedBlock:
+    """`block` without the padding behind its first `rows` rows."""
+    return MixedBlock(*(column[:rows] for column in block[:-1]), block.qo_indptr)
 
 
 def verify_input(block: MixedBlock, widths: Sequence[int]) -> DFlashVerifyInput:
@@ -129,16 +152,15 @@ def verify_input(block: MixedBlock, widths: Sequence[int]) -> DFlashVerifyInput:
 
     The layout goes with equal widths too: without one a backend may take the widest block that the server was
     configured for (fa3 does). It holds the widths on the device, and on the host, where FlashInfer sizes its indices
-    by their sum and fa3 reads the widest.
+    by their sum and fa3 reads the widest. A graph is chosen by the rows of `block`, its padding included.
     """
-    total = sum(widths)
     layout = RaggedVerifyLayout(
         verify_lens=block.qo_indptr.diff(),
-        graph_num_tokens=total,
+        graph_num_tokens=int(block.positions.shape[0]),
         extend_start_loc=block.qo_indptr[:-1],
         qo_indptr_device=block.qo_indptr,
         verify_lens_cpu=list(widths),
-        total_verify_tokens=total,
+        total_verify_tokens=sum(widths),
     )
     return DFlashVerifyInput(
         draft_token=block.input_ids,

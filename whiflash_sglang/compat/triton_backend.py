@@ -26,7 +26,9 @@ def _create(runner: Any) -> Any:
 
 
 class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
-    """`TritonAttnBackend`, with the rows of a verification laid out as its `RaggedVerifyLayout` says; no graphs."""
+    """`TritonAttnBackend`, with the rows of a verification laid out as its `RaggedVerifyLayout` says."""
+
+    supports_ragged_verify_graph = True
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan a forward over the packed rows of `forward_batch`, once for all layers."""
@@ -38,14 +40,28 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
             # The widest request's rows, `max_extend_len`, are upstream's `num_tokens_per_req` already.
             self.forward_metadata.qo_indptr = layout.qo_indptr_device
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """The plan of a captured forward, whose buffers upstream fills for one width.
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *buffers: Any, **named: Any) -> None:
+        """Allocate what the plans of captured verifications are written to.
 
-        Raises:
-            NotImplementedError: `forward_batch` is a verification.
+        Upstream sizes by rows what decoding reads: room for a whole context each (and the splits of its kernel). Here
+        every captured forward is a verification, and of these a request reads one context, however many rows it has.
         """
-        if forward_batch.forward_mode.is_target_verify():
-            raise NotImplementedError(
-                "WHIFLASH's Triton attention verifies without graphs; give --cuda-graph-backend-decode disabled"
-            )
-        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        super().init_cuda_graph_state(max_bs, max_bs, *buffers, **named)
+
+    def _update_target_verify_buffers(
+        self, plan: Any, bs: int, seq_lens: Any, spec_info: Any, req_pool_indices: Any
+    ) -> Any:
+        written = super()._update_target_verify_buffers(plan, bs, seq_lens, spec_info, req_pool_indices)
+        layout = spec_info.ragged_verify_layout
+        if layout is not None:
+            self.qo_indptr[: bs + 1].copy_(layout.padded_to_bucket(padded_bs=bs).qo_indptr_device)
+        return written
+
+    def _build_cuda_graph_forward_metadata(
+        self, bs: int, forward_mode: Any, spec_info: Any, *rest: Any
+    ) -> Any:
+        metadata = super()._build_cuda_graph_forward_metadata(bs, forward_mode, spec_info, *rest)
+        if forward_mode.is_target_verify() and spec_info.ragged_verify_layout is not None:
+            # Captured as a number, so it must hold for every replay: the server's widest block.
+            metadata.max_extend_len = self.num_draft_tokens
+        return metadata

@@ -1,0 +1,129 @@
+"""What a captured graph does and does not do, on a CPU: the same operators again, on the same memory.
+
+A :class:`Tape` records every operator that a body issues once: which tensors it reads, the numbers it was called with,
+and the tensor it wrote. :meth:`Tape.replay` issues them again in that order, as a graph would. What Python knew while
+the body was recorded stays as it was; every temporary is poisoned before, so that a replay reads nothing that it has
+not written, and what the body took from memory it takes from there again. A body that reads the device's values on the
+host while it is recorded cannot be captured, and is told so.
+
+Triton's interpreter does not dispatch: a launch is recorded as a whole where `launches` is on.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from host_reads import HostReads
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LARGE = 1 << 30
+"""What an integer temporary holds before a replay: no index is that large."""
+
+
+class NotCapturableError(Exception):
+    """The body read a device's value, or sent one to the device, while it was recorded."""
+
+
+class Tape(TorchDispatchMode):
+    """A body as operators. Enter it, run the body, leave it; then `replay()` as often as needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: list[Callable[[], None]] = []
+        self._known: dict[int, torch.Tensor] = {}  # keeps them, so that no address is used twice
+        self._temporaries: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise NotCapturableError("a value of the device becomes Python's")
+        self._note_inputs((args, kwargs))
+        result = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        fresh = [t for t in outputs if _memory(t) not in self._known]
+        for tensor in fresh:
+            self._known[_memory(tensor)] = tensor
+            self._temporaries[_memory(tensor)] = tensor
+        shares = func.is_view and not fresh  # `to` and `reshape` may copy, and are called views too
+        if shares or func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+            return result  # nothing is written
+
+        def again() -> None:
+            found = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+            for old, new in zip(outputs, found, strict=True):
+                if any(old is t for t in fresh):
+                    if old.shape != new.shape:
+                        raise NotCapturableError(
+                            f"{func} gives {tuple(new.shape)} now, {tuple(old.shape)} then"
+                        )
+                    old.copy_(new)
+
+        self._steps.append(again)
+        return result
+
+    def record_launch(self, launch: Callable[[], None], tensors: Sequence[torch.Tensor]) -> None:
+        """Note a call that does not dispatch, after it was made."""
+        self._note_inputs(tensors)
+        self._steps.append(launch)
+
+    def replay(self) -> None:
+        """Issue every operator again, with all temporaries poisoned."""
+        for tensor in self._temporaries.values():
+            poison(tensor)
+        for step in self._steps:
+            step()
+
+    def _note_inputs(self, tree: Any) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor):
+                self._known.setdefault(_memory(tensor), tensor)
+
+
+@contextmanager
+def recording(launches: bool = False) -> Iterator[Tape]:
+    """Record what runs inside. Raises NotCapturableError where the host reads from the device, or sends to it."""
+    tape, reads = Tape(), HostReads()
+    with _interpreted_launches(tape) if launches else contextlib.nullcontext(), reads, tape:
+        yield tape
+    if reads.reads or reads.uploads:
+        raise NotCapturableError(f"reads {dict(reads.reads)}, uploads {dict(reads.uploads)}")
+
+
+def poison(tensor: torch.Tensor) -> None:
+    """Fill a tensor's whole memory with what must not be read."""
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    flat.fill_(
+        torch.nan if flat.is_floating_point() else True if flat.dtype == torch.bool else _large(flat.dtype)
+    )
+
+
+def _large(dtype: torch.dtype) -> int:
+    return min(LARGE, torch.iinfo(dtype).max)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def _interpreted_launches(tape: Tape) -> Iterator[None]:
+    from triton.runtime.interpreter import GridExecutor
+
+    call = GridExecutor.__call__
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+        def launch() -> None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                call(self, *args, **kwargs)
+
+        launch()
+        tape.record_launch(launch, [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)])
+
+    with patch.object(GridExecutor, "__call__", recorded):
+        yield

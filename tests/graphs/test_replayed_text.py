@@ -1,0 +1,32 @@
+"""Greedy text is plain decoding's where every verification is replayed, whatever drafts."""
+
+import pytest
+from emulated import emulated_graphs
+from engine import engine
+from model_set import Models
+from reference import Comparison
+from traffic import mixed, play
+
+SMALL = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 1024}
+ARRIVALS = mixed(11, 8, shared=12, longest=30, stops=0.3)
+
+Outputs = dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> Outputs:
+    with engine(models.target, **SMALL) as e:
+        return play(e, ARRIVALS)
+
+
+@pytest.mark.parametrize("router", ["random", "auto"])
+def test_text_is_the_same_with_every_round_replayed(models: Models, plain: Outputs, router: str) -> None:
+    with engine(models.target, whiflash=models.whiflash(router), **SMALL) as e, emulated_graphs(e) as graphs:
+        found, rounds = play(e, ARRIVALS), e.worker.clock.rounds
+    replayed = graphs.backend.replayed
+    assert len(replayed) == rounds > 0
+    assert len(set(replayed)) > 5
+    comparison = Comparison(models.reference.target)
+    for a in ARRIVALS:
+        comparison.check(a.prompt, plain[a.rid], found[a.rid], a.rid)
+    print(comparison.summary())

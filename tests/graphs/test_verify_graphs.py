@@ -1,0 +1,232 @@
+"""Replayed verifications give what eager ones give, whatever their graph was captured with."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from captured_attention import CapturedAttention
+from emulated import emulated_graphs
+from engine import Engine, engine
+from model_set import Models
+from op_tape import NotCapturableError
+from whiflash_kernels import prepare_mixed_block
+
+from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets, spare_slots
+
+REQUESTS, WIDEST = 5, 17
+Stopped = tuple[Engine, Any]
+PROMPTS = [[7] * 3, [1, 2, 3, 4, 5, 6], [9] * 17, [3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8]]
+SMALL = {"max_running_requests": REQUESTS, "context_length": 96, "max_total_tokens": 1024}
+
+
+class Bench:
+    """A decode batch of a running engine, to be verified with any widths."""
+
+    def __init__(self, engine: Engine, graphs: VerifyGraphs, batch: Any) -> None:
+        self.target, self.graphs, self._batch = engine.worker.target, graphs, batch
+        pool = self.target.runner.token_to_kv_pool
+        self._pools = [*pool.k_buffer, *pool.v_buffer]
+
+    def _first(self, count: int) -> Any:
+        """The first requests of the batch; a verification changes what it is given."""
+        batch = copy.copy(self._batch)
+        batch.reqs = batch.reqs[:count]
+        for name in ("req_pool_indices", "seq_lens", "seq_lens_cpu", "orig_seq_lens"):
+            setattr(batch, name, getattr(batch, name)[:count])
+        batch.seq_lens_sum = int(batch.seq_lens.sum())
+        return batch
+
+    def verify(self, widths: Sequence[int], rows: int, pad_slot: int = 0) -> list[torch.Tensor]:
+        """Logits and features, and the K and V of every slot but the first, as they are afterwards."""
+        batch, count = self._first(len(widths)), len(widths)
+        drafts = torch.randint(
+            256, (count, max(widths) - 1), generator=torch.Generator().manual_seed(sum(widths))
+        )
+        block = prepare_mixed_block(
+            torch.arange(60, 60 + count),
+            drafts,
+            torch.tensor(widths),
+            batch.seq_lens,
+            batch.req_pool_indices.long(),
+            self.target.slot_table,
+            rows=rows,
+            pad_slot=pad_slot,
+        )
+        before = [pool.clone() for pool in self._pools]
+        verified = self.target.verify(batch, block, widths)
+        found = [
+            verified.logits.clone(),
+            verified.features.clone(),
+            *(pool[1:].clone() for pool in self._pools),
+        ]
+        for pool, old in zip(self._pools, before, strict=True):
+            pool.copy_(old)
+        return found
+
+    def compare(self, widths: Sequence[int], pad_slot: int = 0) -> None:
+        """Replayed against eager."""
+        rows, before = self.target.rows_for(widths), len(self.graphs.backend.replayed)
+        replayed = self.verify(widths, rows, pad_slot)
+        assert self.graphs.backend.replayed[before:] == [rows]
+        with _without(self.target.runner):
+            eager = self.verify(widths, sum(widths))
+        for a, b in zip(replayed, eager, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+    @property
+    def live_slot(self) -> int:
+        """The slot of a committed token."""
+        return int(self.target.slot_table[self._batch.req_pool_indices[0], 1])
+
+
+@contextmanager
+def _without(runner: Any) -> Iterator[None]:
+    graphs, runner.decode_cuda_graph_runner = runner.decode_cuda_graph_runner, None
+    try:
+        yield
+    finally:
+        runner.decode_cuda_graph_runner = graphs
+
+
+@pytest.fixture(scope="module")
+def stopped(models: Models) -> Iterator[tuple[Engine, Any]]:
+    """An engine that decodes five requests of different lengths, stopped before a verification of all five."""
+    with engine(models.target, whiflash=models.whiflash("none"), **SMALL) as e:
+        for i, prompt in enumerate(PROMPTS):
+            e.submit(f"request-{i}", prompt, max_new_tokens=40)
+        batches: list[Any] = []
+        verify = e.worker.target.verify
+
+        def watched(batch: Any, *args: Any) -> Any:
+            batches.append(copy.copy(batch))
+            return verify(batch, *args)
+
+        e.worker.target.verify = watched
+        while not batches or len(batches[-1].reqs) < REQUESTS:
+            e.step()
+        del e.worker.target.verify
+        yield e, batches[-1]
+        e.run()
+
+
+@contextmanager
+def bench(stopped: Stopped, attention: Callable[[Any], Any] = CapturedAttention) -> Iterator[Bench]:
+    """Every graph captured."""
+    with emulated_graphs(stopped[0], attention) as graphs:
+        yield Bench(stopped[0], graphs, stopped[1])
+
+
+def layouts(buckets: Sequence[int]) -> list[list[int]]:
+    """For every bucket a batch that fills it, one that leaves rows, and batches of one width."""
+    found = [[w] * n for w in (1, 2, 5, WIDEST) for n in (1, 2, REQUESTS)]
+    generator = torch.Generator().manual_seed(0)
+    for lower, upper in zip([0, *buckets], buckets, strict=False):
+        for total in {lower + 1, upper}:
+            count = max(
+                -(-total // WIDEST), min(total, int(torch.randint(1, REQUESTS + 1, (), generator=generator)))
+            )
+            widths = [1] * count
+            while sum(widths) < total:
+                i = int(torch.randint(count, (), generator=generator))
+                widths[i] += widths[i] < WIDEST
+            found.append(widths)
+    return found
+
+
+def test_every_graph_gives_what_an_eager_verification_gives(stopped: Stopped) -> None:
+    with bench(stopped) as b:
+        buckets = b.graphs.capture_num_tokens
+        assert buckets == row_buckets(REQUESTS * WIDEST)
+        for widths in layouts(buckets):
+            b.compare(widths)
+        assert set(b.graphs.backend.replayed) == set(buckets)
+
+
+def test_a_batch_without_a_graph_is_verified_eagerly(stopped: Stopped) -> None:
+    with bench(stopped) as b:
+        b.graphs.requests = REQUESTS - 1
+        assert b.target.rows_for([2, 1, 1, 1, 2]) == 7
+        assert b.target.rows_for([2, 1, 1, 3]) == 8
+        b.verify([2, 1, 1, 1, 3], 8)  # as many rows as a graph, by chance
+        assert b.graphs.backend.replayed == []
+
+
+class FrozenWidths(CapturedAttention):
+    """Takes the offsets of the rows from the host, as they are when the graph is captured."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        for i, n in enumerate(forward_batch.spec_info.ragged_verify_layout.verify_lens_cpu):
+            self.offsets[i + 1] = self.offsets[i] + n
+        super().init_forward_metadata_in_graph(forward_batch)
+
+
+class ReadsTheLongest(CapturedAttention):
+    """Lets a shape depend on the lengths."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        self._context = int(self.starts.max()) + WIDEST
+        super().init_forward_metadata_in_graph(forward_batch)
+
+
+class KeepsItsLengths(CapturedAttention):
+    """Copies no lengths before a replay."""
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        before = self.starts.clone()
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        self.starts.copy_(before)
+
+
+class PlansBeforeTheGraph(CapturedAttention):
+    """Makes what the layers read where no replay makes it again, in memory that the graph does not own."""
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        super().init_forward_metadata_in_graph(forward_batch)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("attention", [FrozenWidths, KeepsItsLengths, PlansBeforeTheGraph])
+def test_attention_that_keeps_what_it_was_captured_with_is_found(stopped: Stopped, attention: type) -> None:
+    with bench(stopped, attention) as b, pytest.raises(AssertionError, match="not close"):
+        b.compare([3, 1, 5])
+
+
+def test_an_attention_that_reads_lengths_on_the_host_is_found(stopped: Stopped) -> None:
+    with pytest.raises(NotCapturableError, match="reads"), bench(stopped, ReadsTheLongest):
+        pass
+
+
+@pytest.mark.parametrize("slot", ["positions", "input_ids", "out_cache_loc"])
+def test_an_input_that_is_not_refreshed_is_found(stopped: Stopped, slot: str) -> None:
+    with bench(stopped) as b:
+        b.compare([3, 1, 5])
+        b.graphs.buffer_registry.get_slot(slot).copy_from_fb = False
+        with pytest.raises(AssertionError, match="not close"):
+            b.compare([3, 2, 4])
+
+
+def test_padding_that_writes_to_a_live_slot_is_found(stopped: Stopped) -> None:
+    with bench(stopped) as b, pytest.raises(AssertionError, match="not close"):
+        b.compare([3, 1, 3], pad_slot=b.live_slot)
+
+
+@pytest.mark.parametrize(("requests", "widest"), [(1, 1), (1, 17), (8, 5), (48, 17), (48, 9), (256, 17)])
+def test_sizes(requests: int, widest: int) -> None:
+    """No batch is longer than its graph, none has a slot of more than `widest` rows, and few rows are padding."""
+    buckets = row_buckets(requests * widest)
+    spare = spare_slots(buckets, widest)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == requests * widest
+    for lower, upper in zip([0, *buckets], buckets, strict=False):
+        leftover = upper - lower - 1
+        assert leftover <= max(lower / 2, 1)
+        slots = min(upper, requests + spare)
+        batch = min(requests, lower + 1)
+        assert slots > batch or leftover == 0
+        assert leftover <= (slots - batch) * widest

@@ -1,0 +1,91 @@
+"""Marks in time whose distances are read later: the host's clock, or a device's events.
+
+On a GPU a launch returns before its work is done, so the host's clock says how long launching took. An event is
+recorded in the stream's order, and the time between two of them can be read once the second has come; until then
+nobody needs to wait. `metrics` and `routing` take a clock and see no difference.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+REPEATS = 5
+"""Runs of which `measure` takes the median."""
+
+
+class Clock(Protocol):
+    """`record` gives a mark; marks are compared by the clock that gave them."""
+
+    def record(self) -> Any:
+        """A mark behind all work that was issued until now, on the current stream."""
+        ...
+
+    def passed(self, mark: Any) -> bool:
+        """Whether the work before `mark` is done, so that its time can be read without waiting."""
+        ...
+
+    def wait(self, mark: Any) -> None:
+        """Return when it is."""
+        ...
+
+    def elapsed(self, begin: Any, end: Any) -> float:
+        """Seconds from one mark to another, both of which have passed."""
+        ...
+
+
+class HostClock:
+    """For a CPU, where a call returns when its work is done."""
+
+    def record(self) -> float:
+        return time.perf_counter()
+
+    def passed(self, mark: float) -> bool:
+        return True
+
+    def wait(self, mark: float) -> None:
+        return
+
+    def elapsed(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+class EventClock:
+    """CUDA events of one device (no GPU has run this)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def passed(self, mark: torch.cuda.Event) -> bool:
+        return mark.query()
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        mark.synchronize()
+
+    def elapsed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return begin.elapsed_time(end) / 1000.0
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock that times work on `device`."""
+    return EventClock(device) if device.type == "cuda" else HostClock()
+
+
+def measure(body: Callable[[], object], clock: Clock, *, repeats: int = REPEATS) -> float:
+    """Seconds that `body` takes: the median of `repeats` runs, behind one that is not counted. Waits for each."""
+    body()
+    seconds = []
+    for _ in range(repeats):
+        begin = clock.record()
+        body()
+        end = clock.record()
+        clock.wait(end)
+        seconds.append(clock.elapsed(begin, end))
+    return median(seconds)

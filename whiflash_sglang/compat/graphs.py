@@ -1,0 +1,118 @@
+"""Verifications replayed from captured graphs: one graph for a number of packed rows, whatever each request's width.
+
+SGLang's own runner does the capturing and the replaying. Its graphs of ragged verifications ("compact") come in sizes
+that are multiples of the widest block, so that three requests of one row each would replay seventeen rows; here the
+sizes are counts of rows. The widths are data: only their sum chooses the graph.
+
+A graph's rows beyond those of the batch belong to slots without a request. There are always enough of them that no
+request of the batch is prolonged and no slot has more than `widest` rows, the bound that attention kernels are
+captured with. Their K and V go to KV slot 0, which nobody reads.
+
+What follows the forward on the device (accepting, parking, statistics) can be captured with it: a function in the model
+runner's `capture_tail_hooks` is called as `hook(runner, output, forward_batch, rows)` inside the captured region. There
+`forward_batch.spec_info.ragged_verify_layout` holds a replay's widths on the device, padded to the graph's slots.
+"""
+
+from math import ceil
+from typing import Any
+
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.ragged_verify import (
+    RaggedVerifyLayout,
+    RaggedVerifyMode,
+    build_capture_verify_lens,
+    round_up_grid,
+)
+
+
+def install(model_runner: Any) -> None:
+    """Let the target's runner capture these graphs, should it capture any."""
+    model_runner._decode_cuda_graph_runner_cls = lambda: VerifyGraphs
+
+
+def row_buckets(most: int) -> list[int]:
+    """Sizes of graphs, ascending: two a doubling up to 16 rows, then four, and `most`."""
+    sizes, doubling = [1, 2, 3, 4, 6, 8, 12], 16
+    while doubling < most:
+        sizes += range(doubling, 2 * doubling, doubling // 4)
+        doubling *= 2
+    return [*(size for size in sizes if size < most), most]
+
+
+def spare_slots(buckets: list[int], widest: int) -> int:
+    """Slots beyond the requests that hold what any batch leaves of its bucket, `widest` rows each."""
+    leftover = max(upper - lower - 1 for lower, upper in zip([0, *buckets], buckets, strict=False))
+    return max(ceil(leftover / widest), 1)
+
+
+class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
+    """The target's graphs, by rows.
+
+    requests: most requests of a batch that is replayed; widest: most rows of one of them.
+    """
+
+    def __init__(self, model_runner: Any, *, attn_backend: Any = None) -> None:
+        self.widest = int(get_spec().speculative_num_draft_tokens)
+        # Upstream counts its shapes in requests of one width; with a width of one it counts rows.
+        with envs.SGLANG_RAGGED_VERIFY_MODE.override(RaggedVerifyMode.COMPACT.value):
+            super().__init__(model_runner, attn_backend=attn_backend, speculative_num_draft_tokens=1)
+
+    def rows_for(self, total: int, requests: int) -> int:
+        """Rows to pack a batch into: the smallest graph's that holds them, or `total` itself where none does."""
+        if requests > self.requests or total > self.capture_num_tokens[-1]:
+            return total
+        return int(round_up_grid(total, self.capture_num_tokens))
+
+    def get_spec_info(self, num_tokens: int) -> DFlashVerifyInput:
+        """What every capture verifies: `num_tokens` rows under a layout whose tensors the graph keeps."""
+        return DFlashVerifyInput(
+            draft_token=None,
+            positions=None,
+            draft_token_num=min(num_tokens, self.widest),
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+            ragged_verify_layout=self._capture_ragged_verify_layout(num_tokens),
+        )
+
+    def _build_ragged_verify_token_buckets(self) -> list[int]:
+        self.requests = self.max_bs
+        buckets = row_buckets(self.requests * self.widest)
+        self.max_bs = self.requests + spare_slots(buckets, self.widest)
+        self.capture_bs = buckets
+        return buckets
+
+    def _autotune_buffers(self) -> tuple[Any, int]:
+        # The dummy forward has the widest block for each of so many requests, and there are rows for no more.
+        return self.buffers, self.requests
+
+    def _capture_ragged_verify_layout(self, num_tokens: int) -> RaggedVerifyLayout:
+        layouts = self._captured_ragged_layouts
+        if num_tokens not in layouts:
+            widths = build_capture_verify_lens(
+                num_tokens=num_tokens,
+                num_slots=self._ragged_capture_slots(num_tokens),
+                num_draft_tokens=self.widest,
+            )
+            layouts[num_tokens] = RaggedVerifyLayout.from_verify_lens(
+                verify_lens_cpu=widths, device=self.device, grid=self.capture_num_tokens
+            )
+        return layouts[num_tokens]
+
+    def _stage_ragged_verify_layout(self, ragged_layout: RaggedVerifyLayout, graph_size_key: int) -> None:
+        captured = self._captured_ragged_layouts[graph_size_key]
+        live = ragged_layout.padded_to_bucket(padded_bs=captured.bs)
+        captured.verify_lens.copy_(live.verify_lens)
+        captured.qo_indptr_device.copy_(live.qo_indptr_device)
+        captured.extend_start_loc.copy_(live.extend_start_loc)
+
+    def _can_run_ragged_verify_graph(self, forward_batch: Any, ragged_layout: RaggedVerifyLayout) -> bool:
+        # Upstream replays the tier above; rows are packed before, so theirs must be a graph's.
+        rows, requests = ragged_layout.graph_num_tokens, forward_batch.batch_size
+        return (
+            rows in self.capture_num_tokens
+            and requests <= min(rows, self.requests)
+            and bool(super()._can_run_ragged_verify_graph(forward_batch, ragged_layout))
+        )

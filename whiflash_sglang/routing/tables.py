@@ -1,0 +1,135 @@
+"""Prices of captured work: tables measured at the start, and one slow factor from the rounds that follow.
+
+A graph costs what it was captured for: 17 rows in a graph of 20 cost 20. So a price is looked up at the smallest size
+that was measured and holds what is asked for, not interpolated between sizes. A verification also reads every request's
+context; it is measured at two lengths, and what lies between or beyond is on the line through them.
+
+What the tables cannot know (clocks that drop, a neighbour, the host's own share) is in the rounds: their seconds over
+what the tables said, as one factor for everything. It moves slowly, and at once where most of the last rounds agree
+that it is wrong (:mod:`whiflash_sglang.routing.watch`), as the fitted prices of :mod:`.costs` do.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from whiflash_sglang.routing.watch import Watch, within
+
+MEMORY = 200.0
+"""Rounds after which one that was measured counts for little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Seconds by size. sizes: ascending. Beyond the last one the price grows in proportion."""
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if (
+            not self.sizes
+            or len(self.sizes) != len(self.seconds)
+            or list(self.sizes) != sorted(set(self.sizes))
+        ):
+            raise ValueError(f"sizes must ascend and have a price each, got {self.sizes} and {self.seconds}")
+
+    @classmethod
+    def measured(cls, sizes: Iterable[int], price: Callable[[int], float]) -> "Sizes":
+        """`price(size)` of each: more work is not faster, so a size costs at least what a smaller one does."""
+        ordered = tuple(sorted(set(sizes)))
+        return cls(ordered, tuple(accumulate(map(price, ordered), max)))
+
+    def at(self, size: float) -> float:
+        index = bisect_left(self.sizes, size)
+        if index < len(self.sizes):
+            return self.seconds[index]
+        return self.seconds[-1] * size / self.sizes[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Verifications:
+    """Seconds by rows, at two context lengths a request (tokens, `short` < `long`)."""
+
+    short: int
+    long: int
+    at_short: Sizes
+    at_long: Sizes
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.short < self.long:
+            raise ValueError(f"two context lengths must differ, got {self.short} and {self.long}")
+
+    def at(self, rows: float, context: float) -> float:
+        """For requests of `context` tokens on average; shorter than `short` costs as `short` does."""
+        near, far = self.at_short.at(rows), self.at_long.at(rows)
+        share = max(context - self.short, 0.0) / (self.long - self.short)
+        return near + share * max(far - near, 0.0)
+
+
+@dataclass(slots=True)
+class Correction:
+    """What rounds take over what the tables say they take."""
+
+    factor: float = 1.0
+    _weight: float = 0.0
+    _watch: Watch = field(default_factory=Watch)
+
+    def add(self, expected: float, seconds: float) -> None:
+        """A round that the tables, uncorrected, priced at `expected` took `seconds`."""
+        if expected <= 0.0 or seconds <= 0.0:
+            raise ValueError(f"a round takes time: expected {expected} s, took {seconds} s")
+        ratio = seconds / expected
+        self.factor *= self._watch.judge(ratio / self.factor)
+        self._weight = self._weight * (1.0 - 1.0 / MEMORY) + 1.0
+        self.factor += (within(ratio, self.factor) - self.factor) / max(self._weight, 2.0)
+
+
+@dataclass(slots=True)
+class CostTables:
+    """What a round costs, from what was captured.
+
+    drafts, catch_up: arm → seconds by requests that draft, and by rows that are caught up.
+    """
+
+    verifications: Verifications
+    drafts: dict[str, Sizes]
+    catch_up: dict[str, Sizes]
+    correction: Correction = field(default_factory=Correction)
+
+    def verify(self, rows: float, context: float) -> float:
+        return self.correction.factor * self.verifications.at(rows, context)
+
+    def draft(self, arm: str, requests: int) -> float:
+        """0 for an arm that runs no model."""
+        return self.correction.factor * self._drafts(arm, requests)
+
+    def row(self, rows: float, context: float) -> float:
+        """What one more row adds at this load: the slope to the next measured size, as rows fill it evenly."""
+        sizes = self.verifications.at_short.sizes
+        upper = sizes[min(bisect_left(sizes, rows + 1), len(sizes) - 1)]
+        lower = sizes[max(bisect_left(sizes, upper) - 1, 0)]
+        if upper == lower:
+            return self.verify(upper, context) / upper
+        return (self.verify(upper, context) - self.verify(lower, context)) / (upper - lower)
+
+    def took(
+        self,
+        seconds: float,
+        *,
+        rows: float,
+        context: float,
+        drafted: dict[str, int],
+        caught_up: dict[str, int],
+    ) -> None:
+        """A whole round: what it verified, how many requests each arm drafted for, rows that each caught up."""
+        expected = self.verifications.at(rows, context)
+        expected += sum(self._drafts(arm, requests) for arm, requests in drafted.items())
+        expected += sum(
+            self.catch_up[arm].at(n) for arm, n in caught_up.items() if n and arm in self.catch_up
+        )
+        self.correction.add(expected, seconds)
+
+    def _drafts(self, arm: str, requests: int) -> float:
+        return self.drafts[arm].at(requests) if requests and arm in self.drafts else 0.0
