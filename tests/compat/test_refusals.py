@@ -99,11 +99,9 @@ def sentence(launch: Launch) -> str:
 
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
-    captured = default_cuda_graph_config()
-    captured.prefill.backend = Backend.DISABLED
     for backend in ("flashinfer", "fa3", "triton", "trtllm_mha"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
-        graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=captured)
+        graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
         assert (refusal_of(graphs) is None) == (backend != "flashinfer")
 
 
@@ -172,19 +170,19 @@ def test_arguments(taken: Launch, row: str) -> None:
     assert re.search(named, found), found
 
 
-_DECODE = default_cuda_graph_config()
-_DECODE.prefill.backend = Backend.DISABLED
+_DECODE, _PREFILL = default_cuda_graph_config(), default_cuda_graph_config()
+_PREFILL.prefill.backend = Backend.FULL
 CUDA: dict[str, tuple[dict[str, Any], str]] = {
     "cuda_attention": (
         {"decode_attention_backend": "trtllm_mla"},
         "triton, fa3, trtllm_mha, flashinfer, not trtllm_mla",
     ),
     "cuda_graphs": (
-        {"cuda_graph_config": default_cuda_graph_config()},
+        {"cuda_graph_config": _DECODE},
         "graphs with --attention-backend triton, fa3, trtllm_mha, not with flashinfer",
     ),
     "cuda_prefill_graphs": (
-        {"cuda_graph_config": default_cuda_graph_config(), "attention_backend": "triton"},
+        {"cuda_graph_config": _PREFILL, "attention_backend": "triton"},
         "--cuda-graph-backend-prefill disabled",
     ),
     "cuda_graph_padding": (

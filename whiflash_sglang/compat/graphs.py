@@ -78,7 +78,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         )
 
     def _build_ragged_verify_token_buckets(self) -> list[int]:
-        self.requests = self.max_bs
+        self.requests = max(self.capture_bs)
         buckets = row_buckets(self.requests * self.widest)
         self.max_bs = self.requests + spare_slots(buckets, self.widest)
         self.capture_bs = buckets

@@ -144,7 +144,12 @@ class Target:
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:
     """`block` without the padding behind its first `rows` rows."""
-    return MixedBlock(*(column[:rows] for column in block[:-1]), block.qo_indptr)
+    return block._replace(
+        input_ids=block.input_ids[:rows],
+        positions=block.positions[:rows],
+        cache_slots=block.cache_slots[:rows],
+        request_of_row=block.request_of_row[:rows],
+    )
 
 
 def verify_input(block: MixedBlock, widths: Sequence[int]) -> DFlashVerifyInput:
