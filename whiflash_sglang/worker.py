@@ -238,13 +238,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             requests.starts,
             requests.rows,
             self.target.slot_table,
-            rows=self.target.rows_for(proposal.widths),
+            rows=self.target.rows_for(sum(proposal.widths), len(proposal.widths)),
         )
         block = packed(padded, sum(proposal.widths))
         chains = None
         if batch.has_grammar:
             chains = sampling.grammar_chains(block, proposal.widths, requests.ahead)
-        verified = self.target.verify(batch, padded, proposal.widths)
+        verified = self.target.verify(batch, padded, proposal.widths, max(proposal.widths))
         if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
             return block, verified, verified.logits.argmax(-1)
         # Sampling works in place; the controller reads the raw distribution.

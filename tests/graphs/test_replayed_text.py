@@ -1,5 +1,7 @@
 """Greedy text is plain decoding's where every verification is replayed, whatever drafts."""
 
+from dataclasses import replace
+
 import pytest
 from emulated import emulated_graphs
 from engine import engine
@@ -8,7 +10,11 @@ from reference import Comparison
 from traffic import mixed, play
 
 SMALL = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 1024}
-ARRIVALS = mixed(11, 8, shared=12, longest=30, stops=0.3)
+ARRIVALS = [
+    replace(a, params=a.params | {"frequency_penalty": 0.3 * (i % 2)})
+    for i, a in enumerate(mixed(11, 8, shared=12, longest=30, stops=0.3))
+]
+"""Half of them are sampled from adjusted logits, row by row."""
 
 Outputs = dict[str, list[int]]
 

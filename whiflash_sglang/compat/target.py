@@ -112,24 +112,24 @@ class Target:
             output.hidden_states = final if asked.is_full() else final[ends - 1]
         return result, features
 
-    def rows_for(self, widths: Sequence[int]) -> int:
-        """Rows to pack a verification of these widths into: more than their sum where a graph of that size waits."""
-        runner, total = self.runner.decode_cuda_graph_runner, sum(widths)
-        return runner.rows_for(total, len(widths)) if isinstance(runner, graphs.VerifyGraphs) else total
+    def rows_for(self, rows: int, requests: int) -> int:
+        """Rows to pack `rows` of so many requests into: more than asked for where a graph of that size waits."""
+        runner = self.runner.decode_cuda_graph_runner
+        return runner.rows_for(rows, requests) if isinstance(runner, graphs.VerifyGraphs) else rows
 
-    def verify(self, batch: Any, block: MixedBlock, widths: Sequence[int]) -> Verified:
+    def verify(self, batch: Any, block: MixedBlock, widths: Sequence[int] | None, stride: int) -> Verified:
         """One forward over the packed rows of all requests (design: a narrow row costs what it is wide).
 
-        `block` has `rows_for(widths)` rows, of which those beyond the widths' sum go through the forward with the
-        others; what comes back is without them.
+        `block` has `rows_for` its rows; those beyond the widths' sum go through the forward with the others. What comes
+        back is without them where the widths are known.
         """
         batch.out_cache_loc = block.cache_slots
         # Deferred: the runner plans the attention of every verification itself, so a plan made here would be a second.
-        forward_batch, _ = verify_input(block, widths).prepare_for_verify(
+        forward_batch, _ = verify_input(block, widths, stride).prepare_for_verify(
             batch, self.worker, defer_metadata_init=True
         )
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
-        output, total = result.logits_output, sum(widths)
+        output, total = result.logits_output, None if widths is None else sum(widths)
         features, output.hidden_states = output.hidden_states[:total], None
         final_hidden, output.last_hidden_states = output.last_hidden_states, None
         output.next_token_logits = output.next_token_logits[:total]
@@ -152,25 +152,27 @@ def packed(block: MixedBlock, rows: int) -> MixedBlock:
     )
 
 
-def verify_input(block: MixedBlock, widths: Sequence[int]) -> DFlashVerifyInput:
+def verify_input(block: MixedBlock, widths: Sequence[int] | None, stride: int) -> DFlashVerifyInput:
     """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
 
     The layout goes with equal widths too: without one a backend may take the widest block that the server was
     configured for (fa3 does). It holds the widths on the device, and on the host, where FlashInfer sizes its indices
-    by their sum and fa3 reads the widest. A graph is chosen by the rows of `block`, its padding included.
+    by their sum and fa3 reads the widest; None where the host may not know them, then all rows of the block are planned
+    for. stride: of the widest request, at least. A graph is chosen by the rows of `block`, its padding included.
     """
+    total = int(block.input_ids.shape[0]) if widths is None else sum(widths)
     layout = RaggedVerifyLayout(
         verify_lens=block.qo_indptr.diff(),
-        graph_num_tokens=int(block.positions.shape[0]),
+        graph_num_tokens=int(block.input_ids.shape[0]),
         extend_start_loc=block.qo_indptr[:-1],
         qo_indptr_device=block.qo_indptr,
-        verify_lens_cpu=list(widths),
-        total_verify_tokens=sum(widths),
+        verify_lens_cpu=None if widths is None else list(widths),
+        total_verify_tokens=total,
     )
     return DFlashVerifyInput(
         draft_token=block.input_ids,
         positions=block.positions,
-        draft_token_num=max(widths),
+        draft_token_num=stride,
         capture_hidden_mode=CaptureHiddenMode.FULL,
         ragged_verify_layout=layout,
     )
