@@ -20,6 +20,7 @@ from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import memory, records, release, sampling, step
 from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.rehearsal import rehearse_sampling
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
     Done,
@@ -76,9 +77,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
         )
+        requests, widest = (
+            max_running_requests(),
+            1 + max((d.max_drafts for d in self.drafters.values()), default=0),
+        )
         memory.reserve(
             per_token=sum(d.kv_bytes_per_token() for d in self.drafters.values()),
-            fixed=self.sync.bytes_for(max_running_requests() + 1),
+            fixed=self.sync.bytes_for(requests + 1) + memory.for_requests(self.target, requests, widest),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -100,6 +105,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.lifecycle = Lifecycle(self.drafters, self.sync, self.controller, self.tokens)
         release.notify(self.lifecycle)
         profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, self.controller.costs)
+
+    def prewarm_sampling(self) -> Any:
+        """Called by the scheduler when everything is allocated and captured."""
+        if self.target.device.type == "cuda":
+            rehearse_sampling(self.target.runner, max_running_requests() * (self.stage.widest + 1))
+        return super().prewarm_sampling()
 
     def clear_cache_pool(self) -> None:
         """`flush_cache`."""

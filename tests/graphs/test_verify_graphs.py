@@ -14,7 +14,7 @@ from model_set import Models
 from op_tape import NotCapturableError
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets, spare_slots
+from whiflash_sglang.compat.graphs import VerifyGraphs, bytes_for, row_buckets, spare_slots
 
 REQUESTS, WIDEST = 5, 17
 Stopped = tuple[Engine, Any]
@@ -143,6 +143,19 @@ def test_every_graph_gives_what_an_eager_verification_gives(stopped: Stopped) ->
         for widths in layouts(buckets):
             b.compare(widths)
         assert set(b.graphs.backend.replayed) == set(buckets)
+
+
+def test_what_is_reserved_for_graphs_is_what_they_keep(stopped: Stopped) -> None:
+    with bench(stopped) as b:
+        outputs = b.graphs.backend.outputs.values()
+        vocabulary, features = b.target.shape.vocab_size, next(iter(outputs)).hidden_states
+        row_bytes = features.shape[1] * features.itemsize
+        kept = sum(output.hidden_states.untyped_storage().nbytes() for output in outputs)
+        logits = {
+            output.next_token_logits.untyped_storage()._cdata: output.next_token_logits for output in outputs
+        }
+        kept += sum(shared.untyped_storage().nbytes() for shared in logits.values())
+        assert kept == bytes_for(REQUESTS, WIDEST, vocabulary=vocabulary, row_bytes=row_bytes)
 
 
 def test_a_batch_without_a_graph_is_verified_eagerly(stopped: Stopped) -> None:

@@ -29,14 +29,14 @@ def layout(e: Engine) -> tuple[Any, ...]:
 
 
 def test_the_pool_leaves_room_for_what_the_drafters_allocate(models: Models) -> None:
-    """Of the tensors that exist in the end: as many slots as fit beside the rings, and not one more."""
+    """Of the tensors that exist in the end: as many slots as fit beside the rings and the texts, and not one more."""
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         target = e.scheduler.tp_worker.model_runner.token_to_kv_pool
         drafts = [d.kv for d in e.worker.drafters.values() if d.keeps_kv]
         slots = target.k_buffer[0].shape[0]
         all_kv = taken(*target.k_buffer, *target.v_buffer, *(t for kv in drafts for t in (kv.k, kv.v)))
         rings = e.worker.sync.rings.rings
-        fixed = taken(*(t for t in vars(rings).values() if isinstance(t, torch.Tensor)))
+        fixed = taken(*(t for t in vars(rings).values() if isinstance(t, torch.Tensor)), e.worker.tokens.data)
         per_slot, rest = divmod(all_kv, slots)
         assert (len(drafts), rest) == (2, 0)
         assert pool_tokens(e) == (BUDGET - fixed) // per_slot

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from engine import engine
 from model_set import Models
+from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
-from whiflash_sglang.compat import rehearsal
+from whiflash_sglang.compat import memory, rehearsal
+from whiflash_sglang.errors import ConfigError
 
 
 def peak_bytes(body: Any, trace: Path) -> int:
@@ -36,3 +40,30 @@ def test_the_pool_leaves_room_for_sampling_at_its_peak(models: Models, tmp_path:
         peak = peak_bytes(sampled, tmp_path / "trace.json")
         print(f"{peak / (rows * vocabulary):.1f} bytes a logit")
         assert 0.8 * rehearsal.LOGIT_BYTES < peak / (rows * vocabulary) <= rehearsal.LOGIT_BYTES
+
+
+def test_a_card_that_has_no_room_for_it_ends_the_start_with_a_sentence() -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=8), device="cpu", sampler=full)
+    with pytest.raises(ConfigError, match="16 rows of 8 logits"):
+        rehearsal.rehearse_sampling(runner, 16)
+
+
+def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = default_cuda_graph_config()
+    execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
+    monkeypatch.setattr(memory, "get_exec", lambda: execution)
+    monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 6)
+
+    def reserved(device: str) -> int:
+        shape = SimpleNamespace(vocab_size=1000)
+        target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
+        return memory.for_requests(target, 2, 4)
+
+    table, sampled = 3 * (90 + 6 + 4) * 8, 8 * 1000 * rehearsal.LOGIT_BYTES
+    assert reserved("cpu") == table
+    assert reserved("cuda") == table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * 10
+    config.decode.backend = Backend.DISABLED
+    assert reserved("cuda") == table + sampled

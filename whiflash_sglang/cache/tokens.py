@@ -21,6 +21,11 @@ class TokenTable:
     def __init__(self, rows: int, context: int, margin: int, device: torch.device | str) -> None:
         self.data = torch.zeros((rows, context + margin), dtype=torch.int64, device=device)
 
+    @staticmethod
+    def bytes_for(rows: int, context: int, margin: int) -> int:
+        """What such a table takes."""
+        return rows * (context + margin) * torch.int64.itemsize
+
     def begin(self, row: int, start: int, tokens: Sequence[int]) -> None:
         """Tokens that a request brings along from position `start` (its output so far, after a retraction)."""
         if tokens:

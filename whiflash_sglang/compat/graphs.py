@@ -49,11 +49,24 @@ def spare_slots(buckets: list[int], widest: int) -> int:
     return max(ceil(leftover / widest), 1)
 
 
+def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) -> int:
+    """What graphs of up to so many requests keep for good, beside the memory that they share while one is replayed.
+
+    Args:
+        vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: of the features and hidden
+            states of one row, of which every graph has its own.
+    """
+    buckets = row_buckets(requests * widest)
+    return buckets[-1] * vocabulary * 4 + sum(buckets) * row_bytes
+
+
 class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
     """The target's graphs, by rows.
 
     requests: most requests of a batch that is replayed; widest: most rows of one of them.
     """
+
+    capture_bs: list[int]
 
     def __init__(self, model_runner: Any, *, attn_backend: Any = None) -> None:
         self.widest = int(get_spec().speculative_num_draft_tokens)

@@ -14,7 +14,11 @@ from typing import Any
 from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from sglang.srt.runtime_context import get_exec
 
+from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.compat import graphs, rehearsal
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.errors import ConfigError
@@ -34,6 +38,26 @@ _reservation = Reservation()
 def reserve(per_token: int, fixed: int) -> None:
     """Called by the worker before the pools are sized."""
     _reservation.per_token, _reservation.fixed = per_token, fixed
+
+
+def for_requests(target: Any, requests: int, widest: int) -> int:
+    """Bytes for so many requests beside their rings: the table of their text, and what verifying them takes.
+
+    Upstream's reserve for graphs and activations goes by requests and by the prefill's chunk. It does not know of
+    verified rows: their logits in 32 bits, each graph's features, and what sampling all of them takes. On a CPU nothing
+    is sized by what is left, so that part is left out there.
+
+    Args:
+        target: the wrapped target, whose capture has been set. widest: most rows of a request.
+    """
+    columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
+    table = TokenTable.bytes_for(requests + 1, columns, widest)
+    if target.device.type != "cuda":
+        return table
+    vocabulary, kept = target.shape.vocab_size, 0
+    if get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED:
+        kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=target.row_bytes)
+    return table + kept + rehearsal.sampling_bytes(requests * widest, vocabulary)
 
 
 def install() -> None:

@@ -12,6 +12,8 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from whiflash_sglang.errors import ConfigError
+
 LOGIT_BYTES = 32
 """Bytes that sampling may take at its peak for one logit, the copy that it works in included. The way that sorts,
 torch's own top-k and top-p, is held to it by `tests/worker/test_rehearsal.py`; FlashInfer's sorts nothing.
@@ -27,7 +29,7 @@ def rehearse_sampling(runner: Any, rows: int) -> None:
     """Sample `rows` rows with everything on that takes memory, on the runner's device.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for it.
+        ConfigError: there is no room for it.
     """
     vocabulary, device = runner.model_config.vocab_size, runner.device
     info = SamplingBatchInfo(
@@ -42,6 +44,12 @@ def rehearse_sampling(runner: Any, rows: int) -> None:
         need_min_p_sampling=True,
         vocab_size=vocabulary,
     )
-    logits = torch.zeros((rows, vocabulary), device=device)
     positions = torch.zeros(rows, dtype=torch.int64, device=device)
-    runner.sampler(LogitsProcessorOutput(next_token_logits=logits), info, False, [], [], positions)
+    try:
+        logits = torch.zeros((rows, vocabulary), device=device)
+        runner.sampler(LogitsProcessorOutput(next_token_logits=logits), info, False, [], [], positions)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"no memory is left to sample {rows} rows of {vocabulary} logits, as the largest batch does; lower "
+            "--mem-fraction-static or --max-running-requests"
+        ) from error

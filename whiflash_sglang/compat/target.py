@@ -85,6 +85,7 @@ class Target:
 
         A server whose clients may ask for hidden states keeps the final ones too, as does one with `final_hidden`.
         Upstream's two setters write one list and the second would overwrite the first, so the union is set once.
+        `row_bytes` is then what is captured of a row.
         """
         setter = getattr(self.model, "set_dflash_layers_to_capture", None) or getattr(
             self.model, "set_eagle3_layers_to_capture", None
@@ -94,8 +95,10 @@ class Target:
                 f"{type(self.model).__name__} has no hidden-state capture in SGLang, so neither drafter can read it"
             )
         setter(list(layers))
-        if final_hidden or get_server_return_hidden_states_mode().need_capture():
+        keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
+        if keeps_final:
             self.model.logits_processor.keep_last_hidden_states = True
+        self.row_bytes = (len(layers) + keeps_final) * self.shape.hidden_size * self.dtype.itemsize
 
     def prefill(self, batch: Any) -> tuple[Any, torch.Tensor]:
         """Target forward and first token of an extend batch: SGLang's result, and features [tokens, F].
