@@ -145,6 +145,27 @@ def test_every_graph_gives_what_an_eager_verification_gives(stopped: Stopped) ->
         assert set(b.graphs.backend.replayed) == set(buckets)
 
 
+def test_a_tail_is_captured_and_sees_the_widths_of_its_replay(stopped: Stopped) -> None:
+    tokens, widths = torch.zeros(REQUESTS * WIDEST, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
+
+    def tail(runner: Any, output: Any, forward_batch: Any, rows: int) -> None:
+        layout = forward_batch.spec_info.ragged_verify_layout
+        tokens[:rows].copy_(output.next_token_logits.argmax(-1))
+        widths[: layout.bs].copy_(layout.verify_lens)
+
+    hooks = stopped[0].worker.target.runner.capture_tail_hooks
+    hooks.append(tail)
+    try:
+        with bench(stopped) as b:
+            for case in ([3, 1, 5], [2, 2, 2, 4]):
+                tokens.fill_(-1)
+                logits = b.verify(case, b.target.rows_for(sum(case), len(case)))[0]
+                assert tokens[: sum(case)].tolist() == logits.argmax(-1).tolist()
+                assert widths[: len(case)].tolist() == case
+    finally:
+        hooks.remove(tail)
+
+
 def test_what_is_reserved_for_graphs_is_what_they_keep(stopped: Stopped) -> None:
     with bench(stopped) as b:
         outputs = b.graphs.backend.outputs.values()
