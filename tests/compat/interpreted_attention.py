@@ -308,6 +308,9 @@ def test_what_is_refused_plans_other_rows(monkeypatch: pytest.MonkeyPatch) -> No
     """Upstream's Triton gives every request the widest one's rows; TRT-LLM's MLA counts the configured width."""
     case = Verification(WIDTHS["ragged"])
     assert triton(case, TritonAttnBackend).rows != case.offsets
+    padded = Verification(WIDTHS["ragged"], 12)
+    replayed = captured(padded, triton_backend(padded, TritonAttnBackend))
+    assert replayed.qo_indptr.tolist()[:4] != padded.offsets
     backend = case.backend(TRTLLMMLABackend, num_draft_tokens=CONFIGURED, data_type=torch.float32)
     backend._create_block_kv_indices = lambda *_: None
     monkeypatch.setattr(trtllm_mla_backend, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
