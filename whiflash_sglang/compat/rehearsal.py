@@ -14,7 +14,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from whiflash_sglang.errors import ConfigError
 
-LOGIT_BYTES = 32
+LOGIT_BYTES = 26
 """Bytes that sampling may take at its peak for one logit, the copy that it works in included. The way that sorts,
 torch's own top-k and top-p, is held to it by `tests/worker/test_rehearsal.py`; FlashInfer's sorts nothing.
 """
