@@ -9,7 +9,7 @@ RUN := $(UV) run --no-sync
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation check format docs dist bench test-gpu clean
+.PHONY: help install demo test evidence mutation check format docs site dist bench test-gpu clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -34,7 +34,7 @@ demo: install ## Start the server on the embedded model, ask it two questions, s
 test: install ## All tests with seeded samples (a quarter of an hour on 2 quiet cores)
 	$(RUN) pytest -n 2 --dist loadfile
 
-evidence: install ## The full matrices; resumable; results go to docs/evidence/
+evidence: install ## The full matrices; resumable; results go to results/evidence/
 	$(RUN) pytest --evidence -m evidence
 
 mutation: install ## Plant faults and ask the tests whether they notice; goes on where it was ended
@@ -51,7 +51,10 @@ format: install ## Format and fix what can be fixed
 	$(RUN) ruff check --fix .
 
 docs: install ## Write the tables of the documentation that come from code
-	$(RUN) python -m whiflash_sglang.flags docs/server.md
+	$(RUN) python scripts/reference.py
+
+site: install ## Build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 dist: install ## Wheels and source distributions of the three packages, checked, in dist/
 	rm -rf dist

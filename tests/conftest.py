@@ -19,7 +19,9 @@ def host() -> Iterator[ServerHost]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--evidence", action="store_true", help="run the full matrices and write docs/evidence/")
+    parser.addoption(
+        "--evidence", action="store_true", help="run the full matrices and write results/evidence/"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

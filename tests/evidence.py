@@ -1,7 +1,7 @@
 """Full matrices, one JSON file per cell, resumable: `make evidence`.
 
 A cell that was measured on the same code is kept. A record says how it came about: the command, the revision, a
-digest of the code that it depends on, versions and hardware. `docs/evidence/README.md` is written from the records.
+digest of the code that it depends on, versions and hardware. `results/evidence/README.md` is written from the records.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "evidence" / "results"
-SUMMARY = ROOT / "docs" / "evidence" / "README.md"
+RESULTS = ROOT / "results" / "evidence" / "records"
+SUMMARY = ROOT / "results" / "evidence" / "README.md"
 
 RELEVANT = (
     *("worker.py", "verify.py", "checkpoints.py"),
@@ -112,7 +112,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_summary() -> None:
-    """`docs/evidence/README.md`: a table per area, a row per cell, and what the rows were measured on."""
+    """`results/evidence/README.md`: a table per area, a row per cell, and what the rows were measured on."""
     areas: dict[str, list[Result]] = defaultdict(list)
     for path in sorted(RESULTS.glob("*/*.json")):
         record = json.loads(path.read_text())
@@ -120,7 +120,7 @@ def write_summary() -> None:
     lines = [
         "# Evidence",
         "",
-        "Written by `make evidence` from the records in `results/`, each of which names its commit, a digest of the",
+        "Written by `make evidence` from the records in `records/`, each of which names its commit, a digest of the",
         "code it depends on, versions and hardware. A cell is measured again when that code changes.",
     ]
     for area, records in areas.items():

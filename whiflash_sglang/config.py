@@ -54,10 +54,10 @@ class NeuralRouter(_Strict):
 class Lookup(_Strict):
     """The copying arm.
 
-    max_width: drafts at most. min_match: shortest suffix match worth copying from. seed: chances that a copied token
-    is right before anything was seen, as `whiflash lookup-seed` measures them; None: the embedded bundle's.
-    memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0 for none; memory_minutes: how old
-    they may get.
+    enabled: whether it is there. max_width: drafts at most. min_match: shortest suffix match worth copying from.
+    seed: chances that a copied token is right before anything was seen, as `whiflash lookup-seed` measures them
+    (default: the embedded bundle's). memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0
+    for none. memory_minutes: how old they may get.
     """
 
     enabled: bool = True
@@ -78,8 +78,12 @@ class Lookup(_Strict):
 class Manifest(_Strict):
     """`whiflash.json`. Paths are relative to the bundle.
 
-    dflash_vocabulary: what the block drafter chooses from, the target's whole vocabulary or the reduced one of the
-    EAGLE-3 checkpoint (frequency-ranked, arXiv 2502.14856), which is several times cheaper for a small target.
+    schema_version: of this format. name: what the bundle is called. target: the model that it was trained for.
+    eagle3, dflash: directory of the checkpoint. dflash_vocabulary: what the block drafter chooses from, the target's
+    whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked, arXiv 2502.14856), which is
+    cheaper for a small target. router: the neural router. entropy: thresholds of the entropy router. lookup: the
+    copying arm (default: on, with the embedded bundle's seed). chat_template: a file, served where `--chat-template`
+    names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser` names none.
     """
 
     schema_version: Literal[1]
@@ -242,7 +246,12 @@ def resolve(flags: Flags, draft_path: Path | None) -> Settings:
 
 
 class PolicyChange(_Strict):
-    """What may change while serving; None leaves a value as it is."""
+    """What may change while serving; None leaves a value as it is.
+
+    router: how rounds are routed from now on. entropy_threshold: nats above which `entropy` leaves DFlash. min_dwell:
+    rounds that `entropy` and `neural` keep an arm at least. neural_router_threshold: predicted gain in tokens above
+    which `neural` takes EAGLE-3.
+    """
 
     model_config = ConfigDict(strict=True)
 

@@ -1,12 +1,7 @@
-"""What WHIFLASH adds to SGLang's command line, for every help text and for the documentation. Imports no SGLang.
+"""What WHIFLASH adds to SGLang's command line, for every help text and for the documentation. Imports no SGLang."""
 
-`python -m whiflash_sglang.flags docs/server.md` writes the table there anew (`make docs`).
-"""
-
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -34,7 +29,6 @@ MEANING = {
     "0 keeps none. Default: the bundle's, else 0.",
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
 }
-BEGIN, END = "<!-- flags: written by `make docs` -->", "<!-- end of flags -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +48,6 @@ def flags() -> Iterator[Flag]:
         yield Flag(field, flag_of(field), _takes(info.annotation), MEANING[field] + default)
 
 
-def table() -> str:
-    """The flags as a Markdown table."""
-    rows = [f"| `{flag.name}` | {_code(flag.takes)} | {flag.meaning} |" for flag in flags()]
-    return "\n".join(["| flag | takes | meaning |", "|---|---|---|", *rows])
-
-
-def documented(text: str) -> str:
-    """`text` with the table between its marks written anew. Raises ValueError where the marks are missing."""
-    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:before]}\n{table()}\n{text[after:]}"
-
-
-def _code(takes: str) -> str:
-    return ", ".join(f"`{part}`" for part in takes.split("|"))
-
-
 def _takes(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
@@ -79,8 +57,3 @@ def _takes(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return "|".join(_takes(part) for part in get_args(annotation) if part is not NoneType)
     return {int: "INTEGER", float: "NUMBER", str: "PATH"}[annotation]
-
-
-if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    page.write_text(documented(page.read_text(encoding="utf-8")), encoding="utf-8")

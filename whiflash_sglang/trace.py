@@ -1,4 +1,4 @@
-"""The routing trace of a response: which drafter wrote what, and why. Schema: docs/hints.md. Imports no SGLang."""
+"""The routing trace of a response: who wrote what, and why. Schema: docs/reference/traces.md. Imports no SGLang."""
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence

@@ -40,7 +40,16 @@ now = time.monotonic
 
 
 class Capabilities(BaseModel):
-    """What a WhiFlash server says of itself (`docs/hints.md`); unknown fields are ignored."""
+    """What a WhiFlash server says of itself (`docs/reference/hints.md`); unknown fields are ignored.
+
+    version: of the protocol, 1.
+    server_version: of `whiflash-sglang`.
+    model: its served name.
+    policy: the routing policy in force.
+    arms: drafters that are loaded, and `none`.
+    traces: levels that a request may ask for.
+    tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 

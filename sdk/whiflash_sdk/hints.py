@@ -1,6 +1,6 @@
 """Hints: what an agent knows about the text it is going to get.
 
-The wire format is `docs/hints.md`; the server's reader is `whiflash_sglang.spans.hints`. A request
+The wire format is `docs/reference/hints.md`; the server's reader is `whiflash_sglang.spans.hints`. A request
 carries one JSON string in SGLang's `custom_params`, which nests two levels at most.
 """
 
@@ -15,9 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from whiflash_sdk.errors import HintError
 
 Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
+"""What is written inside a span."""
 Arm = Literal["ar", "diffusion", "lookup", "none"]
+"""What may draft: EAGLE-3, DFlash, copying, nothing."""
 LookupScope = Literal["memory", "context", "off"]
+"""What may be copied into an answer."""
 TraceLevel = Literal["summary", "full"]
+"""How much of the routing comes back: sums by drafter, or every stretch."""
 
 WIRE_KEY: Final = "whiflash"
 MAX_SPANS: Final = 16
@@ -33,12 +37,12 @@ class Span(BaseModel):
     """A kind of stretch that the output may contain, found by literal markers (no patterns).
 
     kind: what is written inside.
-    begin: text that opens it; may be left out if `open`.
-    end: text that closes it; without one it lasts to the end of the output.
+    begin: text of 1 to 64 characters that opens it; may be left out if `open`.
+    end: text of 1 to 64 characters that closes it; without one it lasts to the end of the output.
     open: the output starts inside this span.
     prefer: arm to favour inside it.
     pin: use `prefer` for every round inside it.
-    bias: expected accepted tokens to add to an arm's score inside it.
+    bias: expected accepted tokens, -16 to 16, to add to an arm's score inside it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -63,7 +67,8 @@ class Span(BaseModel):
 class Hints(BaseModel):
     """What one request says about its routing; only the fields that are set override outer levels.
 
-    spans: at most 16; of spans that open together the first listed is active.
+    version: of this format.
+    spans: what the output may contain, at most 16; of spans that open together the first listed is active.
     off: decode without drafting.
     infer: where no spans are given, let the SDK and the server derive them from the request.
     trace: ask for the routing trace with the response. True is "summary": sums by drafter; "full" has the stretches.

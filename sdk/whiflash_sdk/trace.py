@@ -1,7 +1,7 @@
 """The routing trace: which drafter wrote what, why, and what it bought.
 
 The server puts it into the response as `sglext.whiflash` (OpenAI routes) or `meta_info.whiflash`
-(native route); the schema is documented in `docs/hints.md`. Positions are output token offsets,
+(native route); the schema is documented in `docs/reference/traces.md`. Positions are output token offsets,
 half-open. Token 0 comes from the prefill: it belongs to no round, so to no stretch.
 """
 
@@ -30,7 +30,7 @@ class Stretch(BaseModel):
     rounds: verification passes of the target.
     proposed, accepted: draft tokens; bonus tokens are neither. Servers of before do not tell what was proposed.
     reason: what decided, e.g. `score`, `policy`, `span`, `pin`, `off`.
-    span: kind of the open span, or None.
+    span: kind of the open span, if one is open.
     chars: where these tokens stand in `Trace.text`, half-open, where the server can tell.
     text: the text of these tokens, from servers of before.
     round_tokens: tokens committed by each round, the bonus token counted, where the server tells.
@@ -62,7 +62,12 @@ class Stretch(BaseModel):
 
 
 class ArmTotals(BaseModel):
-    """One drafter's share of a response. proposed, accepted: draft tokens, where the server tells."""
+    """One drafter's share of a response.
+
+    rounds: verification passes of the target.
+    tokens: committed by them, bonus tokens counted.
+    proposed, accepted: draft tokens, where the server tells.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -83,7 +88,8 @@ class Trace(BaseModel):
     version: of the schema, 1.
     policy: the routing policy in force.
     stretches: in output order; none in a summary.
-    rounds, tokens: totals; tokens committed by rounds, bonus tokens counted.
+    rounds: verification passes of the target.
+    tokens: committed by rounds, bonus tokens counted.
     switches: changes of drafter from one round to the next.
     arms: totals by drafter.
     reasons: rounds by what decided about them.
@@ -132,8 +138,9 @@ def routing(response: object, choice: int = 0) -> Trace | None:
         chunk, or the JSON of any of them, the native route's included.
     choice: index of the choice, for requests with `n` above 1.
 
-    Raises: TraceError if there is a trace that does not follow the schema; TypeError for a response that has to be
-        awaited first.
+    Raises:
+        TraceError: there is a trace that does not follow the schema.
+        TypeError: the response has to be awaited first.
     """
     for found in raw_traces(response):
         trace = parse_trace(found)

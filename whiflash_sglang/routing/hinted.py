@@ -20,7 +20,7 @@ RANKS = 1.5
 
 
 class Hinted(NamedTuple):
-    """Scores after the hints, and what decided: `score`, `policy`, `span`, `pin` or `off` (`docs/hints.md`)."""
+    """Scores after the hints, and what decided: `score`, `policy`, `span`, `pin` or `off` (docs/reference/hints.md)."""
 
     scores: Mapping[str, float]
     reason: str

@@ -2,7 +2,7 @@
 
 A request carries its hints in SGLang's `custom_params`, which nests two levels at most, so ours is
 one string: `custom_params = {"whiflash": "<JSON object>"}`. The object, its fields and its bounds
-are documented in `docs/hints.md`; `whiflash_sdk.hints` is the client's side of the same format.
+are documented in `docs/reference/hints.md`; `whiflash_sdk.hints` is the client's side of the same format.
 
 `parse_hints` is the only reader. It runs in the HTTP process before anything is scheduled, so it
 raises nothing but `HintError` and its work is bounded before it starts: the text is measured before

@@ -1,0 +1,221 @@
+"""Tables of the documentation that come from code, written between their marks: `python scripts/reference.py`.
+
+A page holds `<!-- NAME: written by make docs -->` and `<!-- end of NAME -->`; what stands between them is NAME's
+table. Nothing here imports SGLang or torch.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from whiflash_sdk.capabilities import Capabilities
+from whiflash_sdk.hints import Hints, Span
+from whiflash_sdk.trace import ArmTotals, Stretch, Trace
+
+from whiflash_sglang.cli import app
+from whiflash_sglang.config import EntropyRouter, Lookup, Manifest, NeuralRouter, PolicyChange
+from whiflash_sglang.flags import flags
+from whiflash_sglang.metrics import RoundClock
+
+DOCS = Path(__file__).parents[1] / "docs"
+MARKED = re.compile(r"(<!-- (\w+): written by `make docs` -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+
+STATE = {
+    "policy": "the policy in force",
+    "arms": "drafters that are loaded",
+    "requests": "running now",
+    "rounds": "rounds of the batch",
+    "rows": "rows verified, over all rounds",
+    "tokens": "committed by rounds, bonus tokens among them",
+    "switches": "rounds of a request drafted by another arm than its round before",
+    "extra_catch_up_seconds": "catching up beyond what a drafter used in every round would have done",
+    "round_seconds": "all stages and what lies between them",
+    "route_seconds": "scoring requests and assigning arms",
+    "catch_up_seconds": "ingesting what drafters have missed, KV-only",
+    "draft_seconds": "passes of drafters, and copies",
+    "verify_seconds": "the target's forward and sampling",
+    "commit_seconds": "accepting drafts and taking the bonus token",
+    "park_seconds": "keeping features for drafters that were not used",
+}
+"""Of `GET /whiflash/state`, but for what arms add of their own."""
+
+
+def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    """A Markdown table; cells may hold bars."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def flags_table() -> str:
+    rows = ((f"`{flag.name}`", _choices(flag.takes), flag.meaning) for flag in flags())
+    return table(("flag", "takes", "meaning"), rows)
+
+
+def model_table(model: type[BaseModel], name: str = "field") -> str:
+    """Fields with type, default and the meaning that the model's docstring gives.
+
+    Raises:
+        KeyError: the docstring does not say what a field means.
+    """
+    meaning = meanings(model)
+    rows = [
+        (f"`{field}`", _type(info.annotation), _default(info), meaning[field])
+        for field, info in model.model_fields.items()
+    ]
+    if not any(default for _, _, default, _ in rows):
+        return table((name, "type", "meaning"), ((field, kind, said) for field, kind, _, said in rows))
+    return table((name, "type", "default", "meaning"), iter(rows))
+
+
+def meanings(model: type[BaseModel]) -> Mapping[str, str]:
+    """What `name: meaning.` or `name, other: meaning.` in a model's docstring says of its fields."""
+    text = " ".join((model.__doc__ or "").split())
+    names = "|".join(model.model_fields)
+    found = list(re.finditer(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text))
+    ends = [*(match.start() for match in found[1:]), len(text)]
+    said = {}
+    for match, end in zip(found, ends, strict=False):
+        for name in match[1].split(", "):
+            said[name] = text[match.end() : end].strip(" .;")
+    return said
+
+
+def state_table() -> str:
+    """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
+    known = ("policy", "arms", "requests", *RoundClock().snapshot())
+    return table(("field", "meaning"), ((f"`{name}`", STATE[name]) for name in known))
+
+
+def cli_reference() -> str:
+    """Every command: its help, and its arguments and options."""
+    return "\n\n".join(_command(name, command) for name, command in commands().items())
+
+
+def commands() -> Mapping[str, Any]:
+    """Every command by the words that call it, in the order of the help."""
+    found = {}
+
+    def walk(words: str, command: Any) -> None:
+        if hasattr(command, "commands"):
+            for name, inner in command.commands.items():
+                walk(f"{words} {name}", inner)
+        else:
+            found[words] = command
+
+    walk("whiflash", typer.main.get_command(app))
+    return found
+
+
+def _command(name: str, command: Any) -> str:
+    text, _, example = (command.help or "").partition("Example")
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    calls = [call.strip() for call in re.sub(r"^s?:", "", example).replace("|\n", "\n").split("\n")]
+    parts = [f"## {name}", *paragraphs]
+    if any(calls):
+        parts.append("```console\n" + "\n".join(filter(None, calls)) + "\n```")
+    rows = [_option(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
+    if rows:
+        parts.append(table(("option", "takes", "meaning"), iter(rows)))
+    return "\n\n".join(parts)
+
+
+def _option(parameter: Any) -> tuple[str, str, str]:
+    is_option = parameter.opts[0].startswith("-")
+    name = "`, `".join(parameter.opts) if is_option else parameter.name.upper()
+    if getattr(parameter, "is_bool_flag", False):
+        takes = ""
+        if parameter.secondary_opts and parameter.default is not False:
+            name += "`, `" + "`, `".join(parameter.secondary_opts)
+    else:
+        takes = _choices(_type_word(parameter.type_descriptor.annotation))
+    default = parameter.default
+    shown = "" if default in (None, False, True, "", ...) or not is_option else f" Default: `{default}`."
+    needed = " Required." if is_option and parameter.required else ""
+    return f"`{name}`", takes, f"{parameter.help or ''}{shown}{needed}"
+
+
+def _choices(takes: str) -> str:
+    return ", ".join(f"`{part}`" for part in takes.split("|"))
+
+
+def _type_word(annotation: Any) -> str:
+    words: Mapping[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    if get_origin(annotation) in (Union, UnionType) and parts:
+        return _type_word(parts[0])
+    if get_origin(annotation) is list:
+        return f"{_type_word(parts[0])} …"
+    return words[annotation]
+
+
+def _type(annotation: Any) -> str:
+    """A field's type in words of JSON."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in inside)
+    if origin is Annotated:
+        return _type(inside[0])
+    if origin in (Union, UnionType):
+        return ", ".join(dict.fromkeys(_type(part) for part in inside if part is not NoneType))
+    if origin is tuple:
+        return (
+            f"list of {_type(inside[0])}" if inside[1:] == (...,) else f"{len(inside)} × {_type(inside[0])}"
+        )
+    if origin is dict:
+        return f"object: {_type(inside[0])} → {_type(inside[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "object"
+    return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
+
+
+def _default(info: Any) -> str:
+    if info.is_required():
+        return "required"
+    value = info.default if info.default is not PydanticUndefined else info.default_factory()
+    if value is None or value == "" or isinstance(value, BaseModel):
+        return ""
+    if isinstance(value, (tuple, dict)):
+        return "empty"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "flags": flags_table,
+    "manifest": lambda: model_table(Manifest, "key"),
+    "manifest_router": lambda: model_table(NeuralRouter, "key"),
+    "manifest_entropy": lambda: model_table(EntropyRouter, "key"),
+    "manifest_lookup": lambda: model_table(Lookup, "key"),
+    "policy": lambda: model_table(PolicyChange),
+    "state": state_table,
+    "capabilities": lambda: model_table(Capabilities),
+    "hints": lambda: model_table(Hints),
+    "span": lambda: model_table(Span),
+    "trace": lambda: model_table(Trace),
+    "arm_totals": lambda: model_table(ArmTotals),
+    "stretch": lambda: model_table(Stretch),
+    "commands": cli_reference,
+}
+
+
+def written(page: str) -> str:
+    """`page` with every marked table written anew. Raises KeyError for a mark that names no table."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page)
+
+
+def pages() -> Iterator[Path]:
+    """Pages with marks."""
+    yield from (path for path in sorted(DOCS.rglob("*.md")) if MARKED.search(path.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    for path in pages():
+        before = path.read_text("utf-8")
+        if (after := written(before)) != before:
+            path.write_text(after, "utf-8")
+            print(f"{path.relative_to(DOCS.parent)}: written", file=sys.stderr)

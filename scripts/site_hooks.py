@@ -1,0 +1,68 @@
+"""Hooks of mkdocs: pages that lie elsewhere in the repository are on the site too, and links work in both places.
+
+A link is written as it works in the repository, relative to the file that it stands in. On the site `docs/` is the
+root and everything else keeps its path, so links from the one to the other are rewritten.
+"""
+
+import posixpath
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+DOCS = "docs/"
+ELSEWHERE = (
+    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/agents/README.md"),
+    "results/**/*",
+    "kernels/bench/results/*.md",
+    "training_data/*/README.md",
+    "whiflash_sglang/bundles/*/README.md",
+)
+"""Files outside `docs/` that the site shows, pages and what they link to."""
+
+LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add what lies elsewhere."""
+    for pattern in ELSEWHERE:
+        for path in sorted(ROOT.glob(pattern)):
+            if path.is_file():
+                uri = path.relative_to(ROOT).as_posix()
+                files.append(File.generated(config, uri, abs_src_path=str(path)))
+    places = Counter(file.dest_uri for file in files)
+    if twice := [place for place, count in places.items() if count > 1]:
+        raise PluginError(f"two files of the repository have one place on the site: {', '.join(twice)}")
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Point links at the site's own places."""
+    if page.file.src_uri.startswith("results/"):
+        page.meta["search"] = {"exclude": True}  # notes and reports would bury the pages for readers
+    return LINK.sub(
+        lambda link: f"]({site_link(link[1], page.file.src_uri, files)}{link[2] or ''})", markdown
+    )
+
+
+def site_link(target: str, page: str, files: Files) -> str:
+    """`target`, as written in the file of `page` (its path on the site), as it must be written on the site.
+
+    What is not a file of the site stays as it is: mkdocs says so.
+    """
+    if "://" in target or target.startswith(("mailto:", "/")):
+        return target
+    file = posixpath.normpath(posixpath.join(posixpath.dirname(repository_path(page)), target))
+    uri = file.removeprefix(DOCS)
+    if files.get_file_from_path(uri) is None or repository_path(uri) != file:
+        return target
+    return posixpath.relpath(uri, posixpath.dirname(page) or ".")
+
+
+def repository_path(uri: str) -> str:
+    """Where the file with this path on the site lies in the repository."""
+    return f"{DOCS}{uri}" if (ROOT / DOCS / uri).exists() else uri

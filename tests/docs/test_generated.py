@@ -1,0 +1,81 @@
+"""What the documentation says of flags, keys, fields, commands and figures is what code and reports say."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIGURE = re.compile(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]")
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_tables", ROOT / "scripts" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_code(reference: ModuleType) -> None:
+    written = set()
+    for page in reference.pages():
+        text = page.read_text(encoding="utf-8")
+        assert text == reference.written(text), f"{page}: `make docs` writes its tables anew"
+        written |= {found[2] for found in reference.MARKED.finditer(text)}
+    assert written == set(reference.TABLES), "every table has its page"
+
+
+def test_a_field_without_a_meaning_is_an_error(reference: ModuleType) -> None:
+    from pydantic import BaseModel
+
+    class Model(BaseModel):
+        """first: said. A sentence, second: not a field's."""
+
+        first: int = 1
+        second: int | None = None
+
+    with pytest.raises(KeyError, match="second"):
+        reference.model_table(Model)
+    Model.__doc__ = "first, second: of both."
+    assert "| `second` | integer |  | of both |" in reference.model_table(Model)
+
+
+def test_every_route_and_state_is_on_the_page_of_routes() -> None:
+    page = (ROOT / "docs" / "reference" / "server.md").read_text(encoding="utf-8")
+    code = (ROOT / "whiflash_sglang" / "compat" / "http.py").read_text(encoding="utf-8")
+    routes = re.findall(r'app\.(get|post)\("(/whiflash/\w+)"\)', code)
+    assert len(routes) >= 4
+    for method, path in routes:
+        assert f"## `{method.upper()} {path}`" in page
+
+
+def ratios(report: Any) -> Iterator[str]:
+    """Every ratio with its interval, as the documentation writes it."""
+    if isinstance(report, dict):
+        if report.keys() >= {"ratio", "low", "high"}:
+            yield f"{report['ratio']:.2f} [{report['low']:.2f}, {report['high']:.2f}]"
+        for value in report.values():
+            yield from ratios(value)
+    elif isinstance(report, list):
+        for value in report:
+            yield from ratios(value)
+
+
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/results-in-summary.md"])
+def test_every_ratio_that_readers_see_is_in_a_report(page: str) -> None:
+    reports = sorted((ROOT / "results" / "benchmark").glob("*.json"))
+    printed = {ratio for report in reports for ratio in ratios(json.loads(report.read_text("utf-8")))}
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").replace("**", "").split())
+    shown = set(FIGURE.findall(text))
+    assert shown
+    assert shown <= printed, shown - printed
