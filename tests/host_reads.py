@@ -55,7 +55,7 @@ class HostReads(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name in READS or _depends_on_values(name, args):
+        if name in READS or depends_on_values(name, args):
             self.reads[_site(name)] += 1
         elif name in UPLOADS:
             self.uploads[_site(name)] += 1
@@ -83,7 +83,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _depends_on_values(name: str, args: Sequence[Any]) -> bool:
+def depends_on_values(name: str, args: Sequence[Any]) -> bool:
     """Indexing by a mask, and `where` with a condition alone, have as many results as there are true values."""
     if name == "where":
         return len(args) == 1

@@ -1,0 +1,93 @@
+"""The scheduler's own overlap loop in this process, one pass at a time, on streams that keep to no order of their own.
+
+SGLang runs its overlapped loop on GPUs. Here it runs as it is, on the CPU, as it would on CUDA: with CUDA's barrier
+between a forward's reads and the next batch's writes, its private stream for lengths and its copies of results.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from engine import Engine, engine
+from streams import HOST, PINNED, Streams
+from watching import noting_births, watching
+
+
+class OverlappedEngine(Engine):
+    """As `Engine`, but a result is processed while the next batch is under way."""
+
+    def __init__(self, scheduler: Any, streams: Streams) -> None:
+        super().__init__(scheduler)
+        self.streams = streams
+        names = {"schedule": scheduler.schedule_stream, "forward": scheduler.forward_stream}
+        for name, stream in (names | {"copy": scheduler.copy_stream}).items():
+            stream.name = name
+        # What SGLang does on CUDA only.
+        scheduler._war_barrier_enabled = True
+        future = scheduler.future_map
+        future.fwd_prepare_d2h_stream = torch.cpu.Stream()
+        future.fwd_prepare_d2h_stream.name = "lengths"
+        future.new_seq_lens_cpu_pinned = torch.empty_like(future.new_seq_lens_buf)
+        streams.made_by_host(future.new_seq_lens_cpu_pinned, PINNED)
+        streams.made_by_host(scheduler.req_to_token_pool.req_generation, HOST)
+        scheduler.ingest_requests = self._end_after_this_pass
+        scheduler.maybe_sleep_on_idle = lambda: None
+        self.results: deque[Any] = deque()
+        scheduler.result_queue = self.results
+
+    def step(self) -> bool:
+        """One pass of the scheduler's overlap loop; False when there was nothing to run and no result was left."""
+        from sglang.srt.managers import scheduler as module
+
+        self.scheduler.gracefully_exit = False
+        with (
+            # The loop begins with a queue of its own: give it the one of the pass before.
+            patch.object(module, "deque", lambda: self.results),
+            torch.cpu.StreamContext(self.scheduler.schedule_stream),
+            watching(self.streams),
+        ):
+            self.scheduler.event_loop_overlap()
+        return bool(self.scheduler.last_batch or self.results)
+
+    def _end_after_this_pass(self) -> list[Any]:
+        self.scheduler.gracefully_exit = True
+        return []
+
+
+@contextlib.contextmanager
+def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> Iterator[OverlappedEngine]:
+    """Start an engine with overlap scheduling.
+
+    Args:
+        host_lengths: whether the attention backend asks for lengths on the host, as FlashInfer does; FA3 and Triton
+            do not, and `batch.seq_lens_cpu` is None there.
+        arguments: as of `engine`.
+    """
+    from sglang.srt.arg_groups import speculative_hook
+
+    from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
+    from whiflash_sglang.platform.cpu import CpuPlatform
+
+    defaults = CpuPlatform.apply_server_args_defaults
+
+    def with_overlap(self: CpuPlatform, server_args: Any) -> None:
+        defaults(self, server_args)
+        server_args.disable_overlap_schedule = False
+
+    streams = Streams()
+    with (
+        patch.object(CpuPlatform, "apply_server_args_defaults", with_overlap),
+        patch.object(speculative_hook, "_disable_overlap_schedule_for_cpu", lambda _: None),
+        patch.object(CpuAttentionBackend, "needs_cpu_seq_lens", host_lengths, create=True),
+        patch.object(CpuMultiStepDraftBackend, "needs_cpu_seq_lens", host_lengths, create=True),
+        streams.installed(),
+        contextlib.ExitStack() as running,
+    ):
+        with noting_births(streams):
+            started = running.enter_context(engine(model, **arguments))
+        assert started.scheduler.enable_overlap
+        yield OverlappedEngine(started.scheduler, streams)

@@ -1,0 +1,279 @@
+"""Streams, events and host copies on the CPU, as badly as CUDA allows: what is ordered is what was waited for.
+
+`torch.cpu` has streams and events that do nothing, and runs every operator at once, so a missing wait changes no
+result there. `Streams` keeps the order that the program asked for instead, by vector clocks: an operator happens on
+the current stream; a stream's work is before another's only by an event or a wait, and before the host's only by a
+synchronisation. Two accesses to one storage, one of them a write, without such an order between them are a race. A
+program without races gives in *every* order that CUDA may choose what it gives in the order of its text, so one run
+speaks for all schedules of it, the latest included. What is copied to pinned memory is late in fact: it holds
+nonsense until the host has waited for the copy, and then what the source holds at that moment.
+
+What the model takes for what (a CPU tensor does not say where it would be on a GPU):
+
+- host memory is what a factory makes that is told no device, or `"cpu"` in so many letters; pinned memory what one
+  makes that is told `pin_memory`, be it true or false; everything else is the device's;
+- `.cpu()`, `.tolist()`, `.item()`, a mask as an index and the like read the device: the host waits for the current
+  stream (`stalls` counts them by line); of host memory they read what is there;
+- what stands in for a kernel on the CPU (`KERNELS`) is one: what it reads is read by the current stream, nobody waits;
+- `.to(device)` of host memory is a copy, as it is on a GPU, and a later write to its source may come too early.
+
+Not seen: operators that are called outside of the modes, C++ that writes through a pointer, memory that is freed and
+used again (upstream keeps what a forward reads for two iterations).
+"""
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sites import site
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+
+HOST, PINNED = "host", "pinned"
+KERNELS = ("whiflash_sglang/platform/", "whiflash_kernels/reference/", "sglang/srt/mem_cache/memory_pool.py")
+"""Where the CPU has Python in place of a kernel; the last for `commit_lens`, which CUDA has a kernel for."""
+
+D2H = (
+    ("sglang.srt.utils.common", "async_d2h"),
+    ("sglang.srt.managers.utils", "_async_d2h"),
+    ("sglang.srt.layers.logprob_processor", "async_d2h"),
+)
+
+Clock = dict[str, int]
+"""How far each agent (the host, or a stream) has come, as far as the owner of the clock has waited for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    agent: str
+    time: int
+    site: str
+
+    def is_before(self, clock: Clock) -> bool:
+        return self.time <= clock.get(self.agent, 0)
+
+
+@dataclass(slots=True)
+class Cell:
+    """Who touched a storage last. place: `HOST`, `PINNED` or None, the device."""
+
+    alive: StorageWeakRef
+    place: str | None = None
+    written: Access | None = None
+    read: dict[str, Access] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """A copy to pinned memory that the host has not waited for."""
+
+    to: torch.Tensor
+    source: torch.Tensor
+    access: Access
+
+
+class Stream:
+    """In place of `torch.cpu.Stream`."""
+
+    world: "Streams"
+
+    def __init__(self, priority: int = 0) -> None:
+        self.name = f"stream {len(self.world.streams)}"
+        self.world.streams.append(self)
+        self.clock = dict(self.world.host)
+
+    def wait_stream(self, other: Any) -> None:
+        if self.world.waits(self, other):
+            _join(self.clock, self.world.clock_of(other))
+
+    def wait_event(self, event: Any) -> None:
+        if self.world.waits(self, event):
+            _join(self.clock, event.clock)
+
+    def record_event(self, event: Any = None) -> Any:
+        event = event or torch.cpu.Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        if self.world.waits("host", self):
+            self.world.host_waits(self.clock)
+
+    def query(self) -> bool:
+        return all(time <= self.world.host.get(agent, 0) for agent, time in self.clock.items())
+
+
+class Event:
+    """In place of `torch.cpu.Event`: what had been issued on a stream when it was recorded."""
+
+    world: "Streams"
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.clock: Clock = {}
+        self.name = "event"
+
+    def record(self, stream: Any = None) -> None:
+        stream = stream or torch.cpu.current_stream()
+        self.name = f"event of {self.world.name_of(stream)}"
+        self.clock = dict(self.world.clock_of(stream))
+
+    def wait(self, stream: Any = None) -> None:
+        (stream or torch.cpu.current_stream()).wait_event(self)
+
+    def synchronize(self) -> None:
+        if self.world.waits("host", self):
+            self.world.host_waits(self.clock)
+
+    def query(self) -> bool:
+        return all(time <= self.world.host.get(agent, 0) for agent, time in self.clock.items())
+
+
+class Streams:
+    """The model. `races`: what was not ordered. `stalls`: where the host waited for the device to read from it.
+
+    forget: says of a wait, by who waits and for what (`"host"`, a `Stream` or an `Event`), whether to leave it out: a
+    planted fault.
+    """
+
+    def __init__(self) -> None:
+        self.host: Clock = {"host": 0}
+        self.streams: list[Stream] = []
+        self.races: Counter[str] = Counter()
+        self.stalls: Counter[str] = Counter()
+        self.forget: Callable[[Any, Any], bool] = lambda waiting, on: False
+        self._default: Clock = {}
+        self._cells: dict[int, Cell] = {}
+        self._copies: list[Copy] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """`torch.cpu` has this model's streams and events."""
+        with ExitStack() as stack:
+            for kind in (Stream, Event):
+                made = type(kind.__name__, (kind,), {"world": self})
+                stack.enter_context(patch.object(torch.cpu, kind.__name__, made))
+            for module, name in D2H:
+                stack.enter_context(patch.object(importlib.import_module(module), name, self.async_d2h))
+            yield
+
+    def prune(self) -> None:
+        """Forget storages that are gone."""
+        self._cells = {key: cell for key, cell in self._cells.items() if not cell.alive.expired()}
+
+    def clock_of(self, stream: Any) -> Clock:
+        return stream.clock if isinstance(stream, Stream) else self._default
+
+    def name_of(self, stream: Any) -> str:
+        return stream.name if isinstance(stream, Stream) else "default stream"
+
+    def waits(self, waiting: Any, on: Any) -> bool:
+        return not self.forget(waiting, on)
+
+    def host_waits(self, clock: Clock) -> None:
+        """The host goes on when everything in `clock` is done; copies that are done arrive."""
+        _join(self.host, clock)
+        arrived = [copy for copy in self._copies if copy.access.is_before(self.host)]
+        self._copies = [copy for copy in self._copies if not copy.access.is_before(self.host)]
+        with _disable_current_modes():
+            for copy in arrived:
+                copy.to.copy_(copy.source)
+
+    def cell(self, tensor: torch.Tensor) -> Cell:
+        storage = tensor.untyped_storage()
+        found = self._cells.get(storage._cdata)
+        if found is None:
+            found = self._cells[storage._cdata] = Cell(StorageWeakRef(storage))
+        return found
+
+    def is_on_device(self, source: torch.Tensor) -> bool:
+        """Not so a Python number that an assignment has made a tensor of."""
+        cell = self.cell(source)
+        return cell.place is None and (source.dim() > 0 or cell.written is not None)
+
+    def on_host(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+        """An operator on host memory has run."""
+        self._touch("host", self.host, reads, writes)
+
+    def on_stream(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> Access:
+        """An operator is issued on the current stream. What is not pinned it reads now, not when it runs."""
+        stream = torch.cpu.current_stream()
+        clock = self.clock_of(stream)
+        _join(clock, self.host)
+        at_once = [t for t in reads if self.cell(t).place == HOST]
+        if at_once:
+            self.on_host(at_once, ())
+        later = [t for t in reads if self.cell(t).place != HOST]
+        return self._touch(self.name_of(stream), clock, later, writes)
+
+    def copy_to_host(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """A copy that does not wait: `to` holds nonsense until the host has waited for the current stream."""
+        access = self.on_stream([source], [to])
+        with _disable_current_modes():
+            to.fill_(_nonsense(to.dtype))
+        self._copies.append(Copy(to, source, access))
+
+    def async_d2h(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In place of SGLang's, which on a CPU hands the tensor itself on."""
+        if self.cell(tensor).place is not None:
+            return tensor
+        with _disable_current_modes():
+            host = torch.empty_like(tensor)
+        self.cell(host).place = PINNED
+        self.copy_to_host(host, tensor)
+        return host
+
+    def made_by_host(self, tensor: torch.Tensor, place: str) -> None:
+        """What the operators of a factory did was done at once."""
+        if not site().startswith(KERNELS):
+            cell = self.cell(tensor)
+            cell.place, cell.written, cell.read = place, None, {}
+
+    def read_by_host(self, tensor: torch.Tensor, reader: str) -> None:
+        """The host wants the values."""
+        if self.cell(tensor).place is not None:
+            self.on_host([tensor], ())
+            return
+        self.on_stream([tensor], ())
+        if not reader.startswith(KERNELS):
+            self.stalls[reader] += 1
+            self.host_waits(self.clock_of(torch.cpu.current_stream()))
+
+    def _touch(
+        self, agent: str, clock: Clock, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
+    ) -> Access:
+        clock[agent] = clock.get(agent, 0) + 1
+        access = Access(agent, clock[agent], site())
+        for tensor in reads:
+            cell = self.cell(tensor)
+            self._check(cell.written, clock, access, "reads what", "wrote")
+            cell.read[agent] = access
+        for tensor in writes:
+            cell = self.cell(tensor)
+            self._check(cell.written, clock, access, "writes what", "wrote")
+            for earlier in cell.read.values():
+                self._check(earlier, clock, access, "writes what", "reads")
+            cell.written, cell.read = access, {}
+        return access
+
+    def _check(self, earlier: Access | None, clock: Clock, now: Access, does: str, did: str) -> None:
+        if earlier is not None and not earlier.is_before(clock):
+            self.races[
+                f"{now.agent} {does} {earlier.agent} {did}, without a wait: {now.site} after {earlier.site}"
+            ] += 1
+
+
+def _nonsense(dtype: torch.dtype) -> Any:
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).min // 3
+
+
+def _join(clock: Clock, other: Mapping[str, int]) -> None:
+    for agent, time in other.items():
+        if time > clock.get(agent, 0):
+            clock[agent] = time

@@ -1,0 +1,182 @@
+"""What a program does to memory, and when: noted for the model of `streams`, operator by operator."""
+
+import linecache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from host_reads import READS, depends_on_values
+from sites import calling_frame, site
+from streams import HOST, PINNED, Streams
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FACTORIES = frozenset(
+    {"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "arange", "empty", "zeros"}
+)
+FACTORIES |= {"ones", "full", "linspace", "empty_strided", "rand", "randint", "randn"}
+SHAPE_ONLY = (
+    "empty",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)
+"""Of their arguments these read the shape."""
+
+
+@contextmanager
+def noting_births(world: Streams) -> Iterator[None]:
+    """While the engine is built: which of its buffers are the host's."""
+    with _Births(world):
+        yield
+
+
+@contextmanager
+def watching(world: Streams) -> Iterator[None]:
+    """Operators and reads by the host are noted."""
+    world.prune()
+    with _Operators(world), _Functions(world):
+        yield
+
+
+class _Operators(TorchDispatchMode):
+    """Every operator that touches memory."""
+
+    def __init__(self, world: Streams) -> None:
+        super().__init__()
+        self.world = world
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.is_view:
+            return out
+        reads, writes = _touched(func, args, kwargs)
+        name = func.overloadpacket.__name__
+        if name.startswith(SHAPE_ONLY):
+            reads = []
+        self._note(name, reads, writes, kwargs.get("non_blocking", len(args) > 2 and args[2]))
+        touched = _tensors(args)
+        storages = {t.untyped_storage()._cdata for t in touched}
+        made = [t for t in _tensors(out) if t.untyped_storage()._cdata not in storages]
+        if touched and self.world.cell(touched[0]).place:
+            for tensor in made:
+                self.world.cell(tensor).place = HOST
+        elif made:
+            self.world.on_stream((), made)
+        return out
+
+    def _note(
+        self, name: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], non_blocking: Any
+    ) -> None:
+        """The first tensor says where it runs: of the others only an index, or a copy's source, may lie elsewhere."""
+        world = self.world
+        if not reads and not writes:
+            return
+        if not world.cell((*writes, *reads)[0]).place:
+            world.on_stream(reads, writes)
+        elif name != "copy_" or not world.is_on_device(reads[-1]):
+            world.on_host(reads, writes)
+        elif non_blocking:
+            world.copy_to_host(writes[0], reads[-1])
+        else:
+            world.read_by_host(reads[-1], site())
+            world.on_host((), writes)
+
+
+class _Functions(TorchFunctionMode):
+    """Where memory is made, and what does not dispatch: reads by the host, and moves between one device."""
+
+    def __init__(self, world: Streams) -> None:
+        super().__init__()
+        self.world = world
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if tensor is None:
+            out = func(*args, **kwargs)
+            if name in FACTORIES and isinstance(out, torch.Tensor):
+                if "pin_memory" in kwargs:
+                    self.world.made_by_host(out, PINNED)
+                elif kwargs.get("device") is None or _says_cpu():
+                    self.world.made_by_host(out, HOST)
+            return out
+        if name == "cpu" or (name == "to" and _names_device(args, kwargs)):
+            return self._moved(func, name, tensor, args, kwargs)
+        if name in READS or depends_on_values(name, args):
+            self.world.read_by_host(tensor, f"{site()} {name}")
+        return func(*args, **kwargs)
+
+    def _moved(
+        self, func: Any, name: str, tensor: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Where a GPU would make a copy there is one."""
+        world, to_host = self.world, name == "cpu" or _says_cpu()
+        if to_host == (world.cell(tensor).place is not None):
+            return func(*args, **kwargs)
+        if to_host:
+            world.read_by_host(tensor, f"{site()} {name}")
+        moved = func(*args, **kwargs)
+        moved = torch.empty(tensor.shape, dtype=moved.dtype, device=tensor.device).copy_(tensor)
+        if to_host:
+            world.made_by_host(moved, HOST)
+        return moved
+
+
+class _Births(_Functions):
+    """Before the loop runs: which buffers are the host's, as far as that is said."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in FACTORIES and isinstance(out, torch.Tensor):
+            if "pin_memory" in kwargs:
+                self.world.made_by_host(out, PINNED)
+            elif kwargs.get("device") is not None and _says_cpu():
+                self.world.made_by_host(out, HOST)
+        return out
+
+
+def _touched(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    reads: list[torch.Tensor] = []
+    writes: list[torch.Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        (writes if written else reads).extend(_tensors(value))
+    return reads, writes
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def _names_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("device") is not None or any(isinstance(a, str | torch.device) for a in args[1:])
+
+
+def _says_cpu() -> bool:
+    """Whether the call that made a tensor names the CPU by a literal: of SGLang's code only what is the host's does."""
+    frame = calling_frame()
+    positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    first, last = positions[0] or frame.f_lineno, positions[1] or frame.f_lineno
+    text = "".join(linecache.getline(frame.f_code.co_filename, line) for line in range(first, last + 1))
+    return '"cpu"' in text
