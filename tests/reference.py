@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from whiflash_sglang.checkpoints import dflash_layers, eagle3_layers
+from whiflash_sglang.checkpoints import target_layers
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.target import TargetModel, TargetOutput
 
 TIE = 1e-4
@@ -77,8 +78,8 @@ class ReferenceDrafters:
         self._dflash = DFlashDrafter.load(dflash, **options)
         layers = json.loads((target / "config.json").read_text())["num_hidden_layers"]
         self._eagle3_layers, self._dflash_layers = (
-            eagle3_layers(eagle3, layers),
-            dflash_layers(dflash, layers),
+            target_layers(read_draft(eagle3), layers),
+            target_layers(read_draft(dflash), layers),
         )
 
     @torch.inference_mode()

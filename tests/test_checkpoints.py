@@ -105,6 +105,8 @@ LAYER_FIELDS = {
     0: ("eagle_config", "eagle_aux_hidden_state_layer_ids"),
     1: ("dflash_config", "target_layer_ids"),
 }
+SPELLED = {0: r"eagle_config\.eagle_aux_hidden_state_layer_ids", 1: "target_layer_ids"}
+"""As messages name them: `target_layer_ids` may stand at the top level too."""
 
 
 @pytest.mark.parametrize("which", LAYER_FIELDS, ids=["eagle3", "dflash"])
@@ -122,7 +124,7 @@ def test_layers_that_the_target_has_not(
 ) -> None:
     section, field = LAYER_FIELDS[which]
     edit(pair[which], lambda config: config[section].update({field: layers}))
-    with pytest.raises(CheckpointError, match=message.format(field=rf"{section}\.{field}")):
+    with pytest.raises(CheckpointError, match=message.format(field=SPELLED[which])):
         load(pair)
 
 
@@ -150,7 +152,7 @@ def test_a_draft_vocabulary_of_another_size(tmp_path: Path) -> None:
         load(pair)
 
 
-@pytest.mark.parametrize("block", [0, 1, -4, "8", None, True])
+@pytest.mark.parametrize("block", [0, 1, -4, "8", True])
 def test_an_impossible_block(pair: tuple[Path, Path], block: Any) -> None:
     edit(pair[1], lambda config: config.update(block_size=block))
     with pytest.raises(CheckpointError, match=rf"block_size must be an integer of at least 2, got {block!r}"):

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.checkpoint import read_json_config
+from whiflash_sglang.models.formats import Draft, read_draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +25,13 @@ class TargetShape:
 
 
 def block_size_of(checkpoint: Path, wanted: int | None) -> int:
-    """Tokens of a DFlash block: `wanted`, or the checkpoint's own.
+    """Tokens that a block of the diffusion arm verifies, the bonus token included: `wanted`, or as many as its
+    checkpoint drafts.
 
     Raises:
         CheckpointError: no usable block size, or `wanted` exceeds what the drafter was trained at.
     """
-    trained = read_json_config(checkpoint).get("block_size")
-    if not isinstance(trained, int) or isinstance(trained, bool) or trained < 2:
-        raise CheckpointError(
-            f"{checkpoint}/config.json: block_size must be an integer of at least 2, got {trained!r}"
-        )
+    trained = int(read_draft(checkpoint, arms.DIFFUSION).config.max_drafts) + 1
     if wanted is not None and wanted > trained:
         raise CheckpointError(
             f"--whiflash-block-size {wanted} exceeds the checkpoint's block of {trained}; "
@@ -42,66 +40,44 @@ def block_size_of(checkpoint: Path, wanted: int | None) -> int:
     return wanted or trained
 
 
-def eagle3_layers(checkpoint: Path, num_layers: int) -> tuple[int, ...]:
-    """Target layers whose outputs an EAGLE-3 checkpoint reads.
+def target_layers(draft: Draft, num_layers: int) -> tuple[int, ...]:
+    """Target layers whose outputs a drafter reads, in the order of its `fc`.
 
-    SGLang's ids name the layer *before* which the state is captured; its default is [2, L//2, L-3], which are the
-    outputs of [1, L//2-1, L-4]. An explicit list in the checkpoint already names outputs (SGLang adds one to each).
+    Raises:
+        CheckpointError: the target has no such layer, or SGLang cannot capture its output.
     """
-    eagle = read_json_config(checkpoint).get("eagle_config") or {}
-    listed = eagle.get("eagle_aux_hidden_state_layer_ids")
-    layers = listed if listed else [1, num_layers // 2 - 1, num_layers - 4]
-    return _checked_layers(layers, num_layers, checkpoint, "eagle_config.eagle_aux_hidden_state_layer_ids")
-
-
-def dflash_layers(checkpoint: Path, num_layers: int) -> tuple[int, ...]:
-    """Target layers whose outputs a DFlash checkpoint reads."""
-    dflash = read_json_config(checkpoint).get("dflash_config") or {}
-    layers = dflash.get("target_layer_ids")
-    if not layers:
-        raise CheckpointError(f"{checkpoint}/config.json: dflash_config.target_layer_ids is missing")
-    return _checked_layers(layers, num_layers, checkpoint, "dflash_config.target_layer_ids")
+    layers: tuple[int, ...] = draft.config.layers_of(num_layers)
+    field = f"{draft.path}/config.json: {draft.format.layers_key}"
+    wrong = [i for i in layers if not 0 <= i < num_layers]
+    if wrong:
+        raise CheckpointError(f"{field} names layers {wrong}; the target has layers 0 to {num_layers - 1}")
+    if num_layers - 1 in layers:
+        raise CheckpointError(
+            f"{field} asks for the output of the last layer ({num_layers - 1}), which "
+            "SGLang cannot capture for this target"
+        )
+    return layers
 
 
 def check_pair(eagle3: Path, dflash: Path, target: TargetShape) -> None:
     """Raise CheckpointError where a drafter cannot belong to the target."""
-    for name, path in (("EAGLE-3", eagle3), ("DFlash", dflash)):
-        config = read_json_config(path)
-        hidden = config.get("target_hidden_size") or config.get("hidden_size")
-        if hidden != target.hidden_size:
-            raise CheckpointError(
-                f"the {name} checkpoint {path} is for a target of hidden size {hidden}, "
-                f"this one has {target.hidden_size}"
-            )
-        vocab = config.get("vocab_size")
-        if vocab is not None and vocab != target.vocab_size:
-            raise CheckpointError(
-                f"the {name} checkpoint {path} is for a vocabulary of {vocab}, this target has {target.vocab_size}"
-            )
-    mask = (read_json_config(dflash).get("dflash_config") or {}).get("mask_token_id")
-    if not isinstance(mask, int) or not 0 <= mask < target.vocab_size:
-        raise CheckpointError(
-            f"{dflash}/config.json: dflash_config.mask_token_id {mask!r} is not in the target's vocabulary "
-            f"of {target.vocab_size}"
-        )
-    eagle3_layers(eagle3, target.num_layers)
-    dflash_layers(dflash, target.num_layers)
-    block_size_of(dflash, None)
+    for path, arm in ((eagle3, arms.AR), (dflash, arms.DIFFUSION)):
+        check_fit(read_draft(path, arm), target)
 
 
-def _checked_layers(layers: Any, num_layers: int, checkpoint: Path, field: str) -> tuple[int, ...]:
-    if not isinstance(layers, list) or not all(isinstance(i, int) for i in layers):
+def check_fit(draft: Draft, target: TargetShape) -> None:
+    """Raise CheckpointError where a drafter cannot belong to the target, or is one that no arm drafts with."""
+    config, name = draft.config, draft.format.name
+    hidden = config.target_hidden_size
+    if hidden != target.hidden_size:
         raise CheckpointError(
-            f"{checkpoint}/config.json: {field} must be a list of layer numbers, got {layers!r}"
+            f"the {name} checkpoint {draft.path} is for a target of hidden size {hidden}, "
+            f"this one has {target.hidden_size}"
         )
-    wrong = [i for i in layers if not 0 <= i < num_layers]
-    if wrong:
+    if config.vocab_size != target.vocab_size:
         raise CheckpointError(
-            f"{checkpoint}/config.json: {field} names layers {wrong}; the target has layers 0 to {num_layers - 1}"
+            f"the {name} checkpoint {draft.path} is for a vocabulary of {config.vocab_size}, "
+            f"this target has {target.vocab_size}"
         )
-    if num_layers - 1 in layers:
-        raise CheckpointError(
-            f"{checkpoint}/config.json: {field} asks for the output of the last layer ({num_layers - 1}), which "
-            "SGLang cannot capture for this target"
-        )
-    return tuple(layers)
+    config.check_drafts(draft.path)
+    target_layers(draft, target.num_layers)

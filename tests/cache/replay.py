@@ -11,13 +11,14 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.sync import DraftSync
-from whiflash_sglang.checkpoints import dflash_layers, eagle3_layers
+from whiflash_sglang.checkpoints import target_layers
 from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.target import TargetModel
 
 torch.set_num_threads(1)
@@ -62,7 +63,7 @@ def load_arms(root: Path) -> Arms:
         "target_embedding": model.embedding,
         "target_lm_head": model.head,
     }
-    for_eagle, for_dflash = eagle3_layers(eagle3, model.num_layers), dflash_layers(dflash, model.num_layers)
+    for_eagle, for_dflash = (target_layers(read_draft(path), model.num_layers) for path in (eagle3, dflash))
     captured = tuple(sorted({*for_eagle, *for_dflash}))
     by_name: dict[str, PagedArm] = {
         "ar": Eagle3Arm(Eagle3Drafter.load(eagle3, **options), captured, for_eagle, 5, 1024),

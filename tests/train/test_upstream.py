@@ -14,10 +14,11 @@ from tiny_models import tiny_target
 from transformers import AutoTokenizer
 
 from whiflash_sglang.bench.prompts import load_prompts, shipped
-from whiflash_sglang.checkpoints import block_size_of, dflash_layers, eagle3_layers
+from whiflash_sglang.checkpoints import block_size_of, target_layers
 from whiflash_sglang.cli.train import resolve_config
 from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import ensure_target
+from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.data import generate_data
 from whiflash_sglang.train.replay import ARMS, Pair, Parts, replay_drafters
@@ -114,7 +115,8 @@ def serve(trained: Trained, arm: str) -> list[Served]:
 def replayed(target: ReferenceTarget, trained: Trained, prompt: Sequence[int], output: list[int]) -> Any:
     """Arm → drafts accepted at every position of the answer."""
     layers = target.model.num_layers
-    capture = sorted({*eagle3_layers(trained.eagle3, layers), *dflash_layers(trained.dflash, layers)})
+    drafts = read_draft(trained.eagle3), read_draft(trained.dflash)
+    capture = sorted({layer for draft in drafts for layer in target_layers(draft, layers)})
     tokens = [*prompt, *output]
     forward = target.forward(tokens[:-1], capture)
     record = SequenceRecord("a", "chat", len(prompt), len(tokens), False, False, 0, 0)

@@ -11,8 +11,6 @@ from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_pair
 from whiflash_sglang.compat import hooks
 from whiflash_sglang.compat.carried import ALGORITHM, asks_for_ours, settings_of
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.models.dflash_config import DFlashConfig
-from whiflash_sglang.models.eagle3_config import Eagle3Config
 
 DEFAULT_RUNNING_REQUESTS = 48
 """As upstream's speculative algorithms: rings and draft buffers are sized by it."""
@@ -94,8 +92,6 @@ def _judge(server_args: Any) -> None:
         raise ConfigError(refusal)
     settings = settings_of(server_args)
     check_pair(settings.eagle3, settings.dflash, TargetShape.of(launch.model))
-    Eagle3Config.read(settings.eagle3)
-    DFlashConfig.read(settings.dflash)
 
 
 def register() -> None:

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from whiflash_sglang.checkpoints import block_size_of, dflash_layers, eagle3_layers
+from whiflash_sglang import arms
+from whiflash_sglang.checkpoints import block_size_of, target_layers
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import NeuralRouter, Settings
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.router import Layers, Router
 
 
@@ -22,34 +22,27 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    layers = target.shape.num_layers
-    for_eagle, for_dflash = eagle3_layers(settings.eagle3, layers), dflash_layers(settings.dflash, layers)
-    captured = tuple(sorted(set(for_eagle) | set(for_dflash)))
-    eagle = Eagle3Drafter.load(
-        settings.eagle3,
-        device=target.device,
-        dtype=target.dtype,
-        target_embedding=target.embedding,
-        target_lm_head=target.lm_head,
+    eagle3, dflash = read_draft(settings.eagle3, arms.AR), read_draft(settings.dflash, arms.DIFFUSION)
+    layers = [target_layers(draft, target.shape.num_layers) for draft in (eagle3, dflash)]
+    captured = tuple(sorted(set(layers[0]) | set(layers[1])))
+    chain, block_drafter = (
+        draft.load(
+            device=target.device,
+            dtype=target.dtype,
+            target_embedding=target.embedding,
+            target_lm_head=target.lm_head,
+        ).requires_grad_(False)
+        for draft in (eagle3, dflash)
     )
-    dflash = DFlashDrafter.load(
-        settings.dflash,
-        device=target.device,
-        dtype=target.dtype,
-        target_embedding=target.embedding,
-        target_lm_head=target.lm_head,
-    )
-    for model in (eagle, dflash):
-        model.requires_grad_(False)
     block = block_size_of(settings.dflash, settings.block_size)
     shared = settings.dflash_vocabulary == "eagle3"
     vocabulary = (
-        eagle.target_ids(torch.arange(eagle.draft_vocab_size, device=target.device)) if shared else None
+        chain.target_ids(torch.arange(chain.draft_vocab_size, device=target.device)) if shared else None
     )
     positions = target.context_len + max(block, settings.eagle_steps)
     drafters: list[Drafter] = [
-        Eagle3Arm(eagle, captured, for_eagle, settings.eagle_steps, positions),
-        DFlashArm(dflash, captured, for_dflash, block, positions, vocabulary),
+        Eagle3Arm(chain, captured, layers[0], settings.eagle_steps, positions),
+        DFlashArm(block_drafter, captured, layers[1], block, positions, vocabulary),
     ]
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup))

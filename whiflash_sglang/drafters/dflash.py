@@ -1,16 +1,17 @@
 """The diffusion arm: one DFlash block in one non-causal pass (arXiv 2602.06036)."""
 
 import torch
-import torch.nn.functional as F
 from whiflash_kernels import dflash_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
-from whiflash_sglang.drafters.paged import PagedArm, choose
+from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.drafters.weights import dflash_weights, rope_table
 from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.dflash_config import LayerSpan
+from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 
@@ -23,7 +24,7 @@ class DFlashArm(PagedArm):
 
     Args:
         model: loaded checkpoint. captured: the union of captured layers. layers: the checkpoint's own.
-        block: tokens of a block, the bonus token included; at most the checkpoint's own block size.
+        block: tokens that a block verifies, the bonus token included; at most as many as the checkpoint drafts and it.
         positions: rotary positions that may occur.
         vocabulary: [K] int64 target ids that it chooses from; None: all of them.
     """
@@ -47,8 +48,9 @@ class DFlashArm(PagedArm):
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
-        self._vocabulary = vocabulary
-        self._head = model.target_lm_head if vocabulary is None else model.target_lm_head[vocabulary]
+        self._rows = self.max_drafts + (not config.from_anchor)
+        self._spans = config.spans or (LayerSpan(),) * config.num_layers
+        self._head = model.head if vocabulary is None else model.head.within(vocabulary)
         self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
@@ -56,21 +58,31 @@ class DFlashArm(PagedArm):
         dflash_catch_up(features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        block, size = self.max_drafts + 1, len(batch)
+        block, size = self._rows, len(batch)
         ids = batch.bonus.new_full((size, block), self.model.mask_token_id)
         ids[:, 0] = batch.bonus
         positions = batch.starts[:, None] + torch.arange(block, device=ids.device)
-        plan = PagedAttentionPlan.build(
-            batch.slot_table,
-            [block] * size,
-            [n + block for n in batch.lengths],
-            causal=False,
-            dtype=self._dtype,
-            request_rows=batch.rows,
-        )
-        attend = self.attend_at(batch.slots(0, block).reshape(-1), plan)
-        hidden = self.model(ids.view(-1), positions.view(-1), attend).view(size, block, -1)
+        states = self.model(ids.view(-1), positions.view(-1), self._attend(batch))
         wanted = max(batch.limits)
-        choice = choose(F.linear(hidden[:, 1 : wanted + 1].reshape(size * wanted, -1), self._head))
-        token = choice.token if self._vocabulary is None else self._vocabulary[choice.token]
-        return self.cut(token.view(size, wanted), choice.confidence.view(size, wanted), batch)
+        choice = self.model.propose(states.view(size, block, -1), batch.bonus, wanted, self._head)
+        return self.cut(choice.token, choice.confidence, batch)
+
+    def _attend(self, batch: DraftBatch) -> Attend:
+        """Attention of one block a request: each layer sees what its span says."""
+        block, size = self._rows, len(batch)
+        slots = batch.slots(0, block).reshape(-1)
+        attends = {}
+        for span in set(self._spans):
+            plan = PagedAttentionPlan.build(
+                batch.slot_table,
+                [block] * size,
+                [n + block for n in batch.lengths],
+                causal=span.causal,
+                window=span.window,
+                dtype=self._dtype,
+                request_rows=batch.rows,
+            )
+            attends[span] = self.attend_at(slots, plan)
+        if len(attends) == 1:
+            return next(iter(attends.values()))
+        return lambda layer, q, k, v: attends[self._spans[layer]](layer, q, k, v)

@@ -7,9 +7,10 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
-from whiflash_sglang.drafters.paged import PagedArm, choose
+from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.drafters.weights import eagle3_weights, rope_table
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.choice import choose
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 

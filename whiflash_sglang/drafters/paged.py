@@ -1,7 +1,6 @@
 """What every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -59,16 +58,3 @@ class PagedArm(Drafter):
             return plan.run(q, self.kv.k[layer], self.kv.v[layer], scale)
 
         return attend
-
-
-class Choice(NamedTuple):
-    """Of each row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its probability."""
-
-    token: torch.Tensor
-    confidence: torch.Tensor
-
-
-def choose(logits: torch.Tensor) -> Choice:
-    """The drafter's first choice for every row of `logits` [N, V], any float type."""
-    top = logits.max(-1)
-    return Choice(top.indices, (top.values.float() - logits.float().logsumexp(-1)).exp())

@@ -14,13 +14,14 @@ def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
     """K and V projections of all layers stacked, so that one product serves the whole catch-up."""
     layers: list[Any] = list(model.layers)
     attentions = [layer.attention for layer in layers]
+    biased = model.config.attention_bias
     return DFlashWeights(
         fc=model.fc.weight.detach(),
-        hidden_norm=model.hidden_norm.weight.detach(),
+        hidden_norm=model.hidden_norm.scale().detach(),
         kv=torch.cat([a.qkv.weight.detach()[a.query_size :] for a in attentions]),
-        k_norm=torch.stack([a.k_norm.weight.detach() for a in attentions]),
+        k_norm=torch.stack([a.k_norm.scale().detach() for a in attentions]),
         eps=model.config.rms_norm_eps,
-        fc_bias=None if model.fc.bias is None else model.fc.bias.detach(),
+        kv_bias=torch.cat([a.qkv.bias.detach()[a.query_size :] for a in attentions]) if biased else None,
     )
 
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,14 +36,14 @@ def read_json_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_config_of(path: Path, architecture: str) -> dict[str, Any]:
-    """`config.json` of an `architecture` checkpoint. Raises `CheckpointError` where it is missing, damaged, or says
-    another architecture.
+def read_config_of(path: Path, architectures: tuple[str, ...]) -> dict[str, Any]:
+    """`config.json` of a checkpoint of one of `architectures`. Raises `CheckpointError` where it is missing, damaged,
+    or says another one.
     """
     config = read_json_config(path)
-    if architecture not in (config.get("architectures") or []):
+    if not set(architectures).intersection(config.get("architectures") or []):
         raise CheckpointError(
-            f"{path}/config.json: architectures is {config.get('architectures')}, expected [{architecture!r}]"
+            f"{path}/config.json: architectures is {config.get('architectures')}, expected {list(architectures)}"
         )
     return config
 
@@ -61,6 +62,27 @@ def integer(
     return value
 
 
+def number(config: Mapping[str, Any], key: str, path: Path, *, default: float | None = None) -> float:
+    """A setting that is a number. Raises `CheckpointError` naming file and key otherwise."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{path}/config.json: {key} must be a number, got {value!r}")
+    return float(value)
+
+
+def layer_ids(config: Mapping[str, Any], key: str, path: Path, section: str = "") -> tuple[int, ...]:
+    """A setting that lists layers. Raises `CheckpointError` naming file, `section` and key otherwise."""
+    layers = config.get(key)
+    whole = isinstance(layers, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
+    if not isinstance(layers, list) or not layers or not whole:
+        raise CheckpointError(
+            f"{path}/config.json: {section}{key} must be a list of layer numbers, got {layers!r}"
+        )
+    return tuple(layers)
+
+
 def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
     """Head counts. Raises `CheckpointError` where the key/value heads do not divide the heads."""
     heads = integer(config, "num_attention_heads", path)
@@ -74,17 +96,55 @@ def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a directory. Raises `CheckpointError` where a file is damaged or there is none."""
-    files = sorted(path.glob("*.safetensors"))
+    """All tensors of a directory, one file or several: `.safetensors`, else `pytorch_model*.bin`, of which only tensors
+    are unpickled. Raises `CheckpointError` where a file is damaged or missing, or there is none.
+    """
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
-        raise CheckpointError(f"{path} has no .safetensors file; a draft checkpoint needs {WEIGHTS}")
+        raise CheckpointError(
+            f"{path} has no .safetensors file and no pytorch_model.bin; a draft checkpoint needs {WEIGHTS}"
+        )
+    _check_shards(path, {file.name for file in files})
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
-            weights.update(load_file(file))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is damaged or truncated: {error}; fetch it again") from None
+            weights.update(_read_file(file))
+        except UnpicklingError:
+            raise CheckpointError(
+                f"{file} holds more than tensors, or is damaged, and is not unpickled; fetch it again or convert it to "
+                ".safetensors"
+            ) from None
+        except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
+            raise CheckpointError(
+                f"{file} is damaged or truncated: {_first_line(error)}; fetch it again"
+            ) from None
     return weights
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    found = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UnpicklingError
+    return found
+
+
+def _check_shards(path: Path, found: set[str]) -> None:
+    """Every file that an index names is there."""
+    for index in (path / f"{WEIGHTS}.index.json", path / "pytorch_model.bin.index.json"):
+        if not index.is_file() or not any(name.endswith(index.name.split(".")[1]) for name in found):
+            continue
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} cannot be read: {_first_line(error)}") from None
+        if named - found:
+            raise CheckpointError(f"{index} names {min(named - found)}, which is missing; fetch it again")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class WeightReader:
@@ -119,12 +179,60 @@ class WeightReader:
             parameter.copy_(value)
 
     def fill_attention(self, attention: Attention, prefix: str) -> None:
-        """`<prefix>{q,k,v,o}_proj` and, where the module has them, `{q,k}_norm`."""
-        self.fill(attention.qkv.weight, *(f"{prefix}{name}_proj.weight" for name in "qkv"))
+        """`<prefix>{q,k,v,o}_proj` with their biases and `{q,k}_norm` where the module has them; also where a file
+        holds one `qkv_proj`.
+        """
+        for kind, fused in (("weight", attention.qkv.weight), ("bias", attention.qkv.bias)):
+            if fused is not None:
+                whole = f"{prefix}qkv_proj.{kind}"
+                parts = (f"{prefix}{name}_proj.{kind}" for name in "qkv")
+                self.fill(fused, *((whole,) if whole in self else parts))
         self.fill(attention.out.weight, f"{prefix}o_proj.weight")
+        if attention.out.bias is not None:
+            self.fill(attention.out.bias, f"{prefix}o_proj.bias")
         if attention.q_norm is not None and attention.k_norm is not None:
             self.fill(attention.q_norm.weight, f"{prefix}q_norm.weight")
             self.fill(attention.k_norm.weight, f"{prefix}k_norm.weight")
+
+    def reduced_head(self, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+        """A head over some of the target's ids: `lm_head` [rows, H] and those ids [rows] int64, from `d2t`'s offsets.
+
+        Raises:
+            CheckpointError: a tensor is missing, or does not fit the vocabulary of `vocab` ids.
+        """
+        head = self.tensor("lm_head.weight")
+        if len(head) != rows:
+            raise CheckpointError(
+                f"{self._path}: lm_head.weight {list(head.shape)} does not fit draft_vocab_size {rows}"
+            )
+        return head, self.offsets("d2t", rows, vocab) + torch.arange(rows)
+
+    def offsets(self, name: str, rows: int, vocab: int) -> Tensor:
+        """[rows] int64, what is added to a row of the head for the target's id; zeros where the vocabularies are equal
+        and the tensor is missing.
+
+        Raises:
+            CheckpointError: it is missing otherwise, has another size, or leads out of the vocabulary of `vocab` ids.
+        """
+        if name not in self:
+            if rows == vocab:
+                return torch.zeros(vocab, dtype=torch.int64)
+            raise CheckpointError(
+                f"{self._path}: the weights lack {name}, the map from the draft vocabulary to the target's"
+            )
+        offsets = self.tensor(name).to(torch.int64)
+        if offsets.shape != (rows,):
+            raise CheckpointError(
+                f"{self._path}: {name} has {list(offsets.shape)} entries, draft_vocab_size is {rows}"
+            )
+        ids = offsets + torch.arange(rows)
+        wrong = ids[(ids < 0) | (ids >= vocab)]
+        if len(wrong):
+            raise CheckpointError(
+                f"{self._path}: {name} maps to token {int(wrong[0])}, outside the target's vocabulary of "
+                f"{vocab} ({len(wrong)} such entries)"
+            )
+        return offsets
 
 
 def attention_weights(attention: Attention, prefix: str) -> dict[str, Tensor]:

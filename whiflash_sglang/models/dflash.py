@@ -3,15 +3,19 @@
 A block is the last committed (bonus) token followed by mask tokens; one non-causal pass drafts them all. The
 context enters only as extra K/V, projected by every layer from one fused feature per token. Embedding and LM
 head are the target's. Numerics follow `sglang/srt/models/dflash.py` of SGLang 0.5.23.
+
+Other formats share this trunk: they add to its layers, or to how its states become tokens (`propose`).
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import (
     WeightReader,
@@ -19,43 +23,93 @@ from whiflash_sglang.models.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from whiflash_sglang.models.dflash_config import DFlashConfig
-from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
-from whiflash_sglang.models.rope import Rotary, rotate
+from whiflash_sglang.models.choice import Choice, DraftHead, choose
+from whiflash_sglang.models.dflash_config import ALIASES, ARCHITECTURE, DFlashConfig, parse
+from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.models.layers import Attend, Attention, GemmaRMSNorm, RMSNorm, SwiGLU
+from whiflash_sglang.models.rope import Angles, Rotary, half_split, rotary_width, rotate
+
+_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+"""Tensor names of other exporters."""
+
+MASK_EMBEDDING = "mask_embedding.pt"
+"""A trained embedding of the mask token beside the weights, as SGLang 0.5.23 reads it."""
 
 
-class _Layer(nn.Module):
+class DFlashLayer(nn.Module):
+    """A decoder layer; its K and V are computed in the same way from the context."""
+
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_norm = RMSNorm(size, eps)
-        self.attention = Attention(size, size, config.attention, head_norm_eps=eps)
-        self.mlp_norm = RMSNorm(size, eps)
-        self.mlp = SwiGLU(size, config.intermediate_size)
+        norm = norm_of(config)
+        self.input_norm = norm(size, eps)
+        self.attention = self._attention(config)
+        self.mlp_norm = norm(size, eps)
+        self.mlp = SwiGLU(size, config.intermediate_size, config.clamped)
+
+    @staticmethod
+    def _attention(config: DFlashConfig) -> Attention:
+        size = config.hidden_size
+        return Attention(
+            size,
+            size,
+            config.attention,
+            head_norm_eps=config.rms_norm_eps,
+            bias=config.attention_bias,
+            norm=norm_of(config),
+        )
+
+    def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend) -> Tensor:
+        """`hidden` [T, H] → [T, H]."""
+        hidden = hidden + self.attention(self.input_norm(hidden), angles, index, attend)
+        mixed: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        return mixed
+
+    def fill(self, reader: WeightReader, prefix: str) -> None:
+        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        reader.fill_attention(self.attention, f"{prefix}self_attn.")
+        reader.fill(self.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+        reader.fill(self.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
+        reader.fill(self.input_norm.weight, f"{prefix}input_layernorm.weight")
+        reader.fill(self.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
+
+
+def norm_of(config: DFlashConfig) -> type[RMSNorm]:
+    """The kind of norm that a checkpoint has throughout."""
+    return GemmaRMSNorm if config.gemma_norm else RMSNorm
 
 
 class DFlashDrafter(nn.Module):
     """A block-diffusion drafter.
 
-    Attributes: `target_embedding` and `target_lm_head` [V, H], the target's, not part of the checkpoint.
+    Attributes: `target_embedding` and `target_lm_head` [V, H], the target's, not part of the checkpoint; `head`, what
+    it chooses from.
     """
 
+    layer: type[DFlashLayer] = DFlashLayer
     target_embedding: Tensor
     target_lm_head: Tensor
+    own_head: Tensor | None
+    own_ids: Tensor | None
+    mask_embedding: Tensor | None
 
     def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
         """Untrained."""
         super().__init__()
         self.config = config
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
-        self.hidden_norm = RMSNorm(size, eps)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(size, eps)
+        norm = norm_of(config)
+        self.fc = nn.Linear(config.num_features * size, size, bias=False)
+        self.hidden_norm = norm(size, eps)
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
+        self.norm = norm(size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
         self.register_buffer("target_embedding", target_embedding, persistent=False)
         self.register_buffer("target_lm_head", target_lm_head, persistent=False)
-        self._context: tuple[Tensor, Tensor] | None = None
+        for name in ("own_head", "own_ids", "mask_embedding"):
+            self.register_buffer(name, None, persistent=False)
+        self._context: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     @property
     def block_size(self) -> int:
@@ -77,6 +131,13 @@ class DFlashDrafter(nn.Module):
         """Draft layers, each with K/V of its own."""
         return self.config.num_layers
 
+    @property
+    def head(self) -> DraftHead:
+        """What it chooses from: a head of its own, over the target ids that it drafts, or the target's."""
+        if self.own_head is not None:
+            return DraftHead(self.own_head, self.own_ids)
+        return DraftHead(self.target_lm_head, None)
+
     def fuse(self, features: Tensor) -> Tensor:
         """`features` [T, len(target_layer_ids) · H] → the context feature [T, H] that all layers share."""
         fused: Tensor = self.hidden_norm(self.fc(features))
@@ -88,8 +149,8 @@ class DFlashDrafter(nn.Module):
         Returns k and v, each [layers, T, Hkv, D], k normed and rotated. Exact for any number of layers.
         """
         _, kv_heads, head_dim = self.config.attention
-        weight, k_norm = self._context_projection()
-        kv = F.linear(fused, weight).view(len(fused), self.num_layers, 2, kv_heads, head_dim)
+        weight, bias, k_norm = self._context_projection()
+        kv = F.linear(fused, weight, bias).view(len(fused), self.num_layers, 2, kv_heads, head_dim)
         k, v = kv.permute(2, 1, 0, 3, 4)
         k = F.rms_norm(k, (head_dim,), None, self.config.rms_norm_eps) * k_norm.to(k.dtype)
         rotated = rotate(k.flatten(0, 1), _repeat(self.rotary.angles(positions), self.num_layers))
@@ -98,17 +159,36 @@ class DFlashDrafter(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Blocks: bonus and mask ids [T] int64 at `positions` [T] → final-normed states [T, H]."""
         hidden = F.embedding(tokens, self.target_embedding)
+        if self.mask_embedding is not None:
+            hidden = torch.where((tokens == self.mask_token_id)[:, None], self.mask_embedding, hidden)
         angles = self.rotary.angles(positions)
-        layers: list[Any] = list(self.layers)
-        for index, layer in enumerate(layers):
-            hidden = hidden + layer.attention(layer.input_norm(hidden), angles, index, attend)
-            hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, angles, index, attend)
         normed: Tensor = self.norm(hidden)
         return normed
 
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
+        """The first `wanted` drafts of every block.
+
+        Args:
+            states: [B, rows, H] of `forward`, the bonus token's row first. bonus: [B] int64, the token at that row.
+            head: `head`, or a part of it.
+
+        Returns:
+            tokens, the target's ids, and confidences, each [B, wanted].
+        """
+        rows = self.draft_rows(states, wanted)
+        choice = choose(head.logits(rows.flatten(0, 1)))
+        return Choice(head.target_ids(choice.token).view(-1, wanted), choice.confidence.view(-1, wanted))
+
+    def draft_rows(self, states: Tensor, wanted: int) -> Tensor:
+        """[B, rows, H] → the states [B, wanted, H] that draft."""
+        first = 0 if self.config.from_anchor else 1
+        return states[:, first : first + wanted]
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] → [T, V], by the target's head."""
-        return F.linear(hidden, self.target_lm_head)
+        """[T, H] → [T, K], by its head."""
+        return self.head.logits(hidden)
 
     def train(self, mode: bool = True) -> "DFlashDrafter":
         """Switch modes; the stacked projection is kept in evaluation mode only."""
@@ -116,14 +196,22 @@ class DFlashDrafter(nn.Module):
         self._context = None if mode else self._stack()
         return self
 
-    def _context_projection(self) -> tuple[Tensor, Tensor]:
+    def _context_projection(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self._stack() if self._context is None else self._context
 
-    def _stack(self) -> tuple[Tensor, Tensor]:
-        """K and V rows of all layers [layers · 2 · Hkv · D, H], and their K norms [layers, 1, 1, D]."""
+    def _stack(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """K and V rows of all layers [layers · 2 · Hkv · D, H], their biases, and the K norms [layers, 1, 1, D]."""
         attentions: list[Any] = [layer.attention for layer in self.layers]
-        weight = torch.cat([attention.qkv.weight[attention.query_size :] for attention in attentions])
-        return weight, torch.stack([attention.k_norm.weight for attention in attentions])[:, None, None]
+        rows = attentions[0].query_size
+        weight = torch.cat([attention.qkv.weight[rows:] for attention in attentions])
+        bias = None
+        if self.config.attention_bias:
+            bias = torch.cat([attention.qkv.bias[rows:] for attention in attentions])
+        return (
+            weight,
+            bias,
+            torch.stack([attention.k_norm.scale() for attention in attentions])[:, None, None],
+        )
 
     @classmethod
     def load(
@@ -134,49 +222,99 @@ class DFlashDrafter(nn.Module):
         dtype: torch.dtype,
         target_embedding: Tensor,
         target_lm_head: Tensor,
+        config: DFlashConfig | None = None,
     ) -> "DFlashDrafter":
-        """Read a checkpoint directory. Raises `CheckpointError` naming what is missing or does not fit."""
-        config = DFlashConfig.read(path)
-        vocab, hidden = target_embedding.shape
-        if hidden != config.hidden_size:
-            raise CheckpointError(
-                f"{path}: this DFlash drafter is for a target of hidden size {config.hidden_size}, "
-                f"the embedding handed in has {hidden}"
-            )
-        if config.mask_token_id >= vocab:
-            raise CheckpointError(
-                f"{path}: mask_token_id {config.mask_token_id} is outside the target's vocabulary of {vocab}"
-            )
-        weights = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
-        reader = WeightReader(path, weights)
+        """Read a checkpoint directory; `config`: where it is not a `DFlashDraftModel`'s own.
+
+        Raises:
+            CheckpointError: naming what is missing or does not fit.
+        """
+        config = config or DFlashConfig.read(path)
+        _check_target(path, config, target_embedding)
+        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
+        reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
         drafter = cls(config, target_embedding, target_lm_head)
-        for name in ("fc", "hidden_norm", "norm"):
-            reader.fill(drafter.get_parameter(f"{name}.weight"), f"{name}.weight")
-        for index, layer in enumerate(drafter.layers):
-            _fill_layer(reader, layer, f"layers.{index}.")
+        drafter.fill(reader)
+        drafter.mask_embedding = _mask_embedding(path, config)
         return drafter.to(device=device, dtype=dtype).eval()
 
+    def fill(self, reader: WeightReader) -> None:
+        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        for name in ("fc", "hidden_norm", "norm"):
+            reader.fill(self.get_parameter(f"{name}.weight"), f"{name}.weight")
+        layers: list[Any] = list(self.layers)
+        for index, layer in enumerate(layers):
+            layer.fill(reader, f"layers.{index}.")
+            _fold_variants(self.config, layer.attention)
+        if self.config.draft_vocab_size is not None:
+            self.own_head, self.own_ids = reader.reduced_head(
+                self.config.draft_vocab_size, self.config.vocab_size
+            )
+
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write `config.json` and `model.safetensors`; SGLang's `DFLASH` loads the result as it is."""
+        """Write `config.json` and `model.safetensors`; SGLang's `DFLASH` loads the result as it is.
+
+        Raises:
+            ValueError: a variant, which is read only.
+        """
+        config = self.config.to_json()
         weights = {
             f"{name}.weight": self.get_parameter(f"{name}.weight") for name in ("fc", "hidden_norm", "norm")
         }
         tensors: dict[str, Tensor] = dict(weights)
         for index, layer in enumerate(self.layers):
             tensors.update(_layer_weights(layer, f"layers.{index}."))
-        write_checkpoint(path, self.config.to_json(), tensors, dtype)
+        write_checkpoint(path, config, tensors, dtype)
 
 
 def _repeat(angles: tuple[Tensor, Tensor], times: int) -> tuple[Tensor, Tensor]:
     return angles[0].repeat(times, 1, 1), angles[1].repeat(times, 1, 1)
 
 
-def _fill_layer(reader: WeightReader, layer: Any, prefix: str) -> None:
-    reader.fill_attention(layer.attention, f"{prefix}self_attn.")
-    reader.fill(layer.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
-    reader.fill(layer.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
-    reader.fill(layer.input_norm.weight, f"{prefix}input_layernorm.weight")
-    reader.fill(layer.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
+def _check_target(path: Path, config: DFlashConfig, embedding: Tensor) -> None:
+    vocab, hidden = embedding.shape
+    if hidden != config.hidden_size:
+        raise CheckpointError(
+            f"{path}: this DFlash drafter is for a target of hidden size {config.hidden_size}, "
+            f"the embedding handed in has {hidden}"
+        )
+    if config.mask_token_id >= vocab:
+        raise CheckpointError(
+            f"{path}: mask_token_id {config.mask_token_id} is outside the target's vocabulary of {vocab}"
+        )
+
+
+def _mask_embedding(path: Path, config: DFlashConfig) -> Tensor | None:
+    file = path / MASK_EMBEDDING
+    if not file.is_file():
+        return None
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        embedding, token = found["embedding"], int(found["mask_token_id"])
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}; fetch it again") from None
+    if found.get("per_position") or embedding.shape != (config.hidden_size,) or token != config.mask_token_id:
+        raise CheckpointError(
+            f"{file} must hold one embedding [{config.hidden_size}] of mask_token_id {config.mask_token_id}, got "
+            f"{list(embedding.shape)} of {token}"
+        )
+    return torch.as_tensor(embedding)
+
+
+@torch.no_grad()
+def _fold_variants(config: DFlashConfig, attention: Attention) -> None:
+    """Variants that are plain attention with other weights: V's scale, and RoPE over neighbouring dimensions."""
+    heads, kv_heads, head_dim = attention.shape
+    rotated = (heads + kv_heads) * head_dim
+    width = rotary_width(config.rope, head_dim)
+    for rows in (attention.qkv.weight, attention.qkv.bias):
+        if rows is not None:
+            rows[rotated:] *= config.value_scale
+            if config.neighbours:
+                rows[:rotated] = half_split(rows[:rotated], heads + kv_heads, width)
+    if config.neighbours and attention.q_norm is not None and attention.k_norm is not None:
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.weight.copy_(half_split(norm.weight, 1, width))
 
 
 def _layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
@@ -189,3 +327,15 @@ def _layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
         f"{prefix}input_layernorm.weight": layer.input_norm.weight,
         f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
     }
+
+
+FORMAT = DraftFormat(
+    name="DFlash",
+    arm=arms.DIFFUSION,
+    keys=(ARCHITECTURE, *ALIASES),
+    layers_key="target_layer_ids",
+    read=lambda path, config: parse(path, config, DFlashConfig),
+    model=DFlashDrafter,
+    published="z-lab, SpecForge, modal-labs",
+    defined_by="SGLang 0.5.23, `models/dflash.py`",
+)

@@ -1,42 +1,68 @@
-"""What a DFlash checkpoint's `config.json` says, read and written in the `DFlashDraftModel` format."""
+"""What a block drafter's `config.json` says, in the `DFlashDraftModel` format and what later ones share with it.
+
+Which keys may stand where follows `parse_dflash_draft_config` of SGLang 0.5.23: what is in `dflash_config` goes
+before the same key at the top level.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.checkpoint import attention_shape, integer, read_config_of
-from whiflash_sglang.models.layers import AttentionShape
+from whiflash_sglang.models.checkpoint import (
+    attention_shape,
+    integer,
+    layer_ids,
+    number,
+    read_config_of,
+)
+from whiflash_sglang.models.layers import AttentionShape, Clamped
 from whiflash_sglang.models.rope import rope_parameters
 
 ARCHITECTURE = "DFlashDraftModel"
-_PLAIN_VALUES = {
-    "projector_type": (None, "dflash"),
+ALIASES = ("MuseGlimmerAssistantModel",)
+"""Other architectures that are the same model."""
+DEFAULT_BLOCK = 16
+"""Of a checkpoint that does not say, as in SGLang."""
+
+_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "conv_kernel_size": (None, 0),
     "selector_rank": (None, 0),
     "output_multiplier": (None, 1.0),
     "final_logit_softcapping": (None, 0.0),
     "attention_sink_bias": (None, False),
-    "attention_value_scale": (None, 1.0),
-    "attention_bias": (None, False),
-    "use_gemma_norm": (None, False),
-    "rope_is_neox_style": (None, True),
-    "partial_rotary_factor": (None, 1.0),
-    "is_causal": (None, False),
-    "hidden_act": (None, "silu"),
+    "has_embed_tokens": (None, False),
+    "quantization_config": (None,),
 }
-"""Settings of later DFlash variants, and the values at which they mean the published model."""
+"""Settings that change the draft pass in ways that only some formats know, and the values at which they do not."""
+
+
+class LayerSpan(NamedTuple):
+    """What a row of one layer sees. causal: nothing behind it in its block. window: how many entries before it at most,
+    None for all; a window goes with causal.
+    """
+
+    causal: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DFlashConfig:
-    """Sizes of a checkpoint.
+    """Sizes and variants of a checkpoint.
 
     Attributes:
-        block_size: tokens of a block, the bonus token included.
-        target_layer_ids: target layers whose outputs are concatenated, in this order.
+        block_size: rows of a draft pass, the bonus token's included.
         mask_token_id: the token that stands at the positions to be drafted.
+        target_layer_ids: target layers whose outputs are concatenated, in this order; empty where SGLang's default is
+            left. num_target_layers: as the checkpoint says, None where it does not.
+        spans: per layer, what a row sees; empty: everything.
+        from_anchor: the bonus token's row drafts too, so that a block gives as many drafts as it has rows.
+        draft_vocab_size: rows of the drafter's own head; None where it uses the target's.
+        value_scale: what V is multiplied by. neighbours: RoPE turns neighbouring dimensions, not halves.
+        gate: Laguna's gate on what was attended, one for each head ("head") or each dimension ("element").
+        feature_norms: every captured feature has a norm of its own before `fc`, and the context passes the norm before
+            each layer's attention (Laguna).
     """
 
     hidden_size: int
@@ -47,41 +73,57 @@ class DFlashConfig:
     block_size: int
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
-    num_target_layers: int
+    num_target_layers: int | None
     rope: dict[str, Any]
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
+    spans: tuple[LayerSpan, ...] = ()
+    from_anchor: bool = False
+    draft_vocab_size: int | None = None
+    attention_bias: bool = False
+    gemma_norm: bool = False
+    value_scale: float = 1.0
+    neighbours: bool = False
+    clamped: Clamped | None = None
+    gate: str | None = None
+    feature_norms: bool = False
+
+    @property
+    def num_features(self) -> int:
+        """Captured features that `fc` takes."""
+        return len(self.target_layer_ids) or self.num_layers
+
+    @property
+    def max_drafts(self) -> int:
+        """Tokens that one block drafts."""
+        return self.block_size if self.from_anchor else self.block_size - 1
+
+    @property
+    def target_hidden_size(self) -> int:
+        """Size of one captured feature: the target's own."""
+        return self.hidden_size
+
+    def check_drafts(self, path: Path) -> None:
+        """Raise CheckpointError where the arm cannot draft with it; any block drafter it can."""
+
+    def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
+        """Target layers whose outputs are read, for a target of that many: those named, else evenly from 1 to L-3."""
+        if self.target_layer_ids:
+            return self.target_layer_ids
+        if self.num_layers == 1:
+            return (num_target_layers // 2,)
+        span = num_target_layers - 4
+        return tuple(round(1 + index * span / (self.num_layers - 1)) for index in range(self.num_layers))
 
     @classmethod
     def read(cls, path: Path) -> "DFlashConfig":
-        """Parse `config.json`. Raises `CheckpointError` naming the field that does not fit."""
-        config = read_config_of(path, ARCHITECTURE)
-        dflash = config.get("dflash_config") or {}
-        _refuse_variants(path, {**config, **dflash})
-        vocab = integer(config, "vocab_size", path)
-        layers = integer({**config, **dflash}, "num_target_layers", path)
-        parsed = cls(
-            hidden_size=integer(config, "hidden_size", path),
-            intermediate_size=integer(config, "intermediate_size", path),
-            attention=attention_shape(config, path),
-            num_layers=integer(config, "num_hidden_layers", path),
-            vocab_size=vocab,
-            block_size=integer({**config, **dflash}, "block_size", path, minimum=2),
-            mask_token_id=integer({**config, **dflash}, "mask_token_id", path, minimum=0),
-            target_layer_ids=_target_layers(path, {**config, **dflash}, layers),
-            num_target_layers=layers,
-            rope=rope_parameters(config),
-            max_position_embeddings=integer(config, "max_position_embeddings", path, default=32768),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        )
-        if parsed.mask_token_id >= vocab:
-            raise CheckpointError(
-                f"{path}/config.json: mask_token_id {parsed.mask_token_id} is not among {vocab} tokens"
-            )
-        return parsed
+        """Parse a `DFlashDraftModel`'s `config.json`. Raises `CheckpointError` naming the field that does not fit."""
+        return parse(path, read_config_of(path, (ARCHITECTURE, *ALIASES)), cls)
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` that SGLang reads."""
+        """The `config.json` that SGLang reads. Raises ValueError for variants, which are read only."""
+        if self.variant:
+            raise ValueError("only plain DFlash drafters are written")
         return {
             "architectures": [ARCHITECTURE],
             "model_type": "qwen3",
@@ -109,33 +151,128 @@ class DFlashConfig:
             "torch_dtype": "bfloat16",
         }
 
+    @property
+    def variant(self) -> bool:
+        """Whether anything but sizes differs from the published model."""
+        plain = (False, False, None, False, False, 1.0, False, None, None, False)
+        found = (
+            any(span != LayerSpan() for span in self.spans),
+            self.from_anchor,
+            self.draft_vocab_size,
+            self.attention_bias,
+            self.gemma_norm,
+            self.value_scale,
+            self.neighbours,
+            self.clamped,
+            self.gate,
+            self.feature_norms,
+        )
+        return found != plain or type(self) is not DFlashConfig
 
-def _refuse_variants(path: Path, settings: Mapping[str, Any]) -> None:
+
+C = TypeVar("C", bound=DFlashConfig)
+
+
+def parse(
+    path: Path, config: Mapping[str, Any], kind: type[C], *, known: tuple[str, ...] = (), **decided: Any
+) -> C:
+    """A block drafter's configuration from a `config.json` of z-lab's layout, nested keys first.
+
+    Args:
+        kind: what to make of it. known: variants of `_PLAIN_VALUES` that the caller reads itself. decided: fields that
+            the format adds or decides.
+
+    Raises:
+        CheckpointError: naming the field that does not fit, or the variant that this format has no draft pass for.
+    """
+    settings = {**config, **(config.get("text_config") or {}), **(config.get("dflash_config") or {})}
+    _refuse_variants(path, settings, known)
+    vocab = integer(settings, "vocab_size", path)
+    layers = integer(settings, "num_hidden_layers", path)
+    parsed = {
+        "hidden_size": integer(settings, "hidden_size", path),
+        "intermediate_size": integer(settings, "intermediate_size", path),
+        "attention": attention_shape(settings, path),
+        "num_layers": layers,
+        "vocab_size": vocab,
+        "block_size": integer(settings, "block_size", path, minimum=2, default=DEFAULT_BLOCK),
+        "mask_token_id": _mask(path, settings, vocab),
+        **_target_layers(path, settings),
+        "rope": rope_parameters(settings),
+        "max_position_embeddings": integer(settings, "max_position_embeddings", path, default=32768),
+        "rms_norm_eps": number(settings, "rms_norm_eps", path, default=1e-6),
+        "spans": _spans(path, settings, layers),
+        "attention_bias": bool(settings.get("attention_bias", False)),
+        "gemma_norm": bool(settings.get("use_gemma_norm", False)),
+        "value_scale": number(settings, "attention_value_scale", path, default=1.0),
+        "neighbours": not settings.get("rope_is_neox_style", settings.get("is_neox_style", True)),
+        "clamped": _activation(path, settings),
+    }
+    return kind(**{**parsed, **decided})
+
+
+def _refuse_variants(path: Path, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key, plain in _PLAIN_VALUES.items():
-        if settings.get(key) not in plain:
+        if key not in known and settings.get(key) not in plain:
             raise CheckpointError(
-                f"{path}/config.json: {key} {settings[key]!r} belongs to a DFlash variant that is not "
-                f"supported (supported: {plain[-1]!r})"
+                f"{path}/config.json: {key} {settings[key]!r} belongs to a drafter that is not supported "
+                f"in this format (supported: {plain[-1]!r})"
             )
-    kinds = set(settings.get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise CheckpointError(
-            f"{path}/config.json: layer_types {sorted(kinds)} are not supported, only full_attention "
-            "(sliding-window drafters need a windowed cache)"
-        )
 
 
-def _target_layers(path: Path, settings: Mapping[str, Any], num_target_layers: int) -> tuple[int, ...]:
-    layers = settings.get("target_layer_ids")
-    if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
+def _mask(path: Path, settings: Mapping[str, Any], vocab: int) -> int:
+    mask = settings.get("mask_token_id")
+    if not isinstance(mask, int) or isinstance(mask, bool) or not 0 <= mask < vocab:
         raise CheckpointError(
-            f"{path}/config.json: dflash_config.target_layer_ids must be a list of layer numbers, "
-            f"got {layers!r}"
+            f"{path}/config.json: mask_token_id {mask!r} is not in the target's vocabulary of {vocab}"
+            + (" (a mask_token without its id is not looked up)" if mask is None else "")
         )
-    wrong = [layer for layer in layers if not 0 <= layer < num_target_layers]
+    return mask
+
+
+def _target_layers(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    named, count = settings.get("target_layer_ids"), settings.get("num_target_layers")
+    layers = () if named is None else layer_ids(settings, "target_layer_ids", path)
+    count = None if count is None else integer(settings, "num_target_layers", path)
+    wrong = [layer for layer in layers if count is not None and not 0 <= layer < count]
     if wrong:
         raise CheckpointError(
-            f"{path}/config.json: dflash_config.target_layer_ids names layers {wrong}; "
-            f"the target has layers 0 to {num_target_layers - 1}"
+            f"{path}/config.json: target_layer_ids names layers {wrong}; the target has layers 0 to "
+            f"{integer(settings, 'num_target_layers', path) - 1}"
         )
-    return tuple(layers)
+    return {"target_layer_ids": layers, "num_target_layers": count}
+
+
+def _spans(path: Path, settings: Mapping[str, Any], layers: int) -> tuple[LayerSpan, ...]:
+    """As SGLang takes them: full layers see the whole block and sliding ones what is before, unless `is_causal` says
+    otherwise; Hugging Face's window counts the token itself.
+    """
+    kinds, causal = settings.get("layer_types"), settings.get("is_causal")
+    if kinds is None:
+        return ()
+    if not isinstance(kinds, list) or len(kinds) < layers:
+        raise CheckpointError(f"{path}/config.json: layer_types must name {layers} layers, got {kinds!r}")
+    spans = []
+    for kind in kinds[:layers]:
+        if kind == "full_attention":
+            spans.append(LayerSpan(bool(causal)))
+        elif kind != "sliding_attention":
+            raise CheckpointError(f"{path}/config.json: layer_types names {kind!r}, which is not known here")
+        elif causal is False:
+            raise CheckpointError(
+                f"{path}/config.json: is_causal false with sliding_attention is not supported: windows look back only"
+            )
+        else:
+            spans.append(LayerSpan(True, integer(settings, "sliding_window", path) - 1))
+    return tuple(spans) if set(spans) != {LayerSpan()} else ()
+
+
+def _activation(path: Path, settings: Mapping[str, Any]) -> Clamped | None:
+    name = settings.get("hidden_act", "silu")
+    if name == "silu":
+        return None
+    if name == "swigluoai":
+        return Clamped(number(settings, "swiglu_alpha", path), number(settings, "swiglu_limit", path))
+    raise CheckpointError(
+        f"{path}/config.json: hidden_act {name!r} is not supported, only silu and swigluoai"
+    )

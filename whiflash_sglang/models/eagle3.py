@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import (
     WeightReader,
@@ -20,7 +21,8 @@ from whiflash_sglang.models.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from whiflash_sglang.models.eagle3_config import Eagle3Config
+from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
 from whiflash_sglang.models.rope import Rotary
 
@@ -159,9 +161,14 @@ class Eagle3Drafter(nn.Module):
         dtype: torch.dtype,
         target_embedding: Tensor,
         target_lm_head: Tensor | None,
+        config: Eagle3Config | None = None,
     ) -> "Eagle3Drafter":
-        """Read a checkpoint directory. Raises `CheckpointError` naming what is missing or does not fit."""
-        config = Eagle3Config.read(path)
+        """Read a checkpoint directory; `config`: where it is not a `LlamaForCausalLMEagle3`'s own.
+
+        Raises:
+            CheckpointError: naming what is missing or does not fit.
+        """
+        config = config or Eagle3Config.read(path)
         reader = WeightReader(path, read_weights(path))
         if config.target_hidden_size != config.hidden_size:
             target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
@@ -175,7 +182,7 @@ class Eagle3Drafter(nn.Module):
             )
             _fill_layer(reader, layer, prefix)
         if config.draft_vocab_size is not None:
-            drafter.d2t = _checked_map(path, reader, config)
+            drafter.d2t = reader.offsets("d2t", config.draft_vocab_size, config.vocab_size)
         return drafter.to(device=device, dtype=dtype).eval()
 
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -231,23 +238,13 @@ def _check_target(path: Path, config: Eagle3Config, embedding: Tensor) -> None:
         raise CheckpointError(f"{path}: vocab_size {config.vocab_size} exceeds the target's {vocab} tokens")
 
 
-def _checked_map(path: Path, reader: WeightReader, config: Eagle3Config) -> Tensor:
-    if "d2t" not in reader:
-        if config.draft_vocab_size == config.vocab_size:
-            return torch.zeros(config.vocab_size, dtype=torch.int64)
-        raise CheckpointError(
-            f"{path}: the weights lack d2t, the map from the draft vocabulary to the target's"
-        )
-    d2t = reader.tensor("d2t").to(torch.int64)
-    if d2t.shape != (config.draft_vocab_size,):
-        raise CheckpointError(
-            f"{path}: d2t has {list(d2t.shape)} entries, draft_vocab_size is {config.draft_vocab_size}"
-        )
-    ids = d2t + torch.arange(len(d2t))
-    wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
-    if len(wrong):
-        raise CheckpointError(
-            f"{path}: d2t maps to token {int(wrong[0])}, outside the target's vocabulary of "
-            f"{config.vocab_size} ({len(wrong)} such entries)"
-        )
-    return d2t
+FORMAT = DraftFormat(
+    name="EAGLE-3",
+    arm=arms.AR,
+    keys=(ARCHITECTURE,),
+    layers_key=f"eagle_config.{LAYERS_KEY}",
+    read=parse,
+    model=Eagle3Drafter,
+    published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash",
+    defined_by="SGLang 0.5.23, `models/llama_eagle3.py`",
+)

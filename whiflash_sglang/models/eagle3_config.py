@@ -1,15 +1,17 @@
 """What an EAGLE-3 checkpoint's `config.json` says, read and written in SGLang's format."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.checkpoint import attention_shape, integer, read_config_of
+from whiflash_sglang.models.checkpoint import attention_shape, integer, layer_ids, read_config_of
 from whiflash_sglang.models.layers import AttentionShape
 from whiflash_sglang.models.rope import rope_parameters
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +46,24 @@ class Eagle3Config:
     @classmethod
     def read(cls, path: Path) -> "Eagle3Config":
         """Parse `config.json`. Raises `CheckpointError` naming the field that does not fit."""
-        config = read_config_of(path, ARCHITECTURE)
-        if config.get("hidden_act", "silu") != "silu":
+        return parse(path, read_config_of(path, (ARCHITECTURE,)))
+
+    def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
+        """Target layers whose outputs are read, for a target of that many.
+
+        SGLang's ids name the layer *before* which the state is captured; its default is [2, L//2, L-3], which are the
+        outputs of [1, L//2-1, L-4]. An explicit list in the checkpoint already names outputs (SGLang adds one to each).
+        """
+        last = num_target_layers
+        return self.target_layer_ids or (1, last // 2 - 1, last - 4)
+
+    def check_drafts(self, path: Path) -> None:
+        """Raise CheckpointError where the arm cannot draft with it: lazy catch-up is exact for one layer only."""
+        if self.num_layers != 1:
             raise CheckpointError(
-                f"{path}/config.json: hidden_act {config['hidden_act']!r} is not supported, only silu"
+                f"{path}/config.json: num_hidden_layers {self.num_layers}: KV of an EAGLE-3 drafter can be caught up "
+                "exactly for one layer only"
             )
-        if config.get("tie_word_embeddings"):
-            raise CheckpointError(
-                f"{path}/config.json: tie_word_embeddings is not supported for an EAGLE-3 drafter"
-            )
-        eagle = config.get("eagle_config") or {}
-        layers = tuple(eagle.get("eagle_aux_hidden_state_layer_ids") or ())
-        draft_vocab = config.get("draft_vocab_size")
-        hidden = integer(config, "hidden_size", path)
-        return cls(
-            hidden_size=hidden,
-            target_hidden_size=integer(config, "target_hidden_size", path, default=hidden),
-            intermediate_size=integer(config, "intermediate_size", path),
-            attention=attention_shape(config, path),
-            num_layers=integer(config, "num_hidden_layers", path),
-            vocab_size=integer(config, "vocab_size", path),
-            draft_vocab_size=None if draft_vocab is None else integer(config, "draft_vocab_size", path),
-            num_features=integer(config, "num_aux_hidden_states", path, default=len(layers) or 3),
-            target_layer_ids=layers,
-            rope=rope_parameters(config),
-            max_position_embeddings=integer(config, "max_position_embeddings", path, default=8192),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-            fc_bias=bool(config.get("bias", False)),
-            norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
-            fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm", False)),
-            norm_output=bool(config.get("norm_output", False)),
-        )
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that SGLang reads."""
@@ -101,3 +90,37 @@ class Eagle3Config:
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers} if layers else {},
             "torch_dtype": "bfloat16",
         }
+
+
+def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
+    """A `LlamaForCausalLMEagle3`'s configuration. Raises `CheckpointError` naming the field that does not fit."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(
+            f"{path}/config.json: hidden_act {config['hidden_act']!r} is not supported, only silu"
+        )
+    if config.get("tie_word_embeddings"):
+        raise CheckpointError(
+            f"{path}/config.json: tie_word_embeddings is not supported for an EAGLE-3 drafter"
+        )
+    eagle = config.get("eagle_config") or {}
+    layers = layer_ids(eagle, LAYERS_KEY, path, "eagle_config.") if eagle.get(LAYERS_KEY) else ()
+    draft_vocab = config.get("draft_vocab_size")
+    hidden = integer(config, "hidden_size", path)
+    return Eagle3Config(
+        hidden_size=hidden,
+        target_hidden_size=integer(config, "target_hidden_size", path, default=hidden),
+        intermediate_size=integer(config, "intermediate_size", path),
+        attention=attention_shape(config, path),
+        num_layers=integer(config, "num_hidden_layers", path),
+        vocab_size=integer(config, "vocab_size", path),
+        draft_vocab_size=None if draft_vocab is None else integer(config, "draft_vocab_size", path),
+        num_features=integer(config, "num_aux_hidden_states", path, default=len(layers) or 3),
+        target_layer_ids=layers,
+        rope=rope_parameters(config),
+        max_position_embeddings=integer(config, "max_position_embeddings", path, default=8192),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+        fc_bias=bool(config.get("bias", False)),
+        norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
+        fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm", False)),
+        norm_output=bool(config.get("norm_output", False)),
+    )

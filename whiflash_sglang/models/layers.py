@@ -37,23 +37,48 @@ class RMSNorm(nn.Module):
         """[..., size] → [..., size]."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
+    def scale(self) -> Tensor:
+        """[size], what the normed input is multiplied by."""
+        return self.weight
+
+
+class GemmaRMSNorm(RMSNorm):
+    """x / rms(x) · (1 + weight), multiplied in fp32: near one, bf16 would lose the weight's digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] → [..., size]."""
+        return F.rms_norm(x.float(), self.weight.shape, self.scale(), self.eps).to(x.dtype)
+
+    def scale(self) -> Tensor:
+        """[size] fp32, what the normed input is multiplied by."""
+        return 1.0 + self.weight.float()
+
 
 class Attention(nn.Module):
     """Grouped-query attention with one fused projection, and optional per-head query and key norms."""
 
     def __init__(
-        self, width: int, hidden: int, shape: AttentionShape, *, head_norm_eps: float | None
+        self,
+        width: int,
+        hidden: int,
+        shape: AttentionShape,
+        *,
+        head_norm_eps: float | None,
+        bias: bool = False,
+        norm: type[RMSNorm] = RMSNorm,
     ) -> None:
-        """`width` is the input's size (2H in EAGLE-3's first layer), `hidden` the output's."""
+        """`width` is the input's size (2H in EAGLE-3's first layer), `hidden` the output's. `bias`: of all four
+        projections. `norm`: of the heads.
+        """
         super().__init__()
         self.shape = shape
         self.query_size = shape.heads * shape.head_dim
-        self.qkv = nn.Linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, bias=False)
-        self.out = nn.Linear(self.query_size, hidden, bias=False)
+        self.qkv = nn.Linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, bias=bias)
+        self.out = nn.Linear(self.query_size, hidden, bias=bias)
         self.q_norm = self.k_norm = None
         if head_norm_eps is not None:
-            self.q_norm = RMSNorm(shape.head_dim, head_norm_eps)
-            self.k_norm = RMSNorm(shape.head_dim, head_norm_eps)
+            self.q_norm = norm(shape.head_dim, head_norm_eps)
+            self.k_norm = norm(shape.head_dim, head_norm_eps)
 
     def forward(self, x: Tensor, angles: Angles, layer: int, attend: Attend) -> Tensor:
         """`x` [T, width] → [T, hidden]."""
@@ -64,28 +89,47 @@ class Attention(nn.Module):
             q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
         else:
             q, k = torch.split(rotate(qkv[:, : heads + kv_heads], angles), [heads, kv_heads], dim=1)
-        mixed: Tensor = self.out(attend(layer, q, k, v).reshape(len(x), self.query_size))
+        mixed: Tensor = self.out(self.mixed(attend(layer, q, k, v), x))
         return mixed
+
+    def mixed(self, attended: Tensor, x: Tensor) -> Tensor:
+        """What `out` reads: `attended` [T, Hq, D] as it is, [T, Hq · D]; `x` [T, width] is for gated kinds."""
+        return attended.reshape(len(x), self.query_size)
 
     def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """`x` [T, width] → k and v, each [T, Hkv, D]; neither queries nor attention are computed."""
-        kv = F.linear(x, self.qkv.weight[self.query_size :]).view(len(x), 2 * self.shape.kv_heads, -1)
+        bias = None if self.qkv.bias is None else self.qkv.bias[self.query_size :]
+        kv = F.linear(x, self.qkv.weight[self.query_size :], bias).view(len(x), 2 * self.shape.kv_heads, -1)
         k, v = kv.chunk(2, dim=1)
         if self.k_norm is not None:
             k = self.k_norm(k)
         return rotate(k, angles), v
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)), gate and up in one projection."""
+class Clamped(NamedTuple):
+    """gpt-oss's activation: gate · sigmoid(alpha · gate) · (up + 1), the gate cut above and `up` at ± `limit`."""
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    alpha: float
+    limit: float
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), gate and up in one projection; with `clamped`, gpt-oss's form of it."""
+
+    def __init__(self, hidden: int, intermediate: int, clamped: Clamped | None = None) -> None:
         super().__init__()
         self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
         self.down = nn.Linear(intermediate, hidden, bias=False)
+        self.clamped = clamped
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        mixed: Tensor = self.down(F.silu(gate) * up)
+        if self.clamped is not None:
+            alpha, limit = self.clamped
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+            activated = gate * torch.sigmoid(alpha * gate)
+        else:
+            activated = F.silu(gate)
+        mixed: Tensor = self.down(activated * up)
         return mixed

@@ -1,4 +1,7 @@
-"""Rotary position embedding from a Hugging Face configuration, NeoX (half-split) layout."""
+"""Rotary position embedding from a Hugging Face configuration, NeoX (half-split) layout.
+
+Checkpoints that rotate neighbouring pairs instead are permuted when they are loaded (`half_split`).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,41 +14,76 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from whiflash_sglang.errors import CheckpointError
 
 Angles = tuple[Tensor, Tensor]
-"""Cosines and sines, each [T, 1, head_dim // 2] fp32."""
+"""Cosines and sines, each [T, 1, R // 2] fp32; R <= head_dim is the rotary width, the rest passes through."""
+
+_OF_THE_TARGET = ("mrope_section", "mrope_interleaved")
+"""Copied from targets that count positions in three dimensions; a drafter of text has one."""
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration's rotary settings in one dictionary, whichever of the two spellings it uses.
 
-    transformers ≥ 5 writes `rope_parameters`; older files write `rope_theta` and `rope_scaling`.
+    transformers ≥ 5 writes `rope_parameters`; older files write `rope_theta` and `rope_scaling`. Where only a part
+    of a head is rotated, `rope_dim` says how many of its dimensions, or `partial_rotary_factor` which share.
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    kind = parameters.pop("type", "default")
+    parameters.setdefault("rope_type", kind)
     parameters.setdefault("rope_theta", float(config.get("rope_theta", 10000.0)))
+    for key in _OF_THE_TARGET:
+        parameters.pop(key, None)
+    if parameters["rope_type"] == "mrope":
+        parameters["rope_type"] = "default"
+    factor = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if "rope_dim" not in parameters and factor not in (None, 1, 1.0):
+        parameters["partial_rotary_factor"] = factor
     return parameters
+
+
+def rotary_width(parameters: Mapping[str, Any], head_dim: int) -> int:
+    """How many of a head's first dimensions are rotated."""
+    return int(parameters.get("rope_dim") or head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def half_split(rows: Tensor, heads: int, width: int) -> Tensor:
+    """Rows [heads · D, …] of a projection (or a norm's [D], one head) whose neighbours 2i, 2i+1 rotate together,
+    reordered so that i and i + `width` / 2 do. Scores stay: queries and keys are permuted alike.
+    """
+    size = len(rows) // heads
+    order = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2), torch.arange(width, size)])
+    return rows.unflatten(0, (heads, size))[:, order].flatten(0, 1)
 
 
 class Rotary(nn.Module):
     """Angles of positions; frequencies by transformers' `ROPE_INIT_FUNCTIONS`, everything in fp32.
 
-    Raises `CheckpointError` for a rope type that transformers does not know.
+    Raises `CheckpointError` for a rope type that transformers does not know, or a rotary width that a head has not.
     """
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> None:
         """`parameters` as `rope_parameters` returns them."""
         super().__init__()
-        kind = parameters["rope_type"]
+        kind, width = parameters["rope_type"], rotary_width(parameters, head_dim)
+        if not 2 <= width <= head_dim or width % 2:
+            raise CheckpointError(
+                f"{width} of a head's {head_dim} dimensions cannot be rotated (rope_dim, partial_rotary_factor)"
+            )
         self.scale = 1.0
         if kind == "default":
-            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+            exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
             self._frequencies = 1.0 / parameters["rope_theta"] ** exponents
         elif kind in ROPE_INIT_FUNCTIONS:
+            whole = {
+                key: value
+                for key, value in parameters.items()
+                if key not in ("rope_dim", "partial_rotary_factor")
+            }
             config = PretrainedConfig(
-                hidden_size=head_dim,
+                hidden_size=width,
                 num_attention_heads=1,
-                head_dim=head_dim,
+                head_dim=width,
                 max_position_embeddings=max_positions,
-                rope_parameters=dict(parameters),
+                rope_parameters=whole,
             )
             self._frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         else:
@@ -53,7 +91,7 @@ class Rotary(nn.Module):
             raise CheckpointError(f"rope_type {kind!r} is unknown; transformers knows {known}")
 
     def angles(self, positions: Tensor) -> Angles:
-        """`positions` [T] int → cosines and sines, each [T, 1, head_dim // 2] fp32."""
+        """`positions` [T] int → cosines and sines, each [T, 1, R // 2] fp32."""
         # Held outside the module's buffers: `.to(bfloat16)` must not round the frequencies.
         self._frequencies = self._frequencies.to(positions.device)
         angles = positions.to(torch.float32)[:, None, None] * self._frequencies
@@ -63,5 +101,9 @@ class Rotary(nn.Module):
 def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Rotate `x` [T, heads, head_dim] by `angles` of its rows; computed in fp32, returned in `x`'s dtype."""
     cosine, sine = angles
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
+    width = 2 * cosine.shape[-1]
+    first, second = x[..., :width].float().chunk(2, dim=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    if width < x.shape[-1]:
+        turned.append(x[..., width:].float())
+    return torch.cat(turned, dim=-1).to(x.dtype)

@@ -1,0 +1,71 @@
+"""What a published draft format is: whose name it goes by, how its files are read, which model they fill."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.errors import CheckpointError
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFormat:
+    """One family of checkpoints.
+
+    Attributes:
+        name: as people call it. arm: which arm it becomes, of `whiflash_sglang.arms`.
+        keys: what `format_key` gives for its checkpoints, each of one format only.
+        layers_key: where its `config.json` lists the target's layers.
+        read: `config.json` → the arm's configuration; raises `CheckpointError` naming the key that does not fit.
+        model: the drafter's class; its `load` reads the weights.
+        published: who publishes it, for the documentation. defined_by: the implementation it is compared with.
+    """
+
+    name: str
+    arm: str
+    keys: tuple[str, ...]
+    layers_key: str
+    read: Callable[[Path, Json], Any]
+    model: Any
+    published: str
+    defined_by: str
+
+
+def format_key(config: Json) -> str | None:
+    """What a checkpoint goes by: `speculators/TYPE`, a projector that changes the draft pass, or its architecture."""
+    kind = config.get("speculators_model_type")
+    if kind:
+        return f"speculators/{kind}"
+    projector = {**config, **(config.get("dflash_config") or {})}.get("projector_type")
+    if projector not in (None, "dflash", "dspark"):
+        return f"projector/{projector}"
+    return next(iter(config.get("architectures") or ()), None)
+
+
+def by_key(formats: Iterable[DraftFormat]) -> dict[str, DraftFormat]:
+    """Every key with its format. Raises ValueError where two formats claim one key."""
+    found: dict[str, DraftFormat] = {}
+    for draft_format in formats:
+        for key in draft_format.keys:
+            if key in found:
+                raise ValueError(f"{key} is claimed by {found[key].name} and by {draft_format.name}")
+            found[key] = draft_format
+    return found
+
+
+def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftFormat:
+    """The format of the checkpoint at `path`. Raises CheckpointError naming what it says and what is known."""
+    key = format_key(config)
+    if key in formats:
+        return formats[str(key)]
+    raise CheckpointError(
+        f"{path}/config.json: {_spelled(config)} is no draft architecture that is known here "
+        f"(known: {', '.join(sorted(formats))})"
+    )
+
+
+def _spelled(config: Json) -> str:
+    kind = config.get("speculators_model_type")
+    return f"speculators_model_type {kind!r}" if kind else f"architectures {config.get('architectures')}"

@@ -1,0 +1,38 @@
+"""Every draft format that can be loaded: one table, one line for each family."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from whiflash_sglang.models import dflash, eagle3
+from whiflash_sglang.models.checkpoint import read_json_config
+from whiflash_sglang.models.draft_format import DraftFormat, by_key, pick
+
+FORMATS: tuple[DraftFormat, ...] = (dflash.FORMAT, eagle3.FORMAT)
+_BY_KEY = by_key(FORMATS)
+
+
+class Draft(NamedTuple):
+    """A checkpoint whose `config.json` was read: its format, and the configuration of that format's model."""
+
+    path: Path
+    format: DraftFormat
+    config: Any
+
+    def load(self, **options: Any) -> Any:
+        """Its drafter, weights and all; `options` as `DFlashDrafter.load` and `Eagle3Drafter.load` take them."""
+        return self.format.model.load(self.path, config=self.config, **options)
+
+
+def read_draft(path: Path, arm: str | None = None) -> Draft:
+    """What the checkpoint directory `path` is, from its `config.json` alone.
+
+    Args:
+        arm: the arm it must be for; None: any.
+
+    Raises:
+        CheckpointError: naming the file and the key that is missing, unknown or does not fit.
+    """
+    config = read_json_config(path)
+    among = _BY_KEY if arm is None else {key: f for key, f in _BY_KEY.items() if f.arm == arm}
+    draft_format = pick(among, config, path)
+    return Draft(path, draft_format, draft_format.read(path, config))
