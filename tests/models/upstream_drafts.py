@@ -35,6 +35,7 @@ class Attended(nn.Module):
         super().__init__()
         self.attn = attn
         self.context: tuple[Tensor, Tensor] | None = None
+        self.seen: tuple[Tensor, Tensor] | None = None
         for name in ("layer_id", "k_scale", "v_scale"):
             setattr(self, name, getattr(attn, name, None))
 
@@ -45,6 +46,7 @@ class Attended(nn.Module):
         if self.context is not None:
             before = len(self.context[0])
             k, v = torch.cat([self.context[0], k]), torch.cat([self.context[1], v])
+        self.seen = k, v
         causal = self.attn.attn_type.value != "encoder_only"
         window = self.attn.sliding_window_size
         out = torch.empty_like(q)
@@ -57,6 +59,10 @@ class Attended(nn.Module):
                 scores = k[first:stop, shared] @ q[row, head] * dim**-0.5
                 out[row, head] = scores.softmax(0) @ v[first:stop, shared]
         return out.view(rows, -1)
+
+    def keep(self) -> None:
+        """What was attended last is the context of what follows."""
+        self.context = self.seen
 
 
 def load(path: Path, model_class: type, **changed: Any) -> Any:

@@ -36,6 +36,8 @@ def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
         input_norm=layer.embedding_norm.weight.detach(),
         hidden_norm=layer.hidden_norm.weight.detach(),
         kv=attention.qkv.weight.detach()[attention.query_size :],
+        kv_bias=None if attention.qkv.bias is None else attention.qkv.bias.detach()[attention.query_size :],
+        k_norm=None if attention.k_norm is None else attention.k_norm.weight.detach()[None],
         eps=model.config.rms_norm_eps,
         fc_bias=None if model.fc.bias is None else model.fc.bias.detach(),
         chunk_norms=torch.stack([norm.weight.detach() for norm in norms]) if norms else None,

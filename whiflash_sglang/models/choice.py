@@ -25,14 +25,25 @@ class DraftHead:
 
     Args:
         weight: [K, H]. ids: [K] int64, the target's id of each row; None: the rows are the target's vocabulary.
+        beside: [K, R], a second matrix over the same rows, of drafters whose tokens depend on one another.
     """
 
-    def __init__(self, weight: Tensor, ids: Tensor | None) -> None:
-        self.weight, self.ids = weight, ids
+    def __init__(self, weight: Tensor, ids: Tensor | None, beside: Tensor | None = None) -> None:
+        self.weight, self.ids, self._beside = weight, ids, beside
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., K]."""
         return F.linear(hidden, self.weight)
+
+    def second(self, latent: Tensor) -> Tensor:
+        """[..., R] → [..., K], by the second matrix. Raises ValueError where there is none."""
+        if self._beside is None:
+            raise ValueError("this head has no second matrix")
+        return F.linear(latent, self._beside)
+
+    def beside(self, matrix: Tensor | None) -> "DraftHead":
+        """The same head with `matrix` [K, R] as its second."""
+        return DraftHead(self.weight, self.ids, matrix)
 
     def target_ids(self, rows: Tensor) -> Tensor:
         """Rows of the head → the target's ids, any shape."""
@@ -44,9 +55,10 @@ class DraftHead:
         Raises:
             ValueError: an id that this head does not draft.
         """
-        if self.ids is None:
-            return DraftHead(self.weight[vocabulary], vocabulary)
-        kept = torch.isin(self.ids, vocabulary)
-        if int(kept.sum()) != len(vocabulary):
-            raise ValueError("the vocabulary has tokens that this drafter's own head does not draft")
-        return DraftHead(self.weight[kept], self.ids[kept])
+        rows = vocabulary
+        if self.ids is not None:
+            rows = torch.isin(self.ids, vocabulary).nonzero()[:, 0]
+            if len(rows) != len(vocabulary):
+                raise ValueError("the vocabulary has tokens that this drafter's own head does not draft")
+            vocabulary = self.ids[rows]
+        return DraftHead(self.weight[rows], vocabulary, None if self._beside is None else self._beside[rows])

@@ -195,7 +195,6 @@ def parse(
         "attention": attention_shape(settings, path),
         "num_layers": layers,
         "vocab_size": vocab,
-        "block_size": integer(settings, "block_size", path, minimum=2, default=DEFAULT_BLOCK),
         "mask_token_id": _mask(path, settings, vocab),
         **_target_layers(path, settings),
         "rope": rope_parameters(settings),
@@ -208,6 +207,8 @@ def parse(
         "neighbours": not settings.get("rope_is_neox_style", settings.get("is_neox_style", True)),
         "clamped": _activation(path, settings),
     }
+    if "block_size" not in decided:
+        decided["block_size"] = integer(settings, "block_size", path, minimum=2, default=DEFAULT_BLOCK)
     return kind(**{**parsed, **decided})
 
 

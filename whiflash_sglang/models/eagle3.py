@@ -22,9 +22,12 @@ from whiflash_sglang.models.checkpoint import (
     write_checkpoint,
 )
 from whiflash_sglang.models.draft_format import DraftFormat
-from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse
+from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse, parse_deepspec
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
 from whiflash_sglang.models.rope import Rotary
+
+_NAMES = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in enumerate(("low", "mid", "high"))}
+"""Tensor names of earlier files."""
 
 
 class DraftStep(NamedTuple):
@@ -40,7 +43,13 @@ class _Layer(nn.Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm = RMSNorm(size, eps) if first else None
         self.hidden_norm = RMSNorm(size, eps)
-        self.attention = Attention(2 * size if first else size, size, config.attention, head_norm_eps=None)
+        self.attention = Attention(
+            2 * size if first else size,
+            size,
+            config.attention,
+            head_norm_eps=eps if config.head_norms else None,
+            bias=config.attention_bias,
+        )
         self.mlp_norm = RMSNorm(size, eps)
         self.mlp = SwiGLU(size, config.intermediate_size)
 
@@ -129,8 +138,8 @@ class Eagle3Drafter(nn.Module):
     def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep:
         """One step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T]."""
         angles = self.rotary.angles(positions)
-        residual = hidden
         layers: list[Any] = list(self.layers)
+        residual = layers[0].hidden_norm(hidden) if self.config.norm_before_residual else hidden
         for index, layer in enumerate(layers):
             entry = self._first_input(tokens, hidden) if index == 0 else layer.hidden_norm(residual)
             residual = residual + layer.attention(entry, angles, index, attend)
@@ -169,8 +178,9 @@ class Eagle3Drafter(nn.Module):
             CheckpointError: naming what is missing or does not fit.
         """
         config = config or Eagle3Config.read(path)
-        reader = WeightReader(path, read_weights(path))
-        if config.target_hidden_size != config.hidden_size:
+        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
+        reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
+        if config.own_embedding or config.target_hidden_size != config.hidden_size:
             target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
         _check_target(path, config, target_embedding)
         drafter = cls(config, target_embedding, target_lm_head)
@@ -241,10 +251,20 @@ def _check_target(path: Path, config: Eagle3Config, embedding: Tensor) -> None:
 FORMAT = DraftFormat(
     name="EAGLE-3",
     arm=arms.AR,
-    keys=(ARCHITECTURE,),
+    keys=(ARCHITECTURE, "LlamaForCausalLM"),
     layers_key=f"eagle_config.{LAYERS_KEY}",
     read=parse,
     model=Eagle3Drafter,
-    published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash",
+    published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash; yuhuili's originals",
     defined_by="SGLang 0.5.23, `models/llama_eagle3.py`",
+)
+DEEPSPEC = DraftFormat(
+    name="DeepSpec EAGLE-3",
+    arm=arms.AR,
+    keys=("Qwen3Eagle3Model",),
+    layers_key="target_layer_ids",
+    read=parse_deepspec,
+    model=Eagle3Drafter,
+    published="deepseek-ai",
+    defined_by="DeepSpec (formula in the test)",
 )

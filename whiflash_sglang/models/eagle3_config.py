@@ -1,7 +1,7 @@
 """What an EAGLE-3 checkpoint's `config.json` says, read and written in SGLang's format."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Eagle3Config:
         target_layer_ids: layers whose outputs are captured; empty where SGLang's default is left.
         norm_before_fc: one norm over the concatenation. fc_norm: one norm for each feature.
         norm_output: a draft step feeds back the state after the final norm.
+        norm_before_residual: the layer adds to the normed feature, not to the feature. head_norms: queries and keys are
+            normed. own_embedding: the file's embedding was trained, so it is used instead of the target's.
     """
 
     hidden_size: int
@@ -42,6 +44,10 @@ class Eagle3Config:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    norm_before_residual: bool = False
+    head_norms: bool = False
+    attention_bias: bool = False
+    own_embedding: bool = False
 
     @classmethod
     def read(cls, path: Path) -> "Eagle3Config":
@@ -66,8 +72,12 @@ class Eagle3Config:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` that SGLang reads."""
+        """The `config.json` that SGLang reads. Raises ValueError for variants that it does not know."""
+        if self.norm_before_residual or self.head_norms or self.attention_bias or self.own_embedding:
+            raise ValueError("only what SGLang loads is written")
         plain = asdict(self)
+        for name in ("norm_before_residual", "head_norms", "attention_bias", "own_embedding"):
+            del plain[name]
         heads = plain.pop("attention")
         rope = plain.pop("rope")
         layers = list(plain.pop("target_layer_ids"))
@@ -98,6 +108,12 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         raise CheckpointError(
             f"{path}/config.json: hidden_act {config['hidden_act']!r} is not supported, only silu"
         )
+    if config.get("architectures") == ["LlamaForCausalLM"] and not config.get("draft_vocab_size"):
+        raise CheckpointError(
+            f"{path}/config.json: a LlamaForCausalLM without draft_vocab_size is a target, not an EAGLE-3 drafter"
+        )
+    if config.get("rope_is_neox_style") is False:
+        raise CheckpointError(f"{path}/config.json: rope_is_neox_style false is not supported")
     if config.get("tie_word_embeddings"):
         raise CheckpointError(
             f"{path}/config.json: tie_word_embeddings is not supported for an EAGLE-3 drafter"
@@ -123,4 +139,19 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
         fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm", False)),
         norm_output=bool(config.get("norm_output", False)),
+    )
+
+
+def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
+    """DeepSpec's `Qwen3Eagle3Model`: Qwen3's head norms, features named at the top level, a head over the whole
+    vocabulary. Raises `CheckpointError` naming the field that does not fit.
+    """
+    layers = layer_ids(config, "target_layer_ids", path)
+    read = parse(path, {**config, "draft_vocab_size": config.get("vocab_size"), "tie_word_embeddings": False})
+    return replace(
+        read,
+        target_layer_ids=layers,
+        num_features=len(layers),
+        head_norms=True,
+        attention_bias=bool(config.get("attention_bias", False)),
     )

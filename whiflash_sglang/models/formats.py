@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang.models import dflash, eagle3
+from whiflash_sglang.models import dflash, dspark, eagle3, speculators
 from whiflash_sglang.models.checkpoint import read_json_config
 from whiflash_sglang.models.draft_format import DraftFormat, by_key, pick
 
-FORMATS: tuple[DraftFormat, ...] = (dflash.FORMAT, eagle3.FORMAT)
+FORMATS: tuple[DraftFormat, ...] = (
+    dflash.FORMAT,
+    dspark.FORMAT,
+    eagle3.FORMAT,
+    eagle3.DEEPSPEC,
+    *speculators.FORMATS,
+)
 _BY_KEY = by_key(FORMATS)
 
 

@@ -1,0 +1,122 @@
+"""Draft models that SGLang 0.5.23 does not load, from their published definition: plain fp32, one row at a time."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS, THETA = 1e-6, 10000.0
+Weights = Mapping[str, Tensor]
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+def turn(x: Tensor, positions: Tensor) -> Tensor:
+    """RoPE of [T, heads, D] as a complex rotation of (i, i + D/2)."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * THETA ** (-torch.arange(half) / half)
+    turned = (
+        torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    )
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: list[slice]) -> Tensor:
+    """Row t of q [T, Hq, D] over the keys `seen[t]` of k and v [S, Hkv, D]."""
+    out = torch.empty_like(q)
+    shared = q.shape[1] // k.shape[1]
+    for row, span in enumerate(seen):
+        for head in range(q.shape[1]):
+            scores = k[span, head // shared] @ q[row, head] * q.shape[2] ** -0.5
+            out[row, head] = scores.softmax(0) @ v[span, head // shared]
+    return out
+
+
+def heads(x: Tensor, w: Weights, name: str, size: int) -> Tensor:
+    rows = (F.linear(x, w[f"self_attn.{name}_proj.weight"])).view(len(x), -1, size)
+    kind = f"self_attn.{name}_norm.weight"
+    return norm(rows, w[kind]) if kind in w else rows
+
+
+def mlp(x: Tensor, w: Weights) -> Tensor:
+    gated = F.silu(F.linear(x, w["mlp.gate_proj.weight"])) * F.linear(x, w["mlp.up_proj.weight"])
+    return F.linear(gated, w["mlp.down_proj.weight"])
+
+
+def layer_of(weights: Weights, index: int) -> dict[str, Tensor]:
+    start = f"layers.{index}."
+    return {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
+
+
+def block(
+    weights: Weights, embedded: Tensor, features: Tensor, size: int, windows: list[int | None]
+) -> Tensor:
+    """DFlash's block (speculators, DeepSpec): states [W, H] of `embedded` behind the context's `features`.
+
+    windows: per layer, None for a layer that sees everything; else what is before, the row itself counted.
+    """
+    context = norm(F.linear(features, weights["fc.weight"]), weights["hidden_norm.weight"])
+    count, width = len(context), len(embedded)
+    places = torch.arange(count + width)
+    hidden = embedded
+    for index, window in enumerate(windows):
+        w = layer_of(weights, index)
+        inner = norm(hidden, w["input_layernorm.weight"])
+        both = torch.cat([context, inner])
+        q, k = turn(heads(inner, w, "q", size), places[count:]), turn(heads(both, w, "k", size), places)
+        everything = [slice(0, count + width)] * width
+        ends = range(count + 1, count + width + 1)
+        seen = everything if window is None else [slice(max(0, end - window), end) for end in ends]
+        mixed = attend(q, k, heads(both, w, "v", size), seen).flatten(1)
+        hidden = hidden + F.linear(mixed, w["self_attn.o_proj.weight"])
+        hidden = hidden + mlp(norm(hidden, w["post_attention_layernorm.weight"]), w)
+    return norm(hidden, weights["norm.weight"])
+
+
+def chain(
+    weights: Weights,
+    embedding: Tensor,
+    features: Tensor,
+    tokens: list[int],
+    steps: int,
+    size: int,
+    *,
+    before_residual: bool = False,
+    before_fc: bool = False,
+    each_before_fc: bool = False,
+    feed_normed: bool = False,
+) -> list[int]:
+    """EAGLE-3's greedy chain: ids of the drafter's own head.
+
+    Args:
+        features: [n, F] of positions 0…n-1. tokens: n ids, of positions 1…n.
+        before_residual, before_fc, each_before_fc, feed_normed:
+            speculators' norm_before_residual, norm_before_fc, fc_norm and norm_output.
+    """
+    if before_fc:
+        features = norm(features, weights["input_norm.weight"])
+    if each_before_fc:
+        chunks = features.unflatten(1, (-1, embedding.shape[1]))
+        normed = [norm(chunks[:, i], weights[f"fc_norm.{i}.weight"]) for i in range(chunks.shape[1])]
+        features = torch.cat(normed, 1)
+    states, ids, drafted = list(F.linear(features, weights["fc.weight"])), list(tokens), []
+    w = layer_of(weights, 0)
+    offsets = weights.get("d2t")
+    for _ in range(steps):
+        hidden, places = torch.stack(states), torch.arange(len(states))
+        normed = norm(hidden, w["hidden_norm.weight"])
+        entry = torch.cat([norm(embedding[torch.tensor(ids)], w["input_layernorm.weight"]), normed], 1)
+        q, k = (turn(heads(entry, w, name, size), places) for name in "qk")
+        seen = [slice(0, row + 1) for row in range(len(entry))]
+        mixed = attend(q, k, heads(entry, w, "v", size), seen).flatten(1)
+        out = (normed if before_residual else hidden) + F.linear(mixed, w["self_attn.o_proj.weight"])
+        out = out + mlp(norm(out, w["post_attention_layernorm.weight"]), w)
+        last = norm(out[-1], weights["norm.weight"])
+        choice = int(F.linear(last, weights["lm_head.weight"]).argmax())
+        drafted.append(choice)
+        ids.append(choice if offsets is None else choice + int(offsets[choice]))
+        states.append(last if feed_normed else out[-1])
+    return drafted

@@ -1,0 +1,56 @@
+"""An EAGLE-3 drafter served by the engine's arm: features caught up into paged KV, one chain of two requests."""
+
+from pathlib import Path
+
+import torch
+from published import HIDDEN, TARGET_LAYERS, VOCAB, target_tensors
+from served_blocks import BONUS, CONTEXT, LENGTHS
+from torch import Tensor
+
+from whiflash_sglang import arms
+from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.checkpoints import TargetShape, check_fit, target_layers
+from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.models.formats import read_draft
+
+STEPS = 5
+
+
+@torch.no_grad()
+def serve(path: Path) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
+    """Drafts per request, and what they came from: features [n, F] of its layers, and the tokens 1…n."""
+    draft = read_draft(path, arms.AR)
+    check_fit(draft, TargetShape(HIDDEN, TARGET_LAYERS, VOCAB))
+    embedding, head = target_tensors()
+    model = draft.load(
+        device=torch.device("cpu"), dtype=torch.float32, target_embedding=embedding, target_lm_head=head
+    )
+    layers = target_layers(draft, TARGET_LAYERS)
+    arm = Eagle3Arm(model.requires_grad_(False), layers, layers, STEPS, 256)
+    arm.allocate(len(LENGTHS) * CONTEXT)
+    generator = torch.Generator().manual_seed(4)
+    table = torch.randperm(len(LENGTHS) * CONTEXT, generator=generator).view(-1, CONTEXT).to(torch.int32)
+    features = [torch.randn(n, len(layers) * HIDDEN, generator=generator) for n in LENGTHS]
+    tokens = [
+        [*torch.randint(VOCAB, (n - 1,), generator=generator).tolist(), bonus]
+        for n, bonus in zip(LENGTHS, BONUS, strict=True)
+    ]
+    for row, n in enumerate(LENGTHS):
+        rows, slots = features[row][:-1], table[row, : n - 1].long()
+        arm.catch_up(FeatureRows(rows, torch.arange(n - 1), slots, torch.tensor(tokens[row][:-1])))
+    drafts = arm.draft(
+        DraftBatch(
+            rows=torch.arange(len(LENGTHS)),
+            row_ids=range(len(LENGTHS)),
+            lengths=LENGTHS,
+            starts=torch.tensor(LENGTHS),
+            bonus=torch.tensor(BONUS),
+            tail=torch.stack([rows[-1] for rows in features]),
+            slot_table=table,
+            limits=[STEPS] * len(LENGTHS),
+            caps=torch.full((len(LENGTHS),), STEPS),
+            calibration=torch.tensor(arm.length.calibration()),
+        )
+    )
+    return drafts.tokens.tolist(), features, tokens
