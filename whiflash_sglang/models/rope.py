@@ -51,7 +51,7 @@ def half_split(rows: Tensor, heads: int, width: int) -> Tensor:
     """
     size = len(rows) // heads
     order = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2), torch.arange(width, size)])
-    return rows.unflatten(0, (heads, size))[:, order].flatten(0, 1)
+    return rows.view(heads, size, *rows.shape[1:])[:, order].flatten(0, 1)
 
 
 class Rotary(nn.Module):
