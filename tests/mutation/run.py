@@ -65,14 +65,21 @@ def targets() -> list[Target]:
         ]
 
 
-# ---------------------------------------------------------------- one target: a warm process that forks
+def _of_one_process() -> list[list[int]]:
+    """Numbers of the targets that import the same: they share a process, because importing SGLang takes so long."""
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, target in enumerate(targets()):
+        groups[target.warm].append(number)
+    return list(groups.values())
 
 
-def run_target(root: Path, index: int, options: argparse.Namespace) -> None:
-    """In a process of its own: import what is slow, then fork for every mutant; results go to `options.out`."""
+# ---------------------------------------------------------------- a target in a warm process that forks
+
+
+def run_target(root: Path, target: Target, options: argparse.Namespace) -> bool:
+    """Import what is slow, then fork for every mutant; results go to `options.out`. False: the tests fail anyway."""
     from mutants import sample
 
-    target = targets()[index]
     known = {(r.module, r.name, r.digest) for r in read(options.out)}
     planned = []
     for module in _modules(root, target, options.only):
@@ -81,7 +88,7 @@ def run_target(root: Path, index: int, options: argparse.Namespace) -> None:
             if (module, mutant.name, digest) not in known:
                 planned.append((mutant, digest))
     if not planned:
-        return
+        return True
     for name in ("pytest", *target.warm):
         importlib.import_module(name)
     for plugin in importlib.metadata.entry_points(group="pytest11"):
@@ -89,7 +96,8 @@ def run_target(root: Path, index: int, options: argparse.Namespace) -> None:
     tests = [test for test in target.tests if _is_there(root, test)]
     unharmed = _finish(_start(root, None, tests), limit=float("inf"))
     if unharmed.outcome != SURVIVED:
-        raise SystemExit(f"the tests of {target.modules} fail without a fault:\n{unharmed.log}")
+        print(f"the tests of {target.modules} fail without a fault:\n{unharmed.log}", file=sys.stderr)
+        return False
     limit = max(60.0, 5 * unharmed.seconds)
     running: list[tuple[Trial, Any]] = []
     with options.out.open("a") as out:
@@ -110,13 +118,14 @@ def run_target(root: Path, index: int, options: argparse.Namespace) -> None:
                 f"{end.outcome:9} {end.seconds:6.1f} s  {mutant.module}:{mutant.line}  {mutant.name}",
                 flush=True,
             )
+    return True
 
 
-def _modules(root: Path, target: Target, only: str | None) -> Iterator[str]:
+def _modules(root: Path, target: Target, only: Sequence[str]) -> Iterator[str]:
     for pattern in target.modules:
         for path in sorted(root.glob(pattern)):
             name = str(path.relative_to(root))
-            if path.stat().st_size and (only is None or fnmatch.fnmatch(name, f"*{only}*")):
+            if path.stat().st_size and (not only or any(fnmatch.fnmatch(name, f"*{part}*") for part in only)):
                 yield name
 
 
@@ -275,23 +284,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, default=HERE.parent.parent, help="tree to plant faults into")
-    parser.add_argument("--only", help="modules whose path contains this (a glob)")
+    parser.add_argument("--only", nargs="*", help="modules whose path contains one of these (globs)")
     parser.add_argument("--most", type=int, default=20, help="faults a module, drawn by its name")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"), help="results, one a line")
     parser.add_argument("--report", action="store_true", help="print the table of --out, run nothing")
-    parser.add_argument("--target", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--targets", type=int, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = options.out.absolute()
-    if options.target is not None:
+    if options.targets is not None:
         sys.path.insert(0, str(HERE))
-        run_target(options.root.absolute(), options.target, options)
-        return
+        every = targets()
+        done = [run_target(options.root.absolute(), every[index], options) for index in options.targets]
+        raise SystemExit(not all(done))
     if not options.report:
-        for index in range(len(targets())):
-            again = [sys.executable, str(HERE / "run.py"), *sys.argv[1:], "--target", str(index)]
-            if subprocess.run(again, check=False).returncode not in (0,):
-                print(f"target {index} was not finished", file=sys.stderr)
+        for group in _of_one_process():
+            again = [sys.executable, str(HERE / "run.py"), *sys.argv[1:], "--targets", *map(str, group)]
+            if subprocess.run(again, check=False).returncode != 0:
+                print(f"targets {group} were not finished", file=sys.stderr)
     print(report(read(options.out)))
 
 

@@ -142,6 +142,11 @@ def test_the_bounds_themselves_are_allowed() -> None:
     assert len(parse_hints({"whiflash": padded}).spans) == MAX_SPANS
 
 
+def test_a_bias_out_of_bounds_is_told_them() -> None:
+    with pytest.raises(HintError, match=r"between -16 and 16$"):
+        parse_hints(carried(spans=[{"kind": "code", "begin": "x", "bias": {"ar": 17}}]))
+
+
 def test_bytes_are_counted_not_characters() -> None:
     head, tail = '{"spans": [{"kind": "code", "begin": "', '"}]}'
     marker = "é" * MAX_MARKER_CHARS

@@ -16,7 +16,6 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from whiflash_sglang import worker
 from whiflash_sglang.compat import step
-from whiflash_sglang.compat.step import GrammarManager
 
 PROMPT, TOKENS = [1, 2, 3], 30
 
@@ -101,16 +100,18 @@ def test_an_aborted_request_gets_one_more_round(models: Models, steps: list[int]
         assert steps == [1]
 
 
-def test_requests_whose_grammar_compiles_are_mail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_whose_grammar_compiles_are_mail(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the scheduler's next look shows that one is ready."""
     monkeypatch.setattr(step, "_sockets", ())
     monkeypatch.setattr(step, "_compiling", False)
-    manager = SimpleNamespace(grammar_queue=[object()])
-    assert GrammarManager.has_waiting_grammars(manager)
-    assert step.has_mail()
-    manager.grammar_queue.clear()
-    assert not GrammarManager.has_waiting_grammars(manager)
-    assert not step.has_mail()
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        manager = e.scheduler.grammar_manager
+        manager.grammar_queue.append(object())
+        assert manager.has_waiting_grammars()
+        assert step.has_mail()
+        manager.grammar_queue.clear()
+        assert not manager.has_waiting_grammars()
+        assert not step.has_mail()
 
 
 def test_a_token_that_stops_ends_a_step(models: Models, steps: list[int]) -> None:

@@ -59,7 +59,6 @@ class _Rule:
         while (marker := self.begin if self.opened_at is None else self.end) is not None:
             found = data.find(marker, max(self.next_from - base, 0))
             if found < 0:
-                self.next_from = max(self.next_from, base + len(data) - len(marker) + 1)
                 break
             self.next_from = base + found + len(marker)
             opened = self.opened_at is None
