@@ -1,0 +1,149 @@
+"""What the documentation shows can be typed: Python runs, commands and their flags exist."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from blocks import ROOT, Block, blocks, pages, python_blocks
+
+from whiflash_sglang.config import Flags, Manifest, RouterName, flag_of
+
+MARKS = {"", "server"}
+PAGES = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in pages()]
+
+
+def test_no_block_without_a_language_and_no_unknown_mark() -> None:
+    for page in pages():
+        for block in blocks(page):
+            assert block.language, f"{page}: {block.body[:60]!r}"
+            assert block.mark in MARKS, f"{page}: {block.mark}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_as_they_stand(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that need a server are compiled here and run in `tests/agents/test_http.py`."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in python_blocks(page):
+        code = compile(block.body, page.name, "exec")
+        if block.mark == "server" or page == ROOT / "README.md":
+            continue
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(code, names)
+        if block.prints is not None:
+            assert said.getvalue().rstrip() == block.prints.rstrip()
+
+
+def test_the_training_configuration_is_one(tmp_path: Path) -> None:
+    from whiflash_sglang.train.config import load_config
+
+    (block,) = (found for found in blocks(ROOT / "docs/how-to/training.md") if found.language == "yaml")
+    (tmp_path / "my.yaml").write_text(block.body, encoding="utf-8")
+    assert load_config(tmp_path / "my.yaml").target == "Qwen/Qwen3-8B"
+
+
+def test_the_least_manifest_is_one() -> None:
+    (block,) = (found for found in blocks(ROOT / "docs/how-to/bundles.md") if found.language == "json")
+    assert Manifest.model_validate_json(block.body).name == "my-bundle"
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Command lines of console blocks, as words; comments and placeholders in brackets left out."""
+    for block in blocks(page):
+        if block.language == "console":
+            for line in block.body.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield words
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, set[str]]:
+    """Flags of every command of ours by the words that call it, of SGLang's launchers, and make's targets."""
+    spec = importlib.util.spec_from_file_location("reference_for_blocks", ROOT / "scripts" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    found = {
+        words: {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        | {"--help"}
+        for words, command in reference.commands().items()
+    }
+    ours = {flag_of(field) for field in Flags.model_fields}
+    engine = ours | upstream_flags()
+    found["whiflash serve"] |= engine
+    found["sglang serve"] = found["python -m sglang.launch_server"] = engine
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^([a-z-]+):", makefile, re.MULTILINE):
+        found[f"make {target}"] = set()
+    return found
+
+
+def upstream_flags() -> set[str]:
+    """Every flag of SGLang's launchers."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return {name for action in parser._actions for name in action.option_strings}
+
+
+def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
+    """What is wrong with a command line; None if nothing, or if it is not one of ours."""
+    if words[0] == "python" and words[1:2] != ["-m"]:
+        script = ROOT / words[1] if (ROOT / words[1]).exists() else ROOT / "examples" / "agents" / words[1]
+        if not script.is_file():
+            return f"{words[1]} does not exist"
+        session = script.with_name("session.py")  # whose arguments the examples share
+        source = "".join(file.read_text("utf-8") for file in (script, session) if file.is_file())
+        missing = [word for word in words[2:] if word.startswith("--") and word not in source]
+        return f"{script.name} takes no {missing}" if missing else None
+    if words[0] not in ("whiflash", "make", "sglang") and words[:3] != ["python", "-m", "sglang.launch_server"]:
+        return None
+    calls = [" ".join(words[:count]) for count in (3, 2) if " ".join(words[:count]) in known]
+    if not calls:
+        return None if words == ["whiflash", "--version"] else f"{' '.join(words[:3])}: no such command"
+    given = {word.split("=", 1)[0] for word in words if word.startswith("--")}
+    unknown = given - known[calls[0]]
+    if unknown:
+        return f"{calls[0]} takes no {sorted(unknown)}"
+    router = words[words.index("--whiflash-router") + 1] if "--whiflash-router" in words else "auto"
+    return None if router in get_args(RouterName) else f"no router {router}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_flags_exist(page: Path, known: dict[str, set[str]]) -> None:
+    assert not [problem for words in commands(page) if (problem := wrong(words, known))]
+
+
+def test_what_does_not_exist_is_found(known: dict[str, set[str]]) -> None:
+    assert wrong(["whiflash", "serve", "--port", "1"], known) is None
+    for line in (
+        "whiflash train dflasch --config a",
+        "whiflash bench --slow",
+        "whiflash serve --whiflash-routr ar",
+        "whiflash serve --whiflash-router fastest",
+        "make demos",
+        "python examples/agents/none.py",
+        "python examples/agents/tool_loop.py --traces a.html",
+        "python -m sglang.launch_server --modell-path a",
+    ):
+        assert wrong(line.split(), known), line
+
+
+def test_a_block_is_read_with_its_mark_and_its_output(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- block: server -->\n```python\na\n```\n\n1. x\n\n    ```python\n    b\n    ```\n\n    ```text\n    c\n    ```\n")
+    assert blocks(page)[:2] == [Block("python", "a\n", "server", None), Block("python", "b\n", "", "c\n")]
