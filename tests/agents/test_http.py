@@ -4,6 +4,7 @@ import ast
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,10 @@ from openai import OpenAI
 from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sdk import Hints, Span, Trace, capabilities, routing, wrap
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+
+from blocks import pages, python_blocks
 
 pytestmark = pytest.mark.server
 
@@ -90,6 +95,27 @@ def test_the_readmes_example_runs_as_it_stands(server: Server, capsys: pytest.Ca
     assert trace is not None
     assert capsys.readouterr().out.strip() == str(trace)
     assert trace.rounds > 0
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in pages() if any(block.mark == "server" for block in python_blocks(page))],
+    ids=lambda page: page.stem,
+)
+def test_the_documentations_blocks_run_as_they_stand(
+    server: Server, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in python_blocks(page):
+        code = block.body.replace("http://127.0.0.1:30000", server.url)
+        exec(code.replace("smollm2-135m-instruct", "tiny"), names)
+        answer = names.get("answer") or names["response"]
+        trace = routing(answer)
+        assert trace is not None
+        assert trace.rounds > 0
+    if page.stem == "tutorial":
+        assert (tmp_path / "answer.html").read_text("utf-8").startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("arm", ["ar", "diffusion", "none"])
