@@ -18,21 +18,18 @@ def ask(url: str, route: str, body: dict[str, Any]) -> str:
     return answer.text
 
 
-def comparable(sent: str, *, spec: bool = True) -> dict[Any, Any]:
-    """Lines of an answer by the choice they belong to; neighbours that differ in their text alone are joined.
+def comparable(sent: str, *, spec: bool = True) -> dict[Any, tuple[list[str], str]]:
+    """By choice: its lines without their text, equal neighbours once, and its whole text, wherever it was cut.
 
     spec: keep what every speculative algorithm of SGLang adds to `meta_info`.
     """
-    found: dict[Any, list[list[str]]] = {}
+    found: dict[Any, tuple[list[str], str]] = {}
     for line in sent.split("\n"):
         if not line:
             continue  # it only ends an event; how many there are depends on how a text is cut
         for choice, shape, text in _parts(line, spec):
-            lines = found.setdefault(choice, [])
-            if lines and lines[-1][0] == shape:
-                lines[-1][1] += text
-            else:
-                lines.append([shape, text])
+            shapes, before = found.get(choice, ([], ""))
+            found[choice] = (shapes if shapes[-1:] == [shape] else [*shapes, shape], before + text)
     return found
 
 

@@ -15,7 +15,7 @@ from openai import OpenAI
 from patience import wait_until
 from server_host import Server, ServerHost
 from sse import ask, comparable
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import SPECIAL_TOKENS, tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sdk import Trace, routing, wrap
 
 pytestmark = pytest.mark.server
@@ -184,6 +184,22 @@ def test_native_streams_return_the_trace_at_their_end(incremental: Server) -> No
     assert [routing(line) is not None for line in lines] == [False] * (len(lines) - 1) + [True]
     trace = check(routing(lines[-1]), 24)
     check_text(trace, "".join(line["text"] for line in lines))
+
+
+def test_special_tokens_take_no_place_in_the_text(full: OpenAI) -> None:
+    """The one here ends no text and pads none; decoding leaves it out all the same."""
+    unnamed = 256 + SPECIAL_TOKENS.index("<|im_end|>")
+    mixed: Any = {
+        **ASKED,
+        "temperature": 2.0,
+        "seed": 1,
+        "logit_bias": {str(unnamed): 100, "0": 100},
+    }
+    response = full.chat.completions.create(**mixed, messages=MESSAGES)
+    text = response.choices[0].message.content or ""
+    assert 0 < len(text) < 24
+    assert set(text) == {"!"}
+    check(routing(response), 24, text)
 
 
 def test_every_choice_has_its_trace(full: OpenAI) -> None:

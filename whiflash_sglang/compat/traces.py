@@ -120,9 +120,14 @@ def _vocabulary(manager: Any) -> tuple[tuple[bytes, ...], frozenset[int]]:
     """Bytes of every token and the ids of special ones; built at the first full trace."""
     found: tuple[tuple[bytes, ...], frozenset[int]] | None = getattr(manager, "_whiflash_vocabulary", None)
     if found is None:
-        special = frozenset(getattr(manager.tokenizer, "all_special_ids", ()))
-        found = manager._whiflash_vocabulary = token_bytes(manager.tokenizer), special
+        found = manager._whiflash_vocabulary = token_bytes(manager.tokenizer), _special_ids(manager.tokenizer)
     return found
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """What decoding leaves out: every token added as special, not only those with a part to play (end, padding)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 
 
 def _with_trace(original: Any) -> Any:
