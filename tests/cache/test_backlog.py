@@ -70,6 +70,16 @@ def test_a_switch_costs_one_batch(arms: Arms, monkeypatch: pytest.MonkeyPatch) -
     assert batches == [4 * (1 + 3 + 2)]
 
 
+def test_what_is_paid_in_every_round_is_not_extra(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that missed four rounds pays for three more than one that is used in each."""
+    replay = Replay(arms, seed=3)
+    for _ in range(4):
+        replay.round(["ar"] * ROWS, [1, 3, 2])
+    monkeypatch.setattr(replay.sync, "_ingest", lambda _, spans: 2.0 * sum(s.end - s.begin for s in spans))
+    extra = replay.sync.catch_up(range(ROWS), replay.lengths, ["diffusion"] * ROWS, [1] * ROWS)
+    assert extra == pytest.approx(2.0 * 3 * (1 + 3 + 2))
+
+
 def test_watermarks_never_go_back() -> None:
     marks = Watermarks(["ar", "diffusion"], RING)
     marks.reset(4, 10)
