@@ -71,7 +71,7 @@ def ratios(report: Any) -> Iterator[str]:
             yield from ratios(value)
 
 
-@pytest.mark.parametrize("page", ["docs/index.md", "docs/results-in-summary.md"])
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/results-in-summary.md", "docs/lookup.md"])
 def test_every_ratio_that_readers_see_is_in_a_report(page: str) -> None:
     reports = sorted((ROOT / "results" / "benchmark").glob("*.json"))
     printed = {ratio for report in reports for ratio in ratios(json.loads(report.read_text("utf-8")))}
