@@ -16,7 +16,8 @@ def test_the_gap_between_two_rounds_is_no_pause(
     assert clock.begin() is None
     clock.drafted(0.005)
     now[0] += 0.030
-    clock.end(rows=4, requests=1, tokens=2)
+    clock.learned(2)
+    clock.end(rows=4, requests=1)
     now[0] += pause
     previous = clock.begin()
     assert previous is not None
@@ -27,6 +28,7 @@ def test_the_gap_between_two_rounds_is_no_pause(
 def test_what_an_interruption_ends_says_nothing() -> None:
     clock = RoundClock()
     clock.begin()
-    clock.end(rows=1, requests=1, tokens=1)
+    clock.learned(1)
+    clock.end(rows=1, requests=1)
     clock.interrupt()
     assert clock.begin() is None

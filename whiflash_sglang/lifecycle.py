@@ -4,8 +4,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.lookup.memory import tenant_of
@@ -16,12 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """Opens and closes what drafters, backlog, controller and token table keep of a request."""
+    """Opens and closes what drafters, backlog, controller and tables keep of a request."""
 
     def __init__(
-        self, drafters: Mapping[str, Drafter], sync: DraftSync, controller: Controller, tokens: TokenTable
+        self,
+        drafters: Mapping[str, Drafter],
+        sync: DraftSync,
+        controller: Controller,
+        tokens: TokenTable,
+        stops: StopTable,
     ) -> None:
-        self._drafters, self._sync, self._controller, self._tokens = drafters, sync, controller, tokens
+        self._drafters, self._sync, self._controller = drafters, sync, controller
+        self._tokens, self._stops = tokens, stops
 
     def begin(self, row: int, req: Any) -> None:
         """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk)."""
@@ -33,7 +41,8 @@ class Lifecycle:
             drafter.begin(row, hints, tenant)
         recording = recording_of(req, hints.trace) if hints.trace else None
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
-        self._tokens.begin(row, len(req.origin_input_ids), req.output_ids)
+        self._tokens.begin(row, req.origin_input_ids, req.output_ids)
+        self._stops.begin(row, sampling.ending_ids(req))
 
     def released(self, req: Any, *, kept: bool) -> None:
         """The request gives its slots up. Where the tree or a session keeps them what was parked is flushed first."""

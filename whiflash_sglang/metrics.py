@@ -14,7 +14,7 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
 class PreviousRound(NamedTuple):
-    """rows: verified, of `requests` requests. tokens: committed.
+    """rows: verified, of `requests` requests. tokens: that were found committed since the round before it began.
 
     seconds: from its start to its end; drafting: part of them. gap: from its end to the next round's start, at most
     as long as itself: a longer one was a pause.
@@ -46,15 +46,17 @@ class RoundClock:
     extra_catch_up_seconds: float = 0.0
     _began: float = 0.0
     _drafting: float = 0.0
+    _learned: int = 0
     _ended: PreviousRound | None = None
 
     def begin(self) -> PreviousRound | None:
         """A round starts. Returns the previous round, if it came just before."""
         before, self._began = self._began, time.perf_counter()
         ended, self._ended, self._drafting = self._ended, None, 0.0
+        tokens, self._learned = self._learned, 0
         if ended is None:
             return None
-        return ended._replace(gap=min(self._began - before - ended.seconds, ended.seconds))
+        return ended._replace(tokens=tokens, gap=min(self._began - before - ended.seconds, ended.seconds))
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
@@ -72,14 +74,18 @@ class RoundClock:
         """`seconds` of this round went into a draft pass, its catch-up and what prolongs it."""
         self._drafting += seconds
 
-    def end(self, rows: int, requests: int, tokens: int) -> None:
-        """The round verified `rows` rows of `requests` requests and committed `tokens`."""
+    def learned(self, tokens: int) -> None:
+        """A round turned out to have committed `tokens`."""
+        self.tokens += tokens
+        self._learned += tokens
+
+    def end(self, rows: int, requests: int) -> None:
+        """The round verified `rows` rows of `requests` requests."""
         self.rounds += 1
         self.rows += rows
-        self.tokens += tokens
         seconds = time.perf_counter() - self._began
         self.round_seconds += seconds
-        self._ended = PreviousRound(rows, requests, tokens, seconds, self._drafting, 0.0)
+        self._ended = PreviousRound(rows, requests, 0, seconds, self._drafting, 0.0)
 
     def snapshot(self) -> dict[str, float | int]:
         """Totals for the metrics route and the benchmark."""

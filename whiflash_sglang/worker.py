@@ -1,7 +1,7 @@
 """The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
 
 import time
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from whiflash_kernels import (
     routing_stats,
 )
 
-from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import memory, records, release, sampling, step
@@ -37,13 +37,16 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.profile import profile_drafts
 from whiflash_sglang.drafters.stage import DraftStage, Proposal
+from whiflash_sglang.host_view import HostView
+from whiflash_sglang.learning import Learner
 from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.planning import Plan, Planner, drafts_nothing, rows_of, widest_of
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
-from whiflash_sglang.routing.neural import note
 from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.transfers import Download
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
@@ -67,10 +70,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         captured = sorted({i for d in self.drafters.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)
         self.target.capture(captured, final_hidden=self.router is not None)
+        self.host = HostView.of(self.target.device)
         self.clock = RoundClock()
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
-        self.controller = Controller(policy, MeasuredCosts(self._widest), vocabulary)
+        costs = MeasuredCosts(partial(rows_of, self.drafters))
+        self.controller = Controller(policy, costs, vocabulary)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
@@ -99,17 +104,21 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         for drafter in self.drafters.values():
             drafter.allocate(self.target.kv_slots)
         self.sync.allocate(self.target.slot_table)
-        rows, context = self.target.slot_table.shape
-        self.stage = DraftStage(self.drafters, self.sync, self.controller, self.clock, self.target.slot_table)
-        self.tokens = TokenTable(rows, context, self.stage.widest + 1, self.target.device)
-        self.lifecycle = Lifecycle(self.drafters, self.sync, self.controller, self.tokens)
+        slots, costs = self.target.slot_table, self.controller.costs
+        rows, context = slots.shape
+        self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
+        self.stops = StopTable(rows, self.target.device)
+        self.lifecycle = Lifecycle(self.drafters, self.sync, self.controller, self.tokens, self.stops)
+        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock)
+        self.stage = DraftStage(self.drafters, self.sync, costs, self.clock, slots, self.host)
+        self.learner = Learner(self.drafters, self.controller, self.clock)
         release.notify(self.lifecycle)
-        profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, self.controller.costs)
+        profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
 
     def prewarm_sampling(self) -> Any:
         """Called by the scheduler when everything is allocated and captured."""
         if self.target.device.type == "cuda":
-            rehearse_sampling(self.target.runner, max_running_requests() * (self.stage.widest + 1))
+            rehearse_sampling(self.target.runner, max_running_requests() * (widest_of(self.drafters) + 1))
         return super().prewarm_sampling()
 
     def clear_cache_pool(self) -> None:
@@ -158,7 +167,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
         """
         began, requests = time.perf_counter(), RoundBatch.of(batch, self.target.context_len)
-        most = min(STEP_ROUNDS, self.stage.widest + 1)
+        most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or step.needs_scheduler(batch):
             most = 1
         rounds = [self._round(batch, requests, on_publish, grammar_barrier)]
@@ -181,28 +190,30 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.controller.costs.verified(previous.rows, previous.requests, rest)
             self.controller.costs.committed(previous.tokens, previous.seconds, previous.gap)
         with clock.stage("route"):
-            routes = self._route(requests)
+            plan = self.planner.plan(requests)
         with clock.stage("catch_up"):
-            widths = [self._room(arm) for arm in routes]
-            extra = self.sync.catch_up(requests.row_ids, requests.lengths, routes, widths)
-            clock.extra_catch_up_seconds += extra
+            self.sync.catch_up(plan.due, plan.on_device.due, requests.rows, requests.starts)
+            lengths = requests.lengths.most
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(
+                plan.due, requests.row_ids, lengths, plan.routes
+            )
         with clock.stage("draft"):
-            proposal = self.stage.draft(requests, routes)
+            proposal = self.stage.draft(requests, plan)
         with clock.stage("verify"):
             block, verified, predictions = self._verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):
             committed = accept_and_commit(
-                predictions, block.input_ids, block.qo_indptr, requests.starts, stride=max(proposal.widths)
+                predictions, block.input_ids, block.qo_indptr, requests.starts, stride=proposal.stride
             )
-            committed, tokens = requests.until_stops(committed)
+            committed = self.stops.until_stops(committed, requests.rows)
             if on_publish is not None:
                 on_publish(committed.seq_lens.to(torch.int64))
-            records.attach(batch, verified, block, proposal.widths)
+            records.attach(batch, verified, block, proposal.stride)
         with clock.stage("park"):
-            self._park(requests, routes, block, verified, predictions, committed)
-            self._learn(requests, routes, proposal, tokens)
-        clock.end(sum(proposal.widths), len(routes), sum(map(len, tokens)))
-        return Done(verified.output, committed, tokens, proposal.widths, verified.can_run_cuda_graph)
+            results = self._park(requests, plan, proposal, block, verified, predictions, committed)
+            tokens = self.learner.learn(plan, results.read())
+        clock.end(proposal.rows, len(plan.routes))
+        return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
@@ -217,7 +228,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             return result
         rows = prefill_rows(batch, input_ids, result.next_token_ids)
         prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
-        self.sync.prefill(prompt, rows.row_ids, rows.rows, rows.last_rows)
+        self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.rows, rows.last_rows)
         for req, row in zip(batch.reqs, rows.row_ids, strict=True):
             self.lifecycle.begin(row, req)
         ends = rows.positions[rows.last_rows] + 1
@@ -229,15 +240,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- the stages of a round
 
-    def _route(self, requests: RoundBatch) -> list[str]:
-        outlooks = [self.stage.outlook(requests, i) for i in range(len(requests.row_ids))]
-        before = [self.controller.lanes[row].previous for row in requests.row_ids]
-        routes = self.controller.route(requests.row_ids, requests.lengths, outlooks)
-        for old, new, left in zip(before, routes, requests.budgets, strict=True):
-            # Before its last token a request has nothing to switch to.
-            self.clock.switches += left > 1 and old not in (None, new)
-        return routes
-
     def _verify(
         self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
     ) -> tuple[MixedBlock, Verified, torch.Tensor]:
@@ -245,28 +247,31 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         padded = prepare_mixed_block(
             requests.bonus,
             proposal.tokens,
-            torch.tensor(proposal.widths, device=requests.rows.device),
+            proposal.widths,
             requests.starts,
             requests.rows,
             self.target.slot_table,
-            rows=self.target.rows_for(sum(proposal.widths), len(proposal.widths)),
+            rows=self.target.rows_for(proposal.rows, len(requests.row_ids)),
         )
-        block = packed(padded, sum(proposal.widths))
+        self.tokens.put_block(requests.rows, requests.starts + 1, proposal.tokens)
+        # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
+        by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
+        widths = proposal.widths.tolist() if self.host.exact or by_request else None
+        block = padded if widths is None else packed(padded, sum(widths))
         chains = None
-        if batch.has_grammar:
-            chains = sampling.grammar_chains(block, proposal.widths, requests.ahead)
-        verified = self.target.verify(batch, padded, proposal.widths, max(proposal.widths))
+        if widths is not None and batch.has_grammar:
+            chains = sampling.grammar_chains(block, widths, requests.ahead)
+        verified = self.target.verify(batch, padded, widths, proposal.stride)
         if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
             return block, verified, verified.logits.argmax(-1)
         # Sampling works in place; the controller reads the raw distribution.
         verified.output.next_token_logits = verified.logits.clone()
-        self._note_tokens(requests, proposal.tokens)
         predictions = sampling.sample_rows(
             self.target.runner,
             batch,
             verified.output,
             block,
-            proposal.widths,
+            widths,
             chains,
             self.tokens.data,
             barrier,
@@ -276,66 +281,46 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def _park(
         self,
         requests: RoundBatch,
-        routes: Sequence[str],
+        plan: Plan,
+        proposal: Proposal,
         block: MixedBlock,
         verified: Verified,
         predictions: torch.Tensor,
         committed: Committed,
-    ) -> None:
-        """Features of committed tokens go to the rings; statistics of the last verified row to the controller."""
-        starts = block.qo_indptr[:-1]
+    ) -> Download:
+        """Features of committed tokens go to the rings; what the host is to learn is packed for it."""
+        first = block.qo_indptr[:-1]
         self.sync.rings.park(
             verified.features,
             predictions,
             requests.rows,
             requests.starts,
             committed.accept_lens,
-            starts,
-            widest=committed.tokens.shape[1],
+            first,
+            widest=proposal.stride,
         )
-        self._note_tokens(requests, committed.tokens)
-        needs, last = self.controller.policy.needs, starts + committed.accept_lens - 1
-        drafted = any(arm != arms.NONE for arm in routes)
-        if "entropy" in needs and (drafted or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0):
-            stats = routing_stats(verified.logits, last)
-            for row, entropy in zip(requests.row_ids, stats.entropy.tolist(), strict=True):
-                self.controller.lanes[row].entropy = entropy
+        self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
+        needs, last = self.controller.policy.needs, first + committed.accept_lens - 1
+        signals = {}
+        if "entropy" in needs and not (
+            drafts_nothing(plan.routes) and self.clock.rounds % PLAIN_ENTROPY_ROUNDS
+        ):
+            signals["entropy"] = routing_stats(verified.logits, last).entropy
         if "delta" in needs:
             if self.router is None or verified.final_hidden is None:
                 raise AssertionError("no policy needs a router that was not loaded")
-            outputs = router_mlp(verified.final_hidden[last], *self.router)
-            for row, predicted in zip(requests.row_ids, outputs.tolist(), strict=True):
-                note(self.controller.lanes[row], predicted)
-
-    def _note_tokens(self, requests: RoundBatch, tokens: torch.Tensor) -> None:
-        """Keep what follows position n, for penalties; where nobody is penalised nobody reads it."""
-        if any(sampling.is_penalised(req) for req in requests.reqs):
-            self.tokens.put_block(requests.rows, requests.starts + 1, tokens)
-
-    def _learn(
-        self,
-        requests: RoundBatch,
-        routes: Sequence[str],
-        proposal: Proposal,
-        tokens: Sequence[Sequence[int]],
-    ) -> None:
-        """What the round committed goes to the controller and to the drafter that proposed it."""
-        per_request = (requests.row_ids, routes, proposal.widths, proposal.confidences, tokens)
-        for row, arm, width, confidences, own in zip(*per_request, strict=True):
-            evidence = self.controller.committed(row, arm, own, width)
-            if evidence and arm in self.drafters:
-                self.drafters[arm].observe(row, width - 1, len(own) - 1, confidences)
+            signals["outputs"] = router_mlp(verified.final_hidden[last], *self.router)
+        return Download(
+            starts=requests.starts,
+            widths=proposal.widths,
+            own=proposal.own,
+            tokens=committed.tokens,
+            accept_lens=committed.accept_lens,
+            confidences=proposal.confidences,
+            **signals,
+        )
 
     @property
     def _has_heads(self) -> bool:
         """Whether the router predicts acceptance lengths too."""
         return self.router is not None and len(self.router.w2) > 1
-
-    def _widest(self, arm: str) -> int:
-        """Most rows that a request routed to `arm` verifies, of the arm's own drafts."""
-        return self.drafters[arm].max_drafts + 1 if arm in self.drafters else 1
-
-    def _room(self, arm: str) -> int:
-        """The same where another arm may prolong them."""
-        joined = arm in self.drafters and self.controller.policy.joins_arms
-        return self.stage.widest + 1 if joined else self._widest(arm)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.backlog import FeatureRows, Lengths
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.checkpoints import target_layers
 from whiflash_sglang.drafters.base import DraftBatch
@@ -116,7 +116,7 @@ class Replay:
                     self.table[row, begin:end].long(),
                     self.tokens[row, begin + 1 : end + 1],
                 )
-                self.sync.prefill(rows, [row], torch.tensor([row]), torch.tensor([end - begin - 1]))
+                self.sync.prefill(rows, [row], [end], torch.tensor([row]), torch.tensor([end - begin - 1]))
         self.lengths[row] = length
 
     def round(self, routes: Sequence[str], accepts: Sequence[int]) -> None:
@@ -124,7 +124,9 @@ class Replay:
         arms = self.arms.by_name
         widths = [arms[route].max_drafts + 1 if route in arms else 1 for route in routes]
         rows = list(range(ROWS))
-        self.sync.catch_up(rows, self.lengths, routes, widths)
+        due = self.sync.due(rows, Lengths(self.lengths, self.lengths), routes, widths)
+        members = {arm: torch.tensor(own.members) for arm, own in due.items()}
+        self.sync.catch_up(due, members, torch.arange(ROWS), torch.tensor(self.lengths))
         for row, n in enumerate(self.lengths):
             assert self.sync.watermarks.backlog(row, n) <= self.sync.watermarks.capacity - widths[row]
             tail = self.sync.rings.tail(torch.tensor([row]), torch.tensor([n]))[0]

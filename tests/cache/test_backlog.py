@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import CONTEXT, RING, ROWS, Arms, Replay
 
-from whiflash_sglang.cache.backlog import Span, Watermarks
+from whiflash_sglang.cache.backlog import Due, Lengths, Watermarks
 
 WIDEST = 8
 EVENTS = ("finish", "abort", "retract", "remap")
@@ -81,11 +81,11 @@ def test_what_is_paid_in_every_round_is_not_extra(arms: Arms, monkeypatch: pytes
 
 
 def test_watermarks_never_go_back() -> None:
-    marks = Watermarks(["ar", "diffusion"], RING)
+    marks = Watermarks(["ar", "diffusion"], RING, rows=8)
     marks.reset(4, 10)
-    marks.advance(4, "ar", 12)
+    marks.flushed(4, "ar", 12)
     with pytest.raises(ValueError, match="'ar' cannot go back from 12 to 11"):
-        marks.advance(4, "ar", 11)
+        marks.flushed(4, "ar", 11)
     assert (marks.synced(4, "ar"), marks.synced(4, "diffusion")) == (12, 10)
     assert marks.backlog(4, 13) == 3
     marks.forget(4)
@@ -93,8 +93,8 @@ def test_watermarks_never_go_back() -> None:
     assert not marks.known(4)
 
 
-def test_due_spans_follow_choice_and_room() -> None:
-    marks = Watermarks(["ar"], 16)
+def test_what_is_due_follows_choice_and_room() -> None:
+    marks = Watermarks(["ar"], 16, rows=1)
     rng = random.Random(0)
     for _ in range(200):
         length, lag, width = rng.randint(20, 40), rng.randint(0, 16), rng.randint(1, 8)
@@ -102,6 +102,6 @@ def test_due_spans_follow_choice_and_room() -> None:
         chosen = rng.random() < 0.5
         parked = max(lag, 1)  # feature n-1 stays parked for the next chain
         wanted = lag > 0 and (chosen or parked + width > 16)
-        assert marks.due("ar", [0], [length], [chosen], [width]) == (
-            [Span(0, length - lag, length)] if wanted else []
-        )
+        known = Lengths([length], [length])
+        assert marks.due("ar", [0], known, [chosen], [width]) == (Due([0], lag) if wanted else Due([], 0))
+        assert marks.synced(0, "ar") == (length if wanted else length - lag)

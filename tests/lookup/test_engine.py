@@ -157,7 +157,7 @@ def test_whatever_prolongs_a_draft_the_text_is_the_same(
         widths.add(len(drafts) + limit)
         return rng.choices(range(256), k=rng.randint(0, limit))
 
-    monkeypatch.setattr(running.worker.drafters["lookup"], "prolong", anything)
+    monkeypatch.setattr(running.worker.drafters["lookup"], "copy_behind", anything)
     running.worker.reconfigure({"router": "random"})
     others = [rng.choices(range(256), k=20) for _ in range(3)]
     for number, prompt in enumerate(others):

@@ -79,13 +79,15 @@ def tokens_per_second(
         own = hints if number >= warm else RequestHints(spans=(TOOL,) if hints.spans else ())
         controller.open(0, str(number), own, ())
         for piece, length in PIECES:
-            controller.committed(0, "none", [1 if piece == "tool" else 2], 1)
+            lane = controller.lanes[0]
+            controller.committed(lane, lane.decision, "none", [1 if piece == "tool" else 2], 1)
             left = length
             while left > 0:
                 controller.lanes[0].entropy = rng.choice(ENTROPIES)
                 (arm,) = controller.route([0], [length], [dict.fromkeys(world.prose)])
                 accepted = world.accepted(rng, piece, arm)
-                controller.committed(0, arm, [0] * accepted, WIDTHS[arm])
+                lane = controller.lanes[0]
+                controller.committed(lane, lane.decision, arm, [0] * accepted, WIDTHS[arm])
                 left -= accepted
                 if number >= warm:
                     tokens += accepted

@@ -80,7 +80,8 @@ def test_a_round_is_judged_by_the_predictions_that_it_was_decided_on() -> None:
     note(controller.lanes[0], [0.0, 3.0, 1.0])
     controller.route([0], [10], [dict.fromkeys(BOTH)])
     note(controller.lanes[0], [0.0, 9.0, 9.0])  # of the round's end, before it is learned from
-    controller.committed(0, "ar", [5, 6], 6)
+    lane = controller.lanes[0]
+    controller.committed(lane, lane.decision, "ar", [5, 6], 6)
     level = (1 + LEVEL_PRIOR) / (3 + LEVEL_PRIOR)
     assert policy.estimator.expect("ar", Signals(10, BOTH, predicted={"ar": 5.0})) == pytest.approx(
         1 + 4 * level

@@ -59,7 +59,8 @@ class Machine:
         self.costs.verified(WIDTHS[arm], 1, verifying)
         tokens = ACCEPTED.get(arm) or round(self.copies or 1)
         self.costs.committed(tokens, drafting + verifying, gap=self.took(0.004) + late["gap"])
-        self.controller.committed(0, arm, [0] * tokens, WIDTHS[arm])
+        lane = self.controller.lanes[0]
+        self.controller.committed(lane, lane.decision, arm, [0] * tokens, WIDTHS[arm])
         return arm
 
     def rounds(self, count: int) -> Counter[str]:

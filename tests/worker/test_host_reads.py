@@ -8,7 +8,7 @@ from engine import engine
 from host_reads import HostReads, Launches
 from model_set import Models
 
-MOST_READS, MOST_UPLOADS, MOST_LAUNCHES = 18, 16, 660
+MOST_READS, MOST_UPLOADS, MOST_LAUNCHES = 22, 16, 700
 """Of a round with all four routes. The design's aim is no read, one upload, and few launches outside of graphs."""
 
 ROUTES = ["ar", "diffusion", "lookup", "none"]

@@ -16,6 +16,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from whiflash_sglang import worker
 from whiflash_sglang.compat import step
+from whiflash_sglang.planning import widest_of
 
 PROMPT, TOKENS = [1, 2, 3], 30
 
@@ -40,7 +41,7 @@ def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest
     with engine(models.target) as e:
         [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
     with engine(models.target, whiflash=models.whiflash("random")) as e:
-        plain_rounds = e.worker.stage.widest
+        plain_rounds = widest_of(e.worker.drafters)
         monkeypatch.setattr(worker, "STEP_ROUNDS", plain_rounds + 1)
 
         def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:

@@ -1,96 +1,119 @@
 """Watermarks and the bounded backlog of features (Lazy Catch-up, arXiv 2606.07710).
 
-`Watermarks` is host-side book-keeping and imports nothing; `FeatureRings` holds the parked rows on the device.
-
 Conventions: at the start of a round a request has n committed tokens *with* target KV and features, 0..n-1.
 `synced[arm]` = s means the drafter's KV is valid on [0, s). Features of [min(s), n) and of n-1 are parked.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from whiflash_kernels import BacklogRings, park, unpark
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Half-open token interval [begin, end) of the request in row `row` of the request table."""
+class Lengths(NamedTuple):
+    """What the host knows of n, per request: at least, and at most. The same where nothing is under way."""
 
-    row: int
-    begin: int
-    end: int
+    least: Sequence[int]
+    most: Sequence[int]
+
+
+class Due(NamedTuple):
+    """Requests of a batch that an arm has to catch up before a round.
+
+    members: their indices in the batch. rows: most tokens that they have to ingest together, never 0; exactly those
+    where n is known.
+    """
+
+    members: list[int]
+    rows: int
 
 
 class Watermarks:
     """How far each drafter's KV is valid, per request row.
 
+    `device` [arms, request rows] int64 is what holds: it moves with lengths that the device alone may know. The host
+    keeps lower bounds, which are exact as long as it knows every n, so that no ring overflows.
+
     Args:
         arms: names of the drafters that keep KV.
         capacity: tokens a ring holds per request.
+        rows: of the request table.
     """
 
-    def __init__(self, arms: Iterable[str], capacity: int) -> None:
+    def __init__(
+        self, arms: Iterable[str], capacity: int, rows: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.arms = tuple(arms)
         self.capacity = capacity
-        self._synced: dict[int, dict[str, int]] = {}
+        self.device = torch.zeros((len(self.arms), rows), dtype=torch.int64, device=device)
+        self._lower: dict[int, dict[str, int]] = {}
 
     def reset(self, row: int, length: int) -> None:
-        """The request in `row` now has `length` tokens, all of them valid for every drafter (after a prefill)."""
-        self._synced[row] = dict.fromkeys(self.arms, length)
+        """The request in `row` now has `length` tokens, all of them valid for every drafter (after a prefill).
+
+        The host's side; `device` is written by whoever prefilled.
+        """
+        self._lower[row] = dict.fromkeys(self.arms, length)
 
     def forget(self, row: int) -> None:
         """Drop the row (finish, abort, retraction). Unknown rows are ignored: a row may end before it began."""
-        self._synced.pop(row, None)
+        self._lower.pop(row, None)
 
     def synced(self, row: int, arm: str) -> int:
-        """Length up to which `arm`'s KV is valid for the request in `row`."""
-        return self._synced[row][arm]
+        """Length up to which `arm`'s KV is valid for the request in `row`, at least."""
+        return self._lower[row][arm]
 
     def known(self, row: int) -> bool:
-        return row in self._synced
+        return row in self._lower
 
-    def advance(self, row: int, arm: str, length: int) -> None:
-        """`arm` has ingested up to `length`. Raises ValueError when that would move it back."""
-        if length < self._synced[row][arm]:
+    def begins(self, arm: str, rows: torch.Tensor) -> torch.Tensor:
+        """[B] int64, the watermarks of `arm` for request rows [B] int64."""
+        return self.device[self.arms.index(arm)][rows]
+
+    def advance(self, arm: str, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """`arm` has ingested the requests in rows [B] int64 up to lengths [B] int64, which are never less."""
+        self.device[self.arms.index(arm)].index_copy_(0, rows, lengths)
+
+    def flushed(self, row: int, arm: str, length: int) -> None:
+        """The host knows that `arm` has ingested `row` up to `length`. Raises ValueError when it would move back."""
+        if length < self._lower[row][arm]:
             raise ValueError(
-                f"watermark of {arm!r} cannot go back from {self._synced[row][arm]} to {length} (row {row})"
+                f"watermark of {arm!r} cannot go back from {self._lower[row][arm]} to {length} (row {row})"
             )
-        self._synced[row][arm] = length
+        self._lower[row][arm] = length
 
     def due(
-        self,
-        arm: str,
-        rows: Sequence[int],
-        lengths: Sequence[int],
-        chosen: Sequence[bool],
-        widths: Sequence[int],
-    ) -> list[Span]:
-        """What `arm` has to ingest before this round.
+        self, arm: str, rows: Sequence[int], lengths: Lengths, chosen: Sequence[bool], widths: Sequence[int]
+    ) -> Due:
+        """What `arm` has to ingest before this round; from now on it counts as done.
 
         Requests that chose the arm catch up to n. Another request catches up only when its ring could
         overflow after this round's verification commits up to `width` more tokens: flushed, never dropped.
         Feature n-1 stays parked through any flush.
         """
-        spans = []
-        for row, n, is_chosen, width in zip(rows, lengths, chosen, widths, strict=True):
-            begin = self._synced[row][arm]
-            overflows = n + width - min(begin, n - 1) > self.capacity
-            if begin < n and (is_chosen or overflows):
-                spans.append(Span(row, begin, n))
-        return spans
+        members, total = [], 0
+        for index, (row, least, most) in enumerate(zip(rows, *lengths, strict=True)):
+            begin = self._lower[row][arm]
+            overflows = most + widths[index] - min(begin, most - 1) > self.capacity
+            if begin < most and (chosen[index] or overflows):
+                members.append(index)
+                total += min(most - begin, self.capacity)
+                self._lower[row][arm] = max(begin, least)
+        return Due(members, total)
 
     def backlog(self, row: int, length: int) -> int:
         """Tokens parked for the drafter that lags most."""
-        return length - min(self._synced[row].values(), default=length)
+        return length - min(self._lower[row].values(), default=length)
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureRows:
     """Packed features of committed tokens on their way into a drafter's KV.
 
-    features: [N, F] as captured. positions: [N] int64. slots: [N] int64 KV slots. next_tokens: [N] int64,
-    the token at position + 1.
+    features: [N, F] as captured. positions: [N] int64. slots: [N] int64 KV slots, -1 of padding. next_tokens: [N]
+    int64, the token at position + 1.
     """
 
     features: torch.Tensor
@@ -139,13 +162,21 @@ class FeatureRings:
         """Feature n-1 of every request: [B, F]."""
         return self.rings.features[rows, (lengths - 1) % self.rings.capacity]
 
-    def unpark(self, spans: Sequence[Span], slot_table: torch.Tensor) -> FeatureRows:
-        """Gather parked spans into one packed batch; slots are resolved now, since the tree may remap them.
+    def unpark(
+        self,
+        request_rows: torch.Tensor,
+        begins: torch.Tensor,
+        ends: torch.Tensor,
+        slot_table: torch.Tensor,
+        *,
+        rows: int,
+    ) -> FeatureRows:
+        """Gather parked positions [begins, ends) of every request into one packed batch.
+
+        Slots are resolved now, since the tree may remap them. What `rows` has more is padding, at slot -1.
 
         Args:
-            slot_table: [rows, ctx] int32, request row and position → KV slot.
+            request_rows, begins, ends: [B] int64. slot_table: [rows, ctx] int32, request row and position → KV slot.
         """
-        bounds = torch.tensor([(s.row, s.begin, s.end) for s in spans], device=self.rings.features.device)
-        rows, begins, ends = bounds.unbind(1)
-        packed = unpark(self.rings, rows, begins, ends, slot_table, rows=sum(s.end - s.begin for s in spans))
+        packed = unpark(self.rings, request_rows, begins, ends, slot_table, rows=rows)
         return FeatureRows(packed.features, packed.positions, packed.cache_slots, packed.next_tokens)

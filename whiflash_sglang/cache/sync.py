@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Span, Watermarks
+from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Watermarks
 from whiflash_sglang.drafters.base import Drafter
 
 
@@ -25,7 +25,7 @@ class DraftSync:
     ) -> None:
         self._drafters = drafters
         self._capacity, self._width, self._dtype = capacity, width, dtype
-        self.watermarks = Watermarks([d.arm for d in drafters.values() if d.keeps_kv], capacity)
+        self.arms = tuple(d.arm for d in drafters.values() if d.keeps_kv)
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
         self._routed: dict[int, int] = {}
@@ -33,71 +33,109 @@ class DraftSync:
 
     def bytes_for(self, rows: int) -> int:
         """What `allocate` will take."""
-        return FeatureRings.bytes_for(rows, self._capacity, self._width, self._dtype)
+        rings = FeatureRings.bytes_for(rows, self._capacity, self._width, self._dtype)
+        return rings + rows * len(self.arms) * torch.int64.itemsize
 
     def allocate(self, slot_table: torch.Tensor) -> None:
         """Allocate one ring per row of `slot_table` [rows, ctx] int32 (request row and position → KV slot)."""
         self._slot_table = slot_table
-        rows = int(slot_table.shape[0])
-        self.rings = FeatureRings(rows, self._capacity, self._width, self._dtype, slot_table.device)
+        rows, device = int(slot_table.shape[0]), slot_table.device
+        self.rings = FeatureRings(rows, self._capacity, self._width, self._dtype, device)
+        self.watermarks = Watermarks(self.arms, self._capacity, rows, device)
 
     def prefill(
-        self, prompt: FeatureRows, row_ids: Sequence[int], rows: torch.Tensor, last_rows: torch.Tensor
+        self,
+        prompt: FeatureRows,
+        row_ids: Sequence[int],
+        lengths: Sequence[int],
+        rows: torch.Tensor,
+        last_rows: torch.Tensor,
     ) -> None:
         """Write both drafters' KV of an extend batch now: the radix tree takes the slots next.
 
         Args:
-            prompt: the batch's packed rows. rows: [B] request rows. last_rows: [B], the last packed row of each.
+            prompt: the batch's packed rows. lengths: tokens of each request with it. rows: [B] request rows.
+            last_rows: [B], the last packed row of each.
         """
         for drafter in self._drafters.values():
             drafter.catch_up(prompt)
         tails = prompt.positions[last_rows]
         one = torch.ones_like(tails)
         self.rings.park(prompt.features, prompt.next_tokens, rows, tails, one, last_rows, widest=1)
-        for row, tail in zip(row_ids, tails.tolist(), strict=True):
-            self.watermarks.reset(row, tail + 1)
-            self._routed[row] = tail + 1
+        for arm in self.arms:
+            self.watermarks.advance(arm, rows, tails + 1)
+        for row, length in zip(row_ids, lengths, strict=True):
+            self.watermarks.reset(row, length)
+            self._routed[row] = length
+
+    def due(
+        self, row_ids: Sequence[int], lengths: Lengths, routes: Sequence[str], widths: Sequence[int]
+    ) -> dict[str, Due]:
+        """Who has to catch up with which arm before a round: those routed to it, and whose ring could overflow.
+
+        It counts as done from now on, so `catch_up` must follow.
+
+        Args:
+            widths: rows that each request may verify in the round.
+        """
+        found = {}
+        for arm in self.arms:
+            chosen = [arm == route for route in routes]
+            due = self.watermarks.due(arm, row_ids, lengths, chosen, widths)
+            if due.rows:
+                found[arm] = due
+        return found
 
     def catch_up(
-        self, row_ids: Sequence[int], lengths: Sequence[int], routes: Sequence[str], widths: Sequence[int]
-    ) -> float:
-        """One KV-only batch per drafter: whoever was routed to it, and whoever's ring could overflow.
+        self,
+        due: Mapping[str, Due],
+        members: Mapping[str, torch.Tensor],
+        rows: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
+        """One KV-only batch per drafter that is due.
 
-        Returns:
-            Host seconds beyond what drafters that are used in every round spend on catching up, shared out by
-            tokens. That overstates it: a pass costs little more for more tokens.
+        Args:
+            members: `Due.members` of every arm in `due`, [M] int64. rows, starts: [B] int64, of the whole batch.
+        """
+        self.seconds = {}
+        for arm, (_, most) in due.items():
+            began = time.perf_counter()
+            self._ingest(arm, rows[members[arm]], starts[members[arm]], most)
+            self.seconds[arm] = time.perf_counter() - began
+
+    def beyond_usual(
+        self, due: Mapping[str, Due], row_ids: Sequence[int], lengths: Sequence[int], routes: Sequence[str]
+    ) -> float:
+        """Host seconds of the last `catch_up` beyond what drafters used in every round spend on it, by tokens.
+
+        That overstates it: a pass costs little more for more tokens. lengths: n per request.
         """
         extra = 0.0
-        for arm in self.watermarks.arms:
-            chosen = [arm == route for route in routes]
-            spans = self.watermarks.due(arm, row_ids, lengths, chosen, widths)
-            seconds = self.seconds[arm] = self._ingest(arm, spans)
-            usual = {
-                r: n - self._routed.get(r, n) for r, n, c in zip(row_ids, lengths, chosen, strict=True) if c
-            }
-            ingested = sum(span.end - span.begin for span in spans)
-            beyond = ingested - sum(min(usual.get(s.row, 0), s.end - s.begin) for s in spans)
-            extra += seconds * beyond / max(ingested, 1)
+        for arm, (members, ingested) in due.items():
+            usual = sum(
+                lengths[i] - self._routed.get(row_ids[i], lengths[i]) for i in members if routes[i] == arm
+            )
+            extra += self.seconds[arm] * max(ingested - usual, 0) / ingested
         self._routed.update(zip(row_ids, lengths, strict=True))
         return extra
 
     def flush(self, row: int, end: int) -> None:
         """Ingest everything parked before position `end`: the request's slots may enter the tree."""
-        for arm in self.watermarks.arms:
-            begin = self.watermarks.synced(row, arm)
-            if begin < end:
-                self._ingest(arm, [Span(row, begin, end)])
+        device = self.watermarks.device.device
+        rows, ends = torch.tensor([[row], [end]], device=device)
+        for arm in self.arms:
+            missing = end - self.watermarks.synced(row, arm)
+            if missing > 0:
+                self._ingest(arm, rows, ends, min(missing, self._capacity))
+                self.watermarks.flushed(row, arm, end)
 
     def forget(self, row: int) -> None:
         """The request in `row` is gone; what it parked is dropped."""
         self.watermarks.forget(row)
         self._routed.pop(row, None)
 
-    def _ingest(self, arm: str, spans: Sequence[Span]) -> float:
-        if not spans:
-            return 0.0
-        began = time.perf_counter()
-        self._drafters[arm].catch_up(self.rings.unpark(spans, self._slot_table))
-        for span in spans:
-            self.watermarks.advance(span.row, arm, span.end)
-        return time.perf_counter() - began
+    def _ingest(self, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
+        begins = self.watermarks.begins(arm, rows)
+        self._drafters[arm].catch_up(self.rings.unpark(rows, begins, ends, self._slot_table, rows=most))
+        self.watermarks.advance(arm, rows, ends)

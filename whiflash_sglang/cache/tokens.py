@@ -1,18 +1,16 @@
-"""The generated tokens of running requests whose penalties count them, on the device.
+"""The text of running requests, on the device: what penalties count, and what is looked up and copied.
 
-Penalties count the tokens generated so far, drafts included; the host's lists lag a round under overlap
-scheduling, this table does not.
+The host's lists lag behind rounds that are still running, this table does not.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
 class TokenTable:
     """`[request rows, context + margin]` int64; entry (r, p) is the token at position p while p <= n.
-
-    The worker writes rounds in which some request is penalised; the rows of others may lack tokens.
 
     Args:
         margin: the widest block that `put_block` may write past the context's end.
@@ -26,10 +24,10 @@ class TokenTable:
         """What such a table takes."""
         return rows * (context + margin) * torch.int64.itemsize
 
-    def begin(self, row: int, start: int, tokens: Sequence[int]) -> None:
-        """Tokens that a request brings along from position `start` (its output so far, after a retraction)."""
-        if tokens:
-            self.data[row, start : start + len(tokens)] = torch.as_tensor(list(tokens), dtype=torch.int64)
+    def begin(self, row: int, *texts: Sequence[int]) -> None:
+        """What a request brings along, one text behind the other: its prompt, its output before a retraction."""
+        tokens = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
+        self.data[row, : len(tokens)] = torch.from_numpy(tokens)
 
     def put_block(self, rows: torch.Tensor, starts: torch.Tensor, tokens: torch.Tensor) -> None:
         """tokens [B, W] from positions starts [B]; what lies beyond a request's new length is overwritten later."""

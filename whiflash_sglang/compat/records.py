@@ -1,6 +1,5 @@
 """What a round tells beside its tokens, log-probabilities and hidden states, laid out for SGLang's scheduler."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,15 +16,15 @@ _LISTS = (
 """SGLang's records that have one entry a row."""
 
 
-def attach(batch: Any, verified: Verified, block: MixedBlock, widths: Sequence[int]) -> None:
-    """Lay out the records of the packed rows as those of the tokens: `max(widths)` columns a request.
+def attach(batch: Any, verified: Verified, block: MixedBlock, stride: int) -> None:
+    """Lay out the records of the packed rows as those of the tokens: `stride` columns a request.
 
     Where a request has fewer rows its last one fills the columns: nobody reads them.
     """
     if not (batch.return_logprob or batch.return_hidden_states):
         return
     output, device = verified.output, block.input_ids.device
-    columns = torch.arange(max(widths), device=device)
+    columns = torch.arange(stride, device=device)
     last = block.qo_indptr[1:, None].to(torch.int64) - 1
     index = torch.minimum(block.qo_indptr[:-1, None].to(torch.int64) + columns, last)
     if batch.return_logprob:

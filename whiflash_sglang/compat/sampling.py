@@ -85,7 +85,7 @@ def sample_rows(
     batch: Any,
     output: Any,
     block: MixedBlock,
-    widths: Sequence[int],
+    widths: Sequence[int] | None,
     chains: Chains | None,
     tokens: torch.Tensor,
     barrier: Any,
@@ -97,13 +97,16 @@ def sample_rows(
     Args:
         runner: the target's model runner (its sampler is used).
         output: SGLang's logits output of the verification.
+        widths: rows per request, on the host; None only where no request is penalised.
         chains: of `grammar_chains`, for a batch with grammars.
         tokens: token table with this round's drafts written, for penalties.
     """
     owner = block.request_of_row
     info = _expand(batch.sampling_info, batch.reqs, owner)
     penalties = penalties_at(
-        _penalised(batch.reqs, batch.seq_lens_cpu.tolist(), batch.req_pool_indices.tolist(), widths),
+        []
+        if widths is None
+        else _penalised(batch.reqs, batch.seq_lens_cpu.tolist(), batch.req_pool_indices.tolist(), widths),
         tokens,
         int(owner.shape[0]),
         info.vocab_size,
@@ -201,3 +204,8 @@ def stop_ids(req: Any) -> tuple[int, ...]:
         if req.tokenizer.eos_token_id is not None:
             ids.add(req.tokenizer.eos_token_id)
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def ending_ids(req: Any) -> tuple[int, ...]:
+    """The tokens that end this request; what a grammar ends with does so in any case."""
+    return () if req.sampling_params.ignore_eos and req.grammar is None else stop_ids(req)

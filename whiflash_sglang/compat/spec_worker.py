@@ -11,6 +11,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from whiflash_kernels import Committed
 
+from whiflash_sglang.cache.backlog import Lengths
 from whiflash_sglang.compat import sampling
 
 __all__ = [
@@ -64,7 +65,7 @@ class RoundBatch:
     """A decode batch in this package's terms.
 
     rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request;
-    lengths: the same on the host. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
+    lengths: what the host knows of them. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
     budgets: tokens that each request may commit in one round: what is left of its own max_new_tokens and of the
     context, and one where its next token cannot be judged before the scheduler has seen this one.
     ahead: tokens that each request committed in earlier rounds of this step.
@@ -73,7 +74,7 @@ class RoundBatch:
     rows: torch.Tensor
     row_ids: list[int]
     starts: torch.Tensor
-    lengths: list[int]
+    lengths: Lengths
     bonus: torch.Tensor
     reqs: list[Any]
     budgets: list[int]
@@ -91,9 +92,9 @@ class RoundBatch:
         rows = batch.req_pool_indices
         return cls(
             rows.to(torch.int64),
-            rows.tolist() if batch.req_pool_indices_cpu is None else batch.req_pool_indices_cpu.tolist(),
+            _row_ids(batch),
             batch.seq_lens.to(torch.int64),
-            lengths,
+            Lengths(lengths, lengths),
             batch.spec_info.bonus_tokens.to(torch.int64),
             list(batch.reqs),
             [max(budget, 1) for budget in budgets],
@@ -102,7 +103,7 @@ class RoundBatch:
 
     def after(self, batch: Any, done: "Done") -> "RoundBatch":
         """The same requests a round later, in the same step of the scheduler; `batch` follows."""
-        lengths = [n + len(tokens) for n, tokens in zip(self.lengths, done.tokens, strict=True)]
+        lengths = [n + len(tokens) for n, tokens in zip(self.lengths.most, done.tokens, strict=True)]
         starts = done.committed.seq_lens.to(torch.int64)
         batch.seq_lens, batch.seq_lens_cpu = starts, torch.tensor(lengths)
         batch.seq_lens_sum = sum(lengths)
@@ -115,31 +116,16 @@ class RoundBatch:
         return replace(
             self,
             starts=starts,
-            lengths=lengths,
+            lengths=Lengths(lengths, lengths),
             bonus=done.committed.bonus,
             budgets=[left - len(tokens) for left, tokens in zip(self.budgets, done.tokens, strict=True)],
             ahead=[known + tokens for known, tokens in zip(self.ahead, done.tokens, strict=True)],
         )
 
-    def until_stops(self, committed: Committed) -> tuple[Committed, list[list[int]]]:
-        """`committed` without what lies behind a token that ends its request, and its tokens on the host.
-
-        Plain decoding never comes to those: neither the engine nor anything of ours may learn of them.
-        """
-        blocks, counts = committed.tokens.tolist(), committed.accept_lens.tolist()
-        runs = [block[:count] for block, count in zip(blocks, counts, strict=True)]
-        tokens = [_until_stop(req, run) for req, run in zip(self.reqs, runs, strict=True)]
-        if tokens == runs:
-            return committed, tokens
-        accept_lens = torch.tensor([len(run) for run in tokens]).to(committed.accept_lens)
-        bonus = committed.tokens.gather(1, accept_lens[:, None].to(torch.int64) - 1).squeeze(1)
-        seq_lens = committed.seq_lens - (committed.accept_lens - accept_lens)
-        return Committed(accept_lens, committed.tokens, bonus, seq_lens), tokens
-
     def any_ended(self, done: "Done") -> bool:
         """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
         return any(
-            left <= len(tokens) or (_heeds_stops(req) and tokens[-1] in sampling.stop_ids(req))
+            left <= len(tokens) or tokens[-1] in sampling.ending_ids(req)
             for req, left, tokens in zip(self.reqs, self.budgets, done.tokens, strict=True)
         )
 
@@ -152,29 +138,22 @@ class RoundBatch:
         return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
 
 
-def _until_stop(req: Any, run: list[int]) -> list[int]:
-    """`run` up to and with its first token that ends the request."""
-    if len(run) > 1 and _heeds_stops(req):
-        stops = sampling.stop_ids(req)
-        for end, token in enumerate(run, start=1):
-            if token in stops:
-                return run[:end]
-    return run
-
-
-def _heeds_stops(req: Any) -> bool:
-    """Whether a token may end the request: one that a grammar ends with does so in any case."""
-    return not req.sampling_params.ignore_eos or req.grammar is not None
+def _row_ids(batch: Any) -> list[int]:
+    known = batch.req_pool_indices_cpu
+    found: list[int] = (batch.req_pool_indices if known is None else known).tolist()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRows:
     """An extend batch in this package's terms, T packed prompt tokens of B requests.
 
-    positions, slots, next_tokens: [T] int64. last_rows: [B] int64.
+    lengths: tokens of each request that have KV behind it, on the host. positions, slots, next_tokens: [T] int64.
+    last_rows: [B] int64.
     """
 
     row_ids: list[int]
+    lengths: list[int]
     rows: torch.Tensor
     last_rows: torch.Tensor
     positions: torch.Tensor
@@ -204,7 +183,8 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
     )
     rows = batch.req_pool_indices.to(torch.int64)
     return PrefillRows(
-        rows.tolist(),
+        _row_ids(batch),
+        [prefix + length for prefix, length in zip(prefixes, lens, strict=True)],
         rows,
         ends - 1,
         positions,
@@ -215,16 +195,17 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a round brought. output: SGLang's record of the forward. tokens: committed per request, on the host.
+    """What a round brought.
 
-    widths: rows verified per request, the bonus token's among them.
+    output: SGLang's record of the forward. widths: [B] int64, rows verified per request, the bonus token's among them.
+    tokens: committed per request, on the host; empty where the host has not waited for them.
     """
 
     output: Any
     committed: Committed
-    tokens: list[list[int]]
-    widths: Sequence[int]
+    widths: torch.Tensor
     can_run_cuda_graph: bool
+    tokens: list[list[int]]
 
     @property
     def drafted(self) -> bool:
@@ -245,7 +226,7 @@ def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:
         logits_output=rounds[-1].output,
         next_token_ids=tokens.reshape(-1),
         accept_lens=last.accept_lens + (len(rounds) - 1),
-        cap_lens=torch.tensor(rounds[-1].widths),
+        cap_lens=rounds[-1].widths,
         num_non_draft_tokens_per_req=len(rounds),
         can_run_cuda_graph=rounds[-1].can_run_cuda_graph,
         next_draft_input=DraftInput(last.bonus, new_seq_lens),

@@ -66,6 +66,20 @@ class Drafts:
     passes: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Drafts of one arm that another may prolong.
+
+    rooms: tokens per request at most, its `drafts` included, on the host, 0 where nothing may follow them; caps: [B]
+    int64, the same on the device.
+    """
+
+    batch: DraftBatch
+    drafts: Drafts
+    rooms: Sequence[int]
+    caps: torch.Tensor
+
+
 class Drafter(ABC):
     """One arm.
 
@@ -112,15 +126,9 @@ class Drafter(ABC):
     def draft(self, batch: DraftBatch) -> Drafts:
         """Propose tokens. KV writes at positions >= n are provisional."""
 
-    def prolong(
-        self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
-    ) -> Sequence[int]:
-        """Up to `limit` tokens to verify after another arm's `drafts`, at no pass of a model; asked if it `prolongs`.
-
-        Args:
-            row: of the request table. alive: chance that all drafts are accepted. worth: what a token must bring.
-        """
-        return ()
+    def prolong(self, grown: Grown) -> Drafts | None:
+        """Tokens to verify behind another arm's drafts, at no pass of a model; asked if it `prolongs`. None: none."""
+        return None
 
     def calibration(self) -> Sequence[float]:
         """What its drafts are judged by, uploaded with every round's plan; always as many numbers."""

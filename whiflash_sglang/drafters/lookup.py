@@ -11,7 +11,7 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.config import Lookup
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, History
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
@@ -74,23 +74,31 @@ class LookupArm(Drafter):
 
     def draft(self, batch: DraftBatch) -> Drafts:
         self._worth = batch.worth.row or WORTH
-        drafts: list[list[int]] = []
+        copies = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
             proposal = self._proposals.get(row, Proposal())
-            drafts.append([copied.token for copied in proposal.tokens[: proposal.width(limit, self._worth)]])
-        counts = [len(tokens) for tokens in drafts]
-        widest = max(counts)
-        padded = [tokens + [0] * (widest - len(tokens)) for tokens in drafts]
-        tokens = torch.tensor(padded, dtype=torch.int64).view(len(batch), widest)
-        device = batch.bonus.device
-        return Drafts(tokens.to(device), torch.tensor(counts, device=device))
+            copies.append([copied.token for copied in proposal.tokens[: proposal.width(limit, self._worth)]])
+        return _padded(copies, batch.bonus.device)
 
-    def prolong(
+    def prolong(self, grown: Grown) -> Drafts | None:
+        """The copies that another arm's drafts lead into."""
+        batch, drafts = grown.batch, grown.drafts
+        assert drafts.alive is not None
+        tokens, alive, counts = drafts.tokens.tolist(), drafts.alive.tolist(), drafts.counts.tolist()
+        copies = [
+            self.copy_behind(row, own[:count], chances[count - 1], room - count, batch.worth)
+            for row, own, chances, count, room in zip(
+                batch.row_ids, tokens, alive, counts, grown.rooms, strict=True
+            )
+        ]
+        return _padded(copies, batch.bonus.device) if any(copies) else None
+
+    def copy_behind(
         self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
     ) -> Sequence[int]:
-        """A copy that another arm's drafts lead into."""
+        """Up to `limit` tokens to copy behind a request's drafts, which are accepted with a chance of `alive`."""
         copier = self._copiers.get(row)
-        if copier is None:
+        if copier is None or limit <= 0:
             return ()
         return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
 
@@ -127,3 +135,11 @@ class LookupArm(Drafter):
     def _texts(self, row: int) -> Iterable[SuffixIndex]:
         tenant = self._tenants.get(row)
         return () if tenant is None or self.memory is None else self.memory.texts(tenant)
+
+
+def _padded(copies: Sequence[Sequence[int]], device: torch.device) -> Drafts:
+    counts = [len(tokens) for tokens in copies]
+    widest = max(counts)
+    padded = [[*tokens, *[0] * (widest - len(tokens))] for tokens in copies]
+    tokens = torch.tensor(padded, dtype=torch.int64).view(len(copies), widest)
+    return Drafts(tokens.to(device), torch.tensor(counts, device=device))

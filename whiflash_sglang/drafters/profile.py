@@ -7,6 +7,7 @@ import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.drafters.base import DraftBatch, Drafter
+from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.routing.costs import MeasuredCosts
 
 BATCHES = (1, 2, 4, 8)
@@ -20,7 +21,11 @@ probes, one that looks cheap by its next round.
 
 
 def profile_drafts(
-    drafters: Iterable[Drafter], rings: FeatureRings, slot_table: torch.Tensor, costs: MeasuredCosts
+    drafters: Iterable[Drafter],
+    rings: FeatureRings,
+    slot_table: torch.Tensor,
+    costs: MeasuredCosts,
+    host: HostView = EXACT,
 ) -> None:
     """Time drafts of every arm that runs a model, for a few batch sizes, and tell `costs`.
 
@@ -33,7 +38,7 @@ def profile_drafts(
         if not drafter.keeps_kv:
             continue
         for size in (size for size in BATCHES if size <= len(slot_table)):
-            batch = _idle_batch(size, drafter, rings, slot_table)
+            batch = _idle_batch(size, drafter, rings, slot_table, host)
             drafter.draft(batch)  # The first run allocates.
             seconds, passes = min(_timed(drafter, batch) for _ in range(TIMINGS))
             costs.drafted(drafter.arm, size, passes=passes, seconds=seconds, catch_up=0.0)
@@ -51,7 +56,9 @@ def _timed(drafter: Drafter, batch: DraftBatch) -> tuple[float, int]:
     return time.perf_counter() - began, drafts.passes
 
 
-def _idle_batch(size: int, drafter: Drafter, rings: FeatureRings, slot_table: torch.Tensor) -> DraftBatch:
+def _idle_batch(
+    size: int, drafter: Drafter, rings: FeatureRings, slot_table: torch.Tensor, host: HostView
+) -> DraftBatch:
     rows = torch.arange(size, device=slot_table.device)
     starts = torch.full_like(rows, CONTEXT)
     return DraftBatch(
@@ -65,6 +72,7 @@ def _idle_batch(size: int, drafter: Drafter, rings: FeatureRings, slot_table: to
         limits=[drafter.max_drafts] * size,
         caps=torch.full_like(rows, drafter.max_drafts),
         calibration=torch.tensor(drafter.calibration(), dtype=torch.float32, device=rows.device),
+        host=host,
     )
 
 

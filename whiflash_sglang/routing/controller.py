@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from whiflash_sglang.routing.assign import Costs, Dwell, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
-from whiflash_sglang.routing.lane import Lane
+from whiflash_sglang.routing.lane import Decision, Lane
 from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.probes import PROBE_ROUNDS
 from whiflash_sglang.spans.hints import RequestHints
@@ -38,7 +38,7 @@ class Controller:
         recording: Recording | None = None,
     ) -> None:
         """A request begins in `row`, with the `output` it had before a retraction, and its trace if it has one."""
-        lane = self.lanes[row] = Lane(rid, hints, recording=recording)
+        lane = self.lanes[row] = Lane(rid, hints, row, recording=recording)
         if hints.spans and self._token_bytes:
             lane.tracker = SpanTracker(hints.spans, self._token_bytes)
             lane.tracker.push(output)
@@ -47,6 +47,10 @@ class Controller:
         """Whether `row` is the lane of request `rid`."""
         lane = self.lanes.get(row)
         return lane is not None and lane.rid == rid
+
+    def keeps(self, lane: Lane) -> bool:
+        """Whether the request of `lane` still runs: it has not ended, nor been retracted and begun again."""
+        return self.lanes.get(lane.row) is lane
 
     def route(self, rows: Sequence[int], lengths: Sequence[int], outlooks: Sequence[Outlook]) -> list[str]:
         """One arm per request."""
@@ -64,23 +68,28 @@ class Controller:
 
     def may_join(self, row: int) -> bool:
         """Whether the drafts of the request in `row` may be prolonged by another arm than the one it was routed to."""
-        return self.policy.joins_arms and self.lanes[row].reason != "pin"
+        return self.policy.joins_arms and self.lanes[row].decision.reason != "pin"
 
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring; policies that price nothing draft the full length."""
         return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH
 
-    def committed(self, row: int, arm: str, tokens: Sequence[int], width: int) -> bool:
-        """A round of `arm` committed `tokens` of the request in `row`, the bonus token last, and verified `width` rows.
+    def committed(
+        self, lane: Lane, decision: Decision, arm: str, tokens: Sequence[int], width: int, start: int = 0
+    ) -> bool:
+        """A round of `arm` committed `tokens` of the request in `lane`, the bonus token last.
 
-        Returns whether the round is evidence for other requests too (`Lane.free`).
+        Args:
+            decision: what the round was decided on, which the lane's next rounds may have left behind.
+            width: rows that it verified. start: n when it began.
+
+        Returns whether the round is evidence for other requests too (`Decision.free`).
         """
-        lane = self.lanes[row]
-        if lane.free:
-            self.policy.observe(arm, lane.decided_on, len(tokens))
+        if decision.free:
+            self.policy.observe(arm, decision.signals, len(tokens))
             self.costs.widened(arm, width)
-        lane.committed(arm, tokens, width - 1)
-        return lane.free
+        lane.committed(arm, tokens, width - 1, start=start, reason=decision.reason)
+        return decision.free
 
     def forget(self, row: int) -> None:
         """The request in `row` is gone."""
@@ -99,7 +108,7 @@ def route(
         lane.score(policy, n, outlook) for lane, n, outlook in zip(lanes, lengths, outlooks, strict=True)
     ]
     scores = [_ordered(lane, own, costs) for lane, own in zip(lanes, scores, strict=True)]
-    free = [lane.decided_on if lane.free else None for lane in lanes]
+    free = [lane.decision.signals if lane.decision.free else None for lane in lanes]
     for index, arm in policy.probe(free, costs.timings if costs else lambda _: PROBE_ROUNDS).items():
         scores[index] = {arm: scores[index][arm]}
     if policy.prices_batches:
@@ -117,8 +126,8 @@ def _ordered(lane: Lane, scores: Scores, costs: Costs | None) -> Scores:
     A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
     round that nobody gets would make their drafts look dear.
     """
-    span = lane.decided_on.span
-    if lane.free or span is None or lane.reason != "span":
+    span = lane.decision.signals.span
+    if lane.decision.free or span is None or lane.decision.reason != "span":
         return scores
     (arm,) = assign([scores], costs, [lane.previous], Dwell())
     return {arm: max(scores[arm] - span.bias.get(arm, 0.0), 1.0)}

@@ -16,32 +16,50 @@ RECENT_ROUNDS = 8.0
 """Rounds after which a request's own acceptance with an arm counts for little."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a round of a request was decided on. reason: why it was routed as it was (`Hinted`)."""
+
+    signals: Signals = field(default_factory=lambda: Signals(0, frozenset()))
+    reason: str = "score"
+
+    @property
+    def free(self) -> bool:
+        """Whether the request's caller left this round to the policy: decoding is not off, nothing pinned or biased.
+
+        Only such a round may be a probe, and only such a round is evidence of what other requests may expect: what its
+        caller ordered was drafted where nothing else would have, and as often as its caller likes. A preference is no
+        order: it counts for one round.
+        """
+        span = self.signals.span
+        return self.reason not in ("pin", "off") and not (span and any(span.bias.values()))
+
+
 @dataclass(slots=True)
 class Lane:
-    """Host-side state of a request, from its prefill to its end.
+    """Host-side state of a request, from its prefill to its end. row: of the request table.
 
     entropy, top1, margin, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
-    `Signals`. reason: why the last round was routed as it was; decided_on: the signals that it was decided on.
-    recording: of a request that asked for its trace.
+    `Signals`. decision: what the newest round was decided on. recording: of a request that asked for its trace.
     """
 
     rid: str
     hints: RequestHints = field(default_factory=RequestHints)
+    row: int = 0
     tracker: SpanTracker | None = None
     rounds: int = 0
     tried: dict[str, int] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     previous: str | None = None
     dwell: int = 0
-    reason: str = "score"
     entropy: float = math.nan
     top1: float = math.nan
     margin: float = math.nan
     delta: float = math.nan
     predicted: dict[str, float] = field(default_factory=dict)
     recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
-    decided_on: Signals = field(default_factory=lambda: Signals(0, frozenset()))
+    decision: Decision = field(default_factory=Decision)
     recording: Recording | None = None
 
     @property
@@ -78,7 +96,7 @@ class Lane:
 
     def score(self, policy: Policy, length: int, outlook: Mapping[str, float | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
-        signals = self.decided_on = self.signals(length, outlook)
+        signals = self.signals(length, outlook)
         hinted = apply_hints(
             policy.score(signals),
             signals.span,
@@ -86,19 +104,8 @@ class Lane:
             off=self.hints.off,
             measured=signals.recent if policy.prices_batches else None,
         )
-        self.reason = hinted.reason
+        self.decision = Decision(signals, hinted.reason)
         return hinted.scores
-
-    @property
-    def free(self) -> bool:
-        """Whether the request's caller left this round to the policy: decoding is not off, nothing pinned or biased.
-
-        Only such a round may be a probe, and only such a round is evidence of what other requests may expect: what its
-        caller ordered was drafted where nothing else would have, and as often as its caller likes. A preference is no
-        order: it counts for one round.
-        """
-        span = self.decided_on.span
-        return self.reason not in ("pin", "off") and not (span and any(span.bias.values()))
 
     def chose(self, arm: str) -> None:
         """The controller routed the next round to `arm`."""
@@ -108,14 +115,24 @@ class Lane:
         self.dwell = self.dwell + 1 if arm == self.previous else 1
         self.previous = arm
 
-    def committed(self, arm: str, tokens: Sequence[int], proposed: int = 0) -> None:
-        """A round of `arm` that drafted `proposed` tokens committed `tokens`, the bonus token last."""
+    def committed(
+        self,
+        arm: str,
+        tokens: Sequence[int],
+        proposed: int = 0,
+        *,
+        start: int = 0,
+        reason: str = "score",
+    ) -> None:
+        """A round of `arm` that drafted `proposed` tokens committed `tokens`, the bonus token last.
+
+        start: n when it began. reason: of its decision.
+        """
         span = self.span
-        recent = self.recent_by_kind.setdefault(span.kind if span else None, {})
+        kind = span.kind if span else None
+        recent = self.recent_by_kind.setdefault(kind, {})
         recent.setdefault(arm, Mean()).add(len(tokens), RECENT_ROUNDS)
         if self.recording is not None:
-            kind = span.kind if span else None
-            length = self.decided_on.length
-            self.recording.add(length, arm, len(tokens), proposed=proposed, reason=self.reason, span=kind)
+            self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:
             self.tracker.push(tokens)

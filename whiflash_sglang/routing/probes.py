@@ -22,7 +22,7 @@ class Probes:
     An arm is probed at most once in as many rounds of the batch as it is known (`_patience`), by a request that
 
     - is free: a caller's pin, bias or `off` leaves nothing to try, and its rounds are no evidence for others
-      (`Lane.free`);
+      (`Decision.free`);
     - may draft with the arm, and was not routed to it for as many rounds itself; what other requests use says little of
       it. Of several, the one that has gone without it longest, so that none takes all probes.
     """

@@ -123,7 +123,7 @@ def _walk(
         choices[position] = REPLAYED[arm]
         emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
         position += emitted
-        missing.append((arm, lane.decided_on, emitted, position))
+        missing.append((arm, lane.decision.signals, emitted, position))
         if not lag.signals and position < end:
             _signal(lane, policy, known, position)
         if len(missing) > lag.rounds:

@@ -1,0 +1,54 @@
+"""What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.planning import Plan
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.neural import note
+from whiflash_sglang.transfers import Download
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A round's results on their way to the host, with the plan that they judge.
+
+    download: `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C],
+    of which `own` count; `entropy` [B] and `outputs` [B, K] where the policy asked for them.
+    """
+
+    plan: Plan
+    download: Download
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """Tells the controller and the drafters what rounds committed."""
+
+    drafters: Mapping[str, Drafter]
+    controller: Controller
+    clock: RoundClock
+
+    def learn(self, plan: Plan, found: Mapping[str, list[Any]]) -> list[list[int]]:
+        """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
+
+        A request that has ended since, or that was retracted, is passed over: its row may be another's by now.
+        """
+        tokens = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
+        for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
+            if not self.controller.keeps(lane):
+                continue
+            width, row = found["widths"][i], lane.row
+            evidence = self.controller.committed(lane, decision, arm, tokens[i], width, found["starts"][i])
+            if evidence and arm in self.drafters:
+                confidences = found["confidences"][i][: found["own"][i]]
+                self.drafters[arm].observe(row, width - 1, len(tokens[i]) - 1, confidences)
+            if "entropy" in found:
+                lane.entropy = found["entropy"][i]
+            if "outputs" in found:
+                note(lane, found["outputs"][i])
+        self.clock.learned(sum(map(len, tokens)))
+        return tokens

@@ -1,0 +1,163 @@
+"""What the host decides of a round before it runs, in one object, and all that the device needs of it in one upload."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from whiflash_sglang import arms
+from whiflash_sglang.cache.backlog import Due
+from whiflash_sglang.cache.sync import DraftSync
+from whiflash_sglang.compat.spec_worker import RoundBatch
+from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.routing.controller import Controller, Outlook
+from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.lane import Decision, Lane
+from whiflash_sglang.transfers import Upload
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """What the device needs of a plan.
+
+    members, due: [M] int64 per arm, indices of the batch. limits, joined: [B] int64, as of `Plan`. calibration: float32
+    per arm, `Drafter.calibration`.
+    """
+
+    members: Mapping[str, torch.Tensor]
+    due: Mapping[str, torch.Tensor]
+    limits: torch.Tensor
+    joined: torch.Tensor
+    calibration: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One round as it was decided, for B requests.
+
+    routes: arm of each. lanes: what the controller kept of each, by which a later request in the same row is told from
+    it; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches
+    up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. rooms: the same where another
+    arm may prolong them. worth: what a further draft of each arm must bring.
+    """
+
+    routes: list[str]
+    lanes: list[Lane]
+    decisions: list[Decision]
+    members: dict[str, list[int]]
+    due: dict[str, Due]
+    limits: list[int]
+    joined: list[int]
+    worth: dict[str, Worth]
+    on_device: OnDevice
+
+    @property
+    def rooms(self) -> list[int]:
+        """Drafts of each request at most."""
+        return [max(own, joined) for own, joined in zip(self.limits, self.joined, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans rounds from what the controller and the drafters know, which may be late."""
+
+    drafters: Mapping[str, Drafter]
+    sync: DraftSync
+    controller: Controller
+    clock: RoundClock
+
+    def plan(self, requests: RoundBatch) -> Plan:
+        """Route every request, and say what the round takes for it; what catches up counts as done from now on."""
+        routes = self._route(requests)
+        members = {arm: [i for i, route in enumerate(routes) if route == arm] for arm in self.drafters}
+        members = {arm: indices for arm, indices in members.items() if indices}
+        limits = [
+            min(self.drafters[arm].max_drafts, budget - 1) if arm in self.drafters else 0
+            for arm, budget in zip(routes, requests.budgets, strict=True)
+        ]
+        joined = [self._joined(requests, i, limit) for i, limit in enumerate(limits)]
+        widths = [1 + max(rooms) for rooms in zip(limits, joined, strict=True)]
+        due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
+        lanes = [self.controller.lanes[row] for row in requests.row_ids]
+        return Plan(
+            routes,
+            lanes,
+            [lane.decision for lane in lanes],
+            members,
+            due,
+            limits,
+            joined,
+            {arm: self.controller.worth(arm) for arm in members},
+            self._upload(requests, members, due, limits, joined),
+        )
+
+    def outlook(self, requests: RoundBatch, index: int) -> Outlook:
+        """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
+        if requests.budgets[index] <= 1:
+            return {}  # The last token a request may commit needs no draft: it is the bonus token.
+        row, n = requests.row_ids[index], requests.lengths.most[index]
+        history = partial(requests.history, index)
+        found = {
+            arm: drafter.outlook(row, n, history)
+            for arm, drafter in self.drafters.items()
+            if self.controller.may_name(row, arm)
+        }
+        return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
+
+    def _route(self, requests: RoundBatch) -> list[str]:
+        outlooks = [self.outlook(requests, i) for i in range(len(requests.row_ids))]
+        before = [self.controller.lanes[row].previous for row in requests.row_ids]
+        routes = self.controller.route(requests.row_ids, requests.lengths.most, outlooks)
+        for old, new, left in zip(before, routes, requests.budgets, strict=True):
+            # Before its last token a request has nothing to switch to.
+            self.clock.switches += left > 1 and old not in (None, new)
+        return routes
+
+    def _joined(self, requests: RoundBatch, index: int, limit: int) -> int:
+        """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may prolong them."""
+        if not limit or not self.controller.may_join(requests.row_ids[index]):
+            return 0
+        longest = max((d.max_drafts for d in self.drafters.values() if d.prolongs), default=0)
+        return min(max(longest, limit), requests.budgets[index] - 1) if longest else 0
+
+    def _upload(
+        self,
+        requests: RoundBatch,
+        members: Mapping[str, Sequence[int]],
+        due: Mapping[str, Due],
+        limits: Sequence[int],
+        joined: Sequence[int],
+    ) -> OnDevice:
+        if not members and not due:
+            nothing = requests.rows.new_empty(0)
+            return OnDevice({}, {}, nothing, nothing, {})
+        upload = Upload()
+        limits_at, joined_at = upload.ints(limits), upload.ints(joined)
+        members_at = {arm: upload.ints(indices) for arm, indices in members.items()}
+        due_at = {arm: upload.ints(own.members) for arm, own in due.items()}
+        calibration_at = {arm: upload.floats(self.drafters[arm].calibration()) for arm in members}
+        ints, floats = upload.send(requests.rows.device)
+        return OnDevice(
+            {arm: ints[at] for arm, at in members_at.items()},
+            {arm: ints[at] for arm, at in due_at.items()},
+            ints[limits_at],
+            ints[joined_at],
+            {arm: floats[at] for arm, at in calibration_at.items()},
+        )
+
+
+def widest_of(drafters: Mapping[str, Drafter]) -> int:
+    """Most drafts of a round, whoever drafts them."""
+    return max((drafter.max_drafts for drafter in drafters.values()), default=0)
+
+
+def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:
+    """Most rows that a request routed to `arm` verifies, of the arm's own drafts."""
+    return drafters[arm].max_drafts + 1 if arm in drafters else 1
+
+
+def drafts_nothing(routes: Sequence[str]) -> bool:
+    """Whether every request decodes plainly."""
+    return all(arm == arms.NONE for arm in routes)

@@ -1,0 +1,80 @@
+"""What crosses between host and device in a round: one buffer up, one down. Imports no SGLang."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Upload:
+    """Numbers of the host on their way to the device, all in one transfer.
+
+    Fill it with `ints` and `floats`, each of which says where its numbers will be, then `send`.
+    """
+
+    def __init__(self) -> None:
+        self._ints: list[Sequence[int]] = []
+        self._floats: list[Sequence[float]] = []
+
+    def ints(self, values: Sequence[int]) -> int:
+        """Numbers of 32 bits. Returns their index in the first list of `send`."""
+        self._ints.append(values)
+        return len(self._ints) - 1
+
+    def floats(self, values: Sequence[float]) -> int:
+        """Returns their index in the second list of `send`."""
+        self._floats.append(values)
+        return len(self._floats) - 1
+
+    def send(self, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The numbers on `device`: int64 and float32 views of one buffer each.
+
+        One transfer from pinned memory on CUDA, in the order of the current stream, which the host does not wait for:
+        the allocator of pinned memory keeps the buffer until it is done.
+        """
+        sizes = [[len(part) for part in parts] for parts in (self._ints, self._floats)]
+        ints, floats = (sum(part) for part in sizes)
+        host = np.empty(ints + floats, dtype=np.int32)
+        host[:ints] = [value for part in self._ints for value in part]
+        host[ints:].view(np.float32)[:] = [value for part in self._floats for value in part]
+        packed = torch.as_tensor(host)
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        packed = packed.to(device, non_blocking=True)
+        # Indices must be int64.
+        as_ints, as_floats = packed[:ints].long(), packed[ints:].view(torch.float32)
+        return list(torch.split(as_ints, sizes[0])), list(torch.split(as_floats, sizes[1]))
+
+
+class Download:
+    """Tensors of the device on their way to the host, packed into one buffer.
+
+    packed: [N] int32; whoever copies it to the host hands the copy to `read`.
+
+    Args:
+        fields: int tensors, whose values fit into 32 bits, or float tensors.
+    """
+
+    def __init__(self, **fields: torch.Tensor) -> None:
+        self._fields = {
+            name: (tuple(field.shape), field.dtype.is_floating_point) for name, field in fields.items()
+        }
+        self.packed = torch.cat([_as_int32(field) for field in fields.values()])
+
+    def read(self, packed: torch.Tensor | None = None) -> dict[str, list[Any]]:
+        """The fields as nested lists. packed: its copy on the host; without one this waits for the device."""
+        flat = (self.packed if packed is None else packed).cpu().numpy()
+        found, begin = {}, 0
+        for name, (shape, is_float) in self._fields.items():
+            end = begin + math.prod(shape)
+            part = flat[begin:end].view(np.float32) if is_float else flat[begin:end]
+            found[name], begin = part.reshape(shape).tolist(), end
+        return found
+
+
+def _as_int32(field: torch.Tensor) -> torch.Tensor:
+    if field.dtype.is_floating_point:
+        return field.reshape(-1).to(torch.float32).view(torch.int32)
+    return field.reshape(-1).to(torch.int32)
