@@ -65,7 +65,7 @@ class Download:
 
     def read(self, packed: torch.Tensor | None = None) -> dict[str, list[Any]]:
         """The fields as nested lists. packed: its copy on the host; without one this waits for the device."""
-        flat = (self.packed if packed is None else packed).cpu().numpy()
+        flat = (self.packed if packed is None else packed).numpy(force=True)
         found, begin = {}, 0
         for name, (shape, is_float) in self._fields.items():
             end = begin + math.prod(shape)
