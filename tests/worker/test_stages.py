@@ -19,5 +19,5 @@ def test_nothing_of_a_round_is_in_no_stage(models: Models, monkeypatch: pytest.M
         stages = round_ms_of(e.worker.clock.snapshot())
     assert stages.draft > 0
     assert stages.verify > 0
-    assert min(stages.model_dump().values()) >= 0
+    assert min(stages.model_dump().values()) >= -1e-6  # what rounding leaves of nothing
     assert stages.other == pytest.approx(0)
