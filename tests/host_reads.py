@@ -39,13 +39,21 @@ READS = frozenset(
 UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
 
 
+STAND_INS = ("whiflash_kernels/reference/", "whiflash_sglang/platform/")
+"""Where a CPU does what kernels do on a GPU: what these read of their own arguments no host would wait for."""
+
+
 class HostReads(TorchFunctionMode):
-    """Counts reads and uploads by the line of ours, or of SGLang's, that asked for them."""
+    """Counts reads and uploads by the line of ours, or of SGLang's, that asked for them.
+
+    of_kernels: the same of what stands in for a GPU's kernels.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
+        self.of_kernels: Counter[str] = Counter()
 
     def __torch_function__(
         self,
@@ -55,10 +63,12 @@ class HostReads(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name in READS or depends_on_values(name, args):
-            self.reads[_site(name)] += 1
-        elif name in UPLOADS:
-            self.uploads[_site(name)] += 1
+        read = name in READS or depends_on_values(name, args)
+        if read or name in UPLOADS:
+            site = _site(name)
+            stands_in = site.startswith(STAND_INS)
+            found = self.of_kernels if stands_in else self.reads if read else self.uploads
+            found[site] += 1
         return func(*args, **(kwargs or {}))
 
 

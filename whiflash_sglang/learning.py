@@ -17,7 +17,8 @@ class Results:
     """A round's results on their way to the host, with the plan that they judge.
 
     download: `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C],
-    of which `own` count; `entropy` [B] and `outputs` [B, K] where the policy asked for them.
+    of which `own` count; `late` [B], 1 where the device took the drafts of `Plan.late`; `entropy` [B] and `outputs`
+    [B, K] where the policy asked for them.
     """
 
     plan: Plan
@@ -42,6 +43,7 @@ class Learner:
             if not self.controller.keeps(lane):
                 continue
             width, row = found["widths"][i], lane.row
+            arm = plan.late if plan.late is not None and found["late"][i] else arm
             evidence = self.controller.committed(lane, decision, arm, tokens[i], width, found["starts"][i])
             if evidence and arm in self.drafters:
                 confidences = found["confidences"][i][: found["own"][i]]

@@ -1,5 +1,6 @@
 """What the host decides of a round before it runs, in one object, and all that the device needs of it in one upload."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,11 @@ from whiflash_sglang.transfers import Upload
 
 @dataclass(frozen=True, slots=True)
 class OnDevice:
-    """What the device needs of a plan.
+    """What the device needs of a plan; where nobody drafts and nobody catches up, nothing.
 
     members, due: [M] int64 per arm, indices of the batch. limits, joined: [B] int64, as of `Plan`. calibration: float32
-    per arm, `Drafter.calibration`.
+    per arm, `Drafter.calibration`. late_limits: [B] int64, drafts of the late arm at most. must_beat: [B] float32, what
+    these must bring (`Controller.must_beat`).
     """
 
     members: Mapping[str, torch.Tensor]
@@ -31,6 +33,8 @@ class OnDevice:
     limits: torch.Tensor
     joined: torch.Tensor
     calibration: Mapping[str, torch.Tensor]
+    late_limits: torch.Tensor
+    must_beat: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,10 @@ class Plan:
 
     routes: arm of each. lanes: what the controller kept of each, by which a later request in the same row is told from
     it; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches
-    up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. rooms: the same where another
-    arm may prolong them. worth: what a further draft of each arm must bring.
+    up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with those
+    that another arm may put behind them, 0 where none may. late: the arm whose drafts the device may put in any
+    request's place, None where the host knows all beforehand; late_limits: their number at most. expected_drafts: of
+    each request on average, as it was routed. worth: what a further draft of each arm must bring.
     """
 
     routes: list[str]
@@ -50,13 +56,24 @@ class Plan:
     due: dict[str, Due]
     limits: list[int]
     joined: list[int]
+    late: str | None
+    late_limits: list[int]
+    expected_drafts: list[float]
     worth: dict[str, Worth]
     on_device: OnDevice
 
     @property
+    def usual_drafts(self) -> int:
+        """Drafts that a round like this one verifies, half as many again as on average, so that few are left out."""
+        return sum(
+            min(room, math.ceil(1.5 * drafts))
+            for room, drafts in zip(self.rooms, self.expected_drafts, strict=True)
+        )
+
+    @property
     def rooms(self) -> list[int]:
         """Drafts of each request at most."""
-        return [max(own, joined) for own, joined in zip(self.limits, self.joined, strict=True)]
+        return [max(most) for most in zip(self.limits, self.joined, self.late_limits, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +89,22 @@ class Planner:
         """Route every request, and say what the round takes for it; what catches up counts as done from now on."""
         routes = self._route(requests)
         members = {arm: [i for i, route in enumerate(routes) if route == arm] for arm in self.drafters}
-        members = {arm: indices for arm, indices in members.items() if indices}
+        late = next((arm for arm, drafter in self.drafters.items() if drafter.late), None)
+        members = {arm: indices for arm, indices in members.items() if indices and arm != late}
         limits = [
-            min(self.drafters[arm].max_drafts, budget - 1) if arm in self.drafters else 0
+            min(self.drafters[arm].max_drafts, budget - 1) if arm in members else 0
             for arm, budget in zip(routes, requests.budgets, strict=True)
         ]
         joined = [self._joined(requests, i, limit) for i, limit in enumerate(limits)]
-        widths = [1 + max(rooms) for rooms in zip(limits, joined, strict=True)]
+        must_beat = [
+            self.controller.must_beat(row, route, late) if late and budget > 1 else math.inf
+            for row, route, budget in zip(requests.row_ids, routes, requests.budgets, strict=True)
+        ]
+        late_limits = [
+            min(self.drafters[late].max_drafts, budget - 1) if late and value < math.inf else 0
+            for value, budget in zip(must_beat, requests.budgets, strict=True)
+        ]
+        widths = [1 + max(rooms) for rooms in zip(limits, joined, late_limits, strict=True)]
         due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
         lanes = [self.controller.lanes[row] for row in requests.row_ids]
         return Plan(
@@ -89,8 +115,11 @@ class Planner:
             due,
             limits,
             joined,
-            {arm: self.controller.worth(arm) for arm in members},
-            self._upload(requests, members, due, limits, joined),
+            late if any(late_limits) else None,
+            late_limits,
+            [self.controller.costs.width(arm) - 1 for arm in routes],
+            {arm: self.controller.worth(arm) for arm in self.drafters},
+            self._upload(requests, members, due, (limits, joined, late_limits), must_beat),
         )
 
     def outlook(self, requests: RoundBatch, index: int) -> Outlook:
@@ -127,24 +156,31 @@ class Planner:
         requests: RoundBatch,
         members: Mapping[str, Sequence[int]],
         due: Mapping[str, Due],
-        limits: Sequence[int],
-        joined: Sequence[int],
+        most: Sequence[Sequence[int]],
+        must_beat: Sequence[float],
     ) -> OnDevice:
-        if not members and not due:
+        if not due and not any(map(any, most)):
             nothing = requests.rows.new_empty(0)
-            return OnDevice({}, {}, nothing, nothing, {})
+            return OnDevice({}, {}, nothing, nothing, {}, nothing, nothing)
         upload = Upload()
-        limits_at, joined_at = upload.ints(limits), upload.ints(joined)
+        most_at = [upload.ints(own) for own in most]
         members_at = {arm: upload.ints(indices) for arm, indices in members.items()}
         due_at = {arm: upload.ints(own.members) for arm, own in due.items()}
-        calibration_at = {arm: upload.floats(self.drafters[arm].calibration()) for arm in members}
+        calibration_at = {
+            arm: upload.floats(drafter.calibration(requests.row_ids))
+            for arm, drafter in self.drafters.items()
+            if arm in members or drafter.late
+        }
+        must_beat_at = upload.floats(must_beat)
         ints, floats = upload.send(requests.rows.device)
         return OnDevice(
             {arm: ints[at] for arm, at in members_at.items()},
             {arm: ints[at] for arm, at in due_at.items()},
-            ints[limits_at],
-            ints[joined_at],
+            ints[most_at[0]],
+            ints[most_at[1]],
             {arm: floats[at] for arm, at in calibration_at.items()},
+            ints[most_at[2]],
+            floats[must_beat_at],
         )
 
 

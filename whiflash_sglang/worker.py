@@ -110,7 +110,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stops = StopTable(rows, self.target.device)
         self.lifecycle = Lifecycle(self.drafters, self.sync, self.controller, self.tokens, self.stops)
         self.planner = Planner(self.drafters, self.sync, self.controller, self.clock)
-        self.stage = DraftStage(self.drafters, self.sync, costs, self.clock, slots, self.host)
+        self.stage = DraftStage(
+            self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
+        )
         self.learner = Learner(self.drafters, self.controller, self.clock)
         release.notify(self.lifecycle)
         profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
@@ -314,6 +316,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             starts=requests.starts,
             widths=proposal.widths,
             own=proposal.own,
+            late=proposal.late,
             tokens=committed.tokens,
             accept_lens=committed.accept_lens,
             confidences=proposal.confidences,

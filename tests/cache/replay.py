@@ -173,7 +173,7 @@ class Replay:
             slot_table=self.table,
             limits=limits,
             caps=torch.tensor(limits),
-            calibration=torch.tensor(arm.calibration()),
+            calibration=torch.tensor(arm.calibration(members)),
         )
 
     def finish(self, row: int) -> None:

@@ -24,7 +24,8 @@ class DraftBatch:
     on the host, the most that each n can be, n itself where `host.exact`. bonus: [B] int64, token n. tail: [B, F]
     captured feature n-1. slot_table: [request rows, ctx] int32. limits: drafts wanted per request at most, each at
     least 1, on the host; caps: [B] int64, the same on the device. calibration: float32, what `Drafter.calibration` was
-    when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts.
+    when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts. text:
+    [request rows, ctx or more] int64, token at every position up to n; None where nobody looks anything up.
     """
 
     rows: torch.Tensor
@@ -39,6 +40,7 @@ class DraftBatch:
     calibration: torch.Tensor
     worth: Worth = FULL_LENGTH
     host: HostView = EXACT
+    text: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -68,10 +70,10 @@ class Drafts:
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """Drafts of one arm that another may prolong.
+    """Drafts of a whole batch that another arm may prolong.
 
-    rooms: tokens per request at most, its `drafts` included, on the host, 0 where nothing may follow them; caps: [B]
-    int64, the same on the device.
+    batch: as that arm's own, with all requests. rooms: tokens per request at most, its `drafts` included, on the host,
+    0 where nothing may follow them; caps: [B] int64, the same on the device.
     """
 
     batch: DraftBatch
@@ -89,7 +91,8 @@ class Drafter(ABC):
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token).
     captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features.
     keeps_kv: whether it has KV that must stay synchronised with the target's slots. prolongs: whether it can go on
-    where another arm's drafts end.
+    where another arm's drafts end. late: whether the host knows what it expects of a round too late where it may not
+    read the device; then it drafts for all requests, and the device decides who takes its drafts.
     """
 
     arm: str
@@ -97,6 +100,7 @@ class Drafter(ABC):
     captured_layers: tuple[int, ...] = ()
     keeps_kv: bool = False
     prolongs: bool = False
+    late: bool = False
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
@@ -130,8 +134,8 @@ class Drafter(ABC):
         """Tokens to verify behind another arm's drafts, at no pass of a model; asked if it `prolongs`. None: none."""
         return None
 
-    def calibration(self) -> Sequence[float]:
-        """What its drafts are judged by, uploaded with every round's plan; always as many numbers."""
+    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
+        """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
         return ()
 
     def observe(  # noqa: B027 - most learn nothing online

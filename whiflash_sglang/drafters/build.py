@@ -12,6 +12,7 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
+from whiflash_sglang.host_view import HostView
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.router import Layers, Router
 
@@ -45,7 +46,7 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
         DFlashArm(block_drafter, captured, layers[1], block, positions, vocabulary),
     ]
     if settings.lookup.enabled:
-        drafters.append(LookupArm(settings.lookup))
+        drafters.append(LookupArm(settings.lookup, HostView.of(target.device)))
     return drafters
 
 

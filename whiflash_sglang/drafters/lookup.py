@@ -12,6 +12,8 @@ import torch
 from whiflash_sglang import arms
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
+from whiflash_sglang.drafters.copying import DeviceCopies
+from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
@@ -36,9 +38,12 @@ class LookupArm(Drafter):
     arm = arms.LOOKUP
     prolongs = True
 
-    def __init__(self, settings: Lookup) -> None:
+    def __init__(self, settings: Lookup, host: HostView = EXACT) -> None:
+        self.late = not host.exact
+        self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
         self._calibrations = Calibrations(settings.seed or EVEN_ODDS)
+        self._unlearned = self._calibrations.fresh()
         self.memory: TenantMemory | None = None
         if settings.memory_mib:
             self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0)
@@ -53,6 +58,7 @@ class LookupArm(Drafter):
     def begin(self, row: int, hints: RequestHints, tenant: Tenant | None) -> None:
         """A request begins in `row`, or begins again; `hints.lookup` says what it wants copied."""
         self.release(row)
+        self._device_copies.begin(row)
         if hints.lookup == "off":
             self._off.add(row)
             return
@@ -72,8 +78,19 @@ class LookupArm(Drafter):
         proposal = self._proposals[row] = copier.look(self.max_drafts, self._worth)
         return NOTHING + proposal.expected(proposal.width(self.max_drafts, self._worth))
 
+    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
+        """Where the device copies: how each request's copies begin, and its table of chances."""
+        if not self.late:
+            return ()
+        copiers = [self._copiers.get(row) for row in row_ids]
+        factors = [1.0 if copier is None else copier.factor for copier in copiers]
+        known = [self._unlearned if copier is None else copier.calibration for copier in copiers]
+        return [*factors, *(chance for table in known for chance in table.chances)]
+
     def draft(self, batch: DraftBatch) -> Drafts:
         self._worth = batch.worth.row or WORTH
+        if self.late:
+            return self._device_copies.draft(batch, self._worth)
         copies = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
             proposal = self._proposals.get(row, Proposal())
@@ -83,10 +100,14 @@ class LookupArm(Drafter):
     def prolong(self, grown: Grown) -> Drafts | None:
         """The copies that another arm's drafts lead into."""
         batch, drafts = grown.batch, grown.drafts
+        if self.late:
+            return self._device_copies.prolong(grown, batch.worth.row or WORTH)
         assert drafts.alive is not None
         tokens, alive, counts = drafts.tokens.tolist(), drafts.alive.tolist(), drafts.counts.tolist()
         copies = [
             self.copy_behind(row, own[:count], chances[count - 1], room - count, batch.worth)
+            if room and count
+            else ()
             for row, own, chances, count, room in zip(
                 batch.row_ids, tokens, alive, counts, grown.rooms, strict=True
             )

@@ -34,7 +34,7 @@ class PagedArm(Drafter):
         shape = self._shape
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
 
-    def calibration(self) -> Sequence[float]:
+    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
         """Chances of acceptance per bin of confidence, and their mean."""
         return self.length.calibration()
 

@@ -71,7 +71,7 @@ def _idle_batch(
         slot_table=slot_table,
         limits=[drafter.max_drafts] * size,
         caps=torch.full_like(rows, drafter.max_drafts),
-        calibration=torch.tensor(drafter.calibration(), dtype=torch.float32, device=rows.device),
+        calibration=torch.tensor(drafter.calibration(range(size)), dtype=torch.float32, device=rows.device),
         host=host,
     )
 

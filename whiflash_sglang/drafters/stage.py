@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown
+from whiflash_sglang.drafters.merging import behind, bucket_of, lay, likeliest
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.planning import Plan
@@ -21,13 +22,15 @@ class Proposal:
     """Drafts of the whole batch.
 
     tokens: [B, W] int64, padded. widths: [B] int64, rows each request verifies (drafts + 1). own: [B] int64, drafts of
-    the request's own arm among them; confidences: [B, C] float32, what that arm gave them. rows: of the verification;
+    the request's own arm among them; confidences: [B, C] float32, what that arm gave them. late: [B] int64, 1 where the
+    drafts are those of `Plan.late` instead. rows: of the verification;
     stride: of its widest request, W + 1. Both are what the widths come to where the host may know them, else bounds.
     """
 
     tokens: torch.Tensor
     widths: torch.Tensor
     own: torch.Tensor
+    late: torch.Tensor
     confidences: torch.Tensor
     rows: int
     stride: int
@@ -35,53 +38,94 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class DraftStage:
-    """The arms of a worker as its round sees them. slot_table: [request rows, ctx] int32."""
+    """The arms of a worker as its round sees them. slot_table: [request rows, ctx] int32. text: `TokenTable.data`."""
 
     drafters: Mapping[str, Drafter]
     sync: DraftSync
     costs: MeasuredCosts
     clock: RoundClock
     slot_table: torch.Tensor
+    text: torch.Tensor
     host: HostView
 
     def draft(self, requests: RoundBatch, plan: Plan) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        size, device, rooms = len(plan.routes), requests.rows.device, plan.rooms
-        tokens = torch.zeros((size, max(rooms)), dtype=torch.int64, device=device)
-        counts = torch.zeros((2, size), dtype=torch.int64, device=device)
-        confidences = torch.zeros((size, max(plan.limits)), dtype=torch.float32, device=device)
+        size, device, widest = len(plan.routes), requests.rows.device, max(plan.rooms)
+        if not widest:
+            ones, nothing = torch.ones_like(requests.rows), torch.empty((size, 0), device=device)
+            return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, size, 1)
+        drafts = Drafts(
+            tokens=torch.zeros((size, widest), dtype=torch.int64, device=device),
+            counts=torch.zeros(size, dtype=torch.int64, device=device),
+            alive=torch.ones((size, widest), device=device),
+            confidences=torch.zeros((size, max(plan.limits)), device=device),
+        )
         for arm, members in plan.members.items():
-            began, drafter = time.perf_counter(), self.drafters[arm]
-            batch = self._batch(requests, plan, arm)
-            drafts = drafter.draft(batch)
+            began = time.perf_counter()
+            own = self.drafters[arm].draft(self._batch(requests, plan, arm))
             seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
-            self.costs.drafted(arm, len(members), passes=drafts.passes, seconds=seconds, catch_up=catch_up)
-            index, own = plan.on_device.members[arm], drafts.counts
-            if drafts.confidences is not None:
-                confidences[:, : drafts.confidences.shape[1]].index_copy_(0, index, drafts.confidences)
-            drafts = self._prolonged(batch, drafts, plan, arm)
-            width = min(drafts.tokens.shape[1], tokens.shape[1])
-            tokens[:, :width].index_copy_(0, index, drafts.tokens[:, :width])
-            counts.index_copy_(1, index, torch.stack([own, drafts.counts]))
+            self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+            lay(own, plan.on_device.members[arm], drafts)
             self.clock.drafted(time.perf_counter() - began + catch_up)
-        widths = counts[1] + 1
-        stride = self.host.size(widths.max(), 1 + max(rooms))
-        rows = self.host.size(widths.sum(), size + sum(rooms))
-        return Proposal(tokens[:, : stride - 1], widths, counts[0], confidences, rows, stride)
+        began, own_counts = time.perf_counter(), drafts.counts
+        if any(plan.joined):
+            drafts = self._prolonged(requests, plan, drafts)
+        late = torch.zeros_like(own_counts)
+        if plan.late is not None:
+            drafts, late = self._with_late(requests, plan, plan.late, drafts)
+        self.clock.drafted(time.perf_counter() - began)
+        return self._proposal(plan, drafts, own_counts, late)
 
-    def _prolonged(self, batch: DraftBatch, drafts: Drafts, plan: Plan, arm: str) -> Drafts:
-        """The drafts of `arm`, and behind them what others know to follow, such as the copy that a chain leads into."""
-        rooms = [plan.joined[i] for i in plan.members[arm]]
-        if drafts.alive is None or not any(rooms):
-            return drafts
-        for other in self.drafters.values():
-            if other.prolongs and other.arm != arm:
-                room = plan.on_device.joined[plan.on_device.members[arm]]
-                more = other.prolong(Grown(batch, drafts, rooms, room))
-                drafts = drafts if more is None else _behind(drafts, more)
+    def _proposal(self, plan: Plan, drafts: Drafts, own: torch.Tensor, late: torch.Tensor) -> Proposal:
+        """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
+        assert drafts.confidences is not None
+        size, widest, most = len(plan.routes), max(plan.rooms), sum(plan.rooms)
+        counts = drafts.counts
+        if not self.host.exact:
+            most = bucket_of(size + min(plan.usual_drafts, most)) - size
+            counts = likeliest(drafts, most)
+        widths = counts + 1
+        stride = self.host.size(widths.max(), widest + 1)
+        rows = self.host.size(widths.sum(), size + most)
+        tokens = drafts.tokens[:, : stride - 1]
+        return Proposal(tokens, widths, torch.minimum(own, counts), late, drafts.confidences, rows, stride)
+
+    def _prolonged(self, requests: RoundBatch, plan: Plan, drafts: Drafts) -> Drafts:
+        """The drafts, and behind them what other arms know to follow, such as the copy that a chain leads into."""
+        for arm, other in self.drafters.items():
+            rooms = [
+                0 if route == arm else room for route, room in zip(plan.routes, plan.joined, strict=True)
+            ]
+            if other.prolongs and any(rooms):
+                batch = self._whole_batch(requests, plan, arm)
+                more = other.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
+                drafts = drafts if more is None else behind(drafts, more)
         return drafts
 
+    def _with_late(
+        self, requests: RoundBatch, plan: Plan, arm: str, drafts: Drafts
+    ) -> tuple[Drafts, torch.Tensor]:
+        """The drafts, or a request's drafts of `arm` where these bring more; and [B] int64, 1 where they do."""
+        found = self.drafters[arm].draft(self._whole_batch(requests, plan, arm))
+        assert drafts.alive is not None
+        assert found.alive is not None
+        width = drafts.tokens.shape[1]
+        column = torch.arange(found.tokens.shape[1], device=found.counts.device)
+        gain = torch.where(column < found.counts[:, None], found.alive - plan.worth[arm].row, 0.0).sum(1)
+        taken = (found.counts > 0) & (gain > plan.on_device.must_beat)
+        tokens, alive = (
+            F.pad(t, (0, max(width - t.shape[1], 0)))[:, :width] for t in (found.tokens, found.alive)
+        )
+        merged = replace(
+            drafts,
+            tokens=torch.where(taken[:, None], tokens, drafts.tokens),
+            alive=torch.where(taken[:, None], alive, drafts.alive),
+            counts=torch.where(taken, found.counts, drafts.counts),
+        )
+        return merged, taken.long()
+
     def _batch(self, requests: RoundBatch, plan: Plan, arm: str) -> DraftBatch:
+        """The requests that `arm` drafts for."""
         members, index = plan.members[arm], plan.on_device.members[arm]
         rows, starts, bonus, caps = requests.rows, requests.starts, requests.bonus, plan.on_device.limits
         if len(members) < len(plan.routes):
@@ -101,10 +145,20 @@ class DraftStage:
             host=self.host,
         )
 
-
-def _behind(drafts: Drafts, more: Drafts) -> Drafts:
-    """`more` behind the drafts of every request: it overwrites padding only."""
-    width = more.tokens.shape[1]
-    column = drafts.counts[:, None] + torch.arange(width, device=drafts.counts.device)
-    tokens = F.pad(drafts.tokens, (0, width)).scatter_(1, column, more.tokens)
-    return replace(drafts, tokens=tokens, counts=drafts.counts + more.counts)
+    def _whole_batch(self, requests: RoundBatch, plan: Plan, arm: str) -> DraftBatch:
+        """All requests, for an arm that goes by their text alone."""
+        return DraftBatch(
+            rows=requests.rows,
+            row_ids=requests.row_ids,
+            lengths=requests.lengths.most,
+            starts=requests.starts,
+            bonus=requests.bonus,
+            tail=requests.bonus.new_empty((len(plan.routes), 0)),
+            slot_table=self.slot_table,
+            limits=plan.late_limits,
+            caps=plan.on_device.late_limits,
+            calibration=plan.on_device.calibration.get(arm, plan.on_device.must_beat[:0]),
+            worth=plan.worth[arm],
+            host=self.host,
+            text=self.text,
+        )

@@ -77,6 +77,12 @@ class MatchCalibration:
         bucket = self.bucket(length)
         return self._right[bucket][agreement] / self._seen[bucket][agreement]
 
+    @property
+    def chances(self) -> list[float]:
+        """Chance of every bucket and agreement, bucket by bucket."""
+        cells = (zip(*rows, strict=True) for rows in zip(self._right, self._seen, strict=True))
+        return [right / seen for row in cells for right, seen in row]
+
     def observe(self, length: int, agreement: Agreement, right: bool) -> None:
         """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
         bucket = self.bucket(length)
@@ -140,7 +146,12 @@ class RequestCalibration:
 
     def adjust(self, chance: float) -> float:
         """The chance that a copy's first token is right, as it is for this request; `chance`: for all of its tenant."""
-        return min(chance * self._right / self._expected, SURE)
+        return min(chance * self.factor, SURE)
+
+    @property
+    def factor(self) -> float:
+        """Copies begun right over those expected to be."""
+        return self._right / self._expected
 
     def observe(self, chance: float, right: bool) -> None:
         """A copy's first token, at `chance` (of all of the tenant's requests), was `right` or not."""

@@ -65,6 +65,16 @@ class Copier:
         self._proposal = Proposal()
         self._source: Place | None = None
 
+    @property
+    def calibration(self) -> MatchCalibration:
+        """Shared by the tenant's requests."""
+        return self._calibration
+
+    @property
+    def factor(self) -> float:
+        """How much likelier than the calibration says a copy's first token is right."""
+        return self._request.factor
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
         for depth, (copied, token) in enumerate(zip(self._proposal.tokens, tokens, strict=False)):

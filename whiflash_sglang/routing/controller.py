@@ -1,5 +1,6 @@
 """Routes for a batch, from what every request's lane knows and what the batch costs. Imports no SGLang."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from whiflash_sglang.routing.assign import Costs, Dwell, assign
@@ -70,6 +71,22 @@ class Controller:
         """Whether the drafts of the request in `row` may be prolonged by another arm than the one it was routed to."""
         return self.policy.joins_arms and self.lanes[row].decision.reason != "pin"
 
+    def must_beat(self, row: int, route: str, other: str) -> float:
+        """What drafts of `other` must bring a request that was routed to `route`, net of their rows, to take its place.
+
+        Expected accepted tokens; infinite where they may not. For arms of which the device alone knows in time what
+        they expect.
+        """
+        lane, policy = self.lanes[row], self.policy
+        if route == other:
+            return -math.inf
+        if lane.decision.reason in ("pin", "off") or not self.may_name(row, other):
+            return math.inf
+        if not policy.prices_batches:
+            # Who names no other arm but this one, or this one first, takes it wherever it has something.
+            return math.inf if policy.candidates is None else -math.inf
+        return lane.expected - 1 - self.worth(other).row * (self.costs.width(route) - 1)
+
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring; policies that price nothing draft the full length."""
         return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH
@@ -115,8 +132,8 @@ def route(
         routes = assign(scores, costs, [lane.previous for lane in lanes], Dwell())
     else:
         routes = assign(scores)
-    for lane, arm in zip(lanes, routes, strict=True):
-        lane.chose(arm)
+    for lane, arm, own in zip(lanes, routes, scores, strict=True):
+        lane.chose(arm, own.get(arm, 1.0))
     return routes
 
 

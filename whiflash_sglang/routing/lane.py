@@ -41,7 +41,8 @@ class Lane:
 
     entropy, top1, margin, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
-    `Signals`. decision: what the newest round was decided on. recording: of a request that asked for its trace.
+    `Signals`. expected: acceptance length that the newest round promised; decision: what it was decided on. recording:
+    of a request that asked for its trace.
     """
 
     rid: str
@@ -59,6 +60,7 @@ class Lane:
     delta: float = math.nan
     predicted: dict[str, float] = field(default_factory=dict)
     recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
+    expected: float = 1.0
     decision: Decision = field(default_factory=Decision)
     recording: Recording | None = None
 
@@ -107,8 +109,9 @@ class Lane:
         self.decision = Decision(signals, hinted.reason)
         return hinted.scores
 
-    def chose(self, arm: str) -> None:
-        """The controller routed the next round to `arm`."""
+    def chose(self, arm: str, expected: float = 1.0) -> None:
+        """The controller routed the next round to `arm`, of which it is `expected` to commit so many tokens."""
+        self.expected = expected
         self.tried[arm] = self.tried.get(arm, 0) + 1
         self.last[arm] = self.rounds
         self.rounds += 1
