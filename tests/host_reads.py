@@ -4,9 +4,11 @@
 waits for the device on a GPU counts as a read: values that become Python's, and shapes that depend on values.
 """
 
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ STAND_INS = ("whiflash_kernels/reference/", "whiflash_sglang/platform/")
 """Where a CPU does what kernels do on a GPU: what these read of their own arguments no host would wait for."""
 
 
+GRAPHS = (*STAND_INS, "whiflash_sglang/models/", "sglang/srt/model_executor/")
+"""What is one kernel on a GPU, or may be replayed from a graph: kernels, drafters, the target."""
+
+
 class HostReads(TorchFunctionMode):
     """Counts reads and uploads by the line of ours, or of SGLang's, that asked for them.
 
@@ -73,13 +79,16 @@ class HostReads(TorchFunctionMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators that would each be a launch; views and allocations are none."""
+    """Counts operators that would each be a launch; views and allocations are none.
+
+    between: of these, those outside of `GRAPHS`.
+    """
 
     FREE = ("view", "reshape", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze")
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.between = 0
 
     def __torch_dispatch__(
         self,
@@ -89,7 +98,9 @@ class Launches(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = func.overloadpacket.__name__
-        self.count += not (func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE)))
+        if not (func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE))):
+            self.count += 1
+            self.between += not _within(GRAPHS)
         return func(*args, **(kwargs or {}))
 
 
@@ -101,6 +112,15 @@ def depends_on_values(name: str, args: Sequence[Any]) -> bool:
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in index)
+
+
+def _within(places: Sequence[str]) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if any(place in frame.f_code.co_filename for place in places):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _site(name: str) -> str:

@@ -4,25 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from whiflash_kernels import Committed, router_mlp, routing_stats
+
+from whiflash_sglang.compat.target import Verified
 from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.stage import Proposal
 from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.models.router import Layers
 from whiflash_sglang.planning import Plan
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
+from whiflash_sglang.routing.policies import Policy
 from whiflash_sglang.transfers import Download
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """A round's results on their way to the host, with the plan that they judge.
-
-    download: `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C],
-    of which `own` count; `late` [B], 1 where the device took the drafts of `Plan.late`; `entropy` [B] and `outputs`
-    [B, K] where the policy asked for them.
-    """
-
-    plan: Plan
-    download: Download
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +48,42 @@ class Learner:
                 note(lane, found["outputs"][i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
+
+
+def signals_of(
+    policy: Policy, verified: Verified, last: torch.Tensor, router: Layers | None, *, entropy: bool
+) -> dict[str, torch.Tensor]:
+    """What a policy goes by, at rows `last` [B] of a verification.
+
+    `entropy` [B] of the target's distribution, where the policy needs it and the round is one of those in which it is
+    read; `outputs` [B, K] of a router.
+    """
+    found = {}
+    if entropy and "entropy" in policy.needs:
+        found["entropy"] = routing_stats(verified.logits, last).entropy
+    if "delta" in policy.needs:
+        if router is None or verified.final_hidden is None:
+            raise AssertionError("no policy needs a router that was not loaded")
+        found["outputs"] = router_mlp(verified.final_hidden[last], *router)
+    return found
+
+
+def results_of(
+    starts: torch.Tensor, proposal: Proposal, committed: Committed, signals: Mapping[str, torch.Tensor]
+) -> Download:
+    """All that `Learner.learn` reads of a round.
+
+    `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C], of which
+    `own` count; `late` [B], 1 where the device took the drafts of `Plan.late`; `entropy` [B] and `outputs` [B, K] where
+    the policy asked for them.
+    """
+    return Download(
+        starts=starts,
+        widths=proposal.widths,
+        own=proposal.own,
+        late=proposal.late,
+        tokens=committed.tokens,
+        accept_lens=committed.accept_lens,
+        confidences=proposal.confidences,
+        **signals,
+    )

@@ -27,6 +27,11 @@ class PreviousRound(NamedTuple):
     drafting: float
     gap: float
 
+    @property
+    def rest(self) -> float:
+        """Seconds that were no drafting."""
+        return max(self.seconds - self.drafting, 1e-6)
+
 
 @dataclass(slots=True)
 class RoundClock:

@@ -5,14 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import (
-    Committed,
-    MixedBlock,
-    accept_and_commit,
-    prepare_mixed_block,
-    router_mlp,
-    routing_stats,
-)
+from whiflash_kernels import Committed, MixedBlock, accept_and_commit, prepare_mixed_block
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
@@ -38,7 +31,7 @@ from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.profile import profile_drafts
 from whiflash_sglang.drafters.stage import DraftStage, Proposal
 from whiflash_sglang.host_view import HostView
-from whiflash_sglang.learning import Learner
+from whiflash_sglang.learning import Learner, results_of, signals_of
 from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.planning import Plan, Planner, drafts_nothing, rows_of, widest_of
@@ -82,10 +75,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
         )
-        requests, widest = (
-            max_running_requests(),
-            1 + max((d.max_drafts for d in self.drafters.values()), default=0),
-        )
+        requests, widest = max_running_requests(), widest_of(self.drafters) + 1
         memory.reserve(
             per_token=sum(d.kv_bytes_per_token() for d in self.drafters.values()),
             fixed=self.sync.bytes_for(requests + 1) + memory.for_requests(self.target, requests, widest),
@@ -188,29 +178,26 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         clock = self.clock
         previous = clock.begin()
         if previous is not None:
-            rest = max(previous.seconds - previous.drafting, 1e-6)
-            self.controller.costs.verified(previous.rows, previous.requests, rest)
+            self.controller.costs.verified(previous.rows, previous.requests, previous.rest)
             self.controller.costs.committed(previous.tokens, previous.seconds, previous.gap)
         with clock.stage("route"):
             plan = self.planner.plan(requests)
         with clock.stage("catch_up"):
             self.sync.catch_up(plan.due, plan.on_device.due, requests.rows, requests.starts)
-            lengths = requests.lengths.most
-            clock.extra_catch_up_seconds += self.sync.beyond_usual(
-                plan.due, requests.row_ids, lengths, plan.routes
-            )
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(plan.due, requests.row_ids, plan.routes)
         with clock.stage("draft"):
             proposal = self.stage.draft(requests, plan)
         with clock.stage("verify"):
             block, verified, predictions = self._verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):
+            starts, stride = requests.starts, proposal.stride
             committed = accept_and_commit(
-                predictions, block.input_ids, block.qo_indptr, requests.starts, stride=proposal.stride
+                predictions, block.input_ids, block.qo_indptr, starts, stride=stride
             )
             committed = self.stops.until_stops(committed, requests.rows)
             if on_publish is not None:
                 on_publish(committed.seq_lens.to(torch.int64))
-            records.attach(batch, verified, block, proposal.stride)
+            records.attach(batch, verified, block, stride)
         with clock.stage("park"):
             results = self._park(requests, plan, proposal, block, verified, predictions, committed)
             tokens = self.learner.learn(plan, results.read())
@@ -302,26 +289,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             widest=proposal.stride,
         )
         self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
-        needs, last = self.controller.policy.needs, first + committed.accept_lens - 1
-        signals = {}
-        if "entropy" in needs and not (
-            drafts_nothing(plan.routes) and self.clock.rounds % PLAIN_ENTROPY_ROUNDS
-        ):
-            signals["entropy"] = routing_stats(verified.logits, last).entropy
-        if "delta" in needs:
-            if self.router is None or verified.final_hidden is None:
-                raise AssertionError("no policy needs a router that was not loaded")
-            signals["outputs"] = router_mlp(verified.final_hidden[last], *self.router)
-        return Download(
-            starts=requests.starts,
-            widths=proposal.widths,
-            own=proposal.own,
-            late=proposal.late,
-            tokens=committed.tokens,
-            accept_lens=committed.accept_lens,
-            confidences=proposal.confidences,
-            **signals,
-        )
+        last = first + committed.accept_lens - 1
+        entropy = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        signals = signals_of(self.controller.policy, verified, last, self.router, entropy=entropy)
+        return results_of(requests.starts, proposal, committed, signals)
 
     @property
     def _has_heads(self) -> bool:

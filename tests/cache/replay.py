@@ -78,8 +78,9 @@ def load_arms(root: Path) -> Arms:
 class Replay:
     """Requests in `ROWS` rows, each following its own recording, as the worker would drive them."""
 
-    def __init__(self, arms: Arms, seed: int, capacity: int = RING) -> None:
-        self.arms = arms
+    def __init__(self, arms: Arms, seed: int, capacity: int = RING, late: int = 0) -> None:
+        """late: the host's bounds on a length are off by up to so many tokens, as behind rounds that still run."""
+        self.arms, self.late = arms, late
         self.random = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self.sync = DraftSync(arms.by_name, capacity, arms.width, torch.float32)
@@ -124,7 +125,9 @@ class Replay:
         arms = self.arms.by_name
         widths = [arms[route].max_drafts + 1 if route in arms else 1 for route in routes]
         rows = list(range(ROWS))
-        due = self.sync.due(rows, Lengths(self.lengths, self.lengths), routes, widths)
+        least = [max(n - self.random.randint(0, self.late), 1) for n in self.lengths]
+        most = [n + self.random.randint(0, self.late) for n in self.lengths]
+        due = self.sync.due(rows, Lengths(least, most), routes, widths)
         members = {arm: torch.tensor(own.members) for arm, own in due.items()}
         self.sync.catch_up(due, members, torch.arange(ROWS), torch.tensor(self.lengths))
         for row, n in enumerate(self.lengths):

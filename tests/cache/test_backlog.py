@@ -26,9 +26,10 @@ rounds = st.tuples(
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.integers(0, 2**16), st.lists(rounds, min_size=1, max_size=8))
-def test_any_history_equals_one_pass(arms: Arms, seed: int, history: list[object]) -> None:
-    replay = Replay(arms, seed)
+@given(st.integers(0, 2**16), st.lists(rounds, min_size=1, max_size=8), st.sampled_from([0, 5]))
+def test_any_history_equals_one_pass(arms: Arms, seed: int, history: list[object], late: int) -> None:
+    """Also where the host knows lengths only within `late` tokens, so that what it packs is padded."""
+    replay = Replay(arms, seed, late=late)
     for routes, accepts, after, times in history:  # type: ignore[misc]
         for _ in range(times):
             if max(replay.lengths) > CONTEXT - 2 * WIDEST:

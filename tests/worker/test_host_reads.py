@@ -8,9 +8,10 @@ from engine import engine
 from host_reads import HostReads, Launches
 from model_set import Models
 
-MOST_LAUNCHES = 720
-"""Of a round with all four routes, of the target, the drafters and the CPU's kernels among them. A ratchet: the aim is
-few launches outside of graphs.
+MOST_BETWEEN = 250
+"""Operators between kernels and models, of a round with all four routes: launches, where they are no graph.
+
+A ratchet, to be lowered and never raised.
 """
 
 ROUTES = ["ar", "diffusion", "lookup", "none"]
@@ -59,10 +60,10 @@ def test_a_steady_round_reads_nothing_before_its_end(models: Models, monkeypatch
     for kind, found in (("read", reads), ("upload", uploads), ("kernels", watched.reads.of_kernels)):
         for site, count in sorted(found.items()):
             print(f"{kind} {count} x {site}")
-    print(f"launches {watched.launches.count}")
+    print(f"launches {watched.launches.count}, between kernels and models {watched.launches.between}")
     assert [site.split(":")[0] for site in reads.elements()] == ["whiflash_sglang/transfers.py"]
     assert [site.split(":")[0] for site in uploads.elements()] == ["whiflash_sglang/transfers.py"]
-    assert 0 < watched.launches.count <= MOST_LAUNCHES
+    assert 0 < watched.launches.between <= MOST_BETWEEN
 
 
 def test_where_reading_is_free_there_is_one_download_too(

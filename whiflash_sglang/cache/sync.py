@@ -29,7 +29,9 @@ class DraftSync:
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
         self._routed: dict[int, int] = {}
-        """Length at the last catch-up, per row: what lies beyond it is the last round's."""
+        """Length when the last round was planned, per row."""
+        self._last: dict[int, int] = {}
+        """Tokens that the round before it committed, per row, at most."""
 
     def bytes_for(self, rows: int) -> int:
         """What `allocate` will take."""
@@ -78,6 +80,9 @@ class DraftSync:
         Args:
             widths: rows that each request may verify in the round.
         """
+        for row, most in zip(row_ids, lengths.most, strict=True):
+            self._last[row] = most - self._routed.get(row, most)
+            self._routed[row] = most
         found = {}
         for arm in self.arms:
             chosen = [arm == route for route in routes]
@@ -104,20 +109,15 @@ class DraftSync:
             self._ingest(arm, rows[members[arm]], starts[members[arm]], most)
             self.seconds[arm] = time.perf_counter() - began
 
-    def beyond_usual(
-        self, due: Mapping[str, Due], row_ids: Sequence[int], lengths: Sequence[int], routes: Sequence[str]
-    ) -> float:
+    def beyond_usual(self, due: Mapping[str, Due], row_ids: Sequence[int], routes: Sequence[str]) -> float:
         """Host seconds of the last `catch_up` beyond what drafters used in every round spend on it, by tokens.
 
-        That overstates it: a pass costs little more for more tokens. lengths: n per request.
+        That overstates it: a pass costs little more for more tokens.
         """
         extra = 0.0
         for arm, (members, ingested) in due.items():
-            usual = sum(
-                lengths[i] - self._routed.get(row_ids[i], lengths[i]) for i in members if routes[i] == arm
-            )
+            usual = sum(self._last.get(row_ids[i], 0) for i in members if routes[i] == arm)
             extra += self.seconds[arm] * max(ingested - usual, 0) / ingested
-        self._routed.update(zip(row_ids, lengths, strict=True))
         return extra
 
     def flush(self, row: int, end: int) -> None:
@@ -134,6 +134,7 @@ class DraftSync:
         """The request in `row` is gone; what it parked is dropped."""
         self.watermarks.forget(row)
         self._routed.pop(row, None)
+        self._last.pop(row, None)
 
     def _ingest(self, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
         begins = self.watermarks.begins(arm, rows)

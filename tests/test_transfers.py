@@ -1,0 +1,34 @@
+"""One buffer up and one down, whatever is in them."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.transfers import Download, Upload
+
+int32 = st.integers(-(2**31), 2**31 - 1)
+float32 = st.floats(width=32, allow_nan=False)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(int32, max_size=5), max_size=4), st.lists(st.lists(float32, max_size=5), max_size=4))
+def test_what_is_sent_arrives(ints: list[list[int]], floats: list[list[float]]) -> None:
+    upload = Upload()
+    at = [upload.ints(own) for own in ints], [upload.floats(own) for own in floats]
+    found = upload.send(torch.device("cpu"))
+    assert [found[0][i].tolist() for i in at[0]] == ints
+    assert [found[1][i].tolist() for i in at[1]] == floats
+    assert all(part.dtype == torch.int64 for part in found[0])
+
+
+def test_a_download_keeps_shapes_and_kinds() -> None:
+    fields = {
+        "tokens": torch.tensor([[1, 2], [3, 4]]),
+        "counts": torch.tensor([2, 1], dtype=torch.int32),
+        "entropy": torch.tensor([0.5, float("inf")]),
+        "none": torch.zeros((2, 0)),
+    }
+    download = Download(**fields)
+    wanted = {name: field.tolist() for name, field in fields.items()}
+    assert download.read() == wanted
+    assert download.read(download.packed.clone()) == wanted, "of a copy that someone else made"

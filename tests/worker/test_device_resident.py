@@ -1,0 +1,97 @@
+"""Rounds whose host reads nothing from the device: the same texts, and what the device decides by itself."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+from oracle_arm import OracleArm
+
+PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
+TOKENS = 60
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> list[list[int]]:
+    with engine(models.target) as e:
+        return e.generate(PROMPTS, max_new_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def running(models: Models, plain: list[list[int]]) -> Iterator[Engine]:
+    oracle = OracleArm(0.9, seed=1)
+    for prompt, text in zip(PROMPTS, plain, strict=True):
+        oracle.learn(prompt, text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+        with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle]) as e:
+            assert not e.worker.host.exact
+            yield e
+
+
+@pytest.mark.parametrize("router", ["random", "auto", "copy-rule", "lookup", "ar", "diffusion"])
+def test_texts_are_plain_decodings(running: Engine, plain: list[list[int]], router: str) -> None:
+    running.worker.reconfigure({"router": router})
+    assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
+
+
+def test_sampled_texts_end_where_they_should(running: Engine) -> None:
+    running.worker.reconfigure({"router": "random"})
+    texts = running.generate(PROMPTS, max_new_tokens=TOKENS, temperature=1.0, sampling_seed=3, top_p=0.9)
+    assert [len(text) for text in texts] == [TOKENS] * len(PROMPTS)
+
+
+def test_a_copy_takes_the_place_of_drafts_that_promise_less(
+    running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host routes all to EAGLE-3; the device finds that the text goes on as before, and takes that."""
+    learner, seen = running.worker.learner, []
+    learn = type(learner).learn
+
+    def noting(self: Any, plan: Any, found: Any) -> Any:
+        seen.append((plan, found))
+        return learn(self, plan, found)
+
+    monkeypatch.setattr(type(learner), "learn", noting)
+    running.worker.reconfigure({"router": "auto"})
+    controller = running.worker.controller
+    route = controller.route
+
+    def to_ar(rows: Any, lengths: Any, outlooks: Any) -> list[str]:
+        route(rows, lengths, outlooks)
+        return ["ar" if "ar" in may else "none" for may in outlooks]
+
+    monkeypatch.setattr(controller, "route", to_ar)
+    assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
+    assert any(any(found["late"]) for _, found in seen)
+    copied = [
+        accepted - 1
+        for _, found in seen
+        for late, accepted in zip(found["late"], found["accept_lens"], strict=True)
+        if late
+    ]
+    assert sum(copied) > 0, "no copy was ever right"
+
+
+def test_rows_are_bounded_by_the_bucket(
+    running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is drafted, a verification has the rows that the host picked."""
+    from whiflash_sglang.planning import Plan
+
+    monkeypatch.setattr(Plan, "usual_drafts", property(lambda self: 2))
+    stage, rows = running.worker.stage, []
+    draft = type(stage).draft
+
+    def noting(self: Any, requests: Any, plan: Any) -> Any:
+        proposal = draft(self, requests, plan)
+        rows.append((proposal.rows, int(proposal.widths.sum()), len(plan.routes)))
+        return proposal
+
+    monkeypatch.setattr(type(stage), "draft", noting)
+    running.worker.reconfigure({"router": "random"})
+    assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
+    assert all(used <= most <= 1.5 * (size + 2) for most, used, size in rows)
+    assert any(used == most > size for most, used, size in rows)
