@@ -97,7 +97,9 @@ class Planner:
         ]
         joined = [self._joined(requests, i, limit) for i, limit in enumerate(limits)]
         must_beat = [
-            self.controller.must_beat(row, route, late) if late and budget > 1 else math.inf
+            self.controller.must_beat(row, route, late)
+            if late and budget > 1 and self.drafters[late].serves(row)
+            else math.inf
             for row, route, budget in zip(requests.row_ids, routes, requests.budgets, strict=True)
         ]
         late_limits = [
@@ -148,7 +150,10 @@ class Planner:
         """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may prolong them."""
         if not limit or not self.controller.may_join(requests.row_ids[index]):
             return 0
-        longest = max((d.max_drafts for d in self.drafters.values() if d.prolongs), default=0)
+        row = requests.row_ids[index]
+        longest = max(
+            (d.max_drafts for d in self.drafters.values() if d.prolongs and d.serves(row)), default=0
+        )
         return min(max(longest, limit), requests.budgets[index] - 1) if longest else 0
 
     def _upload(

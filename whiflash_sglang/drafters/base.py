@@ -126,6 +126,10 @@ class Drafter(ABC):
         """A request begins in `row`, or begins again after a retraction. tenant: who may share text with it."""
         self.release(row)
 
+    def serves(self, row: int) -> bool:
+        """Whether the request in `row` lets it draft at all."""
+        return True
+
     @abstractmethod
     def draft(self, batch: DraftBatch) -> Drafts:
         """Propose tokens. KV writes at positions >= n are provisional."""

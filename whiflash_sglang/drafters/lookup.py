@@ -67,6 +67,9 @@ class LookupArm(Drafter):
         if hints.lookup == "memory" and tenant is not None and self.memory is not None:
             self._tenants[row] = tenant
 
+    def serves(self, row: int) -> bool:
+        return row not in self._off
+
     def outlook(self, row: int, length: int, history: History) -> float:
         if row in self._off:
             return NOTHING
