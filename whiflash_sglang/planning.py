@@ -95,7 +95,10 @@ class Planner:
             min(self.drafters[arm].max_drafts, budget - 1) if arm in members else 0
             for arm, budget in zip(routes, requests.budgets, strict=True)
         ]
-        joined = [self._joined(requests, i, limit) for i, limit in enumerate(limits)]
+        joined = [
+            self._joined(requests, i, limit) if limit and self.drafters[arm].judges else 0
+            for i, (arm, limit) in enumerate(zip(routes, limits, strict=True))
+        ]
         must_beat = [
             self.controller.must_beat(row, route, late)
             if late and budget > 1 and self.drafters[late].serves(row)
@@ -148,7 +151,7 @@ class Planner:
 
     def _joined(self, requests: RoundBatch, index: int, limit: int) -> int:
         """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may prolong them."""
-        if not limit or not self.controller.may_join(requests.row_ids[index]):
+        if not self.controller.may_join(requests.row_ids[index]):
             return 0
         row = requests.row_ids[index]
         longest = max(

@@ -8,7 +8,7 @@ from engine import engine
 from host_reads import HostReads, Launches
 from model_set import Models
 
-MOST_BETWEEN = 250
+MOST_BETWEEN = 160
 """Operators between kernels and models, of a round with all four routes: launches, where they are no graph.
 
 A ratchet, to be lowered and never raised.
@@ -66,13 +66,14 @@ def test_a_steady_round_reads_nothing_before_its_end(models: Models, monkeypatch
     assert 0 < watched.launches.between <= MOST_BETWEEN
 
 
-def test_where_reading_is_free_there_is_one_download_too(
+def test_where_reading_is_free_the_host_sends_one_buffer_too(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         watched = watch(e, monkeypatch)
-    assert watched.reads.uploads["whiflash_sglang/transfers.py"] <= 1
-    print(sorted(watched.reads.reads.items()), sorted(watched.reads.uploads.items()), watched.launches.count)
+    uploads = watched.reads.uploads
+    assert [site.split(":")[0] for site in uploads.elements()] == ["whiflash_sglang/transfers.py"]
+    assert 0 < watched.launches.between <= MOST_BETWEEN
 
 
 @pytest.mark.parametrize(

@@ -31,5 +31,7 @@ class TokenTable:
 
     def put_block(self, rows: torch.Tensor, starts: torch.Tensor, tokens: torch.Tensor) -> None:
         """tokens [B, W] from positions starts [B]; what lies beyond a request's new length is overwritten later."""
+        if not tokens.shape[1]:
+            return
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         self.data[rows[:, None], starts[:, None] + offsets] = tokens

@@ -90,15 +90,17 @@ class Drafter(ABC):
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token).
     captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features.
-    keeps_kv: whether it has KV that must stay synchronised with the target's slots. prolongs: whether it can go on
-    where another arm's drafts end. late: whether the host knows what it expects of a round too late where it may not
-    read the device; then it drafts for all requests, and the device decides who takes its drafts.
+    keeps_kv: whether it has KV that must stay synchronised with the target's slots. judges: whether its drafts say how
+    likely they are (`Drafts.alive`); only such are prolonged. prolongs: whether it can go on where another arm's drafts
+    end. late: whether the host knows what it expects of a round too late where it may not read the device; then it
+    drafts for all requests, and the device decides who takes its drafts.
     """
 
     arm: str
     max_drafts: int
     captured_layers: tuple[int, ...] = ()
     keeps_kv: bool = False
+    judges: bool = False
     prolongs: bool = False
     late: bool = False
 

@@ -19,6 +19,7 @@ class PagedArm(Drafter):
     """
 
     keeps_kv = True
+    judges = True
     kv: DraftKV
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
