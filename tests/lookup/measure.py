@@ -67,7 +67,8 @@ def routing(lookup: bool) -> float:
                 outlook["lookup"] = 1.0 + proposal.expected(16)
         routes = controller.route([0], [length], [outlook])
         took.append(time.perf_counter() - began)
-        controller.committed(0, routes[0], [token], 1)
+        lane = controller.lanes[0]
+        controller.committed(lane, lane.decision, routes[0], [token], 1)
     return microseconds(took, 0.5)
 
 
