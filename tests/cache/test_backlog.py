@@ -71,13 +71,15 @@ def test_a_switch_costs_one_batch(arms: Arms, monkeypatch: pytest.MonkeyPatch) -
     assert batches == [4 * (1 + 3 + 2)]
 
 
-def test_what_is_paid_in_every_round_is_not_extra(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_paid_in_every_round_is_not_extra(arms: Arms) -> None:
     """A drafter that missed four rounds pays for three more than one that is used in each."""
     replay = Replay(arms, seed=3)
     for _ in range(4):
         replay.round(["ar"] * ROWS, [1, 3, 2])
-    monkeypatch.setattr(replay.sync, "_ingest", lambda _, spans: 2.0 * sum(s.end - s.begin for s in spans))
-    extra = replay.sync.catch_up(range(ROWS), replay.lengths, ["diffusion"] * ROWS, [1] * ROWS)
+    routes, known = ["diffusion"] * ROWS, Lengths(replay.lengths, replay.lengths)
+    due = replay.sync.due(range(ROWS), known, routes, [1] * ROWS)
+    replay.sync.seconds = {"diffusion": 2.0 * due["diffusion"].rows}
+    extra = replay.sync.beyond_usual(due, range(ROWS), routes)
     assert extra == pytest.approx(2.0 * 3 * (1 + 3 + 2))
 
 

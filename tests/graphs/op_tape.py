@@ -91,8 +91,10 @@ def recording(launches: bool = False) -> Iterator[Tape]:
     tape, reads = Tape(), HostReads()
     with _interpreted_launches(tape) if launches else contextlib.nullcontext(), reads, tape:
         yield tape
-    if reads.reads or reads.uploads:
-        raise NotCapturableError(f"reads {dict(reads.reads)}, uploads {dict(reads.uploads)}")
+    if reads.reads or reads.uploads or reads.of_kernels:
+        raise NotCapturableError(
+            f"reads {dict(reads.reads + reads.of_kernels)}, uploads {dict(reads.uploads)}"
+        )
 
 
 def poison(tensor: torch.Tensor) -> None:

@@ -36,7 +36,8 @@ def test_the_pool_leaves_room_for_what_the_drafters_allocate(models: Models) -> 
         slots = target.k_buffer[0].shape[0]
         all_kv = taken(*target.k_buffer, *target.v_buffer, *(t for kv in drafts for t in (kv.k, kv.v)))
         rings = e.worker.sync.rings.rings
-        fixed = taken(*(t for t in vars(rings).values() if isinstance(t, torch.Tensor)), e.worker.tokens.data)
+        kept = [*vars(rings).values(), e.worker.tokens.data, e.worker.sync.watermarks.device]
+        fixed = taken(*(t for t in kept if isinstance(t, torch.Tensor)))
         per_slot, rest = divmod(all_kv, slots)
         assert (len(drafts), rest) == (2, 0)
         assert pool_tokens(e) == (BUDGET - fixed) // per_slot
