@@ -21,14 +21,34 @@ ThreadsOption = Annotated[int, typer.Option(help="CPU threads; 0 leaves it to to
 
 
 def evaluate_command(
-    bundle: BundleOption,
+    ctx: typer.Context,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Bundle directory (with whiflash.json); for --recorded, else the embedded one."),
+    ] = None,
     prompts: Annotated[
-        Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
-    ],
+        Path | None,
+        typer.Option(
+            help="JSONL of {id, category, messages, tools?, response_format?}. With --recorded: keep the "
+            "conversations about what these prompts are about."
+        ),
+    ] = None,
+    recorded: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Walk training-free arms through this file's recorded conversations; may be repeated."
+        ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Of a recorded walk only this arm; may be repeated.")
+    ] = None,
     as_json: JsonFlag = False,
     out: OutOption = None,
     picture: PictureOption = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts to use, balanced over the categories.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts to use, balanced over the categories; or conversations."),
+    ] = None,
     max_new_tokens: TokensOption = 160,
     work: WorkOption = None,
     lag: Annotated[
@@ -41,9 +61,20 @@ def evaluate_command(
     """Acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
 
     Example: whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
+
+    Example: whiflash evaluate --recorded trajectories.json --recorded requests.jsonl
     """
     from whiflash_sglang.config import load_manifest
 
+    if recorded:
+        if picture is not None or lag or work is not None:
+            raise typer.BadParameter("--picture, --lag and --work are not for --recorded", ctx=ctx)
+        _evaluate_recorded(recorded, bundle, prompts, limit, arm, as_json, out)
+        return
+    if bundle is None or prompts is None:
+        raise typer.BadParameter("give --bundle and --prompts, or --recorded", ctx=ctx)
+    if arm:
+        raise typer.BadParameter("--arm is for --recorded", ctx=ctx)
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.train.config import Hardware
@@ -68,6 +99,28 @@ def evaluate_command(
         typer.echo(json.dumps(result))
         return
     for_tables().print(figures_table(result))
+
+
+def _evaluate_recorded(
+    files: list[Path],
+    bundle: Path | None,
+    about: Path | None,
+    limit: int | None,
+    arms: list[str] | None,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    with readable_errors():
+        from whiflash_sglang.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
+        from whiflash_sglang.train.evaluation import write_json
+
+        result = evaluate_recorded(files, RecordedSettings(bundle, limit, about, arms))
+        if out is not None:
+            write_json(result, out)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for_tables().print(recorded_table(result))
 
 
 def calibrate_command(

@@ -22,6 +22,10 @@ RULE_MATCH = 2
 """Tokens that must have occurred before for the plain rule, which better ones are measured against, to copy."""
 
 
+FORM_MATCH = 6
+"""Tokens that a form must match to be copied from: its text was never written so, and short matches abound."""
+
+
 class Copied(NamedTuple):
     """One proposed token, and what its chance was judged by."""
 
@@ -53,15 +57,20 @@ class Copier:
 
     Args:
         calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
-        shared: further texts to copy from.
+        shared: further texts to copy from. forms: texts in the form in which they would be written now
+            (`lookup.forms`), preferred where others match as long.
     """
 
     def __init__(
-        self, calibration: MatchCalibration, min_match: int = 1, shared: Shared = OWN_TEXT_ONLY
+        self,
+        calibration: MatchCalibration,
+        min_match: int = 1,
+        shared: Shared = OWN_TEXT_ONLY,
+        forms: Shared = OWN_TEXT_ONLY,
     ) -> None:
         self.text = SuffixIndex()
         self._calibration, self._request = calibration, RequestCalibration()
-        self._min_match, self._shared = min_match, shared
+        self._min_match, self._shared, self._forms = min_match, shared, forms
         self._proposal = Proposal()
         self._source: Place | None = None
 
@@ -111,13 +120,16 @@ class Copier:
         return [copied.token for copied, c in zip(proposal.tokens, proposal.alive, strict=True) if c >= worth]
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Found]:
-        """Places that match the text's end, `drafts` behind it included, newest first, and what followed there."""
+        """Places that match the text's end, `drafts` behind it included, and what followed there: forms first, then
+        the text's own places, newest first.
+        """
         end = [*self.text.end, *drafts] if drafts else self.text.end
-        shared = list(self._shared())
-        places = self.text.places_of(end) if drafts else self.text.places()
+        forms, shared = list(self._forms()), list(self._shared())
+        places = [p for form in forms for p in form.places_of(end) if p.length >= FORM_MATCH]
+        places += self.text.places_of(end) if drafts else self.text.places()
         for other in shared:
             places += other.places_of(end)
-        copied_on = self._copied_on(end, shared, len(drafts))
+        copied_on = self._copied_on(end, (*forms, *shared), len(drafts))
         if copied_on is not None:
             places = [copied_on, *(place for place in places if place != copied_on)]
         ahead = (
@@ -154,7 +166,7 @@ class Copier:
 
 
 def _best(found: Sequence[Found]) -> int:
-    """The longest match, the newest of equals: places come newest first."""
+    """The longest match, the first of equals."""
     return max(range(len(found)), key=lambda i: found[i][0].length)
 
 

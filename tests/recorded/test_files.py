@@ -1,0 +1,232 @@
+"""Every format that is read, and what is said of files that are not what they seem."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import ANSWER, ASK, FORMATS, MESSAGES, RESULT, TOOLS
+
+from whiflash_sglang.recorded import conversation as bounds
+from whiflash_sglang.recorded import files
+from whiflash_sglang.recorded.conversation import Conversation, RecordError
+from whiflash_sglang.recorded.files import read_recorded
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def written(text: str, name: str = "recorded.json") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return written
+
+
+def said(recorded: Conversation) -> list[tuple[str, str, str]]:
+    """Role, content and called functions of every message but a system message."""
+    rows = []
+    for message in recorded.messages:
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        called = " ".join(f"{call['name']} {call['arguments']}" for call in calls)
+        rows.append((message["role"], message["content"], called))
+    return [row for row in rows if row[0] != "system"]
+
+
+SAID = [
+    ("user", ASK["content"], ""),
+    ("assistant", "", 'find {"user": "mia_li_3668"}'),
+    ("tool", RESULT["content"], ""),
+    ("assistant", ANSWER["content"], ""),
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("layout", ["one", "list", "lines", "pretty"])
+def test_every_format_in_every_layout(write: Write, name: str, layout: str) -> None:
+    record = FORMATS[name]
+    text = {
+        "one": json.dumps(record),
+        "list": json.dumps([record, record]),
+        "lines": json.dumps(record) + "\n\n" + json.dumps(record) + "\n",
+        "pretty": json.dumps(record, indent=2),
+    }[layout]
+    found = read_recorded(write(text))
+    assert len(found) == (2 if layout in ("list", "lines") else 1)
+    for recorded in found:
+        assert said(recorded) == SAID
+        assert recorded.tools == (tuple(TOOLS) if name in ("log", "request", "openhands") else ())
+
+
+def test_names_and_categories(write: Write) -> None:
+    found = {name: read_recorded(write(json.dumps(FORMATS[name])))[0] for name in FORMATS}
+    assert (found["log"].id, found["log"].category) == ("one", "support")
+    assert found["tau-bench"].id == "recorded/task 3 trial 1"
+    assert found["bfcl"].id == "multi_turn_base_0"
+    assert found["openhands"].id == "repository__repository-2"
+    assert {one.category for one in found.values()} == {
+        "support",
+        "log",
+        "tau-bench",
+        "BFCL multi-turn",
+        "SWE-agent",
+        "OpenHands",
+    }
+
+
+def test_a_bare_list_of_messages_is_a_conversation(write: Write) -> None:
+    (recorded,) = read_recorded(write(json.dumps(MESSAGES)))
+    assert said(recorded) == SAID
+
+
+def test_thoughts_are_kept_and_steps_come_in_their_order(write: Write) -> None:
+    steps = {f"step_{n}": [{"role": "assistant", "content": f"step {n}"}] for n in (10, 2, 1)}
+    (recorded,) = read_recorded(
+        write(json.dumps({"inference_log": [{"begin_of_turn_query": [ASK], **steps}]}))
+    )
+    assert [m["content"] for m in recorded.messages[1:]] == ["step 1", "step 2", "step 10"]
+    (recorded,) = read_recorded(write(json.dumps(FORMATS["bfcl"])))
+    assert recorded.messages[-1]["reasoning_content"] == "Done."
+
+
+def test_a_response_with_two_calls_is_read_once(write: Write) -> None:
+    record = json.loads(json.dumps(FORMATS["openhands"]))
+    record["history"].insert(4, record["history"][3])
+    (recorded,) = read_recorded(write(json.dumps(record)))
+    assert said(recorded) == SAID
+
+
+def test_older_openhands_files_hold_pairs(write: Write) -> None:
+    events = FORMATS["openhands"]["history"]
+    pairs = [events[1:3], events[3:5], events[5:]]
+    (recorded,) = read_recorded(write(json.dumps({"history": pairs})))
+    assert said(recorded) == SAID
+
+
+BAD: list[tuple[str, Any, str]] = [
+    ("no json", "{", r"recorded\.json: not JSON"),
+    ("the line", '{"messages": []}\n{"messages": [}', r"recorded\.json, line 2: not JSON"),
+    ("the line of a document", '{\n "messages": [,]}', r"recorded\.json, line 2: not JSON"),
+    ("no format", '{"rows": []}', r"recorded\.json: of no known format \(tau-bench"),
+    ("the record", '[{"traj": []}, 7]', r"recorded\.json, record 1: of no known format"),
+    ("nothing", "", r"recorded\.json: not JSON"),
+    ("no answer", {"messages": [ASK]}, r"recorded\.json: holds no recorded answer"),
+    ("role", {"messages": [{"role": "robot"}]}, r"messages\[0\]\.role: 'robot' is not one of"),
+    ("no message", {"messages": ["hello"]}, r"messages\[0\]: must be an object, not str"),
+    ("content", {"messages": [{"role": "user", "content": 7}]}, r"messages\[0\]\.content: must be text"),
+    (
+        "an image",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        r"messages\[0\]\.content\[0\]\.type: 'image_url' is not text",
+    ),
+    (
+        "a lone surrogate",
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        r"messages\[0\]\.content: holds a lone surrogate",
+    ),
+    (
+        "a call without a function",
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        r"messages\[0\]\.tool_calls\[0\]\.function: must be an object",
+    ),
+    (
+        "arguments",
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 7}}]}]},
+        r"tool_calls\[0\]\.function\.arguments: must be text",
+    ),
+    ("tools", {"messages": MESSAGES, "tools": [{"function": {}}]}, r"tools\[0\]\.function\.name: is missing"),
+    ("traj", {"traj": "x"}, r"traj: must be a list, not str"),
+    ("a turn", {"inference_log": [7]}, r"inference_log\[0\]: must be an object"),
+    (
+        "a step",
+        {"inference_log": [{"begin_of_turn_query": [], "step_x": []}]},
+        r"inference_log\[0\]\.step_x: steps are numbered",
+    ),
+    (
+        "choices",
+        {"request": {"messages": []}, "response": {"choices": []}},
+        r"response\.choices\[0\]: must be",
+    ),
+    (
+        "a model response",
+        {"history": [{"action": "run", "tool_call_metadata": {"model_response": {"choices": [7]}}}]},
+        r"history\[0\]\.tool_call_metadata\.model_response\.choices\[0\]: must be an object",
+    ),
+    ("depth", "[" * 100_000, r"recorded\.json: (nested too deeply|not JSON)"),
+    ("digits", '{"messages": [], "id": ' + "9" * 5000 + "}", r"recorded\.json: not JSON"),
+]
+
+
+@pytest.mark.parametrize(("what", "content", "message"), BAD, ids=[row[0] for row in BAD])
+def test_what_is_wrong_is_named(write: Write, what: str, content: Any, message: str) -> None:
+    path = write(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(RecordError, match=message):
+        read_recorded(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"nowhere\.json cannot be read"):
+        read_recorded(tmp_path / "nowhere.json")
+    (tmp_path / "latin.json").write_bytes(b'"\xff"')
+    with pytest.raises(RecordError, match=r"latin\.json cannot be read"):
+        read_recorded(tmp_path / "latin.json")
+
+
+def test_bounds(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_MESSAGES", 3)
+    path = write(json.dumps(FORMATS["log"]))
+    with pytest.raises(RecordError, match="4 messages; at most 3"):
+        read_recorded(path)
+    monkeypatch.setattr(bounds, "MAX_MESSAGES", 4)
+    monkeypatch.setattr(bounds, "MAX_CHARS", 100)
+    with pytest.raises(RecordError, match="characters; at most 100"):
+        read_recorded(path)
+    monkeypatch.setattr(files, "MAX_BYTES", 10)
+    with pytest.raises(RecordError, match="bytes; at most 10"):
+        read_recorded(path)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of everything inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damage_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Any part replaced by anything: a conversation that renders, or an error that names the file; nothing else."""
+    record = json.loads(json.dumps(FORMATS[data.draw(st.sampled_from(sorted(FORMATS)))]))
+    *way, last = data.draw(st.sampled_from(places(record)[1:]))
+    inside = record
+    for key in way:
+        inside = inside[key]
+    inside[last] = data.draw(JSON)
+    path = tmp_path_factory.getbasetemp() / "damaged.json"
+    text = json.dumps(record)
+    path.write_text(text[: data.draw(st.integers(0, len(text)))] if data.draw(st.booleans()) else text)
+    found, refused = [], "damaged.json"
+    try:
+        found = read_recorded(path)
+    except RecordError as error:
+        refused = str(error)
+    assert "damaged.json" in refused
+    for recorded in found:
+        assert recorded.answers
+        for message in recorded.messages:
+            assert isinstance(message["content"], str)
+            assert all(
+                isinstance(call["function"]["arguments"], str) for call in message.get("tool_calls", [])
+            )

@@ -1,0 +1,184 @@
+"""The training-free arms that are walked through recorded conversations, each as one server would keep it."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from whiflash_sglang.config import Lookup
+from whiflash_sglang.drafters.lookup import WORTH
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Shared
+from whiflash_sglang.lookup.forms import NEEDLE, Forms, pieces_of
+from whiflash_sglang.lookup.index import SuffixIndex
+from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
+from whiflash_sglang.recorded.prompt_lookup import PromptLookup
+from whiflash_sglang.recorded.suffix_decoding import CACHED_REQUESTS, SuffixDecoding
+from whiflash_sglang.recorded.turns import Turn, Vocabulary
+from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.tracker import SpanTracker
+
+MEMORY_BYTES = 64 << 20
+"""What memory across requests takes where an arm is walked with it."""
+
+
+class Arm(Protocol):
+    """Drafts one request after the other."""
+
+    def begin(self, turn: Turn) -> None:
+        """A request with the turn's prompt."""
+        ...
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """What was written, whoever drafted it."""
+        ...
+
+    def propose(self, limit: int) -> Sequence[int]:
+        """At most `limit` tokens to verify next."""
+        ...
+
+
+def continued(held: Sequence[int], prompt: list[int]) -> list[int] | None:
+    """What of the prompt follows the text that is held already; None where it is another text.
+
+    A conversation's turns share their beginning: keeping it is cheaper than reading it anew, and no other result.
+    """
+    return prompt[len(held) :] if held and prompt[: len(held)] == list(held) else None
+
+
+class PromptLookupArm:
+    """Prompt lookup decoding as published."""
+
+    def __init__(self) -> None:
+        self._state = PromptLookup()
+
+    def begin(self, turn: Turn) -> None:
+        rest = continued(self._state.text, turn.prompt)
+        if rest is None:
+            self._state, rest = PromptLookup(), turn.prompt
+        self._state.extend(rest)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self._state.extend(tokens)
+
+    def propose(self, limit: int) -> Sequence[int]:
+        return self._state.propose()[:limit]
+
+
+class SuffixArm:
+    """SuffixDecoding with its published defaults. cached_requests: 0 searches the request's own text alone."""
+
+    def __init__(self, cached_requests: int = CACHED_REQUESTS) -> None:
+        self._state = SuffixDecoding(cached_requests=cached_requests)
+
+    def begin(self, turn: Turn) -> None:
+        rest = continued(self._state.text, turn.prompt)
+        if rest is None:
+            self._state.begin(turn.prompt)
+        else:
+            self._state.go_on(rest)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self._state.extend(tokens)
+
+    def propose(self, limit: int) -> Sequence[int]:
+        return self._state.propose()[:limit]
+
+
+class LookupArm:
+    """The copying arm as a server without prices has it.
+
+    Args:
+        settings: the bundle's. memory: whether it copies from earlier answers of the same category too, as from those
+            of one tenant.
+    """
+
+    def __init__(self, settings: Lookup, memory: bool = False) -> None:
+        self._settings = settings
+        self._calibration = MatchCalibration(settings.seed or EVEN_ODDS)
+        self._memory = TenantMemory(MEMORY_BYTES, max_age=1.0, clock=lambda: 0.0) if memory else None
+        self._tenant: Tenant | None = None
+        self._text, self._held = SuffixIndex(), list[int]()
+        self._written: list[int] = []
+        self._copier = Copier(self._calibration)
+
+    def begin(self, turn: Turn) -> None:
+        if self._memory is not None and self._tenant is not None and self._written:
+            self._memory.remember(self._tenant, self._written)
+        self._tenant, self._written = tenant_of(turn.conversation.category, None), []
+        rest = continued(self._held, turn.prompt)
+        self._copier = Copier(
+            self._calibration, self._settings.min_match, self._remembered, self._forms(turn)
+        )
+        if rest is None:
+            self._text, self._held, rest = SuffixIndex(), [], turn.prompt
+        self._copier.text = self._text
+        self._copier.extend(rest)
+        self._held += rest
+
+    def _forms(self, turn: Turn) -> Shared:
+        """The prompt's texts in the form in which they would be written now."""
+        return OWN_TEXT_ONLY
+
+    def _remembered(self) -> Sequence[SuffixIndex]:
+        return () if self._memory is None or self._tenant is None else self._memory.texts(self._tenant)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self._copier.extend(tokens)
+        self._held += tokens
+        self._written += tokens
+
+    def propose(self, limit: int) -> Sequence[int]:
+        limit = min(limit, self._settings.max_width)
+        proposal = self._copier.look(limit, WORTH)
+        return [copied.token for copied in proposal.tokens[: proposal.width(limit, WORTH)]]
+
+
+class FormsArm(LookupArm):
+    """The copying arm with the prompt's emission forms (`lookup.forms`), by the span that is open.
+
+    Args:
+        vocabulary: of the target.
+    """
+
+    def __init__(self, settings: Lookup, vocabulary: Vocabulary, memory: bool = False) -> None:
+        super().__init__(settings, memory)
+        self._vocabulary = vocabulary
+        self._spans = SpanTracker((), vocabulary.token_bytes)
+
+    def begin(self, turn: Turn) -> None:
+        self._spans = SpanTracker(SPANS, self._vocabulary.token_bytes)
+        super().begin(turn)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        super().extend(tokens)
+        self._spans.push(tokens)
+
+    def _forms(self, turn: Turn) -> Shared:
+        encode, token_bytes, special = self._vocabulary
+        forms = Forms(encode, pieces_of(turn.prompt, token_bytes, special))
+
+        def texts() -> Sequence[SuffixIndex]:
+            end = b"".join(token_bytes[token] for token in self._written[-4 * NEEDLE :])
+            return forms.texts(end.decode(errors="replace"), self._spans.state.kind)
+
+        return texts
+
+
+PLAIN = "lookup"
+"""The arm that others are measured against."""
+
+
+SPANS = infer_spans("hermes", None, True, None, False).spans
+"""As a server infers them whose tool calls are Hermes'."""
+
+
+def arms_of(settings: Lookup, vocabulary: Vocabulary) -> dict[str, Callable[[], Arm]]:
+    """Every arm's name, and how one server's is made."""
+    return {
+        "prompt-lookup": PromptLookupArm,
+        "suffix-own": lambda: SuffixArm(cached_requests=0),
+        "suffix": SuffixArm,
+        PLAIN: lambda: LookupArm(settings),
+        "lookup+forms": lambda: FormsArm(settings, vocabulary),
+        "lookup+memory": lambda: LookupArm(settings, memory=True),
+        "lookup+forms+memory": lambda: FormsArm(settings, vocabulary, memory=True),
+    }

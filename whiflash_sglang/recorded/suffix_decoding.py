@@ -1,0 +1,167 @@
+"""SuffixDecoding (arXiv 2411.04975): the most frequent continuations of the text's suffixes, scored by frequency.
+
+Two trees are searched: one over the request's prompt and answer, one over the answers of all requests. For every
+suffix of the text that occurs in a tree, from its node along the most frequent child, no more tokens than the suffix
+is long times a factor, as long as the path's probability, the product of child count over node count, is at least
+`min_prob`; the candidate with the largest sum of probabilities wins, the longer suffix of equals, the request's own
+tree of equals. Counts are of occurrences, that at the text's end included. Among equally frequent children the one
+seen last is taken. Source: snowflakedb/ArcticInference (`suffix_decoding/`), whose defaults as in vLLM
+(`suffix_decoding_*`) are used here.
+
+A node of a suffix tree is a set of occurrences; the sets are kept, not the tree: the same answers, for the same
+counts.
+"""
+
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEPTH = 24
+"""Depth of the trees: matched and drafted tokens together."""
+
+FACTOR = 1.0
+MIN_PROB = 0.1
+CACHED_REQUESTS = 10_000
+
+_GAP = -1
+
+
+class Candidate(NamedTuple):
+    """tokens: what to draft. score: the sum of their probabilities."""
+
+    tokens: list[int]
+    score: float
+
+
+NOTHING = Candidate([], 0.0)
+
+
+class Occurrences:
+    """Texts, appended to the last of them, and for every token the places where it stands."""
+
+    def __init__(self) -> None:
+        self._tokens = array("i")
+        self._ends: dict[int, array[int]] = defaultdict(lambda: array("i"))
+        self._starts: list[int] = []
+
+    def begin(self, keep: int) -> None:
+        """A further text; the `keep` newest of the earlier ones stay."""
+        self._tokens.append(_GAP)
+        self._starts.append(len(self._tokens))
+        del self._starts[: -keep - 1]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append to the last text."""
+        for place, token in enumerate(tokens, len(self._tokens)):
+            self._ends[token].append(place)
+        self._tokens.extend(tokens)
+
+    def speculate(self, text: Sequence[int], depth: int, factor: float, min_prob: float) -> Candidate:
+        """The best candidate behind the end of `text`."""
+        best, ends = NOTHING, self._newest(text[-1]) if text else None
+        tokens = np.frombuffer(self._tokens, dtype=np.int32) if len(self._tokens) else None
+        length = 1
+        while ends is not None and tokens is not None and len(ends) and length < depth:
+            limit = min(int(length * factor + 1e-6), depth - length)
+            candidate = _along(tokens, ends, limit, min_prob)
+            if candidate.score >= best.score:
+                best = candidate
+            length += 1
+            if length > len(text):
+                break
+            ends = ends[ends >= length - 1]
+            ends = ends[tokens[ends - length + 1] == text[-length]]
+        return best
+
+    def _newest(self, token: int) -> NDArray[np.int32] | None:
+        if token not in self._ends or not self._starts:
+            return None
+        ends = np.frombuffer(self._ends[token], dtype=np.int32)
+        return ends[np.searchsorted(ends, self._starts[0]) :]
+
+
+def _along(tokens: NDArray[np.int32], ends: NDArray[np.int32], limit: int, min_prob: float) -> Candidate:
+    """The path of most frequent children from the node whose occurrences end at `ends` (rising)."""
+    path: list[int] = []
+    probability, score = 1.0, 0.0
+    while len(path) < limit:
+        count = len(ends)
+        following = ends[ends + 1 < len(tokens)] + 1
+        said = tokens[following]
+        following, said = following[said != _GAP], said[said != _GAP]
+        if not len(said):
+            break
+        token = _most_frequent(said)
+        ends = following[said == token]
+        probability *= len(ends) / count
+        if probability < min_prob:
+            break
+        path.append(token)
+        score += probability
+    return Candidate(path, score)
+
+
+def _most_frequent(said: NDArray[np.int32]) -> int:
+    """The most frequent token, of several the one that stands last."""
+    if len(said) == 1:
+        return int(said[0])
+    found, last, counts = np.unique(said[::-1], return_index=True, return_counts=True)
+    best = counts == counts.max()
+    return int(found[best][last[best].argmin()])
+
+
+class SuffixDecoding:
+    """One server's: requests one after the other.
+
+    Args:
+        depth, factor, min_prob: as above. cached_requests: answers that the tree of all requests keeps; 0: none.
+    """
+
+    def __init__(
+        self,
+        depth: int = DEPTH,
+        factor: float = FACTOR,
+        min_prob: float = MIN_PROB,
+        cached_requests: int = CACHED_REQUESTS,
+    ) -> None:
+        self._depth, self._factor, self._min_prob = depth, factor, min_prob
+        self._keep = cached_requests
+        self._all = Occurrences()
+        self.begin()
+
+    @property
+    def text(self) -> Sequence[int]:
+        """The request's prompt and answer so far."""
+        return self._text
+
+    def begin(self, prompt: Sequence[int] = ()) -> None:
+        """A new request."""
+        self._text: list[int] = []
+        self._own = Occurrences()
+        self._own.begin(0)
+        self.go_on(prompt)
+
+    def go_on(self, prompt: Sequence[int]) -> None:
+        """A new request, whose prompt is the last one's text and `prompt`."""
+        self._text += prompt
+        self._own.extend(prompt)
+        if self._keep:
+            self._all.begin(self._keep)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append what was written."""
+        self._text += tokens
+        self._own.extend(tokens)
+        if self._keep:
+            self._all.extend(tokens)
+
+    def propose(self) -> Sequence[int]:
+        """What to draft after the text's end."""
+        options = (self._depth, self._factor, self._min_prob)
+        end = self._text[-self._depth :]
+        own, other = self._own.speculate(end, *options), self._all.speculate(end, *options)
+        return own.tokens if own.score >= other.score else other.tokens
