@@ -76,7 +76,9 @@ class Renderer:
         self._bytes = token_bytes(tokenizer)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = frozenset(special | set(tokenizer.all_special_ids))
-        self._endings = {self._bytes[token].decode(): token for token in sorted(self._special)}
+        self._endings = {
+            self._bytes[token].decode(): token for token in sorted(self._special) if self._bytes[token]
+        }
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -125,7 +127,7 @@ class Renderer:
                 f"{recorded.id}, answer {index}: the chat template does not render it behind its generation prompt"
             )
         text, ending = whole[len(prompt) :], self._tokenizer.eos_token_id
-        at, last = max((text.rfind(end), end) for end in self._endings)
+        at, last = max(((text.rfind(end), end) for end in self._endings), default=(-1, ""))
         if at >= 0:
             text, ending = text[:at], self._endings[last]
         thought = recorded.messages[index].get("reasoning_content")
