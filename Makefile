@@ -67,5 +67,5 @@ bench: install ## First answer on speed, in under five minutes
 test-gpu: ## Kernel tests on this machine's GPU; uses the active Python, installs nothing
 	python3 -m pytest kernels/tests -m "not aot"
 
-clean: ## Remove environments and caches
-	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## Remove environments, caches and the built site
+	rm -rf .venv .uv site .mypy_cache .ruff_cache .pytest_cache .hypothesis
