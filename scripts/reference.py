@@ -1,7 +1,7 @@
 """Tables of the documentation that come from code, written between their marks: `python scripts/reference.py`.
 
 A page holds `<!-- NAME: written by make docs -->` and `<!-- end of NAME -->`; what stands between them is NAME's
-table. Nothing here imports SGLang or torch.
+table. Nothing here imports SGLang; only the table of draft formats imports torch.
 """
 
 import re
@@ -19,7 +19,7 @@ from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import ArmTotals, Stretch, Trace
 
 from whiflash_sglang.cli import app
-from whiflash_sglang.config import EntropyRouter, Lookup, Manifest, NeuralRouter, PolicyChange
+from whiflash_sglang.config import EntropyRouter, Lookup, Manifest, NeuralRouter, PolicyChange, Source
 from whiflash_sglang.flags import flags
 from whiflash_sglang.metrics import RoundClock
 
@@ -84,6 +84,17 @@ def meanings(model: type[BaseModel]) -> Mapping[str, str]:
         for name in match[1].split(", "):
             said[name] = text[match.end() : end].strip(" .;")
     return said
+
+
+def formats_table() -> str:
+    """Draft formats, each with what `config.json` says where a checkpoint is of it."""
+    from whiflash_sglang.models.formats import FORMATS
+
+    rows = (
+        (one.name, f"`{one.arm}`", ", ".join(f"`{key}`" for key in one.keys), one.published, one.defined_by)
+        for one in FORMATS
+    )
+    return table(("format", "arm", "`config.json`", "published by", "compared with"), rows)
 
 
 def state_table() -> str:
@@ -191,6 +202,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "manifest_router": lambda: model_table(NeuralRouter, "key"),
     "manifest_entropy": lambda: model_table(EntropyRouter, "key"),
     "manifest_lookup": lambda: model_table(Lookup, "key"),
+    "manifest_source": lambda: model_table(Source, "key"),
+    "formats": formats_table,
     "policy": lambda: model_table(PolicyChange),
     "state": state_table,
     "capabilities": lambda: model_table(Capabilities),

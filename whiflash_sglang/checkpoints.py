@@ -6,6 +6,7 @@ from typing import Any
 
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.checkpoint import integer, read_json_config
 from whiflash_sglang.models.formats import Draft, read_draft
 
 
@@ -22,6 +23,14 @@ class TargetShape:
         """From SGLang's configuration of a model."""
         text = model_config.hf_text_config
         return cls(text.hidden_size, text.num_hidden_layers, text.vocab_size)
+
+    @classmethod
+    def read(cls, path: Path) -> "TargetShape":
+        """From a target's `config.json`. Raises CheckpointError naming the key that is missing."""
+        config = read_json_config(path.parent)
+        text = {**config, **(config.get("text_config") or {})}
+        keys = ("hidden_size", "num_hidden_layers", "vocab_size")
+        return cls(*(integer(text, key, path.parent) for key in keys))
 
 
 def block_size_of(checkpoint: Path, wanted: int | None) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from whiflash_sglang.bundle_members import HUB, member
 from whiflash_sglang.bundle_paths import check_members
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
@@ -75,15 +76,24 @@ class Lookup(_Strict):
         return seed
 
 
+class Source(_Strict):
+    """Where a part of a bundle is from. revision: the hub's commit. files: SHA-256 by name."""
+
+    revision: str | None = None
+    files: dict[str, str] = {}
+
+
 class Manifest(_Strict):
-    """`whiflash.json`. Paths are relative to the bundle.
+    """`whiflash.json`. Paths are relative to the bundle; "hub:owner/name" is fetched from the hub when the bundle is
+    served, at the revision of its entry in `sources`.
 
     schema_version: of this format. name: what the bundle is called. target: the model that it was trained for.
     eagle3, dflash: directory of the checkpoint. dflash_vocabulary: what the block drafter chooses from, the target's
     whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked, arXiv 2502.14856), which is
     cheaper for a small target. router: the neural router. entropy: thresholds of the entropy router. lookup: the
     copying arm (default: on, with the embedded bundle's seed). chat_template: a file, served where `--chat-template`
-    names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser` names none.
+    names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser` names none. sources: where target,
+    eagle3, dflash and router are from, as `whiflash bundle create` found them.
     """
 
     schema_version: Literal[1]
@@ -97,6 +107,7 @@ class Manifest(_Strict):
     lookup: Lookup | None = None
     chat_template: str | None = None
     tool_call_parser: str | None = None
+    sources: dict[str, Source] = {}
 
 
 class Flags(_Strict):
@@ -192,15 +203,16 @@ def load_manifest(bundle: Path) -> Manifest:
     except ValidationError as error:
         raise ConfigError(f"{path}: " + _first_problem(error, lambda name: f"key {name!r}")) from None
     named = {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "chat_template": manifest.chat_template}
-    check_members(bundle, {**named, "router.path": manifest.router.path if manifest.router else None})
+    named["router.path"] = manifest.router.path if manifest.router else None
+    check_members(bundle, {key: path for key, path in named.items() if path and not path.startswith(HUB)})
     return manifest
 
 
-def resolve(flags: Flags, draft_path: Path | None) -> Settings:
-    """Turn flags and a local draft path into settings.
+def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = None) -> Settings:
+    """Turn flags and a local draft path into settings; fetch what a bundle names on the hub.
 
     Args:
-        draft_path: a bundle or a DFlash checkpoint, already on disk.
+        draft_path: a bundle or a DFlash checkpoint, already on disk. download_dir: where downloads are kept.
 
     Raises:
         ConfigError: a needed part is missing.
@@ -217,8 +229,12 @@ def resolve(flags: Flags, draft_path: Path | None) -> Settings:
             f"{draft_path} has no {MANIFEST}, so it is taken for a DFlash checkpoint, and then "
             "--whiflash-eagle-draft must name the EAGLE-3 one"
         )
-    eagle3 = Path(flags.eagle_draft) if flags.eagle_draft else draft_path / _need(manifest).eagle3
-    dflash = draft_path if manifest is None else draft_path / manifest.dflash
+
+    def part(name: str) -> Path:
+        return member(draft_path, _need(manifest), name, download_dir=download_dir)
+
+    eagle3 = Path(flags.eagle_draft) if flags.eagle_draft else part("eagle3")
+    dflash = draft_path if manifest is None else part("dflash")
     for what, path in (("EAGLE-3", eagle3), ("DFlash", dflash)):
         if not (path / "config.json").is_file():
             raise ConfigError(f"the {what} checkpoint {path} has no config.json")
@@ -233,7 +249,7 @@ def resolve(flags: Flags, draft_path: Path | None) -> Settings:
         dflash=dflash,
         router=flags.router or "auto",
         entropy=entropy,
-        neural=_neural(flags, manifest, draft_path),
+        neural=_neural(flags, manifest, draft_path, download_dir),
         lookup=_lookup(flags, manifest),
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
@@ -291,14 +307,17 @@ def changed(settings: Settings, change: Any) -> Settings:
     )
 
 
-def _neural(flags: Flags, manifest: Manifest | None, draft_path: Path) -> NeuralRouter | None:
+def _neural(
+    flags: Flags, manifest: Manifest | None, draft_path: Path, download_dir: str | None
+) -> NeuralRouter | None:
     shipped = manifest.router if manifest else None
     if flags.neural_router_path is None and shipped is None:
         if flags.router == "neural":
             raise ConfigError(NO_ROUTER)
         return None
     if flags.neural_router_path is None:
-        base = _need(shipped).model_copy(update={"path": str(draft_path / _need(shipped).path)})
+        path = member(draft_path, _need(manifest), "router", download_dir=download_dir)
+        base = _need(shipped).model_copy(update={"path": str(path)})
     else:
         # Another file: the bundle's threshold and sign were made for its own.
         base = NeuralRouter(path=flags.neural_router_path)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from whiflash_sglang.config import EMBEDDED_BUNDLE, embedded_bundle
 from whiflash_sglang.errors import ConfigError
@@ -28,6 +29,58 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
         raise ConfigError(f"{path}: no such directory, and not a hub id of the form owner/name")
     download = _from_modelscope if _uses_modelscope() else _from_hugging_face
     return Path(download(path, revision, download_dir))
+
+
+class Found(NamedTuple):
+    """A directory or hub id that was looked up. name: as it was given, without @revision. config: its `config.json` on
+    disk. hub: whether it lies on the hub; revision: the commit it is at there.
+    """
+
+    name: str
+    config: Path
+    hub: bool
+    revision: str | None
+
+
+def look_up(said: str, *, config: bool = True) -> Found:
+    """Where a directory or a hub id ("owner/name" or "owner/name@revision") leads, with its `config.json` alone.
+
+    Args:
+        config: whether it must have a `config.json`; a router need not.
+
+    Raises:
+        ConfigError: neither a directory with that file nor something the hub knows.
+    """
+    local = Path(said).expanduser()
+    if local.is_file() and not config:
+        return Found(said, local.resolve(), False, None)
+    if local.is_dir():
+        if config and not (local / "config.json").is_file():
+            raise ConfigError(f"{local} has no config.json")
+        return Found(str(local.resolve()), local.resolve() / "config.json", False, None)
+    name, _, revision = said.partition("@")
+    if local.is_absolute() or said.startswith((".", "~")) or name.count("/") != 1:
+        raise ConfigError(
+            f"{said}: no such directory, and not a hub id of the form owner/name or owner/name@revision"
+        )
+    found = (
+        _config_from_hub(name, revision or None)
+        if config
+        else fetch(name, revision=revision or None) / "config.json"
+    )
+    return Found(name, found, True, found.parent.name)
+
+
+def _config_from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if _uses_modelscope():
+        return fetch(name, revision=revision) / "config.json"
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise _gave_nothing(name, revision, error) from None
 
 
 def _uses_modelscope() -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from whiflash_sglang.bench.arms import VARIANTS, Subject
 from whiflash_sglang.bench.load import MODEL
 from whiflash_sglang.bench.variants import write_variant
+from whiflash_sglang.bundle_members import member
 from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.hub import fetch
 
@@ -47,8 +48,8 @@ def build_subject(
     return Subject(
         target=target,
         bundle=bundle,
-        eagle3=bundle / manifest.eagle3,
-        dflash=bundle / manifest.dflash,
+        eagle3=member(bundle, manifest, "eagle3"),
+        dflash=member(bundle, manifest, "dflash"),
         dtype=dtype,
         common=(*common, *extra),
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in VARIANTS.keys() & set(arms)},

@@ -40,6 +40,13 @@ def findings() -> list[Finding]:
     return found
 
 
+def _drafts(drafts: list[str], model_path: str | None) -> list[Finding]:
+    from whiflash_sglang.draft_check import judge, read_target
+
+    target = None if model_path is None else read_target(model_path)
+    return [Finding(*judged) for said in drafts for judged in judge(said, target)]
+
+
 def _platform() -> list[Finding]:
     from whiflash_sglang.platform import activate
 
@@ -57,15 +64,29 @@ def register(app: typer.Typer) -> None:
         verbose: Annotated[
             bool, typer.Option("--verbose", "-v", help="Also show what is right, one line each.")
         ] = False,
+        model_path: Annotated[
+            str | None, typer.Option("--model-path", help="A target (hub id or directory), for --draft.")
+        ] = None,
+        draft: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--draft",
+                help="Judge this bundle or drafter (hub id or directory) instead, from its config.json alone: its "
+                "format, what its KV costs, what stops it. May be repeated.",
+            ),
+        ] = None,
         as_json: JsonFlag = False,
     ) -> None:
         """Check versions, the plugin, the platform and every private SGLang name. Exit code 1 on any failure.
 
-        Example: whiflash check -v
+        Examples: whiflash check -v; whiflash check --model-path Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
         """
         from rich.console import Console
 
-        found = findings()
+        if model_path is not None and not draft:
+            raise typer.BadParameter("--model-path says nothing without --draft")
+        found = _drafts(draft, model_path) if draft else findings()
+        verbose = verbose or bool(draft)
         failed = [f for f in found if not f.ok]
         if as_json:
             listed = [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in found]

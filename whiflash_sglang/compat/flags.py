@@ -112,7 +112,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     if flags.neural_router_path and not Path(flags.neural_router_path).is_file():
         router = hub.fetch(flags.neural_router_path, download_dir=download_dir)
         flags = flags.model_copy(update={"neural_router_path": str(router)})
-    settings = resolve(flags, local)
+    settings = resolve(flags, local, download_dir)
     server_args._whiflash = settings
     choose_for_cuda(server_args)
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.

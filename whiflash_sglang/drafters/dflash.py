@@ -44,7 +44,7 @@ class DFlashArm(PagedArm):
         weight = model.fc.weight
         super().__init__(config.num_layers, config.attention, weight.dtype, weight.device)
         self.model = model
-        self._weights = dflash_weights(model)
+        self._weights = dflash_weights(model) if model.shared_context else None
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
@@ -55,7 +55,13 @@ class DFlashArm(PagedArm):
 
     def catch_up(self, rows: FeatureRows) -> None:
         features = self._features(rows.features)
-        dflash_catch_up(features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
+        if self._weights is not None:
+            dflash_catch_up(features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
+            return
+        real = rows.slots >= 0  # the others are padding
+        keys, values = self.model.keys_values(self.model.fuse(features[real]), rows.positions[real])
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            self.kv.write(layer, rows.slots[real], k, v)
 
     def draft(self, batch: DraftBatch) -> Drafts:
         block, size = self._rows, len(batch)

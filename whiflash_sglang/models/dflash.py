@@ -88,6 +88,8 @@ class DFlashDrafter(nn.Module):
     """
 
     layer: type[DFlashLayer] = DFlashLayer
+    shared_context = True
+    """Whether K and V of all layers are one product of the same context feature, as the catch-up kernels take them."""
     target_embedding: Tensor
     target_lm_head: Tensor
     own_head: Tensor | None

@@ -60,9 +60,6 @@ class DFlashConfig:
         from_anchor: the bonus token's row drafts too, so that a block gives as many drafts as it has rows.
         draft_vocab_size: rows of the drafter's own head; None where it uses the target's.
         value_scale: what V is multiplied by. neighbours: RoPE turns neighbouring dimensions, not halves.
-        gate: Laguna's gate on what was attended, one for each head ("head") or each dimension ("element").
-        feature_norms: every captured feature has a norm of its own before `fc`, and the context passes the norm before
-            each layer's attention (Laguna).
     """
 
     hidden_size: int
@@ -85,8 +82,6 @@ class DFlashConfig:
     value_scale: float = 1.0
     neighbours: bool = False
     clamped: Clamped | None = None
-    gate: str | None = None
-    feature_norms: bool = False
 
     @property
     def num_features(self) -> int:
@@ -154,7 +149,7 @@ class DFlashConfig:
     @property
     def variant(self) -> bool:
         """Whether anything but sizes differs from the published model."""
-        plain = (False, False, None, False, False, 1.0, False, None, None, False)
+        plain = (False, False, None, False, False, 1.0, False, None)
         found = (
             any(span != LayerSpan() for span in self.spans),
             self.from_anchor,
@@ -164,8 +159,6 @@ class DFlashConfig:
             self.value_scale,
             self.neighbours,
             self.clamped,
-            self.gate,
-            self.feature_norms,
         )
         return found != plain or type(self) is not DFlashConfig
 

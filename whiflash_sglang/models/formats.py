@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang.models import dflash, dspark, eagle3, speculators
+from whiflash_sglang.models import dflash, dspark, eagle3, laguna, speculators
 from whiflash_sglang.models.checkpoint import read_json_config
 from whiflash_sglang.models.draft_format import DraftFormat, by_key, pick
 
 FORMATS: tuple[DraftFormat, ...] = (
     dflash.FORMAT,
+    laguna.FORMAT,
     dspark.FORMAT,
     eagle3.FORMAT,
     eagle3.DEEPSPEC,

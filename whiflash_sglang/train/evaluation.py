@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
+from whiflash_sglang.bundle_members import member
+from whiflash_sglang.checkpoints import block_size_of
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.dflash_config import DFlashConfig
-from whiflash_sglang.models.eagle3_config import Eagle3Config
+from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import Data, Hardware, Slots
 from whiflash_sglang.train.controlled import Known, Lag, Prices, auto_choices
@@ -90,7 +91,7 @@ def answer_and_replay(
 ) -> AnsweredBundle:
     """The target answers `rows` (the first `limit`, balanced), and the bundle's drafters are replayed."""
     manifest = load_manifest(bundle)
-    capture = _capture_union(bundle / manifest.eagle3, bundle / manifest.dflash)
+    capture = _capture_union(member(bundle, manifest, "eagle3"), member(bundle, manifest, "dflash"))
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
@@ -155,7 +156,7 @@ def routers_of(
             choices = auto_choices(answers, known, None, Lag(lag, signals=signals, copies=copies))
             walks[f"lag-{lag}-{name}"] = RouterWalk(choices, copies=True)
     if is_embedded(manifest.target):
-        block_size = DFlashConfig.read(bundle / manifest.dflash).block_size
+        block_size = block_size_of(member(bundle, manifest, "dflash"), None)
         prices = Prices.of_two_cores(eagle_steps, block_size)
         walks["auto"] = RouterWalk(auto_choices(answers, known, prices), copies=True, priced=True)
     return walks
@@ -208,8 +209,7 @@ def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
 
 
 def _capture_union(eagle3: Path, dflash: Path) -> list[int]:
-    layers = {*Eagle3Config.read(eagle3).target_layer_ids, *DFlashConfig.read(dflash).target_layer_ids}
-    return sorted(layers)
+    return sorted({layer for path in (eagle3, dflash) for layer in read_draft(path).config.target_layer_ids})
 
 
 def figures_table(result: Mapping[str, Any]) -> Table:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from whiflash_sglang.bundle_members import member
 from whiflash_sglang.config import Lookup, load_manifest, lookup_of
 from whiflash_sglang.jsonl import lines_of
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
@@ -89,8 +90,8 @@ class Parts(NamedTuple):
         """As the bundle's manifest says."""
         manifest = load_manifest(bundle)
         return cls(
-            bundle / manifest.eagle3,
-            bundle / manifest.dflash,
+            member(bundle, manifest, "eagle3"),
+            member(bundle, manifest, "dflash"),
             eagle_steps,
             manifest.dflash_vocabulary,
             lookup_of(manifest),

@@ -1,0 +1,179 @@
+"""`whiflash bundle create` and `whiflash check --draft`, as processes, from directories and from a hub."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import hub
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+from whiflash_sglang.bundle_create import Parts, create
+from whiflash_sglang.bundle_members import sha256
+from whiflash_sglang.config import Flags, load_manifest, resolve
+from whiflash_sglang.errors import WhiflashError
+
+WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    target = tiny_target(tmp_path / "target")
+    drafters = {
+        "eagle3": tiny_eagle3(tmp_path / "e3", target),
+        "dflash": tiny_dflash(tmp_path / "df", target),
+    }
+    return {"target": target, **drafters}
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [WHIFLASH, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
+    )
+
+
+def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+def parts(models: dict[str, Path]) -> Parts:
+    return Parts(*(str(models[name]) for name in ("target", "eagle3", "dflash")))
+
+
+def test_directories_become_a_bundle_that_is_served_from_itself(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    said = [f"--{name}={models[part]}" for name, part in (("eagle3", "eagle3"), ("diffusion", "dflash"))]
+    done = run("bundle", "create", f"--target={models['target']}", *said, f"--out={out}", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == json.loads((out / "whiflash.json").read_text())
+    manifest = load_manifest(out)
+    weights = models["dflash"] / "model.safetensors"
+    assert manifest.sources["dflash"].files[weights.name] == sha256(weights)
+    settings = resolve(Flags(), out)
+    assert (settings.eagle3, settings.dflash) == (out / "eagle3", out / "dflash")
+    checked = run("check", "--model-path", str(models["target"]), "--draft", str(out))
+    assert checked.returncode == 0, checked.stderr
+    lines = checked.stdout.splitlines()
+    assert (
+        "EAGLE-3, the ar arm; reads the outputs of layers 0, 2, 4; 256 bytes of KV a token, 16.7%" in lines[0]
+    )
+    assert (
+        "DFlash, the diffusion arm; 7 drafts a block; reads the outputs of layers 1, 3, 4; 512 bytes"
+        in lines[1]
+    )
+    (out / "dflash" / "model.safetensors").write_bytes(b"other")
+    spoilt = run("check", "--draft", str(out))
+    assert spoilt.returncode == 1
+    assert "dflash/model.safetensors is not the file that" in spoilt.stdout
+
+
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    edit(models["dflash"], lambda config: config.update(vocab_size=1000))
+    out = tmp_path / "bundle"
+    said = [f"--{name}={models[part]}" for name, part in (("eagle3", "eagle3"), ("diffusion", "dflash"))]
+    done = run("bundle", "create", f"--target={models['target']}", *said, f"--out={out}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"whiflash: error: the DFlash checkpoint {models['dflash']} is for a vocabulary of 1000, this target has 320\n"
+    )
+    assert not list(tmp_path.glob("*bundle*"))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("eagle3", {"hidden_size": 96}, r"EAGLE-3 checkpoint .* hidden size 96, this one has 64"),
+        ("eagle3", {"num_hidden_layers": 2}, r"num_hidden_layers 2: .* one layer only"),
+        ("eagle3", {"architectures": ["LlamaForCausalLMEagle"]}, r"\['LlamaForCausalLMEagle'\] is no draft"),
+        ("eagle3", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
+        ("dflash", {"architectures": ["LlamaForCausalLMEagle3"]}, "is no draft architecture"),
+        ("dflash", {"dflash_config": {"mask_token_id": 259, "target_layer_ids": [1, 5]}}, "the last layer"),
+        ("dflash", {"dflash_config": {"projector_type": "unheard"}}, "is no draft architecture"),
+        ("target", {"hidden_size": None}, "target/config.json: hidden_size must be an integer"),
+    ],
+)
+def test_a_misfit_names_the_file_and_the_key(
+    part: str, change: dict[str, Any], message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    edit(models[part], lambda config: config.update(change))
+    for weights in models[part].glob("*.safetensors"):
+        weights.unlink()  # not needed to say so
+    with pytest.raises(WhiflashError, match=message):
+        create(parts(models), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_is_not_written_over_another(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(WhiflashError, match="exists already; give --out a new directory"):
+        create(parts(models), tmp_path)
+
+
+def test_ids_stay_ids_at_the_commit_they_were_at(models: dict[str, Path], tmp_path: Path) -> None:
+    """Only configurations are fetched to make the bundle; serving it fetches what was pinned, not what is newest."""
+    with hub() as served:
+        commits = {part: served.push(f"owner/{part}", directory) for part, directory in models.items()}
+        env = {"HF_ENDPOINT": served.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        out = tmp_path / "bundle"
+        pinned = f"owner/eagle3@{commits['eagle3']}"
+        arguments = [
+            "--target=owner/target",
+            f"--eagle3={pinned}",
+            "--diffusion=owner/dflash",
+            f"--out={out}",
+        ]
+        done = run("bundle", "create", *arguments, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert served.asked == [f"owner/{part}/config.json" for part in ("target", "eagle3", "dflash")]
+        manifest = load_manifest(out)
+        assert (manifest.target, manifest.eagle3, manifest.dflash) == (
+            "owner/target",
+            "hub:owner/eagle3",
+            "hub:owner/dflash",
+        )
+        assert {part: source.revision for part, source in manifest.sources.items()} == commits
+        other = tiny_dflash(tmp_path / "newer", models["target"], num_layers=1)
+        served.push("owner/dflash", other)
+        resolved = subprocess.run(
+            [sys.executable, "-c", RESOLVE, str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **env},
+        )
+        assert resolved.returncode == 0, resolved.stderr
+        eagle3, dflash = (Path(line) for line in resolved.stdout.splitlines())
+        assert (eagle3.name, dflash.name) == (commits["eagle3"], commits["dflash"])
+        assert (dflash / "model.safetensors").read_bytes() == (
+            models["dflash"] / "model.safetensors"
+        ).read_bytes()
+        missing = run(
+            "bundle",
+            "create",
+            "--target=owner/target",
+            f"--eagle3={pinned}",
+            "--diffusion=owner/none",
+            f"--out={tmp_path / 'second'}",
+            env=env,
+        )
+        assert missing.returncode == 1
+        assert missing.stderr.startswith(
+            "whiflash: error: owner/none: not a directory here, and the hub gave nothing"
+        )
+
+
+RESOLVE = """
+import sys
+from pathlib import Path
+from whiflash_sglang.config import Flags, resolve
+settings = resolve(Flags(), Path(sys.argv[1]))
+print(settings.eagle3)
+print(settings.dflash)
+"""

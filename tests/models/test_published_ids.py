@@ -1,0 +1,244 @@
+"""Published checkpoints by what their `config.json` files say: facts, each with where it was read. No file is copied.
+
+Asserted are the format, the target that it fits, which layers it reads, how many tokens it drafts, what its KV costs.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from whiflash_sglang.checkpoints import TargetShape, check_fit, target_layers
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.draft_format import by_key
+from whiflash_sglang.models.formats import FORMATS, read_draft
+
+QWEN3_8B = TargetShape(4096, 36, 151936)
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "head_dim": 128,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 40960,
+}
+OF_QWEN3_8B = QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936}
+SPREAD = [1, 9, 17, 25, 33]
+"""Layers of the five-feature drafters of Qwen3-8B."""
+
+
+class Published(NamedTuple):
+    """What a checkpoint says, and what must be made of it. drafts: None for a chain. kv_bytes: of a token, in bf16."""
+
+    config: dict[str, Any]
+    target: TargetShape
+    format: str
+    layers: tuple[int, ...]
+    drafts: int | None
+    kv_bytes: int
+
+
+IDS = {
+    # SpecForge, configs/qwen3-8b-dflash.json: the layout of z-lab/Qwen3-8B-DFlash-b16
+    "DFlash of Qwen3-8B": Published(
+        OF_QWEN3_8B
+        | {
+            "architectures": ["DFlashDraftModel"],
+            "num_hidden_layers": 5,
+            "block_size": 16,
+            "num_target_layers": 36,
+        }
+        | {"layer_types": ["full_attention"] * 5, "sliding_window": None, "use_sliding_window": False}
+        | {"dflash_config": {"mask_token_id": 151669, "target_layer_ids": SPREAD}},
+        QWEN3_8B,
+        "DFlash",
+        tuple(SPREAD),
+        15,
+        20480,
+    ),
+    # z-lab/Qwen3.5-35B-A3B-DFlash, its config.json: block size nested, five windowed layers and a full one, 8 features
+    "DFlash of Qwen3.5-35B-A3B": Published(
+        QWEN3
+        | {"architectures": ["DFlashDraftModel"], "hidden_size": 2048, "intermediate_size": 6144}
+        | {"vocab_size": 248320, "num_hidden_layers": 6, "num_target_layers": 40, "sliding_window": 4096}
+        | {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "max_window_layers": 6}
+        | {
+            "dflash_config": {"block_size": 16, "mask_token_id": 248077}
+            | {"target_layer_ids": [1, 6, 11, 16, 22, 27, 32, 37]}
+        },
+        TargetShape(2048, 40, 248320),
+        "DFlash",
+        (1, 6, 11, 16, 22, 27, 32, 37),
+        15,
+        24576,
+    ),
+    # deepseek-ai/dspark_qwen3_8b_block7: DeepSpec, deepspec/modeling/dspark/qwen3/config.py and config/dspark
+    "DSpark of Qwen3-8B": Published(
+        OF_QWEN3_8B
+        | {
+            "architectures": ["Qwen3DSparkModel"],
+            "num_hidden_layers": 5,
+            "block_size": 7,
+            "num_target_layers": 36,
+        }
+        | {"layer_types": ["full_attention"] * 5, "mask_token_id": 151669, "target_layer_ids": SPREAD}
+        | {"num_anchors": 512, "enable_confidence_head": True, "confidence_head_with_markov": True}
+        | {"markov_rank": 256, "markov_head_type": "vanilla", "tie_word_embeddings": False},
+        QWEN3_8B,
+        "DSpark",
+        tuple(SPREAD),
+        7,
+        20480,
+    ),
+    # deepseek-ai/dflash_qwen3_8b_block7: DeepSpec, config/dflash/dflash_qwen3_8b.py
+    "DeepSpec's DFlash of Qwen3-8B": Published(
+        OF_QWEN3_8B
+        | {
+            "architectures": ["Qwen3DSparkModel"],
+            "num_hidden_layers": 5,
+            "block_size": 7,
+            "num_target_layers": 36,
+        }
+        | {"layer_types": ["full_attention"] * 5, "mask_token_id": 151669, "target_layer_ids": SPREAD}
+        | {"num_anchors": 512, "enable_confidence_head": False, "markov_rank": 0},
+        QWEN3_8B,
+        "DSpark",
+        tuple(SPREAD),
+        7,
+        20480,
+    ),
+    # SpecForge, configs/qwen3-8b-dspark.json
+    "SpecForge's DSpark of Qwen3-8B": Published(
+        OF_QWEN3_8B
+        | {
+            "architectures": ["DSparkDraftModel"],
+            "num_hidden_layers": 5,
+            "block_size": 7,
+            "num_target_layers": 36,
+        }
+        | {
+            "dflash_config": {
+                "attention_mode": "gqa",
+                "confidence_head_alpha": 1.0,
+                "projector_type": "dspark",
+            }
+            | {"enable_confidence_head": True, "confidence_head_with_markov": True, "mask_token_id": 151669}
+            | {"markov_rank": 256, "markov_head_type": "vanilla", "target_layer_ids": SPREAD}
+        },
+        QWEN3_8B,
+        "DSpark",
+        tuple(SPREAD),
+        7,
+        20480,
+    ),
+    # deepseek-ai/eagle3_qwen3_8b_ttt7: DeepSpec, deepspec/modeling/eagle3/qwen3/config.py and config/eagle3
+    "DeepSpec's EAGLE-3 of Qwen3-8B": Published(
+        OF_QWEN3_8B
+        | {"architectures": ["Qwen3Eagle3Model"], "num_hidden_layers": 1, "num_target_layers": 36}
+        | {"layer_types": ["full_attention"], "target_layer_ids": SPREAD, "ttt_length": 7}
+        | {"step_loss_decay": 0.8, "draft_num_hidden_layers": 1, "tie_word_embeddings": False},
+        QWEN3_8B,
+        "DeepSpec EAGLE-3",
+        tuple(SPREAD),
+        None,
+        4096,
+    ),
+    # SpecForge, configs/qwen3-8b-eagle3.json
+    "EAGLE-3 of Qwen3-8B": Published(
+        OF_QWEN3_8B
+        | {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1}
+        | {"draft_vocab_size": 32000, "tie_word_embeddings": False},
+        QWEN3_8B,
+        "EAGLE-3",
+        (1, 17, 32),
+        None,
+        4096,
+    ),
+    # SpecForge, configs/gpt-oss-20B-eagle3.json
+    "EAGLE-3 of gpt-oss-20b": Published(
+        {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu"}
+        | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 11, 21]}, "head_dim": 64}
+        | {
+            "hidden_size": 2880,
+            "intermediate_size": 17280,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        }
+        | {"num_hidden_layers": 1, "vocab_size": 201088, "draft_vocab_size": 32000, "rms_norm_eps": 1e-5}
+        | {"max_position_embeddings": 4096, "tie_word_embeddings": False},
+        TargetShape(2880, 24, 201088),
+        "EAGLE-3",
+        (1, 11, 21),
+        None,
+        2048,
+    ),
+    # RedHatAI/gpt-oss-20b-speculator.eagle3: one norm over the features, layers left to the default
+    "speculator of gpt-oss-20b": Published(
+        {"architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3", "draft_vocab_size": 64000}
+        | {"norm_before_fc": True, "norm_before_residual": True}
+        | {
+            "transformer_layer_config": {"model_type": "llama", "hidden_size": 2880, "num_hidden_layers": 1}
+            | {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880}
+            | {"vocab_size": 201088, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+        },
+        TargetShape(2880, 24, 201088),
+        "speculators EAGLE-3",
+        (1, 11, 20),
+        None,
+        2048,
+    ),
+}
+
+
+def write(path: Path, config: dict[str, Any]) -> Path:
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_path: Path) -> None:
+    said = IDS[name]
+    draft = read_draft(write(tmp_path, said.config))
+    check_fit(draft, said.target)
+    _, kv_heads, head_dim = draft.config.attention
+    assert draft.format.name == said.format
+    assert target_layers(draft, said.target.num_layers) == said.layers
+    assert getattr(draft.config, "max_drafts", None) == said.drafts
+    assert 2 * draft.config.num_layers * kv_heads * head_dim * 2 == said.kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # SpecForge, configs/qwen3-8b-domino.json
+        (
+            {"architectures": ["DominoDraftModel"], "dflash_config": {"projector_type": "domino"}},
+            r"architectures \['DominoDraftModel'\] is no draft architecture",
+        ),
+        # speculators, models/dflash2: a convolution and a selector
+        (
+            {"architectures": ["DFlash2DraftModel"]},
+            r"architectures \['DFlash2DraftModel'\] is no draft architecture",
+        ),
+        (
+            {"dflash_config": {"conv_kernel_size": 2, "mask_token_id": 1}},
+            "conv_kernel_size 2 belongs to a drafter",
+        ),
+        ({"architectures": ["Qwen3ForCausalLM"], "dflash_config": {}}, r"\['Qwen3ForCausalLM'\] is no draft"),
+    ],
+)
+def test_what_is_not_loaded_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, IDS["DFlash of Qwen3-8B"].config | changes)
+    with pytest.raises(CheckpointError, match=rf"{path}/config\.json: {message}"):
+        read_draft(path)
+
+
+def test_a_key_belongs_to_one_format() -> None:
+    assert len(by_key(FORMATS)) == sum(len(one.keys) for one in FORMATS)
+    with pytest.raises(ValueError, match="DFlashDraftModel is claimed by DFlash and by DFlash"):
+        by_key([*FORMATS, FORMATS[0]])

@@ -1,0 +1,96 @@
+"""A bundle from published checkpoints: their configurations first, weights when it is served."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from whiflash_sglang import arms
+from whiflash_sglang.bundle_members import HUB, sha256
+from whiflash_sglang.checkpoints import TargetShape, check_fit
+from whiflash_sglang.config import MANIFEST, load_manifest
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.hub import Found, look_up
+from whiflash_sglang.models.formats import read_draft
+
+_KEPT = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "mask_embedding.pt")
+"""Files of a drafter that its loader reads."""
+
+
+class Parts(NamedTuple):
+    """Directories or hub ids, each with @revision if wanted. router_sign: for a router that does not say its own."""
+
+    target: str
+    eagle3: str
+    diffusion: str
+    router: str | None = None
+    router_sign: str | None = None
+
+
+def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
+    """Write a bundle into `out`: `whiflash.json`, and copies of what was given as a directory.
+
+    Hub ids stay ids, pinned to the commit they are at now, and are fetched when the bundle is served. Nothing is
+    written where something does not fit.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: `out` exists, or the hub gave nothing.
+        CheckpointError: a drafter is not known or does not fit the target, naming the file and the key.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; give --out a new directory")
+    target = look_up(parts.target)
+    shape = TargetShape.read(target.config)
+    drafts = {
+        part: (look_up(said), arm)
+        for part, said, arm in (
+            ("eagle3", parts.eagle3, arms.AR),
+            ("dflash", parts.diffusion, arms.DIFFUSION),
+        )
+    }
+    for found, arm in drafts.values():
+        check_fit(read_draft(found.config.parent, arm), shape)
+    given = {part: found for part, (found, _) in drafts.items()}
+    if parts.router is not None:
+        given["router"] = look_up(parts.router, config=False)
+    manifest: dict[str, Any] = {"schema_version": 1, "name": name or out.name, "target": target.name}
+    staged = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        sources: dict[str, Any] = {"target": {"revision": target.revision, "files": {}}}
+        for part, found in given.items():
+            manifest[part], sources[part] = _install(found, staged, part)
+        if parts.router is not None:
+            manifest["router"] = {"path": manifest["router"]} | (
+                {"delta_sign": parts.router_sign} if parts.router_sign else {}
+            )
+        manifest["sources"] = sources
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        load_manifest(staged)
+        staged.rename(out)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _install(found: Found, bundle: Path, part: str) -> tuple[str, dict[str, Any]]:
+    """What the manifest says of a part, and where it is from."""
+    if found.hub:
+        files = {found.config.name: sha256(found.config)} if found.config.is_file() else {}
+        return HUB + found.name, {"revision": found.revision, "files": files}
+    if (
+        found.config.is_file() and part == "router"
+    ):  # a directory is given by its config.json, a router by its file
+        files = [found.config]
+    else:
+        patterns = ("*.safetensors",) if part == "router" else _KEPT
+        files = sorted({file for pattern in patterns for file in found.config.parent.glob(pattern)})
+    (bundle / part).mkdir()
+    for file in files:
+        shutil.copyfile(file, bundle / part / file.name)
+    return part, {"revision": None, "files": {file.name: sha256(file) for file in files}}

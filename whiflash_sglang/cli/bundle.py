@@ -1,0 +1,59 @@
+"""`whiflash bundle`: drafters, router and manifest in one directory, from published checkpoints."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from whiflash_sglang.cli.options import JsonFlag, report
+
+_ID = "hub id (owner/name or owner/name@revision) or directory"
+
+
+def register(app: typer.Typer) -> None:
+    bundle = typer.Typer(help="Put drafters together for one target.", no_args_is_help=True)
+    app.add_typer(bundle, name="bundle")
+
+    @bundle.callback()
+    def _bundle() -> None:
+        """Put drafters together for one target."""
+
+    @bundle.command()
+    def create(
+        target: Annotated[str, typer.Option("--target", help=f"The model that is served: {_ID}.")],
+        eagle3: Annotated[str, typer.Option("--eagle3", help=f"The autoregressive drafter: {_ID}.")],
+        diffusion: Annotated[str, typer.Option("--diffusion", help=f"The block drafter: {_ID}.")],
+        out: Annotated[Path, typer.Option("--out", help="Directory of the bundle; must not exist.")],
+        router: Annotated[
+            str | None, typer.Option("--router", help=f"A neural router: {_ID}, or a .safetensors file.")
+        ] = None,
+        router_sign: Annotated[
+            Literal["ar-minus-diffusion", "diffusion-minus-ar"] | None,
+            typer.Option("--router-sign", help="What the router predicts, where its file does not say."),
+        ] = None,
+        name: Annotated[
+            str | None, typer.Option("--name", help="The bundle's name; by default the directory's.")
+        ] = None,
+        as_json: JsonFlag = False,
+    ) -> None:
+        """Check that drafters fit a target, from their config.json alone, and write a bundle that names them.
+
+        Hub ids are pinned to the commit they are at and fetched when the bundle is served; directories are copied.
+
+        Example: whiflash bundle create --target Qwen/Qwen3-8B --eagle3 AngelSlim/Qwen3-8B_eagle3 --diffusion
+        z-lab/Qwen3-8B-DFlash-b16 --out qwen3-8b
+        """
+        from whiflash_sglang.bundle_create import Parts, create
+
+        manifest = create(Parts(target, eagle3, diffusion, router, router_sign), out, name)
+        if as_json:
+            report(manifest, True)
+            return
+        report({part: _place(manifest, part) for part in ("target", "eagle3", "dflash")}, False)
+        typer.echo(f"serve it: whiflash serve --model-path {target.partition('@')[0]} --bundle {out}")
+
+
+def _place(manifest: dict[str, object], part: str) -> str:
+    sources = manifest["sources"]
+    revision = sources[part]["revision"] if isinstance(sources, dict) else None
+    return f"{manifest[part]}{' at ' + revision if revision else ''}"
