@@ -160,6 +160,8 @@ def _type_word(annotation: Any) -> str:
     parts = [part for part in get_args(annotation) if part is not NoneType]
     if get_origin(annotation) in (Union, UnionType) and parts:
         return _type_word(parts[0])
+    if get_origin(annotation) is Literal:
+        return "|".join(parts)
     if get_origin(annotation) is list:
         return f"{_type_word(parts[0])} …"
     return words[annotation]

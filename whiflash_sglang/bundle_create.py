@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,16 +82,22 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
 def _install(found: Found, bundle: Path, part: str) -> tuple[str, dict[str, Any]]:
     """What the manifest says of a part, and where it is from."""
     if found.hub:
-        files = {found.config.name: sha256(found.config)} if found.config.is_file() else {}
-        return HUB + found.name, {"revision": found.revision, "files": files}
-    if (
-        found.config.is_file() and part == "router"
-    ):  # a directory is given by its config.json, a router by its file
-        files = [found.config]
-    else:
-        patterns = ("*.safetensors",) if part == "router" else _KEPT
-        files = sorted({file for pattern in patterns for file in found.config.parent.glob(pattern)})
+        known = [found.config] if found.config.is_file() else []
+        return HUB + found.name, {"revision": found.revision, "files": _digests(known)}
+    files = _members(found, part)
     (bundle / part).mkdir()
     for file in files:
         shutil.copyfile(file, bundle / part / file.name)
-    return part, {"revision": None, "files": {file.name: sha256(file) for file in files}}
+    return part, {"revision": None, "files": _digests(files)}
+
+
+def _members(found: Found, part: str) -> list[Path]:
+    """Files of a directory that are copied; a router may be given as its one file."""
+    if part == "router" and found.config.name != "config.json":
+        return [found.config]
+    patterns = ("*.safetensors",) if part == "router" else _KEPT
+    return sorted({file for pattern in patterns for file in found.config.parent.glob(pattern)})
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: sha256(file) for file in files}

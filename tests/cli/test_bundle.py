@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path
         ("eagle3", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
         ("dflash", {"architectures": ["LlamaForCausalLMEagle3"]}, "is no draft architecture"),
         ("dflash", {"dflash_config": {"mask_token_id": 259, "target_layer_ids": [1, 5]}}, "the last layer"),
-        ("dflash", {"dflash_config": {"projector_type": "unheard"}}, "is no draft architecture"),
+        ("dflash", {"dflash_config": {"projector_type": "unheard"}}, "projector_type 'unheard' is no draft"),
         ("target", {"hidden_size": None}, "target/config.json: hidden_size must be an integer"),
     ],
 )

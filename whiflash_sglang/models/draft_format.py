@@ -67,5 +67,8 @@ def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftF
 
 
 def _spelled(config: Json) -> str:
-    kind = config.get("speculators_model_type")
-    return f"speculators_model_type {kind!r}" if kind else f"architectures {config.get('architectures')}"
+    where, _, kind = (format_key(config) or "").partition("/")
+    if kind:
+        key = "speculators_model_type" if where == "speculators" else "projector_type"
+        return f"{key} {kind!r}"
+    return f"architectures {config.get('architectures')}"
