@@ -49,7 +49,9 @@ def hub() -> Iterator[Hub]:
 
         def _answer(self, *, body: bool) -> None:
             parts = self.path.partition("?")[0].strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
+            if parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
+                self._tree("/".join(parts[2:4]), parts[5])
+            elif parts[:2] == ["api", "models"]:
                 self._model("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
             elif "resolve" in parts:
                 self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), body)
@@ -64,6 +66,15 @@ def hub() -> Iterator[Hub]:
             about = {"id": repository, "sha": found[0], "siblings": siblings, "private": False, "tags": []}
             return self._send(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
+        def _tree(self, repository: str, revision: str) -> None:
+            found = served.find(repository, revision)
+            files = sorted(found[1].iterdir()) if found else []
+            listed = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _oid(file)}
+                for file in files
+            ]
+            self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
+
         def _file(self, repository: str, revision: str, name: str, body: bool) -> None:
             found = served.find(repository, revision)
             if found is None:
@@ -74,8 +85,7 @@ def hub() -> Iterator[Hub]:
             content = file.read_bytes()
             if body:
                 served.asked.append(f"{repository}/{name}")
-            etag = hashlib.sha1(content).hexdigest()
-            return self._send(200, content, {"X-Repo-Commit": found[0], "ETag": f'"{etag}"'}, body)
+            return self._send(200, content, {"X-Repo-Commit": found[0], "ETag": f'"{_oid(file)}"'}, body)
 
         def _send(self, code: int, content: bytes, headers: dict[str, str], body: bool = True) -> None:
             self.send_response(code)
@@ -98,3 +108,7 @@ def hub() -> Iterator[Hub]:
     finally:
         server.shutdown()
         thread.join()
+
+
+def _oid(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()

@@ -229,7 +229,10 @@ def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_pat
             {"dflash_config": {"conv_kernel_size": 2, "mask_token_id": 1}},
             "conv_kernel_size 2 belongs to a drafter",
         ),
-        ({"architectures": ["Qwen3ForCausalLM"], "dflash_config": {}}, r"\['Qwen3ForCausalLM'\] is no draft"),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "dflash_config": {}},
+            r"architectures \['Qwen3ForCausalLM'\] is no draft",
+        ),
     ],
 )
 def test_what_is_not_loaded_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
