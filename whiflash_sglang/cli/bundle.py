@@ -40,8 +40,7 @@ def register(app: typer.Typer) -> None:
 
         Hub ids are pinned to the commit they are at and fetched when the bundle is served; directories are copied.
 
-        Example: whiflash bundle create --target Qwen/Qwen3-8B --eagle3 AngelSlim/Qwen3-8B_eagle3 --diffusion
-        z-lab/Qwen3-8B-DFlash-b16 --out qwen3-8b
+        Example: whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --diffusion OWNER/DF --out my-bundle
         """
         from whiflash_sglang.bundle_create import Parts, create
 
