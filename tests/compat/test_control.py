@@ -13,6 +13,7 @@ from sglang.srt.managers.scheduler_components.internal_state import SchedulerInt
 from whiflash_sglang.compat import control
 from whiflash_sglang.config import Flags, PolicyChange, Settings, changed, embedded_bundle, resolve
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lookup.memory import HANDLES
 from whiflash_sglang.worker import WhiFlashWorker
 
 KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET]
@@ -114,6 +115,18 @@ def test_every_change_that_the_route_takes_survives_the_message(change: dict[str
     worker = Worker()
     assert send(worker, arrived.server_args)
     assert worker.settings == wanted
+
+
+@pytest.mark.parametrize("router", control.ROUTERS)
+def test_a_router_arrives_under_its_name(router: str) -> None:
+    worker = Worker()
+    assert send(worker, control.encode({"router": router}))
+    assert worker.settings.router == router
+
+
+def test_everybody_is_nobodys_handle() -> None:
+    """A message that forgets one tenant must never be the one that forgets all."""
+    assert control.encode_forget(None)[control.FORGET] not in range(HANDLES)
 
 
 def test_another_algorithm_knows_no_key_of_ours() -> None:
