@@ -9,7 +9,7 @@ RUN := $(UV) run --no-sync
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation check format docs site dist bench test-gpu clean
+.PHONY: help install demo test evidence mutation check format docs site dist bench gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -64,8 +64,11 @@ dist: install ## Wheels and source distributions of the three packages, checked,
 bench: install ## First answer on speed, in under five minutes
 	$(RUN) whiflash bench --quick
 
-test-gpu: ## Kernel tests on this machine's GPU; uses the active Python, installs nothing
-	python3 -m pytest kernels/tests -m "not aot"
+gpu: ## What only a GPU can show, in parts of ten minutes; goes on where it was ended; the active Python, installs nothing
+	python3 tests/gpu/run.py
+
+gpu-evidence: ## The same, and tokens a second beside plain decoding, EAGLE3 and DFLASH
+	python3 tests/gpu/run.py --evidence
 
 clean: ## Remove environments, caches and the built site
 	rm -rf .venv .uv site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,86 @@
+"""The runner of the GPU's parts, on parts that need no GPU."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run
+from run import Part
+
+PRINTS = 'import json, sys; json.dump({"device": sys.argv[1]}, open(sys.argv[2], "w"))'
+PARTS = (
+    Part("good", ("-c", PRINTS, "{device}", "{out}"), ()),
+    Part("bad", ("-c", "raise SystemExit('no such card')"), ()),
+    Part("endless", ("-c", "while True: pass"), ()),
+    Part("elsewhere", ("-c", ""), ("a_package_that_nobody_has",)),
+    Part("long", ("-c", ""), (), evidence=True),
+    Part("not-here", ("-c", ""), (), rehearsal=None),
+)
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(run, "PARTS", PARTS)
+    return tmp_path
+
+
+def status(records: Path, *arguments: str) -> dict[str, Any]:
+    """What the records say after a run, by part."""
+    run.main(["--device", "cpu", "--records", str(records), *arguments])
+    found = [json.loads(p.read_text()) for p in sorted((records / "rehearsal").glob("*.json"))]
+    return {record["part"]: record["status"] for record in found if "part" in record}
+
+
+def test_every_part_has_a_record_that_says_how_it_ended(records: Path) -> None:
+    for name in ("good", "bad", "elsewhere"):
+        status(records, "--only", name)
+    found = status(records, "--only", "endless", "--seconds", "1")
+    assert found == {"good": "passed", "bad": "failed", "endless": "timed out", "elsewhere": "left out"}
+    good, bad = (json.loads((records / "rehearsal" / f"{n}.json").read_text()) for n in ("good", "bad"))
+    assert good["figures"] == {"device": "cpu"}
+    assert "no such card" in bad["tail"]
+    assert "rehearsal on a CPU" in good["machine"]
+
+
+def test_what_is_done_is_not_done_again_unless_the_code_changed(
+    records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(records, "--only", "good") == {"good": "passed"}
+    status(records, "--only", "good")
+    assert capsys.readouterr().out.count("done before") == 1
+    status(records, "--only", "good", "--again")
+    monkeypatch.setattr(run, "digest", lambda: "another")
+    status(records, "--only", "good")
+    assert capsys.readouterr().out.count("done before") == 0
+
+
+def test_a_failure_is_the_commands_and_is_tried_again(records: Path) -> None:
+    arguments = ["--device", "cpu", "--records", str(records), "--only", "bad"]
+    assert run.main(arguments) == run.main(arguments) == 1
+
+
+def test_evidence_takes_what_is_long_too(records: Path) -> None:
+    assert status(records, "--only", "long") == {}
+    assert status(records, "--only", "long", "--evidence") == {"long": "passed"}
+
+
+def test_without_a_gpu_the_rehearsal_is_named(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(records))
+    with pytest.raises(SystemExit, match="--device cpu"):
+        run.main(["--records", str(records)])
+
+
+def test_parts_name_files_that_exist() -> None:
+    import importlib
+
+    real = importlib.reload(run)
+    names = [part.name for part in real.PARTS]
+    assert len(set(names)) == len(names)
+    for part in real.PARTS:
+        for word in part.command:
+            assert not word.endswith(".py") or (real.ROOT / word).exists(), word
