@@ -169,8 +169,10 @@ def run_attention(
     requests: int, width: int, heads: int, kv_heads: int, dim: int, window: int | None = None
 ) -> None:
     q, pool = meta(requests * width, heads, dim), meta(4096, kv_heads, dim)
-    args = (slot_table(), index(requests), meta(requests, dtype=torch.int32))
-    attention.draft_attention(q, pool, pool, *args, width, width, width == 1, dim**-0.5, window)
+    table = slot_table()
+    args = (table, index(requests), meta(requests, dtype=torch.int32))
+    longest = table.shape[1]
+    attention.draft_attention(q, pool, pool, *args, width, width, width == 1, dim**-0.5, window, longest)
 
 
 def run_copies(requests: int) -> None:

@@ -68,7 +68,7 @@ def variants(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple
     yield "torch", case.call
     if compiled:
         torch.compiler.reset()  # or the cases of one op would share its limit of recompilations
-        yield "torch.compile", torch.compile(case.call, dynamic=False)
+        yield "torch.compile", torch.compile(case.compilable or case.call, dynamic=False)
     yield from case.others.items()
 
 

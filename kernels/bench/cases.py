@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from measure import Call
 from shapes import ModelShape
+from torch.nn.functional import scaled_dot_product_attention
 from whiflash_kernels import (
     BacklogRings,
     DFlashWeights,
@@ -23,6 +24,7 @@ from whiflash_kernels import (
     routing_stats,
     unpark,
 )
+from whiflash_kernels.reference import attention as reference
 
 CONTEXT = 2048
 BATCHES = (1, 8, 32)
@@ -44,6 +46,8 @@ class Case:
     fills_the_chip: bool = False
     others: dict[str, Call] = field(default_factory=dict)
     """Other people's implementations, by name."""
+    compilable: Call | None = None
+    """The reference for torch.compile, where the op hides it behind an operator of torch; None: ``call``."""
 
 
 class Bench:
@@ -218,7 +222,19 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
                 partial(draft_attention, *arguments, **options),
                 2 * entries * s.kv_heads * s.dim * q.element_size() + 2 * q.nbytes,
                 4 * entries * width * s.heads * s.dim,
+                others={"torch, K and V contiguous": contiguous_attention(bench, q, batch, width)},
+                compilable=partial(
+                    reference.draft_attention, *arguments, **options, window=None, longest=CONTEXT
+                ),
             )
+
+
+def contiguous_attention(bench: Bench, q: torch.Tensor, batch: int, width: int) -> Call:
+    """torch's fused attention where nothing is paged and all contexts are equally long: what it does at best."""
+    s = bench.shape
+    by_head = q.view(batch, width, s.heads, s.dim).transpose(1, 2)
+    keys, values = (bench.random(batch, s.kv_heads, CONTEXT, s.dim) for _ in range(2))
+    return partial(scaled_dot_product_attention, by_head, keys, values, enable_gqa=True)
 
 
 def copy_cases(bench: Bench) -> Iterator[Case]:

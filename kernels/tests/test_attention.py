@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
 from kernel_tolerances import assert_close
 from whiflash_kernels import draft_attention
+from whiflash_kernels.reference import attention as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -95,6 +96,20 @@ def test_windows(backend: str, causal: bool, window: int) -> None:
 def test_a_padding_request_is_zero(backend: str, causal: bool) -> None:
     Batch((12, -4, 0), extra=4, width=4, causal=causal).check(backend)
     Batch((-4, -9), extra=4, width=4, causal=causal).check(backend)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_without_reading_lengths_is_the_same(
+    causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch runs on a GPU, where reading lengths would wait for it."""
+
+    def unread(*arguments: object) -> torch.Tensor:
+        return reference.padded(*arguments, longest=77)
+
+    monkeypatch.setattr(reference, "grouped", unread)
+    Batch((70, -9, 1, 40), extra=4, width=4, causal=causal, window=window).check("torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
 """Attention of a drafter's few query rows over its paged KV, with lengths that only the device knows."""
 
+import torch
 from torch import Tensor
 
 from whiflash_kernels.dispatch import backend_for
@@ -18,6 +19,7 @@ def draft_attention(
     causal: bool,
     scale: float,
     window: int | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Attend from ``width`` rows of each request to its paged entries, those of the rows themselves included.
 
@@ -39,6 +41,8 @@ def draft_attention(
             of a chain, so that all steps share ``seq_lens``.
         width: rows of every request, at least 1.
         window: entries before its own that a row sees; None: all.
+        longest: most entries that a request may have, as the host knows it; None: the context. It sizes launches, so
+            a captured one keeps it.
 
     Returns:
         [B * width, Hq, D] in q's dtype, contiguous, new. A row that sees nothing is 0.
@@ -50,8 +54,9 @@ def draft_attention(
     graph-capturable: splits depend on the batch's shape and the context's bound alone.
     Numerics: scores, softmax and sums in float32; for 16-bit inputs the weights are rounded to them before the
     second product, as flash attention does.
-    Fallback: torch gathers K and V and runs its scaled-dot-product attention; on a GPU it reads the longest length
-    back to the host.
+    Fallback: torch gathers K and V and runs its scaled-dot-product attention; on a GPU for ``longest`` entries of
+    every request. One operator of torch, ``whiflash::draft_attention``, so that fake tensors and dispatch modes see
+    one call, whatever runs inside.
     Compared: SGLang's Triton decode attention takes one row a request, its extend attention host-planned index
     lists; FlashInfer's paged prefill plans on the host.
     Source: flash attention's online softmax, arXiv 2205.14135; splits, arXiv 2311.01282.
@@ -71,14 +76,42 @@ def draft_attention(
         )
     if any(tensor.stride(-1) != 1 for tensor in (q, k, v, req_to_token)):
         raise ValueError("the last dimensions of q, k, v and req_to_token must be contiguous")
+    longest = req_to_token.shape[1] if longest is None else min(longest, req_to_token.shape[1])
+    out: Tensor = torch.ops.whiflash.draft_attention(
+        q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window, longest
+    )
+    return out
+
+
+def _draft_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    req_to_token: Tensor,
+    request_slots: Tensor,
+    seq_lens: Tensor,
+    extra: int,
+    width: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    longest: int,
+) -> Tensor:
+    arguments = (q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window, longest)
     if backend_for(q) == "triton":
         from whiflash_kernels.triton_kernels import attention as kernels
 
-        return kernels.draft_attention(
-            q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window
-        )
+        return kernels.draft_attention(*arguments)
     from whiflash_kernels.reference import attention as reference
 
-    return reference.draft_attention(
-        q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window
-    )
+    return reference.draft_attention(*arguments)
+
+
+# `torch.library.custom_op` would do the same and take five times as long a call.
+_library = torch.library.Library("whiflash", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "draft_attention(Tensor q, Tensor k, Tensor v, Tensor req_to_token, Tensor request_slots, Tensor seq_lens, "
+    "int extra, int width, bool causal, float scale, int? window, int longest) -> Tensor"
+)
+_library.impl("draft_attention", _draft_attention, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("whiflash::draft_attention", lambda q, *_: q.new_empty(q.shape), lib=_library)

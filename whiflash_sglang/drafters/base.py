@@ -45,11 +45,6 @@ class DraftBatch:
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    def slots(self, offset: int, width: int = 1) -> torch.Tensor:
-        """KV slots of positions n+offset … n+offset+width-1: [B, width] int64."""
-        positions = self.starts[:, None] + torch.arange(offset, offset + width, device=self.starts.device)
-        return self.slot_table[self.rows[:, None], positions].to(torch.int64)
-
 
 @dataclass(frozen=True, slots=True)
 class Drafts:

@@ -7,12 +7,11 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
-from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.paged import PagedArm, PassInput
 from whiflash_sglang.drafters.weights import dflash_weights, rope_table
+from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan
-from whiflash_sglang.models.layers import Attend
-from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 
 class DFlashArm(PagedArm):
@@ -63,32 +62,16 @@ class DFlashArm(PagedArm):
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             self.kv.write(layer, rows.slots[real], k, v)
 
-    def draft(self, batch: DraftBatch) -> Drafts:
-        block, size = self._rows, len(batch)
-        ids = batch.bonus.new_full((size, block), self.model.mask_token_id)
-        ids[:, 0] = batch.bonus
-        positions = batch.starts[:, None] + torch.arange(block, device=ids.device)
-        states = self.model(ids.view(-1), positions.view(-1), self._attend(batch))
-        wanted = max(batch.limits)
-        choice = self.model.propose(states.view(size, block, -1), batch.bonus, wanted, self._head)
-        return self.cut(choice.token, choice.confidence, batch)
+    def block(self, given: PassInput, wanted: int) -> Choice:
+        """The first `wanted` drafts of every block: target ids [G, wanted] and how sure the drafter is of each."""
+        rows, size = self._rows, len(given.rows)
+        ids = given.bonus.new_full((size, rows), self.model.mask_token_id)
+        ids[:, 0] = given.bonus
+        positions = given.positions(0, rows)
+        attend = self.attend_at(given.slots(positions).view(-1), given, self._spans, extra=rows, width=rows)
+        states = self.model(ids.view(-1), positions.view(-1), attend)
+        return self.model.propose(states.view(size, rows, -1), given.bonus, wanted, self._head)
 
-    def _attend(self, batch: DraftBatch) -> Attend:
-        """Attention of one block a request: each layer sees what its span says."""
-        block, size = self._rows, len(batch)
-        slots = batch.slots(0, block).reshape(-1)
-        attends = {}
-        for span in set(self._spans):
-            plan = PagedAttentionPlan.build(
-                batch.slot_table,
-                [block] * size,
-                [n + block for n in batch.lengths],
-                causal=span.causal,
-                window=span.window,
-                dtype=self._dtype,
-                request_rows=batch.rows,
-            )
-            attends[span] = self.attend_at(slots, plan)
-        if len(attends) == 1:
-            return next(iter(attends.values()))
-        return lambda layer, q, k, v: attends[self._spans[layer]](layer, q, k, v)
+    def draft(self, batch: DraftBatch) -> Drafts:
+        choice = self.block(PassInput.of(batch), max(batch.limits))
+        return self.cut(choice.token, choice.confidence, batch)

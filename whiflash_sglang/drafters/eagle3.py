@@ -1,5 +1,7 @@
 """The autoregressive arm: an EAGLE-3 chain (arXiv 2503.01840, section 3)."""
 
+from collections.abc import Iterator
+
 import torch
 from whiflash_kernels import eagle3_catch_up
 
@@ -7,12 +9,12 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
 from whiflash_sglang.drafters.features import FeatureSlice
-from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.paged import PagedArm, PassInput
 from whiflash_sglang.drafters.weights import eagle3_weights, rope_table
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.choice import choose
+from whiflash_sglang.models.choice import Choice, choose
+from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 
 class Eagle3Arm(PagedArm):
@@ -62,21 +64,25 @@ class Eagle3Arm(PagedArm):
             features, rows.next_tokens, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools
         )
 
-    def draft(self, batch: DraftBatch) -> Drafts:
-        steps, size = max(batch.limits), len(batch)
-        table = batch.slot_table[batch.rows, : max(batch.lengths) + steps]
-        slots = batch.slots(-1, steps)
-        token, hidden = batch.bonus, self.model.fuse(self._features(batch.tail))
-        tokens, confidences = [], []
+    def chain(self, given: PassInput, steps: int) -> Iterator[Choice]:
+        """The chain, step by step: of every request the target's id [G] and how sure the drafter is of it [G].
+
+        Nothing is read on the host between steps, so a capture takes all of them; who may read stops before.
+        """
+        positions = given.positions(-1, steps)
+        slots = given.slots(positions)
+        token, hidden = given.bonus, self.model.fuse(self._features(given.tail))
         for step in range(steps):
-            plan = PagedAttentionPlan.build(
-                table, [1] * size, [n + step for n in batch.lengths], causal=True, dtype=hidden.dtype
-            )
-            attend = self.attend_at(slots[:, step], plan)
-            out = self.model(token, hidden, batch.starts + (step - 1), attend)
+            attend = self.attend_at(slots[:, step], given, (LayerSpan(causal=True),), extra=step, width=1)
+            out = self.model(token, hidden, positions[:, step], attend)
             choice = choose(self.model.logits(out.logits_hidden))
             token, hidden = self.model.target_ids(choice.token), out.hidden
-            tokens.append(token)
+            yield Choice(token, choice.confidence)
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        tokens, confidences = [], []
+        for choice in self.chain(PassInput.of(batch), max(batch.limits)):
+            tokens.append(choice.token)
             confidences.append(choice.confidence)
             # Where reading would wait for the device, at every step, running them all costs less.
             if batch.host.exact and not self.length.goes_on(confidences, batch):

@@ -160,6 +160,7 @@ def draft_attention(
     causal: bool,
     scale: float,
     window: int | None,
+    longest: int,
     *,
     splits: int | None = None,
 ) -> Tensor:
@@ -173,7 +174,7 @@ def draft_attention(
     rows = max(16, power_of_two(min(width * groups, MOST_ROWS)))
     tiles = triton.cdiv(width * groups, rows)
     if splits is None:
-        splits = splits_for(requests * kv_heads * tiles, req_to_token.shape[1], q.device)
+        splits = splits_for(requests * kv_heads * tiles, longest, q.device)
     partial = peaks = None
     if splits > 1:
         partial = torch.empty(requests * width * heads, splits, dim, dtype=torch.float32, device=q.device)
@@ -228,8 +229,8 @@ def draft_attention(
     return out
 
 
-def splits_for(programs: int, context: int, device: torch.device) -> int:
-    """Splits that fill the chip, a power of two: few enough to be worth a program each at the longest context."""
+def splits_for(programs: int, longest: int, device: torch.device) -> int:
+    """Splits that fill the chip, a power of two: few enough to be worth a program each where a request is longest."""
     wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, programs)
-    most: int = min(wanted, MOST_SPLITS, triton.cdiv(context, ENTRIES_PER_SPLIT))
+    most: int = min(wanted, MOST_SPLITS, triton.cdiv(longest, ENTRIES_PER_SPLIT))
     return 1 << max(most, 1).bit_length() - 1

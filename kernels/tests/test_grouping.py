@@ -2,8 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from whiflash_sglang.platform.grouping import GROUP, ROW, group
+from whiflash_kernels.reference.grouping import GROUP, ROW, group
 
 SIZES = st.lists(st.tuples(st.integers(1, 64), st.integers(64, 4096)), max_size=12)
 

@@ -1,0 +1,139 @@
+"""A draft pass is a function of tensors: it reads none of them on the host, so that a captured one stays right."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from host_reads import HostReads
+from replay import CONTEXT, SLOTS, VOCAB, Arms
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from whiflash_sglang.drafters import eagle3
+from whiflash_sglang.drafters.dflash import DFlashArm
+from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.drafters.paged import PADDING, PagedArm, PassInput
+
+Drafted = tuple[torch.Tensor, torch.Tensor]
+
+ROWS = 4
+ARMS = ["ar", "diffusion"]
+
+
+@pytest.fixture(autouse=True)
+def prepared(arms: Arms) -> Iterator[None]:
+    """Entries of every slot; without gradients, as the worker's rounds are."""
+    generator = torch.Generator().manual_seed(3)
+    for arm in arms.by_name.values():
+        for pool in (arm.kv.k, arm.kv.v):
+            pool.copy_(torch.randn(pool.shape, generator=generator))
+    with torch.no_grad():
+        yield
+
+
+def requests(arms: Arms, lengths: Sequence[int], seed: int = 0) -> PassInput:
+    """Requests of the first rows of a random slot table; row 0 and slot 0 are the padding's."""
+    generator, count = torch.Generator().manual_seed(seed), len(lengths)
+    slots = torch.randperm(SLOTS - 1, generator=generator)[: ROWS * CONTEXT] + 1
+    return PassInput(
+        torch.arange(1, count + 1),
+        torch.tensor(lengths),
+        torch.randint(VOCAB, (count,), generator=generator),
+        torch.randn(count, arms.width, generator=generator),
+        torch.cat([torch.zeros(CONTEXT), slots]).view(ROWS + 1, CONTEXT).int(),
+        max(lengths),
+    )
+
+
+def drafted(arm: PagedArm, given: PassInput) -> Drafted:
+    """The whole pass: tokens and confidences, [G, drafts] each."""
+    if isinstance(arm, DFlashArm):
+        return arm.block(given, arm.max_drafts)
+    assert isinstance(arm, Eagle3Arm)
+    tokens, confidences = zip(*arm.chain(given, arm.max_drafts), strict=True)
+    return torch.stack(tokens, 1), torch.stack(confidences, 1)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_nothing_is_read_and_nothing_uploaded(arms: Arms, name: str) -> None:
+    arm, given = arms.by_name[name], requests(arms, [20, 7, 90])
+    with HostReads() as seen:
+        drafted(arm, given)
+    assert (seen.reads, seen.uploads) == ({}, {})
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        tokens, confidences = drafted(
+            arm, PassInput(*(mode.from_tensor(tensor) for tensor in given[:-1]), given.longest)
+        )
+    assert tokens.shape == confidences.shape == (3, arm.max_drafts)
+
+
+def test_a_planted_read_is_found(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, choose = requests(arms, [20, 7]), eagle3.choose
+
+    def reading(logits: torch.Tensor) -> object:
+        choice = choose(logits)
+        assert choice.confidence[0] > -1
+        return choice
+
+    monkeypatch.setattr(eagle3, "choose", reading)
+    with HostReads() as seen:
+        drafted(arms.by_name["ar"], given)
+    assert seen.reads.total() == arms.by_name["ar"].max_drafts
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(DataDependentOutputException):
+        drafted(
+            arms.by_name["ar"], PassInput(*(mode.from_tensor(tensor) for tensor in given[:-1]), given.longest)
+        )
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_recorded_operators_serve_other_requests(arms: Arms, name: str) -> None:
+    """As a graph does: recorded once for a group size, replayed with other values in the same tensors."""
+    arm, first = arms.by_name[name], requests(arms, [20, 7, 90])
+    replay = recorded(arm, first)
+    for seed, lengths in enumerate([(1, 2, 3), (120, 60, 9), (20, 7, 90)], 1):
+        other = requests(arms, lengths, seed)
+        before = (arm.kv.k.clone(), arm.kv.v.clone())
+        found = replay(*other[:-1])
+        written = (arm.kv.k.clone(), arm.kv.v.clone())
+        arm.kv.k.copy_(before[0])
+        arm.kv.v.copy_(before[1])
+        expected = drafted(arm, other)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1])
+        torch.testing.assert_close(written, (arm.kv.k, arm.kv.v))
+
+
+def recorded(arm: PagedArm, given: PassInput) -> Callable[..., Drafted]:
+    """The pass as the list of operators that it issued for `given`."""
+    kept = (arm.kv.k.clone(), arm.kv.v.clone())
+    graph = make_fx(lambda *tensors: drafted(arm, PassInput(*tensors, CONTEXT)))(*given[:-1])
+    arm.kv.k.copy_(kept[0])
+    arm.kv.v.copy_(kept[1])
+    return graph
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_padding_changes_nothing(arms: Arms, name: str) -> None:
+    """A group may be padded to the size of a graph, whatever slot 0 holds."""
+    arm, given = arms.by_name[name], requests(arms, [20, 7, 90])
+    kept = (arm.kv.k.clone(), arm.kv.v.clone())
+    expected = drafted(arm, given)
+    alone = (arm.kv.k[:, 1:].clone(), arm.kv.v[:, 1:].clone())
+    for pool, values in zip((arm.kv.k, arm.kv.v), kept, strict=True):
+        pool.copy_(values)
+        pool[:, 0] = torch.nan
+    found = drafted(arm, padded(given, 8))
+    assert torch.equal(found[0][:3], expected[0])
+    torch.testing.assert_close(found[1][:3], expected[1])
+    assert not any(tensor.isnan().any() for tensor in found)
+    torch.testing.assert_close((arm.kv.k[:, 1:], arm.kv.v[:, 1:]), alone)
+
+
+def padded(given: PassInput, size: int) -> PassInput:
+    more = size - len(given.rows)
+    return given._replace(
+        rows=torch.cat([given.rows, given.rows.new_zeros(more)]),
+        starts=torch.cat([given.starts, given.starts.new_full((more,), PADDING)]),
+        bonus=torch.cat([given.bonus, given.bonus.new_zeros(more)]),
+        tail=torch.cat([given.tail, given.tail.new_zeros(more, given.tail.shape[1])]),
+    )
