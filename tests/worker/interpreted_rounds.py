@@ -1,0 +1,127 @@
+"""Whole rounds on SGLang's Triton attention and our Triton kernels, against the torch references and plain decoding.
+
+Run by `test_interpreted_rounds.py` in a child process: Triton's interpreter must be chosen before Triton is first
+imported, and would change every kernel of a process. The engine is the real one, on the CPU; the name of the CPU
+platform's attention stands for our subclass of SGLang's Triton backend here, so prefills and verifications run
+`extend_attention_fwd` on the plan that the subclass makes. What the platform puts in place of other helpers of
+SGLang's (`platform/seams.py`: slots, bonus tokens) stays torch. It does not prove that compiled kernels do the same.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import pytest
+from engine import engine
+from model_set import Models
+from reference import Comparison
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from whiflash_kernels import MixedBlock
+from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, routing
+
+from whiflash_sglang import worker
+from whiflash_sglang.compat.triton_backend import RaggedTritonBackend
+from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+
+ARMS = ("ar", "diffusion", "lookup", "none")
+PROMPTS = [[1, 2, 3, 4, 1, 2, 3, 4, 1, 2], [70, 9] * 12, [200], list(range(30, 50)) * 2]
+TOKENS = 10
+
+KERNELS = {
+    attention: ("draft_attention",),
+    backlog: ("park", "unpark"),
+    block: ("accept_and_commit", "prepare_mixed_block"),
+    catch_up: ("dflash_catch_up", "eagle3_catch_up"),
+    routing: ("routing_stats",),
+}
+"""Launchers of our kernels that the rounds here need."""
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Calls of our launchers and of the backend's attention."""
+    calls: Counter[str] = Counter()
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for module, names in KERNELS.items():
+        for name in names:
+            watch(module, name)
+    watch(RaggedTritonBackend, "forward_extend")
+    return calls
+
+
+class Rounds(NamedTuple):
+    """tokens: what each request was answered. verified: of every round, rows per request and all rows' tokens."""
+
+    tokens: list[list[int]]
+    verified: list[tuple[list[int], list[int]]]
+
+
+def speculate(models: Models, page_size: int) -> Rounds:
+    """All prompts at once, each with another arm in every round. Drafts have full lengths: none depends on a time."""
+    verified: list[tuple[list[int], list[int]]] = []
+    with engine(
+        models.target,
+        whiflash=models.whiflash("entropy", whiflash_entropy_threshold=2.0),
+        page_size=page_size,
+    ) as e:
+        turns, target, controller = count(), e.worker.target, e.worker.controller
+        verify, plan = target.verify, controller.route
+
+        def route(row_ids: Sequence[int], lengths: Any, outlooks: Sequence[Any]) -> list[str]:
+            plan(row_ids, lengths, outlooks)
+            turn = next(turns)
+            wanted = [ARMS[(turn + i) % len(ARMS)] for i in range(len(row_ids))]
+            return [arm if arm in may else "none" for arm, may in zip(wanted, outlooks, strict=True)]
+
+        def noted(*args: Any) -> Any:
+            rows = next(arg for arg in args if isinstance(arg, MixedBlock))
+            verified.append((rows.qo_indptr.diff().tolist(), rows.input_ids.tolist()))
+            return verify(*args)
+
+        controller.route, target.verify = route, noted
+        return Rounds(e.generate(PROMPTS, max_new_tokens=TOKENS), verified)
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> list[list[int]]:
+    """Plain decoding of the prompts, on the CPU platform's own attention."""
+    with engine(models.target) as e:
+        return e.generate(PROMPTS, max_new_tokens=TOKENS)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_rounds_on_triton_are_those_on_torch(
+    models: Models,
+    plain: list[list[int]],
+    launched: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    page_size: int,
+) -> None:
+    # Interpreted drafts have no price worth measuring, no step may end early because one took long, and nothing is read
+    # that a GPU would have to be waited for.
+    monkeypatch.setattr(worker, "profile_drafts", lambda *_: None)
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
+    monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
+    on_torch = speculate(models, page_size)
+    assert not launched
+    monkeypatch.setenv("WHIFLASH_KERNELS", "triton")
+    monkeypatch.setitem(ATTENTION_BACKENDS, ATTENTION_BACKEND, RaggedTritonBackend)
+    on_triton = speculate(models, page_size)
+    assert set(launched) == {"forward_extend", *(name for names in KERNELS.values() for name in names)}
+    assert any(len(set(widths)) > 2 for widths, _ in on_torch.verified), "no verification was ragged"
+    assert on_triton == on_torch
+    comparison = Comparison(models.reference.target)
+    for prompt, expected, found in zip(PROMPTS, plain, on_triton.tokens, strict=True):
+        comparison.check(prompt, expected, found, f"pages of {page_size}")
+    print(comparison.summary(), dict(launched))
