@@ -205,7 +205,7 @@ def engine(
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")
-    with _process_groups(), _sockets():
+    with _process_groups(), _sockets(), _input_buffers():
         with _with_arms(arms), _unwatched():
             scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
         scheduler.output_streamer.send_to_detokenizer = _Discard()
@@ -244,6 +244,19 @@ def _sockets() -> Iterator[None]:
     finally:
         for context in contexts:
             context.destroy(linger=0)
+
+
+@contextlib.contextmanager
+def _input_buffers() -> Iterator[None]:
+    """SGLang shares the inputs of graphs in its process: one that was captured in inference mode would be handed on to
+    the next engine, which starts outside it and cannot write to it.
+    """
+    from sglang.srt.model_executor import input_buffers
+
+    try:
+        yield
+    finally:
+        input_buffers._forward_input_buffer_pool.clear()
 
 
 @contextlib.contextmanager
