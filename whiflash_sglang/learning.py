@@ -1,6 +1,6 @@
 """What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +27,27 @@ class Learner:
     controller: Controller
     clock: RoundClock
 
-    def learn(self, plan: Plan, found: Mapping[str, list[Any]]) -> list[list[int]]:
+    def learn(
+        self, plan: Plan, found: Mapping[str, list[Any]], kept: Sequence[Sequence[int]] | None = None
+    ) -> list[list[int]]:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
-        A request that has ended since, or that was retracted, is passed over: its row may be another's by now.
+        Args:
+            kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
+                had ended before the round, or that was retracted since. Its row may be another's by now.
         """
-        tokens = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
+        if kept is None:
+            kept = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
+        tokens = [list(run) for run in kept]
         for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
-            if not self.controller.keeps(lane):
+            lane.under_way.pop(0)
+            if not tokens[i]:
                 continue
             width, row = found["widths"][i], lane.row
             arm = plan.late if plan.late is not None and found["late"][i] else arm
             evidence = self.controller.committed(lane, decision, arm, tokens[i], width, found["starts"][i])
-            if evidence and arm in self.drafters:
+            # A request's last round ends what drafters keep of it.
+            if evidence and arm in self.drafters and self.controller.keeps(lane):
                 confidences = found["confidences"][i][: found["own"][i]]
                 self.drafters[arm].observe(row, width - 1, len(tokens[i]) - 1, confidences)
             if "entropy" in found:

@@ -101,9 +101,9 @@ class Planner:
         ]
         must_beat = [
             self.controller.must_beat(row, route, late)
-            if late and budget > 1 and self.drafters[late].serves(row)
+            if late and budget > 1 and self.controller.holds(row, rid) and self.drafters[late].serves(row)
             else math.inf
-            for row, route, budget in zip(requests.row_ids, routes, requests.budgets, strict=True)
+            for (row, rid), route, budget in zip(requests.names, routes, requests.budgets, strict=True)
         ]
         late_limits = [
             min(self.drafters[late].max_drafts, budget - 1) if late and value < math.inf else 0
@@ -111,7 +111,9 @@ class Planner:
         ]
         widths = [1 + max(rooms) for rooms in zip(limits, joined, late_limits, strict=True)]
         due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
-        lanes = [self.controller.lanes[row] for row in requests.row_ids]
+        lanes = [self.controller.lane(row, rid) for row, rid in requests.names]
+        for lane, width in zip(lanes, widths, strict=True):
+            lane.under_way.append(width)
         return Plan(
             routes,
             lanes,
@@ -140,13 +142,27 @@ class Planner:
         }
         return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
 
+    def under_way(self, row: int) -> int:
+        """Rows that are being verified for the request in `row`, at most."""
+        lane = self.controller.lanes.get(row)
+        return 0 if lane is None else sum(lane.under_way)
+
     def _route(self, requests: RoundBatch) -> list[str]:
-        outlooks = [self.outlook(requests, i) for i in range(len(requests.row_ids))]
-        before = [self.controller.lanes[row].previous for row in requests.row_ids]
-        routes = self.controller.route(requests.row_ids, requests.lengths.most, outlooks)
-        for old, new, left in zip(before, routes, requests.budgets, strict=True):
-            # Before its last token a request has nothing to switch to.
-            self.clock.switches += left > 1 and old not in (None, new)
+        """An arm for each request; none for one that ended after the scheduler had put it into the batch."""
+        running = [i for i, name in enumerate(requests.names) if self.controller.holds(*name)]
+        rows, lengths = requests.row_ids, requests.lengths.most
+        before = [self.controller.lanes[rows[i]].previous for i in running]
+        routes = [arms.NONE] * len(rows)
+        if running:
+            found = self.controller.route(
+                [rows[i] for i in running],
+                [lengths[i] for i in running],
+                [self.outlook(requests, i) for i in running],
+            )
+            for i, old, new in zip(running, before, found, strict=True):
+                routes[i] = new
+                # Before its last token a request has nothing to switch to.
+                self.clock.switches += requests.budgets[i] > 1 and old not in (None, new)
         return routes
 
     def _joined(self, requests: RoundBatch, index: int, limit: int) -> int:

@@ -11,7 +11,7 @@ from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import memory, records, release, sampling, step
+from whiflash_sglang.compat import late, memory, records, release, sampling, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.rehearsal import rehearse_sampling
 from whiflash_sglang.compat.spec_worker import (
@@ -104,7 +104,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
         )
         self.learner = Learner(self.drafters, self.controller, self.clock)
-        release.notify(self.lifecycle)
+        release.notify(self.lifecycle, self.target.runner)
         profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
 
     def prewarm_sampling(self) -> Any:
@@ -158,7 +158,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
         It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
         """
-        began, requests = time.perf_counter(), RoundBatch.of(batch, self.target.context_len)
+        began = time.perf_counter()
+        requests = RoundBatch.of(batch, self.target.context_len, self.planner.under_way)
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or step.needs_scheduler(batch):
             most = 1
@@ -200,7 +201,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             records.attach(batch, verified, block, stride)
         with clock.stage("park"):
             results = self._park(requests, plan, proposal, block, verified, predictions, committed)
-            tokens = self.learner.learn(plan, results.read())
+            tokens: list[list[int]] = []
+            if on_publish is None:
+                tokens = self.learner.learn(plan, results.read())
+            else:
+                late.send(verified.output, results, partial(self.learner.learn, plan))
         clock.end(proposal.rows, len(plan.routes))
         return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
 

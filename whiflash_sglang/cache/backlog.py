@@ -91,10 +91,12 @@ class Watermarks:
 
         Requests that chose the arm catch up to n. Another request catches up only when its ring could
         overflow after this round's verification commits up to `width` more tokens: flushed, never dropped.
-        Feature n-1 stays parked through any flush.
+        Feature n-1 stays parked through any flush. Rows of requests that have ended are passed over.
         """
         members, total = [], 0
         for index, (row, least, most) in enumerate(zip(rows, *lengths, strict=True)):
+            if not self.known(row):
+                continue
             begin = self._lower[row][arm]
             overflows = most + widths[index] - min(begin, most - 1) > self.capacity
             if begin < most and (chosen[index] or overflows):

@@ -138,5 +138,7 @@ class DraftSync:
 
     def _ingest(self, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
         begins = self.watermarks.begins(arm, rows)
+        # A round that was under way when its request ended may have gone further already.
+        ends = torch.maximum(begins, ends)
         self._drafters[arm].catch_up(self.rings.unpark(rows, begins, ends, self._slot_table, rows=most))
         self.watermarks.advance(arm, rows, ends)

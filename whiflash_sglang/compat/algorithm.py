@@ -53,8 +53,8 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         needs_cpu_seq_lens: bool = True,
         needs_confidence_relay: bool = False,
     ) -> FutureMap:
-        # Routing and catch-up read lengths on the host, also where the target's attention (fa3, Triton) needs none.
-        return FutureMap(device, self, req_to_token_pool, True, needs_confidence_relay)
+        # Only where the target's attention asks for lengths on the host: a plan does with bounds.
+        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
 
 def widest_block(server_args: Any) -> int:

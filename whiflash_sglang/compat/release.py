@@ -4,6 +4,7 @@ Its own hook covers finished requests only; `release_kv_cache` is the one functi
 """
 
 import sys
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
@@ -12,6 +13,7 @@ from sglang.srt.mem_cache import common
 from sglang.srt.session.streaming_session import StreamingSession
 
 from whiflash_sglang.compat.carried import serves_ours
+from whiflash_sglang.compat.late import behind_forward
 from whiflash_sglang.compat.patching import replace
 
 
@@ -22,12 +24,13 @@ class Owner(Protocol):
 
 
 _owner: ReferenceType[Any] | None = None
+_runner: ReferenceType[Any] | None = None
 
 
-def notify(owner: Owner) -> None:
-    """`owner` is told of every release from now on; it is not kept alive."""
-    global _owner
-    _owner = ref(owner)
+def notify(owner: Owner, runner: Any) -> None:
+    """`owner` is told of every release from now on, behind the forwards of `runner`; neither is kept alive."""
+    global _owner, _runner
+    _owner, _runner = ref(owner), ref(runner)
 
 
 def install() -> None:
@@ -45,9 +48,12 @@ def _noting(original: Any) -> Any:
     @wraps(original)
     def release_kv_cache(req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
         owner = _owner() if _owner is not None else None
-        if owner is not None and serves_ours():
+        runner = _runner() if _runner is not None else None
+        if owner is not None and runner is not None and serves_ours():
             # A session keeps the slots of a turn that is retracted, too.
-            owner.released(req, kept=checkpoint or (req.session is not None and req.session.streaming))
+            kept = checkpoint or (req.session is not None and req.session.streaming)
+            with behind_forward(runner) if kept else nullcontext():
+                owner.released(req, kept=kept)
         original(req, tree_cache, checkpoint=checkpoint)
 
     return release_kv_cache

@@ -75,9 +75,11 @@ def grammar_chains(block: MixedBlock, widths: Sequence[int], ahead: Sequence[Seq
     ids = torch.zeros((size, widest), dtype=torch.int64, device=device)
     ids[:, 1 : behind + 1] = torch.tensor(ahead, dtype=torch.int64, device=device).view(size, behind)
     column = _column_of_row(block) + behind
-    ids[block.request_of_row, column] = block.input_ids
+    total = sum(widths)  # what is behind these rows is padding, to which any mask will do
+    ids[block.request_of_row[:total], column[:total]] = block.input_ids[:total]
     tree = GrammarTree.from_device(next_token, sibling, ids)
-    return Chains(tree, block.request_of_row * widest + column)
+    rows = block.request_of_row * widest + column
+    return Chains(tree, rows.clamp(max=size * widest - 1))
 
 
 def sample_rows(
@@ -106,7 +108,7 @@ def sample_rows(
     penalties = penalties_at(
         []
         if widths is None
-        else _penalised(batch.reqs, batch.seq_lens_cpu.tolist(), batch.req_pool_indices.tolist(), widths),
+        else _penalised(batch.reqs, batch.seq_lens.tolist(), batch.req_pool_indices.tolist(), widths),
         tokens,
         int(owner.shape[0]),
         info.vocab_size,

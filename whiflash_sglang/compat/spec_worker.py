@@ -1,6 +1,6 @@
 """The scheduler's contract with a speculative worker (spec v2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,25 +81,31 @@ class RoundBatch:
     ahead: list[list[int]]
 
     @classmethod
-    def of(cls, batch: Any, context_len: int) -> "RoundBatch":
-        lengths = batch.seq_lens_cpu.tolist()
+    def of(cls, batch: Any, context_len: int, under_way: Callable[[int], int]) -> "RoundBatch":
+        """`under_way`: rows that earlier rounds verify for the request in a row, whose results are not known yet."""
+        row_ids = _row_ids(batch)
+        lengths = _lengths(batch, row_ids, under_way)
         budgets = [
             1
             if sampling.takes_single_tokens(r)
             else min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
-            for r, n in zip(batch.reqs, lengths, strict=True)
+            for r, n in zip(batch.reqs, lengths.most, strict=True)
         ]
-        rows = batch.req_pool_indices
         return cls(
-            rows.to(torch.int64),
-            _row_ids(batch),
+            batch.req_pool_indices.to(torch.int64),
+            row_ids,
             batch.seq_lens.to(torch.int64),
-            Lengths(lengths, lengths),
+            lengths,
             batch.spec_info.bonus_tokens.to(torch.int64),
             list(batch.reqs),
             [max(budget, 1) for budget in budgets],
             [[] for _ in batch.reqs],
         )
+
+    @property
+    def names(self) -> list[tuple[int, str]]:
+        """Row and id of each request: a row alone may be another's by the time that its round's results are known."""
+        return [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]
 
     def after(self, batch: Any, done: "Done") -> "RoundBatch":
         """The same requests a round later, in the same step of the scheduler; `batch` follows."""
@@ -130,12 +136,28 @@ class RoundBatch:
         )
 
     def history(self, index: int, start: int) -> Sequence[int]:
-        """Committed tokens from position `start` to n of a request, from the host's lists."""
+        """Committed tokens from position `start` to n of a request, from the host's lists.
+
+        The newest are missing while a round is under way.
+        """
         req, ahead = self.reqs[index], self.ahead[index]
         output = start - len(req.origin_input_ids)
         if output < 0:
             return [*req.origin_input_ids[start:], *req.output_ids, *ahead]
         return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
+
+
+def _lengths(batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]) -> Lengths:
+    """n per request: exactly where the attention backend has asked for it, else from what has been processed."""
+    if batch.seq_lens_cpu is not None:
+        exact = batch.seq_lens_cpu.tolist()
+        return Lengths(exact, exact)
+    known = [req.kv.kv_committed_len for req in batch.reqs]
+    rows = [under_way(row) for row in row_ids]
+    return Lengths(
+        [n + min(more, 1) for n, more in zip(known, rows, strict=True)],
+        [n + more for n, more in zip(known, rows, strict=True)],
+    )
 
 
 def _row_ids(batch: Any) -> list[int]:

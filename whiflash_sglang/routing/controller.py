@@ -49,6 +49,10 @@ class Controller:
         lane = self.lanes.get(row)
         return lane is not None and lane.rid == rid
 
+    def lane(self, row: int, rid: str) -> Lane:
+        """What is kept of request `rid` in `row`; of one that has ended a blank that nobody keeps."""
+        return self.lanes[row] if self.holds(row, rid) else Lane(rid, row=row)
+
     def keeps(self, lane: Lane) -> bool:
         """Whether the request of `lane` still runs: it has not ended, nor been retracted and begun again."""
         return self.lanes.get(lane.row) is lane

@@ -41,8 +41,8 @@ class Lane:
 
     entropy, top1, margin, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
-    `Signals`. expected: acceptance length that the newest round promised; decision: what it was decided on. recording:
-    of a request that asked for its trace.
+    `Signals`. expected: acceptance length that the newest round promised; decision: what it was decided on. under_way:
+    rows, at most, of each round whose results are not known yet. recording: of a request that asked for its trace.
     """
 
     rid: str
@@ -62,6 +62,7 @@ class Lane:
     recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
     expected: float = 1.0
     decision: Decision = field(default_factory=Decision)
+    under_way: list[int] = field(default_factory=list)
     recording: Recording | None = None
 
     @property

@@ -1,0 +1,67 @@
+"""Under overlap scheduling: results that come when the next round runs, and work between two forwards."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxiliary_output
+from sglang.srt.runtime_context import get_schedule
+
+from whiflash_sglang.transfers import Download
+
+Learn = Callable[[dict[str, list[Any]], Sequence[Sequence[int]]], Any]
+"""Takes a round's results, and what the scheduler kept of each request's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """A round's results beside SGLang's own, which the scheduler copies together (`DeviceAuxiliaryOutput`).
+
+    What is packed is a tensor of its own: no later round writes to it, captured or not.
+    """
+
+    results: Download
+    learn: Learn
+
+    def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "OnHost":
+        return OnHost(self, copy(self.results.packed))
+
+
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """The same when the copies have come (`HostAuxiliaryOutput`)."""
+
+    sent: OnDevice
+    packed: torch.Tensor
+
+    def consume(self, batch: Any, commits: Sequence[CommittedTokens | None]) -> None:
+        """Called when the tokens are in the requests, before they are streamed."""
+        kept = [() if commit is None else commit.token_ids for commit in commits]
+        self.sent.learn(self.sent.results.read(self.packed), kept)
+
+
+def send(output: Any, results: Download, learn: Learn) -> None:
+    """`learn` is called with `results` when the scheduler processes `output`, SGLang's record of a forward."""
+    output.auxiliary_device_output = append_auxiliary_output(
+        output.auxiliary_device_output, OnDevice(results, learn)
+    )
+
+
+@contextmanager
+def behind_forward(runner: Any) -> Iterator[None]:
+    """What is issued here runs behind the forward that is under way, and before what the scheduler issues next.
+
+    Its own stream, on which it processes results, is ahead of the forward. Without overlap scheduling there is one.
+    """
+    if get_schedule().disable_overlap_schedule:
+        yield
+        return
+    device = torch.get_device_module(runner.device)
+    scheduling, forward = device.current_stream(), runner.forward_stream
+    forward.wait_stream(scheduling)
+    with device.stream(forward):
+        yield
+    # It read the slot table, which the next batch writes to.
+    scheduling.wait_stream(forward)
