@@ -201,11 +201,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             records.attach(batch, verified, block, stride)
         with clock.stage("park"):
             results = self._park(requests, plan, proposal, block, verified, predictions, committed)
-            tokens: list[list[int]] = []
-            if on_publish is None:
-                tokens = self.learner.learn(plan, results.read())
-            else:
-                late.send(verified.output, results, partial(self.learner.learn, plan))
+            learn = partial(self.learner.learn, plan)
+            tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
         clock.end(proposal.rows, len(plan.routes))
         return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
 

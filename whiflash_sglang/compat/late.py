@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxiliary_output
@@ -11,8 +11,13 @@ from sglang.srt.runtime_context import get_schedule
 
 from whiflash_sglang.transfers import Download
 
-Learn = Callable[[dict[str, list[Any]], Sequence[Sequence[int]]], Any]
-"""Takes a round's results, and what the scheduler kept of each request's tokens."""
+
+class Learn(Protocol):
+    """Takes a round's results and, where the scheduler has kept tokens already, those of each request."""
+
+    def __call__(
+        self, found: dict[str, list[Any]], kept: Sequence[Sequence[int]] | None = None, /
+    ) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +47,18 @@ class OnHost:
         self.sent.learn(self.sent.results.read(self.packed), kept)
 
 
-def send(output: Any, results: Download, learn: Learn) -> None:
-    """`learn` is called with `results` when the scheduler processes `output`, SGLang's record of a forward."""
+def learned(output: Any, results: Download, learn: Learn, *, later: bool) -> list[list[int]]:
+    """`learn` from `results` now, and what it says was committed; or `later`, and nothing is known yet.
+
+    Args:
+        output: SGLang's record of the forward, with which the results travel until the scheduler processes it.
+    """
+    if not later:
+        return learn(results.read())
     output.auxiliary_device_output = append_auxiliary_output(
         output.auxiliary_device_output, OnDevice(results, learn)
     )
+    return []
 
 
 @contextmanager

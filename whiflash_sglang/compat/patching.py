@@ -54,6 +54,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.managers.utils:GenerationBatchResult",
         ("accept_lens", "cap_lens", "num_non_draft_tokens_per_req", "speculative_output_stride"),
     ),
+    PrivateName("sglang.srt.managers.auxiliary_output:CommittedTokens"),
+    PrivateName("sglang.srt.managers.auxiliary_output:append_auxiliary_output"),
     PrivateName("sglang.srt.runtime_context:get_exec"),
     PrivateName("sglang.srt.runtime_context:get_schedule"),
     PrivateName("sglang.srt.layers.logits_processor:LogitsProcessorOutput", ("next_token_logits",)),
