@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whiflash_kernels.reference import grouping
 
-from whiflash_sglang.platform import grouping, paged_attention
+from whiflash_sglang.platform import paged_attention
 from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 SLOTS = 512

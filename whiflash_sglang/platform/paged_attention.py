@@ -9,9 +9,10 @@ then run by every layer; the layers share its slots and masks.
 How a batch is laid out:
 
 * Narrow requests (up to ``NARROW_ROWS`` query rows: decoding, verification, draft blocks, chain steps) form
-  groups of similar size (:mod:`.grouping`): one gather of K, one of V, one scaled-dot-product call a group.
-  The ``G`` query heads of a KV head become ``G * M`` rows of one matrix, so KV heads are never repeated. A request
-  shorter than the group's longest reads its own last entry again behind a mask, never a foreign slot.
+  groups of similar size (:mod:`whiflash_kernels.reference.grouping`): one gather of K, one of V, one
+  scaled-dot-product call a group. The ``G`` query heads of a KV head become ``G * M`` rows of one matrix, so KV heads
+  are never repeated. A request shorter than the group's longest reads its own last entry again behind a mask, never
+  a foreign slot.
 * Wide requests (prefill) run one by one, in blocks of ``WIDE_ROWS`` rows that see only the keys they need.
 
 A mask is built only where a row must not see everything that was gathered.
@@ -21,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from whiflash_kernels.reference.grouping import group
 
-from whiflash_sglang.platform.grouping import group
 from whiflash_sglang.platform.paged_layouts import NarrowGroup, WideBlock, WideRequest
 
 NARROW_ROWS = 64

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.nn.functional import embedding
+from whiflash_kernels.reference.attention import gathered_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +37,12 @@ class NarrowGroup:
     ) -> torch.Tensor:
         """Attention of the group's own rows: [rows of the group, Hq, Dv]."""
         heads, dim = q.shape[1], q.shape[2]
-        kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
-        groups, bs, width = heads // kv_heads, self.bs, self.width
         if self.gather_rows is not None:
-            q = embedding(self.gather_rows, q.reshape(-1, heads * dim))
-        k = _gather(k_cache, self.slots, q.dtype).view(bs, self.kv_width, kv_heads, dim).transpose(1, 2)
-        v = _gather(v_cache, self.slots, q.dtype).view(bs, self.kv_width, kv_heads, v_dim).transpose(1, 2)
-        if width == 1:
-            rows = q.reshape(bs, kv_heads, groups, dim)
-        else:
-            by_head = q.reshape(bs, width, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
-            rows = by_head.reshape(bs, kv_heads, groups * width, dim)
-        out = scaled_dot_product_attention(rows, k, v, attn_mask=self.row_mask(groups), scale=scale)
-        if width == 1:
-            out = out.reshape(bs, heads, v_dim)
-        else:
-            out = out.reshape(bs, kv_heads, groups, width, v_dim).permute(0, 3, 1, 2, 4)
-            out = out.reshape(bs * width, heads, v_dim)
+            q = embedding(self.gather_rows, q.reshape(-1, heads * dim)).view(-1, heads, dim)
+        mask = self.row_mask(heads // k_cache.shape[1])
+        out = gathered_attention(q, k_cache, v_cache, self.slots, mask, self.bs, scale)
         if self.scatter_rows is not None:
-            out = embedding(self.scatter_rows, out.reshape(-1, heads * v_dim)).view(-1, heads, v_dim)
+            out = embedding(self.scatter_rows, out.flatten(1)).view(-1, *out.shape[1:])
         return out
 
 
