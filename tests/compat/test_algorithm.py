@@ -32,16 +32,18 @@ def test_a_ring_that_one_round_could_overflow_is_refused(monkeypatch: pytest.Mon
         widths_of(monkeypatch, backlog_tokens=33, copies=32)
 
 
-def test_lengths_come_to_the_host_whatever_the_attention_needs() -> None:
-    """Backends like fa3 and Triton do without, and SGLang would then leave `seq_lens_cpu` empty under overlap."""
+@pytest.mark.parametrize("asked", [True, False])
+def test_lengths_come_to_the_host_where_the_attention_asks_for_them(asked: bool) -> None:
+    """FlashInfer does; fa3 and Triton do without, and a plan does with bounds (`tests/worker/test_overlap.py`)."""
     ours = algorithm.WhiflashAlgorithm("WHIFLASH", lambda _: object, supports_overlap=True)
     pool = SimpleNamespace(req_to_token=torch.zeros(3, 8, dtype=torch.int32))
-    future_map = ours.create_future_map("cpu", pool, needs_cpu_seq_lens=False)
+    future_map = ours.create_future_map("cpu", pool, needs_cpu_seq_lens=asked)
     future_map.new_seq_lens_buf[:] = torch.tensor([0, 5, 7])
     draft = SimpleNamespace(future_indices=torch.tensor([2, 1]))
     batch = SimpleNamespace(spec_info=draft, seq_lens=None, seq_lens_cpu=None, seq_lens_sum=None)
     future_map.resolve_seq_lens_cpu(batch)
-    assert batch.seq_lens_cpu.tolist() == [7, 5]
+    assert batch.seq_lens.tolist() == [7, 5]
+    assert (batch.seq_lens_cpu is None) is not asked
 
 
 @pytest.mark.parametrize("algorithm_served", ["WHIFLASH", "EAGLE3", None])
