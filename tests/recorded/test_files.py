@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import ANSWER, ASK, FORMATS, MESSAGES, RESULT, TOOLS
+from recorded_samples import ANSWER, ASK, FORMATS, MESSAGES, RESULT, TOOLS
 
 from whiflash_sglang.recorded import conversation as bounds
 from whiflash_sglang.recorded import files

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from published import FORMATS
+from recorded_samples import FORMATS
 from rich.console import Console
 from tiny_models import tiny_target
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
