@@ -66,13 +66,15 @@ def test_a_steady_round_reads_nothing_before_its_end(models: Models, monkeypatch
     assert 0 < watched.launches.between <= MOST_BETWEEN
 
 
-def test_where_reading_is_free_the_host_sends_one_buffer_too(
+def test_where_reading_is_free_the_plan_is_one_buffer_too(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         watched = watch(e, monkeypatch)
-    uploads = watched.reads.uploads
-    assert [site.split(":")[0] for site in uploads.elements()] == ["whiflash_sglang/transfers.py"]
+    sites = [site.split(":")[0] for site in watched.reads.uploads.elements()]
+    # Copies are the host's own there: they go up as they are found, if any are.
+    copies = "whiflash_sglang/drafters/lookup.py"
+    assert [site for site in sites if site != copies] == ["whiflash_sglang/transfers.py"]
     assert 0 < watched.launches.between <= MOST_BETWEEN
 
 
