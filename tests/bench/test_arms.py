@@ -1,5 +1,8 @@
+import os
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +10,7 @@ from typer.testing import CliRunner
 
 from whiflash_sglang.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms
 from whiflash_sglang.bench.command import loads_of, scale_of
-from whiflash_sglang.bench.fleet import reason_of
+from whiflash_sglang.bench.fleet import launcher, reason_of
 from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.bench.variants import write_variant
 from whiflash_sglang.cli import app
@@ -43,6 +46,29 @@ def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> Non
     shared = {"neural", "entropy", "ar", "diffusion", "lookup", "pinned-none"}
     assert {name for name, server in servers.items() if server == servers["ar"]} == shared
     assert len(set(servers.values())) == len(KNOWN) - len(shared) + 1
+
+
+def test_another_checkout_serves_the_same_arm_from_its_own_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+    beside = replace(SUBJECT, beside=tmp_path)
+    _, auto, other = build_arms(["auto", "auto@beside"], beside)
+    assert (other.arguments, other.router) == (auto.arguments, auto.router)
+    assert auto.server != other.server
+    assert (auto.checkout, other.checkout) == (None, tmp_path)
+    with launcher([], tmp_path / "log", tmp_path)._spawn() as process:
+        environ = psutil.Process(process.pid).environ()
+        process.kill()
+    sources = [str(tmp_path / part) for part in ("", "kernels", "sdk")]
+    assert environ["PYTHONPATH"].split(os.pathsep) == [*sources, "/of/the/user"]
+
+
+def test_another_checkout_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs --beside"):
+        build_arms(["auto@beside"], SUBJECT)
+    with pytest.raises(ConfigError, match="no checkout of this project"):
+        build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["auto@beside"], tmp_path)
 
 
 def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None:

@@ -151,6 +151,31 @@ def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: Repor
     assert report.ratios["EAGLE3"].static == {}
 
 
+def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
+    """As with plain decoding, by category; an arm of another checkout is no static drafter."""
+    arms = {"none": 10.0, "auto": 24.0, "auto@beside": 16.0, "EAGLE3:3@beside": 40.0}
+    cells = [
+        Cell(
+            load=ALONE,
+            arm=arm,
+            repetition=repetition,
+            seconds=1.0,
+            answers=(answer("none", prompt).model_copy(update={"seconds": TOKENS[prompt] / speed}),),
+        )
+        for arm, speed in arms.items()
+        for repetition in range(3)
+        for prompt in TOKENS
+    ]
+    compared = build_report(cells, GROUPS, [], PROVENANCE, {}, over="auto@beside")
+    auto = compared.ratios["auto"]
+    assert {name: i.ratio for name, i in auto.over.items()} == pytest.approx(dict.fromkeys(auto.none, 1.5))
+    assert (auto.static, compared.ratios["auto@beside"].over) == ({}, {})
+    page = render(compared)
+    assert "over `auto@beside`" in page
+    assert page.count("| auto | 1.50") == 1
+    assert "over `" not in render(build_report(cells, GROUPS, [], PROVENANCE, {}))
+
+
 def test_under_load_only_the_whole_mix_has_a_rate(report: Report) -> None:
     four = report.loads[1].arms["auto"]
     assert four["overall"].output_tokens_per_s == pytest.approx(75 / 2.0)

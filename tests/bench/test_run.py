@@ -96,7 +96,7 @@ def report(plan: Plan, host: ServerHost, journal: Journal, started: list[Sequenc
 
 
 def _fleet(host: ServerHost, started: list[Sequence[str]], server: type[Forked] = Forked) -> Fleet:
-    def start(arguments: Sequence[str], log: object) -> Forked:
+    def start(arguments: Sequence[str], log: object, checkout: object) -> Forked:
         started.append(arguments)
         return server(host, arguments)
 

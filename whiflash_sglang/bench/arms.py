@@ -28,6 +28,9 @@ VARIANTS = {COPY_RULE: COPY_RULE, NO_LOOKUP: AUTO, BAD: AUTO}
 """Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
 KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
 QUICK = (NONE, *STATIC, "auto")
+BESIDE = "@beside"
+"""Ends the name of an arm that another checkout of this project serves."""
+
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
 
@@ -37,7 +40,8 @@ class Subject:
     """What every arm serves.
 
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints. common: arguments of every server.
-    variants: arm → the changed bundle that it serves, for the arms that are wanted.
+    variants: arm → the changed bundle that it serves, for the arms that are wanted. beside: another checkout of this
+    project, which serves the arms whose names say so.
     """
 
     target: Path
@@ -47,6 +51,7 @@ class Subject:
     dtype: str
     common: tuple[str, ...] = ()
     variants: Mapping[str, Path] = field(default_factory=dict)
+    beside: Path | None = None
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
         """`arguments` as they may be published: directories by what they hold."""
@@ -70,6 +75,7 @@ class Arm:
     """One column of the comparison.
 
     server: key of the server that answers; router: to be set there, if any. request: fields of every request.
+    checkout: of this project, that serves it; None: this one.
     """
 
     name: str
@@ -77,13 +83,15 @@ class Arm:
     arguments: tuple[str, ...] = field(repr=False)
     router: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
+    checkout: Path | None = field(default=None, repr=False)
 
 
 def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
-    """Arms by name; `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4. Plain decoding is always among them.
+    """Arms by name; `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@beside` what the other checkout
+    does. Plain decoding is always among them.
 
     Raises:
-        ConfigError: a name is unknown or given twice.
+        ConfigError: a name is unknown or given twice, or wants another checkout where there is none.
     """
     wanted = list(names) if NONE in names else [NONE, *names]
     if len(set(wanted)) != len(wanted):
@@ -97,10 +105,16 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
 
 
 def _arm(name: str, subject: Subject) -> Arm:
+    if name.endswith(BESIDE):
+        if subject.beside is None:
+            raise ConfigError(f"--arms: {name!r} needs --beside DIRECTORY, another checkout of this project")
+        arm = _arm(name.removesuffix(BESIDE), subject)
+        return replace(arm, name=name, server=arm.server + BESIDE, checkout=subject.beside)
     kind, _, width = name.partition(":")
     if kind not in KNOWN or (width and (kind not in STATIC or not width.isdigit() or int(width) < 1)):
         raise ConfigError(
-            f"--arms: {name!r} is unknown; known: {', '.join(KNOWN)}, EAGLE3:STEPS and DFLASH:BLOCK"
+            f"--arms: {name!r} is unknown; known: {', '.join(KNOWN)}, EAGLE3:STEPS, DFLASH:BLOCK, "
+            f"and each with {BESIDE}"
         )
     common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)
     if kind == NONE:

@@ -26,8 +26,8 @@ class Running(Protocol):
     def close(self) -> None: ...
 
 
-Make = Callable[[Sequence[str], Path | None], Running]
-"""Arguments and log file to a server that is not started yet."""
+Make = Callable[[Sequence[str], Path | None, Path | None], Running]
+"""Arguments, log file and checkout of the project (None: this one) to a server that is not started yet."""
 
 
 def threads() -> int:
@@ -35,10 +35,23 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
-def launcher(arguments: Sequence[str], log: Path | None, *, host: ServerHost | None = None) -> Server:
-    """A server with as many threads as every other, forked by `host` where there is one."""
+def launcher(
+    arguments: Sequence[str],
+    log: Path | None,
+    checkout: Path | None = None,
+    *,
+    host: ServerHost | None = None,
+) -> Server:
+    """A server with as many threads as every other, forked by `host` where there is one.
+
+    A checkout's server is a process of its own: what `host` has imported is this one's.
+    """
     env = {"OMP_NUM_THREADS": str(threads())}
-    return Server(arguments, host=host, log=log, env=env)
+    if checkout is None:
+        return Server(arguments, host=host, log=log, env=env)
+    sources = [str(checkout / part) for part in ("", "kernels", "sdk")]
+    env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return Server(arguments, log=log, env=env)
 
 
 class Fleet:
@@ -54,16 +67,20 @@ class Fleet:
         self.clients: dict[str, httpx.Client] = {}
 
     def start(
-        self, wanted: Mapping[str, Sequence[str]], on_start: Callable[[], None] = lambda: None
+        self,
+        wanted: Mapping[str, Sequence[str]],
+        on_start: Callable[[], None] = lambda: None,
+        checkouts: Mapping[str, Path] | None = None,
     ) -> dict[str, str]:
         """Start servers at the same time: arguments by key. Returns what did not start, and why.
 
         Args:
-            on_start: called for each as it is ready or has failed.
+            on_start: called for each as it is ready or has failed. checkouts: of the project, by key, where a server
+                is not this one's.
         """
         for key, arguments in wanted.items():
             log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
-            self._servers[key] = self._make(arguments, log)
+            self._servers[key] = self._make(arguments, log, (checkouts or {}).get(key))
         failed: dict[str, str] = {}
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
             starting = {key: pool.submit(self._servers[key].__enter__) for key in wanted}

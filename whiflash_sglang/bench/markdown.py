@@ -18,6 +18,7 @@ def render(report: Report) -> str:
         if load.load.is_alone:
             parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
             parts += ["### Acceptance length", _acceptance(load)]
+        parts += [_over(load, report.over)]
         parts += [_turns(load), _hints(load), _rounds(load)]
     parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -79,6 +80,15 @@ def _by_category(load: LoadReport) -> str:
         (arm, *(_interval(ratios.none.get(name)) for name in names)) for arm, ratios in load.ratios.items()
     ]
     return _table(("arm", *names), rows)
+
+
+def _over(load: LoadReport, over: str | None) -> str:
+    compared = {arm: ratios.over for arm, ratios in load.ratios.items() if ratios.over}
+    if not compared:
+        return ""
+    names = [name for name in _categories(load) if any(name in own for own in compared.values())]
+    rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
+    return f"### Output tokens per second, over `{over}`\n\n{_table(('arm', *names), rows)}"
 
 
 def _acceptance(load: LoadReport) -> str:

@@ -38,6 +38,16 @@ def environment(bundle: Path) -> dict[str, Any]:
     }
 
 
+def checkout(directory: Path | None) -> dict[str, Any]:
+    """Revision of another checkout that serves an arm; nothing for this one, whose revision `environment` has."""
+    if directory is None:
+        return {}
+    return {
+        "revision": _git("rev-parse", "HEAD", here=directory),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", here=directory)),
+    }
+
+
 def busy() -> dict[str, float]:
     """How busy the machine is: load averages of 1 and 5 minutes, free memory in GB."""
     one, five, _ = os.getloadavg()
@@ -52,8 +62,7 @@ def _without_directories(arguments: list[str]) -> list[str]:
     return [Path(argument).name if argument.startswith("/") else argument for argument in arguments]
 
 
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
+def _git(*arguments: str, here: Path = Path(__file__).parent) -> str:
     done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

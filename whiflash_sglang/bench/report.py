@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sglang.bench.arms import AUTO, NO_HINTS, NONE, STATIC
+from whiflash_sglang.bench.arms import AUTO, BESIDE, NO_HINTS, NONE, STATIC
 from whiflash_sglang.bench.cells import Cell, Load
 from whiflash_sglang.bench.hints import HintGain, hint_gain
 from whiflash_sglang.bench.reference import Difference
@@ -52,7 +52,8 @@ class Figures(_Schema):
 class Ratios(_Schema):
     """Rates over those of another arm, by category. static: the faster of upstream's EAGLE3 and DFLASH there.
 
-    static_by_category: overall only, against whichever of the two is faster in each category.
+    static_by_category: overall only, against whichever of the two is faster in each category. over: rates over those of
+    the arm that was asked for (`Report.over`).
     """
 
     none: dict[str, Interval]
@@ -60,6 +61,7 @@ class Ratios(_Schema):
     static_arm: dict[str, str]
     static_by_category: Interval | None
     acceptance_over_static: dict[str, float]
+    over: dict[str, Interval] = {}
 
 
 class LoadReport(_Schema):
@@ -79,7 +81,7 @@ class Report(_Schema):
     """What `--json` prints and `--out` writes.
 
     unavailable: arms that did not start, and why. differences: every mismatch and tie. scaling: a round of `auto`
-    against batch and context, where it was asked for.
+    against batch and context, where it was asked for. over: the arm that all others are compared with besides.
     """
 
     schema_version: Literal[1] = 1
@@ -91,6 +93,7 @@ class Report(_Schema):
     differences: list[dict[str, Any]]
     categories: dict[str, int]
     scaling: list[ScalePoint] = []
+    over: str | None = None
 
 
 def build_report(
@@ -101,17 +104,19 @@ def build_report(
     unavailable: Mapping[str, str],
     scaling: Sequence[ScalePoint] = (),
     turns: Mapping[str, int] | None = None,
+    over: str | None = None,
 ) -> Report:
     """The report of all cells.
 
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
         turns: prompt id → turn of its conversation, from 1; None: nothing is reported by turn.
+        over: an arm to compare all others with, besides plain decoding and the static drafters.
     """
     by_load: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_load[cell.load.label].append(cell)
-    loads = [_load_report(own, groups, found, turns) for own in by_load.values()]
+    loads = [_load_report(own, groups, found, turns, over) for own in by_load.values()]
     counts: dict[str, int] = defaultdict(int)
     for group in groups.values():
         counts[group] += 1
@@ -128,6 +133,7 @@ def build_report(
         ],
         categories=dict(counts),
         scaling=list(scaling),
+        over=over,
     )
 
 
@@ -136,6 +142,7 @@ def _load_report(
     groups: Mapping[str, str],
     found: Sequence[Difference],
     turns: Mapping[str, int] | None,
+    over: str | None,
 ) -> LoadReport:
     load = cells[0].load
     arms: dict[str, dict[str, Figures]] = {}
@@ -149,7 +156,7 @@ def _load_report(
             name: _figures(mine, belongs, [d for d in mismatched if belongs(d.prompt)], load, name)
             for name, belongs in selections(mine, groups)
         }
-    ratios = {arm: _ratios(arm, own, groups, load, arms) for arm in own if NONE in own and arm != NONE}
+    ratios = {arm: _ratios(arm, own, groups, load, arms, over) for arm in own if NONE in own and arm != NONE}
     hints = _hint_gains(own, groups, load) if own.keys() >= {AUTO, NO_HINTS} else {}
     talks = by_turn(own, groups, turns) if turns is not None and load.is_alone else {}
     return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints, turns=talks)
@@ -214,17 +221,21 @@ def _ratios(
     groups: Mapping[str, str],
     load: Load,
     figures: Mapping[str, Mapping[str, Figures]],
+    over: str | None,
 ) -> Ratios:
     against_none: dict[str, Interval] = {}
     against_static: dict[str, Interval] = {}
     static_arm: dict[str, str] = {}
+    against_asked: dict[str, Interval] = {}
     accepted: dict[str, float] = {}
-    statics = [name for name in cells if name.split(":")[0] in STATIC]
+    statics = [name for name in cells if name.split(":")[0] in STATIC and not name.endswith(BESIDE)]
     for name, belongs in selections(cells[arm], groups):
         if not load.is_alone and name != OVERALL:
             continue
         chosen = {key: within(own, belongs) for key, own in cells.items()}
         against_none[name] = paired(chosen[arm], chosen[NONE], groups)
+        if over is not None and over in cells and over != arm:
+            against_asked[name] = paired(chosen[arm], chosen[over], groups)
         if statics and arm not in statics:
             best = max(statics, key=lambda key: rate(*samples(chosen[key])))
             static_arm[name] = best
@@ -247,4 +258,5 @@ def _ratios(
         static_arm=static_arm,
         static_by_category=by_category,
         acceptance_over_static=accepted,
+        over=against_asked,
     )

@@ -36,6 +36,7 @@ class Plan:
     """What to measure.
 
     repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
+    over: the arm that all others are compared with, besides plain decoding.
     scaling: afterwards measure how a round of `auto` grows with batch and context (interleaved runs only).
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
     restart: start the servers anew for every repetition (interleaved runs only). Two processes that do the same may
@@ -52,6 +53,7 @@ class Plan:
     restart: bool = False
     minutes: float | None = None
     scaling: bool = False
+    over: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -107,7 +109,9 @@ class Runner:
         self._progress.remove_task(judging)
         record |= self._provenance(cells)
         turns = {key: reference.prompt.turn for key, reference in self._references.items()}
-        return build_report(cells, self._groups(), found, record, self.unavailable, self._scaling, turns)
+        return build_report(
+            cells, self._groups(), found, record, self.unavailable, self._scaling, turns, self._plan.over
+        )
 
     # ---------------------------------------------------------------- the two orders
 
@@ -187,7 +191,8 @@ class Runner:
                 self._routers[arm.server] = arm.router or ""
                 servers[arm.server] = _alone(arm)
         task = self._progress.add_task("starting servers", total=len(servers))
-        failed = self._fleet.start(servers, lambda: self._progress.advance(task))
+        checkouts = {arm.server: arm.checkout for arm in arms if arm.checkout is not None}
+        failed = self._fleet.start(servers, lambda: self._progress.advance(task), checkouts)
         self._progress.remove_task(task)
         for arm in arms:
             if arm.server in failed:
@@ -196,6 +201,7 @@ class Runner:
                 info = self._fleet.clients[arm.server].get("/server_info").json()
                 self._servers[arm.name] = {
                     "arguments": self._plan.subject.hide_paths(_alone(arm)),
+                    **provenance.checkout(arm.checkout),
                     **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
                 }
         if NONE in self.unavailable:

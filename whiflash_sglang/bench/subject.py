@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from whiflash_sglang.bench.arms import VARIANTS, Subject
+from whiflash_sglang.bench.arms import BESIDE, VARIANTS, Subject
 from whiflash_sglang.bench.load import MODEL
 from whiflash_sglang.bench.variants import write_variant
 from whiflash_sglang.bundle_members import member
 from whiflash_sglang.config import embedded_bundle, load_manifest
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.hub import fetch
 
 CPU_KV_TOKENS = 16384
@@ -21,6 +22,7 @@ def build_subject(
     extra: Sequence[str],
     scratch: Path,
     arms: Iterable[str],
+    beside: Path | None = None,
 ) -> Subject:
     """Find target and bundle, and the arguments that every arm shares.
 
@@ -28,10 +30,13 @@ def build_subject(
         model_path, bundle_path: directories or hub ids; None: the embedded ones.
         extra: further server arguments, for every arm. scratch: an existing directory that outlives the servers.
         arms: names of what is compared; those that serve a changed bundle get it under `scratch`.
+        beside: another checkout of this project, for the arms whose names ask for it.
 
     Raises:
         ConfigError: something is not there.
     """
+    if beside is not None and not (beside / "whiflash_sglang" / "__init__.py").is_file():
+        raise ConfigError(f"--beside {beside}: no checkout of this project")
     from whiflash_sglang.embedded import ensure_target
     from whiflash_sglang.platform import activate
 
@@ -45,6 +50,7 @@ def build_subject(
         common += ["--tool-call-parser", manifest.tool_call_parser]
     if activate() is not None:
         common += ["--device", "cpu", "--max-total-tokens", str(CPU_KV_TOKENS)]
+    changed = VARIANTS.keys() & {name.removesuffix(BESIDE) for name in arms}
     return Subject(
         target=target,
         bundle=bundle,
@@ -52,5 +58,6 @@ def build_subject(
         dflash=member(bundle, manifest, "dflash"),
         dtype=dtype,
         common=(*common, *extra),
-        variants={arm: write_variant(arm, bundle, scratch / arm) for arm in VARIANTS.keys() & set(arms)},
+        variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
+        beside=None if beside is None else beside.resolve(),
     )

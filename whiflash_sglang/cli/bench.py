@@ -38,6 +38,10 @@ def register(app: typer.Typer) -> None:
         bundle: Annotated[str | None, typer.Option(help="Drafters: directory or hub id.")] = None,
         dtype: Annotated[str, typer.Option(help="Of every arm: bfloat16 or float32.")] = "bfloat16",
         server_args: Annotated[str, typer.Option(help="More arguments for every server.")] = "",
+        beside: Annotated[
+            Path | None, typer.Option(help="Another checkout of this project, for arms like auto@beside.")
+        ] = None,
+        over: Annotated[str | None, typer.Option(help="Compare every arm with this one, too.")] = None,
         log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs here.")] = None,
     ) -> None:
         """Measure WHIFLASH beside plain decoding, EAGLE3, DFLASH and NGRAM on this machine.
@@ -45,7 +49,8 @@ def register(app: typer.Typer) -> None:
         Every answer is compared with plain decoding's. Without --prompts a sample of 42 prompts is used.
 
         Examples: whiflash bench --quick |
-        whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures
+        whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures |
+        whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
         """
         import shlex
         import tempfile
@@ -65,6 +70,8 @@ def register(app: typer.Typer) -> None:
             raise ConfigError(
                 "--scaling measures the arm auto while all servers are up: drop --no-interleave"
             )
+        if over is not None and over not in scale.arms:
+            raise ConfigError(f"--over {over} is not among --arms {','.join(scale.arms)}")
         if restart and not interleave:
             raise ConfigError("--restart is for interleaved runs: drop --no-interleave")
         chosen = sample(load_prompts(prompts or str(shipped())), scale.per_category)
@@ -75,7 +82,7 @@ def register(app: typer.Typer) -> None:
             log_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
             extra = shlex.split(server_args)
-            subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms)
+            subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
             plan = Plan(
                 subject=subject,
                 arms=tuple(build_arms(scale.arms, subject)),
@@ -87,6 +94,7 @@ def register(app: typer.Typer) -> None:
                 restart=restart,
                 minutes=scale.minutes,
                 scaling=scaling,
+                over=over,
             )
             cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")
             report = run(plan, cells, log_dir, resume=resume)
