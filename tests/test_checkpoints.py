@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_pair
+from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_drafters
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -28,7 +28,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 def load(pair: tuple[Path, Path]) -> None:
     """What a worker does at start: the configs against the target, then both sets of weights."""
-    check_pair(*pair, TARGET)
+    check_drafters(dict(zip(("ar", "diffusion"), pair, strict=True)), TARGET)
     options = {
         "device": torch.device("cpu"),
         "dtype": torch.float32,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from whiflash_sglang.config import changed, embedded_bundle, load_manifest, parse_flags, resolve
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.errors import CheckpointError, ConfigError
 
 MANIFEST = {"schema_version": 1, "name": "tiny", "target": "tiny/target", "eagle3": "e", "dflash": "d"}
 
@@ -69,7 +69,7 @@ def test_flags_as_text_are_read() -> None:
         ({"entropy": {"tau": "warm"}}, r"whiflash\.json: key 'entropy'\.tau: .*number.*'warm'"),
         ({"entropy": {"taus": 1}}, r"whiflash\.json: key 'entropy'\.taus is unknown; known: min_dwell, tau$"),
         ({"schema_version": 2}, r"whiflash\.json: key 'schema_version': .*1.*got 2"),
-        ({"dflash": None}, r"whiflash\.json: key 'dflash': "),
+        ({"dflash": 3}, r"whiflash\.json: key 'dflash': "),
         ({"lookup": {"max_width": 0}}, r"whiflash\.json: key 'lookup'\.max_width: .*greater than 0"),
     ],
 )
@@ -109,9 +109,38 @@ def test_a_snapshot_of_the_hub_links_into_its_own_blobs(tmp_path: Path) -> None:
         load_manifest(snapshot)
 
 
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in MANIFEST.items() if key not in keys}
+
+
 def test_missing_manifest_keys_are_named(bundle: Path) -> None:
-    with pytest.raises(ConfigError, match=r"whiflash\.json: key 'eagle3': Field required"):
-        load_manifest(write(bundle, {k: v for k, v in MANIFEST.items() if k != "eagle3"}))
+    with pytest.raises(ConfigError, match=r"whiflash\.json: key 'target': Field required"):
+        load_manifest(write(bundle, without("target")))
+    with pytest.raises(ConfigError, match=r"names no drafter: give key 'eagle3', key 'dflash', or both"):
+        load_manifest(write(bundle, without("eagle3", "dflash")))
+
+
+@pytest.mark.parametrize(("missing", "there"), [("eagle3", "DFlash"), ("dflash", "EAGLE-3")])
+def test_one_drafter_is_enough_for_what_needs_no_second(bundle: Path, missing: str, there: str) -> None:
+    alone = f"needs EAGLE-3 and DFlash; the drafters here are: {there}$"
+    for key, value in {"router": ROUTER, "dflash_vocabulary": "eagle3"}.items():
+        with pytest.raises(ConfigError, match=rf"whiflash\.json: key '{key}'.* {alone}"):
+            load_manifest(write(bundle, {**without(missing), key: value}))
+    write(bundle, without(missing))
+    settings = resolve(parse_flags({}), bundle)
+    assert (settings.eagle3 is None, settings.dflash is None) == (missing == "eagle3", missing == "dflash")
+    assert settings.router == "auto"
+    for router in ("entropy", "neural"):
+        with pytest.raises(ConfigError, match=f"router '{router}' {alone}"):
+            resolve(parse_flags({"router": router}), bundle)
+        with pytest.raises(ConfigError, match=f"router '{router}' {alone}"):
+            changed(settings, {"router": router})
+    for flag in ("neural_router_path", "dflash_vocabulary"):
+        with pytest.raises(ConfigError, match=f"--whiflash-{flag.replace('_', '-')}.* {alone}"):
+            resolve(parse_flags({flag: "eagle3"}), bundle)
+    arm = {"eagle3": "ar", "dflash": "diffusion"}[missing]
+    with pytest.raises(ConfigError, match=rf"router '{arm}' needs .*the drafters here are: {there}$"):
+        resolve(parse_flags({"router": arm}), bundle)
 
 
 @pytest.mark.parametrize("content", ["{", "[1, 2", "\x00"])
@@ -127,13 +156,11 @@ def test_a_manifest_that_is_no_object(bundle: Path) -> None:
 
 
 def test_what_a_start_needs(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="give a bundle or a DFlash checkpoint to --speculative-draft-model-path"
-    ):
+    with pytest.raises(ConfigError, match="give a bundle or a checkpoint to --speculative-draft-model-path"):
         resolve(parse_flags({}), None)
     with pytest.raises(ConfigError, match=r"--speculative-draft-model-path .*nowhere: no such directory"):
         resolve(parse_flags({}), tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"no whiflash\.json.* --whiflash-eagle-draft must name"):
+    with pytest.raises(CheckpointError, match=r"d/config\.json: architectures None is no draft architecture"):
         resolve(parse_flags({}), bundle / "d")
     (bundle / "e" / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"the EAGLE-3 checkpoint .*e has no config\.json"):

@@ -10,6 +10,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.bundle_members import HUB, sha256
 from whiflash_sglang.checkpoints import TargetShape, check_fit
 from whiflash_sglang.config import MANIFEST, load_manifest
+from whiflash_sglang.drafter_set import NAMES, PARTS, check_arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.hub import Found, look_up
 from whiflash_sglang.models.formats import read_draft
@@ -19,11 +20,13 @@ _KEPT = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_mo
 
 
 class Parts(NamedTuple):
-    """Directories or hub ids, each with @revision if wanted. router_sign: for a router that does not say its own."""
+    """Directories or hub ids, each with @revision if wanted. eagle3, diffusion: one of them may be None.
+    router_sign: for a router that does not say its own.
+    """
 
     target: str
-    eagle3: str
-    diffusion: str
+    eagle3: str | None
+    diffusion: str | None
     router: str | None = None
     router_sign: str | None = None
 
@@ -38,23 +41,23 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        ConfigError: `out` exists, or the hub gave nothing.
+        ConfigError: `out` exists, the hub gave nothing, no drafter was given, or one beside a router.
         CheckpointError: a drafter is not known or does not fit the target, naming the file and the key.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give --out a new directory")
+    said = {arms.AR: parts.eagle3, arms.DIFFUSION: parts.diffusion}
+    places = {arm: place for arm, place in said.items() if place is not None}
+    if not places:
+        raise ConfigError("a bundle needs a drafter: give --eagle3, --diffusion or both")
+    if parts.router is not None:
+        check_arms("--router", NAMES, places)
     target = look_up(parts.target)
     shape = TargetShape.read(target.config)
-    drafts = {
-        part: (look_up(said), arm)
-        for part, said, arm in (
-            ("eagle3", parts.eagle3, arms.AR),
-            ("dflash", parts.diffusion, arms.DIFFUSION),
-        )
-    }
-    for found, arm in drafts.values():
+    drafts = {arm: look_up(place) for arm, place in places.items()}
+    for arm, found in drafts.items():
         check_fit(read_draft(found.config.parent, arm), shape)
-    given = {part: found for part, (found, _) in drafts.items()}
+    given = {PARTS[arm]: found for arm, found in drafts.items()}
     if parts.router is not None:
         given["router"] = look_up(parts.router, config=False)
     manifest: dict[str, Any] = {"schema_version": 1, "name": name or out.name, "target": target.name}

@@ -17,12 +17,16 @@ def member(bundle: Path, manifest: "Manifest", part: str, *, download_dir: str |
     """The local directory (or file) of `part` ("eagle3", "dflash", "router"), fetched where it lies on the hub.
 
     Raises:
-        ConfigError: the hub gave nothing, or `config.json` is not the one that the manifest was made with.
+        ConfigError: the bundle has no such part, the hub gave nothing, or `config.json` is not the one that the
+            manifest was made with.
     """
     from whiflash_sglang.hub import fetch
 
     named = {"eagle3": manifest.eagle3, "dflash": manifest.dflash}
-    value = named.get(part) or (manifest.router.path if manifest.router else "")
+    named["router"] = manifest.router.path if manifest.router else None
+    value = named[part]
+    if value is None:
+        raise ConfigError(f"{bundle}/whiflash.json names no {part}")
     if not value.startswith(HUB):
         return bundle / value
     source = manifest.sources.get(part)

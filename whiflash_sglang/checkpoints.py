@@ -1,5 +1,6 @@
 """Draft checkpoints against the target, from their configs alone, before anything is loaded or started."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,9 @@ def target_layers(draft: Draft, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-def check_pair(eagle3: Path, dflash: Path, target: TargetShape) -> None:
-    """Raise CheckpointError where a drafter cannot belong to the target."""
-    for path, arm in ((eagle3, arms.AR), (dflash, arms.DIFFUSION)):
+def check_drafters(drafters: Mapping[str, Path], target: TargetShape) -> None:
+    """Raise CheckpointError where a drafter cannot belong to the target. drafters: arm → its checkpoint."""
+    for arm, path in drafters.items():
         check_fit(read_draft(path, arm), target)
 
 

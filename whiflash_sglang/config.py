@@ -1,19 +1,22 @@
 """Flags, the bundle manifest, and what they resolve to. Imports no SGLang.
 
-A *bundle* is a directory (or hub id) with `whiflash.json`: both drafters, the router and its thresholds, given
-to SGLang's own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoint and
-`--whiflash-eagle-draft` names the EAGLE-3 one.
+A *bundle* is a directory (or hub id) with `whiflash.json`: drafters, the router and its thresholds, given to SGLang's
+own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoint and `--whiflash-eagle-draft` names
+the EAGLE-3 one; or it is the only drafter.
 """
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from whiflash_sglang import arms
 from whiflash_sglang.bundle_members import HUB, member
 from whiflash_sglang.bundle_paths import check_members
+from whiflash_sglang.drafter_set import NAMES, PARTS, check_arms, check_router
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 
@@ -88,19 +91,19 @@ class Manifest(_Strict):
     served, at the revision of its entry in `sources`.
 
     schema_version: of this format. name: what the bundle is called. target: the model that it was trained for.
-    eagle3, dflash: directory of the checkpoint. dflash_vocabulary: what the block drafter chooses from, the target's
-    whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked, arXiv 2502.14856), which is
-    cheaper for a small target. router: the neural router. entropy: thresholds of the entropy router. lookup: the
-    copying arm (default: on, with the embedded bundle's seed). chat_template: a file, served where `--chat-template`
-    names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser` names none. sources: where target,
-    eagle3, dflash and router are from, as `whiflash bundle create` found them.
+    eagle3, dflash: directory of the checkpoint; one of the two may be left out. dflash_vocabulary: what the block
+    drafter chooses from, the target's whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked,
+    arXiv 2502.14856), which is cheaper for a small target. router: the neural router. entropy: thresholds of the
+    entropy router. lookup: the copying arm (default: on, with the embedded bundle's seed). chat_template: a file,
+    served where `--chat-template` names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser`
+    names none. sources: where target, eagle3, dflash and router are from, as `whiflash bundle create` found them.
     """
 
     schema_version: Literal[1]
     name: str
     target: str
-    eagle3: str
-    dflash: str
+    eagle3: str | None = None
+    dflash: str | None = None
     dflash_vocabulary: DraftVocabulary = "full"
     router: NeuralRouter | None = None
     entropy: EntropyRouter = EntropyRouter()
@@ -108,6 +111,11 @@ class Manifest(_Strict):
     chat_template: str | None = None
     tool_call_parser: str | None = None
     sources: dict[str, Source] = {}
+
+    @property
+    def drafters(self) -> Mapping[str, str]:
+        """Arm → path of its checkpoint, of those that the bundle names."""
+        return {arm: value for arm, part in PARTS.items() if (value := getattr(self, part))}
 
 
 class Flags(_Strict):
@@ -136,8 +144,8 @@ class Flags(_Strict):
 class Settings(_Strict):
     """Everything a worker needs to build itself: resolved paths and values, picklable."""
 
-    eagle3: Path
-    dflash: Path
+    eagle3: Path | None
+    dflash: Path | None
     router: RouterName
     entropy: EntropyRouter
     neural: NeuralRouter | None
@@ -149,6 +157,11 @@ class Settings(_Strict):
     chat_template: Path | None = None
     tool_call_parser: str | None = None
     bundle: str | None = None
+
+    @property
+    def drafters(self) -> Mapping[str, Path]:
+        """Arm → directory of its checkpoint: one of them, or both."""
+        return {arm: path for arm, part in PARTS.items() if (path := getattr(self, part))}
 
 
 def embedded_bundle() -> Path:
@@ -187,7 +200,7 @@ def load_manifest(bundle: Path) -> Manifest:
 
     Raises:
         ConfigError: the file is missing, is not JSON, or has a wrong or unknown key, or a path that leaves the bundle;
-            the key is named.
+            the key is named. It names no drafter, or what needs two beside one.
     """
     path = bundle / MANIFEST
     try:
@@ -202,8 +215,15 @@ def load_manifest(bundle: Path) -> Manifest:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: " + _first_problem(error, lambda name: f"key {name!r}")) from None
-    named = {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "chat_template": manifest.chat_template}
-    named["router.path"] = manifest.router.path if manifest.router else None
+    if not manifest.drafters:
+        raise ConfigError(f"{path} names no drafter: give key 'eagle3', key 'dflash', or both")
+    if manifest.router is not None:
+        check_arms(f"{path}: key 'router'", NAMES, manifest.drafters)
+    if manifest.dflash_vocabulary == "eagle3":
+        check_arms(f"{path}: key 'dflash_vocabulary': 'eagle3'", NAMES, manifest.drafters)
+    named = {PARTS[arm]: value for arm, value in manifest.drafters.items()}
+    named |= {"chat_template": manifest.chat_template or ""}
+    named["router.path"] = manifest.router.path if manifest.router else ""
     check_members(bundle, {key: path for key, path in named.items() if path and not path.startswith(HUB)})
     return manifest
 
@@ -212,32 +232,28 @@ def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = No
     """Turn flags and a local draft path into settings; fetch what a bundle names on the hub.
 
     Args:
-        draft_path: a bundle or a DFlash checkpoint, already on disk. download_dir: where downloads are kept.
+        draft_path: a bundle or a checkpoint, already on disk. download_dir: where downloads are kept.
 
     Raises:
-        ConfigError: a needed part is missing.
+        ConfigError: a needed part is missing. CheckpointError: the only drafter is of no known format.
     """
     if draft_path is None:
         raise ConfigError(
-            "WHIFLASH needs drafters: give a bundle or a DFlash checkpoint to --speculative-draft-model-path"
+            "WHIFLASH needs drafters: give a bundle or a checkpoint to --speculative-draft-model-path"
         )
     if not draft_path.is_dir():
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
     manifest = load_manifest(draft_path) if (draft_path / MANIFEST).exists() else None
-    if manifest is None and flags.eagle_draft is None:
-        raise ConfigError(
-            f"{draft_path} has no {MANIFEST}, so it is taken for a DFlash checkpoint, and then "
-            "--whiflash-eagle-draft must name the EAGLE-3 one"
-        )
-
-    def part(name: str) -> Path:
-        return member(draft_path, _need(manifest), name, download_dir=download_dir)
-
-    eagle3 = Path(flags.eagle_draft) if flags.eagle_draft else part("eagle3")
-    dflash = draft_path if manifest is None else part("dflash")
-    for what, path in (("EAGLE-3", eagle3), ("DFlash", dflash)):
+    drafters = _drafters(flags, manifest, draft_path, download_dir)
+    for arm, path in drafters.items():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"the {what} checkpoint {path} has no config.json")
+            raise ConfigError(f"the {NAMES[arm]} checkpoint {path} has no config.json")
+    vocabulary = flags.dflash_vocabulary or (manifest.dflash_vocabulary if manifest else "full")
+    if vocabulary == "eagle3":
+        check_arms("--whiflash-dflash-vocabulary eagle3", NAMES, drafters)
+    check_router(flags.router or "auto", drafters)
+    if flags.neural_router_path:
+        check_arms("--whiflash-neural-router-path", NAMES, drafters)
     entropy = manifest.entropy if manifest else EntropyRouter()
     entropy = EntropyRouter(
         tau=entropy.tau if flags.entropy_threshold is None else flags.entropy_threshold,
@@ -245,20 +261,39 @@ def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = No
     )
     template = draft_path / manifest.chat_template if manifest and manifest.chat_template else None
     return Settings(
-        eagle3=eagle3,
-        dflash=dflash,
+        eagle3=drafters.get(arms.AR),
+        dflash=drafters.get(arms.DIFFUSION),
         router=flags.router or "auto",
         entropy=entropy,
         neural=_neural(flags, manifest, draft_path, download_dir),
         lookup=_lookup(flags, manifest),
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
-        dflash_vocabulary=flags.dflash_vocabulary or (manifest.dflash_vocabulary if manifest else "full"),
+        dflash_vocabulary=vocabulary,
         backlog_tokens=flags.backlog_tokens,
         chat_template=template,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,
     )
+
+
+def _drafters(
+    flags: Flags, manifest: Manifest | None, draft_path: Path, download_dir: str | None
+) -> dict[str, Path]:
+    """Arm → its checkpoint. A path that is no bundle is one checkpoint, whose format says which arm it is for."""
+    if manifest is not None:
+        found = {
+            arm: member(draft_path, manifest, PARTS[arm], download_dir=download_dir)
+            for arm in manifest.drafters
+            if not (arm == arms.AR and flags.eagle_draft)
+        }
+    elif flags.eagle_draft:
+        found = {arms.DIFFUSION: draft_path}
+    else:
+        from whiflash_sglang.models.formats import read_draft
+
+        found = {read_draft(draft_path).format.arm: draft_path}
+    return {**found, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
 
 
 class PolicyChange(_Strict):
@@ -291,6 +326,7 @@ def changed(settings: Settings, change: Any) -> Settings:
         tau=settings.entropy.tau if wanted.entropy_threshold is None else wanted.entropy_threshold,
         min_dwell=settings.entropy.min_dwell if wanted.min_dwell is None else wanted.min_dwell,
     )
+    check_router(wanted.router or settings.router, settings.drafters)
     neural = settings.neural
     if neural is None and (wanted.router == "neural" or wanted.neural_router_threshold is not None):
         raise ConfigError(f"this server was started without a neural router: {NO_ROUTER}")

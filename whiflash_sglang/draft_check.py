@@ -7,6 +7,7 @@ from typing import NamedTuple
 from whiflash_sglang.bundle_members import HUB, verify
 from whiflash_sglang.checkpoints import TargetShape, check_fit, target_layers
 from whiflash_sglang.config import MANIFEST, load_manifest
+from whiflash_sglang.drafter_set import PARTS
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.hub import look_up
 from whiflash_sglang.models.checkpoint import attention_shape, integer, read_json_config
@@ -64,7 +65,8 @@ def _parts(said: str) -> dict[str, str]:
         return {said: said}
     manifest = load_manifest(bundle)
     places = {}
-    for part, value in (("eagle3", manifest.eagle3), ("dflash", manifest.dflash)):
+    for arm, value in manifest.drafters.items():
+        part = PARTS[arm]
         source = manifest.sources.get(part)
         if value.startswith(HUB):
             at = f"@{source.revision}" if source and source.revision else ""

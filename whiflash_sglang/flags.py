@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from whiflash_sglang.config import Flags, flag_of
 
 MEANING = {
-    "eagle_draft": "EAGLE-3 checkpoint (directory or hub id). Needed unless the draft path is a bundle.",
+    "eagle_draft": "EAGLE-3 checkpoint (directory or hub id) beside the draft path's DFlash checkpoint, or in place of "
+    "the bundle's.",
     "drafters": "Drafter pair: df-e3 (DFlash and EAGLE-3). ddt-e3 (tree) is reserved.",
     "router": "How rounds are routed: auto (expected tokens per second of the batch), entropy or neural (the "
     "paper's, per request), or one arm pinned: ar, diffusion, lookup, none. copy-rule (copy where possible, "

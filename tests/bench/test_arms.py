@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from whiflash_sglang.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms
+from whiflash_sglang.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms, those_with_drafters
 from whiflash_sglang.bench.command import loads_of, scale_of
 from whiflash_sglang.bench.fleet import launcher, reason_of
 from whiflash_sglang.bench.subject import build_subject
@@ -78,6 +78,18 @@ def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None
     assert auto.request == {"custom_params": {"whiflash": '{"trace":"full"}'}}
     assert unhinted.request == {"custom_params": {"whiflash": '{"infer":false,"trace":"full"}'}}
     assert build_arms(["auto"], SUBJECT)[1].request == {}, "nothing but the comparison needs traces"
+
+
+def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
+    alone = replace(SUBJECT, eagle3=None)
+    names = those_with_drafters(KNOWN, alone)
+    assert set(KNOWN) - set(names) == {"EAGLE3", "neural", "entropy", "ar", "copy-rule"}
+    arms = build_arms(names, alone)
+    assert alone.hide_paths(["None", *arms[1].arguments[-1:]]) == ["None", "BUNDLE/dflash"]
+    for name in ("EAGLE3", "EAGLE3:3", "entropy"):
+        kind = name.split(":")[0]
+        with pytest.raises(ConfigError, match=f"--arms {kind} needs EAGLE-3.*the drafters here are: DFlash"):
+            build_arms([name], alone)
 
 
 def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:

@@ -111,6 +111,22 @@ def test_a_misfit_names_the_file_and_the_key(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize("part", ["eagle3", "dflash"])
+def test_one_drafter_alone(models: dict[str, Path], tmp_path: Path, part: str) -> None:
+    """And the same checkpoint without a bundle around it: its format says which arm it is for."""
+    given = {"eagle3": None, "diffusion": None}
+    given["eagle3" if part == "eagle3" else "diffusion"] = str(models[part])
+    out = tmp_path / "bundle"
+    create(Parts(str(models["target"]), **given), out)
+    assert set(load_manifest(out).sources) == {"target", part}
+    assert list(resolve(Flags(), out).drafters.values()) == [out / part]
+    assert list(resolve(Flags(), models[part]).drafters.values()) == [models[part]]
+    with pytest.raises(WhiflashError, match="--router needs EAGLE-3 and DFlash; the drafters here are: "):
+        create(Parts(str(models["target"]), **given, router="owner/router"), tmp_path / "other")
+    with pytest.raises(WhiflashError, match="give --eagle3, --diffusion or both"):
+        create(Parts(str(models["target"]), None, None), tmp_path / "other")
+
+
 def test_a_bundle_is_not_written_over_another(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(WhiflashError, match="exists already; give --out a new directory"):
         create(parts(models), tmp_path)

@@ -12,9 +12,12 @@ from whiflash_sglang.errors import ConfigError
 
 def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: int) -> int:
     """Draft tokens that the KV reservation is computed from, with blocks of 8 and chains of 5."""
-    settings = SimpleNamespace(eagle_steps=5, lookup=Lookup(max_width=copies), backlog_tokens=backlog_tokens)
+    settings = SimpleNamespace(
+        eagle3="e", eagle_steps=5, dflash="d", block_size=None, lookup=Lookup(max_width=copies)
+    )
+    settings.backlog_tokens = backlog_tokens
     monkeypatch.setattr(algorithm, "settings_of", lambda _: settings)
-    monkeypatch.setattr(algorithm, "widest_block", lambda _: 8)
+    monkeypatch.setattr(algorithm, "block_size_of", lambda *_: 8)
     monkeypatch.setattr(algorithm, "resolving_view", lambda args: args)
     arguments = SimpleNamespace(max_running_requests=4)
     algorithm.WhiflashAlgorithm.handle_server_args(SimpleNamespace(), arguments)

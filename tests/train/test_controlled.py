@@ -36,6 +36,17 @@ def test_it_comes_to_the_best_arm(replay: Replay, arm: str, costs: Prices | None
     assert most_used(choices) == arm
 
 
+@pytest.mark.parametrize("arm", ["eagle3", "dflash"])
+def test_it_walks_with_one_drafter_alone(arm: str) -> None:
+    """And does not come to an arm that was not replayed, whatever that would promise unseen."""
+    replay = answer(3, 3)
+    for missing in {"eagle3", "dflash"} - {arm}:
+        del replay.accepted[missing], replay.accepted[JOINED[missing]]
+    (choices,) = auto_choices([replay], [NOTHING], PRICES)
+    assert most_used(choices) == JOINED[arm]
+    assert set(choices.values()) <= {JOINED[arm], "lookup", "none"}
+
+
 def test_drafters_that_are_never_right_are_left_alone_where_they_cost() -> None:
     (choices,) = auto_choices([answer(0, 0)], [NOTHING], PRICES)
     assert most_used(choices) == "none"

@@ -46,6 +46,17 @@ def test_the_oracle_takes_the_longer_draft_and_the_first_arm_on_a_tie() -> None:
     assert best_arms(answer([1, 2, 3], [1, 3, 2])) == {0: "eagle3", 1: "dflash", 2: "eagle3"}
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_one_drafter_alone_has_figures_of_its_own(arm: str) -> None:
+    one = answer([2, 0, 1, 0], [2, 0, 1, 0], lookup=[0, 3, 0, 0])
+    del one.accepted[next(other for other in ARMS if other != arm)]
+    result = tabulate([one], {"wish": [best_arms(one)]})
+    lengths = result["overall"]["acceptance_length"]
+    assert set(lengths) == {arm, LOOKUP, "wish", ORACLE, ORACLE_OF_THREE}
+    assert lengths[ORACLE] == lengths[arm] == lengths["wish"]
+    assert result["overall"]["rounds_won"] == {}
+
+
 def test_loops_are_a_column_of_their_own() -> None:
     result = tabulate([answer([0] * 4 + [3] * 4, [0] * 8, loop_from=4)], {})
     assert result["categories"]["chat"]["acceptance_length"]["eagle3"] == 1.0

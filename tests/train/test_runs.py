@@ -22,7 +22,13 @@ from whiflash_sglang.train.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.copies import next_logits
 from whiflash_sglang.train.data import generate_data, load_target
-from whiflash_sglang.train.evaluation import EvaluationSettings, Hardware, evaluate_bundle, write_picture
+from whiflash_sglang.train.evaluation import (
+    EvaluationSettings,
+    Hardware,
+    evaluate_bundle,
+    figures_table,
+    write_picture,
+)
 from whiflash_sglang.train.provenance import digest_of
 from whiflash_sglang.train.router_run import choose_answers
 from whiflash_sglang.train.runner import open_stores, train_dflash, train_eagle3
@@ -302,6 +308,14 @@ def test_a_bundle_is_evaluated(root: Path, config: TrainConfig, tmp_path: Path) 
     assert 1 <= max(lengths["eagle3"], lengths["dflash"]) <= lengths["oracle"] + 1e-9
     write_picture(result, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").stat().st_size > 1000
+    for part, other in (("eagle3", "dflash"), ("dflash", "eagle3")):
+        alone = {key: value for key, value in manifest.items() if key != other}
+        (bundle / "whiflash.json").write_text(json.dumps(alone))
+        options = EvaluationSettings(max_new_tokens=8, limit=4, hardware=Hardware(dtype="float32"))
+        result = evaluate_bundle(bundle, root / "prompts.jsonl", options)
+        names = {part, "lookup", "auto-unpriced", "oracle", "oracle-of-three"}
+        assert set(result["overall"]["acceptance_length"]) - {"copy-rule"} == names
+        figures_table(result)
 
 
 @pytest.mark.parametrize(

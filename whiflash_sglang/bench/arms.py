@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from whiflash_sglang.arms import AR, DIFFUSION
+from whiflash_sglang.drafter_set import NEEDED, PARTS, check_arms
 from whiflash_sglang.errors import ConfigError
 
 NONE = "none"
@@ -27,6 +29,8 @@ COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
 VARIANTS = {COPY_RULE: COPY_RULE, NO_LOOKUP: AUTO, BAD: AUTO}
 """Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
 KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
+DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,)}
+"""Upstream's arms, and the drafters of a bundle that they serve."""
 QUICK = (NONE, *STATIC, "auto")
 BESIDE = "@beside"
 """Ends the name of an arm that another checkout of this project serves."""
@@ -39,26 +43,30 @@ EAGLE_STEPS = 5
 class Subject:
     """What every arm serves.
 
-    target, bundle: directories. eagle3, dflash: the bundle's checkpoints. common: arguments of every server.
-    variants: arm → the changed bundle that it serves, for the arms that are wanted. beside: another checkout of this
-    project, which serves the arms whose names say so.
+    target, bundle: directories. eagle3, dflash: the bundle's checkpoints, one of which may be missing. common:
+    arguments of every server. variants: arm → the changed bundle that it serves, for the arms that are wanted. beside:
+    another checkout of this project, which serves the arms whose names say so.
     """
 
     target: Path
     bundle: Path
-    eagle3: Path
-    dflash: Path
+    eagle3: Path | None
+    dflash: Path | None
     dtype: str
     common: tuple[str, ...] = ()
     variants: Mapping[str, Path] = field(default_factory=dict)
     beside: Path | None = None
 
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Arms whose checkpoints are there."""
+        return tuple(arm for arm, part in PARTS.items() if getattr(self, part))
+
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
         """`arguments` as they may be published: directories by what they hold."""
         names = {
             **{str(path): f"BUNDLE-OF-{arm}" for arm, path in self.variants.items()},
-            str(self.eagle3): "BUNDLE/eagle3",
-            str(self.dflash): "BUNDLE/dflash",
+            **{str(getattr(self, PARTS[arm])): f"BUNDLE/{PARTS[arm]}" for arm in self.drafters},
             str(self.bundle): "BUNDLE",
             str(self.target): "TARGET",
         }
@@ -91,7 +99,8 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     does. Plain decoding is always among them.
 
     Raises:
-        ConfigError: a name is unknown or given twice, or wants another checkout where there is none.
+        ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout where
+            there is none.
     """
     wanted = list(names) if NONE in names else [NONE, *names]
     if len(set(wanted)) != len(wanted):
@@ -102,6 +111,15 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     # Both sides of the comparison send their rounds with the answer, so that neither has less to do.
     traced = _hints({"trace": "full"})
     return [replace(arm, request=traced) if arm.name == AUTO else arm for arm in arms]
+
+
+def _needed(kind: str) -> tuple[str, ...]:
+    return DRAFTERS.get(kind) or NEEDED.get({**ROUTERS, **VARIANTS}.get(kind, ""), ())
+
+
+def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
+    """Those arms of `names` that the bundle has drafters for."""
+    return [name for name in names if set(_needed(name)) <= set(subject.drafters)]
 
 
 def _arm(name: str, subject: Subject) -> Arm:
@@ -116,6 +134,7 @@ def _arm(name: str, subject: Subject) -> Arm:
             f"--arms: {name!r} is unknown; known: {', '.join(KNOWN)}, EAGLE3:STEPS, DFLASH:BLOCK, "
             f"and each with {BESIDE}"
         )
+    check_arms(f"--arms {kind}", _needed(kind), subject.drafters)
     common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)
     if kind == NONE:
         return Arm(name, name, common)

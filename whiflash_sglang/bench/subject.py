@@ -54,8 +54,8 @@ def build_subject(
     return Subject(
         target=target,
         bundle=bundle,
-        eagle3=member(bundle, manifest, "eagle3"),
-        dflash=member(bundle, manifest, "dflash"),
+        eagle3=member(bundle, manifest, "eagle3") if manifest.eagle3 else None,
+        dflash=member(bundle, manifest, "dflash") if manifest.dflash else None,
         dtype=dtype,
         common=(*common, *extra),
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},

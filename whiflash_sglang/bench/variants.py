@@ -31,7 +31,7 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
     shutil.copytree(bundle, directory, copy_function=_link)
     if arm == BAD:
         fields.pop("router", None)
-        for part in ("eagle3", "dflash"):
+        for part in {"eagle3", "dflash"} & fields.keys():
             _shuffle(directory / fields[part])
     (directory / MANIFEST).unlink()  # it is the bundle's own
     (directory / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")

@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         import shlex
         import tempfile
 
-        from whiflash_sglang.bench.arms import build_arms
+        from whiflash_sglang.bench.arms import build_arms, those_with_drafters
         from whiflash_sglang.bench.command import Outputs, judge, loads_of, run, scale_of
         from whiflash_sglang.bench.prompts import load_prompts, sample, shipped
         from whiflash_sglang.bench.runner import Plan
@@ -83,9 +83,10 @@ def register(app: typer.Typer) -> None:
         with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
             extra = shlex.split(server_args)
             subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
+            wanted = scale.arms if arms else those_with_drafters(scale.arms, subject)
             plan = Plan(
                 subject=subject,
-                arms=tuple(build_arms(scale.arms, subject)),
+                arms=tuple(build_arms(wanted, subject)),
                 prompts=tuple(chosen),
                 loads=tuple(loads),
                 repetitions=repetitions,

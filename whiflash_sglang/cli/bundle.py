@@ -21,9 +21,13 @@ def register(app: typer.Typer) -> None:
     @bundle.command()
     def create(
         target: Annotated[str, typer.Option("--target", help=f"The model that is served: {_ID}.")],
-        eagle3: Annotated[str, typer.Option("--eagle3", help=f"The autoregressive drafter: {_ID}.")],
-        diffusion: Annotated[str, typer.Option("--diffusion", help=f"The block drafter: {_ID}.")],
         out: Annotated[Path, typer.Option("--out", help="Directory of the bundle; must not exist.")],
+        eagle3: Annotated[
+            str | None, typer.Option("--eagle3", help=f"The autoregressive drafter: {_ID}.")
+        ] = None,
+        diffusion: Annotated[
+            str | None, typer.Option("--diffusion", help=f"The block drafter: {_ID}.")
+        ] = None,
         router: Annotated[
             str | None, typer.Option("--router", help=f"A neural router: {_ID}, or a .safetensors file.")
         ] = None,
@@ -38,7 +42,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Check that drafters fit a target, from their config.json alone, and write a bundle that names them.
 
-        Hub ids are pinned to the commit they are at and fetched when the bundle is served; directories are copied.
+        Hub ids are pinned to the commit they are at and fetched when the bundle is served; directories are copied. One
+        drafter alone will do; routers that choose between two are then refused by name.
 
         Example: whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --diffusion OWNER/DF --out my-bundle
         """
@@ -48,7 +53,8 @@ def register(app: typer.Typer) -> None:
         if as_json:
             report(manifest, True)
             return
-        report({part: _place(manifest, part) for part in ("target", "eagle3", "dflash")}, False)
+        parts = [part for part in ("target", "eagle3", "dflash") if part in manifest]
+        report({part: _place(manifest, part) for part in parts}, False)
         typer.echo(f"serve it: whiflash serve --model-path {target.partition('@')[0]} --bundle {out}")
 
 

@@ -7,9 +7,10 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_pair
+from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_drafters
 from whiflash_sglang.compat import hooks
 from whiflash_sglang.compat.carried import ALGORITHM, asks_for_ours, settings_of
+from whiflash_sglang.config import Settings
 from whiflash_sglang.errors import ConfigError, WhiflashError
 
 DEFAULT_RUNNING_REQUESTS = 48
@@ -22,9 +23,7 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
     def handle_server_args(self, server_args: Any) -> None:
         """Fix the numbers the KV reservation is computed from: the widest block of any arm."""
         settings = settings_of(server_args)
-        width = max(settings.eagle_steps + 1, widest_block(server_args))
-        if settings.lookup.enabled:
-            width = max(width, settings.lookup.max_width + 1)
+        width = widest_block(settings)
         if settings.backlog_tokens <= width:
             raise ConfigError(
                 f"--whiflash-backlog-tokens {settings.backlog_tokens} is too few: a round commits up to {width} "
@@ -57,10 +56,12 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
 
-def widest_block(server_args: Any) -> int:
-    """Tokens of a DFlash block under these arguments."""
-    settings = settings_of(server_args)
-    return block_size_of(settings.dflash, settings.block_size)
+def widest_block(settings: Settings) -> int:
+    """Rows that a verification has at most: the widest arm's drafts and the bonus token."""
+    width = settings.eagle_steps + 1 if settings.eagle3 else 1
+    if settings.dflash:
+        width = max(width, block_size_of(settings.dflash, settings.block_size))
+    return max(width, settings.lookup.max_width + 1 if settings.lookup.enabled else 1)
 
 
 def validate(server_args: Any) -> None:
@@ -91,7 +92,7 @@ def _judge(server_args: Any) -> None:
     if refusal is not None:
         raise ConfigError(refusal)
     settings = settings_of(server_args)
-    check_pair(settings.eagle3, settings.dflash, TargetShape.of(launch.model))
+    check_drafters(settings.drafters, TargetShape.of(launch.model))
 
 
 def register() -> None:

@@ -116,7 +116,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     server_args._whiflash = settings
     choose_for_cuda(server_args)
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.
-    server_args.speculative_draft_model_path = str(settings.dflash)
+    server_args.speculative_draft_model_path = str(settings.dflash or settings.eagle3)
     if server_args.chat_template is None and settings.chat_template is not None:
         server_args.chat_template = str(settings.chat_template)
     if server_args.tool_call_parser is None and settings.tool_call_parser is not None:

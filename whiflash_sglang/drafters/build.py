@@ -18,33 +18,36 @@ from whiflash_sglang.models.router import Layers, Router
 
 
 def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
-    """Load both checkpoints, which were checked against the target when the arguments were read.
+    """Load the checkpoints, which were checked against the target when the arguments were read.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    eagle3, dflash = read_draft(settings.eagle3, arms.AR), read_draft(settings.dflash, arms.DIFFUSION)
-    layers = [target_layers(draft, target.shape.num_layers) for draft in (eagle3, dflash)]
-    captured = tuple(sorted(set(layers[0]) | set(layers[1])))
-    chain, block_drafter = (
-        draft.load(
+    drafts = {arm: read_draft(path, arm) for arm, path in settings.drafters.items()}
+    layers = {arm: target_layers(draft, target.shape.num_layers) for arm, draft in drafts.items()}
+    captured = tuple(sorted({layer for own in layers.values() for layer in own}))
+    models = {
+        arm: draft.load(
             device=target.device,
             dtype=target.dtype,
             target_embedding=target.embedding,
             target_lm_head=target.lm_head,
         ).requires_grad_(False)
-        for draft in (eagle3, dflash)
-    )
-    block = block_size_of(settings.dflash, settings.block_size)
-    shared = settings.dflash_vocabulary == "eagle3"
-    vocabulary = (
-        chain.target_ids(torch.arange(chain.draft_vocab_size, device=target.device)) if shared else None
-    )
+        for arm, draft in drafts.items()
+    }
+    block = block_size_of(settings.dflash, settings.block_size) if settings.dflash else 0
     positions = target.context_len + max(block, settings.eagle_steps)
-    drafters: list[Drafter] = [
-        Eagle3Arm(chain, captured, layers[0], settings.eagle_steps, positions),
-        DFlashArm(block_drafter, captured, layers[1], block, positions, vocabulary),
-    ]
+    drafters: list[Drafter] = []
+    if arms.AR in models:
+        chain = models[arms.AR]
+        drafters.append(Eagle3Arm(chain, captured, layers[arms.AR], settings.eagle_steps, positions))
+    if arms.DIFFUSION in models:
+        vocabulary = None
+        if settings.dflash_vocabulary == "eagle3":
+            ids = torch.arange(models[arms.AR].draft_vocab_size, device=target.device)
+            vocabulary = models[arms.AR].target_ids(ids)
+        own = layers[arms.DIFFUSION]
+        drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup, HostView.of(target.device)))
     return drafters

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from whiflash_sglang.config import load_manifest
+from whiflash_sglang.drafter_set import NAMES, check_arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.calibrate import choices_above, frame, sweep
@@ -65,6 +66,7 @@ def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
         WhiflashError: the bundle, the server or an option cannot be used. ValueError: prompts cannot.
     """
     manifest = load_manifest(bundle)
+    check_arms("calibration of the routers between two drafters", NAMES, manifest.drafters)
     if (settings.config is None) == (settings.prompts is None):
         raise ConfigError("give either --config (stored answers) or --prompts (answered now)")
     seconds = None if settings.round_ms is None else parse_round_costs(settings.round_ms)
@@ -112,9 +114,7 @@ def stored_answers(
     stores = open_stores(config)
     held_out = [
         source
-        for source in choose_answers(
-            stores, (parts.eagle3, parts.dflash), sum(len(store.records) for store in stores)
-        )
+        for source in choose_answers(stores, parts.checkpoints, sum(len(store.records) for store in stores))
         if is_held_out(source.record.id, config.router.held_out)
     ]
     taken: Counter[str] = Counter()

@@ -116,7 +116,11 @@ def _walk(
     )  # arm, what it was decided on, tokens, where it ended
     while position < end:
         expected = answer.copies[position - sum(one[2] for one in missing) if lag.copies else position]
-        outlook: dict[str, float | None] = {arms.AR: None, arms.DIFFUSION: None}
+        outlook: dict[str, float | None] = {
+            arm: None
+            for arm, replayed in REPLAYED.items()
+            if replayed in JOINED.values() and replayed in answer.accepted
+        }
         if expected > 0:
             outlook[arms.LOOKUP] = 1.0 + float(expected)
         (arm,) = route(policy, [lane], [position], [outlook], costs)

@@ -69,7 +69,11 @@ def walk(
 
 
 def best_arms(answer: Replay, among: Sequence[str] = ARMS) -> dict[int, str]:
-    """The hindsight oracle: at every position the arm that accepts most; the first of `among` on a tie."""
+    """The hindsight oracle: at every position the arm that accepts most; the first of `among` on a tie.
+
+    What was not replayed is left out.
+    """
+    among = [arm for arm in among if arm in answer.accepted]
     lengths = np.stack([answer.accepted[arm] for arm in among])
     return {position: among[arm] for position, arm in enumerate(lengths.argmax(0).tolist())}
 
@@ -90,7 +94,8 @@ def tabulate(
     Returns:
         {"categories": {category: figures}, "overall": figures, "loop": figures}; `overall` weighs every
         category the same and leaves loops out. Figures: acceptance_length by arm, router and oracle;
-        rounds_won (share of all positions at which a drafter accepts strictly more than the other drafter);
+        rounds_won (share of all positions at which a drafter accepts strictly more than the other drafter, if there
+        are two);
         oracle_gain_share by router, of the gain of its oracle over the better static arm.
     """
     walks = {
@@ -112,20 +117,23 @@ def _figures(
     parts: Sequence[tuple[int, int, int]],
     routers: Mapping[str, RouterWalk],
 ) -> dict[str, Any]:
-    walks = {name: Tally() for name in (*ALL_ARMS, *routers, ORACLE, ORACLE_OF_THREE)}
-    strictly = dict.fromkeys(ARMS, 0)
+    trained = answers[0].trained
+    every = (*trained, LOOKUP)
+    walks = {name: Tally() for name in (*every, *routers, ORACLE, ORACLE_OF_THREE)}
+    pair = trained if len(trained) == 2 else ()
+    strictly = dict.fromkeys(pair, 0)
     positions = 0
     for index, begin, end in parts:
         answer = answers[index]
-        for arm in ALL_ARMS:
+        for arm in every:
             walk(answer, arm, begin, end, walks[arm])
         for name, router in routers.items():
             walk(answer, router.choices[index], begin, end, walks[name], router.min_dwell)
         walk(answer, best_arms(answer), begin, end, walks[ORACLE])
         walk(answer, best_arms(answer, ALL_ARMS), begin, end, walks[ORACLE_OF_THREE])
-        first, second = (answer.accepted[arm][begin:end] for arm in ARMS)
-        strictly[ARMS[0]] += int((first > second).sum())
-        strictly[ARMS[1]] += int((second > first).sum())
+        for arm, other in zip(pair, reversed(pair), strict=True):
+            better = answer.accepted[arm][begin:end] > answer.accepted[other][begin:end]
+            strictly[arm] += int(better.sum())
         positions += end - begin
     lengths = {name: tally.acceptance_length for name, tally in walks.items()}
     return {
@@ -142,7 +150,8 @@ def _gain_shares(lengths: Mapping[str, float], routers: Mapping[str, RouterWalk]
     for name, router in routers.items():
         if router.priced:
             continue
-        static = max(lengths[arm] for arm in (ALL_ARMS if router.copies else ARMS))
+        among = ALL_ARMS if router.copies else ARMS
+        static = max(lengths[arm] for arm in among if arm in lengths)
         gain = lengths[ORACLE_OF_THREE if router.copies else ORACLE] - static
         shares[name] = (lengths[name] - static) / gain if gain > 0 else float("nan")
     return shares

@@ -15,7 +15,6 @@ from whiflash_sglang.bundle_members import member
 from whiflash_sglang.checkpoints import block_size_of
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import Data, Hardware, Slots
 from whiflash_sglang.train.controlled import Known, Lag, Prices, auto_choices
@@ -91,7 +90,7 @@ def answer_and_replay(
 ) -> AnsweredBundle:
     """The target answers `rows` (the first `limit`, balanced), and the bundle's drafters are replayed."""
     manifest = load_manifest(bundle)
-    capture = _capture_union(member(bundle, manifest, "eagle3"), member(bundle, manifest, "dflash"))
+    capture = Parts.of_bundle(bundle).captured
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
@@ -138,17 +137,21 @@ def routers_of(
 ) -> dict[str, RouterWalk]:
     """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`: unpriced, and for the
     embedded target, whose prices are known, priced. Unpriced also `lags` rounds behind the device, by what is late.
+    Beside one drafter alone there are no routers that choose between two.
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
     nats = [entropies(answer, target).tolist() for answer in answers]
-    walks = {"entropy": RouterWalk([entropy_choices(one, tau) for one in nats], dwell)}
+    walks = {}
+    if len(manifest.drafters) == 2:
+        walks["entropy"] = RouterWalk([entropy_choices(one, tau) for one in nats], dwell)
     router = None
     if manifest.router is not None:
         router = load_router(bundle, target)
         threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
         walks["neural"] = RouterWalk([router_choices(router, one, threshold) for one in answers], dwell)
-    walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
+    if manifest.eagle3:
+        walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
     for lag in lags:
@@ -156,7 +159,7 @@ def routers_of(
             choices = auto_choices(answers, known, None, Lag(lag, signals=signals, copies=copies))
             walks[f"lag-{lag}-{name}"] = RouterWalk(choices, copies=True)
     if is_embedded(manifest.target):
-        block_size = block_size_of(member(bundle, manifest, "dflash"), None)
+        block_size = block_size_of(member(bundle, manifest, "dflash"), None) if manifest.dflash else 1
         prices = Prices.of_two_cores(eagle_steps, block_size)
         walks["auto"] = RouterWalk(auto_choices(answers, known, prices), copies=True, priced=True)
     return walks
@@ -208,10 +211,6 @@ def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
     return rows
 
 
-def _capture_union(eagle3: Path, dflash: Path) -> list[int]:
-    return sorted({layer for path in (eagle3, dflash) for layer in read_draft(path).config.target_layer_ids})
-
-
 def figures_table(result: Mapping[str, Any]) -> Table:
     """The result for a terminal."""
     names = list(result["overall"]["acceptance_length"])
@@ -219,14 +218,15 @@ def figures_table(result: Mapping[str, Any]) -> Table:
     table.add_column("category")
     for name in names:
         table.add_column(name, justify="right")
-    for arm in ARMS:
+    compared = list(result["overall"]["rounds_won"])
+    for arm in compared:
         table.add_column(f"{arm} better", justify="right")
     groups = [*result["categories"].items(), ("overall", result["overall"]), (LOOP, result[LOOP])]
     for category, figures in groups:
         if figures is None:
             continue
         lengths = [f"{figures['acceptance_length'][name]:.2f}" for name in names]
-        shares = [f"{figures['rounds_won'][arm]:.0%}" for arm in ARMS]
+        shares = [f"{figures['rounds_won'][arm]:.0%}" for arm in compared]
         table.add_row(category, *lengths, *shares)
     return table
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from whiflash_sglang.bundle_members import member
 from whiflash_sglang.config import Lookup, load_manifest, lookup_of
+from whiflash_sglang.drafter_set import PARTS
 from whiflash_sglang.jsonl import lines_of
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.progress import tracked
 from whiflash_sglang.train.batches import Batch, unpack
@@ -34,7 +36,7 @@ from whiflash_sglang.train.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.store import Sequence as Stored
 
 ARMS = ("eagle3", "dflash")
-"""The trained drafters, between which the paper's routers choose."""
+"""The trained drafters, between which the paper's routers choose; a bundle may have one of them alone."""
 
 LOOKUP = "lookup"
 JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}
@@ -50,10 +52,10 @@ Lengths = NDArray[np.int64]
 class Replay(NamedTuple):
     """One answer with what each arm would have accepted.
 
-    `accepted` arm (`ALL_ARMS` and `JOINED`) → [P] draft tokens accepted by a round starting at answer position i
-    (its bonus token is answer token i, P = answer tokens - 1). `final` [P, H] the target's state at the last
-    committed token of that round. `loop_from`: answer position from which the text repeats itself, P where it never
-    does.
+    `accepted` arm (of `ALL_ARMS` and `JOINED`, those that are there) → [P] draft tokens accepted by a round starting at
+    answer position i (its bonus token is answer token i, P = answer tokens - 1). `final` [P, H] the target's state at
+    the last committed token of that round. `loop_from`: answer position from which the text repeats itself, P where
+    it never does.
     `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
     `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies.
     """
@@ -69,7 +71,12 @@ class Replay(NamedTuple):
     @property
     def positions(self) -> int:
         """P: places where a round can start."""
-        return len(self.accepted[ARMS[0]])
+        return len(self.accepted[LOOKUP])
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The trained drafters that were replayed, of `ARMS`."""
+        return tuple(arm for arm in ARMS if arm in self.accepted)
 
     def drafts_accepted(self, arm: str, position: int) -> int:
         """Of a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
@@ -77,10 +84,10 @@ class Replay(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a server drafts with: both checkpoints, drafts of a chain, what DFlash chooses from, the copying arm."""
+    """What a server drafts with: one or both checkpoints, drafts of a chain, what DFlash chooses from, copying."""
 
-    eagle3: Path
-    dflash: Path
+    eagle3: Path | None
+    dflash: Path | None
     eagle_steps: int = 5
     dflash_vocabulary: str = "full"
     lookup: Lookup = Lookup()
@@ -89,24 +96,44 @@ class Parts(NamedTuple):
     def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "Parts":
         """As the bundle's manifest says."""
         manifest = load_manifest(bundle)
+        eagle3, dflash = (
+            member(bundle, manifest, part) if getattr(manifest, part) else None for part in ARMS
+        )
         return cls(
-            member(bundle, manifest, "eagle3"),
-            member(bundle, manifest, "dflash"),
+            eagle3,
+            dflash,
             eagle_steps,
             manifest.dflash_vocabulary,
             lookup_of(manifest),
         )
 
+    @property
+    def checkpoints(self) -> tuple[Path, ...]:
+        """Directories of those that are there."""
+        return tuple(path for path in (self.eagle3, self.dflash) if path is not None)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names that a server has for them."""
+        return tuple(arm for arm, part in PARTS.items() if getattr(self, part))
+
+    @property
+    def captured(self) -> list[int]:
+        """Target layers that they read, ascending."""
+        return sorted(
+            {layer for path in self.checkpoints for layer in read_draft(path).config.target_layer_ids}
+        )
+
 
 class Pair(NamedTuple):
-    """Both drafters, loaded, and the settings of the copying arm.
+    """The drafters, loaded, one of which may be missing, and the settings of the copying arm.
 
     `vocabulary` [K] target ids that DFlash chooses from, `head` [K, H] their rows of the target's head. `digest`: of
     everything that decides what they draft; replays are kept under it.
     """
 
-    eagle3: Eagle3Drafter
-    dflash: DFlashDrafter
+    eagle3: Eagle3Drafter | None
+    dflash: DFlashDrafter | None
     eagle_steps: int
     vocabulary: Tensor
     head: Tensor
@@ -115,9 +142,9 @@ class Pair(NamedTuple):
 
     @classmethod
     def load(cls, parts: Parts, target: TargetModel) -> "Pair":
-        """Read both checkpoints. Raises `CheckpointError` where one does not fit the target."""
+        """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
         digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
-        for path in (parts.eagle3, parts.dflash):
+        for path in parts.checkpoints:
             for file in sorted(path.glob("*.safetensors")):
                 digest.update(file.read_bytes())
         options: dict[str, Any] = {
@@ -126,13 +153,19 @@ class Pair(NamedTuple):
             "target_embedding": target.embedding,
             "target_lm_head": target.head,
         }
-        eagle3 = Eagle3Drafter.load(parts.eagle3, **options)
-        dflash = DFlashDrafter.load(parts.dflash, **options)
+        eagle3 = None if parts.eagle3 is None else Eagle3Drafter.load(parts.eagle3, **options)
+        dflash = None if parts.dflash is None else DFlashDrafter.load(parts.dflash, **options)
         vocabulary = torch.arange(len(target.head), device=target.device)
-        if parts.dflash_vocabulary == "eagle3":
+        if eagle3 is not None and parts.dflash_vocabulary == "eagle3":
             vocabulary = eagle3.target_ids(torch.arange(eagle3.draft_vocab_size, device=target.device))
         head = target.head if parts.dflash_vocabulary == "full" else target.head[vocabulary]
         return cls(eagle3, dflash, parts.eagle_steps, vocabulary, head, digest.hexdigest()[:16], parts.lookup)
+
+    @property
+    def longest(self) -> dict[str, int]:
+        """Drafts of a round of each drafter that is there, at most."""
+        drafts = {} if self.eagle3 is None else {"eagle3": self.eagle_steps}
+        return drafts if self.dflash is None else {**drafts, "dflash": self.dflash.block_size - 1}
 
 
 class ReplayLog:
@@ -142,13 +175,14 @@ class ReplayLog:
         """Open or create `<directory>/replay-<digest>.jsonl`; a half-written last line is dropped."""
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f"replay-{pair.digest}.jsonl"
+        self._arms = tuple(pair.longest)
         self.known: dict[str, dict[str, Lengths]] = {}
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         lines = [line for _, line in lines_of(text)]
         for line in lines:
             try:
                 row = json.loads(line)
-                self.known[row["id"]] = {arm: np.array(row[arm], dtype=np.int64) for arm in ARMS}
+                self.known[row["id"]] = {arm: np.array(row[arm], dtype=np.int64) for arm in self._arms}
             except (json.JSONDecodeError, KeyError):
                 break
         if len(self.known) < len(lines):
@@ -164,7 +198,7 @@ class ReplayLog:
 
 
 def _line(name: str, lengths: Mapping[str, Lengths]) -> str:
-    return json.dumps({"id": name, **{arm: lengths[arm].tolist() for arm in ARMS}}) + "\n"
+    return json.dumps({"id": name, **{arm: found.tolist() for arm, found in lengths.items()}}) + "\n"
 
 
 def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
@@ -210,9 +244,9 @@ def _assemble(
 ) -> Replay:
     record = sequence.record
     copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, pair.lookup, calibration)
-    full = dict(zip(ARMS, (pair.eagle_steps, pair.dflash.block_size - 1), strict=True))
+    full = pair.longest
     widest = max(pair.lookup.max_width, *full.values())
-    joined = {JOINED[arm]: join_copies(lengths[arm], copied.accepted, full[arm], widest) for arm in ARMS}
+    joined = {JOINED[arm]: join_copies(lengths[arm], copied.accepted, full[arm], widest) for arm in full}
     positions = record.length - record.prompt_length - 1
     answer = sequence.tokens[record.prompt_length :].tolist()
     start = loop_start(answer[:-1] if record.finished else answer)
@@ -243,7 +277,7 @@ def join_copies(accepted: Lengths, copied: Lengths, full: int, widest: int) -> L
 
 @torch.inference_mode()
 def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dict[str, Lengths]:
-    """Accepted drafts of both trained drafters at every answer position."""
+    """Accepted drafts of the trained drafters at every answer position."""
     record = sequence.record
     batch = unpack(
         sequence.tokens,
@@ -252,10 +286,12 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dic
         torch.tensor([record.length]),
         torch.tensor([record.prompt_length]),
     )
-    return {
-        "eagle3": _chain_lengths(pair.eagle3, batch, capture, pair.eagle_steps),
-        "dflash": _block_lengths(pair, batch, capture),
-    }
+    lengths = {}
+    if pair.eagle3 is not None:
+        lengths["eagle3"] = _chain_lengths(pair.eagle3, batch, capture, pair.eagle_steps)
+    if pair.dflash is not None:
+        lengths["dflash"] = _block_lengths(pair.dflash, pair, batch, capture)
+    return lengths
 
 
 def _chain_lengths(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int) -> Lengths:
@@ -274,8 +310,7 @@ def _chain_lengths(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int],
     return lengths
 
 
-def _block_lengths(pair: Pair, batch: Batch, capture: Sequence[int]) -> Lengths:
-    drafter = pair.dflash
+def _block_lengths(drafter: DFlashDrafter, pair: Pair, batch: Batch, capture: Sequence[int]) -> Lengths:
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
     hidden = run_blocks(drafter, batch, blocks, columns)

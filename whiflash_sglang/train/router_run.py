@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whiflash_sglang.drafter_set import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.config import TrainConfig
@@ -67,6 +68,7 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     Raises:
         WhiflashError: a checkpoint does not fit. ValueError: there are too few answers.
     """
+    check_arms("a router", NAMES, drafters.arms)
     settings = config.router
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
@@ -76,7 +78,7 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     stores = open_stores(config)
     provenance = Provenance.start(config, stores)
     pair = Pair.load(drafters, target)
-    sources = choose_answers(stores, (drafters.eagle3, drafters.dflash), settings.answers)
+    sources = choose_answers(stores, drafters.checkpoints, settings.answers)
     work = config.work / "router"
     answers = replay_answers(pair, sources, ReplayLog(work, pair))
     parts = split(answers, settings.held_out)

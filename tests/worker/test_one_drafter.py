@@ -1,0 +1,39 @@
+"""A bundle that names one drafter alone: text is plain decoding's, and routing does with what is there."""
+
+import random
+from pathlib import Path
+
+import pytest
+from engine import engine
+from model_set import Models
+from reference import Comparison
+from traffic import mixed, play
+
+from whiflash_sglang.bundle_create import Parts, create
+from whiflash_sglang.errors import ConfigError
+
+
+@pytest.mark.parametrize("arm", ["ar", "diffusion"])
+def test_the_drafter_that_is_there_drafts(models: Models, tmp_path: Path, arm: str) -> None:
+    eagle3, dflash = (str(models.eagle3), None) if arm == "ar" else (None, str(models.dflash))
+    create(Parts(str(models.target), eagle3, dflash), tmp_path / "bundle")
+    arrivals = mixed(seed=3, count=8, shared=40, aborts=0.1, stops=0.3)
+    with engine(models.target) as e:
+        expected = play(e, arrivals)
+    used: set[str | None] = set()
+    flags = {"draft": tmp_path / "bundle", "whiflash_router": "random"}
+    with engine(models.target, whiflash=flags, chunked_prefill_size=32, max_running_requests=4) as e:
+        found = play(e, arrivals, lambda: used.update(lane.previous for lane in e.lanes.values()))
+        assert e.worker.snapshot()["arms"] == sorted({arm, "lookup"})
+        for router in ("auto", arm, "lookup", "none"):
+            e.worker.reconfigure({"router": router})
+            prompt = random.Random(1).choices(range(256), k=20)
+            assert e.generate([prompt], max_new_tokens=12) == e.generate([prompt], max_new_tokens=12)
+        with pytest.raises(ConfigError, match=r"'entropy' needs EAGLE-3 and DFlash; the drafters here are: "):
+            e.worker.reconfigure({"router": "entropy"})
+    assert used - {None} == {arm, "lookup", "none"}
+    comparison = Comparison(models.reference.target)
+    for a in arrivals:
+        whole = expected[a.rid][: len(found[a.rid])] if a.abort_after else expected[a.rid]
+        comparison.check(a.prompt, whole, found[a.rid], a.rid)
+    print(comparison.summary())
