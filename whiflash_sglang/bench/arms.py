@@ -99,8 +99,8 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     does. Plain decoding is always among them.
 
     Raises:
-        ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout where
-            there is none.
+        ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout
+            where there is none.
     """
     wanted = list(names) if NONE in names else [NONE, *names]
     if len(set(wanted)) != len(wanted):
