@@ -44,6 +44,8 @@ class Learner:
             if not tokens[i]:
                 continue
             width, row = found["widths"][i], lane.row
+            if "wanted" in found:
+                self.controller.costs.wanted(arm, found["wanted"][i])
             arm = plan.late if plan.late is not None and found["late"][i] else arm
             evidence = self.controller.committed(lane, decision, arm, tokens[i], width, found["starts"][i])
             # A request's last round ends what drafters keep of it.
@@ -82,9 +84,10 @@ def results_of(
     """All that `Learner.learn` reads of a round.
 
     `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C], of which
-    `own` count; `late` [B], 1 where the device took the drafts of `Plan.late`; `entropy` [B] and `outputs` [B, K] where
-    the policy asked for them.
+    `own` count; `late` [B], 1 where the device took the drafts of `Plan.late`; `wanted` [B], drafts before the bound on
+    rows was kept to, where there is one; `entropy` [B] and `outputs` [B, K] where the policy asked for them.
     """
+    wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
     return Download(
         starts=starts,
         widths=proposal.widths,
@@ -93,5 +96,6 @@ def results_of(
         tokens=committed.tokens,
         accept_lens=committed.accept_lens,
         confidences=proposal.confidences,
+        **wanted,
         **signals,
     )

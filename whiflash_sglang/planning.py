@@ -46,7 +46,8 @@ class Plan:
     up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with those
     that another arm may put behind them, 0 where none may. late: the arm whose drafts the device may put in any
     request's place, None where the host knows all beforehand; late_limits: their number at most. expected_drafts: of
-    each request on average, as it was routed. worth: what a further draft of each arm must bring.
+    each request on average, as it was routed, whoever's and whether or not they were verified. worth: what a further
+    draft of each arm must bring.
     """
 
     routes: list[str]
@@ -124,7 +125,7 @@ class Planner:
             joined,
             late if any(late_limits) else None,
             late_limits,
-            [self.controller.costs.width(arm) - 1 for arm in routes],
+            [self.controller.costs.drafts(arm) for arm in routes],
             {arm: self.controller.worth(arm) for arm in self.drafters},
             self._upload(requests, members, due, (limits, joined, late_limits), must_beat),
         )

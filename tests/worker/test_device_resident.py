@@ -75,6 +75,23 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     assert sum(copied) > 0, "no copy was ever right"
 
 
+def test_copies_are_verified_again_after_rounds_that_had_none(
+    running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host makes room for what there was. Where nothing was it must still learn of what there is now."""
+    running.worker.reconfigure({"router": "lookup"})
+    costs = running.worker.controller.costs
+    monkeypatch.setattr(costs, "_rows", {})
+    monkeypatch.setattr(costs, "_drafts", {})
+    for route in ("lookup", "none"):
+        for _ in range(5):
+            costs.widened(route, 1)
+            costs.wanted(route, 0)
+    assert running.generate(PROMPTS[:1], max_new_tokens=TOKENS) == plain[:1]
+    req = list(running.requests.values())[-1]
+    assert req.spec_num_correct_drafts > 0
+
+
 def test_rows_are_bounded_by_the_bucket(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,10 +94,6 @@ def test_text_is_plain_decodings_and_nothing_races(
 ) -> None:
     from sglang.srt.managers import scheduler
 
-    from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
-
-    # Whether a copy is worth its row depends on how long a round of this machine takes.
-    monkeypatch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
     monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 5)

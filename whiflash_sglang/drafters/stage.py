@@ -23,8 +23,9 @@ class Proposal:
 
     tokens: [B, W] int64, padded. widths: [B] int64, rows each request verifies (drafts + 1). own: [B] int64, drafts of
     the request's own arm among them; confidences: [B, C] float32, what that arm gave them. late: [B] int64, 1 where the
-    drafts are those of `Plan.late` instead. rows: of the verification;
-    stride: of its widest request, W + 1. Both are what the widths come to where the host may know them, else bounds.
+    drafts are those of `Plan.late` instead. rows: of the verification; stride: of its widest request, W + 1. Both are
+    what the widths come to where the host may know them, else bounds. wanted: [B] int64, drafts that there were before
+    the bound was kept to, where there is one.
     """
 
     tokens: torch.Tensor
@@ -34,6 +35,7 @@ class Proposal:
     confidences: torch.Tensor
     rows: int
     stride: int
+    wanted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +82,16 @@ class DraftStage:
         """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
         assert drafts.confidences is not None
         size, widest, most = len(plan.routes), max(plan.rooms), sum(plan.rooms)
-        counts = drafts.counts
+        counts, wanted = drafts.counts, None
         if not self.host.exact:
             most = bucket_of(size + min(plan.usual_drafts, most)) - size
-            counts = likeliest(drafts, most)
+            counts, wanted = likeliest(drafts, most), counts
         widths = counts + 1
         stride = self.host.size(widths.max(), widest + 1)
         rows = self.host.size(widths.sum(), size + most)
         tokens = drafts.tokens[:, : stride - 1]
-        return Proposal(tokens, widths, torch.minimum(own, counts), late, drafts.confidences, rows, stride)
+        own = torch.minimum(own, counts)
+        return Proposal(tokens, widths, own, late, drafts.confidences, rows, stride, wanted)
 
     def _prolonged(self, requests: RoundBatch, plan: Plan, drafts: Drafts) -> Drafts:
         """The drafts, and behind them what other arms know to follow, such as the copy that a chain leads into."""

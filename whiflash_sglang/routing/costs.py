@@ -16,6 +16,9 @@ from whiflash_sglang.routing.watch import CHEAPER, LIMIT, WINDOW, Watch, median,
 MEMORY = 200.0
 """Rounds after which an old measurement counts for little; machines get slower and faster while they serve."""
 
+DRAFTS_MEMORY = 32.0
+"""Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
+
 RATE_ROUNDS = 32
 """Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
 
@@ -161,6 +164,7 @@ class MeasuredCosts:
         self._timings: dict[str, int] = {}
         self._passes: dict[str, deque[float]] = {}
         self._rows: dict[str, Mean] = {}
+        self._drafts: dict[str, Mean] = {}
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
         self._rate = self._gap = 0.0
 
@@ -181,6 +185,10 @@ class MeasuredCosts:
     def widened(self, arm: str, rows: int) -> None:
         """A request routed to `arm` verified `rows` rows."""
         self._rows.setdefault(arm, Mean()).add(rows, MEMORY)
+
+    def wanted(self, route: str, drafts: int) -> None:
+        """A request routed to `route` had `drafts` drafts, its own or another arm's, before some were left out."""
+        self._drafts.setdefault(route, Mean()).add(drafts, DRAFTS_MEMORY)
 
     def verified(self, rows: int, requests: int, seconds: float) -> None:
         """The rest of a round that verified `rows` rows of `requests` requests took `seconds`."""
@@ -208,6 +216,11 @@ class MeasuredCosts:
 
     def verify(self, rows: float, requests: int) -> float:
         return self._verify.at(rows - requests, requests) + self._gap
+
+    def drafts(self, route: str) -> float:
+        """Drafts that a request routed to `route` has: room for fewer than there are would never show that."""
+        drafts = self._drafts.get(route)
+        return drafts.value if drafts else self._widest(route) - 1
 
     def width(self, arm: str) -> float:
         rows = self._rows.get(arm)
