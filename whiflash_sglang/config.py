@@ -61,7 +61,7 @@ class Lookup(_Strict):
     enabled: whether it is there. max_width: drafts at most. min_match: shortest suffix match worth copying from.
     seed: chances that a copied token is right before anything was seen, as `whiflash lookup-seed` measures them
     (default: the embedded bundle's). memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0
-    for none. memory_minutes: how old they may get.
+    for none. memory_minutes: how old they may get. prediction_tokens: longest prediction that a request may bring.
     """
 
     enabled: bool = True
@@ -70,6 +70,7 @@ class Lookup(_Strict):
     seed: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], ...], ...] | None = None
     memory_mib: Annotated[int, Field(ge=0)] = 0
     memory_minutes: Positive = 30
+    prediction_tokens: Positive = 16384
 
     @field_validator("seed")
     @classmethod
@@ -138,6 +139,7 @@ class Flags(_Strict):
     dflash_vocabulary: DraftVocabulary | None = None
     lookup: Literal["on", "off"] | None = None
     lookup_memory_mib: Annotated[int, Field(ge=0)] | None = None
+    lookup_prediction_tokens: Positive | None = None
     backlog_tokens: Annotated[int, Field(ge=32)] = 64
 
 
@@ -369,6 +371,7 @@ def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
     given: dict[str, Any] = {
         "enabled": None if flags.lookup is None else flags.lookup == "on",
         "memory_mib": flags.lookup_memory_mib,
+        "prediction_tokens": flags.lookup_prediction_tokens,
     }
     return lookup_of(manifest).model_copy(
         update={k: value for k, value in given.items() if value is not None}

@@ -28,6 +28,8 @@ MEANING = {
     "lookup": "The copying arm: on or off. Default: as the bundle says, else on.",
     "lookup_memory_mib": "MiB of recent outputs to copy from in later requests of the same cache salt and extra key; "
     "0 keeps none. Default: the bundle's, else 0.",
+    "lookup_prediction_tokens": "Tokens of the longest prediction (predicted outputs) that a request may bring. "
+    "Default: the bundle's, else 16384.",
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
 }
 

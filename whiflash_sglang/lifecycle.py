@@ -9,10 +9,11 @@ from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.streamer import recording_of
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, Predicted
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
+from whiflash_sglang.spans.prediction import ReadPrediction
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,9 @@ class Lifecycle:
         controller: Controller,
         tokens: TokenTable,
         stops: StopTable,
+        read_prediction: ReadPrediction,
     ) -> None:
+        self._read_prediction = read_prediction
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops = tokens, stops
 
@@ -37,8 +40,9 @@ class Lifecycle:
         if not req.output_ids and self._controller.holds(row, req.rid):
             return
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
+        predicted = self._predicted(req)
         for drafter in self._drafters.values():
-            drafter.begin(row, hints, tenant)
+            drafter.begin(row, hints, tenant, predicted)
         recording = recording_of(req, hints.trace) if hints.trace else None
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(row, req.origin_input_ids, req.output_ids)
@@ -60,6 +64,15 @@ class Lifecycle:
         """Every slot is free, so nothing that was parked has a home."""
         for row in list(self._controller.lanes):
             self._forget(row)
+
+    def _predicted(self, req: Any) -> Predicted | None:
+        """What the request's caller expects back. Malformed: as of `_hints_of`."""
+        try:
+            tokens = self._read_prediction(req.sampling_params.custom_params)
+        except HintError as error:
+            logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
+            return None
+        return Predicted(tokens, len(req.origin_input_ids)) if tokens else None
 
     def _forget(self, row: int) -> None:
         self._sync.forget(row)

@@ -38,6 +38,7 @@ from whiflash_sglang.planning import Plan, Planner, drafts_nothing, rows_of, wid
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.transfers import Download
 
@@ -98,7 +99,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         rows, context = slots.shape
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
         self.stops = StopTable(rows, self.target.device)
-        self.lifecycle = Lifecycle(self.drafters, self.sync, self.controller, self.tokens, self.stops)
+        longest, vocabulary = self.settings.lookup.prediction_tokens, self.target.shape.vocab_size
+        read_prediction = prediction_reader(self._target_worker.tokenizer, longest, vocabulary)
+        self.lifecycle = Lifecycle(
+            self.drafters, self.sync, self.controller, self.tokens, self.stops, read_prediction
+        )
         self.planner = Planner(self.drafters, self.sync, self.controller, self.clock)
         self.stage = DraftStage(
             self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host

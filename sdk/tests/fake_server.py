@@ -49,6 +49,7 @@ CAPABILITIES: dict[str, Any] = {
     "policy": "auto",
     "arms": ["ar", "diffusion", "lookup", "none"],
     "traces": ["summary", "full"],
+    "prediction_tokens": 16384,
     "tool_call_parser": "hermes",
     "reasoning_parser": None,
     "a_later_field": {"is": "ignored"},

@@ -14,6 +14,7 @@ from whiflash_sdk.errors import (
     WhiFlashError,
 )
 from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
+from whiflash_sdk.prediction import predict
 from whiflash_sdk.spans import hinted
 from whiflash_sdk.streaming import AsyncTracedStream, TracedStream
 from whiflash_sdk.trace import ArmTotals, Stretch, Trace, routing
@@ -44,6 +45,7 @@ __all__ = [
     "capabilities",
     "collect",
     "hinted",
+    "predict",
     "presets",
     "routing",
     "spans",

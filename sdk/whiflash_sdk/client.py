@@ -14,6 +14,7 @@ from whiflash_sdk.capabilities import Capabilities, ask, async_ask
 from whiflash_sdk.collecting import collectors, note, open_scope
 from whiflash_sdk.derive import complete, derive_spans
 from whiflash_sdk.hints import WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.spans import block_hints, opened_span
 from whiflash_sdk.streaming import traced_class
 
@@ -192,6 +193,17 @@ def _with_hints(options: Any, outer: Hints, found: Capabilities | bool | None) -
             if hints.trace not in (False, *found.traces):  # servers of before have one level, the full one
                 hints = hints.model_copy(update={"trace": True})
         params[WIRE_KEY] = complete(hints, derived, opened_span()).encode()
+        extra = {**_predicted(options, found), **extra}
     if params:
         extra["custom_params"] = params
     return options.model_copy(update={"extra_json": extra or None})
+
+
+def _predicted(options: Any, found: Capabilities | bool) -> dict[str, Any]:
+    """The enclosing block's prediction, where the call has none of its own and the server understands it."""
+    text = predicted_text()
+    body = options.json_data if isinstance(options.json_data, Mapping) else {}
+    understood = found is True or (isinstance(found, Capabilities) and found.prediction_tokens > 0)
+    if text is None or "prediction" in body or not understood:
+        return {}
+    return {"prediction": {"type": "content", "content": text}}

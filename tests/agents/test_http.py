@@ -209,3 +209,142 @@ def test_a_thousand_fuzzed_hints_are_refused_or_served(server: Server) -> None:
         assert statuses.count(400) > 100
         assert http.get("/health").status_code == 200
         assert http.post("/generate", json=request("/generate", None)).status_code == 200
+
+
+def predict(text: object, kind: str = "content") -> dict[str, Any]:
+    return {"type": kind, "content": text}
+
+
+LETTERS = "[a-z]{40}"
+"""What the tiny target would write has characters of several tokens."""
+
+
+def asked_of(route: str, predicted: object, **more: Any) -> dict[str, Any]:
+    """A request for 24 letters, a token each, with a predicted text, where the route has its place for one."""
+    if route == "/generate":
+        params = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True, "regex": LETTERS}
+        return {
+            "text": PROMPT,
+            "sampling_params": {**params, "custom_params": {"whiflash_prediction": predicted}},
+            **more,
+        }
+    asked = {
+        "model": "tiny",
+        "max_tokens": 24,
+        "temperature": 0,
+        "ignore_eos": True,
+        "regex": LETTERS,
+        **more,
+    }
+    shown: dict[str, Any] = {"messages": MESSAGES} if "chat" in route else {"prompt": PROMPT}
+    return {**asked, **shown, **({} if predicted is None else {"prediction": predict(predicted)})}
+
+
+def post(server: Server, route: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(server.url + route, json=body, timeout=None)
+
+
+def answer_of(route: str, body: Any) -> tuple[str, dict[str, int]]:
+    """Text, and what of the prediction appeared."""
+    if route == "/generate":
+        return body["text"], {k: v for k, v in body["meta_info"].items() if k.endswith("prediction_tokens")}
+    choice = body["choices"][0]
+    text = choice["message"]["content"] if "chat" in route else choice["text"]
+    return text, body["usage"]["completion_tokens_details"] or {}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_prediction_leaves_the_text_and_is_counted(server: Server, route: str) -> None:
+    plain, counts = answer_of(route, post(server, route, asked_of(route, None)).json())
+    assert counts == {}
+    assert len(plain) == 24
+    for predicted, accepted in ((plain, 24), (plain[:10], 10), (plain + "~" * 9, 24), ("~" * 9, 0), ("", 0)):
+        text, counts = answer_of(route, post(server, route, asked_of(route, predicted)).json())
+        assert text == plain
+        assert counts["accepted_prediction_tokens"] == accepted
+        assert counts["rejected_prediction_tokens"] == len(predicted) - accepted
+
+
+def test_parts_of_a_prediction_are_one_text_and_choices_are_summed(server: Server) -> None:
+    route = "/v1/chat/completions"
+    plain, _ = answer_of(route, post(server, route, asked_of(route, None)).json())
+    body = asked_of(route, None, n=2)
+    body["prediction"] = predict(
+        [{"type": "text", "text": plain[:7]}, {"type": "text", "text": plain[7:] + "~"}]
+    )
+    found = post(server, route, body).json()
+    assert [choice["message"]["content"] for choice in found["choices"]] == [plain, plain]
+    details = found["usage"]["completion_tokens_details"]
+    assert details == {
+        "reasoning_tokens": 0,
+        "accepted_prediction_tokens": 48,
+        "rejected_prediction_tokens": 2,
+    }
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+def test_a_stream_ends_with_what_appeared(server: Server, client: OpenAI, route: str) -> None:
+    plain, _ = answer_of(route, post(server, route, asked_of(route, None)).json())
+    asked = asked_of(route, plain + "~~", stream=True, stream_options={"include_usage": True})
+    asked["extra_body"] = {name: asked.pop(name) for name in ("ignore_eos", "regex")}
+    if "chat" in route:
+        chunks: list[Any] = list(client.chat.completions.create(**asked))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    else:
+        asked["extra_body"]["prediction"] = asked.pop("prediction")
+        chunks = list(client.completions.create(**asked))
+        text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text == plain
+    (usage,) = [chunk.usage for chunk in chunks if chunk.usage]
+    assert usage.completion_tokens_details.accepted_prediction_tokens == 24
+    assert usage.completion_tokens_details.rejected_prediction_tokens == 2
+
+
+def test_who_predicts_nothing_gets_what_sglang_sends(server: Server) -> None:
+    """Beside clients with a prediction; the fields and their order are SGLang's own."""
+    from sglang.srt.entrypoints.openai.protocol import UsageInfo
+
+    route = ROUTES[0]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda p: post(server, route, asked_of(route, p)), [None, "abc"] * 4))
+    for answer in answers[::2]:
+        usage = answer.json()["usage"]
+        numbers = {key: usage[key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        assert json.dumps(usage) == json.dumps(UsageInfo(**numbers).model_dump())
+    assert all(answer.json()["usage"]["completion_tokens_details"] for answer in answers[1::2])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "said"),
+    [
+        ("text", "prediction: must be an object"),
+        ({"type": "diff", "content": "a"}, "prediction.type: must be content"),
+        ({"type": "content"}, "prediction.content: must be a string or a list"),
+        (predict([{"type": "text", "text": "a"}, {"type": "image_url"}]), "prediction.content[1].type"),
+        (predict([{"type": "text", "text": 3}]), "prediction.content[0].text"),
+        (predict("a" * 20_000), "prediction: is 20000 tokens long; at most 16384"),
+        (predict("a" * 300_000), "prediction: is 300000 characters long; at most 16384"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_malformed_prediction_is_a_400_that_names_it(
+    server: Server, prediction: Any, said: str, stream: bool
+) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "prediction": prediction, "stream": stream}
+    answer = post(server, ROUTES[0], body)
+    assert answer.status_code == 400
+    assert said in answer.json()["message"]
+
+
+def test_two_predictions_are_one_too_many(server: Server) -> None:
+    body = {**asked_of(ROUTES[0], "abc"), "custom_params": {"whiflash_prediction": "abd"}}
+    answer = post(server, ROUTES[0], body)
+    assert answer.status_code == 400
+    assert "give one of them" in answer.text
+
+
+@pytest.mark.parametrize("predicted", [5, [[1]], ["a"], [-1], [100_000], {"a": 1}])
+def test_a_malformed_native_prediction_is_a_400_that_names_it(server: Server, predicted: Any) -> None:
+    answer = post(server, "/generate", asked_of("/generate", predicted))
+    assert answer.status_code == 400
+    assert "custom_params.whiflash_prediction" in answer.text

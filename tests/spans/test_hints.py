@@ -246,6 +246,7 @@ def test_capabilities_are_json() -> None:
         model="m",
         policy="auto",
         arms=("ar", "none"),
+        prediction_tokens=16384,
         tool_call_parser="hermes",
         reasoning_parser=None,
     )

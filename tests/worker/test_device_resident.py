@@ -37,6 +37,16 @@ def test_texts_are_plain_decodings(running: Engine, plain: list[list[int]], rout
     assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
 
 
+def test_predictions_leave_the_texts(running: Engine, plain: list[list[int]]) -> None:
+    for router in ("random", "auto", "lookup"):
+        running.worker.reconfigure({"router": router})
+        names = [f"{router}-predicted-{i}" for i in range(len(PROMPTS))]
+        for name, prompt, text in zip(names, PROMPTS, [*plain[1:], plain[0]], strict=True):
+            running.submit(name, prompt, max_new_tokens=TOKENS, custom_params={"whiflash_prediction": text})
+        running.run()
+        assert [running.output(name) for name in names] == plain
+
+
 def test_sampled_texts_end_where_they_should(running: Engine) -> None:
     running.worker.reconfigure({"router": "random"})
     texts = running.generate(PROMPTS, max_new_tokens=TOKENS, temperature=1.0, sampling_seed=3, top_p=0.9)

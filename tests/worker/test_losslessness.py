@@ -4,6 +4,7 @@ The rule: identical, or at the first difference plain decoding's own top-two log
 are counted and printed.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -109,6 +110,29 @@ def test_retraction_at_any_step(models: Models, plain: Plain, monkeypatch: pytes
         found = play(e, arrivals, lambda: check_known_tokens(e))
         assert sum(req.retraction_count for req in e.requests.values()) > 5
     compare(models, arrivals, expected, found)
+
+
+@pytest.mark.parametrize("case", ["batch", "chunks", "full-pool"])
+def test_predictions(models: Models, plain: Plain, case: str) -> None:
+    """Right, partly right and useless ones, beside requests without, under a policy that switches at random."""
+    rng = random.Random(6)
+    arrivals = mixed(seed=6, count=16, shared=30, aborts=0.1)
+    expected = plain(arrivals)
+    for i, arrival in enumerate(arrivals):
+        truth = expected[arrival.rid]
+        broken = [token if rng.random() < 0.8 else rng.randrange(256) for token in truth]
+        useless = rng.choices(range(256), k=50)
+        predicted = (truth, broken, useless, truth[3:] + useless, None)[i % 5]
+        if predicted is not None:
+            arrival.params["custom_params"] = {"whiflash_prediction": predicted}
+    build = engine(models.target, whiflash=models.whiflash("random"), **CASES[case])
+    with build as e:
+        found = play(e, arrivals)
+        retracted = sum(req.retraction_count for req in e.requests.values())
+        accepted = sum(req.spec_num_correct_drafts for req in e.requests.values())
+    compare(models, arrivals, expected, found)
+    assert (retracted > 0) == (case == "full-pool")
+    assert accepted > 50, "hardly anything was drafted right, so nothing was tried"
 
 
 def check_known_tokens(e: Engine) -> None:

@@ -13,7 +13,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from whiflash_sdk.hints import Hints, Span
 
 from whiflash_sglang import __version__
-from whiflash_sglang.compat import figures, streamer, traces
+from whiflash_sglang.compat import figures, predictions, streamer, traces
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import KEY, encode, encode_forget, state_request
 from whiflash_sglang.compat.patching import replace
@@ -28,11 +28,13 @@ from whiflash_sglang.spans.hints import (
     validate_custom_params,
 )
 from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.prediction import carried_prediction
 
 
 def install(server_args: Any) -> None:
     """Idempotent. Only the launcher's process serves HTTP, so only there this is called."""
     traces.install()
+    predictions.install()
     figures.install_answers()
     streamer.install_answers()
     replace(TokenizerManager, "generate_request", _accepting)
@@ -60,6 +62,7 @@ def _validating(original: Any) -> Any:
             return result
         try:
             hints = validate_custom_params(request.custom_params)
+            carried_prediction(request.custom_params)
         except HintError as error:
             return str(error)
         if hints.infer and not hints.spans:
@@ -99,9 +102,12 @@ def _accepting(original: Any) -> Any:
 
     @wraps(original)
     async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        outputs = original(self, obj, request)
         if asks_for_ours(self.server_args):
             _validate_native(obj)
-        async for output in traces.followed(self, obj, original(self, obj, request)):
+            await predictions.encoded(self, obj)
+            outputs = predictions.followed(self, obj, outputs)
+        async for output in traces.followed(self, obj, outputs):
             yield output
 
     return generate_request
@@ -114,6 +120,7 @@ def _validate_native(obj: Any) -> None:
         if isinstance(entry, dict) and entry.get("custom_params") is not None:
             try:
                 validate_custom_params(entry["custom_params"])
+                carried_prediction(entry["custom_params"])
             except HintError as error:
                 raise ValueError(str(error)) from None
 
@@ -127,6 +134,7 @@ def _capabilities_of(server_args: Any) -> Any:
             model=server_args.served_model_name or server_args.model_path,
             policy=settings.router,
             arms=(*settings.drafters, *(("lookup",) if settings.lookup.enabled else ()), "none"),
+            prediction_tokens=settings.lookup.prediction_tokens,
             tool_call_parser=manager.config_value("tool_call_parser"),
             reasoning_parser=manager.config_value("reasoning_parser"),
         )

@@ -170,6 +170,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.build_additional_customized_info", ("reqs",)
     ),
     PrivateName(f"{_SERVING}.protocol:SglExt.model_rebuild"),
+    PrivateName(f"{_SERVING}.protocol:CompletionTokensDetails.model_rebuild"),
+    PrivateName(f"{_SERVING}.serving_base:OpenAIServingBase.handle_request", ("request", "raw_request")),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._build_chat_response", ("request", "ret")),
     PrivateName(
         f"{_SERVING}.serving_chat:OpenAIServingChat._generate_chat_stream", ("adapted_request", "request")

@@ -12,6 +12,7 @@ from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
+from whiflash_sglang.compat import predictions
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
 from whiflash_sglang.spans.hints import HintError, parse_hints
@@ -136,6 +137,7 @@ def _with_trace(original: Any) -> Any:
         # Taken out first: with `return_meta_info` the response would carry it twice.
         traces = [item["meta_info"].pop(META_KEY, None) for item in ret]
         response = original(self, request, ret, *rest, **named)
+        predictions.add_to_usage(response, ret)
         found = []
         for item, trace, choice in zip(ret, traces, getattr(response, "choices", ()), strict=False):
             if trace is not None:
@@ -163,7 +165,7 @@ def _with_trace_chunk(original: Any) -> Any:
                 texts = shown or {}
                 traces = [_with_text(trace, text, texts.get(trace["choice"])) for trace, text in found]
                 yield f"data: {json.dumps(_trace_chunk(request, traces))}\n\n"
-            yield line
+            yield predictions.with_usage(adapted, line)
 
     return stream
 

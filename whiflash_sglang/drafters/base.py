@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,13 @@ from whiflash_sglang.spans.hints import RequestHints
 
 History = Callable[[int], Sequence[int]]
 """`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
+
+
+class Predicted(NamedTuple):
+    """tokens: of the answer that the caller expects. prompt: tokens of the text before the answer."""
+
+    tokens: Sequence[int]
+    prompt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,9 @@ class Drafter(ABC):
         """
         return None
 
-    def begin(self, row: int, hints: RequestHints, tenant: Tenant | None) -> None:
+    def begin(
+        self, row: int, hints: RequestHints, tenant: Tenant | None, predicted: Predicted | None = None
+    ) -> None:
         """A request begins in `row`, or begins again after a retraction. tenant: who may share text with it."""
         self.release(row)
 

@@ -11,13 +11,14 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.config import Lookup
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History, Predicted
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
+from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
 
@@ -52,10 +53,13 @@ class LookupArm(Drafter):
         self._proposals: dict[int, Proposal] = {}
         self._tenants: dict[int, Tenant] = {}
         self._learns: dict[int, MatchCalibration] = {}
+        self._predictions: dict[int, Prediction] = {}
         self._off: set[int] = set()
         self._worth = WORTH
 
-    def begin(self, row: int, hints: RequestHints, tenant: Tenant | None) -> None:
+    def begin(
+        self, row: int, hints: RequestHints, tenant: Tenant | None, predicted: Predicted | None = None
+    ) -> None:
         """A request begins in `row`, or begins again; `hints.lookup` says what it wants copied."""
         self.release(row)
         self._device_copies.begin(row)
@@ -66,6 +70,8 @@ class LookupArm(Drafter):
         self._learns[row] = self._calibrations.fresh() if keeps_nothing else self._calibrations.of(tenant)
         if hints.lookup == "memory" and tenant is not None and self.memory is not None:
             self._tenants[row] = tenant
+        if predicted is not None and not self.late:
+            self._predictions[row] = Prediction(*predicted, self._calibrations.fresh())
 
     def serves(self, row: int) -> bool:
         return row not in self._off
@@ -76,7 +82,9 @@ class LookupArm(Drafter):
         copier = self._copiers.get(row)
         if copier is None:
             shared = partial(self._texts, row)
-            copier = self._copiers[row] = Copier(self._learns[row], self._min_match, shared)
+            copier = self._copiers[row] = Copier(
+                self._learns[row], self._min_match, shared, prediction=self._predictions.get(row)
+            )
         copier.extend(history(len(copier.text)))
         proposal = self._proposals[row] = copier.look(self.max_drafts, self._worth)
         return NOTHING + proposal.expected(proposal.width(self.max_drafts, self._worth))
@@ -146,6 +154,7 @@ class LookupArm(Drafter):
         self._proposals.pop(row, None)
         self._tenants.pop(row, None)
         self._learns.pop(row, None)
+        self._predictions.pop(row, None)
         self._off.discard(row)
 
     def snapshot(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from whiflash_sglang.lookup.calibration import SURE, Agreement, MatchCalibration, RequestCalibration
 from whiflash_sglang.lookup.index import Place, SuffixIndex
+from whiflash_sglang.lookup.prediction import Prediction
 
 Shared = Callable[[], Iterable[SuffixIndex]]
 """Texts that a request may copy from besides its own, as they are now."""
@@ -58,7 +59,8 @@ class Copier:
     Args:
         calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
         shared: further texts to copy from. forms: texts in the form in which they would be written now
-            (`lookup.forms`), preferred where others match as long.
+            (`lookup.forms`), preferred where others match as long. prediction: what the caller expects back,
+            preferred to all of these where they match as long.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class Copier:
         min_match: int = 1,
         shared: Shared = OWN_TEXT_ONLY,
         forms: Shared = OWN_TEXT_ONLY,
+        prediction: Prediction | None = None,
     ) -> None:
         self.text = SuffixIndex()
         self._calibration, self._request = calibration, RequestCalibration()
         self._min_match, self._shared, self._forms = min_match, shared, forms
+        self._prediction = prediction
         self._proposal = Proposal()
         self._source: Place | None = None
 
@@ -86,14 +90,17 @@ class Copier:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
+        judge = self._calibration if self._source is None else self._judge(self._source)
         for depth, (copied, token) in enumerate(zip(self._proposal.tokens, tokens, strict=False)):
             right = copied.token == token
-            if depth == 0:
-                self._request.observe(self._calibration.chance(copied.length, copied.agreement), right)
-            self._calibration.observe(copied.length, copied.agreement, right)
+            if depth == 0 and judge is self._calibration:
+                self._request.observe(judge.chance(copied.length, copied.agreement), right)
+            judge.observe(copied.length, copied.agreement, right)
             if not right:
                 break
         self._proposal = Proposal()
+        if self._prediction is not None:
+            self._prediction.follow(tokens)
         if self._source is not None:
             self._source = self._source._replace(source=self._source.source + len(tokens))
         self.text.extend(tokens)
@@ -132,6 +139,9 @@ class Copier:
         copied_on = self._copied_on(end, (*forms, *shared), len(drafts))
         if copied_on is not None:
             places = [copied_on, *(place for place in places if place != copied_on)]
+        if self._prediction is not None:
+            at = 0 if self._prediction.is_followed else len(places)
+            places.insert(at, self._prediction.place_behind(drafts))
         ahead = (
             (place, place.continuation(limit, drafts)) for place in places if place.length >= self._min_match
         )
@@ -148,21 +158,32 @@ class Copier:
     def _propose(self, found: Sequence[Found], best: int, worth: float, chance: float = 1.0) -> Proposal:
         """The copy from place `best`; `chance`: that everything before it is accepted."""
         places, ahead = zip(*found, strict=True)
-        length = places[best].length
+        length, judge = places[best].length, self._judge(places[best])
         following: Sequence[int] = range(len(places))
         tokens: list[Copied] = []
         alive: list[float] = []
         for depth, token in enumerate(ahead[best]):
             same = [i for i in following if depth < len(ahead[i]) and ahead[i][depth] == token]
             agreement = _agreement(places, following, same)
-            known = self._calibration.chance(length + depth, agreement)
-            chance *= min(known, SURE) if depth else self._request.adjust(known)
+            known = judge.chance(length + depth, agreement)
+            chance *= (
+                min(known, SURE) if depth or judge is not self._calibration else self._request.adjust(known)
+            )
             if tokens and chance < worth:
                 break
             tokens.append(Copied(token, length + depth, agreement))
             alive.append(chance)
             following = same
         return Proposal(tokens, alive)
+
+    def _judge(self, place: Place) -> MatchCalibration:
+        """What a copy from `place` is judged by."""
+        predicted = self._prediction
+        return (
+            self._calibration
+            if predicted is None or place.text is not predicted.text
+            else predicted.calibration
+        )
 
 
 def _best(found: Sequence[Found]) -> int:

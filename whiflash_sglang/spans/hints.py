@@ -17,6 +17,9 @@ from typing import Final, Literal, NoReturn, TypeVar
 WIRE_KEY: Final = "whiflash"
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
 WIRE_VERSION: Final = 1
+CARRIED_PREDICTION: Final = "whiflash_prediction"
+"""Beside our own key, since it may be long: what the caller expects back (`spans.prediction`)."""
+
 KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
 ARMS: Final = ("ar", "diffusion", "lookup", "none")
 
@@ -138,6 +141,7 @@ def capabilities(
     model: str,
     policy: str,
     arms: Iterable[str],
+    prediction_tokens: int,
     tool_call_parser: str | None,
     reasoning_parser: str | None,
 ) -> dict[str, object]:
@@ -150,6 +154,7 @@ def capabilities(
         "arms": list(arms),
         "kinds": list(KINDS),
         "traces": list(TRACE_LEVELS),
+        "prediction_tokens": prediction_tokens,
         "tool_call_parser": tool_call_parser,
         "reasoning_parser": reasoning_parser,
         "limits": {"spans": MAX_SPANS, "marker_chars": MAX_MARKER_CHARS, "bytes": MAX_BYTES},
@@ -310,6 +315,8 @@ def _check_carrier(params: dict[object, object]) -> None:
     for key, value in params.items():
         if not isinstance(key, str):
             raise HintError("custom_params", "has a name that is not a string")
+        if key == CARRIED_PREDICTION:
+            continue  # It has a bound of its own.
         values -= len(value) if isinstance(value, dict | list) else 1
         if values < 0:
             raise _carrier_error(key, f"makes custom_params hold more than {_MAX_CARRIER_VALUES} values")

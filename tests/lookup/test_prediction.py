@@ -1,0 +1,163 @@
+"""Where an answer is in its prediction, what of the prediction appeared, and what is copied from it."""
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.lookup.calibration import MatchCalibration
+from whiflash_sglang.lookup.copier import Copier
+from whiflash_sglang.lookup.index import MAX_CANDIDATES, MAX_STEPS, SuffixIndex
+from whiflash_sglang.lookup.prediction import NEAR, Prediction
+
+TEXT = list(range(100, 140))
+PROMPT = [1, 2, 3]
+
+
+def copier_of(predicted: Sequence[int], answer: Sequence[int], prompt: Sequence[int] = PROMPT) -> Copier:
+    copier = Copier(MatchCalibration(), prediction=Prediction(predicted, len(prompt)))
+    copier.extend([*prompt, *answer])
+    return copier
+
+
+def copied(copier: Copier, limit: int = 5) -> list[int]:
+    return [one.token for one in copier.look(limit, 0.0).tokens]
+
+
+def test_the_beginning_is_proposed_before_anything_was_written() -> None:
+    assert copied(copier_of(TEXT, [])) == TEXT[:5]
+    assert copied(copier_of(TEXT, TEXT[:1])) == TEXT[1:6]
+
+
+def test_the_prompts_end_is_no_place_of_the_prediction() -> None:
+    assert copied(copier_of([3, 50, 51, 52], [], prompt=[1, 2, 3])) == [3, 50, 51, 52]
+
+
+@pytest.mark.parametrize(
+    ("written", "ahead"),
+    [
+        ([*TEXT[:10], 7, TEXT[11]], TEXT[12:17]),  # another token in the place of one
+        ([*TEXT[:10], 7, 8, 9, TEXT[10]], TEXT[11:16]),  # tokens between two
+        ([*TEXT[:10], TEXT[20]], TEXT[21:26]),  # some left out
+        ([7, 8, TEXT[0]], TEXT[1:6]),  # something before it
+    ],
+)
+def test_an_answer_is_followed_through_its_edits(written: list[int], ahead: list[int]) -> None:
+    assert copied(copier_of(TEXT, written)) == ahead
+
+
+def test_of_equal_places_the_one_that_comes_next_is_copied() -> None:
+    """Lines begin alike: neither the newest nor the oldest is meant, but the one behind the edit."""
+    lines = [token for line in range(20) for token in (0, 1, 100 + line, 200 + line)]
+    written = [*lines[:18], 7, 8, 0, 1]  # line 4 is edited behind its beginning
+    assert copied(copier_of(lines, written)) == [105, 205, 0, 1, 106]
+
+
+def test_a_place_is_found_that_the_chains_do_not_reach() -> None:
+    many = [token for line in range(MAX_STEPS * 3) for token in (0, 1, 100 + line, 300 + line)]
+    assert copied(copier_of(many, [*many[:10], 7, 0, 1]), 2) == [103, 303]
+
+
+def test_it_is_preferred_to_the_prompt_where_both_match_as_long() -> None:
+    other = [*TEXT[:3], 9, 9]
+    assert copied(copier_of(TEXT, TEXT[:3], prompt=other)) == TEXT[3:8]
+
+
+def test_a_prediction_that_is_not_followed_comes_last() -> None:
+    answer = [token for i in range(20) for token in (50, 60 + i)]
+    wrong = [50, 1] * 4
+    assert copied(copier_of(wrong, [*answer, 60, 50], prompt=[50, 61])) == copied(
+        copier_of([], [*answer, 60, 50], prompt=[50, 61])
+    )
+
+
+def test_what_predictions_teach_stays_with_their_request() -> None:
+    shared = MatchCalibration()
+    before = list(shared.chances)
+    copier = Copier(shared, prediction=Prediction(TEXT, len(PROMPT)))
+    copier.extend([*PROMPT, TEXT[0]])
+    copier.look(8, 0.0)
+    copier.extend(TEXT[1:12])
+    assert shared.chances == before
+    assert copier.look(8, 0.0).alive[0] > MatchCalibration().chance(9, 0)  # type: ignore[arg-type]
+
+
+def test_drafts_that_lead_into_it_are_prolonged() -> None:
+    copier = copier_of(TEXT, TEXT[:4])
+    assert list(copier.look_beyond(TEXT[4:6], 1.0, 3, 0.1)) == TEXT[6:9]
+    assert list(copier.look_beyond([7, TEXT[9]], 1.0, 3, 0.1)) == TEXT[10:13]
+
+
+def counted(predicted: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
+    found = Prediction(predicted)
+    found.follow(answer)
+    return found.accepted, found.rejected
+
+
+def test_what_appeared_is_counted() -> None:
+    assert counted(TEXT, TEXT) == (40, 0)
+    assert counted(TEXT, TEXT[:10]) == (10, 30)
+    assert counted(TEXT, range(40)) == (0, 40)
+    assert counted([], TEXT) == (0, 0)
+    assert counted(TEXT, []) == (0, 40)
+    assert counted(TEXT, [*TEXT[:10], 7, *TEXT[11:]]) == (
+        38,
+        2,
+    )  # 7 and the token by which it was found again
+    assert counted([5, 6, 7], [5, 6, 7] * 4) == (3, 0)
+
+
+tokens = st.lists(st.integers(0, 4), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens, tokens, st.lists(st.integers(0, 60), max_size=5))
+def test_counts_do_not_depend_on_rounds(predicted: list[int], answer: list[int], cuts: list[int]) -> None:
+    whole, parts = Prediction(predicted), Prediction(predicted, 3)
+    whole.follow(answer)
+    borders = sorted({0, *(min(cut, len(answer)) for cut in cuts), len(answer)})
+    parts.follow([9, 9])
+    parts.follow([9, *answer[: borders[1] if len(borders) > 1 else 0]])
+    for begin, end in pairwise(borders[1:]):
+        parts.follow(answer[begin:end])
+    assert (parts.accepted, parts.rejected, parts.place[:2]) == (
+        whole.accepted,
+        whole.rejected,
+        whole.place[:2],
+    )
+    assert whole.accepted + whole.rejected == len(predicted)
+    assert 0 <= whole.accepted <= min(len(predicted), len(answer))
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens, tokens)
+def test_what_is_copied_from_it_stands_in_it(predicted: list[int], answer: list[int]) -> None:
+    found = Prediction(predicted)
+    found.follow(answer)
+    length, source, text = found.place
+    assert 0 <= source <= len(predicted)
+    if 0 < length <= len(answer) and answer:
+        assert list(text.continuation(source, 3)) == predicted[source : source + 3]
+
+
+def test_the_work_for_a_token_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token repeated: every place matches, and none of them is compared but those that may be."""
+    looked = 0
+    place_at = SuffixIndex.place_at
+
+    def counting(self: SuffixIndex, *given: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return place_at(self, *given)
+
+    monkeypatch.setattr(SuffixIndex, "place_at", counting)
+    for predicted in ([1] * 5000, random.Random(0).choices(range(3), k=5000)):
+        found = Prediction(predicted)
+        for token in random.Random(1).choices(range(4), k=300):
+            looked = 0
+            found.follow([token])
+            assert looked <= NEAR + MAX_CANDIDATES

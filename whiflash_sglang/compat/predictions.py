@@ -1,0 +1,156 @@
+"""Predicted outputs in the process that serves HTTP: out of a request's body, into its token ids, and what of them
+appeared, in the answer's usage.
+
+The counts are of tokens alone, so they are the same whoever drafted and whatever ran beside the request. Answers to
+requests without a prediction are SGLang's own.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from functools import wraps
+from typing import Any
+
+from sglang.srt.entrypoints.openai import protocol
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+
+from whiflash_sglang.compat.carried import asks_for_ours, settings_of
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.lookup.prediction import Prediction
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
+from whiflash_sglang.spans.prediction import body_prediction, prediction_reader
+
+ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
+_COUNTS = "_whiflash_predicted"
+_CARRIERS = (
+    "UsageInfo",
+    "ChatCompletionResponse",
+    "ChatCompletionStreamResponse",
+    "CompletionResponse",
+    "CompletionStreamResponse",
+)
+
+
+def install() -> None:
+    """Idempotent."""
+    if protocol.CompletionTokensDetails.model_config.get("extra") != "allow":
+        protocol.CompletionTokensDetails.model_config["extra"] = "allow"
+        for name in ("CompletionTokensDetails", *_CARRIERS):
+            getattr(protocol, name).model_rebuild(force=True)
+    for serving in (OpenAIServingChat, OpenAIServingCompletion):
+        replace(serving, "handle_request", _reading_body)
+
+
+def _reading_body(original: Any) -> Any:
+    """SGLang's request models know no `prediction`: it is read from the body, which is parsed already."""
+
+    @wraps(original)
+    async def handle(self: Any, request: Any, raw_request: Any) -> Any:
+        if asks_for_ours(self.tokenizer_manager.server_args):
+            try:
+                text = body_prediction(await raw_request.json())
+                if text is not None:
+                    _carry(request, text)
+            except HintError as error:
+                return self.create_error_response(str(error), param=error.field)
+        return await original(self, request, raw_request)
+
+    return handle
+
+
+def _carry(request: Any, text: str) -> None:
+    params = request.custom_params or {}
+    if CARRIED_PREDICTION in params:
+        raise HintError("prediction", f"stands beside custom_params.{CARRIED_PREDICTION}; give one of them")
+    request.custom_params = {**params, CARRIED_PREDICTION: text}
+
+
+async def encoded(manager: Any, obj: Any) -> None:
+    """Put token ids in the place of predicted texts, beside the event loop.
+
+    Raises:
+        ValueError: one is malformed or too long; SGLang answers it with 400.
+    """
+    given = getattr(obj, "sampling_params", None)
+    found = [await _encoded(manager, one) for one in (given if isinstance(given, list) else [given])]
+    if any(found):
+        obj.sampling_params = found if isinstance(given, list) else found[0]
+
+
+async def _encoded(manager: Any, parameters: Any) -> Any:
+    params = parameters.get("custom_params") if isinstance(parameters, dict) else None
+    if not isinstance(params, dict) or params.get(CARRIED_PREDICTION) is None:
+        return parameters
+    longest = settings_of(manager.server_args).lookup.prediction_tokens
+    read = prediction_reader(manager.tokenizer, longest, manager.model_config.vocab_size)
+    try:
+        tokens = await asyncio.get_running_loop().run_in_executor(None, read, params)
+    except HintError as error:
+        raise ValueError(str(error)) from None
+    return {**parameters, "custom_params": {**params, CARRIED_PREDICTION: tokens}}
+
+
+async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The outputs of a request; of one with a prediction the last ones say in `meta_info` what of it appeared."""
+    given = getattr(obj, "sampling_params", None)
+    predicted = [_tokens(one) for one in (given if isinstance(given, list) else [given])]
+    if all(tokens is None for tokens in predicted):
+        async for output in outputs:
+            yield output
+        return
+    increments = bool(getattr(obj, "stream", False)) and manager.incremental_streaming_output
+    written: dict[int, list[int]] = {}
+    async for output in outputs:
+        for number, item in enumerate(output if isinstance(output, list) else [output]):
+            if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
+                choice = item.get("index", number)
+                tokens = predicted[choice % len(predicted)]
+                if tokens is not None:
+                    answer = item.get("output_ids") or []
+                    written[choice] = written.get(choice, []) + answer if increments else answer
+                    if item["meta_info"].get("finish_reason"):
+                        await _count(obj, item["meta_info"], choice, tokens, written.pop(choice))
+        yield output
+
+
+def _tokens(parameters: Any) -> list[int] | None:
+    params = parameters.get("custom_params") if isinstance(parameters, dict) else None
+    return params.get(CARRIED_PREDICTION) if isinstance(params, dict) else None
+
+
+async def _count(obj: Any, meta_info: Any, choice: int, tokens: Sequence[int], answer: Sequence[int]) -> None:
+    prediction = Prediction(tokens)
+    await asyncio.get_running_loop().run_in_executor(None, prediction.follow, answer)
+    counts = {ACCEPTED: prediction.accepted, REJECTED: prediction.rejected}
+    meta_info.update(counts)
+    obj.__dict__.setdefault(_COUNTS, {})[choice] = counts
+
+
+def add_to_usage(response: Any, answers: Sequence[Any]) -> None:
+    """Put what of the predictions appeared into the usage of an OpenAI response made from `answers`."""
+    counts = [item["meta_info"] for item in answers if ACCEPTED in item["meta_info"]]
+    usage = getattr(response, "usage", None)
+    if counts and usage is not None:
+        details = {"reasoning_tokens": usage.reasoning_tokens or 0, **_summed(counts)}
+        usage.completion_tokens_details = protocol.CompletionTokensDetails(**details)
+
+
+def with_usage(obj: Any, line: str) -> str:
+    """A line of a stream; the one with the usage of all choices says what of their predictions appeared."""
+    counts = getattr(obj, _COUNTS, None)
+    if not counts or not line.startswith("data: {"):
+        return line
+    chunk = json.loads(line.removeprefix("data: "))
+    usage = chunk.get("usage")
+    if chunk.get("choices") or not usage:
+        return line
+    details = usage.get("completion_tokens_details") or {
+        "reasoning_tokens": usage.get("reasoning_tokens") or 0
+    }
+    usage["completion_tokens_details"] = {**details, **_summed(list(counts.values()))}
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _summed(counts: Sequence[Any]) -> dict[str, int]:
+    return {name: sum(own[name] for own in counts) for name in (ACCEPTED, REJECTED)}

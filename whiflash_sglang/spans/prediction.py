@@ -1,0 +1,116 @@
+"""Predicted outputs on the wire: OpenAI's `prediction`, and the key of `custom_params` that carries one.
+
+`docs/reference/hints.md` documents both. A body's `prediction` becomes the carried text, and the text becomes token ids
+before it is scheduled; ids are taken too, as SGLang takes `input_ids`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
+
+FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
+
+MAX_TOKEN_CHARS: Final = 16
+"""Characters that a token of a prediction holds on average at most: a longer text is not even encoded."""
+
+Encode = Callable[[str], Sequence[int]]
+"""Text → token ids, without special tokens."""
+
+ReadPrediction = Callable[[object], Sequence[int] | None]
+"""Token ids of what `custom_params` carry, None where they carry none. Raises HintError."""
+
+
+def body_prediction(body: object) -> str | None:
+    """The text of an OpenAI request's `prediction`; None where it has none.
+
+    Raises: HintError, and nothing else, naming the field that is wrong.
+    """
+    raw = body.get("prediction") if isinstance(body, Mapping) else None
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise HintError("prediction", "must be an object of type and content")
+    if raw.get("type") != "content":
+        raise HintError("prediction.type", "must be content")
+    content = raw.get("content")
+    if isinstance(content, str):
+        return _text("prediction.content", content)
+    if not isinstance(content, list):
+        raise HintError("prediction.content", "must be a string or a list of text parts")
+    return "".join(_part(f"prediction.content[{i}]", part) for i, part in enumerate(content))
+
+
+def carried_prediction(custom_params: object) -> str | list[object] | None:
+    """What `custom_params` carry: a text or token ids, neither measured nor looked into.
+
+    Raises: HintError, and nothing else, naming the field that is wrong.
+    """
+    carried = custom_params.get(CARRIED_PREDICTION) if isinstance(custom_params, dict) else None
+    if isinstance(carried, str):
+        return _text(FIELD, carried)
+    if carried is None or isinstance(carried, list):
+        return carried
+    raise HintError(FIELD, "must be a string or a list of token ids")
+
+
+def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPrediction:
+    """`prediction_tokens` for a server. tokenizer: of `transformers`, or None."""
+    encode = None if tokenizer is None else partial(tokenizer.encode, add_special_tokens=False)
+    return partial(prediction_tokens, encode=encode, most=most, vocabulary=vocabulary)
+
+
+def prediction_tokens(
+    custom_params: object, encode: Encode | None, most: int, vocabulary: int
+) -> Sequence[int] | None:
+    """Token ids of what `custom_params` carry; None where they carry none.
+
+    Args:
+        encode: None where there is no tokenizer. most: tokens that are allowed. vocabulary: ids that the target has.
+
+    Raises: HintError, and nothing else, naming the field that is wrong or the bound.
+    """
+    carried = carried_prediction(custom_params)
+    if carried is None:
+        return None
+    if isinstance(carried, str):
+        if encode is None:
+            raise HintError(FIELD, "must be token ids: this server has no tokenizer")
+        if len(carried) > most * MAX_TOKEN_CHARS:
+            raise _too_long(f"{len(carried)} characters", most)
+        carried = list(encode(carried))
+    if len(carried) > most:
+        raise _too_long(f"{len(carried)} tokens", most)
+    return [_token(i, token, vocabulary) for i, token in enumerate(carried)]
+
+
+def _token(index: int, token: object, vocabulary: int) -> int:
+    if type(token) is not int or not 0 <= token < vocabulary:
+        raise HintError(f"{FIELD}[{index}]", f"must be a token id below {vocabulary}")
+    return token
+
+
+def _too_long(found: str, most: int) -> HintError:
+    return HintError(
+        "prediction",
+        f"is {found} long; at most {most} tokens are allowed (--whiflash-lookup-prediction-tokens)",
+    )
+
+
+def _part(field: str, part: object) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise HintError(f"{field}.type", "must be text")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise HintError(f"{field}.text", "must be a string")
+    return _text(f"{field}.text", text)
+
+
+def _text(field: str, text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise HintError(field, "holds a lone surrogate, which is not text") from None
+    return text
