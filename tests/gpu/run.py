@@ -2,40 +2,48 @@
 
     python tests/gpu/run.py                        # what is left to do on this machine's GPU
     python tests/gpu/run.py --only kernels         # parts whose name begins so
-    python tests/gpu/run.py --device cpu           # a rehearsal of the parts that a CPU can run
+    python tests/gpu/run.py --device cpu           # a rehearsal: the parts' own code, on tiny models
 
-Each part is a process of its own. Its record, one JSON file, says what it printed, on which card, of which revision
-and how long it took; a part whose record is of this code and this card is not run again, so a session that was cut
-short goes on where it was. Needs only Python for itself: the kernels' parts run where torch and triton are installed,
-the others where SGLang is too, and are recorded as left out where it is not.
+Each part is a process of its own. Its record, one JSON file, says what it printed, on which card, of which revision,
+with which versions and how long it took; a part whose record is of this code and this card is not run again, so a
+session that was cut short goes on where it was. Needs only Python for itself: the kernels' parts run where torch and
+triton are installed, the others where SGLang is too, and are recorded as left out where it is not. `table.py` makes
+tables of the records.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "results" / "gpu"
-SECONDS = 600
+LEFT_OUT = 77
+"""Exit status of a part that found out by itself that it cannot run here (`checks.py`)."""
+PACKAGES = ("torch", "triton", "transformers", "sglang", "sglang-kernel", "flashinfer-python")
+SECONDS, GRACE = 570, 20
+"""Limit of a part, and how long it may take to end when it is over."""
 SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "kernels/bench", "kernels/tests", "tests/gpu")
-ARMS = "plain,eagle3,dflash,auto"
 
 
 @dataclass(frozen=True)
 class Part:
     """command: behind the interpreter, with `{device}` and `{out}`, a scratch file for figures, filled in.
 
-    evidence: only for `make gpu-evidence`. rehearsal: what differs on a CPU, None where a CPU cannot run it.
+    evidence: only for `make gpu-evidence`. rehearsal: what is added on a CPU, None where nothing is rehearsed that
+    another part does not. serves: takes the pair that `--model-path` and `--bundle` name.
     """
 
     name: str
@@ -43,6 +51,7 @@ class Part:
     needs: tuple[str, ...]
     evidence: bool = False
     rehearsal: tuple[str, ...] | None = ()
+    serves: bool = False
 
 
 def kernel_tests(name: str, *files: str) -> Part:
@@ -51,13 +60,27 @@ def kernel_tests(name: str, *files: str) -> Part:
     return Part(f"kernels-{name}", ("-m", "pytest", "-q", *paths), needs)
 
 
-def bench(concurrency: int) -> Part:
-    whiflash = ("-c", "from whiflash_sglang.cli import main; main()", "bench")
-    limits = ("--concurrency", str(concurrency), "--minutes", "7", "--repetitions", "8")
-    command = (*whiflash, "--arms", ARMS, *limits, "--json", "--out", "{out}")
-    return Part(f"speed-{concurrency}", command, ("torch", "triton", "sglang"), evidence=True, rehearsal=None)
+def serving(attention: str, rehearsed: bool) -> Part:
+    command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
+    return Part(f"serving-{attention}", command, SERVER, rehearsal=() if rehearsed else None, serves=True)
 
 
+def speed(concurrency: int, rehearsed: bool) -> Part:
+    command = (
+        "tests/gpu/speed.py",
+        "--concurrency",
+        str(concurrency),
+        "--device",
+        "{device}",
+        "--out",
+        "{out}",
+    )
+    return Part(
+        f"speed-{concurrency}", command, SERVER, True, rehearsal=() if rehearsed else None, serves=True
+    )
+
+
+SERVER = ("torch", "triton", "transformers", "sglang", "sgl_kernel")
 _BENCH = ("kernels/bench/bench.py", "--device", "{device}", "--output", "results/gpu/kernels", "--json")
 PARTS: tuple[Part, ...] = (
     kernel_tests("ops", "block", "router", "routing_stats", "copies"),
@@ -65,7 +88,11 @@ PARTS: tuple[Part, ...] = (
     kernel_tests("graphs", "graphs", "rounds", "dispatch"),
     kernel_tests("upstream", "upstream", "bench"),
     Part("kernels-speed", _BENCH, ("torch", "triton"), rehearsal=None),
-    *(bench(concurrency) for concurrency in (1, 8, 32, 64)),
+    *(
+        serving(attention, attention == "triton")
+        for attention in ("triton", "fa3", "flashinfer", "trtllm_mha")
+    ),
+    *(speed(concurrency, concurrency == 8) for concurrency in (1, 8, 32, 64)),
 )
 """In this order: what is quick and what others rest on first."""
 
@@ -89,12 +116,35 @@ def machine(device: str) -> str:
         raise SystemExit(f"no GPU answers ({error}); --device cpu rehearses what a CPU can run") from None
 
 
+def versions() -> dict[str, str]:
+    """Of what the parts rest on; what is not installed is not named."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def missing(part: Part) -> list[str]:
     return [name for name in part.needs if find_spec(name) is None]
 
 
-def run(part: Part, device: str, scratch: Path, seconds: int) -> dict[str, Any]:
-    """Run a part to its end or its limit. `status`: passed, failed, timed out, or left out (with what is missing)."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a part. It may have started servers, in sessions of their own, and must be given time to end them."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(part: Part, device: str, scratch: Path, seconds: int, pair: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a part to its end or its limit. `status`: passed, failed, timed out, or left out (with what is missing).
+
+    Args:
+        pair: arguments that name what a part serves.
+    """
     if lacking := missing(part):
         return {"status": "left out", "why": f"needs {', '.join(lacking)}"}
     figures = scratch / f"{part.name}.figures.json"
@@ -102,6 +152,8 @@ def run(part: Part, device: str, scratch: Path, seconds: int) -> dict[str, Any]:
     filled = [word.replace("{device}", device).replace("{out}", str(figures)) for word in part.command]
     if device == "cpu":
         filled += part.rehearsal or ()
+    if part.serves:
+        filled += pair
     paths = [ROOT, ROOT / "kernels", ROOT / "sdk", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if str(p))}
     began = time.monotonic()
@@ -115,18 +167,20 @@ def run(part: Part, device: str, scratch: Path, seconds: int) -> dict[str, Any]:
             start_new_session=True,
         )
         try:
-            status = "passed" if process.wait(seconds) == 0 else "failed"
+            ended = process.wait(seconds)
+            status = {0: "passed", LEFT_OUT: "left out"}.get(ended, "failed")
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+            end(process)
             status = "timed out"
         log.seek(0)
         tail = log.read()[-4000:]
+    found = json.loads(figures.read_text()) if figures.exists() else {}
     return {
         "status": status,
+        **({"why": found.get("why")} if status == "left out" else {}),
         "command": ["python", *(word.replace(str(scratch), "SCRATCH") for word in filled)],
         "seconds": round(time.monotonic() - began, 1),
-        "figures": json.loads(figures.read_text()) if figures.exists() else None,
+        "figures": found or None,
         "tail": tail,
     }
 
@@ -149,8 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="also what is done")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a part")
     parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--model-path", help="target of the serving parts: directory or hub id")
+    parser.add_argument("--bundle", help="its drafters: directory or hub id")
     chosen = parser.parse_args(arguments)
-    card, code = machine(chosen.device), digest()
+    if bool(chosen.model_path) != bool(chosen.bundle):
+        parser.error("--model-path and --bundle are a pair: give both or none")
+    pair = ["--model-path", chosen.model_path, "--bundle", chosen.bundle] if chosen.bundle else []
+    card, code = machine(chosen.device), " ".join([digest(), *pair])
     records = chosen.records if chosen.device == "cuda" else chosen.records / "rehearsal"
     records.mkdir(parents=True, exist_ok=True)
     parts = [p for p in PARTS if p.name.startswith(chosen.only) and (chosen.evidence or not p.evidence)]
@@ -162,12 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not chosen.again and done(record, code, card):
             print(f"{part.name:24} done before")
             continue
-        result = run(part, chosen.device, records, chosen.seconds)
-        record.write_text(
-            json.dumps({"part": part.name, "machine": card, "code": code, **result}, indent=1) + "\n"
-        )
+        result = run(part, chosen.device, records, chosen.seconds, pair)
+        facts = {"part": part.name, "machine": card, "code": code, "versions": versions()}
+        record.write_text(json.dumps({**facts, **result}, indent=1) + "\n")
         bad += result["status"] in ("failed", "timed out")
-        print(f"{part.name:24} {result['status']}  {result.get('seconds', result.get('why'))}", flush=True)
+        print(f"{part.name:24} {result['status']}  {result.get('why', result.get('seconds'))}", flush=True)
     return 1 if bad else 0
 
 

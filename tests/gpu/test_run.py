@@ -1,6 +1,7 @@
 """The runner of the GPU's parts, on parts that need no GPU."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,20 @@ import run
 from run import Part
 
 PRINTS = 'import json, sys; json.dump({"device": sys.argv[1]}, open(sys.argv[2], "w"))'
+REFUSES = 'import json, sys; json.dump({"why": "not on this card"}, open(sys.argv[1], "w")); sys.exit(77)'
+SLEEPS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("servers ended", flush=True)))
+print("waiting", flush=True)
+time.sleep(1000)
+"""
 PARTS = (
     Part("good", ("-c", PRINTS, "{device}", "{out}"), ()),
     Part("bad", ("-c", "raise SystemExit('no such card')"), ()),
     Part("endless", ("-c", "while True: pass"), ()),
     Part("elsewhere", ("-c", ""), ("a_package_that_nobody_has",)),
     Part("long", ("-c", ""), (), evidence=True),
+    Part("refused", ("-c", REFUSES, "{out}"), ()),
     Part("not-here", ("-c", ""), (), rehearsal=None),
 )
 
@@ -37,14 +46,27 @@ def status(records: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_every_part_has_a_record_that_says_how_it_ended(records: Path) -> None:
-    for name in ("good", "bad", "elsewhere"):
+    for name in ("good", "bad", "elsewhere", "refused"):
         status(records, "--only", name)
     found = status(records, "--only", "endless", "--seconds", "1")
-    assert found == {"good": "passed", "bad": "failed", "endless": "timed out", "elsewhere": "left out"}
-    good, bad = (json.loads((records / "rehearsal" / f"{n}.json").read_text()) for n in ("good", "bad"))
+    left_out = dict.fromkeys(("elsewhere", "refused"), "left out")
+    assert found == {"good": "passed", "bad": "failed", "endless": "timed out", **left_out}
+    good, bad, refused = (
+        json.loads((records / "rehearsal" / f"{n}.json").read_text()) for n in ("good", "bad", "refused")
+    )
+    assert refused["why"] == "not on this card"
+    assert good["versions"].keys() >= {"python", "torch"}
     assert good["figures"] == {"device": "cpu"}
     assert "no such card" in bad["tail"]
     assert "rehearsal on a CPU" in good["machine"]
+
+
+def test_a_part_that_is_ended_may_end_its_servers_first() -> None:
+    part = subprocess.Popen([sys.executable, "-c", SLEEPS], stdout=subprocess.PIPE, start_new_session=True)
+    assert part.stdout is not None
+    assert part.stdout.readline() == b"waiting\n"
+    run.end(part)
+    assert part.stdout.read() == b"servers ended\n"
 
 
 def test_what_is_done_is_not_done_again_unless_the_code_changed(

@@ -1,0 +1,227 @@
+"""One attention backend, served with: `python tests/gpu/serving.py --attention triton --out figures.json`.
+
+The real scheduler, worker and pools in one process (`tests/engine.py`): that they start, that 40 greedy answers with
+every arm in turn are plain decoding's, where a steady round waits for the device, what the largest batch takes, and
+which operators a round is made of. Greedy answers are judged as everywhere (`whiflash_sglang/equality.py`).
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from checks import Checks
+from served import Served
+from watched import Memory, Trace, Waits, watching
+
+GRAPHS = ("triton", "fa3", "trtllm_mha")
+"""Backends whose rounds are to be replayed and to wait for nothing; the others are reported, not judged."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """prompts: asked, as many tokens of each at most as `context`. tokens: of an answer. running: at a time."""
+
+    prompts: int
+    context: int
+    tokens: int
+    running: int
+
+
+CARD, REHEARSAL = Scale(40, 512, 128, 40), Scale(4, 24, 24, 4)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A greedy answer of plain decoding. gaps: between its two likeliest tokens, for each of `tokens`."""
+
+    tokens: list[int]
+    gaps: list[float]
+
+
+class Case:
+    """The pair, its prompts, and an engine on one backend."""
+
+    def __init__(self, served: Served, attention: str, device: str, scale: Scale) -> None:
+        self.served, self.attention, self.device, self.scale = served, attention, device, scale
+        self.prompts = tokenised(served.target, scale)
+
+    def engine(self, *, whiflash: bool) -> Any:
+        from engine import engine
+
+        arguments: dict[str, Any] = {
+            "device": self.device,
+            "dtype": self.served.dtype,
+            "max_running_requests": self.scale.running,
+        }
+        if self.device == "cuda":
+            # Sized by SGLang, and small enough for what another engine of this process may not have returned.
+            arguments |= {"attention_backend": self.attention, "max_total_tokens": None, "random_seed": 0}
+            arguments |= {"mem_fraction_static": 0.4}
+        flags = {"draft": self.served.bundle, "whiflash_router": "random"} if whiflash else None
+        return engine(self.served.target, whiflash=flags, **arguments)
+
+    def plain(self) -> list[Plain]:
+        """Plain decoding's answers to all prompts."""
+        with self.engine(whiflash=False) as e:
+            for i, prompt in enumerate(self.prompts):
+                e.submit(f"p{i:03}", prompt, max_new_tokens=self.scale.tokens, return_logprob=True)
+            e.run()
+            return [self._answer(e, f"p{i:03}") for i in range(len(self.prompts))]
+
+    @staticmethod
+    def _answer(e: Any, rid: str) -> Plain:
+        top = e.requests[rid].logprob.output_top_logprobs_val
+        return Plain(e.output(rid), [float(best) - float(second) for best, second, *_ in top])
+
+
+def tokenised(target: Path, scale: Scale) -> list[list[int]]:
+    """The shipped prompts' words, as ids."""
+    from transformers import AutoTokenizer
+
+    from whiflash_sglang.bench.prompts import load_prompts, shipped
+
+    tokenizer = AutoTokenizer.from_pretrained(str(target))
+    texts = [
+        "\n".join(str(message.get("content") or "") for message in prompt.messages)
+        for prompt in load_prompts(str(shipped()))[: scale.prompts]
+    ]
+    return [tokenizer(text).input_ids[: scale.context] for text in texts]
+
+
+def greedy(case: Case, e: Any, figures: dict[str, Any]) -> list[list[int]]:
+    """Answers with every arm in turn. Raises AssertionError where no round was drafted or, if expected, replayed."""
+    with watching(e.worker) as rounds:
+        answers: list[list[int]] = e.generate(case.prompts, max_new_tokens=case.scale.tokens)
+    figures |= rounds.figures()
+    snapshot = e.worker.clock.snapshot()
+    figures["committed"] = snapshot["tokens"]
+    e.check_leaks()
+    if case.device == "cuda" and case.attention in GRAPHS:
+        assert rounds.replayed == rounds.seen, (
+            f"{rounds.seen - rounds.replayed} rounds ran without their graph"
+        )
+    return answers
+
+
+def equality(case: Case, ours: Sequence[Sequence[int]], figures: dict[str, Any]) -> None:
+    """Compare with plain decoding on the same backend. Raises AssertionError where an answer differs."""
+    from whiflash_sglang.equality import TopTwo, compare
+
+    verdicts: Counter[str] = Counter()
+    for prompt, plain, answer in zip(case.prompts, case.plain(), ours, strict=True):
+
+        def top_two_at(at: int, prompt: Any = prompt, plain: Plain = plain) -> TopTwo:
+            return TopTwo(best_logit(case.served, [*prompt, *plain.tokens[:at]]), plain.gaps[at])
+
+        verdicts[compare(plain.tokens, answer, top_two_at, case.served.dtype).verdict.value] += 1
+    figures |= verdicts
+    assert not verdicts["different"], "greedy answers differ from plain decoding's"
+
+
+def best_logit(served: Served, tokens: Sequence[int]) -> float:
+    """The largest logit behind `tokens`, from a forward of the same weights on the CPU."""
+    import torch
+
+    from whiflash_sglang.models.target import TargetModel, causal_attention
+
+    model = TargetModel(served.target, device=torch.device("cpu"), dtype=getattr(torch, served.dtype))
+    attend = causal_attention(len(tokens), model.device, model.dtype)
+    final = model.forward(torch.tensor(tokens), torch.arange(len(tokens)), attend, ()).final
+    return float(model.logits(final[-1]).max())
+
+
+def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:
+    """Steady rounds read their results, and wait for nothing else. Raises AssertionError where they do."""
+    seen = Waits(case.device)
+    with watching(e.worker, seen) as rounds:
+        e.generate(case.prompts, max_new_tokens=case.scale.tokens)
+    figures |= {**rounds.figures(), "waits": dict(seen.found)}
+    others = {site: n for site, n in seen.found.items() if "transfers.py" not in site}
+    if case.attention in GRAPHS:
+        assert not others, f"steady rounds wait at {others}"
+        assert seen.found.total() <= rounds.watched, "more than one wait a round"
+
+
+def memory(case: Case, e: Any, figures: dict[str, Any]) -> None:
+    """The largest batch, sampled. Raises AssertionError where a round takes more than was kept for it."""
+    from whiflash_sglang.compat.rehearsal import sampling_bytes
+
+    sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "min_p": 0.01}
+    used, largest = Memory(case.device), min(case.scale.running, len(case.prompts))
+    with watching(e.worker, used, full=largest) as rounds:
+        e.generate(case.prompts[:largest], max_new_tokens=case.scale.tokens, **sampling)
+    widest = 1 + max(drafter.max_drafts for drafter in e.worker.drafters.values())
+    promised = sampling_bytes(case.scale.running * widest, e.worker.target.shape.vocab_size)
+    figures |= {**rounds.figures(), "peak_bytes": used.most, "promised_bytes": promised}
+    if case.device == "cuda" and case.attention in GRAPHS:
+        assert used.most <= promised, "a round of the largest batch takes more than was kept for it"
+
+
+def trace(case: Case, e: Any, figures: dict[str, Any], keep: Path) -> None:
+    """What rounds of eight requests are made of. keep: where the trace goes, for a viewer."""
+    seen = Trace(case.device)
+    with watching(e.worker) as rounds, seen.profile:
+        e.generate(case.prompts[:8], max_new_tokens=min(case.scale.tokens, 32))
+    figures |= {**rounds.figures(), **seen.figures(rounds.seen)}
+    seen.profile.export_chrome_trace(str(keep))
+
+
+def serve(case: Case, checks: Checks, keep: Path) -> int:
+    """All checks of one backend, one after the other, those of our engine first. Returns the exit status."""
+    from whiflash_sglang.errors import ConfigError
+
+    answers: list[list[int]] | None = None
+    with contextlib.ExitStack() as stack:
+        refusal, e = "", None
+        with checks.check("starts"):
+            try:
+                e = stack.enter_context(case.engine(whiflash=True))
+            except ConfigError as refused:
+                refusal = str(refused)
+        if refusal:
+            return checks.leave_out(f"refused: {refusal}")
+        if e is None:
+            return checks.exit_status
+        with checks.check("greedy") as figures:
+            answers = greedy(case, e, figures)
+        with checks.check("waits") as figures:
+            waits(case, e, figures)
+        with checks.check("memory") as figures:
+            memory(case, e, figures)
+        with checks.check("trace") as figures:
+            trace(case, e, figures, keep)
+    if answers is not None:
+        with checks.check("equality") as figures:
+            equality(case, answers, figures)
+    return checks.exit_status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--attention", required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model-path")
+    parser.add_argument("--bundle")
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args(arguments)
+    rehearse = chosen.device == "cpu"
+    if rehearse:
+        os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
+    with tempfile.TemporaryDirectory() as scratch:
+        served = Served.find(chosen.model_path, chosen.bundle, Path(scratch), rehearse=rehearse)
+        case = Case(served, chosen.attention, chosen.device, REHEARSAL if rehearse else CARD)
+        checks = Checks(chosen.out, served=served.name, dtype=served.dtype, attention=chosen.attention)
+        return serve(case, checks, chosen.out.with_suffix(".trace.json.gz"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

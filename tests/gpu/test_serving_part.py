@@ -1,0 +1,74 @@
+"""The serving parts' own code, rehearsed on tiny models; and the faults that its checks are there for."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import serving
+from checks import LEFT_OUT
+
+CHECKS = ("starts", "greedy", "waits", "memory", "trace", "equality")
+
+
+def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, attention: str = "triton") -> tuple[int, Any]:
+    """Exit status and figures of a rehearsal."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")  # restored, where the part sets it itself
+    status = serving.main(["--attention", attention, "--device", "cpu", "--out", str(out)])
+    return status, json.loads(out.read_text())
+
+
+def test_every_check_of_a_backend_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, found = rehearse(tmp_path / "out.json", monkeypatch)
+    assert status == 0, found
+    assert {name: check["status"] for name, check in found["checks"].items()} == dict.fromkeys(
+        CHECKS, "passed"
+    )
+    assert found["checks"]["equality"]["identical"] + found["checks"]["equality"].get("tie", 0) == 4
+    assert found["checks"]["waits"]["watched"] > 0
+    assert sum(found["checks"]["waits"]["waits"].values()) == found["checks"]["waits"]["watched"]
+    assert found["checks"]["trace"]["on_host"]
+    assert (tmp_path / "out.trace.json.gz").stat().st_size
+
+
+def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from whiflash_sglang.worker import WhiFlashWorker
+
+    verify = WhiFlashWorker._verify
+
+    def planted(self: Any, *args: Any) -> Any:
+        block, verified, predictions = verify(self, *args)
+        predictions[0].item()
+        return block, verified, (predictions + 1) % 256
+
+    monkeypatch.setattr(WhiFlashWorker, "_verify", planted)
+    status, found = rehearse(tmp_path / "out.json", monkeypatch)
+    failed = {name: check["why"] for name, check in found["checks"].items() if check["status"] == "failed"}
+    assert status == 1
+    assert failed.keys() == {"waits", "equality"}
+    assert "worker.py" in failed["waits"]
+    assert "differ" in failed["equality"]
+
+
+def test_what_whiflash_refuses_is_left_out_and_what_fails_to_start_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whiflash_sglang.errors import ConfigError
+
+    def raising(error: Exception) -> Any:
+        def engine(self: Any, *, whiflash: bool) -> Any:
+            raise error
+
+        return engine
+
+    monkeypatch.setattr(serving.Case, "engine", raising(ConfigError("not on this card")))
+    status, found = rehearse(tmp_path / "refused.json", monkeypatch)
+    assert (status, found["why"]) == (LEFT_OUT, "refused: not on this card")
+    monkeypatch.setattr(serving.Case, "engine", raising(RuntimeError("no kernel image")))
+    status, found = rehearse(tmp_path / "failed.json", monkeypatch)
+    assert status == 1
+    assert found["checks"]["starts"]["why"] == "RuntimeError: no kernel image"

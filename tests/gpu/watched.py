@@ -1,0 +1,134 @@
+"""Rounds of a running engine, watched: what they wait for, what memory they take, what they launch.
+
+On a CPU each watcher runs the same code with what a CPU has in its place, so that a rehearsal meets every line.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import torch
+from host_reads import HostReads
+
+STEADY = 6
+"""Rounds of a run before those that are watched: by then every drafter has drafted and nothing is new."""
+RUNTIME = ("cuda", "cu")
+"""How the names of the driver's own calls begin in a trace."""
+
+
+class Rounds:
+    """Counts a worker's rounds, and runs those behind the first under `watch`.
+
+    replayed: rounds whose verification was a graph's. full: only rounds of as many requests are watched.
+    """
+
+    def __init__(self, worker: Any, watch: Callable[[], AbstractContextManager[Any]], full: int = 1) -> None:
+        self._round, self._watch, self._full = worker._round, watch, full
+        self.seen = self.watched = self.replayed = 0
+
+    def __call__(self, batch: Any, *rest: Any) -> Any:
+        self.seen += 1
+        steady = self.seen > STEADY and len(batch.reqs) >= self._full
+        with self._watch() if steady else nullcontext():
+            done = self._round(batch, *rest)
+        self.watched += steady
+        self.replayed += bool(done.can_run_cuda_graph)
+        return done
+
+    def figures(self) -> dict[str, int]:
+        assert self.watched, f"only {self.seen} rounds: none was steady"
+        return {"rounds": self.seen, "watched": self.watched, "replayed": self.replayed}
+
+
+@contextmanager
+def watching(
+    worker: Any, watch: Callable[[], AbstractContextManager[Any]] = nullcontext, full: int = 1
+) -> Iterator[Rounds]:
+    """The worker's rounds under `watch` for a while."""
+    rounds = Rounds(worker, watch, full)
+    with patch.object(worker, "_round", rounds):
+        yield rounds
+
+
+class Waits:
+    """Where the host waits for the device: by CUDA's own account, which warns; on a CPU by what torch is asked for.
+
+    `set_sync_debug_mode` is `warn` and not `error`, so that all waits of a round are found and not its first.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.found: Counter[str] = Counter()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self._device == "cpu":
+            with HostReads() as seen:
+                yield
+            # SGLang's copies of lengths on the host are tensors of this device, too.
+            self.found.update({site: n for site, n in seen.reads.items() if site.startswith("whiflash")})
+            return
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for warning in caught:
+            if "synchroniz" in str(warning.message):
+                path = Path(warning.filename)
+                self.found[f"{path.parent.name}/{path.name}:{warning.lineno}"] += 1
+
+
+class Memory:
+    """Bytes that rounds take at their peak beyond what was allocated when each began; on a CPU the process's."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.most = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        before = self._bytes(peak=False)
+        yield
+        self.most = max(self.most, self._bytes(peak=True) - before)
+
+    def _bytes(self, *, peak: bool) -> int:
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        return int(psutil.Process().memory_info().rss)
+
+
+class Trace:
+    """Torch's profiler over rounds. Use as a context manager around all of them, then ask for `figures`."""
+
+    def __init__(self, device: str) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profile = torch.profiler.profile(activities=activities)
+
+    def figures(self, rounds: int, top: int = 15) -> dict[str, Any]:
+        """Of one of `rounds` rounds: calls of the driver, and the dearest operators on device and host, in ms."""
+        events = self.profile.key_averages()
+        calls = {e.key: e.count / rounds for e in events if e.key.startswith(RUNTIME)}
+
+        def dearest(attribute: str) -> dict[str, float]:
+            spent = {e.key: getattr(e, attribute) / 1000 / rounds for e in events}
+            return dict(sorted(spent.items(), key=lambda item: -item[1])[:top])
+
+        return {
+            "driver_calls": calls,
+            "device_ms": sum(e.self_device_time_total for e in events) / 1000 / rounds,
+            "host_ms": sum(e.self_cpu_time_total for e in events) / 1000 / rounds,
+            "on_device": dearest("self_device_time_total"),
+            "on_host": dearest("self_cpu_time_total"),
+        }
