@@ -11,6 +11,7 @@ import gc
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -167,13 +168,20 @@ class Engine:
 
 @contextlib.contextmanager
 def engine(
-    model: Path, *, whiflash: dict[str, Any] | None = None, arms: Sequence[Any] = (), **arguments: Any
+    model: Path,
+    *,
+    whiflash: dict[str, Any] | None = None,
+    arms: Sequence[Any] = (),
+    rank: int = 0,
+    port: int | None = None,
+    **arguments: Any,
 ) -> Iterator[Engine]:
     """Start an engine in this process.
 
     Args:
         whiflash: draft path (`draft`) and flags as to `Engine(...)`, e.g. `{"draft": D, "whiflash_router": "ar"}`.
         arms: further drafters beside those that the settings name.
+        rank: of this process, of those that serve the model together; port: where they meet.
         arguments: SGLang's server arguments.
     """
     from sglang.srt.entrypoints.engine import Engine as SglangEngine
@@ -203,11 +211,12 @@ def engine(
         options |= flags
     server_args = SglangEngine.server_args_class(**options)
     server_args.resolve_once()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank))
     os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")
     with _process_groups(), _sockets(), _input_buffers():
         with _with_arms(arms), _unwatched():
-            scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
+            ports = PortArgs.init_new(server_args)
+            scheduler = Scheduler(server_args, ports if port is None else replace(ports, nccl_port=port))
         scheduler.output_streamer.send_to_detokenizer = _Discard()
         with torch.inference_mode():
             yield Engine(scheduler)

@@ -1,7 +1,7 @@
 """What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from whiflash_sglang.drafters.stage import Proposal
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.models.router import Layers
 from whiflash_sglang.planning import Plan
+from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import Policy
@@ -21,11 +22,12 @@ from whiflash_sglang.transfers import Download
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Tells the controller and the drafters what rounds committed."""
+    """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it."""
 
     drafters: Mapping[str, Drafter]
     controller: Controller
     clock: RoundClock
+    ranks: Ranks = field(default_factory=Ranks)
 
     def learn(
         self, plan: Plan, found: Mapping[str, list[Any]], kept: Sequence[Sequence[int]] | None = None
@@ -39,9 +41,10 @@ class Learner:
         if kept is None:
             kept = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
         tokens = [list(run) for run in kept]
+        self.ranks.note(found["starts"], found["widths"], tokens)
         for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
             lane.under_way.pop(0)
-            if not tokens[i]:
+            if not tokens[i] or not self.ranks.leads:
                 continue
             width, row = found["widths"][i], lane.row
             if "wanted" in found:

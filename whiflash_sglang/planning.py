@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.controller import Controller, Outlook
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.lane import Decision, Lane
@@ -78,6 +79,23 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Decided:
+    """What the first rank decides of a round from what it alone looks at; the others do the same (`Plan` says what).
+
+    asked: arms that were asked what they expect of each request. must_beat: what drafts of the late arm must bring, inf
+    where they may not. calibration: `Drafter.calibration` of every arm that drafts and of the late one.
+    """
+
+    routes: list[str]
+    asked: list[list[str]]
+    joined: list[int]
+    must_beat: list[float]
+    expected_drafts: list[float]
+    worth: dict[str, Worth]
+    calibration: dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Planner:
     """Plans rounds from what the controller and the drafters know, which may be late."""
 
@@ -85,17 +103,53 @@ class Planner:
     sync: DraftSync
     controller: Controller
     clock: RoundClock
+    ranks: Ranks = field(default_factory=Ranks)
 
     def plan(self, requests: RoundBatch) -> Plan:
         """Route every request, and say what the round takes for it; what catches up counts as done from now on."""
-        routes = self._route(requests)
+        self.ranks.note(requests.names, requests.lengths)
+        decided = self.ranks.told(lambda: self._decide(requests))
+        if not self.ranks.leads:
+            self._ask_too(requests, decided.asked)
+        routes, late = decided.routes, self._late
+        limits, late_limits = self._limits(requests, routes), self._late_limits(requests, decided.must_beat)
+        rooms = [max(most) for most in zip(limits, decided.joined, late_limits, strict=True)]
+        widths = [1 + room for room in rooms]
         members = {arm: [i for i, route in enumerate(routes) if route == arm] for arm in self.drafters}
-        late = next((arm for arm, drafter in self.drafters.items() if drafter.late), None)
         members = {arm: indices for arm, indices in members.items() if indices and arm != late}
-        limits = [
-            min(self.drafters[arm].max_drafts, budget - 1) if arm in members else 0
-            for arm, budget in zip(routes, requests.budgets, strict=True)
-        ]
+        due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
+        lanes = [self.controller.lane(row, rid) for row, rid in requests.names]
+        for lane, width in zip(lanes, widths, strict=True):
+            lane.under_way.append(width)
+        self.ranks.note(due)
+        return Plan(
+            routes,
+            lanes,
+            [lane.decision for lane in lanes],
+            members,
+            due,
+            limits,
+            decided.joined,
+            late if any(late_limits) else None,
+            late_limits,
+            decided.expected_drafts,
+            decided.worth,
+            self._upload(requests, members, due, (limits, decided.joined, late_limits), decided),
+        )
+
+    def under_way(self, row: int) -> int:
+        """Rows that are being verified for the request in `row`, at most."""
+        lane = self.controller.lanes.get(row)
+        return 0 if lane is None else sum(lane.under_way)
+
+    @property
+    def _late(self) -> str | None:
+        return next((arm for arm, drafter in self.drafters.items() if drafter.late), None)
+
+    def _decide(self, requests: RoundBatch) -> Decided:
+        asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
+        routes, late = self._route(requests, asked), self._late
+        limits = self._limits(requests, routes)
         joined = [
             self._joined(requests, i, limit) if limit and self.drafters[arm].judges else 0
             for i, (arm, limit) in enumerate(zip(routes, limits, strict=True))
@@ -106,49 +160,56 @@ class Planner:
             else math.inf
             for (row, rid), route, budget in zip(requests.names, routes, requests.budgets, strict=True)
         ]
-        late_limits = [
+        return Decided(
+            routes,
+            asked,
+            joined,
+            must_beat,
+            [self.controller.costs.drafts(arm) for arm in routes],
+            {arm: self.controller.worth(arm) for arm in self.drafters},
+            {
+                arm: list(drafter.calibration(requests.row_ids))
+                for arm, drafter in self.drafters.items()
+                if arm in routes or drafter.late
+            },
+        )
+
+    def _limits(self, requests: RoundBatch, routes: Sequence[str]) -> list[int]:
+        """Drafts of each request's own arm at most; the late arm drafts for all."""
+        return [
+            min(self.drafters[arm].max_drafts, budget - 1)
+            if arm in self.drafters and arm != self._late
+            else 0
+            for arm, budget in zip(routes, requests.budgets, strict=True)
+        ]
+
+    def _late_limits(self, requests: RoundBatch, must_beat: Sequence[float]) -> list[int]:
+        late = self._late
+        return [
             min(self.drafters[late].max_drafts, budget - 1) if late and value < math.inf else 0
             for value, budget in zip(must_beat, requests.budgets, strict=True)
         ]
-        widths = [1 + max(rooms) for rooms in zip(limits, joined, late_limits, strict=True)]
-        due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
-        lanes = [self.controller.lane(row, rid) for row, rid in requests.names]
-        for lane, width in zip(lanes, widths, strict=True):
-            lane.under_way.append(width)
-        return Plan(
-            routes,
-            lanes,
-            [lane.decision for lane in lanes],
-            members,
-            due,
-            limits,
-            joined,
-            late if any(late_limits) else None,
-            late_limits,
-            [self.controller.costs.drafts(arm) for arm in routes],
-            {arm: self.controller.worth(arm) for arm in self.drafters},
-            self._upload(requests, members, due, (limits, joined, late_limits), must_beat),
-        )
 
-    def outlook(self, requests: RoundBatch, index: int) -> Outlook:
-        """Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
-        if requests.budgets[index] <= 1:
-            return {}  # The last token a request may commit needs no draft: it is the bonus token.
+    def _askable(self, requests: RoundBatch, index: int) -> list[str]:
+        """Arms that may draft for a request, if they have anything to propose; none for one that has ended."""
+        # The last token a request may commit needs no draft: it is the bonus token.
+        if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
+            return []
+        return [arm for arm in self.drafters if self.controller.may_name(requests.row_ids[index], arm)]
+
+    def _outlook(self, requests: RoundBatch, index: int, asked: Sequence[str]) -> Outlook:
+        """Those of `asked` that propose something, with the acceptance length of whoever knows it beforehand."""
         row, n = requests.row_ids[index], requests.lengths.most[index]
         history = partial(requests.history, index)
-        found = {
-            arm: drafter.outlook(row, n, history)
-            for arm, drafter in self.drafters.items()
-            if self.controller.may_name(row, arm)
-        }
+        found = {arm: self.drafters[arm].outlook(row, n, history) for arm in asked}
         return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
 
-    def under_way(self, row: int) -> int:
-        """Rows that are being verified for the request in `row`, at most."""
-        lane = self.controller.lanes.get(row)
-        return 0 if lane is None else sum(lane.under_way)
+    def _ask_too(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> None:
+        """Where another rank decides: what drafters find while they are asked is what they draft later."""
+        for index, names in enumerate(asked):
+            self._outlook(requests, index, names)
 
-    def _route(self, requests: RoundBatch) -> list[str]:
+    def _route(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> list[str]:
         """An arm for each request; none for one that ended after the scheduler had put it into the batch."""
         running = [i for i, name in enumerate(requests.names) if self.controller.holds(*name)]
         rows, lengths = requests.row_ids, requests.lengths.most
@@ -158,7 +219,7 @@ class Planner:
             found = self.controller.route(
                 [rows[i] for i in running],
                 [lengths[i] for i in running],
-                [self.outlook(requests, i) for i in running],
+                [self._outlook(requests, i, asked[i]) for i in running],
             )
             for i, old, new in zip(running, before, found, strict=True):
                 routes[i] = new
@@ -182,7 +243,7 @@ class Planner:
         members: Mapping[str, Sequence[int]],
         due: Mapping[str, Due],
         most: Sequence[Sequence[int]],
-        must_beat: Sequence[float],
+        decided: Decided,
     ) -> OnDevice:
         if not due and not any(map(any, most)):
             nothing = requests.rows.new_empty(0)
@@ -191,12 +252,8 @@ class Planner:
         most_at = [upload.ints(own) for own in most]
         members_at = {arm: upload.ints(indices) for arm, indices in members.items()}
         due_at = {arm: upload.ints(own.members) for arm, own in due.items()}
-        calibration_at = {
-            arm: upload.floats(drafter.calibration(requests.row_ids))
-            for arm, drafter in self.drafters.items()
-            if arm in members or drafter.late
-        }
-        must_beat_at = upload.floats(must_beat)
+        calibration_at = {arm: upload.floats(own) for arm, own in decided.calibration.items()}
+        must_beat_at = upload.floats(decided.must_beat)
         ints, floats = upload.send(requests.rows.device)
         return OnDevice(
             {arm: ints[at] for arm, at in members_at.items()},

@@ -13,6 +13,7 @@ from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import late, memory, records, release, sampling, step
 from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.parallel import ranks_of_model
 from whiflash_sglang.compat.rehearsal import rehearse_sampling
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
@@ -59,8 +60,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         super().__init__()
         self._target_worker, self._draft_worker = target_worker, None
         self.settings = settings_of(server_args)
-        self.target = Target(target_worker)
-        self.drafters: dict[str, Drafter] = {d.arm: d for d in build_drafters(self.settings, self.target)}
+        self.target, self.ranks = Target(target_worker), ranks_of_model()
+        self.drafters: dict[str, Drafter] = {
+            d.arm: d for d in build_drafters(self.settings, self.target, self.ranks)
+        }
         captured = sorted({i for d in self.drafters.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)
         self.target.capture(captured, final_hidden=self.router is not None)
@@ -104,11 +107,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.lifecycle = Lifecycle(
             self.drafters, self.sync, self.controller, self.tokens, self.stops, read_prediction
         )
-        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock)
+        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, self.ranks)
         self.stage = DraftStage(
             self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
         )
-        self.learner = Learner(self.drafters, self.controller, self.clock)
+        self.learner = Learner(self.drafters, self.controller, self.clock, self.ranks)
         release.notify(self.lifecycle, self.target.runner)
         profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
 
@@ -172,9 +175,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         while (
             len(rounds) < most
             and not rounds[-1].drafted
-            and time.perf_counter() - began < STEP_SECONDS
             and not requests.any_ended(rounds[-1])
-            and not step.has_mail()
+            and self.ranks.told(lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail())
         ):
             requests = requests.after(batch, rounds[-1])
             rounds.append(self._round(batch, requests, on_publish, grammar_barrier))
@@ -214,6 +216,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
         self.clock.interrupt()
+        self.ranks.note([req.rid for req in batch.reqs], batch.extend_lens)
+        self.ranks.told(lambda: None)  # Whoever is not here would be waited for in the forward.
         input_ids = batch.input_ids
         result, features = self.target.prefill(batch)
         result.new_seq_lens = batch.seq_lens

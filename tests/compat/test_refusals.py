@@ -99,6 +99,7 @@ def sentence(launch: Launch) -> str:
 
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
+    assert refusal_of(with_arguments(taken, tp_size=2)) is None
     for backend in ("flashinfer", "fa3", "triton", "trtllm_mha"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
@@ -125,10 +126,10 @@ def test_latent_attention_is_the_cpus_limit(taken: Launch, tmp_path: Path) -> No
 
 
 ARGUMENTS: dict[str, tuple[Any, str]] = {
-    **{
-        size: (2, "--" + size.replace("_", "-")) for size in ("tp_size", "pp_size", "dp_size", "attn_dp_size")
-    },
+    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "dp_size", "attn_dp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size", "ep_size")},
+    "enable_attn_tp_input_scattered": (True, "--enable-attn-tp-input-scattered"),
+    "enable_layernorm_sp": (True, "--enable-layernorm-sp"),
     "tokenizer_worker_num": (2, "--tokenizer-worker-num must be 1"),
     "smg_grpc_mode": (True, "--smg-grpc-mode"),
     "grpc_mode": (True, "--grpc-mode"),

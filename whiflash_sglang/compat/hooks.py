@@ -37,6 +37,7 @@ def in_scheduler() -> None:
         control,
         figures,
         memory,
+        parallel,
         radix,
         release,
         step,
@@ -46,6 +47,18 @@ def in_scheduler() -> None:
         whitespace,
     )
 
-    parts = (memory, radix, release, step, stops, figures, streamer, control, whitespace, triton_backend)
+    parts = (
+        memory,
+        parallel,
+        radix,
+        release,
+        step,
+        stops,
+        figures,
+        streamer,
+        control,
+        whitespace,
+        triton_backend,
+    )
     for part in parts:
         part.install()

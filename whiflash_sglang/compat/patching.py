@@ -74,6 +74,15 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver._pull_raw_reqs"),
     PrivateName("sglang.srt.constrained.grammar_manager:GrammarManager.has_waiting_grammars"),
+    # several processes of one model
+    PrivateName("sglang.srt.runtime_context:get_parallel"),
+    PrivateName("sglang.srt.utils:broadcast_pyobj", ("data", "rank", "dist_group", "src")),
+    PrivateName(
+        f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+        ("recv_reqs", "local_reqs"),
+    ),
+    PrivateName("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward", ("input_",)),
+    PrivateName("sglang.srt.distributed.parallel_state:GroupCoordinator.all_gather", ("input_", "dim")),
     # figures of speculation
     PrivateName(
         f"{_COMPONENTS}.metrics_reporter:SchedulerMetricsReporter.update_spec_metrics",

@@ -111,7 +111,15 @@ _FOREIGN: dict[str, Any] = {
     "enable_multi_layer_eagle": False,
 }
 """Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
-_ONE_DEVICE = "WHIFLASH runs on one device for now; {} must be 1"
+_ONE_OF = {
+    "pp_size": "a round is planned, drafted and verified by a process that has all layers",
+    "dp_size": "its controls are not known to reach every replica",
+    "attn_dp_size": "ranks without a request would have to take part in every verification",
+    "attn_cp_size": "drafters read the KV of all positions",
+    "dcp_size": "drafters read the KV of all positions",
+    "ep_size": "experts on several ranks have not been tried under verifications of several widths",
+}
+"""Ways to spread a model, and why WHIFLASH does not go with more than one."""
 _REMOVE = "WHIFLASH does not work with {}; remove it"
 _HTTP = "WHIFLASH's routes, checks and traces are in SGLang's own HTTP server, one process of it; "
 
@@ -187,17 +195,15 @@ REFUSALS: tuple[Refusal, ...] = (
         "WHIFLASH on CUDA cannot promise --enable-deterministic-inference: rows are verified together; remove it",
     ),
     *(
-        Refusal(argument, _more_than_one(argument), _ONE_DEVICE.format(f"--{argument.replace('_', '-')}"))
-        for argument in (
-            "tp_size",
-            "pp_size",
-            "dp_size",
-            "attn_dp_size",
-            "attn_cp_size",
-            "dcp_size",
-            "ep_size",
+        Refusal(
+            argument,
+            _more_than_one(argument),
+            f"WHIFLASH scales with --tp-size; --{argument.replace('_', '-')} must be 1 ({reason})",
         )
+        for argument, reason in _ONE_OF.items()
     ),
+    _removed("enable_attn_tp_input_scattered", "a rank would keep features of its own tokens only"),
+    _removed("enable_layernorm_sp", "a rank would keep features of its own tokens only"),
     # which target
     Refusal(
         "recurrent",

@@ -15,7 +15,9 @@ from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints import TargetShape
 from whiflash_sglang.compat import graphs
+from whiflash_sglang.compat.parallel import rows_here, shared_vocabulary
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.vocabulary import SharedVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,18 @@ class Target:
         graphs.install(self.runner)
 
     @property
+    def shared(self) -> SharedVocabulary | None:
+        """The vocabulary where several processes have parts of it; None in one."""
+        return shared_vocabulary(self.model, self.shape.vocab_size)
+
+    @property
     def embedding(self) -> torch.Tensor:
-        """[V, H] input embedding, without padding rows."""
+        """[V, H] input embedding, without padding rows; those of this process where it is `shared`."""
         return self._matrix("input embedding", self.model.get_input_embeddings())
 
     @property
     def lm_head(self) -> torch.Tensor:
-        """[V, H] output projection, without padding rows."""
+        """[V, H] output projection, without padding rows; those of this process where it is `shared`."""
         return self._matrix("output head", self.model.lm_head)
 
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
@@ -66,7 +73,7 @@ class Target:
                 f"the target's {what} is quantised, and drafters read it as it is; use a checkpoint that leaves it in "
                 "16 or 32 bits"
             )
-        return weight[: self.shape.vocab_size]
+        return weight[: rows_here(module, self.shape.vocab_size)]
 
     @property
     def slot_table(self) -> torch.Tensor:

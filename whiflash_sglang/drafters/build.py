@@ -15,9 +15,10 @@ from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.router import Layers, Router
+from whiflash_sglang.ranks import Ranks
 
 
-def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
+def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
 
     Raises:
@@ -32,6 +33,7 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
             dtype=target.dtype,
             target_embedding=target.embedding,
             target_lm_head=target.lm_head,
+            shared=target.shared,
         ).requires_grad_(False)
         for arm, draft in drafts.items()
     }
@@ -49,7 +51,7 @@ def build_drafters(settings: Settings, target: Target) -> list[Drafter]:
         own = layers[arms.DIFFUSION]
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
     if settings.lookup.enabled:
-        drafters.append(LookupArm(settings.lookup, HostView.of(target.device)))
+        drafters.append(LookupArm(settings.lookup, HostView.of(target.device), ranks.now))
     return drafters
 
 

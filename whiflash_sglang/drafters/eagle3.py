@@ -1,6 +1,7 @@
 """The autoregressive arm: an EAGLE-3 chain (arXiv 2503.01840, section 3)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from whiflash_kernels import eagle3_catch_up
@@ -12,7 +13,7 @@ from whiflash_sglang.drafters.features import FeatureSlice
 from whiflash_sglang.drafters.paged import PagedArm, PassInput
 from whiflash_sglang.drafters.weights import eagle3_weights, rope_table
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.choice import Choice, choose
+from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 
@@ -59,10 +60,12 @@ class Eagle3Arm(PagedArm):
         self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
-        features = self._features(rows.features)
-        eagle3_catch_up(
-            features, rows.next_tokens, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools
-        )
+        features, tokens, weights = self._features(rows.features), rows.next_tokens, self._weights
+        if not self.model.embeds_alone:
+            # What the processes looked up together takes the matrix's place, a row a token.
+            weights = replace(weights, embedding=self.model.embed(tokens))
+            tokens = torch.arange(len(tokens), device=tokens.device)
+        eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)
 
     def chain(self, given: PassInput, steps: int) -> Iterator[Choice]:
         """The chain, step by step: of every request the target's id [G] and how sure the drafter is of it [G].
@@ -75,9 +78,9 @@ class Eagle3Arm(PagedArm):
         for step in range(steps):
             attend = self.attend_at(slots[:, step], given, (LayerSpan(causal=True),), extra=step, width=1)
             out = self.model(token, hidden, positions[:, step], attend)
-            choice = choose(self.model.logits(out.logits_hidden))
-            token, hidden = self.model.target_ids(choice.token), out.hidden
-            yield Choice(token, choice.confidence)
+            choice = self.model.choose(out.logits_hidden)
+            token, hidden = choice.token, out.hidden
+            yield choice
 
     def draft(self, batch: DraftBatch) -> Drafts:
         tokens, confidences = [], []

@@ -4,7 +4,8 @@ While it drafts, both neural drafters do nothing at all; what they missed waits 
 batch when one of them is chosen again.
 """
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -34,12 +35,15 @@ class LookupArm(Drafter):
 
     Args:
         settings: widths, shortest match, chances before anything was seen, memory across requests.
+        clock: seconds that never run backwards, by which memory ages.
     """
 
     arm = arms.LOOKUP
     prolongs = True
 
-    def __init__(self, settings: Lookup, host: HostView = EXACT) -> None:
+    def __init__(
+        self, settings: Lookup, host: HostView = EXACT, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.late = not host.exact
         self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
@@ -47,7 +51,7 @@ class LookupArm(Drafter):
         self._unlearned = self._calibrations.fresh()
         self.memory: TenantMemory | None = None
         if settings.memory_mib:
-            self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0)
+            self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0, clock)
         self._min_match = settings.min_match
         self._copiers: dict[int, Copier] = {}
         self._proposals: dict[int, Proposal] = {}

@@ -1,5 +1,8 @@
 """What a drafter proposes, and how sure it is."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,39 +17,79 @@ class Choice(NamedTuple):
     confidence: Tensor
 
 
-def choose(logits: Tensor) -> Choice:
-    """The drafter's first choice for every row of `logits` [N, V], any float type."""
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A process's rows of a head that several processes share.
+
+    rows: [K'] int64, ascending: numbers in the whole head of the rows that this process has, perhaps none. gather: a
+    tensor [N, C] float32 of every process → [P, N, C], the same in all of them; all must call it alike.
+    """
+
+    rows: Tensor
+    gather: Callable[[Tensor], Tensor]
+
+
+def choose(logits: Tensor, shard: Shard | None = None) -> Choice:
+    """The drafter's first choice for every row of `logits` [N, V], any float type.
+
+    With a `shard` the logits are of its rows alone, [N, K'], and the choice is that of all shards together: each sends
+    its largest logit, that one's row and the logarithm of its sum, three floats a row of logits. Exact ties go to the
+    lowest row, as in one process; rows are exact in fp32 up to 2**24.
+    """
+    if shard is None:
+        top = logits.max(-1)
+        return Choice(top.indices, (top.values.float() - logits.float().logsumexp(-1)).exp())
+    values, rows, sums = shard.gather(_candidates(logits, shard.rows)).unbind(-1)
+    best = values.amax(0)
+    token = rows.masked_fill(values < best, math.inf).amin(0)
+    return Choice(token.long(), (best - sums.logsumexp(0)).exp())
+
+
+def _candidates(logits: Tensor, rows: Tensor) -> Tensor:
+    """[N, 3] float32: largest logit, its row in the whole head, log-sum-exp; of a shard without rows none counts."""
+    if not len(rows):
+        nothing = torch.tensor([-math.inf, math.inf, -math.inf], device=logits.device)
+        return nothing.expand(len(logits), 3).contiguous()
     top = logits.max(-1)
-    return Choice(top.indices, (top.values.float() - logits.float().logsumexp(-1)).exp())
+    return torch.stack([top.values.float(), rows[top.indices].float(), logits.float().logsumexp(-1)], dim=-1)
 
 
+@dataclass(frozen=True, slots=True)
 class DraftHead:
     """Logits over what a drafter chooses from.
 
-    Args:
-        weight: [K, H]. ids: [K] int64, the target's id of each row; None: the rows are the target's vocabulary.
-        beside: [K, R], a second matrix over the same rows, of drafters whose tokens depend on one another.
+    weight: [K, H]. ids: [K] int64, the target's id of each row; None: the rows are the target's vocabulary. matrix:
+    [K, R], a second one over the same rows, of drafters whose tokens depend on one another. shard: where other
+    processes have the other rows; then `weight` and `matrix` have those of this process, and `ids` all.
     """
 
-    def __init__(self, weight: Tensor, ids: Tensor | None, beside: Tensor | None = None) -> None:
-        self.weight, self.ids, self._beside = weight, ids, beside
+    weight: Tensor
+    ids: Tensor | None
+    matrix: Tensor | None = None
+    shard: Shard | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] → [..., K]."""
+        """[..., H] → [..., K], of this process's rows."""
         return F.linear(hidden, self.weight)
 
     def second(self, latent: Tensor) -> Tensor:
         """[..., R] → [..., K], by the second matrix. Raises ValueError where there is none."""
-        if self._beside is None:
+        if self.matrix is None:
             raise ValueError("this head has no second matrix")
-        return F.linear(latent, self._beside)
+        return F.linear(latent, self.matrix)
+
+    def choose(self, logits: Tensor) -> Choice:
+        """The first choice for every row of `logits` [N, K]; its tokens are rows of the whole head."""
+        return choose(logits, self.shard)
 
     def beside(self, matrix: Tensor | None) -> "DraftHead":
-        """The same head with `matrix` [K, R] as its second."""
-        return DraftHead(self.weight, self.ids, matrix)
+        """The same head with `matrix`, over all of its rows, as its second."""
+        if matrix is not None and self.shard is not None:
+            matrix = matrix[self.shard.rows]
+        return replace(self, matrix=matrix)
 
     def target_ids(self, rows: Tensor) -> Tensor:
-        """Rows of the head → the target's ids, any shape."""
+        """Rows of the whole head → the target's ids, any shape."""
         return rows if self.ids is None else self.ids[rows]
 
     def within(self, vocabulary: Tensor) -> "DraftHead":
@@ -61,4 +104,11 @@ class DraftHead:
             if len(rows) != len(vocabulary):
                 raise ValueError("the vocabulary has tokens that this drafter's own head does not draft")
             vocabulary = self.ids[rows]
-        return DraftHead(self.weight[rows], vocabulary, None if self._beside is None else self._beside[rows])
+        shard = self.shard
+        if shard is not None:
+            here = torch.isin(rows, shard.rows).nonzero()[:, 0]
+            rows = torch.searchsorted(shard.rows, rows[here])
+            shard = replace(shard, rows=here)
+        return DraftHead(
+            self.weight[rows], vocabulary, None if self.matrix is None else self.matrix[rows], shard
+        )

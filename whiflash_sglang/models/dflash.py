@@ -23,11 +23,12 @@ from whiflash_sglang.models.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from whiflash_sglang.models.choice import Choice, DraftHead, choose
+from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash_config import ALIASES, ARCHITECTURE, DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import Attend, Attention, GemmaRMSNorm, RMSNorm, SwiGLU
 from whiflash_sglang.models.rope import Angles, Rotary, half_split, rotary_width, rotate
+from whiflash_sglang.models.vocabulary import SharedVocabulary
 
 _NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Tensor names of other exporters."""
@@ -95,6 +96,8 @@ class DFlashDrafter(nn.Module):
     own_head: Tensor | None
     own_ids: Tensor | None
     mask_embedding: Tensor | None
+    shared: SharedVocabulary | None = None
+    """Of the target, where other processes have parts of it; then the two matrices hold this process's rows."""
 
     def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
         """Untrained."""
@@ -138,7 +141,7 @@ class DFlashDrafter(nn.Module):
         """What it chooses from: a head of its own, over the target ids that it drafts, or the target's."""
         if self.own_head is not None:
             return DraftHead(self.own_head, self.own_ids)
-        return DraftHead(self.target_lm_head, None)
+        return DraftHead(self.target_lm_head, None, shard=self.shared.shard if self.shared else None)
 
     def fuse(self, features: Tensor) -> Tensor:
         """`features` [T, len(target_layer_ids) · H] → the context feature [T, H] that all layers share."""
@@ -160,7 +163,7 @@ class DFlashDrafter(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Blocks: bonus and mask ids [T] int64 at `positions` [T] → final-normed states [T, H]."""
-        hidden = F.embedding(tokens, self.target_embedding)
+        hidden = self.shared.embed(tokens) if self.shared else F.embedding(tokens, self.target_embedding)
         if self.mask_embedding is not None:
             hidden = torch.where((tokens == self.mask_token_id)[:, None], self.mask_embedding, hidden)
         angles = self.rotary.angles(positions)
@@ -180,7 +183,7 @@ class DFlashDrafter(nn.Module):
             tokens, the target's ids, and confidences, each [B, wanted].
         """
         rows = self.draft_rows(states, wanted)
-        choice = choose(head.logits(rows.flatten(0, 1)))
+        choice = head.choose(head.logits(rows.flatten(0, 1)))
         return Choice(head.target_ids(choice.token).view(-1, wanted), choice.confidence.view(-1, wanted))
 
     def draft_rows(self, states: Tensor, wanted: int) -> Tensor:
@@ -224,6 +227,7 @@ class DFlashDrafter(nn.Module):
         dtype: torch.dtype,
         target_embedding: Tensor,
         target_lm_head: Tensor,
+        shared: SharedVocabulary | None = None,
         config: DFlashConfig | None = None,
     ) -> "DFlashDrafter":
         """Read a checkpoint directory; `config`: where it is not a `DFlashDraftModel`'s own.
@@ -232,10 +236,13 @@ class DFlashDrafter(nn.Module):
             CheckpointError: naming what is missing or does not fit.
         """
         config = config or DFlashConfig.read(path)
-        _check_target(path, config, target_embedding)
+        _check_target(
+            path, config, shared.size if shared else len(target_embedding), target_embedding.shape[1]
+        )
         found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
         reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
         drafter = cls(config, target_embedding, target_lm_head)
+        drafter.shared = shared
         drafter.fill(reader)
         drafter.mask_embedding = _mask_embedding(path, config)
         return drafter.to(device=device, dtype=dtype).eval()
@@ -273,8 +280,7 @@ def _repeat(angles: tuple[Tensor, Tensor], times: int) -> tuple[Tensor, Tensor]:
     return angles[0].repeat(times, 1, 1), angles[1].repeat(times, 1, 1)
 
 
-def _check_target(path: Path, config: DFlashConfig, embedding: Tensor) -> None:
-    vocab, hidden = embedding.shape
+def _check_target(path: Path, config: DFlashConfig, vocab: int, hidden: int) -> None:
     if hidden != config.hidden_size:
         raise CheckpointError(
             f"{path}: this DFlash drafter is for a target of hidden size {config.hidden_size}, "

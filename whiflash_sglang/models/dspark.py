@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import WeightReader, integer
-from whiflash_sglang.models.choice import Choice, DraftHead, choose
+from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat
@@ -126,7 +126,7 @@ class DSparkDrafter(DFlashDrafter):
         tokens, sure = [], []
         for step in range(wanted):
             latent, state = self._latent(previous, rows[:, step], state)
-            choice = choose(logits[:, step] + head.second(latent))
+            choice = head.choose(logits[:, step] + head.second(latent))
             previous = head.target_ids(choice.token)
             tokens.append(previous)
             sure.append(choice.confidence)

@@ -21,10 +21,12 @@ from whiflash_sglang.models.checkpoint import (
     read_weights,
     write_checkpoint,
 )
+from whiflash_sglang.models.choice import Choice, choose
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse, parse_deepspec
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
 from whiflash_sglang.models.rope import Rotary
+from whiflash_sglang.models.vocabulary import SharedVocabulary
 
 _NAMES = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in enumerate(("low", "mid", "high"))}
 """Tensor names of earlier files."""
@@ -65,6 +67,8 @@ class Eagle3Drafter(nn.Module):
     target_embedding: Tensor
     target_lm_head: Tensor
     d2t: Tensor | None
+    shared: SharedVocabulary | None = None
+    """Of the target, where other processes have parts of it; then the two matrices hold this process's rows."""
 
     def __init__(
         self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
@@ -152,13 +156,30 @@ class Eagle3Drafter(nn.Module):
         head: Tensor = self.target_lm_head if self.lm_head is None else self.lm_head.weight
         return F.linear(logits_hidden, head)
 
+    def choose(self, logits_hidden: Tensor) -> Choice:
+        """[T, H] → the first choice for each: the target's id, and how sure the drafter is of it."""
+        shard = self.shared.shard if self.shared and self.lm_head is None else None
+        choice = choose(self.logits(logits_hidden), shard)
+        return Choice(self.target_ids(choice.token), choice.confidence)
+
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids in the draft vocabulary → ids in the target's, any shape."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
+    @property
+    def embeds_alone(self) -> bool:
+        """Whether this process has the whole matrix that it embeds with."""
+        return self.shared is None or self.config.brings_embedding
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [T] int64 → [T, H]."""
+        if self.shared is None or self.config.brings_embedding:
+            return F.embedding(tokens, self.target_embedding)
+        return self.shared.embed(tokens)
+
     def _first_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         layer: Any = self.layers[0]
-        embedded = layer.embedding_norm(F.embedding(tokens, self.target_embedding).to(hidden.dtype))
+        embedded = layer.embedding_norm(self.embed(tokens).to(hidden.dtype))
         return torch.cat([embedded, layer.hidden_norm(hidden)], dim=-1)
 
     @classmethod
@@ -170,6 +191,7 @@ class Eagle3Drafter(nn.Module):
         dtype: torch.dtype,
         target_embedding: Tensor,
         target_lm_head: Tensor | None,
+        shared: SharedVocabulary | None = None,
         config: Eagle3Config | None = None,
     ) -> "Eagle3Drafter":
         """Read a checkpoint directory; `config`: where it is not a `LlamaForCausalLMEagle3`'s own.
@@ -180,10 +202,13 @@ class Eagle3Drafter(nn.Module):
         config = config or Eagle3Config.read(path)
         found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
         reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
-        if config.own_embedding or config.target_hidden_size != config.hidden_size:
+        vocab = shared.size if shared else len(target_embedding)
+        if config.brings_embedding:
             target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
-        _check_target(path, config, target_embedding)
+            vocab = len(target_embedding)
+        _check_target(path, config, vocab, target_embedding.shape[1])
         drafter = cls(config, target_embedding, target_lm_head)
+        drafter.shared = shared
         for name, parameter in drafter._plain_parameters().items():
             reader.fill(parameter, name)
         for index, layer in enumerate(drafter.layers):
@@ -237,8 +262,7 @@ def _layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
     return weights
 
 
-def _check_target(path: Path, config: Eagle3Config, embedding: Tensor) -> None:
-    vocab, hidden = embedding.shape
+def _check_target(path: Path, config: Eagle3Config, vocab: int, hidden: int) -> None:
     if hidden != config.hidden_size:
         raise CheckpointError(
             f"{path}: this EAGLE-3 drafter is for a target of hidden size {config.target_hidden_size}, "

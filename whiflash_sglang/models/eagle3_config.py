@@ -49,6 +49,11 @@ class Eagle3Config:
     attention_bias: bool = False
     own_embedding: bool = False
 
+    @property
+    def brings_embedding(self) -> bool:
+        """Whether it embeds with a matrix of its file instead of the target's."""
+        return self.own_embedding or self.target_hidden_size != self.hidden_size
+
     @classmethod
     def read(cls, path: Path) -> "Eagle3Config":
         """Parse `config.json`. Raises `CheckpointError` naming the field that does not fit."""

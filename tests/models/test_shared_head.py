@@ -1,0 +1,90 @@
+"""A choice from a head that several processes share is the one that a process with the whole head makes."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.models.choice import Choice, DraftHead, Shard, choose
+
+VOCABULARY, SIZE = 23, 5
+
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+Heads = Callable[[Gather], Sequence[DraftHead]]
+"""The heads of all processes, given how they talk."""
+
+
+def together(heads: Heads, chosen: Callable[[DraftHead], Choice]) -> list[Choice]:
+    """What each process has `chosen`. They run one after the other: first to hear what each sends, then to choose."""
+    sent: list[torch.Tensor] = []
+
+    def hear(own: torch.Tensor) -> torch.Tensor:
+        sent.append(own)
+        return own[None]
+
+    for head in heads(hear):
+        chosen(head)
+    everything = torch.stack(sent)
+    return [chosen(head) for head in heads(lambda _: everything)]
+
+
+def split(weight: torch.Tensor, cuts: Sequence[int], gather: Gather) -> list[DraftHead]:
+    """`weight` [V, H], cut at rows."""
+    return [
+        DraftHead(weight[begin:end], None, shard=Shard(torch.arange(begin, end), gather))
+        for begin, end in pairwise([0, *sorted(cuts), len(weight)])
+    ]
+
+
+def matrices(seed: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A head and states of few different values, so that logits are exact in any order and often equal."""
+    make = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-levels, levels + 1, (VOCABULARY, SIZE), generator=make).float()
+    return weight, torch.randint(-1, 2, (6, SIZE), generator=make).float()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    levels=st.integers(1, 8),
+    cuts=st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=3),
+)
+def test_choices(seed: int, levels: int, cuts: list[int]) -> None:
+    """Ties too, and processes without a row."""
+    weight, hidden = matrices(seed, levels)
+    whole = choose(hidden @ weight.T)
+
+    def heads(gather: Gather) -> list[DraftHead]:
+        return split(weight, cuts, gather)
+
+    for found in together(heads, lambda head: head.choose(head.logits(hidden))):
+        assert found.token.tolist() == whole.token.tolist()
+        torch.testing.assert_close(found.confidence, whole.confidence)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    cut=st.integers(0, VOCABULARY),
+    ids=st.sets(st.integers(0, VOCABULARY - 1), min_size=1),
+)
+def test_a_part_of_the_vocabulary_beside_a_second_matrix(seed: int, cut: int, ids: set[int]) -> None:
+    weight, hidden = matrices(seed, 2)
+    second, latent = matrices(seed + 1, 2)
+    vocabulary = torch.tensor(sorted(ids))
+
+    def chosen(head: DraftHead) -> Choice:
+        return head.choose(head.logits(hidden) + head.second(latent))
+
+    def heads(gather: Gather) -> list[DraftHead]:
+        parts = [head.beside(second).within(vocabulary) for head in split(weight, [cut], gather)]
+        assert all(part.target_ids(torch.arange(len(ids))).tolist() == sorted(ids) for part in parts)
+        return parts
+
+    expected = chosen(DraftHead(weight, None).beside(second).within(vocabulary))
+    for found in together(heads, chosen):
+        assert found.token.tolist() == expected.token.tolist()
+        torch.testing.assert_close(found.confidence, expected.confidence)

@@ -1,0 +1,30 @@
+"""Tiny checkpoints for the tests of several processes, and what plain decoding answers with two ranks."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1] / "worker"))
+
+from ranks_at_work import on_ranks
+from tensor_parallel import ARRIVALS, RANKS, Checkpoints, Outputs, play_plain
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """EAGLE-3 has a head of its own, DFlash chooses from the target's, which the ranks share."""
+    root = tmp_path_factory.mktemp("parallel")
+    target = tiny_target(root / "target")
+    return Checkpoints(target, tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target))
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoints: Checkpoints) -> Outputs:
+    """Plain decoding of `ARRIVALS` with two ranks, which agree on it. Nothing is aborted there."""
+    first, second = on_ranks(RANKS, partial(play_plain, checkpoints, ARRIVALS))
+    assert first == second
+    return first

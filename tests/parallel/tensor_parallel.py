@@ -1,0 +1,115 @@
+"""Engines of two ranks, what is asked of them, and what a rank tells of its rounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from engine import engine
+from oracle_arm import OracleArm
+from traffic import Arrival, mixed, play
+
+from whiflash_sglang.drafters.stage import DraftStage, Proposal
+
+RANKS = 2
+BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"}
+"""SGLang wants cores named for each rank where they are more than the memory's nodes; here it binds nothing."""
+ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=14)
+
+Outputs = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    target: Path
+    eagle3: Path
+    dflash: Path
+
+    def whiflash(self, router: str, **flags: Any) -> dict[str, Any]:
+        """Arguments of `engine(whiflash=...)`."""
+        return {
+            "draft": self.dflash,
+            "whiflash_eagle_draft": str(self.eagle3),
+            "whiflash_router": router,
+            **flags,
+        }
+
+
+@dataclass(frozen=True)
+class Played:
+    """Of one rank. rounds: of each its routes, who caught up, and every draft that was verified."""
+
+    outputs: Outputs
+    rounds: list[tuple[Any, ...]]
+    arms: set[str]
+    retracted: int
+    cached: int
+    accepted: int
+
+
+def of_rank(rank: int, port: int, **arguments: Any) -> dict[str, Any]:
+    """Arguments of `engine`. What SGLang's launcher draws for all ranks is fixed: the seed."""
+    return {
+        "tp_size": RANKS,
+        "rank": rank,
+        "port": port,
+        "random_seed": 7,
+        "max_running_requests": 6,
+        **arguments,
+    }
+
+
+def play_plain(
+    checkpoints: Checkpoints, arrivals: Sequence[Arrival], rank: int, port: int, **arguments: Any
+) -> Outputs:
+    """Without drafts and aborts."""
+    with engine(checkpoints.target, **of_rank(rank, port, **arguments)) as e:
+        return play(e, [replace(arrival, abort_after=None) for arrival in arrivals])
+
+
+def play_ours(
+    checkpoints: Checkpoints,
+    router: str,
+    arrivals: Sequence[Arrival],
+    known: Outputs,
+    rank: int,
+    port: int,
+    **arguments: Any,
+) -> Played:
+    """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost."""
+    rounds: list[tuple[Any, ...]] = []
+    original = DraftStage.draft
+
+    def noting(self: DraftStage, requests: Any, plan: Any) -> Proposal:
+        proposal = original(self, requests, plan)
+        drafts = [
+            own[: width - 1]
+            for own, width in zip(proposal.tokens.tolist(), proposal.widths.tolist(), strict=True)
+        ]
+        rounds.append((plan.routes, plan.due, drafts))
+        return proposal
+
+    oracle = OracleArm(0.93, seed=3)
+    for arrival in arrivals:
+        if arrival.rid in known:
+            oracle.learn(arrival.prompt, known[arrival.rid])
+    with (
+        patch.object(DraftStage, "draft", noting),
+        engine(
+            checkpoints.target,
+            whiflash=checkpoints.whiflash(router),
+            arms=[oracle],
+            **of_rank(rank, port, **arguments),
+        ) as e,
+    ):
+        outputs = play(e, arrivals)
+        requests = e.requests.values()
+        return Played(
+            outputs,
+            rounds,
+            {arm for routes, *_ in rounds for arm in routes},
+            sum(req.retraction_count for req in requests),
+            sum(req.cached_tokens for req in requests),
+            sum(req.spec_num_correct_drafts for req in requests),
+        )

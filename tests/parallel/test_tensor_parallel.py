@@ -1,0 +1,127 @@
+"""Two ranks: text is plain decoding's with two ranks, and both do the same whatever their clocks and mail say."""
+
+import random
+import time
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from ranks_at_work import RankFailedError, on_ranks
+from reference import Comparison, ReferenceTarget
+from tensor_parallel import ARRIVALS, RANKS, Checkpoints, Outputs, Played, play_ours, play_plain
+from traffic import Arrival, mixed
+
+
+def check(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, played: list[Played]) -> Played:
+    """Both ranks did the same, and no request got another text than plain decoding gives (fp32, ties but for)."""
+    first, second = played
+    for number, (one, other) in enumerate(zip(first.rounds, second.rounds, strict=True)):
+        assert one == other, f"round {number} of {len(first.rounds)}"
+    assert first.outputs == second.outputs
+    comparison = Comparison(ReferenceTarget(checkpoints.target))
+    for a in arrivals:
+        found = first.outputs[a.rid]
+        expected = plain[a.rid] if a.abort_after is None else plain[a.rid][: len(found)]
+        comparison.check(a.prompt, expected, found, a.rid)
+    print(comparison.summary())
+    return first
+
+
+def test_200_requests(checkpoints: Checkpoints, plain: Outputs) -> None:
+    """All arms, shared prefixes, aborts and stops, in a pool too small for all: what does not fit is retracted."""
+    work = partial(play_ours, checkpoints, "random", ARRIVALS, plain, max_total_tokens=320)
+    found = check(checkpoints, ARRIVALS, plain, on_ranks(RANKS, work))
+    assert found.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
+    assert found.retracted
+    assert found.cached
+    assert found.accepted
+
+
+def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
+    """On every rank but the first clocks jump and mail comes and goes."""
+    from whiflash_sglang.compat import step
+
+    rng = random.Random(rank)
+    clock = [0.0]
+
+    def jumping() -> float:
+        clock[0] += rng.expovariate(10.0)
+        return clock[0]
+
+    patches: list[Any] = []
+    if rank:
+        patches = [
+            patch.object(time, "perf_counter", jumping),
+            patch.object(time, "monotonic", jumping),
+            patch.object(step, "has_mail", lambda: rng.random() < 0.5),
+        ]
+    for p in patches:
+        p.start()
+    return play_ours(checkpoints, "auto", arrivals, plain, rank, port)
+
+
+def test_no_rank_but_the_first_looks_at_a_clock_or_its_mail(checkpoints: Checkpoints, plain: Outputs) -> None:
+    arrivals = ARRIVALS[:40]
+    found = check(checkpoints, arrivals, plain, on_ranks(RANKS, partial(wild, checkpoints, arrivals, plain)))
+    assert found.accepted
+
+
+SAMPLED = [
+    Arrival(
+        f"r{seed}",
+        seed,
+        tuple(range(100 + seed, 130)),
+        {"max_new_tokens": 24, "sampling_seed": seed, "temperature": 1.0},
+    )
+    for seed in range(8)
+]
+"""None with top-p: where one request of a batch has it, SGLang keys the noise of all by rank instead of by token."""
+
+
+def test_seeded_sampling(checkpoints: Checkpoints) -> None:
+    """Noise is keyed by seed and position, so that tokens are those of plain decoding with as many ranks."""
+    plainly = partial(play_plain, checkpoints, SAMPLED, enable_deterministic_inference=True)
+    expected, again = on_ranks(RANKS, plainly)
+    assert expected == again
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(SAMPLED)
+    ours = partial(play_ours, checkpoints, "random", SAMPLED, expected, enable_deterministic_inference=True)
+    first, second = on_ranks(RANKS, ours)
+    assert first == second
+    assert first.outputs == expected
+    assert first.accepted
+
+
+def test_sampling_draws_alike(checkpoints: Checkpoints) -> None:
+    """Without seeds of their own requests draw from a generator that goes on alike in every rank."""
+    arrivals = [
+        Arrival(a.rid, a.step, a.prompt, {"max_new_tokens": 16, "temperature": 1.0}) for a in ARRIVALS[:20]
+    ]
+    first, second = on_ranks(RANKS, partial(play_ours, checkpoints, "random", arrivals, {}))
+    assert first == second
+
+
+def goes_astray(checkpoints: Checkpoints, rank: int, port: int) -> None:
+    """From one round on the second rank commits other tokens than the target gave."""
+    from whiflash_sglang import worker
+
+    accept, rounds = worker.accept_and_commit, 0
+
+    def committing(predictions: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        print(f"rank {rank} verifies round {rounds}", flush=True)
+        return accept((predictions + (rank if rounds >= 4 else 0)) % 256, *args, **kwargs)
+
+    with patch.object(worker, "accept_and_commit", committing):
+        play_ours(checkpoints, "random", mixed(seed=2, count=6, tokens=60), {}, rank, port)
+
+
+def test_a_rank_that_goes_astray_is_found_within_a_round(
+    checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RankFailedError, match="rank 1 of 2 did not commit what rank 0 did"):
+        on_ranks(RANKS, partial(goes_astray, checkpoints))
+    seen = capfd.readouterr().out
+    assert "rank 1 verifies round 4" in seen
+    assert "rank 1 verifies round 5" not in seen

@@ -1,0 +1,77 @@
+"""A real server of two ranks: answers, state and policy; and it ends, saying why, when a rank does not go along."""
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+from patience import wait_until
+from reference import Comparison, ReferenceTarget
+from server_host import Server, ServerHost
+from tensor_parallel import ARRIVALS, BIND, RANKS, Checkpoints, Outputs
+from traffic import Arrival
+
+from whiflash_sglang.server import runs
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+
+
+def arguments(checkpoints: Checkpoints) -> list[str]:
+    return [
+        *("--model-path", str(checkpoints.target), "--dtype", "float32", "--tp-size", str(RANKS)),
+        *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(checkpoints.dflash)),
+        *("--whiflash-eagle-draft", str(checkpoints.eagle3), "--whiflash-router", "random"),
+        *("--random-seed", "7", "--enable-custom-logit-processor"),
+    ]
+
+
+@pytest.fixture
+def server(host: ServerHost, checkpoints: Checkpoints) -> Iterator[Server]:
+    with host.running(*arguments(checkpoints), env=BIND) as running:
+        yield running
+
+
+def rank_of(server: Server, rank: int) -> psutil.Process:
+    """The scheduler's process of a rank."""
+    [found] = [
+        child
+        for child in psutil.Process(server.pid).children(recursive=True)
+        if f"_TP{rank}" in " ".join(child.cmdline())
+    ]
+    return found
+
+
+def until_it_ends(server: Server) -> str:
+    """Its log, when no process of it is left: waits without a limit of its own."""
+    wait_until(lambda: not runs(server.pid))
+    return server.log.read_text(errors="replace")
+
+
+def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints, plain: Outputs) -> None:
+    arrivals = [a for a in ARRIVALS[:60] if a.abort_after is None]
+
+    def compare(some: list[Arrival]) -> None:
+        comparison = Comparison(ReferenceTarget(checkpoints.target))
+        bodies = [{"input_ids": list(a.prompt), "sampling_params": a.params} for a in some]
+        for a, answer in zip(some, server.generate_all(bodies, concurrency=6), strict=True):
+            comparison.check(a.prompt, plain[a.rid], answer["output_ids"], a.rid)
+        print(comparison.summary())
+
+    compare(arrivals)
+    assert server.get("/whiflash/state")["policy"] == "random"
+    # Rounds without drafts share steps, until the first rank finds mail.
+    assert server.post("/whiflash/policy", {"router": "none"})["policy"] == "none"
+    compare(arrivals[:12])
+    assert server.post("/whiflash/policy", {"router": "auto"})["policy"] == "auto"
+    compare(arrivals[12:24])
+
+    killed = rank_of(server, 1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.generate, input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 7000})
+        os.kill(killed.pid, signal.SIGKILL)
+        until_it_ends(server)
+        with pytest.raises(httpx.HTTPError):
+            waiting.result()

@@ -1,0 +1,81 @@
+"""Tensor parallelism: SGLang's own groups and its vocabulary-parallel modules, as this package sees them."""
+
+from functools import wraps
+from typing import Any
+
+import torch
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import broadcast_pyobj
+
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.models.choice import Shard
+from whiflash_sglang.models.vocabulary import SharedVocabulary
+from whiflash_sglang.ranks import DivergedError, Message, Ranks
+
+
+def install() -> None:
+    """Idempotent."""
+    replace(SchedulerRequestReceiver, "_broadcast_reqs_across_ranks", _expecting_requests)
+
+
+def ranks_of_model() -> Ranks:
+    """The processes that serve this process's replica of the model.
+
+    They talk over the group, and in the form, in which the scheduler hands its requests round: so a process that is in
+    another place than the first one hears of it, instead of waiting.
+    """
+    group = get_parallel().tp_group
+    if group.world_size == 1:
+        return Ranks()
+
+    def send(message: Message | None) -> Any:
+        heard = broadcast_pyobj([message], group.rank, group.cpu_group, src=group.ranks[0])
+        return heard[0] if len(heard) == 1 else heard
+
+    return Ranks(group.rank_in_group, group.world_size, send)
+
+
+def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
+    """The target's embedding and head where they are split; None in one process.
+
+    Args:
+        model: SGLang's. size: tokens of its vocabulary.
+    """
+    group = get_parallel().tp_group
+    if group.world_size == 1:
+        return None
+    head = model.lm_head
+    shard = None
+    if head.tp_size > 1:
+        begin, end = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
+        shard = Shard(torch.arange(begin, end, device=head.weight.device), _gather)
+    return SharedVocabulary(size, model.get_input_embeddings(), shard)
+
+
+def rows_here(module: Any, size: int) -> int:
+    """Rows of a vocabulary of `size` that this process has in an embedding or a head, its padding left out."""
+    if module.tp_size == 1:
+        return size
+    return int(module.shard_indices.num_org_elements)
+
+
+def _gather(own: torch.Tensor) -> torch.Tensor:
+    """[N, C] of every process → [P, N, C]."""
+    group = get_parallel().tp_group
+    found: torch.Tensor = group.all_gather(own, dim=0)
+    return found.view(group.world_size, *own.shape)
+
+
+def _expecting_requests(original: Any) -> Any:
+    @wraps(original)
+    def broadcast(self: SchedulerRequestReceiver, *args: Any, **kwargs: Any) -> Any:
+        received = original(self, *args, **kwargs)
+        if any(isinstance(item, Message) for item in received or ()):
+            raise DivergedError(
+                f"rank {get_parallel().tp_rank} of {get_parallel().tp_size} has no request that runs, rank 0 plans a "
+                "round: they do not serve the same requests any more"
+            )
+        return received
+
+    return broadcast

@@ -1,0 +1,89 @@
+"""The processes that serve one model together: the first decides, the others do as they are told. Imports no SGLang.
+
+What a round does follows from what was committed, which all know, and from what only the first looks at: clocks, and
+its mail. So the first decides, once a round, and tells the others (`told`). Everything else they work out from the same
+numbers with the same code; that they did is checked with every message, by a checksum of all that was noted.
+"""
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from whiflash_sglang.errors import WhiflashError
+
+T = TypeVar("T")
+
+
+class DivergedError(WhiflashError):
+    """Two processes of one model did different things: their collective calls would wait for each other for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """From the first rank. number: of those before it. checksum: of what it had noted by then. now: on its clock."""
+
+    number: int
+    checksum: int
+    now: float
+    value: Any
+
+
+class Ranks:
+    """One process of those that serve a model, alone unless it is given others.
+
+    Args:
+        rank: of this process, 0 decides. size: processes. send: from the first process to all, in each of which it
+            returns what the first handed in; None where there is one.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, send: Callable[[Message | None], Any] | None = None
+    ) -> None:
+        if (send is None) != (size == 1):
+            raise ValueError(f"{size} ranks and {'no ' * (send is None)}way to talk to them")
+        self.rank, self.size, self._send = rank, size, send
+        self._number = self._checksum = 0
+        self._now = 0.0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides."""
+        return self.rank == 0
+
+    def told(self, decide: Callable[[], T]) -> T:
+        """What the first rank decides, in all of them; `decide` is called there alone.
+
+        Raises:
+            DivergedError: in another rank, when it has not noted what the first has, or the first sends something else.
+        """
+        if self._send is None:
+            return decide()
+        said = None
+        if self.leads:
+            said = Message(self._number, self._checksum, time.monotonic(), decide())
+        heard = self._send(said)
+        if not isinstance(heard, Message):
+            raise DivergedError(
+                f"rank {self.rank} of {self.size} waits for a round's plan, rank 0 sent something else "
+                f"({heard!r:.80}): "
+                "they do not serve the same requests any more"
+            )
+        if (heard.number, heard.checksum) != (self._number, self._checksum):
+            raise DivergedError(
+                f"rank {self.rank} of {self.size} did not commit what rank 0 did: before message {heard.number} of "
+                f"rank 0, {self._number} of this one, they noted {heard.checksum:08x} and {self._checksum:08x}"
+            )
+        self._number, self._now = heard.number + 1, heard.now
+        value: T = heard.value
+        return value
+
+    def note(self, *facts: object) -> None:
+        """What every rank must have done alike, by what its facts are written as; compared with the next message."""
+        if self._send is not None:
+            self._checksum = zlib.crc32(repr(facts).encode(), self._checksum)
+
+    def now(self) -> float:
+        """Seconds that never run backwards, the same in every rank: of the first, when it spoke last, 0 before."""
+        return time.monotonic() if self._send is None else self._now
