@@ -4,13 +4,16 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+import torch
 from patience import wait_until
 from reference import Comparison, ReferenceTarget
 from server_host import Server, ServerHost
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from tensor_parallel import ARRIVALS, BIND, RANKS, Checkpoints, Outputs
 from traffic import Arrival
 
@@ -75,3 +78,38 @@ def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints
         until_it_ends(server)
         with pytest.raises(httpx.HTTPError):
             waiting.result()
+
+
+ASTRAY = """
+class Astray(CustomLogitProcessor):
+    def __call__(self, logits, custom_param_list=None):
+        for row, params in enumerate(custom_param_list or []):
+            params["calls"] = params.get("calls", 0) + 1
+            if params["calls"] >= 5 and torch.distributed.get_rank() == 1:
+                logits[row] = -logits[row]
+        return logits
+"""
+"""From the fifth token on the second rank has another opinion of what comes next."""
+
+
+def astray() -> str:
+    """The processor as it travels: by value, since the server could not import this module."""
+    names: dict[str, Any] = {
+        "__name__": "__main__",
+        "CustomLogitProcessor": CustomLogitProcessor,
+        "torch": torch,
+    }
+    exec(ASTRAY, names)
+    return str(names["Astray"].to_str())
+
+
+def test_a_rank_that_goes_astray_ends_the_server(server: Server) -> None:
+    with pytest.raises(httpx.HTTPError):
+        server.generate(
+            input_ids=[1, 2, 3],
+            custom_logit_processor=astray(),
+            sampling_params={"max_new_tokens": 200, "custom_params": {}},
+        )
+    log = until_it_ends(server)
+    print(log[-7000:])
+    assert "rank 1 of 2 did not commit what rank 0 did" in log
