@@ -248,7 +248,9 @@ def test_a_fork_does_not_wait_for_its_parents_probe(client: OpenAI, server: Fake
 def test_an_answer_can_be_given_beforehand(client: OpenAI, server: FakeServer) -> None:
     server.capabilities_status = 404
     known = Capabilities(version=1, tool_call_parser="hermes")
-    wrap(client, capabilities=known).with_options(timeout=9).chat.completions.create(**ASKED, tools=[TOOL])
+    wrap(client, capabilities=known).with_options(max_retries=1).chat.completions.create(
+        **ASKED, tools=[TOOL]
+    )
     assert server.hints()["spans"][0]["begin"] == "<tool_call>"
     wrap(client, capabilities=True, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
     assert server.hints() == {"trace": True}  # spans are left to the server, which knows its parsers

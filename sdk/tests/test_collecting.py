@@ -28,7 +28,7 @@ def test_every_kind_of_response_is_seen(client: OpenAI) -> None:
             events.until_done()
         client.completions.create(model="m", prompt="x")
         with collect() as inner:
-            client.with_options(timeout=9).beta.chat.completions.parse(**ASKED)
+            client.with_options(max_retries=1).beta.chat.completions.parse(**ASKED)
     client.chat.completions.create(**ASKED)
     assert collected.traces == [EXPECTED] * 6
     assert inner.traces == [EXPECTED]
@@ -90,7 +90,7 @@ def test_every_thread_of_a_client_is_seen(client: OpenAI, server: FakeServer) ->
         before.submit(ask, client).result()
         with collect(client) as collected:
             asked = from_threads(client, before)
-            before.submit(ask, client.with_options(timeout=9)).result()
+            before.submit(ask, client.with_options(max_retries=1)).result()
             before.submit(ask, wrap(other)).result()
             ask(other)
         before.submit(ask, client).result()

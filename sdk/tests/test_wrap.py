@@ -93,7 +93,7 @@ def test_every_way_of_asking_carries_hints(client: OpenAI, server: FakeServer) -
     client.chat.completions.parse(**asked)
     client.beta.chat.completions.parse(model="m", messages=MESSAGES, extra_body=OWN.extra_body())
     client.completions.create(model="m", prompt="x", extra_body=OWN.extra_body())
-    client.with_options(timeout=9).chat.completions.create(**asked)
+    client.with_options(max_retries=1).chat.completions.create(**asked)
     client.copy().completions.create(model="m", prompt="x", extra_body=OWN.extra_body())
     assert len(server.bodies) == 10
     for index in range(10):
@@ -282,7 +282,7 @@ def test_async_clients_are_the_same(async_client: AsyncOpenAI, server: FakeServe
             pass
         async with async_client.chat.completions.stream(**asked, extra_body=OWN.extra_body()) as events:
             await events.get_final_completion()
-        await async_client.with_options(timeout=9).completions.create(model="m", prompt="x")
+        await async_client.with_options(max_retries=1).completions.create(model="m", prompt="x")
         await async_client.chat.completions.with_raw_response.create(**asked)
         await async_client.close()
 

@@ -127,23 +127,51 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert "Exception" not in done.stderr
 
 
+COMMANDS = """
+import sys
+from typer.main import get_command
+from whiflash_sglang.cli import app
+
+def commands(command, path=()):
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+"""
+"""A program's beginning: every command and group of `whiflash`, with the words that lead to it."""
+
+
 def test_help_imports_nothing_heavy() -> None:
     """Of every command, in one process."""
-    script = f"""
-import sys
+    script = f"""{COMMANDS}
 from whiflash_sglang.cli import main
-names = [[], ["train"], ["train", "data"], ["train", "router"]]
-names += [[name] for name in "serve demo check bench profile trace lookup-seed calibrate evaluate".split()]
-for name in names:
-    sys.argv = ["whiflash", *name, "--help"]
+found = list(commands(get_command(app)))
+for path, _ in found:
+    sys.argv = ["whiflash", *path, "--help"]
     try:
         main()
     except SystemExit as left:
-        assert left.code == 0, name
+        assert left.code == 0, path
+assert len(found) > 15
 print("loaded:", [name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.endswith("loaded: []\n"), done.stdout[-500:] + done.stderr[-2000:]
+
+
+def test_json_means_one_thing_everywhere() -> None:
+    """A switch, and the result on stdout; files are written with `--out`."""
+    script = f"""{COMMANDS}
+import json
+found = {{}}
+for path, command in commands(get_command(app)):
+    found |= {{" ".join(path): (o.is_flag, o.help) for o in command.params if "--json" in o.opts}}
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert len(found) > 10
+    said = [True, "Print the result as JSON; nothing else goes to stdout."]
+    assert found == dict.fromkeys(found, said)
 
 
 def checked(findings: str, *arguments: str) -> subprocess.CompletedProcess[str]:
