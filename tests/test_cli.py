@@ -1,7 +1,9 @@
 """What a person sees who starts it wrongly: one line that names the thing, and nothing that keeps running."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine import engine
@@ -110,6 +112,42 @@ def test_what_cannot_be_served_stops_before_weights_are_read(
         with pytest.raises(SystemExit, match=rf"^whiflash: error: .*{message}$"):
             launch("--model-path", str(target), *arguments).resolve_once()  # type: ignore[attr-defined]
     launch("--model-path", str(target)).resolve_once()  # type: ignore[attr-defined]
+
+
+TARGETS: dict[str, tuple[dict[str, Any], str]] = {
+    "recurrent": (
+        {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
+        "FalconH1ForCausalLM keeps a recurrent state, ",
+    ),
+    "windows": (
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"},
+        "Gemma3ForCausalLM has layers with a sliding or chunked window, ",
+    ),
+    "mrope": (
+        {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [2, 3, 3]},
+        },
+        r"Qwen2VLForConditionalGeneration counts positions in three dimensions \(M-RoPE\), ",
+    ),
+}
+"""What differs from the tiny Llama, and how the sentence begins."""
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_targets_that_cannot_be_served_stop_there(
+    launch: Arguments, checkpoints: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """The directory holds no weights: nothing could be served from it in any case."""
+    changes, begins = TARGETS[kind]
+    for file in checkpoints["target"].iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(SystemExit, match=f"^whiflash: error: {begins}.*without (it|WHIFLASH)$"):
+        launch("--model-path", str(tmp_path)).resolve_once()  # type: ignore[attr-defined]
 
 
 def test_drafters_for_another_target_stop_there_too(launch: Arguments, tmp_path: Path) -> None:

@@ -115,6 +115,26 @@ def test_targets(taken: Launch, tmp_path: Path, row: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [("gemma2", "Gemma2ForCausalLM"), ("gemma3_text", "Gemma3ForCausalLM"), ("olmo3", "Olmo3ForCausalLM")],
+)
+def test_windows_whose_kv_is_kept_whole(
+    taken: Launch, tmp_path: Path, model_type: str, architecture: str
+) -> None:
+    """SGLang does not call these hybrid; their layers have windows all the same."""
+    model = target(tmp_path / "model", architectures=[architecture], model_type=model_type, head_dim=16)
+    assert not model.is_hybrid_swa
+    assert " has layers with a sliding or chunked window" in sentence(replace(taken, model=model))
+
+
+def test_a_window_that_no_layer_has_stops_nothing(taken: Launch, tmp_path: Path) -> None:
+    """SGLang's Mistral and Qwen do not read it."""
+    for model_type, architecture in (("mistral", "MistralForCausalLM"), ("qwen3", "Qwen3ForCausalLM")):
+        window = {"architectures": [architecture], "model_type": model_type, "sliding_window": 32}
+        assert refusal_of(replace(taken, model=target(tmp_path / model_type, **window))) is None
+
+
 def test_a_gguf_target(taken: Launch, llama: ModelConfig) -> None:
     model = SimpleNamespace(**vars(llama) | {"quantization": "gguf"})
     assert "quantised (gguf)" in sentence(replace(taken, model=model))

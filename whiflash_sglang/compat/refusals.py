@@ -74,11 +74,15 @@ def _uncaptured_attention(launch: Launch) -> str | None:
 
 
 def _has_windows(launch: Launch) -> bool:
-    """Also where `--disable-hybrid-swa-memory` keeps their KV whole: the windows have not been verified in blocks."""
+    """Also where their KV is kept whole, by `--disable-hybrid-swa-memory` or because SGLang always does so (Gemma 2 and
+    3, OLMo 3): the windows have not been verified in blocks.
+    """
+    text = launch.model.hf_text_config
     return bool(
         launch.model.is_hybrid_swa
         or launch.model.is_local_attention_model
-        or is_hybrid_swa_model(launch.model.hf_config.architectures, launch.model.hf_text_config)
+        or is_hybrid_swa_model(launch.model.hf_config.architectures, text)
+        or {"sliding_attention", "chunked_attention"}.intersection(getattr(text, "layer_types", None) or ())
     )
 
 
