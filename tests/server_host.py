@@ -66,7 +66,7 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether it has served its warm-up request. Another server may have taken the port: that one is not asked."""
-        return listens(self.pid, self.port) and answers(self.url + "/health")
+        return any(listens(pid, self.port) for pid in self._family()) and answers(self.url + "/health")
 
     def wait_until_ready(self) -> None:
         """Raises:
@@ -83,13 +83,16 @@ class Server:
             raise RuntimeError(f"the server did not start:\n{self._tail()}")
 
     def stop(self) -> None:
-        family = []
-        with suppress(psutil.NoSuchProcess):
-            server = psutil.Process(self.pid)
-            family = [child.pid for child in server.children(recursive=True)]
+        family = self._family()
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(runs, [self.pid, *family])))
+        wait_until(lambda: not any(map(runs, family)))
+
+    def _family(self) -> list[int]:
+        """Its process and all that it started; which of them serves HTTP is the server's own business."""
+        with suppress(psutil.NoSuchProcess):
+            return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
+        return [self.pid]
 
     def _tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]

@@ -88,6 +88,13 @@ def test_the_configuration_is_the_one_asked_for(configured: Configured) -> None:
     assert (info["speculative_algorithm"] or "none") == configured.algorithm
 
 
+def test_sglangs_rust_server_starts(host: ServerHost, checkpoints: Checkpoints) -> None:
+    """It refuses to where a scheduler sends anything beside tokens, as one of ours does."""
+    with host.running(*checkpoints.arguments("none"), env={"SGLANG_RUST_SERVER": "1"}) as server:
+        answer = server.generate(text="Hello", sampling_params={"max_new_tokens": 8})
+    assert answer["meta_info"]["completion_tokens"] == 8
+
+
 def test_greedy_tokens_equal_plain_decoding(configured: Configured, expected: list[list[int]]) -> None:
     """fp32, alone and in a batch of six whose members come and go, with prefix hits."""
     server = configured.server
