@@ -139,7 +139,7 @@ def test_off_decodes_without_drafting(client: OpenAI) -> None:
     assert set(check(routing(response), 24).arms) == {"none"}
 
 
-def test_tools_and_schemas_open_spans_unasked(client: OpenAI) -> None:
+def test_schemas_open_spans_unasked(client: OpenAI) -> None:
     schema = {
         "name": "s",
         "schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
@@ -149,6 +149,17 @@ def test_tools_and_schemas_open_spans_unasked(client: OpenAI) -> None:
     trace = routing(response)
     assert trace is not None
     assert {s.span for s in trace.stretches} == {"json"}
+
+
+def test_tools_open_the_spans_of_the_parser_that_auto_found(server: Server) -> None:
+    """Asked without the SDK, which derives spans itself."""
+    call = "so <tool_call><function=f></function></tool_call>"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    asked = {"model": "tiny", "max_tokens": 100, "temperature": 0, "messages": MESSAGES, "tools": [tool]}
+    traced = {"regex": re.escape(call), "custom_params": {"whiflash": '{"trace": "full"}'}}
+    trace = routing(server.post("/v1/chat/completions", {**asked, **traced}))
+    assert trace is not None
+    assert "tool_call" in {stretch.span for stretch in trace.stretches}
 
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
