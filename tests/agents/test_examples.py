@@ -1,5 +1,6 @@
 """Every example agent, started as a user starts it, against the real server on the embedded model."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 from server_host import Server, ServerHost
 
 from whiflash_sglang.cli.serve import server_arguments, server_environment
+from whiflash_sglang.demo.asking import MAX_TOKENS, QUESTIONS
+from whiflash_sglang.embedded import TARGET_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = ROOT / "examples" / "agents"
@@ -82,3 +85,11 @@ def test_pydantic_ai_reaches_its_end_and_is_routed(
 ) -> None:
     page = tmp_path / "trace.html"
     check(run_example(ISOLATED, server, page, isolated), page, "tool_call")
+
+
+def test_the_demos_tool_call_is_one_that_would_run(server: Server) -> None:
+    asked = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **QUESTIONS["tool call"]}
+    message = server.post("/v1/chat/completions", asked)["choices"][0]["message"]
+    [call] = message["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Paris", "unit": "celsius"}
