@@ -65,8 +65,10 @@ def test_a_wrong_flag_stops_the_launcher(launch: Arguments, arguments: list[str]
 def test_a_wrong_draft_path_stops_the_launcher(launch: Arguments) -> None:
     with pytest.raises(SystemExit, match=r"whiflash: error: .*nowhere: no such directory"):
         launch(draft="/nowhere")
-    with pytest.raises(SystemExit, match=r"whiflash: error: .*--whiflash-eagle-draft must name"):
-        launch(eagle=None)
+    alone = launch(eagle=None)
+    assert alone._whiflash.eagle3 is None  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit, match="whiflash: error: router 'ar' needs EAGLE-3"):
+        launch("--whiflash-router", "ar", eagle=None)
 
 
 def test_a_right_command_line_is_taken(launch: Arguments, checkpoints: dict[str, Path]) -> None:
