@@ -4,7 +4,9 @@ A page holds `<!-- NAME: written by make docs -->` and `<!-- end of NAME -->`; w
 table. Nothing here imports SGLang; only the table of draft formats imports torch.
 """
 
+import json
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +25,8 @@ from whiflash_sglang.config import EntropyRouter, Lookup, Manifest, NeuralRouter
 from whiflash_sglang.flags import flags
 from whiflash_sglang.metrics import RoundClock
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 MARKED = re.compile(r"(<!-- (\w+): written by `make docs` -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 STATE = {
@@ -198,6 +201,24 @@ def _default(info: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def gpu_table(records: Path = ROOT / "results" / "gpu") -> str:
+    """The parts of `make gpu`, and what their records say."""
+    parts = runpy.run_path(str(ROOT / "tests" / "gpu" / "run.py"))["PARTS"]
+    rows = ((f"`{part.name}`", part.shows, _measured(records / f"{part.name}.json")) for part in parts)
+    return table(("part", "passes where", "measured"), rows)
+
+
+def _measured(record: Path) -> str:
+    """How a part ended, on what; with each of its checks where it has some."""
+    if not record.exists():
+        return "not measured on a card"
+    found = json.loads(record.read_text("utf-8"))
+    checks = ((found.get("figures") or {}).get("checks") or {}).items()
+    told = found.get("why") or ", ".join(f"{name} {check['status']}" for name, check in checks)
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    return f"{found['status']}{f' ({told})' if told else ''}; {found['machine']}; {versions}"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "flags": flags_table,
     "manifest": lambda: model_table(Manifest, "key"),
@@ -215,6 +236,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "arm_totals": lambda: model_table(ArmTotals),
     "stretch": lambda: model_table(Stretch),
     "commands": cli_reference,
+    "gpu": gpu_table,
 }
 
 

@@ -35,6 +35,22 @@ def test_the_tables_are_those_of_the_code(reference: ModuleType) -> None:
     assert written == set(reference.TABLES), "every table has its page"
 
 
+def test_what_was_not_measured_on_a_card_is_said_not_to_have_been(
+    reference: ModuleType, tmp_path: Path
+) -> None:
+    record = {
+        "status": "failed",
+        "machine": "A card, 580.1",
+        "versions": {"torch": "2.14"},
+        "figures": {"checks": {"starts": {"status": "passed"}, "waits": {"status": "failed"}}},
+    }
+    (tmp_path / "serving-fa3.json").write_text(json.dumps(record))
+    lines = {line.split("`")[1]: line for line in reference.gpu_table(tmp_path).splitlines()[2:]}
+    assert "failed (starts passed, waits failed); A card, 580.1; torch 2.14" in lines.pop("serving-fa3")
+    assert lines
+    assert all("not measured on a card" in line for line in lines.values())
+
+
 def test_a_field_without_a_meaning_is_an_error(reference: ModuleType) -> None:
     from pydantic import BaseModel
 

@@ -7,8 +7,8 @@
 Each part is a process of its own. Its record, one JSON file, says what it printed, on which card, of which revision,
 with which versions and how long it took; a part whose record is of this code and this card is not run again, so a
 session that was cut short goes on where it was. Needs only Python for itself: the kernels' parts run where torch and
-triton are installed, the others where SGLang is too, and are recorded as left out where it is not. `table.py` makes
-tables of the records.
+triton are installed, the others where SGLang is too, and are recorded as left out where it is not. `make docs`
+writes a table of the records.
 """
 
 import argparse
@@ -40,13 +40,14 @@ SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "kernels/bench", "kern
 
 @dataclass(frozen=True)
 class Part:
-    """command: behind the interpreter, with `{device}` and `{out}`, a scratch file for figures, filled in.
+    """shows: what its passing shows. command: behind the interpreter, `{device}` and `{out}` to be filled in.
 
-    evidence: only for `make gpu-evidence`. rehearsal: what is added on a CPU, None where nothing is rehearsed that
+    out: a scratch file for figures. evidence: only for `make gpu-evidence`. rehearsal: what is added on a CPU, None where nothing is rehearsed that
     another part does not. serves: takes the pair that `--model-path` and `--bundle` name.
     """
 
     name: str
+    shows: str
     command: tuple[str, ...]
     needs: tuple[str, ...]
     evidence: bool = False
@@ -54,40 +55,52 @@ class Part:
     serves: bool = False
 
 
-def kernel_tests(name: str, *files: str) -> Part:
+def kernel_tests(name: str, shows: str, *files: str) -> Part:
     paths = (f"kernels/tests/test_{file}.py" for file in files)
     needs = ("torch", "triton", "pytest", "hypothesis")
-    return Part(f"kernels-{name}", ("-m", "pytest", "-q", *paths), needs)
+    return Part(f"kernels-{name}", shows, ("-m", "pytest", "-q", *paths), needs)
 
 
 def serving(attention: str, rehearsed: bool) -> Part:
+    shows = f"{attention} starts, answers as plain decoding does, waits for nothing, and keeps to its memory; a trace"
     command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
-    return Part(f"serving-{attention}", command, SERVER, rehearsal=() if rehearsed else None, serves=True)
+    rehearsal = () if rehearsed else None
+    return Part(f"serving-{attention}", shows, command, SERVER, rehearsal=rehearsal, serves=True)
 
 
 def speed(concurrency: int, rehearsed: bool) -> Part:
-    command = (
-        "tests/gpu/speed.py",
-        "--concurrency",
-        str(concurrency),
-        "--device",
-        "{device}",
-        "--out",
-        "{out}",
-    )
-    return Part(
-        f"speed-{concurrency}", command, SERVER, True, rehearsal=() if rehearsed else None, serves=True
-    )
+    shows = f"tokens a second beside plain decoding, EAGLE3 and DFLASH, {concurrency} at a time"
+    scale = ("--concurrency", str(concurrency))
+    command = ("tests/gpu/speed.py", *scale, "--device", "{device}", "--out", "{out}")
+    rehearsal = () if rehearsed else None
+    return Part(f"speed-{concurrency}", shows, command, SERVER, True, rehearsal=rehearsal, serves=True)
 
 
 SERVER = ("torch", "triton", "transformers", "sglang", "sgl_kernel")
 _BENCH = ("kernels/bench/bench.py", "--device", "{device}", "--output", "results/gpu/kernels", "--json")
 PARTS: tuple[Part, ...] = (
-    kernel_tests("ops", "block", "router", "routing_stats", "copies"),
-    kernel_tests("caches", "backlog", "catch_up", "attention"),
-    kernel_tests("graphs", "graphs", "rounds", "dispatch"),
-    kernel_tests("upstream", "upstream", "bench"),
-    Part("kernels-speed", _BENCH, ("torch", "triton"), rehearsal=None),
+    kernel_tests(
+        "ops",
+        "blocks, routing and copies are their references'",
+        "block",
+        "router",
+        "routing_stats",
+        "copies",
+    ),
+    kernel_tests(
+        "caches", "rings, KV and draft attention are their references'", "backlog", "catch_up", "attention"
+    ),
+    kernel_tests(
+        "graphs", "what is replayed is what is run eagerly, in whole rounds", "graphs", "rounds", "dispatch"
+    ),
+    kernel_tests("upstream", "kernels take what SGLang's do", "upstream", "bench"),
+    Part(
+        "kernels-speed",
+        "kernels beside their references, torch.compile and bandwidth",
+        _BENCH,
+        ("torch", "triton"),
+        rehearsal=None,
+    ),
     *(
         serving(attention, attention == "triton")
         for attention in ("triton", "fa3", "flashinfer", "trtllm_mha")

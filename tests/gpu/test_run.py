@@ -22,13 +22,13 @@ print("waiting", flush=True)
 time.sleep(1000)
 """
 PARTS = (
-    Part("good", ("-c", PRINTS, "{device}", "{out}"), ()),
-    Part("bad", ("-c", "raise SystemExit('no such card')"), ()),
-    Part("endless", ("-c", "while True: pass"), ()),
-    Part("elsewhere", ("-c", ""), ("a_package_that_nobody_has",)),
-    Part("long", ("-c", ""), (), evidence=True),
-    Part("refused", ("-c", REFUSES, "{out}"), ()),
-    Part("not-here", ("-c", ""), (), rehearsal=None),
+    Part("good", "", ("-c", PRINTS, "{device}", "{out}"), ()),
+    Part("bad", "", ("-c", "raise SystemExit('no such card')"), ()),
+    Part("endless", "", ("-c", "while True: pass"), ()),
+    Part("elsewhere", "", ("-c", ""), ("a_package_that_nobody_has",)),
+    Part("long", "", ("-c", ""), (), evidence=True),
+    Part("refused", "", ("-c", REFUSES, "{out}"), ()),
+    Part("not-here", "", ("-c", ""), (), rehearsal=None),
 )
 
 
