@@ -21,7 +21,15 @@ from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import ArmTotals, Stretch, Trace
 
 from whiflash_sglang.cli import app
-from whiflash_sglang.config import EntropyRouter, Lookup, Manifest, NeuralRouter, PolicyChange, Source
+from whiflash_sglang.config import (
+    EntropyRouter,
+    Lookup,
+    Manifest,
+    NeuralRouter,
+    PolicyChange,
+    Source,
+    Structure,
+)
 from whiflash_sglang.flags import flags
 from whiflash_sglang.metrics import RoundClock
 
@@ -225,6 +233,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "manifest_router": lambda: model_table(NeuralRouter, "key"),
     "manifest_entropy": lambda: model_table(EntropyRouter, "key"),
     "manifest_lookup": lambda: model_table(Lookup, "key"),
+    "manifest_structure": lambda: model_table(Structure, "key"),
     "manifest_source": lambda: model_table(Source, "key"),
     "formats": formats_table,
     "policy": lambda: model_table(PolicyChange),

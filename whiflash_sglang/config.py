@@ -80,6 +80,16 @@ class Lookup(_Strict):
         return seed
 
 
+class Structure(_Strict):
+    """The structure arm, for requests with a grammar.
+
+    enabled: whether it is there. max_width: drafts at most.
+    """
+
+    enabled: bool = True
+    max_width: Positive = 16
+
+
 class Source(_Strict):
     """Where a part of a bundle is from. revision: the hub's commit. files: SHA-256 by name."""
 
@@ -95,8 +105,8 @@ class Manifest(_Strict):
     eagle3, dflash: directory of the checkpoint; one of the two may be left out. dflash_vocabulary: what the block
     drafter chooses from, the target's whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked,
     arXiv 2502.14856), which is cheaper for a small target. router: the neural router. entropy: thresholds of the
-    entropy router. lookup: the copying arm (default: on, with the embedded bundle's seed). chat_template: a file,
-    served where `--chat-template` names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser`
+    entropy router. lookup: the copying arm (default: on, with the embedded bundle's seed). structure: the arm of what
+    grammars force (default: on). chat_template: a file, served where `--chat-template` names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser`
     names none. sources: where target, eagle3, dflash and router are from, as `whiflash bundle create` found them.
     """
 
@@ -109,6 +119,7 @@ class Manifest(_Strict):
     router: NeuralRouter | None = None
     entropy: EntropyRouter = EntropyRouter()
     lookup: Lookup | None = None
+    structure: Structure = Structure()
     chat_template: str | None = None
     tool_call_parser: str | None = None
     sources: dict[str, Source] = {}
@@ -140,6 +151,7 @@ class Flags(_Strict):
     lookup: Literal["on", "off"] | None = None
     lookup_memory_mib: Annotated[int, Field(ge=0)] | None = None
     lookup_prediction_tokens: Positive | None = None
+    structure: Literal["on", "off"] | None = None
     backlog_tokens: Annotated[int, Field(ge=32)] = 64
 
 
@@ -152,6 +164,7 @@ class Settings(_Strict):
     entropy: EntropyRouter
     neural: NeuralRouter | None
     lookup: Lookup
+    structure: Structure
     eagle_steps: int
     block_size: int | None
     dflash_vocabulary: DraftVocabulary
@@ -269,6 +282,7 @@ def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = No
         entropy=entropy,
         neural=_neural(flags, manifest, draft_path, download_dir),
         lookup=_lookup(flags, manifest),
+        structure=_structure(flags, manifest),
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
         dflash_vocabulary=vocabulary,
@@ -376,6 +390,11 @@ def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
     return lookup_of(manifest).model_copy(
         update={k: value for k, value in given.items() if value is not None}
     )
+
+
+def _structure(flags: Flags, manifest: Manifest | None) -> Structure:
+    said = manifest.structure if manifest else Structure()
+    return said if flags.structure is None else said.model_copy(update={"enabled": flags.structure == "on"})
 
 
 def lookup_of(manifest: Manifest | None) -> Lookup:

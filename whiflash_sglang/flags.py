@@ -30,6 +30,7 @@ MEANING = {
     "0 keeps none. Default: the bundle's, else 0.",
     "lookup_prediction_tokens": "Tokens of the longest prediction (predicted outputs) that a request may bring. "
     "Default: the bundle's, else 16384.",
+    "structure": "The arm that drafts what grammars force: on or off. Default: as the bundle says, else on.",
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
 }
 

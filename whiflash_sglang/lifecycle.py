@@ -8,6 +8,7 @@ from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import sampling
+from whiflash_sglang.compat.grammars import grammar_of
 from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.drafters.base import Drafter, Predicted
 from whiflash_sglang.lookup.memory import tenant_of
@@ -42,7 +43,7 @@ class Lifecycle:
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
         predicted = self._predicted(req)
         for drafter in self._drafters.values():
-            drafter.begin(row, hints, tenant, predicted)
+            drafter.begin(row, hints, tenant, predicted, grammar_of(req))
         recording = recording_of(req, hints.trace) if hints.trace else None
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(row, req.origin_input_ids, req.output_ids)

@@ -151,7 +151,7 @@ class Planner:
         routes, late = self._route(requests, asked), self._late
         limits = self._limits(requests, routes)
         joined = [
-            self._joined(requests, i, limit) if limit and self.drafters[arm].judges else 0
+            self._joined(requests, i, arm, limit) if limit and self.drafters[arm].judges else 0
             for i, (arm, limit) in enumerate(zip(routes, limits, strict=True))
         ]
         must_beat = [
@@ -227,13 +227,18 @@ class Planner:
                 self.clock.switches += requests.budgets[i] > 1 and old not in (None, new)
         return routes
 
-    def _joined(self, requests: RoundBatch, index: int, limit: int) -> int:
+    def _joined(self, requests: RoundBatch, index: int, arm: str, limit: int) -> int:
         """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may prolong them."""
         if not self.controller.may_join(requests.row_ids[index]):
             return 0
         row = requests.row_ids[index]
         longest = max(
-            (d.max_drafts for d in self.drafters.values() if d.prolongs and d.serves(row)), default=0
+            (
+                drafter.max_drafts
+                for other, drafter in self.drafters.items()
+                if drafter.prolongs and other != arm and drafter.serves(row)
+            ),
+            default=0,
         )
         return min(max(longest, limit), requests.budgets[index] - 1) if longest else 0
 

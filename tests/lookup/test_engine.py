@@ -13,6 +13,8 @@ from engine import Engine, engine
 from model_set import Models
 
 from whiflash_sglang.drafters.base import Drafts
+from whiflash_sglang.lookup.calibration import Agreement
+from whiflash_sglang.lookup.copier import Copied, Proposal
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
 TOKENS = 160
@@ -153,9 +155,10 @@ def test_whatever_prolongs_a_draft_the_text_is_the_same(
 ) -> None:
     rng, widths = random.Random(3), set()
 
-    def anything(row: int, drafts: Any, alive: float, limit: int, worth: Any) -> list[int]:
+    def anything(row: int, drafts: Any, alive: float, limit: int, worth: Any) -> Proposal:
         widths.add(len(drafts) + limit)
-        return rng.choices(range(256), k=rng.randint(0, limit))
+        tokens = rng.choices(range(256), k=rng.randint(0, limit))
+        return Proposal([Copied(token, 1, Agreement.ALONE) for token in tokens], [alive] * len(tokens))
 
     monkeypatch.setattr(running.worker.drafters["lookup"], "copy_behind", anything)
     running.worker.reconfigure({"router": "random"})

@@ -26,7 +26,8 @@ ROUTERS = {
 }
 AUTO, NO_HINTS = "auto", "auto-no-hints"
 COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
-VARIANTS = {COPY_RULE: COPY_RULE, NO_LOOKUP: AUTO, BAD: AUTO}
+NO_STRUCTURE = "auto-no-structure"
+VARIANTS = {COPY_RULE: COPY_RULE, NO_LOOKUP: AUTO, NO_STRUCTURE: AUTO, BAD: AUTO}
 """Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
 KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
 DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,)}

@@ -27,8 +27,8 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         if settings.backlog_tokens <= width:
             raise ConfigError(
                 f"--whiflash-backlog-tokens {settings.backlog_tokens} is too few: a round commits up to {width} "
-                f"tokens; give at least {width + 1}, or narrow the widest arm (lookup.max_width, eagle_steps or "
-                "block_size in whiflash.json)"
+                f"tokens; give at least {width + 1}, or narrow the widest arm (lookup.max_width, structure.max_width, "
+                "eagle_steps or block_size in whiflash.json)"
             )
         server_args.speculative_num_draft_tokens = width
         server_args.speculative_num_steps = 1
@@ -61,7 +61,8 @@ def widest_block(settings: Settings) -> int:
     width = settings.eagle_steps + 1 if settings.eagle3 else 1
     if settings.dflash:
         width = max(width, block_size_of(settings.dflash, settings.block_size))
-    return max(width, settings.lookup.max_width + 1 if settings.lookup.enabled else 1)
+    others = (settings.lookup, settings.structure)
+    return max([width, *(arm.max_width + 1 for arm in others if arm.enabled)])
 
 
 def validate(server_args: Any) -> None:

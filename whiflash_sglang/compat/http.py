@@ -133,7 +133,12 @@ def _capabilities_of(server_args: Any) -> Any:
             server_version=__version__,
             model=server_args.served_model_name or server_args.model_path,
             policy=settings.router,
-            arms=(*settings.drafters, *(("lookup",) if settings.lookup.enabled else ()), "none"),
+            arms=(
+                *settings.drafters,
+                *(("structure",) if settings.structure.enabled else ()),
+                *(("lookup",) if settings.lookup.enabled else ()),
+                "none",
+            ),
             prediction_tokens=settings.lookup.prediction_tokens,
             tool_call_parser=manager.config_value("tool_call_parser"),
             reasoning_parser=manager.config_value("reasoning_parser"),

@@ -47,6 +47,7 @@ class Target:
         self.context_len = int(target_worker.model_config.context_len)
         self.dtype: torch.dtype = self.runner.dtype
         self.device = torch.device(self.runner.device)
+        self.tokenizer: Any = target_worker.tokenizer
         graphs.install(self.runner)
 
     @property

@@ -12,6 +12,7 @@ from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.structure.matchers import Grammar
 
 History = Callable[[int], Sequence[int]]
 """`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
@@ -61,7 +62,8 @@ class Drafts:
     tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding. counts: [B]
     int64. alive: [B, W] float32, chance that a draft and all before it are accepted; None where the arm cannot say.
     confidences: [B, W] float32, what `observe` is given back; None where it needs none. passes: forward passes of the
-    drafter's model that they took.
+    drafter's model that they took. after: [B] int64, of drafts that prolong another arm's, how many of those they
+    follow; None: all.
     """
 
     tokens: torch.Tensor
@@ -69,6 +71,7 @@ class Drafts:
     alive: torch.Tensor | None = None
     confidences: torch.Tensor | None = None
     passes: int = 1
+    after: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +131,18 @@ class Drafter(ABC):
         return None
 
     def begin(
-        self, row: int, hints: RequestHints, tenant: Tenant | None, predicted: Predicted | None = None
+        self,
+        row: int,
+        hints: RequestHints,
+        tenant: Tenant | None,
+        predicted: Predicted | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
-        """A request begins in `row`, or begins again after a retraction. tenant: who may share text with it."""
+        """A request begins in `row`, or begins again after a retraction.
+
+        Args:
+            tenant: who may share text with it. predicted: what its caller expects. grammar: what constrains it.
+        """
         self.release(row)
 
     def serves(self, row: int) -> bool:
@@ -142,7 +154,9 @@ class Drafter(ABC):
         """Propose tokens. KV writes at positions >= n are provisional."""
 
     def prolong(self, grown: Grown) -> Drafts | None:
-        """Tokens to verify behind another arm's drafts, at no pass of a model; asked if it `prolongs`. None: none."""
+        """Tokens to verify behind another arm's drafts, at no pass of a model; asked if it `prolongs`. None: none, and
+        those stay as they are.
+        """
         return None
 
     def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:

@@ -12,14 +12,18 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
+from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.router import Layers, Router
 from whiflash_sglang.ranks import Ranks
+from whiflash_sglang.spans.vocabulary import vocabulary_of
 
 
 def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
+
+    What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -50,6 +54,8 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
             vocabulary = models[arms.AR].target_ids(ids)
         own = layers[arms.DIFFUSION]
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
+    if settings.structure.enabled and target.tokenizer is not None:
+        drafters.append(StructureArm(settings.structure, vocabulary_of(target.tokenizer)))
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup, HostView.of(target.device), ranks.now))
     return drafters

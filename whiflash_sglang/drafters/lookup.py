@@ -14,6 +14,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History, Predicted
 from whiflash_sglang.drafters.copying import DeviceCopies
+from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
@@ -22,6 +23,7 @@ from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.structure.matchers import Grammar
 
 WORTH = 0.1
 """Chance of being accepted below which one more copied token is not worth verifying, where costs are not priced."""
@@ -39,7 +41,7 @@ class LookupArm(Drafter):
     """
 
     arm = arms.LOOKUP
-    prolongs = True
+    judges = prolongs = True
 
     def __init__(
         self, settings: Lookup, host: HostView = EXACT, clock: Callable[[], float] = time.monotonic
@@ -62,7 +64,12 @@ class LookupArm(Drafter):
         self._worth = WORTH
 
     def begin(
-        self, row: int, hints: RequestHints, tenant: Tenant | None, predicted: Predicted | None = None
+        self,
+        row: int,
+        hints: RequestHints,
+        tenant: Tenant | None,
+        predicted: Predicted | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """A request begins in `row`, or begins again; `hints.lookup` says what it wants copied."""
         self.release(row)
@@ -106,11 +113,12 @@ class LookupArm(Drafter):
         self._worth = batch.worth.row or WORTH
         if self.late:
             return self._device_copies.draft(batch, self._worth)
-        copies = []
+        found = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
             proposal = self._proposals.get(row, Proposal())
-            copies.append([copied.token for copied in proposal.tokens[: proposal.width(limit, self._worth)]])
-        return _padded(copies, batch.bonus.device)
+            width = proposal.width(limit, self._worth)
+            found.append(Proposal(proposal.tokens[:width], proposal.alive[:width]))
+        return _side_by_side(found, batch.bonus.device)
 
     def prolong(self, grown: Grown) -> Drafts | None:
         """The copies that another arm's drafts lead into."""
@@ -122,20 +130,22 @@ class LookupArm(Drafter):
         copies = [
             self.copy_behind(row, own[:count], chances[count - 1], room - count, batch.worth)
             if room and count
-            else ()
+            else Proposal()
             for row, own, chances, count, room in zip(
                 batch.row_ids, tokens, alive, counts, grown.rooms, strict=True
             )
         ]
-        return _padded(copies, batch.bonus.device) if any(copies) else None
+        if not any(copy.tokens for copy in copies):
+            return None
+        return _side_by_side(copies, batch.bonus.device)
 
     def copy_behind(
         self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
-    ) -> Sequence[int]:
+    ) -> Proposal:
         """Up to `limit` tokens to copy behind a request's drafts, which are accepted with a chance of `alive`."""
         copier = self._copiers.get(row)
         if copier is None or limit <= 0:
-            return ()
+            return Proposal()
         return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
 
     def finish(self, row: int, output: Sequence[int]) -> None:
@@ -174,9 +184,6 @@ class LookupArm(Drafter):
         return () if tenant is None or self.memory is None else self.memory.texts(tenant)
 
 
-def _padded(copies: Sequence[Sequence[int]], device: torch.device) -> Drafts:
-    counts = [len(tokens) for tokens in copies]
-    widest = max(counts)
-    padded = [[*tokens, *[0] * (widest - len(tokens))] for tokens in copies]
-    tokens = torch.tensor(padded, dtype=torch.int64).view(len(copies), widest)
-    return Drafts(tokens.to(device), torch.tensor(counts, device=device))
+def _side_by_side(copies: Sequence[Proposal], device: torch.device) -> Drafts:
+    tokens = [[copied.token for copied in copy.tokens] for copy in copies]
+    return padded(tokens, [copy.alive for copy in copies], device)

@@ -21,15 +21,18 @@ def lay(own: Drafts, index: torch.Tensor, drafts: Drafts) -> None:
 
 
 def behind(drafts: Drafts, more: Drafts) -> Drafts:
-    """`more` behind the drafts of every request: it overwrites padding only. The result is as wide as `drafts`."""
+    """`more` behind the drafts of every request, or behind the first of them (`Drafts.after`). The result is as wide as
+    `drafts`.
+    """
     width, extra = drafts.tokens.shape[1], more.tokens.shape[1]
-    column = drafts.counts[:, None] + torch.arange(extra, device=drafts.counts.device)
+    kept = drafts.counts if more.after is None else more.after
+    column = kept[:, None] + torch.arange(extra, device=drafts.counts.device)
     tokens = F.pad(drafts.tokens, (0, extra)).scatter_(1, column, more.tokens)[:, :width]
     alive = drafts.alive
     if alive is not None:
         theirs = torch.zeros_like(more.tokens, dtype=alive.dtype) if more.alive is None else more.alive
         alive = F.pad(alive, (0, extra)).scatter_(1, column, theirs)[:, :width]
-    return replace(drafts, tokens=tokens, alive=alive, counts=drafts.counts + more.counts)
+    return replace(drafts, tokens=tokens, alive=alive, counts=kept + more.counts)
 
 
 def bucket_of(rows: int) -> int:

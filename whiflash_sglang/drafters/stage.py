@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class DraftStage:
             self.clock.drafted(time.perf_counter() - began + catch_up)
         began, own_counts = time.perf_counter(), drafts.counts
         if any(plan.joined):
-            drafts = self._prolonged(requests, plan, drafts)
+            drafts, own_counts = self._prolonged(requests, plan, drafts)
         late = torch.zeros_like(own_counts)
         if plan.late is not None:
             drafts, late = self._with_late(requests, plan, plan.late, drafts)
@@ -93,17 +94,30 @@ class DraftStage:
         own = torch.minimum(own, counts)
         return Proposal(tokens, widths, own, late, drafts.confidences, rows, stride, wanted)
 
-    def _prolonged(self, requests: RoundBatch, plan: Plan, drafts: Drafts) -> Drafts:
-        """The drafts, and behind them what other arms know to follow, such as the copy that a chain leads into."""
-        for arm, other in self.drafters.items():
+    def _prolonged(self, requests: RoundBatch, plan: Plan, drafts: Drafts) -> tuple[Drafts, torch.Tensor]:
+        """The drafts, and behind them what other arms know to follow, such as the copy that a chain leads into; and
+        [B] int64, drafts of each request's own arm that are left.
+
+        Whoever may prolong is asked twice, since each may lead into what another one knows; in the second turn also of
+        its own drafts, which others have prolonged by then.
+        """
+        own, newest = drafts.counts, None
+        prolonging = [(arm, drafter) for arm, drafter in self.drafters.items() if drafter.prolongs]
+        for again, (arm, drafter) in product((False, True), prolonging):
+            if newest == arm or (again and (newest is None or drafter.late)):
+                continue  # nothing is behind the drafts that it has not seen
             rooms = [
-                0 if route == arm else room for route, room in zip(plan.routes, plan.joined, strict=True)
+                0 if route == arm and not again else room
+                for route, room in zip(plan.routes, plan.joined, strict=True)
             ]
-            if other.prolongs and any(rooms):
-                batch = self._whole_batch(requests, plan, arm)
-                more = other.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
-                drafts = drafts if more is None else behind(drafts, more)
-        return drafts
+            if not any(rooms):
+                continue
+            batch = self._whole_batch(requests, plan, arm)
+            more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
+            if more is not None:
+                drafts, newest = behind(drafts, more), arm
+                own = own if more.after is None else torch.minimum(own, more.after)
+        return drafts, own
 
     def _with_late(
         self, requests: RoundBatch, plan: Plan, arm: str, drafts: Drafts

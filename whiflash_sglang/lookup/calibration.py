@@ -6,8 +6,10 @@ combination a decayed count of how often a token copied then was right, given th
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
+from typing import Generic, TypeVar
 
 from whiflash_sglang.lookup.memory import Tenant, handle_of
 
@@ -90,34 +92,34 @@ class MatchCalibration:
         self._seen[bucket][agreement] = self._seen[bucket][agreement] * DECAY + 1.0
 
 
-class Calibrations:
-    """Every tenant's own chances, each from the same seed.
+Table = TypeVar("Table")
+
+
+class PerTenant(Generic[Table]):
+    """Every tenant's own table of what was learned, each begun alike.
 
     What a tenant's text taught moves its own proposals only. Requests without a key, which share SGLang's prefix cache
     too, have one table together, which no tenant reads.
 
     Args:
-        seed: as of `MatchCalibration`, fixed. most: tenants that are kept.
-
-    Raises:
-        ValueError: as `MatchCalibration`.
+        fresh: a table that nothing was learned in. most: tenants that are kept.
     """
 
-    def __init__(self, seed: Seed = EVEN_ODDS, most: int = TENANTS) -> None:
-        self._seed, self._most = seed, most
-        self._keyless = MatchCalibration(seed)
-        self._tenants: OrderedDict[Tenant, MatchCalibration] = OrderedDict()
+    def __init__(self, fresh: Callable[[], Table], most: int = TENANTS) -> None:
+        self._fresh, self._most = fresh, most
+        self._keyless = fresh()
+        self._tenants: OrderedDict[Tenant, Table] = OrderedDict()
 
     def __len__(self) -> int:
         """Tenants that something was learned of."""
         return len(self._tenants)
 
-    def fresh(self) -> MatchCalibration:
-        """Chances for one request alone, which leaves nothing behind."""
-        return MatchCalibration(self._seed)
+    def fresh(self) -> Table:
+        """A table for one request alone, which leaves nothing behind."""
+        return self._fresh()
 
-    def of(self, tenant: Tenant | None) -> MatchCalibration:
-        """The chances that the tenant's requests share; None: those without a key."""
+    def of(self, tenant: Tenant | None) -> Table:
+        """The table that the tenant's requests share; None: those without a key."""
         if tenant is None:
             return self._keyless
         known = self._tenants.pop(tenant, None) or self.fresh()
@@ -133,6 +135,20 @@ class Calibrations:
         for tenant in list(self._tenants):
             if handle is None or handle_of(tenant) == handle:
                 del self._tenants[tenant]
+
+
+class Calibrations(PerTenant[MatchCalibration]):
+    """Chances of copies, every tenant's from the same seed.
+
+    Args:
+        seed: as of `MatchCalibration`, fixed. most: tenants that are kept.
+
+    Raises:
+        ValueError: as `MatchCalibration`.
+    """
+
+    def __init__(self, seed: Seed = EVEN_ODDS, most: int = TENANTS) -> None:
+        super().__init__(partial(MatchCalibration, seed), most)
 
 
 class RequestCalibration:

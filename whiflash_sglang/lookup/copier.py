@@ -115,16 +115,17 @@ class Copier:
             self._proposal = self._propose(found, best, worth)
         return self._proposal
 
-    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Sequence[int]:
+    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Proposal:
         """Up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
 
         Every one is worth verifying. Nothing is learned from them: what they say is looked for again once committed.
         """
         found = self._find(drafts, limit) if alive >= worth else []
         if not found:
-            return ()
+            return Proposal()
         proposal = self._propose(found, _best(found), worth, alive)
-        return [copied.token for copied, c in zip(proposal.tokens, proposal.alive, strict=True) if c >= worth]
+        width = sum(chance >= worth for chance in proposal.alive)
+        return Proposal(proposal.tokens[:width], proposal.alive[:width])
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Found]:
         """Places that match the text's end, `drafts` behind it included, and what followed there: forms first, then

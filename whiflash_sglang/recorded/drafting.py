@@ -12,9 +12,10 @@ from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
 from whiflash_sglang.recorded.prompt_lookup import PromptLookup
 from whiflash_sglang.recorded.suffix_decoding import CACHED_REQUESTS, SuffixDecoding
-from whiflash_sglang.recorded.turns import Turn, Vocabulary
+from whiflash_sglang.recorded.turns import Turn
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.tracker import SpanTracker
+from whiflash_sglang.spans.vocabulary import Vocabulary
 
 MEMORY_BYTES = 64 << 20
 """What memory across requests takes where an arm is walked with it."""

@@ -2,13 +2,13 @@
 written."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.recorded.conversation import Conversation, Message
-from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.spans.vocabulary import Vocabulary, token_bytes
 
 PROSE, REASONING, CODE, CALL, ARGUMENTS, QUOTED = (
     "prose",
@@ -38,15 +38,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> Any: ...
-
-
-class Vocabulary(NamedTuple):
-    """encode: text → token ids, without special tokens added. token_bytes: of every id. special: ids that part
-    messages."""
-
-    encode: Callable[[str], list[int]]
-    token_bytes: Sequence[bytes]
-    special: frozenset[int]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ trim and join. Three vocabularies cover the models in use:
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 _BYTE_LEVEL_SPACE = "\u0120"
 _SENTENCEPIECE_SPACE = "\u2581"
@@ -27,6 +27,32 @@ class HasVocabulary(Protocol):
     def get_vocab(self) -> Mapping[str, int]:
         """Token to id, added tokens included."""
         ...
+
+
+class Vocabulary(NamedTuple):
+    """encode: text → token ids, without special tokens added. token_bytes: of every id. special: ids that part
+    messages.
+    """
+
+    encode: Callable[[str], list[int]]
+    token_bytes: Sequence[bytes]
+    special: frozenset[int]
+
+
+def vocabulary_of(tokenizer: Any) -> Vocabulary:
+    """What text that is not a prompt may know of a `transformers` tokenizer.
+
+    Raises: ValueError as `token_bytes`.
+    """
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+
+    def encode(text: str) -> list[int]:
+        if fast is not None:  # without the checks of the class around it, which take longer than a short text
+            return list(fast.encode(text, add_special_tokens=False).ids)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    return Vocabulary(encode, token_bytes(tokenizer), frozenset(special | set(tokenizer.all_special_ids)))
 
 
 def token_bytes(tokenizer: HasVocabulary) -> tuple[bytes, ...]:

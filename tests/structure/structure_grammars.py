@@ -1,0 +1,98 @@
+"""Grammars of both engines over one tokenizer, and documents that fit schemas which nobody chose."""
+
+import json
+from typing import Any
+
+import llguidance
+import numpy as np
+import torch
+import xgrammar
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.matchers import GuidanceMatcher, Matcher, XGrammarMatcher
+
+NAMES = ("city", "unit", "user_id", "flight number", "größe", 'a "quoted" key')
+
+Case = tuple[dict[str, Any], Any]
+"""A schema and a value that fits it."""
+
+
+class Grammars:
+    """Matchers of one engine for JSON schemas, as SGLang compiles them."""
+
+    def __init__(
+        self, engine: str, tokenizer: PreTrainedTokenizerFast, guidance: llguidance.LLTokenizer
+    ) -> None:
+        self.engine, self.size, self.end = engine, len(tokenizer), tokenizer.eos_token_id
+        self._guidance = guidance
+        info = xgrammar.TokenizerInfo.from_huggingface(
+            tokenizer, vocab_size=self.size, stop_token_ids=[self.end]
+        )
+        self._compiler = xgrammar.GrammarCompiler(info)
+
+    def raw(self, schema: dict[str, Any], *, blanks: bool) -> Any:
+        """The engine's own matcher. blanks: whitespace is free, as SGLang's default has it."""
+        text = json.dumps(schema)
+        if self.engine == "xgrammar":
+            return xgrammar.GrammarMatcher(
+                self._compiler.compile_json_schema(text, any_whitespace=blanks), max_rollback_tokens=200
+            )
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(
+            text, defaults={"whitespace_flexible": blanks}
+        )
+        return llguidance.LLMatcher(self._guidance, grammar)
+
+    def matcher(self, raw: Any, vocabulary: Vocabulary) -> Matcher:
+        """As the arm sees it."""
+        if self.engine == "xgrammar":
+            return XGrammarMatcher(raw)
+        return GuidanceMatcher(raw, vocabulary.encode)
+
+    def allowed(self, raw: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[V] bool: the engine's own mask of what may follow."""
+        if self.engine == "xgrammar":
+            mask = torch.full((1, (self.size + 31) // 32), -1, dtype=torch.int32)
+            raw.fill_next_token_bitmask(mask)
+            data = mask.numpy().tobytes()
+        else:
+            data = raw.compute_bitmask()
+        bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+        return bits[: self.size].astype(bool)
+
+    def accept(self, raw: Any, token: int) -> None:
+        """Move the engine's own matcher."""
+        assert raw.accept_token(token) if self.engine == "xgrammar" else raw.consume_token(token)
+
+
+def leaf() -> st.SearchStrategy[Case]:
+    words = st.sampled_from(["Paris", "a b", 'say "x"', "ü", ""])
+    return st.one_of(
+        words.map(lambda word: ({"type": "string"}, word)),
+        st.integers(-99, 99).map(lambda number: ({"type": "integer"}, number)),
+        st.booleans().map(lambda value: ({"type": "boolean"}, value)),
+        st.lists(words, min_size=1, max_size=3, unique=True).map(lambda many: ({"enum": many}, many[-1])),
+        words.map(lambda word: ({"const": word}, word)),
+    )
+
+
+def nested(inner: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
+    def to_object(parts: dict[str, Case]) -> Case:
+        properties = {name: schema for name, (schema, _) in parts.items()}
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+        return schema, {name: value for name, (_, value) in parts.items()}
+
+    def to_list(case: Case) -> Case:
+        return {"type": "array", "items": case[0], "minItems": 1, "maxItems": 2}, [case[1]]
+
+    objects = st.dictionaries(st.sampled_from(NAMES), inner, min_size=1, max_size=3).map(to_object)
+    return objects | inner.map(to_list)
+
+
+SCHEMAS = st.recursive(leaf(), nested, max_leaves=5)

@@ -1,0 +1,164 @@
+"""What grammars force, of schemas that nobody chose: never a token that they forbid, and always what was written."""
+
+import json
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structure_grammars import SCHEMAS, Case, Grammars
+
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.chances import Kind, StructureChances
+from whiflash_sglang.structure.matchers import Matcher
+from whiflash_sglang.structure.sketch import CHARS_PER_TOKEN, TAIL, Piece, Token, cut, sketch, text_of
+
+LIKELIHOOD = StructureChances().of
+
+
+def proposed(
+    matcher: Matcher,
+    vocabulary: Vocabulary,
+    tail: Sequence[int] = (),
+    limit: int = 64,
+    end: int | None = None,
+) -> list[Token]:
+    return sketch(matcher, vocabulary, tail, limit, end=end, likelihood=LIKELIHOOD)
+
+
+def ids(tokens: Sequence[Token]) -> list[int]:
+    return [token.token for token in tokens]
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=SCHEMAS, limit=st.integers(0, 12), blanks=st.booleans())
+def test_what_is_proposed_is_allowed_and_forced_text_is_what_follows(
+    grammars: Grammars, vocabulary: Vocabulary, case: Case, limit: int, blanks: bool
+) -> None:
+    """Along a document that fits the schema, at each of its tokens; the engine's own masks judge every proposal."""
+    schema, value = case
+    raw, judge = (grammars.raw(schema, blanks=blanks) for _ in range(2))
+    matcher = grammars.matcher(raw, vocabulary)
+    separators = (", ", ": ") if blanks or grammars.engine == "xgrammar" else (",", ":")
+    document = json.dumps(value, ensure_ascii=False, separators=separators)
+    tokens = [*vocabulary.encode(document), grammars.end]
+    table = vocabulary.token_bytes
+    for done, written in enumerate(tokens):
+        found = proposed(matcher, vocabulary, tokens[:done], limit, end=grammars.end)
+        assert len(found) <= limit
+        forbidden = [token for token in judged(grammars, judge, ids(found)) if not token]
+        assert not forbidden, "a draft that the grammar forbids"
+        rest = b"".join(table[token] for token in tokens[done:-1])
+        text = b"".join(table[token.token] for token in found if token.kind is not Kind.END)
+        assert rest.startswith(text) or text.startswith(rest), (rest, text)
+        assert grammars.allowed(raw)[written], "the matcher was moved"
+        for engine in (raw, judge):
+            if written != grammars.end:
+                grammars.accept(engine, written)
+
+
+def judged(grammars: Grammars, judge: object, tokens: Sequence[int]) -> list[bool]:
+    """Whether each of the tokens is allowed behind those before it; `judge` stays as it was."""
+    found, steps = [], 0
+    for token in tokens:
+        found.append(bool(grammars.allowed(judge)[token]))
+        if not found[-1] or token == grammars.end:
+            break
+        grammars.accept(judge, token)
+        steps += 1
+    if steps:
+        judge.rollback(steps)  # type: ignore[attr-defined]
+    return found
+
+
+KEYS = {
+    "type": "object",
+    "properties": {"city": {"const": "Paris"}, "unit": {"enum": ["celsius", "kelvin"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+
+
+def test_a_whole_skeleton_in_canonical_tokens(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    raw = grammars.raw(KEYS, blanks=False)
+    matcher = grammars.matcher(raw, vocabulary)
+    skeleton = matcher.forced()
+    assert skeleton in ('{"city": "Paris", "unit": "', '{"city":"Paris","unit":"')
+    found = ids(proposed(matcher, vocabulary))
+    assert found == vocabulary.encode(skeleton)
+    for token in [*found, *vocabulary.encode("k")]:
+        grammars.accept(raw, token)
+    last = proposed(matcher, vocabulary, [*found, *vocabulary.encode("k")], end=grammars.end)
+    assert text_of(vocabulary, ids(last[:-1])) == 'elvin"}'
+    assert last[-1] == Token(grammars.end, Kind.END)
+    assert Kind.EDGE not in {token.kind for token in last}, (
+        "nothing can follow that a longer token would hold"
+    )
+
+
+def test_nothing_where_there_is_a_choice_or_the_end(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    raw = grammars.raw({"enum": ["a", "b"]}, blanks=False)
+    matcher = grammars.matcher(raw, vocabulary)
+    grammars.accept(raw, vocabulary.encode('"')[0])
+    assert proposed(matcher, vocabulary) == []
+    assert proposed(matcher, vocabulary, limit=0) == []
+    for token in [*vocabulary.encode("a"), *vocabulary.encode('"'), grammars.end]:
+        grammars.accept(raw, token)
+    assert ids(proposed(matcher, vocabulary)) == []
+
+
+def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabulary) -> None:
+    """Where a token begins at the seam it is the one that the whole text has; else the first one is unsure."""
+    whole = vocabulary.encode('{"city": "Paris"')
+    cuts = [text_of(vocabulary, whole[:count]) for count in range(1, len(whole))]
+    for written, count in zip(cuts, range(1, len(whole)), strict=True):
+        rest = '{"city": "Paris"'[len(written) :]
+        found = cut(vocabulary, whole[:count], [Piece(rest, Kind.FORCED)], LIKELIHOOD)
+        assert ids(found) == whole[count:]
+        assert {token.kind for token in found[:-1]} <= {Kind.FORCED}
+        assert found[-1].kind is Kind.EDGE
+    alone = [vocabulary.encode(char)[0] for char in "Par"]
+    found = cut(vocabulary, alone, [Piece("is", Kind.FORCED)], LIKELIHOOD)
+    assert found[0].kind in (Kind.SEAM, Kind.EDGE)
+    assert text_of(vocabulary, ids(found)) == "is"
+
+
+def test_a_tokenizer_that_sets_a_blank_before_texts(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    """As SentencePiece's: the blank is none of the text."""
+    blank = vocabulary._replace(encode=lambda text: vocabulary.encode(" " + text))
+    raw = grammars.raw(KEYS, blanks=False)
+    matcher = grammars.matcher(raw, vocabulary)
+    for tail in ([], vocabulary.encode("x ="), vocabulary.encode("x = ")):
+        assert ids(proposed(matcher, blank, tail)) == ids(proposed(matcher, vocabulary, tail)) != []
+
+
+def test_work_is_bounded(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    matcher = grammars.matcher(grammars.raw({"const": "Paris " * 400}, blanks=False), vocabulary)
+    tail, seen = vocabulary.encode("Paris " * 40), list[int]()
+    written = len(text_of(vocabulary, tail[-TAIL:]))
+
+    def counted(text: str) -> list[int]:
+        seen.append(len(text))
+        return vocabulary.encode(text)
+
+    for limit in (1, 7, 64):
+        seen.clear()
+        assert len(proposed(matcher, vocabulary._replace(encode=counted), tail, limit)) == limit
+        assert max(seen) <= limit * CHARS_PER_TOKEN + written
+        assert len(seen) <= 2
+
+
+def test_what_was_tried_is_taken_back_whatever_happens(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    matcher = grammars.matcher(grammars.raw(KEYS, blanks=False), vocabulary)
+    forced = matcher.forced()
+    try:
+        with matcher.trying():
+            assert matcher.accept_text(forced)
+            assert not matcher.accept_text("?")
+            with matcher.trying():
+                assert matcher.accept_token(vocabulary.encode("k")[0])
+                assert matcher.forced() == 'elvin"}'
+            assert matcher.forced() == ""
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    assert matcher.forced() == forced

@@ -1,0 +1,161 @@
+"""The structure arm in the real scheduler: text is plain decoding's, whatever it joins, wherever it is wrong."""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+from oracle_arm import OracleArm
+from traffic import Arrival, play
+
+from whiflash_sglang.drafters import structure
+from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.sketch import Token
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "kind": {"enum": ["alpha", "beta", "gamma"]},
+            "where": {"const": "at home, as ever"},
+            "count": {"type": "integer", "minimum": 0, "maximum": 999},
+        },
+        "required": ["name", "kind", "where", "count"],
+        "additionalProperties": False,
+    }
+)
+TAG = json.dumps(
+    {
+        "structures": [
+            {
+                "begin": f'<call>{{"name":"{name}", "arguments":',
+                "schema": json.loads(SCHEMA),
+                "end": "}</call>",
+            }
+            for name in ("look_up", "look_out")
+        ],
+        "triggers": ["<call>"],
+        "at_least_one": True,
+    }
+)
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "schema": {"json_schema": SCHEMA},
+    "tag": {"structural_tag": TAG},
+    "regex": {"regex": "(red|green|blue), and once more: (red|green|blue)(; never again){2}"},
+    "ebnf": {"ebnf": 'root ::= "begin " word " then " word " end"\nword ::= [a-z]{2,9}'},
+}
+OPTIONS: dict[str, Any] = {
+    "max_running_requests": 6,
+    "skip_tokenizer_init": False,
+    "constrained_json_disable_any_whitespace": True,
+}
+
+
+def requests() -> list[Arrival]:
+    rng = random.Random(6)
+    return [
+        Arrival(
+            f"{kind}/{i}",
+            rng.randint(0, 15),
+            tuple(rng.choices(range(32, 127), k=rng.randint(4, 30))),
+            {"ignore_eos": False, "max_new_tokens": 150, **params},
+        )
+        for i in range(2)
+        for kind, params in {**GRAMMARS, "free": {"max_new_tokens": 40}}.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(models: Models) -> dict[str, list[int]]:
+    with engine(models.target, **OPTIONS) as e:
+        return play(e, requests())
+
+
+def rounds(e: Engine) -> dict[str, int]:
+    return {rid: e.rounds(rid)[0] for rid in e.requests}
+
+
+@pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
+def test_joined_with_every_other_arm(models: Models, backend: str) -> None:
+    """A random route every round, and an arm that knows most of the answer: drafts of all kinds meet."""
+    arrivals = [a for a in requests() if backend == "xgrammar" or "ebnf" not in a.params]
+    with engine(models.target, grammar_backend=backend, **OPTIONS) as e:
+        plain = play(e, arrivals)
+    oracle = OracleArm(0.9, alphabet=range(32, 127))
+    for a in arrivals:
+        oracle.learn(a.prompt, plain[a.rid])
+    flags = models.whiflash("random")
+    used: set[str | None] = set()
+    with engine(models.target, whiflash=flags, arms=[oracle], grammar_backend=backend, **OPTIONS) as e:
+        assert play(e, arrivals, lambda: used.update(lane.previous for lane in e.lanes.values())) == plain
+        assert e.worker.drafters["structure"]._requests == {}
+    assert {"structure", "lookup", "ar", "diffusion", "oracle", "none"} <= used
+
+
+def only(arm: str) -> Any:
+    def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:
+        return [arm if arm in outlook else "none" for outlook in outlooks]
+
+    return route
+
+
+def test_what_is_forced_is_accepted_at_once(
+    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every draft is right but the ends of tokens, and a forced stretch takes the rounds that its width takes."""
+    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
+        monkeypatch.setattr(e.worker.controller, "route", only("structure"))
+        monkeypatch.setattr(e.worker.controller, "may_join", lambda row: False)
+        assert play(e, requests()) == expected
+        for rid, output in expected.items():
+            verified, accepted = e.rounds(rid)
+            assert verified + accepted == len(output) - 1
+            if rid.startswith("free"):
+                assert accepted == 0
+            else:
+                assert accepted > len(output) // 3, rid
+
+
+@pytest.mark.parametrize("wrong_at", range(6))
+def test_wherever_a_forced_draft_is_rejected(
+    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, wrong_at: int
+) -> None:
+    """Each of its tokens in turn is another one: what is before it stays, and the grammar goes on from there."""
+    sketch = structure.sketch
+
+    def spoilt(*args: Any, **options: Any) -> list[Token]:
+        tokens = sketch(*args, **options)
+        if wrong_at < len(tokens):
+            tokens[wrong_at] = Token(ord("~"), Kind.FORCED)
+        return tokens
+
+    monkeypatch.setattr(structure, "sketch", spoilt)
+    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
+        monkeypatch.setattr(e.worker.controller, "route", only("structure"))
+        assert play(e, requests()) == expected
+        accepted = [e.rounds(rid)[1] for rid in expected if not rid.startswith("free")]
+    assert (sum(accepted) > 0) == (wrong_at > 0)
+
+
+def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
+    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another arm's nonsense is not verified; the forced text is, in its place."""
+    nonsense = OracleArm(0.0, alphabet=[ord("~")], ragged=False)
+    with engine(models.target, whiflash=models.whiflash("random"), arms=[nonsense], **OPTIONS) as e:
+        monkeypatch.setattr(nonsense, "judges", True, raising=False)
+        monkeypatch.setattr(e.worker.controller, "route", only("oracle"))
+        assert play(e, requests()) == expected
+        with_structure = {rid: e.rounds(rid)[1] for rid in expected}
+    assert all((count > 0) != rid.startswith("free") for rid, count in with_structure.items())
+
+
+def test_switched_off(models: Models, expected: dict[str, list[int]]) -> None:
+    flags = models.whiflash("random", whiflash_structure="off")
+    with engine(models.target, whiflash=flags, **OPTIONS) as e:
+        assert "structure" not in e.worker.drafters
+        assert play(e, requests()) == expected

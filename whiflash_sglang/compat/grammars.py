@@ -1,0 +1,48 @@
+"""SGLang's grammars, as far as the structure arm needs them."""
+
+from typing import Any
+
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
+from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+
+from whiflash_sglang.compat import sampling
+from whiflash_sglang.structure.matchers import Encode, Grammar, GuidanceMatcher, Matcher, XGrammarMatcher
+
+
+class RequestGrammar:
+    """The grammar of a request, which the scheduler has told all tokens that it has processed (`Grammar`)."""
+
+    def __init__(self, req: Any) -> None:
+        self._req = req
+        ends = sampling.ending_ids(req)
+        usual = None if req.tokenizer is None else req.tokenizer.eos_token_id
+        self._end = usual if usual in ends else next(iter(ends), None)
+
+    @property
+    def known(self) -> int:
+        return len(self._req.origin_input_ids) + len(self._req.output_ids)
+
+    @property
+    def end(self) -> int | None:
+        return self._end
+
+    def matcher(self, encode: Encode) -> Matcher | None:
+        grammar = self._req.grammar
+        if isinstance(grammar, ReasonerGrammarObject):
+            # While the model thinks nothing is constrained, and it stops whenever it likes.
+            grammar = grammar.grammar if grammar._grammar_active() else None
+        return None if grammar is None or grammar.is_terminated() else _matcher_of(grammar, encode)
+
+
+def grammar_of(req: Any) -> Grammar | None:
+    """What constrains a request; None: nothing."""
+    return None if req.grammar is None else RequestGrammar(req)
+
+
+def _matcher_of(grammar: BaseGrammarObject, encode: Encode) -> Matcher | None:
+    """None: of another backend (outlines), which cannot be asked token by token."""
+    if isinstance(grammar, XGrammarGrammar):
+        return XGrammarMatcher(grammar.matcher)
+    guidance = getattr(grammar, "ll_matcher", None)  # its module needs a package that not everybody has
+    return None if guidance is None else GuidanceMatcher(guidance, encode)

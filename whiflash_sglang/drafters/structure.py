@@ -1,0 +1,201 @@
+"""The structure arm: what a grammar forces next needs no model (SGLang's jump-forward decoding, arXiv 2312.07104; here
+it is verified like any other draft, so how the target cuts the text is the target's choice).
+
+It goes by the text alone. Forced stretches are short, so they matter most behind other arms' drafts and before them:
+`prolong` goes on where a neural draft or a copy ends, and drops what the grammar forbids in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
+
+import torch
+
+from whiflash_sglang import arms
+from whiflash_sglang.config import Structure
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History, Predicted
+from whiflash_sglang.drafters.padding import padded
+from whiflash_sglang.lookup.calibration import PerTenant
+from whiflash_sglang.lookup.memory import Tenant
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.chances import StructureChances
+from whiflash_sglang.structure.matchers import Grammar
+from whiflash_sglang.structure.sketch import TAIL, Token, sketch
+
+WORTH = 0.1
+"""Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
+
+NOTHING = 1.0
+"""Expected acceptance length of a round without drafts."""
+
+
+@dataclass(slots=True)
+class _Request:
+    """What is kept of one.
+
+    length: n when it was looked at last; -1: not yet. tail, unseen: the last tokens then, and those that its grammar
+    had not been told. tokens: what was proposed; alive: chances that each and all before it are right.
+    """
+
+    grammar: Grammar
+    chances: StructureChances
+    length: int = -1
+    tail: Sequence[int] = ()
+    unseen: Sequence[int] = ()
+    tokens: list[Token] = field(default_factory=list)
+    alive: list[float] = field(default_factory=list)
+
+
+class StructureArm(Drafter):
+    """Proposes what the request's grammar forces.
+
+    Args:
+        settings: widths. vocabulary: the target's.
+    """
+
+    arm = arms.STRUCTURE
+    judges = prolongs = True
+
+    def __init__(self, settings: Structure, vocabulary: Vocabulary) -> None:
+        self.max_drafts = settings.max_width
+        self._vocabulary = vocabulary
+        self._chances = PerTenant(StructureChances)
+        self._requests: dict[int, _Request] = {}
+        self._worth = WORTH
+
+    def begin(
+        self,
+        row: int,
+        hints: RequestHints,
+        tenant: Tenant | None,
+        predicted: Predicted | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
+        """A request begins in `row`, or begins again."""
+        self.release(row)
+        if grammar is not None:
+            # What asks for nothing to be kept of its text teaches nobody.
+            shared = hints.lookup == "memory"
+            chances = self._chances.of(tenant) if shared else self._chances.fresh()
+            self._requests[row] = _Request(grammar, chances)
+
+    def serves(self, row: int) -> bool:
+        return row in self._requests
+
+    def outlook(self, row: int, length: int, history: History) -> float:
+        request = self._requests.get(row)
+        if request is None:
+            return NOTHING
+        self._learn(request, history)
+        known = request.grammar.known
+        request.unseen = history(known)
+        if known + len(request.unseen) != length + 1:
+            request.length, request.tokens, request.alive = -1, [], []
+            return NOTHING  # earlier rounds are still under way: nobody knows where the text stands
+        request.length, request.tail = length, history(max(length + 1 - TAIL, 0))
+        found = self._sketch(request, (), self.max_drafts)
+        request.tokens, request.alive = found.tokens, found.alive
+        return NOTHING + sum(request.alive[: self._width(request.alive, self.max_drafts)])
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        self._worth = batch.worth.row or WORTH
+        found = []
+        for row, limit in zip(batch.row_ids, batch.limits, strict=True):
+            request = self._requests[row]
+            width = self._width(request.alive, limit)
+            found.append(_Found(request.tokens[:width], request.alive[:width]))
+        return _drafts(found, batch.bonus.device)
+
+    def prolong(self, grown: Grown) -> Drafts | None:
+        """What is forced behind another arm's drafts; of these only what the grammar allows stays."""
+        batch = grown.batch
+        looked_at = [self._looked_at(row, n) for row, n in zip(batch.row_ids, batch.lengths, strict=True)]
+        if not any(request and room for request, room in zip(looked_at, grown.rooms, strict=True)):
+            return None
+        self._worth = batch.worth.row or WORTH
+        assert grown.drafts.alive is not None
+        own, alive = grown.drafts.tokens.tolist(), grown.drafts.alive.tolist()
+        counts = grown.drafts.counts.tolist()
+        found = [
+            self._behind(request, tokens[:count], chances, room) if request and room else _Found(after=count)
+            for request, tokens, chances, count, room in zip(
+                looked_at, own, alive, counts, grown.rooms, strict=True
+            )
+        ]
+        after = [one.after for one in found]
+        if after == counts and not any(one.tokens for one in found):
+            return None
+        drafts = _drafts(found, batch.bonus.device)
+        return replace(drafts, after=torch.tensor(after, device=batch.bonus.device))
+
+    def forget(self, tenant: int | None) -> None:
+        """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
+        self._chances.forget(tenant)
+
+    def release(self, row: int) -> None:
+        self._requests.pop(row, None)
+
+    def _looked_at(self, row: int, length: int) -> _Request | None:
+        """The request in `row`, where it was looked at in this round."""
+        request = self._requests.get(row)
+        return request if request is not None and request.length == length else None
+
+    def _learn(self, request: _Request, history: History) -> None:
+        """Compare what was proposed with what was committed since, whoever drafted that."""
+        if not request.tokens:
+            return
+        for token, written in zip(request.tokens, history(request.length + 1), strict=False):
+            request.chances.observe(token.kind, token.token == written)
+            if token.token != written:
+                break
+
+    def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "_Found":
+        """What follows `drafts`, of which only what the grammar allows counts."""
+        matcher, after = request.grammar.matcher(self._vocabulary.encode), 0
+        if matcher is None:
+            return _Found(after=len(drafts))
+        with matcher.trying():
+            if not all(map(matcher.accept_token, request.unseen)):
+                return _Found(after=len(drafts))
+            while after < len(drafts) and matcher.accept_token(drafts[after]):
+                after += 1
+            tokens = sketch(
+                matcher,
+                self._vocabulary,
+                [*request.tail, *drafts[:after]],
+                limit - after,
+                end=request.grammar.end,
+                likelihood=request.chances.of,
+            )
+        alive = list(accumulate((request.chances.of(token.kind) for token in tokens), mul))
+        return _Found(tokens, alive, after)
+
+    def _behind(
+        self, request: _Request, drafts: Sequence[int], chances: Sequence[float], room: int
+    ) -> "_Found":
+        found = self._sketch(request, drafts, room)
+        before = chances[found.after - 1] if found.after else 1.0
+        alive = [before * chance for chance in found.alive]
+        width = self._width(alive, self.max_drafts)
+        return _Found(found.tokens[:width], alive[:width], found.after)
+
+    def _width(self, alive: Sequence[float], limit: int) -> int:
+        """Tokens to verify: at most `limit`, each accepted with a chance that is worth it."""
+        return sum(chance >= self._worth for chance in alive[:limit])
+
+
+@dataclass(slots=True)
+class _Found:
+    """What is proposed for one request, behind the first `after` of another arm's drafts."""
+
+    tokens: list[Token] = field(default_factory=list)
+    alive: list[float] = field(default_factory=list)
+    after: int = 0
+
+
+def _drafts(found: Sequence[_Found], device: torch.device) -> Drafts:
+    return padded(
+        [[token.token for token in one.tokens] for one in found], [one.alive for one in found], device
+    )

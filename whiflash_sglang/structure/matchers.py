@@ -1,0 +1,168 @@
+"""What accepts a text from left to right and knows what it must go on with, over the engines that SGLang serves.
+
+Nothing here moves a request's own grammar: what is accepted to look ahead is taken back, whatever happens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+Encode = Callable[[str], Sequence[int]]
+"""Text → token ids, without special tokens added."""
+
+
+class Matcher(ABC):
+    """A grammar that has accepted a text so far.
+
+    Everything accepted inside `trying` is taken back at its end. What is accepted counts by steps, one for each token
+    or text, because engines take back as many.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Look ahead: afterwards the matcher is as it was. May be nested."""
+        before = len(self._steps)
+        try:
+            yield
+        finally:
+            steps = sum(self._steps[before:])
+            del self._steps[before:]
+            if steps:
+                self._rollback(steps)
+
+    def accept_token(self, token: int) -> bool:
+        """Go on with a token; False, and nothing happens, where the grammar forbids it."""
+        return self._took(0 if self.ended else self._accept_token(token))
+
+    def accept_text(self, text: str) -> bool:
+        """Go on with a text, however it is cut into tokens."""
+        return self._took(0 if self.ended else self._accept_text(text))
+
+    def _took(self, steps: int) -> bool:
+        if steps:
+            self._steps.append(steps)
+        return bool(steps)
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether no token is accepted any more."""
+
+    @property
+    @abstractmethod
+    def may_end(self) -> bool:
+        """Whether a token that ends the text may follow."""
+
+    @abstractmethod
+    def forced(self) -> str:
+        """The text that must follow; empty where there is a choice, or where it begins inside a character."""
+
+    @abstractmethod
+    def _accept_token(self, token: int) -> int:
+        """Steps that it took; 0: forbidden, and nothing happened."""
+
+    @abstractmethod
+    def _accept_text(self, text: str) -> int:
+        """The same."""
+
+    @abstractmethod
+    def _rollback(self, steps: int) -> None: ...
+
+
+class XGrammarMatcher(Matcher):
+    """Over an `xgrammar.GrammarMatcher`."""
+
+    def __init__(self, matcher: Any) -> None:
+        super().__init__()
+        self._matcher = matcher
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._matcher.is_terminated())
+
+    @property
+    def may_end(self) -> bool:
+        return not self.ended and bool(self._matcher.is_completed())
+
+    def forced(self) -> str:
+        if self.ended:
+            return ""
+        try:
+            return str(self._matcher.find_jump_forward_string())
+        except UnicodeDecodeError:
+            return ""
+
+    def _accept_token(self, token: int) -> int:
+        return int(self._matcher.accept_token(token))
+
+    def _accept_text(self, text: str) -> int:
+        return int(self._matcher.accept_string(text))
+
+    def _rollback(self, steps: int) -> None:
+        self._matcher.rollback(steps)
+
+
+class GuidanceMatcher(Matcher):
+    """Over an `llguidance.LLMatcher`, which takes tokens only. encode: of its tokenizer."""
+
+    def __init__(self, matcher: Any, encode: Encode) -> None:
+        super().__init__()
+        self._matcher, self._encode = matcher, encode
+
+    @property
+    def ended(self) -> bool:
+        # Where nothing else may follow it takes no token, not even the one that ends the text.
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def may_end(self) -> bool:
+        return bool(self._matcher.is_accepting())
+
+    def forced(self) -> str:
+        if self.ended:
+            return ""
+        try:
+            return str(self._matcher.compute_ff_bytes().decode())
+        except UnicodeDecodeError:
+            return ""
+
+    def _accept_token(self, token: int) -> int:
+        return int(self._matcher.try_consume_tokens([token]))
+
+    def _accept_text(self, text: str) -> int:
+        tokens = list(self._encode(text))
+        taken = int(self._matcher.try_consume_tokens(tokens))
+        if taken < len(tokens):
+            if taken:
+                self._matcher.rollback(taken)
+            return 0
+        return taken
+
+    def _rollback(self, steps: int) -> None:
+        self._matcher.rollback(steps)
+
+
+class Grammar(Protocol):
+    """What constrains one request, as its engine keeps it.
+
+    known: committed tokens, the prompt's among them, that it has been told. end: the token that ends a text under it;
+    None: none does.
+    """
+
+    @property
+    def known(self) -> int: ...
+
+    @property
+    def end(self) -> int | None: ...
+
+    def matcher(self, encode: Encode) -> Matcher | None:
+        """The matcher, as far as it was told; None where nothing is constrained now.
+
+        Args:
+            encode: of the target's tokenizer, for engines that take tokens only.
+        """
+        ...

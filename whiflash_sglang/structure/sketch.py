@@ -1,0 +1,131 @@
+"""What a grammar lets one say of the next tokens: the text that is known, cut as the target would cut it."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.matchers import Matcher
+
+CHARS_PER_TOKEN = 16
+"""Characters that are cut into tokens for each token that may be proposed."""
+
+TAIL = 6
+"""Tokens of what was written that are cut together with what follows: pieces of words meet at the seam."""
+
+
+class Piece(NamedTuple):
+    """A stretch of text that is likely to follow, and why."""
+
+    text: str
+    kind: Kind
+
+
+class Token(NamedTuple):
+    """One token to propose, and why."""
+
+    token: int
+    kind: Kind
+
+
+def known(matcher: Matcher, limit: int) -> list[Piece]:
+    """What must follow, at most `limit` characters. The matcher is as it was."""
+    text = matcher.forced()[:limit]
+    return [Piece(text, Kind.FORCED)] if text else []
+
+
+def sketch(
+    matcher: Matcher,
+    vocabulary: Vocabulary,
+    tail: Sequence[int],
+    limit: int,
+    *,
+    end: int | None,
+    likelihood: Callable[[Kind], float],
+) -> list[Token]:
+    """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it.
+
+    Work: `limit` times `CHARS_PER_TOKEN` characters and the tail are cut, `limit` tokens accepted and taken back.
+
+    Args:
+        tail: the last tokens that were accepted. end: the token that ends a text; None: none is proposed.
+        likelihood: of a kind; the least likely one of a token's reasons is its kind.
+    """
+    pieces = known(matcher, limit * CHARS_PER_TOKEN)
+    tokens = cut(vocabulary, tail, pieces, likelihood) if pieces else []
+    allowed: list[Token] = []
+    with matcher.trying():
+        for token in tokens[:limit]:
+            if not matcher.accept_token(token.token):
+                return allowed
+            allowed.append(token)
+        if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
+            if allowed and allowed[-1].kind is Kind.EDGE:
+                # The whole text is known: nothing follows that a longer token could hold.
+                allowed[-1] = Token(allowed[-1].token, Kind.FORCED)
+            allowed.append(Token(end, Kind.END))
+    return allowed
+
+
+def cut(
+    vocabulary: Vocabulary,
+    tail: Sequence[int],
+    pieces: Sequence[Piece],
+    likelihood: Callable[[Kind], float],
+) -> list[Token]:
+    """The pieces' text in the tokens that the target would most likely use behind `tail`.
+
+    The tail is cut again together with the text, since a word that it leaves open is cut otherwise alone; where no
+    token begins at the seam, the text is cut by itself.
+    """
+    text = "".join(piece.text for piece in pieces)
+    written = text_of(vocabulary, tail[-TAIL:])
+    tokens = _behind(vocabulary, written, text)
+    first = Kind.FORCED
+    if tokens is None:
+        tokens, first = _behind(vocabulary, "", text), Kind.SEAM
+    if not tokens:
+        return []
+    ends = list(accumulate(len(vocabulary.token_bytes[token]) for token in tokens))
+    bounds = list(accumulate(len(piece.text.encode()) for piece in pieces))
+    found, piece, begin = [], 0, 0
+    for number, (token, stop) in enumerate(zip(tokens, ends, strict=True)):
+        kinds = [first] if number == 0 else []
+        kinds += [Kind.EDGE] if number == len(tokens) - 1 else []
+        while bounds[piece] <= begin:
+            piece += 1
+        last = piece
+        while bounds[last] < stop:
+            last += 1
+        kinds += [own.kind for own in pieces[piece : last + 1]]
+        found.append(Token(token, min(kinds, key=likelihood)))
+        begin = stop
+    return found
+
+
+def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
+    """The end of what tokens stand for, from the first character that is whole; empty where the last one is not."""
+    table = vocabulary.token_bytes
+    data = b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
+    begin = next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
+    try:
+        return data[begin:].decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
+    """Tokens of `text` where it is cut together with what stands before it; None: no token begins with it."""
+    tokens, table = vocabulary.encode(written + text), vocabulary.token_bytes
+    data, whole = b"".join(table[token] for token in tokens), (written + text).encode()
+    if data not in (whole, b" " + whole):  # SentencePiece sets a blank before a text
+        return None
+    left = len(written.encode()) + len(data) - len(whole)
+    for number, token in enumerate(tokens):
+        if left == 0:
+            return list(tokens[number:])
+        left -= len(table[token])
+        if left < 0:
+            return None
+    return []
