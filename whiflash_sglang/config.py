@@ -106,8 +106,9 @@ class Manifest(_Strict):
     drafter chooses from, the target's whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked,
     arXiv 2502.14856), which is cheaper for a small target. router: the neural router. entropy: thresholds of the
     entropy router. lookup: the copying arm (default: on, with the embedded bundle's seed). structure: the arm of what
-    grammars force (default: on). chat_template: a file, served where `--chat-template` names none. tool_call_parser: SGLang's name, in force where `--tool-call-parser`
-    names none. sources: where target, eagle3, dflash and router are from, as `whiflash bundle create` found them.
+    grammars force (default: on). chat_template: a file, served where `--chat-template` names none. tool_call_parser:
+    SGLang's name, in force where `--tool-call-parser` names none. sources: where target, eagle3, dflash and router are
+    from, as `whiflash bundle create` found them.
     """
 
     schema_version: Literal[1]
