@@ -11,6 +11,7 @@ from model_set import Models
 from oracle_arm import OracleArm
 from traffic import Arrival, play
 
+from whiflash_sglang.compat.whitespace import COMPACT, bounded_tag
 from whiflash_sglang.drafters import structure
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.sketch import Token
@@ -44,7 +45,7 @@ TAG = json.dumps(
 )
 GRAMMARS: dict[str, dict[str, Any]] = {
     "schema": {"json_schema": SCHEMA},
-    "tag": {"structural_tag": TAG},
+    "tag": {"structural_tag": bounded_tag(TAG, COMPACT)},  # as ours has it anyway, and plain decoding has not
     "regex": {"regex": "(red|green|blue), and once more: (red|green|blue)(; never again){2}"},
     "ebnf": {"ebnf": 'root ::= "begin " word " then " word " end"\nword ::= [a-z]{2,9}'},
 }
@@ -82,7 +83,7 @@ def rounds(e: Engine) -> dict[str, int]:
 @pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
 def test_joined_with_every_other_arm(models: Models, backend: str) -> None:
     """A random route every round, and an arm that knows most of the answer: drafts of all kinds meet."""
-    arrivals = [a for a in requests() if backend == "xgrammar" or "ebnf" not in a.params]
+    arrivals = [a for a in requests() if backend == "xgrammar" or a.params.keys() & {"json_schema", "regex"}]
     with engine(models.target, grammar_backend=backend, **OPTIONS) as e:
         plain = play(e, arrivals)
     oracle = OracleArm(0.9, alphabet=range(32, 127))
@@ -118,6 +119,24 @@ def test_what_is_forced_is_accepted_at_once(
                 assert accepted == 0
             else:
                 assert accepted > len(output) // 3, rid
+
+
+def test_behind_rounds_that_share_a_step(
+    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    """The grammar has not been told what they committed; what it forces behind that is what is proposed."""
+    turns = iter(range(10_000))
+
+    def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:
+        return only("structure" if next(turns) % 2 else "none")(rows, lengths, outlooks)
+
+    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
+        monkeypatch.setattr(e.worker.controller, "route", route)
+        monkeypatch.setattr(e.worker.controller, "may_join", lambda row: False)
+        assert play(e, requests()) == expected
+        accepted = {rid: e.rounds(rid)[1] for rid in expected}
+    assert max(steps) > 1
+    assert all((count > 0) != rid.startswith("free") for rid, count in accepted.items())
 
 
 @pytest.mark.parametrize("wrong_at", range(6))

@@ -22,7 +22,7 @@ from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import StructureChances
 from whiflash_sglang.structure.matchers import Grammar
-from whiflash_sglang.structure.sketch import TAIL, Token, sketch
+from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch
 
 WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
@@ -159,7 +159,9 @@ class StructureArm(Drafter):
         with matcher.trying():
             if not all(map(matcher.accept_token, request.unseen)):
                 return _Found(after=len(drafts))
-            while after < len(drafts) and matcher.accept_token(drafts[after]):
+            for draft in drafts:
+                if not (is_text(self._vocabulary, draft) and matcher.accept_token(draft)):
+                    break
                 after += 1
             tokens = sketch(
                 matcher,

@@ -57,7 +57,7 @@ def sketch(
     allowed: list[Token] = []
     with matcher.trying():
         for token in tokens[:limit]:
-            if not matcher.accept_token(token.token):
+            if not (is_text(vocabulary, token.token) and matcher.accept_token(token.token)):
                 return allowed
             allowed.append(token)
         if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
@@ -102,6 +102,12 @@ def cut(
         found.append(Token(token, min(kinds, key=likelihood)))
         begin = stop
     return found
+
+
+def is_text(vocabulary: Vocabulary, token: int) -> bool:
+    """Whether a token stands for text, of which alone grammars speak; xgrammar complains of others aloud."""
+    table = vocabulary.token_bytes
+    return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
