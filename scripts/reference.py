@@ -108,6 +108,17 @@ def formats_table() -> str:
     return table(("format", "arm", "`config.json`", "published by", "compared with"), rows)
 
 
+def targets_table() -> str:
+    """Families of targets, each with what shows that it is served."""
+    from whiflash_sglang.targets import FAMILIES
+
+    rows = (
+        (", ".join(f"`{name}`" for name in one.architectures), one.kind, str(one.shown), one.note)
+        for one in FAMILIES
+    )
+    return table(("`architectures`", "layers", "shown", "where"), rows)
+
+
 def state_table() -> str:
     """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
     known = ("policy", "arms", "requests", *RoundClock().snapshot())
@@ -236,6 +247,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "manifest_structure": lambda: model_table(Structure, "key"),
     "manifest_source": lambda: model_table(Source, "key"),
     "formats": formats_table,
+    "targets": targets_table,
     "policy": lambda: model_table(PolicyChange),
     "state": state_table,
     "capabilities": lambda: model_table(Capabilities),

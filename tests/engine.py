@@ -213,7 +213,7 @@ def engine(
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank))
     os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")
-    with _process_groups(), _sockets(), _input_buffers():
+    with _process_groups(), _sockets(), _input_buffers(), _experts():
         with _with_arms(arms), _unwatched():
             ports = PortArgs.init_new(server_args)
             scheduler = Scheduler(server_args, ports if port is None else replace(ports, nccl_port=port))
@@ -266,6 +266,17 @@ def _input_buffers() -> Iterator[None]:
         yield
     finally:
         input_buffers._forward_input_buffer_pool.clear()
+
+
+@contextlib.contextmanager
+def _experts() -> Iterator[None]:
+    """Where a target's experts lie is kept for the process; the next target has other ones, or none."""
+    from sglang.srt.runtime_context import get_resources
+
+    try:
+        yield
+    finally:
+        get_resources().expert_location_metadata = None
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def tiny_eagle3(
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     target = json.loads((Path(target_dir) / "config.json").read_text())
-    head = load_file(Path(target_dir) / "model.safetensors")["lm_head.weight"].float()
+    head = _head_of(Path(target_dir))
     vocab_size, dtype = target["vocab_size"], target["dtype"]
     draft_vocab = draft_vocab_size or vocab_size
     first = min(FAVOURED_TOKENS[0], vocab_size - draft_vocab)
@@ -167,6 +167,13 @@ def tiny_dflash(
     }
     _save(path, config, tensors, dtype)
     return path
+
+
+def _head_of(target: Path) -> torch.Tensor:
+    """The output projection in fp32; of a target whose head is tied, its embedding."""
+    tensors = load_file(target / "model.safetensors")
+    tied = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    return tensors.get("lm_head.weight", tensors[tied]).float()
 
 
 class _Weights:

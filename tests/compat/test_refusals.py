@@ -35,7 +35,7 @@ PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets
 MULTIMODAL = {"vision_config": {}, "text_config": {}}
 TARGETS: dict[str, dict[str, Any]] = {
     "recurrent": {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
-    "windows": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", **WINDOWS},
+    "chunked_windows": {"architectures": ["Llama4ForConditionalGeneration"]},
     "mrope": {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -44,7 +44,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "multimodal": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **MULTIMODAL},
     "encoder": {"architectures": ["LlamaForSequenceClassification"]},
     "packed_head": {"quantization_config": PACKED},
-    "cpu_mla": {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
 }
 """By row: what differs from a Llama."""
 
@@ -125,7 +124,8 @@ def test_windows_whose_kv_is_kept_whole(
     """SGLang does not call these hybrid; their layers have windows all the same."""
     model = target(tmp_path / "model", architectures=[architecture], model_type=model_type, head_dim=16)
     assert not model.is_hybrid_swa
-    assert " has layers with a sliding or chunked window" in sentence(replace(taken, model=model))
+    assert refusal_of(replace(taken, model=model)) is None
+    assert " has layers with a sliding window" in sentence(replace(on_cuda(taken), model=model))
 
 
 def test_a_window_that_no_layer_has_stops_nothing(taken: Launch, tmp_path: Path) -> None:
@@ -140,8 +140,19 @@ def test_a_gguf_target(taken: Launch, llama: ModelConfig) -> None:
     assert "quantised (gguf)" in sentence(replace(taken, model=model))
 
 
-def test_latent_attention_is_the_cpus_limit(taken: Launch, tmp_path: Path) -> None:
-    model = target(tmp_path / "mla", **TARGETS["cpu_mla"])
+def test_windows_are_verified_on_the_cpu_alone(taken: Launch, tmp_path: Path) -> None:
+    changes = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", **WINDOWS}
+    model = target(tmp_path / "windows", **changes)
+    assert refusal_of(replace(taken, model=model)) is None
+    assert "GptOssForCausalLM has layers with a sliding window" in sentence(
+        replace(on_cuda(taken), model=model)
+    )
+
+
+def test_latent_attention_is_taken(taken: Launch, tmp_path: Path) -> None:
+    changes = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"}
+    model = target(tmp_path / "mla", **changes)
+    assert refusal_of(replace(taken, model=model)) is None
     assert refusal_of(replace(on_cuda(taken), model=model)) is None
 
 
@@ -252,7 +263,7 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
 
 
 def test_every_row_has_its_case() -> None:
-    assert {r.name for r in REFUSALS} == {*TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
+    assert {r.name for r in REFUSALS} == {"windows", *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
 
 
 def test_deterministic_inference_stays_on_the_cpu(taken: Launch) -> None:

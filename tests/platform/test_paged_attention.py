@@ -1,6 +1,6 @@
 """The paged attention against a naive fp64 reference, over ragged shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ class Case:
     causal: bool
     window: int | None
     seed: int
+    sinks: bool = False
 
 
 @st.composite
@@ -45,6 +46,7 @@ def cases(draw: st.DrawFn) -> Case:
         causal=causal,
         window=draw(st.sampled_from([None, None, 0, 1, 7])),
         seed=draw(st.integers(0, 999)),
+        sinks=draw(st.booleans()),
     )
 
 
@@ -54,6 +56,7 @@ class Tensors:
     k_cache: torch.Tensor
     v_cache: torch.Tensor
     table: torch.Tensor
+    sinks: torch.Tensor | None
 
 
 def make_tensors(case: Case, dtype: torch.dtype = torch.float32) -> Tensors:
@@ -69,6 +72,7 @@ def make_tensors(case: Case, dtype: torch.dtype = torch.float32) -> Tensors:
         k_cache=random(SLOTS, case.kv_heads, HEAD_DIM),
         v_cache=random(SLOTS, case.kv_heads, HEAD_DIM),
         table=table.view(len(case.q_lens), width).to(torch.int32),
+        sinks=2 * random(case.kv_heads * case.groups) if case.sinks else None,
     )
 
 
@@ -84,8 +88,9 @@ def reference(case: Case, tensors: Tensors, scale: float) -> torch.Tensor:
             for head in range(tensors.q.shape[1]):
                 k = tensors.k_cache[slots, head // case.groups].double()
                 v = tensors.v_cache[slots, head // case.groups].double()
-                weights = torch.softmax(k @ tensors.q[row, head].double() * scale, 0)
-                rows.append(weights @ v)
+                weights = (k @ tensors.q[row, head].double() * scale).exp()
+                beside = 0.0 if tensors.sinks is None else tensors.sinks[head].double().exp()
+                rows.append(weights @ v / (weights.sum() + beside))
             row += 1
     heads = tensors.q.shape[1]
     return torch.stack(rows).view(-1, heads, HEAD_DIM) if rows else torch.zeros(0, heads, HEAD_DIM).double()
@@ -100,7 +105,7 @@ def run(case: Case, tensors: Tensors, scale: float = 0.25) -> torch.Tensor:
         dtype=tensors.q.dtype,
         window=case.window,
     )
-    return plan.run(tensors.q, tensors.k_cache, tensors.v_cache, scale)
+    return plan.run(tensors.q, tensors.k_cache, tensors.v_cache, scale, tensors.sinks)
 
 
 def agrees_with_the_reference(case: Case) -> None:
@@ -144,10 +149,8 @@ def test_a_request_does_not_depend_on_its_batch(case: Case) -> None:
     together = run(case, tensors)
     start = 0
     for i, (m, n) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
-        alone = Case([m], [n], case.kv_heads, case.groups, case.causal, case.window, case.seed)
-        mine = Tensors(
-            tensors.q[start : start + m], tensors.k_cache, tensors.v_cache, tensors.table[i : i + 1]
-        )
+        alone = replace(case, q_lens=[m], kv_lens=[n])
+        mine = replace(tensors, q=tensors.q[start : start + m], table=tensors.table[i : i + 1])
         torch.testing.assert_close(together[start : start + m], run(alone, mine), rtol=0, atol=2e-6)
         start += m
 
@@ -187,6 +190,10 @@ def test_bfloat16_stays_near_the_reference() -> None:
     assert found.dtype == torch.bfloat16
     # 8 bits of mantissa on values of order one.
     torch.testing.assert_close(found.double(), reference(case, tensors, 0.25), rtol=0, atol=2e-2)
+
+
+def test_a_prefill_beside_sinks() -> None:
+    agrees_with_the_reference(Case([100, 3], [160, 9], 2, 2, True, 20, 7, sinks=True))
 
 
 @pytest.mark.parametrize("scale", [0.25, 8.0])

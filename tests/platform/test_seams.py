@@ -6,12 +6,12 @@ from types import ModuleType
 import pytest
 
 from whiflash_sglang.platform import activate, seams
-from whiflash_sglang.platform.seams import METHOD_SEAMS, MODULE_SEAMS, SEAMS, Seam
+from whiflash_sglang.platform.seams import EARLY_SEAMS, METHOD_SEAMS, MODULE_SEAMS, SEAMS, Seam
 
 
 def test_every_seam_fits_the_installed_sglang() -> None:
     checks = seams.verify_seams()
-    assert len(checks) == len(SEAMS) + len(METHOD_SEAMS) + len(MODULE_SEAMS)
+    assert len(checks) == len(EARLY_SEAMS) + len(SEAMS) + len(METHOD_SEAMS) + len(MODULE_SEAMS)
     assert [check for check in checks if not check.ok] == []
 
 
@@ -70,6 +70,7 @@ def test_installing_follows_earlier_imports(stranger: ModuleType, monkeypatch: p
     monkeypatch.setattr(seams, "_originals", {})
     monkeypatch.setattr(seams, "SEAMS", (Seam(stranger.__name__, "name", expected_here),))
     monkeypatch.setattr(seams, "METHOD_SEAMS", ())
+    monkeypatch.setattr(seams, "EARLY_SEAMS", ())
     seams.install_seams()
     assert stranger.name is expected_here
     assert importer.name is expected_here

@@ -96,7 +96,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         IncompatibleEngineError: a private name of SGLang is missing or has changed.
     """
     patching.require_names()
-    from whiflash_sglang.compat.launch import choose_for_cuda
+    from whiflash_sglang.compat.launch import choose
 
     flags = parse_flags(given)
     path, download_dir = server_args.speculative_draft_model_path, server_args.download_dir
@@ -114,7 +114,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         flags = flags.model_copy(update={"neural_router_path": str(router)})
     settings = resolve(flags, local, download_dir)
     server_args._whiflash = settings
-    choose_for_cuda(server_args)
+    choose(server_args)
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.
     server_args.speculative_draft_model_path = str(settings.dflash or settings.eagle3)
     if server_args.chat_template is None and settings.chat_template is not None:

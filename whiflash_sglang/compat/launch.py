@@ -59,6 +59,14 @@ class Launch:
         return self.environment.get(variable, "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
+def choose(server_args: Any) -> None:
+    """Fill in what works where the user left the choice open."""
+    # One KV pool for all layers: draft KV lies at the target's slots, and in a pool of its own a windowed layer would
+    # give up slots that are still drafted from.
+    server_args.disable_hybrid_swa_memory = True
+    choose_for_cuda(server_args)
+
+
 def choose_for_cuda(server_args: Any) -> None:
     """On CUDA, fill in what works where the user left the choice open; what he chose is judged by
     :mod:`whiflash_sglang.compat.refusals`."""

@@ -50,12 +50,18 @@ def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
     if head.tp_size > 1:
         begin, end = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
         shard = Shard(torch.arange(begin, end, device=head.weight.device), _gather)
-    return SharedVocabulary(size, model.get_input_embeddings(), shard)
+    return SharedVocabulary(size, input_embedding(model), shard)
+
+
+def input_embedding(model: Any) -> Any:
+    """The module that embeds tokens; not every class of SGLang's has a method for it."""
+    getter = getattr(model, "get_input_embeddings", None)
+    return getter() if getter else model.model.embed_tokens
 
 
 def rows_here(module: Any, size: int) -> int:
     """Rows of a vocabulary of `size` that this process has in an embedding or a head, its padding left out."""
-    if module.tp_size == 1:
+    if getattr(module, "tp_size", 1) == 1:
         return size
     return int(module.shard_indices.num_org_elements)
 

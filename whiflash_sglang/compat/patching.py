@@ -41,7 +41,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
     PrivateName("sglang.srt.arg_groups.overrides:model_config_of"),
     PrivateName("sglang.srt.configs.hybrid_arch:mambaish_config", ("model_config",)),
-    PrivateName("sglang.srt.configs.model_config:AttentionArch.MLA"),
     PrivateName("sglang.srt.configs.model_config:is_hybrid_swa_model"),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Backend.DISABLED"),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Phase.ALL"),

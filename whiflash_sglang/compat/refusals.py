@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs.hybrid_arch import mambaish_config
-from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
+from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
 from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, GRAPH_ATTENTIONS, Launch
@@ -74,16 +74,18 @@ def _uncaptured_attention(launch: Launch) -> str | None:
 
 
 def _has_windows(launch: Launch) -> bool:
-    """Also where their KV is kept whole, by `--disable-hybrid-swa-memory` or because SGLang always does so (Gemma 2 and
-    3, OLMo 3): the windows have not been verified in blocks.
-    """
+    """Also where their KV is kept whole, as SGLang always does of some (Gemma 2 and 3, OLMo 3)."""
     text = launch.model.hf_text_config
     return bool(
         launch.model.is_hybrid_swa
-        or launch.model.is_local_attention_model
         or is_hybrid_swa_model(launch.model.hf_config.architectures, text)
-        or {"sliding_attention", "chunked_attention"}.intersection(getattr(text, "layer_types", None) or ())
+        or "sliding_attention" in (getattr(text, "layer_types", None) or ())
     )
+
+
+def _has_chunks(launch: Launch) -> bool:
+    kinds = getattr(launch.model.hf_text_config, "layer_types", None) or ()
+    return bool(launch.model.is_local_attention_model or "chunked_attention" in kinds)
 
 
 def _packed_head(launch: Launch) -> str | None:
@@ -216,8 +218,13 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "windows",
-        _architecture(_has_windows),
-        f"{{}} has layers with a sliding or chunked window, beside whose KV drafts have no place; {_FULL_ATTENTION}",
+        _architecture(lambda x: x.device == "cuda" and _has_windows(x)),
+        f"{{}} has layers with a sliding window, in which no GPU has verified drafts; {_FULL_ATTENTION}",
+    ),
+    Refusal(
+        "chunked_windows",
+        _architecture(_has_chunks),
+        f"{{}} attends within chunks, whose bounds a block of drafts may cross; {_FULL_ATTENTION}",
     ),
     Refusal(
         "mrope",
@@ -234,11 +241,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "encoder",
         _architecture(lambda x: x.model.is_encoder_decoder or not x.model.is_generation),
         "{} does not decode token by token from a prompt alone; serve it without WHIFLASH",
-    ),
-    Refusal(
-        "cpu_mla",
-        _architecture(lambda x: x.device == "cpu" and x.model.attention_arch == AttentionArch.MLA),
-        "{} has latent attention (MLA), which this package's CPU platform does not serve; use a GPU",
     ),
     Refusal(
         "packed_head",

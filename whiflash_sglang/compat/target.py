@@ -15,7 +15,7 @@ from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints import TargetShape
 from whiflash_sglang.compat import graphs
-from whiflash_sglang.compat.parallel import rows_here, shared_vocabulary
+from whiflash_sglang.compat.parallel import input_embedding, rows_here, shared_vocabulary
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.vocabulary import SharedVocabulary
 
@@ -58,7 +58,12 @@ class Target:
     @property
     def embedding(self) -> torch.Tensor:
         """[V, H] input embedding, without padding rows; those of this process where it is `shared`."""
-        return self._matrix("input embedding", self.model.get_input_embeddings())
+        return self._matrix("input embedding", input_embedding(self.model))
+
+    @property
+    def embedding_scale(self) -> float:
+        """What rows of `embedding` are multiplied by before the first layer; what is `shared` is multiplied already."""
+        return 1.0 if self.shared else float(getattr(input_embedding(self.model), "embed_scale", 1.0))
 
     @property
     def lm_head(self) -> torch.Tensor:

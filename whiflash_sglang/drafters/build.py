@@ -53,6 +53,8 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
             ids = torch.arange(models[arms.AR].draft_vocab_size, device=target.device)
             vocabulary = models[arms.AR].target_ids(ids)
         own = layers[arms.DIFFUSION]
+        # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
+        models[arms.DIFFUSION].embedding_scale = target.embedding_scale
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
     if settings.structure.enabled and target.tokenizer is not None:
         drafters.append(StructureArm(settings.structure, vocabulary_of(target.tokenizer)))

@@ -84,14 +84,16 @@ def norm_of(config: DFlashConfig) -> type[RMSNorm]:
 class DFlashDrafter(nn.Module):
     """A block-diffusion drafter.
 
-    Attributes: `target_embedding` and `target_lm_head` [V, H], the target's, not part of the checkpoint; `head`, what
-    it chooses from.
+    Attributes: `target_embedding` and `target_lm_head` [V, H], the target's, not part of the checkpoint;
+    `embedding_scale`, what that target multiplies its embedding by (Gemma), to be set for it; `head`, what it chooses
+    from.
     """
 
     layer: type[DFlashLayer] = DFlashLayer
     shared_context = True
     """Whether K and V of all layers are one product of the same context feature, as the catch-up kernels take them."""
     target_embedding: Tensor
+    embedding_scale: float = 1.0
     target_lm_head: Tensor
     own_head: Tensor | None
     own_ids: Tensor | None
@@ -166,6 +168,8 @@ class DFlashDrafter(nn.Module):
         hidden = self.shared.embed(tokens) if self.shared else F.embedding(tokens, self.target_embedding)
         if self.mask_embedding is not None:
             hidden = torch.where((tokens == self.mask_token_id)[:, None], self.mask_embedding, hidden)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
         angles = self.rotary.angles(positions)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, angles, index, attend)

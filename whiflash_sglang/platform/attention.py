@@ -83,6 +83,7 @@ class CpuAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         _refuse_unsupported(layer)
         pool = self.token_to_kv_pool
@@ -97,6 +98,7 @@ class CpuAttentionBackend(AttentionBackend):
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
             layer.scaling,
+            sinks,
         ).reshape(rows, layer.tp_q_head_num * layer.v_head_dim)
         if padded == rows:
             return out
@@ -110,8 +112,9 @@ class CpuAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks)
 
     def forward_extend(
         self,
@@ -121,8 +124,9 @@ class CpuAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks)
 
     def support_triton(self) -> bool:
         return False
@@ -147,8 +151,16 @@ class CpuMultiStepDraftBackend:
 
 
 def register_attention_backend() -> None:
-    """Enter the backend into SGLang's registry."""
+    """Enter the backend into SGLang's registries.
+
+    Latent attention (MLA) runs absorbed in every forward, prefills too: queries and keys of the latent width, values
+    its first part, all of which lie in the pool. Upstream's other ways hand keys to the backend that are not there.
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
     ATTENTION_BACKENDS.setdefault(ATTENTION_BACKEND, CpuAttentionBackend)
+    AttentionBackendRegistry.register(ATTENTION_BACKEND, lambda *_: AttnForwardMethod.MLA)
 
 
 def _verify_widths(spec_info: Any, batch_size: int) -> list[int]:

@@ -74,10 +74,18 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Choose what works here wherever the command line left the choice open."""
         if server_args.device != "cpu":
             return
+        from whiflash_sglang.platform.seams import install_early_seams
+
+        install_early_seams()
         # `--device cpu` alone has already become intel_amx, whose operators no published wheel has; who asks for it
         # by name gets it.
         if chosen(server_args, "attention_backend") is None:
             server_args.attention_backend = ATTENTION_BACKEND
+        # Windows are masks over one pool here: ours is the only pool that runs without Triton.
+        server_args.disable_hybrid_swa_memory = True
+        if server_args.moe_runner_backend == "auto":
+            # Not what it runs, but how the experts' weights lie: as its torch functions take them.
+            server_args.moe_runner_backend = "triton"
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)

@@ -95,7 +95,12 @@ class PagedAttentionPlan:
         return PagedAttentionPlan(num_rows=starts[-1], narrow=tuple(groups), wide=wide)
 
     def run(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One layer's attention.
 
@@ -104,19 +109,20 @@ class PagedAttentionPlan:
             k_cache: [S, Hkv, D], contiguous; the rows' own K is already in it.
             v_cache: [S, Hkv, Dv], contiguous.
             scale: softmax scale.
+            sinks: [Hq] any float type, the score of one more entry without a value; None: there is none.
 
         Returns:
             [T, Hq, Dv] in q's dtype, a new tensor.
         """
         if len(self.narrow) == 1 and not self.wide:
-            return self.narrow[0].run(q, k_cache, v_cache, scale)
+            return self.narrow[0].run(q, k_cache, v_cache, scale, sinks)
         out = q.new_empty((self.num_rows, q.shape[1], v_cache.shape[2]))
         for narrow in self.narrow:
             if narrow.targets is None:
                 raise AssertionError("a narrow group beside other requests always has targets")
-            out.index_copy_(0, narrow.targets, narrow.run(q, k_cache, v_cache, scale))
+            out.index_copy_(0, narrow.targets, narrow.run(q, k_cache, v_cache, scale, sinks))
         for request in self.wide:
-            request.run_into(out, q, k_cache, v_cache, scale)
+            request.run_into(out, q, k_cache, v_cache, scale, sinks)
         return out
 
 

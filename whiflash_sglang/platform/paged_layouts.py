@@ -33,17 +33,48 @@ class NarrowGroup:
         return found
 
     def run(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the group's own rows: [rows of the group, Hq, Dv]."""
         heads, dim = q.shape[1], q.shape[2]
         if self.gather_rows is not None:
             q = embedding(self.gather_rows, q.reshape(-1, heads * dim)).view(-1, heads, dim)
-        mask = self.row_mask(heads // k_cache.shape[1])
-        out = gathered_attention(q, k_cache, v_cache, self.slots, mask, self.bs, scale)
+        if sinks is None:
+            mask = self.row_mask(heads // k_cache.shape[1])
+            out = gathered_attention(q, k_cache, v_cache, self.slots, mask, self.bs, scale)
+        else:
+            out = self._with_sinks(q, k_cache, v_cache, scale, sinks)
         if self.scatter_rows is not None:
             out = embedding(self.scatter_rows, out.flatten(1)).view(-1, *out.shape[1:])
         return out
+
+    def _with_sinks(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, sinks: torch.Tensor
+    ) -> torch.Tensor:
+        """The same by products of matrices, scores and softmax in fp32: torch's fused attention takes no sinks."""
+        heads, kv_heads = q.shape[1], k_cache.shape[1]
+        rows = q.view(self.bs, self.width, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
+        k, v = (
+            _gather(cache, self.slots, q.dtype).view(self.bs, self.kv_width, kv_heads, -1).transpose(1, 2)
+            for cache in (k_cache, v_cache)
+        )
+        scores = torch.matmul(rows.float() * scale, k[:, :, None].transpose(-1, -2).float())
+        if self.mask is not None:
+            scores += self.mask
+        weights = softmax_beside(scores, sinks.view(kv_heads, -1, 1)).to(q.dtype)
+        return torch.matmul(weights, v[:, :, None]).permute(0, 3, 1, 2, 4).reshape(len(q), heads, -1)
+
+
+def softmax_beside(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension of ``scores`` [..., n] fp32 and one more entry, of score ``sinks`` [...], which
+    takes its share and has no value (attention sinks, as gpt-oss has one a head)."""
+    beside = sinks.to(scores.dtype)[..., None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +101,13 @@ class WideRequest:
     blocks: tuple[WideBlock, ...]
 
     def run_into(
-        self, out: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Fill this request's rows of ``out`` [T, Hq, Dv]."""
         heads, dim = q.shape[1], q.shape[2]
@@ -88,7 +125,11 @@ class WideRequest:
             scores = torch.bmm(scaled, k[:, :, entries])
             if block.mask is not None:
                 scores.view(kv_heads, groups, rows, -1)[..., -block.mask.shape[1] :] += block.mask
-            weights = scores.softmax(-1).to(q.dtype)
+            if sinks is None:
+                weights = scores.softmax(-1).to(q.dtype)
+            else:
+                by_row = sinks.view(kv_heads, groups, 1).expand(-1, -1, rows).reshape(kv_heads, -1)
+                weights = softmax_beside(scores, by_row).to(q.dtype)
             attended = torch.bmm(weights, v[:, entries]).view(kv_heads, groups, rows, v_dim)
             out[block.row_start : block.row_end] = attended.permute(2, 0, 1, 3).reshape(rows, heads, v_dim)
 

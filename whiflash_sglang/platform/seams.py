@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from whiflash_sglang.platform import spec_ops, spec_trees
+from whiflash_sglang.platform import spec_ops, spec_trees, target_ops
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
@@ -35,6 +35,7 @@ _EAGLE = "sglang.kernels.ops.speculative.eagle"
 _SPEC_TREE = "sglang.kernels.ops.speculative.spec_tree"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
+_ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
 
 
 class Seam(NamedTuple):
@@ -66,7 +67,15 @@ def _tree_mask_mode() -> Any:
     return TreeMaskMode.QLEN_ONLY
 
 
+EARLY_SEAMS: tuple[Seam, ...] = (
+    Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", target_ops.attention_backends_of),
+)
+"""What is asked while the arguments are read, in the launcher's process too; put in place by
+:func:`install_early_seams`."""
+
 SEAMS: tuple[Seam, ...] = (
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", target_ops.fused_gate_sigmoid_mul),
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", target_ops.fused_gate_sigmoid_mul_add),
     Seam(
         _CACHE_LOCS,
         "assign_draft_cache_locs_contiguous_func",
@@ -187,6 +196,26 @@ MODULE_SEAMS: tuple[ModuleSeam, ...] = (
 
 _originals: dict[str, Any] = {}
 """What each installed seam replaced; empty before :func:`install_seams`."""
+_early: dict[str, Any] = {}
+"""The same of :func:`install_early_seams`."""
+
+
+def install_early_seams() -> None:
+    """Replace every name of :data:`EARLY_SEAMS` in its own module alone. Idempotent.
+
+    Raises:
+        RuntimeError: a name is missing or has other parameters than its replacement.
+    """
+    for seam in EARLY_SEAMS:
+        if seam.label not in _early:
+            check = _check(seam)
+            if not check.ok:
+                raise RuntimeError(
+                    f"this SGLang is not the one that the CPU platform was written for ({check})"
+                )
+            module = importlib.import_module(seam.module)
+            _early[seam.label] = getattr(module, seam.name)
+            setattr(module, seam.name, seam.replacement)
 
 
 def install_seams() -> None:
@@ -221,7 +250,7 @@ def install_seams() -> None:
 def verify_seams() -> list[SeamCheck]:
     """Check that every name exists with the parameters of its replacement. Imports SGLang; changes nothing."""
     return [
-        *(_check(seam) for seam in SEAMS),
+        *(_check(seam) for seam in (*EARLY_SEAMS, *SEAMS)),
         *(_check_method(seam) for seam in METHOD_SEAMS),
         *(_check_module(seam) for seam in MODULE_SEAMS),
     ]
@@ -229,7 +258,8 @@ def verify_seams() -> list[SeamCheck]:
 
 def _check(seam: Seam) -> SeamCheck:
     try:
-        upstream = _originals.get(seam.label, getattr(importlib.import_module(seam.module), seam.name))
+        found = getattr(importlib.import_module(seam.module), seam.name)
+        upstream = _originals.get(seam.label, _early.get(seam.label, found))
     except (ImportError, AttributeError) as error:
         return SeamCheck(seam.label, False, f"missing: {error}")
     if seam.absent:

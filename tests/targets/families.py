@@ -1,0 +1,223 @@
+"""Tiny random targets of SGLang's model families, in the files that Hugging Face's own classes write.
+
+`config.json` and tensor names are therefore those of published checkpoints, and the class that wrote them computes what
+SGLang's class is compared with.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import (
+    FAVOURED_TOKENS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    MASK_TOKEN,
+    MAX_POSITIONS,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB, LAYERS = 320, 6
+WINDOW = 8
+"""Tokens that a windowed layer sees: fewer than a block of drafts and its prompt."""
+
+EXPERTS: Mapping[str, Any] = {
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+ROUTED = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": HEADS,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 512,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """kind: of Hugging Face's configuration. architecture: SGLang's class. changes: keys beside the common ones.
+
+    embedding_scale: of the random embedding, where the model multiplies it by a large number itself. tolerance: of
+    features, where SGLang keeps weights that are no matrices in bfloat16. captured: whether SGLang captures
+    what layers put out; of Gemma 3 it leaves out the residual.
+    """
+
+    kind: str
+    architecture: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    embedding_scale: float = 1.0
+    tolerance: float = 1e-3
+    captured: bool = True
+
+
+def windowed(full: Sequence[int]) -> dict[str, Any]:
+    """Layers with a window, all but those in `full`."""
+    kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(LAYERS)]
+    return {"sliding_window": WINDOW, "layer_types": kinds}
+
+
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family("qwen2", "Qwen2ForCausalLM"),
+        Family("qwen3", "Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+        Family("phi3", "Phi3ForCausalLM"),
+        Family("apertus", "ApertusForCausalLM", tolerance=0.05),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            {**EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+        ),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", {**EXPERTS, "decoder_sparse_step": 1}),
+        Family("glm4_moe", "Glm4MoeForCausalLM", {**ROUTED, "partial_rotary_factor": 0.5}),
+        Family("laguna", "LagunaForCausalLM", {**EXPERTS, **windowed((0, 4))}),
+        Family(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            {**windowed((2, 5)), "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": True},
+            embedding_scale=0.1,
+            captured=False,
+        ),
+        Family(
+            "gemma4_text",
+            "Gemma4ForCausalLM",
+            {
+                **windowed((2, 5)),
+                "global_head_dim": HEAD_DIM,
+                "hidden_size_per_layer_input": 16,
+                "vocab_size_per_layer_input": VOCAB,
+                "tie_word_embeddings": True,
+            },
+            embedding_scale=0.1,
+        ),
+        Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", {**ROUTED, **LATENT}),
+        Family(
+            "deepseek_v2",
+            "DeepseekV2ForCausalLM",
+            {
+                **ROUTED,
+                **LATENT,
+                "topk_method": "greedy",
+                "norm_topk_prob": False,
+                "scoring_func": "softmax",
+                "moe_layer_freq": 1,
+                "rope_parameters": YARN,
+            },
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            {
+                **ROUTED,
+                **LATENT,
+                "n_group": 2,
+                "topk_method": "noaux_tc",
+                "scoring_func": "sigmoid",
+                "moe_layer_freq": 1,
+                "rope_parameters": YARN,
+            },
+        ),
+        Family(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            {
+                **windowed((1, 3, 5)),
+                "intermediate_size": 32,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+        ),
+    )
+}
+
+
+class HuggingFace:
+    """The model in Hugging Face's class, on whole sequences in fp32."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def features(self, tokens: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
+        """[T, len(layers) * H]: outputs of `layers`, side by side."""
+        states = self.model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True).hidden_states
+        return torch.cat([states[layer + 1][0] for layer in layers], -1)
+
+    @torch.inference_mode()
+    def lead(self, tokens: Sequence[int], first: int, second: int) -> float:
+        """How far the logit of `first` is ahead of that of `second` after `tokens`."""
+        logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        return float(logits[first] - logits[second])
+
+
+def tiny_family(directory: Path, family: Family, *, seed: int = 0) -> HuggingFace:
+    """Write a target of `family` into `directory`; returns the same weights in Hugging Face's class."""
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 256),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family.kind, **{**common, **family.changes})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            _enliven(model, family)
+    model.save_pretrained(directory)
+    # Published files have keys that this version of Hugging Face's classes leaves out and SGLang's read.
+    file = directory / "config.json"
+    file.write_text(json.dumps({**family.changes, **json.loads(file.read_text())}))
+    return HuggingFace(model)
+
+
+def _enliven(model: Any, family: Family) -> None:
+    for name, weight in model.named_parameters():
+        if "sinks" in name:  # SGLang keeps them in bfloat16
+            weight.copy_(torch.randn_like(weight).bfloat16())
+        elif name.endswith("bias"):
+            weight.normal_(0, 0.1)
+    # Drafters share the target's head: let them be right now and then (`tiny_models.py`).
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    head[list(FAVOURED_TOKENS)] *= 2
+    if head is embedding:
+        embedding *= family.embedding_scale
+    else:
+        embedding[MASK_TOKEN] = head[list(FAVOURED_TOKENS)].sum(0)

@@ -1,0 +1,120 @@
+"""Which targets WHIFLASH serves, and what shows it: the classes of SGLang 0.5.23 whose layers' outputs can be captured.
+
+A table for readers and for tests. Nothing goes by it when a server starts: what stops a target are conditions on its
+configuration (:mod:`whiflash_sglang.compat.refusals`). Imports no SGLang.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Shown(StrEnum):
+    """What is known of a family."""
+
+    CPU = "text under every policy, and features"
+    UNTRIED = "not tried"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFamily:
+    """architectures: as `config.json` names them. kind: what sets its layers apart. note: what else is to be said."""
+
+    architectures: tuple[str, ...]
+    kind: str
+    shown: Shown
+    note: str = ""
+
+
+_MOE, _WINDOWS, _MLA = "mixture of experts", "sliding windows", "latent attention (MLA)"
+_RECURRENT, _IMAGES = "recurrent or convolution layers", "images or sound beside text"
+_NO_GPU = "on the CPU only"
+
+FAMILIES: tuple[TargetFamily, ...] = (
+    TargetFamily(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "dense", Shown.CPU),
+    TargetFamily(("Phi3ForCausalLM", "ApertusForCausalLM"), "dense", Shown.CPU),
+    TargetFamily(
+        ("InternLM3ForCausalLM", "IQuestCoderForCausalLM", "NanbeigeForCausalLM", "BeamForCausalLM"),
+        "dense",
+        Shown.UNTRIED,
+    ),
+    TargetFamily(("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"), _MOE, Shown.CPU),
+    TargetFamily(
+        ("BailingMoEForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "MiniMaxM2ForCausalLM"),
+        _MOE,
+        Shown.UNTRIED,
+    ),
+    TargetFamily(
+        ("Gemma3ForCausalLM", "Gemma4ForCausalLM"),
+        f"{_WINDOWS}, scaled embedding, tied head",
+        Shown.CPU,
+        _NO_GPU,
+    ),
+    TargetFamily(("LagunaForCausalLM",), f"{_MOE}, {_WINDOWS}", Shown.CPU, _NO_GPU),
+    TargetFamily(("GptOssForCausalLM",), f"{_MOE}, {_WINDOWS}, attention sinks", Shown.CPU, _NO_GPU),
+    TargetFamily(
+        ("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM", "MiMoV2ForCausalLM", "MiMoV2FlashForCausalLM"),
+        f"{_MOE}, {_WINDOWS}",
+        Shown.UNTRIED,
+        _NO_GPU,
+    ),
+    TargetFamily(
+        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        f"{_MOE}, {_MLA}",
+        Shown.CPU,
+    ),
+    TargetFamily(("LongcatFlashForCausalLM",), f"{_MOE}, {_MLA}", Shown.UNTRIED),
+    TargetFamily(
+        (
+            "DeepseekV32ForCausalLM",
+            "GlmMoeDsaForCausalLM",
+            "MiniMaxM3SparseForCausalLM",
+        ),
+        f"{_MOE}, sparse attention",
+        Shown.UNTRIED,
+    ),
+    TargetFamily(
+        (
+            "Qwen3NextForCausalLM",
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5MoeForCausalLM",
+            "Lfm2ForCausalLM",
+            "Lfm2MoeForCausalLM",
+            "NemotronHForCausalLM",
+            "NemotronHPuzzleForCausalLM",
+            "KimiK3LinearForCausalLM",
+        ),
+        _RECURRENT,
+        Shown.REFUSED,
+    ),
+    TargetFamily(("MuseGlimmerForCausalLM",), _WINDOWS, Shown.UNTRIED, _NO_GPU),
+    TargetFamily(("Llama4ForConditionalGeneration",), "attention within chunks", Shown.REFUSED),
+    TargetFamily(
+        (
+            "Gemma3ForConditionalGeneration",
+            "Gemma4ForConditionalGeneration",
+            "Glm5NextForConditionalGeneration",
+            "InklingForConditionalGeneration",
+            "KimiK25ForConditionalGeneration",
+            "KimiK3ForConditionalGeneration",
+            "Lfm2VlForConditionalGeneration",
+            "MiniCPMV",
+            "MiniCPMV4_6ForConditionalGeneration",
+            "MiniCPMV4_7ForConditionalGeneration",
+            "MiniMaxM3SparseForConditionalGeneration",
+            "MuseGlimmerForConditionalGeneration",
+            "NemotronH_Nano_Omni_Reasoning_V3",
+            "NemotronH_Nano_VL_V2",
+            "NemotronH_Omni_Reasoning_V3",
+            "Qwen3_5ForConditionalGeneration",
+            "Qwen3_5MoeForConditionalGeneration",
+        ),
+        _IMAGES,
+        Shown.REFUSED,
+    ),
+    TargetFamily(
+        ("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+        f"positions in three dimensions (M-RoPE), {_IMAGES}",
+        Shown.REFUSED,
+    ),
+)
