@@ -22,10 +22,10 @@ def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
     family, target = FAMILIES[name], tmp_path / "target"
     model = tiny_family(target, family)
     eagle3, dflash = tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
-    arrivals = mixed(seed=5, count=7, shared=24, longest=50, stops=0.2, tokens=32)
+    arrivals = mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
     with engine(target) as e:
         expected = play(e, arrivals)
-    oracle = OracleArm(0.97, seed=3)
+    oracle = OracleArm(0.95, seed=3)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
     used: set[str | None] = set()
