@@ -132,14 +132,16 @@ def test_the_least_recently_used_tenant_makes_room() -> None:
     assert propose(memory, "a", [7, 8]) == [9]
 
 
+@pytest.mark.parametrize("came", [0.0, 7 * MAX_AGE])
 @pytest.mark.parametrize("age", [0.0, 49.0, 99.0])
-def test_text_is_there_until_it_is_old(age: float) -> None:
+def test_text_is_there_until_it_is_old(age: float, came: float) -> None:
     clock = Clock()
+    clock.now = came
     memory = TenantMemory(LIMIT, MAX_AGE, clock)
     memory.remember(tenant("a"), [1, 2, 3])
-    clock.now = age
+    clock.now = came + age
     assert propose(memory, "a", [1, 2]) == [3]
-    clock.now = MAX_AGE
+    clock.now = came + MAX_AGE
     assert propose(memory, "a", [1, 2]) == []
 
 

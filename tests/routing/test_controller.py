@@ -1,5 +1,7 @@
 """Whom the controller asks before it routes."""
 
+import math
+
 import pytest
 
 from whiflash_sglang import arms
@@ -43,6 +45,27 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
     preferred = SpanHint(kind="json", open=True, prefer=arms.LOOKUP)
     assert asked(Pinned(arms.AR), RequestHints(spans=(pinned,))) == {arms.AR, arms.LOOKUP}
     assert asked(Pinned(arms.AR), RequestHints(spans=(preferred,))) == {arms.AR}
+
+
+@pytest.mark.parametrize(
+    ("policy", "hints", "expected"),
+    [
+        (CopyRule(), RequestHints(), -math.inf),
+        (RandomPolicy(), RequestHints(), math.inf),
+        (EntropyPolicy(tau=1.0), RequestHints(), math.inf),
+        (CopyRule(), RequestHints(off=True), math.inf),
+        (CopyRule(), RequestHints(spans=(SpanHint("json", open=True, prefer=arms.AR, pin=True),)), math.inf),
+    ],
+    ids=["first-of-the-rule", "drawn", "never-named", "off", "pinned-elsewhere"],
+)
+def test_what_a_copy_must_bring_where_nothing_is_priced(
+    policy: Policy, hints: RequestHints, expected: float
+) -> None:
+    controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
+    controller.open(ROW, "r", hints, [0, 1])
+    [route] = controller.route([ROW], [10], [{arms.AR: None, arms.DIFFUSION: None}])
+    assert controller.must_beat(ROW, route, arms.LOOKUP) == expected
+    assert controller.must_beat(ROW, arms.LOOKUP, arms.LOOKUP) == -math.inf, "it has the place already"
 
 
 def test_dwell_counts_the_rounds_of_an_arm_in_a_row() -> None:
