@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from model_set import Models
 from oracle_arm import OracleArm
 from traffic import Arrival, play
 
+from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.whitespace import COMPACT, bounded_tag
 from whiflash_sglang.drafters import structure
+from whiflash_sglang.spans.hints import TOOLS_KEY
+from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.sketch import Token
 
@@ -171,6 +175,30 @@ def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
         assert play(e, requests()) == expected
         with_structure = {rid: e.rounds(rid)[1] for rid in expected}
     assert all((count > 0) != rid.startswith("free") for rid, count in with_structure.items())
+
+
+def test_tools_without_a_grammar(
+    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target writes calls, and the arm is told of tools alone: what these tell is drafted, and nothing is lost."""
+    functions: list[tuple[str | None, object]] = [
+        ("look_up", json.loads(SCHEMA)),
+        ("look_out", json.loads(SCHEMA)),
+    ]
+    spans = {"spans": [{"kind": "tool_call", "begin": "<call>", "end": "</call>"}]}
+    carried = {"whiflash": json.dumps(spans), TOOLS_KEY: carried_tools(functions, "hermes")}
+    arrivals = [replace(a, params={**a.params, "custom_params": carried}) for a in requests()]
+    monkeypatch.setattr(lifecycle, "grammar_of", lambda req: None)
+    for router in ("random", "auto"):
+        with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
+            if router == "auto":
+                monkeypatch.setattr(e.worker.controller, "route", only("structure"))
+                monkeypatch.setattr(e.worker.controller, "may_join", lambda row: False)
+            assert play(e, arrivals) == expected
+            accepted = {rid: e.rounds(rid)[1] for rid in expected}
+            assert e.worker.drafters["structure"]._requests == {}
+    assert accepted["tag/0"] > 10
+    assert accepted["free/0"] == accepted["regex/0"] == 0
 
 
 def test_switched_off(models: Models, expected: dict[str, list[int]]) -> None:

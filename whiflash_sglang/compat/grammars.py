@@ -24,6 +24,15 @@ class RequestGrammar:
         return len(self._req.origin_input_ids) + len(self._req.output_ids)
 
     @property
+    def prompt(self) -> int:
+        return len(self._req.origin_input_ids)
+
+    @property
+    def schema(self) -> str:
+        params = self._req.sampling_params
+        return str(params.json_schema or params.structural_tag or "")
+
+    @property
     def end(self) -> int | None:
         return self._end
 

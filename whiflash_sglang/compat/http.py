@@ -21,6 +21,7 @@ from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.spans.hints import (
+    TOOLS_KEY,
     HintError,
     RequestHints,
     SpanHint,
@@ -29,6 +30,7 @@ from whiflash_sglang.spans.hints import (
 )
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.prediction import carried_prediction
+from whiflash_sglang.structure.calls import carried_tools
 
 
 def install(server_args: Any) -> None:
@@ -75,10 +77,27 @@ def _validating(original: Any) -> Any:
                     spans=tuple(Span(**_span_fields(s)) for s in inferred.spans),
                 )
                 request.custom_params = {**(request.custom_params or {}), **wire.custom_params()}
+        if hints.infer:
+            _carry_tools(self.tokenizer_manager, request)
         result = original(self, request)
         return result
 
     return validate
+
+
+def _carry_tools(manager: Any, request: Any) -> None:
+    """Tell the scheduler which tools may be called, where it may draft calls of them."""
+    choice, tools = getattr(request, "tool_choice", None), getattr(request, "tools", None)
+    if not tools or choice == "none" or not settings_of(manager.server_args).structure.enabled:
+        return
+    named = getattr(getattr(choice, "function", None), "name", None)
+    functions = [tool.function for tool in tools if named in (None, tool.function.name)]
+    told = carried_tools(
+        [(function.name, function.parameters) for function in functions],
+        manager.config_value("tool_call_parser"),
+    )
+    if told is not None:
+        request.custom_params = {**(request.custom_params or {}), TOOLS_KEY: told}
 
 
 def _span_fields(span: SpanHint) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
         models[arms.DIFFUSION].embedding_scale = target.embedding_scale
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
     if settings.structure.enabled and target.tokenizer is not None:
-        drafters.append(StructureArm(settings.structure, vocabulary_of(target.tokenizer)))
+        drafters.append(
+            StructureArm(settings.structure, vocabulary_of(target.tokenizer), HostView.of(target.device))
+        )
     if settings.lookup.enabled:
         drafters.append(LookupArm(settings.lookup, HostView.of(target.device), ranks.now))
     return drafters

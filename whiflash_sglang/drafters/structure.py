@@ -5,8 +5,11 @@ It goes by the text alone. Forced stretches are short, so they matter most behin
 `prolong` goes on where a neural draft or a copy ends, and drops what the grammar forbids in it.
 """
 
+import codecs
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from operator import mul
 
@@ -16,13 +19,18 @@ from whiflash_sglang import arms
 from whiflash_sglang.config import Structure
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History, Predicted
 from whiflash_sglang.drafters.padding import padded
+from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.calls import Calls, words_of_tools
 from whiflash_sglang.structure.chances import StructureChances
-from whiflash_sglang.structure.matchers import Grammar
-from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch
+from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.layout import Layout
+from whiflash_sglang.structure.matchers import Grammar, Matcher
+from whiflash_sglang.structure.schemas import words_of
+from whiflash_sglang.structure.sketch import TAIL, Token, bytes_of, is_text, sketch, text_of
 
 WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
@@ -31,16 +39,28 @@ NOTHING = 1.0
 """Expected acceptance length of a round without drafts."""
 
 
+_Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
+"""A token may end inside a character."""
+
+
 @dataclass(slots=True)
 class _Request:
     """What is kept of one.
 
+    grammar: what constrains it, if anything does. calls: of its tools, if any are known. guesses: of its schemas'
+    words, made when it is looked at first. layout: of its output, whose text is followed up to position `followed`.
     length: n when it was looked at last; -1: not yet. tail, unseen: the last tokens then, and those that its grammar
     had not been told. tokens: what was proposed; alive: chances that each and all before it are right.
     """
 
-    grammar: Grammar
     chances: StructureChances
+    grammar: Grammar | None
+    calls: Calls | None
+    tools: str
+    guesses: Guesses | None = None
+    layout: Layout = field(default_factory=Layout)
+    decoder: codecs.IncrementalDecoder = field(default_factory=_Decoder)
+    followed: int = 0
     length: int = -1
     tail: Sequence[int] = ()
     unseen: Sequence[int] = ()
@@ -52,13 +72,14 @@ class StructureArm(Drafter):
     """Proposes what the request's grammar forces.
 
     Args:
-        settings: widths. vocabulary: the target's.
+        settings: widths. vocabulary: the target's. host: what it may read while a round runs.
     """
 
     arm = arms.STRUCTURE
     judges = prolongs = True
 
-    def __init__(self, settings: Structure, vocabulary: Vocabulary) -> None:
+    def __init__(self, settings: Structure, vocabulary: Vocabulary, host: HostView = EXACT) -> None:
+        self._host = host
         self.max_drafts = settings.max_width
         self._vocabulary = vocabulary
         self._chances = PerTenant(StructureChances)
@@ -75,11 +96,13 @@ class StructureArm(Drafter):
     ) -> None:
         """A request begins in `row`, or begins again."""
         self.release(row)
-        if grammar is not None:
+        # Without a grammar a round reads nothing of the device before its end, so nobody knows what was drafted.
+        calls = Calls(hints.tools, hints.spans) if hints.tools and self._host.exact else None
+        if grammar is not None or calls is not None:
             # What asks for nothing to be kept of its text teaches nobody.
             shared = hints.lookup == "memory"
             chances = self._chances.of(tenant) if shared else self._chances.fresh()
-            self._requests[row] = _Request(grammar, chances)
+            self._requests[row] = _Request(chances, grammar, calls, hints.tools)
 
     def serves(self, row: int) -> bool:
         return row in self._requests
@@ -89,12 +112,13 @@ class StructureArm(Drafter):
         if request is None:
             return NOTHING
         self._learn(request, history)
-        known = request.grammar.known
-        request.unseen = history(known)
-        if known + len(request.unseen) != length + 1:
+        request.tail = history(max(length + 1 - TAIL, 0))
+        if max(length + 1 - TAIL, 0) + len(request.tail) != length + 1:
             request.length, request.tokens, request.alive = -1, [], []
             return NOTHING  # earlier rounds are still under way: nobody knows where the text stands
-        request.length, request.tail = length, history(max(length + 1 - TAIL, 0))
+        request.length = length
+        request.unseen = history(request.grammar.known) if request.grammar else ()
+        self._follow(request, history)
         found = self._sketch(request, (), self.max_drafts)
         request.tokens, request.alive = found.tokens, found.alive
         return NOTHING + sum(request.alive[: self._width(request.alive, self.max_drafts)])
@@ -151,28 +175,69 @@ class StructureArm(Drafter):
             if token.token != written:
                 break
 
+    def _follow(self, request: _Request, history: History) -> None:
+        """The layout of what was written since, and the call in it."""
+        if request.guesses is None:
+            request.followed = begin = request.grammar.prompt if request.grammar else request.length
+            schema = words_of(request.grammar.schema) if request.grammar else ()
+            words = tuple(dict.fromkeys((*schema, *words_of_tools(request.tools))))
+            prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
+            request.guesses = Guesses(words, partial(self._used, prompt))
+        written = history(request.followed)
+        request.followed += len(written)
+        text = request.decoder.decode(bytes_of(self._vocabulary, written))
+        request.layout.follow(text)
+        if request.calls is not None:
+            request.calls.follow(text)
+
+    def _used(self, prompt: Sequence[int], words: Sequence[str]) -> dict[str, int]:
+        """How often each word stands in a prompt as a whole string."""
+        text = text_of(self._vocabulary, prompt)
+        return {word: text.count(f'"{word}"') for word in words}
+
     def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "_Found":
         """What follows `drafts`, of which only what the grammar allows counts."""
-        matcher, after = request.grammar.matcher(self._vocabulary.encode), 0
-        if matcher is None:
+        matcher = request.grammar.matcher(self._vocabulary.encode) if request.grammar else None
+        call = request.calls.matcher if request.calls else None
+        if matcher is None and call is None:
             return _Found(after=len(drafts))
-        with matcher.trying():
-            if not all(map(matcher.accept_token, request.unseen)):
-                return _Found(after=len(drafts))
-            for draft in drafts:
-                if not (is_text(self._vocabulary, draft) and matcher.accept_token(draft)):
-                    break
-                after += 1
+        with ExitStack() as stack:
+            for own in (matcher, call):
+                if own is not None:
+                    stack.enter_context(own.trying())
+            after = len(drafts)
+            if matcher is not None:
+                if not all(map(matcher.accept_token, request.unseen)):
+                    return _Found(after=after)
+                after = self._allowed(matcher, drafts)
+            layout, text = request.layout, text_of(self._vocabulary, drafts[:after])
+            if text:
+                layout = layout.copy()
+                layout.follow(text)
+                call = call if call is not None and call.accept_text(text) else None
+            elif after:
+                call = None  # the drafts end inside a character
             tokens = sketch(
                 matcher,
                 self._vocabulary,
                 [*request.tail, *drafts[:after]],
                 limit - after,
-                end=request.grammar.end,
+                end=request.grammar.end if request.grammar else None,
                 likelihood=request.chances.of,
+                guesses=request.guesses,
+                layout=layout,
+                call=call,
+                ending=request.calls.ending if request.calls else "",
             )
         alive = list(accumulate((request.chances.of(token.kind) for token in tokens), mul))
         return _Found(tokens, alive, after)
+
+    def _allowed(self, matcher: Matcher, drafts: Sequence[int]) -> int:
+        """How many of the drafts the grammar allows, one after the other; the matcher goes on with them."""
+        for number, draft in enumerate(drafts):
+            if not (is_text(self._vocabulary, draft) and matcher.accept_token(draft)):
+                return number
+        return len(drafts)
 
     def _behind(
         self, request: _Request, drafts: Sequence[int], chances: Sequence[float], room: int

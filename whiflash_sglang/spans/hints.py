@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, NoReturn, TypeVar
 
 WIRE_KEY: Final = "whiflash"
+TOOLS_KEY: Final = "whiflash_tools"
+"""What the HTTP process tells the scheduler of a request's tools (`structure.calls`)."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
 WIRE_VERSION: Final = 1
 CARRIED_PREDICTION: Final = "whiflash_prediction"
@@ -28,6 +30,9 @@ TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = ("summary", "full")
 
 LookupScope = Literal["memory", "context", "off"]
 LOOKUP_SCOPES: Final[tuple[LookupScope, ...]] = ("memory", "context", "off")
+
+MAX_TOOLS_CHARS: Final = 1 << 16
+"""Longer lists of tools are told to nobody."""
 
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
@@ -87,6 +92,7 @@ class RequestHints:
     trace: return the routing trace with the response, in sums or with its stretches.
     lookup: what may be copied: `memory` (its own context, and its tenant's recent outputs where the server keeps
         them), `context` (its own context; nothing of it is kept either), `off`.
+    tools: what the HTTP process says of the request's tools; no hint of the caller's, never part of the payload.
     """
 
     spans: tuple[SpanHint, ...] = ()
@@ -94,6 +100,7 @@ class RequestHints:
     infer: bool = True
     trace: TraceLevel | None = None
     lookup: LookupScope = "memory"
+    tools: str = ""
 
 
 def parse_hints(custom_params: object) -> RequestHints:
@@ -109,10 +116,9 @@ def parse_hints(custom_params: object) -> RequestHints:
         return RequestHints()
     if not isinstance(custom_params, dict):
         raise HintError("custom_params", "must be an object")
-    payload = custom_params.get(WIRE_KEY)
-    if payload is None:
-        return RequestHints()
-    return _request(_decode(payload))
+    payload, tools = custom_params.get(WIRE_KEY), custom_params.get(TOOLS_KEY)
+    hints = RequestHints() if payload is None else _request(_decode(payload))
+    return replace(hints, tools=tools) if isinstance(tools, str) else hints
 
 
 def validate_custom_params(custom_params: object) -> RequestHints:
@@ -317,6 +323,8 @@ def _check_carrier(params: dict[object, object]) -> None:
             raise HintError("custom_params", "has a name that is not a string")
         if key == CARRIED_PREDICTION:
             continue  # It has a bound of its own.
+        if key == TOOLS_KEY and isinstance(value, str) and value.isascii() and len(value) <= MAX_TOOLS_CHARS:
+            continue
         values -= len(value) if isinstance(value, dict | list) else 1
         if values < 0:
             raise _carrier_error(key, f"makes custom_params hold more than {_MAX_CARRIER_VALUES} values")

@@ -149,9 +149,15 @@ class GuidanceMatcher(Matcher):
 class Grammar(Protocol):
     """What constrains one request, as its engine keeps it.
 
-    known: committed tokens, the prompt's among them, that it has been told. end: the token that ends a text under it;
-    None: none does.
+    known: committed tokens, the prompt's among them, that it has been told; prompt: those of the prompt. end: the token
+    that ends a text under it; None: none does. schema: what it was compiled from, where that is JSON, else empty.
     """
+
+    @property
+    def prompt(self) -> int: ...
+
+    @property
+    def schema(self) -> str: ...
 
     @property
     def known(self) -> int: ...

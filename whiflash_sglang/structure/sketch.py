@@ -6,20 +6,16 @@ from typing import NamedTuple
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
+from whiflash_sglang.structure.pieces import Piece
 
 CHARS_PER_TOKEN = 16
 """Characters that are cut into tokens for each token that may be proposed."""
 
 TAIL = 6
 """Tokens of what was written that are cut together with what follows: pieces of words meet at the seam."""
-
-
-class Piece(NamedTuple):
-    """A stretch of text that is likely to follow, and why."""
-
-    text: str
-    kind: Kind
 
 
 class Token(NamedTuple):
@@ -29,31 +25,80 @@ class Token(NamedTuple):
     kind: Kind
 
 
-def known(matcher: Matcher, limit: int) -> list[Piece]:
-    """What must follow, at most `limit` characters. The matcher is as it was."""
-    text = matcher.forced()[:limit]
-    return [Piece(text, Kind.FORCED)] if text else []
+STEPS = 32
+"""Pieces that are asked for in a row."""
+
+HOPELESS = 0.02
+"""Chance below which nothing behind a piece is looked for."""
+
+
+def likely(
+    matcher: Matcher,
+    limit: int,
+    guesses: Guesses | None,
+    layout: Layout,
+    likelihood: Callable[[Kind], float],
+    ending: str = "",
+) -> list[Piece]:
+    """What must follow and, where nothing must, what `guesses` say; at most `limit` characters.
+
+    The matcher is as it was.
+
+    Args:
+        layout: of the text so far; left as it is. ending: what follows a text that is complete.
+    """
+    pieces: list[Piece] = []
+    layout, chance = layout.copy(), 1.0
+    with matcher.trying():
+        while limit > 0 and len(pieces) < STEPS and chance >= HOPELESS:
+            forced = matcher.forced()[:limit]
+            piece = Piece(forced, Kind.FORCED) if forced else guesses and guesses.next(matcher, layout)
+            if not piece or not matcher.accept_text(piece.text):
+                break
+            layout.follow(piece.text)
+            pieces.append(piece)
+            limit -= len(piece.text)
+            chance *= likelihood(piece.kind)
+        if ending and limit >= len(ending) and matcher.may_end and not matcher.forced():
+            pieces.append(Piece(ending, Kind.CLOSED))
+    return pieces
 
 
 def sketch(
-    matcher: Matcher,
+    matcher: Matcher | None,
     vocabulary: Vocabulary,
     tail: Sequence[int],
     limit: int,
     *,
     end: int | None,
     likelihood: Callable[[Kind], float],
+    guesses: Guesses | None = None,
+    layout: Layout | None = None,
+    call: Matcher | None = None,
+    ending: str = "",
 ) -> list[Token]:
     """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it.
 
-    Work: `limit` times `CHARS_PER_TOKEN` characters and the tail are cut, `limit` tokens accepted and taken back.
+    Where a call is open that its tools tell more of than the matcher, what they tell is proposed.
+
+    Work: at most `STEPS` pieces are asked for, `limit` times `CHARS_PER_TOKEN` characters and the tail are cut, `limit`
+    tokens accepted and taken back.
 
     Args:
         tail: the last tokens that were accepted. end: the token that ends a text; None: none is proposed.
-        likelihood: of a kind; the least likely one of a token's reasons is its kind.
+        likelihood: of a kind; the least likely one of a token's reasons is its kind. guesses: what follows where
+            nothing is forced; layout: of the text so far, for them. call: follows a tool call that is open
+            (`calls.Calls`), which forbids nothing; ending: what closes it.
     """
-    pieces = known(matcher, limit * CHARS_PER_TOKEN)
+    layout, most = layout or Layout(), limit * CHARS_PER_TOKEN
+    sources = [(matcher, ""), (call, ending)]
+    told = [
+        likely(own, most, guesses, layout, likelihood, closing) for own, closing in sources if own is not None
+    ]
+    pieces = max(told, key=lambda known: sum(len(piece.text) for piece in known), default=[])
     tokens = cut(vocabulary, tail, pieces, likelihood) if pieces else []
+    if matcher is None:
+        return tokens[:limit]
     allowed: list[Token] = []
     with matcher.trying():
         for token in tokens[:limit]:
@@ -110,10 +155,15 @@ def is_text(vocabulary: Vocabulary, token: int) -> bool:
     return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
 
 
+def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
+    """What tokens stand for; ids outside the vocabulary stand for nothing."""
+    table = vocabulary.token_bytes
+    return b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
+
+
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
     """The end of what tokens stand for, from the first character that is whole; empty where the last one is not."""
-    table = vocabulary.token_bytes
-    data = b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
+    data = bytes_of(vocabulary, tokens)
     begin = next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
     try:
         return data[begin:].decode()

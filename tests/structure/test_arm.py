@@ -1,0 +1,123 @@
+"""What the structure arm keeps of requests and tenants, and what it learns from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from structure_grammars import Grammars
+
+from whiflash_sglang.config import Structure
+from whiflash_sglang.drafters.structure import NOTHING, StructureArm
+from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_sglang.spans.hints import LookupScope, RequestHints
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.matchers import Encode, Matcher
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"const": "Paris"}, "unit": {"enum": ["celsius", "kelvin"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+PROMPT = [5, 6, 7]
+MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")
+
+
+class Told:
+    """A request's grammar, which its scheduler tells every token."""
+
+    end, prompt, schema = None, len(PROMPT), ""
+
+    def __init__(self, grammars: Grammars, vocabulary: Vocabulary) -> None:
+        self._raw, self._grammars, self._vocabulary = grammars.raw(SCHEMA, blanks=False), grammars, vocabulary
+        self.text = list(PROMPT)
+
+    def tell(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._grammars.accept(self._raw, token)
+        self.text += tokens
+
+    @property
+    def known(self) -> int:
+        return len(self.text)
+
+    def matcher(self, encode: Encode) -> Matcher:
+        return self._grammars.matcher(self._raw, self._vocabulary)
+
+    def history(self, start: int) -> Sequence[int]:
+        return self.text[start:]
+
+
+@pytest.fixture
+def arm(vocabulary: Vocabulary) -> StructureArm:
+    return StructureArm(Structure(max_width=8), vocabulary)
+
+
+@pytest.fixture
+def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
+    """Requests that are written one token a round by somebody else, the arm looking on; what it expected at first."""
+
+    def write(tenant: Any, lookup: LookupScope = "memory", row: int = 1) -> float:
+        told = Told(grammars, vocabulary)
+        arm.begin(row, RequestHints(lookup=lookup), tenant, None, told)
+        document = told.matcher(vocabulary.encode).forced()
+        tokens = vocabulary.encode(document)
+        told.tell(tokens[:1])
+        expected = []
+        for token in [*tokens[1:], *vocabulary.encode("k")]:
+            expected.append(arm.outlook(row, len(told.text) - 1, told.history))
+            told.tell([token])
+        arm.release(row)
+        return expected[0]
+
+    return write
+
+
+def test_it_learns_from_what_others_draft(play: Any) -> None:
+    first = play(MINE)
+    assert first > NOTHING + 4
+    for _ in range(30):
+        last = play(MINE)
+    assert last > first
+
+
+def test_what_one_tenant_teaches_no_other_is_proposed(arm: StructureArm, play: Any) -> None:
+    first = play(MINE)
+    for tenant, lookup in ((THEIRS, "memory"), (None, "memory"), (MINE, "context"), (MINE, "off")):
+        for _ in range(20):
+            play(tenant, lookup)
+    second = play(MINE)
+    arm.forget(None)
+    assert play(MINE) == first
+    assert second == play(MINE), "as after one request of its own"
+    assert MINE is not None
+    arm.forget(handle_of(MINE))
+    assert play(MINE) == first
+
+
+def test_a_released_request_leaves_nothing(arm: StructureArm, play: Any) -> None:
+    play(MINE)
+    assert not arm._requests
+    assert not arm.serves(1)
+    assert arm.outlook(1, 3, lambda start: []) == NOTHING
+
+
+def test_nothing_is_proposed_while_rounds_are_under_way(
+    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
+) -> None:
+    """Their tokens are missing in the history: what is forced behind what is known may not be what follows."""
+    told = Told(grammars, vocabulary)
+    arm.begin(1, RequestHints(), MINE, None, told)
+    told.tell(vocabulary.encode(told.matcher(vocabulary.encode).forced())[:1])
+    assert arm.outlook(1, len(told.text) - 1, told.history) > NOTHING
+    assert arm.outlook(1, len(told.text) + 2, told.history) == NOTHING
+
+
+def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
+    chances = arm._chances.of(MINE)
+    before = [chances.of(kind) for kind in Kind]
+    for _ in range(5):
+        chances.observe(Kind.EDGE, right=False)
+    after = [chances.of(kind) for kind in Kind]
+    assert [kind for kind in Kind if after[kind] != before[kind]] == [Kind.EDGE]

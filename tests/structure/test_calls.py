@@ -1,0 +1,148 @@
+"""Tool calls that no grammar constrains: what their tools tell, and silence where something else is written."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.spans.hints import (
+    MAX_TOOLS_CHARS,
+    TOOLS_KEY,
+    HintError,
+    SpanHint,
+    parse_hints,
+    validate_custom_params,
+)
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.calls import KEPT, Calls, carried_tools, compiled, words_of_tools
+from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.layout import Layout
+from whiflash_sglang.structure.sketch import sketch, text_of
+
+SPANS = (SpanHint("tool_call", "<tool_call>", "</tool_call>"),)
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "kelvin"]}},
+    "required": ["city", "unit"],
+}
+FUNCTIONS: list[tuple[str | None, Any]] = [
+    ("get_weather", WEATHER),
+    ("get_time", {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]}),
+    ("sing", None),
+]
+TOOLS = carried_tools(FUNCTIONS, "hermes") or ""
+
+
+def follow(vocabulary: Vocabulary, written: str, used: dict[str, int] | None = None) -> str:
+    """What is proposed behind `written`, without a grammar."""
+    calls, layout = Calls(TOOLS, SPANS), Layout()
+    calls.follow(written)
+    layout.follow(written)
+    tokens = sketch(
+        None,
+        vocabulary,
+        vocabulary.encode(written),
+        64,
+        end=None,
+        likelihood=lambda kind: 1.0,
+        guesses=Guesses(words_of_tools(TOOLS), lambda words: used or {}),
+        layout=layout,
+        call=calls.matcher,
+        ending=calls.ending,
+    )
+    return text_of(vocabulary, [token.token for token in tokens])
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("It is ", ""),
+        ("<tool_call>\n{", '"name": "get_weather", "arguments": {"city": "'),
+        ('<tool_call>{"name": "get_t', 'ime", "arguments": {"zone": "'),
+        ('<tool_call>\n{"name": "sing"', ', "arguments": {}}\n</tool_call>'),
+        ('<tool_call>\n{"name": "get_time", "arguments": {"zone": "UTC"', "}}\n</tool_call>"),
+        ('<tool_call>{"name": "get_time", "arguments": {"zone": "UTC"', "}}</tool_call>"),
+        (
+            '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"',
+            ', "unit": "celsius"}}\n</tool_call>',
+        ),
+        ('<tool_call>\n{"tool": "x"', ""),
+        (
+            '<tool_call>\n{"tool": "x"}\n</tool_call>\n<tool_call>\n{"name"',
+            ': "get_weather", "arguments": {"city": "',
+        ),
+        ('<tool_call>\n{"name": "sing", "arguments": {}}\n</tool_call>', ""),
+        ('<tool_call>\n{"name": "get_time", "arguments": {"zone": "U', ""),
+    ],
+)
+def test_what_the_tools_tell(vocabulary: Vocabulary, written: str, expected: str) -> None:
+    assert follow(vocabulary, written) == expected
+
+
+def test_the_tool_that_the_conversation_used_most(vocabulary: Vocabulary) -> None:
+    used = {"get_weather": 1, "get_time": 3, "sing": 1}
+    assert follow(vocabulary, '<tool_call>\n{"name": "', used).startswith('get_time"')
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(
+        st.sampled_from(["<tool", "_call>", "{", '"name"', ': "sing"', "}", "é", " "]), max_size=20
+    )
+)
+def test_a_call_is_the_same_however_its_text_comes(pieces: list[str]) -> None:
+    whole, parts = Calls(TOOLS, SPANS), Calls(TOOLS, SPANS)
+    whole.follow("".join(pieces))
+    for piece in pieces:
+        parts.follow(piece)
+    told = [calls.matcher.forced() if calls.matcher else None for calls in (whole, parts)]
+    assert told[0] == told[1]
+    assert whole.ending == parts.ending
+
+
+def test_only_calls_in_json_are_told_of_and_only_so_much() -> None:
+    assert carried_tools(FUNCTIONS, "llama3") is not None
+    assert carried_tools(FUNCTIONS, "qwen3_coder") is carried_tools(FUNCTIONS, None) is None
+    assert carried_tools([("long", {"description": "x" * MAX_TOOLS_CHARS})], "hermes") is None
+    validate_custom_params({TOOLS_KEY: "x" * MAX_TOOLS_CHARS})
+    with pytest.raises(HintError):
+        validate_custom_params({TOOLS_KEY: "x" * (MAX_TOOLS_CHARS + 1)})
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        "",
+        "{",
+        "3",
+        "[1]",
+        '["a", [1]]',
+        '["a", [["f", {"type": 3}]]]',
+        "[" * 5000,
+        json.dumps(["a", [[None, 4]]]),
+    ],
+)
+def test_what_nobody_of_ours_wrote_is_silently_left(vocabulary: Vocabulary, tools: str) -> None:
+    """`custom_params` may hold anything."""
+    calls = Calls(tools, SPANS)
+    calls.follow('<tool_call>{"name')
+    words_of_tools(tools)
+    hints = parse_hints({TOOLS_KEY: tools})
+    assert hints.tools == tools
+    assert parse_hints({TOOLS_KEY: 3}).tools == ""
+
+
+def test_equal_tools_share_one_grammar_and_few_are_kept() -> None:
+    assert compiled(TOOLS) is compiled(str(TOOLS))
+    for number in range(KEPT + 20):
+        compiled(json.dumps(["arguments", [[f"tool_{number}", None]]]))
+    assert compiled.cache_info().currsize == KEPT
+
+
+def test_kinds_have_a_seed() -> None:
+    from whiflash_sglang.structure.chances import SEED
+
+    assert len(SEED) == len(Kind)

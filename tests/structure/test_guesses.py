@@ -1,0 +1,173 @@
+"""What is guessed where a grammar leaves a choice: in the layout of the text so far, never what the grammar forbids."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structure_grammars import SCHEMAS, Case, Grammars
+
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.chances import Kind, StructureChances
+from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.layout import Layout
+from whiflash_sglang.structure.schemas import MOST_WORDS, words_of
+from whiflash_sglang.structure.sketch import STEPS, likely, sketch, text_of
+
+LIKELIHOOD = StructureChances().of
+TRIP = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "stops": {"type": "array", "items": {"type": "string"}},
+        "hotel": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}},
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["city", "days", "unit", "stops", "hotel"],
+    "additionalProperties": False,
+}
+
+
+def guesses(schema: dict[str, Any], used: dict[str, int] | None = None) -> Guesses:
+    return Guesses(words_of(json.dumps(schema)), lambda words: used or {})
+
+
+def follow(
+    grammars: Grammars, vocabulary: Vocabulary, schema: dict[str, Any], written: str, **options: Any
+) -> str:
+    """What is guessed behind `written`, where whitespace is free."""
+    matcher = grammars.matcher(grammars.raw(schema, blanks=True), vocabulary)
+    layout = Layout()
+    layout.follow(written)
+    with matcher.trying():
+        assert not written or matcher.accept_text(written)
+        pieces = likely(matcher, 400, guesses(schema, **options), layout, lambda kind: 1.0)
+    return "".join(piece.text for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("", '{"city": "'),
+        ('{"city": "Paris"', ', "days": '),
+        ('{"city": "Paris", "days": 3', ""),
+        ('{"city": "Paris", "days": 3, "unit": "k', 'elvin", "stops": ["'),
+        ('{\n  "city": "Paris"', ',\n  "days": '),
+        ('{"city":"Paris","days":3', ""),
+        ('{"city":"Paris","days":3,', '"unit":"celsius","stops":["'),
+        ('{"city": "a", "days": 3, "unit": "kelvin", "stops": ["b"', ""),  # another one, or the end
+        ('{"city": "a", "days": 3, "unit": "kelvin", "stops": ["b"]', ', "hotel": {"name": "'),
+        ('{"city": "a", "days": 3, "unit": "kelvin", "stops": [], "hotel": {"name": "c"', "}}"),
+    ],
+)
+def test_a_skeleton_in_the_layout_of_what_was_written(
+    grammars: Grammars, vocabulary: Vocabulary, written: str, expected: str
+) -> None:
+    found = follow(grammars, vocabulary, TRIP, written)
+    if expected == "":
+        assert len(found) <= 12, found
+    else:
+        assert found.startswith(expected) or expected.startswith(found), found
+        assert len(found) >= min(len(expected), 2), found
+
+
+def test_of_several_words_the_one_that_was_used_most(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    written = '{"city": "Paris", "days": 3, "unit": "'
+    assert follow(grammars, vocabulary, TRIP, written).startswith('celsius"')
+    used = {"celsius": 1, "kelvin": 2}
+    assert follow(grammars, vocabulary, TRIP, written, used=used).startswith('kelvin"')
+
+
+def test_nothing_is_guessed_inside_free_text(grammars: Grammars, vocabulary: Vocabulary) -> None:
+    assert follow(grammars, vocabulary, TRIP, '{"city": "') == ""
+    assert follow(grammars, vocabulary, TRIP, '{"city": "unit') == "", (
+        "a word of the schema is no guess there"
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=SCHEMAS, indent=st.sampled_from([None, 0, 2]), limit=st.integers(1, 24))
+def test_no_guess_is_forbidden(
+    grammars: Grammars, vocabulary: Vocabulary, case: Case, indent: int | None, limit: int
+) -> None:
+    """Along a document in any layout, at each of its tokens; the engine's own masks judge every proposal."""
+    schema, value = case
+    raw, judge = (grammars.raw(schema, blanks=True) for _ in range(2))
+    matcher, layout, own = grammars.matcher(raw, vocabulary), Layout(), guesses(schema)
+    tokens = vocabulary.encode(json.dumps(value, ensure_ascii=False, indent=indent))
+    for done, written in enumerate(tokens):
+        found = sketch(
+            matcher,
+            vocabulary,
+            tokens[:done],
+            limit,
+            end=grammars.end,
+            likelihood=LIKELIHOOD,
+            guesses=own,
+            layout=layout,
+        )
+        assert len(found) <= limit
+        steps = 0
+        for token in found:
+            assert grammars.allowed(judge)[token.token], "a draft that the grammar forbids"
+            if token.kind is not Kind.END:
+                grammars.accept(judge, token.token)
+                steps += 1
+        if steps:
+            judge.rollback(steps)
+        assert grammars.allowed(raw)[written], "the matcher was moved"
+        layout.follow(text_of(vocabulary, [written]))
+        for engine in (raw, judge):
+            grammars.accept(engine, written)
+
+
+def test_work_is_bounded(grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a skeleton is, and however many words a schema has."""
+    many = {f"key_{i}": {"type": "integer", "const": i} for i in range(900)}
+    schema = {"type": "object", "properties": many, "required": list(many), "additionalProperties": False}
+    assert len(words_of(json.dumps(schema))) == MOST_WORDS
+    matcher = grammars.matcher(grammars.raw(schema, blanks=True), vocabulary)
+    asked = []
+    own = guesses(schema)
+    monkeypatch.setattr(own, "next", lambda *args: asked.append(1) or Guesses.next(own, *args))
+    likely(matcher, 10_000, own, Layout(), lambda kind: 1.0)
+    assert 0 < len(asked) <= STEPS
+
+
+def test_words_of_schemas_and_tags() -> None:
+    assert words_of(json.dumps(TRIP)) == (
+        "city",
+        "days",
+        "unit",
+        "stops",
+        "hotel",
+        "celsius",
+        "kelvin",
+        "name",
+    )
+    tag = {
+        "structures": [
+            {"begin": '<tool_call>{"name":"look_up", "arguments":', "schema": {"enum": ['a "b"']}, "end": "}"}
+        ],
+        "triggers": ["<tool_call>"],
+    }
+    assert words_of(json.dumps(tag)) == ("look_up", 'a \\"b\\"')
+    assert words_of("[a-z]+") == words_of("") == ()
+
+
+@given(st.text(alphabet='{}[]:," \n\\ab1'), st.text(alphabet='{}[]:," \n\\ab1'))
+def test_a_layout_is_the_same_however_its_text_comes(first: str, second: str) -> None:
+    whole, parts = Layout(), Layout()
+    whole.follow(first + second)
+    parts.follow(first)
+    ahead = parts.copy()
+    ahead.follow("[1, 2]")
+    parts.follow(second)
+    assert parts == whole
