@@ -42,8 +42,8 @@ SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "kernels/bench", "kern
 class Part:
     """shows: what its passing shows. command: behind the interpreter, `{device}` and `{out}` to be filled in.
 
-    out: a scratch file for figures. evidence: only for `make gpu-evidence`. rehearsal: what is added on a CPU, None where nothing is rehearsed that
-    another part does not. serves: takes the pair that `--model-path` and `--bundle` name.
+    out: a scratch file for figures. evidence: only for `make gpu-evidence`. rehearsal: what is added on a CPU, None
+    where nothing is rehearsed that another part does not. serves: takes the pair of `--model-path` and `--bundle`.
     """
 
     name: str
@@ -104,6 +104,13 @@ PARTS: tuple[Part, ...] = (
     *(
         serving(attention, attention == "triton")
         for attention in ("triton", "fa3", "flashinfer", "trtllm_mha")
+    ),
+    Part(
+        "shaped",
+        "rounds of an 8B-shaped target, random weights and acceptance set to what another pair had, end",
+        ("tests/gpu/shaped.py", "--device", "{device}", "--out", "{out}"),
+        SERVER,
+        evidence=True,
     ),
     *(speed(concurrency, concurrency == 8) for concurrency in (1, 8, 32, 64)),
 )
