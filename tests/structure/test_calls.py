@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structure_grammars import Grammars
 
 from whiflash_sglang.spans.hints import (
     MAX_TOOLS_CHARS,
@@ -17,7 +18,7 @@ from whiflash_sglang.spans.hints import (
 )
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import KEPT, Calls, carried_tools, compiled, words_of_tools
-from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.sketch import sketch, text_of
@@ -143,6 +144,39 @@ def test_equal_tools_share_one_grammar_and_few_are_kept() -> None:
 
 
 def test_kinds_have_a_seed() -> None:
-    from whiflash_sglang.structure.chances import SEED
-
     assert len(SEED) == len(Kind)
+
+
+def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
+    grammars: Grammars, vocabulary: Vocabulary
+) -> None:
+    """As for a forced call of a tool that is not strict: the grammar is another one than the tools'."""
+    likelihood = StructureChances().of
+    for count in (1, 2, 3):
+        written = ['{"name"', ': "get_time"', ', "arguments": {"zone": "'][:count]
+        schema = {"const": {"name": "get_time", "arguments": {"city": 1}}}
+        separators = (", ", ": ") if grammars.engine == "xgrammar" else (",", ":")
+        document = json.dumps(schema["const"], separators=separators)
+        raw, judge = (grammars.raw(schema, blanks=False) for _ in range(2))
+        calls = Calls(TOOLS, SPANS)
+        calls.follow("<tool_call>" + "".join(written))
+        beginning = vocabulary.encode(document)[:4]
+        for engine in (raw, judge):
+            for token in beginning:
+                grammars.accept(engine, token)
+        found = sketch(
+            grammars.matcher(raw, vocabulary),
+            vocabulary,
+            beginning,
+            64,
+            end=grammars.end,
+            likelihood=likelihood,
+            guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
+            call=calls.matcher,
+            ending=calls.ending + " and much more text than the grammar has, so that this one is taken",
+        )
+        for token in found:
+            assert grammars.allowed(judge)[token.token], "a draft that the grammar forbids"
+            if token.kind is Kind.END:
+                break
+            grammars.accept(judge, token.token)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
@@ -49,9 +48,9 @@ def grammar_of(req: Any) -> Grammar | None:
     return None if req.grammar is None else RequestGrammar(req)
 
 
-def _matcher_of(grammar: BaseGrammarObject, encode: Encode) -> Matcher | None:
+def _matcher_of(grammar: Any, encode: Encode) -> Matcher | None:
     """None: of another backend (outlines), which cannot be asked token by token."""
     if isinstance(grammar, XGrammarGrammar):
         return XGrammarMatcher(grammar.matcher)
-    guidance = getattr(grammar, "ll_matcher", None)  # its module needs a package that not everybody has
+    guidance = getattr(grammar, "ll_matcher", None)  # its module is imported only where it serves
     return None if guidance is None else GuidanceMatcher(guidance, encode)

@@ -164,6 +164,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag",
         ("key_string",),
     ),
+    PrivateName("sglang.srt.constrained.xgrammar_backend:XGrammarGrammar", ("matcher",)),
+    PrivateName("sglang.srt.constrained.llguidance_backend:GuidanceGrammar", ("ll_matcher",)),
+    PrivateName("sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject._grammar_active"),
     # memory and radix keys
     PrivateName("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", ("kvc",)),
     PrivateName("sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator"),
