@@ -121,10 +121,6 @@ TARGETS: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
         "FalconH1ForCausalLM keeps a recurrent state, ",
     ),
-    "windows": (
-        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"},
-        "Gemma3ForCausalLM has layers with a sliding or chunked window, ",
-    ),
     "mrope": (
         {
             "architectures": ["Qwen2VLForConditionalGeneration"],
