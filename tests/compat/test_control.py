@@ -140,11 +140,12 @@ def test_only_who_asks_for_it_is_told_our_state(monkeypatch: pytest.MonkeyPatch)
         "get_internal_state",
         control.reporting(lambda self, request: GetInternalStateReqOutput(internal_state={})),
     )
+    monkeypatch.setattr(control, "get_parallel", lambda: SimpleNamespace(dp_rank=1))
     algorithm = SimpleNamespace(name="WHIFLASH")
     controller = SchedulerInternalStateController(
         SimpleNamespace(spec_algorithm=algorithm, draft_worker=Worker()), False
     )
     assert controller.get_internal_state(control.GetInternalStateReq()).internal_state == {}
     assert controller.get_internal_state(control.state_request()).internal_state == {
-        control.KEY: {"rounds": 1}
+        control.KEY: {"rounds": 1, "replica": 1}
     }

@@ -98,7 +98,7 @@ def sentence(launch: Launch) -> str:
 
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
-    assert refusal_of(with_arguments(taken, tp_size=2)) is None
+    assert refusal_of(with_arguments(taken, tp_size=2, dp_size=2)) is None
     for backend in ("flashinfer", "fa3", "triton", "trtllm_mha"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
@@ -157,7 +157,7 @@ def test_latent_attention_is_taken(taken: Launch, tmp_path: Path) -> None:
 
 
 ARGUMENTS: dict[str, tuple[Any, str]] = {
-    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "dp_size", "attn_dp_size")},
+    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size", "ep_size")},
     "enable_attn_tp_input_scattered": (True, "--enable-attn-tp-input-scattered"),
     "enable_layernorm_sp": (True, "--enable-layernorm-sp"),

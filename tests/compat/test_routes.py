@@ -51,7 +51,7 @@ class Manager:
         return
 
     async def get_internal_state_communicator(self, request: Any) -> list[Any]:
-        return [SimpleNamespace(internal_state={"whiflash": {"rounds": 1}})]
+        return [SimpleNamespace(internal_state={"whiflash": {"rounds": 1, "replica": None}})]
 
     async def get_internal_state(self) -> list[Any]:
         return [{"whiflash": {"rounds": 1}}]

@@ -6,6 +6,7 @@ from typing import Any, get_args
 from sglang.srt.managers.io_struct import GetInternalStateReq
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
+from sglang.srt.runtime_context import get_parallel
 
 from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import replace
@@ -40,7 +41,8 @@ def reporting(original: Any) -> Any:
     def get(self: Any, request: Any) -> Any:
         answer = original(self, request)
         if request.rid == KEY and is_ours(self.scheduler):
-            answer.internal_state[KEY] = self.scheduler.draft_worker.snapshot()
+            own = self.scheduler.draft_worker.snapshot()
+            answer.internal_state[KEY] = {**own, "replica": get_parallel().dp_rank}
         return answer
 
     return get

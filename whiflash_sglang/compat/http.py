@@ -20,6 +20,7 @@ from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
+from whiflash_sglang.replicas import together
 from whiflash_sglang.spans.hints import (
     TOOLS_KEY,
     HintError,
@@ -167,11 +168,11 @@ def _capabilities_of(server_args: Any) -> Any:
 
 
 async def _state() -> JSONResponse:
-    """Policy in force, running requests, and where the rounds' time went."""
+    """Policy in force, running requests, and where the rounds' time went, of every replica and together."""
     manager = http_server._global_state.tokenizer_manager
     manager.auto_create_handle_loop()
     answers = await manager.get_internal_state_communicator(state_request())
-    return JSONResponse(answers[0].internal_state[KEY])
+    return JSONResponse(together([answer.internal_state[KEY] for answer in answers]))
 
 
 async def _set_policy(change: dict[str, Any]) -> JSONResponse:

@@ -119,7 +119,6 @@ _FOREIGN: dict[str, Any] = {
 """Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
 _ONE_OF = {
     "pp_size": "a round is planned, drafted and verified by a process that has all layers",
-    "dp_size": "its controls are not known to reach every replica",
     "attn_dp_size": "ranks without a request would have to take part in every verification",
     "attn_cp_size": "drafters read the KV of all positions",
     "dcp_size": "drafters read the KV of all positions",
@@ -204,7 +203,7 @@ REFUSALS: tuple[Refusal, ...] = (
         Refusal(
             argument,
             _more_than_one(argument),
-            f"WHIFLASH scales with --tp-size; --{argument.replace('_', '-')} must be 1 ({reason})",
+            f"WHIFLASH scales with --tp-size and --dp-size; --{argument.replace('_', '-')} must be 1 ({reason})",
         )
         for argument, reason in _ONE_OF.items()
     ),
@@ -266,7 +265,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "disaggregation_mode",
         lambda x: x.args.disaggregation_mode not in (None, "null"),
-        _REMOVE.format("prefill/decode disaggregation (--disaggregation-mode)"),
+        _REMOVE.format(
+            "prefill/decode disaggregation (--disaggregation-mode; drafters need a prefill's features where they draft)"
+        ),
     ),
     Refusal(
         "decoupled_spec_role",
@@ -296,7 +297,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "lora",
         lambda x: bool(x.args.enable_lora or x.args.lora_paths),
-        _REMOVE.format("LoRA (--enable-lora, --lora-paths)"),
+        _REMOVE.format("LoRA (--enable-lora, --lora-paths; its rows are laid out for drafts of one length)"),
     ),
     _removed("enable_watermark", "its state is not kept per verified position"),
     _removed("enable_mixed_chunk", "a step is a prefill or a round"),
