@@ -22,9 +22,6 @@ from checks import Checks
 from served import Served
 from watched import Memory, Trace, Waits, watching
 
-GRAPHS = ("triton", "fa3", "trtllm_mha")
-"""Backends whose rounds are to be replayed and to wait for nothing; the others are reported, not judged."""
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -53,6 +50,13 @@ class Case:
     def __init__(self, served: Served, attention: str, device: str, scale: Scale) -> None:
         self.served, self.attention, self.device, self.scale = served, attention, device, scale
         self.prompts = tokenised(served.target, scale)
+
+    @property
+    def captured(self) -> bool:
+        """Whether rounds are to be replayed and to wait for nothing; other backends are reported, not judged."""
+        from whiflash_sglang.compat.launch import GRAPH_ATTENTIONS
+
+        return self.attention in GRAPH_ATTENTIONS
 
     def engine(self, *, whiflash: bool) -> Any:
         from engine import engine
@@ -105,7 +109,7 @@ def greedy(case: Case, e: Any, figures: dict[str, Any]) -> list[list[int]]:
     snapshot = e.worker.clock.snapshot()
     figures["committed"] = snapshot["tokens"]
     e.check_leaks()
-    if case.device == "cuda" and case.attention in GRAPHS:
+    if case.device == "cuda" and case.captured:
         assert rounds.replayed == rounds.seen, (
             f"{rounds.seen - rounds.replayed} rounds ran without their graph"
         )
@@ -146,7 +150,7 @@ def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:
         e.generate(case.prompts, max_new_tokens=case.scale.tokens)
     figures |= {**rounds.figures(), "waits": dict(seen.found)}
     others = {site: n for site, n in seen.found.items() if "transfers.py" not in site}
-    if case.attention in GRAPHS:
+    if case.captured:
         assert not others, f"steady rounds wait at {others}"
         assert seen.found.total() <= rounds.watched, "more than one wait a round"
 
@@ -162,7 +166,7 @@ def memory(case: Case, e: Any, figures: dict[str, Any]) -> None:
     widest = 1 + max(drafter.max_drafts for drafter in e.worker.drafters.values())
     promised = sampling_bytes(case.scale.running * widest, e.worker.target.shape.vocab_size)
     figures |= {**rounds.figures(), "peak_bytes": used.most, "promised_bytes": promised}
-    if case.device == "cuda" and case.attention in GRAPHS:
+    if case.device == "cuda" and case.captured:
         assert used.most <= promised, "a round of the largest batch takes more than was kept for it"
 
 

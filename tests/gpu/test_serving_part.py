@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import run
 import serving
 from checks import LEFT_OUT
 
@@ -72,3 +73,10 @@ def test_what_whiflash_refuses_is_left_out_and_what_fails_to_start_is_a_failure(
     status, found = rehearse(tmp_path / "failed.json", monkeypatch)
     assert status == 1
     assert found["checks"]["starts"]["why"] == "RuntimeError: no kernel image"
+
+
+def test_every_backend_that_is_allowed_has_its_part() -> None:
+    from whiflash_sglang.compat.launch import CUDA_ATTENTIONS
+
+    served = {part.name.removeprefix("serving-") for part in run.PARTS if part.name.startswith("serving-")}
+    assert served == set(CUDA_ATTENTIONS)
