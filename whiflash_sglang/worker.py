@@ -11,7 +11,7 @@ from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import late, memory, records, release, sampling, step
+from whiflash_sglang.compat import graphs, late, memory, records, release, sampling, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.parallel import ranks_of_model
 from whiflash_sglang.compat.rehearsal import rehearse_sampling
@@ -79,11 +79,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
         )
-        requests, widest = max_running_requests(), widest_of(self.drafters) + 1
-        memory.reserve(
-            per_token=sum(d.kv_bytes_per_token() for d in self.drafters.values()),
-            fixed=self.sync.bytes_for(requests + 1) + memory.for_requests(self.target, requests, widest),
-        )
+        memory.reserve(self.drafters, self.sync, self.target, max_running_requests())
 
     def __getattr__(self, name: str) -> Any:
         # The scheduler asks its model worker for things that only the target's worker knows.
@@ -113,6 +109,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         )
         self.learner = Learner(self.drafters, self.controller, self.clock, self.ranks)
         release.notify(self.lifecycle, self.target.runner)
+
+    @torch.no_grad()
+    def init_cuda_graphs(self) -> None:
+        """Called by the scheduler when the target's are captured: the drafters' passes, and what these cost."""
+        self.stage.capture(graphs.recorder(self.target.runner), max_running_requests())
+        slots, costs = self.target.slot_table, self.controller.costs
         profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
 
     def prewarm_sampling(self) -> Any:

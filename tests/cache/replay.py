@@ -15,7 +15,8 @@ from whiflash_sglang.checkpoints import target_layers
 from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
-from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.paged import PagedArm, PassInput
+from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
@@ -24,8 +25,8 @@ from whiflash_sglang.models.target import TargetModel
 torch.set_num_threads(1)
 
 ROWS, CONTEXT, RING, VOCAB = 3, 176, 32, 256
-SLOTS = 2 * ROWS * CONTEXT
-"""Twice what the rows can hold, so that slots can be remapped to free ones."""
+SLOTS = 2 * ROWS * CONTEXT + 1
+"""Twice what the rows can hold, so that slots can be remapped to free ones, and the padding's."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def load_arms(root: Path) -> Arms:
 
 
 class Replay:
-    """Requests in `ROWS` rows, each following its own recording, as the worker would drive them."""
+    """`ROWS` requests, each following its own recording, as the worker would drive them.
+
+    Request i is in row i + 1: row 0 and slot 0 are the padding's.
+    """
 
     def __init__(self, arms: Arms, seed: int, capacity: int = RING, late: int = 0) -> None:
         """late: the host's bounds on a length are off by up to so many tokens, as behind rounds that still run."""
@@ -87,9 +91,10 @@ class Replay:
         for arm in arms.by_name.values():
             arm.kv.k.fill_(torch.nan)  # whatever is read without having been written shows
             arm.kv.v.fill_(torch.nan)
-        free = list(range(SLOTS))
+        free = list(range(1, SLOTS))
         self.random.shuffle(free)
-        self.table = torch.tensor(free[: ROWS * CONTEXT], dtype=torch.int32).view(ROWS, CONTEXT)
+        slots = [0] * CONTEXT + free[: ROWS * CONTEXT]
+        self.table = torch.tensor(slots, dtype=torch.int32).view(ROWS + 1, CONTEXT)
         self.free = free[ROWS * CONTEXT :]
         self.sync.allocate(self.table)
         self.lengths = [0] * ROWS
@@ -97,6 +102,15 @@ class Replay:
         self.tokens = torch.empty(ROWS, CONTEXT + 1, dtype=torch.int64)
         for row in range(ROWS):
             self.begin(row)
+
+    def capture(self, recorder: Recorder) -> None:
+        """From now on passes are replayed."""
+        inputs = PassInput.of_padding(ROWS, self.features, self.table)
+        for arm in self.arms.by_name.values():
+            arm.capture(recorder, inputs)
+        self.sync.capture(
+            recorder, ROWS, ROWS * max(arm.max_drafts + 1 for arm in self.arms.by_name.values())
+        )
 
     def begin(self, row: int) -> None:
         """A new request: its recording is drawn, its prompt is prefilled, sometimes in two chunks."""
@@ -114,28 +128,29 @@ class Replay:
                 rows = FeatureRows(
                     self.features[row, begin:end],
                     positions,
-                    self.table[row, begin:end].long(),
+                    self.table[row + 1, begin:end].long(),
                     self.tokens[row, begin + 1 : end + 1],
                 )
-                self.sync.prefill(rows, [row], [end], torch.tensor([row]), torch.tensor([end - begin - 1]))
+                last = torch.tensor([end - begin - 1])
+                self.sync.prefill(rows, [row + 1], [end], torch.tensor([row + 1]), last)
         self.lengths[row] = length
 
     def round(self, routes: Sequence[str], accepts: Sequence[int]) -> None:
         """One round of all rows: catch up, draft for real (provisional writes included), commit and park."""
         arms = self.arms.by_name
         widths = [arms[route].max_drafts + 1 if route in arms else 1 for route in routes]
-        rows = list(range(ROWS))
+        rows = list(range(1, ROWS + 1))
         least = [max(n - self.random.randint(0, self.late), 1) for n in self.lengths]
         most = [n + self.random.randint(0, self.late) for n in self.lengths]
         due = self.sync.due(rows, Lengths(least, most), routes, widths)
         members = {arm: torch.tensor(own.members) for arm, own in due.items()}
-        self.sync.catch_up(due, members, torch.arange(ROWS), torch.tensor(self.lengths))
+        self.sync.catch_up(due, members, torch.tensor(rows), torch.tensor(self.lengths))
         for row, n in enumerate(self.lengths):
-            assert self.sync.watermarks.backlog(row, n) <= self.sync.watermarks.capacity - widths[row]
-            tail = self.sync.rings.tail(torch.tensor([row]), torch.tensor([n]))[0]
+            assert self.sync.watermarks.backlog(row + 1, n) <= self.sync.watermarks.capacity - widths[row]
+            tail = self.sync.rings.tail(torch.tensor([row + 1]), torch.tensor([n]))[0]
             assert torch.equal(tail, self.features[row, n - 1]), "feature n-1 did not survive"
         for name, arm in arms.items():
-            members = [row for row in rows if routes[row] == name]
+            members = [row for row in range(ROWS) if routes[row] == name]
             if members:
                 drafts = arm.draft(self.draft_batch(members, arm))
                 assert not drafts.tokens.isnan().any()
@@ -154,7 +169,7 @@ class Replay:
         self.sync.rings.park(
             torch.cat(packed),
             torch.cat(following),
-            torch.arange(ROWS),
+            torch.tensor(rows),
             torch.tensor(self.lengths),
             torch.tensor(counts),
             torch.tensor(starts),
@@ -163,15 +178,15 @@ class Replay:
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
 
     def draft_batch(self, members: Sequence[int], arm: PagedArm) -> DraftBatch:
-        rows = torch.tensor(members)
+        rows = torch.tensor(members) + 1
         starts = torch.tensor([self.lengths[row] for row in members])
         limits = [self.random.randint(1, arm.max_drafts) for _ in members]
         return DraftBatch(
             rows=rows,
-            row_ids=list(members),
+            row_ids=rows.tolist(),
             lengths=starts.tolist(),
             starts=starts,
-            bonus=self.tokens[rows, starts],
+            bonus=self.tokens[rows - 1, starts],
             tail=self.sync.rings.tail(rows, starts),
             slot_table=self.table,
             limits=limits,
@@ -182,42 +197,42 @@ class Replay:
     def finish(self, row: int) -> None:
         """The request ends: its backlog is flushed, since its slots may enter the tree; another one begins."""
         self.check(row)
-        self.sync.forget(row)
+        self.sync.forget(row + 1)
         self.begin(row)
 
     def abort(self, row: int) -> None:
         """The row is dropped with whatever it had parked."""
-        self.sync.forget(row)
+        self.sync.forget(row + 1)
         self.begin(row)
 
     def retract(self, row: int) -> None:
         """The request loses its slots and is prefilled again, a part of it out of the tree."""
         length = self.lengths[row]
-        self.sync.forget(row)
+        self.sync.forget(row + 1)
         hit = self.random.randint(0, length - 1)
         full = self.arms.full_pass(self.features[row, :length], self.tokens[row])
-        slots = self.table[row, :hit].long()
+        slots = self.table[row + 1, :hit].long()
         for name, arm in self.arms.by_name.items():
             _write(arm, slots, full[name][0][:, :hit], full[name][1][:, :hit])
         self.prefill(row, hit, length)
 
     def remap(self, row: int) -> None:
         """The tree replaces the request's slots by others that hold the same; parked positions have none yet."""
-        old = self.table[row].long()
+        old = self.table[row + 1].long()
         new = torch.tensor([self.free.pop(0) for _ in range(CONTEXT)])
         for name, arm in self.arms.by_name.items():
-            done = self.sync.watermarks.synced(row, name)
+            done = int(self.sync.watermarks.begins(name, torch.tensor([row + 1])))
             _write(arm, new[:done], arm.kv.k[:, old[:done]], arm.kv.v[:, old[:done]])
-        self.table[row] = new.int()
+        self.table[row + 1] = new.int()
         self.free += old.tolist()
 
     def check(self, row: int) -> None:
         """Flush the row and compare it with one full pass: watermarks, slots and KV."""
         n = self.lengths[row]
-        self.sync.flush(row, n)
-        slots = self.table[row, :n].long()
+        self.sync.flush(row + 1, n)
+        slots = self.table[row + 1, :n].long()
         for name, (k, v) in self.arms.full_pass(self.features[row, :n], self.tokens[row]).items():
-            assert self.sync.watermarks.synced(row, name) == n
+            assert self.sync.watermarks.synced(row + 1, name) == n
             kv = self.arms.by_name[name].kv
             for found, wanted in ((kv.k[:, slots], k), (kv.v[:, slots], v)):
                 error = float((found - wanted).abs().nan_to_num(torch.inf).max())

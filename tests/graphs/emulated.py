@@ -10,13 +10,15 @@ from unittest.mock import patch
 import torch
 from captured_attention import CapturedAttention
 from engine import Engine
-from op_tape import Tape, recording
+from op_tape import Tape, TapeRecorder, recording
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 from sglang.srt.model_executor.runner import decode_cuda_graph_runner as dcgr
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
 
 from whiflash_sglang.compat.graphs import VerifyGraphs
+from whiflash_sglang.compat.spec_worker import max_running_requests
+from whiflash_sglang.drafters.paged import PagedArm
 
 
 class TapeBackend(BaseCudaGraphBackend):
@@ -61,7 +63,10 @@ class TapeBackend(BaseCudaGraphBackend):
 def emulated_graphs(
     engine: Engine, attention: Callable[[Any], Any] = CapturedAttention
 ) -> Iterator[VerifyGraphs]:
-    """Capture the engine's verifications and let its rounds replay them."""
+    """Capture the engine's verifications and its drafters' passes, and let its rounds replay them.
+
+    What comes has `passes` too, which counts the replays of drafters' passes.
+    """
 
     @contextmanager
     def no_stream(stream: Any = None) -> Iterator[Any]:
@@ -83,4 +88,19 @@ def emulated_graphs(
         )
         graphs = runner._decode_cuda_graph_runner_cls()(runner, attn_backend=attention(runner))
         stack.enter_context(patch.object(runner, "decode_cuda_graph_runner", graphs))
+        graphs.passes = stack.enter_context(captured_passes(engine.worker))
         yield graphs
+
+
+@contextmanager
+def captured_passes(worker: Any) -> Iterator[TapeRecorder]:
+    """Capture the passes of a worker's drafters, for its largest batch."""
+    recorder = TapeRecorder()
+    worker.stage.capture(recorder, max_running_requests())
+    try:
+        yield recorder
+    finally:
+        worker.sync._captured.clear()
+        for drafter in worker.drafters.values():
+            if isinstance(drafter, PagedArm):
+                drafter._captured = None

@@ -6,13 +6,16 @@ the body was recorded stays as it was; every temporary is poisoned before, so th
 not written, and what the body took from memory it takes from there again. A body that reads the device's values on the
 host while it is recorded cannot be captured, and is told so.
 
-Triton's interpreter does not dispatch: a launch is recorded as a whole where `launches` is on.
+Triton's interpreter does not dispatch: a launch is recorded as a whole where `launches` is on. So is a call of what is
+one kernel on a GPU and plain torch here (`KERNELS`), which may read what it likes.
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -20,8 +23,18 @@ from host_reads import HostReads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+T = TypeVar("T")
+
 LARGE = 1 << 30
 """What an integer temporary holds before a replay: no index is that large."""
+
+
+KERNELS = (
+    "whiflash_sglang.cache.backlog.unpark",
+    "whiflash_sglang.drafters.dflash.dflash_catch_up",
+    "whiflash_sglang.drafters.eagle3.eagle3_catch_up",
+)
+"""Functions of `whiflash_kernels` in captured passes, by where they are called; `draft_attention` is an operator."""
 
 
 class NotCapturableError(Exception):
@@ -67,6 +80,25 @@ class Tape(TorchDispatchMode):
         self._steps.append(again)
         return result
 
+    def call(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `kernel` and note the call as one operator, whatever it does inside."""
+        self._note_inputs((args, kwargs))
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+            result = kernel(*args, **kwargs)
+        fresh = [
+            t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and _memory(t) not in self._known
+        ]
+        for tensor in fresh:
+            self._known[_memory(tensor)] = self._temporaries[_memory(tensor)] = tensor
+
+        def again() -> None:
+            found = [t for t in tree_leaves(kernel(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+            for old, new in zip(fresh, found, strict=True):
+                old.copy_(new)
+
+        self._steps.append(again)
+        return result
+
     def record_launch(self, launch: Callable[[], None], tensors: Sequence[torch.Tensor]) -> None:
         """Note a call that does not dispatch, after it was made."""
         self._note_inputs(tensors)
@@ -89,12 +121,41 @@ class Tape(TorchDispatchMode):
 def recording(launches: bool = False) -> Iterator[Tape]:
     """Record what runs inside. Raises NotCapturableError where the host reads from the device, or sends to it."""
     tape, reads = Tape(), HostReads()
-    with _interpreted_launches(tape) if launches else contextlib.nullcontext(), reads, tape:
+    with contextlib.ExitStack() as stack:
+        for name in KERNELS:
+            module, function = name.rsplit(".", 1)
+            kernel = getattr(importlib.import_module(module), function)
+            stack.enter_context(patch(name, partial(tape.call, kernel)))
+        if launches:
+            stack.enter_context(_interpreted_launches(tape))
+        stack.enter_context(reads)
+        stack.enter_context(tape)
         yield tape
     if reads.reads or reads.uploads or reads.of_kernels:
         raise NotCapturableError(
             f"reads {dict(reads.reads + reads.of_kernels)}, uploads {dict(reads.uploads)}"
         )
+
+
+class TapeRecorder:
+    """Captures passes of drafters as tapes (`whiflash_sglang.graphs.Recorder`). replays: of all of them."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        body()  # as a GPU's capture would: what is made once is made before
+        try:
+            with recording() as tape:
+                found = body()
+        except NotCapturableError as error:
+            raise RuntimeError(str(error)) from error  # as torch has it
+
+        def again() -> None:
+            self.replays += 1
+            tape.replay()
+
+        return again, found
 
 
 def poison(tensor: torch.Tensor) -> None:

@@ -1,10 +1,19 @@
 """What the KV pool is sized by: the drafters' share of it, and nothing of ours for an engine that is not ours."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from engine import Engine, engine
 from model_set import Models
+from test_rehearsal import peak_bytes
+
+from whiflash_sglang.compat import memory
+from whiflash_sglang.drafters.paged import LOGIT_BYTES
+from whiflash_sglang.models.choice import choose
+from whiflash_sglang.worker import WhiFlashWorker
 
 BUDGET = 8 * 2**20
 
@@ -28,19 +37,80 @@ def layout(e: Engine) -> tuple[Any, ...]:
     return pool_tokens(e), row, e.scheduler.tree_cache.tree_core.is_eagle
 
 
-def test_the_pool_leaves_room_for_what_the_drafters_allocate(models: Models) -> None:
-    """Of the tensors that exist in the end: as many slots as fit beside the rings and the texts, and not one more."""
+def reached(worker: Any) -> dict[int, int]:
+    """Every tensor that the worker holds, whatever holds it, by its memory's address: bytes of that memory."""
+    found: dict[int, int] = {}
+    seen = {id(worker.target)}
+
+    def visit(thing: Any) -> None:
+        if id(thing) in seen:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            memory = thing.untyped_storage()
+            found[memory.data_ptr()] = memory.nbytes()
+        elif isinstance(thing, Mapping):
+            for value in thing.values():
+                visit(value)
+        elif isinstance(thing, list | tuple):
+            for value in thing:
+                visit(value)
+        elif type(thing).__module__.startswith("whiflash"):
+            slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+            for name in [*getattr(thing, "__dict__", ()), *slots]:
+                visit(getattr(thing, name, None))
+
+    visit(worker)
+    return found
+
+
+@pytest.fixture
+def before(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """What a worker holds when the pools are sized."""
+    found: dict[int, int] = {}
+    allocate = WhiFlashWorker.alloc_memory_pool
+
+    def noting(self: WhiFlashWorker, **pools: Any) -> None:
+        found.update(reached(self))
+        allocate(self, **pools)
+
+    monkeypatch.setattr(WhiFlashWorker, "alloc_memory_pool", noting)
+    return found
+
+
+@pytest.mark.parametrize("resident", ["0", "1"])
+def test_the_pool_leaves_room_for_what_the_worker_allocates(
+    models: Models, monkeypatch: pytest.MonkeyPatch, before: dict[int, int], resident: str
+) -> None:
+    """Of all that it holds in the end: as many slots as fit beside it, and not one more."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", resident)
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
+        assert e.generate([[1, 2, 3, 4] * 4], max_new_tokens=12)
         target = e.scheduler.tp_worker.model_runner.token_to_kv_pool
         drafts = [d.kv for d in e.worker.drafters.values() if d.keeps_kv]
         slots = target.k_buffer[0].shape[0]
         all_kv = taken(*target.k_buffer, *target.v_buffer, *(t for kv in drafts for t in (kv.k, kv.v)))
-        rings = e.worker.sync.rings.rings
-        kept = [*vars(rings).values(), e.worker.tokens.data, e.worker.sync.watermarks.device]
-        fixed = taken(*(t for t in kept if isinstance(t, torch.Tensor)))
         per_slot, rest = divmod(all_kv, slots)
         assert (len(drafts), rest) == (2, 0)
+        others = {t.untyped_storage().data_ptr() for kv in drafts for t in (kv.k, kv.v)}
+        others |= {e.worker.target.slot_table.untyped_storage().data_ptr(), *before}
+        fixed = sum(size for address, size in reached(e.worker).items() if address not in others)
+        assert fixed == memory._reservation.fixed
         assert pool_tokens(e) == (BUDGET - fixed) // per_slot
+
+
+def test_a_pass_takes_no_more_for_its_logits_than_is_kept(tmp_path: Path) -> None:
+    """In 16 bits, as on a GPU: there the largest pass is promised, where passes are captured."""
+    hidden, head = (torch.randn(size, 64, dtype=torch.bfloat16) for size in (48, 4096))
+
+    def chosen() -> None:
+        with torch.no_grad():
+            choose(torch.nn.functional.linear(hidden, head))
+
+    chosen()
+    peak = peak_bytes(chosen, tmp_path / "trace.json") / (48 * 4096)
+    print(f"{peak:.1f} bytes a logit")
+    assert 0.8 * LOGIT_BYTES < peak <= LOGIT_BYTES
 
 
 def test_an_engine_after_ours_is_as_it_was_before(models: Models) -> None:

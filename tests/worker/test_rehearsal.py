@@ -11,8 +11,10 @@ from engine import engine
 from model_set import Models
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
-from whiflash_sglang.compat import memory, rehearsal
+from whiflash_sglang.cache.stops import FEW
+from whiflash_sglang.compat import graphs, memory, rehearsal
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.graphs import CapturedPass
 
 
 def peak_bytes(body: Any, trace: Path) -> int:
@@ -54,7 +56,7 @@ def test_a_card_that_has_no_room_for_it_ends_the_start_with_a_sentence() -> None
 def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
     config = default_cuda_graph_config()
     execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
-    monkeypatch.setattr(memory, "get_exec", lambda: execution)
+    monkeypatch.setattr(graphs, "get_exec", lambda: execution)
     monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 6)
 
     def reserved(device: str) -> int:
@@ -62,8 +64,53 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
         return memory.for_requests(target, 2, 4)
 
-    table, sampled = 3 * (90 + 6 + 4) * 8, 8 * 1000 * rehearsal.LOGIT_BYTES
+    table, sampled = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8, 8 * 1000 * rehearsal.LOGIT_BYTES
     assert reserved("cpu") == table
     assert reserved("cuda") == table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * 10
     config.decode.backend = Backend.DISABLED
     assert reserved("cuda") == table + sampled
+
+
+def test_where_passes_are_captured_their_memory_is_reckoned_with(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs that they read, and the largest pass."""
+    with engine(models.target, whiflash=models.whiflash("none")) as e:
+        worker, arms = e.worker, e.worker.drafters.values()
+
+        def promised() -> int:
+            memory.reserve(worker.drafters, worker.sync, worker.target, 5)
+            return memory._reservation.fixed
+
+        eager = promised()
+        monkeypatch.setattr(graphs, "captures_passes", lambda _: True)
+        captured, largest = promised(), max(arm.captured_bytes(5) for arm in arms)
+        monkeypatch.undo()
+        promised()
+        held: dict[int, int] = {}
+        capture = CapturedPass.__init__
+
+        def noting(self: Any, name: str, body: Any, inputs: Any, sizes: Any, recorder: Any) -> None:
+            held.update({t.tensor.data_ptr(): t.tensor.nbytes for t in inputs})
+            capture(self, name, body, inputs, sizes, recorder)
+
+        monkeypatch.setattr(CapturedPass, "__init__", noting)
+        worker.stage.capture(SimpleNamespace(record=lambda body: (body, body())), 5)
+        assert largest > 0
+        assert captured - eager == largest + sum(held.values())
+
+
+def test_who_turns_graphs_off_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = default_cuda_graph_config()
+    monkeypatch.setattr(
+        graphs, "get_exec", lambda: SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
+    )
+    ranks = SimpleNamespace(tp_size=1)
+    monkeypatch.setattr(graphs, "get_parallel", lambda: ranks)
+    assert graphs.recorder(SimpleNamespace(device="cpu")) is None
+    assert isinstance(graphs.recorder(SimpleNamespace(device="cuda")), graphs.CudaRecorder)
+    ranks.tp_size = 2
+    assert graphs.recorder(SimpleNamespace(device="cuda")) is None
+    ranks.tp_size = 1
+    config.decode.backend = Backend.DISABLED
+    assert graphs.recorder(SimpleNamespace(device="cuda")) is None

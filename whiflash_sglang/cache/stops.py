@@ -21,6 +21,11 @@ class StopTable:
     def __init__(self, rows: int, device: torch.device | str) -> None:
         self.data = torch.full((rows, FEW), NO_TOKEN, dtype=torch.int64, device=device)
 
+    @staticmethod
+    def bytes_for(rows: int) -> int:
+        """What such a table takes, until a request has more than `FEW` stops."""
+        return rows * FEW * torch.int64.itemsize
+
     def begin(self, row: int, stops: Sequence[int]) -> None:
         """A request begins in `row` that each of `stops` ends; empty: none does."""
         missing = len(stops) - self.data.shape[1]

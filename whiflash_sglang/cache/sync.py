@@ -5,11 +5,16 @@ Ties the watermarks (what is due), the rings (what was parked) and the drafters 
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
 from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Watermarks
 from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.graphs import CapturedPass, Recorder, StaticInput, doubling
+
+FEWEST_ROWS = 4
+"""Of a captured catch-up: a pass over fewer costs what one over so many does."""
 
 
 class DraftSync:
@@ -28,6 +33,7 @@ class DraftSync:
         self.arms = tuple(d.arm for d in drafters.values() if d.keeps_kv)
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
+        self._captured: dict[str, CapturedPass[None]] = {}
         self._routed: dict[int, int] = {}
         """Length when the last round was planned, per row."""
         self._last: dict[int, int] = {}
@@ -37,6 +43,11 @@ class DraftSync:
         """What `allocate` will take."""
         rings = FeatureRings.bytes_for(rows, self._capacity, self._width, self._dtype)
         return rings + rows * len(self.arms) * torch.int64.itemsize
+
+    def captured_bytes(self, requests: int) -> int:
+        """What captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
+        ints = 5 * torch.int64.itemsize
+        return requests * (ints + self._width * self._dtype.itemsize)
 
     def allocate(self, slot_table: torch.Tensor) -> None:
         """Allocate one ring per row of `slot_table` [rows, ctx] int32 (request row and position → KV slot)."""
@@ -136,7 +147,32 @@ class DraftSync:
         self._routed.pop(row, None)
         self._last.pop(row, None)
 
+    def capture(self, recorder: Recorder, requests: int, rows: int) -> None:
+        """Have catch-ups captured for up to so many requests and up to `rows` rows together.
+
+        Raises ConfigError where they cannot be captured.
+        """
+        # Row 0 is nobody's: it has no backlog, and its watermark stays at 0.
+        members = torch.zeros(requests, dtype=torch.int64, device=self._slot_table.device)
+        ends = torch.zeros_like(members)
+        for arm in self.arms:
+            self._captured[arm] = CapturedPass(
+                f"the catch-up of {arm!r}",
+                partial(self._pass, arm, members, ends),
+                [StaticInput(members, 0), StaticInput(ends, 0)],
+                doubling(FEWEST_ROWS, rows),
+                recorder,
+            )
+
     def _ingest(self, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
+        captured = self._captured.get(arm)
+        if captured is not None and captured.holds(len(rows), most):
+            captured.replay(most, rows, ends)
+        else:
+            self._pass(arm, rows, ends, most)
+
+    def _pass(self, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
+        """Everything that the requests in `rows` [M] parked before `ends` [M], at most `most` rows of it."""
         begins = self.watermarks.begins(arm, rows)
         # A round that was under way when its request ended may have gone further already.
         ends = torch.maximum(begins, ends)

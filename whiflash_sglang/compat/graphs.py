@@ -13,13 +13,22 @@ runner's `capture_tail_hooks` is called as `hook(runner, output, forward_batch, 
 `forward_batch.spec_info.ragged_verify_layout` holds a replay's widths on the device, padded to the graph's slots.
 """
 
+from collections.abc import Callable
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from sglang.srt.environ import envs
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-from sglang.srt.runtime_context import get_spec
+from sglang.srt.model_executor.runner_utils.pool import (
+    get_or_create_global_graph_capture_stream,
+    get_or_create_global_graph_memory_pool,
+    graph_pool_capture_scope,
+    graph_pool_replay_scope,
+)
+from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import (
     RaggedVerifyLayout,
@@ -27,6 +36,53 @@ from sglang.srt.speculative.ragged_verify import (
     build_capture_verify_lens,
     round_up_grid,
 )
+
+from whiflash_sglang.graphs import Recorder
+
+T = TypeVar("T")
+
+WARM_UPS = 2
+"""Runs before a capture: kernels are compiled, libraries pick their algorithms, and tables of addresses are made."""
+
+
+class CudaRecorder:
+    """Captures drafters' passes into the memory that the target's graphs share (no GPU has run this).
+
+    Two graphs never replay at once, so what is temporary in one may lie where another's is.
+    """
+
+    def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        stream = get_or_create_global_graph_capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                body()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        pool = get_or_create_global_graph_memory_pool(torch.cuda)
+        with graph_pool_capture_scope(), torch.cuda.graph(graph, pool=pool, stream=stream):
+            found = body()
+
+        def again() -> None:
+            with graph_pool_replay_scope():
+                graph.replay()
+
+        return again, found
+
+
+def enabled(device: torch.device) -> bool:
+    """Whether this server captures graphs: not on a CPU, nor with `--disable-cuda-graph`."""
+    return device.type == "cuda" and get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED
+
+
+def captures_passes(device: torch.device) -> bool:
+    """Whether drafters' passes are captured too: not where several ranks choose each draft together."""
+    return enabled(device) and get_parallel().tp_size == 1
+
+
+def recorder(model_runner: Any) -> Recorder | None:
+    """What captures drafters' passes; None where every pass runs as it is written."""
+    return CudaRecorder() if captures_passes(torch.device(model_runner.device)) else None
 
 
 def install(model_runner: Any) -> None:

@@ -7,6 +7,7 @@ A decoding request holds slots for two blocks beyond its text, but with pages of
 has room for little more than one behind the context's end: near it the write would leave the row.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
-from sglang.srt.model_executor.cuda_graph_config import Backend
-from sglang.srt.runtime_context import get_exec
 
+from whiflash_sglang.cache.stops import StopTable
+from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import graphs, rehearsal
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.planning import widest_of
 
 
 @dataclass(slots=True)
@@ -35,13 +38,20 @@ class Reservation:
 _reservation = Reservation()
 
 
-def reserve(per_token: int, fixed: int) -> None:
-    """Called by the worker before the pools are sized."""
-    _reservation.per_token, _reservation.fixed = per_token, fixed
+def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Any, requests: int) -> None:
+    """Called by the worker before the pools are sized: what it will allocate for up to so many requests."""
+    fixed = for_requests(target, requests, widest_of(drafters) + 1) + sync.bytes_for(requests + 1)
+    fixed += sum(drafter.bytes_for(requests + 1) for drafter in drafters.values())
+    if graphs.captures_passes(target.device):
+        fixed += sync.captured_bytes(requests)
+        # Passes are captured into the same memory, one at a time.
+        fixed += max((drafter.captured_bytes(requests) for drafter in drafters.values()), default=0)
+    _reservation.per_token = sum(drafter.kv_bytes_per_token() for drafter in drafters.values())
+    _reservation.fixed = fixed
 
 
 def for_requests(target: Any, requests: int, widest: int) -> int:
-    """Bytes for so many requests beside their rings: the table of their text, and what verifying them takes.
+    """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
 
     Upstream's reserve for graphs and activations goes by requests and by the prefill's chunk. It does not know of
     verified rows: their logits in 32 bits, each graph's features, and what sampling all of them takes. On a CPU nothing
@@ -51,11 +61,11 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
         target: the wrapped target, whose capture has been set. widest: most rows of a request.
     """
     columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
-    table = TokenTable.bytes_for(requests + 1, columns, widest)
+    table = TokenTable.bytes_for(requests + 1, columns, widest) + StopTable.bytes_for(requests + 1)
     if target.device.type != "cuda":
         return table
     vocabulary, kept = target.shape.vocab_size, 0
-    if get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED:
+    if graphs.enabled(target.device):
         kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=target.row_bytes)
     return table + kept + rehearsal.sampling_bytes(requests * widest, vocabulary)
 

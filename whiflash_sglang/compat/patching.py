@@ -27,6 +27,7 @@ class PrivateName:
 _SERVING = "sglang.srt.entrypoints.openai"
 _TRITON = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner"
+_POOL = "sglang.srt.model_executor.runner_utils.pool"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
 
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
@@ -120,6 +121,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("sglang.srt.speculative.ragged_verify:round_up_grid", ("total", "grid")),
     PrivateName("sglang.srt.model_executor.model_runner:ModelRunner._decode_cuda_graph_runner_cls"),
+    PrivateName(f"{_POOL}:get_or_create_global_graph_capture_stream"),
+    PrivateName(f"{_POOL}:get_or_create_global_graph_memory_pool", ("device_module",)),
+    PrivateName(f"{_POOL}:graph_pool_capture_scope"),
+    PrivateName(f"{_POOL}:graph_pool_replay_scope"),
     PrivateName(_GRAPHS, ("model_runner", "attn_backend", "speculative_num_draft_tokens")),
     PrivateName(f"{_GRAPHS}._autotune_buffers"),
     PrivateName(f"{_GRAPHS}._build_ragged_verify_token_buckets"),

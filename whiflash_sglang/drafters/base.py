@@ -3,16 +3,20 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
+
+if TYPE_CHECKING:
+    from whiflash_sglang.drafters.paged import PassInput
 
 History = Callable[[int], Sequence[int]]
 """`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
@@ -114,8 +118,24 @@ class Drafter(ABC):
         """Bytes its KV adds to one target slot."""
         return 0
 
+    def bytes_for(self, rows: int) -> int:
+        """What it keeps for so many rows of the request table, beside its KV."""
+        return 0
+
+    def captured_bytes(self, requests: int) -> int:
+        """What a captured draft of so many requests takes at its peak."""
+        return 0
+
     def allocate(self, slots: int) -> None:  # noqa: B027 - a drafter without KV has nothing to do
         """Allocate KV for `slots` target slots."""
+
+    def capture(  # noqa: B027 - a drafter without a model has no pass to capture
+        self, recorder: Recorder, given: "PassInput"
+    ) -> None:
+        """Have `draft` captured for groups of up to as many requests as `given` has, whose memory captures read.
+
+        Raises ConfigError where it cannot be captured.
+        """
 
     def catch_up(self, rows: FeatureRows) -> None:  # noqa: B027 - a drafter without KV has nothing to do
         """Ingest features KV-only: K and V are written, nothing is attended (KV-only Prefill, arXiv 2606.07710)."""

@@ -24,6 +24,11 @@ class DeviceCopies:
         """[request rows] int64: tokens from where a request copies to its text's end; 0 where it has not copied."""
         self._buckets: torch.Tensor | None = None
 
+    @staticmethod
+    def bytes_for(rows: int) -> int:
+        """What it keeps for so many request rows, from its first copy on."""
+        return rows * torch.int64.itemsize + len(BUCKETS) * torch.int32.itemsize
+
     def begin(self, row: int) -> None:
         """Another request begins in `row`."""
         if self._back is not None:

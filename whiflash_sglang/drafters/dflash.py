@@ -57,13 +57,13 @@ class DFlashArm(PagedArm):
         if self._weights is not None:
             dflash_catch_up(features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
             return
-        real = rows.slots >= 0  # the others are padding
-        keys, values = self.model.keys_values(self.model.fuse(features[real]), rows.positions[real])
+        # Padding goes to slot 0, which belongs to nobody: left out, sizes would depend on the device's values.
+        slots = rows.slots.clamp(min=0)
+        keys, values = self.model.keys_values(self.model.fuse(features), rows.positions)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            self.kv.write(layer, rows.slots[real], k, v)
+            self.kv.write(layer, slots, k, v)
 
-    def block(self, given: PassInput, wanted: int) -> Choice:
-        """The first `wanted` drafts of every block: target ids [G, wanted] and how sure the drafter is of each."""
+    def whole(self, given: PassInput, wanted: int) -> Choice:
         rows, size = self._rows, len(given.rows)
         ids = given.bonus.new_full((size, rows), self.model.mask_token_id)
         ids[:, 0] = given.bonus
@@ -72,6 +72,9 @@ class DFlashArm(PagedArm):
         states = self.model(ids.view(-1), positions.view(-1), attend)
         return self.model.propose(states.view(size, rows, -1), given.bonus, wanted, self._head)
 
+    def logits_at_once(self, requests: int) -> int:
+        return requests * self.max_drafts * len(self._head.weight)
+
     def draft(self, batch: DraftBatch) -> Drafts:
-        choice = self.block(PassInput.of(batch), max(batch.limits))
+        choice = self.choices(batch)
         return self.cut(choice.token, choice.confidence, batch)

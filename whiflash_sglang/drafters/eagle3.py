@@ -70,7 +70,7 @@ class Eagle3Arm(PagedArm):
     def chain(self, given: PassInput, steps: int) -> Iterator[Choice]:
         """The chain, step by step: of every request the target's id [G] and how sure the drafter is of it [G].
 
-        Nothing is read on the host between steps, so a capture takes all of them; who may read stops before.
+        Nothing is read on the host between steps; who may read stops before.
         """
         positions = given.positions(-1, steps)
         slots = given.slots(positions)
@@ -82,12 +82,22 @@ class Eagle3Arm(PagedArm):
             token, hidden = choice.token, out.hidden
             yield choice
 
+    def whole(self, given: PassInput, wanted: int) -> Choice:
+        tokens, confidences = zip(*self.chain(given, wanted), strict=True)
+        return Choice(torch.stack(tokens, 1), torch.stack(confidences, 1))
+
+    def logits_at_once(self, requests: int) -> int:
+        return requests * self.model.draft_vocab_size
+
     def draft(self, batch: DraftBatch) -> Drafts:
+        # Where reading would wait for the device, at every step, or all steps are one launch, running all costs less.
+        if not batch.host.exact or self.captured_for(batch):
+            choice = self.choices(batch)
+            return self.cut(choice.token, choice.confidence, batch, passes=choice.token.shape[1])
         tokens, confidences = [], []
         for choice in self.chain(PassInput.of(batch), max(batch.limits)):
             tokens.append(choice.token)
             confidences.append(choice.confidence)
-            # Where reading would wait for the device, at every step, running them all costs less.
-            if batch.host.exact and not self.length.goes_on(confidences, batch):
+            if not self.length.goes_on(confidences, batch):
                 break
         return self.cut(torch.stack(tokens, 1), torch.stack(confidences, 1), batch, passes=len(tokens))

@@ -63,6 +63,9 @@ class LookupArm(Drafter):
         self._off: set[int] = set()
         self._worth = WORTH
 
+    def bytes_for(self, rows: int) -> int:
+        return DeviceCopies.bytes_for(rows) if self.late else 0
+
     def begin(
         self,
         row: int,

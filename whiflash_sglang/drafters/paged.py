@@ -1,5 +1,6 @@
 """What every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from whiflash_kernels import draft_attention
 from whiflash_sglang.cache.draft_kv import DraftKV
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
 from whiflash_sglang.drafters.length import DraftLength
+from whiflash_sglang.graphs import CapturedPass, Recorder, StaticInput, doubling
+from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.layers import Attend, AttentionShape
 
@@ -36,6 +39,40 @@ class PassInput(NamedTuple):
         """The device's part of a batch."""
         return cls(batch.rows, batch.starts, batch.bonus, batch.tail, batch.slot_table, max(batch.lengths))
 
+    @classmethod
+    def of_padding(cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor) -> "PassInput":
+        """So many requests that are none, at a place that no round writes over: the inputs of captured passes.
+
+        tail: [..., F], of which only width, dtype and device matter.
+        """
+        device = slot_table.device
+        rows = torch.zeros(requests, dtype=torch.int64, device=device)
+        return cls(
+            rows,
+            torch.full_like(rows, PADDING),
+            torch.zeros_like(rows),
+            tail.new_zeros((requests, tail.shape[-1])),
+            slot_table,
+            int(slot_table.shape[1]),
+        )
+
+    @property
+    def static(self) -> list[StaticInput]:
+        """What is loaded before a replay: `rows`, `starts`, `bonus` and `tail`."""
+        return [
+            StaticInput(self.rows, 0),
+            StaticInput(self.starts, PADDING),
+            StaticInput(self.bonus),
+            StaticInput(self.tail),
+        ]
+
+    def first(self, requests: int) -> "PassInput":
+        """The first so many requests, in the same memory."""
+        rows, starts, bonus, tail, slot_table, longest = self
+        return PassInput(
+            rows[:requests], starts[:requests], bonus[:requests], tail[:requests], slot_table, longest
+        )
+
     def positions(self, offset: int, width: int) -> torch.Tensor:
         """n+offset … n+offset+width-1: [G, width] int64."""
         return self.starts[:, None] + torch.arange(offset, offset + width, device=self.starts.device)
@@ -45,6 +82,12 @@ class PassInput(NamedTuple):
         found = self.slot_table[self.rows[:, None], positions.clamp(min=0)]
         return found.to(torch.int64).masked_fill_(positions < 0, 0)
 
+
+LOGIT_BYTES = 11
+"""Bytes that choosing takes at its peak for one logit of 16 bits, itself included: most of what a pass takes.
+
+Held to it by `tests/worker/test_memory.py`.
+"""
 
 PADDING = -(1 << 20)
 """`starts` of a padding request: before position 0 at whatever step."""
@@ -64,6 +107,43 @@ class PagedArm(Drafter):
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
         self.length = DraftLength(device)
+        self._captured: CapturedPass[Choice] | None = None
+
+    @abstractmethod
+    def whole(self, given: PassInput, wanted: int) -> Choice:
+        """The first `wanted` drafts of every request: target ids [G, wanted] and how sure the drafter is of each.
+
+        Reads nothing on the host.
+        """
+
+    def capture(self, recorder: Recorder, given: PassInput) -> None:
+        sizes = doubling(1, len(given.rows))
+        self._captured = CapturedPass(
+            f"the pass of {self.arm!r}",
+            lambda size: self.whole(given.first(size), self.max_drafts),
+            given.static,
+            sizes,
+            recorder,
+        )
+
+    @abstractmethod
+    def logits_at_once(self, requests: int) -> int:
+        """How many logits a pass for so many requests holds at a time."""
+
+    def captured_bytes(self, requests: int) -> int:
+        return self.logits_at_once(requests) * LOGIT_BYTES
+
+    def captured_for(self, batch: DraftBatch) -> bool:
+        """Whether a pass for so many requests was captured."""
+        return self._captured is not None and self._captured.holds(len(batch), len(batch))
+
+    def choices(self, batch: DraftBatch) -> Choice:
+        """`whole` for a batch, replayed where it was captured: then it is good until the next replay."""
+        given, wanted, size = PassInput.of(batch), max(batch.limits), len(batch)
+        if self._captured is None or not self._captured.holds(size, size):
+            return self.whole(given, wanted)
+        found = self._captured.replay(size, given.rows, given.starts, given.bonus, given.tail)
+        return Choice(found.token[:size, :wanted], found.confidence[:size, :wanted])
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""

@@ -12,9 +12,11 @@ from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown
 from whiflash_sglang.drafters.merging import behind, bucket_of, lay, likeliest
+from whiflash_sglang.drafters.paged import PassInput
+from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.planning import Plan
+from whiflash_sglang.planning import Plan, widest_of
 from whiflash_sglang.routing.costs import MeasuredCosts
 
 
@@ -50,6 +52,18 @@ class DraftStage:
     slot_table: torch.Tensor
     text: torch.Tensor
     host: HostView
+
+    def capture(self, recorder: Recorder | None, requests: int) -> None:
+        """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
+
+        Raises ConfigError where one cannot be captured.
+        """
+        if recorder is None:
+            return
+        inputs = PassInput.of_padding(requests, self.sync.rings.rings.features, self.slot_table)
+        for drafter in self.drafters.values():
+            drafter.capture(recorder, inputs)
+        self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
 
     def draft(self, requests: RoundBatch, plan: Plan) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""

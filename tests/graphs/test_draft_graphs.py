@@ -1,0 +1,260 @@
+"""Captured passes of drafters give what the same passes give eagerly, whatever they were captured with."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from op_tape import TapeRecorder
+from replay import CONTEXT, VOCAB, Arms, Replay
+from test_backlog import History, live, rounds
+from test_passes import ARMS, prepared, requests
+
+from whiflash_sglang.cache.sync import DraftSync
+from whiflash_sglang.drafters import paged
+from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.drafters.paged import PagedArm, PassInput
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.graphs import StaticInput, doubling
+from whiflash_sglang.models import eagle3
+
+__all__ = ["prepared"]
+
+MOST = 4
+"""Requests of the largest group; there are passes for one, two and four."""
+
+LONGEST = CONTEXT - 20
+groups = st.tuples(
+    st.sampled_from(ARMS), st.lists(st.integers(1, LONGEST), min_size=1, max_size=MOST), st.integers(1, 5)
+)
+"""An arm, the lengths of its requests, and the most drafts that one of them may have."""
+
+
+class Captured:
+    """Both arms with captured passes, over one slot table."""
+
+    def __init__(self, arms: Arms) -> None:
+        self.arms, self.table, self.recorder = arms, requests(arms, [1]).slot_table, TapeRecorder()
+        self.capture()
+
+    def capture(self, most: int = MOST) -> None:
+        inputs = PassInput.of_padding(most, torch.zeros(self.arms.width), self.table)
+        for arm in self.arms.by_name.values():
+            arm.capture(self.recorder, inputs)
+
+    def group(self, lengths: Sequence[int], seed: int = 0) -> PassInput:
+        return requests(self.arms, lengths, seed)._replace(slot_table=self.table)
+
+    def drafted(self, name: str, group: PassInput, most: int, *, eager: bool) -> list[torch.Tensor]:
+        """Tokens and confidences, and the entries of every slot but the first, as they are afterwards."""
+        arm = self.arms.by_name[name]
+        passes, before = arm._captured, [pool.clone() for pool in (arm.kv.k, arm.kv.v)]
+        for pool in (arm.kv.k, arm.kv.v):
+            pool[:, 0] = torch.nan  # nobody's: padding writes there, and nobody may read it
+        arm._captured = None if eager else passes
+        replays = self.recorder.replays
+        choice = arm.choices(batch_of(arm, group, most))
+        assert self.recorder.replays == replays + (not eager)
+        found = [*(t.clone() for t in choice), arm.kv.k[:, 1:].clone(), arm.kv.v[:, 1:].clone()]
+        arm._captured = passes
+        for pool, old in zip((arm.kv.k, arm.kv.v), before, strict=True):
+            pool.copy_(old)
+        return found
+
+    def compare(self, name: str, lengths: Sequence[int], most: int | None = None, seed: int = 0) -> None:
+        """A replayed pass with an eager one."""
+        group, full = self.group(lengths, seed), self.arms.by_name[name].max_drafts
+        most = min(most or full, full)
+        replayed = self.drafted(name, group, most, eager=False)
+        # A captured chain runs to its end, whatever is wanted of it.
+        eager = self.drafted(name, group, full, eager=True)
+        assert replayed[0].shape == (len(lengths), most)
+        assert torch.equal(replayed[0], eager[0][:, :most])
+        torch.testing.assert_close(replayed[1], eager[1][:, :most])
+        torch.testing.assert_close(replayed[2:], eager[2:])
+
+
+def batch_of(arm: PagedArm, group: PassInput, most: int) -> DraftBatch:
+    rows, lengths = group.rows.tolist(), group.starts.tolist()
+    limits = [most, *[1] * (len(rows) - 1)]
+    return DraftBatch(
+        rows=group.rows,
+        row_ids=rows,
+        lengths=lengths,
+        starts=group.starts,
+        bonus=group.bonus,
+        tail=group.tail,
+        slot_table=group.slot_table,
+        limits=limits,
+        caps=torch.tensor(limits),
+        calibration=torch.tensor(arm.calibration(rows)),
+    )
+
+
+@pytest.fixture
+def captured(arms: Arms, prepared: None) -> Iterator[Captured]:
+    yield Captured(arms)
+    for arm in arms.by_name.values():
+        arm._captured = None
+
+
+@settings(
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(groups, min_size=1, max_size=6))
+def test_any_groups_one_after_the_other(captured: Captured, played: Any) -> None:
+    """Of any sizes, padded and not, both arms in turn over the same inputs."""
+    with torch.no_grad():
+        for seed, (name, lengths, most) in enumerate(played):
+            captured.compare(name, lengths, most, seed)
+
+
+def test_a_group_that_nothing_was_captured_for_runs_as_it_is_written(captured: Captured) -> None:
+    captured.capture(most=2)
+    arm, batch = (
+        captured.arms.by_name["ar"],
+        batch_of(captured.arms.by_name["ar"], captured.group([9, 8, 7]), 3),
+    )
+    assert not arm.captured_for(batch)
+    assert arm.choices(batch).token.shape == (3, 3)
+    assert captured.recorder.replays == 0
+
+
+def test_sizes() -> None:
+    assert doubling(1, 1) == [1]
+    assert doubling(1, 48) == [1, 2, 4, 8, 16, 32, 48]
+    assert doubling(4, 3) == [3]
+
+
+@settings(
+    deadline=None,
+    max_examples=12,
+    derandomize=True,
+    phases=[Phase.generate],  # a smaller failure is not worth minutes of replays
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(0, 2**16), st.lists(rounds, min_size=1, max_size=8), st.sampled_from([0, 5]))
+def test_any_history_of_replayed_passes_equals_one_pass(
+    captured: Captured, seed: int, history: History, late: int
+) -> None:
+    """As in `tests/cache/test_backlog.py`: whatever requests do, catch-ups leave the KV of one full pass."""
+    with torch.no_grad():
+        replay, recorder = Replay(captured.arms, seed, late=late), TapeRecorder()
+        replay.capture(recorder)
+        live(replay, history)
+        assert recorder.replays
+
+
+# ------------------------------------------------------------------ faults that a capture would hide
+
+
+def keeps_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the lengths is made once for a size and kept, as a plan would be."""
+    positions, kept = PassInput.positions, {}
+
+    def once(self: PassInput, offset: int, width: int) -> torch.Tensor:
+        return kept.setdefault((len(self.rows), offset, width), positions(self, offset, width))
+
+    monkeypatch.setattr(PassInput, "positions", once)
+
+
+def loads_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = StaticInput.load
+
+    def loading(self: StaticInput, live: torch.Tensor) -> None:
+        if self.padding != paged.PADDING:
+            load(self, live)
+
+    monkeypatch.setattr(StaticInput, "load", loading)
+
+
+def leaves_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies behind the group is the last group's."""
+    monkeypatch.setattr(StaticInput, "load", lambda self, live: self.tensor[: len(live)].copy_(live))
+
+
+def adds_to_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relies on memory that was zero when it was allocated."""
+    choose = eagle3.choose
+
+    def adding(*args: Any) -> Any:
+        choice = choose(*args)
+        scratch = torch.empty_like(choice.confidence).add_(choice.confidence)
+        return choice._replace(confidence=choice.confidence + scratch.clamp(0, 0))
+
+    monkeypatch.setattr(eagle3, "choose", adding)
+
+
+def goes_by_a_number_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest request's length is Python's, and a replay does not ask for it again."""
+    chain = Eagle3Arm.chain
+
+    def counting(self: Any, given: PassInput, steps: int) -> Any:
+        return chain(self, given._replace(bonus=(given.bonus + given.longest) % VOCAB), steps)
+
+    monkeypatch.setattr(Eagle3Arm, "chain", counting)
+
+
+@pytest.mark.parametrize(
+    ("fault", "stays"),
+    [
+        (keeps_its_positions, False),
+        (adds_to_what_it_finds, False),
+        (goes_by_a_number_of_the_host, True),
+        (loads_no_lengths, True),
+        (leaves_no_padding, True),
+    ],
+)
+def test_a_pass_that_keeps_what_it_was_captured_with_is_found(
+    captured: Captured, fault: Callable[[pytest.MonkeyPatch], None], stays: bool
+) -> None:
+    """stays: the fault is in the replay, not in the capture."""
+    with pytest.MonkeyPatch.context() as patch:
+        fault(patch)
+        captured.capture()
+        if not stays:
+            patch.undo()
+        captured.drafted("ar", captured.group([40, 50, 60, 70]), 5, eager=False)
+        with pytest.raises(AssertionError):
+            captured.compare("ar", [20, 7, 30])
+
+
+def test_a_catch_up_that_keeps_its_watermarks_is_found(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays leave them as they were at the start: later ones begin too early, or overrun their size."""
+    ingest = DraftSync._pass
+
+    def keeping(self: DraftSync, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
+        ingest(self, arm, rows, ends, most)
+        self.watermarks.device.copy_(frozen)
+
+    replay = Replay(captured.arms, seed=1)
+    frozen = replay.sync.watermarks.device.clone()
+    monkeypatch.setattr(DraftSync, "_pass", keeping)
+    replay.capture(TapeRecorder())
+    monkeypatch.undo()
+    with pytest.raises((AssertionError, ValueError)):
+        live(replay, [(["ar", "diffusion", "none"], [3, 2, 1], None, 4)])
+
+
+def test_a_pass_that_reads_the_device_is_no_pass_to_capture(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start ends with a sentence that says what cannot be captured, and what to turn off."""
+    choose = eagle3.choose
+
+    def reading(*args: Any) -> Any:
+        choice = choose(*args)
+        assert float(choice.confidence[0]) > -1
+        return choice
+
+    monkeypatch.setattr(eagle3, "choose", reading)
+    with pytest.raises(ConfigError, match=r"pass of 'ar'.* size of 4.*--disable-cuda-graph.* Python's"):
+        captured.capture()

@@ -1,0 +1,78 @@
+"""What serving promises, crossed: results at once or a round late, with every round replayed and with none.
+
+Whole rounds of all arms, routed at random: greedy text is plain decoding's, the KV of the tree is one full pass's, and
+sampled text has the target's distribution.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from emulated import emulated_graphs
+from engine import Engine, engine
+from model_set import Models
+from oracle_arm import OracleArm
+from overlap import overlapped
+from test_losslessness import compare
+from test_radix import assert_tree_is_true
+from test_sampling import PARAMETERS, judge, sample
+from traffic import mixed, play
+
+from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
+
+SMALL: dict[str, Any] = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 2048}
+ARRIVALS = mixed(17, 6, shared=12, longest=30, stops=0.3, tokens=24)
+
+Outputs = dict[str, list[int]]
+
+
+@contextmanager
+def serving(
+    models: Models, lag: int, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Engine, OracleArm]]:
+    """An engine whose host plans behind its device by `lag` rounds; all that runs in it is replayed, or nothing."""
+    oracle = OracleArm(0.9, seed=4)
+    monkeypatch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
+    options = {"whiflash": models.whiflash("random"), "arms": [oracle], **SMALL}
+    if lag:
+        monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+        started = overlapped(models.target, host_lengths=False, **options)
+    else:
+        started = engine(models.target, **options)
+    with started as e:
+        if not graphs:
+            yield e, oracle
+            return
+        with emulated_graphs(e) as captured:
+            yield e, oracle
+            assert len(captured.backend.replayed) == e.worker.clock.rounds
+            assert captured.passes.replays > e.worker.clock.rounds / 2
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> Outputs:
+    with engine(models.target, **SMALL) as e:
+        return play(e, ARRIVALS)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_promised_holds(
+    models: Models, plain: Outputs, monkeypatch: pytest.MonkeyPatch, lag: int, graphs: bool
+) -> None:
+    torch.manual_seed(0)
+    with serving(models, lag, graphs, monkeypatch) as (e, oracle):
+        compare(models, ARRIVALS, plain, play(e, ARRIVALS))
+        assert assert_tree_is_true(e, models) > 50
+        e.requests.clear()
+        found = sample(e, oracle, {"top-k": PARAMETERS["top-k"]}, each=56, tokens=5)
+        races = dict(e.streams.races) if lag else {}
+    [sampled] = judge(models, found)
+    print(
+        f"chi² {sampled.test.statistic:.1f} at {sampled.test.freedom} degrees, p {sampled.test.p_value:.3f}"
+    )
+    assert sampled.test.p_value > 1e-4
+    assert sampled.test.freedom >= 5
+    assert not races

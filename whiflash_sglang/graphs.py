@@ -1,0 +1,107 @@
+"""Passes that are captured for a few sizes and replayed for whatever fits. Imports no SGLang.
+
+A pass is a function of tensors that reads no value of them on the host. Captured, it reads its inputs where they were
+when it was captured, so they have a place of their own: the live ones are copied there, and what a size has more is
+padding. Who captures is a :class:`Recorder`: CUDA graphs on a GPU (`compat/graphs.py`), nobody on a CPU, where every
+pass runs as it is written, and in tests a tape of operators. The pass is the same function for all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from whiflash_sglang.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Recorder(Protocol):
+    """Captures what functions issue."""
+
+    def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """What issues all of `body` again, and what it returned, which every such replay writes anew.
+
+        `body` may run more than once before. Raises RuntimeError where it cannot be captured.
+        """
+        ...
+
+
+def doubling(first: int, most: int) -> list[int]:
+    """Sizes of graphs: `first`, twice that, and so on below `most`, and `most`."""
+    sizes = []
+    while first < most:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, most]
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInput:
+    """A tensor at a fixed place, its first dimension requests. padding: of requests that are none; None: whatever."""
+
+    tensor: torch.Tensor
+    padding: int | None = None
+
+    def load(self, live: torch.Tensor) -> None:
+        """Its first requests are those of `live` now, the others padding."""
+        self.tensor[: len(live)].copy_(live)
+        if self.padding is not None and len(live) < len(self.tensor):
+            self.tensor[len(live) :].fill_(self.padding)
+
+
+class CapturedPass(Generic[T]):
+    """One pass, captured for every one of `sizes`.
+
+    Args:
+        name: says what it is where it cannot be captured.
+        body: the pass at a size, over the static inputs.
+        inputs: static; several passes may share them where one is done before the next is loaded.
+        sizes: what the pass is captured for, ascending.
+
+    Raises:
+        ConfigError: it cannot be captured.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        body: Callable[[int], T],
+        inputs: Sequence[StaticInput],
+        sizes: Sequence[int],
+        recorder: Recorder,
+    ) -> None:
+        self.sizes = list(sizes)
+        self._inputs = inputs
+        self._captured: dict[int, tuple[Callable[[], None], T]] = {}
+        for each in inputs:
+            if each.padding is not None:
+                each.tensor.fill_(each.padding)
+        for size in reversed(
+            self.sizes
+        ):  # the largest first: the others find room in the memory that it leaves
+            try:
+                self._captured[size] = recorder.record(partial(body, size))
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{name} cannot be captured for a size of {size}; --disable-cuda-graph serves without graphs: "
+                    f"{error}"
+                ) from error
+
+    def holds(self, requests: int, size: int) -> bool:
+        """Whether something that was captured is large enough."""
+        return size <= self.sizes[-1] and requests <= len(self._inputs[0].tensor)
+
+    def replay(self, size: int, *live: torch.Tensor) -> T:
+        """The smallest that holds `size`, for the requests whose inputs are `live`.
+
+        What it returns is as large as what was captured, and good until the next replay.
+        """
+        chosen = next(captured for captured in self.sizes if captured >= size)
+        again, found = self._captured[chosen]
+        for each, values in zip(self._inputs, live, strict=True):
+            each.load(values)
+        again()
+        return found
