@@ -6,14 +6,19 @@ import pytest
 import torch
 
 from whiflash_sglang.compat import algorithm, carried, triton_backend
-from whiflash_sglang.config import Lookup
+from whiflash_sglang.config import Lookup, Structure
 from whiflash_sglang.errors import ConfigError
 
 
-def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: int) -> int:
+def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: int, forced: int = 4) -> int:
     """Draft tokens that the KV reservation is computed from, with blocks of 8 and chains of 5."""
     settings = SimpleNamespace(
-        eagle3="e", eagle_steps=5, dflash="d", block_size=None, lookup=Lookup(max_width=copies)
+        eagle3="e",
+        eagle_steps=5,
+        dflash="d",
+        block_size=None,
+        lookup=Lookup(max_width=copies),
+        structure=Structure(max_width=forced),
     )
     settings.backlog_tokens = backlog_tokens
     monkeypatch.setattr(algorithm, "settings_of", lambda _: settings)
@@ -27,6 +32,7 @@ def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: i
 def test_the_widest_arm_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert widths_of(monkeypatch, backlog_tokens=64, copies=24) == 25
     assert widths_of(monkeypatch, backlog_tokens=64, copies=2) == 8
+    assert widths_of(monkeypatch, backlog_tokens=64, copies=2, forced=30) == 31
 
 
 def test_a_ring_that_one_round_could_overflow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
