@@ -39,9 +39,13 @@ def read_target(said: str) -> Target:
     settings = read_json_config(config.parent)
     text = {**settings, **(settings.get("text_config") or {})}
     element = BYTES.get(str(text.get("dtype") or text.get("torch_dtype")), 2)
-    _, kv_heads, head_dim = attention_shape(text, config.parent)
     layers = integer(text, "num_hidden_layers", config.parent)
-    return Target(TargetShape.read(config), 2 * layers * kv_heads * head_dim * element, element)
+    if text.get("kv_lora_rank"):  # latent attention keeps one vector of a token, and its rotated part
+        numbers = sum(integer(text, key, config.parent) for key in ("kv_lora_rank", "qk_rope_head_dim"))
+    else:
+        _, kv_heads, head_dim = attention_shape(text, config.parent)
+        numbers = 2 * kv_heads * head_dim
+    return Target(TargetShape.read(config), layers * numbers * element, element)
 
 
 def judge(said: str, target: Target | None) -> Iterator[Judged]:

@@ -15,6 +15,7 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sglang.bundle_create import Parts, create
 from whiflash_sglang.bundle_members import sha256
 from whiflash_sglang.config import Flags, load_manifest, resolve
+from whiflash_sglang.draft_check import judge, read_target
 from whiflash_sglang.errors import WhiflashError
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
@@ -73,6 +74,15 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
     spoilt = run("check", "--draft", str(out))
     assert spoilt.returncode == 1
     assert "dflash/model.safetensors is not the file that" in spoilt.stdout
+
+
+def test_draft_kv_beside_latent_attention(models: dict[str, Path]) -> None:
+    """Of a target with latent attention a token takes its latent and rotated parts once, not keys and values."""
+    edit(models["target"], lambda config: config.update(kv_lora_rank=40, qk_rope_head_dim=8))
+    target = read_target(str(models["target"]))
+    assert target.kv_bytes == 6 * (40 + 8) * 4
+    (judged,) = judge(str(models["eagle3"]), target)
+    assert "256 bytes of KV a token, 22.2% of the target's" in judged.detail  # 2 * 2 * 16 * 4 of 1,152
 
 
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
