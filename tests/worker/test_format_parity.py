@@ -31,11 +31,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]
         },
         dict,
     ),
-    "scaled values, causal": (
-        "diffusion",
-        {"dflash_config": NAMED | {"attention_value_scale": 0.7}, "is_causal": True},
-        dict,
-    ),
     "fc_norm": ("ar", {"fc_norm": True}, lambda: norms(3)),
     "EAGLE 3.1": ("ar", {"fc_norm": True, "norm_output": True}, lambda: norms(3)),
 }
