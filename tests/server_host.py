@@ -156,3 +156,24 @@ def answers(url: str) -> bool:
         return httpx.get(url, timeout=None).is_success
     except httpx.TransportError:
         return False
+
+
+class Forked:
+    """A server of the host, started when the fleet asks for it."""
+
+    def __init__(self, host: ServerHost, arguments: Sequence[str]) -> None:
+        self._host, self._arguments = host, arguments
+        self._server: Server | None = None
+
+    @property
+    def base_url(self) -> str:
+        assert self._server is not None
+        return self._server.url
+
+    def __enter__(self) -> "Forked":
+        self._server = self._host.start(*self._arguments)
+        return self
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stop()

@@ -154,6 +154,7 @@ class Flags(_Strict):
     lookup_prediction_tokens: Positive | None = None
     structure: Literal["on", "off"] | None = None
     backlog_tokens: Annotated[int, Field(ge=32)] = 64
+    force_recorded: Literal["on", "off"] = "off"
 
 
 class Settings(_Strict):
@@ -170,6 +171,7 @@ class Settings(_Strict):
     block_size: int | None
     dflash_vocabulary: DraftVocabulary
     backlog_tokens: int
+    force_recorded: bool = False
     chat_template: Path | None = None
     tool_call_parser: str | None = None
     bundle: str | None = None
@@ -288,6 +290,7 @@ def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = No
         block_size=flags.block_size,
         dflash_vocabulary=vocabulary,
         backlog_tokens=flags.backlog_tokens,
+        force_recorded=flags.force_recorded == "on",
         chat_template=template,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,

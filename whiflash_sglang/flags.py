@@ -32,6 +32,8 @@ MEANING = {
     "Default: the bundle's, else 16384.",
     "structure": "The arm that drafts what grammars force: on or off. Default: as the bundle says, else on.",
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
+    "force_recorded": "For benchmarks only: requests may force the tokens of their answers, which then are not the "
+    "target's.",
 }
 
 

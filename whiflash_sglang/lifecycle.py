@@ -11,6 +11,7 @@ from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.grammars import grammar_of
 from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.drafters.base import Drafter, Predicted
+from whiflash_sglang.forcing import Forcing
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
@@ -30,8 +31,9 @@ class Lifecycle:
         tokens: TokenTable,
         stops: StopTable,
         read_prediction: ReadPrediction,
+        forcing: Forcing | None = None,
     ) -> None:
-        self._read_prediction = read_prediction
+        self._read_prediction, self._forcing = read_prediction, forcing
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops = tokens, stops
 
@@ -48,6 +50,8 @@ class Lifecycle:
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(row, req.origin_input_ids, req.output_ids)
         self._stops.begin(row, sampling.ending_ids(req))
+        if self._forcing is not None:
+            self._forcing.begin(row, req)
 
     def released(self, req: Any, *, kept: bool) -> None:
         """The request gives its slots up. Where the tree or a session keeps them what was parked is flushed first."""

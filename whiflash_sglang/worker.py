@@ -31,6 +31,7 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.profile import profile_drafts
 from whiflash_sglang.drafters.stage import DraftStage, Proposal
+from whiflash_sglang.forcing import Forcing
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.learning import Learner, results_of, signals_of
 from whiflash_sglang.lifecycle import Lifecycle
@@ -100,8 +101,18 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stops = StopTable(rows, self.target.device)
         longest, vocabulary = self.settings.lookup.prediction_tokens, self.target.shape.vocab_size
         read_prediction = prediction_reader(self._target_worker.tokenizer, longest, vocabulary)
+        self.forcing: Forcing | None = None
+        if self.settings.force_recorded:
+            width = self.tokens.data.shape[1]
+            self.forcing = Forcing(rows, width, vocabulary, self.target.device)
         self.lifecycle = Lifecycle(
-            self.drafters, self.sync, self.controller, self.tokens, self.stops, read_prediction
+            self.drafters,
+            self.sync,
+            self.controller,
+            self.tokens,
+            self.stops,
+            read_prediction,
+            self.forcing,
         )
         self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, self.ranks)
         self.stage = DraftStage(
@@ -199,6 +210,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             proposal = self.stage.draft(requests, plan)
         with clock.stage("verify"):
             block, verified, predictions = self._verify(batch, requests, proposal, grammar_barrier)
+        if self.forcing is not None:
+            predictions = self.forcing.over(predictions, block, requests.rows)
         with clock.stage("commit"):
             starts, stride = requests.starts, proposal.stride
             committed = accept_and_commit(
@@ -228,6 +241,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if batch.forward_mode.is_idle():
             result.next_draft_input = idle_result(self.target.device).next_draft_input
             return result
+        if self.forcing is not None:
+            behind = [
+                prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)
+            ]
+            result.next_token_ids = self.forcing.first(batch.reqs, behind, result.next_token_ids)
         rows = prefill_rows(batch, input_ids, result.next_token_ids)
         prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
         self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.rows, rows.last_rows)

@@ -347,6 +347,13 @@ def test_a_malformed_prediction_is_a_400_that_names_it(
     assert said in answer.json()["message"]
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_answer_is_forced_without_the_servers_flag(server: Server, route: str) -> None:
+    answer = post(server, route, request(route, {"whiflash_forced": [1, 2]}))
+    assert answer.status_code == 400
+    assert "started without --whiflash-force-recorded on" in answer.text
+
+
 def test_two_predictions_are_one_too_many(server: Server) -> None:
     body = {**asked_of(ROUTES[0], "abc"), "custom_params": {"whiflash_prediction": "abd"}}
     answer = post(server, ROUTES[0], body)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.progress import Progress
-from server_host import Server, ServerHost
+from server_host import Forked, ServerHost
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.bench.arms import build_arms
@@ -39,27 +39,6 @@ def prompts() -> tuple[Prompt, ...]:
         Prompt("object", "json", user("A number, please."), response_format=as_json),
         Prompt("third", "chat", user("abc def ghi jkl")),
     )
-
-
-class Forked:
-    """A server of the host, started when the fleet asks for it."""
-
-    def __init__(self, host: ServerHost, arguments: Sequence[str]) -> None:
-        self._host, self._arguments = host, arguments
-        self._server: Server | None = None
-
-    @property
-    def base_url(self) -> str:
-        assert self._server is not None
-        return self._server.url
-
-    def __enter__(self) -> "Forked":
-        self._server = self._host.start(*self._arguments)
-        return self
-
-    def close(self) -> None:
-        if self._server is not None:
-            self._server.stop()
 
 
 @pytest.fixture(scope="module")

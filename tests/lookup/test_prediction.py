@@ -62,6 +62,13 @@ def test_a_place_is_found_that_the_chains_do_not_reach() -> None:
     assert copied(copier_of(many, [*many[:10], 7, 0, 1]), 2) == [103, 303]
 
 
+def test_of_places_far_away_the_next_one_is_copied() -> None:
+    text = list(range(1000, 1400))
+    for place in (2, 150, 300):
+        text[place : place + 2] = [7, 8]
+    assert copied(copier_of(text, [*text[:10], 5, 7, 8])) == text[152:157]
+
+
 def test_it_is_preferred_to_the_prompt_where_both_match_as_long() -> None:
     other = [*TEXT[:3], 9, 9]
     assert copied(copier_of(TEXT, TEXT[:3], prompt=other)) == TEXT[3:8]

@@ -41,6 +41,10 @@ def register(app: typer.Typer) -> None:
         beside: Annotated[
             Path | None, typer.Option(help="Another checkout of this project, for arms like auto@beside.")
         ] = None,
+        recorded: Annotated[
+            list[Path] | None,
+            typer.Option(help="Play recorded conversations, forced along their text, instead of prompts."),
+        ] = None,
         over: Annotated[str | None, typer.Option(help="Compare every arm with this one, too.")] = None,
         log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs here.")] = None,
     ) -> None:
@@ -50,7 +54,8 @@ def register(app: typer.Typer) -> None:
 
         Examples: whiflash bench --quick |
         whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures |
-        whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
+        whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside |
+        whiflash bench --recorded log.jsonl --arms auto,auto+prediction,auto+useless --concurrency 1,8
         """
         import shlex
         import tempfile
@@ -61,6 +66,29 @@ def register(app: typer.Typer) -> None:
         from whiflash_sglang.bench.runner import Plan
         from whiflash_sglang.bench.subject import build_subject
 
+        if recorded:
+            from whiflash_sglang.bench.recorded_run import RecordedRun, run_recorded
+
+            if dtype not in ("bfloat16", "float32"):
+                raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
+            names = [name.strip() for name in (arms or "").split(",") if name.strip()]
+            run_recorded(
+                RecordedRun(
+                    paths=tuple(recorded),
+                    arms=tuple(names),
+                    concurrency=concurrency,
+                    repetitions=repetitions,
+                    max_tokens=max_tokens,
+                    model_path=model_path,
+                    bundle=bundle,
+                    dtype=dtype,
+                    server_args=tuple(shlex.split(server_args)),
+                    log_dir=log_dir,
+                ),
+                as_json=as_json,
+                out=out,
+            )
+            return
         scale = scale_of(quick, arms, per_category, max_tokens, minutes)
         if dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")

@@ -21,6 +21,7 @@ from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.replicas import together
+from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import (
     TOOLS_KEY,
     HintError,
@@ -65,7 +66,7 @@ def _validating(original: Any) -> Any:
             return result
         try:
             hints = validate_custom_params(request.custom_params)
-            carried_prediction(request.custom_params)
+            _check_long(self.tokenizer_manager, request.custom_params)
         except HintError as error:
             return str(error)
         if hints.infer and not hints.spans:
@@ -124,7 +125,7 @@ def _accepting(original: Any) -> Any:
     async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
         outputs = original(self, obj, request)
         if asks_for_ours(self.server_args):
-            _validate_native(obj)
+            _validate_native(self, obj)
             await predictions.encoded(self, obj)
             outputs = predictions.followed(self, obj, outputs)
         async for output in traces.followed(self, obj, outputs):
@@ -133,14 +134,21 @@ def _accepting(original: Any) -> Any:
     return generate_request
 
 
-def _validate_native(obj: Any) -> None:
+def _check_long(manager: Any, custom_params: Any) -> None:
+    """What of a request's parameters may be long: the form of a prediction, and a forced answer. Raises HintError."""
+    carried_prediction(custom_params)
+    allowed = settings_of(manager.server_args).force_recorded
+    check_forced(custom_params, manager.model_config.vocab_size, allowed=allowed)
+
+
+def _validate_native(manager: Any, obj: Any) -> None:
     """The native route hands its parameters on unseen; SGLang answers a ValueError with 400."""
     params = getattr(obj, "sampling_params", None)
     for entry in params if isinstance(params, list) else [params]:
         if isinstance(entry, dict) and entry.get("custom_params") is not None:
             try:
                 validate_custom_params(entry["custom_params"])
-                carried_prediction(entry["custom_params"])
+                _check_long(manager, entry["custom_params"])
             except HintError as error:
                 raise ValueError(str(error)) from None
 

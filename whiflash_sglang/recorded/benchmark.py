@@ -48,9 +48,11 @@ def evaluate_recorded(paths: Sequence[Path], settings: RecordedSettings) -> dict
     Raises:
         ConfigError: naming the file and the place that cannot be read, or an arm that there is not.
     """
+    from whiflash_sglang.train.data import target_path
+
     bundle = settings.bundle or embedded_bundle()
     manifest = load_manifest(bundle)
-    renderer = _renderer(bundle, manifest)
+    renderer = renderer_of(target_path(manifest.target), bundle)
     known = arms_of(lookup_of(manifest), renderer.vocabulary)
     for name in settings.arms or ():
         if name not in known:
@@ -84,14 +86,14 @@ def _chosen(found: list[Conversation], settings: RecordedSettings) -> list[Conve
     return found[: settings.limit]
 
 
-def _renderer(bundle: Path, manifest: Any) -> Renderer:
+def renderer_of(target: Path, bundle: Path) -> Renderer:
+    """Renders with a target's tokenizer, and the bundle's template where it has one."""
     from transformers import AutoTokenizer
 
-    from whiflash_sglang.train.data import target_path
-
+    manifest = load_manifest(bundle)
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     text = None if template is None else template.read_text(encoding="utf-8")
-    return Renderer(AutoTokenizer.from_pretrained(target_path(manifest.target)), text)
+    return Renderer(AutoTokenizer.from_pretrained(target), text)
 
 
 def _tracked(conversations: Sequence[Conversation], renderer: Renderer) -> Iterator[Turn]:

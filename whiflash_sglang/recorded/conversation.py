@@ -27,12 +27,14 @@ class RecordError(ConfigError):
 class Conversation:
     """messages: `role`, `content` (text), for assistants also `tool_calls` and `reasoning_content`, for tools
     `tool_call_id`. tools: what was offered, where it was recorded. category: what figures are kept apart by.
+    prediction: what the caller expected of the last answer (predicted outputs), where that was recorded.
     """
 
     id: str
     category: str
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    prediction: str | None = None
 
     @property
     def answers(self) -> int:

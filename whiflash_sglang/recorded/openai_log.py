@@ -1,14 +1,24 @@
 """Plain OpenAI message logs: one conversation, or one request with its response, on a line.
 
-    {"messages": [...], "tools": [...], "id": "…", "category": "…"}
+    {"messages": [...], "tools": [...], "prediction": {...}, "id": "…", "category": "…"}
     {"request": {"messages": [...], "tools": [...]}, "response": {"choices": [{"message": {...}}]}}
 
-The second form is what gateways log; the first choice is the recorded answer.
+The second form is what gateways log; the first choice is the recorded answer. A prediction is of the last answer.
 """
 
+from dataclasses import replace
 from typing import Any
 
-from whiflash_sglang.recorded.conversation import Conversation, conversation, list_of, object_of, text_of
+from whiflash_sglang.recorded.conversation import (
+    Conversation,
+    RecordError,
+    conversation,
+    list_of,
+    object_of,
+    text_of,
+)
+from whiflash_sglang.spans.hints import HintError
+from whiflash_sglang.spans.prediction import body_prediction
 
 CATEGORY = "log"
 
@@ -26,13 +36,21 @@ def read(where: str, name: str, record: dict[str, Any]) -> Conversation:
         given = object_of(f"{where}, request", record["request"])
         answer = _answer(f"{where}, response", record.get("response"))
         messages = [*list_of(f"{where}, request.messages", given.get("messages")), answer]
-    return conversation(
+    found = conversation(
         where,
         text_of(f"{where}, id", record.get("id")) or name,
         text_of(f"{where}, category", record.get("category")) or CATEGORY,
         messages,
         given.get("tools"),
     )
+    return replace(found, prediction=_prediction(where, given))
+
+
+def _prediction(where: str, given: dict[str, Any]) -> str | None:
+    try:
+        return body_prediction(given)
+    except HintError as error:
+        raise RecordError(f"{where}, {error}") from None
 
 
 def _answer(where: str, response: object) -> object:

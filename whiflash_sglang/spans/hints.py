@@ -21,6 +21,8 @@ _FIELD: Final = f"custom_params.{WIRE_KEY}"
 WIRE_VERSION: Final = 1
 CARRIED_PREDICTION: Final = "whiflash_prediction"
 """Beside our own key, since it may be long: what the caller expects back (`spans.prediction`)."""
+CARRIED_FORCED: Final = "whiflash_forced"
+"""The same for an answer that a benchmark forces (`spans.forced`)."""
 
 KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
 ARMS: Final = ("ar", "diffusion", "lookup", "none")
@@ -321,8 +323,8 @@ def _check_carrier(params: dict[object, object]) -> None:
     for key, value in params.items():
         if not isinstance(key, str):
             raise HintError("custom_params", "has a name that is not a string")
-        if key == CARRIED_PREDICTION:
-            continue  # It has a bound of its own.
+        if key in (CARRIED_PREDICTION, CARRIED_FORCED):
+            continue  # They have bounds of their own.
         if key == TOOLS_KEY and isinstance(value, str) and value.isascii() and len(value) <= MAX_TOOLS_CHARS:
             continue
         values -= len(value) if isinstance(value, dict | list) else 1

@@ -1,0 +1,81 @@
+"""Writes `results/benchmark/edits.jsonl`: files of this repository, asked to be edited, with the file as prediction.
+
+    python scripts/edits.py
+
+The recorded answer is the file with a tenth of its lines changed, seeded: half of them have a word changed, others are
+followed by a new line, written anew, or left out. `whiflash bench --recorded` plays them.
+"""
+
+import json
+import random
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "results" / "benchmark" / "edits.jsonl"
+CHARS = 3000
+"""Of a file, its last line cut there left out."""
+
+SHARE = 0.1
+FILES = {
+    "code": (
+        "whiflash_sglang/lookup/index.py",
+        "whiflash_sglang/routing/assign.py",
+        "whiflash_sglang/cache/backlog.py",
+        "whiflash_sglang/jsonl.py",
+        "whiflash_sglang/bench/schedule.py",
+        "sdk/whiflash_sdk/spans.py",
+    ),
+    "document": (
+        "docs/how-to/benchmark.md",
+        "docs/reference/traces.md",
+        "docs/how-to/gateway.md",
+        "docs/explanation/round.md",
+        "docs/how-to/training.md",
+        "SECURITY.md",
+    ),
+}
+
+
+def edited(text: str, rng: random.Random) -> str:
+    """`text` with a tenth of its lines changed."""
+    lines = []
+    for line in text.split("\n"):
+        if not line.strip() or rng.random() >= SHARE:
+            lines.append(line)
+            continue
+        kind = rng.random()
+        if kind < 0.5:
+            words = line.split(" ")
+            longest = max(range(len(words)), key=lambda i: len(words[i]))
+            words[longest] = f"{words[longest][:3]}_changed"
+            lines.append(" ".join(words))
+        elif kind < 0.75:
+            indent = line[: len(line) - len(line.lstrip())]
+            lines += [line, f"{indent}note({rng.randrange(100)})  # added behind it"]
+        elif kind < 0.9:
+            lines.append("this line was written anew, and nothing of it was expected")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    rng, rows = random.Random(1), []
+    for category, names in FILES.items():
+        for name in names:
+            text = (ROOT / name).read_text("utf-8")[:CHARS].rpartition("\n")[0]
+            asked = f"Apply the changes that we spoke of, and answer with the whole file.\n\n{text}"
+            rows.append(
+                {
+                    "id": name,
+                    "category": category,
+                    "messages": [
+                        {"role": "user", "content": asked},
+                        {"role": "assistant", "content": edited(text, rng)},
+                    ],
+                    "prediction": {"type": "content", "content": text},
+                }
+            )
+    OUT.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

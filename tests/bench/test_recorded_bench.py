@@ -1,0 +1,174 @@
+"""Recorded conversations played against real servers that are forced along their text."""
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+from server_host import Forked, ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+from whiflash_sglang.bench.arms import Subject
+from whiflash_sglang.bench.fleet import Fleet
+from whiflash_sglang.bench.recorded import (
+    Talk,
+    figures,
+    measure,
+    play,
+    recorded_arms,
+    recorded_tables,
+    talks_of,
+)
+from whiflash_sglang.bench.subject import build_subject
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.recorded.benchmark import renderer_of
+from whiflash_sglang.recorded.conversation import Conversation, RecordError
+from whiflash_sglang.recorded.files import read_recorded
+
+EDITS = Path(__file__).parents[2] / "results" / "benchmark" / "edits.jsonl"
+TEXTS = (
+    "the quick brown fox jumps over the lazy dog",
+    "my brown vow: sphinx of black quartz, judge it",
+    "pack a brown box with five dozen liquor jugs",
+)
+
+
+def rows() -> list[dict[str, Any]]:
+    found = []
+    for i in range(3):
+        asked, answer = {"role": "user", "content": f"Edit {i}."}, TEXTS[i].replace("brown", f"b{i}own")
+        said = [
+            asked,
+            {"role": "assistant", "content": f"Which one? {i}"},
+            {"role": "user", "content": "It."},
+        ]
+        messages = [*said, {"role": "assistant", "content": answer}]
+        prediction = {"type": "content", "content": TEXTS[i]}
+        found.append({"id": f"t{i}", "category": "edit", "messages": messages, "prediction": prediction})
+    return found
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
+    path = tmp_path_factory.mktemp("recorded") / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    return read_recorded(path)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    root = tmp_path_factory.mktemp("bench")
+    target = tiny_target(root / "target")
+    tiny_eagle3(root / "bundle" / "eagle3", target)
+    tiny_dflash(root / "bundle" / "dflash", target)
+    manifest = {"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
+    (root / "bundle" / "whiflash.json").write_text(json.dumps(manifest))
+    return build_subject(str(target), str(root / "bundle"), "float32", (), root, ["lookup"])
+
+
+@pytest.fixture(scope="module")
+def talks(recorded: list[Conversation], subject: Subject) -> list[Talk]:
+    return talks_of(recorded, renderer_of(subject.target, subject.bundle), max_tokens=200, room=600)[0]
+
+
+def test_conversations_become_tasks(
+    talks: list[Talk], recorded: list[Conversation], subject: Subject
+) -> None:
+    assert [(talk.id, len(talk.tasks)) for talk in talks] == [("t0", 2), ("t1", 2), ("t2", 2)]
+    first, last = talks[0].tasks
+    assert not first.predictions
+    renderer = renderer_of(subject.target, subject.bundle)
+    letters = renderer.vocabulary.token_bytes
+
+    def text(tokens: Sequence[int]) -> str:
+        return b"".join(letters[token] for token in tokens).decode()
+
+    assert text(last.answer[:-1]) == TEXTS[0].replace("brown", "b0own")
+    assert text(last.predictions["prediction"]) == TEXTS[0]
+    assert text(last.predictions["useless"]) in TEXTS[1:]
+    cut, left_out = talks_of(recorded, renderer, max_tokens=5, room=60)
+    assert left_out == 3
+    assert [[len(task.answer) for task in talk.tasks] for talk in cut] == [[5]] * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["EAGLE3"], "'EAGLE3' is unknown with --recorded"),
+        (["auto+guess"], r"'auto\+guess' is unknown"),
+        (["auto", "auto"], "twice"),
+    ],
+)
+def test_wrong_arms_are_named(talks: list[Talk], subject: Subject, names: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        recorded_arms(names, subject, talks)
+
+
+def test_predictions_must_have_been_recorded(subject: Subject) -> None:
+    with pytest.raises(ConfigError, match="no record has a prediction"):
+        recorded_arms(["auto+prediction"], subject, [])
+
+
+def test_a_malformed_prediction_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({**rows()[0], "prediction": {"type": "content", "content": 3}}))
+    with pytest.raises(RecordError, match=r"log.jsonl, line 1, prediction.content: must be a string"):
+        read_recorded(path)
+
+
+def test_the_shipped_edits_can_be_read() -> None:
+    found = read_recorded(EDITS)
+    assert {one.category for one in found} == {"code", "document"}
+    for one in found:
+        assert one.prediction
+        before, after = one.prediction.split("\n"), one.messages[-1]["content"].split("\n")
+        kept = len(set(before) & set(after)) / len(set(before))
+        assert 0.8 < kept < 0.98
+
+
+def test_figures_are_of_what_was_timed(talks: list[Talk]) -> None:
+    groups = [[talk] for talk in talks]
+    tokens = sum(len(task.answer) for talk in talks for task in talk.tasks)
+    seconds = {"pinned-none": [[2.0, 2.0]] * 3, "auto": [[1.0, 1.0]] * 3}
+    found = figures(groups, seconds, {"pinned-none": 2 * (tokens - 6), "auto": tokens - 6}, 2)
+    assert found["auto"]["output_tokens_per_s"] == pytest.approx(tokens / 3)
+    assert found["auto"]["acceptance_length"] == 2.0
+    assert found["auto"]["over"]["pinned-none"]["ratio"] == pytest.approx(2.0)
+    assert np.isclose(found["pinned-none"]["over"]["auto"]["ratio"], 0.5)
+
+
+@pytest.fixture(scope="module")
+def fleet(host: ServerHost) -> Iterator[Fleet]:
+    with Fleet(lambda arguments, log, checkout: Forked(host, arguments)) as made:
+        yield made
+
+
+@pytest.mark.server
+def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet) -> None:
+    arms = recorded_arms(["lookup+prediction", "lookup+useless"], subject, talks)
+    found = measure(arms, talks, [1, 2], 2, fleet, Progress(console=Console(file=io.StringIO())))
+    for by_arm in found.values():
+        assert list(by_arm) == ["pinned-none", "lookup+prediction", "lookup+useless"]
+        assert by_arm["pinned-none"]["acceptance_length"] == 1.0
+        lengths = {name: own["acceptance_length"] for name, own in by_arm.items()}
+        assert lengths["lookup+prediction"] > 1.2 * lengths["lookup+useless"]
+    result = {"concurrency": found, "talks": len(talks), "tokens": 1}
+    assert [table.row_count for table in recorded_tables(result)] == [3, 3]
+
+    url = fleet.url("lookup+prediction")
+    task = talks[0].tasks[0]
+    params = {"max_new_tokens": 4, "custom_params": {"whiflash_forced": [1, 100_000]}}
+    body = {"input_ids": list(task.prompt), "sampling_params": params}
+    refused = httpx.post(f"{url}/generate", json=body, timeout=None)
+    assert refused.status_code == 400
+    assert "whiflash_forced[1]: must be a token id below" in refused.text
+    impossible = Talk("t", "edit", (type(task)(task.prompt, [*task.answer, 100_000]),))
+    with pytest.raises(WhiflashError, match="must be a token id"):
+        asyncio.run(play(url, arms[1], [impossible], 1))

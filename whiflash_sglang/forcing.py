@@ -1,0 +1,62 @@
+"""Answers forced along a recorded text, for benchmarks: what the target sampled is replaced once it was sampled.
+
+Imports no SGLang. A server has one of these only where its flag says so.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from whiflash_kernels import MixedBlock
+
+from whiflash_sglang.spans.forced import forced_tokens
+from whiflash_sglang.spans.hints import HintError
+
+logger = logging.getLogger(__name__)
+
+FREE = -1
+"""Where nothing is forced."""
+
+
+class Forcing:
+    """The forced tokens of running requests, on the device.
+
+    Args:
+        rows: of the request table. width: positions of each, with the widest block behind the context's end.
+        vocabulary: ids that the target has.
+    """
+
+    def __init__(self, rows: int, width: int, vocabulary: int, device: torch.device) -> None:
+        self._table = torch.full((rows, width), FREE, dtype=torch.int64, device=device)
+        self._vocabulary = vocabulary
+
+    def begin(self, row: int, req: Any) -> None:
+        """A request begins in `row`, or begins again."""
+        tokens, prompt = self._tokens(req), len(req.origin_input_ids)
+        self._table[row] = FREE
+        room = self._table.shape[1] - prompt
+        self._table[row, prompt : prompt + len(tokens)] = torch.tensor(
+            tokens[:room], dtype=torch.int64, device=self._table.device
+        )
+
+    def first(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
+        """What prefills sampled, [B], for the positions `ends`; forced where it is the answer's."""
+        forced = []
+        for req, end in zip(reqs, ends, strict=True):
+            index, tokens = end - len(req.origin_input_ids), self._tokens(req)
+            forced.append(tokens[index] if 0 <= index < len(tokens) else FREE)
+        found = torch.tensor(forced, dtype=sampled.dtype, device=sampled.device)
+        return torch.where(found != FREE, found, sampled)
+
+    def over(self, predictions: torch.Tensor, block: MixedBlock, rows: torch.Tensor) -> torch.Tensor:
+        """`predictions` [T] at the rows of `block`, whose requests are in `rows` [B]; forced where they shall be."""
+        forced = self._table[rows[block.request_of_row], block.positions + 1]
+        return torch.where(forced != FREE, forced, predictions)
+
+    def _tokens(self, req: Any) -> list[int]:
+        try:
+            return forced_tokens(req.sampling_params.custom_params, self._vocabulary)
+        except HintError as error:
+            logger.warning("request %s: a malformed forced answer is ignored (%s)", req.rid, error)
+            return []

@@ -1,0 +1,38 @@
+"""Forced answers on the wire: for benchmarks only, and only on a server that was started to take them.
+
+A request brings the tokens that its answer shall have. Logits, sampling and verification are computed as always, then
+the sampled tokens are replaced by those, so that rounds cost what they cost and drafts are judged by a recorded text.
+"""
+
+from typing import Final
+
+from whiflash_sglang.spans.hints import CARRIED_FORCED, HintError
+
+FIELD: Final = f"custom_params.{CARRIED_FORCED}"
+FLAG: Final = "--whiflash-force-recorded on"
+
+
+def forced_tokens(custom_params: object, vocabulary: int) -> list[int]:
+    """Token ids of the answer that `custom_params` force; empty where they force none. vocabulary: ids there are.
+
+    Raises: HintError, and nothing else, naming the field that is wrong.
+    """
+    carried = custom_params.get(CARRIED_FORCED) if isinstance(custom_params, dict) else None
+    if carried is None:
+        return []
+    if not isinstance(carried, list):
+        raise HintError(FIELD, "must be a list of token ids")
+    for i, token in enumerate(carried):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise HintError(f"{FIELD}[{i}]", f"must be a token id below {vocabulary}")
+    return carried
+
+
+def check_forced(custom_params: object, vocabulary: int, *, allowed: bool) -> None:
+    """Refuse what `forced_tokens` would, and anything at all where the server was not started to force answers.
+
+    Raises: HintError, and nothing else.
+    """
+    if not allowed and isinstance(custom_params, dict) and CARRIED_FORCED in custom_params:
+        raise HintError(FIELD, f"is for benchmarks; this server was started without {FLAG}")
+    forced_tokens(custom_params, vocabulary)
