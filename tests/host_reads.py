@@ -79,16 +79,16 @@ class HostReads(TorchFunctionMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators that would each be a launch; views and allocations are none.
+    """Counts operators that would each be a launch; views, allocations and conversions of nothing are none.
 
-    between: of these, those outside of `GRAPHS`.
+    between: of these, those outside of `GRAPHS`, by the line that issued them.
     """
 
     FREE = ("view", "reshape", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze")
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.between = 0
+        self.count, self.between = 0, Counter[str]()
 
     def __torch_dispatch__(
         self,
@@ -98,10 +98,20 @@ class Launches(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = func.overloadpacket.__name__
-        if not (func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE))):
+        result = func(*args, **(kwargs or {}))
+        may_be_none = func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE))
+        if not may_be_none or _copied(result, args):
             self.count += 1
-            self.between += not _within(GRAPHS)
-        return func(*args, **(kwargs or {}))
+            if not _within(GRAPHS):
+                self.between[_site(name)] += 1
+        return result
+
+
+def _copied(result: Any, args: Sequence[Any]) -> bool:
+    """Whether a conversion (`to`, `reshape`) could not give its argument's own memory."""
+    if not (args and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor)):
+        return False
+    return result.numel() > 0 and result.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr()
 
 
 def depends_on_values(name: str, args: Sequence[Any]) -> bool:

@@ -22,9 +22,5 @@ class HostView:
         resident = os.environ.get("WHIFLASH_DEVICE_RESIDENT") == "1"
         return cls(device.type == "cpu" and not resident)
 
-    def size(self, value: torch.Tensor, bound: int) -> int:
-        """`value`, a count of one element, where it may be read; else `bound`, which it never exceeds."""
-        return int(value) if self.exact else bound
-
 
 EXACT = HostView(exact=True)

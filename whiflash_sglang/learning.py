@@ -81,9 +81,7 @@ def signals_of(
     return found
 
 
-def results_of(
-    starts: torch.Tensor, proposal: Proposal, committed: Committed, signals: Mapping[str, torch.Tensor]
-) -> Download:
+def results_of(proposal: Proposal, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Download:
     """All that `Learner.learn` reads of a round.
 
     `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C], of which
@@ -91,13 +89,15 @@ def results_of(
     rows was kept to, where there is one; `entropy` [B] and `outputs` [B, K] where the policy asked for them.
     """
     wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
+    size, stride = committed.tokens.shape
+    starts, accept_lens, tokens = torch.split(committed.record, [size, size, size * stride])
     return Download(
         starts=starts,
         widths=proposal.widths,
         own=proposal.own,
         late=proposal.late,
-        tokens=committed.tokens,
-        accept_lens=committed.accept_lens,
+        tokens=tokens.view(size, stride),
+        accept_lens=accept_lens,
         confidences=proposal.confidences,
         **wanted,
         **signals,

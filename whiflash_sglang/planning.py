@@ -24,13 +24,13 @@ from whiflash_sglang.transfers import Upload
 class OnDevice:
     """What the device needs of a plan; where nobody drafts and nobody catches up, nothing.
 
-    members, due: [M] int64 per arm, indices of the batch. limits, joined: [B] int64, as of `Plan`. calibration: float32
-    per arm, `Drafter.calibration`. late_limits: [B] int64, drafts of the late arm at most. must_beat: [B] float32, what
-    these must bring (`Controller.must_beat`).
+    members: [M] int64 per arm, indices of the batch. due: [arms * B] int64, `DraftSync.flags`. limits, joined: [B]
+    int64, as of `Plan`. calibration: float32 per arm, `Drafter.calibration`. late_limits: [B] int64, drafts of the late
+    arm at most. must_beat: [B] float32, what these must bring (`Controller.must_beat`).
     """
 
     members: Mapping[str, torch.Tensor]
-    due: Mapping[str, torch.Tensor]
+    due: torch.Tensor
     limits: torch.Tensor
     joined: torch.Tensor
     calibration: Mapping[str, torch.Tensor]
@@ -252,17 +252,17 @@ class Planner:
     ) -> OnDevice:
         if not due and not any(map(any, most)):
             nothing = requests.rows.new_empty(0)
-            return OnDevice({}, {}, nothing, nothing, {}, nothing, nothing)
+            return OnDevice({}, nothing, nothing, nothing, {}, nothing, nothing)
         upload = Upload()
         most_at = [upload.ints(own) for own in most]
         members_at = {arm: upload.ints(indices) for arm, indices in members.items()}
-        due_at = {arm: upload.ints(own.members) for arm, own in due.items()}
+        due_at = upload.ints(self.sync.flags(due, len(requests.row_ids)))
         calibration_at = {arm: upload.floats(own) for arm, own in decided.calibration.items()}
         must_beat_at = upload.floats(decided.must_beat)
         ints, floats = upload.send(requests.rows.device)
         return OnDevice(
             {arm: ints[at] for arm, at in members_at.items()},
-            {arm: ints[at] for arm, at in due_at.items()},
+            ints[due_at],
             ints[most_at[0]],
             ints[most_at[1]],
             {arm: floats[at] for arm, at in calibration_at.items()},

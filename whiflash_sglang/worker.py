@@ -213,11 +213,17 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if self.forcing is not None:
             predictions = self.forcing.over(predictions, block, requests.rows)
         with clock.stage("commit"):
-            starts, stride = requests.starts, proposal.stride
+            stride = proposal.stride
             committed = accept_and_commit(
-                predictions, block.input_ids, block.qo_indptr, starts, stride=stride
+                predictions,
+                block.input_ids,
+                block.qo_indptr,
+                requests.starts,
+                stride=stride,
+                request_slots=requests.rows,
+                stops=self.stops.data,
+                text=self.tokens.data,
             )
-            committed = self.stops.until_stops(committed, requests.rows)
             if on_publish is not None:
                 on_publish(committed.seq_lens.to(torch.int64))
             records.attach(batch, verified, block, stride)
@@ -273,7 +279,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.target.slot_table,
             rows=self.target.rows_for(proposal.rows, len(requests.row_ids)),
         )
-        self.tokens.put_block(requests.rows, requests.starts + 1, proposal.tokens)
         # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
         by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
         widths = proposal.widths.tolist() if self.host.exact or by_request else None
@@ -309,21 +314,19 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         committed: Committed,
     ) -> Download:
         """Features of committed tokens go to the rings; what the host is to learn is packed for it."""
-        first = block.qo_indptr[:-1]
         self.sync.rings.park(
             verified.features,
             predictions,
             requests.rows,
             requests.starts,
             committed.accept_lens,
-            first,
+            block.qo_indptr[:-1],
             widest=proposal.stride,
         )
-        self.tokens.put_block(requests.rows, requests.starts + 1, committed.tokens)
-        last = first + committed.accept_lens - 1
+        last = committed.last_rows
         entropy = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         signals = signals_of(self.controller.policy, verified, last, self.router, entropy=entropy)
-        return results_of(requests.starts, proposal, committed, signals)
+        return results_of(proposal, committed, signals)
 
     @property
     def _has_heads(self) -> bool:

@@ -32,8 +32,26 @@ from provenance import provenance
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from whiflash_kernels import BacklogRings, DFlashWeights, Eagle3Weights, KVPools, triton_kernels
-from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, copies, router, routing
+from whiflash_kernels import (
+    BacklogRings,
+    DFlashWeights,
+    Drafted,
+    Eagle3Weights,
+    KVPools,
+    Laid,
+    triton_kernels,
+)
+from whiflash_kernels.triton_kernels import (
+    attention,
+    backlog,
+    block,
+    catch_up,
+    copies,
+    drafts,
+    passes,
+    router,
+    routing,
+)
 
 RESULTS = Path(__file__).parent / "results"
 CAPABILITIES = (80, 90, 100)
@@ -98,6 +116,10 @@ def slot_table() -> torch.Tensor:
     return meta(257, 40_960, dtype=torch.int32)
 
 
+def text() -> torch.Tensor:
+    return index(257, 40_960)
+
+
 def pools(layers: int, heads: int, dim: int) -> KVPools:
     return KVPools(*(tuple(meta(4096, heads, dim) for _ in range(layers)) for _ in range(2)))
 
@@ -124,8 +146,46 @@ def run_prepare(requests: int) -> None:
 
 
 def run_accept(requests: int) -> None:
-    indptr = meta(requests + 1, dtype=torch.int32)
-    block.accept_and_commit(index(requests * 16), index(requests * 16), indptr, index(requests), 16, 0)
+    indptr, ids = meta(requests + 1, dtype=torch.int32), index(requests * 16)
+    kept = (index(requests), index(257, 8), text())
+    block.accept_and_commit(ids, ids, indptr, index(requests), 16, 0, *kept)
+
+
+def run_claim(requests: int) -> None:
+    backlog.claim_backlogs(index(2, 257), index(requests), index(requests), index(2, requests))
+
+
+def run_inputs(requests: int, hidden: int, captured: int, chunks: tuple[int, ...]) -> None:
+    rings = BacklogRings(meta(64, 64, captured * hidden), index(64, 64))
+    passes.draft_inputs(rings, *(index(requests) for _ in range(5)), chunks, hidden)
+
+
+def run_pass_rows(requests: int) -> None:
+    passes.pass_rows(slot_table(), *(index(requests) for _ in range(3)), 0, 16, 7)
+
+
+def chances(*size: int) -> torch.Tensor:
+    return meta(*size, dtype=torch.float32)
+
+
+def run_cut(requests: int) -> None:
+    drafts.cut_drafts(chances(requests, 15), chances(12), chances(10), index(requests), 0.1)
+
+
+def drafted(requests: int, width: int) -> Drafted:
+    lives = chances(requests, width)
+    return Drafted(index(requests), index(requests, width), index(requests), lives, lives)
+
+
+def run_lay(requests: int) -> None:
+    parts = [drafted(requests // 2, 7), drafted(requests // 2, 15)]
+    drafts.lay_drafts(parts, index(requests), index(requests), 24, 15, text())
+
+
+def run_choose(requests: int) -> None:
+    laid = Laid(index(requests, 24), index(requests), chances(requests, 24), chances(requests, 15))
+    others = (None, drafted(requests, 24), drafted(requests, 24), chances(requests), 0.1, 4 * requests)
+    drafts.choose_drafts(laid, index(requests), index(requests), text(), *others)
 
 
 def run_dflash(layers: int, hidden: int, chunks: int, heads: int, dim: int) -> None:
@@ -175,12 +235,12 @@ def run_attention(
     attention.draft_attention(q, pool, pool, *args, width, width, width == 1, dim**-0.5, window, longest)
 
 
-def run_copies(requests: int) -> None:
-    numbers = [index(requests) for _ in range(4)]
-    shares = [meta(requests, dtype=torch.float32) for _ in range(2)]
-    chances, boundaries = meta(requests, 8, 4, dtype=torch.float32), meta(8, dtype=torch.int32)
-    table = meta(257, 40_960, dtype=torch.int64)
-    copies.propose_copies(table, *numbers, *shares, chances, boundaries, 24, 0.1, 1, True)
+def run_copies(requests: int, *, behind: bool) -> None:
+    numbers, back = [index(requests) for _ in range(3)], index(257)
+    judged = (chances(requests), chances(requests, 8, 4), meta(8, dtype=torch.int32))
+    drafts = (index(requests), chances(requests, 24)) if behind else None
+    slots, lengths, limits = numbers
+    copies.propose_copies(text(), slots, lengths, back, limits, *judged, 24, 0.1, 1, drafts)
 
 
 CASES: dict[str, Callable[[], object]] = {
@@ -213,7 +273,17 @@ CASES: dict[str, Callable[[], object]] = {
         32, 16, 32, 8, 128, 4096
     ),
     "draft_attention, block of 8, SmolLM2-135M, 8 requests": lambda: run_attention(8, 8, 9, 3, 64),
-    "propose_copies, 24 tokens, 32 requests": lambda: run_copies(32),
+    "propose_copies, 24 tokens, 32 requests": lambda: run_copies(32, behind=False),
+    "propose_copies, behind drafts, 32 requests": lambda: run_copies(32, behind=True),
+    "claim_backlogs, 2 drafters, 32 requests": lambda: run_claim(32),
+    "draft_inputs, Qwen3-8B EAGLE-3, 32 requests": lambda: run_inputs(32, 4096, 7, (1, 3, 6)),
+    "draft_inputs, no tail, 32 requests": lambda: run_inputs(32, 4096, 7, ()),
+    "pass_rows, block of 16, 32 requests": lambda: run_pass_rows(32),
+    "cut_drafts, 15 tokens, 32 requests": lambda: run_cut(32),
+    "lay_drafts, 2 drafters, 32 requests": lambda: run_lay(32),
+    "lay_drafts, 2 drafters, 256 requests": lambda: run_lay(256),
+    "choose_drafts, 24 tokens, 32 requests": lambda: run_choose(32),
+    "choose_drafts, 24 tokens, 256 requests": lambda: run_choose(256),
     "router_mlp, 1 row, Qwen3-8B, bf16": lambda: run_router(1, 4096, 512, torch.bfloat16),
     "router_mlp, 32 rows, Qwen3-8B, fp32": lambda: run_router(32, 4096, 512, torch.float32),
 }

@@ -25,11 +25,12 @@ from cases import (
     backlog_cases,
     block_cases,
     catch_up_cases,
-    copy_cases,
     router_cases,
     routing_cases,
     switch_call,
 )
+from draft_cases import copy_cases, draft_cases, pass_cases
+from layer_cases import layer_cases
 from measure import Call, Ceilings, Timing, as_graph, ceilings, forced, time_call
 from provenance import cpu_name, provenance
 from shapes import SHAPES
@@ -94,8 +95,11 @@ def all_cases(bench: Bench) -> Iterator[Case]:
         catch_up_cases(bench),
         attention_cases(bench),
         block_cases(bench),
+        pass_cases(bench),
+        draft_cases(bench),
         copy_cases(bench),
         router_cases(bench),
+        layer_cases(bench),
     )
 
 

@@ -19,7 +19,6 @@ from whiflash_kernels import (
     eagle3_catch_up,
     park,
     prepare_mixed_block,
-    propose_copies,
     router_mlp,
     routing_stats,
     unpark,
@@ -62,6 +61,7 @@ class Bench:
             self.random(self.slots, CAPACITY, shape.captured * shape.hidden),
             self.below(shape.vocab, self.slots, CAPACITY),
         )
+        self.text = torch.zeros(self.slots, CONTEXT, dtype=torch.int64, device=device)
         self.rope = torch.rand(CONTEXT, shape.dim, device=device, generator=self.generator) * 2 - 1
 
     def random(self, *size: int) -> torch.Tensor:
@@ -198,12 +198,13 @@ def block_cases(bench: Bench) -> Iterator[Case]:
             5 * 8 * rows,
         )
         commit = (predictions, block.input_ids, block.qo_indptr, lengths)
-        yield Case(
-            "accept_and_commit",
-            f"{batch} requests, {rows} rows",
-            partial(accept_and_commit, *commit, stride=s.block),
-            2 * 8 * rows + 8 * batch * s.block,
+        stops = torch.full((bench.slots, 8), -1, device=bench.device)
+        call = partial(
+            accept_and_commit, *commit, stride=s.block, request_slots=slots, stops=stops, text=bench.text
         )
+        # Both ids of a row; a request's stops, and its tokens for the engine, the text and the host.
+        moved = 2 * 8 * rows + 8 * 8 * batch + (8 + 8 + 4) * batch * s.block
+        yield Case("accept_and_commit", f"{batch} requests, {rows} rows", call, moved)
 
 
 def attention_cases(bench: Bench) -> Iterator[Case]:
@@ -235,20 +236,6 @@ def contiguous_attention(bench: Bench, q: torch.Tensor, batch: int, width: int) 
     by_head = q.view(batch, width, s.heads, s.dim).transpose(1, 2)
     keys, values = (bench.random(batch, s.kv_heads, CONTEXT, s.dim) for _ in range(2))
     return partial(scaled_dot_product_attention, by_head, keys, values, enable_gqa=True)
-
-
-def copy_cases(bench: Bench) -> Iterator[Case]:
-    """Texts that hold nothing to copy: each is walked to its beginning."""
-    texts = torch.arange(bench.slots * CONTEXT, device=bench.device).view(bench.slots, CONTEXT)
-    boundaries = torch.tensor([1, 2, 3, 4, 6, 9, 14, 22], dtype=torch.int32, device=bench.device)
-    for batch in BATCHES:
-        whole = torch.full((batch,), CONTEXT, device=bench.device)
-        none, limits = torch.zeros_like(whole), torch.full_like(whole, 24)
-        ones = torch.ones(batch, device=bench.device)
-        chances = torch.full((batch, 8, 4), 0.5, device=bench.device)
-        arguments = (texts, bench.request_slots(batch), whole, none, limits, ones, ones, chances, boundaries)
-        call = partial(propose_copies, *arguments, width=24, worth=0.1)
-        yield Case("propose_copies", f"{batch} x {CONTEXT} tokens", call, 8 * batch * CONTEXT)
 
 
 def router_cases(bench: Bench) -> Iterator[Case]:

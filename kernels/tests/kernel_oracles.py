@@ -60,14 +60,14 @@ def mixed_block(bonus, drafts, widths, seq_lens, slots, req_to_token):
     return rows, indptr
 
 
-def commit(predictions, input_ids, indptr, stride):
-    """Committed tokens of every request."""
+def commit(predictions, input_ids, indptr, stride, stops=None):
+    """Committed tokens of every request, which ends at its `stops`."""
     committed = []
-    for start, end in pairwise(indptr):
+    for request, (start, end) in enumerate(pairwise(indptr)):
         end = min(end, start + stride)
         tokens = [predictions[start]] if end > start else []
         for row in range(start, end - 1):
-            if predictions[row] != input_ids[row + 1]:
+            if predictions[row] != input_ids[row + 1] or (stops and predictions[row] in stops[request]):
                 break
             tokens.append(predictions[row + 1])
         committed.append(tokens)
@@ -208,3 +208,49 @@ def propose_copy(
         lives.append(chance)
         following = same
     return tokens, lives, best, lengths[best]
+
+
+def claim(watermarks, slots, seq_lens, due):
+    """Begins and ends of every drafter's backlogs; `watermarks`, a list of lists, moves."""
+    begins, ends = [], []
+    for own, wanted in zip(watermarks, due, strict=True):
+        begins.append([own[slot] for slot in slots])
+        for slot, length, flag in zip(slots, seq_lens, wanted, strict=True):
+            if flag:
+                own[slot] = max(own[slot], length)
+        ends.append([own[slot] for slot in slots])
+    return begins, ends
+
+
+def cut(confidences, calibration, edges, limit, worth):
+    """How many drafts of one request are kept, and the chance of each with all before it."""
+    alive, chance = [], 1.0
+    for sure in confidences:
+        chance *= calibration[sum(edge <= sure for edge in edges)]
+        alive.append(chance)
+    kept = 1
+    while kept < len(alive) and alive[kept] >= worth:
+        kept += 1
+    return min(kept, limit), alive
+
+
+def choose(requests, worth, room):
+    """Drafts that are verified of every request, whether they are its late ones, how many are its own; and all drafts.
+
+    A request is its own drafts, those behind them and its late ones, each a list of (token, chance), and what the late
+    ones must beat.
+    """
+    merged, late, own = [], [], []
+    for laid, behind, instead, must_beat in requests:
+        takes = bool(instead) and sum(chance - worth for _, chance in instead) > must_beat
+        merged.append(instead if takes else laid + behind)
+        late.append(int(takes))
+        own.append(len(laid))
+    wanted = [len(drafts) for drafts in merged]
+    if room is not None:
+        ranked = sorted(
+            (-chance, depth, b) for b, drafts in enumerate(merged) for depth, (_, chance) in enumerate(drafts)
+        )
+        kept = [b for _, _, b in ranked[:room]]
+        merged = [drafts[: kept.count(b)] for b, drafts in enumerate(merged)]
+    return merged, late, [min(n, len(drafts)) for n, drafts in zip(own, merged, strict=True)], wanted

@@ -27,8 +27,12 @@ def check_round(
     *,
     padding: int | None = None,
     dtype: torch.dtype = torch.int64,
+    stops: list[list[int]] | None = None,
 ) -> MixedBlock:
-    """Build a block, verify it with predictions that agree with about three drafts in four, commit it."""
+    """Build a block, verify it with predictions that agree with about three drafts in four, commit it.
+
+    `stops`: tokens that end each request, as many each; with them the text is kept too.
+    """
     generator = torch.Generator().manual_seed(seed)
     requests, most = len(widths), max([*widths, 1])
     # A narrow alphabet: predictions often agree by chance too.
@@ -61,7 +65,14 @@ def check_round(
     agree = torch.rand(len(rows) + pad, generator=generator) < 0.75
     following = block.input_ids.cpu().roll(-1)
     predictions = torch.where(agree, following, predictions)
-    committed_tokens = oracles.commit(predictions.tolist(), block.input_ids.tolist(), indptr, most)
+    committed_tokens = oracles.commit(predictions.tolist(), block.input_ids.tolist(), indptr, most, stops)
+    kept = {}
+    text = torch.full((SLOTS, CONTEXT + most), -5, dtype=torch.int64, device=DEVICE)
+    if stops is not None:
+        of_slots = torch.full((SLOTS, len(stops[0]) if stops else 2), -1, dtype=torch.int64)
+        for slot, own in zip(slots, stops, strict=True):
+            of_slots[slot] = torch.tensor(own, dtype=torch.int64)
+        kept = {"request_slots": integers(slots, dtype), "stops": of_slots.to(DEVICE), "text": text}
     with running(backend), guarded_outputs():
         committed = accept_and_commit(
             predictions.to(DEVICE),
@@ -70,13 +81,23 @@ def check_round(
             integers(seq_lens, dtype),
             stride=most,
             pad_token=-9,
+            **kept,
         )
     lengths = [len(tokens) for tokens in committed_tokens]
+    padded = [t + [-9] * (most - len(t)) for t in committed_tokens]
     assert committed.accept_lens.tolist() == lengths
-    assert committed.tokens.tolist() == [t + [-9] * (most - len(t)) for t in committed_tokens]
+    assert committed.tokens.tolist() == padded
     assert committed.bonus.tolist() == [t[-1] if t else -9 for t in committed_tokens]
     assert committed.seq_lens.tolist() == [n + k for n, k in zip(seq_lens, lengths, strict=True)]
-    assert [t.dtype for t in committed] == [torch.int32, torch.int64, torch.int64, dtype]
+    assert committed.last_rows.tolist() == [s + max(k - 1, 0) for s, k in zip(indptr, lengths, strict=False)]
+    assert committed.record.tolist() == [*seq_lens, *lengths, *(token for own in padded for token in own)]
+    int64, int32 = torch.int64, torch.int32
+    assert [t.dtype for t in committed] == [int32, int64, int64, dtype, int64, int32]
+    if stops is not None:
+        expected = torch.full_like(text, -5)
+        for slot, n, tokens in zip(slots, seq_lens, padded, strict=True):
+            expected[slot, n + 1 : n + 1 + most] = integers(tokens)
+        assert torch.equal(text, expected)
     return block
 
 
@@ -89,6 +110,19 @@ def check_round(
 )
 def test_any_round(backend: str, widths: list[int], seed: int, padding: int | None) -> None:
     check_round(backend, widths, seed, padding=padding)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), widths=st.lists(st.integers(0, 9), max_size=6), seed=st.integers(0, 1000))
+def test_any_round_that_may_end(backend: str, data: st.DataObject, widths: list[int], seed: int) -> None:
+    """Predictions are of 0…4; -1 stands for no token."""
+    columns = data.draw(st.integers(1, 3))
+    ending = st.lists(st.sampled_from([-1, -1, 0, 1, 2]), min_size=columns, max_size=columns)
+    stops = [data.draw(ending) for _ in widths]
+    check_round(
+        backend, widths, seed, stops=stops, dtype=data.draw(st.sampled_from([torch.int32, torch.int64]))
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -154,3 +188,5 @@ def test_rejects_what_does_not_match() -> None:
         accept_and_commit(one, integers([1, 2]), integers([0, 1]), one, stride=1)
     with pytest.raises(ValueError, match="stride must be at least 1"):
         accept_and_commit(one, one, integers([0, 1]), one, stride=0)
+    with pytest.raises(ValueError, match="need request_slots"):
+        accept_and_commit(one, one, integers([0, 1]), one, stride=1, text=table)

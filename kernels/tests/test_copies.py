@@ -20,9 +20,10 @@ def check(
     width: int = 9,
     worth: float = 0.1,
     min_match: int = 1,
-    keep_first: bool = True,
+    drafts: int | None = None,
     context: int = 3000,
 ) -> None:
+    """`sources`: where each last copy would go on. `drafts`: so many of each text's tokens are drafts."""
     generator = torch.Generator().manual_seed(len(texts))
     requests = len(texts)
     table = torch.randint(
@@ -33,34 +34,49 @@ def check(
         table[slot, : len(text)] = torch.tensor(text, dtype=torch.int64)
     sources = sources or [0] * requests
     limits = limits or [width] * requests
+    counts = [min(drafts or 0, max(len(text) - 1, 0)) for text in texts]
+    back = torch.full((requests + 1,), -3)
+    for slot, text, source in zip(slots.tolist(), texts, sources, strict=True):
+        back[slot] = max(len(text) - source, 0) if source > 0 else 0
     chances = torch.rand(requests, len(BOUNDARIES), 4, generator=generator) * 0.5 + 0.5
-    alive, factors = (torch.rand(requests, generator=generator) * 0.5 + 0.5 for _ in range(2))
+    factors = torch.rand(requests, generator=generator) * 0.5 + 0.5
+    alive = torch.rand(requests, 3, generator=generator) * 0.5 + 0.5
+    left = [
+        limit if drafts is None else limit * (count > 0) for limit, count in zip(limits, counts, strict=True)
+    ]
     on_device = [
         tensor.to(DEVICE)
         for tensor in (
             table,
             slots,
-            torch.tensor([len(text) for text in texts]),
-            torch.tensor(sources),
-            torch.tensor(limits),
-            alive,
+            torch.tensor([len(text) - 1 - count for text, count in zip(texts, counts, strict=True)]),
+            back,
+            torch.tensor([limit + count for limit, count in zip(limits, counts, strict=True)]),
             factors,
             chances,
             torch.tensor(BOUNDARIES, dtype=torch.int32),
         )
     ]
-    options = {"width": width, "worth": worth, "min_match": min_match, "keep_first": keep_first}
+    behind = (
+        None if drafts is None else (torch.tensor(counts, dtype=torch.int64).to(DEVICE), alive.to(DEVICE))
+    )
+    options = {"width": width, "worth": worth, "min_match": min_match}
     with running(backend), guarded_outputs():
-        copies = propose_copies(*on_device, **options)
+        copies = propose_copies(*on_device, **options, behind=behind)
+    expected_back = back.clone()
     for b, text in enumerate(texts):
-        judged = (alive[b].item(), factors[b].item(), chances[b].tolist(), BOUNDARIES)
+        before = 1.0 if drafts is None else alive[b, max(counts[b] - 1, 0)].item()
+        judged = (before, factors[b].item(), chances[b].tolist(), BOUNDARIES)
         tokens, lives, place, length = oracles.propose_copy(
-            text, sources[b], limits[b], *judged, width, worth, min_match, keep_first
+            text, sources[b], left[b], *judged, width, worth, min_match, drafts is None
         )
         found = copies.widths[b].item()
         assert copies.tokens[b].tolist() == tokens + [0] * (width - found)
         assert copies.alive[b].tolist() == pytest.approx(lives + [0.0] * (width - found), abs=1e-5)
         assert (copies.sources[b].item(), copies.matched[b].item()) == (place, length)
+        if drafts is None and length:
+            expected_back[slots[b]] = len(text) - place
+    assert on_device[3].tolist() == expected_back.tolist()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -94,11 +110,11 @@ def test_a_copy_goes_on_where_it_was(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("keep_first", [True, False])
-def test_limits_and_worth(backend: str, keep_first: bool) -> None:
+@pytest.mark.parametrize("drafts", [None, 0, 1, 3])
+def test_limits_and_worth(backend: str, drafts: int | None) -> None:
     text = [5, 6, 7, 8, 9, 5, 6, 7]
     for worth in (0.0, 0.3, 0.9, 1.1):
-        check(backend, [text] * 3, limits=[0, 1, 4], worth=worth, keep_first=keep_first)
+        check(backend, [text] * 3, limits=[0, 1, 4], worth=worth, drafts=drafts)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,9 +134,10 @@ def test_no_requests(backend: str) -> None:
     texts=st.lists(st.lists(st.integers(0, 3), max_size=60), min_size=1, max_size=3),
     source=st.integers(-2, 61),
     width=st.integers(1, 12),
+    drafts=st.none() | st.integers(0, 3),
 )
-def test_any_text(backend: str, texts: list[list[int]], source: int, width: int) -> None:
-    check(backend, texts, sources=[source] * len(texts), width=width)
+def test_any_text(backend: str, texts: list[list[int]], source: int, width: int, drafts: int | None) -> None:
+    check(backend, texts, sources=[source] * len(texts), width=width, drafts=drafts)
 
 
 def test_rejects_what_does_not_fit() -> None:

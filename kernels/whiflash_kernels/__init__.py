@@ -9,20 +9,27 @@ shares memory with an argument. Index tensors may be strided; what must be conti
 """
 
 from whiflash_kernels.attention import draft_attention
-from whiflash_kernels.backlog import park, unpark
+from whiflash_kernels.backlog import claim_backlogs, park, unpark
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
 from whiflash_kernels.catch_up import dflash_catch_up, eagle3_catch_up
 from whiflash_kernels.copies import propose_copies
+from whiflash_kernels.drafts import choose_drafts, cut_drafts, join_drafts, lay_drafts
+from whiflash_kernels.passes import draft_inputs, pass_rows
 from whiflash_kernels.router import router_mlp
 from whiflash_kernels.routing import routing_stats
 from whiflash_kernels.structs import (
     BacklogRings,
+    Chosen,
     Committed,
     Copies,
     DFlashWeights,
+    Drafted,
+    DraftInputs,
     Eagle3Weights,
     KVPools,
+    Laid,
     MixedBlock,
+    PassRows,
     RoutingStats,
     Unparked,
 )
@@ -31,19 +38,31 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BacklogRings",
+    "Chosen",
     "Committed",
     "Copies",
     "DFlashWeights",
+    "DraftInputs",
+    "Drafted",
     "Eagle3Weights",
     "KVPools",
+    "Laid",
     "MixedBlock",
+    "PassRows",
     "RoutingStats",
     "Unparked",
     "accept_and_commit",
+    "choose_drafts",
+    "claim_backlogs",
+    "cut_drafts",
     "dflash_catch_up",
     "draft_attention",
+    "draft_inputs",
     "eagle3_catch_up",
+    "join_drafts",
+    "lay_drafts",
     "park",
+    "pass_rows",
     "prepare_mixed_block",
     "propose_copies",
     "router_mlp",

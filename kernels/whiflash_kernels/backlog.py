@@ -1,4 +1,4 @@
-"""Parking committed features in per-request rings, and packing ragged backlogs out of them."""
+"""Parking committed features in per-request rings, claiming ragged backlogs and packing them out of there."""
 
 from collections.abc import Sequence
 
@@ -126,3 +126,43 @@ def unpark(
     from whiflash_kernels.reference import backlog as reference
 
     return reference.unpark(rings, request_slots, begins, ends, req_to_token, rows, chunks, chunk_width)
+
+
+def claim_backlogs(
+    watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What every drafter is to ingest now, which counts as ingested from now on.
+
+    With w = watermarks[a, request_slots[b]]: begins[a, b] = w, and ends[a, b] = max(w, seq_lens[b]) where due[a, b]
+    is not 0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b].
+
+    Args:
+        watermarks: [A, slots] int64, contiguous, up to where each drafter's KV is valid; written in place.
+        request_slots: [B] int64 or int32, pairwise different.
+        seq_lens: [B] int64 or int32.
+        due: [A, B] int64 or int32, 0 or 1.
+
+    Returns:
+        begins and ends, [A, B] int64 each.
+
+    Raises:
+        ValueError: ``due`` is not [A, B], or ``watermarks`` is not contiguous.
+
+    Grid: (A * B / 128), one launch for all drafters, graph-capturable.
+    Numerics: integers.
+    Fallback: torch.
+    Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
+    """
+    if due.shape != (watermarks.shape[0], request_slots.shape[0]):
+        raise ValueError(
+            f"due must be {(watermarks.shape[0], request_slots.shape[0])}, got {tuple(due.shape)}"
+        )
+    if not watermarks.is_contiguous():
+        raise ValueError("watermarks must be contiguous")
+    if backend_for(watermarks) == "triton":
+        from whiflash_kernels.triton_kernels import backlog as kernels
+
+        return kernels.claim_backlogs(watermarks, request_slots, seq_lens, due)
+    from whiflash_kernels.reference import backlog as reference
+
+    return reference.claim_backlogs(watermarks, request_slots, seq_lens, due)

@@ -71,12 +71,18 @@ def accept_and_commit(
     *,
     stride: int,
     pad_token: int = 0,
+    request_slots: Tensor | None = None,
+    stops: Tensor | None = None,
+    text: Tensor | None = None,
 ) -> Committed:
-    """Longest accepted prefix of each request, its bonus token and its new length.
+    """Longest accepted prefix of each request up to a token that ends it, its bonus token and its new length.
 
     With s = qo_indptr[b] and w = min(qo_indptr[b + 1] - s, stride): accepted = the number of leading
     i < w - 1 with predictions[s + i] == input_ids[s + i + 1]; accept_lens = accepted + 1 (0 when w = 0);
     tokens[b, :accept_lens] = predictions[s : s + accept_lens], whose last is the new bonus token.
+    With ``stops`` accept_lens ends behind the first i with predictions[s + i] in stops[request_slots[b]]. With ``text``
+    text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for i < stride: what lies past the committed ones is
+    overwritten by later rounds.
     Lossless for deterministic drafts: greedy predictions give greedy decoding's tokens, predictions sampled
     under each request's own parameters give exactly the target's distribution.
 
@@ -87,18 +93,23 @@ def accept_and_commit(
         seq_lens: [B] int64 or int32.
         stride: columns of ``tokens``; a request commits at most this many, so give the widest width.
         pad_token: fills ``tokens`` past the committed ones.
+        request_slots: [B] int64 or int32, pairwise different; needed with ``stops`` or ``text``.
+        stops: [slots, S] int64, contiguous: tokens that end each request, -1 where it has fewer.
+        text: [slots, context] int64, last dimension contiguous, with ``stride`` columns behind the longest length;
+            written in place.
 
     Returns:
         `Committed`.
 
     Raises:
-        ValueError: ``predictions`` and ``input_ids`` differ in length, or ``stride`` is below 1.
+        ValueError: ``predictions`` and ``input_ids`` differ in length, ``stride`` is below 1, or ``stops`` or ``text``
+            come without ``request_slots``.
 
     Grid: (B), one launch, graph-capturable.
     Numerics: integers.
     Fallback: torch (cumulative product over a padded view).
-    Compared: SGLang's ``_fused_correct_drafts_and_bonus_kernel`` and ``sgl_kernel.verify_tree_greedy`` do
-    this for one width or a tree; neither takes ragged rows.
+    Compared: SGLang's ``_fused_correct_drafts_and_bonus_kernel`` and ``sgl_kernel.verify_tree_greedy`` accept
+    for one width or a tree; neither takes ragged rows, ends at stops, or keeps the text.
     Source: speculative sampling, arXiv 2211.17192, for a point-mass draft distribution.
     """
     if predictions.shape != input_ids.shape:
@@ -108,10 +119,13 @@ def accept_and_commit(
         )
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
+    if request_slots is None and (stops is not None or text is not None):
+        raise ValueError("stops and text need request_slots")
+    arguments = (predictions, input_ids, qo_indptr, seq_lens, stride, pad_token, request_slots, stops, text)
     if backend_for(predictions) == "triton":
         from whiflash_kernels.triton_kernels import block as kernels
 
-        return kernels.accept_and_commit(predictions, input_ids, qo_indptr, seq_lens, stride, pad_token)
+        return kernels.accept_and_commit(*arguments)
     from whiflash_kernels.reference import block as reference
 
-    return reference.accept_and_commit(predictions, input_ids, qo_indptr, seq_lens, stride, pad_token)
+    return reference.accept_and_commit(*arguments)

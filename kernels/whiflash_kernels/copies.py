@@ -16,10 +16,9 @@ SURE = 0.995
 def propose_copies(
     tokens: Tensor,
     request_slots: Tensor,
-    lengths: Tensor,
-    sources: Tensor,
+    seq_lens: Tensor,
+    back: Tensor,
     limits: Tensor,
-    alive: Tensor,
     factors: Tensor,
     chances: Tensor,
     boundaries: Tensor,
@@ -27,31 +26,37 @@ def propose_copies(
     width: int,
     worth: float,
     min_match: int = 1,
-    keep_first: bool = True,
+    behind: tuple[Tensor, Tensor] | None = None,
 ) -> Copies:
     """Propose for every request what followed an earlier occurrence of its text's end.
 
-    Request b's text is t = tokens[request_slots[b], :L], L = lengths[b]; drafts written behind the committed tokens
-    are part of it, so the same call prolongs them. A place s, 0 < s < L, matches by m(s), the largest m <= 32 with
+    Request b's text is t = tokens[request_slots[b], :L], L = seq_lens[b] + 1: the bonus token is known. With
+    ``behind`` = (counts, alive) what is proposed goes behind counts[b] drafts, which the caller has written behind the
+    text: L = seq_lens[b] + 1 + counts[b]. A place s, 0 < s < L, matches by m(s), the largest m <= 32 with
     t[s - 1 - i] = t[L - 1 - i] for all i < m. Compared are the newest 8 places with m >= 2, or where there are none
-    those with m = 1, and the place ``sources[b]`` where the last copy would go on; those with m < ``min_match`` are
-    left out. The longest match is copied from, the newest of equals, ``sources[b]`` before all of its length. After
-    the text's end a copy goes on with what it copied.
+    those with m = 1, and where the last copy would go on, L - back[request_slots[b]]; those with m < ``min_match`` are
+    left out. The longest match is copied from, the newest of equals, the last copy's before all of its length. After
+    the text's end a copy goes on with what it copied. Without ``behind`` back[request_slots[b]] becomes L - s where a
+    place s was copied from.
 
     Token d's chance is chances[b, k, a]: k the last bucket with boundaries[k] <= m + d, a how the places that agreed
     so far judge it: 0 there is one, 1 all say the same, 2 they differ and the longest match of those that say it is
     longer than of those that do not, 3 it is not. The first is multiplied by factors[b]; none is above 0.995. With
-    c(d) the product of the chances up to d times alive[b], tokens are proposed as long as c(d) >= ``worth``; the
-    first in any case under ``keep_first``.
+    c(d) the product of the chances up to d, times that of the last draft with ``behind``, tokens are proposed as long
+    as c(d) >= ``worth``, the first in any case without ``behind``; limits[b] at most, with ``behind`` the drafts among
+    them, and none where there is no draft.
 
     Args:
         tokens: [slots, context] int64, last dimension contiguous.
-        request_slots, lengths: [B] int64 or int32. sources: [B] int64, 0 or less where there is none.
-        limits: [B] int64 or int32, most tokens proposed for a request.
-        alive: [B] float32, chance that everything before the copy is accepted.
+        request_slots: [B] int64 or int32, pairwise different. seq_lens: [B] int64 or int32.
+        back: [slots] int64, contiguous: from how far back each request copied last, 0 where it has not; written in
+            place without ``behind``.
+        limits: [B] int64 or int32.
         factors: [B] float32, how much better or worse than others this request's copies begin.
         chances: [B, K, 4] float32, contiguous. boundaries: [K] int32, increasing, boundaries[0] <= 1.
         width: columns of the result, at least 1.
+        behind: counts [B] int64 and alive [B, D] float32, last dimension contiguous, the chance of every draft and all
+            before it, D at least 1.
 
     Returns:
         `Copies`.
@@ -72,11 +77,11 @@ def propose_copies(
     expected = (request_slots.shape[0], boundaries.shape[0], 4)
     if chances.shape != expected:
         raise ValueError(f"chances must be {expected}, got {tuple(chances.shape)}")
-    arguments = (tokens, request_slots, lengths, sources, limits, alive, factors, chances, boundaries)
+    arguments = (tokens, request_slots, seq_lens, back, limits, factors, chances, boundaries)
     if backend_for(tokens) == "triton":
         from whiflash_kernels.triton_kernels import copies as kernels
 
-        return kernels.propose_copies(*arguments, width, worth, min_match, keep_first)
+        return kernels.propose_copies(*arguments, width, worth, min_match, behind)
     from whiflash_kernels.reference import copies as reference
 
-    return reference.propose_copies(*arguments, width, worth, min_match, keep_first)
+    return reference.propose_copies(*arguments, width, worth, min_match, behind)

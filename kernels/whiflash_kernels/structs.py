@@ -77,6 +77,32 @@ class Unparked(NamedTuple):
     """[] int64, sum of the backlogs' lengths: the number of rows in use."""
 
 
+class DraftInputs(NamedTuple):
+    """What a drafter's pass reads of the requests that it drafts for."""
+
+    request_slots: Tensor
+    """[M] int64."""
+    seq_lens: Tensor
+    """[M] int64."""
+    bonus: Tensor
+    """[M] int64."""
+    limits: Tensor
+    """[M] int64."""
+    tail: Tensor
+    """[M, width], or [M, len(chunks) * chunk_width] when chunks were chosen: the feature of the last position."""
+
+
+class PassRows(NamedTuple):
+    """The rows of a draft pass, W of every request."""
+
+    positions: Tensor
+    """[G, W] int64."""
+    cache_slots: Tensor
+    """[G, W] int64; 0 before position 0."""
+    input_ids: Tensor | None
+    """[G, W] int64: the bonus token, then the fill; None where no fill was given."""
+
+
 class Copies(NamedTuple):
     """Proposed copies, one row a request."""
 
@@ -90,6 +116,49 @@ class Copies(NamedTuple):
     """[B] int64: the place copied from, 0 where nothing matches."""
     matched: Tensor
     """[B] int64: tokens before the place that match the text's end, at most 32."""
+
+
+class Drafted(NamedTuple):
+    """What one drafter drafted for M requests of a batch."""
+
+    members: Tensor
+    """[M] int64, indices of the batch."""
+    tokens: Tensor
+    """[M, W] int64; anything past ``counts``."""
+    counts: Tensor
+    """[M] int64."""
+    alive: Tensor | None
+    """[M, W] float32: the chance that a token and all before it are accepted; None where the drafter cannot say."""
+    confidences: Tensor | None
+    """[M, W] float32: the drafter's own; None where it has none."""
+
+
+class Laid(NamedTuple):
+    """Drafts of a whole batch, side by side."""
+
+    tokens: Tensor
+    """[B, W] int64; anything past ``counts``."""
+    counts: Tensor
+    """[B] int64, 0 where nobody drafted."""
+    alive: Tensor
+    """[B, W] float32; 1 where a drafter cannot say; anything past ``counts``."""
+    confidences: Tensor
+    """[B, C] float32; 0 where a drafter has none."""
+
+
+class Chosen(NamedTuple):
+    """The drafts that are verified."""
+
+    tokens: Tensor
+    """[B, W] int64; anything from column ``widths`` - 1."""
+    widths: Tensor
+    """[B] int32, rows that each request verifies: its drafts and one."""
+    own: Tensor
+    """[B] int32: how many of the drafts that were laid are as far to the front as those that are verified."""
+    late: Tensor
+    """[B] int32, 1 where the late drafts took their place."""
+    wanted: Tensor
+    """[B] int32: drafts before requests competed for the room."""
 
 
 @dataclass(frozen=True)
@@ -205,3 +274,7 @@ class Committed(NamedTuple):
     """[B] int64, the last committed token, which starts the next block; ``pad_token`` without rows."""
     seq_lens: Tensor
     """[B], ``seq_lens + accept_lens`` in the dtype of ``seq_lens``."""
+    last_rows: Tensor
+    """[B] int64, the packed row of the last committed token; the first row of a request without rows."""
+    record: Tensor
+    """[B * (2 + stride)] int32 for the host: the lengths before, then ``accept_lens``, then ``tokens``."""

@@ -47,7 +47,7 @@ class Arms:
         for name, arm in self.by_name.items():
             kept = arm.kv
             arm.allocate(n)
-            arm.catch_up(rows)
+            arm.catch_up(rows.of(arm.features))
             found[name] = (arm.kv.k, arm.kv.v)
             arm.kv = kept
         return found
@@ -143,11 +143,12 @@ class Replay:
         least = [max(n - self.random.randint(0, self.late), 1) for n in self.lengths]
         most = [n + self.random.randint(0, self.late) for n in self.lengths]
         due = self.sync.due(rows, Lengths(least, most), routes, widths)
-        members = {arm: torch.tensor(own.members) for arm, own in due.items()}
-        self.sync.catch_up(due, members, torch.tensor(rows), torch.tensor(self.lengths))
+        flags = torch.tensor(self.sync.flags(due, ROWS))
+        self.sync.catch_up(due, flags, torch.tensor(rows), torch.tensor(self.lengths))
         for row, n in enumerate(self.lengths):
             assert self.sync.watermarks.backlog(row + 1, n) <= self.sync.watermarks.capacity - widths[row]
-            tail = self.sync.rings.tail(torch.tensor([row + 1]), torch.tensor([n]))[0]
+            one, at = torch.tensor([row + 1]), torch.tensor([n])
+            tail = self.sync.rings.inputs(None, one, at, one, one, None, tail=True).tail[0]
             assert torch.equal(tail, self.features[row, n - 1]), "feature n-1 did not survive"
         for name, arm in arms.items():
             members = [row for row in range(ROWS) if routes[row] == name]
@@ -181,13 +182,14 @@ class Replay:
         rows = torch.tensor(members) + 1
         starts = torch.tensor([self.lengths[row] for row in members])
         limits = [self.random.randint(1, arm.max_drafts) for _ in members]
+        batch = (rows, starts, self.tokens[rows - 1, starts], torch.tensor(limits))
         return DraftBatch(
             rows=rows,
             row_ids=rows.tolist(),
             lengths=starts.tolist(),
             starts=starts,
-            bonus=self.tokens[rows - 1, starts],
-            tail=self.sync.rings.tail(rows, starts),
+            bonus=batch[2],
+            tail=self.sync.inputs(arm.arm, None, *batch).tail,
             slot_table=self.table,
             limits=limits,
             caps=torch.tensor(limits),
@@ -221,7 +223,8 @@ class Replay:
         old = self.table[row + 1].long()
         new = torch.tensor([self.free.pop(0) for _ in range(CONTEXT)])
         for name, arm in self.arms.by_name.items():
-            done = int(self.sync.watermarks.begins(name, torch.tensor([row + 1])))
+            marks = self.sync.watermarks
+            done = int(marks.device[marks.arms.index(name), row + 1])
             _write(arm, new[:done], arm.kv.k[:, old[:done]], arm.kv.v[:, old[:done]])
         self.table[row + 1] = new.int()
         self.free += old.tolist()

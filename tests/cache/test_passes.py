@@ -30,7 +30,7 @@ def prepared(arms: Arms) -> Iterator[None]:
         yield
 
 
-def requests(arms: Arms, lengths: Sequence[int], seed: int = 0) -> PassInput:
+def requests(arm: PagedArm, lengths: Sequence[int], seed: int = 0) -> PassInput:
     """Requests of the first rows of a random slot table; row 0 and slot 0 are the padding's."""
     generator, count = torch.Generator().manual_seed(seed), len(lengths)
     slots = torch.randperm(SLOTS - 1, generator=generator)[: ROWS * CONTEXT] + 1
@@ -38,7 +38,7 @@ def requests(arms: Arms, lengths: Sequence[int], seed: int = 0) -> PassInput:
         torch.arange(1, count + 1),
         torch.tensor(lengths),
         torch.randint(VOCAB, (count,), generator=generator),
-        torch.randn(count, arms.width, generator=generator),
+        torch.randn(count, arm.tail_width, generator=generator),
         torch.cat([torch.zeros(CONTEXT), slots]).view(ROWS + 1, CONTEXT).int(),
         max(lengths),
     )
@@ -51,7 +51,7 @@ def drafted(arm: PagedArm, given: PassInput) -> Drafted:
 
 @pytest.mark.parametrize("name", ARMS)
 def test_nothing_is_read_and_nothing_uploaded(arms: Arms, name: str) -> None:
-    arm, given = arms.by_name[name], requests(arms, [20, 7, 90])
+    arm, given = arms.by_name[name], requests(arms.by_name[name], [20, 7, 90])
     with HostReads() as seen:
         drafted(arm, given)
     assert (seen.reads, seen.uploads) == ({}, {})
@@ -63,7 +63,7 @@ def test_nothing_is_read_and_nothing_uploaded(arms: Arms, name: str) -> None:
 
 
 def test_a_planted_read_is_found(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, choose = requests(arms, [20, 7]), eagle3.choose
+    given, choose = requests(arms.by_name["ar"], [20, 7]), eagle3.choose
 
     def reading(*args: Any) -> Any:
         choice = choose(*args)
@@ -83,10 +83,10 @@ def test_a_planted_read_is_found(arms: Arms, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", ARMS)
 def test_recorded_operators_serve_other_requests(arms: Arms, name: str) -> None:
     """As a graph does: recorded once for a group size, replayed with other values in the same tensors."""
-    arm, first = arms.by_name[name], requests(arms, [20, 7, 90])
+    arm, first = arms.by_name[name], requests(arms.by_name[name], [20, 7, 90])
     replay = recorded(arm, first)
     for seed, lengths in enumerate([(1, 2, 3), (120, 60, 9), (20, 7, 90)], 1):
-        other = requests(arms, lengths, seed)
+        other = requests(arm, lengths, seed)
         before = (arm.kv.k.clone(), arm.kv.v.clone())
         found = replay(*other[:-1])
         written = (arm.kv.k.clone(), arm.kv.v.clone())
@@ -110,7 +110,7 @@ def recorded(arm: PagedArm, given: PassInput) -> Callable[..., Drafted]:
 @pytest.mark.parametrize("name", ARMS)
 def test_padding_changes_nothing(arms: Arms, name: str) -> None:
     """A group may be padded to the size of a graph, whatever slot 0 holds."""
-    arm, given = arms.by_name[name], requests(arms, [20, 7, 90])
+    arm, given = arms.by_name[name], requests(arms.by_name[name], [20, 7, 90])
     kept = (arm.kv.k.clone(), arm.kv.v.clone())
     expected = drafted(arm, given)
     alone = (arm.kv.k[:, 1:].clone(), arm.kv.v[:, 1:].clone())

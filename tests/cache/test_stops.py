@@ -3,9 +3,24 @@
 import random
 
 import torch
-from whiflash_kernels import Committed
+from whiflash_kernels import Committed, accept_and_commit
 
 from whiflash_sglang.cache.stops import FEW, StopTable
+
+
+def commit(table: StopTable, texts: list[list[int]], rows: list[int]) -> Committed:
+    """Commit blocks whose drafts are all right: everything up to a stop."""
+    ids = [token for own in texts for token in (99, *own[:-1])]
+    ends = torch.tensor([0, *map(len, texts)]).cumsum(0).to(torch.int32)
+    return accept_and_commit(
+        torch.tensor([token for own in texts for token in own]),
+        torch.tensor(ids),
+        ends,
+        torch.arange(10, 10 * len(texts) + 1, 10),
+        stride=max(map(len, texts)),
+        request_slots=torch.tensor(rows),
+        stops=table.data,
+    )
 
 
 def test_a_block_is_cut_behind_its_first_stop() -> None:
@@ -17,27 +32,17 @@ def test_a_block_is_cut_behind_its_first_stop() -> None:
         for row, own in enumerate(stops):
             table.begin(7, range(100))  # another request's, which needs more room
             table.begin(row + 2, own)
-        counts = [rng.randint(1, width) for _ in range(rows)]
-        tokens = [[rng.randrange(12) for _ in range(count)] for count in counts]
-        padded = torch.tensor([own + [0] * (width - len(own)) for own in tokens])
-        n = torch.tensor([10, 20, 30])
-        accept_lens = torch.tensor(counts, dtype=torch.int32)
-        bonus = torch.tensor([own[-1] for own in tokens])
-        cut = table.until_stops(
-            Committed(accept_lens, padded, bonus, n + accept_lens), torch.tensor([2, 3, 4])
-        )
-        for i, (own, ends) in enumerate(zip(tokens, stops, strict=True)):
+        texts = [[rng.randrange(12) for _ in range(rng.randint(1, width))] for _ in range(rows)]
+        cut = commit(table, texts, [2, 3, 4])
+        for i, (own, ends) in enumerate(zip(texts, stops, strict=True)):
             kept = next((own[: at + 1] for at, token in enumerate(own) if token in ends), own)
-            if width == 1:
-                kept = own
             assert cut.tokens[i, : cut.accept_lens[i]].tolist() == kept
-            assert (int(cut.bonus[i]), int(cut.seq_lens[i])) == (kept[-1], int(n[i]) + len(kept))
+            assert (int(cut.bonus[i]), int(cut.seq_lens[i])) == (kept[-1], 10 * (i + 1) + len(kept))
 
 
 def test_a_row_forgets_the_stops_of_the_request_before() -> None:
     table = StopTable(2, "cpu")
     table.begin(1, [5])
+    assert commit(table, [[5, 6]], [1]).accept_lens.tolist() == [1]
     table.begin(1, [])
-    one = torch.tensor([1], dtype=torch.int32)
-    block = Committed(one + 1, torch.tensor([[5, 6]]), torch.tensor([6]), torch.tensor([9]))
-    assert table.until_stops(block, torch.tensor([1])).accept_lens.tolist() == [2]
+    assert commit(table, [[5, 6]], [1]).accept_lens.tolist() == [2]

@@ -37,7 +37,11 @@ class Captured:
     """Both arms with captured passes, over one slot table."""
 
     def __init__(self, arms: Arms) -> None:
-        self.arms, self.table, self.recorder = arms, requests(arms, [1]).slot_table, TapeRecorder()
+        self.arms, self.table, self.recorder = (
+            arms,
+            requests(arms.by_name["ar"], [1]).slot_table,
+            TapeRecorder(),
+        )
         self.capture()
 
     def capture(self, most: int = MOST) -> None:
@@ -45,8 +49,8 @@ class Captured:
         for arm in self.arms.by_name.values():
             arm.capture(self.recorder, inputs)
 
-    def group(self, lengths: Sequence[int], seed: int = 0) -> PassInput:
-        return requests(self.arms, lengths, seed)._replace(slot_table=self.table)
+    def group(self, name: str, lengths: Sequence[int], seed: int = 0) -> PassInput:
+        return requests(self.arms.by_name[name], lengths, seed)._replace(slot_table=self.table)
 
     def drafted(self, name: str, group: PassInput, most: int, *, eager: bool) -> list[torch.Tensor]:
         """Tokens and confidences, and the entries of every slot but the first, as they are afterwards."""
@@ -66,7 +70,7 @@ class Captured:
 
     def compare(self, name: str, lengths: Sequence[int], most: int | None = None, seed: int = 0) -> None:
         """A replayed pass with an eager one."""
-        group, full = self.group(lengths, seed), self.arms.by_name[name].max_drafts
+        group, full = self.group(name, lengths, seed), self.arms.by_name[name].max_drafts
         most = min(most or full, full)
         replayed = self.drafted(name, group, most, eager=False)
         # A captured chain runs to its end, whatever is wanted of it.
@@ -119,7 +123,7 @@ def test_a_group_that_nothing_was_captured_for_runs_as_it_is_written(captured: C
     captured.capture(most=2)
     arm, batch = (
         captured.arms.by_name["ar"],
-        batch_of(captured.arms.by_name["ar"], captured.group([9, 8, 7]), 3),
+        batch_of(captured.arms.by_name["ar"], captured.group("ar", [9, 8, 7]), 3),
     )
     assert not arm.captured_for(batch)
     assert arm.choices(batch).token.shape == (3, 3)
@@ -156,12 +160,12 @@ def test_any_history_of_replayed_passes_equals_one_pass(
 
 def keeps_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What depends on the lengths is made once for a size and kept, as a plan would be."""
-    positions, kept = PassInput.positions, {}
+    rows_from, kept = PassInput.rows_from, {}
 
-    def once(self: PassInput, offset: int, width: int) -> torch.Tensor:
-        return kept.setdefault((len(self.rows), offset, width), positions(self, offset, width))
+    def once(self: PassInput, offset: int, width: int, fill: int | None = None) -> Any:
+        return kept.setdefault((len(self.rows), offset, width), rows_from(self, offset, width, fill))
 
-    monkeypatch.setattr(PassInput, "positions", once)
+    monkeypatch.setattr(PassInput, "rows_from", once)
 
 
 def loads_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +224,7 @@ def test_a_pass_that_keeps_what_it_was_captured_with_is_found(
         captured.capture()
         if not stays:
             patch.undo()
-        captured.drafted("ar", captured.group([40, 50, 60, 70]), 5, eager=False)
+        captured.drafted("ar", captured.group("ar", [40, 50, 60, 70]), 5, eager=False)
         with pytest.raises(AssertionError):
             captured.compare("ar", [20, 7, 30])
 
@@ -228,15 +232,13 @@ def test_a_pass_that_keeps_what_it_was_captured_with_is_found(
 def test_a_catch_up_that_keeps_its_watermarks_is_found(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replays leave them as they were at the start: later ones begin too early, or overrun their size."""
+    """Replays begin where the captured one did: too early, or they overrun their size."""
     ingest = DraftSync._pass
 
-    def keeping(self: DraftSync, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
-        ingest(self, arm, rows, ends, most)
-        self.watermarks.device.copy_(frozen)
+    def keeping(self: DraftSync, arm: str, rows: Any, begins: torch.Tensor, ends: Any, most: int) -> None:
+        ingest(self, arm, rows, torch.zeros_like(begins), ends, most)
 
     replay = Replay(captured.arms, seed=1)
-    frozen = replay.sync.watermarks.device.clone()
     monkeypatch.setattr(DraftSync, "_pass", keeping)
     replay.capture(TapeRecorder())
     monkeypatch.undo()

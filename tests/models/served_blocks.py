@@ -62,7 +62,7 @@ def serve(path: Path) -> Served:
     for row, length in enumerate(LENGTHS):
         following = torch.zeros(length, dtype=torch.int64)
         slots = table[row, :length].long()
-        arm.catch_up(FeatureRows(features[row], torch.arange(length), slots, following))
+        arm.catch_up(FeatureRows(features[row], torch.arange(length), slots, following).of(arm.features))
     context = [
         (arm.kv.k[:, table[row, :length].long()].clone(), arm.kv.v[:, table[row, :length].long()].clone())
         for row, length in enumerate(LENGTHS)

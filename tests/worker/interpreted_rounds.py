@@ -18,7 +18,7 @@ from model_set import Models
 from reference import Comparison
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from whiflash_kernels import MixedBlock
-from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, routing
+from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, drafts, passes, routing
 
 from whiflash_sglang import worker
 from whiflash_sglang.compat.triton_backend import RaggedTritonBackend
@@ -30,9 +30,11 @@ TOKENS = 10
 
 KERNELS = {
     attention: ("draft_attention",),
-    backlog: ("park", "unpark"),
+    backlog: ("claim_backlogs", "park", "unpark"),
     block: ("accept_and_commit", "prepare_mixed_block"),
     catch_up: ("dflash_catch_up", "eagle3_catch_up"),
+    drafts: ("choose_drafts", "cut_drafts", "lay_drafts"),
+    passes: ("draft_inputs", "pass_rows"),
     routing: ("routing_stats",),
 }
 """Launchers of our kernels that the rounds here need."""

@@ -5,11 +5,13 @@ Conventions: at the start of a round a request has n committed tokens *with* tar
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from whiflash_kernels import BacklogRings, park, unpark
+from whiflash_kernels import BacklogRings, DraftInputs, claim_backlogs, draft_inputs, park, unpark
+
+from whiflash_sglang.cache.features import FeatureSlice
 
 
 class Lengths(NamedTuple):
@@ -68,13 +70,20 @@ class Watermarks:
     def known(self, row: int) -> bool:
         return row in self._lower
 
-    def begins(self, arm: str, rows: torch.Tensor) -> torch.Tensor:
-        """[B] int64, the watermarks of `arm` for request rows [B] int64."""
-        return self.device[self.arms.index(arm)][rows]
+    def claim(
+        self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between where and where every arm has to ingest, [arms, B] int64 each; from now on it counts as done.
 
-    def advance(self, arm: str, rows: torch.Tensor, lengths: torch.Tensor) -> None:
-        """`arm` has ingested the requests in rows [B] int64 up to lengths [B] int64, which are never less."""
-        self.device[self.arms.index(arm)].index_copy_(0, rows, lengths)
+        Args:
+            rows: [B] int64 request rows. lengths: [B] int64, n. due: [arms, B] int64, 1 where an arm catches up.
+        """
+        return claim_backlogs(self.device, rows, lengths, due)
+
+    def put(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Every arm has ingested the requests in rows [B] int64 up to lengths [B] int64 (after a prefill)."""
+        if self.arms:
+            self.device.index_copy_(1, rows, lengths.expand(len(self.arms), -1))
 
     def flushed(self, row: int, arm: str, length: int) -> None:
         """The host knows that `arm` has ingested `row` up to `length`. Raises ValueError when it would move back."""
@@ -114,8 +123,8 @@ class Watermarks:
 class FeatureRows:
     """Packed features of committed tokens on their way into a drafter's KV.
 
-    features: [N, F] as captured. positions: [N] int64. slots: [N] int64 KV slots, -1 of padding. next_tokens: [N]
-    int64, the token at position + 1.
+    features: [N, F] as captured, or the columns of one drafter. positions: [N] int64. slots: [N] int64 KV slots, -1 of
+    padding. next_tokens: [N] int64, the token at position + 1.
     """
 
     features: torch.Tensor
@@ -125,6 +134,10 @@ class FeatureRows:
 
     def __len__(self) -> int:
         return int(self.positions.shape[0])
+
+    def of(self, wanted: FeatureSlice | None) -> "FeatureRows":
+        """The same with the columns of one drafter only; None: all."""
+        return self if wanted is None else replace(self, features=wanted(self.features))
 
 
 class FeatureRings:
@@ -160,10 +173,6 @@ class FeatureRings:
         """
         park(self.rings, features, next_tokens, rows, begins, counts, row_starts, max_length=widest)
 
-    def tail(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Feature n-1 of every request: [B, F]."""
-        return self.rings.features[rows, (lengths - 1) % self.rings.capacity]
-
     def unpark(
         self,
         request_rows: torch.Tensor,
@@ -172,6 +181,7 @@ class FeatureRings:
         slot_table: torch.Tensor,
         *,
         rows: int,
+        wanted: FeatureSlice | None = None,
     ) -> FeatureRows:
         """Gather parked positions [begins, ends) of every request into one packed batch.
 
@@ -179,6 +189,39 @@ class FeatureRings:
 
         Args:
             request_rows, begins, ends: [B] int64. slot_table: [rows, ctx] int32, request row and position → KV slot.
+            wanted: a drafter's columns; None: all.
         """
-        packed = unpark(self.rings, request_rows, begins, ends, slot_table, rows=rows)
+        chunks, width = (None, 0) if wanted is None else (wanted.chunks, wanted.hidden)
+        packed = unpark(
+            self.rings, request_rows, begins, ends, slot_table, rows=rows, chunks=chunks, chunk_width=width
+        )
         return FeatureRows(packed.features, packed.positions, packed.cache_slots, packed.next_tokens)
+
+    def inputs(
+        self,
+        members: torch.Tensor | None,
+        rows: torch.Tensor,
+        lengths: torch.Tensor,
+        bonus: torch.Tensor,
+        limits: torch.Tensor,
+        wanted: FeatureSlice | None,
+        *,
+        tail: bool,
+    ) -> DraftInputs:
+        """What a drafter needs of the requests `members` [M] int64 of a batch; None takes all, without a copy.
+
+        Args:
+            rows, lengths, bonus, limits: [B] int64 each, of the whole batch. wanted: the drafter's columns; None: all.
+            tail: whether it reads feature n-1.
+        """
+        chunks, width = (None, 0) if wanted is None else (wanted.chunks, wanted.hidden)
+        return draft_inputs(
+            self.rings,
+            members,
+            rows,
+            lengths,
+            bonus,
+            limits,
+            chunks=chunks if tail else (),
+            chunk_width=width,
+        )

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from whiflash_kernels import Committed
 
 FEW = 8
 """Tokens that may end a request for which there is room from the start."""
@@ -15,7 +14,7 @@ class StopTable:
     """`[request rows, FEW or more]` int64, `NO_TOKEN` where a request has fewer.
 
     Plain decoding never comes to what lies behind such a token: neither the engine nor anything of ours may learn of
-    it.
+    it, so `accept_and_commit` cuts there.
     """
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
@@ -34,17 +33,3 @@ class StopTable:
                 self.data = torch.nn.functional.pad(self.data, (0, missing), value=NO_TOKEN)
         own = [*stops, *[NO_TOKEN] * (self.data.shape[1] - len(stops))]
         self.data[row] = torch.tensor(own, device=self.data.device)
-
-    def until_stops(self, committed: Committed, rows: torch.Tensor) -> Committed:
-        """`committed` without what lies behind a stop. rows: [B] int64 request rows."""
-        tokens, accept_lens = committed.tokens, committed.accept_lens
-        width = tokens.shape[1]
-        if width == 1:
-            return committed
-        stops = (tokens[:, :, None] == self.data[rows][:, None, :]).any(2)
-        column = torch.arange(1, width + 1, dtype=accept_lens.dtype, device=tokens.device)
-        first = torch.where(stops, column, width).amin(1)
-        kept = torch.minimum(accept_lens, first)
-        bonus = tokens.gather(1, kept[:, None].long() - 1).squeeze(1)
-        seq_lens = committed.seq_lens - (accept_lens - kept)
-        return Committed(kept, tokens, bonus, seq_lens)

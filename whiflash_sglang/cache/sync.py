@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+from whiflash_kernels import DraftInputs
 
 from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Watermarks
 from whiflash_sglang.drafters.base import Drafter
@@ -71,12 +72,11 @@ class DraftSync:
             last_rows: [B], the last packed row of each.
         """
         for drafter in self._drafters.values():
-            drafter.catch_up(prompt)
+            drafter.catch_up(prompt.of(drafter.features))
         tails = prompt.positions[last_rows]
         one = torch.ones_like(tails)
         self.rings.park(prompt.features, prompt.next_tokens, rows, tails, one, last_rows, widest=1)
-        for arm in self.arms:
-            self.watermarks.advance(arm, rows, tails + 1)
+        self.watermarks.put(rows, tails + 1)
         for row, length in zip(row_ids, lengths, strict=True):
             self.watermarks.reset(row, length)
             self._routed[row] = length
@@ -102,23 +102,47 @@ class DraftSync:
                 found[arm] = due
         return found
 
+    def flags(self, due: Mapping[str, Due], size: int) -> list[int]:
+        """`due` of `size` requests as the device takes it: [arms, B], 1 where an arm catches up."""
+        members = [due[arm].members if arm in due else () for arm in self.arms]
+        return [int(i in own) for own in members for i in range(size)]
+
     def catch_up(
-        self,
-        due: Mapping[str, Due],
-        members: Mapping[str, torch.Tensor],
-        rows: torch.Tensor,
-        starts: torch.Tensor,
+        self, due: Mapping[str, Due], flags: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor
     ) -> None:
         """One KV-only batch per drafter that is due.
 
         Args:
-            members: `Due.members` of every arm in `due`, [M] int64. rows, starts: [B] int64, of the whole batch.
+            flags: `flags(due)` on the device, [arms * B] int64. rows, starts: [B] int64, of the whole batch.
         """
         self.seconds = {}
+        if not due:
+            return
+        began = time.perf_counter()
+        begins, ends = self.watermarks.claim(rows, starts, flags.view(len(self.arms), -1))
         for arm, (_, most) in due.items():
-            began = time.perf_counter()
-            self._ingest(arm, rows[members[arm]], starts[members[arm]], most)
+            self._ingest(arm, rows, begins, ends, most)
             self.seconds[arm] = time.perf_counter() - began
+            began = time.perf_counter()
+
+    def inputs(
+        self,
+        arm: str,
+        members: torch.Tensor | None,
+        rows: torch.Tensor,
+        starts: torch.Tensor,
+        bonus: torch.Tensor,
+        limits: torch.Tensor,
+    ) -> DraftInputs:
+        """What `arm` needs of the requests `members` [M] int64; None: of all.
+
+        Args:
+            rows, starts, bonus, limits: [B] int64 each, of the whole batch.
+        """
+        drafter = self._drafters[arm]
+        return self.rings.inputs(
+            members, rows, starts, bonus, limits, drafter.features, tail=drafter.reads_tail
+        )
 
     def beyond_usual(self, due: Mapping[str, Due], row_ids: Sequence[int], routes: Sequence[str]) -> float:
         """Host seconds of the last `catch_up` beyond what drafters used in every round spend on it, by tokens.
@@ -133,13 +157,16 @@ class DraftSync:
 
     def flush(self, row: int, end: int) -> None:
         """Ingest everything parked before position `end`: the request's slots may enter the tree."""
-        device = self.watermarks.device.device
-        rows, ends = torch.tensor([[row], [end]], device=device)
-        for arm in self.arms:
-            missing = end - self.watermarks.synced(row, arm)
-            if missing > 0:
-                self._ingest(arm, rows, ends, min(missing, self._capacity))
-                self.watermarks.flushed(row, arm, end)
+        missing = {arm: end - self.watermarks.synced(row, arm) for arm in self.arms}
+        due = {arm: Due([0], min(most, self._capacity)) for arm, most in missing.items() if most > 0}
+        if not due:
+            return
+        numbers = torch.tensor([row, end, *self.flags(due, 1)], device=self.watermarks.device.device)
+        # A round that was under way when its request ended may have gone further already: then nothing is left.
+        begins, ends = self.watermarks.claim(numbers[:1], numbers[1:2], numbers[2:, None])
+        for arm, (_, most) in due.items():
+            self._ingest(arm, numbers[:1], begins, ends, most)
+            self.watermarks.flushed(row, arm, end)
 
     def forget(self, row: int) -> None:
         """The request in `row` is gone; what it parked is dropped."""
@@ -152,29 +179,33 @@ class DraftSync:
 
         Raises ConfigError where they cannot be captured.
         """
-        # Row 0 is nobody's: it has no backlog, and its watermark stays at 0.
+        # Row 0 is nobody's: it has no backlog.
         members = torch.zeros(requests, dtype=torch.int64, device=self._slot_table.device)
-        ends = torch.zeros_like(members)
+        begins, ends = torch.zeros_like(members), torch.zeros_like(members)
         for arm in self.arms:
             self._captured[arm] = CapturedPass(
                 f"the catch-up of {arm!r}",
-                partial(self._pass, arm, members, ends),
-                [StaticInput(members, 0), StaticInput(ends, 0)],
+                partial(self._pass, arm, members, begins, ends),
+                [StaticInput(members, 0), StaticInput(begins, 0), StaticInput(ends, 0)],
                 doubling(FEWEST_ROWS, rows),
                 recorder,
             )
 
-    def _ingest(self, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
-        captured = self._captured.get(arm)
+    def _ingest(
+        self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """What the requests in `rows` [B] parked between the watermarks of `arm`, of [arms, B] each."""
+        i, captured = self.arms.index(arm), self._captured.get(arm)
         if captured is not None and captured.holds(len(rows), most):
-            captured.replay(most, rows, ends)
+            captured.replay(most, rows, begins[i], ends[i])
         else:
-            self._pass(arm, rows, ends, most)
+            self._pass(arm, rows, begins[i], ends[i], most)
 
-    def _pass(self, arm: str, rows: torch.Tensor, ends: torch.Tensor, most: int) -> None:
-        """Everything that the requests in `rows` [M] parked before `ends` [M], at most `most` rows of it."""
-        begins = self.watermarks.begins(arm, rows)
-        # A round that was under way when its request ended may have gone further already.
-        ends = torch.maximum(begins, ends)
-        self._drafters[arm].catch_up(self.rings.unpark(rows, begins, ends, self._slot_table, rows=most))
-        self.watermarks.advance(arm, rows, ends)
+    def _pass(
+        self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """Everything that the requests in `rows` [M] parked from `begins` [M] to `ends` [M], at most `most` rows."""
+        drafter = self._drafters[arm]
+        drafter.catch_up(
+            self.rings.unpark(rows, begins, ends, self._slot_table, rows=most, wanted=drafter.features)
+        )

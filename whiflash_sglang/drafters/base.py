@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.features import FeatureSlice
 from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.memory import Tenant
@@ -35,8 +36,9 @@ class DraftBatch:
 
     rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request; lengths:
     on the host, the most that each n can be, n itself where `host.exact`. bonus: [B] int64, token n. tail: [B, F]
-    captured feature n-1. slot_table: [request rows, ctx] int32. limits: drafts wanted per request at most, each at
-    least 1, on the host; caps: [B] int64, the same on the device. calibration: float32, what `Drafter.calibration` was
+    its columns of feature n-1, F = 0 where it reads none (`Drafter.reads_tail`). slot_table: [request rows, ctx] int32.
+    limits: drafts wanted per request at most, each at least 1, on the host; caps: [B] int64, the same on the device.
+    calibration: float32, what `Drafter.calibration` was
     when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts. text:
     [request rows, ctx or more] int64, token at every position up to n; None where nobody looks anything up.
     """
@@ -99,16 +101,19 @@ class Drafter(ABC):
     `draft` in any order with other arms' rounds between them → `release`.
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token).
-    captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features.
-    keeps_kv: whether it has KV that must stay synchronised with the target's slots. judges: whether its drafts say how
-    likely they are (`Drafts.alive`); only such are prolonged. prolongs: whether it can go on where another arm's drafts
-    end. late: whether the host knows what it expects of a round too late where it may not read the device; then it
-    drafts for all requests, and the device decides who takes its drafts.
+    captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features. features: where
+    these lie in what the target captures, None: they are all of it. reads_tail: whether a draft begins with feature
+    n-1. keeps_kv: whether it has KV that must stay synchronised with the target's slots. judges: whether its drafts say
+    how likely they are (`Drafts.alive`); only such are prolonged. prolongs: whether it can go on where another arm's
+    drafts end. late: whether the host knows what it expects of a round too late where it may not read the device; then
+    it drafts for all requests, and the device decides who takes its drafts.
     """
 
     arm: str
     max_drafts: int
     captured_layers: tuple[int, ...] = ()
+    features: FeatureSlice | None = None
+    reads_tail: bool = False
     keeps_kv: bool = False
     judges: bool = False
     prolongs: bool = False
@@ -138,7 +143,10 @@ class Drafter(ABC):
         """
 
     def catch_up(self, rows: FeatureRows) -> None:  # noqa: B027 - a drafter without KV has nothing to do
-        """Ingest features KV-only: K and V are written, nothing is attended (KV-only Prefill, arXiv 2606.07710)."""
+        """Ingest features KV-only: K and V are written, nothing is attended (KV-only Prefill, arXiv 2606.07710).
+
+        rows: with the columns of `features` only.
+        """
 
     def outlook(self, row: int, length: int, history: History) -> float | None:
         """Expected acceptance length of a round, bonus token included, where it is known before drafting.

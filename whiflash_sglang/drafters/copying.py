@@ -7,7 +7,7 @@ the device finds and judges the copies of a round (`propose_copies`).
 import torch
 from whiflash_kernels import Copies, propose_copies
 
-from whiflash_sglang.drafters.base import DraftBatch, Drafts, Grown
+from whiflash_sglang.drafters.base import DraftBatch, Grown
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
 
 
@@ -34,60 +34,40 @@ class DeviceCopies:
         if self._back is not None:
             self._back[row] = 0
 
-    def draft(self, batch: DraftBatch, worth: float) -> Drafts:
+    def draft(self, batch: DraftBatch, worth: float) -> Copies:
         """What follows each request's text, as far as its tokens are accepted with a chance of `worth`."""
-        lengths = batch.starts + 1
-        alive = torch.ones_like(lengths, dtype=torch.float32)
-        copies = self._propose(batch, lengths, batch.caps, alive, worth, keep_first=True)
-        assert self._back is not None
-        back = torch.where(copies.matched > 0, lengths - copies.sources, self._back[batch.rows])
-        self._back.index_copy_(0, batch.rows, back)
-        return Drafts(copies.tokens, copies.widths, copies.alive)
+        return self._propose(batch, batch.caps, worth, None)
 
-    def prolong(self, grown: Grown, worth: float) -> Drafts:
-        """What follows each request's drafts, which go behind its text first."""
-        batch, drafts = grown.batch, grown.drafts
-        assert batch.text is not None
+    def prolong(self, grown: Grown, worth: float) -> Copies:
+        """What follows each request's drafts, which lie behind its text already."""
+        drafts = grown.drafts
         assert drafts.alive is not None
-        columns = batch.starts[:, None] + torch.arange(
-            1, drafts.tokens.shape[1] + 1, device=batch.rows.device
-        )
-        batch.text[batch.rows[:, None], columns] = drafts.tokens
-        last = drafts.alive.gather(1, (drafts.counts - 1).clamp(min=0)[:, None]).squeeze(1)
-        left = torch.where(drafts.counts > 0, grown.caps - drafts.counts, 0).clamp(min=0)
-        lengths = batch.starts + 1 + drafts.counts
-        copies = self._propose(batch, lengths, left, last, worth, keep_first=False)
-        return Drafts(copies.tokens, copies.widths, copies.alive)
+        return self._propose(grown.batch, grown.caps, worth, (drafts.counts, drafts.alive))
 
     def _propose(
         self,
         batch: DraftBatch,
-        lengths: torch.Tensor,
         limits: torch.Tensor,
-        alive: torch.Tensor,
         worth: float,
-        *,
-        keep_first: bool,
+        behind: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> Copies:
         assert batch.text is not None
         if self._back is None or self._buckets is None:
             with torch.inference_mode(False):  # else it could not be written outside of it
-                self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=lengths.device)
-                self._buckets = torch.tensor(BUCKETS, dtype=torch.int32, device=lengths.device)
-        back = self._back[batch.rows]
+                self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=limits.device)
+                self._buckets = torch.tensor(BUCKETS, dtype=torch.int32, device=limits.device)
         size = len(batch)
         return propose_copies(
             batch.text,
             batch.rows,
-            lengths,
-            torch.where(back > 0, lengths - back, 0),
+            batch.starts,
+            self._back,
             limits,
-            alive,
             batch.calibration[:size],
             batch.calibration[size:].view(size, len(BUCKETS), len(Agreement)),
             self._buckets,
             width=self._most,
             worth=worth,
             min_match=self._min_match,
-            keep_first=keep_first,
+            behind=behind,
         )

@@ -5,8 +5,8 @@ from whiflash_kernels import dflash_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.features import FeatureSlice
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
-from whiflash_sglang.drafters.features import FeatureSlice
 from whiflash_sglang.drafters.paged import PagedArm, PassInput
 from whiflash_sglang.drafters.weights import dflash_weights, rope_table
 from whiflash_sglang.models.choice import Choice
@@ -50,10 +50,10 @@ class DFlashArm(PagedArm):
         self._rows = self.max_drafts + (not config.from_anchor)
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
         self._head = model.head if vocabulary is None else model.head.within(vocabulary)
-        self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
+        self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
-        features = self._features(rows.features)
+        features = rows.features
         if self._weights is not None:
             dflash_catch_up(features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
             return
@@ -65,10 +65,9 @@ class DFlashArm(PagedArm):
 
     def whole(self, given: PassInput, wanted: int) -> Choice:
         rows, size = self._rows, len(given.rows)
-        ids = given.bonus.new_full((size, rows), self.model.mask_token_id)
-        ids[:, 0] = given.bonus
-        positions = given.positions(0, rows)
-        attend = self.attend_at(given.slots(positions).view(-1), given, self._spans, extra=rows, width=rows)
+        positions, slots, ids = given.rows_from(0, rows, fill=self.model.mask_token_id)
+        assert ids is not None
+        attend = self.attend_at(slots.view(-1), given, self._spans, extra=rows, width=rows)
         states = self.model(ids.view(-1), positions.view(-1), attend)
         return self.model.propose(states.view(size, rows, -1), given.bonus, wanted, self._head)
 

@@ -8,8 +8,8 @@ from whiflash_kernels import eagle3_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.features import FeatureSlice
 from whiflash_sglang.drafters.base import DraftBatch, Drafts
-from whiflash_sglang.drafters.features import FeatureSlice
 from whiflash_sglang.drafters.paged import PagedArm, PassInput
 from whiflash_sglang.drafters.weights import eagle3_weights, rope_table
 from whiflash_sglang.errors import CheckpointError
@@ -36,6 +36,7 @@ class Eagle3Arm(PagedArm):
     """
 
     arm = arms.AR
+    reads_tail = True
 
     def __init__(
         self,
@@ -57,10 +58,11 @@ class Eagle3Arm(PagedArm):
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = steps
-        self._features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
+        self.tail_width = model.fc.in_features
+        self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
-        features, tokens, weights = self._features(rows.features), rows.next_tokens, self._weights
+        features, tokens, weights = rows.features, rows.next_tokens, self._weights
         if not self.model.embeds_alone:
             # What the processes looked up together takes the matrix's place, a row a token.
             weights = replace(weights, embedding=self.model.embed(tokens))
@@ -72,9 +74,8 @@ class Eagle3Arm(PagedArm):
 
         Nothing is read on the host between steps; who may read stops before.
         """
-        positions = given.positions(-1, steps)
-        slots = given.slots(positions)
-        token, hidden = given.bonus, self.model.fuse(self._features(given.tail))
+        positions, slots, _ = given.rows_from(-1, steps)
+        token, hidden = given.bonus, self.model.fuse(given.tail)
         for step in range(steps):
             attend = self.attend_at(slots[:, step], given, (LayerSpan(causal=True),), extra=step, width=1)
             out = self.model(token, hidden, positions[:, step], attend)

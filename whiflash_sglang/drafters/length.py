@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from whiflash_kernels import cut_drafts
 
 if TYPE_CHECKING:
     from whiflash_sglang.drafters.base import DraftBatch
@@ -79,12 +80,9 @@ class DraftLength:
 
         Always the first, so that a drafter that was wrong for a while is not forgotten.
         """
-        chances = batch.calibration[torch.bucketize(confidences.contiguous(), self._edges, right=True)]
-        alive = chances.cumprod(1)
-        kept = (alive[:, 1:] >= batch.worth.row).sum(
-            1
-        ) + 1  # chances never rise above one, so these are the first
-        return Cut(torch.minimum(kept, batch.caps), alive)
+        return Cut(
+            *cut_drafts(confidences, batch.calibration, self._edges, batch.caps, worth=batch.worth.row)
+        )
 
     def goes_on(self, confidences: Sequence[torch.Tensor], batch: "DraftBatch") -> bool:
         """Whether another pass pays after drafts with these `confidences`, [B] each. Reads the device."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
+from whiflash_kernels import Copies
 
 from whiflash_sglang import arms
 from whiflash_sglang.config import Lookup
@@ -115,7 +116,7 @@ class LookupArm(Drafter):
     def draft(self, batch: DraftBatch) -> Drafts:
         self._worth = batch.worth.row or WORTH
         if self.late:
-            return self._device_copies.draft(batch, self._worth)
+            return _drafts(self._device_copies.draft(batch, self._worth))
         found = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
             proposal = self._proposals.get(row, Proposal())
@@ -127,7 +128,7 @@ class LookupArm(Drafter):
         """The copies that another arm's drafts lead into."""
         batch, drafts = grown.batch, grown.drafts
         if self.late:
-            return self._device_copies.prolong(grown, batch.worth.row or WORTH)
+            return _drafts(self._device_copies.prolong(grown, batch.worth.row or WORTH))
         assert drafts.alive is not None
         tokens, alive, counts = drafts.tokens.tolist(), drafts.alive.tolist(), drafts.counts.tolist()
         copies = [
@@ -185,6 +186,10 @@ class LookupArm(Drafter):
     def _texts(self, row: int) -> Iterable[SuffixIndex]:
         tenant = self._tenants.get(row)
         return () if tenant is None or self.memory is None else self.memory.texts(tenant)
+
+
+def _drafts(copies: Copies) -> Drafts:
+    return Drafts(copies.tokens, copies.widths, copies.alive)
 
 
 def _side_by_side(copies: Sequence[Proposal], device: torch.device) -> Drafts:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from whiflash_kernels import draft_attention
+from whiflash_kernels import PassRows, draft_attention, pass_rows
 
 from whiflash_sglang.cache.draft_kv import DraftKV
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
@@ -24,7 +24,8 @@ class PassInput(NamedTuple):
     nothing, and writes to slot 0, which belongs to nobody.
 
     rows: [G] int64 rows of `slot_table`. starts: [G] int64, n per request. bonus: [G] int64, token n.
-    tail: [G, F] captured feature n-1. slot_table: [request rows, ctx] int32. longest: the largest n at most.
+    tail: [G, F] the drafter's columns of feature n-1, which only a chain reads. slot_table: [request rows, ctx] int32.
+    longest: the largest n at most.
     """
 
     rows: torch.Tensor
@@ -73,14 +74,11 @@ class PassInput(NamedTuple):
             rows[:requests], starts[:requests], bonus[:requests], tail[:requests], slot_table, longest
         )
 
-    def positions(self, offset: int, width: int) -> torch.Tensor:
-        """n+offset … n+offset+width-1: [G, width] int64."""
-        return self.starts[:, None] + torch.arange(offset, offset + width, device=self.starts.device)
-
-    def slots(self, positions: torch.Tensor) -> torch.Tensor:
-        """KV slots of `positions` [G, width]: the same shape, int64."""
-        found = self.slot_table[self.rows[:, None], positions.clamp(min=0)]
-        return found.to(torch.int64).masked_fill_(positions < 0, 0)
+    def rows_from(self, offset: int, width: int, fill: int | None = None) -> PassRows:
+        """Rows at n+offset … n+offset+width-1 of every request: positions and KV slots; ids where there is a `fill`."""
+        return pass_rows(
+            self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill
+        )
 
 
 LOGIT_BYTES = 11
@@ -103,6 +101,8 @@ class PagedArm(Drafter):
     keeps_kv = True
     judges = True
     kv: DraftKV
+    tail_width = 0
+    """Columns of feature n-1 that a draft reads."""
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
@@ -118,6 +118,8 @@ class PagedArm(Drafter):
 
     def capture(self, recorder: Recorder, given: PassInput) -> None:
         sizes = doubling(1, len(given.rows))
+        # Arms share what they read but for their own columns.
+        given = given._replace(tail=given.tail.new_zeros((len(given.rows), self.tail_width)))
         self._captured = CapturedPass(
             f"the pass of {self.arm!r}",
             lambda size: self.whole(given.first(size), self.max_drafts),

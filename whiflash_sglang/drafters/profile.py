@@ -60,17 +60,19 @@ def _idle_batch(
     size: int, drafter: Drafter, rings: FeatureRings, slot_table: torch.Tensor, host: HostView
 ) -> DraftBatch:
     rows = torch.arange(size, device=slot_table.device)
-    starts = torch.full_like(rows, CONTEXT)
+    starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
+    bonus = torch.zeros_like(rows)
+    wanted, reads_tail = drafter.features, drafter.reads_tail
     return DraftBatch(
         rows=rows,
         row_ids=list(range(size)),
         lengths=[CONTEXT] * size,
         starts=starts,
-        bonus=torch.zeros_like(rows),
-        tail=rings.tail(rows, starts),
+        bonus=bonus,
+        tail=rings.inputs(None, rows, starts, bonus, caps, wanted, tail=reads_tail).tail,
         slot_table=slot_table,
         limits=[drafter.max_drafts] * size,
-        caps=torch.full_like(rows, drafter.max_drafts),
+        caps=caps,
         calibration=torch.tensor(drafter.calibration(range(size)), dtype=torch.float32, device=rows.device),
         host=host,
     )

@@ -1,17 +1,16 @@
 """The draft stage of a round: drafts of the whole batch side by side."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
-import torch.nn.functional as F
+from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_drafts
 
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown
-from whiflash_sglang.drafters.merging import behind, bucket_of, lay, likeliest
 from whiflash_sglang.drafters.paged import PassInput
 from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.host_view import HostView
@@ -24,10 +23,10 @@ from whiflash_sglang.routing.costs import MeasuredCosts
 class Proposal:
     """Drafts of the whole batch.
 
-    tokens: [B, W] int64, padded. widths: [B] int64, rows each request verifies (drafts + 1). own: [B] int64, drafts of
-    the request's own arm among them; confidences: [B, C] float32, what that arm gave them. late: [B] int64, 1 where the
+    tokens: [B, W] int64, padded. widths: [B] int32, rows each request verifies (drafts + 1). own: [B] int32, drafts of
+    the request's own arm among them; confidences: [B, C] float32, what that arm gave them. late: [B] int32, 1 where the
     drafts are those of `Plan.late` instead. rows: of the verification; stride: of its widest request, W + 1. Both are
-    what the widths come to where the host may know them, else bounds. wanted: [B] int64, drafts that there were before
+    what the widths come to where the host may know them, else bounds. wanted: [B] int32, drafts that there were before
     the bound was kept to, where there is one.
     """
 
@@ -69,53 +68,78 @@ class DraftStage:
         """Each arm drafts for its own requests; the results are laid side by side."""
         size, device, widest = len(plan.routes), requests.rows.device, max(plan.rooms)
         if not widest:
-            ones, nothing = torch.ones_like(requests.rows), torch.empty((size, 0), device=device)
+            ones = torch.ones_like(requests.rows, dtype=torch.int32)
+            nothing = torch.empty((size, 0), device=device)
             return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, size, 1)
-        drafts = Drafts(
-            tokens=torch.zeros((size, widest), dtype=torch.int64, device=device),
-            counts=torch.zeros(size, dtype=torch.int64, device=device),
-            alive=torch.ones((size, widest), device=device),
-            confidences=torch.zeros((size, max(plan.limits)), device=device),
-        )
+        parts = []
         for arm, members in plan.members.items():
             began = time.perf_counter()
             own = self.drafters[arm].draft(self._batch(requests, plan, arm))
             seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
             self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
-            lay(own, plan.on_device.members[arm], drafts)
-            self.clock.drafted(time.perf_counter() - began + catch_up)
-        began, own_counts = time.perf_counter(), drafts.counts
-        if any(plan.joined):
-            drafts, own_counts = self._prolonged(requests, plan, drafts)
-        late = torch.zeros_like(own_counts)
-        if plan.late is not None:
-            drafts, late = self._with_late(requests, plan, plan.late, drafts)
+            index = plan.on_device.members[arm]
+            parts.append(Drafted(index, own.tokens, own.counts, own.alive, own.confidences))
+            self.clock.drafted(seconds + catch_up)
+        began = time.perf_counter()
+        proposal = self._proposal(requests, plan, parts)
         self.clock.drafted(time.perf_counter() - began)
-        return self._proposal(plan, drafts, own_counts, late)
+        return proposal
 
-    def _proposal(self, plan: Plan, drafts: Drafts, own: torch.Tensor, late: torch.Tensor) -> Proposal:
+    def _proposal(self, requests: RoundBatch, plan: Plan, parts: Sequence[Drafted]) -> Proposal:
         """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
-        assert drafts.confidences is not None
         size, widest, most = len(plan.routes), max(plan.rooms), sum(plan.rooms)
-        counts, wanted = drafts.counts, None
+        # The device looks up what follows drafts behind the text.
+        text = self.text if any(plan.joined) and not self.host.exact else None
+        laid = lay_drafts(
+            parts,
+            requests.rows,
+            requests.starts,
+            width=widest,
+            confidences=max(plan.limits),
+            text=text,
+        )
+        own, behind = laid.counts, None
+        if any(plan.joined):
+            laid, behind, own = self._prolonged(requests, plan, laid, text)
+        late, worth = None, 0.0
+        if plan.late is not None:
+            found = self.drafters[plan.late].draft(self._whole_batch(requests, plan, plan.late))
+            worth = plan.worth[plan.late].row
+            late = Drafted(requests.rows, found.tokens, found.counts, found.alive, None)
         if not self.host.exact:
             most = bucket_of(size + min(plan.usual_drafts, most)) - size
-            counts, wanted = likeliest(drafts, most), counts
-        widths = counts + 1
-        stride = self.host.size(widths.max(), widest + 1)
-        rows = self.host.size(widths.sum(), size + most)
-        tokens = drafts.tokens[:, : stride - 1]
-        own = torch.minimum(own, counts)
-        return Proposal(tokens, widths, own, late, drafts.confidences, rows, stride, wanted)
+        chosen = choose_drafts(
+            laid,
+            requests.rows,
+            requests.starts,
+            self.text,
+            own=own,
+            behind=behind,
+            late=late,
+            must_beat=None if late is None else plan.on_device.must_beat,
+            worth=worth,
+            room=None if self.host.exact else most,
+        )
+        stride, rows = widest + 1, size + most
+        if self.host.exact:
+            widths = chosen.widths.tolist()
+            stride, rows = max(widths), sum(widths)
+        tokens = chosen.tokens[:, : stride - 1]
+        wanted = None if self.host.exact else chosen.wanted
+        return Proposal(
+            tokens, chosen.widths, chosen.own, chosen.late, laid.confidences, rows, stride, wanted
+        )
 
-    def _prolonged(self, requests: RoundBatch, plan: Plan, drafts: Drafts) -> tuple[Drafts, torch.Tensor]:
-        """The drafts, and behind them what other arms know to follow, such as the copy that a chain leads into; and
-        [B] int64, drafts of each request's own arm that are left.
+    def _prolonged(
+        self, requests: RoundBatch, plan: Plan, laid: Laid, text: torch.Tensor | None
+    ) -> tuple[Laid, Drafted | None, torch.Tensor]:
+        """The drafts with what other arms know to follow, such as the copy that a chain leads into; what is to go
+        behind them yet; and [B] int64, drafts of each request's own arm that are left.
 
         Whoever may prolong is asked twice, since each may lead into what another one knows; in the second turn also of
         its own drafts, which others have prolonged by then.
         """
-        own, newest = drafts.counts, None
+        own, newest, more = laid.counts, None, None
         prolonging = [(arm, drafter) for arm, drafter in self.drafters.items() if drafter.prolongs]
         for again, (arm, drafter) in product((False, True), prolonging):
             if newest == arm or (again and (newest is None or drafter.late)):
@@ -126,51 +150,38 @@ class DraftStage:
             ]
             if not any(rooms):
                 continue
+            laid, more = _joined(requests, laid, more, text), None
             batch = self._whole_batch(requests, plan, arm)
+            drafts = Drafts(laid.tokens, laid.counts, laid.alive)
             more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
             if more is not None:
-                drafts, newest = behind(drafts, more), arm
+                newest = arm
                 own = own if more.after is None else torch.minimum(own, more.after)
-        return drafts, own
-
-    def _with_late(
-        self, requests: RoundBatch, plan: Plan, arm: str, drafts: Drafts
-    ) -> tuple[Drafts, torch.Tensor]:
-        """The drafts, or a request's drafts of `arm` where these bring more; and [B] int64, 1 where they do."""
-        found = self.drafters[arm].draft(self._whole_batch(requests, plan, arm))
-        assert drafts.alive is not None
-        assert found.alive is not None
-        width = drafts.tokens.shape[1]
-        column = torch.arange(found.tokens.shape[1], device=found.counts.device)
-        gain = torch.where(column < found.counts[:, None], found.alive - plan.worth[arm].row, 0.0).sum(1)
-        taken = (found.counts > 0) & (gain > plan.on_device.must_beat)
-        tokens, alive = (
-            F.pad(t, (0, max(width - t.shape[1], 0)))[:, :width] for t in (found.tokens, found.alive)
-        )
-        merged = replace(
-            drafts,
-            tokens=torch.where(taken[:, None], tokens, drafts.tokens),
-            alive=torch.where(taken[:, None], alive, drafts.alive),
-            counts=torch.where(taken, found.counts, drafts.counts),
-        )
-        return merged, taken.long()
+        if more is None or more.after is not None:
+            return _joined(requests, laid, more, text), None, own
+        return laid, Drafted(requests.rows, more.tokens, more.counts, more.alive, None), own
 
     def _batch(self, requests: RoundBatch, plan: Plan, arm: str) -> DraftBatch:
         """The requests that `arm` drafts for."""
-        members, index = plan.members[arm], plan.on_device.members[arm]
-        rows, starts, bonus, caps = requests.rows, requests.starts, requests.bonus, plan.on_device.limits
-        if len(members) < len(plan.routes):
-            rows, starts, bonus, caps = (tensor[index] for tensor in (rows, starts, bonus, caps))
+        members = plan.members[arm]
+        inputs = self.sync.inputs(
+            arm,
+            plan.on_device.members[arm] if len(members) < len(plan.routes) else None,
+            requests.rows,
+            requests.starts,
+            requests.bonus,
+            plan.on_device.limits,
+        )
         return DraftBatch(
-            rows=rows,
+            rows=inputs.request_slots,
             row_ids=[requests.row_ids[i] for i in members],
             lengths=[requests.lengths.most[i] for i in members],
-            starts=starts,
-            bonus=bonus,
-            tail=self.sync.rings.tail(rows, starts),
+            starts=inputs.seq_lens,
+            bonus=inputs.bonus,
+            tail=inputs.tail,
             slot_table=self.slot_table,
             limits=[plan.limits[i] for i in members],
-            caps=caps,
+            caps=inputs.limits,
             calibration=plan.on_device.calibration[arm],
             worth=plan.worth[arm],
             host=self.host,
@@ -193,3 +204,16 @@ class DraftStage:
             host=self.host,
             text=self.text,
         )
+
+
+def _joined(requests: RoundBatch, laid: Laid, more: Drafts | None, text: torch.Tensor | None) -> Laid:
+    if more is None:
+        return laid
+    behind = Drafted(requests.rows, more.tokens, more.counts, more.alive, None)
+    return join_drafts(laid, behind, requests.rows, requests.starts, after=more.after, text=text)
+
+
+def bucket_of(rows: int) -> int:
+    """Rows of a verification that is to hold `rows`: 1, 2, 3, 4, 6, 8, 12, 16, 24, … so that there are few sizes."""
+    power = 1 << max(rows - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power

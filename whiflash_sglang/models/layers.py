@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from whiflash_kernels.layers import rms_norm, silu_and_mul
 
-from whiflash_sglang.models.rope import Angles, rotate
+from whiflash_sglang.models.rope import Angles, rotate, rotate_both, rotates_at_once
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> [T,Hq,D]`.
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
     def scale(self) -> Tensor:
         """[size], what the normed input is multiplied by."""
@@ -47,7 +48,7 @@ class GemmaRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
-        return F.rms_norm(x.float(), self.weight.shape, self.scale(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, unit_offset=True)
 
     def scale(self) -> Tensor:
         """[size] fp32, what the normed input is multiplied by."""
@@ -86,7 +87,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+            q, k = rotate_both(self.q_norm(q), self.k_norm(k), angles)
+        elif rotates_at_once(q, angles):
+            q, k = rotate_both(q, k, angles)
         else:
             q, k = torch.split(rotate(qkv[:, : heads + kv_heads], angles), [heads, kv_heads], dim=1)
         mixed: Tensor = self.out(self.mixed(attend(layer, q, k, v), x))
@@ -124,12 +127,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        if self.clamped is not None:
-            alpha, limit = self.clamped
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
-            activated = gate * torch.sigmoid(alpha * gate)
+        gate_up = self.gate_up(x)
+        if self.clamped is None:
+            activated = silu_and_mul(gate_up)
         else:
-            activated = F.silu(gate)
-        mixed: Tensor = self.down(activated * up)
+            alpha, limit = self.clamped
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+            activated = gate * torch.sigmoid(alpha * gate) * up
+        mixed: Tensor = self.down(activated)
         return mixed

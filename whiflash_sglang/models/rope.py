@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from whiflash_kernels.layers import rotate_in_place, rotates_fused
 
 from whiflash_sglang.errors import CheckpointError
 
@@ -107,3 +108,16 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     if width < x.shape[-1]:
         turned.append(x[..., width:].float())
     return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def rotates_at_once(q: Tensor, angles: Angles) -> bool:
+    """Whether one kernel rotates queries [T, heads, head_dim] with their keys where they are."""
+    return rotates_fused(q, 2 * angles[0].shape[-1])
+
+
+def rotate_both(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys, which nobody else may need unrotated: it may write to them."""
+    if not rotates_at_once(q, angles):
+        return rotate(q, angles), rotate(k, angles)
+    rotate_in_place(q, k, *(part[:, 0] for part in angles))
+    return q, k

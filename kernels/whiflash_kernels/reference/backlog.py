@@ -93,3 +93,15 @@ def _pad(packed: Unparked, rows: int) -> Unparked:
         request_of_row=extend(packed.request_of_row, PAD_ROW),
         total=packed.total,
     )
+
+
+def claim_backlogs(
+    watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `whiflash_kernels.backlog.claim_backlogs`."""
+    slots = request_slots.long()
+    begins = watermarks[:, slots]
+    # No watermark is below 0, so what is not due stays.
+    ends = torch.maximum(begins, seq_lens * due)
+    watermarks.index_copy_(1, slots, ends)
+    return begins, ends

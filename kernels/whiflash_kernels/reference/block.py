@@ -80,28 +80,57 @@ def accept_and_commit(
     seq_lens: Tensor,
     stride: int,
     pad_token: int,
+    request_slots: Tensor | None,
+    stops: Tensor | None,
+    text: Tensor | None,
 ) -> Committed:
     """See `whiflash_kernels.block.accept_and_commit`."""
     if stride == 1 and qo_indptr.tolist() == list(range(qo_indptr.shape[0])):
+        # A request ends behind its only token whether that is a stop or not.
         bonus = predictions[: seq_lens.shape[0]].clone()
-        accepted = torch.ones_like(bonus, dtype=torch.int32)
-        return Committed(accepted, bonus[:, None].clone(), bonus, seq_lens + 1)
+        accept_lens, tokens, last = torch.ones_like(bonus, dtype=torch.int32), bonus[:, None].clone(), None
+    elif predictions.numel() == 0 or seq_lens.numel() == 0:
+        accept_lens = torch.zeros_like(seq_lens, dtype=torch.int32)
+        tokens = predictions.new_full((seq_lens.numel(), stride), pad_token)
+        bonus, last = predictions.new_full((seq_lens.numel(),), pad_token), None
+    else:
+        ends = None if stops is None or request_slots is None else stops[request_slots]
+        accept_lens, tokens, bonus, last = _accepted(
+            predictions, input_ids, qo_indptr, ends, stride, pad_token
+        )
+    if text is not None and request_slots is not None:
+        column = torch.arange(1, stride + 1, device=tokens.device)
+        text[request_slots[:, None], seq_lens[:, None] + column] = tokens
+    return Committed(
+        accept_lens=accept_lens,
+        tokens=tokens,
+        bonus=bonus,
+        seq_lens=seq_lens + accept_lens.to(seq_lens.dtype),
+        last_rows=qo_indptr[:-1].long() if last is None else last,
+        record=torch.cat([seq_lens, accept_lens, tokens.view(-1)]).to(torch.int32),
+    )
+
+
+def _accepted(
+    predictions: Tensor,
+    input_ids: Tensor,
+    qo_indptr: Tensor,
+    stops: Tensor | None,
+    stride: int,
+    pad_token: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`accept_lens`, `tokens`, `bonus` and `last_rows`. stops: [B, S]."""
     starts, widths = qo_indptr[:-1].long(), qo_indptr.diff().clamp_max_(stride)
-    if predictions.numel() == 0 or widths.numel() == 0:
-        empty = torch.zeros_like(widths)
-        tokens = predictions.new_full((widths.numel(), stride), pad_token)
-        return Committed(empty, tokens, predictions.new_full((widths.numel(),), pad_token), seq_lens.clone())
     column = torch.arange(stride, device=widths.device)
     # Rows past a request's width are read (clamped into the tensor) and then masked away.
     row = (starts[:, None] + column).clamp_max_(predictions.numel() - 1)
     predicted = predictions[row]
     drafted = input_ids[(row + 1).clamp_max_(predictions.numel() - 1)]
-    agrees = (predicted == drafted) & (column < widths[:, None] - 1)
-    accept_lens = agrees.cumprod(dim=1).sum(dim=1, dtype=torch.int32).add_(1).minimum(widths)
-    last = predicted.gather(1, (accept_lens[:, None] - 1).clamp_min(0).long()).squeeze(1)
-    return Committed(
-        accept_lens=accept_lens,
-        tokens=predicted.masked_fill(column >= accept_lens[:, None], pad_token),
-        bonus=last.masked_fill(accept_lens == 0, pad_token),
-        seq_lens=seq_lens + accept_lens.to(seq_lens.dtype),
-    )
+    goes_on = (predicted == drafted) & (column < widths[:, None] - 1)
+    if stops is not None:
+        goes_on &= (predicted[:, :, None] != stops[:, None, :]).all(2)
+    accept_lens = goes_on.cumprod(dim=1).sum(dim=1, dtype=torch.int32).add_(1).minimum(widths)
+    index = (accept_lens - 1).clamp_min_(0).long()
+    bonus = predicted.gather(1, index[:, None]).squeeze(1).masked_fill_(accept_lens == 0, pad_token)
+    tokens = predicted.masked_fill_(column >= accept_lens[:, None], pad_token)
+    return accept_lens.to(torch.int32), tokens, bonus, starts + index

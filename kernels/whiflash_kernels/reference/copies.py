@@ -10,21 +10,28 @@ from whiflash_kernels.structs import Copies
 def propose_copies(
     tokens: Tensor,
     request_slots: Tensor,
-    lengths: Tensor,
-    sources: Tensor,
+    seq_lens: Tensor,
+    back: Tensor,
     limits: Tensor,
-    alive: Tensor,
     factors: Tensor,
     chances: Tensor,
     boundaries: Tensor,
     width: int,
     worth: float,
     min_match: int,
-    keep_first: bool,
+    behind: tuple[Tensor, Tensor] | None,
 ) -> Copies:
     """See `whiflash_kernels.copies.propose_copies`."""
-    slots, lengths = request_slots.long(), lengths.long()
-    places = _places(tokens, slots, lengths, sources.long())
+    slots, lengths = request_slots.long(), seq_lens.long() + 1
+    chance = torch.ones_like(lengths, dtype=torch.float32)
+    if behind is not None:
+        counts, alive = behind
+        lengths = lengths + counts
+        limits = torch.where(counts > 0, limits - counts, 0)
+        chance = alive.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    last = back[slots]
+    sources = torch.where(last > 0, lengths - last, 0)
+    places = _places(tokens, slots, lengths, sources)
     matched = _matched(tokens, slots, lengths, places)
     matched = torch.where(matched < min_match, 0, matched)
     # The first place given is the one to go on with: a later one of the same place adds nothing.
@@ -33,7 +40,7 @@ def propose_copies(
     length, source = (t.gather(1, best[:, None])[:, 0] for t in (matched, places))
     source = torch.where(length > 0, source, 0)
 
-    following, chance = matched > 0, alive.clone()
+    following = matched > 0
     out = torch.zeros(len(slots), width, dtype=torch.int64, device=tokens.device)
     lives = torch.zeros(len(slots), width, dtype=torch.float32, device=tokens.device)
     widths = torch.zeros_like(lengths)
@@ -52,12 +59,14 @@ def propose_copies(
         known = chances[row, bucket.clamp(min=0), agreement]
         chance = chance * (known * factors if depth == 0 else known).clamp(max=SURE)
         going = going & (depth < limits)
-        if depth > 0 or not keep_first:
+        if depth > 0 or behind is not None:
             going = going & (chance >= worth)
         out[:, depth] = torch.where(going, token, 0)
         lives[:, depth] = torch.where(going, chance, 0.0)
         widths += going
         following = same
+    if behind is None:
+        back.index_copy_(0, slots, torch.where(length > 0, lengths - source, last))
     return Copies(out, lives, widths, source, length)
 
 

@@ -14,6 +14,8 @@ from whiflash_kernels.triton_kernels.launch import power_of_two
 
 COLUMNS = 2048
 WARPS = 4
+CLAIMS = 128
+"""Backlogs of one program."""
 
 
 @triton.jit(do_not_specialize=["max_length"])
@@ -203,3 +205,43 @@ def unpark(
         num_warps=warps,
     )
     return packed
+
+
+@triton.jit(do_not_specialize=["requests", "backlogs"])
+def _claim_kernel(
+    watermarks, request_slots, seq_lens, due, begins, ends, requests, backlogs, slots, CLAIMS: tl.constexpr
+):
+    index = tl.program_id(0) * CLAIMS + tl.arange(0, CLAIMS)
+    known = index < backlogs
+    request = index % requests
+    slot = tl.load(request_slots + request, mask=known, other=0).to(tl.int64)
+    place = watermarks + (index // requests).to(tl.int64) * slots + slot
+    begin = tl.load(place, mask=known, other=0)
+    length = tl.load(seq_lens + request, mask=known, other=0).to(tl.int64)
+    end = tl.where(tl.load(due + index, mask=known, other=0) != 0, tl.maximum(begin, length), begin)
+    tl.store(begins + index, begin, mask=known)
+    tl.store(ends + index, end, mask=known)
+    tl.store(place, end, mask=known)
+
+
+def claim_backlogs(
+    watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `whiflash_kernels.backlog.claim_backlogs`."""
+    begins = torch.empty(*due.shape, dtype=torch.int64, device=due.device)
+    ends = torch.empty(*due.shape, dtype=torch.int64, device=due.device)
+    if due.numel():
+        _claim_kernel[(triton.cdiv(due.numel(), CLAIMS),)](
+            watermarks,
+            request_slots.contiguous(),
+            seq_lens.contiguous(),
+            due.contiguous(),
+            begins,
+            ends,
+            due.shape[1],
+            due.numel(),
+            watermarks.shape[1],
+            CLAIMS=CLAIMS,
+            num_warps=4,
+        )
+    return begins, ends

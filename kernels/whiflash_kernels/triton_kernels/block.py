@@ -111,7 +111,7 @@ def prepare_mixed_block(
     return block
 
 
-@triton.jit(do_not_specialize=["stride", "pad_token"])
+@triton.jit(do_not_specialize=["stride", "pad_token", "stop_columns", "requests"])
 def _accept_kernel(
     predictions,
     input_ids,
@@ -121,9 +121,19 @@ def _accept_kernel(
     tokens,
     bonus,
     new_seq_lens,
+    last_rows,
+    record,
+    request_slots,
+    stops,
+    text,
+    requests,
     stride,
     pad_token,
+    stop_columns,
+    text_row,
     COLUMNS: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
 ):
     request = tl.program_id(0)
     start = tl.load(qo_indptr + request).to(tl.int64)
@@ -131,18 +141,27 @@ def _accept_kernel(
     column = tl.arange(0, COLUMNS)
     predicted = tl.load(predictions + start + column, mask=column < width, other=pad_token)
     drafted = tl.load(input_ids + start + column + 1, mask=column < width - 1, other=0)
-    agrees = (predicted == drafted) & (column < width - 1)
-    accepted = tl.min(tl.where(agrees, COLUMNS, column), axis=0)
+    goes_on = (predicted == drafted) & (column < width - 1)
+    if HAS_STOPS:
+        slot = tl.load(request_slots + request).to(tl.int64)
+        for i in range(stop_columns):
+            goes_on = goes_on & (predicted != tl.load(stops + slot * stop_columns + i))
+    accepted = tl.min(tl.where(goes_on, COLUMNS, column), axis=0)
     length = tl.where(width > 0, accepted + 1, 0)
-    tl.store(accept_lens + request, length)
-    tl.store(
-        tokens + request.to(tl.int64) * stride + column,
-        tl.where(column < length, predicted, pad_token),
-        mask=column < stride,
-    )
-    tl.store(bonus + request, tl.load(predictions + start + accepted, mask=width > 0, other=pad_token))
+    kept = tl.where(column < length, predicted, pad_token)
+    inside = column < stride
     before = tl.load(seq_lens + request)
+    tl.store(accept_lens + request, length)
+    tl.store(tokens + request.to(tl.int64) * stride + column, kept, mask=inside)
+    tl.store(bonus + request, tl.load(predictions + start + accepted, mask=width > 0, other=pad_token))
     tl.store(new_seq_lens + request, before + length)
+    tl.store(last_rows + request, start + tl.maximum(length - 1, 0))
+    tl.store(record + request, before.to(tl.int32))
+    tl.store(record + requests + request, length)
+    tl.store(record + 2 * requests + request * stride + column, kept.to(tl.int32), mask=inside)
+    if HAS_TEXT:
+        own = text + tl.load(request_slots + request).to(tl.int64) * text_row
+        tl.store(own + before.to(tl.int64) + 1 + column, kept, mask=inside)
 
 
 def accept_and_commit(
@@ -152,6 +171,9 @@ def accept_and_commit(
     seq_lens: Tensor,
     stride: int,
     pad_token: int,
+    request_slots: Tensor | None,
+    stops: Tensor | None,
+    text: Tensor | None,
 ) -> Committed:
     """See `whiflash_kernels.block.accept_and_commit`."""
     requests, device = qo_indptr.shape[0] - 1, predictions.device
@@ -160,17 +182,28 @@ def accept_and_commit(
         tokens=torch.empty(requests, stride, dtype=torch.int64, device=device),
         bonus=torch.empty(requests, dtype=torch.int64, device=device),
         seq_lens=torch.empty(requests, dtype=seq_lens.dtype, device=device),
+        last_rows=torch.empty(requests, dtype=torch.int64, device=device),
+        record=torch.empty(requests * (2 + stride), dtype=torch.int32, device=device),
     )
     if requests:
+        # Where there are none, any pointer stands for them: the kernel does not look.
         _accept_kernel[(requests,)](
             predictions.contiguous(),
             input_ids.contiguous(),
             qo_indptr.contiguous(),
             seq_lens.contiguous(),
             *committed,
+            qo_indptr if request_slots is None else request_slots.contiguous(),
+            predictions if stops is None else stops,
+            predictions if text is None else text,
+            requests,
             stride,
             pad_token,
+            0 if stops is None else stops.shape[1],
+            0 if text is None else text.stride(0),
             COLUMNS=power_of_two(stride),
+            HAS_STOPS=stops is not None,
+            HAS_TEXT=text is not None,
             num_warps=1,
         )
     return committed

@@ -30,10 +30,21 @@ def _newest(matches, place, found, out, MOST: tl.constexpr):
 
 @triton.jit
 def _find_places_kernel(
-    tokens, request_slots, lengths, twos, ones, tokens_row, MOST: tl.constexpr, TILE: tl.constexpr
+    tokens,
+    request_slots,
+    seq_lens,
+    counts,
+    twos,
+    ones,
+    tokens_row,
+    MOST: tl.constexpr,
+    TILE: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):
     request = tl.program_id(0)
-    length = tl.load(lengths + request).to(tl.int32)
+    length = tl.load(seq_lens + request).to(tl.int32) + 1
+    if BEHIND:
+        length += tl.load(counts + request).to(tl.int32)
     text = tokens + tl.load(request_slots + request).to(tl.int64) * tokens_row
     last = tl.load(text + length - 1, mask=length > 0, other=-1)
     second = tl.load(text + length - 2, mask=length > 1, other=-1)
@@ -55,9 +66,10 @@ def _find_places_kernel(
 def _judge_places_kernel(
     tokens,
     request_slots,
-    lengths,
-    sources,
+    seq_lens,
+    back,
     limits,
+    counts,
     alive,
     factors,
     chances,
@@ -72,19 +84,28 @@ def _judge_places_kernel(
     worth,
     min_match,
     tokens_row,
+    alive_row,
     MOST: tl.constexpr,
     PADDED: tl.constexpr,
     BACK: tl.constexpr,
     WIDTH: tl.constexpr,
     BUCKETS: tl.constexpr,
     PADDED_BUCKETS: tl.constexpr,
-    KEEP_FIRST: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):
     request = tl.program_id(0)
-    length = tl.load(lengths + request).to(tl.int64)
-    text = tokens + tl.load(request_slots + request).to(tl.int64) * tokens_row
-    source = tl.load(sources + request).to(tl.int64)
-    source = tl.where((source > 0) & (source < length), source, 0)
+    slot = tl.load(request_slots + request).to(tl.int64)
+    text = tokens + slot * tokens_row
+    length = tl.load(seq_lens + request).to(tl.int64) + 1
+    limit = tl.load(limits + request).to(tl.int64)
+    chance = 1.0
+    if BEHIND:
+        drafts = tl.load(counts + request)
+        length += drafts
+        limit = tl.where(drafts > 0, limit - drafts, 0)
+        chance = tl.load(alive + request.to(tl.int64) * alive_row + tl.maximum(drafts - 1, 0))
+    last = tl.load(back + slot)
+    source = tl.where((last > 0) & (last < length), length - last, 0)
 
     # Place 0 is where the last copy goes on.
     index = tl.arange(0, PADDED)
@@ -94,15 +115,15 @@ def _judge_places_kernel(
     place += tl.load(ones + request * MOST + index - 1, mask=listed & (any_two == 0), other=0)
     place = tl.where(index == 0, source, tl.where(place == source, 0, place))
 
-    back = tl.arange(0, BACK) + 1
-    here = place[:, None] - back[None, :]
-    there = length - back
+    before = tl.arange(0, BACK) + 1
+    here = place[:, None] - before[None, :]
+    there = length - before
     known = (here >= 0) & (there >= 0)[None, :]
     equal = (
         tl.load(text + here, mask=known, other=-1)
         == tl.load(text + there, mask=there >= 0, other=-2)[None, :]
     )
-    matched = tl.min(tl.where(known & equal, BACK, back[None, :] - 1), axis=1)
+    matched = tl.min(tl.where(known & equal, BACK, before[None, :] - 1), axis=1)
     matched = tl.where((place > 0) & (matched >= min_match), matched, 0)
 
     longest = tl.max(matched, axis=0)
@@ -110,8 +131,6 @@ def _judge_places_kernel(
     chosen = tl.sum(tl.where(index == best, place, 0), axis=0)
     period = tl.maximum(length - place, 1)
     following = matched > 0
-    chance = tl.load(alive + request)
-    limit = tl.load(limits + request).to(tl.int32)
     going = longest > 0
     count = 0
     bucket_index = tl.arange(0, PADDED_BUCKETS)
@@ -130,7 +149,7 @@ def _judge_places_kernel(
             right *= tl.load(factors + request)
         chance *= tl.minimum(right, _SURE)
         worthy = chance >= worth
-        if KEEP_FIRST:
+        if not BEHIND:
             worthy = worthy | (depth == 0)
         going = going & (depth < limit) & worthy
         tl.store(out + request * WIDTH + depth, tl.where(going, token, 0))
@@ -140,22 +159,23 @@ def _judge_places_kernel(
     tl.store(widths + request, count)
     tl.store(out_sources + request, tl.where(longest > 0, chosen, 0))
     tl.store(out_matched + request, longest.to(tl.int64))
+    if not BEHIND:
+        tl.store(back + slot, tl.where(longest > 0, length - chosen, last))
 
 
 def propose_copies(
     tokens: Tensor,
     request_slots: Tensor,
-    lengths: Tensor,
-    sources: Tensor,
+    seq_lens: Tensor,
+    back: Tensor,
     limits: Tensor,
-    alive: Tensor,
     factors: Tensor,
     chances: Tensor,
     boundaries: Tensor,
     width: int,
     worth: float,
     min_match: int,
-    keep_first: bool,
+    behind: tuple[Tensor, Tensor] | None,
 ) -> Copies:
     """See `whiflash_kernels.copies.propose_copies`."""
     requests, device = request_slots.shape[0], tokens.device
@@ -174,18 +194,31 @@ def propose_copies(
     copies = Copies(out, lives, widths, places, matched)
     if requests == 0:
         return copies
-    slots, lengths = request_slots.contiguous(), lengths.contiguous()
+    slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
+    # Where there are none, any pointer stands for them: the kernels do not look.
+    counts, alive = (slots, factors[:, None]) if behind is None else (behind[0].contiguous(), behind[1])
     _find_places_kernel[(requests,)](
-        tokens, slots, lengths, twos, ones, tokens.stride(0), MOST=PLACES, TILE=TILE, num_warps=4
+        tokens,
+        slots,
+        lengths,
+        counts,
+        twos,
+        ones,
+        tokens.stride(0),
+        MOST=PLACES,
+        TILE=TILE,
+        BEHIND=behind is not None,
+        num_warps=4,
     )
     buckets = boundaries.shape[0]
     _judge_places_kernel[(requests,)](
         tokens,
         slots,
         lengths,
-        sources.contiguous(),
+        back,
         limits.contiguous(),
-        alive.contiguous(),
+        counts,
+        alive,
         factors.contiguous(),
         chances.contiguous(),
         boundaries.contiguous(),
@@ -199,13 +232,14 @@ def propose_copies(
         worth,
         min_match,
         tokens.stride(0),
+        alive.stride(0),
         MOST=PLACES,
         PADDED=power_of_two(PLACES + 1),
         BACK=MOST_MATCHED,
         WIDTH=width,
         BUCKETS=buckets,
         PADDED_BUCKETS=power_of_two(buckets),
-        KEEP_FIRST=keep_first,
+        BEHIND=behind is not None,
         num_warps=1,
     )
     return copies

@@ -20,15 +20,14 @@ class FeatureSlice:
         missing = sorted(set(wanted) - set(captured))
         if missing:
             raise ValueError(f"layers {missing} are not captured; the target captures {list(captured)}")
-        self._hidden = hidden
-        self._layers = len(captured)
-        self._index: list[int] | None = [captured.index(layer) for layer in wanted]
-        if self._index == list(range(len(captured))):
-            self._index = None
+        index = tuple(captured.index(layer) for layer in wanted)
+        self.hidden, self._layers = hidden, len(captured)
+        self.chunks = None if index == tuple(range(len(captured))) else index
+        """Places of its layers among the captured ones, as kernels take them; None: they are the captured ones."""
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """[T, U * H] → [T, len(wanted) * H]; the input itself when nothing has to be selected."""
-        if self._index is None:
+        if self.chunks is None:
             return features
-        grid = features.view(-1, self._layers, self._hidden)
-        return torch.cat([grid[:, i] for i in self._index], dim=-1)
+        grid = features.view(-1, self._layers, self.hidden)
+        return torch.cat([grid[:, i] for i in self.chunks], dim=-1)

@@ -1,0 +1,144 @@
+"""claim_backlogs, draft_inputs and pass_rows against loops, exactly."""
+
+import kernel_oracles as oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from whiflash_kernels import BacklogRings, claim_backlogs, draft_inputs, pass_rows
+
+SLOTS, CONTEXT, CAPACITY = 12, 40, 7
+
+dtypes = st.sampled_from([torch.int32, torch.int64])
+
+
+def integers(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    arms=st.integers(1, 3),
+    slots=st.lists(st.integers(0, SLOTS - 1), unique=True, max_size=SLOTS),
+    seed=st.integers(0, 1000),
+    dtype=dtypes,
+)
+def test_any_claim(backend: str, arms: int, slots: list[int], seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    watermarks = torch.randint(0, CONTEXT, (arms, SLOTS), generator=generator)
+    lengths = torch.randint(1, CONTEXT, (len(slots),), generator=generator).tolist()
+    due = torch.randint(0, 2, (arms, len(slots)), generator=generator)
+    expected = watermarks.tolist()
+    begins, ends = oracles.claim(expected, slots, lengths, due.tolist())
+    marks = watermarks.to(DEVICE)
+    with running(backend), guarded_outputs():
+        found = claim_backlogs(marks, integers(slots, dtype), integers(lengths, dtype), due.to(DEVICE, dtype))
+    assert (found[0].tolist(), found[1].tolist()) == (begins, ends)
+    assert marks.tolist() == expected
+    assert [t.dtype for t in found] == [torch.int64] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_claims_than_a_program_takes(backend: str) -> None:
+    marks = torch.zeros(2, 256, dtype=torch.int64, device=DEVICE)
+    slots = torch.arange(256, device=DEVICE).flip(0)
+    due = torch.stack([slots % 2, torch.ones_like(slots)])
+    with running(backend), guarded_outputs():
+        begins, ends = claim_backlogs(marks, slots, slots + 1, due)
+    assert torch.equal(begins, torch.zeros_like(begins))
+    assert torch.equal(ends, (slots + 1) * due)
+    assert torch.equal(marks, ends.flip(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), requests=st.integers(1, 9), seed=st.integers(0, 1000), dtype=dtypes)
+def test_any_members(backend: str, data: st.DataObject, requests: int, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(SLOTS, CAPACITY, 24, generator=generator).to(DEVICE)
+    rings = BacklogRings(features, torch.zeros(SLOTS, CAPACITY, dtype=torch.int64, device=DEVICE))
+    slots = torch.randperm(SLOTS, generator=generator)[:requests].tolist()
+    lengths, bonus, limits = (
+        torch.randint(1, CONTEXT, (requests,), generator=generator).tolist() for _ in range(3)
+    )
+    members = data.draw(st.none() | st.lists(st.integers(0, requests - 1), unique=True))
+    chunks = data.draw(st.sampled_from([None, (), (2, 0), (1,)]))
+    columns = list(range(24)) if chunks is None else [c * 8 + i for c in chunks for i in range(8)]
+    with running(backend), guarded_outputs():
+        found = draft_inputs(
+            rings,
+            None if members is None else integers(members, dtype),
+            *(integers(values, dtype) for values in (slots, lengths, bonus, limits)),
+            chunks=chunks,
+            chunk_width=8,
+        )
+    chosen = range(requests) if members is None else members
+    numbers = [[values[b] for b in chosen] for values in (slots, lengths, bonus, limits)]
+    assert [t.tolist() for t in found[:4]] == numbers
+    assert all(t.dtype == torch.int64 for t in found[:4])
+    assert found.tail.shape == (len(chosen), len(columns))
+    for tail, b in zip(found.tail, chosen, strict=True):
+        assert torch.equal(tail, features[slots[b], (lengths[b] - 1) % CAPACITY][columns])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wide_feature_is_whole(backend: str) -> None:
+    features = torch.randn(2, 3, 5000, device=DEVICE)
+    rings = BacklogRings(features, torch.zeros(2, 3, dtype=torch.int64, device=DEVICE))
+    one = integers([1])
+    with running(backend), guarded_outputs():
+        whole = draft_inputs(rings, one * 0, one, one * 5, one, one)
+        half = draft_inputs(rings, None, one, one * 5, one, one, chunks=(1,), chunk_width=2500)
+    assert torch.equal(whole.tail[0], features[1, 1])
+    assert torch.equal(half.tail[0], features[1, 1, 2500:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(-9, CONTEXT - 8), max_size=6),
+    offset=st.integers(-1, 1),
+    width=st.integers(1, 7),
+    fill=st.none() | st.integers(0, 9),
+    dtype=dtypes,
+)
+def test_any_pass(
+    backend: str, lengths: list[int], offset: int, width: int, fill: int | None, dtype: torch.dtype
+) -> None:
+    order = torch.randperm(SLOTS * CONTEXT, generator=torch.Generator().manual_seed(1))
+    table = order.view(SLOTS, CONTEXT).int()
+    slots = list(range(len(lengths), 0, -1))
+    with running(backend), guarded_outputs():
+        rows = pass_rows(
+            table.to(DEVICE),
+            integers(slots, dtype),
+            integers(lengths),
+            integers([100 + n for n in lengths], dtype),
+            offset=offset,
+            width=width,
+            fill=fill,
+        )
+    positions = [[n + offset + i for i in range(width)] for n in lengths]
+    assert rows.positions.tolist() == positions
+    assert rows.cache_slots.tolist() == [
+        [int(table[slot, p]) if p >= 0 else 0 for p in own]
+        for slot, own in zip(slots, positions, strict=True)
+    ]
+    if fill is None:
+        assert rows.input_ids is None
+    else:
+        assert rows.input_ids is not None
+        assert rows.input_ids.tolist() == [[100 + n, *[fill] * (width - 1)] for n in lengths]
+
+
+def test_rejects_what_does_not_fit_a_pass() -> None:
+    one, table = integers([1]), torch.zeros(SLOTS, CONTEXT, dtype=torch.int32, device=DEVICE)
+    rings = BacklogRings.allocate(SLOTS, CAPACITY, 24, dtype=torch.float32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"due must be \(2, 1\)"):
+        claim_backlogs(torch.zeros(2, SLOTS, dtype=torch.int64, device=DEVICE), one, one, one)
+    with pytest.raises(ValueError, match="do not fit"):
+        draft_inputs(rings, one, one, one, one, one, chunks=(3,), chunk_width=8)
+    with pytest.raises(ValueError, match="width must be at least 1"):
+        pass_rows(table, one, one, one, offset=0, width=0)

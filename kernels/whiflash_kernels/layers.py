@@ -1,0 +1,115 @@
+"""Norm, gated activation and rotation of a drafter's layers: FlashInfer's kernels on CUDA, torch elsewhere.
+
+Whether FlashInfer is there is found out when this module is imported; it is imported when one of its kernels is first
+needed. Its kernels take 16-bit tensors and know nothing of gradients: for others, and while gradients are recorded,
+torch runs.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from whiflash_kernels.dispatch import backend_for
+
+AVAILABLE = find_spec("flashinfer") is not None
+ROTATED_HEADS = (64, 128, 256, 512)
+ROTARY_WIDTHS = (16, 32, 64, 128, 256)
+"""Sizes of heads, and widths of their rotated part, that FlashInfer's rotation is compiled for."""
+
+
+@cache
+def _flashinfer(module: str) -> Any:
+    return import_module(f"flashinfer.{module}")
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether FlashInfer's kernels serve ``x``: on CUDA, of 16 bits, without gradients, where it is installed."""
+    return (
+        AVAILABLE
+        and x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not torch.is_grad_enabled()
+        and backend_for(x) == "triton"
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+    """out = x / sqrt(mean(x ** 2) + eps) * weight over the last dimension, or * (1 + weight) with ``unit_offset``.
+
+    Args:
+        x: [..., size] float; last dimension contiguous. weight: [size] float.
+
+    Returns:
+        [..., size] in x's dtype, new.
+
+    Grid: FlashInfer's, one launch. Numerics: float32 inside; without ``unit_offset`` torch's weight is rounded to x's
+    dtype first, which the checkpoint has anyway.
+    Fallback: `torch.nn.functional.rms_norm`.
+    Compared: the same kernels as SGLang's layers use where FlashInfer serves them.
+    Source: RMSNorm, arXiv 1910.07467; FlashInfer's ``norm``.
+    """
+    if runs_fused(x):
+        norm = _flashinfer("norm")
+        kernel = norm.gemma_rmsnorm if unit_offset else norm.rmsnorm
+        # It takes rows, or the heads of rows, with whatever strides.
+        rows = x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])
+        normed: Tensor = kernel(rows, weight.to(x.dtype), eps)
+        return normed.view(x.shape)
+    if unit_offset:
+        return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """out = silu(gate) * up of [gate | up].
+
+    Args:
+        gate_up: [T, 2 * size] float.
+
+    Returns:
+        [T, size] in the same dtype, new.
+
+    Grid: FlashInfer's, one launch. Numerics: float32 inside; torch rounds silu(gate) before the product.
+    Fallback: torch.
+    Source: SwiGLU, arXiv 2002.05202; FlashInfer's ``activation``.
+    """
+    if runs_fused(gate_up):
+        activated: Tensor = _flashinfer("activation").silu_and_mul(gate_up.contiguous())
+        return activated
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotates_fused(q: Tensor, width: int) -> bool:
+    """Whether `rotate_in_place` serves heads ``q`` [T, H, D] of which ``width`` dimensions rotate."""
+    return runs_fused(q) and q.shape[-1] in ROTATED_HEADS and width in ROTARY_WIDTHS
+
+
+def rotate_in_place(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    """Rotate queries and keys in half-split (NeoX) layout: pair i of a head is (i, i + R / 2), i < R / 2.
+
+    With (a, b) a pair of row t: a * cosine[t, i] - b * sine[t, i] and b * cosine[t, i] + a * sine[t, i]; dimensions
+    from R on stay.
+
+    Args:
+        q, k: [T, Hq, D] and [T, Hkv, D] of 16 bits, last dimension contiguous; written in place.
+        cosine, sine: [T, R / 2] float32.
+
+    Raises:
+        ValueError: where `rotates_fused` says no; a caller that may go on with torch asks before.
+
+    Grid: FlashInfer's, one launch behind two that lay out its table. Numerics: float32 inside.
+    Fallback: the caller's; torch rotates out of place.
+    Source: RoPE, arXiv 2104.09864; FlashInfer's ``rope``.
+    """
+    if not rotates_fused(q, 2 * cosine.shape[-1]):
+        raise ValueError(f"no fused rotation for {q.dtype} heads of {q.shape[-1]} on {q.device}")
+    # Its table is by position; here each row is its own.
+    table = torch.cat([cosine, sine], dim=-1)
+    rows = torch.arange(q.shape[0], device=q.device)
+    _flashinfer("rope").apply_rope_with_cos_sin_cache_inplace(rows, q, k, q.shape[-1], table, is_neox=True)

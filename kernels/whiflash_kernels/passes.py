@@ -1,0 +1,104 @@
+"""What a drafter's pass reads of its requests, and the rows that it writes."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.structs import BacklogRings, DraftInputs, PassRows
+
+
+def draft_inputs(
+    rings: BacklogRings,
+    members: Tensor | None,
+    request_slots: Tensor,
+    seq_lens: Tensor,
+    bonus: Tensor,
+    limits: Tensor,
+    *,
+    chunks: Sequence[int] | None = None,
+    chunk_width: int = 0,
+) -> DraftInputs:
+    """Gather the requests that one drafter drafts for out of a batch, with the feature that a chain starts from.
+
+    For member m, b = members[m] and s = request_slots[b]: the four numbers of request b, and
+    tail[m] = rings.features[s, (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``.
+
+    Args:
+        rings: read only.
+        members: [M] int64 or int32, indices of the batch; None: all, in order.
+        request_slots, seq_lens, bonus, limits: [B] int64 or int32 each; lengths are at least 1.
+        chunks: which column groups of the feature to take, in this order, as for `unpark`; None takes all columns, an
+            empty sequence none.
+        chunk_width: columns of one group; needed with ``chunks``.
+
+    Returns:
+        `DraftInputs`, new and contiguous; where ``members`` is None the four numbers may be the arguments themselves.
+
+    Raises:
+        ValueError: a chunk lies outside the features.
+
+    Grid: (M, columns / block), one launch (none where nothing is to be copied), graph-capturable.
+    Numerics: a copy.
+    Fallback: torch (one gather for each).
+    Source: batched gathers; the chain's start is EAGLE-3's, arXiv 2503.01840.
+    """
+    width = rings.features.shape[2]
+    if chunks and not (
+        chunk_width > 0 and width % chunk_width == 0 and all(0 <= c < width // chunk_width for c in chunks)
+    ):
+        raise ValueError(
+            f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
+        )
+    arguments = (rings, members, request_slots, seq_lens, bonus, limits, chunks, chunk_width)
+    if backend_for(rings.features) == "triton":
+        from whiflash_kernels.triton_kernels import passes as kernels
+
+        return kernels.draft_inputs(*arguments)
+    from whiflash_kernels.reference import passes as reference
+
+    return reference.draft_inputs(*arguments)
+
+
+def pass_rows(
+    req_to_token: Tensor,
+    request_slots: Tensor,
+    seq_lens: Tensor,
+    bonus: Tensor,
+    *,
+    offset: int,
+    width: int,
+    fill: int | None = None,
+) -> PassRows:
+    """Positions, KV slots and token ids of a draft pass, ``width`` rows of every request.
+
+    Row i of request g stands at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p], or to
+    slot 0 where p < 0: a padding request of a captured pass. Its id is bonus[g] for i = 0 and ``fill`` behind it.
+
+    Args:
+        req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
+        request_slots, bonus: [G] int64 or int32. seq_lens: [G] int64.
+        offset: of the first row. width: rows of every request.
+        fill: id behind the bonus token, a block's mask token; None: no ids, as a chain has them step by step.
+
+    Returns:
+        `PassRows`.
+
+    Raises:
+        ValueError: ``width`` is below 1.
+
+    Grid: (G), one launch, graph-capturable.
+    Numerics: integers.
+    Fallback: torch.
+    Source: DFlash's block layout, arXiv 2602.06036; EAGLE-3's chain, arXiv 2503.01840.
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    arguments = (req_to_token, request_slots, seq_lens, bonus, offset, width, fill)
+    if backend_for(req_to_token) == "triton":
+        from whiflash_kernels.triton_kernels import passes as kernels
+
+        return kernels.pass_rows(*arguments)
+    from whiflash_kernels.reference import passes as reference
+
+    return reference.pass_rows(*arguments)

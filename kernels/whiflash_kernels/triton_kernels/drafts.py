@@ -1,0 +1,363 @@
+# ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Cutting, laying and choosing drafts: one program a request."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from whiflash_kernels.structs import Chosen, Drafted, Laid
+from whiflash_kernels.triton_kernels.launch import power_of_two
+
+RIVALS = 128
+"""Chances of the batch that a request's own are compared with at a time."""
+
+
+@triton.jit(do_not_specialize=["width"])
+def _cut_kernel(
+    confidences,
+    calibration,
+    edges,
+    limits,
+    counts,
+    alive,
+    worth,
+    width,
+    row_stride,
+    EDGES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    member = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    inside = column < width
+    sure = tl.load(confidences + member * row_stride + column, mask=inside, other=0.0)
+    place = tl.zeros([COLUMNS], tl.int32)
+    for i in tl.static_range(EDGES):
+        place += (tl.load(edges + i) <= sure).to(tl.int32)
+    chance = tl.load(calibration + place, mask=inside, other=0.0)
+    # In order, so that whatever is compared with `worth` is what torch would compare.
+    running = tl.sum(tl.where(column == 0, chance, 0.0), axis=0)
+    lives = tl.where(column == 0, running, 0.0)
+    for depth in tl.static_range(1, COLUMNS):
+        running *= tl.sum(tl.where(column == depth, chance, 0.0), axis=0)
+        lives = tl.where(column == depth, running, lives)
+    kept = 1 + tl.sum((inside & (column > 0) & (lives >= worth)).to(tl.int64), axis=0)
+    tl.store(counts + member, tl.minimum(kept, tl.load(limits + member).to(tl.int64)))
+    tl.store(alive + member * width + column, lives, mask=inside)
+
+
+def cut_drafts(
+    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor, worth: float
+) -> tuple[Tensor, Tensor]:
+    """See `whiflash_kernels.drafts.cut_drafts`."""
+    members, width = confidences.shape
+    counts = torch.empty(members, dtype=torch.int64, device=confidences.device)
+    alive = torch.empty(members, width, dtype=torch.float32, device=confidences.device)
+    confidences = confidences if confidences.stride(1) == 1 else confidences.contiguous()
+    if members:
+        _cut_kernel[(members,)](
+            confidences,
+            calibration.contiguous(),
+            edges.contiguous(),
+            limits.contiguous(),
+            counts,
+            alive,
+            float(worth),
+            width,
+            confidences.stride(0),
+            EDGES=edges.shape[0],
+            COLUMNS=power_of_two(width),
+            num_warps=1,
+        )
+    return counts, alive
+
+
+@triton.jit(do_not_specialize=["members", "width", "columns", "own_width", "own_columns"])
+def _lay_kernel(
+    index,
+    tokens,
+    counts,
+    alive,
+    confidences,
+    request_slots,
+    seq_lens,
+    text,
+    out_tokens,
+    out_counts,
+    out_alive,
+    out_confidences,
+    members,
+    width,
+    columns,
+    own_width,
+    own_columns,
+    tokens_row,
+    alive_row,
+    confidences_row,
+    text_row,
+    MEMBERS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+    HAS_CONFIDENCES: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    member = tl.arange(0, MEMBERS)
+    owner = tl.load(index + member, mask=member < members, other=-1)
+    own = (owner == request).to(tl.int32)
+    drafts = tl.sum(own, axis=0) > 0
+    row = tl.sum(own * member, axis=0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    known = drafts & (column < own_width)
+    if FIRST or drafts:
+        token = tl.load(tokens + row * tokens_row + column, mask=known, other=0)
+        tl.store(out_tokens + request * width + column, token, mask=column < width)
+        tl.store(out_counts + request, tl.load(counts + row, mask=drafts, other=0))
+        chance = tl.full([COLUMNS], 1.0, tl.float32)
+        if HAS_ALIVE:
+            chance = tl.load(alive + row * alive_row + column, mask=known, other=1.0)
+        tl.store(out_alive + request * width + column, chance, mask=column < width)
+        sure = tl.zeros([COLUMNS], tl.float32)
+        if HAS_CONFIDENCES:
+            told = drafts & (column < own_columns)
+            sure = tl.load(confidences + row * confidences_row + column, mask=told, other=0.0)
+        tl.store(out_confidences + request * columns + column, sure, mask=column < columns)
+        if HAS_TEXT:
+            begin = tl.load(request_slots + request).to(tl.int64) * text_row
+            begin += tl.load(seq_lens + request).to(tl.int64) + 1
+            tl.store(text + begin + column, token, mask=drafts & (column < width))
+
+
+def lay_drafts(
+    parts: Sequence[Drafted],
+    request_slots: Tensor,
+    seq_lens: Tensor,
+    width: int,
+    confidences: int,
+    text: Tensor | None,
+) -> Laid:
+    """See `whiflash_kernels.drafts.lay_drafts`."""
+    size, device = request_slots.shape[0], request_slots.device
+    make = torch.empty if parts else torch.zeros
+    laid = Laid(
+        tokens=make(size, width, dtype=torch.int64, device=device),
+        counts=make(size, dtype=torch.int64, device=device),
+        alive=make(size, width, dtype=torch.float32, device=device),
+        confidences=make(size, confidences, dtype=torch.float32, device=device),
+    )
+    if not size:
+        return laid
+    slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
+    for i, part in enumerate(parts):
+        tokens, alive, sure = (_rows(t) for t in (part.tokens, part.alive, part.confidences))
+        assert tokens is not None
+        # Where there are none, any pointer stands for them: the kernel does not look.
+        _lay_kernel[(size,)](
+            part.members.contiguous(),
+            tokens,
+            part.counts.contiguous(),
+            laid.alive if alive is None else alive,
+            laid.confidences if sure is None else sure,
+            slots,
+            lengths,
+            tokens if text is None else text,
+            *laid,
+            part.members.shape[0],
+            width,
+            confidences,
+            tokens.shape[1],
+            0 if sure is None else sure.shape[1],
+            tokens.stride(0),
+            0 if alive is None else alive.stride(0),
+            0 if sure is None else sure.stride(0),
+            0 if text is None else text.stride(0),
+            MEMBERS=power_of_two(part.members.shape[0]),
+            COLUMNS=power_of_two(max(width, confidences)),
+            FIRST=i == 0,
+            HAS_ALIVE=alive is not None,
+            HAS_CONFIDENCES=sure is not None,
+            HAS_TEXT=text is not None,
+            num_warps=1,
+        )
+    return laid
+
+
+def _rows(values: Tensor | None) -> Tensor | None:
+    return values if values is None or values.stride(1) == 1 else values.contiguous()
+
+
+@triton.jit(do_not_specialize=["width", "late_width"])
+def _merge_kernel(
+    tokens,
+    counts,
+    own_counts,
+    alive,
+    more_tokens,
+    more_counts,
+    more_alive,
+    late_tokens,
+    late_alive,
+    late_counts,
+    must_beat,
+    request_slots,
+    seq_lens,
+    text,
+    out,
+    widths,
+    own,
+    taken,
+    wanted,
+    chances,
+    worth,
+    width,
+    late_width,
+    more_row,
+    more_alive_row,
+    text_row,
+    COLUMNS: tl.constexpr,
+    LATE_COLUMNS: tl.constexpr,
+    HAS_MORE: tl.constexpr,
+    HAS_MORE_ALIVE: tl.constexpr,
+    HAS_LATE: tl.constexpr,
+    COMPETE: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    inside = column < width
+    count = tl.load(counts + request)
+    laid = tl.load(own_counts + request)
+    token = tl.load(tokens + request * width + column, mask=inside, other=0)
+    chance = tl.load(alive + request * width + column, mask=inside, other=0.0)
+    if HAS_MORE:
+        extra = tl.load(more_counts + request)
+        joins = inside & (column >= count) & (column < count + extra)
+        place = column - count
+        token = tl.where(joins, tl.load(more_tokens + request * more_row + place, mask=joins, other=0), token)
+        their = tl.zeros([COLUMNS], tl.float32)
+        if HAS_MORE_ALIVE:
+            their = tl.load(more_alive + request * more_alive_row + place, mask=joins, other=0.0)
+        chance = tl.where(joins, their, chance)
+        count += extra
+    took = False
+    if HAS_LATE:
+        found = tl.load(late_counts + request)
+        at = tl.arange(0, LATE_COLUMNS)
+        known = (at < found) & (at < late_width)
+        lives = tl.load(late_alive + request * late_width + at, mask=known, other=0.0)
+        gain = tl.sum(tl.where(known, lives - worth, 0.0), axis=0)
+        took = (found > 0) & (gain > tl.load(must_beat + request))
+        there = inside & (column < late_width) & took
+        token = tl.where(
+            took, tl.load(late_tokens + request * late_width + column, mask=there, other=0), token
+        )
+        chance = tl.where(
+            took, tl.load(late_alive + request * late_width + column, mask=there, other=0.0), chance
+        )
+        count = tl.where(took, found, count)
+        tl.store(taken + request, took.to(tl.int32))
+    else:
+        tl.store(taken + request, 0)
+    begin = tl.load(request_slots + request).to(tl.int64) * text_row
+    begin += tl.load(seq_lens + request).to(tl.int64) + 1
+    tl.store(out + request * width + column, token, mask=inside)
+    tl.store(text + begin + column, token, mask=inside)
+    tl.store(widths + request, (count + 1).to(tl.int32))
+    tl.store(own + request, tl.minimum(count, laid).to(tl.int32))
+    tl.store(wanted + request, count.to(tl.int32))
+    if COMPETE:
+        tl.store(chances + request * width + column, tl.where(column < count, chance, -1.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["requests", "width", "room"])
+def _compete_kernel(chances, widths, own, requests, width, room, COLUMNS: tl.constexpr, RIVALS: tl.constexpr):
+    request = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)
+    mine = tl.load(chances + request.to(tl.int64) * width + column, mask=column < width, other=-1.0)
+    order = column * requests + request
+    ahead = tl.zeros([COLUMNS], tl.int32)
+    for begin in range(0, requests * width, RIVALS):
+        rival = begin + tl.arange(0, RIVALS)
+        theirs = tl.load(chances + rival, mask=rival < requests * width, other=-2.0)
+        their_order = rival % width * requests + rival // width
+        earlier = (theirs[None, :] == mine[:, None]) & (their_order[None, :] < order[:, None])
+        ahead += tl.sum(((theirs[None, :] > mine[:, None]) | earlier).to(tl.int32), axis=1)
+    kept = tl.sum(((mine >= 0.0) & (ahead < room)).to(tl.int32), axis=0)
+    tl.store(widths + request, kept + 1)
+    tl.store(own + request, tl.minimum(tl.load(own + request), kept))
+
+
+def choose_drafts(
+    laid: Laid,
+    request_slots: Tensor,
+    seq_lens: Tensor,
+    text: Tensor,
+    own: Tensor | None,
+    behind: Drafted | None,
+    late: Drafted | None,
+    must_beat: Tensor | None,
+    worth: float,
+    room: int | None,
+) -> Chosen:
+    """See `whiflash_kernels.drafts.choose_drafts`."""
+    (size, width), device = laid.tokens.shape, text.device
+    chosen = Chosen(
+        torch.empty(size, width, dtype=torch.int64, device=device),
+        *(torch.empty(size, dtype=torch.int32, device=device) for _ in range(4)),
+    )
+    if not size:
+        return chosen
+    # What was joined may be a part of wider rows.
+    laid = Laid(*(tensor.contiguous() for tensor in laid))
+    compete = room is not None and room < size * width
+    chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else laid.alive
+    columns = power_of_two(width)
+    late_alive = laid.alive if late is None else late.alive
+    more_tokens, more_alive = (None, None) if behind is None else (_rows(behind.tokens), _rows(behind.alive))
+    _merge_kernel[(size,)](
+        laid.tokens,
+        laid.counts,
+        laid.counts if own is None else own.contiguous(),
+        laid.alive,
+        laid.tokens if more_tokens is None else more_tokens,
+        laid.counts if behind is None else behind.counts.contiguous(),
+        laid.alive if more_alive is None else more_alive,
+        laid.tokens if late is None else late.tokens,
+        late_alive,
+        laid.counts if late is None else late.counts,
+        laid.alive if must_beat is None else must_beat.contiguous(),
+        request_slots.contiguous(),
+        seq_lens.contiguous(),
+        text,
+        *chosen,
+        chances,
+        float(worth),
+        width,
+        0 if late is None else late.tokens.shape[1],
+        0 if more_tokens is None else more_tokens.stride(0),
+        0 if more_alive is None else more_alive.stride(0),
+        text.stride(0),
+        COLUMNS=columns,
+        LATE_COLUMNS=1 if late is None else power_of_two(late.tokens.shape[1]),
+        HAS_MORE=behind is not None,
+        HAS_MORE_ALIVE=more_alive is not None,
+        HAS_LATE=late is not None,
+        COMPETE=compete,
+        num_warps=1,
+    )
+    if compete:
+        _compete_kernel[(size,)](
+            chances,
+            chosen.widths,
+            chosen.own,
+            size,
+            width,
+            room,
+            COLUMNS=columns,
+            RIVALS=RIVALS,
+            num_warps=4,
+        )
+    return chosen
