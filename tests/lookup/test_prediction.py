@@ -95,8 +95,12 @@ def test_what_predictions_teach_stays_with_their_request() -> None:
 
 def test_drafts_that_lead_into_it_are_prolonged() -> None:
     copier = copier_of(TEXT, TEXT[:4])
-    assert list(copier.look_beyond(TEXT[4:6], 1.0, 3, 0.1)) == TEXT[6:9]
-    assert list(copier.look_beyond([7, TEXT[9]], 1.0, 3, 0.1)) == TEXT[10:13]
+
+    def behind(drafts: Sequence[int]) -> list[int]:
+        return [copied.token for copied in copier.look_beyond(drafts, 1.0, 3, 0.1).tokens]
+
+    assert behind(TEXT[4:6]) == TEXT[6:9]
+    assert behind([7, TEXT[9]]) == TEXT[10:13]
 
 
 def counted(predicted: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
