@@ -47,8 +47,8 @@ class DraftSync:
 
     def captured_bytes(self, requests: int) -> int:
         """What captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
-        ints = 5 * torch.int64.itemsize
-        return requests * (ints + self._width * self._dtype.itemsize)
+        tails = sum(drafter.tail_width for drafter in self._drafters.values())
+        return requests * (6 * torch.int64.itemsize + tails * self._dtype.itemsize)
 
     def allocate(self, slot_table: torch.Tensor) -> None:
         """Allocate one ring per row of `slot_table` [rows, ctx] int32 (request row and position → KV slot)."""
@@ -141,7 +141,7 @@ class DraftSync:
         """
         drafter = self._drafters[arm]
         return self.rings.inputs(
-            members, rows, starts, bonus, limits, drafter.features, tail=drafter.reads_tail
+            members, rows, starts, bonus, limits, drafter.features, tail=drafter.tail_width > 0
         )
 
     def beyond_usual(self, due: Mapping[str, Due], row_ids: Sequence[int], routes: Sequence[str]) -> float:

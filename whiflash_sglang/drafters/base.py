@@ -36,7 +36,7 @@ class DraftBatch:
 
     rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request; lengths:
     on the host, the most that each n can be, n itself where `host.exact`. bonus: [B] int64, token n. tail: [B, F]
-    its columns of feature n-1, F = 0 where it reads none (`Drafter.reads_tail`). slot_table: [request rows, ctx] int32.
+    its columns of feature n-1, F = `Drafter.tail_width`. slot_table: [request rows, ctx] int32.
     limits: drafts wanted per request at most, each at least 1, on the host; caps: [B] int64, the same on the device.
     calibration: float32, what `Drafter.calibration` was
     when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts. text:
@@ -101,19 +101,20 @@ class Drafter(ABC):
     `draft` in any order with other arms' rounds between them → `release`.
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token).
-    captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features. features: where
-    these lie in what the target captures, None: they are all of it. reads_tail: whether a draft begins with feature
-    n-1. keeps_kv: whether it has KV that must stay synchronised with the target's slots. judges: whether its drafts say
-    how likely they are (`Drafts.alive`); only such are prolonged. prolongs: whether it can go on where another arm's
-    drafts end. late: whether the host knows what it expects of a round too late where it may not read the device; then
-    it drafts for all requests, and the device decides who takes its drafts.
+    captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features. features:
+    where these lie in what the target captures, None: they are all of it. tail_width: columns of feature n-1 that a
+    draft begins with, 0 where it reads none. keeps_kv: whether it has KV that must stay synchronised with the target's
+    slots. judges: whether its drafts say how likely they are (`Drafts.alive`); only such are prolonged. prolongs:
+    whether it can go on where another arm's drafts end. late: whether the host knows what it expects of a round too
+    late where it may not read the device; then it drafts for all requests, and the device decides who takes its
+    drafts.
     """
 
     arm: str
     max_drafts: int
     captured_layers: tuple[int, ...] = ()
     features: FeatureSlice | None = None
-    reads_tail: bool = False
+    tail_width: int = 0
     keeps_kv: bool = False
     judges: bool = False
     prolongs: bool = False

@@ -36,7 +36,6 @@ class Eagle3Arm(PagedArm):
     """
 
     arm = arms.AR
-    reads_tail = True
 
     def __init__(
         self,

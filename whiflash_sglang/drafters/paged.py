@@ -101,8 +101,6 @@ class PagedArm(Drafter):
     keeps_kv = True
     judges = True
     kv: DraftKV
-    tail_width = 0
-    """Columns of feature n-1 that a draft reads."""
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device

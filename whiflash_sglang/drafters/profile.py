@@ -62,14 +62,15 @@ def _idle_batch(
     rows = torch.arange(size, device=slot_table.device)
     starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
     bonus = torch.zeros_like(rows)
-    wanted, reads_tail = drafter.features, drafter.reads_tail
     return DraftBatch(
         rows=rows,
         row_ids=list(range(size)),
         lengths=[CONTEXT] * size,
         starts=starts,
         bonus=bonus,
-        tail=rings.inputs(None, rows, starts, bonus, caps, wanted, tail=reads_tail).tail,
+        tail=rings.inputs(
+            None, rows, starts, bonus, caps, drafter.features, tail=drafter.tail_width > 0
+        ).tail,
         slot_table=slot_table,
         limits=[drafter.max_drafts] * size,
         caps=caps,
