@@ -172,8 +172,9 @@ def tiny_dflash(
 def _head_of(target: Path) -> torch.Tensor:
     """The output projection in fp32; of a target whose head is tied, its embedding."""
     tensors = load_file(target / "model.safetensors")
-    tied = next(name for name in tensors if name.endswith("embed_tokens.weight"))
-    return tensors.get("lm_head.weight", tensors[tied]).float()
+    own = "lm_head.weight"
+    head = own if own in tensors else next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    return tensors[head].float()
 
 
 class _Weights:

@@ -6,6 +6,7 @@ They are the ranks of a server but for HTTP and mail: what a test hands to one i
 others, which may wait for it.
 """
 
+import gc
 import os
 import pickle
 import selectors
@@ -70,6 +71,8 @@ def on_ranks(size: int, work: Callable[[int, int], Any]) -> list[Any]:
 def _child(writing: int, work: Callable[[], Any]) -> None:
     """Does not return: what a test runner does at its end is not to be done twice."""
     try:
+        # What earlier tests left is not this process's to collect: threads that it belonged to are not here.
+        gc.freeze()
         os.environ.update(BIND)
         answer = (True, work())
     except BaseException:
