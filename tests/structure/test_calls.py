@@ -164,17 +164,21 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
         for engine in (raw, judge):
             for token in beginning:
                 grammars.accept(engine, token)
-        found = sketch(
-            grammars.matcher(raw, vocabulary),
-            vocabulary,
-            beginning,
-            64,
-            end=grammars.end,
-            likelihood=likelihood,
-            guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
-            call=calls.matcher,
-            ending=calls.ending + " and much more text than the grammar has, so that this one is taken",
+        alone, found = (
+            sketch(
+                grammars.matcher(raw, vocabulary),
+                vocabulary,
+                beginning,
+                64,
+                end=grammars.end,
+                likelihood=likelihood,
+                guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
+                call=call,
+                ending=calls.ending + " and much more text than the grammar has",
+            )
+            for call in (None, calls.matcher)
         )
+        assert len(found) >= len(alone) > 0, "what the grammar tells is lost for text that it forbids"
         for token in found:
             assert grammars.allowed(judge)[token.token], "a draft that the grammar forbids"
             if token.kind is Kind.END:

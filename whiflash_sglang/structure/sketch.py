@@ -79,10 +79,10 @@ def sketch(
 ) -> list[Token]:
     """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it.
 
-    Where a call is open that its tools tell more of than the matcher, what they tell is proposed.
+    Where a call is open and its tools tell of more tokens that the matcher allows than it does, theirs are taken.
 
-    Work: at most `STEPS` pieces are asked for, `limit` times `CHARS_PER_TOKEN` characters and the tail are cut, `limit`
-    tokens accepted and taken back.
+    Work, for each of the two: at most `STEPS` pieces are asked for, `limit` times `CHARS_PER_TOKEN` characters and the
+    tail are cut, `limit` tokens accepted and taken back.
 
     Args:
         tail: the last tokens that were accepted. end: the token that ends a text; None: none is proposed.
@@ -92,16 +92,24 @@ def sketch(
     """
     layout, most = layout or Layout(), limit * CHARS_PER_TOKEN
     sources = [(matcher, ""), (call, ending)]
-    told = [
-        likely(own, most, guesses, layout, likelihood, closing) for own, closing in sources if own is not None
-    ]
-    pieces = max(told, key=lambda known: sum(len(piece.text) for piece in known), default=[])
-    tokens = cut(vocabulary, tail, pieces, likelihood) if pieces else []
-    if matcher is None:
-        return tokens[:limit]
+    found: list[Token] = []
+    for own, closing in sources:
+        if own is not None:
+            pieces = likely(own, most, guesses, layout, likelihood, closing)
+            tokens = cut(vocabulary, tail, pieces, likelihood)[:limit] if pieces else []
+            if matcher is not None:
+                tokens = _allowed(matcher, vocabulary, tokens, limit, end)
+            found = max(found, tokens, key=len)
+    return found
+
+
+def _allowed(
+    matcher: Matcher, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None
+) -> list[Token]:
+    """The first of `tokens` that the matcher allows, and `end` behind them where the text is complete then."""
     allowed: list[Token] = []
     with matcher.trying():
-        for token in tokens[:limit]:
+        for token in tokens:
             if not (is_text(vocabulary, token.token) and matcher.accept_token(token.token)):
                 return allowed
             allowed.append(token)
