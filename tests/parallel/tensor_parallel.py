@@ -1,5 +1,7 @@
 """Engines of two ranks, what is asked of them, and what a rank tells of its rounds."""
 
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,3 +115,43 @@ def play_ours(
             sum(req.cached_tokens for req in requests),
             sum(req.spec_num_correct_drafts for req in requests),
         )
+
+
+def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
+    """On every rank but the first clocks jump and mail comes and goes."""
+    from whiflash_sglang.compat import step
+
+    rng = random.Random(rank)
+    clock = [0.0]
+
+    def jumping() -> float:
+        clock[0] += rng.expovariate(10.0)
+        return clock[0]
+
+    patches: list[Any] = []
+    if rank:
+        patches = [
+            patch.object(time, "perf_counter", jumping),
+            patch.object(time, "monotonic", jumping),
+            patch.object(step, "has_mail", lambda: rng.random() < 0.5),
+        ]
+    for p in patches:
+        p.start()
+    return play_ours(checkpoints, "auto", arrivals, plain, rank, port)
+
+
+def goes_astray(checkpoints: Checkpoints, log: Path, rank: int, port: int) -> None:
+    """From one round on the second rank commits other tokens than the target gave; rounds are told in `log`."""
+    from whiflash_sglang import worker
+
+    accept, rounds = worker.accept_and_commit, 0
+
+    def committing(predictions: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        with log.open("a") as lines:
+            lines.write(f"rank {rank} verifies round {rounds}\n")
+        return accept((predictions + (rank if rounds >= 4 else 0)) % 256, *args, **kwargs)
+
+    with patch.object(worker, "accept_and_commit", committing):
+        play_ours(checkpoints, "random", mixed(seed=2, count=6, tokens=60), {}, rank, port)

@@ -1,16 +1,23 @@
 """Two ranks: text is plain decoding's with two ranks, and both do the same whatever their clocks and mail say."""
 
-import random
-import time
 from functools import partial
-from typing import Any
-from unittest.mock import patch
+from pathlib import Path
 
 import pytest
 from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison, ReferenceTarget
-from tensor_parallel import ARRIVALS, RANKS, Checkpoints, Outputs, Played, play_ours, play_plain
-from traffic import Arrival, mixed
+from tensor_parallel import (
+    ARRIVALS,
+    RANKS,
+    Checkpoints,
+    Outputs,
+    Played,
+    goes_astray,
+    play_ours,
+    play_plain,
+    wild,
+)
+from traffic import Arrival
 
 
 def check(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, played: list[Played]) -> Played:
@@ -36,29 +43,6 @@ def test_200_requests(checkpoints: Checkpoints, plain: Outputs) -> None:
     assert found.retracted
     assert found.cached
     assert found.accepted
-
-
-def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
-    """On every rank but the first clocks jump and mail comes and goes."""
-    from whiflash_sglang.compat import step
-
-    rng = random.Random(rank)
-    clock = [0.0]
-
-    def jumping() -> float:
-        clock[0] += rng.expovariate(10.0)
-        return clock[0]
-
-    patches: list[Any] = []
-    if rank:
-        patches = [
-            patch.object(time, "perf_counter", jumping),
-            patch.object(time, "monotonic", jumping),
-            patch.object(step, "has_mail", lambda: rng.random() < 0.5),
-        ]
-    for p in patches:
-        p.start()
-    return play_ours(checkpoints, "auto", arrivals, plain, rank, port)
 
 
 def test_no_rank_but_the_first_looks_at_a_clock_or_its_mail(checkpoints: Checkpoints, plain: Outputs) -> None:
@@ -101,27 +85,10 @@ def test_sampling_draws_alike(checkpoints: Checkpoints) -> None:
     assert first == second
 
 
-def goes_astray(checkpoints: Checkpoints, rank: int, port: int) -> None:
-    """From one round on the second rank commits other tokens than the target gave."""
-    from whiflash_sglang import worker
-
-    accept, rounds = worker.accept_and_commit, 0
-
-    def committing(predictions: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal rounds
-        rounds += 1
-        print(f"rank {rank} verifies round {rounds}", flush=True)
-        return accept((predictions + (rank if rounds >= 4 else 0)) % 256, *args, **kwargs)
-
-    with patch.object(worker, "accept_and_commit", committing):
-        play_ours(checkpoints, "random", mixed(seed=2, count=6, tokens=60), {}, rank, port)
-
-
-def test_a_rank_that_goes_astray_is_found_within_a_round(
-    checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_that_goes_astray_is_found_within_a_round(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    log = tmp_path / "rounds"
     with pytest.raises(RankFailedError, match="rank 1 of 2 did not commit what rank 0 did"):
-        on_ranks(RANKS, partial(goes_astray, checkpoints))
-    seen = capfd.readouterr().out
-    assert "rank 1 verifies round 4" in seen
-    assert "rank 1 verifies round 5" not in seen
+        on_ranks(RANKS, partial(goes_astray, checkpoints, log))
+    seen = log.read_text()
+    assert "rank 1 verifies round 4\n" in seen
+    assert "rank 1 verifies round 5\n" not in seen
