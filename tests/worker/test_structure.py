@@ -10,6 +10,7 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
+from test_constrained import OPTIONS
 from traffic import Arrival, play
 
 from whiflash_sglang import lifecycle
@@ -52,11 +53,6 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     "tag": {"structural_tag": bounded_tag(TAG, COMPACT)},  # as ours has it anyway, and plain decoding has not
     "regex": {"regex": "(red|green|blue), and once more: (red|green|blue)(; never again){2}"},
     "ebnf": {"ebnf": 'root ::= "begin " word " then " word " end"\nword ::= [a-z]{2,9}'},
-}
-OPTIONS: dict[str, Any] = {
-    "max_running_requests": 6,
-    "skip_tokenizer_init": False,
-    "constrained_json_disable_any_whitespace": True,
 }
 
 

@@ -20,8 +20,7 @@ def environment(bundle: Path) -> dict[str, Any]:
     """Everything that does not depend on the plan. Names no directory of this machine."""
     return {
         "command": [Path(sys.argv[0]).name, *_without_directories(sys.argv[1:])],
-        "revision": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **checkout(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "hardware": {
@@ -38,10 +37,8 @@ def environment(bundle: Path) -> dict[str, Any]:
     }
 
 
-def checkout(directory: Path | None) -> dict[str, Any]:
-    """Revision of another checkout that serves an arm; nothing for this one, whose revision `environment` has."""
-    if directory is None:
-        return {}
+def checkout(directory: Path) -> dict[str, Any]:
+    """Revision of the checkout that `directory` lies in."""
     return {
         "revision": _git("rev-parse", "HEAD", here=directory),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", here=directory)),
@@ -62,7 +59,7 @@ def _without_directories(arguments: list[str]) -> list[str]:
     return [Path(argument).name if argument.startswith("/") else argument for argument in arguments]
 
 
-def _git(*arguments: str, here: Path = Path(__file__).parent) -> str:
+def _git(*arguments: str, here: Path) -> str:
     done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

@@ -201,7 +201,8 @@ class Runner:
                 info = self._fleet.clients[arm.server].get("/server_info").json()
                 self._servers[arm.name] = {
                     "arguments": self._plan.subject.hide_paths(_alone(arm)),
-                    **provenance.checkout(arm.checkout),
+                    # This one's is in the provenance of the whole.
+                    **({} if arm.checkout is None else provenance.checkout(arm.checkout)),
                     **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
                 }
         if NONE in self.unavailable:

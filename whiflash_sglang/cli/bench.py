@@ -66,11 +66,11 @@ def register(app: typer.Typer) -> None:
         from whiflash_sglang.bench.runner import Plan
         from whiflash_sglang.bench.subject import build_subject
 
+        if dtype not in ("bfloat16", "float32"):
+            raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
         if recorded:
             from whiflash_sglang.bench.recorded_run import RecordedRun, run_recorded
 
-            if dtype not in ("bfloat16", "float32"):
-                raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
             names = [name.strip() for name in (arms or "").split(",") if name.strip()]
             run_recorded(
                 RecordedRun(
@@ -90,8 +90,6 @@ def register(app: typer.Typer) -> None:
             )
             return
         scale = scale_of(quick, arms, per_category, max_tokens, minutes)
-        if dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
         if resume and out is None:
             raise ConfigError("--resume goes on with the run that writes to --out FILE; name it")
         if scaling and not (interleave and "auto" in scale.arms):
