@@ -1,17 +1,20 @@
-"""Writes `results/benchmark/edits.jsonl`: files of this repository, asked to be edited, with the file as prediction.
+"""Writes edits of files of this repository, each with the file as prediction, to `results/benchmark/`.
 
     python scripts/edits.py
 
-The recorded answer is the file with a tenth of its lines changed, seeded: half of them have a word changed, others are
-followed by a new line, written anew, or left out. `whiflash bench --recorded` plays them.
+In `edits.jsonl` the file stands in the prompt as well; in `edits-unseen.jsonl` the prompt only names it, as where an
+agent has an older copy that its conversation no longer holds. The recorded answer is the file with a tenth of its lines
+changed, seeded: half of them have a word changed, others are followed by a new line, written anew, or left out.
+`whiflash bench --recorded` plays both.
 """
 
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OUT = ROOT / "results" / "benchmark" / "edits.jsonl"
+OUT = ROOT / "results" / "benchmark"
 CHARS = 3000
 """Of a file, its last line cut there left out."""
 
@@ -57,24 +60,29 @@ def edited(text: str, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+def record(name: str, category: str, asked: str, text: str, answer: str) -> dict[str, Any]:
+    """A conversation of one turn, as `whiflash bench --recorded` reads it."""
+    return {
+        "id": name,
+        "category": category,
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
+        "prediction": {"type": "content", "content": text},
+    }
+
+
 def main() -> None:
-    rng, rows = random.Random(1), []
+    rng = random.Random(1)
+    seen, unseen = [], []
     for category, names in FILES.items():
         for name in names:
             text = (ROOT / name).read_text("utf-8")[:CHARS].rpartition("\n")[0]
-            asked = f"Apply the changes that we spoke of, and answer with the whole file.\n\n{text}"
-            rows.append(
-                {
-                    "id": name,
-                    "category": category,
-                    "messages": [
-                        {"role": "user", "content": asked},
-                        {"role": "assistant", "content": edited(text, rng)},
-                    ],
-                    "prediction": {"type": "content", "content": text},
-                }
-            )
-    OUT.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+            answer = edited(text, rng)
+            asked = "Apply the changes that we spoke of, and answer with the whole file."
+            seen.append(record(name, category, f"{asked}\n\n{text}", text, answer))
+            unseen.append(record(name, category, f"{asked} It is {name}.", text, answer))
+    for file, rows in (("edits.jsonl", seen), ("edits-unseen.jsonl", unseen)):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (OUT / file).write_text("".join(lines), "utf-8")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ from whiflash_sglang.recorded.benchmark import renderer_of
 from whiflash_sglang.recorded.conversation import Conversation, RecordError
 from whiflash_sglang.recorded.files import read_recorded
 
-EDITS = Path(__file__).parents[2] / "results" / "benchmark" / "edits.jsonl"
+SHIPPED = Path(__file__).parents[2] / "results" / "benchmark"
+EDITS = {"edits.jsonl": True, "edits-unseen.jsonl": False}
+"""Shipped edits, and whether the file that is edited stands in their prompts."""
 TEXTS = (
     "the quick brown fox jumps over the lazy dog",
     "my brown vow: sphinx of black quartz, judge it",
@@ -123,11 +125,13 @@ def test_a_malformed_prediction_is_named(tmp_path: Path) -> None:
         read_recorded(path)
 
 
-def test_the_shipped_edits_can_be_read() -> None:
-    found = read_recorded(EDITS)
+@pytest.mark.parametrize("file", EDITS)
+def test_the_shipped_edits_can_be_read(file: str) -> None:
+    found = read_recorded(SHIPPED / file)
     assert {one.category for one in found} == {"code", "document"}
     for one in found:
         assert one.prediction
+        assert (one.prediction in one.messages[0]["content"]) is EDITS[file]
         before, after = one.prediction.split("\n"), one.messages[-1]["content"].split("\n")
         kept = len(set(before) & set(after)) / len(set(before))
         assert 0.8 < kept < 0.98
