@@ -32,7 +32,7 @@ demo: install ## Start the server on the embedded model, ask it two questions, s
 
 # Two processes, each of which runs whole files: what a file starts (a server, an engine) it starts once.
 test: install ## All tests with seeded samples (a quarter of an hour on 2 quiet cores)
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 evidence: install ## The full matrices; resumable; results go to results/evidence/
 	$(RUN) pytest --evidence -m evidence

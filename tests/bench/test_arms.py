@@ -64,6 +64,19 @@ def test_another_checkout_serves_the_same_arm_from_its_own_sources(
     assert environ["PYTHONPATH"].split(os.pathsep) == [*sources, "/of/the/user"]
 
 
+def test_a_checkout_with_an_environment_is_served_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho $PYTHONPATH of the checkout\n")
+    python.chmod(0o755)
+    with launcher([], log := tmp_path / "log", tmp_path)._spawn() as process:
+        process.wait()
+    assert log.read_text() == "/of/the/user of the checkout\n"
+
+
 def test_another_checkout_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs --beside"):
         build_arms(["auto@beside"], SUBJECT)

@@ -44,11 +44,15 @@ def launcher(
 ) -> Server:
     """A server with as many threads as every other, forked by `host` where there is one.
 
-    A checkout's server is a process of its own: what `host` has imported is this one's.
+    A checkout's server is a process of its own: what `host` has imported is this one's. It runs in the checkout's own
+    environment (`.venv`) where there is one, which its entry points may need, else from its sources in this one.
     """
     env = {"OMP_NUM_THREADS": str(threads())}
     if checkout is None:
         return Server(arguments, host=host, log=log, env=env)
+    python = checkout / ".venv" / "bin" / "python"
+    if python.is_file():
+        return Server(arguments, log=log, env=env, python=python)
     sources = [str(checkout / part) for part in ("", "kernels", "sdk")]
     env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
     return Server(arguments, log=log, env=env)

@@ -39,7 +39,10 @@ def register(app: typer.Typer) -> None:
         dtype: Annotated[str, typer.Option(help="Of every arm: bfloat16 or float32.")] = "bfloat16",
         server_args: Annotated[str, typer.Option(help="More arguments for every server.")] = "",
         beside: Annotated[
-            Path | None, typer.Option(help="Another checkout of this project, for arms like auto@beside.")
+            Path | None,
+            typer.Option(
+                help="Another checkout of this project, for arms like auto@beside; its .venv serves it."
+            ),
         ] = None,
         recorded: Annotated[
             list[Path] | None,
