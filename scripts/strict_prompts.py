@@ -52,6 +52,9 @@ def main() -> None:
         if "response_format" in row:
             kept = row["response_format"]["json_schema"]
             kept |= {"schema": strict(kept["schema"]), "strict": True}
+        for tool in row.get("tools", ()):
+            function = tool["function"]
+            function |= {"parameters": strict(function["parameters"]), "strict": True}
     OUT.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), "utf-8")
 
 
