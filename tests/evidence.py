@@ -24,7 +24,7 @@ RESULTS = ROOT / "results" / "evidence" / "records"
 SUMMARY = ROOT / "results" / "evidence" / "README.md"
 
 RELEVANT = (
-    *("worker.py", "verify.py", "checkpoints.py"),
+    *("worker.py", "verification.py", "penalties.py", "checkpoints.py"),
     *("cache", "compat", "drafters", "models", "platform", "routing"),
 )
 """Parts of `whiflash_sglang` that decide what is generated; `whiflash_kernels` is the rest of it."""

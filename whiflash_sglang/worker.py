@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import Committed, MixedBlock, accept_and_commit, prepare_mixed_block
+from whiflash_kernels import Committed, MixedBlock, accept_and_commit
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import graphs, late, memory, records, release, sampling, step
+from whiflash_sglang.compat import graphs, late, memory, records, release, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.parallel import ranks_of_model
 from whiflash_sglang.compat.rehearsal import rehearse_sampling
@@ -25,7 +25,7 @@ from whiflash_sglang.compat.spec_worker import (
     prefill_rows,
     step_result,
 )
-from whiflash_sglang.compat.target import Target, Verified, packed
+from whiflash_sglang.compat.target import Target, Verified
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.build import build_drafters, load_router
@@ -43,6 +43,7 @@ from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.transfers import Download
+from whiflash_sglang.verification import VerifyStage
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
@@ -118,6 +119,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stage = DraftStage(
             self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
         )
+        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.forcing)
         self.learner = Learner(self.drafters, self.controller, self.clock, self.ranks)
         release.notify(self.lifecycle, self.target.runner)
 
@@ -209,9 +211,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("draft"):
             proposal = self.stage.draft(requests, plan)
         with clock.stage("verify"):
-            block, verified, predictions = self._verify(batch, requests, proposal, grammar_barrier)
-        if self.forcing is not None:
-            predictions = self.forcing.over(predictions, block, requests.rows)
+            block, verified, predictions = self.verifier.verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):
             stride = proposal.stride
             committed = accept_and_commit(
@@ -263,45 +263,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
         )
         return result
-
-    # ---------------------------------------------------------------- the stages of a round
-
-    def _verify(
-        self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
-    ) -> tuple[MixedBlock, Verified, torch.Tensor]:
-        """One target forward over the packed rows of the mixed batch, and the target's own token at every row."""
-        padded = prepare_mixed_block(
-            requests.bonus,
-            proposal.tokens,
-            proposal.widths,
-            requests.starts,
-            requests.rows,
-            self.target.slot_table,
-            rows=self.target.rows_for(proposal.rows, len(requests.row_ids)),
-        )
-        # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
-        by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
-        widths = proposal.widths.tolist() if self.host.exact or by_request else None
-        block = padded if widths is None else packed(padded, sum(widths))
-        chains = None
-        if widths is not None and batch.has_grammar:
-            chains = sampling.grammar_chains(block, widths, requests.ahead)
-        verified = self.target.verify(batch, padded, widths, proposal.stride)
-        if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
-            return block, verified, verified.logits.argmax(-1)
-        # Sampling works in place; the controller reads the raw distribution.
-        verified.output.next_token_logits = verified.logits.clone()
-        predictions = sampling.sample_rows(
-            self.target.runner,
-            batch,
-            verified.output,
-            block,
-            widths,
-            chains,
-            self.tokens.data,
-            barrier,
-        )
-        return block, verified, predictions
 
     def _park(
         self,

@@ -90,7 +90,7 @@ def recorded() -> dict[str, float]:
 @contextmanager
 def accepting(worker: Any, mean: float) -> Iterator[None]:
     """Rounds that commit `mean` tokens of a request on average, as far as so many were drafted. Nothing is read."""
-    verify = worker._verify
+    verify = worker.verifier.verify
 
     def agreed(*args: Any) -> Any:
         block, verified, predictions = verify(*args)
@@ -102,7 +102,7 @@ def accepting(worker: Any, mean: float) -> Iterator[None]:
         vocabulary = verified.logits.shape[-1]
         return block, verified, torch.where(follows, draft, (draft + 1) % vocabulary)
 
-    with patch.object(worker, "_verify", agreed):
+    with patch.object(worker.verifier, "verify", agreed):
         yield
 
 

@@ -37,16 +37,16 @@ def test_every_check_of_a_backend_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.worker import WhiFlashWorker
+    from whiflash_sglang.verification import VerifyStage
 
-    verify = WhiFlashWorker._verify
+    verify = VerifyStage.verify
 
     def planted(self: Any, *args: Any) -> Any:
         block, verified, predictions = verify(self, *args)
         predictions[0].item()
         return block, verified, (predictions + 1) % 256
 
-    monkeypatch.setattr(WhiFlashWorker, "_verify", planted)
+    monkeypatch.setattr(VerifyStage, "verify", planted)
     status, found = rehearse(tmp_path / "out.json", monkeypatch)
     failed = {name: check["why"] for name, check in found["checks"].items() if check["status"] == "failed"}
     assert status == 1

@@ -1,0 +1,72 @@
+"""One target forward over the packed rows of a mixed batch, and the target's own token at every row."""
+
+from typing import Any
+
+import torch
+from whiflash_kernels import MixedBlock, prepare_mixed_block
+
+from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.compat import sampling
+from whiflash_sglang.compat.spec_worker import RoundBatch
+from whiflash_sglang.compat.target import Target, Verified, packed
+from whiflash_sglang.drafters.stage import Proposal
+from whiflash_sglang.forcing import Forcing
+from whiflash_sglang.host_view import HostView
+
+
+class VerifyStage:
+    """What the target says of drafts.
+
+    Args:
+        tokens: committed text, for penalties. forcing: replaces what was sampled, for benchmarks; None: nothing does.
+    """
+
+    def __init__(self, target: Target, tokens: TokenTable, host: HostView, forcing: Forcing | None) -> None:
+        self._target, self._tokens, self._host, self._forcing = target, tokens, host, forcing
+
+    def verify(
+        self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
+    ) -> tuple[MixedBlock, Verified, torch.Tensor]:
+        """Run the target over bonus tokens and drafts.
+
+        Args:
+            barrier: of SGLang: what a grammar needs before its masks are made.
+
+        Returns:
+            The packed block of T rows, what the target said of it, and its own token at every row, [T] int64.
+        """
+        padded = prepare_mixed_block(
+            requests.bonus,
+            proposal.tokens,
+            proposal.widths,
+            requests.starts,
+            requests.rows,
+            self._target.slot_table,
+            rows=self._target.rows_for(proposal.rows, len(requests.row_ids)),
+        )
+        # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
+        by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
+        widths = proposal.widths.tolist() if self._host.exact or by_request else None
+        block = padded if widths is None else packed(padded, sum(widths))
+        chains = None
+        if widths is not None and batch.has_grammar:
+            chains = sampling.grammar_chains(block, widths, requests.ahead)
+        verified = self._target.verify(batch, padded, widths, proposal.stride)
+        if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
+            predictions = verified.logits.argmax(-1)
+        else:
+            # Sampling works in place; the controller reads the raw distribution.
+            verified.output.next_token_logits = verified.logits.clone()
+            predictions = sampling.sample_rows(
+                self._target.runner,
+                batch,
+                verified.output,
+                block,
+                widths,
+                chains,
+                self._tokens.data,
+                barrier,
+            )
+        if self._forcing is not None:
+            predictions = self._forcing.over(predictions, block, requests.rows)
+        return block, verified, predictions
