@@ -1,11 +1,8 @@
-"""The renderers: nothing the model writes acts, everything the trace says shows, and a real browser agrees."""
+"""The renderers: nothing the model writes acts, and everything the trace says shows. A real browser: test_timeline."""
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +10,7 @@ from openai import OpenAI
 
 from whiflash_sdk import Stretch, Trace, routing, wrap
 from whiflash_sdk.render import Turn, conversation_html, html, terminal
+from whiflash_sdk.render.timeline import zooms
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'\""
 STRETCHES: list[dict[str, Any]] = [
@@ -65,7 +63,8 @@ def test_what_the_model_writes_stays_text() -> None:
     page = html(trace(), TEXT, title=HOSTILE)
     page.encode()
     elements = Elements(page)
-    assert not {"script", "img", "b", "a", "link", "iframe"} & {name for name, _ in elements.tags}
+    assert not {"script", "img", "b", "link", "iframe"} & {name for name, _ in elements.tags}
+    assert all(str(link["href"]).startswith("#") for link in elements.named("a"))
     assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
     assert HOSTILE in elements.text
     assert "default-src 'none'" in str(elements.named("meta")[1]["content"])
@@ -74,27 +73,63 @@ def test_what_the_model_writes_stays_text() -> None:
 
 def test_stretches_spans_rounds_and_totals_show() -> None:
     elements = Elements(html(trace(), TEXT))
-    focusable = [a for a in elements.named("span") if a.get("tabindex") == "0"]
-    expected = ["stretch arm-ar", "stretch arm-lookup", "stretch arm-diffusion", "stretch arm-other"]
-    assert [a["class"] for a in focusable] == expected
-    assert [a["class"] for a in elements.named("i")] == [
-        "arm-ar",
-        "arm-ar",
-        "arm-lookup",
-        "arm-diffusion",
-        "arm-other",
+    bands = elements.named("a")
+    arms = ["ar", "lookup", "diffusion", "other"]
+    assert [a["class"] for a in bands] == [f"band arm-{arm}" for arm in arms]
+    texts = {str(a["id"]): a["class"] for a in elements.named("span") if a.get("id")}
+    assert [texts[str(a["href"])[1:]] for a in bands] == [f"stretch arm-{arm}" for arm in arms]
+    assert [a["style"] for a in elements.named("i")[:3]] == [
+        "flex:5;--k:5",
+        "flex:3;--k:3",
+        "flex:1;--k:16.000;background-size:100.0000% 100%",
     ]
     assert elements.text.count("[json ") == 1
     assert elements.text.count(" json]") == 1
-    assert "lookup · 16 tokens · 1 round · acceptance length 16.00 · by span · in json" in elements.text
-    assert "policy auto · 27 tokens · 5 rounds · acceptance length 5.40 · 3 switches" in elements.text
+    assert "tokens 9–25 · 16 tokens · 1 round · acceptance length 16.00" in elements.text
+    assert "Switched from ar to lookup, json began: most expected tokens" in elements.text
+    assert "Switched from lookup to diffusion: a hint demanded it" in elements.text
 
 
-def pointing(text: str | None = None) -> Trace:
+def test_columns_are_as_wide_as_tokens_and_a_gap_is_one() -> None:
+    """Token 0 is the prefill's, and so is token 9, after a retraction."""
+    first, second = STRETCHES[0], {**STRETCHES[1], "start": 10}
+    found = trace().model_copy(update={"stretches": tuple(map(Stretch.model_validate, (first, second)))})
+    (track,) = (a for a in Elements(html(found)).named("div") if a.get("class") == "track")
+    widths = re.findall(r"minmax\(0,(\d+)fr\)", str(track["style"]))
+    assert widths == ["1", "8", "1", "15"]
+
+
+@pytest.mark.parametrize(("tokens", "deepest"), [(0, 1), (200, 1), (201, 2), (1600, 8), (10**18, 64)])
+def test_a_timeline_is_drawn_as_wide_as_its_tokens_need(tokens: int, deepest: int) -> None:
+    assert zooms(tokens)[-1] == deepest
+
+
+def test_no_count_makes_a_page_long() -> None:
+    """Whatever a server says it did."""
+    huge = {"start": 1, "end": 10**15, "arm": "ar", "rounds": 10**14, "accepted": 0}
+    backwards = {"start": 5, "end": 2, "arm": "lookup", "rounds": 0, "accepted": 0}
+    found = trace().model_copy(update={"stretches": tuple(map(Stretch.model_validate, (huge, backwards)))})
+    assert len(html(found)) < 100_000
+
+
+def test_the_header_has_what_is_known_and_nothing_else() -> None:
+    words = ("estimated gain over plain decoding", "tokens a second", "drafts accepted", "SmolLM")
+    told = trace().model_copy(update={"seconds": 3.0, "gain": 1.25})
+    whole = Elements(html(told, TEXT, model="SmolLM")).text
+    header = whole[whole.index("1. Response") : whole.index("Timeline")]
+    for word in (*words[:2], words[3], "1.25×", "9.0", "5.40", "tokens in 5 rounds"):
+        assert word in header
+    assert "drafts accepted" not in header
+    whole = Elements(html(trace(), TEXT)).text
+    assert not any(word in whole[: whole.index("Timeline")] for word in words)
+    assert "9.0 tokens a second · estimated gain 1.25×" in str(told)
+
+
+def pointing(text: str | None = None, proposed: int | None = 20) -> Trace:
     """The same response as servers send it now: offsets into the text, whose first character is the prefill's."""
     stretches, end = [], 1
     for stretch, own in zip(STRETCHES, TEXTS, strict=True):
-        stretches.append({**stretch, "chars": [end, end + len(own)], "proposed": 20})
+        stretches.append({**stretch, "chars": [end, end + len(own)], "proposed": proposed})
         end += len(own)
     return trace().model_copy(
         update={"stretches": tuple(map(Stretch.model_validate, stretches)), "text": text}
@@ -103,8 +138,8 @@ def pointing(text: str | None = None) -> Trace:
 
 @pytest.mark.parametrize(("given", "own"), [(TEXT, None), ("", TEXT), ("f(x)", TEXT)])
 def test_offsets_show_as_texts_did(given: str, own: str | None) -> None:
-    assert html(pointing(own), given) == html(trace(), TEXT)
-    assert terminal(pointing(own), given) == terminal(trace(), TEXT)
+    assert html(pointing(own, None), given) == html(trace(), TEXT)
+    assert terminal(pointing(own, None), given) == terminal(trace(), TEXT)
 
 
 def test_what_no_round_wrote_between_two_stretches_is_shown() -> None:
@@ -145,22 +180,43 @@ def test_a_trace_prints_as_a_few_lines(client: OpenAI) -> None:
     assert repr(trace()).startswith("Trace(version=1"), "all of it, for who debugs"
 
 
-def test_a_notebook_shows_the_figures_and_obeys_nothing() -> None:
-    elements = Elements(trace()._repr_html_())
-    tables = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"}
-    assert {name for name, _ in elements.tags} <= {
-        "div",
-        "p",
-        "ul",
-        "li",
-        "em",
-        "details",
-        "summary",
-        *tables,
+def test_a_notebook_shows_what_the_page_does_and_obeys_nothing() -> None:
+    elements = Elements(pointing(TEXT)._repr_html_())
+    assert not {"script", "img", "b", "link", "iframe", "html", "body", "meta"} & {
+        n for n, _ in elements.tags
     }
-    assert {name for _, attributes in elements.tags for name in attributes} <= {"scope", "class"}
-    for words in ("policy auto", "Acceptance length", "5 rounds", HOSTILE, "json"):
+    assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
+    for words in (
+        "policy auto",
+        "Acceptance length",
+        "5 rounds",
+        HOSTILE,
+        "json",
+        "Switched from ar to lookup",
+    ):
         assert words in elements.text
+    ids = [a["id"] for _, a in elements.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    other = Elements(trace()._repr_html_())
+    assert not {a["id"] for _, a in other.tags if "id" in a} & set(ids), "a notebook shows several"
+
+
+def test_the_style_is_of_what_is_ours_alone() -> None:
+    """In a notebook it lies in somebody else's page."""
+    style = files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
+    style = re.sub(r"/\*.*?\*/", "", style, flags=re.DOTALL)
+    depth, outermost, current = 0, [], ""
+    for character in style:
+        if character == "{":
+            if depth == 0 or (depth == 1 and outermost[-1].startswith("@")):
+                outermost.append(current.strip())
+            depth, current = depth + 1, ""
+        elif character == "}":
+            depth, current = depth - 1, ""
+        else:
+            current = "" if character == ";" else current + character
+    assert depth == 0
+    assert {rule for rule in outermost if not rule.startswith("@")} == {".whiflash"}
 
 
 def test_a_newcomer_is_told_what_the_words_mean() -> None:
@@ -168,6 +224,9 @@ def test_a_newcomer_is_told_what_the_words_mean() -> None:
     for words in ("without a drafter it is 1", "DFlash: a block of tokens at once", "a hint demanded it"):
         assert words in elements.text
     assert "plain decoding" not in elements.text, "what was not used needs no explanation"
+    assert "Responses" not in str(elements.named("nav"))
+    two = Elements(conversation_html([Turn("First", TEXT, trace()), Turn("Second", TEXT, trace())]))
+    assert [link["href"] for link in two.named("a")][:2] == ["#turn-1", "#turn-2"]
 
 
 def test_the_prefills_token_is_part_of_the_text_and_of_its_span() -> None:
@@ -183,7 +242,8 @@ def test_text_that_could_not_be_cut_is_shown_whole() -> None:
     elements = Elements(html(trace(cut=False), "plain text"))
     assert "plain text" in elements.text
     assert "not coloured" in elements.text
-    assert not [a for a in elements.named("span") if a.get("tabindex") == "0"]
+    assert not elements.named("a"), "there is no text to go to"
+    assert len([a for a in elements.named("span") if a.get("tabindex") == "0"]) == len(STRETCHES)
 
 
 def test_parsed_text_gives_way_to_what_was_generated() -> None:
@@ -193,7 +253,7 @@ def test_parsed_text_gives_way_to_what_was_generated() -> None:
 
 def test_an_empty_trace_is_a_page() -> None:
     empty = Trace.model_validate({"version": 1, "policy": "none", "rounds": 0, "tokens": 0})
-    assert "acceptance length 0.00" in html(empty, "")
+    assert "<dd>0.00</dd>" in html(empty, "")
     assert "acceptance length 0.00" in terminal(empty, "")
 
 
@@ -223,31 +283,14 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_light_and_dark(scheme: str) -> None:
     style = files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
-    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    light, dark = re.findall(
+        r"\.whiflash \{\s+(?:color-scheme: light dark;)?(\s+--page.*?)\}", style, re.DOTALL
+    )
     colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", light if scheme == "light" else dark))
-    assert contrast(colours["ink"], colours["page"]) >= 7
-    assert contrast(colours["quiet"], colours["page"]) >= 4.5
-    for arm in ("ar", "diffusion", "lookup", "none", "other"):
+    for ground in ("page", "card", "lane-ground"):
+        assert contrast(colours["ink"], colours[ground]) >= 7
+        assert contrast(colours["quiet"], colours[ground]) >= 4.5
+    for arm in ("ar", "diffusion", "lookup", "structure", "none", "other"):
         assert contrast(colours["ink"], colours[arm]) >= 7
-        assert contrast(colours[f"{arm}-edge"], colours["page"]) >= 3
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_a_browser_shows_it(tmp_path: Path) -> None:
-    page, shot = tmp_path / "trace.html", tmp_path / "trace.png"
-    turns = [Turn("First", TEXT, trace()), Turn(f"</title>{HOSTILE}", "plain", trace(cut=False))]
-    page.write_text(conversation_html(turns, title="Recorded"), "utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    actions = ["--window-size=1000,1200", f"--screenshot={shot}", "--dump-dom"]
-    command = [str(CHROMIUM), *flags, *actions, "--enable-logging=stderr", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert shot.stat().st_size > 20_000
-    dom = Elements(done.stdout)
-    assert "<title>Recorded</title>" in done.stdout
-    assert len([a for a in dom.named("span") if a.get("tabindex") == "0"]) == 4
-    assert not dom.named("script")
-    assert not dom.named("img")
-    assert "CONSOLE" not in done.stderr
+        for ground in ("card", "lane-ground", arm):
+            assert contrast(colours[f"{arm}-edge"], colours[ground]) >= 3

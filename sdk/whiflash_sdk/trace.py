@@ -97,6 +97,9 @@ class Trace(BaseModel):
     text: of a full trace, the text that its stretches' `chars` count in: the response's own, unless a parser took
         something out of it.
     prefill_text: the text before the first stretch, from servers of before.
+    seconds: from the request's first token to its last, where the server tells.
+    gain: estimate of how many times as fast as plain decoding its rounds were, by what rounds cost that server, where
+        it tells.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -112,11 +115,18 @@ class Trace(BaseModel):
     choice: int = Field(default=0, ge=0)
     text: str | None = None
     prefill_text: str | None = None
+    seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    gain: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @property
     def acceptance_length(self) -> float:
         """Tokens per round, the bonus token counted."""
         return _ratio(self.tokens, self.rounds)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the request alone, its prefill not counted, where the server tells."""
+        return self.tokens / self.seconds if self.seconds else None
 
     def __str__(self) -> str:
         """The figures in a few lines, for `print`; `repr` has all of it, `whiflash_sdk.render` the text in colours."""
@@ -125,10 +135,10 @@ class Trace(BaseModel):
         return figures(self)
 
     def _repr_html_(self) -> str:
-        """The figures as tables, where a notebook shows a trace."""
-        from whiflash_sdk.render.page import figures
+        """What the page shows of it, where a notebook shows a trace."""
+        from whiflash_sdk.render.page import fragment
 
-        return figures(self)
+        return fragment(self)
 
 
 def routing(response: object, choice: int = 0) -> Trace | None:

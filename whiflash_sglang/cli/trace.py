@@ -1,6 +1,7 @@
 """`whiflash trace`: a recorded conversation as a page or in the terminal."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,12 +39,25 @@ def turns_of(path: Path) -> "list[Turn]":
     for number, response in enumerate(responses, start=1):
         trace = routing(response) if isinstance(response, dict) else None
         if trace is not None:
-            turns.append(Turn(f"Turn {number}", _text_of(response), trace))
+            turns.append(Turn(_title_of(response, number), _text_of(response), trace, _model_of(response)))
     if not turns:
         raise ConfigError(
             f'{path} holds no response with a routing trace; ask for one with the hint "trace": "full"'
         )
     return turns
+
+
+def _title_of(response: dict[str, Any], number: int) -> str:
+    """A request that the server sampled is called by its time and id, any other by its place."""
+    began, name = response.get("time"), response.get("id")
+    if isinstance(began, int | float) and name:
+        return f"{datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M:%S} UTC, {name}"
+    return f"Turn {number}"
+
+
+def _model_of(response: dict[str, Any]) -> str | None:
+    model = response.get("model")
+    return model if isinstance(model, str) else None
 
 
 def _text_of(response: dict[str, Any]) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from whiflash_sdk.trace import ArmTotals, Stretch, Trace
 
-KNOWN_ARMS: Final = ("ar", "diffusion", "lookup", "none")
+KNOWN_ARMS: Final = ("ar", "diffusion", "lookup", "structure", "none")
+REASONS: Final = {
+    "score": "most expected tokens for the time",
+    "span": "most expected tokens for the time, after a preference or bias of a hint",
+    "pin": "a hint demanded it",
+    "off": "the request switched drafting off",
+    "policy": "the order that the server's router puts the drafters in",
+}
 _CONTROLS: Final = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
@@ -22,11 +29,13 @@ class Turn(NamedTuple):
     title: what to call it, such as the request's last message.
     text: the response's text; a full trace that has its own needs none.
     trace: its routing.
+    model: which one answered, if that is known.
     """
 
     title: str
     text: str
     trace: Trace
+    model: str | None = None
 
 
 class Piece(NamedTuple):
@@ -93,24 +102,48 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS).encode("utf-8", "replace").decode()
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Drafters' names, each once: those that are known first."""
+    found = set(names)
+    return [arm for arm in KNOWN_ARMS if arm in found] + sorted(found.difference(KNOWN_ARMS))
+
+
 def describe(stretch: Stretch) -> str:
-    """A stretch in one line."""
-    facts = [stretch.arm, _count(stretch.tokens, "token"), f"{_count(stretch.rounds, 'round')}"]
+    """What a stretch brought, in one line."""
+    facts = [count(stretch.tokens, "token"), count(stretch.rounds, "round")]
     facts.append(f"acceptance length {stretch.acceptance_length:.2f}")
+    if stretch.proposed is not None:
+        facts.append(f"{stretch.accepted} of {count(stretch.proposed, 'draft')} accepted")
+    return " · ".join(facts)
+
+
+def why(stretch: Stretch, before: Stretch | None) -> str:
+    """What made a stretch begin, in one line: the change of drafter, or of what is around it."""
+    if before is None:
+        said = f"Began with {stretch.arm}"
+    elif before.arm != stretch.arm:
+        said = f"Switched from {before.arm} to {stretch.arm}"
+    else:
+        said = f"Stayed with {stretch.arm}"
+    span = before.span if before else None
+    if stretch.span != span:
+        said += f", {stretch.span} began" if stretch.span else f", {span} ended"
     if stretch.reason:
-        facts.append(f"by {stretch.reason}")
-    if stretch.span:
-        facts.append(f"in {stretch.span}")
-    return printable(" · ".join(facts))
+        said += f": {REASONS[stretch.reason]}" if stretch.reason in REASONS else f": by {stretch.reason}"
+    return printable(said)
 
 
 def summary(trace: Trace) -> str:
     """A response in one line."""
-    facts = [f"policy {trace.policy}", _count(trace.tokens, "token"), _count(trace.rounds, "round")]
+    facts = [f"policy {trace.policy}", count(trace.tokens, "token"), count(trace.rounds, "round")]
     facts += [
         f"acceptance length {trace.acceptance_length:.2f}",
-        _count(trace.switches, "switch", "switches"),
+        count(trace.switches, "switch", "switches"),
     ]
+    if trace.tokens_per_second is not None:
+        facts.append(f"{trace.tokens_per_second:.1f} tokens a second")
+    if trace.gain is not None:
+        facts.append(f"estimated gain {trace.gain:.2f}×")
     return printable(" · ".join(facts))
 
 
@@ -128,9 +161,10 @@ def everything(trace: Trace) -> ArmTotals:
 
 def reasons(trace: Trace) -> str:
     """Rounds by what decided about them, in one line."""
-    found = (f"{_count(rounds, 'round')} by {reason}" for reason, rounds in trace.reasons.items())
+    found = (f"{count(rounds, 'round')} by {reason}" for reason, rounds in trace.reasons.items())
     return printable(" · ".join(found))
 
 
-def _count(number: int, one: str, many: str = "") -> str:
+def count(number: int, one: str, many: str = "") -> str:
+    """A number of things, in words."""
     return f"{number} {one if number == 1 else many or one + 's'}"

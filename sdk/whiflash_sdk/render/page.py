@@ -3,76 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from importlib.resources import files
 from itertools import groupby
+from zlib import crc32
 
 from whiflash_sdk.render.aligned import (
-    KNOWN_ARMS,
+    REASONS,
     Piece,
     Turn,
+    count,
     describe,
     everything,
+    in_order,
     pieces,
-    printable,
     reasons,
-    rounds,
-    summary,
+    why,
 )
+from whiflash_sdk.render.markup import class_of, safe
+from whiflash_sdk.render.timeline import text_id, timeline
 from whiflash_sdk.trace import ArmTotals, Trace
 
 # No script may run and nothing may be fetched, whatever the text says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
-_INTRODUCTION = """Colour shows which drafter proposed the text. In every round one drafter proposes a few tokens and
-the model checks them in one pass: it keeps those that it would have written itself and adds one of its own.
-<strong>Acceptance length</strong> is tokens per round; without a drafter it is 1. Point at a stretch of text, or go to
-it with Tab, to see its figures."""
+_INTRODUCTION = """In every round one drafter proposes a few tokens and the model checks them in one pass: it keeps
+those that it would have written itself and adds one of its own, in the stronger colour.
+<strong>Acceptance length</strong> is tokens per round; without a drafter it is 1."""
 _ARMS = {
     "ar": "EAGLE-3: one token after another",
     "diffusion": "DFlash: a block of tokens at once",
     "lookup": "copied from the context",
+    "structure": "what a grammar forces",
     "none": "no draft: plain decoding",
 }
 _UNCOLOURED = {
     False: 'The trace is a summary; one asked for with trace="full" says which text is whose.',
     True: "The trace does not say where its stretches are in the text, so the text is not coloured.",
 }
-_REASONS = {
-    "score": "most expected tokens for the time",
-    "span": "the same, after a preference or bias of a hint",
-    "pin": "a hint demanded it",
-    "off": "the request switched drafting off",
-    "policy": "the order that the server's router puts the drafters in",
-}
+_LONG = 2000
+"""Characters of a text that is shown in a box of its own, until its reader asks for all of it."""
 
 
-def html(trace: Trace, text: str = "", *, title: str = "Response") -> str:
+def html(trace: Trace, text: str = "", *, title: str = "Response", model: str | None = None) -> str:
     """A page that shows one response. See `conversation_html`."""
-    return conversation_html([Turn(title, text, trace)], title=title)
+    return conversation_html([Turn(title, text, trace, model)], title=title)
 
 
 def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -> str:
-    """A self-contained page: each response coloured by drafter, its rounds as a strip, spans bracketed, totals.
+    """A self-contained page: each response's figures, its timeline, its text coloured by drafter, and tables.
 
-    Works without network and script, by keyboard (Tab walks the stretches), in light and dark.
+    Works without network and script, by keyboard (Tab walks the timeline), in light and dark, wide and narrow.
     """
-    style = files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
-    sections = "\n".join(_section(turn, number) for number, turn in enumerate(turns, 1))
+    sections = "\n".join(_section(turn, f"turn-{number}", number) for number, turn in enumerate(turns, 1))
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_safe(title)}</title>
-<style>{style}</style>
+<title>{safe(title)}</title>
+<style>{_style()}</style>
 </head>
-<body>
+<body class="whiflash page">
 <main>
-<h1>{_safe(title)}</h1>
-<p>{_INTRODUCTION}</p>
-{_legend(turns)}
+<h1>{safe(title)}</h1>
+<p class="note">{_INTRODUCTION}</p>
+{_legend([turn.trace for turn in turns])}
+{_contents(turns)}
 {sections}
 </main>
 </body>
@@ -80,84 +77,109 @@ def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -
 """
 
 
-def figures(trace: Trace) -> str:
-    """What a trace counts, as a part of somebody else's page: no style, no script, nothing loaded."""
-    return f"<div><p>{_safe(summary(trace))}</p>{_totals(trace)}{_stretches(trace)}</div>"
+def fragment(trace: Trace) -> str:
+    """The same of one trace as a part of somebody else's page, such as a notebook's: no script, nothing loaded."""
+    turn = Turn("", "", trace)
+    prefix = f"trace-{crc32(repr(trace).encode('utf-8', 'replace')):08x}"
+    return f'<div class="whiflash"><style>{_style()}</style>{_legend([trace])}{_section(turn, prefix)}</div>'
 
 
-def _safe(text: str) -> str:
-    return escape(printable(text))
+def _style() -> str:
+    return files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
 
 
-def _class(arm: str) -> str:
-    return f"arm-{arm}" if arm in KNOWN_ARMS else "arm-other"
-
-
-def _legend(turns: Sequence[Turn]) -> str:
-    used = {arm for turn in turns for arm in turn.trace.arms}
-    names = [arm for arm in KNOWN_ARMS if arm in used] + sorted(used.difference(KNOWN_ARMS))
-    entries = [
-        f'<span class="stretch {_class(arm)}">{_safe(arm)}</span> {_ARMS.get(arm, "")}'.rstrip()
+def _legend(traces: Sequence[Trace]) -> str:
+    names = in_order(arm for trace in traces for arm in trace.arms)
+    entries = (
+        f'<li><span class="stretch {class_of(arm)}">{safe(arm)}</span> {_ARMS.get(arm, "")}</li>'
         for arm in names
-    ]
-    entries.append('<span class="edge">[kind … kind]</span> span: tool call, JSON, code, reasoning')
-    return (
-        f'<ul class="legend" aria-label="Drafters">{"".join(f"<li>{entry}</li>" for entry in entries)}</ul>'
     )
+    return f'<ul class="legend" aria-label="Drafters">{"".join(entries)}</ul>'
 
 
-def _section(turn: Turn, number: int) -> str:
-    return f"""<section aria-labelledby="turn-{number}">
-<h2 id="turn-{number}">{number}. {_safe(turn.title)}</h2>
-<p>{_safe(summary(turn.trace))}</p>
-{_text(turn)}
-{_strip(turn.trace)}
-{_totals(turn.trace)}
-{_stretches(turn.trace)}
+def _contents(turns: Sequence[Turn]) -> str:
+    if len(turns) < 2:
+        return ""
+    entries = "".join(
+        f'<li><a href="#turn-{number}">{safe(turn.title)}</a> <small>{turn.trace.tokens} tokens, '
+        f"{turn.trace.acceptance_length:.2f} a round</small></li>"
+        for number, turn in enumerate(turns, 1)
+    )
+    return f'<nav aria-label="Responses"><ol>{entries}</ol></nav>'
+
+
+def _section(turn: Turn, prefix: str, number: int = 0) -> str:
+    trace, parts = turn.trace, pieces(turn)
+    numbers = {id(stretch): number for number, stretch in enumerate(trace.stretches, 1)}
+    texts = {numbers[id(part.stretch)]: part.text for part in parts if part.stretch is not None}
+    title = f"{number}. {safe(turn.title)}" if number else "Routing of a response"
+    return f"""<section aria-labelledby="{prefix}">
+<h2 id="{prefix}">{title}</h2>
+{_facts(turn)}
+{timeline(trace, prefix, texts)}
+{_text(turn, parts, prefix, numbers)}
+{_totals(trace)}
+{_stretches(trace)}
 </section>"""
 
 
-def _text(turn: Turn) -> str:
-    parts = pieces(turn)
+def _facts(turn: Turn) -> str:
+    trace = turn.trace
+    named = f"<strong>{safe(turn.model)}</strong> · " if turn.model else ""
+    found = [(f"{trace.acceptance_length:.2f}", "acceptance length")]
+    if trace.gain is not None:
+        found.append((f"{trace.gain:.2f}×", "estimated gain over plain decoding"))
+    if trace.tokens_per_second is not None:
+        found.append((f"{trace.tokens_per_second:.1f}", "tokens a second"))
+    found.append((f"{trace.tokens}", f"tokens in {count(trace.rounds, 'round')}"))
+    drafts = everything(trace)
+    if drafts.proposed:
+        found.append(
+            (f"{(drafts.accepted or 0) / drafts.proposed:.0%}", f"of {drafts.proposed} drafts accepted")
+        )
+    switches = "switch" if trace.switches == 1 else "switches"
+    found.append((f"{trace.switches}", f"{switches} of drafter"))
+    cells = "".join(f"<div><dt>{meaning}</dt><dd>{value}</dd></div>" for value, meaning in found)
+    return f'<p class="note">{named}policy {safe(trace.policy)}</p><dl class="facts">{cells}</dl>'
+
+
+def _text(turn: Turn, parts: Sequence[Piece], prefix: str, numbers: dict[int, int]) -> str:
+    if not parts:
+        return ""
     note = ""
-    if parts and all(part.stretch is None for part in parts):
+    if all(part.stretch is None for part in parts):
         note = f'<p class="note">{_UNCOLOURED[bool(turn.trace.stretches)]}</p>'
-    body = "".join(_spans(parts))
-    return f'{note}<div class="text" role="group" aria-label="Response text">{body}</div>'
+    body = "".join(_spans(parts, turn.trace, prefix, numbers))
+    length = sum(len(part.text) for part in parts)
+    more = ""
+    if length > _LONG:
+        more = f'<label class="more"><input type="checkbox"> Show all {length:,} characters</label>'
+    return (
+        f'{note}<div class="answer">{more}<div class="text" tabindex="0" role="group" aria-label="Response text">'
+        f"{body}</div></div>"
+    )
 
 
-def _spans(parts: Sequence[Piece]) -> Iterator[str]:
+def _spans(parts: Sequence[Piece], trace: Trace, prefix: str, numbers: dict[int, int]) -> Iterator[str]:
     """Stretches, with a bracket around neighbours in the same span."""
     for kind, group in groupby(parts, key=lambda part: part.span):
-        inner = "".join(map(_piece, group))
+        inner = "".join(_piece(part, trace, prefix, numbers) for part in group)
         if kind:
-            name = _safe(kind)
+            name = safe(kind)
             inner = f'<span class="edge">[{name} </span>{inner}<span class="edge"> {name}]</span>'
         yield inner
 
 
-def _piece(part: Piece) -> str:
-    text = f"<bdi>{_safe(part.text)}</bdi>"
+def _piece(part: Piece, trace: Trace, prefix: str, numbers: dict[int, int]) -> str:
+    text = f"<bdi>{safe(part.text)}</bdi>"
     if part.stretch is None:
         return f'<span class="unrouted">{text}</span>'
-    tip = f'<span class="tip" role="note">{escape(describe(part.stretch))}</span>'
-    return f'<span class="stretch {_class(part.stretch.arm)}" tabindex="0">{text}{tip}</span>'
-
-
-def _strip(trace: Trace) -> str:
-    found = list(rounds(trace))
-    if not found:
-        return ""
-    longest = max(entry.tokens for entry in found) or 1
-    bars = "".join(
-        f'<i class="{_class(entry.arm)}" style="height:{max(entry.tokens / longest, 0.02):.1%}"'
-        f' title="round {index}: {_safe(entry.arm)}, {entry.tokens:g} tokens"></i>'
-        for index, entry in enumerate(found, 1)
-    )
-    label = f"One bar a round: tokens committed by each of {len(found)}, at most {longest:g}"
+    number = numbers[id(part.stretch)]
+    before = trace.stretches[number - 2] if number > 1 else None
+    title = f"{safe(why(part.stretch, before))} · {describe(part.stretch)}"
     return (
-        f'<figure><figcaption>{label}</figcaption><div class="strip" role="img" tabindex="0"'
-        f' aria-label="{label}; mean {trace.acceptance_length:.2f}">{bars}</div></figure>'
+        f'<span class="stretch {class_of(part.stretch.arm)}" id="{text_id(prefix, number)}" title="{title}">'
+        f"{text}</span>"
     )
 
 
@@ -170,8 +192,8 @@ def _totals(trace: Trace) -> str:
         for head in ("Drafter", "Rounds", "Tokens", "Share", "Acceptance length", "Drafts accepted")
     )
     return (
-        f"<table><caption>Totals</caption><thead><tr>{heads}</tr></thead>"
-        f"<tbody>{body}</tbody><tfoot>{total}</tfoot></table>"
+        f'<div class="table"><table><caption>Totals</caption><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody><tfoot>{total}</tfoot></table></div>"
     )
 
 
@@ -179,24 +201,25 @@ def _row(arm: str, totals: ArmTotals, tokens: int) -> str:
     share = totals.tokens / tokens if tokens else 0.0
     drafts = "" if totals.proposed is None else f"{totals.accepted} of {totals.proposed}"
     cells = (totals.rounds, totals.tokens, f"{share:.0%}", f"{totals.acceptance_length:.2f}", drafts)
-    return f'<tr><th scope="row">{_safe(arm)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    return f'<tr><th scope="row">{safe(arm)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _stretches(trace: Trace) -> str:
+    """The timeline's facts in words, for who does not look at it."""
     if not trace.stretches:
-        return f'<p class="note">{_safe(reasons(trace))}</p>' if trace.reasons else ""
+        return f'<p class="note">{safe(reasons(trace))}</p>' if trace.reasons else ""
     rows = "".join(
-        f"<tr><td>{s.start}–{s.end}</td><td>{_safe(s.arm)}</td><td>{_safe(s.reason)}</td><td>{_safe(s.span or '')}</td>"
-        f"<td>{s.rounds}</td><td>{s.accepted}</td><td>{s.acceptance_length:.2f}</td></tr>"
+        f"<tr><td>{s.start}–{s.end}</td><td>{safe(s.arm)}</td><td>{safe(s.reason)}</td><td>{safe(s.span or '')}</td>"
+        f"<td>{s.rounds}</td><td>{'' if s.proposed is None else s.proposed}</td><td>{s.accepted}</td>"
+        f"<td>{s.acceptance_length:.2f}</td></tr>"
         for s in trace.stretches
     )
-    heads = "".join(
-        f'<th scope="col">{head}</th>'
-        for head in ("Tokens", "Drafter", "Decided by", "Span", "Rounds", "Accepted", "Acceptance length")
-    )
-    used = sorted({stretch.reason for stretch in trace.stretches} & _REASONS.keys())
-    meanings = "".join(f"<li><em>{reason}</em>: {_REASONS[reason]}</li>" for reason in used)
+    heads = ("Tokens", "Drafter", "Decided by", "Span", "Rounds", "Proposed", "Accepted", "Acceptance length")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    used = sorted({stretch.reason for stretch in trace.stretches} & REASONS.keys())
+    meanings = "".join(f"<li><em>{reason}</em>: {REASONS[reason]}</li>" for reason in used)
+    title = f"{count(len(trace.stretches), 'stretch', 'stretches')} in a table"
     return (
-        f"<details><summary>Stretches</summary><table><thead><tr>{heads}</tr></thead>"
-        f'<tbody>{rows}</tbody></table><ul class="note">{meanings}</ul></details>'
+        f'<details><summary>{title}</summary><div class="table"><table>'
+        f'<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><ul class="note">{meanings}</ul></details>'
     )

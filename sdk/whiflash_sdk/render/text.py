@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from whiflash_sdk.render.aligned import (
-    KNOWN_ARMS,
     Piece,
     Turn,
     everything,
+    in_order,
     pieces,
     printable,
     reasons,
@@ -18,7 +18,7 @@ from whiflash_sdk.render.aligned import (
 )
 from whiflash_sdk.trace import Trace
 
-_COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "none": "90"}
+_COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "structure": "36", "none": "90"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 
 
@@ -49,8 +49,7 @@ def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
     if not used and turn.trace.reasons:
         yield reasons(turn.trace)
     if colour and used:
-        names = [arm for arm in KNOWN_ARMS if arm in used] + sorted(used.difference(KNOWN_ARMS))
-        yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in names)
+        yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in in_order(used))
     yield "".join(_text(pieces(turn), colour))
     strip = _strip(turn.trace, colour)
     if strip:
