@@ -39,6 +39,26 @@ def test_a_summary_has_the_sums_of_the_full_trace_and_nothing_else() -> None:
     assert build_trace(recorded(*rounds, level="summary"), "entropy", 11) == full
 
 
+def test_what_it_took_is_told_where_it_is_known() -> None:
+    recording = recorded(("ar", 4), ("ar", 2))
+    assert {"seconds", "gain"}.isdisjoint(build_trace(recording, "auto", 7))
+    for tokens in (4, 2):
+        recording.price(tokens, round_seconds=0.03, plain_seconds=0.02)
+    recording.began, recording.ended = 100.0, 100.25
+    trace = build_trace(recording, "auto", 7)
+    assert (trace["seconds"], trace["gain"]) == (0.25, 2.0)
+
+
+def test_the_clock_runs_from_the_first_round_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(10, 20))
+    monkeypatch.setattr("whiflash_sglang.trace.time.perf_counter", lambda: float(next(now)))
+    recording = Recording("full", PROMPT)
+    for length in (PROMPT, PROMPT + 3):
+        recording.begin()
+        recording.add(length, "ar", 3, proposed=4, reason="score", span=None)
+    assert (recording.began, recording.ended) == (10.0, 12.0)
+
+
 def test_what_was_committed_beyond_a_stop_does_not_count() -> None:
     trace = build_trace(recorded(("ar", 6), ("diffusion", 6), ("ar", 2)), "entropy", 9)
     assert (trace["tokens"], trace["stretches"][-1]["end"], trace["rounds"]) == (8, 9, 2)

@@ -19,6 +19,7 @@ from whiflash_sglang.bundle_paths import check_members
 from whiflash_sglang.drafter_set import NAMES, PARTS, check_arms, check_router
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
+from whiflash_sglang.trace_samples import TraceSampling, check_directory
 
 MANIFEST = "whiflash.json"
 EMBEDDED_BUNDLE = "smollm2-135m-instruct"
@@ -155,6 +156,10 @@ class Flags(_Strict):
     structure: Literal["on", "off"] | None = None
     backlog_tokens: Annotated[int, Field(ge=32)] = 64
     force_recorded: Literal["on", "off"] = "off"
+    trace_sample: Annotated[float, Field(ge=0, le=1)] | None = None
+    trace_dir: str | None = None
+    trace_text: Literal["on", "off"] | None = None
+    trace_mib: Positive | None = None
 
 
 class Settings(_Strict):
@@ -172,6 +177,7 @@ class Settings(_Strict):
     dflash_vocabulary: DraftVocabulary
     backlog_tokens: int
     force_recorded: bool = False
+    traces: TraceSampling = TraceSampling()
     chat_template: Path | None = None
     tool_call_parser: str | None = None
     bundle: str | None = None
@@ -291,6 +297,7 @@ def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = No
         dflash_vocabulary=vocabulary,
         backlog_tokens=flags.backlog_tokens,
         force_recorded=flags.force_recorded == "on",
+        traces=_traces(flags),
         chat_template=template,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,
@@ -399,6 +406,22 @@ def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
 def _structure(flags: Flags, manifest: Manifest | None) -> Structure:
     said = manifest.structure if manifest else Structure()
     return said if flags.structure is None else said.model_copy(update={"enabled": flags.structure == "on"})
+
+
+def _traces(flags: Flags) -> TraceSampling:
+    if not flags.trace_sample:
+        for field in ("trace_dir", "trace_text", "trace_mib"):
+            if getattr(flags, field) is not None:
+                raise ConfigError(
+                    f"{flag_of(field)} does something only with --whiflash-trace-sample above 0"
+                )
+        return TraceSampling()
+    if flags.trace_dir is None:
+        raise ConfigError("--whiflash-trace-sample needs --whiflash-trace-dir, where the traces go")
+    directory = Path(flags.trace_dir).absolute()
+    check_directory(directory)
+    mib = {} if flags.trace_mib is None else {"mib": flags.trace_mib}
+    return TraceSampling(rate=flags.trace_sample, directory=directory, text=flags.trace_text == "on", **mib)
 
 
 def lookup_of(manifest: Manifest | None) -> Lookup:

@@ -34,6 +34,11 @@ MEANING = {
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
     "force_recorded": "For benchmarks only: requests may force the tokens of their answers, which then are not the "
     "target's.",
+    "trace_sample": "Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0.",
+    "trace_dir": "Directory for sampled traces, as JSON lines (see whiflash trace).",
+    "trace_text": "Whether sampled traces have the answer's text and its stretches: on or off. Default: off, only "
+    "sums.",
+    "trace_mib": "MiB that sampled traces may take on disk; the oldest go. Default: 64.",
 }
 
 

@@ -1,5 +1,6 @@
 """What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from whiflash_kernels import Committed, router_mlp, routing_stats
 
+from whiflash_sglang import arms
 from whiflash_sglang.compat.target import Verified
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.stage import Proposal
@@ -14,6 +16,7 @@ from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.models.router import Layers
 from whiflash_sglang.planning import Plan
 from whiflash_sglang.ranks import Ranks
+from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import Policy
@@ -42,15 +45,21 @@ class Learner:
             kept = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
         tokens = [list(run) for run in kept]
         self.ranks.note(found["starts"], found["widths"], tokens)
+        costs = self.controller.costs
+        priced = costs.known and any(lane.recording for lane in plan.lanes)
+        prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
         for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
             lane.under_way.pop(0)
             if not tokens[i] or not self.ranks.leads:
                 continue
             width, row = found["widths"][i], lane.row
             if "wanted" in found:
-                self.controller.costs.wanted(arm, found["wanted"][i])
+                costs.wanted(arm, found["wanted"][i])
             arm = plan.late if plan.late is not None and found["late"][i] else arm
             evidence = self.controller.committed(lane, decision, arm, tokens[i], width, found["starts"][i])
+            if prices is not None and lane.recording is not None:
+                round_seconds, plain_seconds = prices
+                lane.recording.price(len(tokens[i]), round_seconds=round_seconds, plain_seconds=plain_seconds)
             # A request's last round ends what drafters keep of it.
             if evidence and arm in self.drafters and self.controller.keeps(lane):
                 confidences = found["confidences"][i][: found["own"][i]]
@@ -61,6 +70,13 @@ class Learner:
                 note(lane, found["outputs"][i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
+
+
+def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float]:
+    """Seconds of a round of these routes that verifies `rows` rows, and of one of as many requests without drafts."""
+    requests = len(routes)
+    drafting = sum(costs.draft(arm, count) for arm, count in Counter(routes).items() if arm != arms.NONE)
+    return drafting + costs.verify(rows, requests), costs.verify(requests, requests)
 
 
 def signals_of(

@@ -32,8 +32,11 @@ class Lifecycle:
         stops: StopTable,
         read_prediction: ReadPrediction,
         forcing: Forcing | None = None,
+        *,
+        sample_rate: float = 0.0,
     ) -> None:
         self._read_prediction, self._forcing = read_prediction, forcing
+        self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops = tokens, stops
 
@@ -46,7 +49,7 @@ class Lifecycle:
         predicted = self._predicted(req)
         for drafter in self._drafters.values():
             drafter.begin(row, hints, tenant, predicted, grammar_of(req))
-        recording = recording_of(req, hints.trace) if hints.trace else None
+        recording = recording_of(req, hints.trace, self._sample_rate)
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(row, req.origin_input_ids, req.output_ids)
         self._stops.begin(row, sampling.ending_ids(req))

@@ -1,6 +1,7 @@
 """The routing trace of a response: who wrote what, and why. Schema: docs/reference/traces.md. Imports no SGLang."""
 
 import codecs
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -33,17 +34,30 @@ class Stretch:
 class Recording:
     """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
 
-    level: what was asked for. prompt_tokens: where the output begins.
+    level: what was asked for; None of one that only the operator has a sample of. prompt_tokens: where the output
+    begins. sampled: whether the operator has. began, ended: of its rounds, in seconds of the host's clock; 0 before
+    they have. spent: what its rounds cost by the worker's fitted prices, in seconds; plain: what its tokens would have
+    cost without drafts.
     """
 
-    level: TraceLevel
+    level: TraceLevel | None
     prompt_tokens: int
     stretches: list[Stretch] = field(default_factory=list)
+    sampled: bool = False
+    began: float = 0.0
+    ended: float = 0.0
+    spent: float = 0.0
+    plain: float = 0.0
+
+    def begin(self) -> None:
+        """A round begins; the first one starts the clock."""
+        self.began = self.began or time.perf_counter()
 
     def add(
         self, length: int, arm: str, tokens: int, *, proposed: int, reason: str, span: str | None
     ) -> None:
-        """A round of `arm` that began behind `length` committed tokens and a bonus token."""
+        """A round of `arm` that began behind `length` committed tokens and a bonus token has ended."""
+        self.ended = time.perf_counter()
         start = length + 1 - self.prompt_tokens
         last = self.stretches[-1] if self.stretches else None
         if last is None or (last.arm, last.reason, last.span, last.end) != (arm, reason, span, start):
@@ -51,6 +65,11 @@ class Recording:
             self.stretches.append(last)
         last.tokens.append(tokens)
         last.proposed += proposed
+
+    def price(self, tokens: int, *, round_seconds: float, plain_seconds: float) -> None:
+        """A round that costs `round_seconds` committed `tokens`; one that drafts nothing costs `plain_seconds`."""
+        self.spent += round_seconds
+        self.plain += tokens * plain_seconds
 
     def until(self, completion_tokens: int) -> Iterator[Stretch]:
         """Its stretches without what was committed beyond a stop."""
@@ -86,6 +105,10 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
         "arms": arms,
         "reasons": reasons,
     }
+    if recording.began and recording.ended:
+        trace["seconds"] = round(recording.ended - recording.began, 6)
+    if recording.spent:
+        trace["gain"] = round(recording.plain / recording.spent, 3)
     if recording.level == "full":
         trace["stretches"] = [_described(stretch) for stretch in stretches]
     return trace

@@ -114,6 +114,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.stops,
             read_prediction,
             self.forcing,
+            sample_rate=self.settings.traces.rate,
         )
         self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, self.ranks)
         self.stage = DraftStage(

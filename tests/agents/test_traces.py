@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,9 @@ from server_host import Server, ServerHost
 from sse import ask, comparable
 from tiny_models import SPECIAL_TOKENS, tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sdk import Trace, routing, wrap
+
+from whiflash_sglang.cli.trace import turns_of
+from whiflash_sglang.jsonl import read_json_lines
 
 pytestmark = pytest.mark.server
 
@@ -59,8 +63,20 @@ def start(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def server(start: Start) -> Server:
-    return start()
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `server` puts samples of everybody's traces: what the others here are sent must not show it."""
+    return tmp_path_factory.mktemp("sums")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of `incremental`, with texts."""
+    return tmp_path_factory.mktemp("texts")
+
+
+@pytest.fixture(scope="module")
+def server(start: Start, sums: Path) -> Server:
+    return start("--whiflash-trace-sample", "1", "--whiflash-trace-dir", str(sums))
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +86,17 @@ def stock(start: Start) -> Server:
 
 
 @pytest.fixture(scope="module")
-def incremental(start: Start) -> Server:
+def incremental(start: Start, texts: Path) -> Server:
     """Streams of increments, prompts in small chunks."""
-    return start("--incremental-streaming-output", "--chunked-prefill-size", "64")
+    sampling = (
+        "--whiflash-trace-sample",
+        "1",
+        "--whiflash-trace-dir",
+        str(texts),
+        "--whiflash-trace-text",
+        "on",
+    )
+    return start("--incremental-streaming-output", "--chunked-prefill-size", "64", *sampling)
 
 
 @pytest.fixture
@@ -281,6 +305,58 @@ def test_who_did_not_ask_gets_what_a_plain_server_sends(
         comparable(ask(stock.url, route, body))
     ] * 4
     assert [comparable(sent).keys() for sent in beside] == [comparable(alone).keys()] * 3
+
+
+def sampled(directory: Path, rid: str) -> dict[str, Any]:
+    """The sample of a request, which is written after its answer."""
+
+    def found() -> list[dict[str, Any]]:
+        path = directory / "traces.jsonl"
+        values = [value for _, value in read_json_lines(path)] if path.exists() else []
+        return [value for value in values if value["id"] == rid]
+
+    wait_until(lambda: bool(found()))
+    (sample,) = found()
+    return sample
+
+
+def test_who_did_not_ask_is_sampled_in_sums_without_text(server: Server, sums: Path) -> None:
+    body = {"text": PROMPT, "rid": "sampled-sums", "sampling_params": NATIVE}
+    answer = server.post("/generate", body)
+    assert "whiflash" not in json.dumps(answer["meta_info"])
+    sample = sampled(sums, "sampled-sums")
+    assert sample["model"] == "tiny"
+    assert (sample["completion_tokens"], sample["finish_reason"]) == (24, "length")
+    trace = routing(sample)
+    assert trace is not None
+    assert (trace.tokens, trace.stretches, trace.text) == (23, (), None)
+    assert trace.tokens_per_second
+    assert "text" not in sample
+    assert answer["text"] not in (sums / "traces.jsonl").read_text()
+
+
+def test_a_sample_with_text_is_the_trace_that_its_client_gets(incremental: Server, texts: Path) -> None:
+    params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
+    body = {"text": PROMPT, "rid": "sampled-text", "sampling_params": params, "stream": True}
+    lines = [
+        line for line in ask(incremental.url, "/generate", body).split("\n\n") if line.startswith("data: {")
+    ]
+    got = routing(json.loads(lines[-1].removeprefix("data: ")))
+    sample = sampled(texts, "sampled-text")
+    assert routing(sample) == got
+    check(got, 24, sample["text"])
+    turn = turns_of(texts / "traces.jsonl")[-1]
+    assert (turn.model, turn.text) == ("tiny", sample["text"])
+
+
+def test_who_is_gone_is_sampled_too(incremental: Server, texts: Path) -> None:
+    body = {"text": PROMPT, "rid": "sampled-gone", "stream": True}
+    body["sampling_params"] = {**NATIVE, "max_new_tokens": 2000}
+    with httpx.stream("POST", f"{incremental.url}/generate", json=body, timeout=None) as answer:
+        for _ in answer.iter_lines():
+            break
+    sample = sampled(texts, "sampled-gone")
+    assert sample["finish_reason"] == "abort"
 
 
 def test_sixteen_loops_read_every_chunks_first_choice(server: Server) -> None:

@@ -207,6 +207,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request", ("obj", "request")
     ),
     PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.config_value", ("name",)),
+    PrivateName("sglang.srt.managers.tokenizer_manager:ReqState.get_text"),
     PrivateName(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info",
         ("meta_info", "state", "customized_info", "index", "finish_reason"),

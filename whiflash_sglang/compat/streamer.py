@@ -5,6 +5,7 @@ What is traced is read off the requests themselves, so it ends with them, howeve
 that did not ask is the one that SGLang sends without us.
 """
 
+import random
 from functools import wraps
 from typing import Any
 
@@ -32,11 +33,17 @@ def install_answers() -> None:
     replace(TokenizerManager, "update_request_meta_info", _taking_recordings)
 
 
-def recording_of(req: Any, level: TraceLevel) -> Recording:
-    """The request's recording, begun now if it has none yet."""
+def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recording | None:
+    """The request's recording, begun now if it has none yet; None if neither asked for, nor drawn.
+
+    rate: chance that the operator samples it.
+    """
     found: Recording | None = getattr(req, _RECORDING, None)
     if found is None:
-        found = Recording(level, len(req.origin_input_ids))
+        sampled = random.random() < rate
+        if level is None and not sampled:
+            return None
+        found = Recording(level, len(req.origin_input_ids), sampled=sampled)
         setattr(req, _RECORDING, found)
     return found
 
@@ -59,7 +66,12 @@ def _taking_recordings(original: Any) -> Any:
         others = {key: values for key, values in customized_info.items() if key != META_KEY}
         original(self, meta_info, state, others, index, finish_reason)
         for recording in customized_info[META_KEY][index] if META_KEY in customized_info else ():
-            policy = settings_of(self.server_args).router
-            meta_info[META_KEY] = build_trace(recording, policy, meta_info["completion_tokens"])
+            if recording.level is not None:
+                policy = settings_of(self.server_args).router
+                meta_info[META_KEY] = build_trace(recording, policy, meta_info["completion_tokens"])
+            if recording.sampled:
+                from whiflash_sglang.compat import samples  # which imports what serves HTTP
+
+                samples.take(self, state, meta_info, recording)
 
     return update

@@ -86,12 +86,19 @@ class _Arrived:
         trace["choice"] = choice
         is_whole = len(tokens) == item["meta_info"]["completion_tokens"]
         if "stretches" in trace and is_whole and self._manager.tokenizer is not None:
-            vocabulary, special = _vocabulary(self._manager)
-            skipped = special if _skips_special_tokens(self._obj, choice) else frozenset[int]()
-            place(trace, pieces_of(tokens, vocabulary, skipped), text)
+            place_text(self._manager, self._obj, choice, trace, tokens, text)
             if self._earlier is not None:
                 trace.setdefault("text", text)  # the answer's last line holds its end alone
         self._obj.__dict__.setdefault(_FOUND, []).append((trace, text))
+
+
+def place_text(
+    manager: Any, obj: Any, choice: int, trace: dict[str, Any], tokens: list[int], text: str | None
+) -> None:
+    """Give the stretches of a full trace their places in the text of all its output `tokens`."""
+    vocabulary, special = _vocabulary(manager)
+    skipped = special if _skips_special_tokens(obj, choice) else frozenset[int]()
+    place(trace, pieces_of(tokens, vocabulary, skipped), text)
 
 
 def _parameters(obj: Any) -> list[Any]:

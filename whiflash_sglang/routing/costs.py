@@ -203,6 +203,11 @@ class MeasuredCosts:
         self._rate = sum(count for count, *_ in self._recent) / max(spent, SHORTEST)
         self._gap = gaps / len(self._recent)
 
+    @property
+    def known(self) -> bool:
+        """Whether a round was timed: before, prices are guesses."""
+        return bool(self._recent)
+
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring. Full length until a rate was measured."""
         if not self._rate:

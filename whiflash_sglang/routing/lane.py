@@ -112,6 +112,8 @@ class Lane:
 
     def chose(self, arm: str, expected: float = 1.0) -> None:
         """The controller routed the next round to `arm`, of which it is `expected` to commit so many tokens."""
+        if self.recording is not None:
+            self.recording.begin()
         self.expected = expected
         self.tried[arm] = self.tried.get(arm, 0) + 1
         self.last[arm] = self.rounds

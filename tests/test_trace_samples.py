@@ -1,0 +1,170 @@
+"""Sampled traces on disk: whole lines in files of bounded size, and nobody waits or fails for them."""
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from whiflash_sglang import trace_samples
+from whiflash_sglang.cli.trace import turns_of
+from whiflash_sglang.config import Flags, embedded_bundle, parse_flags, resolve
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.trace_samples import PARTS, SampleFiles, Sampler
+
+LINE = b'{"number": 12345}\n'
+
+
+def lines(directory: Path) -> list[bytes]:
+    """All lines, oldest first."""
+    names = [*(f"traces.{number}.jsonl" for number in range(PARTS - 1, 0, -1)), "traces.jsonl"]
+    paths = [directory / name for name in names]
+    return b"".join(path.read_bytes() for path in paths if path.exists()).splitlines(keepends=True)
+
+
+def test_files_stay_within_their_bound_and_the_newest_lines_stay(tmp_path: Path) -> None:
+    files = SampleFiles(tmp_path, 40 * len(LINE))
+    for number in range(10000, 10500):
+        files.append(LINE.replace(b"12345", str(number).encode()))
+    found = [json.loads(line)["number"] for line in lines(tmp_path)]
+    assert found == list(range(10500 - len(found), 10500))
+    assert 30 <= len(found) <= 40
+    assert len(list(tmp_path.glob("traces*"))) == PARTS
+
+
+def test_only_their_owner_reads_them(tmp_path: Path) -> None:
+    directory = tmp_path / "made" / "here"
+    trace_samples.check_directory(directory)
+    SampleFiles(directory, 1 << 20).append(LINE)
+    trace_samples.check_directory(directory)
+    assert lines(directory) == [LINE]
+    SampleFiles(directory, 1 << 20).append(LINE)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
+
+
+def test_processes_share_a_directory(tmp_path: Path) -> None:
+    """As several processes of one server do: each opens, locks and turns the files by itself."""
+    writers = [SampleFiles(tmp_path, 4 << 20) for _ in range(4)]
+    threads = [threading.Thread(target=lambda w=w: [w.append(LINE) for _ in range(100)]) for w in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lines(tmp_path) == [LINE] * 400
+
+
+@pytest.mark.parametrize("torn", [b'{"numb', b'{"number": 12345}\n{"nu', b'{"number": 12345}'])
+def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / "traces.jsonl").write_bytes(LINE + torn)
+    SampleFiles(tmp_path, 1 << 20).append(LINE)
+    assert set(lines(tmp_path)) == {LINE}
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, write = SampleFiles(tmp_path, 1 << 20), os.write
+    files.append(LINE)
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
+    with pytest.raises(OSError, match="No space"):
+        files.append(LINE)
+    monkeypatch.setattr(os, "write", write)
+    files.append(LINE)
+    assert lines(tmp_path) == [LINE] * 2
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (tmp_path / "traces.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic"):
+        SampleFiles(tmp_path, 1 << 20).append(LINE)
+    assert (tmp_path / "elsewhere").read_bytes() == b""
+
+
+class Disk(SampleFiles):
+    """A disk that can be full, or hang until it is let go."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.full, self.goes_on = False, threading.Event()
+        self.goes_on.set()
+
+    def append(self, line: bytes) -> None:
+        self.goes_on.wait()
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.written.append(line)
+
+
+def test_a_failure_is_said_once_and_its_end_too(caplog: pytest.LogCaptureFixture) -> None:
+    disk = Disk()
+    sampler = Sampler(disk)
+    caplog.set_level(logging.INFO)
+    disk.full = True
+    for _ in range(3):
+        sampler.take(lambda: {"a": 1})
+    sampler.take(lambda: 1 // 0)  # type: ignore[arg-type,return-value]
+    sampler.wait()
+    assert (sampler.lost, len(caplog.records)) == (4, 1)
+    assert "No space left" in caplog.text
+    disk.full = False
+    for _ in range(2):
+        sampler.take(lambda: {"a": 1})
+    sampler.wait()
+    assert [json.loads(line) for line in disk.written] == [{"a": 1}] * 2
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_nobody_waits_for_a_disk_that_hangs() -> None:
+    disk = Disk()
+    disk.goes_on.clear()
+    sampler = Sampler(disk)
+    for _ in range(trace_samples.WAITING + 10):
+        sampler.take(dict)
+    assert 9 <= sampler.lost <= 10, "one is in the thread's hands, or none yet"
+    disk.goes_on.set()
+    sampler.wait()
+    assert len(disk.written) + sampler.lost == trace_samples.WAITING + 10
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"trace_sample": 0.1}, "--whiflash-trace-sample needs --whiflash-trace-dir"),
+        ({"trace_dir": "x"}, "--whiflash-trace-dir does something only with --whiflash-trace-sample"),
+        ({"trace_text": "on"}, "--whiflash-trace-text does something only"),
+        ({"trace_mib": 3}, "--whiflash-trace-mib does something only"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(given: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(Flags.model_validate(given), embedded_bundle())
+
+
+@pytest.mark.parametrize("rate", ["1.1", "-0.1", "nan", "often"])
+def test_a_rate_is_a_share(rate: str) -> None:
+    with pytest.raises(ConfigError, match="--whiflash-trace-sample"):
+        parse_flags({"trace_sample": rate})
+
+
+def test_a_directory_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    flags = Flags(trace_sample=0.5, trace_dir=str(tmp_path / "file" / "traces"))
+    with pytest.raises(ConfigError, match=r"--whiflash-trace-dir .*Not a directory"):
+        resolve(flags, embedded_bundle())
+
+
+def test_settings_have_what_the_flags_say(tmp_path: Path) -> None:
+    assert resolve(Flags(), embedded_bundle()).traces.rate == 0
+    given = {"trace_sample": "0.25", "trace_dir": str(tmp_path / "t"), "trace_text": "on", "trace_mib": "8"}
+    traces = resolve(parse_flags(given), embedded_bundle()).traces
+    assert (traces.rate, traces.directory, traces.text, traces.mib) == (0.25, tmp_path / "t", True, 8)
+
+
+def test_the_command_line_reads_what_was_sampled(tmp_path: Path) -> None:
+    trace = {"version": 1, "policy": "auto", "rounds": 1, "tokens": 2, "arms": {}}
+    sample = {"time": 1700000000.5, "id": "abc", "model": "m", "sglext": {"whiflash": trace}}
+    SampleFiles(tmp_path, 1 << 20).append(json.dumps(sample).encode() + b"\n")
+    (turn,) = turns_of(tmp_path / "traces.jsonl")
+    assert (turn.title, turn.model, turn.text) == ("2023-11-14 22:13:20 UTC, abc", "m", "")
