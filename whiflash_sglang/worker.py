@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from whiflash_kernels import Committed, MixedBlock, accept_and_commit
 
+from whiflash_sglang import announce
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
@@ -130,6 +131,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stage.capture(graphs.recorder(self.target.runner), max_running_requests())
         slots, costs = self.target.slot_table, self.controller.costs
         profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
+        if self.ranks.leads:
+            draft, whole = memory.bytes_of_token()
+            policy = self.controller.policy.name
+            announce.started(policy, self.drafters, costs, draft_bytes=draft, token_bytes=whole)
 
     def prewarm_sampling(self) -> Any:
         """Called by the scheduler when everything is allocated and captured."""

@@ -359,6 +359,19 @@ def test_who_is_gone_is_sampled_too(incremental: Server, texts: Path) -> None:
     assert sample["finish_reason"] == "abort"
 
 
+def test_the_log_says_who_may_draft_and_who_steered(server: Server) -> None:
+    server.post("/whiflash/policy", {"min_dwell": 2})
+    log = server.log.read_text()
+    (started,) = re.findall(
+        r"WHIFLASH: policy auto; arms (.*); drafters' KV (\d+) of (\d+) bytes a token", log
+    )
+    arms = re.findall(r"(\w+) \(up to \d+ drafts(, \d+\.\d\d ms a draft)?\)", started[0])
+    assert {arm for arm, _ in arms} == {"ar", "diffusion", "lookup", "structure"}
+    assert {arm for arm, price in arms if price} == {"ar", "diffusion"}
+    assert 0 < int(started[1]) < int(started[2])
+    assert log.count('control: policy {"min_dwell": 2}, from 127.0.0.1: done') == 1
+
+
 def test_sixteen_loops_read_every_chunks_first_choice(server: Server) -> None:
     asked: Any = {**ASKED, "messages": MESSAGES, "stream": True}
 

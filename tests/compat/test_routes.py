@@ -11,6 +11,8 @@ from sglang.srt.utils.auth import add_api_key_middleware
 
 from whiflash_sglang.compat import http
 from whiflash_sglang.config import Flags, embedded_bundle, resolve
+from whiflash_sglang.lookup.forget import parse_forget
+from whiflash_sglang.lookup.memory import handle_of
 
 KEYS = {"none": None, "user": "the-user", "admin": "the-admin", "wrong": "guess"}
 SERVERS = {
@@ -130,3 +132,55 @@ def test_a_wrong_change_of_policy_is_a_400_and_reaches_no_scheduler(manager: Man
     assert answer.status_code in (400, 422)
     assert answer.json()
     assert not manager.sent
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "whiflash_sglang"]
+
+
+SALT = "a-tenant's-secret"
+
+
+def test_every_call_that_steers_leaves_a_line(manager: Manager, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    client = client_of(manager, "open")
+    client.post("/whiflash/policy", json={"router": "none", "min_dwell": 3})
+    client.post("/whiflash/forget", json={"all": True})
+    client.post("/whiflash/forget", json={"cache_salt": SALT})
+    client.get("/whiflash/state")
+    tenant = f"{handle_of(parse_forget({'cache_salt': SALT}) or b''):016x}"
+    assert told(caplog) == [
+        'control: policy {"router": "none", "min_dwell": 3}, from testclient: done',
+        'control: forget {"all": true}, from testclient: done',
+        f'control: forget {{"tenant": "{tenant}"}}, from testclient: done',
+    ]
+    assert SALT not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("policy", {"router": "nonsense", "\nforged": 1}, '{"router": "nonsense"}'),
+        ("policy", {"router": "x\ny" * 100}, '{"router": "..."}'),
+        ("policy", {"min_dwell": {SALT: 1}}, '{"min_dwell": "..."}'),
+        ("forget", {"cache_salt": SALT, "all": True}, "{}"),
+        ("forget", {"salt": SALT}, "{}"),
+    ],
+)
+def test_what_was_refused_leaves_a_line_that_nobody_else_wrote(
+    manager: Manager, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any], said: str
+) -> None:
+    caplog.set_level("INFO")
+    assert client_of(manager, "open").post(f"/whiflash/{path}", json=body).status_code == 400
+    assert told(caplog) == [f"control: {path} {said}, from testclient: refused with 400"]
+    assert SALT not in caplog.text
+
+
+def test_what_a_scheduler_refuses_is_no_done(manager: Manager, caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse(_: Any) -> list[bool]:
+        return [True, False]
+
+    caplog.set_level("INFO")
+    manager.set_internal_state = refuse  # type: ignore[method-assign]
+    client_of(manager, "open").post("/whiflash/policy", json={"router": "none"})
+    assert told(caplog) == ['control: policy {"router": "none"}, from testclient: refused with 400']

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Mapping
 from functools import wraps
 from typing import Any
 
+from fastapi import Request
 from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
@@ -12,7 +13,7 @@ from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from whiflash_sdk.hints import Hints, Span
 
-from whiflash_sglang import __version__
+from whiflash_sglang import __version__, announce
 from whiflash_sglang.compat import figures, predictions, streamer, traces
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import KEY, encode, encode_forget, state_request
@@ -20,6 +21,7 @@ from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
+from whiflash_sglang.lookup.memory import handle_of
 from whiflash_sglang.replicas import together
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import (
@@ -183,8 +185,14 @@ async def _state() -> JSONResponse:
     return JSONResponse(together([answer.internal_state[KEY] for answer in answers]))
 
 
-async def _set_policy(change: dict[str, Any]) -> JSONResponse:
+async def _set_policy(change: dict[str, Any], request: Request) -> JSONResponse:
     """Change router, thresholds or dwell while serving."""
+    answer = await _changed(change)
+    announce.steered(_client(request), "policy", announce.loggable(change), answer.status_code)
+    return answer
+
+
+async def _changed(change: dict[str, Any]) -> JSONResponse:
     manager = http_server._global_state.tokenizer_manager
     settings = settings_of(manager.server_args)
     try:
@@ -197,13 +205,23 @@ async def _set_policy(change: dict[str, Any]) -> JSONResponse:
     return answer
 
 
-async def _forget(who: dict[str, Any]) -> JSONResponse:
+async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
     """Drop what the copying arm remembers of one tenant's outputs, or of everybody's."""
+    told: dict[str, Any] = {}
     try:
         tenant = parse_forget(who)
     except ConfigError as error:
-        return _bad_request(str(error))
-    return await _send(encode_forget(tenant))
+        answer = _bad_request(str(error))
+    else:
+        # Not the tenant's keys: who has them is the tenant.
+        told = {"all": True} if tenant is None else {"tenant": f"{handle_of(tenant):016x}"}
+        answer = await _send(encode_forget(tenant))
+    announce.steered(_client(request), "forget", told, answer.status_code)
+    return answer
+
+
+def _client(request: Request) -> str | None:
+    return request.client.host if request.client else None
 
 
 async def _send(message: Mapping[str, float]) -> JSONResponse:

@@ -29,10 +29,14 @@ from whiflash_sglang.planning import widest_of
 
 @dataclass(slots=True)
 class Reservation:
-    """What the worker of this process asks for: bytes per KV slot, and bytes independent of the slots."""
+    """What the worker of this process asks for: bytes per KV slot, and bytes independent of the slots.
+
+    whole: bytes of a KV slot with the target's, once the pools are sized.
+    """
 
     per_token: int = 0
     fixed: int = 0
+    whole: int = 0
 
 
 _reservation = Reservation()
@@ -48,6 +52,11 @@ def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Any, reque
         fixed += max((drafter.captured_bytes(requests) for drafter in drafters.values()), default=0)
     _reservation.per_token = sum(drafter.kv_bytes_per_token() for drafter in drafters.values())
     _reservation.fixed = fixed
+
+
+def bytes_of_token() -> tuple[int, int]:
+    """Bytes of a token's KV: the drafters', and all of it; known once the pools are sized."""
+    return _reservation.per_token, _reservation.whole
 
 
 def for_requests(target: Any, requests: int, widest: int) -> int:
@@ -98,6 +107,7 @@ def _accounting(original: Any) -> Any:
                 )
             configurator._cell_size += _reservation.per_token
             configurator._fixed_overhead_bytes += _reservation.fixed
+            _reservation.whole = int(configurator._cell_size)
         return configurator
 
     return create
