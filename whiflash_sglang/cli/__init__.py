@@ -47,7 +47,19 @@ def _whiflash(
     pass
 
 
-for _command in ("check", "bundle", "serve", "demo", "bench", "profile", "trace", "lookup", "train", "judge"):
+for _command in (
+    "check",
+    "bundle",
+    "serve",
+    "demo",
+    "bench",
+    "profile",
+    "top",
+    "trace",
+    "lookup",
+    "train",
+    "judge",
+):
     import_module(f"whiflash_sglang.cli.{_command}").register(app)
 
 

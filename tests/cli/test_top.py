@@ -1,0 +1,307 @@
+"""`whiflash top` on recorded states: what it computes and shows, whom it complains about, how it leaves a terminal."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from whiflash_sglang.cli import main
+from whiflash_sglang.top.reading import Reading, figures, since
+from whiflash_sglang.top.view import screen
+
+WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
+
+
+def state(times: int = 1) -> dict[str, Any]:
+    """A server's after so many times the same."""
+    arm = {"rounds": 10, "tokens": 40, "proposed": 60, "accepted": 30, "joined": 0, "joined_accepted": 0}
+    plain = {"rounds": 10, "tokens": 10, "proposed": 0, "accepted": 0, "joined": 0, "joined_accepted": 0}
+    counted = {
+        "rounds": 15,
+        "rows": 80,
+        "tokens": 50,
+        "switches": 4,
+        "round_seconds": 0.5,
+        "timed_seconds": 0.4,
+        "plain_seconds": 0.6,
+    }
+    return {
+        "policy": "auto",
+        "arms": ["ar", "none"],
+        "requests": 3,
+        **{name: value * times for name, value in counted.items()},
+        "by_arm": {
+            "ar": {name: value * times for name, value in arm.items()},
+            "none": {name: value * times for name, value in plain.items()},
+        },
+        "reasons": {"score": 15 * times, "pin": 5 * times, "off": 0},
+        "costs": {"verify": 0.02, "verify_draft": 0.0005, "between": 0, "draft": {"ar": 0.0031}},
+        "memory": {"draft_kv": 3 << 30, "lookup_index": 2048},
+    }
+
+
+class Recorded(ThreadingHTTPServer):
+    """A server with recorded answers. `answers`: of paths, a status and what is sent; `times`: states told so far."""
+
+    def __init__(self) -> None:
+        self.times, self.key = 0, ""
+        self.answers: dict[str, tuple[int, bytes]] = {}
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answering(BaseHTTPRequestHandler):
+    server: Recorded
+
+    def do_GET(self) -> None:
+        status, body = self._answer()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _answer(self) -> tuple[int, bytes]:
+        if self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
+            return 401, b"{}"
+        if self.path in self.server.answers:
+            return self.server.answers[self.path]
+        if self.path == "/whiflash/capabilities":
+            return 200, b'{"model": "tiny"}'
+        self.server.times += 1
+        return 200, json.dumps(state(self.server.times)).encode()
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def recorded() -> Iterator[Recorded]:
+    with Recorded() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def top(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["whiflash", "top", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def shown(*records: dict[str, Any], width: int = 120) -> str:
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(screen(records))
+    return captured.get()
+
+
+def test_figures_are_of_what_happened_in_between() -> None:
+    found = since(Reading(10.0, state(1)), Reading(12.0, state(3)))
+    assert found is not None
+    assert (found["seconds"], found["tokens_per_second"], found["switches_per_second"]) == (2.0, 50.0, 4.0)
+    assert found["acceptance_length"] == 2.5
+    assert found["gain"] == pytest.approx(1.5)
+    assert found["arms"]["ar"] == {"share": 0.8, "acceptance_length": 4.0, "drafts_accepted": 0.5}
+    assert found["arms"]["none"] == {"share": 0.2, "acceptance_length": 1.0, "drafts_accepted": None}
+    assert found["reasons"] == {"score": 0.75, "pin": 0.25, "off": 0.0}
+
+
+def test_a_server_that_began_anew_has_no_past() -> None:
+    assert since(Reading(10.0, state(3)), Reading(12.0, state(1))) is None
+    assert since(None, Reading(12.0, state(1))) is None
+
+
+def test_an_idle_server_has_no_rates_of_rounds() -> None:
+    found = since(Reading(10.0, state(1)), Reading(12.0, state(1)))
+    assert found is not None
+    assert (found["tokens_per_second"], found["acceptance_length"], found["gain"]) == (0.0, None, None)
+    assert found["arms"]["ar"] == {"share": None, "acceptance_length": None, "drafts_accepted": None}
+
+
+def test_a_screen_has_every_figure() -> None:
+    before, after = Reading(10.0, state(1)), Reading(12.0, state(3))
+    total = figures(after.state, after.state["round_seconds"])
+    page = shown(
+        {
+            "url": "http://a",
+            "model": "tiny",
+            "state": after.state,
+            "now": since(before, after),
+            "total": total,
+        },
+        {"url": "http://b", "error": "http://b does not answer: gone"},
+    )
+    for words in (
+        "tiny http://a",
+        "50.0 (100.0)",
+        "2.50 (2.50)",
+        "1.50× (1.50×)",
+        "80% (80%)",
+        "3.10 ms",
+        "score 75% · pin 25%",
+        "20.00 ms a plain round of one request · 0.50 ms one more draft verified",
+        "draft kv 3.0 GiB · lookup index 2 KiB",
+        "http://b does not answer: gone",
+    ):
+        assert words in page, words
+    assert "off" not in page
+    assert all(len(line) <= 60 for line in shown(*[{"url": "u", "error": "e"}], width=60).splitlines())
+
+
+def test_a_server_of_before_shows_what_it_tells() -> None:
+    told = {
+        name: value for name, value in state().items() if name not in ("by_arm", "reasons", "costs", "memory")
+    }
+    del told["plain_seconds"]
+    page = shown({"url": "u", "model": "m", "state": told, "now": None, "total": figures(told, 0.5)})
+    assert "– (100.0)" in page
+    assert "drafter" not in page
+
+
+def test_what_a_server_says_is_no_command(recorded: Recorded) -> None:
+    hostile = "\x1b]0;owned\x07[red]x"
+    page = shown({"url": "u", "model": hostile, "state": {"policy": hostile}, "now": None, "total": {}})
+    assert "\x1b" not in page
+    assert "\x07" not in page
+    assert "[red]x" in page
+
+
+def test_replicas_are_told_apart() -> None:
+    one = {
+        **state(),
+        "replicas": [
+            {"replica": 0, "requests": 1, "tokens": 20},
+            {"replica": 1, "requests": 2, "tokens": 30},
+        ],
+    }
+    page = shown({"url": "u", "model": "m", "state": one, "now": None, "total": figures(one, 1.0)})
+    assert "0: 1 running, 20 tokens · 1: 2 running, 30 tokens" in page
+
+
+def test_once_shows_one_reading(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert top("--once", "--url", f"{recorded.url}/v1/", monkeypatch=monkeypatch) == 0
+    assert "– (100.0)" in capsys.readouterr().out
+    assert recorded.times == 1
+
+
+def test_json_has_state_and_figures(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert top("--once", "--json", "--url", recorded.url, monkeypatch=monkeypatch) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["url"], found["model"], found["state"]) == (recorded.url, "tiny", state())
+    assert found["now"] is None
+    assert found["total"]["tokens_per_second"] == 100.0
+
+
+DEAD = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (
+            {"/whiflash/capabilities": (404, b"")},
+            "it is no SGLang server with --speculative-algorithm WHIFLASH",
+        ),
+        (
+            {"/whiflash/capabilities": (200, b"<html>")},
+            "/whiflash/capabilities answers 200, not what it should",
+        ),
+        ({"/whiflash/state": (500, b"{}")}, "/whiflash/state answers 500, not what it should"),
+        ({"/whiflash/state": (200, b"[]")}, "/whiflash/state answers 200, not what it should"),
+    ],
+)
+def test_what_is_no_whiflash_server_is_named(
+    recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answers: dict[str, tuple[int, bytes]],
+    said: str,
+) -> None:
+    recorded.answers = answers
+    assert top("--url", recorded.url, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"whiflash: error: {recorded.url}")
+    assert said in error
+
+
+def test_a_dead_server_does_not_hide_another(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert top("--once", "--url", recorded.url, "--url", DEAD, monkeypatch=monkeypatch) == 1
+    said = capsys.readouterr()
+    assert "100.0" in said.out
+    assert f"error: {DEAD} does not answer" in said.err
+    assert top("--once", "--json", "--url", recorded.url, "--url", DEAD, monkeypatch=monkeypatch) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert ["error" in one for one in found] == [False, True]
+
+
+def test_a_key_opens_and_is_shown_nowhere(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded.key = "the-admin's"
+    assert top("--once", "--url", recorded.url, monkeypatch=monkeypatch) == 1
+    assert "WHIFLASH_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("WHIFLASH_API_KEY", recorded.key)
+    assert top("--once", "--json", "--url", recorded.url, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    assert recorded.key not in said.out + said.err
+
+
+def test_a_line_of_json_for_every_reading(recorded: Recorded) -> None:
+    command = [WHIFLASH, "top", "--json", "--interval", "0.1", "--url", recorded.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = [json.loads(process.stdout.readline())[0] for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert [one["now"] is None for one in found] == [True, False, False]
+    assert found[1]["now"]["acceptance_length"] == 2.5
+
+
+def test_ctrl_c_leaves_the_terminal_as_it_was(recorded: Recorded) -> None:
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [WHIFLASH, "top", "--interval", "0.1", "--url", recorded.url]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"}
+    )
+    said = b""
+    while recorded.times < 4:
+        said += os.read(ours, 65536)
+    recorded.answers["/whiflash/state"] = (500, b"")  # a server that is lost meanwhile ends nothing
+    while b"answers 500" not in said:
+        said += os.read(ours, 65536)
+    process.send_signal(signal.SIGINT)
+    while b"\x1b[?1049l" not in said:
+        said += os.read(ours, 65536)
+    assert process.wait() == 130
+    assert termios.tcgetattr(theirs) == before
+    os.close(theirs)
+    try:
+        while part := os.read(ours, 65536):
+            said += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert said.count(b"\x1b[?1049h") == 1, "a screen of its own"
+    assert said.rindex(b"\x1b[?25h") > said.rindex(b"\x1b[?25l"), "the cursor is back"
+    assert b"Traceback" not in said

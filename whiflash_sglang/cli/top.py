@@ -1,0 +1,74 @@
+"""`whiflash top`: what servers do, live."""
+
+import json
+import time
+from typing import Annotated
+
+import typer
+
+from whiflash_sglang.cli.options import JsonFlag, for_tables
+from whiflash_sglang.errors import WhiflashError
+
+DEFAULT = "http://127.0.0.1:30000"
+
+
+def register(app: typer.Typer) -> None:
+    @app.command()
+    def top(
+        url: Annotated[
+            list[str] | None,
+            typer.Option(help=f"Server to watch; may be repeated. Default: {DEFAULT}.", show_default=False),
+        ] = None,
+        interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between readings.")] = 2.0,
+        once: Annotated[bool, typer.Option("--once", help="Show one reading and end.")] = False,
+        as_json: JsonFlag = False,
+        api_key: Annotated[
+            str | None,
+            typer.Option(
+                envvar="WHIFLASH_API_KEY",
+                help="The server's admin key, or its API key where it has no other. Better in the environment, where "
+                "others do not see it.",
+                show_default=False,
+            ),
+        ] = None,
+    ) -> None:
+        """Watch servers: tokens a second, who drafts and what is accepted, reasons, costs, memory.
+
+        Beside each figure of the last interval stands, in brackets, that since the server's start. Ctrl-C ends it.
+        Where standard output is no terminal one reading is shown; with --json there is a line for each. Exit code 1 if
+        a server could not be read: with --once any, else all of them at the first reading.
+
+        Example: whiflash top --url http://127.0.0.1:30000 --url http://127.0.0.1:30001
+        """
+        import httpx
+        from rich.live import Live
+
+        from whiflash_sglang.top.reading import TIMEOUT, Watch, Watched
+        from whiflash_sglang.top.view import screen
+
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
+            watch = Watch([Watched(one, client) for one in dict.fromkeys(url or [DEFAULT])])
+            console = for_tables()
+            once = once or not (console.is_terminal or as_json)
+            found = watch.look()
+            failed = [one["error"] for one in found if "error" in one]
+            if len(failed) == len(found) or (once and failed):
+                if once and as_json:
+                    typer.echo(json.dumps(found))
+                elif len(failed) < len(found):
+                    console.print(screen(found))
+                raise WhiflashError("\n".join(failed))
+            if as_json:
+                typer.echo(json.dumps(found))
+                while not once:
+                    time.sleep(interval)
+                    typer.echo(json.dumps(watch.look()))
+            elif once:
+                console.print(screen(found))
+            else:
+                # On a screen of its own, which is gone when it is left, however that happens.
+                with Live(screen(found), console=console, screen=True, auto_refresh=False) as live:
+                    while True:
+                        time.sleep(interval)
+                        live.update(screen(watch.look()), refresh=True)

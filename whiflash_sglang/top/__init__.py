@@ -1,0 +1,1 @@
+"""What servers do, live, from their routes: `reading` asks them, `view` shows it."""
