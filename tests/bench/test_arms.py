@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from whiflash_sglang.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms, those_with_drafters
 from whiflash_sglang.bench.command import loads_of, scale_of
-from whiflash_sglang.bench.fleet import launcher, reason_of
+from whiflash_sglang.bench.fleet import environment, launcher, reason_of
 from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.bench.variants import write_variant
 from whiflash_sglang.cli import app
@@ -58,7 +58,8 @@ def test_another_checkout_serves_the_same_arm_from_its_own_sources(
     assert auto.server != other.server
     assert (auto.checkout, other.checkout) == (None, tmp_path)
     with launcher([], tmp_path / "log", tmp_path)._spawn() as process:
-        environ = psutil.Process(process.pid).environ()
+        while "PYTHONPATH" not in (environ := psutil.Process(process.pid).environ()):
+            assert process.poll() is None  # Linux shows nothing of it for a moment while a program is loaded.
         process.kill()
     sources = [str(tmp_path / part) for part in ("", "kernels", "sdk")]
     assert environ["PYTHONPATH"].split(os.pathsep) == [*sources, "/of/the/user"]
@@ -75,6 +76,23 @@ def test_a_checkout_with_an_environment_is_served_in_it(
     with launcher([], log := tmp_path / "log", tmp_path)._spawn() as process:
         process.wait()
     assert log.read_text() == "/of/the/user of the checkout\n"
+
+
+def test_ranks_and_replicas_share_the_threads_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    _, auto, ranks, replicas = build_arms(["auto", "auto@tp2", "none@dp2"], SUBJECT)
+    assert ranks.arguments == (*auto.arguments, "--tp-size", "2")
+    assert replicas.arguments[-2:] == ("--dp-size", "2")
+    assert len({auto.server, ranks.server, replicas.server}) == 3
+    assert environment(auto.arguments) == {"OMP_NUM_THREADS": "4"}
+    assert environment(ranks.arguments)["OMP_NUM_THREADS"] == "2"
+    assert environment(ranks.arguments)["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
+
+
+@pytest.mark.parametrize("name", ["auto@tp1", "auto@tp", "auto@pp2", "auto@"])
+def test_other_suffixes_are_unknown(name: str) -> None:
+    with pytest.raises(ConfigError, match="@tpN or @dpN"):
+        build_arms([name], SUBJECT)
 
 
 def test_another_checkout_must_be_there(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,)}
 QUICK = (NONE, *STATIC, "auto")
 BESIDE = "@beside"
 """Ends the name of an arm that another checkout of this project serves."""
+SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
+"""`auto@tp2` is served by two ranks, `auto@dp2` by two replicas: the flags that ask for them."""
 
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
@@ -129,11 +131,16 @@ def _arm(name: str, subject: Subject) -> Arm:
             raise ConfigError(f"--arms: {name!r} needs --beside DIRECTORY, another checkout of this project")
         arm = _arm(name.removesuffix(BESIDE), subject)
         return replace(arm, name=name, server=arm.server + BESIDE, checkout=subject.beside)
+    kind, at, several = name.partition("@")
+    if at and several[:2] in SEVERAL and several[2:].isdigit() and int(several[2:]) > 1:
+        arm = _arm(kind, subject)
+        arguments = (*arm.arguments, SEVERAL[several[:2]], several[2:])
+        return replace(arm, name=name, server=f"{arm.server}@{several}", arguments=arguments)
     kind, _, width = name.partition(":")
     if kind not in KNOWN or (width and (kind not in STATIC or not width.isdigit() or int(width) < 1)):
         raise ConfigError(
             f"--arms: {name!r} is unknown; known: {', '.join(KNOWN)}, EAGLE3:STEPS, DFLASH:BLOCK, "
-            f"and each with {BESIDE}"
+            f"and each with {BESIDE}, @tpN or @dpN"
         )
     check_arms(f"--arms {kind}", _needed(kind), subject.drafters)
     common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)

@@ -3,16 +3,20 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import httpx
 
+from whiflash_sglang.bench.arms import SEVERAL
 from whiflash_sglang.bench.load import ANSWER_SECONDS
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.server import Server
 from whiflash_sglang.server_host import ServerHost
+
+CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 class Running(Protocol):
@@ -35,6 +39,19 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
+def environment(arguments: Sequence[str]) -> dict[str, str]:
+    """Environment of a server with `arguments`: its ranks and replicas share the threads that it may use.
+
+    SGLang wants the cores of each named where a machine without accelerators has fewer memory nodes than ranks.
+    """
+    sizes = [int(arguments[arguments.index(flag) + 1]) for flag in SEVERAL.values() if flag in arguments]
+    ranks = prod(sizes)
+    env = {"OMP_NUM_THREADS": str(max(threads() // ranks, 1))}
+    if ranks > 1 and CORES not in os.environ:
+        env[CORES] = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(ranks))
+    return env
+
+
 def launcher(
     arguments: Sequence[str],
     log: Path | None,
@@ -42,12 +59,12 @@ def launcher(
     *,
     host: ServerHost | None = None,
 ) -> Server:
-    """A server with as many threads as every other, forked by `host` where there is one.
+    """A server with as many threads as every other, among all its ranks, forked by `host` where there is one.
 
     A checkout's server is a process of its own: what `host` has imported is this one's. It runs in the checkout's own
     environment (`.venv`) where there is one, which its entry points may need, else from its sources in this one.
     """
-    env = {"OMP_NUM_THREADS": str(threads())}
+    env = environment(arguments)
     if checkout is None:
         return Server(arguments, host=host, log=log, env=env)
     python = checkout / ".venv" / "bin" / "python"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from whiflash_sglang.bench.arms import BESIDE, VARIANTS, Subject
+from whiflash_sglang.bench.arms import VARIANTS, Subject
 from whiflash_sglang.bench.load import MODEL
 from whiflash_sglang.bench.variants import write_variant
 from whiflash_sglang.bundle_members import member
@@ -50,7 +50,7 @@ def build_subject(
         common += ["--tool-call-parser", manifest.tool_call_parser]
     if activate() is not None:
         common += ["--device", "cpu", "--max-total-tokens", str(CPU_KV_TOKENS)]
-    changed = VARIANTS.keys() & {name.removesuffix(BESIDE) for name in arms}
+    changed = VARIANTS.keys() & {name.partition("@")[0] for name in arms}
     return Subject(
         target=target,
         bundle=bundle,
