@@ -16,7 +16,8 @@ from whiflash_sglang.train.evaluate import (
     tabulate,
     walk,
 )
-from whiflash_sglang.train.replay import ALL_ARMS, ARMS, LOOKUP, Replay
+from whiflash_sglang.train.pair import ARMS
+from whiflash_sglang.train.replay import ALL_ARMS, LOOKUP, Replay
 
 
 def answer(

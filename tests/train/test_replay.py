@@ -1,6 +1,8 @@
 """Training's packed passes against drafting one token after the other, as a server would."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +12,13 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from torch import Tensor
 
 from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.batches import Batch, unpack
 from whiflash_sglang.train.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.eagle3 import plan_chains, unroll
-from whiflash_sglang.train.replay import join_copies
+from whiflash_sglang.train.replay import ReplayLog, Rounds, join_copies
 
 CAPTURE = [0, 1, 2, 3, 4]
 LENGTHS, PROMPTS = [14, 9, 4], [5, 3, 3]
@@ -47,17 +50,19 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(tmp_path_factory.mktemp("pair"))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     share = q.shape[1] // k.shape[1]
     parts = (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
-    return F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in parts))[0].transpose(0, 1)
+    q, k, v = (part.transpose(0, 1)[None] for part in parts)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
 
 
 @torch.no_grad()
-def test_every_chain_equals_drafting_it_alone(pair: Pair) -> None:
+@pytest.mark.parametrize("own_drafts", [False, True])
+def test_every_chain_equals_drafting_it_alone(pair: Pair, own_drafts: bool) -> None:
     columns, steps = [0, 2, 4], 4
     plan = plan_chains(pair.batch)
-    packed = list(unroll(pair.eagle3, pair.batch, plan, columns, steps))
+    packed = list(unroll(pair.eagle3, pair.batch, plan, columns, steps, own_drafts))
     row = 0
     for span in pair.batch.spans:
         tokens = pair.batch.tokens[span.token : span.token + span.length]
@@ -71,20 +76,26 @@ def test_every_chain_equals_drafting_it_alone(pair: Pair) -> None:
                 cache.append((k, v))
                 return attention(q, torch.cat([k for k, _ in cache]), torch.cat([v for _, v in cache]))
 
-            hidden = fused[root : root + 1]
+            hidden, drafted = fused[root : root + 1], tokens[root + 1 : root + 2]
             for step in range(min(steps, span.length - 2 - root)):
                 place = root + step
-                output = pair.eagle3(tokens[place + 1 : place + 2], hidden, torch.tensor([place]), attend)
+                given = drafted if own_drafts else tokens[place + 1 : place + 2]
+                output = pair.eagle3(given, hidden, torch.tensor([place]), attend)
                 hidden = output.hidden
                 expected = pair.eagle3.logits(output.logits_hidden)[0]
                 torch.testing.assert_close(packed[step][row], expected, rtol=1e-4, atol=1e-4)
+                drafted = pair.eagle3.target_ids(expected.argmax(-1, keepdim=True))
                 assert pair.batch.tokens[plan.label_tokens[plan.label[row] + step]] == tokens[place + 2]
             row += 1
     assert row == len(plan.position)
 
 
 @torch.no_grad()
-def test_every_block_equals_drafting_it_alone(pair: Pair) -> None:
+@pytest.mark.parametrize("spans", [(), (LayerSpan(True, 3), LayerSpan(True))], ids=["whole", "windows"])
+def test_every_block_equals_drafting_it_alone(
+    pair: Pair, spans: tuple[LayerSpan, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair.dflash, "config", replace(pair.dflash.config, spans=spans))
     columns = list(pair.dflash.target_layer_ids)
     blocks = choose_anchors(pair.batch, per_token=1.0)
     packed = run_blocks(pair.dflash, pair.batch, blocks, columns)
@@ -96,12 +107,17 @@ def test_every_block_equals_drafting_it_alone(pair: Pair) -> None:
             keys, values = pair.dflash.keys_values(fused[:anchor], torch.arange(anchor))
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
-                return attention(q, torch.cat([keys[layer], k]), torch.cat([values[layer], v]))
+                own, anchor = spans[layer] if spans else LayerSpan(), keys.shape[1]
+                back = torch.arange(anchor, anchor + 8)[:, None] - torch.arange(anchor + 8)
+                seen = (back >= 0) | torch.tensor(not own.causal)
+                if own.window is not None:
+                    seen &= back <= own.window
+                return attention(q, torch.cat([keys[layer], k]), torch.cat([values[layer], v]), seen)
 
             inputs = torch.full((8,), pair.dflash.mask_token_id)
             inputs[0] = pair.batch.tokens[span.token + anchor]
             expected = pair.dflash(inputs, torch.arange(anchor, anchor + 8), attend)
-            torch.testing.assert_close(packed[row], expected[1:], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(packed[row], expected, rtol=1e-4, atol=1e-4)
             row += 1
     assert row == len(blocks.anchor)
 
@@ -111,3 +127,24 @@ def test_a_copy_goes_on_where_a_draft_of_full_length_ends() -> None:
     # From 0 the copy at 2 goes on, from 2 the one at 4; behind the last two there is no answer left.
     assert join_copies(accepted, copied, full=2, widest=16).tolist() == [9, 1, 11, 0, 2, 2]
     assert join_copies(accepted, copied, full=2, widest=10).tolist() == [9, 1, 10, 0, 2, 2]
+
+
+def test_a_drafter_expects_what_its_confidences_come_to() -> None:
+    rounds = Rounds({}, {})
+    rounds.add("dflash", torch.tensor([[True, False, True]]), torch.tensor([[0.5, 0.5, 1.0]]))
+    assert rounds.accepted["dflash"].tolist() == [1]
+    assert rounds.expected["dflash"].tolist() == [1.0]  # 0.5 + 0.25 + 0.25
+
+
+def test_kept_rounds_are_read_again_and_a_half_written_answer_is_not(tmp_path: Path) -> None:
+    pair = SimpleNamespace(digest="x", longest={"eagle3": 5})
+    log = ReplayLog(tmp_path, pair)
+    for name in ("a", "b"):
+        log.add(name, Rounds({"eagle3": np.array([2, 0])}, {"eagle3": np.array([1.25, 0.5])}))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    again = ReplayLog(tmp_path, pair)
+    assert list(again.known) == ["a"]
+    assert again.known["a"].accepted["eagle3"].tolist() == [2, 0]
+    assert again.known["a"].expected["eagle3"].tolist() == [1.25, 0.5]
+    assert len(file.read_text().splitlines()) == 1

@@ -21,7 +21,8 @@ from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.data import generate_data
-from whiflash_sglang.train.replay import ARMS, Pair, Parts, replay_drafters
+from whiflash_sglang.train.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.replay import Rounds, replay_drafters
 from whiflash_sglang.train.runner import train_dflash, train_eagle3
 from whiflash_sglang.train.store import Sequence as Stored
 from whiflash_sglang.train.store import SequenceRecord
@@ -112,8 +113,8 @@ def serve(trained: Trained, arm: str) -> list[Served]:
         return [Served(e.output(name), sorted({n for n in steps[name] if n})) for name in names]
 
 
-def replayed(target: ReferenceTarget, trained: Trained, prompt: Sequence[int], output: list[int]) -> Any:
-    """Arm → drafts accepted at every position of the answer."""
+def replayed(target: ReferenceTarget, trained: Trained, prompt: Sequence[int], output: list[int]) -> Rounds:
+    """Of both drafters at every position of the answer."""
     layers = target.model.num_layers
     drafts = read_draft(trained.eagle3), read_draft(trained.dflash)
     capture = sorted({layer for draft in drafts for layer in target_layers(draft, layers)})
@@ -132,7 +133,7 @@ def test_upstream_accepts_what_the_replay_says(which: str, arm: str, request: py
     target = ReferenceTarget(trained.target)
     accepted = 0
     for prompt, served in zip(trained.prompts, serve(trained, arm), strict=True):
-        lengths = replayed(target, trained, prompt, served.output)[arm]
+        lengths = replayed(target, trained, prompt, served.output).accepted[arm]
         assert served.lengths[0] == 1  # the prompt's own forward gives the first token
         for before, after in pairwise(served.lengths):
             if after >= trained.tokens:

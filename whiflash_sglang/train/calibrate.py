@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whiflash_sglang.train.evaluate import Choices, Tally, walk
-from whiflash_sglang.train.replay import ARMS, Replay
+from whiflash_sglang.train.pair import ARMS
+from whiflash_sglang.train.replay import Replay
 from whiflash_sglang.train.round_costs import RoundSeconds
 
 GRID = 41

@@ -23,9 +23,10 @@ from whiflash_sglang.train.evaluation import (
     entropies,
     load_router,
 )
+from whiflash_sglang.train.pair import Pair, Parts
 from whiflash_sglang.train.plots import plot_thresholds
 from whiflash_sglang.train.prompts import read_rows
-from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
+from whiflash_sglang.train.replay import Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.round_costs import (
     RoundSeconds,
     measure,

@@ -75,10 +75,15 @@ class Eagle3Training(nn.Module):
 
 
 def unroll(
-    drafter: Eagle3Drafter, batch: Batch, plan: Chains, columns: Sequence[int], steps: int
+    drafter: Eagle3Drafter,
+    batch: Batch,
+    plan: Chains,
+    columns: Sequence[int],
+    steps: int,
+    own_drafts: bool = False,
 ) -> Iterator[Tensor]:
-    """Draft logits [rows, draft vocabulary] of every chain of `plan`, fed the sequence's own tokens, step by
-    step.
+    """Draft logits [rows, draft vocabulary] of every chain of `plan`, fed the sequence's tokens, step by step, or, as
+    in a server, what the chain itself drafted (`own_drafts`).
 
     Rows whose sequence ends before a step (`steps_left`) compute something that does not count.
     """
@@ -86,12 +91,17 @@ def unroll(
     context = drafter.keys_values(*_entries(batch, fused))
     chain: list[tuple[Tensor, Tensor]] = []
     hidden = fused[plan.feature]
+    tokens = batch.tokens[plan.token]
     for step in range(steps):
-        token = torch.where(plan.steps_left > step, plan.token + step, 0)
+        if step and not own_drafts:
+            tokens = batch.tokens[torch.where(plan.steps_left > step, plan.token + step, 0)]
         attend = _chain_attention(batch.spans, context, chain, step)
-        output = drafter(batch.tokens[token], hidden, plan.position + step, attend)
+        output = drafter(tokens, hidden, plan.position + step, attend)
         hidden = output.hidden
-        yield drafter.logits(output.logits_hidden)
+        logits = drafter.logits(output.logits_hidden)
+        if own_drafts:
+            tokens = drafter.target_ids(logits.argmax(-1))
+        yield logits
 
 
 def plan_chains(batch: Batch) -> Chains:

@@ -5,38 +5,30 @@ tokens agree with the text that followed. All arms start from the same committed
 arXiv 2606.07710), which is what routers learn from and what oracles are made of.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whiflash_sglang.bundle_members import member
-from whiflash_sglang.config import Lookup, load_manifest, lookup_of
-from whiflash_sglang.drafter_set import PARTS
 from whiflash_sglang.jsonl import lines_of
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.models.choice import DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.progress import tracked
 from whiflash_sglang.train.batches import Batch, unpack
 from whiflash_sglang.train.copying import replay_lookup
 from whiflash_sglang.train.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.eagle3 import plan_chains, unroll
 from whiflash_sglang.train.loops import loop_start
+from whiflash_sglang.train.pair import ARMS, Pair
 from whiflash_sglang.train.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.store import Sequence as Stored
-
-ARMS = ("eagle3", "dflash")
-"""The trained drafters, between which the paper's routers choose; a bundle may have one of them alone."""
 
 LOOKUP = "lookup"
 JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}
@@ -44,9 +36,26 @@ JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}
 
 ALL_ARMS = (*ARMS, LOOKUP)
 
-_HEAD_ROWS = 512  # rows multiplied with the whole vocabulary at once
+_BLOCKS = 64  # whose drafts are multiplied with the whole vocabulary at once
 
 Lengths = NDArray[np.int64]
+Expected = NDArray[np.float64]
+
+
+class Rounds(NamedTuple):
+    """Of the trained drafters, at every position where a round can start, [P] each.
+
+    accepted: arm → drafts accepted. expected: arm → what the drafter itself expected of them, from how sure it was of
+    each: the sum of the products of its confidences so far.
+    """
+
+    accepted: dict[str, Lengths]
+    expected: dict[str, Expected]
+
+    def add(self, arm: str, right: Tensor, sure: Tensor) -> None:
+        """`right` [P, D] bool: drafts that equal the text. `sure` [P, D]: the drafter's confidence in each."""
+        self.accepted[arm] = right.cumprod(1).sum(1).cpu().numpy()
+        self.expected[arm] = sure.double().cumprod(1).sum(1).cpu().numpy().round(4)
 
 
 class Replay(NamedTuple):
@@ -58,6 +67,7 @@ class Replay(NamedTuple):
     it never does.
     `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
     `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies.
+    `expected`: of `Rounds`, by a trained drafter; empty where nobody was asked.
     """
 
     id: str
@@ -67,6 +77,7 @@ class Replay(NamedTuple):
     loop_from: int
     copies: NDArray[np.float64]
     matched: NDArray[np.bool_]
+    expected: Mapping[str, Expected] = {}
 
     @property
     def positions(self) -> int:
@@ -83,122 +94,40 @@ class Replay(NamedTuple):
         return int(self.accepted[arm][position]) if arm in self.accepted else 0
 
 
-class Parts(NamedTuple):
-    """What a server drafts with: one or both checkpoints, drafts of a chain, what DFlash chooses from, copying."""
-
-    eagle3: Path | None
-    dflash: Path | None
-    eagle_steps: int = 5
-    dflash_vocabulary: str = "full"
-    lookup: Lookup = Lookup()
-
-    @classmethod
-    def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "Parts":
-        """As the bundle's manifest says."""
-        manifest = load_manifest(bundle)
-        eagle3, dflash = (
-            member(bundle, manifest, part) if getattr(manifest, part) else None for part in ARMS
-        )
-        return cls(
-            eagle3,
-            dflash,
-            eagle_steps,
-            manifest.dflash_vocabulary,
-            lookup_of(manifest),
-        )
-
-    @property
-    def checkpoints(self) -> tuple[Path, ...]:
-        """Directories of those that are there."""
-        return tuple(path for path in (self.eagle3, self.dflash) if path is not None)
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """Names that a server has for them."""
-        return tuple(arm for arm, part in PARTS.items() if getattr(self, part))
-
-    @property
-    def captured(self) -> list[int]:
-        """Target layers that they read, ascending."""
-        return sorted(
-            {layer for path in self.checkpoints for layer in read_draft(path).config.target_layer_ids}
-        )
-
-
-class Pair(NamedTuple):
-    """The drafters, loaded, one of which may be missing, and the settings of the copying arm.
-
-    `vocabulary` [K] target ids that DFlash chooses from, `head` [K, H] their rows of the target's head. `digest`: of
-    everything that decides what they draft; replays are kept under it.
-    """
-
-    eagle3: Eagle3Drafter | None
-    dflash: DFlashDrafter | None
-    eagle_steps: int
-    vocabulary: Tensor
-    head: Tensor
-    digest: str
-    lookup: Lookup
-
-    @classmethod
-    def load(cls, parts: Parts, target: TargetModel) -> "Pair":
-        """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
-        digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
-        for path in parts.checkpoints:
-            for file in sorted(path.glob("*.safetensors")):
-                digest.update(file.read_bytes())
-        options: dict[str, Any] = {
-            "device": target.device,
-            "dtype": target.dtype,
-            "target_embedding": target.embedding,
-            "target_lm_head": target.head,
-        }
-        eagle3 = None if parts.eagle3 is None else Eagle3Drafter.load(parts.eagle3, **options)
-        dflash = None if parts.dflash is None else DFlashDrafter.load(parts.dflash, **options)
-        vocabulary = torch.arange(len(target.head), device=target.device)
-        if eagle3 is not None and parts.dflash_vocabulary == "eagle3":
-            vocabulary = eagle3.target_ids(torch.arange(eagle3.draft_vocab_size, device=target.device))
-        head = target.head if parts.dflash_vocabulary == "full" else target.head[vocabulary]
-        return cls(eagle3, dflash, parts.eagle_steps, vocabulary, head, digest.hexdigest()[:16], parts.lookup)
-
-    @property
-    def longest(self) -> dict[str, int]:
-        """Drafts of a round of each drafter that is there, at most."""
-        drafts = {} if self.eagle3 is None else {"eagle3": self.eagle_steps}
-        return drafts if self.dflash is None else {**drafts, "dflash": self.dflash.block_size - 1}
-
-
 class ReplayLog:
-    """Accepted lengths of the trained drafters on disk, one line an answer, so that a killed replay goes on."""
+    """Rounds of the trained drafters on disk, one line an answer, so that a killed replay goes on."""
 
     def __init__(self, directory: Path, pair: Pair) -> None:
-        """Open or create `<directory>/replay-<digest>.jsonl`; a half-written last line is dropped."""
+        """Open or create `<directory>/rounds-<digest>.jsonl`; a half-written last line is dropped."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / f"replay-{pair.digest}.jsonl"
-        self._arms = tuple(pair.longest)
-        self.known: dict[str, dict[str, Lengths]] = {}
+        self._path = directory / f"rounds-{pair.digest}.jsonl"
+        self.known: dict[str, Rounds] = {}
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         lines = [line for _, line in lines_of(text)]
         for line in lines:
             try:
                 row = json.loads(line)
-                self.known[row["id"]] = {arm: np.array(row[arm], dtype=np.int64) for arm in self._arms}
+                accepted = {arm: np.array(row["accepted"][arm], dtype=np.int64) for arm in pair.longest}
+                expected = {arm: np.array(row["expected"][arm], dtype=np.float64) for arm in pair.longest}
             except (json.JSONDecodeError, KeyError):
                 break
+            self.known[row["id"]] = Rounds(accepted, expected)
         if len(self.known) < len(lines):
             staged = self._path.with_suffix(".partial")
-            staged.write_text("".join(_line(name, lengths) for name, lengths in self.known.items()))
+            staged.write_text("".join(_line(name, rounds) for name, rounds in self.known.items()))
             staged.replace(self._path)
 
-    def add(self, name: str, lengths: Mapping[str, Lengths]) -> None:
+    def add(self, name: str, rounds: Rounds) -> None:
         """Append one answer."""
-        self.known[name] = dict(lengths)
+        self.known[name] = rounds
         with self._path.open("a") as file:
-            file.write(_line(name, lengths))
+            file.write(_line(name, rounds))
 
 
-def _line(name: str, lengths: Mapping[str, Lengths]) -> str:
-    return json.dumps({"id": name, **{arm: found.tolist() for arm, found in lengths.items()}}) + "\n"
+def _line(name: str, rounds: Rounds) -> str:
+    accepted = {arm: found.tolist() for arm, found in rounds.accepted.items()}
+    expected = {arm: found.tolist() for arm, found in rounds.expected.items()}
+    return json.dumps({"id": name, "accepted": accepted, "expected": expected}) + "\n"
 
 
 def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
@@ -228,21 +157,19 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None 
             continue
         sequence = store.read(record)
         name = replay_name(store, record)
-        lengths = log.known.get(name) if log is not None else None
-        if lengths is None:
-            lengths = replay_drafters(pair, sequence, store.layers)
+        rounds = log.known.get(name) if log is not None else None
+        if rounds is None:
+            rounds = replay_drafters(pair, sequence, store.layers)
             if log is not None:
-                log.add(name, lengths)
-        answers.append(_assemble(sequence, lengths, pair, calibration))
+                log.add(name, rounds)
+        answers.append(_assemble(sequence, rounds, pair, calibration))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
     return answers
 
 
-def _assemble(
-    sequence: Stored, lengths: dict[str, Lengths], pair: Pair, calibration: MatchCalibration
-) -> Replay:
-    record = sequence.record
+def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCalibration) -> Replay:
+    record, lengths = sequence.record, rounds.accepted
     copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, pair.lookup, calibration)
     full = pair.longest
     widest = max(pair.lookup.max_width, *full.values())
@@ -259,6 +186,7 @@ def _assemble(
         positions if start is None else min(start, positions),
         copied.expected,
         copied.matched,
+        rounds.expected,
     )
 
 
@@ -276,8 +204,8 @@ def join_copies(accepted: Lengths, copied: Lengths, full: int, widest: int) -> L
 
 
 @torch.inference_mode()
-def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dict[str, Lengths]:
-    """Accepted drafts of the trained drafters at every answer position."""
+def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> Rounds:
+    """Rounds of the trained drafters at every answer position."""
     record = sequence.record
     batch = unpack(
         sequence.tokens,
@@ -286,44 +214,48 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> dic
         torch.tensor([record.length]),
         torch.tensor([record.prompt_length]),
     )
-    lengths = {}
+    rounds = Rounds({}, {})
     if pair.eagle3 is not None:
-        lengths["eagle3"] = _chain_lengths(pair.eagle3, batch, capture, pair.eagle_steps)
-    if pair.dflash is not None:
-        lengths["dflash"] = _block_lengths(pair.dflash, pair, batch, capture)
-    return lengths
+        rounds.add("eagle3", *_chains(pair.eagle3, batch, capture, pair.eagle_steps))
+    if pair.dflash is not None and pair.block_head is not None:
+        rounds.add("dflash", *_blocks(pair.dflash, pair.block_head, batch, capture))
+    return rounds
 
 
-def _chain_lengths(drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int) -> Lengths:
+def _chains(
+    drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int
+) -> tuple[Tensor, Tensor]:
+    """Whether each draft is right [P, steps], and how sure the drafter is of it."""
     layers = drafter.config.target_layer_ids
     if not layers:
         raise ValueError("the EAGLE-3 checkpoint names no eagle_aux_hidden_state_layer_ids")
     plan = plan_chains(batch)
     columns = [list(capture).index(layer) for layer in layers]
     wanted = batch.tokens[plan.label_tokens]
-    hits = []
-    for step, logits in enumerate(unroll(drafter, batch, plan, columns, steps)):
+    right, sure = [], []
+    for step, logits in enumerate(unroll(drafter, batch, plan, columns, steps, own_drafts=True)):
+        choice = choose(logits)
         valid = plan.steps_left > step
         label = torch.where(valid, plan.label + step, 0)
-        hits.append(valid & (drafter.target_ids(logits.argmax(-1)) == wanted[label]))
-    lengths: Lengths = torch.stack(hits, 1).cumprod(1).sum(1).cpu().numpy()
-    return lengths
+        right.append(valid & (drafter.target_ids(choice.token) == wanted[label]))
+        sure.append(choice.confidence)
+    return torch.stack(right, 1), torch.stack(sure, 1)
 
 
-def _block_lengths(drafter: DFlashDrafter, pair: Pair, batch: Batch, capture: Sequence[int]) -> Lengths:
+def _blocks(
+    drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Whether each draft is right [P, drafts], and how sure the drafter is of it."""
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
-    hidden = run_blocks(drafter, batch, blocks, columns)
-    accepted = torch.zeros(len(blocks.anchor), dtype=torch.int64)
-    alive = torch.arange(len(blocks.anchor))
-    # The head over a whole vocabulary is most of the work, and a draft after a wrong one does not matter.
-    for offset in range(1, drafter.block_size):
-        alive = alive[blocks.anchor[alive] + offset < batch.spans[0].length]
-        states = hidden[alive, offset - 1]
-        if not len(alive):
-            break
-        choices = [F.linear(part, pair.head).argmax(-1) for part in torch.split(states, _HEAD_ROWS)]
-        drafts = pair.vocabulary[torch.cat(choices)]
-        alive = alive[drafts == batch.tokens[blocks.anchor[alive] + offset]]
-        accepted[alive] += 1
-    return accepted.numpy()
+    states = run_blocks(drafter, batch, blocks, columns)
+    bonus, drafts = batch.tokens[blocks.token + blocks.anchor], drafter.config.max_drafts
+    parts = [
+        drafter.propose(one, token, drafts, head)
+        for one, token in zip(torch.split(states, _BLOCKS), torch.split(bonus, _BLOCKS), strict=True)
+    ]
+    tokens, sure = (torch.cat(column) for column in zip(*parts, strict=True))
+    wanted = blocks.anchor[:, None] + torch.arange(1, drafts + 1, device=tokens.device)
+    valid = wanted < blocks.length[:, None]
+    text = batch.tokens[blocks.token[:, None] + torch.minimum(wanted, blocks.length[:, None] - 1)]
+    return valid & (tokens == text), sure

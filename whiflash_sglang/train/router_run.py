@@ -15,9 +15,10 @@ from whiflash_sglang.models.router import ROUTER_FILE, Router
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.evaluate import RouterWalk, tabulate
+from whiflash_sglang.train.pair import ARMS, Pair, Parts
 from whiflash_sglang.train.plots import plot_calibration
 from whiflash_sglang.train.provenance import Provenance, trained_on
-from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay import Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.router import (
     RouterData,
     calibration_bins,
