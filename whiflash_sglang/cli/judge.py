@@ -85,6 +85,7 @@ def evaluate_command(
             write_json,
             write_picture,
         )
+        from whiflash_sglang.train.signals import signals_table
 
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = EvaluationSettings(
@@ -99,6 +100,8 @@ def evaluate_command(
         typer.echo(json.dumps(result))
         return
     for_tables().print(figures_table(result))
+    if "signals" in result:
+        for_tables().print(signals_table(result["signals"]))
 
 
 def _evaluate_recorded(

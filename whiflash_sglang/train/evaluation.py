@@ -16,6 +16,7 @@ from whiflash_sglang.checkpoints import block_size_of
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.router import Router
+from whiflash_sglang.train.calibrate import Signal
 from whiflash_sglang.train.config import Data, Hardware, Slots
 from whiflash_sglang.train.controlled import Known, Lag, Prices, auto_choices
 from whiflash_sglang.train.data import LoadedTarget, answer_rows, is_embedded, load_target
@@ -27,8 +28,10 @@ from whiflash_sglang.train.evaluate import (
     copy_rule,
     tabulate,
 )
+from whiflash_sglang.train.pair import ARMS, Pair, Parts
 from whiflash_sglang.train.prompts import balanced, read_rows
-from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay import Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.signals import judge, signals_of
 from whiflash_sglang.train.store import FeatureStore
 
 
@@ -68,13 +71,17 @@ class AnsweredBundle:
 
 
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
-    """The figures of `tabulate`, with what they were measured on.
+    """The figures of `tabulate`, with what they were measured on, and beside two drafters those of `signals.judge`.
 
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
     done = answer_and_replay(bundle, read_rows(prompts), settings)
+    manifest = load_manifest(bundle)
+    judged = {}
+    if len(manifest.drafters) == 2:
+        judged["signals"] = judge(done.answers, bundle_signals(bundle, done, settings.eagle_steps))
     return {
-        "bundle": load_manifest(bundle).name,
+        "bundle": manifest.name,
         "prompts": done.prompts,
         "skipped": done.skipped,
         "max_new_tokens": settings.max_new_tokens,
@@ -82,7 +89,21 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         **tabulate(
             done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps, settings.lags)
         ),
+        **judged,
     }
+
+
+def bundle_signals(bundle: Path, done: AnsweredBundle, eagle_steps: int) -> dict[str, list[Signal]]:
+    """`signals.signals_of` what a bundle of two drafters has."""
+    manifest = load_manifest(bundle)
+    deltas = None
+    if manifest.router is not None:
+        router = load_router(bundle, done.target)
+        with torch.inference_mode():
+            deltas = [router(answer.final).tolist() for answer in done.answers]
+    nats = [entropies(answer, done.target).tolist() for answer in done.answers]
+    longest = max(eagle_steps, block_size_of(member(bundle, manifest, "dflash"), None) - 1)
+    return signals_of(done.answers, nats, deltas, longest)
 
 
 def answer_and_replay(

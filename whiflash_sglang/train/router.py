@@ -21,7 +21,8 @@ from transformers import Trainer, TrainingArguments
 
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import RouterTraining
-from whiflash_sglang.train.replay import ARMS, Replay
+from whiflash_sglang.train.pair import ARMS
+from whiflash_sglang.train.replay import Replay
 from whiflash_sglang.train.runner import last_checkpoint
 
 
@@ -186,14 +187,17 @@ def router_quality(router: Router, data: RouterData, entropy: Tensor) -> RouterQ
         _r_squared(found.accepted[:, 0], data.accepted[:, 0]),
         _r_squared(found.accepted[:, 1], data.accepted[:, 1]),
         correct.float().mean().item(),
-        _best_accuracy(found.delta[decided], positive),
-        _best_accuracy(entropy[decided], positive),
+        best_accuracy(found.delta[decided], positive),
+        best_accuracy(entropy[decided], positive),
         max(share, 1 - share),
     )
 
 
-def _best_accuracy(signal: Tensor, positive: Tensor) -> float:
-    """Of "positive where the signal is at least a threshold", for the threshold that is right most often."""
+def best_accuracy(signal: Tensor, positive: Tensor) -> float:
+    """Of "positive where the signal is at least a threshold", for the threshold that is right most often.
+
+    `signal` [N], `positive` [N] bool, N at least 1.
+    """
     values, place = torch.unique(signal, return_inverse=True)
     positives = torch.bincount(place[positive], minlength=len(values))
     negatives = torch.bincount(place[~positive], minlength=len(values))
