@@ -20,11 +20,13 @@ from published import (
     write,
 )
 from served_blocks import BONUS, LENGTHS, serve
+from served_blocks import load as load_ours
 from torch import Tensor
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 
 from whiflash_sglang.checkpoints import block_size_of
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.checkpoint import read_weights
 from whiflash_sglang.models.formats import read_draft
 
 LAYERS, DRAFTS, RANK = 2, 7, 24
@@ -87,6 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rnn": DEEPSPEC | {"markov_head_type": "rnn"},
     "no confidence head": DEEPSPEC | {"enable_confidence_head": False},
     "not from the anchor": DEEPSPEC | {"sample_from_anchor": False},
+    "written by us": DEEPSPEC,
 }
 
 
@@ -101,6 +104,10 @@ def test_dspark_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch
     settings = config | config.get("dflash_config", {})
     confidence = settings["enable_confidence_head"]
     path = write(tmp_path / "draft", config, tensors(settings["markov_head_type"], confidence=confidence))
+    if case == "written by us":
+        load_ours(path)[1].save(tmp_path / "written", torch.float32)
+        path = tmp_path / "written"
+        assert set(read_weights(path)) == set(tensors()) - {"embed_tokens.weight", "lm_head.weight"}
     served = serve(path)
     assert served.tokens.shape == (len(LENGTHS), DRAFTS)
     assert block_size_of(path, None) == DRAFTS + 1

@@ -31,7 +31,7 @@ from whiflash_sglang.train.evaluation import (
 )
 from whiflash_sglang.train.provenance import digest_of
 from whiflash_sglang.train.router_run import choose_answers
-from whiflash_sglang.train.runner import open_stores, train_dflash, train_eagle3
+from whiflash_sglang.train.runner import open_stores, train_dflash, train_dspark, train_eagle3
 from whiflash_sglang.train.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.tokens import Exported, export_tokens, rebuild_features
 
@@ -83,7 +83,7 @@ def test_data_goes_on_where_it_stopped(root: Path, config: TrainConfig, tmp_path
     assert len({row["id"] for row in index}) == 24
 
 
-@pytest.mark.parametrize("train", [train_eagle3, train_dflash])
+@pytest.mark.parametrize("train", [train_eagle3, train_dflash, train_dspark])
 def test_a_killed_run_resumes_to_the_same_weights(
     train: object, root: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

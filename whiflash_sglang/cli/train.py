@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from whiflash_sglang.train.config import TrainConfig
 
 train_app = typer.Typer(
-    help="Train a pair of drafters and a router for a target: data (or export and features), eagle3, dflash, "
-    "router, bundle.",
+    help="Train a pair of drafters and a router for a target: data (or export and features), eagle3, dflash or "
+    "dspark, router, bundle.",
     no_args_is_help=True,
 )
 prompts.register(train_app)
@@ -138,19 +138,24 @@ def _drafter_command(name: str) -> Callable[[Path, Path | None, bool], None]:
         with readable_errors():
             settings = resolve_config(config)
             from whiflash_sglang.train.data import target_path
-            from whiflash_sglang.train.runner import train_dflash, train_eagle3
+            from whiflash_sglang.train.runner import train_dflash, train_dspark, train_eagle3
 
-            train = {"eagle3": train_eagle3, "dflash": train_dflash}[name]
+            train = {"eagle3": train_eagle3, "dflash": train_dflash, "dspark": train_dspark}[name]
             out = train(settings, target_path(settings.target), start_from)
         report({"checkpoint": str(out)}, as_json)
 
     return command
 
 
-for _name, _what in (("eagle3", "autoregressive"), ("dflash", "block")):
+_DRAFTERS = {
+    "eagle3": "autoregressive drafter",
+    "dflash": "block drafter",
+    "dspark": "block drafter with a Markov and a confidence head (section `dspark`)",
+}
+for _name, _what in _DRAFTERS.items():
     train_app.command(
         _name,
-        help=f"Train the {_what} drafter; killed runs go on where they stopped.\n\n"
+        help=f"Train the {_what}; killed runs go on where they stopped.\n\n"
         f"Example: whiflash train {_name} --config smollm2-135m-instruct",
     )(_drafter_command(_name))
 
@@ -173,15 +178,17 @@ def router_command(
         settings = resolve_config(config)
         from whiflash_sglang.train.bundle import install_router
         from whiflash_sglang.train.data import target_path
-        from whiflash_sglang.train.replay import Parts
+        from whiflash_sglang.train.pair import Parts
         from whiflash_sglang.train.router_run import train_router
 
         if limit is not None:
             router = settings.router.model_copy(update={"answers": limit})
             settings = settings.model_copy(update={"router": router})
         if bundle is None:
-            eagle3, dflash = (settings.work / part / "checkpoint" for part in ("eagle3", "dflash"))
-            drafters = Parts(eagle3, dflash, settings.router.eagle_steps, settings.dflash.vocabulary)
+            eagle3, block = (
+                settings.work / part / "checkpoint" for part in ("eagle3", settings.block_drafter)
+            )
+            drafters = Parts(eagle3, block, settings.router.eagle_steps, settings.block.vocabulary)
         else:
             drafters = Parts.of_bundle(bundle, settings.router.eagle_steps)
         done = train_router(settings, target_path(settings.target), drafters)

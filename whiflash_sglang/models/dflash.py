@@ -270,14 +270,16 @@ class DFlashDrafter(nn.Module):
         Raises:
             ValueError: a variant, which is read only.
         """
-        config = self.config.to_json()
-        weights = {
+        write_checkpoint(path, self.config.to_json(), self.tensors(), dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's, by their published names."""
+        tensors: dict[str, Tensor] = {
             f"{name}.weight": self.get_parameter(f"{name}.weight") for name in ("fc", "hidden_norm", "norm")
         }
-        tensors: dict[str, Tensor] = dict(weights)
         for index, layer in enumerate(self.layers):
             tensors.update(_layer_weights(layer, f"layers.{index}."))
-        write_checkpoint(path, config, tensors, dtype)
+        return tensors
 
 
 def _repeat(angles: tuple[Tensor, Tensor], times: int) -> tuple[Tensor, Tensor]:

@@ -117,10 +117,19 @@ class DFlashConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that SGLang reads. Raises ValueError for variants, which are read only."""
-        if self.variant:
+        if self.variant or self.from_anchor or type(self) is not DFlashConfig:
             raise ValueError("only plain DFlash drafters are written")
+        layers = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
         return {
+            **self.trunk_json(),
             "architectures": [ARCHITECTURE],
+            "block_size": self.block_size,
+            "dflash_config": layers,
+        }
+
+    def trunk_json(self) -> dict[str, Any]:
+        """Sizes, as every format of the family spells them."""
+        return {
             "model_type": "qwen3",
             "hidden_act": "silu",
             "attention_bias": False,
@@ -133,12 +142,7 @@ class DFlashConfig:
             "num_hidden_layers": self.num_layers,
             "layer_types": ["full_attention"] * self.num_layers,
             "vocab_size": self.vocab_size,
-            "block_size": self.block_size,
             "num_target_layers": self.num_target_layers,
-            "dflash_config": {
-                "mask_token_id": self.mask_token_id,
-                "target_layer_ids": list(self.target_layer_ids),
-            },
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope["rope_theta"],
@@ -148,11 +152,10 @@ class DFlashConfig:
 
     @property
     def variant(self) -> bool:
-        """Whether anything but sizes differs from the published model."""
-        plain = (False, False, None, False, False, 1.0, False, None)
+        """Whether a layer of the trunk, or what it chooses from, differs from the published model."""
+        plain = (False, None, False, False, 1.0, False, None)
         found = (
             any(span != LayerSpan() for span in self.spans),
-            self.from_anchor,
             self.draft_vocab_size,
             self.attention_bias,
             self.gemma_norm,
@@ -160,7 +163,7 @@ class DFlashConfig:
             self.neighbours,
             self.clamped,
         )
-        return found != plain or type(self) is not DFlashConfig
+        return found != plain
 
 
 C = TypeVar("C", bound=DFlashConfig)

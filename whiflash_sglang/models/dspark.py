@@ -43,6 +43,23 @@ class DSparkConfig(DFlashConfig):
     confidence: bool = False
     confidence_with_markov: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """DeepSpec's `config.json`, which SGLang reads too. Raises ValueError for variants of the trunk."""
+        if self.variant:
+            raise ValueError("only plain DSpark drafters are written")
+        return {
+            **self.trunk_json(),
+            "architectures": [ARCHITECTURES[0]],
+            "block_size": self.max_drafts,
+            "mask_token_id": self.mask_token_id,
+            "target_layer_ids": list(self.target_layer_ids),
+            "sample_from_anchor": self.from_anchor,
+            "markov_rank": self.markov_rank,
+            "markov_head_type": self.markov_head,
+            "enable_confidence_head": self.confidence,
+            "confidence_head_with_markov": self.confidence_with_markov,
+        }
+
 
 def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
     """From DeepSpec's or SpecForge's `config.json`, whose `block_size` counts drafts.
@@ -110,9 +127,20 @@ class DSparkDrafter(DFlashDrafter):
     def fill(self, reader: WeightReader) -> None:
         """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         super().fill(reader)
-        for name, parameter in self.named_parameters():
-            if name.startswith(("markov_head.", "confidence_head.")):
-                reader.fill(parameter, name)
+        for name, parameter in self.heads().items():
+            reader.fill(parameter, name)
+
+    def heads(self) -> dict[str, nn.Parameter]:
+        """What it adds to the trunk, by published names."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(("markov_head.", "confidence_head."))
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's, by their published names."""
+        return {**super().tensors(), **self.heads()}
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, each token corrected by the one before it."""
@@ -122,7 +150,7 @@ class DSparkDrafter(DFlashDrafter):
             before = torch.cat([bonus[:, None], chosen.token[:, :-1]], 1)
             return Choice(chosen.token, self._confidence(rows, before, chosen.confidence))
         logits = head.logits(rows)
-        previous, state = bonus, rows.new_zeros(len(rows), self.config.markov_rank)
+        previous, state = bonus, self._begin(rows)
         tokens, sure = [], []
         for step in range(wanted):
             latent, state = self._latent(previous, rows[:, step], state)
@@ -133,6 +161,17 @@ class DSparkDrafter(DFlashDrafter):
         token = torch.stack(tokens, 1)
         before = torch.cat([bonus[:, None], token[:, :-1]], 1)
         return Choice(token, self._confidence(rows, before, torch.stack(sure, 1)))
+
+    def latents(self, rows: Tensor, before: Tensor) -> Tensor:
+        """What W2 reads, [B, D, R], of states `rows` [B, D, H] behind tokens `before` [B, D]."""
+        state, latents = self._begin(rows), []
+        for step in range(rows.shape[1]):
+            latent, state = self._latent(before[:, step], rows[:, step], state)
+            latents.append(latent)
+        return torch.stack(latents, 1)
+
+    def _begin(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros(len(rows), self.config.markov_rank)
 
     def _latent(self, previous: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Of tokens `previous` [B] and states `hidden` [B, H]: what W2 reads [B, R], and the next `state` [B, R]."""
@@ -149,13 +188,15 @@ class DSparkDrafter(DFlashDrafter):
 
     def _confidence(self, rows: Tensor, before: Tensor, probability: Tensor) -> Tensor:
         """[B, D] float32: what the confidence head says of drafts behind tokens `before` [B, D]; else `probability`."""
-        if not self.config.confidence:
-            return probability
+        return torch.sigmoid(self.confidence_logits(rows, before)) if self.config.confidence else probability
+
+    def confidence_logits(self, rows: Tensor, before: Tensor) -> Tensor:
+        """What the confidence head says, [B, D] float32, of states `rows` [B, D, H] behind tokens `before` [B, D]."""
         features = rows
         if self.config.confidence_with_markov:
             features = torch.cat([rows, self.markov_head["markov_w1"](before)], -1)
         weight, bias = (self.get_parameter(f"confidence_head.proj.{name}") for name in ("weight", "bias"))
-        return torch.sigmoid(F.linear(features.float(), weight.float(), bias.float()))[..., 0]
+        return F.linear(features.float(), weight.float(), bias.float())[..., 0]
 
 
 FORMAT = DraftFormat(

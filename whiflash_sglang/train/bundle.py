@@ -12,12 +12,12 @@ from whiflash_sglang.config import EMBEDDED_BUNDLE, MANIFEST, load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.train.config import TrainConfig
 
-PARTS = ("eagle3", "dflash")
 ROUTER = "router"
 
 
 def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
-    """Copy both drafters (and the router, where there is one) from the work directory; write `whiflash.json`.
+    """Copy EAGLE-3 and the configured block drafter (and the router, where there is one) from the work directory; write
+    `whiflash.json`.
 
     An existing bundle keeps what else its manifest says, its entropy threshold too; a router that is installed anew
     begins at threshold 0.
@@ -26,14 +26,16 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
         ConfigError: a drafter has not been trained yet.
     """
     bundle.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        trained = config.work / part / "checkpoint"
+    parts = {"eagle3": "eagle3", "dflash": config.block_drafter}
+    vocabulary = config.block.vocabulary
+    for name_of in parts.values():
+        trained = config.work / name_of / "checkpoint"
         if not (trained / "config.json").is_file():
-            raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train {part}` first")
-        replace_directory(trained, bundle / part)
+            raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train {name_of}` first")
+        replace_directory(trained, bundle / name_of)
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
-    manifest |= {part: part for part in PARTS} | {"dflash_vocabulary": config.dflash.vocabulary}
+    manifest |= {**parts, "dflash_vocabulary": vocabulary}
     if config.chat_template is not None:
         shutil.copyfile(config.chat_template, bundle / "chat_template.jinja")
         manifest["chat_template"] = "chat_template.jinja"

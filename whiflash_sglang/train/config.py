@@ -110,6 +110,43 @@ class DFlash(_Strict):
     loop: Loop = Loop()
 
 
+class DSpark(_Strict):
+    """The block drafter with a Markov and a confidence head.
+
+    Attributes:
+        block_size: tokens that a block verifies, the bonus token's included, as of `dflash`.
+        sample_from_anchor: the bonus token's row drafts too. Not said: it does, unless a checkpoint is gone on from
+            in which it does not.
+        markov_rank: of the Markov head, 0 for none. markov_head: its published type.
+        confidence_of: what the confidence head learns: how much of the target's and the drafter's distributions
+            `overlap`, which is how often a sampled token accepts a draft, or whether the first `choice` is right.
+        cross_entropy, distance, confidence: weights of the loss's terms. distance: L1 of the distributions.
+        weights: of a block's positions: exp(-(k-1)/`gamma`), or D-PACE's, `smoothing` the chances by that much.
+        frequent, sampled, vocabulary, anchors_per_token: as of `dflash`.
+    """
+
+    target_layers: list[int]
+    source_layers: list[int]
+    block_size: Annotated[int, Field(ge=3)] = 8
+    mask_token_id: Annotated[int, Field(ge=0)]
+    sample_from_anchor: bool | None = None
+    markov_rank: Annotated[int, Field(ge=0)] = 256
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence_head: bool = True
+    confidence_of: Literal["overlap", "choice"] = "overlap"
+    anchors_per_token: Annotated[float, Field(gt=0, le=1)] = 0.25
+    weights: Literal["exponential", "dpace"] = "exponential"
+    gamma: Annotated[float, Field(gt=0)] = 4.0
+    smoothing: Share = 0.5
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.1
+    distance: Annotated[float, Field(ge=0)] = 0.9
+    confidence: Annotated[float, Field(ge=0)] = 1.0
+    frequent: Positive = 8192
+    sampled: Annotated[int, Field(ge=0)] = 2048
+    vocabulary: Literal["full", "eagle3"] = "full"
+    loop: Loop = Loop()
+
+
 class RouterTraining(_Strict):
     """The neural router.
 
@@ -140,6 +177,7 @@ class TrainConfig(_Strict):
         chat_template: a Jinja file instead of the target's own template.
         capture: target layers whose outputs are cached, ascending; both drafters read subsets of them.
         work: directory for data, checkpoints and results.
+        block_drafter: which of the two the router learns beside EAGLE-3 and the bundle takes.
     """
 
     target: str = "embedded"
@@ -151,7 +189,20 @@ class TrainConfig(_Strict):
     data: Data
     eagle3: Eagle3
     dflash: DFlash
+    dspark: DSpark | None = None
+    block_drafter: Literal["dflash", "dspark"] = "dflash"
     router: RouterTraining = RouterTraining()
+
+    @property
+    def block(self) -> DFlash | DSpark:
+        """The section of `block_drafter`. Raises `ConfigError` where there is none."""
+        return self.dflash if self.block_drafter == "dflash" else self.dspark_section()
+
+    def dspark_section(self) -> DSpark:
+        """`dspark`. Raises `ConfigError` where the file has none."""
+        if self.dspark is None:
+            raise ConfigError("the configuration has no section dspark")
+        return self.dspark
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -171,8 +222,9 @@ def load_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path}: {place}: {first['msg']} ({error.error_count()} problem(s))") from None
     if config.capture != sorted(set(config.capture)):
         raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")
-    for name, layers in (("eagle3", config.eagle3.target_layers), ("dflash", config.dflash.target_layers)):
-        missing = sorted(set(layers) - set(config.capture))
+    for name in ("eagle3", "dflash", "dspark"):
+        section = getattr(config, name)
+        missing = [] if section is None else sorted(set(section.target_layers) - set(config.capture))
         if missing:
             raise ConfigError(f"{path}: {name}.target_layers {missing} are not in capture {config.capture}")
     return config

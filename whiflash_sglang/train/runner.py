@@ -1,4 +1,4 @@
-"""Both drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
+"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
 
 import json
 import shutil
@@ -15,9 +15,10 @@ from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train import dflash as dflash_training
+from whiflash_sglang.train import dspark as dspark_training
 from whiflash_sglang.train import eagle3 as eagle3_training
 from whiflash_sglang.train.batches import SequenceBatches, token_frequencies
-from whiflash_sglang.train.config import Loop, TrainConfig
+from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
 from whiflash_sglang.train.provenance import Provenance
 from whiflash_sglang.train.resume import check_same_run, checkpoint_digest, data_digest
 from whiflash_sglang.train.store import FeatureStore
@@ -88,7 +89,6 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
     settings = config.dflash
     target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
     stores = open_stores(config)
-    columns = [config.capture.index(layer) for layer in settings.target_layers]
 
     def build() -> dflash_training.DFlashTraining:
         if start_from is None:
@@ -107,17 +107,44 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
                 target_embedding=target.embedding,
                 target_lm_head=target.head,
             )
-        frequencies = token_frequencies(stores, target.vocab_size)
-        return dflash_training.DFlashTraining(
-            drafter,
-            columns=columns,
-            frequent=eagle3_training.choose_draft_vocabulary(frequencies, settings.frequent),
-            sampled=settings.sampled,
-            anchors_per_token=settings.anchors_per_token,
-            gamma=settings.gamma,
-        )
+        given = _block_options(config, settings, stores, target)
+        return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
 
     return _train("dflash", config, settings.loop, stores, build, start_from)
+
+
+def train_dspark(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+    """Train the DSpark drafter on the data so far; returns the directory of the `Qwen3DSparkModel` checkpoint.
+
+    Raises:
+        ConfigError: there is no section `dspark`, or `start_from` is not of its shape.
+    """
+    settings = config.dspark_section()
+    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
+    stores = open_stores(config)
+
+    def build() -> dspark_training.DSparkTraining:
+        if start_from is None:
+            drafter = dspark_training.initialise(target, settings)
+        else:
+            drafter = dspark_training.go_on_from(start_from, target, settings)
+        given = _block_options(config, settings, stores, target)
+        return dspark_training.DSparkTraining(drafter, settings, **given)
+
+    return _train("dspark", config, settings.loop, stores, build, start_from)
+
+
+def _block_options(
+    config: TrainConfig, settings: DFlash | DSpark, stores: list[FeatureStore], target: TargetModel
+) -> dict[str, Any]:
+    """What every `BlockTraining` takes."""
+    frequencies = token_frequencies(stores, target.vocab_size)
+    return {
+        "columns": [config.capture.index(layer) for layer in settings.target_layers],
+        "frequent": eagle3_training.choose_draft_vocabulary(frequencies, settings.frequent),
+        "sampled": settings.sampled,
+        "anchors_per_token": settings.anchors_per_token,
+    }
 
 
 def last_checkpoint(directory: Path) -> str | None:
