@@ -14,7 +14,8 @@ from whiflash_sglang.drafters.base import Drafter, Predicted
 from whiflash_sglang.forcing import Forcing
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
+from whiflash_sglang.spans.fields import HintError
+from whiflash_sglang.spans.hints import RequestHints, parse_hints
 from whiflash_sglang.spans.prediction import ReadPrediction
 
 logger = logging.getLogger(__name__)

@@ -48,6 +48,7 @@ class Capabilities(BaseModel):
     policy: the routing policy in force.
     arms: drafters that are loaded, and `none`.
     traces: levels that a request may ask for.
+    scopes: which of the hints agent, query and structure it understands.
     prediction_tokens: longest prediction that a request may bring; 0 where it takes none.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
     """
@@ -60,6 +61,7 @@ class Capabilities(BaseModel):
     policy: str = ""
     arms: tuple[str, ...] = ()
     traces: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()
     prediction_tokens: int = 0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None

@@ -7,7 +7,7 @@ carries one JSON string in SGLang's `custom_params`, which nests two levels at m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,9 +28,20 @@ MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
 MAX_BYTES: Final = 8192
 MAX_BIAS: Final = 16.0
+MAX_NAME_CHARS: Final = 64
+MAX_BLOCKS: Final = 16
+MAX_QUERY: Final = 2**31 - 1
+SCOPES: Final = ("agent", "query", "structure")
+"""Hints that say where in an agent's work a text belongs: servers of before know none of them."""
 
 Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARS)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+QueryNumber = Annotated[int, Field(ge=0, le=MAX_QUERY)]
 BiasAmount = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
+
+
+Block = Annotated[tuple[Marker, Marker | None], Field(strict=False)]
+"""Begin marker and end marker; None: it lasts to the end of the answer."""
 
 
 class Span(BaseModel):
@@ -74,6 +85,10 @@ class Hints(BaseModel):
     trace: ask for the routing trace with the response. True is "summary": sums by drafter; "full" has the stretches.
     lookup: what may be copied into the answer: `memory` (the request's own context, and recent outputs of the same
         cache salt where the server keeps them), `context` (its own context only, and nothing of it is kept), `off`.
+    agent: who asks, in 1 to 64 characters: what this agent wrote before is copied from first.
+    query: which of the agent's prompts this is, a name of 1 to 64 characters or a number.
+    structure: blocks that the agent's answers are made of, at most 16, each a begin marker and an end marker (or null);
+        what was written in a block is copied into the same block first. Without it these are the spans.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -84,6 +99,9 @@ class Hints(BaseModel):
     infer: bool = True
     trace: bool | TraceLevel = False
     lookup: LookupScope = "memory"
+    agent: Name | None = None
+    query: Name | QueryNumber | None = None
+    structure: Annotated[tuple[Block, ...], Field(max_length=MAX_BLOCKS, strict=False)] = ()
 
     def encode(self) -> str:
         """The JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.
@@ -116,6 +134,13 @@ class Hints(BaseModel):
         if not isinstance(params, Mapping):
             raise HintError(f"custom_params: hints go into a mapping, not {type(params).__name__}")
         return {**body, "custom_params": {**params, **self.custom_params()}}
+
+    def without(self, names: Iterable[str]) -> Hints:
+        """These hints, with the fields of these names left unset."""
+        kept = self.model_fields_set.difference(names)
+        return (
+            self if kept == self.model_fields_set else Hints(**{name: getattr(self, name) for name in kept})
+        )
 
     def over(self, outer: Hints) -> Hints:
         """These hints, with what they leave unset taken from `outer`."""

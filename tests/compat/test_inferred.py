@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
-from whiflash_sglang.compat.http import _inferred
+from whiflash_sglang.compat.requests import _inferred
 
 
 def test_auto_is_what_sglang_found() -> None:
@@ -15,4 +15,4 @@ def test_auto_is_what_sglang_found() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     message = {"role": "user", "content": "?"}
     request = ChatCompletionRequest(model="m", messages=[message], tools=[tool])
-    assert {span.begin for span in _inferred(manager, request).spans} >= {"<think>", "<tool_call>"}
+    assert {span.begin for span in _inferred(manager, request)} >= {"<think>", "<tool_call>"}

@@ -8,17 +8,20 @@ from dataclasses import asdict, replace
 import pytest
 from work import lines_run
 
+from whiflash_sglang.spans.capabilities import capabilities
+from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
+from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import (
+    MAX_BLOCKS,
     MAX_BYTES,
     MAX_MARKER_CHARS,
+    MAX_NAME_CHARS,
     MAX_SPANS,
-    HintError,
+    Block,
     RequestHints,
     SpanHint,
-    capabilities,
     parse_hints,
     resolve,
-    validate_custom_params,
 )
 
 
@@ -39,6 +42,27 @@ def test_full_hint_is_read() -> None:
     expected = SpanHint("tool_call", "<tool_call>", "</tool_call>", True, "lookup", True, bias)
     assert hints == RequestHints((expected,), off=True, infer=False, trace="summary", lookup="context")
     assert hash(hints) == hash(replace(hints))
+
+
+def test_where_a_text_belongs_is_read() -> None:
+    hints = parse_hints(
+        carried(agent="planner", query=3, structure=[["<plan>", "</plan>"], ["Answer:", None]])
+    )
+    blocks = (Block("<plan>", "</plan>"), Block("Answer:", None))
+    assert hints == RequestHints(agent="planner", query="3", structure=blocks)
+    assert parse_hints(carried(query="first", agent=None, structure=[])) == RequestHints(query="first")
+    most = {"agent": "é" * MAX_NAME_CHARS, "query": 2**31 - 1, "structure": [["<", ">" * 64]] * MAX_BLOCKS}
+    assert len(parse_hints(carried(**most)).structure) == MAX_BLOCKS
+
+
+def test_hints_are_added_to_what_is_said_already() -> None:
+    said = {"other": 1, **carried(version=1, trace="full", agent="a")}
+    params = add_hints(said, {"spans": [{"kind": "json", "open": True}]})
+    assert params is not None
+    assert params["other"] == 1
+    assert parse_hints(params) == RequestHints((SpanHint("json", open=True),), trace="full", agent="a")
+    assert add_hints(None, {"agent": "b"}) == {"whiflash": '{"agent":"b"}'}
+    assert add_hints(said, {"agent": "é" * (MAX_BYTES // 2)}) is None
 
 
 def test_what_a_span_does_not_say() -> None:
@@ -83,6 +107,22 @@ def test_absent_hints_are_the_default(params: object) -> None:
         (carried(lookup="none"), "custom_params.whiflash.lookup"),
         (carried(lookup=False), "custom_params.whiflash.lookup"),
         (carried(sapns=[]), "custom_params.whiflash.sapns"),
+        (carried(agent=7), "custom_params.whiflash.agent"),
+        (carried(agent=""), "custom_params.whiflash.agent"),
+        (carried(agent="x" * 65), "custom_params.whiflash.agent"),
+        (carried(agent="\ud800"), "custom_params.whiflash.agent"),
+        (carried(query=True), "custom_params.whiflash.query"),
+        (carried(query=-1), "custom_params.whiflash.query"),
+        (carried(query=2**31), "custom_params.whiflash.query"),
+        (carried(query=1.5), "custom_params.whiflash.query"),
+        (carried(query="x" * 65), "custom_params.whiflash.query"),
+        (carried(structure={}), "custom_params.whiflash.structure"),
+        (carried(structure=[["a", "b"]] * 17), "custom_params.whiflash.structure"),
+        (carried(structure=[["a", "b"], "ab"]), "custom_params.whiflash.structure[1]"),
+        (carried(structure=[["a"]]), "custom_params.whiflash.structure[0]"),
+        (carried(structure=[[None, "b"]]), "custom_params.whiflash.structure[0][0]"),
+        (carried(structure=[["a", ""]]), "custom_params.whiflash.structure[0][1]"),
+        (carried(structure=[["x" * 65, "b"]]), "custom_params.whiflash.structure[0][0]"),
         (carried(spans={}), "custom_params.whiflash.spans"),
         (carried(spans=[{"kind": "json", "open": True}] * (MAX_SPANS + 1)), "custom_params.whiflash.spans"),
         (carried(spans=[3]), "custom_params.whiflash.spans[0]"),
@@ -250,7 +290,9 @@ def test_capabilities_are_json() -> None:
         tool_call_parser="hermes",
         reasoning_parser=None,
     )
-    assert json.loads(json.dumps(document))["limits"] == {"spans": 16, "marker_chars": 64, "bytes": 8192}
+    read = json.loads(json.dumps(document))
+    limits = {"spans": 16, "marker_chars": 64, "name_chars": 64, "blocks": 16, "bytes": 8192}
+    assert (read["limits"], read["scopes"]) == (limits, ["agent", "query", "structure"])
 
 
 _SCALARS = [
@@ -276,6 +318,9 @@ _NAMES = [
     "infer",
     "trace",
     "lookup",
+    "agent",
+    "query",
+    "structure",
     "spans",
     "kind",
     "begin",

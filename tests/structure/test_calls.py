@@ -8,14 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import Grammars
 
-from whiflash_sglang.spans.hints import (
-    MAX_TOOLS_CHARS,
-    TOOLS_KEY,
-    HintError,
-    SpanHint,
-    parse_hints,
-    validate_custom_params,
-)
+from whiflash_sglang.spans.carrier import validate_custom_params
+from whiflash_sglang.spans.fields import HintError
+from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, SpanHint, parse_hints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import KEPT, Calls, carried_tools, compiled, words_of_tools
 from whiflash_sglang.structure.chances import SEED, Kind, StructureChances

@@ -1,4 +1,4 @@
-"""What WHIFLASH adds to SGLang's HTTP process: hint validation, and routes of its own. Traces: `traces`."""
+"""What WHIFLASH adds to SGLang's HTTP process: routes of its own. Hints: `requests`; traces: `traces`."""
 
 from collections.abc import AsyncIterator, Mapping
 from functools import wraps
@@ -7,14 +7,11 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints import http_server
-from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from whiflash_sdk.hints import Hints, Span
 
 from whiflash_sglang import __version__, announce
-from whiflash_sglang.compat import figures, predictions, streamer, traces
+from whiflash_sglang.compat import figures, predictions, requests, streamer, traces
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import KEY, encode, encode_forget, state_request
 from whiflash_sglang.compat.patching import replace
@@ -23,18 +20,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.lookup.memory import handle_of
 from whiflash_sglang.replicas import together
-from whiflash_sglang.spans.forced import check_forced
-from whiflash_sglang.spans.hints import (
-    TOOLS_KEY,
-    HintError,
-    RequestHints,
-    SpanHint,
-    capabilities,
-    validate_custom_params,
-)
-from whiflash_sglang.spans.infer import infer_spans
-from whiflash_sglang.spans.prediction import carried_prediction
-from whiflash_sglang.structure.calls import carried_tools
+from whiflash_sglang.spans.capabilities import capabilities
 
 
 def install(server_args: Any) -> None:
@@ -44,8 +30,7 @@ def install(server_args: Any) -> None:
     figures.install_answers()
     streamer.install_answers()
     replace(TokenizerManager, "generate_request", _accepting)
-    for serving in (OpenAIServingChat, OpenAIServingCompletion):
-        replace(serving, "_validate_request", _validating)
+    requests.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
@@ -57,69 +42,6 @@ def install(server_args: Any) -> None:
         http_server.app.post("/whiflash/forget")(admin_only(_forget))
 
 
-def _validating(original: Any) -> Any:
-    """Refuse malformed hints before anything is scheduled; add the spans that the request itself implies."""
-
-    @wraps(original)
-    def validate(self: Any, request: Any) -> str | None:
-        result: str | None
-        if not asks_for_ours(self.tokenizer_manager.server_args):
-            result = original(self, request)
-            return result
-        try:
-            hints = validate_custom_params(request.custom_params)
-            _check_long(self.tokenizer_manager, request.custom_params)
-        except HintError as error:
-            return str(error)
-        if hints.infer and not hints.spans:
-            inferred = _inferred(self.tokenizer_manager, request)
-            if inferred.spans:
-                wire = Hints(
-                    trace=hints.trace or False,
-                    off=hints.off,
-                    lookup=hints.lookup,
-                    spans=tuple(Span(**_span_fields(s)) for s in inferred.spans),
-                )
-                request.custom_params = {**(request.custom_params or {}), **wire.custom_params()}
-        if hints.infer:
-            _carry_tools(self.tokenizer_manager, request)
-        result = original(self, request)
-        return result
-
-    return validate
-
-
-def _carry_tools(manager: Any, request: Any) -> None:
-    """Tell the scheduler which tools may be called, where it may draft calls of them."""
-    choice, tools = getattr(request, "tool_choice", None), getattr(request, "tools", None)
-    if not tools or choice == "none" or not settings_of(manager.server_args).structure.enabled:
-        return
-    named = getattr(getattr(choice, "function", None), "name", None)
-    functions = [tool.function for tool in tools if named in (None, tool.function.name)]
-    told = carried_tools(
-        [(function.name, function.parameters) for function in functions],
-        manager.config_value("tool_call_parser"),
-    )
-    if told is not None:
-        request.custom_params = {**(request.custom_params or {}), TOOLS_KEY: told}
-
-
-def _span_fields(span: SpanHint) -> dict[str, Any]:
-    return {"kind": span.kind, "begin": span.begin, "end": span.end, "open": span.open}
-
-
-def _inferred(manager: Any, request: Any) -> RequestHints:
-    choice = getattr(request, "tool_choice", None)
-    response_format = getattr(request, "response_format", None)
-    return infer_spans(
-        manager.config_value("tool_call_parser"),  # `auto` has become a name here, or None
-        manager.config_value("reasoning_parser"),
-        bool(getattr(request, "tools", None)) and choice != "none",
-        getattr(response_format, "type", None),
-        choice == "required" or not isinstance(choice, (str, type(None))),
-    )
-
-
 def _accepting(original: Any) -> Any:
     """Refuse malformed hints of the native route, and follow the answers of those that want a full trace."""
 
@@ -127,32 +49,13 @@ def _accepting(original: Any) -> Any:
     async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
         outputs = original(self, obj, request)
         if asks_for_ours(self.server_args):
-            _validate_native(self, obj)
+            requests.check_native(self, obj)
             await predictions.encoded(self, obj)
             outputs = predictions.followed(self, obj, outputs)
         async for output in traces.followed(self, obj, outputs):
             yield output
 
     return generate_request
-
-
-def _check_long(manager: Any, custom_params: Any) -> None:
-    """What of a request's parameters may be long: the form of a prediction, and a forced answer. Raises HintError."""
-    carried_prediction(custom_params)
-    allowed = settings_of(manager.server_args).force_recorded
-    check_forced(custom_params, manager.model_config.vocab_size, allowed=allowed)
-
-
-def _validate_native(manager: Any, obj: Any) -> None:
-    """The native route hands its parameters on unseen; SGLang answers a ValueError with 400."""
-    params = getattr(obj, "sampling_params", None)
-    for entry in params if isinstance(params, list) else [params]:
-        if isinstance(entry, dict) and entry.get("custom_params") is not None:
-            try:
-                validate_custom_params(entry["custom_params"])
-                _check_long(manager, entry["custom_params"])
-            except HintError as error:
-                raise ValueError(str(error)) from None
 
 
 def _capabilities_of(server_args: Any) -> Any:

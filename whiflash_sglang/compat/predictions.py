@@ -1,5 +1,4 @@
-"""Predicted outputs in the process that serves HTTP: out of a request's body, into its token ids, and what of them
-appeared, in the answer's usage.
+"""Predicted outputs in the process that serves HTTP: as token ids, and what of them appeared, in the answer's usage.
 
 The counts are of tokens alone, so they are the same whoever drafted and whatever ran beside the request. Answers to
 requests without a prediction are SGLang's own.
@@ -8,18 +7,15 @@ requests without a prediction are SGLang's own.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from functools import wraps
 from typing import Any
 
 from sglang.srt.entrypoints.openai import protocol
-from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
-from whiflash_sglang.compat.carried import asks_for_ours, settings_of
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.lookup.prediction import Prediction
-from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
-from whiflash_sglang.spans.prediction import body_prediction, prediction_reader
+from whiflash_sglang.spans.fields import HintError
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION
+from whiflash_sglang.spans.prediction import prediction_reader
 
 ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
 _COUNTS = "_whiflash_predicted"
@@ -38,32 +34,6 @@ def install() -> None:
         protocol.CompletionTokensDetails.model_config["extra"] = "allow"
         for name in ("CompletionTokensDetails", *_CARRIERS):
             getattr(protocol, name).model_rebuild(force=True)
-    for serving in (OpenAIServingChat, OpenAIServingCompletion):
-        replace(serving, "handle_request", _reading_body)
-
-
-def _reading_body(original: Any) -> Any:
-    """SGLang's request models know no `prediction`: it is read from the body, which is parsed already."""
-
-    @wraps(original)
-    async def handle(self: Any, request: Any, raw_request: Any) -> Any:
-        if asks_for_ours(self.tokenizer_manager.server_args):
-            try:
-                text = body_prediction(await raw_request.json())
-                if text is not None:
-                    _carry(request, text)
-            except HintError as error:
-                return self.create_error_response(str(error), param=error.field)
-        return await original(self, request, raw_request)
-
-    return handle
-
-
-def _carry(request: Any, text: str) -> None:
-    params = request.custom_params or {}
-    if CARRIED_PREDICTION in params:
-        raise HintError("prediction", f"stands beside custom_params.{CARRIED_PREDICTION}; give one of them")
-    request.custom_params = {**params, CARRIED_PREDICTION: text}
 
 
 async def encoded(manager: Any, obj: Any) -> None:

@@ -15,7 +15,8 @@ from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompl
 from whiflash_sglang.compat import predictions
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
-from whiflash_sglang.spans.hints import HintError, parse_hints
+from whiflash_sglang.spans.fields import HintError
+from whiflash_sglang.spans.hints import parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.trace import pieces_of, place
 

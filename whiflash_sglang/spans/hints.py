@@ -10,9 +10,18 @@ it is decoded, and decoding stops at the first object too many.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NoReturn, TypeVar
+from typing import Final, Literal, NamedTuple, NoReturn
+
+from whiflash_sglang.spans.fields import (
+    HintError,
+    choice,
+    flag,
+    refuse_unknown,
+    short_list,
+    short_text,
+    utf8,
+)
 
 WIRE_KEY: Final = "whiflash"
 TOOLS_KEY: Final = "whiflash_tools"
@@ -38,28 +47,23 @@ MAX_TOOLS_CHARS: Final = 1 << 16
 
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
+MAX_NAME_CHARS: Final = 64
+"""Of an agent's name and a query's."""
+MAX_QUERY: Final = 1 << 31
+MAX_BLOCKS: Final = 16
 MAX_BYTES: Final = 8192
 MAX_BIAS: Final = 16.0  # expected accepted tokens; hardly any round accepts more
 
 # The request, its spans and their biases: a well-formed payload holds no more objects than this.
 _MAX_OBJECTS: Final = 1 + 2 * MAX_SPANS
-_MAX_CARRIER_VALUES: Final = 1024
-_MAX_CARRIER_CHARS: Final = 16384
 
-_REQUEST_FIELDS: Final = frozenset({"version", "off", "infer", "trace", "lookup", "spans"})
+SCOPES: Final = ("agent", "query", "structure")
+"""Hints that say where in an agent's work a text belongs."""
+
+_REQUEST_FIELDS: Final = frozenset({"version", "off", "infer", "trace", "lookup", "spans", *SCOPES})
 _SPAN_FIELDS: Final = frozenset({"kind", "begin", "end", "open", "prefer", "pin", "bias"})
 
 Bias = tuple[tuple[str, float], ...]
-_Word = TypeVar("_Word", bound=str)
-
-
-class HintError(ValueError):
-    """A hint that cannot be used: `field` is its path in the payload, `reason` says what to change."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,13 @@ class SpanHint:
     bias: Bias = ()
 
 
+class Block(NamedTuple):
+    """A stretch that an agent's answers are made of, by its literal markers. end: None if it never closes."""
+
+    begin: str
+    end: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class RequestHints:
     """What one request says about its own routing. Hashable: requests with equal hints compare equal.
@@ -94,6 +105,8 @@ class RequestHints:
     trace: return the routing trace with the response, in sums or with its stretches.
     lookup: what may be copied: `memory` (its own context, and its tenant's recent outputs where the server keeps
         them), `context` (its own context; nothing of it is kept either), `off`.
+    agent, query: who asks, and which of its prompts this is: texts of one agent are copied from first.
+    structure: blocks of its answers, at most `MAX_BLOCKS`; text of one block is copied into the same block first.
     tools: what the HTTP process says of the request's tools; no hint of the caller's, never part of the payload.
     """
 
@@ -102,6 +115,9 @@ class RequestHints:
     infer: bool = True
     trace: TraceLevel | None = None
     lookup: LookupScope = "memory"
+    agent: str | None = None
+    query: str | None = None
+    structure: tuple[Block, ...] = ()
     tools: str = ""
 
 
@@ -123,50 +139,24 @@ def parse_hints(custom_params: object) -> RequestHints:
     return replace(hints, tools=tools) if isinstance(tools, str) else hints
 
 
-def validate_custom_params(custom_params: object) -> RequestHints:
-    """`parse_hints`, after checking that the rest of `custom_params` can reach the scheduler at all.
-
-    SGLang sends it on as msgpack and decodes it as scalars, lists of scalars and objects of scalars;
-    anything else fails inside the scheduler instead of being refused. For the HTTP process only.
-
-    Raises: HintError, and nothing else, naming the field that is wrong.
-    """
-    hints = parse_hints(custom_params)
-    if isinstance(custom_params, dict):
-        _check_carrier(custom_params)
-    return hints
-
-
 def resolve(explicit: RequestHints, inferred: RequestHints) -> RequestHints:
     """The hints to route by: the request's own spans, else the inferred ones where it allows them."""
     spans = explicit.spans or (inferred.spans if explicit.infer else ())
     return replace(explicit, spans=spans)
 
 
-def capabilities(
-    *,
-    server_version: str,
-    model: str,
-    policy: str,
-    arms: Iterable[str],
-    prediction_tokens: int,
-    tool_call_parser: str | None,
-    reasoning_parser: str | None,
-) -> dict[str, object]:
-    """The body of `GET /whiflash/capabilities`, by which a client learns that hints are understood."""
-    return {
-        "version": WIRE_VERSION,
-        "server_version": server_version,
-        "model": model,
-        "policy": policy,
-        "arms": list(arms),
-        "kinds": list(KINDS),
-        "traces": list(TRACE_LEVELS),
-        "prediction_tokens": prediction_tokens,
-        "tool_call_parser": tool_call_parser,
-        "reasoning_parser": reasoning_parser,
-        "limits": {"spans": MAX_SPANS, "marker_chars": MAX_MARKER_CHARS, "bytes": MAX_BYTES},
-    }
+def read_scope(field: str, raw: dict[str, object], names: tuple[str, str, str] = SCOPES) -> RequestHints:
+    """Agent, query and structure alone, of an object that may have them under other `names`.
+
+    Raises: HintError, and nothing else, naming the field that is wrong.
+    """
+    agent, query, structure = (f"{field}{name}" for name in names)
+    values = [raw.get(name) for name in names]
+    return RequestHints(
+        agent=short_text(agent, values[0], MAX_NAME_CHARS),
+        query=_query(query, values[1]),
+        structure=_structure(structure, values[2]),
+    )
 
 
 def _decode(payload: object) -> dict[str, object]:
@@ -174,7 +164,7 @@ def _decode(payload: object) -> dict[str, object]:
         raise HintError(
             _FIELD, "must be a string holding a JSON object (custom_params nests two levels only)"
         )
-    if len(payload) > MAX_BYTES or (not payload.isascii() and len(_utf8(_FIELD, payload)) > MAX_BYTES):
+    if len(payload) > MAX_BYTES or (not payload.isascii() and len(utf8(_FIELD, payload)) > MAX_BYTES):
         raise HintError(_FIELD, f"is longer than {MAX_BYTES} bytes")
     objects = 0
 
@@ -207,38 +197,35 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def _request(raw: dict[str, object]) -> RequestHints:
-    _refuse_unknown(_FIELD, raw, _REQUEST_FIELDS)
+    refuse_unknown(_FIELD, raw, _REQUEST_FIELDS)
     version = raw.get("version", WIRE_VERSION)
     if type(version) is not int or version != WIRE_VERSION:
         raise HintError(f"{_FIELD}.version", f"this server understands version {WIRE_VERSION}")
-    spans = raw.get("spans", [])
-    if not isinstance(spans, list):
-        raise HintError(f"{_FIELD}.spans", "must be a list")
-    if len(spans) > MAX_SPANS:
-        raise HintError(f"{_FIELD}.spans", f"holds {len(spans)} spans; at most {MAX_SPANS} are allowed")
-    return RequestHints(
+    spans = short_list(f"{_FIELD}.spans", raw.get("spans", []), "spans", MAX_SPANS)
+    return replace(
+        read_scope(f"{_FIELD}.", raw),
         spans=tuple(_span(f"{_FIELD}.spans[{i}]", span) for i, span in enumerate(spans)),
-        off=_flag(_FIELD, raw, "off", default=False),
-        infer=_flag(_FIELD, raw, "infer", default=True),
+        off=flag(f"{_FIELD}.off", raw.get("off", False)),
+        infer=flag(f"{_FIELD}.infer", raw.get("infer", True)),
         trace=_trace_level(raw.get("trace", False)),
-        lookup=_choice(f"{_FIELD}.lookup", raw.get("lookup"), LOOKUP_SCOPES) or "memory",
+        lookup=choice(f"{_FIELD}.lookup", raw.get("lookup"), LOOKUP_SCOPES) or "memory",
     )
 
 
 def _span(field: str, raw: object) -> SpanHint:
     if not isinstance(raw, dict):
         raise HintError(field, "must be an object")
-    _refuse_unknown(field, raw, _SPAN_FIELDS)
-    kind = _choice(f"{field}.kind", raw.get("kind"), KINDS)
+    refuse_unknown(field, raw, _SPAN_FIELDS)
+    kind = choice(f"{field}.kind", raw.get("kind"), KINDS)
     if kind is None:
         raise HintError(f"{field}.kind", f"is missing; give one of {', '.join(KINDS)}")
     span = SpanHint(
         kind=kind,
-        begin=_marker(f"{field}.begin", raw.get("begin")),
-        end=_marker(f"{field}.end", raw.get("end")),
-        open=_flag(field, raw, "open", default=False),
-        prefer=_choice(f"{field}.prefer", raw.get("prefer"), ARMS),
-        pin=_flag(field, raw, "pin", default=False),
+        begin=short_text(f"{field}.begin", raw.get("begin"), MAX_MARKER_CHARS),
+        end=short_text(f"{field}.end", raw.get("end"), MAX_MARKER_CHARS),
+        open=flag(f"{field}.open", raw.get("open", False)),
+        prefer=choice(f"{field}.prefer", raw.get("prefer"), ARMS),
+        pin=flag(f"{field}.pin", raw.get("pin", False)),
         bias=_bias(f"{field}.bias", raw.get("bias")),
     )
     if span.begin is None and not span.open:
@@ -248,19 +235,29 @@ def _span(field: str, raw: object) -> SpanHint:
     return span
 
 
-def _refuse_unknown(field: str, raw: dict[str, object], known: frozenset[str]) -> None:
-    for name in raw:
-        if name not in known:
-            raise HintError(
-                f"{field}.{ascii(name[:32])[1:-1]}", f"is unknown; known are {', '.join(sorted(known))}"
-            )
+def _query(field: str, value: object) -> str | None:
+    """A name, or a number, which is as good as one."""
+    if type(value) is int:
+        if not 0 <= value < MAX_QUERY:
+            raise HintError(field, f"must be at least 0 and below {MAX_QUERY}")
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise HintError(field, "must be a string or a whole number")
+    return short_text(field, value, MAX_NAME_CHARS)
 
 
-def _flag(field: str, raw: dict[str, object], name: str, *, default: bool) -> bool:
-    value = raw.get(name, default)
-    if not isinstance(value, bool):
-        raise HintError(f"{field}.{name}", "must be true or false")
-    return value
+def _structure(field: str, value: object) -> tuple[Block, ...]:
+    blocks = [] if value is None else short_list(field, value, "blocks", MAX_BLOCKS)
+    return tuple(_block(f"{field}[{i}]", block) for i, block in enumerate(blocks))
+
+
+def _block(field: str, raw: object) -> Block:
+    if not isinstance(raw, list) or len(raw) != 2:
+        raise HintError(field, "must be a list of two: the begin marker, and the end marker or null")
+    begin, end = (short_text(f"{field}[{i}]", marker, MAX_MARKER_CHARS) for i, marker in enumerate(raw))
+    if begin is None:
+        raise HintError(f"{field}[0]", "must be a string")
+    return Block(begin, end)
 
 
 def _trace_level(value: object) -> TraceLevel | None:
@@ -272,34 +269,12 @@ def _trace_level(value: object) -> TraceLevel | None:
     raise HintError(f"{_FIELD}.trace", f"must be true, false, {' or '.join(TRACE_LEVELS)}")
 
 
-def _choice(field: str, value: object, allowed: tuple[_Word, ...]) -> _Word | None:
-    if value is None:
-        return None
-    for word in allowed:
-        if value == word:
-            return word
-    raise HintError(field, f"must be one of {', '.join(allowed)}")
-
-
-def _marker(field: str, value: object) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise HintError(field, "must be a string")
-    if not value:
-        raise HintError(field, "is empty; leave it out instead")
-    if len(value) > MAX_MARKER_CHARS:
-        raise HintError(field, f"is {len(value)} characters long; at most {MAX_MARKER_CHARS} are allowed")
-    _utf8(field, value)
-    return value
-
-
 def _bias(field: str, value: object) -> Bias:
     if value is None:
         return ()
     if not isinstance(value, dict):
         raise HintError(field, "must be an object of arms and numbers")
-    _refuse_unknown(field, value, frozenset(ARMS))
+    refuse_unknown(field, value, frozenset(ARMS))
     pairs = []
     for arm, amount in sorted(value.items()):
         if isinstance(amount, bool) or not isinstance(amount, int | float):
@@ -308,64 +283,3 @@ def _bias(field: str, value: object) -> Bias:
             raise HintError(f"{field}.{arm}", f"must lie between {-MAX_BIAS:g} and {MAX_BIAS:g}")
         pairs.append((arm, float(amount)))
     return tuple(pairs)
-
-
-def _utf8(field: str, text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise HintError(field, "holds a lone surrogate, which is not text") from None
-
-
-def _check_carrier(params: dict[object, object]) -> None:
-    """Every value a scalar, a list of scalars or an object of scalars, within the carrier's bounds."""
-    values, chars = _MAX_CARRIER_VALUES, _MAX_CARRIER_CHARS
-    for key, value in params.items():
-        if not isinstance(key, str):
-            raise HintError("custom_params", "has a name that is not a string")
-        if key in (CARRIED_PREDICTION, CARRIED_FORCED):
-            continue  # They have bounds of their own.
-        if key == TOOLS_KEY and isinstance(value, str) and value.isascii() and len(value) <= MAX_TOOLS_CHARS:
-            continue
-        values -= len(value) if isinstance(value, dict | list) else 1
-        if values < 0:
-            raise _carrier_error(key, f"makes custom_params hold more than {_MAX_CARRIER_VALUES} values")
-        for scalar in (key, *_scalars(key, value)):
-            if isinstance(scalar, str):
-                chars -= len(scalar)
-                _check_text(key, scalar, chars)
-            elif scalar is not None and not isinstance(scalar, float):
-                _check_integer(key, scalar)
-
-
-def _carrier_error(key: str, reason: str) -> HintError:
-    return HintError(f"custom_params.{ascii(key[:32])[1:-1]}", reason)
-
-
-def _scalars(key: str, value: object) -> Iterable[object]:
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        return (value,)
-    if not all(isinstance(name, str) for name in value):
-        raise _carrier_error(key, "has a name that is not a string")
-    return (*value, *value.values())
-
-
-def _check_text(key: str, text: str, chars_left: int) -> None:
-    if chars_left < 0:
-        raise _carrier_error(
-            key, f"makes custom_params hold more than {_MAX_CARRIER_CHARS} characters of text"
-        )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _carrier_error(key, "holds a lone surrogate, which is not text") from None
-
-
-def _check_integer(key: str, value: object) -> None:
-    if not isinstance(value, int):
-        raise _carrier_error(key, "nests deeper than a list or an object of scalars")
-    if not -(2**63) <= value < 2**64:
-        raise _carrier_error(key, "holds an integer of more than 64 bits")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
+from whiflash_sglang.spans.fields import HintError
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION
 
 FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
 
@@ -40,6 +41,19 @@ def body_prediction(body: object) -> str | None:
     if not isinstance(content, list):
         raise HintError("prediction.content", "must be a string or a list of text parts")
     return "".join(_part(f"prediction.content[{i}]", part) for i, part in enumerate(content))
+
+
+def add_body_prediction(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:
+    """`custom_params` that carry the `prediction` of a request's body too.
+
+    Raises: HintError, and nothing else, naming the field that is wrong.
+    """
+    text = body_prediction(body)
+    if text is None:
+        return custom_params
+    if CARRIED_PREDICTION in (custom_params or {}):
+        raise HintError("prediction", f"stands beside custom_params.{CARRIED_PREDICTION}; give one of them")
+    return {**(custom_params or {}), CARRIED_PREDICTION: text}
 
 
 def carried_prediction(custom_params: object) -> str | list[object] | None:

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from whiflash_sglang.spans.hints import Bias, SpanHint
 
@@ -40,17 +41,36 @@ class SpanState:
     length: int
 
 
+class Markers(NamedTuple):
+    """What opens a stretch and what closes it. open: it is open before the first output token."""
+
+    begin: str | None
+    end: str | None
+    open: bool = False
+
+
+class Open(NamedTuple):
+    """The stretch that the next token would be written into.
+
+    active: its number among the markers; None outside all of them. depth: how many are open. since_position: output
+    tokens committed when it opened.
+    """
+
+    active: int | None
+    depth: int
+    since_position: int
+
+
 class _Rule:
-    """One span hint's progress through the output; offsets count output bytes."""
+    """One pair of markers' progress through the output; offsets count output bytes."""
 
-    __slots__ = ("begin", "end", "hint", "next_from", "opened_at", "since_position")
+    __slots__ = ("begin", "end", "next_from", "opened_at", "since_position")
 
-    def __init__(self, hint: SpanHint) -> None:
-        self.hint = hint
-        self.begin = hint.begin.encode() if hint.begin else None
-        self.end = hint.end.encode() if hint.end else None
+    def __init__(self, markers: Markers) -> None:
+        self.begin = markers.begin.encode() if markers.begin else None
+        self.end = markers.end.encode() if markers.end else None
         self.next_from = 0  # where the next occurrence may begin
-        self.opened_at: int | None = 0 if hint.open else None
+        self.opened_at: int | None = 0 if markers.open else None
         self.since_position = 0
 
     def advance(self, data: bytes, base: int) -> bool:
@@ -66,20 +86,20 @@ class _Rule:
         return opened
 
 
-class SpanTracker:
+class MarkerTracker:
     """Follows one request's committed output tokens.
 
     A retracted request is rebuilt by a new tracker and one push of all its output tokens.
 
-    spans: the request's rules, in its order.
-    token_bytes: bytes of every token id, from `spans.vocabulary.token_bytes`.
+    markers: in the order that decides where two open together. token_bytes: bytes of every token id, from
+    `spans.vocabulary.token_bytes`.
     """
 
-    def __init__(self, spans: Sequence[SpanHint], token_bytes: Sequence[bytes]) -> None:
-        self._rules = [_Rule(hint) for hint in spans]
+    def __init__(self, markers: Sequence[Markers], token_bytes: Sequence[bytes]) -> None:
+        self._rules = [_Rule(own) for own in markers]
         self._token_bytes = token_bytes
-        markers = [marker for rule in self._rules for marker in (rule.begin, rule.end) if marker]
-        self._keep = max(map(len, markers), default=1) - 1
+        known = [marker for rule in self._rules for marker in (rule.begin, rule.end) if marker]
+        self._keep = max(map(len, known), default=1) - 1
         self._tail = b""
         self._bytes = 0
         self._length = 0
@@ -105,18 +125,31 @@ class SpanTracker:
         return self._length
 
     @property
-    def state(self) -> SpanState:
-        """The open span after everything pushed so far."""
-        active: _Rule | None = None
+    def open(self) -> Open:
+        """What is open after everything pushed so far."""
+        active: int | None = None
         depth, latest = 0, -1
-        for rule in self._rules:
+        for number, rule in enumerate(self._rules):
             if rule.opened_at is not None:
                 depth += 1
                 if rule.opened_at > latest:  # strictly: of spans opened together the first listed is active
-                    active, latest = rule, rule.opened_at
+                    active, latest = number, rule.opened_at
+        since = self._length if active is None else self._rules[active].since_position
+        return Open(active, depth, since)
+
+
+class SpanTracker(MarkerTracker):
+    """The open span of one request. spans: the request's rules, in its order."""
+
+    def __init__(self, spans: Sequence[SpanHint], token_bytes: Sequence[bytes]) -> None:
+        super().__init__([Markers(span.begin, span.end, span.open) for span in spans], token_bytes)
+        self._spans = spans
+
+    @property
+    def state(self) -> SpanState:
+        """The open span after everything pushed so far."""
+        active, depth, since = self.open
         if active is None:
             return SpanState(None, 0, self._length, None, False, (), self._length)
-        hint = active.hint
-        return SpanState(
-            hint.kind, depth, active.since_position, hint.prefer, hint.pin, hint.bias, self._length
-        )
+        hint = self._spans[active]
+        return SpanState(hint.kind, depth, since, hint.prefer, hint.pin, hint.bias, self._length)

@@ -1,0 +1,131 @@
+"""What requests say to WHIFLASH: read from their bodies, checked before anything is scheduled, and completed by what
+they imply. In the process that serves HTTP.
+"""
+
+from functools import wraps
+from typing import Any
+
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+
+from whiflash_sglang.compat.carried import asks_for_ours, settings_of
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.spans.agent_spec import add_body_scope
+from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
+from whiflash_sglang.spans.fields import HintError
+from whiflash_sglang.spans.forced import check_forced
+from whiflash_sglang.spans.hints import TOOLS_KEY, SpanHint
+from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.prediction import add_body_prediction, carried_prediction
+from whiflash_sglang.structure.calls import carried_tools
+
+
+def install() -> None:
+    """Idempotent."""
+    for serving in (OpenAIServingChat, OpenAIServingCompletion):
+        replace(serving, "handle_request", _reading_body)
+        replace(serving, "_validate_request", _validating)
+
+
+def check_native(manager: Any, obj: Any) -> None:
+    """Of the native route, which hands its parameters on unseen.
+
+    Raises:
+        ValueError: they are malformed; SGLang answers it with 400.
+    """
+    params = getattr(obj, "sampling_params", None)
+    for entry in params if isinstance(params, list) else [params]:
+        if isinstance(entry, dict) and entry.get("custom_params") is not None:
+            try:
+                validate_custom_params(entry["custom_params"])
+                _check_long(manager, entry["custom_params"])
+            except HintError as error:
+                raise ValueError(str(error)) from None
+
+
+def _reading_body(original: Any) -> Any:
+    """SGLang's models drop fields that they do not know: ours are read from the body, which is parsed already."""
+
+    @wraps(original)
+    async def handle(self: Any, request: Any, raw_request: Any) -> Any:
+        if asks_for_ours(self.tokenizer_manager.server_args):
+            try:
+                request.custom_params = from_body(request.custom_params, await raw_request.json())
+            except HintError as error:
+                return self.create_error_response(str(error), param=error.field)
+        return await original(self, request, raw_request)
+
+    return handle
+
+
+def from_body(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:
+    """`custom_params` with what the fields of a request's body say. Raises HintError."""
+    return add_body_prediction(add_body_scope(custom_params, body), body)
+
+
+def _validating(original: Any) -> Any:
+    @wraps(original)
+    def validate(self: Any, request: Any) -> str | None:
+        if asks_for_ours(self.tokenizer_manager.server_args):
+            try:
+                request.custom_params = completed(self.tokenizer_manager, request, request.custom_params)
+            except HintError as error:
+                return str(error)
+        result: str | None = original(self, request)
+        return result
+
+    return validate
+
+
+def completed(manager: Any, request: Any, custom_params: Any) -> Any:
+    """`custom_params` with the spans and the tools that the request implies; `request`: in the form of a chat's.
+
+    Raises: HintError where they are malformed.
+    """
+    hints = validate_custom_params(custom_params)
+    _check_long(manager, custom_params)
+    if not hints.infer:
+        return custom_params
+    if not hints.spans and (spans := _inferred(manager, request)):
+        custom_params = add_hints(custom_params, {"spans": [_span_fields(span) for span in spans]}) or (
+            custom_params
+        )
+    tools = _tools(manager, request)
+    return custom_params if tools is None else {**(custom_params or {}), TOOLS_KEY: tools}
+
+
+def _check_long(manager: Any, custom_params: Any) -> None:
+    """What of a request's parameters may be long: the form of a prediction, and a forced answer. Raises HintError."""
+    carried_prediction(custom_params)
+    allowed = settings_of(manager.server_args).force_recorded
+    check_forced(custom_params, manager.model_config.vocab_size, allowed=allowed)
+
+
+def _tools(manager: Any, request: Any) -> str | None:
+    """Which tools may be called, where the scheduler may draft calls of them."""
+    choice, tools = getattr(request, "tool_choice", None), getattr(request, "tools", None)
+    if not tools or choice == "none" or not settings_of(manager.server_args).structure.enabled:
+        return None
+    named = getattr(getattr(choice, "function", None), "name", None)
+    functions = [tool.function for tool in tools if named in (None, tool.function.name)]
+    return carried_tools(
+        [(function.name, function.parameters) for function in functions],
+        manager.config_value("tool_call_parser"),
+    )
+
+
+def _span_fields(span: SpanHint) -> dict[str, Any]:
+    said = {"kind": span.kind, "begin": span.begin, "end": span.end, "open": span.open}
+    return {name: value for name, value in said.items() if value}
+
+
+def _inferred(manager: Any, request: Any) -> tuple[SpanHint, ...]:
+    choice = getattr(request, "tool_choice", None)
+    response_format = getattr(request, "response_format", None)
+    return infer_spans(
+        manager.config_value("tool_call_parser"),  # `auto` has become a name here, or None
+        manager.config_value("reasoning_parser"),
+        bool(getattr(request, "tools", None)) and choice != "none",
+        getattr(response_format, "type", None),
+        choice == "required" or not isinstance(choice, (str, type(None))),
+    ).spans
