@@ -17,8 +17,9 @@ def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _sum(states: Sequence[Any]) -> Any:
-    """Numbers are added up, also those inside; what is no number is the same in all."""
+    """Numbers are added up, also those inside; what is no number is the same in all. Not all have every key."""
     first = states[0]
     if isinstance(first, Mapping):
-        return {key: _sum([state[key] for state in states]) for key in first}
+        keys = dict.fromkeys(key for state in states for key in state)
+        return {key: _sum([state[key] for state in states if key in state]) for key in keys}
     return sum(states) if isinstance(first, int | float) else first

@@ -167,10 +167,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             **{arm: state for arm, d in self.drafters.items() if (state := d.snapshot())},
         }
 
-    def forget(self, tenant: int | None) -> None:
-        """Drop text that a drafter keeps across requests: one tenant's, by its handle, or everybody's."""
+    def forget(self, handle: int | None) -> None:
+        """Drop text that a drafter keeps across requests: a tenant's or a scope's, by its handle, or everybody's."""
         for drafter in self.drafters.values():
-            drafter.forget(tenant)
+            drafter.forget(handle)
 
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None

@@ -12,7 +12,6 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from whiflash_sglang.compat import http
 from whiflash_sglang.config import Flags, embedded_bundle, resolve
 from whiflash_sglang.lookup.forget import parse_forget
-from whiflash_sglang.lookup.memory import handle_of
 
 KEYS = {"none": None, "user": "the-user", "admin": "the-admin", "wrong": "guess"}
 SERVERS = {
@@ -39,6 +38,10 @@ FOR = {
 BODIES: dict[str, Any] = {"/whiflash/policy": {"min_dwell": 3}, "/whiflash/forget": {"all": True}}
 
 
+SCOPE = '["5f", "planner", null, null]'
+"""As a worker names what it holds of an agent."""
+
+
 class Manager:
     """The tokenizer manager as far as the routes ask it; `sent` is what reached the schedulers."""
 
@@ -53,7 +56,9 @@ class Manager:
         return
 
     async def get_internal_state_communicator(self, request: Any) -> list[Any]:
-        return [SimpleNamespace(internal_state={"whiflash": {"rounds": 1, "replica": None}})]
+        held = {SCOPE: {"bytes": 9, "tokens": 1}}
+        state = {"rounds": 1, "replica": None, "lookup": {"scopes": held}}
+        return [SimpleNamespace(internal_state={"whiflash": state})]
 
     async def get_internal_state(self) -> list[Any]:
         return [{"whiflash": {"rounds": 1}}]
@@ -82,12 +87,23 @@ def client_of(manager: Manager, server: str) -> TestClient:
     http.install(arguments)
     app = FastAPI(routes=our_routes())
     user, admin = SERVERS[server]
+    manager.server_args.admin_api_key = admin
     add_api_key_middleware(app, api_key=user, admin_api_key=admin)
     return TestClient(app)
 
 
 def our_routes() -> list[Any]:
     return [r for r in http_server.app.routes if getattr(r, "path", "").startswith("/whiflash/")]
+
+
+@pytest.mark.parametrize(
+    ("server", "key"), [("open", "none"), ("api", "user"), ("admin", "admin"), ("both", "admin")]
+)
+def test_names_of_scopes_are_told_to_an_administrator_alone(manager: Manager, server: str, key: str) -> None:
+    headers = {"Authorization": f"Bearer {KEYS[key]}"} if KEYS[key] else {}
+    scopes = client_of(manager, server).get("/whiflash/state", headers=headers).json()["lookup"]["scopes"]
+    assert list(scopes.values()) == [{"bytes": 9, "tokens": 1}]
+    assert (list(scopes) == [SCOPE]) == ("planner" in str(scopes)) == (key == "admin")
 
 
 def test_every_route_of_ours_is_in_the_table(manager: Manager) -> None:
@@ -147,12 +163,15 @@ def test_every_call_that_steers_leaves_a_line(manager: Manager, caplog: pytest.L
     client.post("/whiflash/policy", json={"router": "none", "min_dwell": 3})
     client.post("/whiflash/forget", json={"all": True})
     client.post("/whiflash/forget", json={"cache_salt": SALT})
+    client.post("/whiflash/forget", json={"cache_salt": SALT, "agent": f"agent of {SALT}"})
     client.get("/whiflash/state")
-    tenant = f"{handle_of(parse_forget({'cache_salt': SALT}) or b''):016x}"
+    tenant = f"{parse_forget({'cache_salt': SALT}):016x}"
+    part = f"{parse_forget({'cache_salt': SALT, 'agent': f'agent of {SALT}'}):016x}"
     assert told(caplog) == [
         'control: policy {"router": "none", "min_dwell": 3}, from testclient: done',
         'control: forget {"all": true}, from testclient: done',
         f'control: forget {{"tenant": "{tenant}"}}, from testclient: done',
+        f'control: forget {{"part": "{part}"}}, from testclient: done',
     ]
     assert SALT not in caplog.text
 

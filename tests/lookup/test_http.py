@@ -1,5 +1,6 @@
 """Memory across requests over HTTP: SGLang's own fields name the tenant, our route forgets."""
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -39,9 +40,14 @@ def forget(server: Server, body: Any, headers: dict[str, str] = ADMIN) -> httpx.
     return httpx.post(f"{server.url}/whiflash/forget", json=body, headers=headers, timeout=None)
 
 
-def tenants(server: Server) -> int:
+def state(server: Server) -> dict[str, Any]:
     answer = httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None)
-    found: int = answer.raise_for_status().json()["lookup"]["tenants"]
+    found: dict[str, Any] = answer.raise_for_status().json()["lookup"]
+    return found
+
+
+def tenants(server: Server) -> int:
+    found: int = state(server)["tenants"]
     return found
 
 
@@ -60,7 +66,28 @@ def test_forgetting_over_http(server: Server) -> None:
         "index_bytes": 0,
         "memory_bytes": 0,
         "tenants": 0,
+        "scopes": {},
     }
+
+
+def test_the_state_tells_what_scopes_hold_and_one_is_forgotten(server: Server) -> None:
+    forget(server, {"all": True})
+    for agent in ("planner", "coder"):
+        hints = {"custom_params": {"whiflash": json.dumps({"agent": agent})}}
+        params = {"max_new_tokens": 40, **hints}
+        server.generate(input_ids=PROMPT, sampling_params=params, cache_salt="a")
+    ask(server, cache_salt="a")
+    scopes = state(server)["scopes"]
+    assert [json.loads(name)[1:] for name in sorted(scopes)] == [
+        ["coder", None, None],
+        ["planner", None, None],
+        [None, None, None],
+    ]
+    assert all(own == {"bytes": own["bytes"], "tokens": 41} for own in scopes.values())
+    answer = forget(server, {"cache_salt": "a", "agent": "planner"})
+    assert answer.status_code == 200
+    assert [json.loads(name)[1] for name in sorted(answer.json()["lookup"]["scopes"])] == ["coder", None]
+    assert forget(server, {"cache_salt": "a", "agent": 7}).status_code == 400
 
 
 def test_only_the_administrator_forgets(server: Server) -> None:

@@ -12,13 +12,16 @@ from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement, Calibrations
 from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
-from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.hints import Block, RequestHints
 
 WIDTH = 24
+WORDS = [bytes([97 + token]) for token in range(10)]
+BLOCKS = (Block("b", "c"), Block("d", None))
+"""Opened by token 1 and closed by token 2; opened by token 3."""
 
 
 def arm() -> LookupArm:
-    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1))
+    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1), token_bytes=WORDS)
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Client:
     row: int
     tenant: Tenant | None
     scope: str = "memory"
+    agent: str | None = None
+    structure: tuple[Block, ...] = ()
     text: list[int] | None = None
     seen: list[tuple[float, list[int]]] = field(default_factory=list)
 
@@ -42,7 +47,8 @@ class Client:
             return
         if self.text is None:
             self.text = []
-            self.arm.begin(self.row, RequestHints(lookup=self.scope), self.tenant)  # type: ignore[arg-type]
+            hints = RequestHints(lookup=self.scope, agent=self.agent, structure=self.structure)  # type: ignore[arg-type]
+            self.arm.begin(self.row, hints, self.tenant)
         self.text += tokens
         text = self.text
         expected = self.arm.outlook(self.row, len(text), lambda start: text[start:])
@@ -59,10 +65,17 @@ def drafted(arm: LookupArm, row: int) -> list[int]:
 
 
 def proposals(
-    mine: Iterable[Sequence[int]], between: Iterable[Sequence[Sequence[int]]], other: Client
+    mine: Iterable[Sequence[int]],
+    between: Iterable[Sequence[Sequence[int]]],
+    other: Client,
+    agents: Sequence[str | None] = (None,),
 ) -> list[object]:
+    """agents: who asks, turn about; those that have a name have blocks too."""
     client = Client(other.arm, 0, tenant_of(None, "mine"))
-    for tokens, others in zip(mine, between, strict=True):
+    for number, (tokens, others) in enumerate(zip(mine, between, strict=True)):
+        if client.text is None:
+            client.agent = agents[number % len(agents)]
+            client.structure = BLOCKS if client.agent else ()
         for theirs in others:
             other.say(theirs)
         client.say(tokens)
@@ -75,15 +88,29 @@ ALWAYS_RIGHT = [([1, 2, 3, 4] * 3, [[9, 8, 7] * 20] * 8)] * 6
 
 
 @settings(deadline=None, max_examples=150)
-@given(script, st.sampled_from([None, "theirs"]), st.sampled_from(["memory", "context", "off"]))
-@example(ALWAYS_RIGHT, "theirs", "memory")
-@example(ALWAYS_RIGHT, None, "memory")
+@given(
+    script,
+    st.sampled_from([None, "theirs"]),
+    st.sampled_from(["memory", "context", "off"]),
+    st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=3),
+    st.sampled_from([None, "a", "b"]),
+)
+@example(ALWAYS_RIGHT, "theirs", "memory", [None], None)
+@example(ALWAYS_RIGHT, None, "memory", [None], None)
+@example(ALWAYS_RIGHT, "theirs", "memory", ["a"], "a")
 def test_a_tenants_proposals_are_those_it_gets_alone(
-    script: list[tuple[list[int], list[list[int]]]], salt: str | None, scope: str
+    script: list[tuple[list[int], list[list[int]]]],
+    salt: str | None,
+    scope: str,
+    agents: list[str | None],
+    their_agent: str | None,
 ) -> None:
+    """Of whatever agents and blocks, which others may have of the same names."""
     mine = [own for own, _ in script]
-    alone = proposals(mine, [()] * len(mine), Client(arm(), 1, None))
-    beside = proposals(mine, [others for _, others in script], Client(arm(), 1, tenant_of(None, salt), scope))
+    alone = proposals(mine, [()] * len(mine), Client(arm(), 1, None), agents)
+    structure = BLOCKS if their_agent else ()
+    other = Client(arm(), 1, tenant_of(None, salt), scope, their_agent, structure)
+    beside = proposals(mine, [others for _, others in script], other, agents)
     assert beside == alone
 
 

@@ -12,12 +12,12 @@ from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lookup.memory import HANDLES, Tenant, handle_of
+from whiflash_sglang.lookup.memory import HANDLES
 
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"
 EVERYBODY = -1
-"""In place of a tenant's handle."""
+"""In place of a handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
 
 
@@ -68,9 +68,9 @@ def _decoded(key: str, value: Any) -> dict[str, Any]:
     return {field: value}
 
 
-def encode_forget(tenant: Tenant | None) -> dict[str, int]:
-    """Forget one tenant, or all, as SGLang's message carries it."""
-    return {FORGET: EVERYBODY if tenant is None else handle_of(tenant)}
+def encode_forget(handle: int | None) -> dict[str, int]:
+    """Forget whoever has this handle, or all, as SGLang's message carries it."""
+    return {FORGET: EVERYBODY if handle is None else handle}
 
 
 def _updating(original: Any) -> Any:
@@ -102,4 +102,4 @@ def _updating(original: Any) -> Any:
 
 def _is_handle(key: str, value: Any) -> None:
     if type(value) is not int or not EVERYBODY <= value < HANDLES:
-        raise internal_state.UpdateRejected(f"{key}: a tenant's handle is needed (got {value!r})")
+        raise internal_state.UpdateRejected(f"{key}: a handle is needed (got {value!r})")

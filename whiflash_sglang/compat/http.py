@@ -18,7 +18,7 @@ from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
-from whiflash_sglang.lookup.memory import handle_of
+from whiflash_sglang.lookup.memory import nameless
 from whiflash_sglang.replicas import together
 from whiflash_sglang.spans.capabilities import capabilities
 
@@ -85,7 +85,13 @@ async def _state() -> JSONResponse:
     manager = http_server._global_state.tokenizer_manager
     manager.auto_create_handle_loop()
     answers = await manager.get_internal_state_communicator(state_request())
-    return JSONResponse(together([answer.internal_state[KEY] for answer in answers]))
+    state = together([answer.internal_state[KEY] for answer in answers])
+    if not manager.server_args.admin_api_key:
+        # Anybody may read it, and agents' names are their tenants' own.
+        for own in (state, *state.get("replicas", ())):
+            if "lookup" in own:
+                own["lookup"]["scopes"] = nameless(own["lookup"]["scopes"])
+    return JSONResponse(state)
 
 
 async def _set_policy(change: dict[str, Any], request: Request) -> JSONResponse:
@@ -109,16 +115,17 @@ async def _changed(change: dict[str, Any]) -> JSONResponse:
 
 
 async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
-    """Drop what the copying arm remembers of one tenant's outputs, or of everybody's."""
+    """Drop what the copying arm remembers of one tenant's outputs, of a part of them, or of everybody's."""
     told: dict[str, Any] = {}
     try:
-        tenant = parse_forget(who)
+        handle = parse_forget(who)
     except ConfigError as error:
         answer = _bad_request(str(error))
     else:
         # Not the tenant's keys: who has them is the tenant.
-        told = {"all": True} if tenant is None else {"tenant": f"{handle_of(tenant):016x}"}
-        answer = await _send(encode_forget(tenant))
+        whose = "tenant" if who.get("agent") is None and who.get("block") is None else "part"
+        told = {"all": True} if handle is None else {whose: f"{handle:016x}"}
+        answer = await _send(encode_forget(handle))
     announce.steered(_client(request), "forget", told, answer.status_code)
     return answer
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -203,10 +203,10 @@ class Drafter(ABC):
     def finish(self, row: int, output: Sequence[int]) -> None:  # noqa: B027 - most keep no text
         """The request in `row` ended with `output`; `release` follows."""
 
-    def forget(self, tenant: int | None) -> None:  # noqa: B027 - most keep no text
-        """Drop text kept across requests: of the tenant with this handle, or of all."""
+    def forget(self, handle: int | None) -> None:  # noqa: B027 - most keep no text
+        """Drop text kept across requests: of the tenant, or of the scope in it, with this handle, or of all."""
 
-    def snapshot(self) -> Mapping[str, int]:
+    def snapshot(self) -> Mapping[str, Any]:
         """Its part of the server's state; empty for most."""
         return {}
 

@@ -56,12 +56,13 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
         # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
         models[arms.DIFFUSION].embedding_scale = target.embedding_scale
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
-    if settings.structure.enabled and target.tokenizer is not None:
-        drafters.append(
-            StructureArm(settings.structure, vocabulary_of(target.tokenizer), HostView.of(target.device))
-        )
+    host = HostView.of(target.device)
+    words = vocabulary_of(target.tokenizer) if target.tokenizer is not None else None
+    if settings.structure.enabled and words is not None:
+        drafters.append(StructureArm(settings.structure, words, host))
     if settings.lookup.enabled:
-        drafters.append(LookupArm(settings.lookup, HostView.of(target.device), ranks.now))
+        token_bytes = words.token_bytes if words is not None else ()
+        drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes))
     return drafters
 
 

@@ -5,8 +5,9 @@ batch when one of them is chosen again.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from whiflash_kernels import Copies
@@ -17,11 +18,12 @@ from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, Hi
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
-from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, MatchCalibration
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
-from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
+from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
+from whiflash_sglang.lookup.scopes import WHOLE, Blocks, blocks_of
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
@@ -38,14 +40,19 @@ class LookupArm(Drafter):
 
     Args:
         settings: widths, shortest match, chances before anything was seen, memory across requests.
-        clock: seconds that never run backwards, by which memory ages.
+        clock: seconds that never run backwards, by which memory ages. token_bytes: of every token id, to follow the
+            blocks of requests that name theirs; empty where there is no tokenizer.
     """
 
     arm = arms.LOOKUP
     judges = prolongs = True
 
     def __init__(
-        self, settings: Lookup, host: HostView = EXACT, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Lookup,
+        host: HostView = EXACT,
+        clock: Callable[[], float] = time.monotonic,
+        token_bytes: Sequence[bytes] = (),
     ) -> None:
         self.late = not host.exact
         self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
@@ -59,7 +66,9 @@ class LookupArm(Drafter):
         self._copiers: dict[int, Copier] = {}
         self._proposals: dict[int, Proposal] = {}
         self._tenants: dict[int, Tenant] = {}
-        self._learns: dict[int, MatchCalibration] = {}
+        self._learns: dict[int, TenantCalibration] = {}
+        self._blocks: dict[int, Blocks] = {}
+        self._token_bytes = token_bytes
         self._predictions: dict[int, Prediction] = {}
         self._off: set[int] = set()
         self._worth = WORTH
@@ -85,6 +94,8 @@ class LookupArm(Drafter):
         self._learns[row] = self._calibrations.fresh() if keeps_nothing else self._calibrations.of(tenant)
         if hints.lookup == "memory" and tenant is not None and self.memory is not None:
             self._tenants[row] = tenant
+        if not keeps_nothing and (blocks := blocks_of(hints, self._token_bytes)) is not None:
+            self._blocks[row] = blocks
         if predicted is not None and not self.late:
             self._predictions[row] = Prediction(*predicted, self._calibrations.fresh())
 
@@ -100,7 +111,12 @@ class LookupArm(Drafter):
             copier = self._copiers[row] = Copier(
                 self._learns[row], self._min_match, shared, prediction=self._predictions.get(row)
             )
-        copier.extend(history(len(copier.text)))
+        known = len(copier.text)
+        written = history(known)
+        copier.extend(written)
+        if row in self._blocks:
+            # What is there when a request is looked at first, but for the last token, is its prompt.
+            self._enter(row, copier, written if known else written[length:])
         proposal = self._proposals[row] = copier.look(self.max_drafts, self._worth)
         return NOTHING + proposal.expected(proposal.width(self.max_drafts, self._worth))
 
@@ -153,18 +169,24 @@ class LookupArm(Drafter):
         return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
 
     def finish(self, row: int, output: Sequence[int]) -> None:
-        """Remember a finished request's output for its tenant."""
-        tenant = self._tenants.get(row)
-        if tenant is not None and self.memory is not None and output:
-            self.memory.remember(tenant, output)
+        """Remember a finished request's output for its tenant, every block of it in its scope."""
+        tenant, blocks = self._tenants.get(row), self._blocks.get(row)
+        if tenant is None or self.memory is None or not output:
+            return
+        for scope, part in [(WHOLE, output)] if blocks is None else blocks.parts(output):
+            self.memory.remember(tenant, part, scope)
 
-    def forget(self, tenant: int | None) -> None:
-        """Drop what is known of one tenant or of all; requests that run now neither read texts nor leave anything."""
-        self._calibrations.forget(tenant)
+    def forget(self, handle: int | None) -> None:
+        """Drop what is known of a tenant, of a scope in it, or of all; requests that run now and may write what is to
+        be forgotten neither read texts nor leave anything.
+        """
+        self._calibrations.forget(handle)
         if self.memory is not None:
-            self.memory.forget(tenant)
+            self.memory.forget(handle)
         for row, owner in list(self._tenants.items()):
-            if tenant is None or handle_of(owner) == tenant:
+            blocks = self._blocks.get(row)
+            agent, names = (None, ()) if blocks is None else (blocks.scope.agent, blocks.names)
+            if handle is None or handle in handles_of(owner, agent, names):
                 del self._tenants[row]
 
     def release(self, row: int) -> None:
@@ -172,20 +194,33 @@ class LookupArm(Drafter):
         self._proposals.pop(row, None)
         self._tenants.pop(row, None)
         self._learns.pop(row, None)
+        self._blocks.pop(row, None)
         self._predictions.pop(row, None)
         self._off.discard(row)
 
-    def snapshot(self) -> dict[str, int]:
-        """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it."""
+    def snapshot(self) -> Mapping[str, Any]:
+        """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it, and what their
+        scopes hold (`TenantMemory.held`).
+        """
         return {
             "index_bytes": sum(copier.text.nbytes for copier in self._copiers.values()),
             "memory_bytes": self.memory.nbytes if self.memory is not None else 0,
             "tenants": len(self.memory) if self.memory is not None else 0,
+            "scopes": self.memory.held() if self.memory is not None else {},
         }
 
     def _texts(self, row: int) -> Iterable[SuffixIndex]:
         tenant = self._tenants.get(row)
-        return () if tenant is None or self.memory is None else self.memory.texts(tenant)
+        if tenant is None or self.memory is None:
+            return ()
+        blocks = self._blocks.get(row)
+        return self.memory.texts(tenant, WHOLE if blocks is None else blocks.scope)
+
+    def _enter(self, row: int, copier: Copier, written: Sequence[int]) -> None:
+        """Follow what was written since, and learn in the scope that it ends in."""
+        blocks = self._blocks[row]
+        blocks.follow(written)
+        copier.calibration = self._learns[row].of(blocks.scope.agent, blocks.scope.block)
 
 
 def _drafts(copies: Copies) -> Drafts:

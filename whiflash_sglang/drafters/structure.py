@@ -154,9 +154,9 @@ class StructureArm(Drafter):
         drafts = _drafts(found, batch.bonus.device)
         return replace(drafts, after=torch.tensor(after, device=batch.bonus.device))
 
-    def forget(self, tenant: int | None) -> None:
+    def forget(self, handle: int | None) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
-        self._chances.forget(tenant)
+        self._chances.forget(handle)
 
     def release(self, row: int) -> None:
         self._requests.pop(row, None)

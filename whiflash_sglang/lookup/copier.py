@@ -80,8 +80,13 @@ class Copier:
 
     @property
     def calibration(self) -> MatchCalibration:
-        """Shared by the tenant's requests."""
+        """Shared by the tenant's requests, or by those of a scope in it."""
         return self._calibration
+
+    @calibration.setter
+    def calibration(self, table: MatchCalibration) -> None:
+        """The text goes on in another scope."""
+        self._calibration = table
 
     @property
     def factor(self) -> float:

@@ -4,28 +4,42 @@ A tenant is whoever shares SGLang's cache salt and extra key: what the prefix ca
 outputs of the same tenant are ever searched, so neither a proposal nor the time that it saves tells anything of
 another tenant's text. A request with neither key reads and leaves nothing.
 
-Texts of a tenant lie in two generations. When the younger is full or half as old as texts may get, it becomes the
-older one, and what was the older one is dropped: forgetting is constant work.
+Inside a tenant every scope's texts (`lookup.scopes`) lie by themselves, in two generations. When the younger is full or
+half as old as texts may get, it becomes the older one, and what was the older one is dropped: forgetting is constant
+work.
 """
 
 import hashlib
+import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import nlargest
+from typing import Any
 
 from whiflash_sglang.lookup.index import GAP, SuffixIndex
+from whiflash_sglang.lookup.scopes import WHOLE, Scope
 
 Tenant = bytes
 """SHA-256 of the keys: they are secrets, and of any length."""
 
 TENANT_SHARE = 4
-"""One generation of a tenant takes this fraction of the memory at most, so that one tenant never holds all of it."""
+"""One generation of a scope takes this fraction of the memory at most, so that one tenant never holds all of it."""
+
+SCOPES = 32
+"""Scopes of one tenant that texts are kept of; the one used least recently makes room."""
+
+SEARCHED = 3
+"""Scopes that one search looks into, the nearest ones."""
+
+SHOWN = 64
+"""Scopes that `held` tells of one by one, those that take most."""
 
 TOKEN_BYTES = 32
 """An index of n tokens takes less than this for each, and `ENTRY_BYTES`: 12 of arrays, up to 16 of tables, slack."""
 
 ENTRY_BYTES = 4096
-"""What a tenant takes besides: two generations' smallest tables, objects, its place in the dictionary."""
+"""What a scope takes besides: two generations' smallest tables, objects, its place in the dictionary."""
 
 SWEEPS = 16
 """Times that all tenants are looked through for old texts while one text ages."""
@@ -43,13 +57,27 @@ def tenant_of(extra_key: str | None, cache_salt: str | None) -> Tenant | None:
     return hashlib.sha256(b"%d:" % len(parts[0]) + b"".join(parts)).digest()
 
 
-def handle_of(tenant: Tenant) -> int:
-    """A tenant as a number of 63 bits, for messages that carry numbers only; good enough to forget by."""
+def handle_of(tenant: Tenant, agent: str | None = None, block: str | None = None) -> int:
+    """A tenant, or an agent's or a block's texts in it, as a number of 63 bits, for messages that carry numbers only;
+    good enough to forget by.
+    """
+    if agent is not None or block is not None:
+        tenant = hashlib.sha256(tenant + json.dumps([agent, block]).encode()).digest()
     return int.from_bytes(tenant[:8], "big") >> 1
 
 
+def handles_of(tenant: Tenant, agent: str | None, blocks: Iterable[str | None]) -> set[int]:
+    """Whatever names texts of this tenant, this agent and one of these blocks."""
+    return {handle_of(tenant, who, block) for who in (None, agent) for block in (None, *blocks)}
+
+
+def nameless(held: Mapping[str, Any]) -> dict[str, Any]:
+    """What scopes hold (`TenantMemory.held`), by a digest of their names."""
+    return {hashlib.sha256(name.encode()).hexdigest()[:12]: sums for name, sums in held.items()}
+
+
 class _Texts:
-    """One tenant's two generations. began: when the first text of each came."""
+    """One scope's two generations. began: when the first text of each came."""
 
     __slots__ = ("began", "older", "older_began", "young")
 
@@ -64,6 +92,11 @@ class _Texts:
     @property
     def empty(self) -> bool:
         return not len(self.young) and not len(self.older)
+
+    @property
+    def tokens(self) -> int:
+        """Of both, gaps between texts included."""
+        return len(self.young) + len(self.older)
 
     def turn(self, now: float) -> None:
         """The younger generation becomes the older one."""
@@ -81,7 +114,7 @@ class _Texts:
 class TenantMemory:
     """Outputs of all tenants, within `limit` bytes; none is proposed once it is `max_age` seconds old.
 
-    Where space is short, the tenant whose texts were used least recently loses them.
+    Where space is short, the tenant whose texts were used least recently loses them, scope by scope.
 
     Args:
         limit: bytes, with what the arrays hold in reserve; at least 64 KiB. max_age: seconds.
@@ -91,7 +124,7 @@ class TenantMemory:
     def __init__(self, limit: int, max_age: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._max_age, self._clock = limit, max_age, clock
         self._longest = (limit // TENANT_SHARE) // TOKEN_BYTES - 1
-        self._tenants: OrderedDict[Tenant, _Texts] = OrderedDict()
+        self._tenants: OrderedDict[Tenant, OrderedDict[Scope, _Texts]] = OrderedDict()
         self._next_sweep = clock()
         self.nbytes = 0
 
@@ -99,58 +132,93 @@ class TenantMemory:
         """Tenants that something is remembered of."""
         return len(self._tenants)
 
-    def remember(self, tenant: Tenant, output: Sequence[int]) -> None:
-        """Keep a finished request's output tokens; of a very long one, the end."""
+    def remember(self, tenant: Tenant, output: Sequence[int], scope: Scope = WHOLE) -> None:
+        """Keep output tokens of a finished request; of a very long text, the end."""
         now = self._clock()
         self._sweep(now)
         kept = output[-self._longest :]
-        texts = self._take(tenant) or _Texts(now)
+        texts = self._take(tenant, scope) or _Texts(now)
         texts.age(now, self._max_age)
         if len(texts.young) + len(kept) + 1 > self._longest:
             texts.turn(now)
         if not len(texts.young):
             texts.began = now
         most = 2 * ENTRY_BYTES + texts.older.nbytes + (len(texts.young) + len(kept) + 1) * TOKEN_BYTES
-        while self._tenants and self.nbytes + most > self._limit:
-            self._take(next(iter(self._tenants)))
+        self._make_room(tenant, most)
         texts.young.extend((*kept, GAP))
-        self._put(tenant, texts)
+        self._put(tenant, scope, texts)
 
-    def texts(self, tenant: Tenant) -> Sequence[SuffixIndex]:
-        """What the tenant's requests may copy from, the younger texts first."""
-        texts = self._take(tenant)
-        if texts is None:
+    def texts(self, tenant: Tenant, scope: Scope = WHOLE) -> Sequence[SuffixIndex]:
+        """What the tenant's requests may copy from: the nearest scopes' texts first, of each the younger ones first."""
+        scopes = self._tenants.get(tenant)
+        if scopes is None:
             return ()
-        texts.age(self._clock(), self._max_age)
-        if texts.empty:
-            return ()
-        self._put(tenant, texts)
-        return texts.young, texts.older
+        nearest = list(reversed(scopes))  # of equally near ones those that were used last
+        if len(nearest) > 1:
+            nearest = sorted(nearest, key=scope.distance)[:SEARCHED]
+        found: list[SuffixIndex] = []
+        now = self._clock()
+        for near in reversed(nearest):
+            texts = self._take(tenant, near)
+            assert texts is not None
+            texts.age(now, self._max_age)
+            if not texts.empty:
+                self._put(tenant, near, texts)
+                found[:0] = texts.young, texts.older
+        return found
 
     def forget(self, handle: int | None = None) -> None:
-        """Drop one tenant's texts, or everybody's."""
-        for tenant in list(self._tenants):
-            if handle is None or handle_of(tenant) == handle:
-                self._take(tenant)
+        """Drop a tenant's texts, those of an agent or a block in it, or everybody's."""
+        for tenant, scopes in list(self._tenants.items()):
+            for scope in list(scopes):
+                if handle is None or handle in handles_of(tenant, scope.agent, [scope.block]):
+                    self._take(tenant, scope)
+
+    def held(self) -> dict[str, dict[str, int]]:
+        """Bytes and tokens of the scopes that take most, by name: tenant's digest, agent, query, block, as JSON."""
+        found = [
+            (texts.nbytes, texts.tokens, json.dumps([tenant.hex()[:12], *scope]))
+            for tenant, scopes in self._tenants.items()
+            for scope, texts in scopes.items()
+        ]
+        return {name: {"bytes": size, "tokens": tokens} for size, tokens, name in nlargest(SHOWN, found)}
+
+    def _make_room(self, tenant: Tenant, most: int) -> None:
+        """For `most` bytes more of a tenant: of its other scopes, then of who was not here for longest."""
+        scopes = self._tenants.get(tenant) or OrderedDict[Scope, _Texts]()
+        while scopes and (
+            len(scopes) >= SCOPES or most + sum(own.nbytes for own in scopes.values()) > self._limit // 2
+        ):
+            self._take(tenant, next(iter(scopes)))
+        while self._tenants and self.nbytes + most > self._limit:
+            first = next(iter(self._tenants))
+            self._take(first, next(iter(self._tenants[first])))
 
     def _sweep(self, now: float) -> None:
         """Free old texts of tenants that no longer come, now and then."""
         if now < self._next_sweep:
             return
         self._next_sweep = now + self._max_age / SWEEPS
-        for tenant, texts in list(self._tenants.items()):
-            before = texts.nbytes
-            texts.age(now, self._max_age)
-            self.nbytes += texts.nbytes - before
-            if texts.empty:
-                self._take(tenant)
+        for tenant, scopes in list(self._tenants.items()):
+            for scope, texts in list(scopes.items()):
+                before = texts.nbytes
+                texts.age(now, self._max_age)
+                self.nbytes += texts.nbytes - before
+                if texts.empty:
+                    self._take(tenant, scope)
 
-    def _take(self, tenant: Tenant) -> _Texts | None:
-        texts = self._tenants.pop(tenant, None)
-        self.nbytes -= texts.nbytes if texts is not None else 0
+    def _take(self, tenant: Tenant, scope: Scope) -> _Texts | None:
+        scopes = self._tenants.get(tenant)
+        texts = scopes.pop(scope, None) if scopes is not None else None
+        if texts is not None:
+            self.nbytes -= texts.nbytes
+            if not scopes:
+                del self._tenants[tenant]
         return texts
 
-    def _put(self, tenant: Tenant, texts: _Texts) -> None:
-        """Enter a tenant as the most recently used."""
-        self._tenants[tenant] = texts
+    def _put(self, tenant: Tenant, scope: Scope, texts: _Texts) -> None:
+        """Enter a scope as the most recently used, of its tenant and with it of all."""
+        scopes = self._tenants.setdefault(tenant, OrderedDict())
+        self._tenants.move_to_end(tenant)
+        scopes[scope] = texts
         self.nbytes += texts.nbytes

@@ -1,0 +1,98 @@
+"""Where in an agent's work a text belongs: tenant → agent → block, and the query beside them.
+
+An agent's answers repeat themselves block by block: its plans resemble its plans, its calls its calls (AgentSpec, arXiv
+2608.24004, keeps n-grams of every agent, query and block apart). Here the nearest texts are searched first and wider
+ones after them, never beyond the tenant.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.tracker import Markers, MarkerTracker
+
+LEAD = 8
+"""Tokens before a block that are kept with it: what its beginning is found by."""
+
+
+class Scope(NamedTuple):
+    """A text's place inside a tenant. block: begin marker of a block, or the kind of a span; None: outside all."""
+
+    agent: str | None = None
+    query: str | None = None
+    block: str | None = None
+
+    def distance(self, other: "Scope") -> tuple[bool, bool, bool]:
+        """How far another place is; the smaller the nearer."""
+        return self.agent != other.agent, self.block != other.block, self.query != other.query
+
+
+WHOLE = Scope()
+"""Of requests that say nothing of it."""
+
+
+class Blocks:
+    """The blocks of one request's output: those of its hints' structure, else its spans.
+
+    Args:
+        hints: of the request. token_bytes: bytes of every token id; empty where there is no tokenizer, and so no
+            blocks.
+    """
+
+    def __init__(self, hints: RequestHints, token_bytes: Sequence[bytes]) -> None:
+        self._scope = Scope(hints.agent, hints.query)
+        found = [(block.begin, Markers(*block)) for block in hints.structure] or [
+            (span.kind, Markers(span.begin, span.end, span.open)) for span in hints.spans
+        ]
+        self.names: tuple[str, ...] = tuple(name for name, _ in found) if token_bytes else ()
+        self._markers = [markers for _, markers in found] if token_bytes else []
+        self._token_bytes = token_bytes
+        self._restart()
+
+    def _restart(self) -> None:
+        self._tracker = MarkerTracker(self._markers, self._token_bytes)
+        self._written: list[int] = []
+        self._runs = [(self._open(), 0)]
+
+    @property
+    def scope(self) -> Scope:
+        """Of the next token."""
+        return self._runs[-1][0]
+
+    def _open(self) -> Scope:
+        active = self._tracker.open.active
+        return self._scope if active is None else self._scope._replace(block=self.names[active])
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """The output goes on with these."""
+        if not self.names:
+            return
+        for token in tokens:
+            self._tracker.push((token,))
+            self._written.append(token)
+            if (now := self._open()) != self.scope:
+                self._runs.append((now, len(self._written)))
+
+    def parts(self, output: Sequence[int]) -> list[tuple[Scope, Sequence[int]]]:
+        """A whole output, cut where blocks begin and end; with each part the few tokens before it.
+
+        `output` may be another one than was followed: what a retracted request wrote is not followed again.
+        """
+        written = len(self._written)
+        if list(output[:written]) != self._written:
+            self._restart()
+            written = 0
+        self.follow(output[written:])
+        ends = [*(start for _, start in self._runs[1:]), len(output)]
+        return [
+            (scope, output[max(start - LEAD, 0) : end])
+            for (scope, start), end in zip(self._runs, ends, strict=True)
+            if end > start
+        ]
+
+
+def blocks_of(hints: RequestHints, token_bytes: Sequence[bytes]) -> Blocks | None:
+    """None where a request says nothing of where it belongs."""
+    if hints.agent is None and hints.query is None and not hints.structure:
+        return None
+    return Blocks(hints, token_bytes)
