@@ -49,6 +49,7 @@ CAPABILITIES: dict[str, Any] = {
     "policy": "auto",
     "arms": ["ar", "diffusion", "lookup", "none"],
     "traces": ["summary", "full"],
+    "scopes": ["agent", "query", "structure"],
     "prediction_tokens": 16384,
     "tool_call_parser": "hermes",
     "reasoning_parser": None,

@@ -21,6 +21,11 @@ def check(server: FakeServer, traces: list[Any], *, calls: int = 2) -> None:
     assert "4" in str(results[0]["content"])
 
 
+def agents_of(server: FakeServer) -> list[Any]:
+    """Who asked, in every request."""
+    return [server.hints(index).get("agent") for index in range(len(server.bodies))]
+
+
 def calculate(expression: str) -> str:
     """Work out an arithmetic expression.
 
@@ -49,6 +54,39 @@ def test_openai_agents(server: FakeServer) -> None:
         result = asyncio.run(agents.Runner.run(agent, "What is 2+2?"))
     assert result.final_output == FINAL
     check(server, collected.traces)
+    assert agents_of(server) == ["a", "a"]
+
+
+@pytest.mark.parametrize("tracing", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_openai_agents_name_whoever_runs(server: FakeServer, tracing: bool, streamed: bool) -> None:
+    """Behind a hand-off another agent asks; a tool that is an agent asks in its own name."""
+    agents = pytest.importorskip("agents")
+    from whiflash_sdk.adapters.openai_agents import running_agent, wrap_model
+
+    agents.set_trace_processors([])  # nobody is told of the spans
+    agents.set_tracing_disabled(not tracing)
+    client = AsyncOpenAI(base_url=server.base_url, api_key="key")
+    model = wrap_model(agents.OpenAIChatCompletionsModel(model="m", openai_client=client))
+    inner = agents.Agent(name="inner", model=model)
+    outer = agents.Agent(name="outer", model=model, tools=[inner.as_tool("ask", "Ask it.")])
+    first = agents.Agent(name="first", model=model, handoffs=[outer])
+
+    async def run(agent: Any) -> str:
+        if not streamed:
+            return str((await agents.Runner.run(agent, "What is 2+2?")).final_output)
+        result = agents.Runner.run_streamed(agent, "What is 2+2?")
+        async for _ in result.stream_events():
+            pass
+        return str(result.final_output)
+
+    async def both() -> list[str]:
+        return [await run(first), await run(outer)]
+
+    assert [text.strip() for text in asyncio.run(both())] == [FINAL] * 2
+    assert agents_of(server) == ["first", "outer", "outer", "inner", "outer"]
+    assert running_agent() is None
+    agents.set_tracing_disabled(True)
 
 
 def test_settings_are_those_of_wrap(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +118,40 @@ def test_langgraph(server: FakeServer, streaming: bool) -> None:
         result = agent.invoke({"messages": [("user", "What is 2+2?")]})
     assert result["messages"][-1].content.strip() == FINAL
     check(server, collected.traces)
+    assert agents_of(server) == ["agent", "agent"]
+
+
+def test_langgraph_nodes_are_named_by_their_path(server: FakeServer) -> None:
+    pytest.importorskip("langgraph")
+    from langchain_openai import ChatOpenAI
+    from langgraph.graph import END, START, MessagesState, StateGraph
+
+    from whiflash_sdk import Hints, agent
+    from whiflash_sdk.adapters.langchain import node, wrap_model
+
+    model = wrap_model(ChatOpenAI(model="m", base_url=server.base_url, api_key="key"))
+
+    async def ask(state: Any) -> Any:
+        return {"messages": [await model.ainvoke(state["messages"])]}
+
+    def say(state: Any) -> Any:
+        with agent("said"):
+            model.invoke(state["messages"])
+        model.invoke(state["messages"])
+        bound = model.bind(extra_body=Hints(agent="bound").extra_body())
+        return {"messages": [bound.invoke(state["messages"])]}
+
+    inner = StateGraph(MessagesState).add_node("plan", ask).add_edge(START, "plan").add_edge("plan", END)
+    graph = StateGraph(MessagesState).add_node("team", inner.compile()).add_node("write", ask)
+    graph.add_node("say", say)
+    graph.add_edge(START, "team").add_edge("team", "write").add_edge("write", "say").add_edge("say", END)
+    asyncio.run(graph.compile().ainvoke({"messages": [("user", "Hello.")]}))
+    assert agents_of(server) == ["team/plan", "write", "said", "say", "bound"]
+    assert node() is None
+    model.invoke("Outside.")
+    wrap_model(model, agent="mine")
+    model.invoke("Outside.")
+    assert agents_of(server)[5:] == [None, "mine"]
 
 
 def test_langchain_async(server: FakeServer) -> None:
@@ -99,14 +171,16 @@ def test_pydantic_ai(server: FakeServer) -> None:
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    from whiflash_sdk.adapters.pydantic_ai import wrap_model
+    from whiflash_sdk.adapters.pydantic_ai import get_current_run_context, wrap_model
 
     client = AsyncOpenAI(base_url=server.base_url, api_key="key")
     model = wrap_model(OpenAIChatModel("m", provider=OpenAIProvider(openai_client=client)))
-    agent = pydantic_ai.Agent(model, tools=[calculate])
+    agent = pydantic_ai.Agent(model, tools=[calculate], name="helper")
     with collect() as collected:
         assert agent.run_sync("What is 2+2?").output == FINAL
     check(server, collected.traces)
+    if get_current_run_context is not None:
+        assert agents_of(server) == ["helper", "helper"]
 
 
 def test_smolagents(server: FakeServer) -> None:
@@ -119,6 +193,7 @@ def test_smolagents(server: FakeServer) -> None:
     )
     with collect() as collected:
         agent.run("What is 2+2?")
+    assert set(agents_of(server)) == {"ToolCallingAgent"}
     assert len(collected.traces) == len(server.bodies) >= 2
     assert server.hints(0)["spans"] == [
         {"kind": "tool_call", "begin": "<tool_call>", "end": "</tool_call>", "open": True}

@@ -136,6 +136,7 @@ def test_public_names_are_pinned() -> None:
         "UnsupportedServerError",
         "UnsupportedServerWarning",
         "WhiFlashError",
+        "agent",
         "async_capabilities",
         "capabilities",
         "collect",

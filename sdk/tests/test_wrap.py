@@ -191,6 +191,7 @@ def test_the_key_goes_to_the_capabilities_route(client: OpenAI, server: FakeServ
         policy="auto",
         arms=("ar", "diffusion", "lookup", "none"),
         traces=("summary", "full"),
+        scopes=("agent", "query", "structure"),
         prediction_tokens=16384,
         tool_call_parser="hermes",
     )

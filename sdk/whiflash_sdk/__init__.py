@@ -3,6 +3,7 @@
 import logging
 
 from whiflash_sdk import presets, spans
+from whiflash_sdk.agents import agent
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
 from whiflash_sdk.collecting import Collected, collect
@@ -41,6 +42,7 @@ __all__ = [
     "UnsupportedServerError",
     "UnsupportedServerWarning",
     "WhiFlashError",
+    "agent",
     "async_capabilities",
     "capabilities",
     "collect",

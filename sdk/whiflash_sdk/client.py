@@ -10,10 +10,11 @@ from typing import Any, Final, TypedDict, TypeVar, get_args
 
 from openai import AsyncOpenAI, OpenAI
 
+from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.capabilities import Capabilities, ask, async_ask
 from whiflash_sdk.collecting import collectors, note, open_scope
 from whiflash_sdk.derive import complete, derive_spans
-from whiflash_sdk.hints import WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.hints import SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.spans import block_hints, opened_span
 from whiflash_sdk.streaming import traced_class
@@ -35,6 +36,7 @@ class _Settings:
     hints: Hints
     strict: bool
     capabilities: Capabilities | bool | None
+    agent: Agent | None
 
 
 class Settings(TypedDict, total=False):
@@ -44,6 +46,7 @@ class Settings(TypedDict, total=False):
     strict: bool
     trace: bool | TraceLevel | None
     capabilities: Capabilities | bool | None
+    agent: Agent | None
 
 
 def wrap(
@@ -53,6 +56,7 @@ def wrap(
     strict: bool = False,
     trace: bool | TraceLevel | None = None,
     capabilities: Capabilities | bool | None = None,
+    agent: Agent | None = None,
 ) -> ClientT:
     """Make `client` send routing hints, and return it: the same object, of the same type.
 
@@ -71,6 +75,8 @@ def wrap(
     capabilities: None asks the server. Where something in front of it hides the answer, the `Capabilities`
         that it has, or True: it routes, and derives spans itself. False: it does not route; no hints go out, nobody
         is asked or told.
+    agent: who asks with this client, a name or a function that tells it at every call; `hints` here, blocks and calls
+        that name one win. The adapters' models ask their framework.
 
     Environment, read here: `WHIFLASH_SDK_TRACE` (0, 1 or a level) and `WHIFLASH_SDK_ASSUME` (1: `capabilities=True`)
     where the argument is not given; `WHIFLASH_SDK_DISABLE` (1: `capabilities=False`) in any case.
@@ -87,7 +93,7 @@ def wrap(
     elif capabilities is None and _environment("ASSUME", default=False):
         capabilities = True
     asked = (hints or Hints()).over(Hints(trace=trace))
-    _install(client, _Settings(asked, strict, capabilities))
+    _install(client, _Settings(asked, strict, capabilities, agent))
     return client
 
 
@@ -139,7 +145,7 @@ def _sync_request(client: Any) -> Callable[..., Any]:
         enclosing = collectors(client)
         if found:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
-        result = inherited(cast_to, _with_hints(options, settings.hints, found), **kwargs)
+        result = inherited(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
         return result
 
@@ -160,7 +166,7 @@ def _async_request(client: Any) -> Callable[..., Any]:
         enclosing = collectors(client)
         if found:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
-        result = await inherited(cast_to, _with_hints(options, settings.hints, found), **kwargs)
+        result = await inherited(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
         return result
 
@@ -171,7 +177,7 @@ def _is_routed(options: Any) -> bool:
     return options.method.lower() == "post" and options.url in _ROUTED_PATHS
 
 
-def _with_hints(options: Any, outer: Hints, found: Capabilities | bool | None) -> Any:
+def _with_hints(options: Any, settings: _Settings, found: Capabilities | bool | None) -> Any:
     """The request with its final hints; without any where the server has no use for them.
 
     found: True where the server's parsers are not known: it derives what it can, which no span may preclude.
@@ -183,20 +189,34 @@ def _with_hints(options: Any, outer: Hints, found: Capabilities | bool | None) -
     params = dict(params or {})
     carried = params.pop(WIRE_KEY, None)
     if found:
-        hints = block_hints().over(outer)
+        hints = block_hints().over(settings.hints)
         if carried is not None:
             hints = decode(carried).over(hints)
         derived: tuple[Span, ...] = ()
         if isinstance(found, Capabilities):
             body = options.json_data if isinstance(options.json_data, Mapping) else {}
             derived = derive_spans({**body, **extra}, found.tool_call_parser, found.reasoning_parser)
-            if hints.trace not in (False, *found.traces):  # servers of before have one level, the full one
-                hints = hints.model_copy(update={"trace": True})
+            hints = _understood(_named(hints, settings.agent), found)
+        elif isinstance(settings.agent, str):
+            hints = _named(hints, settings.agent)
         params[WIRE_KEY] = complete(hints, derived, opened_span()).encode()
         extra = {**_predicted(options, found), **extra}
     if params:
         extra["custom_params"] = params
     return options.model_copy(update={"extra_json": extra or None})
+
+
+def _named(hints: Hints, agent: Agent | None) -> Hints:
+    """The hints, with the name of who asks where they say nothing of it."""
+    name = None if "agent" in hints.model_fields_set else name_of(agent)
+    return hints if name is None else Hints(agent=name).over(hints)
+
+
+def _understood(hints: Hints, found: Capabilities) -> Hints:
+    """The hints, without what a server of before would refuse."""
+    if hints.trace not in (False, *found.traces):  # those have one level, the full one
+        hints = hints.model_copy(update={"trace": True})
+    return hints.without(name for name in SCOPES if name not in found.scopes)
 
 
 def _predicted(options: Any, found: Capabilities | bool) -> dict[str, Any]:

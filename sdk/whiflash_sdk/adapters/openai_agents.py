@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from agents import OpenAIChatCompletionsModel
+from agents import OpenAIChatCompletionsModel, get_current_span
+from agents.tracing import AgentSpanData
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import Settings, wrap
@@ -11,7 +12,23 @@ from whiflash_sdk.client import Settings, wrap
 def wrap_model(model: OpenAIChatCompletionsModel, **settings: Unpack[Settings]) -> OpenAIChatCompletionsModel:
     """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
 
-    Hints for one agent alone go into its `ModelSettings(extra_body=Hints(…).extra_body())`.
+    Calls carry the running agent's name, unless something else is said. Hints for one agent alone go into its
+    `ModelSettings(extra_body=Hints(…).extra_body())`.
     """
+    settings.setdefault("agent", running_agent)
     wrap(model._client, **settings)
     return model
+
+
+def running_agent() -> str | None:
+    """The agent that is running here; None outside.
+
+    Its span is around those of its calls, also where tracing is disabled; a span keeps the one that it took the place
+    of in a private field.
+    """
+    span = get_current_span()
+    while span is not None and not isinstance(span.span_data, AgentSpanData):
+        token = getattr(span, "_prev_span_token", None)
+        before = getattr(token, "old_value", None)
+        span = before if hasattr(before, "span_data") else None
+    return span.span_data.name if span is not None else None

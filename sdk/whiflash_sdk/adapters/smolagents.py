@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from smolagents import OpenAIModel  # type: ignore[import-untyped]
+import sys
+from types import FrameType
+
+from smolagents import MultiStepAgent, OpenAIModel  # type: ignore[import-untyped]
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import Settings, wrap
@@ -11,7 +14,23 @@ from whiflash_sdk.client import Settings, wrap
 def wrap_model(model: OpenAIModel, **settings: Unpack[Settings]) -> OpenAIModel:
     """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
 
-    Hints for every call of this model: `OpenAIModel(…, extra_body=Hints(…).extra_body())`.
+    Calls carry the running agent's name, of one without a name its class's, unless something else is said. Hints for
+    every call of this model: `OpenAIModel(…, extra_body=Hints(…).extra_body())`.
     """
+    settings.setdefault("agent", running_agent)
     wrap(model.client, **settings)
     return model
+
+
+def running_agent() -> str | None:
+    """The agent whose step calls the model; None outside.
+
+    smolagents hands a model nothing but messages, so the agent is looked for among the callers.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, MultiStepAgent):
+            return str(caller.name or type(caller).__name__)
+        frame = frame.f_back
+    return None

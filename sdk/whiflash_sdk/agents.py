@@ -1,0 +1,40 @@
+"""Who asks: `with agent("planner"): client.chat.completions.create(...)`, and what frameworks tell by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
+from whiflash_sdk.spans import hinted
+
+Agent = str | Callable[[], "str | None"]
+"""A name, or what tells it at every call; None: nobody in particular."""
+
+
+def agent(
+    name: str, *, query: str | int | None = None, structure: Sequence[tuple[str, str | None]] = ()
+) -> AbstractContextManager[Hints]:
+    """Calls inside the block are this agent's, in this thread or task, over what a framework says and the client.
+
+    Where the server keeps outputs to copy from, those of the same agent are searched first, and what copying brings is
+    learned for it alone. It never leaves the tenant: nothing is kept without a cache salt.
+
+    name: of 1 to 64 characters. query: which of the agent's prompts this is. structure: blocks that its answers are
+    made of, each a begin and an end marker (or None). What is not given is left as it is outside.
+
+    Raises: pydantic's ValidationError for what the server would refuse.
+    """
+    said: dict[str, Any] = {"agent": name}
+    if query is not None:
+        said["query"] = query
+    if structure:
+        said["structure"] = tuple(structure)
+    return hinted(Hints(**said))
+
+
+def name_of(agent: Agent | None) -> str | None:
+    """The name now; of one that is too long for a hint, the end, which tells paths apart."""
+    name = agent() if callable(agent) else agent
+    return name[-MAX_NAME_CHARS:] if name else None
