@@ -49,6 +49,7 @@ class Capabilities(BaseModel):
     arms: drafters that are loaded, and `none`.
     traces: levels that a request may ask for.
     scopes: which of the hints agent, query and structure it understands.
+    routes: whose requests may say anything to it, below `/v1`.
     prediction_tokens: longest prediction that a request may bring; 0 where it takes none.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
     """
@@ -62,6 +63,7 @@ class Capabilities(BaseModel):
     arms: tuple[str, ...] = ()
     traces: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ("chat/completions", "completions")
     prediction_tokens: int = 0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None

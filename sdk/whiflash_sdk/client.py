@@ -22,6 +22,8 @@ from whiflash_sdk.streaming import traced_class
 ClientT = TypeVar("ClientT", bound="OpenAI | AsyncOpenAI")
 
 _ROUTED_PATHS: Final = ("/chat/completions", "/completions")
+_CONVERTED_PATHS: Final = ("/responses",)
+"""Requests that a server converts: it derives their spans, and sends no traces with their answers."""
 _WRAPPED: Final = "_whiflash_settings"
 _FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("", "0", "false", "no", "off"), False
@@ -142,8 +144,10 @@ def _sync_request(client: Any) -> Callable[..., Any]:
         found = settings.capabilities
         if found is None:
             found = ask(client, options.timeout).require(strict=settings.strict)
+        if not _takes_hints(found, options.url):
+            return inherited(cast_to, options, **kwargs)
         enclosing = collectors(client)
-        if found:
+        if found and options.url in _ROUTED_PATHS:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
         result = inherited(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
@@ -163,8 +167,10 @@ def _async_request(client: Any) -> Callable[..., Any]:
         found = settings.capabilities
         if found is None:
             found = (await async_ask(client, options.timeout)).require(strict=settings.strict)
+        if not _takes_hints(found, options.url):
+            return await inherited(cast_to, options, **kwargs)
         enclosing = collectors(client)
-        if found:
+        if found and options.url in _ROUTED_PATHS:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
         result = await inherited(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
@@ -174,7 +180,12 @@ def _async_request(client: Any) -> Callable[..., Any]:
 
 
 def _is_routed(options: Any) -> bool:
-    return options.method.lower() == "post" and options.url in _ROUTED_PATHS
+    return options.method.lower() == "post" and options.url in (*_ROUTED_PATHS, *_CONVERTED_PATHS)
+
+
+def _takes_hints(found: Capabilities | bool | None, url: str) -> bool:
+    """Whether the request is to be looked at: of a converted route a server has to say that it reads it."""
+    return url in _ROUTED_PATHS or (isinstance(found, Capabilities) and url.removeprefix("/") in found.routes)
 
 
 def _with_hints(options: Any, settings: _Settings, found: Capabilities | bool | None) -> Any:
@@ -194,9 +205,12 @@ def _with_hints(options: Any, settings: _Settings, found: Capabilities | bool | 
             hints = decode(carried).over(hints)
         derived: tuple[Span, ...] = ()
         if isinstance(found, Capabilities):
-            body = options.json_data if isinstance(options.json_data, Mapping) else {}
-            derived = derive_spans({**body, **extra}, found.tool_call_parser, found.reasoning_parser)
             hints = _understood(_named(hints, settings.agent), found)
+            if options.url in _CONVERTED_PATHS:
+                hints = hints.without(["trace"])
+            else:
+                body = options.json_data if isinstance(options.json_data, Mapping) else {}
+                derived = derive_spans({**body, **extra}, found.tool_call_parser, found.reasoning_parser)
         elif isinstance(settings.agent, str):
             hints = _named(hints, settings.agent)
         params[WIRE_KEY] = complete(hints, derived, opened_span()).encode()

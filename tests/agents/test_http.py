@@ -366,3 +366,82 @@ def test_a_malformed_native_prediction_is_a_400_that_names_it(server: Server, pr
     answer = post(server, "/generate", asked_of("/generate", predicted))
     assert answer.status_code == 400
     assert "custom_params.whiflash_prediction" in answer.text
+
+
+CONVERTED = ("/v1/responses", "/v1/messages")
+
+
+def converted(route: str, **more: Any) -> dict[str, Any]:
+    """A request for 24 tokens on a route that SGLang converts."""
+    if route == "/v1/messages":
+        return {"model": "tiny", "max_tokens": 24, "temperature": 0, "messages": MESSAGES, **more}
+    return {"model": "tiny", "max_output_tokens": 24, "temperature": 0, "input": PROMPT, **more}
+
+
+def rows(server: Server) -> tuple[int, int]:
+    """Rounds since the start, and rows beyond one each: drafts that were verified."""
+    state = server.get("/whiflash/state")
+    return state["rounds"], state["rows"] - state["rounds"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", CONVERTED)
+def test_hints_of_a_converted_request_steer_its_rounds(server: Server, route: str, stream: bool) -> None:
+    found = []
+    pinned = Hints(spans=(Span(kind="prose", open=True, prefer="diffusion", pin=True),), trace="full")
+    for hints in (Hints(off=True), pinned):
+        before = rows(server)
+        answer = post(server, route, converted(route, stream=stream, **hints.extra_body()))
+        assert answer.status_code == 200, answer.text
+        assert "sglext" not in answer.text
+        after = rows(server)
+        found.append((after[0] - before[0], after[1] - before[1]))
+    (rounds, drafted), (fewer, verified) = found
+    assert (rounds > 0, drafted) == (True, 0)
+    assert verified > 0
+    assert fewer <= rounds
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"custom_params": 7}, "custom_params: must be an object"),
+        ({"custom_params": {"whiflash": '{"off":1}'}}, "custom_params.whiflash.off: must be true or false"),
+        ({"agent-id": "a", "structure": [["x"]]}, "structure[0]: must be a list of two"),
+        ({"prediction": {"type": "diff"}}, "prediction.type: must be content"),
+        ({"prediction": {"type": "content", "content": "a" * 20_000}}, "prediction: is 20000 tokens long"),
+        ({"custom_params": {"whiflash_forced": [1]}}, "started without --whiflash-force-recorded on"),
+    ],
+)
+@pytest.mark.parametrize("route", CONVERTED)
+def test_a_malformed_converted_request_is_a_400_that_names_it(
+    server: Server, route: str, said: dict[str, Any], message: str
+) -> None:
+    answer = post(server, route, converted(route, **said))
+    assert answer.status_code == 400
+    assert message in answer.text
+    assert post(server, route, converted(route)).status_code == 200
+
+
+@pytest.mark.parametrize("route", CONVERTED)
+def test_a_prediction_of_a_converted_request_leaves_its_text(server: Server, route: str) -> None:
+    def text_of(**more: Any) -> str:
+        body = post(server, route, converted(route, **more)).json()
+        parts = body["content"] if route == "/v1/messages" else body["output"][0]["content"]
+        return str(parts[0]["text"])
+
+    plain = text_of()
+    for predicted in (plain, plain[:9] + "~", "~"):
+        assert text_of(prediction=predict(predicted)) == plain
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+def test_agent_specs_fields_are_read_from_the_body(server: Server, route: str) -> None:
+    said = {"agent-id": "a", "query-id": 1, "structure": [["<p>", "</p>"]]}
+    plain = post(server, route, asked_of(route, None)).json()["choices"]
+    assert post(server, route, asked_of(route, None, **said)).json()["choices"] == plain
+    answer = post(server, route, asked_of(route, None, **{**said, "query-id": -1}))
+    assert answer.status_code == 400
+    assert "query-id: must be at least 0" in answer.text
+    twice = asked_of(route, None, **said, custom_params={"whiflash": '{"agent":"b"}'})
+    assert "give one of them" in post(server, route, twice).text

@@ -286,12 +286,14 @@ def test_capabilities_are_json() -> None:
         model="m",
         policy="auto",
         arms=("ar", "none"),
+        routes=("completions", "messages"),
         prediction_tokens=16384,
         tool_call_parser="hermes",
         reasoning_parser=None,
     )
     read = json.loads(json.dumps(document))
     limits = {"spans": 16, "marker_chars": 64, "name_chars": 64, "blocks": 16, "bytes": 8192}
+    assert read["routes"] == ["completions", "messages"]
     assert (read["limits"], read["scopes"]) == (limits, ["agent", "query", "structure"])
 
 

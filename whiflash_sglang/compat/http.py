@@ -11,7 +11,7 @@ from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from whiflash_sglang import __version__, announce
-from whiflash_sglang.compat import figures, predictions, requests, streamer, traces
+from whiflash_sglang.compat import converted, figures, predictions, requests, streamer, traces
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import KEY, encode, encode_forget, state_request
 from whiflash_sglang.compat.patching import replace
@@ -31,6 +31,7 @@ def install(server_args: Any) -> None:
     streamer.install_answers()
     replace(TokenizerManager, "generate_request", _accepting)
     requests.install()
+    converted.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
@@ -72,6 +73,7 @@ def _capabilities_of(server_args: Any) -> Any:
                 *(("lookup",) if settings.lookup.enabled else ()),
                 "none",
             ),
+            routes=converted.routes(http_server.app.state),
             prediction_tokens=settings.lookup.prediction_tokens,
             tool_call_parser=manager.config_value("tool_call_parser"),
             reasoning_parser=manager.config_value("reasoning_parser"),

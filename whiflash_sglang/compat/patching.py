@@ -25,6 +25,7 @@ class PrivateName:
 
 
 _SERVING = "sglang.srt.entrypoints.openai"
+_MESSAGES = "sglang.srt.entrypoints.anthropic.serving"
 _TRITON = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner"
 _POOL = "sglang.srt.model_executor.runner_utils.pool"
@@ -200,6 +201,17 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         f"{_SERVING}.serving_completions:OpenAIServingCompletion._generate_completion_stream", ("request",)
     ),
     PrivateName(f"{_SERVING}.serving_completions:OpenAIServingCompletion._validate_request", ("request",)),
+    PrivateName(
+        f"{_SERVING}.serving_responses:OpenAIServingResponses.create_responses", ("request", "raw_request")
+    ),
+    PrivateName(
+        f"{_SERVING}.serving_responses:OpenAIServingResponses._response_tools_to_chat_tools", ("request",)
+    ),
+    PrivateName(f"{_SERVING}.protocol:ResponsesRequest.to_sampling_params"),
+    PrivateName(f"{_SERVING}.protocol:ResponsesRequest.effective_tool_choice"),
+    PrivateName(f"{_MESSAGES}:AnthropicServing.handle_messages", ("request", "raw_request")),
+    PrivateName(f"{_MESSAGES}:AnthropicServing._convert_to_chat_completion_request", ("anthropic_request",)),
+    PrivateName(f"{_MESSAGES}:AnthropicServing._error_response", ("status_code", "error_type", "message")),
     PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
     PrivateName("sglang.srt.entrypoints.http_server:auth_level"),
     PrivateName("sglang.srt.entrypoints.http_server:AuthLevel.ADMIN_OPTIONAL"),
@@ -230,6 +242,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
 HEAVY = (
     "sglang.srt.entrypoints.http_server",
     _SERVING,
+    _MESSAGES,
     "sglang.launch_server",
     "sglang.srt.models.registry",
 )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from agents import OpenAIChatCompletionsModel, get_current_span
+from typing import TypeVar
+
+from agents import OpenAIChatCompletionsModel, OpenAIResponsesModel, get_current_span
 from agents.tracing import AgentSpanData
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import Settings, wrap
 
+ModelT = TypeVar("ModelT", OpenAIChatCompletionsModel, OpenAIResponsesModel)
 
-def wrap_model(model: OpenAIChatCompletionsModel, **settings: Unpack[Settings]) -> OpenAIChatCompletionsModel:
+
+def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the running agent's name, unless something else is said. Hints for one agent alone go into its

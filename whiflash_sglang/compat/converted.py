@@ -1,0 +1,131 @@
+"""Requests that SGLang converts before it serves them: OpenAI's Responses and Anthropic's Messages.
+
+Neither has a field for hints, so they are read from the body, as on chat completions: `custom_params`, `prediction` and
+AgentSpec's fields. Servers that did not ask for this algorithm, and requests that say nothing, are SGLang's own. In the
+process that serves HTTP.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any
+
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
+
+from whiflash_sglang.compat.carried import asks_for_ours
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.requests import completed, from_body
+from whiflash_sglang.spans.fields import HintError
+
+_SAID: ContextVar[dict[str, Any] | None] = ContextVar("whiflash_said", default=None)
+"""`custom_params` of the request that is being converted."""
+
+
+def install() -> None:
+    """Idempotent."""
+    replace(AnthropicServing, "handle_messages", _reading_messages)
+    replace(AnthropicServing, "_convert_to_chat_completion_request", _carrying_on)
+    replace(ResponsesRequest, "to_sampling_params", _sampling)
+    try:
+        from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+    except ImportError:  # then SGLang serves none
+        return
+    replace(OpenAIServingResponses, "create_responses", _reading_responses)
+
+
+def routes(state: Any) -> tuple[str, ...]:
+    """Below `/v1`: whose requests may say anything. state: of SGLang's app, which may serve no Responses."""
+    responses = ("responses",) if hasattr(state, "openai_serving_responses") else ()
+    return "chat/completions", "completions", "messages", *responses
+
+
+@contextmanager
+def _saying(params: dict[str, Any] | None) -> Iterator[None]:
+    token = _SAID.set(params)
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
+
+
+async def _said(raw_request: Any) -> dict[str, Any] | None:
+    """What a body says to WHIFLASH. Raises HintError."""
+    body = await raw_request.json()
+    params = body.get("custom_params") if isinstance(body, Mapping) else None
+    if params is not None and not isinstance(params, dict):
+        raise HintError("custom_params", "must be an object")
+    return from_body(params, body)
+
+
+def _reading_messages(original: Any) -> Any:
+    @wraps(original)
+    async def handle_messages(self: Any, request: Any, raw_request: Any) -> Any:
+        if not asks_for_ours(self.openai_serving_chat.tokenizer_manager.server_args):
+            return await original(self, request, raw_request)
+        try:
+            said = await _said(raw_request)
+        except HintError as error:
+            return self._error_response(400, "invalid_request_error", str(error))
+        with _saying(said):
+            return await original(self, request, raw_request)
+
+    return handle_messages
+
+
+def _carrying_on(original: Any) -> Any:
+    """What was said goes with the chat request that a message becomes, which is validated as every chat request is."""
+
+    @wraps(original)
+    def convert(self: Any, anthropic_request: Any) -> Any:
+        chat_request = original(self, anthropic_request)
+        said = _SAID.get()
+        if said is not None:
+            chat_request.custom_params = said
+        return chat_request
+
+    return convert
+
+
+def _reading_responses(original: Any) -> Any:
+    @wraps(original)
+    async def create_responses(self: Any, request: Any, raw_request: Any = None) -> Any:
+        manager = self.tokenizer_manager
+        if raw_request is None or not manager or not asks_for_ours(manager.server_args):
+            return await original(self, request, raw_request)
+        try:
+            said = completed(manager, _as_chat(self, request), await _said(raw_request))
+        except HintError as error:
+            return self.create_error_response(str(error), param=error.field)
+        with _saying(said):
+            return await original(self, request, raw_request)
+
+    return create_responses
+
+
+def _as_chat(serving: Any, request: Any) -> SimpleNamespace:
+    """What of a Responses request implies spans and calls, as a chat request has it."""
+    choice = request.effective_tool_choice()
+    if isinstance(choice, dict):
+        choice = SimpleNamespace(function=SimpleNamespace(name=choice["name"]))
+    try:
+        tools = serving._response_tools_to_chat_tools(request)
+    except ValueError:  # SGLang refuses them by itself
+        tools = []
+    return SimpleNamespace(
+        tools=tools,
+        tool_choice=choice if tools else "none",
+        response_format=getattr(request.text, "format", None),
+    )
+
+
+def _sampling(original: Any) -> Any:
+    @wraps(original)
+    def to_sampling_params(self: Any, *args: Any, **named: Any) -> Any:
+        params = original(self, *args, **named)
+        said = _SAID.get()
+        return params if said is None else {**params, "custom_params": said}
+
+    return to_sampling_params
