@@ -9,7 +9,7 @@ RUN := $(UV) run --no-sync
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation check format docs site dist bench gpu gpu-evidence clean
+.PHONY: help install demo test evidence mutation check format docs prometheus site dist bench gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -52,6 +52,15 @@ format: install ## Format and fix what can be fixed
 
 docs: install ## Write the tables of the documentation that come from code
 	$(RUN) python scripts/reference.py
+	$(RUN) python scripts/dashboard.py
+
+# Debian's package, unpacked: needs apt's lists, no root.
+.tools/usr/bin/promtool:
+	mkdir -p .tools
+	cd .tools && apt-get download prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+
+prometheus: ## Put Prometheus into .tools, for the tests of dashboard and alerts; without it these are skipped
+	@command -v promtool > /dev/null || $(MAKE) .tools/usr/bin/promtool
 
 site: install ## Build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
@@ -71,4 +80,4 @@ gpu-evidence: ## The same, and tokens a second beside plain decoding, EAGLE3 and
 	python3 tests/gpu/run.py --evidence
 
 clean: ## Remove environments, caches and the built site
-	rm -rf .venv .uv site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .uv .tools site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -32,6 +32,8 @@ from whiflash_sglang.config import (
 )
 from whiflash_sglang.flags import flags
 from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.telemetry.series import SERIES
+from whiflash_sglang.telemetry.tally import Tally
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -53,6 +55,14 @@ STATE = {
     "verify_seconds": "the target's forward and sampling",
     "commit_seconds": "accepting drafts and taking the bonus token",
     "park_seconds": "keeping features for drafters that were not used",
+    "by_arm": "of each arm and `none`: `rounds` (of requests), `tokens`, drafts `proposed` and `accepted`, and of "
+    "these `joined` and `joined_accepted`, which another arm put behind its own",
+    "reasons": "rounds of requests by what decided who drafts",
+    "hints": "requests by where their hints came from",
+    "timed_seconds": "rounds that followed each other, and the time between them",
+    "plain_seconds": "what plain decoding would have taken for the tokens of these, by `costs`",
+    "costs": "fitted latencies in seconds: those of `sglang:whiflash_cost_seconds`, by `work` and arm",
+    "memory": "bytes by scope: those of `sglang:whiflash_memory_bytes`",
 }
 """Of `GET /whiflash/state`, but for what arms add of their own."""
 
@@ -121,8 +131,23 @@ def targets_table() -> str:
 
 def state_table() -> str:
     """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
-    known = ("policy", "arms", "requests", *RoundClock().snapshot())
+    known = (
+        *("policy", "arms", "requests"),
+        *RoundClock().snapshot(),
+        *Tally.of(()).snapshot(),
+        "costs",
+        "memory",
+    )
     return table(("field", "meaning"), ((f"`{name}`", STATE[name]) for name in known))
+
+
+def metrics_table() -> str:
+    """Every series of ours in `/metrics`."""
+    rows = (
+        (f"`{one.full_name}`", one.kind, ", ".join(f"`{label}`" for label in one.labels), one.meaning)
+        for one in SERIES
+    )
+    return table(("metric", "type", "labels", "meaning"), rows)
 
 
 def cli_reference() -> str:
@@ -250,6 +275,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "targets": targets_table,
     "policy": lambda: model_table(PolicyChange),
     "state": state_table,
+    "metrics": metrics_table,
     "capabilities": lambda: model_table(Capabilities),
     "hints": lambda: model_table(Hints),
     "span": lambda: model_table(Span),

@@ -29,6 +29,8 @@ def test_hints_that_are_right_are_taken(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_flushing_forgets_every_request() -> None:
     sync, controller, drafter = Mock(), Mock(lanes={3: None, 5: None}), Mock()
-    lifecycle.Lifecycle({"ar": drafter}, sync, controller, Mock(), Mock(), Mock()).forget_all()
+    lifecycle.Lifecycle(
+        {"ar": drafter}, sync, controller, Mock(), Mock(), Mock(), tally=Mock(), publisher=Mock()
+    ).forget_all()
     for told in (sync.forget, controller.forget, drafter.release):
         assert told.call_args_list == [call(3), call(5)]

@@ -20,6 +20,7 @@ from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import Policy
+from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.transfers import Download
 
 
@@ -30,6 +31,7 @@ class Learner:
     drafters: Mapping[str, Drafter]
     controller: Controller
     clock: RoundClock
+    tally: Tally
     ranks: Ranks = field(default_factory=Ranks)
 
     def learn(
@@ -55,8 +57,13 @@ class Learner:
             width, row = found["widths"][i], lane.row
             if "wanted" in found:
                 costs.wanted(arm, found["wanted"][i])
-            arm = plan.late if plan.late is not None and found["late"][i] else arm
+            own = found["own"][i]
+            if plan.late is not None and found["late"][i]:
+                arm, own = plan.late, width - 1
             evidence = self.controller.committed(lane, decision, arm, tokens[i], width, found["starts"][i])
+            self.tally.committed(
+                lane.counts, arm, decision.reason, tokens=len(tokens[i]), proposed=width - 1, own=own
+            )
             if prices is not None and lane.recording is not None:
                 round_seconds, plain_seconds = prices
                 lane.recording.price(len(tokens[i]), round_seconds=round_seconds, plain_seconds=plain_seconds)

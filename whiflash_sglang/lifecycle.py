@@ -17,8 +17,13 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import RequestHints, parse_hints
 from whiflash_sglang.spans.prediction import ReadPrediction
+from whiflash_sglang.telemetry.publisher import Publisher
+from whiflash_sglang.telemetry.tally import Tally
 
 logger = logging.getLogger(__name__)
+
+MALFORMED = RequestHints()
+"""In place of hints that could not be read."""
 
 
 class Lifecycle:
@@ -35,11 +40,14 @@ class Lifecycle:
         forcing: Forcing | None = None,
         *,
         sample_rate: float = 0.0,
+        tally: Tally,
+        publisher: Publisher,
     ) -> None:
         self._read_prediction, self._forcing = read_prediction, forcing
         self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops = tokens, stops
+        self._tally, self._publisher = tally, publisher
 
     def begin(self, row: int, req: Any) -> None:
         """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk)."""
@@ -47,6 +55,8 @@ class Lifecycle:
         if not req.output_ids and self._controller.holds(row, req.rid):
             return
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
+        if not req.output_ids:
+            self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         predicted = self._predicted(req)
         for drafter in self._drafters.values():
             drafter.begin(row, hints, tenant, predicted, grammar_of(req))
@@ -67,7 +77,10 @@ class Lifecycle:
         if kept and req.finished():
             for drafter in self._drafters.values():
                 drafter.finish(row, req.output_ids_through_stop)
+        self._tally.ended(self._controller.lanes[row].counts)
         self._forget(row)
+        if not self._controller.lanes:
+            self._publisher.flush()
 
     def forget_all(self) -> None:
         """Every slot is free, so nothing that was parked has a home."""
@@ -96,4 +109,4 @@ def _hints_of(req: Any) -> RequestHints:
         return parse_hints(req.sampling_params.custom_params)
     except HintError as error:
         logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
-        return RequestHints()
+        return MALFORMED

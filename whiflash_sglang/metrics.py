@@ -84,13 +84,14 @@ class RoundClock:
         self.tokens += tokens
         self._learned += tokens
 
-    def end(self, rows: int, requests: int) -> None:
-        """The round verified `rows` rows of `requests` requests."""
+    def end(self, rows: int, requests: int) -> float:
+        """The round verified `rows` rows of `requests` requests. Returns its seconds."""
         self.rounds += 1
         self.rows += rows
         seconds = time.perf_counter() - self._began
         self.round_seconds += seconds
         self._ended = PreviousRound(rows, requests, 0, seconds, self._drafting, 0.0)
+        return seconds
 
     def snapshot(self) -> dict[str, float | int]:
         """Totals for the metrics route and the benchmark."""

@@ -43,6 +43,8 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.telemetry.publisher import Publisher, Sink
+from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.transfers import Download
 from whiflash_sglang.verification import VerifyStage
 
@@ -71,7 +73,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.router = load_router(self.settings.neural, self.target)
         self.target.capture(captured, final_hidden=self.router is not None)
         self.host = HostView.of(self.target.device)
-        self.clock = RoundClock()
+        self.clock, self.tally = RoundClock(), Tally.of(self.drafters)
+        self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
         costs = MeasuredCosts(partial(rows_of, self.drafters))
@@ -116,13 +119,15 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             read_prediction,
             self.forcing,
             sample_rate=self.settings.traces.rate,
+            tally=self.tally,
+            publisher=self.publisher,
         )
         self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, self.ranks)
         self.stage = DraftStage(
             self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
         )
         self.verifier = VerifyStage(self.target, self.tokens, self.host, self.forcing)
-        self.learner = Learner(self.drafters, self.controller, self.clock, self.ranks)
+        self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, self.ranks)
         release.notify(self.lifecycle, self.target.runner)
 
     @torch.no_grad()
@@ -156,6 +161,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Change the policy while serving; running requests go on under the new one."""
         self.settings = self.settings_with(change)
         self.controller.policy = build_policy(self.settings, heads=self._has_heads)
+        self.publisher.flush()
 
     def snapshot(self) -> dict[str, Any]:
         """State for metrics and the benchmark: policy, running requests, where the rounds' time went."""
@@ -164,13 +170,38 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             "arms": sorted(self.drafters),
             "requests": len(self.controller.lanes),
             **self.clock.snapshot(),
+            **self.tally.snapshot(),
+            "costs": self.controller.costs.snapshot(self.drafters),
+            "memory": self.memory(),
             **{arm: state for arm, d in self.drafters.items() if (state := d.snapshot())},
         }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by scope: what is kept beside the target and its cache, weights apart."""
+        draft_kv = sum(drafter.kv_bytes_per_token() for drafter in self.drafters.values())
+        kept = {
+            f"{arm}_{name}": size
+            for arm, drafter in self.drafters.items()
+            for name, size in drafter.host_bytes().items()
+        }
+        rows = len(self.target.slot_table)
+        return {
+            "draft_kv": draft_kv * self.target.kv_slots,
+            "backlog": self.sync.bytes_for(rows),
+            "text": self.tokens.data.nbytes,
+            **kept,
+        }
+
+    def publish_to(self, sink: Sink) -> None:
+        """Write metrics to `sink` from now on, if this process decides: of several ranks one counts."""
+        if self.ranks.leads:
+            self.publisher.start(sink)
 
     def forget(self, handle: int | None) -> None:
         """Drop text that a drafter keeps across requests: a tenant's or a scope's, by its handle, or everybody's."""
         for drafter in self.drafters.values():
             drafter.forget(handle)
+        self.publisher.flush()
 
     def forward_batch_generation(
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
@@ -201,6 +232,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         ):
             requests = requests.after(batch, rounds[-1])
             rounds.append(self._round(batch, requests, on_publish, grammar_barrier))
+        self.publisher.tick()
         return step_result(rounds)
 
     def _round(self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any) -> Done:
@@ -209,6 +241,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if previous is not None:
             self.controller.costs.verified(previous.rows, previous.requests, previous.rest)
             self.controller.costs.committed(previous.tokens, previous.seconds, previous.gap)
+            seconds = previous.seconds + previous.gap
+            self.tally.compare(previous.tokens, previous.requests, seconds, self.controller.costs)
         with clock.stage("route"):
             plan = self.planner.plan(requests)
         with clock.stage("catch_up"):
@@ -237,7 +271,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             results = self._park(requests, plan, proposal, block, verified, predictions, committed)
             learn = partial(self.learner.learn, plan)
             tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
-        clock.end(proposal.rows, len(plan.routes))
+        self.tally.round_seconds.append(clock.end(proposal.rows, len(plan.routes)))
         return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:

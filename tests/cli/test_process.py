@@ -56,6 +56,8 @@ def test_a_wrong_command_line_ends_with_2(arguments: list[str], named: str) -> N
         (["train", "export", "out.npz", "--config", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
         (["calibrate", "--bundle", "/nowhere/b", "--round-ms", "eagle3=1"], "/nowhere/b"),
         (["trace", "/nowhere/answers.json"], "/nowhere/answers.json"),
+        (["policy", "nonne"], "nonne"),
+        (["policy", "none", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
         (["lookup-seed", "/nowhere/tokens.npz"], "/nowhere/tokens.npz"),
         (["profile", "--prompts", "/nowhere/prompts.jsonl"], "/nowhere/prompts.jsonl"),
         (["bench", "--concurrency", "0"], "--concurrency"),

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from openai import APIError, OpenAI
 from patience import wait_until
+from scrape import scraped, total, values
 from server_host import Server, ServerHost, answers
 from tensor_parallel import BIND, Checkpoints
 
@@ -51,7 +52,8 @@ def texts(server: Server) -> list[list[int]]:
 
 
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
-    with host.running(*arguments(checkpoints, "none"), "--dp-size", "2", env=BIND) as server:
+    flags = ("--dp-size", "2", "--enable-metrics")
+    with host.running(*arguments(checkpoints, "none"), *flags, env=BIND) as server:
         plain = texts(server)
         assert all(own["rounds"] for own in server.get("/whiflash/state")["replicas"])
         for router in ("random", "lookup"):
@@ -62,6 +64,13 @@ def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
         assert [own["replica"] for own in state["replicas"]] == [0, 1]
         assert state["rounds"] == sum(own["rounds"] for own in state["replicas"])
         assert all(own["lookup"]["tenants"] for own in state["replicas"])
+        # Each replica counts for itself.
+        samples = scraped(server.url)
+        for own in state["replicas"]:
+            for arm, counts in own["by_arm"].items():
+                published = total(samples, "rounds_total", dp_rank=str(own["replica"]), arm=arm)
+                assert published == counts["rounds"]
+        assert values(samples, "dp_rank") == {"0", "1"}
         state = server.post("/whiflash/forget", {"all": True})
         assert [own["lookup"]["tenants"] for own in state["replicas"]] == [0, 0]
         assert server.get("/whiflash/capabilities")["policy"] == "lookup"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from patience import wait_until
 from reference import Comparison, ReferenceTarget
+from scrape import scraped, total, values
 from server_host import Server, ServerHost
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from tensor_parallel import ARRIVALS, BIND, RANKS, Checkpoints, Outputs
@@ -27,7 +28,7 @@ def arguments(checkpoints: Checkpoints) -> list[str]:
         *("--model-path", str(checkpoints.target), "--dtype", "float32", "--tp-size", str(RANKS)),
         *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(checkpoints.dflash)),
         *("--whiflash-eagle-draft", str(checkpoints.eagle3), "--whiflash-router", "random"),
-        *("--random-seed", "7", "--enable-custom-logit-processor"),
+        *("--random-seed", "7", "--enable-custom-logit-processor", "--enable-metrics"),
     ]
 
 
@@ -70,6 +71,11 @@ def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints
     compare(arrivals[:12])
     assert server.post("/whiflash/policy", {"router": "auto"})["policy"] == "auto"
     compare(arrivals[12:24])
+
+    # The first rank alone counts: a round of both is one.
+    samples, state = scraped(server.url), server.get("/whiflash/state")
+    assert values(samples, "tp_rank") == {"0"}
+    assert total(samples, "rounds_total") == sum(arm["rounds"] for arm in state["by_arm"].values()) > 0
 
     killed = rank_of(server, 1)
     with ThreadPoolExecutor(1) as pool:

@@ -414,3 +414,23 @@ def test_fuzzed_payloads_never_escape(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.evidence
 def test_fuzzed_payloads_never_escape_at_length(monkeypatch: pytest.MonkeyPatch) -> None:
     _fuzz(100_000, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("payload", "inferred", "source"),
+    [
+        (None, False, "none"),
+        ({"trace": True}, False, "none"),
+        ({"off": True}, False, "request"),
+        ({"lookup": "context"}, False, "request"),
+        ({"spans": [{"kind": "json", "open": True}]}, False, "request"),
+        ({"spans": [{"kind": "json", "open": True}]}, True, "inferred"),
+        ({"spans": [{"kind": "json", "open": True}], "off": True}, True, "request"),
+        (None, True, "none"),
+    ],
+)
+def test_who_said_how_a_request_is_drafted(
+    payload: dict[str, object] | None, inferred: bool, source: str
+) -> None:
+    params = {} if payload is None else {"whiflash": json.dumps(payload)}
+    assert validate_custom_params(params | ({"whiflash_inferred": True} if inferred else {})).source == source

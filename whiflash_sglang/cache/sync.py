@@ -34,6 +34,8 @@ class DraftSync:
         self.arms = tuple(d.arm for d in drafters.values() if d.keeps_kv)
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
+        self.caught_up = dict.fromkeys(self.arms, 0)
+        """Tokens that each arm has ingested after others had drafted, at most."""
         self._captured: dict[str, CapturedPass[None]] = {}
         self._routed: dict[int, int] = {}
         """Length when the last round was planned, per row."""
@@ -168,6 +170,13 @@ class DraftSync:
             self._ingest(arm, numbers[:1], begins, ends, most)
             self.watermarks.flushed(row, arm, end)
 
+    def backlog(self) -> dict[str, int]:
+        """Tokens of running requests that each arm has yet to ingest, at most."""
+        known = [(row, n) for row, n in self._routed.items() if self.watermarks.known(row)]
+        return {
+            arm: sum(max(n - self.watermarks.synced(row, arm), 0) for row, n in known) for arm in self.arms
+        }
+
     def forget(self, row: int) -> None:
         """The request in `row` is gone; what it parked is dropped."""
         self.watermarks.forget(row)
@@ -195,6 +204,7 @@ class DraftSync:
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
     ) -> None:
         """What the requests in `rows` [B] parked between the watermarks of `arm`, of [arms, B] each."""
+        self.caught_up[arm] += most
         i, captured = self.arms.index(arm), self._captured.get(arm)
         if captured is not None and captured.holds(len(rows), most):
             captured.replay(most, rows, begins[i], ends[i])

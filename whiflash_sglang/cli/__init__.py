@@ -53,6 +53,7 @@ for _command in (
     "serve",
     "demo",
     "bench",
+    "policy",
     "profile",
     "top",
     "trace",

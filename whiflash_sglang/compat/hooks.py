@@ -38,6 +38,7 @@ def in_scheduler() -> None:
         figures,
         memory,
         parallel,
+        prometheus,
         radix,
         release,
         step,
@@ -57,6 +58,7 @@ def in_scheduler() -> None:
         figures,
         streamer,
         control,
+        prometheus,
         whitespace,
         triton_backend,
     )

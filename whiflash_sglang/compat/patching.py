@@ -96,6 +96,14 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics",
         ("meta_info", "recv_obj", "i"),
     ),
+    # metrics
+    PrivateName("sglang.srt.managers.scheduler:Scheduler.emit_metrics_constants"),
+    PrivateName(
+        "sglang.srt.observability.metrics_collector:SchedulerMetricsCollector", ("labels", "server_args")
+    ),
+    PrivateName("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector._counter_cls"),
+    PrivateName("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector._gauge_cls"),
+    PrivateName("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector._histogram_cls"),
     # a request's tenant, output and stops
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_finish_state", ("new_accepted_len",)),
     PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),

@@ -14,7 +14,7 @@ from whiflash_sglang.spans.agent_spec import add_body_scope
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.forced import check_forced
-from whiflash_sglang.spans.hints import TOOLS_KEY, SpanHint
+from whiflash_sglang.spans.hints import INFERRED_KEY, TOOLS_KEY, SpanHint
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.prediction import add_body_prediction, carried_prediction
 from whiflash_sglang.structure.calls import carried_tools
@@ -87,9 +87,8 @@ def completed(manager: Any, request: Any, custom_params: Any) -> Any:
     if not hints.infer:
         return custom_params
     if not hints.spans and (spans := _inferred(manager, request)):
-        custom_params = add_hints(custom_params, {"spans": [_span_fields(span) for span in spans]}) or (
-            custom_params
-        )
+        told = add_hints(custom_params, {"spans": [_span_fields(span) for span in spans]})
+        custom_params = custom_params if told is None else {**told, INFERRED_KEY: True}
     tools = _tools(manager, request)
     return custom_params if tools is None else {**(custom_params or {}), TOOLS_KEY: tools}
 

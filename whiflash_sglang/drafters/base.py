@@ -206,6 +206,10 @@ class Drafter(ABC):
     def forget(self, handle: int | None) -> None:  # noqa: B027 - most keep no text
         """Drop text kept across requests: of the tenant, or of the scope in it, with this handle, or of all."""
 
+    def host_bytes(self) -> Mapping[str, int]:
+        """What it keeps on the host, by scope; empty for most."""
+        return {}
+
     def snapshot(self) -> Mapping[str, Any]:
         """Its part of the server's state; empty for most."""
         return {}

@@ -198,13 +198,19 @@ class LookupArm(Drafter):
         self._predictions.pop(row, None)
         self._off.discard(row)
 
+    def host_bytes(self) -> Mapping[str, int]:
+        """Of the running requests' indexes, and of the memory across requests."""
+        return {
+            "index": sum(copier.text.nbytes for copier in self._copiers.values()),
+            "memory": self.memory.nbytes if self.memory is not None else 0,
+        }
+
     def snapshot(self) -> Mapping[str, Any]:
         """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it, and what their
         scopes hold (`TenantMemory.held`).
         """
         return {
-            "index_bytes": sum(copier.text.nbytes for copier in self._copiers.values()),
-            "memory_bytes": self.memory.nbytes if self.memory is not None else 0,
+            **{f"{scope}_bytes": size for scope, size in self.host_bytes().items()},
             "tenants": len(self.memory) if self.memory is not None else 0,
             "scopes": self.memory.held() if self.memory is not None else {},
         }

@@ -6,9 +6,9 @@ rounds is believed at once (`watch`).
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.watch import CHEAPER, LIMIT, WINDOW, Watch, median, within
@@ -214,6 +214,34 @@ class MeasuredCosts:
             return FULL_LENGTH
         passes = self._passes.get(arm)
         return Worth(self._rate * self._verify.slopes[0], self._rate * median(passes) if passes else 0.0)
+
+    def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
+        """Seconds by kind of work, and by arm where it is an arm's (`telemetry.series` says what each means).
+
+        0 of what was not timed yet.
+        """
+        draft, request = self._verify.slopes
+        found = {
+            ("verify", ""): self._verify.at(0, 1),
+            ("verify_draft", ""): draft,
+            ("verify_request", ""): request,
+            ("between", ""): self._gap,
+        }
+        for arm in arms:
+            line = self._draft.get(arm)
+            found["draft", arm] = self.draft(arm, 1)
+            found["draft_request", arm] = line.slope if line else 0.0
+        return found
+
+    def snapshot(self, arms: Iterable[str]) -> dict[str, Any]:
+        """`fitted` as `GET /whiflash/state` has it: by kind of work, and below that by arm where it is an arm's."""
+        found: dict[str, Any] = {}
+        for (work, arm), seconds in self.fitted(arms).items():
+            if arm:
+                found.setdefault(work, {})[arm] = seconds
+            else:
+                found[work] = seconds
+        return found
 
     def draft(self, arm: str, requests: int) -> float:
         line = self._draft.get(arm)

@@ -10,6 +10,7 @@ from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
+from whiflash_sglang.telemetry.tally import ArmCounts
 from whiflash_sglang.trace import Recording
 
 RECENT_ROUNDS = 8.0
@@ -43,6 +44,7 @@ class Lane:
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
     `Signals`. expected: acceptance length that the newest round promised; decision: what it was decided on. under_way:
     rows, at most, of each round whose results are not known yet. recording: of a request that asked for its trace.
+    counts: of its rounds, by the arm that drafted.
     """
 
     rid: str
@@ -64,6 +66,7 @@ class Lane:
     decision: Decision = field(default_factory=Decision)
     under_way: list[int] = field(default_factory=list)
     recording: Recording | None = None
+    counts: dict[str, ArmCounts] = field(default_factory=dict)
 
     @property
     def span(self) -> OpenSpan | None:

@@ -8,6 +8,7 @@ from whiflash_sglang.spans.fields import HintError, printable
 from whiflash_sglang.spans.hints import (
     CARRIED_FORCED,
     CARRIED_PREDICTION,
+    INFERRED_KEY,
     MAX_BYTES,
     MAX_TOOLS_CHARS,
     TOOLS_KEY,
@@ -50,6 +51,8 @@ def _check_carrier(params: dict[object, object]) -> None:
             raise HintError("custom_params", "has a name that is not a string")
         if key in (CARRIED_PREDICTION, CARRIED_FORCED):
             continue  # They have bounds of their own.
+        if key == INFERRED_KEY and value is True:
+            continue
         if key == TOOLS_KEY and isinstance(value, str) and value.isascii() and len(value) <= MAX_TOOLS_CHARS:
             continue
         values -= len(value) if isinstance(value, dict | list) else 1

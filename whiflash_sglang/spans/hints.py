@@ -11,7 +11,7 @@ it is decoded, and decoding stops at the first object too many.
 
 import json
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple, NoReturn
+from typing import Final, Literal, NamedTuple, NoReturn, get_args
 
 from whiflash_sglang.spans.fields import (
     HintError,
@@ -26,6 +26,8 @@ from whiflash_sglang.spans.fields import (
 WIRE_KEY: Final = "whiflash"
 TOOLS_KEY: Final = "whiflash_tools"
 """What the HTTP process tells the scheduler of a request's tools (`structure.calls`)."""
+INFERRED_KEY: Final = "whiflash_inferred"
+"""With it the HTTP process says that the spans are not the caller's but its own guess. It only counts."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
 WIRE_VERSION: Final = 1
 CARRIED_PREDICTION: Final = "whiflash_prediction"
@@ -38,6 +40,10 @@ ARMS: Final = ("ar", "diffusion", "lookup", "none")
 
 TraceLevel = Literal["summary", "full"]
 TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = ("summary", "full")
+
+HintSource = Literal["request", "inferred", "none", "malformed"]
+"""Who said how a request is to be drafted."""
+HINT_SOURCES: Final[tuple[HintSource, ...]] = get_args(HintSource)
 
 LookupScope = Literal["memory", "context", "off"]
 LOOKUP_SCOPES: Final[tuple[LookupScope, ...]] = ("memory", "context", "off")
@@ -107,7 +113,8 @@ class RequestHints:
         them), `context` (its own context; nothing of it is kept either), `off`.
     agent, query: who asks, and which of its prompts this is: texts of one agent are copied from first.
     structure: blocks of its answers, at most `MAX_BLOCKS`; text of one block is copied into the same block first.
-    tools: what the HTTP process says of the request's tools; no hint of the caller's, never part of the payload.
+    tools, inferred: what the HTTP process says of the request's tools, and whether `spans` are its guess; no hints of
+        the caller's, never part of the payload.
     """
 
     spans: tuple[SpanHint, ...] = ()
@@ -119,6 +126,14 @@ class RequestHints:
     query: str | None = None
     structure: tuple[Block, ...] = ()
     tools: str = ""
+    inferred: bool = False
+
+    @property
+    def source(self) -> HintSource:
+        """Who said how the request is to be drafted: the caller, where anything is the caller's own."""
+        if self.off or self.lookup != "memory" or (self.spans and not self.inferred):
+            return "request"
+        return "inferred" if self.spans else "none"
 
 
 def parse_hints(custom_params: object) -> RequestHints:
@@ -136,7 +151,8 @@ def parse_hints(custom_params: object) -> RequestHints:
         raise HintError("custom_params", "must be an object")
     payload, tools = custom_params.get(WIRE_KEY), custom_params.get(TOOLS_KEY)
     hints = RequestHints() if payload is None else _request(_decode(payload))
-    return replace(hints, tools=tools) if isinstance(tools, str) else hints
+    hints = replace(hints, tools=tools) if isinstance(tools, str) else hints
+    return replace(hints, inferred=True) if custom_params.get(INFERRED_KEY) is True else hints
 
 
 def resolve(explicit: RequestHints, inferred: RequestHints) -> RequestHints:

@@ -1,0 +1,152 @@
+"""The files of `deploy/`: Prometheus takes them, alerts fire when they should, Grafana's schema has every field."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_server import ROOT, RULES, program
+
+from whiflash_sglang.telemetry.series import PREFIX, SERIES
+
+PRODUCTION = ROOT / "docs" / "how-to" / "production.md"
+DASHBOARD = ROOT / "deploy" / "grafana" / "whiflash.json"
+needs_promtool = pytest.mark.skipif(program("promtool") is None, reason="needs promtool: make prometheus")
+
+
+def rules() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((RULES / "whiflash.rules.yml").read_text("utf-8"))["groups"]
+    return list(group["rules"])
+
+
+def run_promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(program("promtool")), *map(str, arguments)], capture_output=True, text=True)
+
+
+def promtool(*arguments: str | Path) -> None:
+    done = run_promtool(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_prometheus_takes_the_configuration() -> None:
+    promtool("check", "config", RULES / "prometheus.yml")
+    promtool("check", "rules", "--lint-fatal", RULES / "whiflash.rules.yml")
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should_and_else_do_not() -> None:
+    promtool("test", "rules", RULES / "whiflash.rules.test.yml")
+
+
+@needs_promtool
+def test_wrong_thresholds_are_seen(tmp_path: Path) -> None:
+    """The tests of the rules notice what they are there for, in every rule."""
+    written = (RULES / "whiflash.rules.yml").read_text("utf-8")
+    for before, after in (
+        ("< 0.95", "< 0.75"),
+        ("< 0.1\n", "< 0.01\n"),
+        ("> 0.98", "> 1.98"),
+        ("> 0.25", "> 0.5"),
+        ("[5m])) == 0", "[5m])) < 0"),
+        ('(sglang:whiflash_policy{policy="none"}) == 1', '(sglang:whiflash_policy{policy="none"}) == 2'),
+        ("(sglang:whiflash_info)) > 1", "(sglang:whiflash_info)) > 2"),
+    ):
+        assert before in written
+        written = written.replace(before, after)
+    (tmp_path / "whiflash.rules.yml").write_text(written)
+    (tmp_path / "test.yml").write_text((RULES / "whiflash.rules.test.yml").read_text("utf-8"))
+    done = run_promtool("test", "rules", tmp_path / "test.yml")
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert set(re.findall(r"alertname: (\w+)", said)) == {rule["alert"] for rule in rules()}, said
+
+
+def test_every_alert_is_tested_and_explained() -> None:
+    tests = yaml.safe_load((RULES / "whiflash.rules.test.yml").read_text("utf-8"))["tests"]
+    fired = {one["alertname"] for test in tests for one in test["alert_rule_test"] if "exp_alerts" in one}
+    silent = {one["alertname"] for one in tests[0]["alert_rule_test"]}
+    page = PRODUCTION.read_text("utf-8")
+    names = {rule["alert"] for rule in rules()}
+    assert names == fired == silent
+    for name in names:
+        assert f"`{name}`" in page, f"{name}: docs/how-to/production.md does not say what to do"
+
+
+def test_every_series_of_ours_that_is_asked_for_exists() -> None:
+    """A misspelt one would be an empty panel, and an alert that never fires."""
+    known = {series.full_name for series in SERIES}
+    known |= {f"{s.full_name}_{part}" for s in SERIES if s.buckets for part in ("bucket", "count", "sum")}
+    asked = " ".join([DASHBOARD.read_text("utf-8"), *(rule["expr"] for rule in rules())])
+    named = set(re.findall(rf"{PREFIX}\w+", asked))
+    assert named
+    assert named <= known
+    shown = set(re.findall(rf"{PREFIX}\w+", DASHBOARD.read_text("utf-8")))
+    left = {s.full_name for s in SERIES if not any(name.startswith(s.full_name) for name in shown)}
+    assert left == {f"{PREFIX}verified_rows_total", f"{PREFIX}catch_up_extra_seconds_total"}
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dashboard_script", ROOT / "scripts" / "dashboard.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_dashboard_is_the_one_of_the_script(script: ModuleType) -> None:
+    assert json.loads(DASHBOARD.read_text("utf-8")) == script.dashboard(), "`make docs` writes it anew"
+
+
+def test_panels_lie_beside_each_other(script: ModuleType) -> None:
+    places: set[tuple[int, int]] = set()
+    for panel in script.dashboard()["panels"]:
+        x, y, w, h = (panel["gridPos"][key] for key in "xywh")
+        assert x + w <= 24
+        own = {(column, row) for column in range(x, x + w) for row in range(y, y + h)}
+        assert not own & places, panel["title"]
+        places |= own
+    ids = [panel["id"] for panel in script.dashboard()["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_grafanas_schema_has_every_field() -> None:
+    """Grafana's own types of a dashboard (10.1) read it and lose nothing, as they would what they do not know."""
+    models = pytest.importorskip(
+        "grafana_foundation_sdk.models.dashboard", reason="pip install grafana-foundation-sdk"
+    )
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+
+    register_default_plugins()  # types of panels and queries
+    given = json.loads(DASHBOARD.read_text("utf-8"))
+
+    def lost(dashboard: Any) -> list[str]:
+        read = json.loads(JSONEncoder().encode(models.Dashboard.from_json(dashboard)))
+        return list(differences(dashboard, read, ""))
+
+    assert lost(given) == []
+    given["panels"][1]["targets"][0]["legendFormatt"] = "planted"
+    given["panels"][1]["tittle"] = given["panels"][5]["options"]["legennd"] = "planted"
+    assert len(lost(given)) == 3
+
+
+def differences(given: Any, read: Any, path: str) -> Any:
+    """Paths of what was given and is not what was read."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        for key, value in given.items():
+            yield from differences(value, read.get(key), f"{path}.{key}")
+    elif isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
+        for i, (one, other) in enumerate(zip(given, read, strict=True)):
+            yield from differences(one, other, f"{path}[{i}]")
+    elif given != read:
+        yield path

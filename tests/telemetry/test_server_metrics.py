@@ -1,0 +1,312 @@
+"""What a real server publishes, by its answers; what a real Prometheus makes of it; and the kill switch."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from patience import wait_until
+from prometheus_server import ROOT, Prometheus, program, prometheus
+from scrape import Samples, scraped, total, values
+from server_host import Server, ServerHost
+from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
+
+from whiflash_sglang import __version__
+from whiflash_sglang.telemetry.series import PREFIX, SERIES
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+
+OURS = {"model_name", "engine_type", "tp_rank", "pp_rank", "moe_ep_rank"}
+WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@dataclass
+class Load:
+    """A server, its samples before and behind some requests, and what those were answered."""
+
+    server: Server
+    prometheus: Prometheus | None
+    before: Samples
+    after: Samples = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    chats: list[dict[str, Any]] = field(default_factory=list)
+
+    def grown(self, name: str, **labels: str) -> float:
+        return total(self.after, name, **labels) - total(self.before, name, **labels)
+
+    def said(self, name: str) -> int:
+        return sum(answer["meta_info"][name] for answer in self.answers)
+
+
+def prompts() -> list[str]:
+    return [f"request {i}: " + "one two three four " * (2 + i % 3) for i in range(12)]
+
+
+def native(load: Load, i: int, text: str) -> None:
+    """Every third orders something."""
+    hint = {
+        1: '{"off": true}',
+        2: '{"spans": [{"kind": "prose", "open": true, "prefer": "ar", "pin": true}]}',
+    }
+    given = {"custom_params": {"whiflash": hint[i % 3]}} if i % 3 else {}
+    load.answers.append(load.server.generate(text=text, sampling_params={"max_new_tokens": 40, **given}))
+
+
+def chat(load: Load, text: str) -> None:
+    """With a tool, so that the server infers spans."""
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": text}],
+        "tools": [TOOL],
+        "temperature": 0,
+        "max_tokens": 20,
+        "ignore_eos": True,
+    }
+    load.chats.append(load.server.post("/v1/chat/completions", body))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    target = tiny_target(root / "target", peaked=True)
+    template = root / "template.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    arguments = [
+        *("--model-path", target, "--served-model-name", "tiny", "--dtype", "float32", "--enable-metrics"),
+        *(
+            "--speculative-algorithm",
+            "WHIFLASH",
+            "--speculative-draft-model-path",
+            tiny_dflash(root / "d", target),
+        ),
+        *("--whiflash-eagle-draft", tiny_eagle3(root / "e", target), "--whiflash-router", "random"),
+        *("--tool-call-parser", "hermes", "--chat-template", template, "--whiflash-lookup-memory-mib", "1"),
+        *("--decode-log-interval", "5", "--enable-cache-report"),
+    ]
+    with host.running(*map(str, arguments)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def load(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    """The same server under load, which a Prometheus watches where there is one."""
+    if program("prometheus") is None:
+        yield run(Load(server, None, scraped(server.url)))
+        return
+    address = server.url.removeprefix("http://")
+    with prometheus(tmp_path_factory.mktemp("prometheus"), [address]) as watching:
+        wait_until(lambda: watching.query(f"{PREFIX}info"))
+        found = run(Load(server, watching, scraped(server.url)))
+        rounds = total(found.after, "rounds_total")
+        wait_until(lambda: watching.total(f"sum({PREFIX}rounds_total)") == rounds)
+        yield found
+
+
+def run(load: Load) -> Load:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: native(load, *one), enumerate(prompts())))
+        list(pool.map(lambda text: chat(load, text), prompts()[:4]))
+    load.after = scraped(load.server.url)
+    return load
+
+
+def test_every_series_is_there_with_sglangs_labels(load: Load) -> None:
+    for series in SERIES:
+        name = series.full_name + ("_count" if series.kind == "histogram" else "")
+        found = [dict(labels) for (one, labels) in load.after if one == name]
+        assert found, series.name
+        for labels in found:
+            assert labels.keys() == OURS | set(series.labels)
+            assert (labels["model_name"], labels["tp_rank"]) == ("tiny", "0")
+    assert values(load.after, "arm") == {"ar", "diffusion", "lookup", "structure", "none", ""}
+    assert total(load.after, "info", version=__version__, bundle="") == 1
+    assert total(load.after, "policy") == total(load.after, "policy", policy="random") == 1
+
+
+def test_counters_are_there_before_anything_was_counted(load: Load) -> None:
+    """Else the first increase of each would be lost to Prometheus."""
+    counters = {series.full_name for series in SERIES if series.kind == "counter"}
+    assert {name for name, _ in load.before if name.startswith(PREFIX)} >= counters
+
+
+def test_figures_are_those_of_the_answers(load: Load) -> None:
+    assert load.grown("requests_total") == len(load.answers) + len(load.chats)
+    assert load.grown("requests_total", hints="request") == 8
+    assert load.grown("requests_total", hints="inferred") == 4
+    assert load.grown("requests_total", hints="none") == 4
+    for reason in ("policy", "pin", "off"):
+        assert load.grown("routes_total", reason=reason) > 0
+
+    # SGLang's own counters of the same requests.
+    requests = load.grown("sglang:num_requests_total")
+    assert requests == 16
+    assert load.grown("rounds_total") == load.grown("sglang:spec_verify_calls_total")
+    assert load.grown("tokens_total") == load.grown("sglang:generation_tokens_total") - requests
+    assert load.grown("accepted_draft_tokens_total") == load.grown("tokens_total") - load.grown(
+        "rounds_total"
+    )
+    assert load.grown("rounds_total", arm="none") >= load.grown("routes_total", reason="off") > 0
+    assert load.grown("joined_draft_tokens_total") > 0
+    lengths = load.grown("request_acceptance_length_count", arm="none")
+    assert lengths >= 4
+
+    # What the native answers say of themselves is part of it.
+    assert 0 < load.said("spec_verify_ct") <= load.grown("rounds_total")
+    assert 0 < load.said("spec_num_proposed_drafts") <= load.grown("draft_tokens_total")
+    assert load.said("spec_num_correct_drafts") <= load.grown("accepted_draft_tokens_total")
+
+
+def test_the_state_says_the_same(load: Load) -> None:
+    state = load.server.get("/whiflash/state")
+    for arm, counts in state["by_arm"].items():
+        assert counts["rounds"] == total(load.after, "rounds_total", arm=arm)
+        assert counts["proposed"] == total(load.after, "draft_tokens_total", arm=arm)
+    assert state["reasons"] == {
+        reason: total(load.after, "routes_total", reason=reason) for reason in state["reasons"]
+    }
+    assert state["memory"] == {
+        scope: total(load.after, "memory_bytes", scope=scope) for scope in state["memory"]
+    }
+
+
+def test_sglangs_own_gauges_stay_right(load: Load) -> None:
+    assert 1 <= total(load.after, "sglang:spec_accept_length") <= 17
+    assert 0 <= total(load.after, "sglang:spec_accept_rate") <= 1
+    assert total(load.after, "sglang:num_running_reqs") in range(5)
+
+
+def queries() -> list[tuple[str, str]]:
+    """Title and expression of every query of the dashboard, with what Grafana puts in for its variables."""
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "whiflash.json").read_text("utf-8"))
+    return [
+        (panel["title"], target["expr"])
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+    ]
+
+
+def asked(expression: str) -> str:
+    replaced = (
+        expression.replace("$__rate_interval", "5m").replace("$model", "tiny").replace("$instance", ".*")
+    )
+    assert "$" not in replaced
+    return replaced
+
+
+@pytest.fixture(scope="module")
+def watching(load: Load) -> Prometheus:
+    if load.prometheus is None:
+        pytest.skip("needs Prometheus: make prometheus")
+    return load.prometheus
+
+
+def test_every_query_of_the_dashboard_has_an_answer(watching: Prometheus) -> None:
+    assert len(queries()) > 20
+    for title, expression in queries():
+        found = watching.query(asked(expression))
+        assert any(math.isfinite(value) for _, value in found), f"{title}: {expression} gives {found}"
+
+
+def test_the_dashboards_variables_have_values(watching: Prometheus, server: Server) -> None:
+    for label, value in (("model_name", "tiny"), ("instance", server.url.removeprefix("http://"))):
+        assert watching.ask(f"label/{label}/values", **{"match[]": f"{PREFIX}info"}) == [value]
+
+
+def test_prometheus_computes_what_the_answers_say(watching: Prometheus, load: Load) -> None:
+    """Not only that there is an answer: the share of right drafts, and tokens a round, are those of the samples."""
+    expressions = {title: asked(expression) for title, expression in queries()}
+    for labels, value in watching.query(expressions["Drafts that were right"]):
+        proposed = load.grown("draft_tokens_total", arm=labels["arm"])
+        if proposed:
+            right = load.grown("accepted_draft_tokens_total", arm=labels["arm"]) / proposed
+            # A rate is extrapolated to the ends of its window, of each series by itself.
+            assert value == pytest.approx(right, rel=0.2)
+    shares = {labels["arm"]: value for labels, value in watching.query(expressions["Rounds by arm"])}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_every_alert_can_be_computed_and_a_busy_server_has_none(watching: Prometheus) -> None:
+    wait_until(lambda: all(rule["health"] != "unknown" for rule in watching.rules()))
+    rules = watching.rules()
+    assert len(rules) == 7
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
+    for rule in rules:
+        # Both sides of each comparison find series: what is compared with nothing would never fire.
+        for part in " ".join(rule["query"].split()).split(" and "):
+            side = re.split(" (?:<|>|==) ", part.removeprefix("on (model_name, instance, dp_rank) "))[0]
+            assert watching.query(side), f"{rule['name']}: {side}"
+
+
+# ---------------------------------------------------------------- the kill switch
+
+
+LONG = 400
+
+
+def streamed(server: Server, text: str, begun: list[str]) -> list[int]:
+    body = {
+        "text": text,
+        "stream": True,
+        "sampling_params": {"temperature": 0, "max_new_tokens": LONG, "ignore_eos": True},
+    }
+    tokens: list[int] = []
+    with httpx.stream("POST", server.url + "/generate", json=body, timeout=None) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                tokens = json.loads(line.removeprefix("data: "))["output_ids"]
+                if text not in begun:
+                    begun.append(text)
+    return tokens
+
+
+def policy(server: Server, *arguments: str) -> str:
+    command = [WHIFLASH, "policy", *arguments, "--url", server.url]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_kill_switch(load: Load) -> None:
+    """`whiflash policy none` while four requests are under way: their text stays, nothing is drafted from then on."""
+    server, texts = load.server, prompts()[:4]
+    begun: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(streamed, server, text, begun) for text in texts]
+        wait_until(lambda: len(begun) == 4 or all(answer.done() for answer in answers))
+        # The command takes longer to start than a tiny model to answer.
+        server.post("/pause_generation", {"mode": "in_place"})
+        try:
+            paused = scraped(server.url)
+            running = server.get("/whiflash/state")["requests"]
+            assert policy(server, "none") == f"{server.url}: none"
+            switched = scraped(server.url)
+        finally:
+            server.post("/continue_generation", {})
+        found = [answer.result() for answer in answers]
+    behind = scraped(server.url)
+    assert running == 4, "they were answered before the switch"
+    assert total(paused, "policy", policy="random") == 1
+    assert total(switched, "policy") == total(switched, "policy", policy="none") == 1
+    # Not one draft behind the switch: all that was committed before it is in what was written with it.
+    assert total(behind, "draft_tokens_total") == total(switched, "draft_tokens_total") > 0
+    assert total(behind, "tokens_total") > total(switched, "tokens_total")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda text: streamed(server, text, []), texts)) == found
+    last = scraped(server.url)
+    assert total(last, "draft_tokens_total") == total(behind, "draft_tokens_total")
+    plain = total(last, "rounds_total", arm="none") - total(behind, "rounds_total", arm="none")
+    assert plain == total(last, "rounds_total") - total(behind, "rounds_total") == 4 * (LONG - 1)
+    assert policy(server) == f"{server.url}: none"
+    assert policy(server, "random") == f"{server.url}: random"

@@ -1,0 +1,177 @@
+"""The figures of a worker are those of its rounds: every token, draft and request is in one series, once."""
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from host_reads import HostReads
+from model_set import Models
+
+from whiflash_sglang.drafters.stage import DraftStage
+from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
+from whiflash_sglang.telemetry.series import Labels, Series
+
+PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
+
+
+class Recorded:
+    """Adds up what is written, as Prometheus would have it."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, Labels], float] = {}
+        self.observed: dict[tuple[str, Labels], list[float]] = {}
+
+    def write(self, series: Series, labels: Labels, number: float) -> None:
+        key = series.name, labels
+        if series.kind == "histogram":
+            self.observed.setdefault(key, []).append(number)
+        elif series.kind == "counter":
+            assert number >= 0
+            self.values[key] = self.values.get(key, 0) + number
+        else:
+            self.values[key] = number
+
+    def total(self, name: str) -> float:
+        return sum(value for (series, _), value in self.values.items() if series == name)
+
+
+@pytest.fixture
+def full_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts of full length, whatever rounds take on this machine."""
+    monkeypatch.setattr(MeasuredCosts, "worth", lambda *_: FULL_LENGTH)
+
+
+def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter[str], HostReads]:
+    """What was written while requests ran, what their rounds were, and what writing read of the device."""
+    found, own, reads = Recorded(), Counter[str](), HostReads()
+    e.worker.publish_to(found)
+    run = e.worker._round
+
+    def counted(batch: Any, requests: Any, *rest: Any) -> Any:
+        done = run(batch, requests, *rest)
+        own.update(rounds=len(done.widths), rows=int(sum(done.widths)), batches=1)
+        with reads:
+            e.worker.publisher.flush()
+        return done
+
+    monkeypatch.setattr(e.worker, "_round", counted)
+    draft = DraftStage.draft
+
+    def noted(*args: Any) -> Any:
+        proposal = draft(*args)
+        joined = proposal.widths - 1 - proposal.own
+        own.update(joined=int(joined[proposal.late == 0].sum()))
+        return proposal
+
+    monkeypatch.setattr(DraftStage, "draft", noted)
+    e.generate(PROMPTS, max_new_tokens=60)
+    own.update(tokens=sum(len(req.output_ids) - 1 for req in e.requests.values()))
+    return found, own, reads
+
+
+@pytest.mark.parametrize(
+    ("router", "resident"), [("random", False), ("random", True), ("auto", False), ("none", False)]
+)
+def test_figures_are_those_of_the_rounds(
+    models: Models, router: str, resident: bool, monkeypatch: pytest.MonkeyPatch, full_drafts: None
+) -> None:
+    if resident:
+        monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    with engine(models.target, whiflash=models.whiflash(router)) as e:
+        found, own, reads = serve(e, monkeypatch)
+        clock = e.worker.clock
+    assert reads.reads.total() == reads.uploads.total() == 0
+    assert found.total("rounds_total") == found.total("routes_total") == own["rounds"]
+    assert found.total("tokens_total") == own["tokens"]
+    # Where the host does not know how many drafts there are, the forward is padded.
+    padding = found.total("verified_rows_total") - own["rows"]
+    assert padding >= 0 if resident else padding == 0
+    assert found.total("draft_tokens_total") == own["rows"] - own["rounds"]
+    assert found.total("accepted_draft_tokens_total") == own["tokens"] - own["rounds"]
+    assert found.total("joined_draft_tokens_total") == own["joined"] <= found.total("draft_tokens_total")
+    assert found.total("accepted_joined_draft_tokens_total") <= found.total("joined_draft_tokens_total")
+    if router == "none":
+        assert found.total("draft_tokens_total") == 0
+    else:
+        assert found.total("draft_tokens_total") > 0
+    assert found.total("catch_up_tokens_total") > 0, "rings do not overflow"
+    if router == "random":
+        assert found.total("switches_total") == clock.switches > 0
+    assert found.values["policy", (router,)] == found.total("policy") == 1
+    assert found.values["requests_total", ("none",)] == found.total("requests_total") == len(PROMPTS)
+
+    # Every request is observed once by each arm that drafted for it, and its rounds are the arm's.
+    for (name, arm), lengths in found.observed.items():
+        if name == "request_acceptance_length":
+            assert len(lengths) <= len(PROMPTS)
+            mean = found.values["tokens_total", arm] / found.values["rounds_total", arm]
+            assert min(lengths) <= mean <= max(lengths)
+    assert len(found.observed["round_seconds", ()]) == own["batches"]
+    assert sum(found.observed["round_seconds", ()]) == pytest.approx(clock.round_seconds)
+    assert found.total("stage_seconds_total") == pytest.approx(sum(clock.seconds.values()))
+    assert found.total("backlog_tokens") == 0, "nobody runs any more"
+    assert found.total("decode_seconds_total") > 0
+    assert found.total("plain_decode_seconds_total") > 0
+
+
+def test_the_backlog_is_what_idle_drafters_have_missed(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While EAGLE-3 alone drafts, DFlash lags by all that was committed; its ring bounds it."""
+    most: Counter[Labels] = Counter()
+    with engine(models.target, whiflash=models.whiflash("ar")) as e:
+        found = Recorded()
+        e.worker.publish_to(found)
+
+        def step() -> None:
+            e.worker.publisher.flush()
+            for (name, labels), value in found.values.items():
+                if name == "backlog_tokens":
+                    most[labels] = max(most[labels], int(value))
+
+        e.submit("alone", PROMPTS[0], max_new_tokens=30)
+        e.run(step)
+        capacity = e.worker.settings.backlog_tokens
+    assert 20 < most["diffusion",] <= capacity
+    assert most["ar",] < 10
+
+
+def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(models.target, whiflash=models.whiflash("random")) as e:
+        found, _, _ = serve(e, monkeypatch)
+        costs = e.worker.controller.costs
+        published = {
+            labels: value for (name, labels), value in found.values.items() if name == "cost_seconds"
+        }
+        for arm in e.worker.drafters:
+            assert published["draft", arm] == costs.draft(arm, 1) > 0
+        whole = published["verify", ""] + published["between", ""]
+        assert whole == pytest.approx(costs.verify(1, 1))
+        assert costs.verify(4, 1) == pytest.approx(whole + 3 * published["verify_draft", ""])
+        assert costs.verify(3, 3) == pytest.approx(whole + 2 * published["verify_request", ""])
+
+
+def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(models.target, whiflash=models.whiflash("random")) as e:
+        found, _, _ = serve(e, monkeypatch)
+        drafters = e.worker.drafters.values()
+        kv = sum(d.kv.k.nbytes + d.kv.v.nbytes for d in drafters if d.keeps_kv)
+        published = {
+            labels[0]: value for (name, labels), value in found.values.items() if name == "memory_bytes"
+        }
+        assert published["draft_kv"] == kv > 0
+        rings = e.worker.sync.rings.rings
+        watermarks = e.worker.sync.watermarks.device.nbytes
+        assert published["backlog"] == rings.features.nbytes + rings.next_tokens.nbytes + watermarks
+        assert published["text"] == e.worker.tokens.data.nbytes
+        assert published["lookup_index"] == published["lookup_memory"] == 0
+
+
+def test_a_change_of_policy_is_seen_at_once(models: Models) -> None:
+    with engine(models.target, whiflash=models.whiflash("auto")) as e:
+        found = Recorded()
+        e.worker.publish_to(found)
+        e.worker.reconfigure({"router": "none"})
+        assert (found.values["policy", ("auto",)], found.values["policy", ("none",)]) == (0, 1)

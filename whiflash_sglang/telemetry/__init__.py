@@ -1,0 +1,1 @@
+"""Figures of a running worker: counted on the host, named as metrics, published at intervals. Imports no SGLang."""

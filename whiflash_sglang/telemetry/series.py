@@ -1,0 +1,234 @@
+"""The metrics of a WHIFLASH server, each with what it is read from: `docs/reference/metrics.md` is made of this table.
+
+Names and units by the conventions of Prometheus: base units, `_total` for what only grows. No label has a value per
+request or tenant. SGLang's own labels (`model_name`, `tp_rank`, `dp_rank` of replicas and others) are put before ours.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+
+from whiflash_sglang import __version__
+from whiflash_sglang.config import RouterName, Settings
+
+if TYPE_CHECKING:
+    from whiflash_sglang.cache.sync import DraftSync
+    from whiflash_sglang.drafters.base import Drafter
+    from whiflash_sglang.metrics import RoundClock
+    from whiflash_sglang.routing.controller import Controller
+    from whiflash_sglang.telemetry.tally import Tally
+
+PREFIX = "sglang:whiflash_"
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+TOKENS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
+
+Labels = tuple[str, ...]
+Points = Iterable[tuple[Labels, float]]
+T = TypeVar("T")
+
+
+class Observed(Protocol):
+    """What figures are read from: a worker."""
+
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def clock(self) -> "RoundClock": ...
+    @property
+    def tally(self) -> "Tally": ...
+    @property
+    def controller(self) -> "Controller": ...
+    @property
+    def sync(self) -> "DraftSync": ...
+    @property
+    def drafters(self) -> Mapping[str, "Drafter"]: ...
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by scope."""
+        ...
+
+
+Read = Callable[[Observed], Points]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One metric.
+
+    name: without `PREFIX`. meaning: one sentence. labels: names of our own. read: label values with a number: a
+    counter's total since the start, a gauge's value now, one observation of a histogram, which is taken out by reading.
+    buckets: upper bounds, of a histogram.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    meaning: str
+    read: Read
+    labels: Labels = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return PREFIX + self.name
+
+
+def _by_arm(count: str) -> Read:
+    return lambda w: [((arm,), getattr(counts, count)) for arm, counts in w.tally.by_arm.items()]
+
+
+def _one(value: Callable[[Observed], float]) -> Read:
+    return lambda w: [((), value(w))]
+
+
+def _each(values: Callable[[Observed], Mapping[Any, float]]) -> Read:
+    return lambda w: [((str(name),), value) for name, value in values(w).items()]
+
+
+def _taken(pending: deque[T]) -> Iterator[T]:
+    while pending:
+        yield pending.popleft()
+
+
+SERIES = (
+    Series("rounds_total", "counter", "rounds of requests", _by_arm("rounds"), ("arm",)),
+    Series(
+        "tokens_total",
+        "counter",
+        "tokens that rounds committed, the bonus token of each among them; a prefill's first token is not",
+        _by_arm("tokens"),
+        ("arm",),
+    ),
+    Series("draft_tokens_total", "counter", "drafts that were verified", _by_arm("proposed"), ("arm",)),
+    Series("accepted_draft_tokens_total", "counter", "drafts that were right", _by_arm("accepted"), ("arm",)),
+    Series(
+        "joined_draft_tokens_total",
+        "counter",
+        "drafts that another arm put behind those of `arm`, also among `draft_tokens`",
+        _by_arm("joined"),
+        ("arm",),
+    ),
+    Series(
+        "accepted_joined_draft_tokens_total",
+        "counter",
+        "those of them that were right, also among `accepted_draft_tokens`",
+        _by_arm("joined_accepted"),
+        ("arm",),
+    ),
+    Series(
+        "request_acceptance_length",
+        "histogram",
+        "tokens a round, the bonus token among them, of each request that ended, by the arm that drafted for it; 1 is "
+        "plain decoding, and what is far above the others is often text that repeats itself",
+        lambda w: (((arm,), length) for arm, length in _taken(w.tally.acceptance)),
+        ("arm",),
+        TOKENS,
+    ),
+    Series(
+        "routes_total",
+        "counter",
+        "rounds of requests by what decided who drafts: the policy's `score` or rule (`policy`), a preference or bias "
+        "of the open span (`span`), its `pin`, or the hint `off`",
+        _each(lambda w: w.tally.reasons),
+        ("reason",),
+    ),
+    Series(
+        "switches_total",
+        "counter",
+        "rounds of a request drafted by another arm than its round before",
+        _one(lambda w: w.clock.switches),
+    ),
+    Series(
+        "requests_total",
+        "counter",
+        "requests that began, by where their hints come from: the `request` itself, spans `inferred` from it by the "
+        "server, `none`, or `malformed` ones that were ignored (HTTP refuses those with 400)",
+        _each(lambda w: w.tally.requests),
+        ("hints",),
+    ),
+    Series(
+        "round_seconds",
+        "histogram",
+        "a round of the whole batch, on the host's clock",
+        lambda w: (((), seconds) for seconds in _taken(w.tally.round_seconds)),
+        buckets=SECONDS,
+    ),
+    Series(
+        "stage_seconds_total",
+        "counter",
+        "seconds by stage of the round (`GET /whiflash/state` says which is which)",
+        _each(lambda w: w.clock.seconds),
+        ("stage",),
+    ),
+    Series(
+        "decode_seconds_total",
+        "counter",
+        "seconds of rounds and of the time between two of them, where they came one after the other",
+        _one(lambda w: w.tally.timed_seconds),
+    ),
+    Series(
+        "plain_decode_seconds_total",
+        "counter",
+        "what plain decoding would have taken for the tokens of the same rounds, by the fitted costs: over "
+        "`decode_seconds_total`, how many times faster drafting is, as estimated",
+        _one(lambda w: w.tally.plain_seconds),
+    ),
+    Series(
+        "verified_rows_total",
+        "counter",
+        "rows that the target verified, with padding where the host does not know how many drafts there are (CUDA)",
+        _one(lambda w: w.clock.rows),
+    ),
+    Series(
+        "catch_up_tokens_total",
+        "counter",
+        "tokens that a drafter ingested after others had drafted, at most",
+        _each(lambda w: w.sync.caught_up),
+        ("arm",),
+    ),
+    Series(
+        "catch_up_extra_seconds_total",
+        "counter",
+        "seconds of catching up beyond what a drafter used in every round would have spent",
+        _one(lambda w: w.clock.extra_catch_up_seconds),
+    ),
+    Series(
+        "backlog_tokens",
+        "gauge",
+        "tokens of running requests that a drafter has yet to ingest, at most",
+        _each(lambda w: w.sync.backlog()),
+        ("arm",),
+    ),
+    Series(
+        "cost_seconds",
+        "gauge",
+        "fitted latencies: `draft` for one request (with its catching up) and `draft_request` for each further one, by "
+        "arm; `verify` of one request without drafts, `verify_draft` of each draft, `verify_request` of each further "
+        "request, and the engine's time `between` two rounds",
+        lambda w: w.controller.costs.fitted(w.drafters).items(),
+        ("work", "arm"),
+    ),
+    Series(
+        "memory_bytes",
+        "gauge",
+        "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
+        "requests, `lookup_index` of their copying arm, `lookup_memory` across requests",
+        _each(lambda w: w.memory()),
+        ("scope",),
+    ),
+    Series(
+        "policy",
+        "gauge",
+        "1 for the policy in force, 0 for every other one",
+        lambda w: [((name,), float(name == w.settings.router)) for name in get_args(RouterName)],
+        ("policy",),
+    ),
+    Series(
+        "info",
+        "gauge",
+        "always 1; version of the package, and name of the bundle if one is served",
+        lambda w: [((__version__, w.settings.bundle or ""), 1.0)],
+        ("version", "bundle"),
+    ),
+)

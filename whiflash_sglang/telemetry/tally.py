@@ -1,0 +1,90 @@
+"""What rounds and requests came to, by arm: numbers that the host has anyway."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from whiflash_sglang import arms
+from whiflash_sglang.routing.assign import Costs
+from whiflash_sglang.routing.hinted import REASONS
+from whiflash_sglang.spans.hints import HINT_SOURCES, HintSource
+
+MOST_PENDING = 4096
+"""Observations that wait to be published at most; where nobody publishes, the oldest are dropped."""
+
+
+@dataclass(slots=True)
+class ArmCounts:
+    """Rounds that one arm drafted, or nobody did.
+
+    rounds: each of one request. tokens: committed by them, the bonus token among them. proposed, accepted: drafts.
+    joined, joined_accepted: those of them that another arm put behind the arm's own.
+    """
+
+    rounds: int = 0
+    tokens: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    joined: int = 0
+    joined_accepted: int = 0
+
+    def add(self, tokens: int, proposed: int, own: int) -> None:
+        """A round committed `tokens`, of `proposed` drafts, of which `own` were the arm's own."""
+        self.rounds += 1
+        self.tokens += tokens
+        self.proposed += proposed
+        self.accepted += tokens - 1
+        self.joined += proposed - own
+        self.joined_accepted += max(tokens - 1 - own, 0)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Totals since the start, and observations since they were last taken.
+
+    by_arm: every arm's and `none`'s. reasons: rounds of requests by what decided their route. requests: that began, by
+    where their hints came from. timed_seconds: of rounds and the time between them; plain_seconds: what plain decoding
+    would have taken for the tokens of these rounds. round_seconds, acceptance: observations, the latter of each request
+    that ended and each arm that drafted for it, tokens a round.
+    """
+
+    by_arm: dict[str, ArmCounts]
+    reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    requests: dict[HintSource, int] = field(default_factory=lambda: dict.fromkeys(HINT_SOURCES, 0))
+    timed_seconds: float = 0.0
+    plain_seconds: float = 0.0
+    round_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_PENDING))
+    acceptance: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=MOST_PENDING))
+
+    @classmethod
+    def of(cls, drafters: Iterable[str]) -> "Tally":
+        """Of a worker with these arms."""
+        return cls({arm: ArmCounts() for arm in (*drafters, arms.NONE)})
+
+    def committed(
+        self, request: dict[str, ArmCounts], arm: str, reason: str, *, tokens: int, proposed: int, own: int
+    ) -> None:
+        """A round of `arm` committed `tokens` of a request, whose own counts are `request` (`ArmCounts.add`)."""
+        self.by_arm[arm].add(tokens, proposed, own)
+        request.setdefault(arm, ArmCounts()).add(tokens, proposed, own)
+        self.reasons[reason] += 1
+
+    def compare(self, tokens: int, requests: int, seconds: float, costs: Costs) -> None:
+        """A round of `requests` requests and the pause behind it took `seconds`, in which `tokens` were committed."""
+        self.timed_seconds += seconds
+        self.plain_seconds += tokens / requests * costs.verify(requests, requests)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Totals for `GET /whiflash/state`."""
+        return {
+            "by_arm": {arm: asdict(counts) for arm, counts in self.by_arm.items()},
+            "reasons": dict(self.reasons),
+            "hints": dict(self.requests),
+            "timed_seconds": self.timed_seconds,
+            "plain_seconds": self.plain_seconds,
+        }
+
+    def ended(self, request: dict[str, ArmCounts]) -> None:
+        """A request with these counts is gone: it ended, or was retracted."""
+        self.acceptance.extend((arm, counts.tokens / counts.rounds) for arm, counts in request.items())
