@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import SCOPES, Agreement, Calibrations
-from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
+from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of, tenant_of
 from whiflash_sglang.lookup.scopes import LEAD, WHOLE, Scope, blocks_of
 from whiflash_sglang.spans.hints import Block, RequestHints, SpanHint
 
@@ -41,11 +41,11 @@ def test_an_output_is_cut_at_the_markers_with_what_leads_to_each_part() -> None:
     assert cut("abxcdyefzgh", structure=STRUCTURE) == [
         (None, "abx"),
         ("x", "abxcdy"),
-        (None, "abxcdyefz"),
-        ("z", "bxcdyefzgh"),
+        (None, "efz"),
+        ("z", "efzgh"),
     ]
     assert cut("a" * 30 + "xb", structure=STRUCTURE)[1] == ("x", "a" * (LEAD - 1) + "xb")
-    assert cut("xyxy", structure=STRUCTURE)[-1] == ("x", "xyxy"), "nothing is left behind the last marker"
+    assert cut("xyxy", structure=STRUCTURE)[-1] == ("x", "xy"), "nothing is left behind the last marker"
 
 
 def test_without_a_structure_spans_are_the_blocks() -> None:
@@ -84,16 +84,17 @@ def test_a_text_is_cut_alike_however_it_came(text: str, data: st.DataObject) -> 
     assert parts == whole.parts(tokens)
     other = [*tokens, 0] if data.draw(st.booleans()) else [1, *tokens]
     assert rounds.parts(other) == blocks_of(RequestHints(agent="a", structure=STRUCTURE), WORDS).parts(other)  # type: ignore[union-attr]
-    bare = [part[min(LEAD, start) :] for (_, part), start in zip(parts, starts(parts), strict=True)]
-    assert [token for part in bare for token in part] == tokens, "every token is in one block"
+    assert [token for part in bare(parts) for token in part] == tokens, "every token is in one block"
 
 
-def starts(parts: Sequence[tuple[Scope, Sequence[int]]]) -> list[int]:
-    """Where each part begins in the text."""
-    found, at = [], 0
-    for _, part in parts:
-        found.append(at)
-        at += len(part) - min(LEAD, at)
+def bare(parts: Sequence[tuple[Scope, Sequence[int]]]) -> list[Sequence[int]]:
+    """The parts without what leads to them, of which none is in another block."""
+    found: list[Sequence[int]] = []
+    before = 0
+    for scope, part in parts:
+        lead = 0 if scope.block is None else min(LEAD, before)
+        found.append(part[lead:])
+        before = len(found[-1]) if scope.block is None else 0
     return found
 
 
@@ -150,8 +151,8 @@ def test_an_agent_or_a_block_is_forgotten_alone(server: LookupArm) -> None:
 
     def fill() -> None:
         server.forget(None)
-        asked(server, one, "", f"abc{'w' * LEAD}xefgy")
-        asked(server, other, "", f"ijk{'w' * LEAD}xmnoy")
+        asked(server, one, "", "abcxefgy")
+        asked(server, other, "", "ijkxmnoyw")
 
     def known() -> list[str]:
         """Which of the four texts are still there."""
@@ -172,6 +173,50 @@ def test_an_agent_or_a_block_is_forgotten_alone(server: LookupArm) -> None:
         fill()
         server.forget(handle)
         assert known() == left
+
+
+def test_of_a_block_nothing_is_kept_with_what_follows_it(server: LookupArm) -> None:
+    """So that who forgets a block forgets all of it, also where a block stands inside another one."""
+    hints = RequestHints(agent="a", structure=(Block("x", "y"), Block("p", "q")))
+    asked(server, hints, "", "axbcypdefqghxijpklqmny")
+    server.forget(handle_of(tenant(), "a", "x"))
+    assert server.memory is not None
+    left = server.memory._tenants[tenant()]
+    texts = {
+        scope.block: "".join(chr(97 + token) for token in own.young._tokens if token >= 0)
+        for scope, own in left.items()
+    }
+    assert texts == {None: "axpghx", "p": "pdefqklq"}
+
+
+def test_an_output_of_many_blocks_is_remembered_scope_by_scope(
+    server: LookupArm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler's work at a request's end does not grow with how often its markers occur."""
+    calls: list[Scope] = []
+    remember = TenantMemory.remember
+
+    def counted(self: TenantMemory, owner: Tenant, output: Sequence[int], scope: Scope = WHOLE) -> None:
+        calls.append(scope)
+        remember(self, owner, output, scope)
+
+    monkeypatch.setattr(TenantMemory, "remember", counted)
+    asked(server, RequestHints(agent="a", structure=STRUCTURE), "", "axbyc" * 50)
+    assert sorted(calls, key=str) == sorted({Scope("a"), Scope("a", None, "x")}, key=str)
+    assert asked(server, RequestHints(agent="a", structure=STRUCTURE), "x", "b")[:1] == ids("y")
+
+
+@pytest.mark.parametrize("memory_mib", [0, 1])
+def test_who_runs_while_its_scope_is_forgotten_teaches_nobody(memory_mib: int) -> None:
+    server = LookupArm(Lookup(max_width=4, memory_mib=memory_mib), token_bytes=WORDS)
+    text = ids("abcabcabc")
+    server.begin(0, RequestHints(agent="a", structure=STRUCTURE), tenant())
+    server.outlook(0, len(text), lambda start: text[start:])
+    server.forget(handle_of(tenant(), "a"))
+    for token in ids("abcabcabc"):
+        text.append(token)
+        server.outlook(0, len(text), lambda start: text[start:])
+    assert not server._calibrations.of(tenant())._scopes
 
 
 def test_who_runs_while_its_scope_is_forgotten_leaves_nothing(server: LookupArm) -> None:

@@ -23,7 +23,7 @@ from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
-from whiflash_sglang.lookup.scopes import WHOLE, Blocks, blocks_of
+from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
@@ -92,7 +92,7 @@ class LookupArm(Drafter):
             return
         keeps_nothing = hints.lookup == "context"
         self._learns[row] = self._calibrations.fresh() if keeps_nothing else self._calibrations.of(tenant)
-        if hints.lookup == "memory" and tenant is not None and self.memory is not None:
+        if not keeps_nothing and tenant is not None:
             self._tenants[row] = tenant
         if not keeps_nothing and (blocks := blocks_of(hints, self._token_bytes)) is not None:
             self._blocks[row] = blocks
@@ -173,12 +173,13 @@ class LookupArm(Drafter):
         tenant, blocks = self._tenants.get(row), self._blocks.get(row)
         if tenant is None or self.memory is None or not output:
             return
-        for scope, part in [(WHOLE, output)] if blocks is None else blocks.parts(output):
-            self.memory.remember(tenant, part, scope)
+        texts: Mapping[Scope, Sequence[int]] = {WHOLE: output} if blocks is None else blocks.texts(output)
+        for scope, text in texts.items():
+            self.memory.remember(tenant, text, scope)
 
     def forget(self, handle: int | None) -> None:
         """Drop what is known of a tenant, of a scope in it, or of all; requests that run now and may write what is to
-        be forgotten neither read texts nor leave anything.
+        be forgotten neither read texts nor leave or teach anything.
         """
         self._calibrations.forget(handle)
         if self.memory is not None:
@@ -188,6 +189,10 @@ class LookupArm(Drafter):
             agent, names = (None, ()) if blocks is None else (blocks.scope.agent, blocks.names)
             if handle is None or handle in handles_of(owner, agent, names):
                 del self._tenants[row]
+                self._blocks.pop(row, None)
+                learns = self._learns[row] = self._calibrations.fresh()
+                if row in self._copiers:
+                    self._copiers[row].calibration = learns
 
     def release(self, row: int) -> None:
         self._copiers.pop(row, None)

@@ -5,14 +5,17 @@ An agent's answers repeat themselves block by block: its plans resemble its plan
 ones after them, never beyond the tenant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from whiflash_sglang.lookup.index import GAP
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import Markers, MarkerTracker
 
 LEAD = 8
-"""Tokens before a block that are kept with it: what its beginning is found by."""
+"""Tokens before a block that are kept with it at most: what its beginning is found by. None is of another block, so
+that who forgets that one forgets all of it.
+"""
 
 
 class Scope(NamedTuple):
@@ -74,7 +77,7 @@ class Blocks:
                 self._runs.append((now, len(self._written)))
 
     def parts(self, output: Sequence[int]) -> list[tuple[Scope, Sequence[int]]]:
-        """A whole output, cut where blocks begin and end; with each part the few tokens before it.
+        """A whole output, cut where blocks begin and end; with a block the few tokens before it that are in no other.
 
         `output` may be another one than was followed: what a retracted request wrote is not followed again.
         """
@@ -84,11 +87,21 @@ class Blocks:
             written = 0
         self.follow(output[written:])
         ends = [*(start for _, start in self._runs[1:]), len(output)]
-        return [
-            (scope, output[max(start - LEAD, 0) : end])
-            for (scope, start), end in zip(self._runs, ends, strict=True)
-            if end > start
-        ]
+        found: list[tuple[Scope, Sequence[int]]] = []
+        own = 0  # where what is in no other block begins
+        for (scope, start), end in zip(self._runs, ends, strict=True):
+            if end > start:
+                found.append((scope, output[max(start - LEAD, own) : end]))
+            own = start if scope.block is None else end
+        return found
+
+    def texts(self, output: Sequence[int]) -> Mapping[Scope, Sequence[int]]:
+        """`parts` of the same scope put together, with gaps between them: one text for a block that opens often."""
+        found: dict[Scope, list[int]] = {}
+        for scope, part in self.parts(output):
+            text = found.setdefault(scope, [])
+            text.extend((GAP, *part) if text else part)
+        return found
 
 
 def blocks_of(hints: RequestHints, token_bytes: Sequence[bytes]) -> Blocks | None:
