@@ -174,7 +174,8 @@ def test_a_server_of_before_shows_what_it_tells() -> None:
 
 def test_what_a_server_says_is_no_command(recorded: Recorded) -> None:
     hostile = "\x1b]0;owned\x07[red]x"
-    page = shown({"url": "u", "model": hostile, "state": {"policy": hostile}, "now": None, "total": {}})
+    told = {"policy": hostile, "replicas": [{"replica": hostile, "requests": hostile, "tokens": hostile}]}
+    page = shown({"url": "u", "model": hostile, "state": told, "now": None, "total": {}})
     assert "\x1b" not in page
     assert "\x07" not in page
     assert "[red]x" in page

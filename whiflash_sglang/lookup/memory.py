@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import nlargest
+from operator import itemgetter
 from typing import Any
 
 from whiflash_sglang.lookup.index import GAP, SuffixIndex
@@ -176,12 +177,15 @@ class TenantMemory:
 
     def held(self) -> dict[str, dict[str, int]]:
         """Bytes and tokens of the scopes that take most, by name: tenant's digest, agent, query, block, as JSON."""
-        found = [
-            (texts.nbytes, texts.tokens, json.dumps([tenant.hex()[:12], *scope]))
+        found = (
+            (texts.nbytes, tenant, scope, texts)
             for tenant, scopes in self._tenants.items()
             for scope, texts in scopes.items()
-        ]
-        return {name: {"bytes": size, "tokens": tokens} for size, tokens, name in nlargest(SHOWN, found)}
+        )
+        return {
+            json.dumps([tenant.hex()[:12], *scope]): {"bytes": size, "tokens": texts.tokens}
+            for size, tenant, scope, texts in nlargest(SHOWN, found, key=itemgetter(0))
+        }
 
     def _make_room(self, tenant: Tenant, most: int) -> None:
         """For `most` bytes more of a tenant: of its other scopes, then of who was not here for longest."""

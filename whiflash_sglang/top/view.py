@@ -41,7 +41,7 @@ def _server(found: Mapping[str, Any]) -> RenderableType:
     replicas = state.get("replicas") or ()
     if replicas:
         parts = (f"{one['replica']}: {one['requests']} running, {one['tokens']} tokens" for one in replicas)
-        lines.append(Text.assemble(("replicas ", "dim"), " · ".join(parts)))
+        lines.append(Text.assemble(("replicas ", "dim"), printable(" · ".join(parts))))
     return Panel(Group(*lines), title=title, title_align="left")
 
 
