@@ -48,7 +48,7 @@ class Learner:
         tokens = [list(run) for run in kept]
         self.ranks.note(found["starts"], found["widths"], tokens)
         costs = self.controller.costs
-        priced = costs.known and any(lane.recording for lane in plan.lanes)
+        priced = costs.knows_plain and any(lane.recording for lane in plan.lanes)
         prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
         for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
             lane.under_way.pop(0)

@@ -127,8 +127,11 @@ def test_a_band_lies_in_its_lane_where_its_tokens_are(chromium: Browser, page: P
 
 
 SHOWN = """[...document.querySelectorAll('.tip')].filter(e => getComputedStyle(e).clipPath == 'none').map(e => {
-const t = e.getBoundingClientRect(), f = e.closest('.timeline').getBoundingClientRect();
-return [e.innerText, t.left >= f.left - 1 && t.right <= f.right + 1 && t.width > 200 && t.height > 30] })"""
+const c = e.closest('.timeline').querySelector('.chart'); c.scrollIntoView();
+const t = e.getBoundingClientRect(), f = c.getBoundingClientRect();
+const seen = document.elementFromPoint(t.x + t.width / 2, t.y + t.height / 2);
+return [e.innerText, e.contains(seen) && t.top >= f.bottom && t.left >= f.left && t.right <= f.right + 1] })"""
+"""Text of what is told, and whether it is to be seen, below the lanes and as wide as they are."""
 
 
 def test_tab_walks_the_timeline_and_says_why_it_switched(chromium: Browser, page: Path) -> None:

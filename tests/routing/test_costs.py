@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from whiflash_sglang.routing.costs import PRIOR_SHARE, Line, MeasuredCosts, Plane
+from whiflash_sglang.routing.costs import PLAIN_ROUNDS, PRIOR_SHARE, Line, MeasuredCosts, Plane
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.signals import OpenSpan, Signals
@@ -157,3 +157,14 @@ def test_a_requests_own_rounds_count() -> None:
         own.add(6.0, 8.0)
     fresh, known = Signals(5, BOTH, entropy=0.0), Signals(5, BOTH, entropy=0.0, recent={"ar": own})
     assert estimator.expect("ar", known) > estimator.expect("ar", fresh) + 1.5
+
+
+def test_what_plain_decoding_costs_is_told_when_it_was_timed() -> None:
+    costs = MeasuredCosts(lambda arm: 4)
+    for _ in range(100):
+        costs.verified(rows=8, requests=2, seconds=0.02)
+    assert not costs.knows_plain
+    for _ in range(PLAIN_ROUNDS):
+        assert not costs.knows_plain
+        costs.verified(rows=2, requests=2, seconds=0.01)
+    assert costs.knows_plain

@@ -22,6 +22,9 @@ DRAFTS_MEMORY = 32.0
 RATE_ROUNDS = 32
 """Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
 
+PLAIN_ROUNDS = 8
+"""Rounds without drafts that were timed before anybody is told what plain decoding would cost."""
+
 STIFFNESS = 10.0
 """How much data a prior slope counts for: rounds times the spread of what they differ in."""
 
@@ -167,6 +170,7 @@ class MeasuredCosts:
         self._drafts: dict[str, Mean] = {}
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
         self._rate = self._gap = 0.0
+        self._plain_rounds = 0
 
     def drafted(self, arm: str, requests: int, *, passes: int, seconds: float, catch_up: float) -> None:
         """`arm` drafted for `requests` requests in `passes` passes of its model, after catching up."""
@@ -192,6 +196,7 @@ class MeasuredCosts:
 
     def verified(self, rows: int, requests: int, seconds: float) -> None:
         """The rest of a round that verified `rows` rows of `requests` requests took `seconds`."""
+        self._plain_rounds += rows == requests
         self._verify.add(rows - requests, requests, max(seconds, SHORTEST))
 
     def committed(self, tokens: int, seconds: float, gap: float = 0.0) -> None:
@@ -204,9 +209,9 @@ class MeasuredCosts:
         self._gap = gaps / len(self._recent)
 
     @property
-    def known(self) -> bool:
-        """Whether a round was timed: before, prices are guesses."""
-        return bool(self._recent)
+    def knows_plain(self) -> bool:
+        """Whether rounds without drafts were timed: before, what they cost rests on guesses about drafts."""
+        return self._plain_rounds >= PLAIN_ROUNDS
 
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring. Full length until a rate was measured."""

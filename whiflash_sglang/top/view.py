@@ -34,9 +34,9 @@ def _server(found: Mapping[str, Any]) -> RenderableType:
         )
     state, now, total = found["state"], found["now"] or {}, found["total"]
     title = f"[bold]{_plain(found['model'])}[/] {_plain(found['url'])}"
-    lines = [_headline(state, now, total)]
+    lines: list[RenderableType] = [_headline(state, now, total)]
     if "arms" in total:
-        lines.append(_arms(state, now, total))
+        lines += ["", _arms(state, now, total), ""]
     lines += [Text.assemble((f"{name:<8} ", "dim"), printable(words)) for name, words in _facts(state, total)]
     replicas = state.get("replicas") or ()
     if replicas:
@@ -46,26 +46,26 @@ def _server(found: Mapping[str, Any]) -> RenderableType:
 
 
 def _headline(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]) -> RenderableType:
-    table = Table(box=None, padding=(0, 2), show_header=True, header_style="dim")
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     cells = {
         "policy": str(state.get("policy", "")),
         "running": str(state.get("requests", "")),
-        "tokens/s": _both(now, total, "tokens_per_second", "{:.1f}"),
-        "tokens/round": _both(now, total, "acceptance_length", "{:.2f}"),
+        "tokens a second": _both(now, total, "tokens_per_second", "{:.1f}"),
+        "tokens a round": _both(now, total, "acceptance_length", "{:.2f}"),
         "gain": _both(now, total, "gain", "{:.2f}×"),
-        "switches/s": _both(now, total, "switches_per_second", "{:.1f}"),
+        "switches a second": _both(now, total, "switches_per_second", "{:.1f}"),
         "tokens": f"{state.get('tokens', 0):,}",
     }
     for name in cells:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     table.add_row(*map(_plain, cells.values()))
     return table
 
 
 def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]) -> RenderableType:
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for name in ("drafter", "share", "", "tokens/round", "drafts accepted", "a draft costs"):
-        table.add_column(name, justify="left" if name in ("drafter", "") else "right", no_wrap=True)
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for name in ("drafter", "share", "", "tokens a round", "drafts accepted", "a draft costs"):
+        table.add_column(name, justify="left" if name in ("drafter", "") else "right")
     lately, drafts = now.get("arms") or {}, (state.get("costs") or {}).get("draft") or {}
     for arm, always in sorted(total["arms"].items(), key=lambda entry: -(entry[1]["share"] or 0)):
         recent = lately.get(arm) or {}
