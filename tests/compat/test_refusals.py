@@ -43,7 +43,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     },
     "multimodal": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **MULTIMODAL},
     "encoder": {"architectures": ["LlamaForSequenceClassification"]},
-    "packed_head": {"quantization_config": PACKED},
 }
 """By row: what differs from a Llama."""
 
@@ -109,9 +108,8 @@ def test_what_is_fine_is_taken(taken: Launch) -> None:
 def test_targets(taken: Launch, tmp_path: Path, row: str) -> None:
     model = target(tmp_path / row, **TARGETS[row])
     found = sentence(replace(taken, model=model))
-    assert found == next(r for r in REFUSALS if r.name == row).sentence.format(
-        "compressed-tensors" if row == "packed_head" else model.hf_config.architectures[0]
-    )
+    refusal = next(r for r in REFUSALS if r.name == row)
+    assert found == refusal.sentence.format(model.hf_config.architectures[0])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,11 @@ def test_a_window_that_no_layer_has_stops_nothing(taken: Launch, tmp_path: Path)
 
 def test_a_gguf_target(taken: Launch, llama: ModelConfig) -> None:
     model = SimpleNamespace(**vars(llama) | {"quantization": "gguf"})
-    assert "quantised (gguf)" in sentence(replace(taken, model=model))
+    assert "the target is a gguf file" in sentence(replace(taken, model=model))
+
+
+def test_a_quantised_head_is_taken(taken: Launch, tmp_path: Path) -> None:
+    assert refusal_of(replace(taken, model=target(tmp_path / "model", quantization_config=PACKED))) is None
 
 
 def test_windows_are_verified_on_the_cpu_alone(taken: Launch, tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
 
 
 def test_every_row_has_its_case() -> None:
-    assert {r.name for r in REFUSALS} == {"windows", *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
+    assert {r.name for r in REFUSALS} == {"windows", "one_file", *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
 
 
 def test_deterministic_inference_stays_on_the_cpu(taken: Launch) -> None:

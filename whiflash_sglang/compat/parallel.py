@@ -4,12 +4,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+from sglang.srt.layers.logits_processor import should_apply_lm_head_quant_method
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
 
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.models.choice import Shard
+from whiflash_sglang.models.choice import Projection, Shard
 from whiflash_sglang.models.vocabulary import SharedVocabulary
 from whiflash_sglang.ranks import DivergedError, Message, Ranks
 
@@ -37,20 +38,40 @@ def ranks_of_model() -> Ranks:
 
 
 def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
-    """The target's embedding and head where they are split; None in one process.
+    """The target's embedding and head where they are split or quantised; None where they are plain matrices.
 
     Args:
         model: SGLang's. size: tokens of its vocabulary.
     """
-    group = get_parallel().tp_group
-    if group.world_size == 1:
+    split = get_parallel().tp_group.world_size > 1
+    embedding, head = input_embedding(model), model.lm_head
+    if not (split or is_quantised(embedding) or is_quantised(head)):
         return None
-    head = model.lm_head
     shard = None
     if head.tp_size > 1:
         begin, end = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
-        shard = Shard(torch.arange(begin, end, device=head.weight.device), _gather)
-    return SharedVocabulary(size, input_embedding(model), shard)
+        shard = Shard(torch.arange(begin, end, device=next(head.parameters()).device), _gather)
+    return SharedVocabulary(
+        size,
+        embedding if split or is_quantised(embedding) else None,
+        shard,
+        _projection(head, rows_here(head, size)) if is_quantised(head) else None,
+    )
+
+
+def is_quantised(module: Any) -> bool:
+    """Whether an embedding or a head is read by its quantisation's method, as SGLang decides it for heads."""
+    return not hasattr(module, "weight") or should_apply_lm_head_quant_method(module, module.quant_method)
+
+
+def _projection(head: Any, rows: int) -> Projection:
+    """A quantised head as SGLang's logits processor applies it, without the rows of its padding."""
+
+    def project(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = head.quant_method.apply(head, hidden)
+        return logits[:, :rows]
+
+    return Projection(rows, project)
 
 
 def input_embedding(model: Any) -> Any:

@@ -88,17 +88,10 @@ def _has_chunks(launch: Launch) -> bool:
     return bool(launch.model.is_local_attention_model or "chunked_attention" in kinds)
 
 
-def _packed_head(launch: Launch) -> str | None:
-    """How the input embedding or the output projection is quantised; drafters read both as plain matrices."""
+def _one_file(launch: Launch) -> str | None:
+    """The format of a checkpoint that is one file of packed weights."""
     method = launch.model.quantization
-    if method in ("gguf", "expert_pack"):
-        return str(method)
-    config = getattr(launch.model.hf_config, "quantization_config", None) or {}
-    config = config if isinstance(config, dict) else config.to_dict()
-    named = [t for group in (config.get("config_groups") or {}).values() for t in group.get("targets") or ()]
-    if config.get("lm_head") or any("lm_head" in target for target in named):
-        return str(config.get("quant_method") or method)
-    return None
+    return str(method) if method in ("gguf", "expert_pack") else None
 
 
 _FOREIGN: dict[str, Any] = {
@@ -242,10 +235,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "{} does not decode token by token from a prompt alone; serve it without WHIFLASH",
     ),
     Refusal(
-        "packed_head",
-        _packed_head,
-        "the target's embedding or output head is quantised ({}), and drafters read both; use a checkpoint that leaves "
-        "them in 16 or 32 bits",
+        "one_file",
+        _one_file,
+        "the target is a {} file, whose kernels SGLang has on accelerators alone, where WHIFLASH has not run; use a "
+        "checkpoint in safetensors",
     ),
     # who serves it
     Refusal(

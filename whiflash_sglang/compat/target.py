@@ -15,7 +15,7 @@ from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints import TargetShape
 from whiflash_sglang.compat import graphs
-from whiflash_sglang.compat.parallel import input_embedding, rows_here, shared_vocabulary
+from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.vocabulary import SharedVocabulary
 
@@ -52,32 +52,37 @@ class Target:
 
     @property
     def shared(self) -> SharedVocabulary | None:
-        """The vocabulary where several processes have parts of it; None in one."""
+        """The vocabulary where several processes have parts of it, or it is quantised; else None."""
         return shared_vocabulary(self.model, self.shape.vocab_size)
 
     @property
     def embedding(self) -> torch.Tensor:
-        """[V, H] input embedding, without padding rows; those of this process where it is `shared`."""
+        """[V, H] input embedding, without padding rows; those of this process where it is split, none if quantised."""
         return self._matrix("input embedding", input_embedding(self.model))
 
     @property
     def embedding_scale(self) -> float:
         """What rows of `embedding` are multiplied by before the first layer; what is `shared` is multiplied already."""
-        return 1.0 if self.shared else float(getattr(input_embedding(self.model), "embed_scale", 1.0))
+        if self.shared and self.shared.embed:
+            return 1.0
+        return float(getattr(input_embedding(self.model), "embed_scale", 1.0))
 
     @property
     def lm_head(self) -> torch.Tensor:
-        """[V, H] output projection, without padding rows; those of this process where it is `shared`."""
+        """[V, H] output projection, as `embedding`."""
         return self._matrix("output head", self.model.lm_head)
 
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
-        """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix."""
-        weight: torch.Tensor | None = getattr(module, "weight", None)
-        plain = weight is not None and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if weight is None or not plain or weight.shape[1] != self.shape.hidden_size:
+        """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though
+        SGLang has no quantisation for it."""
+        hidden_size = self.shape.hidden_size
+        if is_quantised(module):
+            return torch.empty(0, hidden_size, dtype=self.dtype, device=self.device)
+        weight: torch.Tensor = module.weight
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.shape[1] != hidden_size:
             raise CheckpointError(
-                f"the target's {what} is quantised, and drafters read it as it is; use a checkpoint that leaves it in "
-                "16 or 32 bits"
+                f"the target's {what} is {weight.dtype} {list(weight.shape)}, no matrix of 16 or 32 bits over "
+                f"{hidden_size}; use another checkpoint"
             )
         return weight[: rows_here(module, self.shape.vocab_size)]
 

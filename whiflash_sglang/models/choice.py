@@ -55,21 +55,42 @@ def _candidates(logits: Tensor, rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """A head that is no plain matrix: the target's own, quantised.
+
+    rows: that it has here. project: [N, H] → [N, rows], by the target's own quantisation.
+    """
+
+    rows: int
+    project: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, rows: Tensor) -> "Projection":
+        """Some of its rows [K'] int64; the others are computed all the same."""
+        return Projection(len(rows), lambda hidden: self.project(hidden)[:, rows])
+
+
+@dataclass(frozen=True, slots=True)
 class DraftHead:
     """Logits over what a drafter chooses from.
 
-    weight: [K, H]. ids: [K] int64, the target's id of each row; None: the rows are the target's vocabulary. matrix:
-    [K, R], a second one over the same rows, of drafters whose tokens depend on one another. shard: where other
-    processes have the other rows; then `weight` and `matrix` have those of this process, and `ids` all.
+    weight: [K, H], or a `Projection` of as many rows. ids: [K] int64, the target's id of each row; None: the rows are
+    the target's vocabulary. matrix: [K, R], a second one over the same rows, of drafters whose tokens depend on one
+    another. shard: where other processes have the other rows; then `weight` and `matrix` have those of this process,
+    and `ids` all.
     """
 
-    weight: Tensor
+    weight: Tensor | Projection
     ids: Tensor | None
     matrix: Tensor | None = None
     shard: Shard | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., K], of this process's rows."""
+        if isinstance(self.weight, Projection):
+            return self.weight.project(hidden.flatten(0, -2)).view(*hidden.shape[:-1], len(self.weight))
         return F.linear(hidden, self.weight)
 
     def second(self, latent: Tensor) -> Tensor:

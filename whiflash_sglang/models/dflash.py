@@ -28,7 +28,7 @@ from whiflash_sglang.models.dflash_config import ALIASES, ARCHITECTURE, DFlashCo
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import Attend, Attention, GemmaRMSNorm, RMSNorm, SwiGLU
 from whiflash_sglang.models.rope import Angles, Rotary, half_split, rotary_width, rotate
-from whiflash_sglang.models.vocabulary import SharedVocabulary
+from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
 _NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Tensor names of other exporters."""
@@ -99,7 +99,7 @@ class DFlashDrafter(nn.Module):
     own_ids: Tensor | None
     mask_embedding: Tensor | None
     shared: SharedVocabulary | None = None
-    """Of the target, where other processes have parts of it; then the two matrices hold this process's rows."""
+    """Of the target, where its vocabulary is split or quantised: the two matrices hold this process's rows, or none."""
 
     def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
         """Untrained."""
@@ -143,7 +143,7 @@ class DFlashDrafter(nn.Module):
         """What it chooses from: a head of its own, over the target ids that it drafts, or the target's."""
         if self.own_head is not None:
             return DraftHead(self.own_head, self.own_ids)
-        return DraftHead(self.target_lm_head, None, shard=self.shared.shard if self.shared else None)
+        return borrowed_head(self.target_lm_head, self.shared)
 
     def fuse(self, features: Tensor) -> Tensor:
         """`features` [T, len(target_layer_ids) · H] → the context feature [T, H] that all layers share."""
@@ -165,7 +165,10 @@ class DFlashDrafter(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Blocks: bonus and mask ids [T] int64 at `positions` [T] → final-normed states [T, H]."""
-        hidden = self.shared.embed(tokens) if self.shared else F.embedding(tokens, self.target_embedding)
+        if self.shared is not None and self.shared.embed is not None:
+            hidden = self.shared.embed(tokens)
+        else:
+            hidden = F.embedding(tokens, self.target_embedding)
         if self.mask_embedding is not None:
             hidden = torch.where((tokens == self.mask_token_id)[:, None], self.mask_embedding, hidden)
         if self.embedding_scale != 1.0:

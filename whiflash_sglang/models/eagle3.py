@@ -6,6 +6,7 @@ draft step feeds back the layer's own state before the final norm. Numerics foll
 `sglang/srt/models/llama_eagle3.py` of SGLang 0.5.23.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,12 @@ from whiflash_sglang.models.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from whiflash_sglang.models.choice import Choice, choose
+from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse, parse_deepspec
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
 from whiflash_sglang.models.rope import Rotary
-from whiflash_sglang.models.vocabulary import SharedVocabulary
+from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
 _NAMES = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in enumerate(("low", "mid", "high"))}
 """Tensor names of earlier files."""
@@ -68,7 +69,7 @@ class Eagle3Drafter(nn.Module):
     target_lm_head: Tensor
     d2t: Tensor | None
     shared: SharedVocabulary | None = None
-    """Of the target, where other processes have parts of it; then the two matrices hold this process's rows."""
+    """Of the target, where its vocabulary is split or quantised: the two matrices hold this process's rows, or none."""
 
     def __init__(
         self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
@@ -151,15 +152,21 @@ class Eagle3Drafter(nn.Module):
         normed = self.norm(residual)
         return DraftStep(normed if self.config.norm_output else residual, normed)
 
+    @property
+    def head(self) -> DraftHead:
+        """What it chooses from: a head of its own, or the target's."""
+        if self.lm_head is None:
+            return borrowed_head(self.target_lm_head, self.shared)
+        return DraftHead(self.lm_head.weight, None)
+
     def logits(self, logits_hidden: Tensor) -> Tensor:
-        """[T, H] → [T, draft_vocab]."""
-        head: Tensor = self.target_lm_head if self.lm_head is None else self.lm_head.weight
-        return F.linear(logits_hidden, head)
+        """[T, H] → [T, draft_vocab], this process's part of it."""
+        return self.head.logits(logits_hidden)
 
     def choose(self, logits_hidden: Tensor) -> Choice:
         """[T, H] → the first choice for each: the target's id, and how sure the drafter is of it."""
-        shard = self.shared.shard if self.shared and self.lm_head is None else None
-        choice = choose(self.logits(logits_hidden), shard)
+        head = self.head
+        choice = head.choose(head.logits(logits_hidden))
         return Choice(self.target_ids(choice.token), choice.confidence)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
@@ -169,13 +176,16 @@ class Eagle3Drafter(nn.Module):
     @property
     def embeds_alone(self) -> bool:
         """Whether this process has the whole matrix that it embeds with."""
-        return self.shared is None or self.config.brings_embedding
+        return self._shared_embedding is None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [T] int64 → [T, H]."""
-        if self.shared is None or self.config.brings_embedding:
-            return F.embedding(tokens, self.target_embedding)
-        return self.shared.embed(tokens)
+        shared = self._shared_embedding
+        return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
+
+    @property
+    def _shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self.shared is None or self.config.brings_embedding else self.shared.embed
 
     def _first_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         layer: Any = self.layers[0]

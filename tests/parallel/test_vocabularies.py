@@ -1,0 +1,48 @@
+"""Drafters borrow the target's embedding and head as the target reads them: quantised or tied, on one rank or two."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_at_work import on_ranks
+from reference import Comparison, ReferenceTarget
+from tensor_parallel import Checkpoints
+from traffic import mixed
+from vocabularies import TOKENS, find, states, stepped, tied, without_head
+
+from whiflash_sglang.models.choice import choose
+
+ARRIVALS = mixed(seed=4, count=8, tokens=14)
+
+
+def greedy(reference: ReferenceTarget, prompt: tuple[int, ...], count: int) -> list[int]:
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(reference.next_logits(text).argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize(("made", "size"), [(stepped, 1), (stepped, 2), (tied, 2)])
+def test_the_targets_own_embedding_and_head(
+    checkpoints: Checkpoints, tmp_path: Path, made: Callable[[Path, Path], Path], size: int
+) -> None:
+    target = made(checkpoints.target, tmp_path / "target")
+    eagle3 = without_head(checkpoints.eagle3, tmp_path / "eagle3")
+    borrowing = Checkpoints(target, eagle3, checkpoints.dflash)
+    first, *others = on_ranks(size, partial(find, borrowing, ARRIVALS, size))
+
+    reference = ReferenceTarget(target.with_suffix(".plain") if made is stepped else target)
+    comparison = Comparison(reference)
+    for a in ARRIVALS:
+        expected = greedy(reference, a.prompt, a.params["max_new_tokens"])
+        comparison.check(a.prompt, expected, first.outputs[a.rid], a.rid)
+    print(comparison.summary())
+    assert first.accepted
+    torch.testing.assert_close(first.embedded, reference.model.embedding[TOKENS])
+    expected_choice = choose(states() @ reference.model.head.T)
+    for choice in first.choices.values():
+        assert choice.token.tolist() == expected_choice.token.tolist()
+        torch.testing.assert_close(choice.confidence, expected_choice.confidence)
+    assert all(other.outputs == first.outputs for other in others)
