@@ -1,8 +1,10 @@
-"""The state of a server of several replicas."""
+"""The state of a server of several replicas, and what is said of one that is missing."""
 
 from typing import Any
 
-from whiflash_sglang.replicas import together
+import pytest
+
+from whiflash_sglang.replicas import Ended, ReplicaDiedError, SilentReplicaError, together
 
 
 def state(replica: int | None, rounds: int) -> dict[str, Any]:
@@ -34,3 +36,28 @@ def test_replicas_are_told_apart_and_added_up() -> None:
     assert found["costs"] == {"verify": 0.035, "draft": {"ar": 0.5}}
     assert [(own["replica"], own["rounds"]) for own in found["replicas"]] == [(0, 3), (1, 4)]
     assert "replica" not in found
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        ([Ended(1, 4711, -9)], "replica 1 (process 4711) was ended by SIGKILL (the server has 2)"),
+        ([Ended(0, 4711, -99)], "replica 0 (process 4711) was ended by signal 99 (the server has 2)"),
+        ([Ended(None, 4711, 3)], "a replica (process 4711) has ended with exit code 3 (the server has 2)"),
+        ([], "a replica has failed; its own error stands above (the server has 2)"),
+    ],
+)
+def test_a_dead_replica_is_named(ended: list[Ended], said: str) -> None:
+    assert str(ReplicaDiedError(ended, 2)) == said
+
+
+@pytest.mark.parametrize(
+    ("heard", "size", "said"),
+    [
+        ({0}, 2, "replica 1 of 2 has not answered in 2.5 s"),
+        ({1}, 4, "replicas 0, 2, 3 of 4 have not answered in 2.5 s"),
+        ((), 1, "the scheduler has not answered in 2.5 s"),
+    ],
+)
+def test_a_silent_replica_is_named(heard: set[int], size: int, said: str) -> None:
+    assert str(SilentReplicaError(heard, size, 2.5)) == said

@@ -1,7 +1,59 @@
-"""The states of a server's replicas as one. Imports no SGLang."""
+"""The replicas of a server: their states as one, and which of them is missing. Imports no SGLang."""
 
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from whiflash_sglang.errors import WhiflashError
+
+
+class SilentReplicaError(WhiflashError):
+    """A replica has not answered.
+
+    Args:
+        heard: numbers of those that have. size: replicas of the server. seconds: that it was waited.
+    """
+
+    def __init__(self, heard: Collection[int], size: int, seconds: float) -> None:
+        silent = [number for number in range(size) if number not in heard]
+        who = "the scheduler has"
+        if size > 1:
+            names = ", ".join(map(str, silent))
+            who = f"replica {names} of {size} has" if len(silent) == 1 else f"replicas {names} of {size} have"
+        super().__init__(f"{who} not answered in {seconds:g} s")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process of a replica that is no more. replica: its number where it is known. code: of its exit, -N after
+    signal N."""
+
+    replica: int | None
+    pid: int
+    code: int
+
+    def __str__(self) -> str:
+        number = "a replica" if self.replica is None else f"replica {self.replica}"
+        if self.code >= 0:
+            return f"{number} (process {self.pid}) has ended with exit code {self.code}"
+        try:
+            by = signal.Signals(-self.code).name
+        except ValueError:
+            by = f"signal {-self.code}"
+        return f"{number} (process {self.pid}) was ended by {by}"
+
+
+class ReplicaDiedError(WhiflashError):
+    """What some replicas were given will never be answered.
+
+    Args:
+        ended: their processes; none where one has told of an error of its own and not ended yet. size: replicas.
+    """
+
+    def __init__(self, ended: Sequence[Ended], size: int) -> None:
+        what = "; ".join(map(str, ended)) or "a replica has failed; its own error stands above"
+        super().__init__(f"{what} (the server has {size})")
 
 
 def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

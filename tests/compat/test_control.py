@@ -146,6 +146,7 @@ def test_only_who_asks_for_it_is_told_our_state(monkeypatch: pytest.MonkeyPatch)
         SimpleNamespace(spec_algorithm=algorithm, draft_worker=Worker()), False
     )
     assert controller.get_internal_state(control.GetInternalStateReq()).internal_state == {}
-    assert controller.get_internal_state(control.state_request()).internal_state == {
-        control.KEY: {"rounds": 1, "replica": 1}
+    question = control.state_request()
+    assert controller.get_internal_state(question).internal_state == {
+        control.KEY: {"rounds": 1, "replica": 1, "question": question.rid}
     }

@@ -12,6 +12,7 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from whiflash_sglang.compat import http
 from whiflash_sglang.config import Flags, embedded_bundle, resolve
 from whiflash_sglang.lookup.forget import parse_forget
+from whiflash_sglang.replicas import SilentReplicaError
 
 KEYS = {"none": None, "user": "the-user", "admin": "the-admin", "wrong": "guess"}
 SERVERS = {
@@ -57,8 +58,14 @@ class Manager:
 
     async def get_internal_state_communicator(self, request: Any) -> list[Any]:
         held = {SCOPE: {"bytes": 9, "tokens": 1}}
-        state = {"rounds": 1, "replica": None, "lookup": {"scopes": held}}
-        return [SimpleNamespace(internal_state={"whiflash": state})]
+        state = {
+            "rounds": 1,
+            "replica": None,
+            "question": request.rid,
+            "costs": {},
+            "lookup": {"scopes": held},
+        }
+        return [SimpleNamespace(rid="0", internal_state={"whiflash": state})]
 
     async def get_internal_state(self) -> list[Any]:
         return [{"whiflash": {"rounds": 1}}]
@@ -203,3 +210,22 @@ def test_what_a_scheduler_refuses_is_no_done(manager: Manager, caplog: pytest.Lo
     manager.set_internal_state = refuse  # type: ignore[method-assign]
     client_of(manager, "open").post("/whiflash/policy", json={"router": "none"})
     assert told(caplog) == ['control: policy {"router": "none"}, from testclient: refused with 400']
+
+
+def test_nothing_is_changed_where_a_replica_is_silent(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "states_of", _nobody_answers)
+    client = client_of(manager, "open")
+    for method, path in FOR:
+        answer = client.request(method, path, json=BODIES.get(path), params={"timeout": 3})
+        if path != "/whiflash/capabilities":
+            assert answer.status_code == 504
+            assert "replica 1 of 2 has not answered in " in answer.json()["error"]["message"]
+    assert not manager.sent
+    for wrong in ("0", "-1", "nan", "inf", "soon"):
+        assert client.get("/whiflash/state", params={"timeout": wrong}).status_code == 422
+
+
+async def _nobody_answers(manager: Manager, seconds: float) -> None:
+    raise SilentReplicaError({0}, 2, seconds or 300)

@@ -1,29 +1,20 @@
-"""Two replicas of one server, and two servers behind SGLang's own router: controls reach all, text is right."""
+"""Two replicas of one server: controls reach both, text is right, and one that does not answer or dies is named."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from openai import APIError, OpenAI
 from patience import wait_until
 from scrape import scraped, total, values
-from server_host import Server, ServerHost, answers
-from tensor_parallel import BIND, Checkpoints
+from server_host import Server, ServerHost
+from tensor_parallel import BIND, ENDS_AT_ONCE, Checkpoints
 
-from whiflash_sglang.server import free_port
+from whiflash_sglang.server import runs
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
-
-LONG = 150
-"""Tokens of an answer in whose middle a server can be killed."""
-TRACED = {"whiflash": '{"trace":"summary"}'}
 
 
 def arguments(checkpoints: Checkpoints, router: str) -> list[str]:
@@ -51,9 +42,19 @@ def texts(server: Server) -> list[list[int]]:
     return [answer["output_ids"] for answer in server.generate_all(bodies(8), concurrency=8)]
 
 
+def replica_of(server: Server, number: int) -> psutil.Process:
+    """The scheduler's process of a replica."""
+    [found] = [
+        child
+        for child in psutil.Process(server.pid).children(recursive=True)
+        if f"_DP{number}" in " ".join(child.cmdline())
+    ]
+    return found
+
+
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
     flags = ("--dp-size", "2", "--enable-metrics")
-    with host.running(*arguments(checkpoints, "none"), *flags, env=BIND) as server:
+    with host.running(*arguments(checkpoints, "none"), *flags, env={**BIND, **ENDS_AT_ONCE}) as server:
         plain = texts(server)
         assert all(own["rounds"] for own in server.get("/whiflash/state")["replicas"])
         for router in ("random", "lookup"):
@@ -74,92 +75,38 @@ def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
         state = server.post("/whiflash/forget", {"all": True})
         assert [own["lookup"]["tenants"] for own in state["replicas"]] == [0, 0]
         assert server.get("/whiflash/capabilities")["policy"] == "lookup"
+        a_replica_that_stands_still_is_named(server)
+        a_replica_that_is_killed_is_named(server)
 
 
-@pytest.fixture
-def routed(host: ServerHost, checkpoints: Checkpoints) -> Iterator[tuple[str, list[Server]]]:
-    """The router's address and its two servers."""
-    pytest.importorskip("sglang_router")
-    with ThreadPoolExecutor(2) as pool:
-        servers = list(
-            pool.map(lambda router: host.start(*arguments(checkpoints, router)), ("random", "auto"))
+def a_replica_that_stands_still_is_named(server: Server) -> None:
+    stopped = replica_of(server, 1)
+    stopped.suspend()
+    answer = httpx.get(server.url + "/whiflash/state", params={"timeout": 1}, timeout=None)
+    assert answer.status_code == 504
+    assert "1 of 2 ha" in answer.json()["error"]["message"]
+    stopped.resume()
+    assert [own["replica"] for own in server.get("/whiflash/state")["replicas"]] == [0, 1]
+
+
+def a_replica_that_is_killed_is_named(server: Server) -> None:
+    """The server ends, and with it whatever waits: nobody is left without an answer or an error."""
+    killed = replica_of(server, 1)
+    bodies = [{"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 1900}}] * 2
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(server.generate, **body) for body in bodies]
+        wait_until(
+            lambda: (
+                any(answer.done() for answer in answers)
+                or all(own["requests"] for own in server.get("/whiflash/state")["replicas"])
+            )
         )
-    port, metrics = free_port(), free_port()
-    router = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"),
-            *("--port", str(port), "--prometheus-port", str(metrics), "--policy", "cache_aware"),
-            *("--worker-urls", *(server.url for server in servers)),
-        ]
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: router.poll() is not None or serves_both(url))
-        assert router.poll() is None
-        yield url, servers
-    finally:
-        router.kill()
-        router.wait()
-        for server in servers:
-            server.stop()
-
-
-def serves_both(url: str) -> bool:
-    if not answers(url + "/health"):
-        return False
-    listed = httpx.get(url + "/workers", timeout=None).json()["workers"]
-    return sum(bool(worker["is_healthy"]) for worker in listed) == 2
-
-
-def asked(client: OpenAI, messages: Sequence[dict[str, str]], tokens: int = 24) -> Any:
-    return client.chat.completions.create(
-        model="any",
-        messages=messages,  # type: ignore[arg-type]
-        max_tokens=tokens,
-        temperature=0,
-        extra_body={"ignore_eos": True, "cache_salt": "tenant", "custom_params": TRACED},
-    )
-
-
-def traced(answer: Any) -> bool:
-    return "whiflash" in (answer.model_extra or {}).get("sglext", {})
-
-
-def test_conversations_behind_the_router(routed: tuple[str, list[Server]]) -> None:
-    """Each stays where its prefix is cached; when a server is killed nobody gets wrong text."""
-    url, servers = routed
-    client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=None)
-    rng = random.Random(1)
-    conversations = [
-        [{"role": "user", "content": "".join(rng.choices("abcdefgh ", k=120))}] for _ in range(4)
-    ]
-    for turn in range(3):
-        for messages in conversations:
-            answer = asked(client, messages)
-            assert not traced(answer), "the router hands hints on now: say so in docs/how-to/scaling-out.md"
-            cached = answer.usage.prompt_tokens_details
-            # All but the newest answer and question was there, were it on the same server.
-            assert turn == 0 or cached.cached_tokens >= 100
-            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
-            messages.append({"role": "user", "content": f"and {turn}?"})
-    states = [server.get("/whiflash/state") for server in servers]
-    assert all(state["rounds"] for state in states)
-    assert not any(state["lookup"]["tenants"] for state in states), "the router hands salts on now: say so"
-
-    direct = OpenAI(base_url=servers[0].url + "/v1", api_key="none", max_retries=0, timeout=None)
-    answered = [asked(direct, messages, LONG) for messages in conversations]
-    assert all(map(traced, answered))
-    assert servers[0].get("/whiflash/state")["lookup"]["tenants"] == 1
-    expected = [answer.choices[0].message.content for answer in answered]
-    with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(asked, client, messages, LONG) for messages in conversations]
-        wait_until(lambda: servers[1].get("/whiflash/state")["requests"] or all(w.done() for w in waiting))
-        os.killpg(servers[1].pid, signal.SIGKILL)
-        servers[1].stop()
-        for future, right in zip(waiting, expected, strict=True):
-            try:
-                assert future.result().choices[0].message.content == right
-            except APIError as error:
-                print("the client was told:", error)
-    # The router goes on with the server that is left.
-    assert asked(client, conversations[0], LONG).choices[0].message.content == expected[0]
+        assert not any(answer.done() for answer in answers)
+        killed.kill()
+        state = pool.submit(server.get, "/whiflash/state")
+        wait_until(lambda: not runs(server.pid))
+        for waiting in (*answers, state):
+            with pytest.raises(httpx.TransportError):
+                waiting.result()
+    log = server.log.read_text(errors="replace")
+    assert f"replica 1 (process {killed.pid}) was ended by SIGKILL (the server has 2)" in log

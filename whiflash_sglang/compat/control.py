@@ -1,5 +1,7 @@
 """Reading the worker's state and changing its policy while it serves, over SGLang's internal-state messages."""
 
+import asyncio
+import itertools
 from functools import wraps
 from typing import Any, get_args
 
@@ -13,12 +15,16 @@ from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import HANDLES
+from whiflash_sglang.replicas import SilentReplicaError
 
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"
 EVERYBODY = -1
 """In place of a handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
+
+_questions = itertools.count()
+"""Answers carry their question's number: one that comes too late is not taken for another's."""
 
 
 def install() -> None:
@@ -27,22 +33,50 @@ def install() -> None:
     replace(SchedulerInternalStateController, "_update_handlers", _updating)
 
 
+async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
+    """Our state of every replica of a server.
+
+    Args:
+        manager: SGLang's tokenizer manager. seconds: to wait for them.
+
+    Raises:
+        SilentReplicaError: at least one has not answered by then.
+    """
+    manager.auto_create_handle_loop()
+    ask = manager.get_internal_state_communicator
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                request = state_request()
+                answers = await ask(request)
+                states = [answer.internal_state.get(KEY, {}) for answer in answers]
+                if all(state.pop("question", None) == request.rid for state in states):
+                    return states
+    except TimeoutError:
+        # One question is asked at a time: these are the answers to it, which may be another's, SGLang's own too.
+        heard = [int(answer.rid) for answer in ask._result_values or ()]
+        raise SilentReplicaError(heard, ask._fan_out, seconds) from None
+
+
 def state_request() -> GetInternalStateReq:
     """Asks a scheduler for our state too.
 
     SGLang's own request, which anybody's `GET /server_info` sends, is not told it: from one reading to the next it
     tells what was accepted of the requests that run.
     """
-    return GetInternalStateReq(rid=KEY)
+    return GetInternalStateReq(rid=f"{KEY}.{next(_questions)}")
 
 
 def reporting(original: Any) -> Any:
     @wraps(original)
     def get(self: Any, request: Any) -> Any:
         answer = original(self, request)
-        if request.rid == KEY and is_ours(self.scheduler):
-            own = self.scheduler.draft_worker.snapshot()
-            answer.internal_state[KEY] = {**own, "replica": get_parallel().dp_rank}
+        if is_ours(self.scheduler):
+            replica = get_parallel().dp_rank
+            answer.rid = str(replica or 0)
+            if str(request.rid).startswith(f"{KEY}."):
+                own = self.scheduler.draft_worker.snapshot()
+                answer.internal_state[KEY] = {**own, "replica": replica, "question": request.rid}
         return answer
 
     return get

@@ -1,9 +1,10 @@
 """When a process is given its hooks: as soon as its arguments ask for WHIFLASH, and not before.
 
 The launcher knows when it has read the command line, `Engine` its keywords, and the scheduler when SGLang asks the
-registered algorithm for its worker: before pools, caches, grammars and the output streamer exist. No other process of a
-server is changed, and a server without WHIFLASH does not even import the hooks. They stay for the life of a process, so
-each asks whether the server that it is called for is ours.
+registered algorithm for its worker: before pools, caches, grammars and the output streamer exist. The data-parallel
+controller, where there is one, is started by a function of ours. No other process of a server is changed, and a server
+without WHIFLASH does not even import the hooks. They stay for the life of a process, so each asks whether the server
+that it is called for is ours.
 """
 
 from typing import Any
@@ -12,16 +13,18 @@ from whiflash_sglang.compat import patching
 
 
 def in_launcher(server_args: Any) -> None:
-    """Validation, traces and routes, in the process that serves HTTP. Idempotent."""
-    from whiflash_sglang.compat import http
+    """Validation, traces and routes, in the process that serves HTTP; the controller's watch. Idempotent."""
+    from whiflash_sglang.compat import controller, http
 
+    controller.install()
     http.install(server_args)
 
 
 def in_engine() -> None:
-    """The figures and the trace of an answer, in the process that holds an `Engine`. Idempotent."""
-    from whiflash_sglang.compat import figures, streamer
+    """Figures and traces of answers, in the process that holds an `Engine`; the controller's watch. Idempotent."""
+    from whiflash_sglang.compat import controller, figures, streamer
 
+    controller.install()
     figures.install_answers()
     streamer.install_answers()
 

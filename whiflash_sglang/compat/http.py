@@ -2,9 +2,9 @@
 
 from collections.abc import AsyncIterator, Mapping
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Query, Request
 from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
@@ -13,13 +13,13 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from whiflash_sglang import __version__, announce
 from whiflash_sglang.compat import converted, figures, predictions, requests, streamer, traces
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
-from whiflash_sglang.compat.control import KEY, encode, encode_forget, state_request
+from whiflash_sglang.compat.control import encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.lookup.memory import nameless
-from whiflash_sglang.replicas import together
+from whiflash_sglang.replicas import SilentReplicaError, together
 from whiflash_sglang.spans.capabilities import capabilities
 
 
@@ -82,18 +82,30 @@ def _capabilities_of(server_args: Any) -> Any:
     return get_capabilities
 
 
-async def _state() -> JSONResponse:
-    """Policy in force, running requests, and where the rounds' time went, of every replica and together."""
-    manager = http_server._global_state.tokenizer_manager
-    manager.auto_create_handle_loop()
-    answers = await manager.get_internal_state_communicator(state_request())
-    state = together([answer.internal_state[KEY] for answer in answers])
-    if not manager.server_args.admin_api_key:
+Seconds = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]
+
+
+async def _state(timeout: Seconds = None) -> JSONResponse:
+    """Policy in force, running requests, and where the rounds' time went, of every replica and together.
+
+    Args:
+        timeout: seconds to wait for a replica; without one as many as a step may last before SGLang ends the server.
+    """
+    try:
+        state = together(await _states(timeout))
+    except SilentReplicaError as error:
+        return _error(504, "GatewayTimeout", str(error))
+    if not http_server._global_state.tokenizer_manager.server_args.admin_api_key:
         # Anybody may read it, and agents' names are their tenants' own.
         for own in (state, *state.get("replicas", ())):
             if "lookup" in own:
                 own["lookup"]["scopes"] = nameless(own["lookup"]["scopes"])
     return JSONResponse(state)
+
+
+async def _states(timeout: float | None = None) -> list[dict[str, Any]]:
+    manager = http_server._global_state.tokenizer_manager
+    return await states_of(manager, timeout or manager.config_value("watchdog_timeout"))
 
 
 async def _set_policy(change: dict[str, Any], request: Request) -> JSONResponse:
@@ -137,8 +149,12 @@ def _client(request: Request) -> str | None:
 
 
 async def _send(message: Mapping[str, float]) -> JSONResponse:
-    """Tell every scheduler; the state afterwards."""
+    """Tell every scheduler; the state afterwards. Nobody is told where one does not answer."""
     manager = http_server._global_state.tokenizer_manager
+    try:
+        await _states()
+    except SilentReplicaError as error:
+        return _error(504, "GatewayTimeout", f"nothing was changed: {error}")
     answers = await manager.set_internal_state(SetInternalStateReq(server_args=dict(message)))
     if not all(answers):
         return _bad_request("the change was refused; the server's log says why")
@@ -146,4 +162,8 @@ async def _send(message: Mapping[str, float]) -> JSONResponse:
 
 
 def _bad_request(message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": "BadRequestError"}}, status_code=400)
+    return _error(400, "BadRequestError", message)
+
+
+def _error(status: int, kind: str, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)

@@ -84,6 +84,14 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward", ("input_",)),
     PrivateName("sglang.srt.distributed.parallel_state:GroupCoordinator.all_gather", ("input_", "dim")),
+    PrivateName(
+        "sglang.srt.layers.logits_processor:should_apply_lm_head_quant_method", ("lm_head", "quant_method")
+    ),
+    # replicas
+    PrivateName("sglang.srt.entrypoints.engine:run_data_parallel_controller_process", ("server_args",)),
+    PrivateName("sglang.srt.managers.data_parallel_controller:DataParallelController.event_loop"),
+    PrivateName("sglang.srt.utils.watchdog:SubprocessWatchdog", ("processes", "process_names")),
+    PrivateName("sglang.srt.managers.communicator:FanOutCommunicator.queueing_call", ("obj",)),
     # figures of speculation
     PrivateName(
         f"{_COMPONENTS}.metrics_reporter:SchedulerMetricsReporter.update_spec_metrics",

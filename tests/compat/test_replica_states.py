@@ -1,0 +1,93 @@
+"""Asking every replica for its state: who does not answer is named, and an answer that comes late is nobody else's."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.communicator import FanOutCommunicator
+from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
+from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
+
+from whiflash_sglang.compat import control
+from whiflash_sglang.replicas import SilentReplicaError
+
+
+class Server:
+    """A tokenizer manager with SGLang's own way to ask, and two replicas that answer when they are let.
+
+    on_question: called with each question, to let replicas answer.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, on_question: Callable[["Server"], None]) -> None:
+        self._patch, self._on_question = monkeypatch, on_question
+        self.mail: list[list[GetInternalStateReq]] = [[], []]
+        self.get_internal_state_communicator = FanOutCommunicator(self._asked, 2)
+
+    def auto_create_handle_loop(self) -> None:
+        return
+
+    def answers(self, replica: int) -> None:
+        """A replica answers its oldest question, as soon as the one who asks waits."""
+        worker = SimpleNamespace(snapshot=lambda: {"rounds": 7})
+        scheduler = SimpleNamespace(spec_algorithm=SimpleNamespace(name="WHIFLASH"), draft_worker=worker)
+        controller = SchedulerInternalStateController(scheduler, False)
+        answer = control.reporting(lambda self, request: GetInternalStateReqOutput(internal_state={}))
+        with self._patch.context() as patch:
+            patch.setattr(control, "get_parallel", lambda: SimpleNamespace(dp_rank=replica))
+            answered = answer(controller, self.mail[replica].pop(0))
+        asyncio.get_running_loop().call_soon(self.get_internal_state_communicator.handle_recv, answered)
+
+    def _asked(self, question: GetInternalStateReq) -> None:
+        for mail in self.mail:
+            mail.append(question)
+        self._on_question(self)
+
+
+def one(server: Server) -> None:
+    server.answers(0)
+
+
+def test_who_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, one)
+    with pytest.raises(SilentReplicaError, match="replica 1 of 2 has"):
+        asyncio.run(control.states_of(server, 0.01))
+
+
+def test_who_does_not_answer_somebody_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang asks one question at a time: ours waits behind that of a `GET /server_info`."""
+    server = Server(monkeypatch, one)
+
+    async def ask() -> list[dict[str, Any]]:
+        foreign = asyncio.create_task(server.get_internal_state_communicator(GetInternalStateReq()))
+        await asyncio.sleep(0)
+        try:
+            return await control.states_of(server, 0.01)
+        finally:
+            foreign.cancel()
+
+    with pytest.raises(SilentReplicaError, match="replica 1 of 2 has"):
+        asyncio.run(ask())
+
+
+def test_a_late_answer_is_not_the_next_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second replica answers the first question when the second one is asked, and from then on in time."""
+    questions = 0
+
+    def late(server: Server) -> None:
+        nonlocal questions
+        questions += 1
+        server.answers(0)
+        while questions > 1 and server.mail[1]:
+            server.answers(1)
+
+    server = Server(monkeypatch, late)
+
+    async def ask() -> list[dict[str, Any]]:
+        with pytest.raises(SilentReplicaError):
+            await control.states_of(server, 0.01)
+        return await control.states_of(server, 1e9)
+
+    assert sorted(state["replica"] for state in asyncio.run(ask())) == [0, 1]
+    assert questions == 3

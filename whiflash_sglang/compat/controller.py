@@ -1,0 +1,69 @@
+"""The process that hands requests to the replicas of `--dp-size`: it notices when one of them ends.
+
+SGLang's HTTP process watches its children and ends the server when one of them crashes. Replicas are the controller's
+children, which nobody watches: one that is killed from outside keeps what it was given waiting for ever. So the
+controller watches them as the HTTP process does its own, and ends as it does on any error of its own: it logs it and
+tells the HTTP process, which ends the server.
+"""
+
+import re
+import signal
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any
+
+import psutil
+from sglang.srt.entrypoints import engine
+from sglang.srt.managers import data_parallel_controller
+from sglang.srt.managers.data_parallel_controller import DataParallelController
+from sglang.srt.utils.watchdog import SubprocessWatchdog
+
+from whiflash_sglang.compat.carried import asks_for_ours
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.replicas import Ended, ReplicaDiedError
+
+
+def install() -> None:
+    """In the process that starts the controller. Idempotent."""
+    replace(engine, "run_data_parallel_controller_process", lambda _: run)
+
+
+def run(server_args: Any, **others: Any) -> None:
+    """The controller's process, as SGLang starts it."""
+    if asks_for_ours(server_args):
+        replace(DataParallelController, "event_loop", _watching)
+    data_parallel_controller.run_data_parallel_controller_process(server_args, **others)
+
+
+def _watching(original: Any) -> Any:
+    @wraps(original)
+    def event_loop(self: Any) -> None:
+        processes = list(self.scheduler_procs)
+        titles = [_title(process.pid) for process in processes]
+
+        def ended(*_: Any) -> None:
+            raise ReplicaDiedError(_crashed(processes, titles), len(self.workers))
+
+        # Sent by the watchdog, and by a replica that has raised an error: that one may not have ended yet.
+        signal.signal(signal.SIGQUIT, ended)
+        SubprocessWatchdog(processes, titles).start()
+        original(self)
+
+    return event_loop
+
+
+def _title(pid: int) -> str:
+    """What SGLang calls a scheduler's process, the only place where its rank stands: `sglang::scheduler_DP1_TP0`."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline()).strip()
+    except psutil.Error:
+        return ""
+
+
+def _crashed(processes: Sequence[Any], titles: Sequence[str]) -> list[Ended]:
+    ended = []
+    for process, title in zip(processes, titles, strict=True):
+        if process.exitcode:
+            rank = re.search(r"_DP(\d+)", title)
+            ended.append(Ended(int(rank[1]) if rank else None, process.pid, process.exitcode))
+    return ended
