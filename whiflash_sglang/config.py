@@ -63,6 +63,8 @@ class Lookup(_Strict):
     seed: chances that a copied token is right before anything was seen, as `whiflash lookup-seed` measures them
     (default: the embedded bundle's). memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0
     for none. memory_minutes: how old they may get. prediction_tokens: longest prediction that a request may bring.
+    form_tokens: most tokens of emission forms (the prompt as it would be quoted in JSON or code) that are made for one
+    request, 0 for none.
     """
 
     enabled: bool = True
@@ -72,6 +74,7 @@ class Lookup(_Strict):
     memory_mib: Annotated[int, Field(ge=0)] = 0
     memory_minutes: Positive = 30
     prediction_tokens: Positive = 16384
+    form_tokens: Annotated[int, Field(ge=0)] = 32768
 
     @field_validator("seed")
     @classmethod
@@ -153,6 +156,7 @@ class Flags(_Strict):
     lookup: Literal["on", "off"] | None = None
     lookup_memory_mib: Annotated[int, Field(ge=0)] | None = None
     lookup_prediction_tokens: Positive | None = None
+    lookup_form_tokens: Annotated[int, Field(ge=0)] | None = None
     structure: Literal["on", "off"] | None = None
     backlog_tokens: Annotated[int, Field(ge=32)] = 64
     force_recorded: Literal["on", "off"] = "off"
@@ -397,6 +401,7 @@ def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
         "enabled": None if flags.lookup is None else flags.lookup == "on",
         "memory_mib": flags.lookup_memory_mib,
         "prediction_tokens": flags.lookup_prediction_tokens,
+        "form_tokens": flags.lookup_form_tokens,
     }
     return lookup_of(manifest).model_copy(
         update={k: value for k, value in given.items() if value is not None}

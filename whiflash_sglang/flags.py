@@ -30,6 +30,8 @@ MEANING = {
     "0 keeps none. Default: the bundle's, else 0.",
     "lookup_prediction_tokens": "Tokens of the longest prediction (predicted outputs) that a request may bring. "
     "Default: the bundle's, else 16384.",
+    "lookup_form_tokens": "Tokens of emission forms (the prompt as it would be quoted in JSON or code) that are made "
+    "for one request at most; 0 for none. Default: the bundle's, else 32768.",
     "structure": "The arm that drafts what grammars force: on or off. Default: as the bundle says, else on.",
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
     "force_recorded": "For benchmarks only: requests may force the tokens of their answers, which then are not the "

@@ -1,7 +1,7 @@
 """A request's beginning and end, told to everything that keeps something per row of the request table."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whiflash_sglang.cache.stops import StopTable
@@ -10,7 +10,7 @@ from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.grammars import grammar_of
 from whiflash_sglang.compat.streamer import recording_of
-from whiflash_sglang.drafters.base import Drafter, Predicted
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.forcing import Forcing
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.routing.controller import Controller
@@ -59,7 +59,7 @@ class Lifecycle:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         predicted = self._predicted(req)
         for drafter in self._drafters.values():
-            drafter.begin(row, hints, tenant, predicted, grammar_of(req))
+            drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
         recording = recording_of(req, hints.trace, self._sample_rate)
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(row, req.origin_input_ids, req.output_ids)
@@ -87,14 +87,14 @@ class Lifecycle:
         for row in list(self._controller.lanes):
             self._forget(row)
 
-    def _predicted(self, req: Any) -> Predicted | None:
+    def _predicted(self, req: Any) -> Sequence[int] | None:
         """What the request's caller expects back. Malformed: as of `_hints_of`."""
         try:
             tokens = self._read_prediction(req.sampling_params.custom_params)
         except HintError as error:
             logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
             return None
-        return Predicted(tokens, len(req.origin_input_ids)) if tokens else None
+        return tokens or None
 
     def _forget(self, row: int) -> None:
         self._sync.forget(row)

@@ -140,7 +140,8 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
 
 
 def test_the_copying_rule_needs_two_tokens_and_is_otherwise_the_bundle(tmp_path: Path) -> None:
-    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["copy-rule", "auto-no-lookup"])
+    arms = ["copy-rule", "auto-no-lookup", "auto-no-forms"]
+    subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, arms)
     shipped, rule = load_manifest(subject.bundle), load_manifest(subject.variants["copy-rule"])
     assert shipped.lookup is not None
     assert rule.lookup == shipped.lookup.model_copy(update={"min_match": 2})
@@ -148,6 +149,8 @@ def test_the_copying_rule_needs_two_tokens_and_is_otherwise_the_bundle(tmp_path:
     off = load_manifest(subject.variants["auto-no-lookup"]).lookup
     assert off is not None
     assert not off.enabled
+    no_forms = load_manifest(subject.variants["auto-no-forms"]).lookup
+    assert no_forms == shipped.lookup.model_copy(update={"form_tokens": 0})
     with pytest.raises(ValueError, match="serves the bundle as it is"):
         write_variant("auto", subject.bundle, tmp_path / "x")
 

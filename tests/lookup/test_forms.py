@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,20 +11,20 @@ from hypothesis import strategies as st
 from whiflash_sglang.lookup import forms as forms_module
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.lookup.copier import FORM_MATCH, Copier
-from whiflash_sglang.lookup.forms import (
-    NEEDLE,
-    WINDOW,
-    Forms,
-    dedented,
-    escaped,
-    forms,
+from whiflash_sglang.lookup.forms import NEEDLE, SHORTEST, WINDOW, Dress, Encode, Forms, Written, escaped
+from whiflash_sglang.lookup.index import GAP, SuffixIndex
+from whiflash_sglang.lookup.readings import (
+    STEP,
+    Reading,
+    meant,
     pieces_of,
+    readings,
     undiffed,
     unescaped,
     unnumbered,
 )
-from whiflash_sglang.lookup.index import GAP, SuffixIndex
 
+BUDGET = 1 << 15
 SOURCE = 'def total(rows):\n    """Sum of "rows"."""\n    return sum(row.amount for row in rows)\n'
 
 
@@ -59,56 +60,131 @@ def test_a_diff_without_its_prefixes() -> None:
     assert undiffed("- a list\n- of two\n") is None
 
 
-def test_without_the_common_indent() -> None:
-    assert dedented("    a\n\n      b\n") == "a\n\n  b\n"
-    assert dedented("a\n  b") is None
-
-
-def test_no_form_is_what_the_prompt_says_or_comes_twice() -> None:
-    assert forms("plain words", inside_json=True) == []
-    assert forms("plain words", inside_json=False) == []
-    assert forms(SOURCE, inside_json=True) == [escaped(SOURCE)]
+def test_what_is_said_in_another_dress_is_read_without_it_first() -> None:
+    assert readings("plain words") == [Reading("plain words", plain=True)]
     listing = "\n".join(f"{n}:{line}" for n, line in enumerate(SOURCE.splitlines(), 1))
-    assert escaped(SOURCE.rstrip("\n")) in forms(listing, inside_json=True)
-    told = json.dumps({"output": SOURCE})
-    assert SOURCE in forms(told, inside_json=False)
-    for inside_json in (False, True):
-        for piece in (SOURCE, listing, told):
-            found = forms(piece, inside_json=inside_json)
-            assert len(found) == len(set(found))
-            assert piece not in found
+    assert readings(listing) == [Reading(SOURCE.rstrip("\n")), Reading(listing, plain=True)]
+    told = json.dumps({"output": listing + "\n"})
+    found = [SOURCE, listing + "\n", told]
+    assert [reading.text for reading in readings(told)] == found
+    assert [reading.stands(inside_json=True) for reading in readings(told)] == [False, True, False]
+    assert [reading.stands(inside_json=False) for reading in readings(told)] == [False, False, True]
+
+
+@given(st.text(), st.text(alphabet='ab"\\\n\tu0é'))
+def test_what_is_quoted_means_what_it_was(text: str, more: str) -> None:
+    """A backslash before an n is no end of a line."""
+    for said in (text, more):
+        assert meant(escaped(said)) == said
+
+
+@pytest.mark.parametrize("inside_json", [True, False])
+@pytest.mark.parametrize(
+    ("source", "lead", "remove", "add"),
+    [
+        ("    return x\n\n    more(x)", "        ", "", "    "),
+        ("        return x\n\n        more(x)", "    ", "    ", ""),
+        ("    return x\n\n    more(x)", "+    ", "", "+"),
+        ("    return x\n\n    more(x)", "-    ", "", "-"),
+        ("    return x\n\n    more(x)", "# ", "   ", "#"),
+        ("+    return x\n+\n+    more(x)", "    ", "+", ""),
+        ("some words\n\nmore of x", "> ", "", "> "),
+        ("    return x\n\n    more(x)", "    ", "", ""),
+    ],
+    ids=["deeper", "out", "added", "removed", "comment", "applied", "quotation", "same"],
+)
+def test_a_line_that_begins_otherwise_tells_how_the_next_ones_do(
+    source: str, lead: str, remove: str, add: str, inside_json: bool
+) -> None:
+    first, *rest = source.split("\n")
+    said = first.removeprefix("+").strip()
+    written = Written(f"so:\n{lead}{said}")
+    text = f"def f(x):\n{source}\n"
+    (needle,) = (n for n in written.needles if n == said)
+    dress = written.dress(text, text.index(said), needle, inside_json=inside_json)
+    assert dress == Dress(inside_json, remove, add)
+    blank, last = (add + line.removeprefix(remove) for line in rest)
+    expected = "\n".join([lead + said, blank.rstrip(), last])
+    assert dress.on(source) == (escaped(expected) if inside_json else expected)
+
+
+def test_a_place_in_the_middle_of_a_line_tells_nothing_of_its_beginning() -> None:
+    text = "if done: return the_value\n"
+    for end in ("so\n    return the_value", "return the_value"):
+        written = Written(end)
+        for needle in written.needles:
+            if needle in text:
+                assert written.dress(text, text.index(needle), needle, inside_json=False) == Dress(False)
+
+
+TABLE = [bytes([i]) for i in range(256)] + [b"<|end|>"]
 
 
 def test_pieces_are_what_stands_between_special_tokens() -> None:
-    table = [bytes([i]) for i in range(256)] + [b"<|end|>"]
     prompt = [*b"first one", 256, *b"short", 256, *"zweites Stück".encode(), 300]
-    assert pieces_of(prompt, table, frozenset({256})) == ["first one", "zweites Stück"]
+    assert list(pieces_of(prompt, TABLE, frozenset({256}))) == ["zweites Stück", "short", "first one"]
 
 
-def copied(pieces: Sequence[str], written: str, kind: str | None) -> str:
+@pytest.mark.parametrize("line", [b"a line of it\n", b"one line without an end "])
+def test_a_long_piece_is_parted_and_each_part_is_read_when_it_is_asked_for(line: bytes) -> None:
+    text = line * (5 * STEP // len(line))
+    pieces = pieces_of(text, read := Counted(TABLE), frozenset({256}))
+    found = [next(pieces)]
+    assert read.count <= 2 * STEP + len(line)
+    found += pieces
+    assert "".join(reversed(found)).encode() == text
+    assert max(map(len, found)) <= 2 * STEP + len(line)
+    assert b"\n" not in line or all(piece.startswith("\n") for piece in found[:-1])
+
+
+class Counted(list[bytes]):
+    """Counts what is looked up in it."""
+
+    count = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.count += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("mark", ["+", "-", "    ", "# "])
+def test_a_file_is_copied_behind_the_mark_that_its_lines_get(mark: str) -> None:
+    lines = [mark + line for line in SOURCE.splitlines()]
+    begin = f"```\n{lines[0]}\n{lines[1]}"
+    assert copied([SOURCE], begin, False) == f"\n{lines[2]}"[:40]
+    assert copied([SOURCE], escaped(begin), True) == escaped(f"\n{lines[2]}")[:40]
+
+
+def forms_of(pieces: Sequence[str], encoded: Encode = encode, budget: int = BUDGET) -> Forms:
+    return Forms(encoded, reversed(pieces), budget)
+
+
+def copied(pieces: Sequence[str], written: str, inside_json: bool) -> str:
     """What a request that has written this copies next, from forms and from its own prompt."""
-    found = Forms(encode, pieces)
-    copier = Copier(MatchCalibration(EVEN_ODDS), forms=lambda: found.texts(written, kind))
+    found = forms_of(pieces)
+    copier = Copier(
+        MatchCalibration(EVEN_ODDS), forms=lambda: (found.text(written, inside_json=inside_json),)
+    )
     copier.extend(encode("\x00".join([*pieces, written])))
     return "".join(chr(copied.token) for copied in copier.look(40, worth=0.0).tokens)
 
 
-@pytest.mark.parametrize("kind", ["tool_call", "json", "code", None])
-def test_the_open_span_chooses_the_form(kind: str | None) -> None:
-    ahead = copied([SOURCE], '{"text": "def total(rows):', kind)
-    wanted = escaped(SOURCE) if kind in ("tool_call", "json") else SOURCE
+@pytest.mark.parametrize("inside_json", [True, False])
+def test_what_is_quoted_in_json_is_copied_as_it_is_quoted(inside_json: bool) -> None:
+    ahead = copied([SOURCE], '{"text": "def total(rows):', inside_json)
+    wanted = escaped(SOURCE) if inside_json else SOURCE
     assert ahead == wanted.removeprefix("def total(rows):")[:40]
 
 
 def test_a_listing_is_quoted_without_its_numbers() -> None:
     listing = "\n".join(f"{n:6}\t{line}" for n, line in enumerate(SOURCE.splitlines(), 1))
-    assert copied([listing], "```\ndef total(rows):", "code").startswith('\n    """Sum of "rows"')
-    assert copied([listing], '"def total(rows):', "json").startswith('\\n    \\"\\"\\"Sum of')
+    assert copied([listing], "```\ndef total(rows):", False).startswith('\n    """Sum of "rows"')
+    assert copied([listing], '"def total(rows):', True).startswith('\\n    \\"\\"\\"Sum of')
 
 
 def test_the_newest_piece_is_found_first() -> None:
     older, newer = "price: 10\nname: \tx", "price: 10\nname: \ty"
-    assert copied([older, newer], '"price: 10', "json") == "\\nname: \\ty"
+    assert copied([older, newer], '"price: 10', True) == "\\nname: \\ty"
 
 
 @pytest.mark.parametrize(("extra", "form"), [(0, True), (-1, False)])
@@ -126,16 +202,17 @@ CHARS = st.text(alphabet='ab\n"1: ', max_size=200)
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(CHARS, max_size=5), CHARS, st.sampled_from(["json", "code"]))
-def test_only_forms_of_the_prompt_are_indexed(pieces: list[str], output: str, kind: str) -> None:
+@given(st.lists(CHARS, max_size=5), CHARS, st.booleans())
+def test_only_forms_of_the_prompt_are_indexed(pieces: list[str], output: str, inside_json: bool) -> None:
     """Every indexed text lies in a form, begins where no earlier window did, and is counted."""
     seen: list[str] = []
-    found = Forms(lambda text: seen.append(text) or encode(text), pieces)  # type: ignore[func-returns-value]
+    found = forms_of(pieces, lambda text: seen.append(text) or encode(text))  # type: ignore[func-returns-value]
     for end in range(len(output)):
-        (index,) = found.texts(output[: end + 1], kind)
-    known = [form for piece in pieces for form in forms(piece, inside_json=kind == "json")]
-    assert all(any(text in form for form in known) for text in seen)
-    assert sum(map(len, seen)) == found.tokenised
+        index = found.text(output[: end + 1], inside_json=inside_json)
+    known = {line.strip() for piece in pieces for said in readings(piece) for line in said.text.split("\n")}
+    for text in seen:
+        assert {line.strip() for line in (meant(text) if inside_json else text).split("\n")} <= known
+    assert sum(map(len, seen)) == found.tokens
     if output:
         assert len(index) == sum(len(text) + 1 for text in seen)
         assert list(index.continuation(0, WINDOW)) == (encode(seen[0]) if seen else [])
@@ -144,30 +221,30 @@ def test_only_forms_of_the_prompt_are_indexed(pieces: list[str], output: str, ki
 
 def test_work_is_bounded_in_every_call_and_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """More text than is read, all of it quoted: counted in characters."""
-    for name, value in (("READ", 8192), ("STEP", 512), ("WINDOW", 64), ("AHEAD", 16), ("BUDGET", 2048)):
+    for name, value in (("READ", 8192), ("STEP", 512), ("WINDOW", 64), ("AHEAD", 16)):
         monkeypatch.setattr(forms_module, name, value)
     lines = [f'value_{n} = "{n}"' for n in range(600)]
     pieces = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
     assert sum(map(len, pieces)) > 8192
-    found, longest = Forms(encode, pieces), max(map(len, pieces))
+    found, longest = forms_of(pieces, budget=2000), max(map(len, pieces))
     for line in reversed(lines):
-        transformed, tokenised = found.transformed, found.tokenised
-        (index,) = found.texts(escaped(f"\n{line}"), "json")
-        assert found.transformed - transformed < 512 + longest
-        assert found.tokenised - tokenised <= 64
-    assert found.transformed == 8192
-    assert 2048 - 64 < found.tokenised <= 2048
-    assert len(index) <= 2048 + 2048 // 16
-    assert found.texts("", "json") == (index,), "a call without text to look for is harmless"
+        read, tokens = found.read, found.tokens
+        index = found.text(escaped(f"\n{line}"), inside_json=True)
+        assert found.read - read < 512 + longest
+        assert found.tokens - tokens <= 2 * 64, "each character of a window is two at most"
+    assert 8192 <= found.read < 8192 + SHORTEST
+    assert found.tokens == 2000
+    assert len(index) <= 2000 + 2000 // 16
+    assert found.text("", inside_json=True) is index, "a call without text to look for is harmless"
 
 
 def test_what_is_tokenised_is_not_tokenised_again() -> None:
     calls: list[str] = []
-    found = Forms(lambda text: calls.append(text) or encode(text), [SOURCE])  # type: ignore[func-returns-value]
+    found = forms_of([SOURCE], lambda text: calls.append(text) or encode(text))  # type: ignore[func-returns-value]
     for end in range(NEEDLE, len(SOURCE)):
-        found.texts(escaped(SOURCE)[:end], "json")
+        found.text(escaped(SOURCE)[:end], inside_json=True)
     assert calls == [escaped(SOURCE)]
-    found.texts(SOURCE[:NEEDLE], "code")
+    found.text(SOURCE[:NEEDLE], inside_json=False)
     assert len(calls) == 1, "as it stands in the prompt it is indexed already"
 
 
@@ -177,12 +254,12 @@ def test_a_long_quotation_goes_on_behind_a_window(monkeypatch: pytest.MonkeyPatc
     text = "\n".join(f"line {n} of the file" for n in range(30))
     written = escaped(text)
     calls: list[str] = []
-    found = Forms(lambda part: calls.append(part) or encode(part), [text])  # type: ignore[func-returns-value]
+    found = forms_of([text], lambda part: calls.append(part) or encode(part))  # type: ignore[func-returns-value]
     right = 0
     for end in range(NEEDLE, len(written)):
-        (index,) = found.texts(written[:end], "json")
+        index = found.text(written[:end], inside_json=True)
         places = index.places_of(encode(written[max(0, end - 32) : end]))
         ahead = max(places, key=lambda place: place.length).continuation(1)
         right += "".join(map(chr, ahead)) == written[end]
     assert right > 0.9 * (len(written) - NEEDLE)
-    assert found.tokenised < 3 * len(written)
+    assert found.tokens < 3.2 * len(written), "each window begins with a line, and ends AHEAD of the next"

@@ -26,8 +26,8 @@ ROUTERS = {
 }
 AUTO, NO_HINTS = "auto", "auto-no-hints"
 COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
-NO_STRUCTURE = "auto-no-structure"
-VARIANTS = {COPY_RULE: COPY_RULE, NO_LOOKUP: AUTO, NO_STRUCTURE: AUTO, BAD: AUTO}
+NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
+VARIANTS = {COPY_RULE: COPY_RULE, **dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)}
 """Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
 KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
 DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from whiflash_sglang.bench.arms import BAD, COPY_RULE, NO_LOOKUP, NO_STRUCTURE
+from whiflash_sglang.bench.arms import BAD, COPY_RULE, NO_FORMS, NO_LOOKUP, NO_STRUCTURE
 from whiflash_sglang.config import MANIFEST, load_manifest
 from whiflash_sglang.lookup.copier import RULE_MATCH
 
@@ -24,8 +24,10 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
     fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
     if arm == COPY_RULE:
         fields["lookup"] = {**fields.get("lookup", {}), "enabled": True, "min_match": RULE_MATCH}
-    elif arm not in (NO_LOOKUP, NO_STRUCTURE, BAD):
+    elif arm not in (NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD):
         raise ValueError(f"{arm} serves the bundle as it is")
+    if arm == NO_FORMS:
+        fields["lookup"] = {**fields.get("lookup", {}), "form_tokens": 0}
     if arm in (NO_LOOKUP, BAD):
         fields["lookup"] = {"enabled": False}
     if arm in (NO_STRUCTURE, BAD):

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
 History = Callable[[int], Sequence[int]]
 """`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
-
-
-class Predicted(NamedTuple):
-    """tokens: of the answer that the caller expects. prompt: tokens of the text before the answer."""
-
-    tokens: Sequence[int]
-    prompt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +157,15 @@ class Drafter(ABC):
         row: int,
         hints: RequestHints,
         tenant: Tenant | None,
-        predicted: Predicted | None = None,
+        predicted: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        prompt: int = 0,
     ) -> None:
         """A request begins in `row`, or begins again after a retraction.
 
         Args:
-            tenant: who may share text with it. predicted: what its caller expects. grammar: what constrains it.
+            tenant: who may share text with it. predicted: tokens of the answer that its caller expects. grammar: what
+                constrains it. prompt: tokens of its text before the answer.
         """
         self.release(row)
 

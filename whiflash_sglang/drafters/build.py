@@ -23,7 +23,8 @@ from whiflash_sglang.spans.vocabulary import vocabulary_of
 def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
 
-    What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars.
+    What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars,
+    and text is copied as it stands.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -62,7 +63,7 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
         drafters.append(StructureArm(settings.structure, words, host))
     if settings.lookup.enabled:
         token_bytes = words.token_bytes if words is not None else ()
-        drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes))
+        drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes, words))
     return drafters
 
 

@@ -14,18 +14,20 @@ from whiflash_kernels import Copies
 
 from whiflash_sglang import arms
 from whiflash_sglang.config import Lookup
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History, Predicted
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
-from whiflash_sglang.lookup.copier import Copier, Proposal
+from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal
+from whiflash_sglang.lookup.emission import Emission, has_forms
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar
 
 WORTH = 0.1
@@ -41,7 +43,8 @@ class LookupArm(Drafter):
     Args:
         settings: widths, shortest match, chances before anything was seen, memory across requests.
         clock: seconds that never run backwards, by which memory ages. token_bytes: of every token id, to follow the
-            blocks of requests that name theirs; empty where there is no tokenizer.
+            blocks of requests that name theirs; empty where there is no tokenizer. vocabulary: the target's, for
+            emission forms; None: there are none.
     """
 
     arm = arms.LOOKUP
@@ -53,8 +56,10 @@ class LookupArm(Drafter):
         host: HostView = EXACT,
         clock: Callable[[], float] = time.monotonic,
         token_bytes: Sequence[bytes] = (),
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.late = not host.exact
+        self._vocabulary, self._form_tokens = vocabulary, settings.form_tokens
         self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
         self._calibrations = Calibrations(settings.seed or EVEN_ODDS)
@@ -70,6 +75,7 @@ class LookupArm(Drafter):
         self._blocks: dict[int, Blocks] = {}
         self._token_bytes = token_bytes
         self._predictions: dict[int, Prediction] = {}
+        self._emissions: dict[int, Emission] = {}
         self._off: set[int] = set()
         self._worth = WORTH
 
@@ -81,8 +87,9 @@ class LookupArm(Drafter):
         row: int,
         hints: RequestHints,
         tenant: Tenant | None,
-        predicted: Predicted | None = None,
+        predicted: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        prompt: int = 0,
     ) -> None:
         """A request begins in `row`, or begins again; `hints.lookup` says what it wants copied."""
         self.release(row)
@@ -96,8 +103,12 @@ class LookupArm(Drafter):
             self._tenants[row] = tenant
         if not keeps_nothing and (blocks := blocks_of(hints, self._token_bytes)) is not None:
             self._blocks[row] = blocks
-        if predicted is not None and not self.late:
-            self._predictions[row] = Prediction(*predicted, self._calibrations.fresh())
+        if self.late:
+            return  # the device copies from prompt and answer alone
+        if predicted is not None:
+            self._predictions[row] = Prediction(predicted, prompt, self._calibrations.fresh())
+        if self._vocabulary is not None and self._form_tokens and has_forms(hints.spans):
+            self._emissions[row] = Emission(self._vocabulary, hints.spans, prompt, self._form_tokens)
 
     def serves(self, row: int) -> bool:
         return row not in self._off
@@ -105,11 +116,14 @@ class LookupArm(Drafter):
     def outlook(self, row: int, length: int, history: History) -> float:
         if row in self._off:
             return NOTHING
-        copier = self._copiers.get(row)
+        copier, emission = self._copiers.get(row), self._emissions.get(row)
         if copier is None:
-            shared = partial(self._texts, row)
             copier = self._copiers[row] = Copier(
-                self._learns[row], self._min_match, shared, prediction=self._predictions.get(row)
+                self._learns[row],
+                self._min_match,
+                partial(self._texts, row),
+                OWN_TEXT_ONLY if emission is None else emission.texts,
+                self._predictions.get(row),
             )
         known = len(copier.text)
         written = history(known)
@@ -117,6 +131,8 @@ class LookupArm(Drafter):
         if row in self._blocks:
             # What is there when a request is looked at first, but for the last token, is its prompt.
             self._enter(row, copier, written if known else written[length:])
+        if emission is not None:
+            emission.follow(copier.text)
         proposal = self._proposals[row] = copier.look(self.max_drafts, self._worth)
         return NOTHING + proposal.expected(proposal.width(self.max_drafts, self._worth))
 
@@ -201,21 +217,24 @@ class LookupArm(Drafter):
         self._learns.pop(row, None)
         self._blocks.pop(row, None)
         self._predictions.pop(row, None)
+        self._emissions.pop(row, None)
         self._off.discard(row)
 
     def host_bytes(self) -> Mapping[str, int]:
         """Of the running requests' indexes, and of the memory across requests."""
         return {
-            "index": sum(copier.text.nbytes for copier in self._copiers.values()),
+            "index": sum(copier.text.nbytes for copier in self._copiers.values())
+            + sum(emission.nbytes for emission in self._emissions.values()),
             "memory": self.memory.nbytes if self.memory is not None else 0,
         }
 
     def snapshot(self) -> Mapping[str, Any]:
         """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it, and what their
-        scopes hold (`TenantMemory.held`).
+        scopes hold (`TenantMemory.held`). Tokens of the running requests' forms.
         """
         return {
             **{f"{scope}_bytes": size for scope, size in self.host_bytes().items()},
+            "form_tokens": sum(emission.tokens for emission in self._emissions.values()),
             "tenants": len(self.memory) if self.memory is not None else 0,
             "scopes": self.memory.held() if self.memory is not None else {},
         }

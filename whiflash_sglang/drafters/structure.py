@@ -17,20 +17,20 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.config import Structure
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History, Predicted
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
 from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 from whiflash_sglang.structure.calls import Calls, words_of_tools
 from whiflash_sglang.structure.chances import StructureChances
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
 from whiflash_sglang.structure.schemas import words_of
-from whiflash_sglang.structure.sketch import TAIL, Token, bytes_of, is_text, sketch, text_of
+from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch, text_of
 
 WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
@@ -91,8 +91,9 @@ class StructureArm(Drafter):
         row: int,
         hints: RequestHints,
         tenant: Tenant | None,
-        predicted: Predicted | None = None,
+        predicted: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        prompt: int = 0,
     ) -> None:
         """A request begins in `row`, or begins again."""
         self.release(row)

@@ -4,25 +4,28 @@ An agent that opened a file writes it again in another dress: escaped, where the
 without the line numbers of the listing that it read, behind the prefixes of a diff, indented otherwise. Its tokens
 are then others, so nothing of it matches. What is open where text is written tells which dress it wears (AgSpec,
 arXiv 2610.01108, indexes opened files in several forms; here forms are chosen by the open span, and of the whole
-prompt).
+prompt), and the line that is being written tells what stands before its lines.
 
 Engine-free: the tokenizer is a function from text to token ids. Only what is being quoted is tokenised: the last few
-characters that were written are looked for in the forms' text, and a window around where they stand is indexed.
+characters that were written are looked for in what the prompt says, and a window around where they stand is indexed.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import NamedTuple
 
 from whiflash_sglang.lookup.index import GAP, SuffixIndex
+from whiflash_sglang.lookup.readings import STEP, Reading, meant, readings
 
 Encode = Callable[[str], Sequence[int]]
 
-READ = 1 << 20
-"""Characters of a prompt that have forms, its newest pieces first."""
+READ = 1 << 19
+"""Characters of a prompt that are read, its newest pieces first."""
 
-STEP = 1 << 16
-"""Characters of it that are brought into their forms in one call, unless one piece is longer."""
+SHORTEST = 64
+"""Characters that a piece counts as at least: short ones cost something too."""
 
 NEEDLE = 8
 """Characters that must have been written before they are looked for."""
@@ -31,7 +34,7 @@ LONG_NEEDLE = 24
 """Characters that are looked for first: of many places that end alike they tell the right one."""
 
 HITS = 4
-"""Forms in which a place is looked at in one call."""
+"""Readings in which a place is looked at in one call."""
 
 WINDOW = 2048
 """Characters that are tokenised where they are found, and at most in one call."""
@@ -39,15 +42,8 @@ WINDOW = 2048
 AHEAD = 256
 """A place nearer than this to the end of what is tokenised there has the next window tokenised."""
 
-BUDGET = 1 << 17
-"""Characters that are tokenised for one request in all, and so the most tokens that its indexes hold, gaps aside."""
-
-_NUMBERED = re.compile(r"^[ \t]*\d+[:|\t→-]\t?", re.MULTILINE)
-"""Line numbers as `grep -n`, `cat -n` and editors of agents print them."""
-
-_DIFFED = re.compile(r"^[+ -](?![+-]{2} )", re.MULTILINE)
-_HUNK = re.compile(r"^@@ .* @@", re.MULTILINE)
-_ESCAPED = re.compile(r'\\[n"\\t]')
+_LEAD = re.compile(r"[ \t]*(?:[-+><#*|/]+[ \t]*)?")
+"""What may stand before a line: its indent, the mark of a diff, a quotation, a comment."""
 
 
 def escaped(text: str) -> str:
@@ -55,161 +51,150 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def unescaped(text: str) -> str | None:
-    """The strings inside a JSON document, or what JSON's escapes stand for; None: it holds none."""
-    if not _ESCAPED.search(text):
-        return None
-    try:
-        values = [json.loads(text)]
-    except (ValueError, RecursionError):
-        return text.replace("\\n", "\n").replace("\\t", "\t").replace('\\"', '"').replace("\\\\", "\\")
-    strings: list[str] = []
-    while values:
-        value = values.pop()
-        if isinstance(value, str):
-            strings.append(value)
-        elif isinstance(value, dict | list):
-            values += reversed(list(value.values()) if isinstance(value, dict) else value)
-    return "\n".join(strings)
+class Dress(NamedTuple):
+    """How a text is written again.
 
-
-def unnumbered(text: str) -> str | None:
-    """Without the line numbers of a listing; None: most lines have none."""
-    if 2 * len(_NUMBERED.findall(text)) <= text.count("\n"):
-        return None
-    return _NUMBERED.sub("", text)
-
-
-def undiffed(text: str) -> str | None:
-    """Lines of a unified diff without their prefixes; None: it is none."""
-    return _DIFFED.sub("", text) if _HUNK.search(text) else None
-
-
-def dedented(text: str) -> str | None:
-    """Without what all lines are indented by; None: nothing."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    indent = min((len(line) - len(line.lstrip(" ")) for line in lines), default=0)
-    return "\n".join(line[indent:] for line in text.split("\n")) if indent else None
-
-
-def read(piece: str, *, as_said: bool) -> Iterator[str]:
-    """What a piece of the prompt says: without line numbers or a diff's prefixes; strings inside JSON. as_said: those
-    too that are read no other way, and the piece without its indent.
+    inside_json: inside a JSON string. remove, add: what its lines begin with where they stand, and with instead.
     """
-    inner = unescaped(piece)
-    if inner is not None and as_said:
-        yield inner
-    for text in (piece, inner):
-        for stripped in (unnumbered, undiffed):
-            found = None if text is None else stripped(text)
-            if found is not None:
-                yield found
-    if as_said and (found := dedented(piece)) is not None:
-        yield found
+
+    inside_json: bool
+    remove: str = ""
+    add: str = ""
+
+    def on(self, text: str) -> str:
+        """The text in it."""
+        if self.remove or self.add:
+            text = "\n".join(map(self._line, text.split("\n")))
+        return escaped(text) if self.inside_json else text
+
+    def _line(self, line: str) -> str:
+        rest = line.removeprefix(self.remove)
+        return self.add + rest if rest.strip() else (self.add + rest).rstrip()
 
 
-def forms(piece: str, *, inside_json: bool) -> list[str]:
-    """A piece as it would be written again, none twice, never as it stands in the prompt: that is indexed already."""
-    if inside_json:
-        # What is read without its prefixes is quoted without them more often than with them.
-        written = [escaped(text) for text in (*read(piece, as_said=False), piece)]
-    else:
-        written = list(read(piece, as_said=True))
-    return [text for text in dict.fromkeys(written) if text != piece]
+class Written:
+    """The end of what was written, and the line that is being written.
 
-
-def pieces_of(prompt: Iterable[int], token_bytes: Sequence[bytes], special: frozenset[int]) -> list[str]:
-    """A prompt's text between its special tokens: messages, where a chat template wrote it."""
-    pieces, piece = [], bytearray()
-    for token in prompt:
-        if token in special:
-            pieces.append(piece)
-            piece = bytearray()
-        elif 0 <= token < len(token_bytes):
-            piece += token_bytes[token]
-    pieces.append(piece)
-    return [text.decode(errors="replace") for text in pieces if len(text) >= NEEDLE]
-
-
-class _Form:
-    """One text, and the stretches of it that are tokenised."""
-
-    __slots__ = ("covered", "text")
+    Args:
+        text: as it is meant, not as it is quoted.
+    """
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.covered: list[tuple[int, int]] = []
+        self._text = text
+        line = text[text.rfind("\n") + 1 :]
+        lead = _LEAD.match(line)
+        assert lead is not None, "it may be empty"
+        self._lead = lead[0] if "\n" in text else None
+        self._content = line[lead.end() :]
 
-    def missing(self, place: int) -> bool:
+    @property
+    def needles(self) -> Iterator[str]:
+        """What to look for, the surest first: with what stands before the line, without it, and a few characters."""
+        found = (self._text[-LONG_NEEDLE:], self._content[-LONG_NEEDLE:], self._text[-NEEDLE:])
+        return (needle for needle in dict.fromkeys(found) if len(needle) >= NEEDLE and not needle.isspace())
+
+    def dress(self, text: str, place: int, needle: str, *, inside_json: bool) -> Dress:
+        """How `text`, in which `needle` stands at `place`, is being written."""
+        behind = len(self._content) - len(needle)
+        begin = place - behind
+        if self._lead is None or begin < 0 or text[begin:place] != self._content[: max(behind, 0)]:
+            return Dress(inside_json)
+        lead = text[text.rfind("\n", 0, begin) + 1 : begin]
+        if not _LEAD.fullmatch(lead):
+            return Dress(inside_json)
+        pairs = zip(reversed(lead), reversed(self._lead), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return Dress(inside_json, lead[: len(lead) - same], self._lead[: len(self._lead) - same])
+
+
+class _Source:
+    """A reading, and the stretches of it that are tokenised in each dress."""
+
+    __slots__ = ("_covered", "reading")
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self._covered: dict[Dress, list[tuple[int, int]]] = {}
+
+    def missing(self, place: int, dress: Dress) -> bool:
         """Whether what follows `place` is still to be tokenised."""
-        return not any(
-            begin <= place and (end == len(self.text) or place + AHEAD <= end) for begin, end in self.covered
-        )
+        if dress == Dress(dress.inside_json) and self.reading.stands(inside_json=dress.inside_json):
+            return False
+        covered, length = self._covered.get(dress, ()), len(self.reading.text)
+        return not any(begin <= place and (end == length or place + AHEAD <= end) for begin, end in covered)
 
-    def window(self, place: int) -> str:
-        """From the beginning of the line that holds `place`, where it is near."""
-        ends = ((self.text.rfind(end, 0, place), len(end)) for end in ("\n", "\\n"))
-        begin = max((at + length for at, length in ends if at >= 0), default=0)
+    def window(self, place: int, dress: Dress) -> str:
+        """From the beginning of the line that holds `place`, where it is near; empty where it stands in the prompt."""
+        text = self.reading.text
+        begin = text.rfind("\n", 0, place) + 1
         begin = begin if place - begin <= WINDOW // 2 else place
-        self.covered.append((begin, begin + WINDOW if begin + WINDOW < len(self.text) else len(self.text)))
-        return self.text[begin : begin + WINDOW]
+        end = min(begin + WINDOW, len(text))
+        self._covered.setdefault(dress, []).append((begin, end))
+        dressed = dress.on(text[begin:end])
+        return "" if self.reading.plain and dressed == text[begin:end] else dressed
 
 
 class Forms:
     """Of one request's prompt.
 
     Args:
-        encode: text → token ids, without special tokens. pieces: of the prompt, in their order.
+        encode: text → token ids, without special tokens. pieces: of the prompt, the newest first; asked for one by one.
+            budget: tokens that the indexes hold at most, gaps aside.
 
     Attributes:
-        tokenised: characters that were tokenised. transformed: characters that were brought into their forms.
+        tokens: that the indexes hold. read: characters of the prompt that were read.
     """
 
-    def __init__(self, encode: Encode, pieces: Sequence[str]) -> None:
-        self._encode = encode
+    def __init__(self, encode: Encode, pieces: Iterator[str], budget: int) -> None:
+        self._encode, self._budget = encode, budget
         self._pieces = pieces
-        self._waiting = {inside_json: len(pieces) for inside_json in (False, True)}
-        self._read = dict.fromkeys((False, True), 0)
-        self._forms: dict[bool, list[_Form]] = {False: [], True: []}
+        self._sources: list[_Source] = []
         self._index = {inside_json: SuffixIndex(growing=False) for inside_json in (False, True)}
-        self.tokenised = self.transformed = 0
+        self.tokens = self.read = 0
 
-    def texts(self, written: str, kind: str | None) -> Sequence[SuffixIndex]:
-        """Texts to copy from next.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the indexes."""
+        return sum(index.nbytes for index in self._index.values())
+
+    def text(self, written: str, *, inside_json: bool) -> SuffixIndex:
+        """What to copy from next; bounded work.
 
         Args:
-            written: the end of what was written. kind: of the open span; in a `tool_call` or `json` text stands
-                inside JSON strings.
+            written: the end of what was written. inside_json: whether what follows is quoted in JSON strings.
         """
-        inside_json = kind in ("tool_call", "json")
-        self._transform(inside_json)
-        for needle in (written[-LONG_NEEDLE:], written[-NEEDLE:]):
-            if len(needle) >= NEEDLE and not needle.isspace() and self._seek(needle, inside_json):
+        self._read_on()
+        end = Written(meant(written) if inside_json else written)
+        for needle in end.needles:
+            if self._seek(end, needle, inside_json):
                 break
-        return (self._index[inside_json],)
+        return self._index[inside_json]
 
-    def _transform(self, inside_json: bool) -> None:
-        done = 0
-        while self._waiting[inside_json] and done < STEP and self._read[inside_json] < READ:
-            self._waiting[inside_json] -= 1
-            piece = self._pieces[self._waiting[inside_json]][: READ - self._read[inside_json]]
-            self._forms[inside_json] += map(_Form, forms(piece, inside_json=inside_json))
-            done += len(piece)
-            self._read[inside_json] += len(piece)
-        self.transformed += done
+    def _read_on(self) -> None:
+        until = min(self.read + STEP, READ)
+        while self.read < until:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            piece = piece[-(READ - self.read) :]
+            if len(piece) >= NEEDLE:
+                self._sources += map(_Source, readings(piece))
+            self.read += max(len(piece), SHORTEST)
 
-    def _seek(self, needle: str, inside_json: bool) -> bool:
-        """Whether `needle` stands in a form; a window behind it is tokenised where none was."""
+    def _seek(self, end: Written, needle: str, inside_json: bool) -> bool:
+        """Whether `needle` stands in the prompt; a window behind it is tokenised where none was."""
         hits = 0
-        for form in self._forms[inside_json]:
-            place = form.text.rfind(needle)
+        for source in self._sources:
+            place = source.reading.text.rfind(needle)
             if place < 0:
                 continue
             hits += 1
-            if form.missing(place + len(needle)) and self.tokenised + WINDOW <= BUDGET:
-                window = form.window(place)
-                self.tokenised += len(window)
-                self._index[inside_json].extend((*self._encode(window), GAP))
+            dress = end.dress(source.reading.text, place, needle, inside_json=inside_json)
+            if source.missing(place + len(needle), dress) and self.tokens < self._budget:
+                window = source.window(place, dress)
+                tokens = self._encode(window)[: self._budget - self.tokens] if window else ()
+                self.tokens += len(tokens)
+                self._index[inside_json].extend((*tokens, GAP) if tokens else ())
                 return True
             if hits == HITS:
                 break

@@ -7,14 +7,13 @@ from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Shared
-from whiflash_sglang.lookup.forms import NEEDLE, Forms, pieces_of
+from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
 from whiflash_sglang.recorded.prompt_lookup import PromptLookup
 from whiflash_sglang.recorded.suffix_decoding import CACHED_REQUESTS, SuffixDecoding
 from whiflash_sglang.recorded.turns import Turn
 from whiflash_sglang.spans.infer import infer_spans
-from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import Vocabulary
 
 MEMORY_BYTES = 64 << 20
@@ -134,7 +133,7 @@ class LookupArm:
 
 
 class FormsArm(LookupArm):
-    """The copying arm with the prompt's emission forms (`lookup.forms`), by the span that is open.
+    """The copying arm with the prompt's emission forms, by the span that is open, as a server has it.
 
     Args:
         vocabulary: of the target.
@@ -143,25 +142,16 @@ class FormsArm(LookupArm):
     def __init__(self, settings: Lookup, vocabulary: Vocabulary, memory: bool = False) -> None:
         super().__init__(settings, memory)
         self._vocabulary = vocabulary
-        self._spans = SpanTracker((), vocabulary.token_bytes)
-
-    def begin(self, turn: Turn) -> None:
-        self._spans = SpanTracker(SPANS, self._vocabulary.token_bytes)
-        super().begin(turn)
+        self._emission: Emission | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
         super().extend(tokens)
-        self._spans.push(tokens)
+        if self._emission is not None:
+            self._emission.follow(self._copier.text)
 
     def _forms(self, turn: Turn) -> Shared:
-        encode, token_bytes, special = self._vocabulary
-        forms = Forms(encode, pieces_of(turn.prompt, token_bytes, special))
-
-        def texts() -> Sequence[SuffixIndex]:
-            end = b"".join(token_bytes[token] for token in self._written[-4 * NEEDLE :])
-            return forms.texts(end.decode(errors="replace"), self._spans.state.kind)
-
-        return texts
+        self._emission = Emission(self._vocabulary, SPANS, len(turn.prompt), self._settings.form_tokens)
+        return self._emission.texts
 
 
 PLAIN = "lookup"

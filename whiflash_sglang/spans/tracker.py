@@ -146,6 +146,12 @@ class SpanTracker(MarkerTracker):
         self._spans = spans
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of all open spans."""
+        rules = zip(self._spans, self._rules, strict=True)
+        return frozenset(span.kind for span, rule in rules if rule.opened_at is not None)
+
+    @property
     def state(self) -> SpanState:
         """The open span after everything pushed so far."""
         active, depth, since = self.open

@@ -39,6 +39,12 @@ class Vocabulary(NamedTuple):
     special: frozenset[int]
 
 
+def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
+    """What tokens stand for; ids outside the vocabulary stand for nothing."""
+    table = vocabulary.token_bytes
+    return b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
+
+
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """What text that is not a prompt may know of a `transformers` tokenizer.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
@@ -161,12 +161,6 @@ def is_text(vocabulary: Vocabulary, token: int) -> bool:
     """Whether a token stands for text, of which alone grammars speak; xgrammar complains of others aloud."""
     table = vocabulary.token_bytes
     return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
-
-
-def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
-    """What tokens stand for; ids outside the vocabulary stand for nothing."""
-    table = vocabulary.token_bytes
-    return b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:

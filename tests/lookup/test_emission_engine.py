@@ -1,0 +1,142 @@
+"""Emission forms in the real scheduler: what a call quotes is copied through its ends of lines, for its own request."""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+
+from whiflash_sglang.lookup.forms import escaped
+
+FILE = "".join(f'def part_{i}(rows):\n    """Of "{i}"."""\n    return rows[{i * 7}]\n\n' for i in range(6))
+CALL = (
+    '<tool_call>\n{"name": "write", "arguments": {"path": "b.py", "text": "'
+    + escaped(FILE)
+    + '"}}\n</tool_call>'
+)
+SPANS = {"spans": [{"kind": "tool_call", "begin": "<tool_call>", "end": "</tool_call>"}]}
+OPEN = {"spans": [{"kind": "json", "open": True}]}
+FREE = [random.Random(seed).choices(range(256), k=20) * 2 for seed in range(3)]
+TOKENS = 80
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> list[list[int]]:
+    with engine(models.target) as e:
+        return e.generate(FREE, max_new_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def running(models: Models, plain: list[list[int]]) -> Iterator[Engine]:
+    flags = models.whiflash("lookup", whiflash_force_recorded="on", whiflash_lookup_memory_mib=1)
+    with engine(models.target, whiflash=flags, skip_tokenizer_init=False) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def fresh(running: Engine) -> None:
+    running.worker.reconfigure({"router": "lookup"})
+    running.worker.forget(None)
+    running.scheduler.flush_cache()
+
+
+def encode(running: Engine, text: str) -> list[int]:
+    return list(running.scheduler.tokenizer.encode(text, add_special_tokens=False))
+
+
+def submit(
+    running: Engine,
+    prompt: str,
+    answer: str = CALL,
+    hints: dict[str, Any] = SPANS,
+    salt: str | None = None,
+) -> str:
+    """A request whose answer is forced."""
+    name = f"f{len(running.requests):05d}"
+    forced = encode(running, answer)
+    running.submit(
+        name,
+        encode(running, f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"),
+        max_new_tokens=len(forced),
+        cache_salt=salt,
+        custom_params={"whiflash": json.dumps({"lookup": "context", **hints}), "whiflash_forced": forced},
+    )
+    return name
+
+
+def rounds(running: Engine, name: str, answer: str = CALL) -> int:
+    assert running.output(name) == encode(running, answer)
+    return running.rounds(name)[0]
+
+
+def ask(running: Engine, *args: Any, **more: Any) -> int:
+    name = submit(running, *args, **more)
+    running.run()
+    return rounds(running, name, *args[1:2])
+
+
+def test_a_quoted_file_takes_fewer_rounds(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its 24 ends of lines, and each of its quotes, breaks a copy of the file as it stands."""
+    drafter = running.worker.drafters["lookup"]
+    with_forms = ask(running, FILE)
+    assert running.worker.snapshot()["lookup"]["form_tokens"] == 0, "they go with their request"
+    monkeypatch.setattr(drafter, "_form_tokens", 0)
+    without = ask(running, FILE)
+    assert with_forms < 0.7 * without
+
+
+def test_nothing_is_made_where_no_span_opens(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call's marker never comes: the prompt is not read, and its rounds are those without forms."""
+    drafter, read = running.worker.drafters["lookup"], []
+    prose = f"So I wrote: {escaped(FILE[:80])}"
+    name = submit(running, FILE, prose)
+    running.run(lambda: read.extend(e._forms for e in drafter._emissions.values()))
+    assert read
+    assert not any(read)
+    monkeypatch.setattr(drafter, "_form_tokens", 0)
+    assert rounds(running, name, prose) == ask(running, FILE, prose)
+
+
+def test_beside_others_every_text_is_its_own(running: Engine, plain: list[list[int]]) -> None:
+    """Free requests in whose answers JSON is open from the first token, one that quotes, and arms at random."""
+    alone = ask(running, FILE)
+    for router in ("lookup", "random", "auto"):
+        running.worker.reconfigure({"router": router})
+        quoting, names = submit(running, FILE), []
+        for i, prompt in enumerate(FREE):
+            names.append(f"{router}-free-{i}")
+            custom = {"whiflash": json.dumps({"lookup": "context", **OPEN})}
+            running.submit(names[-1], prompt, max_new_tokens=TOKENS, custom_params=custom)
+        running.run()
+        assert [running.output(name) for name in names] == plain
+        assert rounds(running, quoting) == alone or router != "lookup"
+    running.check_leaks()
+
+
+def test_what_another_tenant_s_prompt_holds_is_copied_by_nobody(running: Engine) -> None:
+    """Beside it, after it in its row, and by a tenant of its own."""
+    alone = ask(running, "Write it.", salt="mine")
+    quoting = submit(running, FILE, salt="theirs")
+    mine = submit(running, "Write it.", salt="mine")
+    running.run()
+    assert rounds(running, quoting) < 0.7 * alone
+    assert rounds(running, mine) == alone
+    for salt in ("mine", "theirs", None):
+        assert ask(running, "Write it.", salt=salt) == alone
+
+
+def test_a_request_that_begins_again_goes_on_with_its_forms(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's own switch retracts requests every third step."""
+    from sglang.srt.managers import scheduler
+
+    alone, without = ask(running, FILE), ask(running, "Write it.")
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+    names = [submit(running, FILE) for _ in range(2)]
+    running.run()
+    assert sum(running.requests[name].retraction_count for name in names) > 0
+    assert all(rounds(running, name) < (alone + without) / 2 for name in names)
