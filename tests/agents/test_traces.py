@@ -14,6 +14,7 @@ import httpx
 import pytest
 from openai import OpenAI
 from patience import wait_until
+from rich.console import Console
 from server_host import Server, ServerHost
 from sse import ask, comparable
 from tiny_models import SPECIAL_TOKENS, tiny_dflash, tiny_eagle3, tiny_target
@@ -21,6 +22,8 @@ from whiflash_sdk import Trace, routing, wrap
 
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.jsonl import read_json_lines
+from whiflash_sglang.top.reading import Watch, Watched
+from whiflash_sglang.top.view import screen
 
 pytestmark = pytest.mark.server
 
@@ -370,6 +373,27 @@ def test_the_log_says_who_may_draft_and_who_steered(server: Server) -> None:
     assert {arm for arm, price in arms if price} == {"ar", "diffusion"}
     assert 0 < int(started[1]) < int(started[2])
     assert log.count('control: policy {"min_dwell": 2}, from 127.0.0.1: done') == 1
+
+
+def test_top_shows_what_a_server_did(server: Server) -> None:
+    with httpx.Client() as client:
+        watch = Watch([Watched(server.url, client)])
+        wait_until(lambda: server.get("/whiflash/state")["requests"] == 0)
+        watch.look()
+        server.generate(text=PROMPT, sampling_params={"max_new_tokens": 24})
+        wait_until(lambda: server.get("/whiflash/state")["requests"] == 0)
+        (found,) = watch.look()
+    assert found["model"] == "tiny"
+    lately, total = found["now"], found["total"]
+    assert lately["tokens_per_second"] * lately["seconds"] == pytest.approx(23)
+    assert sum(arm["share"] for arm in lately["arms"].values()) == pytest.approx(1)
+    assert sum(total["reasons"].values()) == pytest.approx(1)
+    assert 1 <= lately["acceptance_length"] <= 24
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(screen([found]))
+    for words in ("tiny", "auto", "drafter", "diffusion", "reasons", "score", "ms a plain round", "draft kv"):
+        assert words in captured.get()
 
 
 def test_sixteen_loops_read_every_chunks_first_choice(server: Server) -> None:
