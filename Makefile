@@ -23,8 +23,8 @@ LEAVE_OUT := $(if $(CPU_ONLY),$(addprefix --no-install-package ,$(shell cat docs
 
 .venv/.installed: $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock sdk/pyproject.toml kernels/pyproject.toml
 	$(UV) sync --frozen --all-packages $(LEAVE_OUT)
-# Compiled once: SGLang's thousands of modules are read by every process, where PYTHONDONTWRITEBYTECODE is set from source.
-	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
+# What every process imports by the thousand modules. Uncompiled, each would compile it anew where PYTHONDONTWRITEBYTECODE is set.
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib/python3*/site-packages/{sglang,transformers,torch} || true
 	@touch $@
 
 install: .venv/.installed ## Install everything into .venv

@@ -13,6 +13,21 @@ if TYPE_CHECKING:
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; nothing else goes to stdout.")
 ]
+DEFAULT_URL = "http://127.0.0.1:30000"
+UrlOption = Annotated[
+    list[str] | None,
+    typer.Option("--url", help=f"Server; may be repeated. Default: {DEFAULT_URL}.", show_default=False),
+]
+AdminKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="WHIFLASH_API_KEY",
+        help="The server's admin key, or its API key where it has no other. Better in the environment, where "
+        "others do not see it.",
+        show_default=False,
+    ),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result, as JSON, to this file.")]
 
 
@@ -23,6 +38,11 @@ def report(result: Mapping[str, Any], as_json: bool) -> None:
         return
     for key, value in result.items():
         typer.echo(f"{key}: {value}")
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """Headers of a request with this key; none without one."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def for_tables() -> "Console":

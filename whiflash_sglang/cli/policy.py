@@ -4,10 +4,16 @@ from typing import Annotated, get_args
 
 import typer
 
-from whiflash_sglang.cli.options import JsonFlag, report
+from whiflash_sglang.cli.options import (
+    DEFAULT_URL,
+    AdminKeyOption,
+    JsonFlag,
+    UrlOption,
+    authorization,
+    report,
+)
 from whiflash_sglang.errors import ConfigError, WhiflashError
 
-DEFAULT = "http://127.0.0.1:30000"
 PATIENCE = 60.0
 """Seconds that a server may take to answer: it does between two steps of its scheduler."""
 
@@ -23,7 +29,7 @@ def change(url: str, router: str | None, api_key: str | None) -> str:
     """
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = authorization(api_key)
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
             if router is None:
@@ -57,20 +63,9 @@ def register(app: typer.Typer) -> None:
                 help="Policy from now on, none to stop drafting. Left out: say which is in force."
             ),
         ] = None,
-        url: Annotated[
-            list[str] | None,
-            typer.Option(help=f"Server; may be repeated. Default: {DEFAULT}.", show_default=False),
-        ] = None,
+        url: UrlOption = None,
         as_json: JsonFlag = False,
-        api_key: Annotated[
-            str | None,
-            typer.Option(
-                envvar="WHIFLASH_API_KEY",
-                help="The server's admin key, or its API key where it has no other. Better in the environment, where "
-                "others do not see it.",
-                show_default=False,
-            ),
-        ] = None,
+        api_key: AdminKeyOption = None,
     ) -> None:
         """Change the policy of running servers, at once and without a restart; requests go on under the new one.
 
@@ -83,7 +78,7 @@ def register(app: typer.Typer) -> None:
         if router is not None and router not in get_args(RouterName):
             raise ConfigError(f"policy {router!r} is none of {', '.join(get_args(RouterName))}")
         found, failed = {}, []
-        for one in dict.fromkeys(url or [DEFAULT]):
+        for one in dict.fromkeys(url or [DEFAULT_URL]):
             try:
                 found[one] = change(one.rstrip("/"), router, api_key)
             except ServerRefusedError as error:

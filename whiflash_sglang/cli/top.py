@@ -6,31 +6,25 @@ from typing import Annotated
 
 import typer
 
-from whiflash_sglang.cli.options import JsonFlag, for_tables
+from whiflash_sglang.cli.options import (
+    DEFAULT_URL,
+    AdminKeyOption,
+    JsonFlag,
+    UrlOption,
+    authorization,
+    for_tables,
+)
 from whiflash_sglang.errors import WhiflashError
-
-DEFAULT = "http://127.0.0.1:30000"
 
 
 def register(app: typer.Typer) -> None:
     @app.command()
     def top(
-        url: Annotated[
-            list[str] | None,
-            typer.Option(help=f"Server to watch; may be repeated. Default: {DEFAULT}.", show_default=False),
-        ] = None,
+        url: UrlOption = None,
         interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between readings.")] = 2.0,
         once: Annotated[bool, typer.Option("--once", help="Show one reading and end.")] = False,
         as_json: JsonFlag = False,
-        api_key: Annotated[
-            str | None,
-            typer.Option(
-                envvar="WHIFLASH_API_KEY",
-                help="The server's admin key, or its API key where it has no other. Better in the environment, where "
-                "others do not see it.",
-                show_default=False,
-            ),
-        ] = None,
+        api_key: AdminKeyOption = None,
     ) -> None:
         """Watch servers: tokens a second, who drafts and what is accepted, reasons, costs, memory.
 
@@ -46,9 +40,9 @@ def register(app: typer.Typer) -> None:
         from whiflash_sglang.top.reading import TIMEOUT, Watch, Watched
         from whiflash_sglang.top.view import screen
 
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = authorization(api_key)
         with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
-            watch = Watch([Watched(one, client) for one in dict.fromkeys(url or [DEFAULT])])
+            watch = Watch([Watched(one, client) for one in dict.fromkeys(url or [DEFAULT_URL])])
             console = for_tables()
             once = once or not (console.is_terminal or as_json)
             found = watch.look()
