@@ -127,6 +127,12 @@ class Engine:
 
         self.scheduler.close_session(CloseSessionReqInput(session_id=name))
 
+    def start_over(self, router: str) -> None:
+        """As after the start, with this policy: nothing is remembered, nothing is cached."""
+        self.worker.reconfigure({"router": router})
+        self.worker.forget(None)
+        self.scheduler.flush_cache()
+
     def run(self, on_step: Callable[[], None] = lambda: None) -> None:
         """Step until nothing runs or waits."""
         for _ in range(100_000):

@@ -46,6 +46,12 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
 
+    def scheduler(self, title: str) -> psutil.Process:
+        """Its scheduler's process of one rank or replica, by what SGLang calls it: `_TP1`, `_DP0`."""
+        children = psutil.Process(self.pid).children(recursive=True)
+        [found] = [child for child in children if title in " ".join(child.cmdline())]
+        return found
+
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """POST ``body`` as JSON and return the JSON answer; raises httpx.HTTPStatusError on an error status."""
         return httpx.post(self.url + path, json=body, timeout=None).raise_for_status().json()

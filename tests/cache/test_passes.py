@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from whiflash_sglang.drafters.paged import PADDING, PagedArm, PassInput
-from whiflash_sglang.models import eagle3
+from whiflash_sglang.models import choice as choices
 
 Drafted = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,14 +63,14 @@ def test_nothing_is_read_and_nothing_uploaded(arms: Arms, name: str) -> None:
 
 
 def test_a_planted_read_is_found(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, choose = requests(arms.by_name["ar"], [20, 7]), eagle3.choose
+    given, choose = requests(arms.by_name["ar"], [20, 7]), choices.choose
 
     def reading(*args: Any) -> Any:
         choice = choose(*args)
         assert choice.confidence[0] > -1
         return choice
 
-    monkeypatch.setattr(eagle3, "choose", reading)
+    monkeypatch.setattr(choices, "choose", reading)
     with HostReads() as seen:
         drafted(arms.by_name["ar"], given)
     assert seen.reads.total() == arms.by_name["ar"].max_drafts

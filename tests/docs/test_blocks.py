@@ -1,7 +1,6 @@
 """What the documentation shows can be typed: Python runs, commands and their flags exist."""
 
 import contextlib
-import importlib.util
 import io
 import re
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from loaded_scripts import load_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -71,11 +71,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def known() -> dict[str, set[str]]:
     """Flags of every command of ours by the words that call it, of SGLang's launchers, and make's targets."""
-    spec = importlib.util.spec_from_file_location("reference_for_blocks", ROOT / "scripts" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
+    reference = load_script("reference")
     found = {
         words: {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
         | {"--help"}

@@ -1,6 +1,5 @@
 """What the documentation says of flags, keys, fields, commands and figures is what code and reports say."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -10,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from loaded_scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 FIGURE = re.compile(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]")
@@ -17,13 +17,7 @@ FIGURE = re.compile(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]")
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference_tables", ROOT / "scripts" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("reference")
 
 
 def test_the_tables_are_those_of_the_code(reference: ModuleType) -> None:

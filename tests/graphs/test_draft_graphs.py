@@ -19,7 +19,7 @@ from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.paged import PagedArm, PassInput
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.graphs import StaticInput, doubling
-from whiflash_sglang.models import eagle3
+from whiflash_sglang.models import choice as choices
 
 __all__ = ["prepared"]
 
@@ -185,14 +185,14 @@ def leaves_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def adds_to_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Relies on memory that was zero when it was allocated."""
-    choose = eagle3.choose
+    choose = choices.choose
 
     def adding(*args: Any) -> Any:
         choice = choose(*args)
         scratch = torch.empty_like(choice.confidence).add_(choice.confidence)
         return choice._replace(confidence=choice.confidence + scratch.clamp(0, 0))
 
-    monkeypatch.setattr(eagle3, "choose", adding)
+    monkeypatch.setattr(choices, "choose", adding)
 
 
 def goes_by_a_number_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,13 +250,13 @@ def test_a_pass_that_reads_the_device_is_no_pass_to_capture(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start ends with a sentence that says what cannot be captured, and what to turn off."""
-    choose = eagle3.choose
+    choose = choices.choose
 
     def reading(*args: Any) -> Any:
         choice = choose(*args)
         assert float(choice.confidence[0]) > -1
         return choice
 
-    monkeypatch.setattr(eagle3, "choose", reading)
+    monkeypatch.setattr(choices, "choose", reading)
     with pytest.raises(ConfigError, match=r"pass of 'ar'.* size of 4.*--disable-cuda-graph.* Python's"):
         captured.capture()

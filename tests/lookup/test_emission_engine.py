@@ -38,9 +38,7 @@ def running(models: Models, plain: list[list[int]]) -> Iterator[Engine]:
 
 @pytest.fixture(autouse=True)
 def fresh(running: Engine) -> None:
-    running.worker.reconfigure({"router": "lookup"})
-    running.worker.forget(None)
-    running.scheduler.flush_cache()
+    running.start_over("lookup")
 
 
 def encode(running: Engine, text: str) -> list[int]:

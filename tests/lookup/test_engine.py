@@ -32,9 +32,7 @@ def running(models: Models) -> Iterator[Engine]:
 
 @pytest.fixture(autouse=True)
 def fresh(running: Engine) -> None:
-    running.worker.reconfigure({"router": "lookup"})
-    running.worker.forget(None)
-    running.scheduler.flush_cache()
+    running.start_over("lookup")
 
 
 @dataclass

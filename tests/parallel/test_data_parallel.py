@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from patience import wait_until
 from scrape import scraped, total, values
@@ -42,16 +41,6 @@ def texts(server: Server) -> list[list[int]]:
     return [answer["output_ids"] for answer in server.generate_all(bodies(8), concurrency=8)]
 
 
-def replica_of(server: Server, number: int) -> psutil.Process:
-    """The scheduler's process of a replica."""
-    [found] = [
-        child
-        for child in psutil.Process(server.pid).children(recursive=True)
-        if f"_DP{number}" in " ".join(child.cmdline())
-    ]
-    return found
-
-
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
     flags = ("--dp-size", "2", "--enable-metrics")
     with host.running(*arguments(checkpoints, "none"), *flags, env={**BIND, **ENDS_AT_ONCE}) as server:
@@ -80,7 +69,7 @@ def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
 
 
 def a_replica_that_stands_still_is_named(server: Server) -> None:
-    stopped = replica_of(server, 1)
+    stopped = server.scheduler("_DP1")
     stopped.suspend()
     answer = httpx.get(server.url + "/whiflash/state", params={"timeout": 1}, timeout=None)
     assert answer.status_code == 504
@@ -91,7 +80,7 @@ def a_replica_that_stands_still_is_named(server: Server) -> None:
 
 def a_replica_that_is_killed_is_named(server: Server) -> None:
     """The server ends, and with it whatever waits: nobody is left without an answer or an error."""
-    killed = replica_of(server, 1)
+    killed = server.scheduler("_DP1")
     bodies = [{"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 1900}}] * 2
     with ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(server.generate, **body) for body in bodies]

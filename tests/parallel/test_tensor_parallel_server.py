@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 from patience import wait_until
@@ -36,16 +35,6 @@ def arguments(checkpoints: Checkpoints) -> list[str]:
 def server(host: ServerHost, checkpoints: Checkpoints) -> Iterator[Server]:
     with host.running(*arguments(checkpoints), env={**BIND, **ENDS_AT_ONCE}) as running:
         yield running
-
-
-def rank_of(server: Server, rank: int) -> psutil.Process:
-    """The scheduler's process of a rank."""
-    [found] = [
-        child
-        for child in psutil.Process(server.pid).children(recursive=True)
-        if f"_TP{rank}" in " ".join(child.cmdline())
-    ]
-    return found
 
 
 def until_it_ends(server: Server) -> str:
@@ -77,7 +66,7 @@ def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints
     assert values(samples, "tp_rank") == {"0"}
     assert total(samples, "rounds_total") == sum(arm["rounds"] for arm in state["by_arm"].values()) > 0
 
-    killed = rank_of(server, 1)
+    killed = server.scheduler("_TP1")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(server.generate, input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 1900})
         os.kill(killed.pid, signal.SIGKILL)

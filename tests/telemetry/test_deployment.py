@@ -1,16 +1,15 @@
 """The files of `deploy/`: Prometheus takes them, alerts fire when they should, Grafana's schema has every field."""
 
-import importlib.util
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from loaded_scripts import load_script
 from prometheus_server import ROOT, RULES, program
 
 from whiflash_sglang.telemetry.series import PREFIX, SERIES
@@ -94,13 +93,7 @@ def test_every_series_of_ours_that_is_asked_for_exists() -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dashboard_script", ROOT / "scripts" / "dashboard.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("dashboard")
 
 
 def test_the_dashboard_is_the_one_of_the_script(script: ModuleType) -> None:

@@ -98,5 +98,7 @@ def after(half: int, e: Engine) -> tuple[Counter[str], int]:
     assert e.lanes == {}
     assert not any(e.worker.sync.watermarks.known(row) for row in range(64))
     e.requests.clear()
+    e.worker.tally.round_seconds.clear()  # bounded, and taken whenever metrics are published
+    e.worker.tally.acceptance.clear()
     assert e.scheduler.flush_cache()
     return objects(), entries(e.worker)

@@ -60,8 +60,12 @@ def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
 
 
 def is_quantised(module: Any) -> bool:
-    """Whether an embedding or a head is read by its quantisation's method, as SGLang decides it for heads."""
-    return not hasattr(module, "weight") or should_apply_lm_head_quant_method(module, module.quant_method)
+    """Whether an embedding or a head is read by its quantisation's method, as SGLang decides it for heads.
+
+    An embedding that is torch's own (Gemma 3's) has no such method.
+    """
+    method = getattr(module, "quant_method", None)
+    return not hasattr(module, "weight") or should_apply_lm_head_quant_method(module, method)
 
 
 def _projection(head: Any, rows: int) -> Projection:
