@@ -3,9 +3,11 @@
 import pytest
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.distributed import bootstrap
 from sglang.srt.server_args import ServerArgs
 
 from whiflash_sglang import platform
+from whiflash_sglang.platform.cpu import CpuPlatform
 
 from .conftest import Checkpoints
 
@@ -35,3 +37,15 @@ def test_an_attention_backend_that_was_chosen_stays(checkpoints: Checkpoints, ch
     arguments.resolve_once()
     ours = chosen in (None, "whiflash_cpu")
     assert (resolving_view(arguments).attention_backend == "whiflash_cpu") is ours
+
+
+def test_what_others_allocate_meanwhile_ends_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks on one machine measure its free memory one after the other; what differs is no device's."""
+    check = "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
+    free = {"pre_model_load_memory": 11.6, "local_gpu_memory": 12.9}
+    monkeypatch.setenv(check, "1")
+    with pytest.raises(RuntimeError, match="unbalanced"):
+        bootstrap._check_tp_memory_balance(**free)
+    monkeypatch.delenv(check)
+    CpuPlatform()
+    bootstrap._check_tp_memory_balance(**free)

@@ -19,5 +19,9 @@ CHILD_ENVIRONMENT = {
     # cores and 95-1544 ms beside busy processes as is; 12-18 and 45-62 ms when spinning stops early; 15-29 and 37-44
     # without any (OMP_WAIT_POLICY=PASSIVE).
     "GOMP_SPINCOUNT": "1000",
+    # Ranks on one machine share its memory, and each measures what is free a moment later than the other: whatever
+    # another process takes or gives back in between looks like a device that somebody else occupies, and would end
+    # the start.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }
 """Set, unless the user has set them, before SGLang starts its scheduler; read there when torch is loaded."""
