@@ -91,3 +91,21 @@ def test_a_late_answer_is_not_the_next_questions(monkeypatch: pytest.MonkeyPatch
 
     assert sorted(state["replica"] for state in asyncio.run(ask())) == [0, 1]
     assert questions == 3
+
+
+def test_a_replica_that_is_an_answer_behind_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood still while a question timed out, and has always one more to answer than the other."""
+
+    def behind(server: Server) -> None:
+        server.answers(1)  # the oldest: the question before
+        server.answers(0)
+        # And the newest one, a moment later.
+        asyncio.get_running_loop().call_later(0.005, lambda: server.mail[1] and server.answers(1))
+
+    server = Server(monkeypatch, behind)
+    server.mail[1].append(control.state_request())
+    states = asyncio.run(control.states_of(server, 30))
+    assert [state["replica"] for state in states] == [1, 0] or [state["replica"] for state in states] == [
+        0,
+        1,
+    ]

@@ -23,6 +23,9 @@ EVERYBODY = -1
 """In place of a handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
 
+FIRST_PAUSE = 0.01
+"""Seconds before a question is asked again; doubled every time."""
+
 _questions = itertools.count()
 """Answers carry their question's number: one that comes too late is not taken for another's."""
 
@@ -43,7 +46,7 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
         SilentReplicaError: at least one has not answered by then.
     """
     manager.auto_create_handle_loop()
-    ask = manager.get_internal_state_communicator
+    ask, pause = manager.get_internal_state_communicator, FIRST_PAUSE
     try:
         async with asyncio.timeout(seconds):
             while True:
@@ -52,6 +55,9 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
                 states = [answer.internal_state.get(KEY, {}) for answer in answers]
                 if all(state.pop("question", None) == request.rid for state in states):
                     return states
+                # A replica that is an answer behind would stay so: what comes while nobody asks is dropped.
+                await asyncio.sleep(pause)
+                pause *= 2
     except TimeoutError:
         # One question is asked at a time: these are the answers to it, which may be another's, SGLang's own too.
         heard = [int(answer.rid) for answer in ask._result_values or ()]
