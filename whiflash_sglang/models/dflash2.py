@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import WeightReader, integer, number
-from whiflash_sglang.models.choice import Choice, DraftHead
+from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat
@@ -99,10 +99,10 @@ class DFlash2Drafter(DFlashDrafter):
             scores = unary[:, step] + self.candidate_selector.scores(
                 previous, projected[:, step], ids[:, step]
             )
-            best = scores.max(-1)
-            previous = ids[:, step].gather(-1, best.indices[:, None])[:, 0]
+            best = choose(scores)
+            previous = ids[:, step].gather(-1, best.token[:, None])[:, 0]
             tokens.append(previous)
-            sure.append((best.values - scores.logsumexp(-1)).exp())
+            sure.append(best.confidence)
         return Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
 
     def _unary(self, logits: Tensor) -> Tensor:

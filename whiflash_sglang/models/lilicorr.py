@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import WeightReader, integer, number
-from whiflash_sglang.models.choice import Choice, DraftHead
+from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat
@@ -223,9 +223,9 @@ class LiLiCorrDrafter(DFlashDrafter):
             scores = (
                 pairs[:, step - 1][torch.arange(len(rows), device=rows.device), places[-1]] if step else begin
             )
-            best = scores.max(-1)
-            places.append(best.indices)
-            sure.append((best.values - scores.logsumexp(-1)).exp())
+            best = choose(scores)
+            places.append(best.token)
+            sure.append(best.confidence)
         tokens = ids[:, :wanted].gather(-1, torch.stack(places, 1)[..., None])[..., 0]
         return Choice(tokens, torch.stack(sure, 1))
 
