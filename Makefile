@@ -19,17 +19,25 @@ help: ## Show this help
 	.uv/bin/pip install --quiet uv
 
 # With CPU_ONLY=1: without packages that a server on a CPU never imports.
-LEAVE_OUT := $(if $(CPU_ONLY),$(addprefix --no-install-package ,$(shell cat docs/cpu-leaves-out.txt)))
-
-.venv/.installed: $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock sdk/pyproject.toml kernels/pyproject.toml
-	$(UV) sync --frozen --all-packages $(LEAVE_OUT)
+LEAVE_OUT := $(addprefix --no-install-package ,$(shell cat docs/cpu-leaves-out.txt))
+DISTRIBUTIONS := $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock sdk/pyproject.toml kernels/pyproject.toml
 # What every process imports by the thousand modules. Uncompiled, each would compile it anew where PYTHONDONTWRITEBYTECODE is set.
-	.venv/bin/python -m compileall -qq -j 0 .venv/lib/python3*/site-packages/{sglang,transformers,torch} || true
+COMPILE = .venv/bin/python -m compileall -qq -j 0 .venv/lib/python3*/site-packages/{sglang,transformers,torch} || true
+
+.venv/.installed: $(DISTRIBUTIONS)
+	$(UV) sync --frozen --all-packages $(if $(CPU_ONLY),$(LEAVE_OUT))
+	$(COMPILE)
+	@touch $@
+
+# Enough for the demo: everything where a card is, or where everything is installed already; else what a CPU needs.
+.venv/.for-demo: $(DISTRIBUTIONS)
+	$(UV) sync --frozen --all-packages $(if $(or $(wildcard .venv/.installed),$(shell command -v nvidia-smi)),,$(LEAVE_OUT))
+	$(COMPILE)
 	@touch $@
 
 install: .venv/.installed ## Install everything into .venv
 
-demo: install ## Start the server on the embedded model, ask it two questions, show who drafted what
+demo: .venv/.for-demo ## Start the server on the embedded model, ask it two questions, show who drafted what
 	$(RUN) whiflash demo
 
 # Two processes, each of which runs whole files: what a file starts (a server, an engine) it starts once.

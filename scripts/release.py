@@ -1,0 +1,92 @@
+"""One version in every place that says it: `python scripts/release.py 0.2.0`; without a version it says which there is.
+
+Writes the three packages' `__version__`, which their wheels and everything else read, the series that
+whiflash-sglang asks of the other two, `CITATION.cff`, and the changelog's heading. What is left is a look at the diff,
+`make check test dist`, a commit, and a tag (`git tag v0.2.0`), which builds and publishes
+(`.github/workflows/release.yml`).
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+VERSION = r"\d+\.\d+\.\d+"
+PACKAGES = (
+    "whiflash_sglang/__init__.py",
+    "sdk/whiflash_sdk/__init__.py",
+    "kernels/whiflash_kernels/__init__.py",
+)
+PLACES: Mapping[str, str] = {
+    **dict.fromkeys(PACKAGES, rf'(?m)^(__version__ = "){VERSION}(")$'),
+    "CITATION.cff": rf"(?m)^(version: ){VERSION}()$",
+}
+"""Files, each with the one place of a version in it."""
+
+
+def found(root: Path = ROOT) -> dict[str, str]:
+    """The version that each file says. Raises ValueError where it says none, or several."""
+    said = {}
+    for name, pattern in PLACES.items():
+        places = list(re.finditer(pattern, (root / name).read_text("utf-8")))
+        if len(places) != 1:
+            raise ValueError(f"{name}: {len(places)} versions where one is expected")
+        said[name] = places[0][0].removeprefix(places[0][1]).removesuffix(places[0][2])
+    return said
+
+
+def write(version: str, root: Path = ROOT, day: str | None = None) -> None:
+    """Put `version` everywhere.
+
+    Raises:
+        ValueError: it is none (MAJOR.MINOR.PATCH), not above what there is, or a place is not as expected.
+    """
+    if not re.fullmatch(VERSION, version):
+        raise ValueError(f"{version} is no version of the form MAJOR.MINOR.PATCH")
+    (before,) = set(found(root).values())
+    if numbers(version) < numbers(before):
+        raise ValueError(f"{version} is before {before}")
+    texts = {
+        name: re.sub(pattern, rf"\g<1>{version}\g<2>", (root / name).read_text("utf-8"))
+        for name, pattern in PLACES.items()
+    }
+    series = ".".join(version.split(".")[:2])
+    project = (root / "pyproject.toml").read_text("utf-8")
+    texts["pyproject.toml"], bounds = re.subn(
+        rf'("whiflash-(?:kernels|sdk)~=){VERSION}"', rf'\g<1>{series}.0"', project
+    )
+    if bounds != 2:
+        raise ValueError(f"pyproject.toml: {bounds} bounds of our own packages where two are expected")
+    changes = (root / "CHANGELOG.md").read_text("utf-8")
+    heading = f"## {version} ({day or datetime.now(UTC).date().isoformat()})"
+    texts["CHANGELOG.md"], headings = re.subn(rf"(?m)^## {VERSION} \(unreleased\)$", heading, changes)
+    if headings != 1:
+        raise ValueError("CHANGELOG.md: the heading of what is unreleased is missing")
+    for name, text in texts.items():
+        (root / name).write_text(text, "utf-8")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("version", nargs="?", help="MAJOR.MINOR.PATCH")
+    said = parser.parse_args()
+    try:
+        if said.version:
+            write(said.version)
+        for name, version in found().items():
+            print(f"{version}  {name}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

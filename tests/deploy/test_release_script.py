@@ -1,0 +1,61 @@
+"""`scripts/release.py`: one version everywhere, and what it will not write."""
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from loaded_scripts import load_script
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def release() -> ModuleType:
+    return load_script("release")
+
+
+@pytest.fixture
+def copy(release: ModuleType, tmp_path: Path) -> Path:
+    """The files that hold a version, to write into."""
+    for name in (*release.PLACES, "pyproject.toml", "CHANGELOG.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_every_place_says_the_same_version(release: ModuleType) -> None:
+    assert len(set(release.found().values())) == 1, release.found()
+
+
+def test_a_new_version_is_written_everywhere(release: ModuleType, copy: Path) -> None:
+    changes = (copy / "CHANGELOG.md").read_text("utf-8")
+    (copy / "CHANGELOG.md").write_text(
+        f"# Changelog\n\n## 0.1.0 (unreleased)\n\n{changes[changes.index('- ') :]}"
+    )
+    release.write("0.2.3", copy, day="2030-01-02")
+    assert set(release.found(copy).values()) == {"0.2.3"}
+    project = (copy / "pyproject.toml").read_text("utf-8")
+    assert '"whiflash-kernels~=0.2.0"' in project
+    assert '"whiflash-sdk~=0.2.0"' in project
+    assert "## 0.2.3 (2030-01-02)" in (copy / "CHANGELOG.md").read_text("utf-8")
+    with pytest.raises(ValueError, match="unreleased is missing"):
+        release.write("0.2.4", copy)
+    assert set(release.found(copy).values()) == {"0.2.3"}, "nothing is written where something is missing"
+
+
+@pytest.mark.parametrize(
+    ("version", "complaint"), [("1.0", "no version"), ("0.0.1", "is before"), ("v1.0.0", "no version")]
+)
+def test_what_is_no_next_version_is_refused(
+    release: ModuleType, copy: Path, version: str, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        release.write(version, copy)
+
+
+def test_a_place_that_says_two_versions_is_found(release: ModuleType, copy: Path) -> None:
+    with (copy / "CITATION.cff").open("a") as file:
+        file.write("version: 9.9.9\n")
+    with pytest.raises(ValueError, match=r"CITATION\.cff: 2 versions"):
+        release.found(copy)
