@@ -1,0 +1,59 @@
+"""Workflows and forms of the repository's host: they parse, and what they call is there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+GITHUB = ROOT / ".github"
+WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
+FORMS = sorted(path for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+
+
+def steps(workflow: Path) -> list[dict[str, Any]]:
+    jobs = yaml.safe_load(workflow.read_text("utf-8"))["jobs"]
+    return [step for job in jobs.values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_what_a_workflow_runs_is_there(workflow: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    ran = [step["run"] for step in steps(workflow) if "run" in step]
+    assert ran
+    for line in ran:
+        assert set(re.findall(r"\bmake ([a-z-]+)", line)) <= targets, line
+        for script in re.findall(r"\bbash (\S+)", line):
+            assert (ROOT / script).is_file(), line
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_may_no_more_than_it_needs_and_pins_what_it_uses(workflow: Path) -> None:
+    read = yaml.safe_load(workflow.read_text("utf-8"))
+    assert read["permissions"] == {"contents": "read"}
+    for step in steps(workflow):
+        if "uses" in step:
+            assert re.fullmatch(r"[\w.-]+/[\w./-]+@(v\d+|release/v\d+|[0-9a-f]{40})", step["uses"])
+
+
+def test_only_a_tag_publishes_and_only_what_was_built() -> None:
+    (release,) = (path for path in WORKFLOWS if path.stem == "release")
+    read = yaml.safe_load(release.read_text("utf-8"))
+    assert read[True] == {"push": {"tags": ["v*"]}}  # YAML reads `on` as true
+    publish = read["jobs"]["publish"]
+    assert publish["needs"] == "build"
+    assert publish["permissions"] == {"id-token": "write"}
+    assert not any("checkout" in step.get("uses", "") for step in publish["steps"])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
+def test_a_form_asks_with_labels(form: Path) -> None:
+    read = yaml.safe_load(form.read_text("utf-8"))
+    assert {"name", "description", "body"} <= read.keys()
+    for field in read["body"]:
+        assert field["type"] in ("textarea", "input", "dropdown", "checkboxes", "markdown")
+        assert field["attributes"]["label"]
+    assert any(field.get("validations", {}).get("required") for field in read["body"])
