@@ -1,0 +1,86 @@
+"""The picture of the trace page: `python tests/agents/trace_picture.py docs/pictures/trace.png`.
+
+The embedded model answers a few prompts without drafts, so that the server knows what rounds without them take and the
+trace tells an estimated gain; then, under `auto`, a question that forces a tool call. The page is drawn as `whiflash
+trace` draws it, and headless Chromium takes its picture with the mouse on the longest copy.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "sdk" / "tests"))
+
+from browser import browser
+from server_host import Server, ServerHost
+from whiflash_sdk.render import Turn, conversation_html
+from whiflash_sdk.trace import routing
+
+from whiflash_sglang.cli.serve import COMPACT_JSON, STRICT_TOOLS
+from whiflash_sglang.config import embedded_bundle
+from whiflash_sglang.embedded import TARGET_NAME, ensure_target
+
+PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+QUESTION = "Find a flight from Paris to Rome on 2026-05-01 for two passengers."
+TOOL = {
+    "name": "find_flights",
+    "description": "Flights between two cities on a day.",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "origin": {"type": "string"},
+            "destination": {"type": "string"},
+            "date": {"type": "string"},
+            "passengers": {"type": "integer"},
+        },
+        "required": ["origin", "destination", "date", "passengers"],
+    },
+}
+
+
+def ask(server: Server) -> Turn:
+    """The question's answer with its full trace, once plain rounds were timed."""
+    lines = PROMPTS.read_text("utf-8").splitlines()
+    warm = [{"messages": json.loads(line)["messages"], "max_tokens": 48} for line in lines[:6]]
+    for router in ("none", "auto"):
+        server.post("/whiflash/policy", {"router": router})
+        for body in warm:
+            server.post("/v1/chat/completions", {"model": TARGET_NAME, "temperature": 0, **body})
+    body = {
+        "model": TARGET_NAME,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "tools": [{"type": "function", "function": TOOL}],
+        "tool_choice": "required",
+        "max_tokens": 84,
+        "temperature": 0,
+        "custom_params": {"whiflash": json.dumps({"trace": "full"})},
+    }
+    answer = server.post("/v1/chat/completions", body)
+    trace = routing(answer)
+    assert trace is not None
+    assert trace.gain is not None
+    print(trace)
+    return Turn(QUESTION, trace.text or "", trace, TARGET_NAME)
+
+
+def main() -> None:
+    arguments = ("--model-path", str(ensure_target()), "--served-model-name", TARGET_NAME, COMPACT_JSON)
+    ours = ("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(embedded_bundle()))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ServerHost() as host,
+        host.running(*arguments, *ours, "--dtype", "bfloat16", env=STRICT_TOOLS, threads=2) as server,
+    ):
+        page = Path(folder) / "page.html"
+        page.write_text(conversation_html([ask(server)], title="A tool call"), "utf-8")
+        with browser(Path(folder) / "profile") as chromium:
+            chromium.show(page, width=1000, height=975)
+            chromium.point("section .band.arm-lookup")
+            chromium.ask("window.scrollTo(0, 0)")
+            chromium.shoot(Path(sys.argv[1]), whole=False)
+
+
+if __name__ == "__main__":
+    main()
