@@ -60,10 +60,9 @@ format: install ## Format and fix what can be fixed
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
 
-docs: install ## Write what comes from code: tables of the documentation, the dashboard, the record of SGLang's names
+docs: install ## Write the tables of the documentation that come from code
 	$(RUN) python scripts/reference.py
 	$(RUN) python scripts/dashboard.py
-	$(RUN) python scripts/upstream.py --record
 
 # Debian's package, unpacked: needs apt's lists, no root.
 .tools/usr/bin/promtool:

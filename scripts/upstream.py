@@ -1,8 +1,8 @@
 """What a release of SGLang has moved of the names that we import, call or replace: `python scripts/upstream.py 0.5.24`.
 
-Takes a wheel, an unpacked tree, or a version, which is fetched. Sources are read, nothing is imported
-(`sglang_sources.py`). `scripts/upstream.json` holds what was found in the version that this release is for (`--record`
-writes it anew). What each finding asks for: docs/reference/versions.md.
+Takes a wheel, an unpacked tree, or a version, which is fetched, and compares it with the installed SGLang, or with what
+`--since` says. Releases are read, not imported (`sglang_sources.py`); only which names are ours is asked of our tables,
+which import the installed SGLang. What each finding asks for: docs/reference/versions.md.
 """
 
 import argparse
@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 from sglang_sources import Function, Tree, Walker
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "scripts" / "upstream.json"
 
 
-def recorded_names() -> list[str]:
-    """Every name of SGLang's that we import, call or replace. Imports the tables, and so torch and SGLang."""
+def our_names() -> list[str]:
+    """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
     from whiflash_sglang.compat.patching import PRIVATE_NAMES
     from whiflash_sglang.platform import seams
 
@@ -38,13 +37,16 @@ def recorded_names() -> list[str]:
     return sorted(set(names))
 
 
-def record(tree: Tree, version: str, names: list[str]) -> dict[str, Any]:
+class Release(NamedTuple):
+    """names: what each of ours is in a release (`Walker.describe`). flags: the arguments of its server."""
+
+    names: Mapping[str, Mapping[str, Any] | None]
+    flags: list[str]
+
+
+def read(tree: Tree, names: list[str]) -> Release:
     walker = Walker(tree)
-    return {
-        "sglang": version,
-        "names": {path: walker.describe(path) for path in names},
-        "flags": walker.flags(),
-    }
+    return Release({path: walker.describe(path) for path in names}, walker.flags())
 
 
 class Finding(NamedTuple):
@@ -55,16 +57,16 @@ class Finding(NamedTuple):
     detail: str
 
 
-def compare(tree: Tree, known: Mapping[str, Any]) -> list[Finding]:
-    """What of the record is otherwise in `tree`."""
+def compare(tree: Tree, known: Release) -> list[Finding]:
+    """What of a release is otherwise in `tree`."""
     walker = Walker(tree)
     findings = [
         finding
-        for path, before in known["names"].items()
+        for path, before in known.names.items()
         if before is not None
         for finding in _judge(walker, path, before)
     ]
-    added, gone = differing(known["flags"], walker.flags())
+    added, gone = differing(known.flags, walker.flags())
     findings += [Finding("flags", name, "new") for name in added]
     findings += [Finding("flags", name, "gone") for name in gone]
     return findings
@@ -103,19 +105,19 @@ def difference(path: str, old: Tree, new: Tree) -> str:
     return "\n".join(difflib.unified_diff(*texts, "before", "now", lineterm=""))
 
 
-def installed() -> Tree:
-    """The sources of the SGLang that is installed; nothing of it is imported."""
+def installed() -> Path:
+    """Where the installed SGLang lies; nothing of it is imported for that."""
     found = importlib.util.find_spec("sglang")
     if found is None or found.submodule_search_locations is None:
-        raise ValueError("no SGLang is installed")
-    return Tree(Path(next(iter(found.submodule_search_locations))).parent)
+        raise ValueError("no SGLang is installed; --since says which one to compare with")
+    return Path(next(iter(found.submodule_search_locations))).parent
 
 
 @contextmanager
-def sources(said: str) -> Iterator[Path]:
-    """A wheel or directory as it is; a version, fetched into a directory that ends with the block."""
-    if Path(said).exists():
-        yield Path(said)
+def sources(said: str | None) -> Iterator[Path]:
+    """A wheel or directory as it is, the installed SGLang where none is said; a version is fetched for the block."""
+    if said is None or Path(said).exists():
+        yield installed() if said is None else Path(said)
         return
     uv = shutil.which("uv") or ROOT / ".uv" / "bin" / "uv"
     with tempfile.TemporaryDirectory() as folder:
@@ -144,41 +146,26 @@ def imported(place: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("release", nargs="?", help="a wheel, a directory that holds sglang/, or a version")
+    release = "a wheel, a directory that holds sglang/, or a version"
+    parser.add_argument("release", help=release)
+    parser.add_argument("--since", help=f"{release}, to compare with; the installed one where it is left out")
+    parser.add_argument("--diff", action="store_true", help="show how functions differ")
     parser.add_argument(
-        "--record", action="store_true", help="record the installed SGLang; for after a change of the pin"
-    )
-    parser.add_argument(
-        "--diff", action="store_true", help="show how functions differ from the installed SGLang's"
-    )
-    parser.add_argument(
-        "--import", action="store_true", dest="imported", help="import the new sources, and check them"
+        "--import", action="store_true", dest="imported", help="import the new sources and check them"
     )
     said = parser.parse_args()
-    if said.record:
-        from whiflash_sglang.compat.patching import SGLANG_VERSION
-
-        written = record(installed(), SGLANG_VERSION, recorded_names())
-        RECORD.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
-        print(f"{RECORD.name}: {len(written['names'])} names of SGLang {SGLANG_VERSION}")
-        return 0
-    if not said.release:
-        parser.error("which release?")
-    known = json.loads(RECORD.read_text("utf-8"))
-    with sources(said.release) as place:
-        tree = Tree(place)
-        findings = compare(tree, known)
+    names = our_names()
+    with sources(said.since) as before, sources(said.release) as now:
+        old, new = Tree(before), Tree(now)
+        findings = compare(new, read(old, names))
         for finding in findings:
             print(f"{finding.kind:<12}{finding.name}: {finding.detail}")
             if said.diff and finding.kind in ("changed", "parameters"):
-                print(textwrap.indent(difference(finding.name, installed(), tree), "    "))
-        wrong = imported(place) if said.imported and place.is_dir() else []
+                print(textwrap.indent(difference(finding.name, old, new), "    "))
+        wrong = imported(now) if said.imported and now.is_dir() else []
         for line in wrong:
             print(f"{'imported':<12}{line}")
-    count = len(findings) + len(wrong)
-    print(
-        f"{count} findings in {len(known['names'])} names and {len(known['flags'])} flags of {known['sglang']}"
-    )
+    print(f"{len(findings) + len(wrong)} findings in {len(names)} names and the server's arguments")
     return 1 if findings or wrong else 0
 
 
