@@ -12,9 +12,9 @@ from whiflash_sglang import arms
 from whiflash_sglang.compat.target import Verified
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.stage import Proposal
-from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.metrics import PreviousRound, RoundClock
 from whiflash_sglang.models.router import Layers
-from whiflash_sglang.planning import Plan
+from whiflash_sglang.planning import Plan, drafts_nothing
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
@@ -24,15 +24,38 @@ from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.transfers import Download
 
 
+PLAIN_ENTROPY_ROUNDS = 8
+"""Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it."""
+    """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it.
+
+    router: of the bundle, None where no policy may need one.
+    """
 
     drafters: Mapping[str, Drafter]
     controller: Controller
     clock: RoundClock
     tally: Tally
+    router: Layers | None = None
     ranks: Ranks = field(default_factory=Ranks)
+
+    def timed(self, previous: PreviousRound) -> None:
+        """What the round before this one took."""
+        costs = self.controller.costs
+        costs.verified(previous.rows, previous.requests, previous.rest)
+        costs.committed(previous.tokens, previous.seconds, previous.gap)
+        self.tally.compare(previous.tokens, previous.requests, previous.seconds + previous.gap, costs)
+
+    def results(self, plan: Plan, proposal: Proposal, verified: Verified, committed: Committed) -> Download:
+        """All that `learn` will read of a round, on the device."""
+        entropy = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        policy, last = self.controller.policy, committed.last_rows
+        return results_of(
+            proposal, committed, signals_of(policy, verified, last, self.router, entropy=entropy)
+        )
 
     def learn(
         self, plan: Plan, found: Mapping[str, list[Any]], kept: Sequence[Sequence[int]] | None = None

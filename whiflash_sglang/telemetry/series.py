@@ -7,17 +7,11 @@ request or tenant. SGLang's own labels (`model_name`, `tp_rank`, `dp_rank` of re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from whiflash_sglang import __version__
-from whiflash_sglang.config import RouterName, Settings
-
-if TYPE_CHECKING:
-    from whiflash_sglang.cache.sync import DraftSync
-    from whiflash_sglang.drafters.base import Drafter
-    from whiflash_sglang.metrics import RoundClock
-    from whiflash_sglang.routing.controller import Controller
-    from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.config import RouterName
+from whiflash_sglang.telemetry.state import Observed, memory_of
 
 PREFIX = "sglang:whiflash_"
 
@@ -27,27 +21,6 @@ TOKENS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.
 Labels = tuple[str, ...]
 Points = Iterable[tuple[Labels, float]]
 T = TypeVar("T")
-
-
-class Observed(Protocol):
-    """What figures are read from: a worker."""
-
-    @property
-    def settings(self) -> Settings: ...
-    @property
-    def clock(self) -> "RoundClock": ...
-    @property
-    def tally(self) -> "Tally": ...
-    @property
-    def controller(self) -> "Controller": ...
-    @property
-    def sync(self) -> "DraftSync": ...
-    @property
-    def drafters(self) -> Mapping[str, "Drafter"]: ...
-
-    def memory(self) -> Mapping[str, int]:
-        """Bytes by scope."""
-        ...
 
 
 Read = Callable[[Observed], Points]
@@ -214,7 +187,7 @@ SERIES = (
         "gauge",
         "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
         "requests, `lookup_index` of their copying arm, `lookup_memory` across requests",
-        _each(lambda w: w.memory()),
+        _each(memory_of),
         ("scope",),
     ),
     Series(
