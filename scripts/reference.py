@@ -61,7 +61,8 @@ STATE = {
     "hints": "requests by where their hints came from",
     "timed_seconds": "rounds that followed each other, and the time between them",
     "plain_seconds": "what plain decoding would have taken for the tokens of these, by `costs`",
-    "costs": "fitted latencies in seconds: those of `sglang:whiflash_cost_seconds`, by `work` and arm",
+    "costs": "latencies in seconds that routes are priced by: those of `sglang:whiflash_cost_seconds`, by `work` and "
+    "arm",
     "memory": "bytes by scope: those of `sglang:whiflash_memory_bytes`",
 }
 """Of `GET /whiflash/state`, but for what arms add of their own."""

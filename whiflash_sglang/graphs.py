@@ -73,6 +73,7 @@ class CapturedPass(Generic[T]):
         sizes: Sequence[int],
         recorder: Recorder,
     ) -> None:
+        self.name = name
         self.sizes = list(sizes)
         self._inputs = inputs
         self._captured: dict[int, tuple[Callable[[], None], T]] = {}

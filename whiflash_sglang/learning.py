@@ -23,7 +23,6 @@ from whiflash_sglang.routing.policies import Policy
 from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.transfers import Download
 
-
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
 
@@ -43,11 +42,10 @@ class Learner:
     ranks: Ranks = field(default_factory=Ranks)
 
     def timed(self, previous: PreviousRound) -> None:
-        """What the round before this one took."""
-        costs = self.controller.costs
-        costs.verified(previous.rows, previous.requests, previous.rest)
-        costs.committed(previous.tokens, previous.seconds, previous.gap)
-        self.tally.compare(previous.tokens, previous.requests, previous.seconds + previous.gap, costs)
+        """What an earlier round took."""
+        costs, seconds = self.controller.costs, previous.seconds + previous.gap
+        costs.ended(previous)
+        self.tally.compare(previous.tokens, previous.work.requests, seconds, costs)
 
     def results(self, plan: Plan, proposal: Proposal, verified: Verified, committed: Committed) -> Download:
         """All that `learn` will read of a round, on the device."""

@@ -12,11 +12,12 @@ from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.metrics import RoundClock, RoundWork
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.controller import Controller, Outlook
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.lane import Decision, Lane
+from whiflash_sglang.routing.tables import HEADROOM
 from whiflash_sglang.transfers import Upload
 
 
@@ -66,11 +67,17 @@ class Plan:
 
     @property
     def usual_drafts(self) -> int:
-        """Drafts that a round like this one verifies, half as many again as on average, so that few are left out."""
+        """Drafts that a round like this one makes room for: more than on average."""
         return sum(
-            min(room, math.ceil(1.5 * drafts))
+            min(room, math.ceil(HEADROOM * drafts))
             for room, drafts in zip(self.rooms, self.expected_drafts, strict=True)
         )
+
+    def work(self, rows: int, context: int) -> RoundWork:
+        """What the round does, for its price; it verifies `rows` rows of requests of `context` tokens together."""
+        drafted = {arm: len(members) for arm, members in self.members.items()}
+        caught_up = {arm: due.rows for arm, due in self.due.items()}
+        return RoundWork(rows, len(self.routes), context, drafted, caught_up)
 
     @property
     def rooms(self) -> list[int]:
@@ -215,6 +222,7 @@ class Planner:
         rows, lengths = requests.row_ids, requests.lengths.most
         before = [self.controller.lanes[rows[i]].previous for i in running]
         routes = [arms.NONE] * len(rows)
+        self.controller.costs.facing(lengths)
         if running:
             found = self.controller.route(
                 [rows[i] for i in running],

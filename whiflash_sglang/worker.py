@@ -12,7 +12,8 @@ from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import graphs, late, memory, records, release, step
+from whiflash_sglang.clock import clock_of
+from whiflash_sglang.compat import graphs, late, memory, pricing, records, release, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.parallel import ranks_of_model
 from whiflash_sglang.compat.rehearsal import rehearse_sampling
@@ -41,6 +42,7 @@ from whiflash_sglang.planning import Planner, rows_of, widest_of
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.looked_up import LookedUpCosts
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.publisher import Publisher, Sink
@@ -70,12 +72,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.router = load_router(self.settings.neural, self.target)
         self.target.capture(captured, final_hidden=self.router is not None)
         self.host = HostView.of(self.target.device)
-        self.clock, self.tally = RoundClock(), Tally.of(self.drafters)
+        self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
-        costs = MeasuredCosts(partial(rows_of, self.drafters))
-        self.controller = Controller(policy, costs, vocabulary)
+        costs = LookedUpCosts if pricing.looks_up(self.target.device) else MeasuredCosts
+        self.controller = Controller(policy, costs(partial(rows_of, self.drafters)), vocabulary)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
@@ -131,10 +133,15 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:
-        """Called by the scheduler when the target's are captured: the drafters' passes, and what these cost."""
-        self.stage.capture(graphs.recorder(self.target.runner), max_running_requests())
-        slots, costs = self.target.slot_table, self.controller.costs
-        profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
+        """Called by the scheduler when the target's are captured: the drafters' passes, and what all of it costs."""
+        requests, costs = max_running_requests(), self.controller.costs
+        self.stage.capture(graphs.recorder(self.target.runner), requests)
+        if isinstance(costs, LookedUpCosts):
+            costs.tables = pricing.measured(
+                self.target, self.drafters, self.sync, self.host, self.clock.timer, requests
+            )
+        elif isinstance(costs, MeasuredCosts):
+            profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, costs, self.host)
         if self.ranks.leads:
             draft, whole = memory.bytes_of_token()
             policy = self.controller.policy.name
@@ -211,8 +218,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _round(self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any) -> Done:
         clock = self.clock
-        previous = clock.begin()
-        if previous is not None:
+        for previous in clock.begin():
             self.learner.timed(previous)
         with clock.stage("route"):
             plan = self.planner.plan(requests)
@@ -251,7 +257,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             results = self.learner.results(plan, proposal, verified, committed)
             learn = partial(self.learner.learn, plan)
             tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
-        self.tally.round_seconds.append(clock.end(proposal.rows, len(plan.routes)))
+        work = plan.work(proposal.rows, sum(requests.lengths.most))
+        self.tally.round_seconds.append(clock.end(work))
         return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:

@@ -4,7 +4,7 @@ Ties the watermarks (what is due), the rings (what was parked) and the drafters 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -200,16 +200,31 @@ class DraftSync:
                 recorder,
             )
 
+    def idle(self, arm: str, tokens: int) -> Callable[[], None]:
+        """What ingests `tokens` tokens that nobody has parked, before the first request: to time it."""
+        each = min(tokens, self._capacity)
+        rows = torch.arange(1, -(-tokens // each) + 1, device=self._slot_table.device)
+        begins = torch.zeros_like(rows)
+        ends = (tokens - (rows - 1) * each).clamp(max=each)
+        return partial(self._issue, arm, rows, begins, ends, tokens)
+
     def _ingest(
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
     ) -> None:
         """What the requests in `rows` [B] parked between the watermarks of `arm`, of [arms, B] each."""
         self.caught_up[arm] += most
-        i, captured = self.arms.index(arm), self._captured.get(arm)
+        i = self.arms.index(arm)
+        self._issue(arm, rows, begins[i], ends[i], most)
+
+    def _issue(
+        self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """`_pass`, replayed where it was captured."""
+        captured = self._captured.get(arm)
         if captured is not None and captured.holds(len(rows), most):
-            captured.replay(most, rows, begins[i], ends[i])
+            captured.replay(most, rows, begins, ends)
         else:
-            self._pass(arm, rows, begins[i], ends[i], most)
+            self._pass(arm, rows, begins, ends, most)
 
     def _pass(
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int

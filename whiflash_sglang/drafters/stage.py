@@ -16,7 +16,7 @@ from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.planning import Plan, widest_of
-from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.costs import WorkerCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class DraftStage:
 
     drafters: Mapping[str, Drafter]
     sync: DraftSync
-    costs: MeasuredCosts
+    costs: WorkerCosts
     clock: RoundClock
     slot_table: torch.Tensor
     text: torch.Tensor

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from whiflash_sglang.routing.assign import Costs, Dwell, assign
-from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
+from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.lane import Decision, Lane
 from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.probes import PROBE_ROUNDS
@@ -24,7 +24,7 @@ class Controller:
         token_bytes: bytes of every token, for spans; empty: spans are not followed.
     """
 
-    def __init__(self, policy: Policy, costs: MeasuredCosts, token_bytes: Sequence[bytes]) -> None:
+    def __init__(self, policy: Policy, costs: WorkerCosts, token_bytes: Sequence[bytes]) -> None:
         self.policy = policy
         self.costs = costs
         self.lanes: dict[int, Lane] = {}

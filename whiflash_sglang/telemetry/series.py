@@ -176,9 +176,10 @@ SERIES = (
     Series(
         "cost_seconds",
         "gauge",
-        "fitted latencies: `draft` for one request (with its catching up) and `draft_request` for each further one, by "
-        "arm; `verify` of one request without drafts, `verify_draft` of each draft, `verify_request` of each further "
-        "request, and the engine's time `between` two rounds",
+        "latencies that routes are priced by, fitted or (on CUDA) looked up: `draft` for one request (with its "
+        "catching up) and `draft_request` for each further one, by arm; `verify` of one request without drafts, "
+        "`verify_draft` of each draft, `verify_request` of each further request, and the engine's time `between` two "
+        "rounds",
         lambda w: w.controller.costs.fitted(w.drafters).items(),
         ("work", "arm"),
     ),
