@@ -98,7 +98,7 @@ def sentence(launch: Launch) -> str:
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
     assert refusal_of(with_arguments(taken, tp_size=2, dp_size=2)) is None
-    for backend in ("flashinfer", "fa3", "triton", "trtllm_mha"):
+    for backend in ("flashinfer", "fa3", "fa4", "triton", "trtllm_mha", "trtllm_mla"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
         assert (refusal_of(graphs) is None) == (backend != "flashinfer")
@@ -208,12 +208,12 @@ _DECODE, _PREFILL = default_cuda_graph_config(), default_cuda_graph_config()
 _PREFILL.prefill.backend = Backend.FULL
 CUDA: dict[str, tuple[dict[str, Any], str]] = {
     "cuda_attention": (
-        {"decode_attention_backend": "trtllm_mla"},
-        "triton, fa3, trtllm_mha, flashinfer, not trtllm_mla",
+        {"decode_attention_backend": "flashmla"},
+        "triton, fa3, fa4, trtllm_mha, trtllm_mla, flashinfer, not flashmla",
     ),
     "cuda_graphs": (
         {"cuda_graph_config": _DECODE},
-        "graphs with --attention-backend triton, fa3, trtllm_mha, not with flashinfer",
+        "graphs with --attention-backend triton, fa3, fa4, trtllm_mha, trtllm_mla, not with flashinfer",
     ),
     "cuda_prefill_graphs": (
         {"cuda_graph_config": _PREFILL, "attention_backend": "triton"},

@@ -15,6 +15,7 @@ from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints import TargetShape
 from whiflash_sglang.compat import graphs
+from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.vocabulary import SharedVocabulary
@@ -146,7 +147,8 @@ class Target:
         """
         batch.out_cache_loc = block.cache_slots
         # Deferred: the runner plans the attention of every verification itself, so a plan made here would be a second.
-        forward_batch, _ = verify_input(block, widths, stride).prepare_for_verify(
+        counted = rows_counted(self.runner, stride)
+        forward_batch, _ = verify_input(block, widths, counted).prepare_for_verify(
             batch, self.worker, defer_metadata_init=True
         )
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
