@@ -81,7 +81,7 @@ def test_gradients_go_through_torch() -> None:
 
 def test_a_rotation_that_is_not_compiled_is_refused() -> None:
     with pytest.raises(ValueError, match="no fused rotation"):
-        layers.rotate_in_place(random(2, 1, 48), random(2, 1, 48), random(2, 24), random(2, 24))
+        layers.rotate_in_place(random(2, 1, 48), random(2, 1, 48), random(2, 48), torch.arange(2))
 
 
 class StandIns:
@@ -195,7 +195,8 @@ def test_flashinfer_rotates_a_projections_heads(flashinfer: StandIns, width: int
     """Queries and keys as views of one projection: the values behind them stay."""
     qkv, angles = random(5, 4, 64), random(5, width // 2, dtype=torch.float32)
     q, k, v = torch.split(qkv.clone(), [2, 1, 1], dim=1)
-    layers.rotate_in_place(q, k, angles.cos(), angles.sin())
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    layers.rotate_in_place(q, k, table, torch.arange(5, device=DEVICE))
     close(q, rotated(qkv[:, :2], angles.cos(), angles.sin()))
     close(k, rotated(qkv[:, 2:3], angles.cos(), angles.sin()))
     assert torch.equal(v, qkv[:, 3:])

@@ -81,8 +81,9 @@ class Verification:
         self.rows, starts = torch.tensor(rows), torch.tensor(self.starts)
         drafts = torch.ones(len(widths), max(widths) - 1, dtype=torch.int64)
         bonus = torch.ones(len(widths), dtype=torch.int64)
+        self.lens = torch.tensor(widths, dtype=torch.int32)
         self.block = prepare_mixed_block(
-            bonus, drafts, torch.tensor(widths), starts, self.rows, self.table, rows=bucket or sum(widths)
+            bonus, drafts, self.lens, starts, self.rows, self.table, rows=bucket or sum(widths)
         )
         self.translator = KVIndexTranslator(
             req_to_token=self.table,
@@ -103,7 +104,7 @@ class Verification:
             seq_lens_sum=int(starts.sum()),
             encoder_lens=None,
             extend_seq_lens_cpu=None,
-            spec_info=verify_input(self.block, widths, max(widths)),
+            spec_info=verify_input(self.block, self.lens, widths, max(widths)),
         )
         self.batch.kv_loc_plan = self.translator.own_plan(self.batch)
 

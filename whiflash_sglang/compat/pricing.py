@@ -119,10 +119,11 @@ def _verification(target: Target, host: HostView, rows: int, context: int, reque
     widths = [rows // count + (i < rows % count) for i in range(count)]
     ids = torch.arange(1, count + 1, device=device)
     starts = torch.full_like(ids, max(context // count, 1))
+    verify_lens = torch.tensor(widths, dtype=torch.int32, device=device)
     block = prepare_mixed_block(
         torch.zeros_like(ids),
         ids.new_zeros((count, max(widths) - 1)),
-        torch.tensor(widths, device=device),
+        verify_lens,
         starts,
         ids,
         target.slot_table,
@@ -142,6 +143,6 @@ def _verification(target: Target, host: HostView, rows: int, context: int, reque
             orig_seq_lens=starts.to(torch.int32),
             spec_algorithm=target.runner.spec_algorithm,
         )
-        return target.verify(batch, block, widths if host.exact else None, max(widths))
+        return target.verify(batch, block, verify_lens, widths if host.exact else None, max(widths))
 
     return verify
