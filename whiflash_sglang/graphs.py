@@ -40,16 +40,33 @@ def doubling(first: int, most: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class StaticInput:
-    """A tensor at a fixed place, its first dimension requests. padding: of requests that are none; None: whatever."""
+    """A tensor at a fixed place, its first dimension requests. padding: those of requests that are none, as large as
+    the tensor; None: whatever.
+    """
 
     tensor: torch.Tensor
-    padding: int | None = None
+    padding: torch.Tensor | None = None
 
-    def load(self, live: torch.Tensor) -> None:
-        """Its first requests are those of `live` now, the others padding."""
-        self.tensor[: len(live)].copy_(live)
-        if self.padding is not None and len(live) < len(self.tensor):
-            self.tensor[len(live) :].fill_(self.padding)
+    def copies(self, live: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Where to copy what, so that its first requests are those of `live`, the others padding."""
+        count = len(live)
+        found = [(self.tensor[:count], live)]
+        if self.padding is not None and count < len(self.tensor):
+            found.append((self.tensor[count:], self.padding[count:]))
+        return found
+
+
+def load(inputs: Sequence[StaticInput], live: Sequence[torch.Tensor]) -> None:
+    """Load each of `inputs` with its own of `live`: one launch for all that are of a kind."""
+    by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for each, values in zip(inputs, live, strict=True):
+        by_dtype.setdefault(each.tensor.dtype, []).extend(
+            (target, source) for target, source in each.copies(values) if target.numel()
+        )
+    for copies in by_dtype.values():
+        if copies:
+            targets, sources = zip(*copies, strict=True)
+            torch._foreach_copy_(targets, sources)
 
 
 class CapturedPass(Generic[T]):
@@ -79,7 +96,7 @@ class CapturedPass(Generic[T]):
         self._captured: dict[int, tuple[Callable[[], None], T]] = {}
         for each in inputs:
             if each.padding is not None:
-                each.tensor.fill_(each.padding)
+                each.tensor.copy_(each.padding)
         for size in reversed(
             self.sizes
         ):  # the largest first: the others find room in the memory that it leaves
@@ -102,7 +119,6 @@ class CapturedPass(Generic[T]):
         """
         chosen = next(captured for captured in self.sizes if captured >= size)
         again, found = self._captured[chosen]
-        for each, values in zip(self._inputs, live, strict=True):
-            each.load(values)
+        load(self._inputs, live)
         again()
         return found

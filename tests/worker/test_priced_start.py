@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from engine import engine
 from model_set import Models
+from reference import Comparison
 
 from whiflash_sglang.compat import pricing
 from whiflash_sglang.routing.looked_up import LookedUpCosts
@@ -27,9 +28,12 @@ def test_a_server_is_priced_before_its_first_request_and_routes_by_it(
         costs = e.worker.controller.costs
         assert isinstance(costs, LookedUpCosts)
         assert costs.tables.verifications.at_long.sizes == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 34)
-        assert e.generate(PROMPTS, max_new_tokens=24) == plain
+        found = e.generate(PROMPTS, max_new_tokens=24)
         assert e.worker.clock.rounds > 5
         assert costs.tables.correction.factor != 1.0, "rounds were compared with the tables"
+        comparison = Comparison(models.reference.target)
+        for i, prompt in enumerate(PROMPTS):
+            comparison.check(prompt, plain[i], found[i], str(i))
         state = e.worker.snapshot()["costs"]
         assert set(state["draft"]) == set(e.worker.drafters)
         assert state["verify"] > 0 < state["draft"]["ar"]

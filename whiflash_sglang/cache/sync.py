@@ -50,7 +50,8 @@ class DraftSync:
     def captured_bytes(self, requests: int) -> int:
         """What captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
         tails = sum(drafter.tail_width for drafter in self._drafters.values())
-        return requests * (6 * torch.int64.itemsize + tails * self._dtype.itemsize)
+        numbers = 7 + 2 * len(self.arms)  # three of either kind and its padding, the arms' own
+        return requests * (numbers * torch.int64.itemsize + tails * self._dtype.itemsize)
 
     def allocate(self, slot_table: torch.Tensor) -> None:
         """Allocate one ring per row of `slot_table` [rows, ctx] int32 (request row and position → KV slot)."""
@@ -190,12 +191,13 @@ class DraftSync:
         """
         # Row 0 is nobody's: it has no backlog.
         members = torch.zeros(requests, dtype=torch.int64, device=self._slot_table.device)
-        begins, ends = torch.zeros_like(members), torch.zeros_like(members)
+        begins, ends, nothing = (torch.zeros_like(members) for _ in range(3))
+        inputs = [StaticInput(tensor, nothing) for tensor in (members, begins, ends)]
         for arm in self.arms:
             self._captured[arm] = CapturedPass(
                 f"the catch-up of {arm!r}",
                 partial(self._pass, arm, members, begins, ends),
-                [StaticInput(members, 0), StaticInput(begins, 0), StaticInput(ends, 0)],
+                inputs,
                 doubling(FEWEST_ROWS, rows),
                 recorder,
             )
