@@ -120,6 +120,19 @@ class StandIns:
         assert input.dtype == weight.dtype
         return normed(input, weight.double() + 1, eps).to(input.dtype)
 
+    def fused_add_rmsnorm(self, input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        assert input.ndim == residual.ndim == 2
+        assert input.is_contiguous()
+        assert residual.is_contiguous()
+        assert input.dtype == residual.dtype == weight.dtype
+        total = input.double() + residual.double()
+        residual.copy_(total)
+        input.copy_(normed(total, weight, eps))
+
+    def gemma_fused_add_rmsnorm(self, input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        assert weight.dtype == input.dtype
+        self.fused_add_rmsnorm(input, residual, (weight.double() + 1).to(weight.dtype), eps)
+
     def silu_and_mul(self, input: Tensor) -> Tensor:
         assert input.is_contiguous()
         assert input.shape[-1] % 2 == 0
@@ -177,6 +190,32 @@ def test_flashinfer_norms(flashinfer: StandIns, shape: tuple[int, ...], unit_off
     close(found, normed(x, weight.double() + unit_offset, 1e-3))
     assert (found.shape, found.dtype) == (x.shape, x.dtype)
     assert ON_GPU or flashinfer.calls == ["gemma_rmsnorm" if unit_offset else "rmsnorm"]
+
+
+@needs_flashinfer
+@pytest.mark.parametrize("unit_offset", [False, True])
+@torch.no_grad()
+def test_flashinfer_adds_and_norms(flashinfer: StandIns, unit_offset: bool) -> None:
+    residual, x, weight = random(5, 64), random(5, 64).flip(0), random(64).abs() / 8
+    added = residual.double() + x.double()
+    total, found = layers.add_rms_norm(residual.clone(), x.clone(), weight, 1e-3, unit_offset=unit_offset)
+    close(total, added)
+    close(found, normed(added, weight.double() + unit_offset, 1e-3))
+    assert ON_GPU or flashinfer.calls == [
+        "gemma_fused_add_rmsnorm" if unit_offset else "fused_add_rmsnorm"
+    ], "one launch"
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_torch_adds_and_norms_and_leaves_what_it_was_given(unit_offset: bool) -> None:
+    residual, x, weight = (random(*size, dtype=torch.float32) for size in ((5, 64), (5, 64), (64,)))
+    kept = residual.clone(), x.clone()
+    with running("torch"), torch.no_grad():
+        total, found = layers.add_rms_norm(residual, x, weight, 1e-3, unit_offset=unit_offset)
+    assert torch.equal(total, residual + x)
+    close(found, normed(total, weight + unit_offset, 1e-3))
+    assert torch.equal(residual, kept[0])
+    assert torch.equal(x, kept[1])
 
 
 @needs_flashinfer

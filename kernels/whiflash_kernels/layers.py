@@ -65,6 +65,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
+def add_rms_norm(
+    residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
+    """residual + x, and `rms_norm` of the sum.
+
+    Args:
+        residual, x: [T, size] float of one dtype, contiguous; given up, since the results may lie where they were.
+        weight, eps, unit_offset: as of `rms_norm`.
+
+    Returns:
+        The sum and its norm, [T, size] each.
+
+    Grid: FlashInfer's, one launch. Numerics: float32 inside; FlashInfer norms the sum before rounding it, torch after.
+    Fallback: torch, which leaves the arguments as they are.
+    Source: as of `rms_norm`.
+    """
+    if runs_fused(x) and x.is_contiguous() and residual.is_contiguous():
+        norm = _flashinfer("norm")
+        kernel = norm.gemma_fused_add_rmsnorm if unit_offset else norm.fused_add_rmsnorm
+        kernel(x, residual, weight.to(x.dtype), eps)
+        return residual, x
+    total = residual + x
+    return total, rms_norm(total, weight, eps, unit_offset=unit_offset)
+
+
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """out = silu(gate) * up of [gate | up].
 

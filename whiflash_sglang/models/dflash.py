@@ -62,9 +62,10 @@ class DFlashLayer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend) -> Tensor:
-        """`hidden` [T, H] → [T, H]."""
-        hidden = hidden + self.attention(self.input_norm(hidden), angles, index, attend)
-        mixed: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        """`hidden` [T, H], which is given up, → [T, H]."""
+        attended = self.attention(self.input_norm(hidden), angles, index, attend)
+        hidden, normed = self.mlp_norm.add(hidden, attended)
+        mixed: Tensor = hidden + self.mlp(normed)
         return mixed
 
     def fill(self, reader: WeightReader, prefix: str) -> None:
