@@ -38,6 +38,7 @@ from whiflash_sglang.learning import Learner, results_of, signals_of
 from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.planning import Plan, Planner, drafts_nothing, rows_of, widest_of
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
@@ -74,6 +75,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.capture(captured, final_hidden=self.router is not None)
         self.host = HostView.of(self.target.device)
         self.clock, self.tally = RoundClock(), Tally.of(self.drafters)
+        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1)
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
@@ -84,6 +86,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.settings.backlog_tokens,
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
+            self.quarantine,
         )
         memory.reserve(self.drafters, self.sync, self.target, max_running_requests())
 
@@ -122,12 +125,21 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             tally=self.tally,
             publisher=self.publisher,
         )
-        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, self.ranks)
+        quarantine = self.quarantine
+        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, quarantine, self.ranks)
         self.stage = DraftStage(
-            self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
+            self.drafters,
+            self.sync,
+            costs,
+            self.clock,
+            slots,
+            self.tokens.data,
+            self.host,
+            vocabulary,
+            quarantine,
         )
         self.verifier = VerifyStage(self.target, self.tokens, self.host, self.forcing)
-        self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, self.ranks)
+        self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, quarantine, self.ranks)
         release.notify(self.lifecycle, self.target.runner)
 
     @torch.no_grad()
@@ -169,6 +181,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             "policy": self.controller.policy.name,
             "arms": sorted(self.drafters),
             "requests": len(self.controller.lanes),
+            "quarantined": dict(self.quarantine.reasons),
+            "faulty_drafts": dict(self.quarantine.faults),
             **self.clock.snapshot(),
             **self.tally.snapshot(),
             "costs": self.controller.costs.snapshot(self.drafters),

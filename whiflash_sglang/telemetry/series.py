@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from whiflash_sglang.cache.sync import DraftSync
     from whiflash_sglang.drafters.base import Drafter
     from whiflash_sglang.metrics import RoundClock
+    from whiflash_sglang.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
     from whiflash_sglang.telemetry.tally import Tally
 
@@ -42,6 +43,8 @@ class Observed(Protocol):
     def controller(self) -> "Controller": ...
     @property
     def sync(self) -> "DraftSync": ...
+    @property
+    def quarantine(self) -> "Quarantine": ...
     @property
     def drafters(self) -> Mapping[str, "Drafter"]: ...
 
@@ -114,6 +117,21 @@ SERIES = (
         "counter",
         "those of them that were right, also among `accepted_draft_tokens`",
         _by_arm("joined_accepted"),
+        ("arm",),
+    ),
+    Series(
+        "faulty_drafts_total",
+        "counter",
+        "drafts of a request in a round that were none, with ids of no token or NaN; what was wrong was not verified",
+        _each(lambda w: w.quarantine.faults),
+        ("arm",),
+    ),
+    Series(
+        "quarantined",
+        "gauge",
+        "1 for an arm that drafts no more until the server is started again, since it raised an error or its drafts "
+        "were none too often; the server's log says why",
+        lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
         ("arm",),
     ),
     Series(
