@@ -130,7 +130,15 @@ def servers(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Itera
     target = tiny_target(root / "target", peaked=True)
     tiny_target(root / "other", seed=3, peaked=True)
     shared = ["--model-path", str(target), "--served-model-name", "tiny", "--dtype", "float32"]
-    shared += ["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", "--enable-priority-scheduling"]
+    shared += [
+        "--tool-call-parser",
+        "hermes",
+        "--reasoning-parser",
+        "qwen3",
+        "--enable-priority-scheduling",
+        "--default-priority-value",
+        "0",
+    ]
     ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
     ours += ["--speculative-draft-model-path", str(tiny_dflash(root / "d", target))]
     ours += ["--whiflash-eagle-draft", str(tiny_eagle3(root / "e", target))]

@@ -41,7 +41,7 @@ def served(e: Engine) -> tuple[dict[str, list[int]], set[str]]:
 def test_who_is_pushed_out_goes_on_with_plain_decodings_text(models: Models) -> None:
     with engine(models.target, **OPTIONS) as e:
         expected, pushed = served(e)
-    assert pushed >= {"low-0"}
+    assert pushed
     for router in ("random", "auto"):
         with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
             found, pushed = served(e)
