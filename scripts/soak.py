@@ -289,8 +289,11 @@ async def settle(run: Run) -> None:
 def arguments_of(bundle: str, root: Path) -> tuple[list[str], list[str]]:
     """Of plain decoding, and what WHIFLASH is given beside."""
     if bundle == "embedded":
-        model = "embedded:smollm2-135m-instruct"
-        return ["--model-path", model], ["--speculative-draft-model-path", model]
+        from whiflash_sglang.config import embedded_bundle
+        from whiflash_sglang.embedded.cache import ensure_target
+
+        drafters = ["--speculative-draft-model-path", str(embedded_bundle())]
+        return ["--model-path", str(ensure_target())], drafters
     from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
     target = tiny_target(root / "target", peaked=True)

@@ -1,3 +1,4 @@
+# ruff: noqa: N802 -- unittest's names
 """SGLang's own server tests, as its wheel has them (`sglang.test.kits`), unmodified, against a plain server and ours.
 
     python scripts/upstream_kits.py --json results/upstream-kits.json
