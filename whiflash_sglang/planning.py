@@ -208,8 +208,10 @@ class Planner:
         history = partial(requests.history, index)
         found: dict[str, float | None] = {}
         for arm in asked:
-            with self.quarantine.guard(arm):
+            try:
                 found[arm] = self.drafters[arm].outlook(row, n, history)
+            except Exception as error:
+                self.quarantine.raised(arm, error)
         return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
 
     def _ask_too(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> None:

@@ -47,15 +47,21 @@ class Quarantine:
         if self._in_a_row[arm] == MOST_FAULTS:
             self._leave_out(arm, f"{MOST_FAULTS} drafts in a row with ids of no token, or NaN")
 
+    def raised(self, arm: str, error: Exception) -> None:
+        """`arm` raised an error, which puts it out at once: what it keeps may be half written. Raises it again where
+        this process is not alone.
+        """
+        if not self._alone:
+            raise error
+        self._leave_out(arm, f"raised {type(error).__name__}", error)
+
     @contextmanager
     def guard(self, arm: str) -> Iterator[None]:
-        """What `arm` raises in here puts it out at once: what it keeps may be half written."""
+        """What `arm` raises in here is `raised`."""
         try:
             yield
         except Exception as error:
-            if not self._alone:
-                raise
-            self._leave_out(arm, f"raised {type(error).__name__}", error)
+            self.raised(arm, error)
 
     def _leave_out(self, arm: str, reason: str, error: Exception | None = None) -> None:
         if arm in self.reasons:
