@@ -26,10 +26,9 @@ class Proposal:
 
     tokens: [B, W] int64, padded. widths: [B] int32, rows each request verifies (drafts + 1). own: [B] int32, drafts of
     the request's own arm among them; confidences: [B, C] float32, what that arm gave them. late: [B] int32, 1 where the
-    drafts are those of `Plan.late` instead. faults: [B] int32, 1 where the request's own arm gave something that is no
-    draft. rows: of the verification; stride: of its widest request, W + 1. Both are
-    what the widths come to where the host may know them, else bounds. wanted: [B] int32, drafts that there were before
-    the bound was kept to, where there is one.
+    drafts are those of `Plan.late` instead. faults: [B] int32, 1 where what the request's own arm gave was no draft.
+    rows: of the verification; stride: of its widest request, W + 1. Both are what the widths come to where the host may
+    know them, else bounds. wanted: [B] int32, drafts that there were before the bound was kept to, where there is one.
     """
 
     tokens: torch.Tensor
@@ -81,7 +80,8 @@ class DraftStage:
             return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, ones - 1, size, 1)
         parts = []
         for arm, members in plan.members.items():
-            began, own = time.perf_counter(), None
+            began = time.perf_counter()
+            own: Drafts | None = None
             if arm not in self.quarantine:
                 batch = self._batch(requests, plan, arm)
                 with self.quarantine.guard(arm):
