@@ -9,7 +9,7 @@ RUN := $(UV) run --no-sync
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation check format docs prometheus site dist bench gpu gpu-evidence clean
+.PHONY: help install demo test evidence mutation soak upstream-kits audit check format docs prometheus site dist bench gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -50,6 +50,15 @@ evidence: install ## The full matrices; resumable; results go to results/evidenc
 mutation: install ## Plant faults and ask the tests whether they notice; goes on where it was ended
 	$(UV) sync --frozen --all-packages --group mutation
 	$(RUN) python tests/mutation/run.py --most 20 --out mutation.jsonl
+
+soak: install ## Load and faults, an hour in all; every answer compared with plain decoding's; counts in results/soak.json
+	$(RUN) python scripts/soak.py --seconds 500 --json results/soak.json
+
+upstream-kits: install ## SGLang's own server tests against a plain server and ours; outcomes in results/upstream-kits.json
+	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json
+
+audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
+	$(RUN) python scripts/audit.py
 
 check: install ## Formatting, lint, types: what CI and pre-commit check
 	$(RUN) ruff format --check .

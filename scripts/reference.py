@@ -43,6 +43,8 @@ STATE = {
     "policy": "the policy in force",
     "arms": "drafters that are loaded",
     "requests": "running now",
+    "quarantined": "why, of each arm that drafts no more until the server is started again",
+    "faulty_drafts": "of each arm, drafts of a request in a round that were none: ids of no token, or NaN",
     "rounds": "rounds of the batch",
     "rows": "rows verified, over all rounds",
     "tokens": "committed by rounds, bonus tokens among them",

@@ -9,7 +9,8 @@ import pytest
 from engine import engine
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.bundle_create import Parts, create
+from whiflash_sglang.errors import CheckpointError, ConfigError
 
 Arguments = Callable[..., list[str]]
 
@@ -177,6 +178,15 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(
     with (
         pytest.raises(CheckpointError, match=rf"{weights} is damaged or truncated: .*; fetch it again"),
         engine(checkpoints["target"], whiflash={**flags, "whiflash_eagle_draft": str(broken)}),
+    ):
+        pass
+    bundle = tmp_path / "bundle"
+    create(Parts(*(str(checkpoints[part]) for part in ("target", "eagle3", "dflash"))), bundle)
+    weights = bundle / "dflash" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")  # which torch would load
+    with (
+        pytest.raises(ConfigError, match=f"{weights} is not the file that its bundle was made with"),
+        engine(checkpoints["target"], whiflash={"draft": bundle}),
     ):
         pass
     whole = {**flags, "whiflash_eagle_draft": str(checkpoints["eagle3"])}

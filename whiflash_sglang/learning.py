@@ -15,6 +15,7 @@ from whiflash_sglang.drafters.stage import Proposal
 from whiflash_sglang.metrics import PreviousRound, RoundClock
 from whiflash_sglang.models.router import Layers
 from whiflash_sglang.planning import Plan, drafts_nothing
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
@@ -31,6 +32,8 @@ PLAIN_ENTROPY_ROUNDS = 8
 class Learner:
     """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it.
 
+    Whose drafts were none is told the quarantine in every rank.
+
     router: of the bundle, None where no policy may need one.
     """
 
@@ -38,6 +41,7 @@ class Learner:
     controller: Controller
     clock: RoundClock
     tally: Tally
+    quarantine: Quarantine
     router: Layers | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -67,12 +71,14 @@ class Learner:
         if kept is None:
             kept = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
         tokens = [list(run) for run in kept]
-        self.ranks.note(found["starts"], found["widths"], tokens)
+        self.ranks.note(found["starts"], found["widths"], found["faults"], tokens)
         costs = self.controller.costs
         priced = costs.knows_plain and any(lane.recording for lane in plan.lanes)
         prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
         for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
             lane.under_way.pop(0)
+            if plan.limits[i]:
+                self.quarantine.judge(arm, faulty=bool(found["faults"][i]))
             if not tokens[i] or not self.ranks.leads:
                 continue
             width, row = found["widths"][i], lane.row
@@ -129,8 +135,9 @@ def results_of(proposal: Proposal, committed: Committed, signals: Mapping[str, t
     """All that `Learner.learn` reads of a round.
 
     `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C], of which
-    `own` count; `late` [B], 1 where the device took the drafts of `Plan.late`; `wanted` [B], drafts before the bound on
-    rows was kept to, where there is one; `entropy` [B] and `outputs` [B, K] where the policy asked for them.
+    `own` count; `faults` [B], 1 where the own arm's drafts were none; `late` [B], 1 where the device took the drafts of
+    `Plan.late`; `wanted` [B], drafts before the bound on rows was kept to, where there is one; `entropy` [B] and
+    `outputs` [B, K] where the policy asked for them.
     """
     wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
     size, stride = committed.tokens.shape
@@ -143,6 +150,7 @@ def results_of(proposal: Proposal, committed: Committed, signals: Mapping[str, t
         tokens=tokens.view(size, stride),
         accept_lens=accept_lens,
         confidences=proposal.confidences,
+        faults=proposal.faults,
         **wanted,
         **signals,
     )

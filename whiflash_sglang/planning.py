@@ -13,6 +13,7 @@ from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.metrics import RoundClock, RoundWork
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.controller import Controller, Outlook
 from whiflash_sglang.routing.costs import Worth
@@ -110,6 +111,7 @@ class Planner:
     sync: DraftSync
     controller: Controller
     clock: RoundClock
+    quarantine: Quarantine
     ranks: Ranks = field(default_factory=Ranks)
 
     def plan(self, requests: RoundBatch) -> Plan:
@@ -151,7 +153,8 @@ class Planner:
 
     @property
     def _late(self) -> str | None:
-        return next((arm for arm, drafter in self.drafters.items() if drafter.late), None)
+        late = (arm for arm, drafter in self.drafters.items() if drafter.late)
+        return next((arm for arm in late if arm not in self.quarantine), None)
 
     def _decide(self, requests: RoundBatch) -> Decided:
         asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
@@ -202,13 +205,20 @@ class Planner:
         # The last token a request may commit needs no draft: it is the bonus token.
         if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
             return []
-        return [arm for arm in self.drafters if self.controller.may_name(requests.row_ids[index], arm)]
+        row = requests.row_ids[index]
+        serving = [arm for arm in self.drafters if arm not in self.quarantine]
+        return [arm for arm in serving if self.controller.may_name(row, arm)]
 
     def _outlook(self, requests: RoundBatch, index: int, asked: Sequence[str]) -> Outlook:
         """Those of `asked` that propose something, with the acceptance length of whoever knows it beforehand."""
         row, n = requests.row_ids[index], requests.lengths.most[index]
         history = partial(requests.history, index)
-        found = {arm: self.drafters[arm].outlook(row, n, history) for arm in asked}
+        found: dict[str, float | None] = {}
+        for arm in asked:
+            try:
+                found[arm] = self.drafters[arm].outlook(row, n, history)
+            except Exception as error:
+                self.quarantine.raised(arm, error)
         return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
 
     def _ask_too(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> None:
@@ -244,7 +254,7 @@ class Planner:
             (
                 drafter.max_drafts
                 for other, drafter in self.drafters.items()
-                if drafter.prolongs and other != arm and drafter.serves(row)
+                if drafter.prolongs and other != arm and other not in self.quarantine and drafter.serves(row)
             ),
             default=0,
         )

@@ -39,6 +39,7 @@ from whiflash_sglang.learning import Learner
 from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.planning import Planner, rows_of, widest_of
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
@@ -73,6 +74,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.capture(captured, final_hidden=self.router is not None)
         self.host = HostView.of(self.target.device)
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
+        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1)
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
@@ -83,6 +85,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.settings.backlog_tokens,
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
+            self.quarantine,
         )
         memory.reserve(self.drafters, self.sync, self.target, max_running_requests())
 
@@ -121,13 +124,22 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             tally=self.tally,
             publisher=self.publisher,
         )
-        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, self.ranks)
+        quarantine = self.quarantine
+        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, quarantine, self.ranks)
         self.stage = DraftStage(
-            self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
+            self.drafters,
+            self.sync,
+            costs,
+            self.clock,
+            slots,
+            self.tokens.data,
+            self.host,
+            vocabulary,
+            quarantine,
         )
         self.verifier = VerifyStage(self.target, self.tokens, self.host, self.forcing)
         self.learner = Learner(
-            self.drafters, self.controller, self.clock, self.tally, self.router, self.ranks
+            self.drafters, self.controller, self.clock, self.tally, quarantine, self.router, self.ranks
         )
         release.notify(self.lifecycle, self.target.runner)
 

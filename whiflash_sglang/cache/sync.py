@@ -13,6 +13,7 @@ from whiflash_kernels import DraftInputs
 from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Watermarks
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.graphs import CapturedPass, Recorder, StaticInput, doubling
+from whiflash_sglang.quarantine import Quarantine
 
 FEWEST_ROWS = 4
 """Of a captured catch-up: a pass over fewer costs what one over so many does."""
@@ -24,12 +25,19 @@ class DraftSync:
     Args:
         drafters: by arm; those that keep KV are synchronised.
         capacity: tokens of a ring. width: columns of one captured row. dtype: of the captured features.
+        quarantine: whoever is in it ingests nothing any more: nobody will draft from it. Default: nobody ever is.
     """
 
     def __init__(
-        self, drafters: Mapping[str, Drafter], capacity: int, width: int, dtype: torch.dtype
+        self,
+        drafters: Mapping[str, Drafter],
+        capacity: int,
+        width: int,
+        dtype: torch.dtype,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._drafters = drafters
+        self._quarantine = quarantine or Quarantine(drafters, alone=False)
         self._capacity, self._width, self._dtype = capacity, width, dtype
         self.arms = tuple(d.arm for d in drafters.values() if d.keeps_kv)
         self.seconds: dict[str, float] = {}
@@ -74,8 +82,10 @@ class DraftSync:
             prompt: the batch's packed rows. lengths: tokens of each request with it. rows: [B] request rows.
             last_rows: [B], the last packed row of each.
         """
-        for drafter in self._drafters.values():
-            drafter.catch_up(prompt.of(drafter.features))
+        for arm, drafter in self._drafters.items():
+            if arm not in self._quarantine:
+                with self._quarantine.guard(arm):
+                    drafter.catch_up(prompt.of(drafter.features))
         tails = prompt.positions[last_rows]
         one = torch.ones_like(tails)
         self.rings.park(prompt.features, prompt.next_tokens, rows, tails, one, last_rows, widest=1)
@@ -214,9 +224,12 @@ class DraftSync:
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
     ) -> None:
         """What the requests in `rows` [B] parked between the watermarks of `arm`, of [arms, B] each."""
+        if arm in self._quarantine:
+            return
         self.caught_up[arm] += most
         i = self.arms.index(arm)
-        self._issue(arm, rows, begins[i], ends[i], most)
+        with self._quarantine.guard(arm):
+            self._issue(arm, rows, begins[i], ends[i], most)
 
     def _issue(
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int

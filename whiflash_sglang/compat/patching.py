@@ -229,6 +229,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_MESSAGES}:AnthropicServing._convert_to_chat_completion_request", ("anthropic_request",)),
     PrivateName(f"{_MESSAGES}:AnthropicServing._error_response", ("status_code", "error_type", "message")),
     PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
+    PrivateName("sglang.srt.entrypoints.http_server:redact_watermark_secrets"),
+    PrivateName("sglang.srt.entrypoints.engine:_server_args_for_logging", ("server_args",)),
     PrivateName("sglang.srt.entrypoints.http_server:auth_level"),
     PrivateName("sglang.srt.entrypoints.http_server:AuthLevel.ADMIN_OPTIONAL"),
     PrivateName(

@@ -16,6 +16,7 @@ from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.planning import Plan, widest_of
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.costs import WorkerCosts
 
 
@@ -25,9 +26,9 @@ class Proposal:
 
     tokens: [B, W] int64, padded. widths: [B] int32, rows each request verifies (drafts + 1). own: [B] int32, drafts of
     the request's own arm among them; confidences: [B, C] float32, what that arm gave them. late: [B] int32, 1 where the
-    drafts are those of `Plan.late` instead. rows: of the verification; stride: of its widest request, W + 1. Both are
-    what the widths come to where the host may know them, else bounds. wanted: [B] int32, drafts that there were before
-    the bound was kept to, where there is one.
+    drafts are those of `Plan.late` instead. faults: [B] int32, 1 where what the request's own arm gave was no draft.
+    rows: of the verification; stride: of its widest request, W + 1. Both are what the widths come to where the host may
+    know them, else bounds. wanted: [B] int32, drafts that there were before the bound was kept to, where there is one.
     """
 
     tokens: torch.Tensor
@@ -35,6 +36,7 @@ class Proposal:
     own: torch.Tensor
     late: torch.Tensor
     confidences: torch.Tensor
+    faults: torch.Tensor
     rows: int
     stride: int
     wanted: torch.Tensor | None = None
@@ -42,7 +44,10 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class DraftStage:
-    """The arms of a worker as its round sees them. slot_table: [request rows, ctx] int32. text: `TokenTable.data`."""
+    """The arms of a worker as its round sees them.
+
+    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. vocabulary: ids that the target has.
+    """
 
     drafters: Mapping[str, Drafter]
     sync: DraftSync
@@ -51,6 +56,8 @@ class DraftStage:
     slot_table: torch.Tensor
     text: torch.Tensor
     host: HostView
+    vocabulary: int
+    quarantine: Quarantine
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
@@ -70,11 +77,17 @@ class DraftStage:
         if not widest:
             ones = torch.ones_like(requests.rows, dtype=torch.int32)
             nothing = torch.empty((size, 0), device=device)
-            return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, size, 1)
+            return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, ones - 1, size, 1)
         parts = []
         for arm, members in plan.members.items():
             began = time.perf_counter()
-            own = self.drafters[arm].draft(self._batch(requests, plan, arm))
+            own: Drafts | None = None
+            if arm not in self.quarantine:
+                batch = self._batch(requests, plan, arm)
+                with self.quarantine.guard(arm):
+                    own = self.drafters[arm].draft(batch)
+            if own is None:
+                continue  # its requests verify their bonus tokens
             seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
             self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
             index = plan.on_device.members[arm]
@@ -96,6 +109,7 @@ class DraftStage:
             requests.starts,
             width=widest,
             confidences=max(plan.limits),
+            vocabulary=self.vocabulary,
             text=text,
         )
         own, behind = laid.counts, None
@@ -103,9 +117,10 @@ class DraftStage:
             laid, behind, own = self._prolonged(requests, plan, laid, text)
         late, worth = None, 0.0
         if plan.late is not None:
-            found = self.drafters[plan.late].draft(self._whole_batch(requests, plan, plan.late))
-            worth = plan.worth[plan.late].row
-            late = Drafted(requests.rows, found.tokens, found.counts, found.alive, None)
+            batch, worth = self._whole_batch(requests, plan, plan.late), plan.worth[plan.late].row
+            with self.quarantine.guard(plan.late):
+                found = self.drafters[plan.late].draft(batch)
+                late = Drafted(requests.rows, found.tokens, found.counts, found.alive, None)
         if not self.host.exact:
             most = bucket_of(size + min(plan.usual_drafts, most)) - size
         chosen = choose_drafts(
@@ -127,7 +142,15 @@ class DraftStage:
         tokens = chosen.tokens[:, : stride - 1]
         wanted = None if self.host.exact else chosen.wanted
         return Proposal(
-            tokens, chosen.widths, chosen.own, chosen.late, laid.confidences, rows, stride, wanted
+            tokens,
+            chosen.widths,
+            chosen.own,
+            chosen.late,
+            laid.confidences,
+            laid.faults,
+            rows,
+            stride,
+            wanted,
         )
 
     def _prolonged(
@@ -142,6 +165,8 @@ class DraftStage:
         own, newest, more = laid.counts, None, None
         prolonging = [(arm, drafter) for arm, drafter in self.drafters.items() if drafter.prolongs]
         for again, (arm, drafter) in product((False, True), prolonging):
+            if arm in self.quarantine:
+                continue
             if newest == arm or (again and (newest is None or drafter.late)):
                 continue  # nothing is behind the drafts that it has not seen
             rooms = [
@@ -153,7 +178,8 @@ class DraftStage:
             laid, more = _joined(requests, laid, more, text), None
             batch = self._whole_batch(requests, plan, arm)
             drafts = Drafts(laid.tokens, laid.counts, laid.alive)
-            more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
+            with self.quarantine.guard(arm):
+                more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
             if more is not None:
                 newest = arm
                 own = own if more.after is None else torch.minimum(own, more.after)

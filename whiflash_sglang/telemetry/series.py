@@ -90,6 +90,21 @@ SERIES = (
         ("arm",),
     ),
     Series(
+        "faulty_drafts_total",
+        "counter",
+        "drafts of a request in a round that were none, with ids of no token or NaN; what was wrong was not verified",
+        _each(lambda w: w.quarantine.faults),
+        ("arm",),
+    ),
+    Series(
+        "quarantined",
+        "gauge",
+        "1 for an arm that drafts no more until the server is started again, since it raised an error or its drafts "
+        "were none too often; the server's log says why",
+        lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
+        ("arm",),
+    ),
+    Series(
         "request_acceptance_length",
         "histogram",
         "tokens a round, the bonus token among them, of each request that ended, by the arm that drafted for it; 1 is "

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from whiflash_sglang.compat.target import Target
     from whiflash_sglang.drafters.base import Drafter
     from whiflash_sglang.metrics import RoundClock
+    from whiflash_sglang.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
     from whiflash_sglang.telemetry.tally import Tally
 
@@ -29,6 +30,8 @@ class Observed(Protocol):
     @property
     def sync(self) -> "DraftSync": ...
     @property
+    def quarantine(self) -> "Quarantine": ...
+    @property
     def drafters(self) -> Mapping[str, "Drafter"]: ...
     @property
     def target(self) -> "Target": ...
@@ -42,6 +45,8 @@ def state_of(worker: Observed) -> dict[str, Any]:
         "policy": worker.controller.policy.name,
         "arms": sorted(worker.drafters),
         "requests": len(worker.controller.lanes),
+        "quarantined": dict(worker.quarantine.reasons),
+        "faulty_drafts": dict(worker.quarantine.faults),
         **worker.clock.snapshot(),
         **worker.tally.snapshot(),
         "costs": worker.controller.costs.snapshot(worker.drafters),
