@@ -16,6 +16,7 @@ from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.forms import NEEDLE, Forms, escaped
+from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, vocabulary_of
 
@@ -192,7 +193,7 @@ def test_forms_are_of_the_request_s_own_prompt(vocabulary: Vocabulary) -> None:
         text, found = list(prompt), 0.0
         for token in answer:
             text.append(token)
-            found = arm.outlook(row, len(text) - 1, lambda start: text[start:])
+            found = arm.outlook(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH).length
         return found
 
     alone = play(2, prompts[2])

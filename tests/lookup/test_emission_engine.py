@@ -86,6 +86,15 @@ def test_a_quoted_file_takes_fewer_rounds(running: Engine, monkeypatch: pytest.M
     assert with_forms < 0.7 * without
 
 
+def test_a_marker_that_the_prefill_begins_opens_its_span(running: Engine) -> None:
+    """Its first token is sampled before any round, and no round commits it."""
+    name, spans = submit(running, FILE), []
+    running.run(lambda: spans.extend(lane.span for lane in running.lanes.values() if lane.rid == name))
+    kinds = [span.kind if span else None for span in spans]
+    assert "tool_call" in kinds[:12]
+    assert kinds.count("tool_call") > len(kinds) / 2
+
+
 def test_nothing_is_made_where_no_span_opens(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call's marker never comes: the prompt is not read, and its rounds are those without forms."""
     drafter, read = running.worker.drafters["lookup"], []
@@ -111,6 +120,8 @@ def test_beside_others_every_text_is_its_own(running: Engine, plain: list[list[i
         running.run()
         assert [running.output(name) for name in names] == plain
         assert rounds(running, quoting) == alone or router != "lookup"
+    costs = running.worker.controller.costs
+    assert costs.draft("lookup", 1) == costs.timings("lookup") == 0, "what only looks is never timed"
     running.check_leaks()
 
 

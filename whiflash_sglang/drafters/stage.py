@@ -75,11 +75,12 @@ class DraftStage:
         for arm, members in plan.members.items():
             began = time.perf_counter()
             own = self.drafters[arm].draft(self._batch(requests, plan, arm))
-            seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
-            self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+            if own.passes:  # what only looks did so before; what is left is the round's, whoever drafts
+                seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
+                self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+                self.clock.drafted(seconds + catch_up)
             index = plan.on_device.members[arm]
             parts.append(Drafted(index, own.tokens, own.counts, own.alive, own.confidences))
-            self.clock.drafted(seconds + catch_up)
         began = time.perf_counter()
         proposal = self._proposal(requests, plan, parts)
         self.clock.drafted(time.perf_counter() - began)

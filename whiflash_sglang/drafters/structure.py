@@ -22,6 +22,8 @@ from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
+from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 from whiflash_sglang.structure.calls import Calls, words_of_tools
@@ -34,10 +36,6 @@ from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch, text_
 
 WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
-
-NOTHING = 1.0
-"""Expected acceptance length of a round without drafts."""
-
 
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
@@ -84,7 +82,6 @@ class StructureArm(Drafter):
         self._vocabulary = vocabulary
         self._chances = PerTenant(StructureChances)
         self._requests: dict[int, _Request] = {}
-        self._worth = WORTH
 
     def begin(
         self,
@@ -108,28 +105,28 @@ class StructureArm(Drafter):
     def serves(self, row: int) -> bool:
         return row in self._requests
 
-    def outlook(self, row: int, length: int, history: History) -> float:
+    def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook:
         request = self._requests.get(row)
         if request is None:
-            return NOTHING
+            return NOTHING_AHEAD
         self._learn(request, history)
         request.tail = history(max(length + 1 - TAIL, 0))
         if max(length + 1 - TAIL, 0) + len(request.tail) != length + 1:
             request.length, request.tokens, request.alive = -1, [], []
-            return NOTHING  # earlier rounds are still under way: nobody knows where the text stands
+            return NOTHING_AHEAD  # earlier rounds are still under way: nobody knows where the text stands
         request.length = length
         request.unseen = history(request.grammar.known) if request.grammar else ()
         self._follow(request, history)
         found = self._sketch(request, (), self.max_drafts)
         request.tokens, request.alive = found.tokens, found.alive
-        return NOTHING + sum(request.alive[: self._width(request.alive, self.max_drafts)])
+        width = _width(request.alive, self.max_drafts, worth)
+        return Outlook(1 + sum(request.alive[:width]), 1 + width)
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        self._worth = batch.worth.row or WORTH
         found = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
             request = self._requests[row]
-            width = self._width(request.alive, limit)
+            width = _width(request.alive, limit, batch.worth)
             found.append(_Found(request.tokens[:width], request.alive[:width]))
         return _drafts(found, batch.bonus.device)
 
@@ -139,12 +136,13 @@ class StructureArm(Drafter):
         looked_at = [self._looked_at(row, n) for row, n in zip(batch.row_ids, batch.lengths, strict=True)]
         if not any(request and room for request, room in zip(looked_at, grown.rooms, strict=True)):
             return None
-        self._worth = batch.worth.row or WORTH
         assert grown.drafts.alive is not None
         own, alive = grown.drafts.tokens.tolist(), grown.drafts.alive.tolist()
         counts = grown.drafts.counts.tolist()
         found = [
-            self._behind(request, tokens[:count], chances, room) if request and room else _Found(after=count)
+            self._behind(request, tokens[:count], chances, room, batch.worth)
+            if request and room
+            else _Found(after=count)
             for request, tokens, chances, count, room in zip(
                 looked_at, own, alive, counts, grown.rooms, strict=True
             )
@@ -241,17 +239,13 @@ class StructureArm(Drafter):
         return len(drafts)
 
     def _behind(
-        self, request: _Request, drafts: Sequence[int], chances: Sequence[float], room: int
+        self, request: _Request, drafts: Sequence[int], chances: Sequence[float], room: int, worth: Worth
     ) -> "_Found":
         found = self._sketch(request, drafts, room)
         before = chances[found.after - 1] if found.after else 1.0
         alive = [before * chance for chance in found.alive]
-        width = self._width(alive, self.max_drafts)
+        width = _width(alive, self.max_drafts, worth)
         return _Found(found.tokens[:width], alive[:width], found.after)
-
-    def _width(self, alive: Sequence[float], limit: int) -> int:
-        """Tokens to verify: at most `limit`, each accepted with a chance that is worth it."""
-        return sum(chance >= self._worth for chance in alive[:limit])
 
 
 @dataclass(slots=True)
@@ -261,6 +255,11 @@ class _Found:
     tokens: list[Token] = field(default_factory=list)
     alive: list[float] = field(default_factory=list)
     after: int = 0
+
+
+def _width(alive: Sequence[float], limit: int, worth: Worth) -> int:
+    """Tokens to verify: at most `limit`, each accepted with a chance that is worth it."""
+    return sum(chance >= (worth.row or WORTH) for chance in alive[:limit])
 
 
 def _drafts(found: Sequence[_Found], device: torch.device) -> Drafts:
