@@ -269,7 +269,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             records.attach(batch, verified, block, stride)
         with clock.stage("park"):
             results = self._park(requests, plan, proposal, block, verified, predictions, committed)
-            learn = partial(self.learner.learn, plan)
+            learn = partial(self.learner.learn, plan, parts=proposal.parts)
             tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
         self.tally.round_seconds.append(clock.end(proposal.rows, len(plan.routes)))
         return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)

@@ -278,3 +278,16 @@ def test_what_says_nothing_learns_for_the_tenant_as_before(server: LookupArm) ->
     assert not table._scopes
     assert server.memory is not None
     assert list(server.memory._tenants[tenant()]) == [WHOLE]
+
+
+def test_a_trace_tells_who_said_where_it_belongs_from_who_did_not(server: LookupArm) -> None:
+    asked(server, "ab", "cdefgh", RequestHints(agent="a"))
+    for hints, source in ((RequestHints(agent="a"), "scope"), (RequestHints(), "memory")):
+        assert asked(server, "xc", "defg", hints)[:2] == ids("ef")
+        server.begin(1, hints, tenant())
+        server.outlook(1, 3, lambda start: ids("xycde")[start:], FULL_LENGTH)
+        assert server.source(1) == source
+        server.outlook(1, 8, lambda start: ids("xycdexyc")[start:], FULL_LENGTH)
+    assert server.source(1) == "context"
+    server.release(1)
+    assert server.source(1) == "context"

@@ -13,6 +13,7 @@ from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.routing.signals import NOTHING_AHEAD
 from whiflash_sglang.spans.hints import LookupScope, RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.matchers import Encode, Matcher
 
@@ -123,3 +124,12 @@ def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
         chances.observe(Kind.EDGE, right=False)
     after = [chances.of(kind) for kind in Kind]
     assert [kind for kind in Kind if after[kind] != before[kind]] == [Kind.EDGE]
+
+
+def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
+    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
+) -> None:
+    tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
+    arm.begin(1, tools, MINE, None, Told(grammars, vocabulary))
+    arm.begin(2, tools, MINE)
+    assert (arm.source(1), arm.source(2)) == ("grammar", "tools")

@@ -190,6 +190,10 @@ class Drafter(ABC):
         """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
         return ()
 
+    def source(self, row: int) -> str:
+        """What its newest drafts for the request in `row` were taken from, as traces call it."""
+        return self.arm
+
     def observe(  # noqa: B027 - most learn nothing online
         self, row: int, proposed: int, accepted: int, confidences: Sequence[float]
     ) -> None:

@@ -19,7 +19,7 @@ from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
-from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal
+from whiflash_sglang.lookup.copier import CONTEXT, MEMORY, OWN_TEXT_ONLY, Copier, Proposal
 from whiflash_sglang.lookup.emission import Emission, has_forms
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
@@ -33,6 +33,10 @@ from whiflash_sglang.structure.matchers import Grammar
 
 WORTH = 0.1
 """Chance of being accepted below which one more copied token is not worth verifying, where costs are not priced."""
+
+
+SCOPE = "scope"
+"""What is copied from a tenant's memory by a request that says which agent asks, or which blocks it writes."""
 
 
 class LookupArm(Drafter):
@@ -182,6 +186,10 @@ class LookupArm(Drafter):
         if copier is None or limit <= 0:
             return Proposal()
         return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
+
+    def source(self, row: int) -> str:
+        origin = self._copiers[row].origin if row in self._copiers else CONTEXT
+        return SCOPE if origin == MEMORY and row in self._blocks else origin
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """Remember a finished request's output for its tenant, every block of it in its scope."""

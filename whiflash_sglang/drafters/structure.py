@@ -37,6 +37,9 @@ from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch, text_
 WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
 
+GRAMMAR, TOOLS = "grammar", "tools"
+"""What drafts are taken from: what constrains the request, or only what it says of its tools."""
+
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
 
@@ -152,6 +155,10 @@ class StructureArm(Drafter):
             return None
         drafts = _drafts(found, batch.bonus.device)
         return replace(drafts, after=torch.tensor(after, device=batch.bonus.device))
+
+    def source(self, row: int) -> str:
+        request = self._requests.get(row)
+        return GRAMMAR if request is not None and request.grammar is not None else TOOLS
 
     def forget(self, handle: int | None) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""

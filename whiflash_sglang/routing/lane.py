@@ -157,4 +157,5 @@ class Lane:
         if self.recording is not None:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:
+            self.begun = True  # what the prefill sampled can no longer go before these
             self.tracker.push(tokens)
