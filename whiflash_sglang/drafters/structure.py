@@ -126,28 +126,32 @@ class StructureArm(Drafter):
         return Outlook(1 + sum(request.alive[:width]), 1 + width)
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        found = []
-        for row, limit in zip(batch.row_ids, batch.limits, strict=True):
-            request = self._requests[row]
-            width = _width(request.alive, limit, batch.worth)
-            found.append(_Found(request.tokens[:width], request.alive[:width]))
+        pairs = zip(batch.row_ids, batch.limits, strict=True)
+        found = [self.proposed(row, limit, batch.worth) for row, limit in pairs]
         return _drafts(found, batch.bonus.device)
+
+    def proposed(self, row: int, limit: int, worth: Worth) -> "Found":
+        """What its newest look found for the request in `row`: up to `limit` tokens, each of which is worth it."""
+        request = self._requests[row]
+        width = _width(request.alive, limit, worth)
+        return Found(request.tokens[:width], request.alive[:width])
 
     def prolong(self, grown: Grown) -> Drafts | None:
         """What is forced behind another arm's drafts; of these only what the grammar allows stays."""
         batch = grown.batch
-        looked_at = [self._looked_at(row, n) for row, n in zip(batch.row_ids, batch.lengths, strict=True)]
-        if not any(request and room for request, room in zip(looked_at, grown.rooms, strict=True)):
+        rooms = [
+            room if self._looked_at(row, n) else 0
+            for row, n, room in zip(batch.row_ids, batch.lengths, grown.rooms, strict=True)
+        ]
+        if not any(rooms):
             return None
         assert grown.drafts.alive is not None
         own, alive = grown.drafts.tokens.tolist(), grown.drafts.alive.tolist()
         counts = grown.drafts.counts.tolist()
         found = [
-            self._behind(request, tokens[:count], chances, room, batch.worth)
-            if request and room
-            else _Found(after=count)
-            for request, tokens, chances, count, room in zip(
-                looked_at, own, alive, counts, grown.rooms, strict=True
+            self.behind(row, tokens[:count], chances, room, batch.worth) if room else Found(after=count)
+            for row, tokens, chances, count, room in zip(
+                batch.row_ids, own, alive, counts, rooms, strict=True
             )
         ]
         after = [one.after for one in found]
@@ -167,10 +171,10 @@ class StructureArm(Drafter):
     def release(self, row: int) -> None:
         self._requests.pop(row, None)
 
-    def _looked_at(self, row: int, length: int) -> _Request | None:
-        """The request in `row`, where it was looked at in this round."""
+    def _looked_at(self, row: int, length: int) -> bool:
+        """Whether the request in `row` was looked at in this round."""
         request = self._requests.get(row)
-        return request if request is not None and request.length == length else None
+        return request is not None and request.length == length
 
     def _learn(self, request: _Request, history: History) -> None:
         """Compare what was proposed with what was committed since, whoever drafted that."""
@@ -201,12 +205,12 @@ class StructureArm(Drafter):
         text = text_of(self._vocabulary, prompt)
         return {word: text.count(f'"{word}"') for word in words}
 
-    def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "_Found":
+    def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "Found":
         """What follows `drafts`, of which only what the grammar allows counts."""
         matcher = request.grammar.matcher(self._vocabulary.encode) if request.grammar else None
         call = request.calls.matcher if request.calls else None
         if matcher is None and call is None:
-            return _Found(after=len(drafts))
+            return Found(after=len(drafts))
         with ExitStack() as stack:
             for own in (matcher, call):
                 if own is not None:
@@ -214,7 +218,7 @@ class StructureArm(Drafter):
             after = len(drafts)
             if matcher is not None:
                 if not all(map(matcher.accept_token, request.unseen)):
-                    return _Found(after=after)
+                    return Found(after=after)
                 after = self._allowed(matcher, drafts)
             layout, text = request.layout, text_of(self._vocabulary, drafts[:after])
             if text:
@@ -236,7 +240,7 @@ class StructureArm(Drafter):
                 ending=request.calls.ending if request.calls else "",
             )
         alive = list(accumulate((request.chances.of(token.kind) for token in tokens), mul))
-        return _Found(tokens, alive, after)
+        return Found(tokens, alive, after)
 
     def _allowed(self, matcher: Matcher, drafts: Sequence[int]) -> int:
         """How many of the drafts the grammar allows, one after the other; the matcher goes on with them."""
@@ -245,19 +249,23 @@ class StructureArm(Drafter):
                 return number
         return len(drafts)
 
-    def _behind(
-        self, request: _Request, drafts: Sequence[int], chances: Sequence[float], room: int, worth: Worth
-    ) -> "_Found":
-        found = self._sketch(request, drafts, room)
+    def behind(
+        self, row: int, drafts: Sequence[int], chances: Sequence[float], room: int, worth: Worth
+    ) -> "Found":
+        """What goes behind drafts with these chances of being right: `room` tokens at most, drafts included."""
+        found = self._sketch(self._requests[row], drafts, room)
         before = chances[found.after - 1] if found.after else 1.0
         alive = [before * chance for chance in found.alive]
         width = _width(alive, self.max_drafts, worth)
-        return _Found(found.tokens[:width], alive[:width], found.after)
+        return Found(found.tokens[:width], alive[:width], found.after)
 
 
 @dataclass(slots=True)
-class _Found:
-    """What is proposed for one request, behind the first `after` of another arm's drafts."""
+class Found:
+    """What is proposed for one request, behind the first `after` of another arm's drafts.
+
+    alive: for each token the chance that it and all before it are accepted.
+    """
 
     tokens: list[Token] = field(default_factory=list)
     alive: list[float] = field(default_factory=list)
@@ -269,7 +277,7 @@ def _width(alive: Sequence[float], limit: int, worth: Worth) -> int:
     return sum(chance >= (worth.row or WORTH) for chance in alive[:limit])
 
 
-def _drafts(found: Sequence[_Found], device: torch.device) -> Drafts:
+def _drafts(found: Sequence[Found], device: torch.device) -> Drafts:
     return padded(
         [[token.token for token in one.tokens] for one in found], [one.alive for one in found], device
     )
