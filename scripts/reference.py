@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
-from whiflash_sdk.trace import ArmTotals, Stretch, Trace
+from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace
 
 from whiflash_sglang.cli import app
 from whiflash_sglang.config import (
@@ -284,6 +284,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "span": lambda: model_table(Span),
     "trace": lambda: model_table(Trace),
     "arm_totals": lambda: model_table(ArmTotals),
+    "source_totals": lambda: model_table(SourceTotals),
     "stretch": lambda: model_table(Stretch),
     "commands": cli_reference,
     "gpu": gpu_table,

@@ -22,6 +22,7 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import Policy
 from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.trace import Part, Recording
 from whiflash_sglang.transfers import Download
 
 PLAIN_ENTROPY_ROUNDS = 8
@@ -60,11 +61,17 @@ class Learner:
         )
 
     def learn(
-        self, plan: Plan, found: Mapping[str, list[Any]], kept: Sequence[Sequence[int]] | None = None
+        self,
+        plan: Plan,
+        found: Mapping[str, list[Any]],
+        kept: Sequence[Sequence[int]] | None = None,
+        *,
+        parts: Sequence[Sequence[Part]] | None = None,
     ) -> list[list[int]]:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
         Args:
+            parts: as of `Proposal`.
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
@@ -91,9 +98,9 @@ class Learner:
             self.tally.committed(
                 lane.counts, arm, decision.reason, tokens=len(tokens[i]), proposed=width - 1, own=own
             )
-            if prices is not None and lane.recording is not None:
-                round_seconds, plain_seconds = prices
-                lane.recording.price(len(tokens[i]), round_seconds=round_seconds, plain_seconds=plain_seconds)
+            if lane.recording is not None:
+                drafts = parts[i] if parts is not None else ()
+                _record(lane.recording, arm, len(tokens[i]), width - 1, prices, drafts)
             # A request's last round ends what drafters keep of it.
             if evidence and arm in self.drafters and self.controller.keeps(lane):
                 confidences = found["confidences"][i][: found["own"][i]]
@@ -104,6 +111,22 @@ class Learner:
                 note(lane, found["outputs"][i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
+
+
+def _record(
+    recording: Recording,
+    arm: str,
+    tokens: int,
+    proposed: int,
+    prices: tuple[float, float] | None,
+    parts: Sequence[Part],
+) -> None:
+    """What a round of `arm` brought that committed `tokens` and had `proposed` drafts; prices: `round_prices`."""
+    saved = 0.0
+    if prices is not None:
+        round_seconds, plain_seconds = prices
+        saved = recording.price(arm, tokens, round_seconds=round_seconds, plain_seconds=plain_seconds)
+    recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved)
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float]:

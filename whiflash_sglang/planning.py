@@ -15,9 +15,10 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.metrics import RoundClock, RoundWork
 from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.ranks import Ranks
-from whiflash_sglang.routing.controller import Controller, Outlook
+from whiflash_sglang.routing.controller import Controller, Outlooks
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.lane import Decision, Lane
+from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.routing.tables import HEADROOM
 from whiflash_sglang.transfers import Upload
 
@@ -119,7 +120,7 @@ class Planner:
         self.ranks.note(requests.names, requests.lengths)
         decided = self.ranks.told(lambda: self._decide(requests))
         if not self.ranks.leads:
-            self._ask_too(requests, decided.asked)
+            self._ask_too(requests, decided.asked, decided.worth)
         routes, late = decided.routes, self._late
         limits, late_limits = self._limits(requests, routes), self._late_limits(requests, decided.must_beat)
         rooms = [max(most) for most in zip(limits, decided.joined, late_limits, strict=True)]
@@ -158,7 +159,8 @@ class Planner:
 
     def _decide(self, requests: RoundBatch) -> Decided:
         asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
-        routes, late = self._route(requests, asked), self._late
+        worth = {arm: self.controller.worth(arm) for arm in self.drafters}
+        routes, late = self._route(requests, asked, worth), self._late
         limits = self._limits(requests, routes)
         joined = [
             self._joined(requests, i, arm, limit) if limit and self.drafters[arm].judges else 0
@@ -176,7 +178,7 @@ class Planner:
             joined,
             must_beat,
             [self.controller.costs.drafts(arm) for arm in routes],
-            {arm: self.controller.worth(arm) for arm in self.drafters},
+            worth,
             {
                 arm: list(drafter.calibration(requests.row_ids))
                 for arm, drafter in self.drafters.items()
@@ -209,35 +211,43 @@ class Planner:
         serving = [arm for arm in self.drafters if arm not in self.quarantine]
         return [arm for arm in serving if self.controller.may_name(row, arm)]
 
-    def _outlook(self, requests: RoundBatch, index: int, asked: Sequence[str]) -> Outlook:
-        """Those of `asked` that propose something, with the acceptance length of whoever knows it beforehand."""
+    def _outlook(
+        self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
+    ) -> Outlooks:
+        """Those of `asked` that propose something, with what they say of it."""
         row, n = requests.row_ids[index], requests.lengths.most[index]
         history = partial(requests.history, index)
-        found: dict[str, float | None] = {}
+        found: dict[str, Outlook | None] = {}
         for arm in asked:
             try:
-                found[arm] = self.drafters[arm].outlook(row, n, history)
+                found[arm] = self.drafters[arm].outlook(row, n, history, worth[arm])
             except Exception as error:
                 self.quarantine.raised(arm, error)
-        return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
+        return {arm: outlook for arm, outlook in found.items() if outlook is None or outlook.length > 1}
 
-    def _ask_too(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> None:
+    def _ask_too(
+        self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
+    ) -> None:
         """Where another rank decides: what drafters find while they are asked is what they draft later."""
         for index, names in enumerate(asked):
-            self._outlook(requests, index, names)
+            self._outlook(requests, index, names, worth)
 
-    def _route(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> list[str]:
+    def _route(
+        self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
+    ) -> list[str]:
         """An arm for each request; none for one that ended after the scheduler had put it into the batch."""
         running = [i for i, name in enumerate(requests.names) if self.controller.holds(*name)]
         rows, lengths = requests.row_ids, requests.lengths.most
         before = [self.controller.lanes[rows[i]].previous for i in running]
         routes = [arms.NONE] * len(rows)
         self.controller.costs.facing(lengths)
+        for i in running:
+            self.controller.lanes[rows[i]].begin(partial(requests.answer, i))
         if running:
             found = self.controller.route(
                 [rows[i] for i in running],
                 [lengths[i] for i in running],
-                [self._outlook(requests, i, asked[i]) for i in running],
+                [self._outlook(requests, i, asked[i], worth) for i in running],
             )
             for i, old, new in zip(running, before, found, strict=True):
                 routes[i] = new

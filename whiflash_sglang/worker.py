@@ -267,7 +267,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 widest=stride,
             )
             results = self.learner.results(plan, proposal, verified, committed)
-            learn = partial(self.learner.learn, plan)
+            learn = partial(self.learner.learn, plan, parts=proposal.parts)
             tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
         work = plan.work(proposal.rows, sum(requests.lengths.most))
         self.tally.round_seconds.append(clock.end(work))

@@ -31,7 +31,9 @@ def answer(
     copied = np.array(lookup or [0] * size)
     accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), LOOKUP: copied}
     end = size if loop_from is None else loop_from
-    return Replay("a", category, accepted, torch.zeros(size, 2), end, copied.astype(float), copied > 0)
+    return Replay(
+        "a", category, accepted, torch.zeros(size, 2), end, copied.astype(float), copied > 0, copied
+    )
 
 
 def test_a_walk_by_hand() -> None:

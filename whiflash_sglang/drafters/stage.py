@@ -18,6 +18,7 @@ from whiflash_sglang.metrics import RoundClock
 from whiflash_sglang.planning import Plan, widest_of
 from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.costs import WorkerCosts
+from whiflash_sglang.trace import Part, first_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Proposal:
     drafts are those of `Plan.late` instead. faults: [B] int32, 1 where what the request's own arm gave was no draft.
     rows: of the verification; stride: of its widest request, W + 1. Both are what the widths come to where the host may
     know them, else bounds. wanted: [B] int32, drafts that there were before the bound was kept to, where there is one.
+    parts: of each request what its drafts were taken from, where somebody traces and the host knows.
     """
 
     tokens: torch.Tensor
@@ -40,6 +42,7 @@ class Proposal:
     rows: int
     stride: int
     wanted: torch.Tensor | None = None
+    parts: Sequence[Sequence[Part]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class DraftStage:
             nothing = torch.empty((size, 0), device=device)
             return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, ones - 1, size, 1)
         parts = []
+        taken = _Taken(self.drafters, requests.row_ids) if self._traces(plan) else None
         for arm, members in plan.members.items():
             began = time.perf_counter()
             own: Drafts | None = None
@@ -88,17 +92,26 @@ class DraftStage:
                     own = self.drafters[arm].draft(batch)
             if own is None:
                 continue  # its requests verify their bonus tokens
-            seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
-            self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+            if own.passes:  # what only looks did so before; what is left is the round's, whoever drafts
+                seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
+                self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+                self.clock.drafted(seconds + catch_up)
             index = plan.on_device.members[arm]
             parts.append(Drafted(index, own.tokens, own.counts, own.alive, own.confidences))
-            self.clock.drafted(seconds + catch_up)
+            if taken is not None:
+                taken.first(arm, members, own)
         began = time.perf_counter()
-        proposal = self._proposal(requests, plan, parts)
+        proposal = self._proposal(requests, plan, parts, taken)
         self.clock.drafted(time.perf_counter() - began)
         return proposal
 
-    def _proposal(self, requests: RoundBatch, plan: Plan, parts: Sequence[Drafted]) -> Proposal:
+    def _traces(self, plan: Plan) -> bool:
+        """Whether somebody wants to know what drafts are taken from, and may."""
+        return self.host.exact and any(lane.recording is not None for lane in plan.lanes)
+
+    def _proposal(
+        self, requests: RoundBatch, plan: Plan, parts: Sequence[Drafted], taken: "_Taken | None"
+    ) -> Proposal:
         """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
         size, widest, most = len(plan.routes), max(plan.rooms), sum(plan.rooms)
         # The device looks up what follows drafts behind the text.
@@ -114,7 +127,7 @@ class DraftStage:
         )
         own, behind = laid.counts, None
         if any(plan.joined):
-            laid, behind, own = self._prolonged(requests, plan, laid, text)
+            laid, behind, own = self._prolonged(requests, plan, laid, text, taken)
         late, worth = None, 0.0
         if plan.late is not None:
             batch, worth = self._whole_batch(requests, plan, plan.late), plan.worth[plan.late].row
@@ -151,10 +164,16 @@ class DraftStage:
             rows,
             stride,
             wanted,
+            None if taken is None else taken.parts,
         )
 
     def _prolonged(
-        self, requests: RoundBatch, plan: Plan, laid: Laid, text: torch.Tensor | None
+        self,
+        requests: RoundBatch,
+        plan: Plan,
+        laid: Laid,
+        text: torch.Tensor | None,
+        taken: "_Taken | None",
     ) -> tuple[Laid, Drafted | None, torch.Tensor]:
         """The drafts with what other arms know to follow, such as the copy that a chain leads into; what is to go
         behind them yet; and [B] int64, drafts of each request's own arm that are left.
@@ -182,6 +201,8 @@ class DraftStage:
                 more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
             if more is not None:
                 newest = arm
+                if taken is not None:
+                    taken.behind(arm, more)
                 own = own if more.after is None else torch.minimum(own, more.after)
         if more is None or more.after is not None:
             return _joined(requests, laid, more, text), None, own
@@ -230,6 +251,31 @@ class DraftStage:
             host=self.host,
             text=self.text,
         )
+
+
+class _Taken:
+    """What the drafts of each request are taken from. row_ids: of the requests."""
+
+    def __init__(self, drafters: Mapping[str, Drafter], row_ids: Sequence[int]) -> None:
+        self._drafters, self._row_ids = drafters, row_ids
+        self.parts: list[list[Part]] = [[] for _ in row_ids]
+
+    def first(self, arm: str, members: Sequence[int], drafts: Drafts) -> None:
+        """The requests that `arm` drafts for have these, in the order of `members`."""
+        for index, count in zip(members, drafts.counts.tolist(), strict=True):
+            self._add(arm, index, count)
+
+    def behind(self, arm: str, more: Drafts) -> None:
+        """`arm` has put these behind the drafts of each request, or behind the first `after` of them."""
+        after = None if more.after is None else more.after.tolist()
+        for index, count in enumerate(more.counts.tolist()):
+            if after is not None:
+                self.parts[index] = list(first_of(self.parts[index], after[index]))
+            self._add(arm, index, count)
+
+    def _add(self, arm: str, index: int, count: int) -> None:
+        if count:
+            self.parts[index].append(Part(self._drafters[arm].source(self._row_ids[index]), count))
 
 
 def _joined(requests: RoundBatch, laid: Laid, more: Drafts | None, text: torch.Tensor | None) -> Laid:

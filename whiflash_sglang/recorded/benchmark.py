@@ -53,7 +53,7 @@ def evaluate_recorded(paths: Sequence[Path], settings: RecordedSettings) -> dict
     bundle = settings.bundle or embedded_bundle()
     manifest = load_manifest(bundle)
     renderer = renderer_of(target_path(manifest.target), bundle)
-    known = arms_of(lookup_of(manifest), renderer.vocabulary)
+    known = arms_of(lookup_of(manifest), renderer.vocabulary, manifest.structure)
     for name in settings.arms or ():
         if name not in known:
             raise ConfigError(f"arm {name!r} is not one of {', '.join(known)}")

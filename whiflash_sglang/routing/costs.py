@@ -149,7 +149,8 @@ class MeasuredCosts(WorkerCosts):
 
     Verification is everything of a round that is not drafting, and what the engine takes between two rounds on
     average: rounds without drafts share a step of its scheduler, so by the round it would be charged to drafts. A
-    drafter that was never timed is free, so that it is tried.
+    drafter that was never timed is free, so that it is tried; one that only looks is never timed: it looks in every
+    round, and says how many rows it would add.
     """
 
     def __init__(self, width: Callable[[str], int]) -> None:
@@ -164,10 +165,10 @@ class MeasuredCosts(WorkerCosts):
         seconds = max(seconds, SHORTEST)
         before = self.draft(arm, requests)
         wrong = self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
-        # What costs less than one more row decides nothing: a copy takes microseconds, and they vary.
+        # What costs less than one more row decides nothing.
         matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(0, requests)
         self._timings[arm] = 0 if wrong and matters else self.timings(arm) + 1
-        self._passes.setdefault(arm, deque(maxlen=WINDOW)).append(seconds / max(passes, 1))
+        self._passes.setdefault(arm, deque(maxlen=WINDOW)).append(seconds / passes)
 
     def timings(self, arm: str) -> int:
         return self._timings.get(arm, 0)

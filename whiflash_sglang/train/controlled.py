@@ -12,7 +12,7 @@ from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.probes import PROBE_ROUNDS
-from whiflash_sglang.routing.signals import Signals
+from whiflash_sglang.routing.signals import Outlook, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.train.evaluate import Choices
 from whiflash_sglang.train.pair import ARMS
@@ -31,7 +31,8 @@ REPLAYED = {
 class Prices:
     """What a round costs, in verifications of one row; `Costs` for one request alone.
 
-    drafts: arm → its draft stage. rows: arm → rows that it verifies. row: one more row of a verification.
+    drafts: arm → its draft stage. rows: arm → rows that it verifies, where it does not say itself. row: one more row
+    of a verification.
     """
 
     drafts: Mapping[str, float]
@@ -41,9 +42,9 @@ class Prices:
     @classmethod
     def of_two_cores(cls, eagle_steps: int, block_size: int) -> "Prices":
         """The embedded target's on two cores, rounded: verification 34 ms, five EAGLE-3 passes 7 ms, a DFlash block
-        6 ms, a further row 0.7 ms (results/benchmark/report.md); copies are 6 tokens wide.
+        6 ms, a further row 0.7 ms (results/benchmark/report.md).
         """
-        rows = {arms.AR: eagle_steps + 1, arms.DIFFUSION: block_size, arms.LOOKUP: 7}
+        rows = {arms.AR: eagle_steps + 1, arms.DIFFUSION: block_size}
         return cls({arms.AR: 0.04 * eagle_steps, arms.DIFFUSION: 0.17}, rows, 0.02)
 
     def draft(self, arm: str, requests: int) -> float:
@@ -116,14 +117,14 @@ def _walk(
         deque()
     )  # arm, what it was decided on, tokens, where it ended
     while position < end:
-        expected = answer.copies[position - sum(one[2] for one in missing) if lag.copies else position]
-        outlook: dict[str, float | None] = {
+        looked = position - sum(one[2] for one in missing) if lag.copies else position
+        outlook: dict[str, Outlook | None] = {
             arm: None
             for arm, replayed in REPLAYED.items()
             if replayed in JOINED.values() and replayed in answer.accepted
         }
-        if expected > 0:
-            outlook[arms.LOOKUP] = 1.0 + float(expected)
+        if answer.copies[looked] > 0:
+            outlook[arms.LOOKUP] = Outlook(1 + float(answer.copies[looked]), 1 + int(answer.proposed[looked]))
         (arm,) = route(policy, [lane], [position], [outlook], costs)
         choices[position] = REPLAYED[arm]
         emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)

@@ -15,12 +15,13 @@ from whiflash_sglang.lookup.copier import RULE_MATCH, Copier
 
 class Copied(NamedTuple):
     """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
-    the arm expected; `matched` [P] bool: whether the plain rule would copy.
+    the arm expected; `matched` [P] bool: whether the plain rule would copy; `proposed` [P]: tokens that were copied.
     """
 
     accepted: NDArray[np.int64]
     expected: NDArray[np.float64]
     matched: NDArray[np.bool_]
+    proposed: NDArray[np.int64]
 
 
 def replay_lookup(
@@ -34,11 +35,11 @@ def replay_lookup(
         tokens: prompt and answer. prompt_length: tokens of the prompt.
     """
     positions = len(tokens) - prompt_length - 1
-    accepted = np.zeros(positions, dtype=np.int64)
+    accepted, proposed = (np.zeros(positions, dtype=np.int64) for _ in range(2))
     expected = np.zeros(positions)
     matched = np.zeros(positions, dtype=np.bool_)
     if not settings.enabled:
-        return Copied(accepted, expected, matched)
+        return Copied(accepted, expected, matched, proposed)
     copier = Copier(calibration, settings.min_match)
     copier.extend(tokens[:prompt_length])
     for position in range(positions):
@@ -48,7 +49,8 @@ def replay_lookup(
         proposal = copier.look(limit, WORTH)
         width = proposal.width(limit, WORTH)
         drafts, expected[position] = proposal.tokens[:width], proposal.expected(width)
+        proposed[position] = width
         matched[position] = bool(drafts) and drafts[0].length >= RULE_MATCH
         pairs = zip(drafts, tokens[known : known + len(drafts)], strict=False)
         accepted[position] = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
-    return Copied(accepted, expected, matched)
+    return Copied(accepted, expected, matched, proposed)

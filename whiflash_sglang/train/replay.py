@@ -66,7 +66,8 @@ class Replay(NamedTuple):
     the last committed token of that round. `loop_from`: answer position from which the text repeats itself, P where
     it never does.
     `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
-    `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies.
+    `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies. `proposed` [P]: how
+    many tokens the lookup arm would copy.
     `expected`: of `Rounds`, by a trained drafter; empty where nobody was asked.
     """
 
@@ -77,6 +78,7 @@ class Replay(NamedTuple):
     loop_from: int
     copies: NDArray[np.float64]
     matched: NDArray[np.bool_]
+    proposed: Lengths
     expected: Mapping[str, Expected] = {}
 
     @property
@@ -186,6 +188,7 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
         positions if start is None else min(start, positions),
         copied.expected,
         copied.matched,
+        copied.proposed,
         rounds.expected,
     )
 
