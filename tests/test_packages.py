@@ -1,10 +1,12 @@
 """The three distributions as they are built and installed: what `pip install` would bring to an empty directory."""
 
+import importlib
 import json
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
+from configparser import ConfigParser
 from email.parser import Parser
 from pathlib import Path
 
@@ -72,6 +74,32 @@ def test_a_wheel_has_its_licence_its_types_and_nothing_of_the_tests(
     assert f"{name}/py.typed" in names
     assert all(entry.startswith((f"{name}/", f"{name}-")) for entry in names)
     run("-m", "twine", "check", "--strict", str(wheels[name]), cwd=wheels[name].parent)
+
+
+def test_a_wheel_names_what_the_shell_and_sglang_call(wheels: Mapping[str, Path]) -> None:
+    with zipfile.ZipFile(wheels["whiflash_sglang"]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        groups = ConfigParser()
+        groups.read_string(archive.read(name).decode())
+        files = archive.namelist()
+    called = {group: dict(groups[group]) for group in groups.sections()}
+    assert called.keys() == {"console_scripts", "sglang.srt.plugins", "sglang.srt.platforms"}
+    assert called["console_scripts"].keys() == {"whiflash"}
+    for target in (target for names in called.values() for target in names.values()):
+        module, _, function = target.partition(":")
+        path = module.replace(".", "/")
+        assert f"{path}.py" in files or f"{path}/__init__.py" in files, target
+        assert callable(getattr(importlib.import_module(module), function)), target
+
+
+def test_every_distribution_says_what_it_is(wheels: Mapping[str, Path]) -> None:
+    for name, wheel in wheels.items():
+        fields, _ = metadata(wheel)
+        described = fields.get_payload()  # type: ignore[attr-defined]
+        assert described.startswith("# "), f"{name} has no README"
+        assert fields["Summary"], name
+        assert fields["Requires-Python"].startswith(">=3."), name
+        assert "Typing :: Typed" in fields.get_all("Classifier"), name  # type: ignore[attr-defined]
 
 
 def test_installed_into_an_empty_directory_the_command_finds_its_bundle(

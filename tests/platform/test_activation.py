@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sglang.srt import plugins
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.distributed import bootstrap
 from sglang.srt.server_args import ServerArgs
@@ -49,3 +50,24 @@ def test_what_others_allocate_meanwhile_ends_no_rank(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv(check)
     CpuPlatform()
     bootstrap._check_tp_memory_balance(**free)
+
+
+@pytest.mark.parametrize(
+    ("said", "algorithms", "platforms"),
+    [
+        ("none", set(), set()),
+        (platform.NAME, set(), {platform.NAME}),
+        (f"whiflash, {platform.NAME}", {"whiflash"}, {platform.NAME}),
+        (None, {"whiflash"}, {platform.NAME}),
+    ],
+)
+def test_the_operator_says_which_plugins_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, algorithms: set[str], platforms: set[str]
+) -> None:
+    """`SGLANG_PLUGINS`: the way back to plain SGLang without taking anything off the machine."""
+    monkeypatch.setenv("SGLANG_PLUGINS", said) if said else monkeypatch.delenv(
+        "SGLANG_PLUGINS", raising=False
+    )
+    ours = {"whiflash", platform.NAME}
+    assert ours & plugins.load_plugins_by_group(plugins.GENERAL_PLUGINS_GROUP).keys() == algorithms
+    assert ours & plugins.load_plugins_by_group(plugins.PLATFORM_PLUGINS_GROUP).keys() == platforms

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.evaluate import (
+from whiflash_sglang.train.judging.evaluate import (
     ORACLE,
     ORACLE_OF_THREE,
     RouterWalk,
@@ -16,8 +16,8 @@ from whiflash_sglang.train.evaluate import (
     tabulate,
     walk,
 )
-from whiflash_sglang.train.pair import ARMS
-from whiflash_sglang.train.replay import ALL_ARMS, LOOKUP, Replay
+from whiflash_sglang.train.judging.pair import ARMS
+from whiflash_sglang.train.judging.replay import ALL_ARMS, LOOKUP, Replay
 
 
 def answer(

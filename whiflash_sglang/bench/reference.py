@@ -15,7 +15,7 @@ from whiflash_sglang.bench.cells import Cell
 from whiflash_sglang.bench.load import MODEL, RequestError
 from whiflash_sglang.bench.prompts import Prompt
 from whiflash_sglang.equality import TopTwo, Verdict, compare
-from whiflash_sglang.train.loops import loop_start
+from whiflash_sglang.train.answers.loops import loop_start
 
 
 @dataclass(frozen=True, slots=True)

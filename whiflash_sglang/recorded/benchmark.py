@@ -48,7 +48,7 @@ def evaluate_recorded(paths: Sequence[Path], settings: RecordedSettings) -> dict
     Raises:
         ConfigError: naming the file and the place that cannot be read, or an arm that there is not.
     """
-    from whiflash_sglang.train.data import target_path
+    from whiflash_sglang.train.answers.data import target_path
 
     bundle = settings.bundle or embedded_bundle()
     manifest = load_manifest(bundle)
@@ -75,8 +75,8 @@ def _chosen(found: list[Conversation], settings: RecordedSettings) -> list[Conve
     if settings.about is not None:
         import re
 
-        from whiflash_sglang.train.held_out import USERS, topics_of
-        from whiflash_sglang.train.prompts import read_rows
+        from whiflash_sglang.train.answers.held_out import USERS, topics_of
+        from whiflash_sglang.train.answers.prompts import read_rows
 
         users = re.compile(USERS)
         topics = set().union(*(topics_of(row, users) for row in read_rows(settings.about)))

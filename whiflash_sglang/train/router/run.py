@@ -13,13 +13,15 @@ from torch import Tensor
 from whiflash_sglang.drafter_set import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
 from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import TrainConfig
-from whiflash_sglang.train.evaluate import RouterWalk, tabulate
-from whiflash_sglang.train.pair import ARMS, Pair, Parts
-from whiflash_sglang.train.plots import plot_calibration
+from whiflash_sglang.train.drafters.runner import open_stores
+from whiflash_sglang.train.judging.evaluate import RouterWalk, tabulate
+from whiflash_sglang.train.judging.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.judging.replay import Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.provenance import Provenance, trained_on
-from whiflash_sglang.train.replay import Replay, ReplayLog, Source, replay_answers
-from whiflash_sglang.train.router import (
+from whiflash_sglang.train.router.plots import plot_calibration
+from whiflash_sglang.train.router.regression import (
     RouterData,
     calibration_bins,
     fit,
@@ -28,8 +30,6 @@ from whiflash_sglang.train.router import (
     run_key,
     split,
 )
-from whiflash_sglang.train.runner import open_stores
-from whiflash_sglang.train.store import FeatureStore
 
 REPORT = "report.json"
 PLOT = "calibration.png"

@@ -21,14 +21,14 @@ from whiflash_sglang.models.choice import DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.progress import tracked
-from whiflash_sglang.train.batches import Batch, unpack
-from whiflash_sglang.train.copying import replay_lookup
-from whiflash_sglang.train.dflash import choose_anchors, run_blocks
-from whiflash_sglang.train.eagle3 import plan_chains, unroll
-from whiflash_sglang.train.loops import loop_start
-from whiflash_sglang.train.pair import ARMS, Pair
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord
-from whiflash_sglang.train.store import Sequence as Stored
+from whiflash_sglang.train.answers.loops import loop_start
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.answers.store import Sequence as Stored
+from whiflash_sglang.train.drafters.batches import Batch, unpack
+from whiflash_sglang.train.drafters.dflash import choose_anchors, run_blocks
+from whiflash_sglang.train.drafters.eagle3 import plan_chains, unroll
+from whiflash_sglang.train.judging.copying import replay_lookup
+from whiflash_sglang.train.judging.pair import ARMS, Pair
 
 LOOKUP = "lookup"
 JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}

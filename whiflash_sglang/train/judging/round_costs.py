@@ -19,7 +19,7 @@ from whiflash_sglang.bench.prompts import Prompt, load_prompts, shipped
 from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.progress import progress
-from whiflash_sglang.train.pair import ARMS
+from whiflash_sglang.train.judging.pair import ARMS
 
 SERVER_NAMES = dict(zip(ARMS, (arms.AR, arms.DIFFUSION), strict=True))
 """Arms of a replay → the same arms in a server."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord, unique_answers
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
 
 
 class Span(NamedTuple):

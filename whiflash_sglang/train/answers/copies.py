@@ -14,7 +14,7 @@ from torch import Tensor
 from whiflash_sglang.equality import TopTwo, bf16_ulp, is_tie
 from whiflash_sglang.models.target import TargetModel, causal_attention
 from whiflash_sglang.progress import tracked
-from whiflash_sglang.train.tokens import Exported
+from whiflash_sglang.train.answers.tokens import Exported
 
 
 class Parting(NamedTuple):

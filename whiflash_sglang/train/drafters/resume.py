@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.train.store import FeatureStore
+from whiflash_sglang.train.answers.store import FeatureStore
 
 RECORD = "run.json"
 

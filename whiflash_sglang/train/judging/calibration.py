@@ -12,31 +12,31 @@ from rich.console import Console
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.drafter_set import NAMES, check_arms
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.train.answers.data import LoadedTarget, load_target, target_path
+from whiflash_sglang.train.answers.prompts import read_rows
 from whiflash_sglang.train.bundle import update_manifest
-from whiflash_sglang.train.calibrate import choices_above, frame, sweep
 from whiflash_sglang.train.config import TrainConfig
-from whiflash_sglang.train.data import LoadedTarget, load_target, target_path
-from whiflash_sglang.train.evaluate import RouterWalk, tabulate
-from whiflash_sglang.train.evaluation import (
+from whiflash_sglang.train.drafters.runner import open_stores
+from whiflash_sglang.train.judging.calibrate import choices_above, frame, sweep
+from whiflash_sglang.train.judging.evaluate import RouterWalk, tabulate
+from whiflash_sglang.train.judging.evaluation import (
     EvaluationSettings,
     answer_and_replay,
     entropies,
     load_router,
 )
-from whiflash_sglang.train.pair import Pair, Parts
-from whiflash_sglang.train.plots import plot_thresholds
-from whiflash_sglang.train.prompts import read_rows
-from whiflash_sglang.train.replay import Replay, ReplayLog, replay_answers, replay_name
-from whiflash_sglang.train.round_costs import (
+from whiflash_sglang.train.judging.pair import Pair, Parts
+from whiflash_sglang.train.judging.replay import Replay, ReplayLog, replay_answers, replay_name
+from whiflash_sglang.train.judging.round_costs import (
     RoundSeconds,
     measure,
     measure_with_own_server,
     parse_round_costs,
     sample,
 )
-from whiflash_sglang.train.router import is_held_out
-from whiflash_sglang.train.router_run import choose_answers
-from whiflash_sglang.train.runner import open_stores
+from whiflash_sglang.train.router.plots import plot_thresholds
+from whiflash_sglang.train.router.regression import is_held_out
+from whiflash_sglang.train.router.run import choose_answers
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from rich.table import Table
 
 from whiflash_sglang.routing.mean import Mean
-from whiflash_sglang.train.calibrate import Signal, frame, sweep
-from whiflash_sglang.train.pair import ARMS
-from whiflash_sglang.train.replay import Replay
-from whiflash_sglang.train.router import best_accuracy
+from whiflash_sglang.train.judging.calibrate import Signal, frame, sweep
+from whiflash_sglang.train.judging.pair import ARMS
+from whiflash_sglang.train.judging.replay import Replay
+from whiflash_sglang.train.router.regression import best_accuracy
 
 MEMORY = 16.0
 """Positions that the running means remember."""

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from whiflash_sglang.train.evaluate import Choices, Tally, walk
-from whiflash_sglang.train.pair import ARMS
-from whiflash_sglang.train.replay import Replay
-from whiflash_sglang.train.round_costs import RoundSeconds
+from whiflash_sglang.train.judging.evaluate import Choices, Tally, walk
+from whiflash_sglang.train.judging.pair import ARMS
+from whiflash_sglang.train.judging.replay import Replay
+from whiflash_sglang.train.judging.round_costs import RoundSeconds
 
 GRID = 41
 PLATEAU = 0.002

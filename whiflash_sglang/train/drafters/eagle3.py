@@ -14,8 +14,8 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.train.batches import Batch, Span, unpack
-from whiflash_sglang.train.labels import cross_entropy, first_choice, index_map, make_labels
+from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
+from whiflash_sglang.train.drafters.labels import cross_entropy, first_choice, index_map, make_labels
 
 
 class Chains(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.train.router import Bin
+from whiflash_sglang.train.router.regression import Bin
 
 
 def plot_calibration(bins: Sequence[Bin], path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whiflash_sglang.models.target import TargetModel, causal_attention
 from whiflash_sglang.progress import tracked
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord, unique_answers
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
 
 _SMALL_VOCABULARY = 2**16
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import read_json_lines
-from whiflash_sglang.train.grammar import GrammarSpec, response_format_grammar, tool_call_grammar
+from whiflash_sglang.train.answers.grammar import GrammarSpec, response_format_grammar, tool_call_grammar
 
 
 class PromptRow(NamedTuple):

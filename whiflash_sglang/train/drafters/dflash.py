@@ -17,8 +17,8 @@ from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, LayerSpan
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.train.batches import Batch, Span, unpack
-from whiflash_sglang.train.labels import Labels, cross_entropy, first_choice, index_map, make_labels
+from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
+from whiflash_sglang.train.drafters.labels import Labels, cross_entropy, first_choice, index_map, make_labels
 
 
 class Blocks(NamedTuple):

@@ -21,9 +21,9 @@ from transformers import Trainer, TrainingArguments
 
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import RouterTraining
-from whiflash_sglang.train.pair import ARMS
-from whiflash_sglang.train.replay import Replay
-from whiflash_sglang.train.runner import last_checkpoint
+from whiflash_sglang.train.drafters.runner import last_checkpoint
+from whiflash_sglang.train.judging.pair import ARMS
+from whiflash_sglang.train.judging.replay import Replay
 
 
 class RouterData(NamedTuple):

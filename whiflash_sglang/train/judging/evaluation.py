@@ -16,11 +16,13 @@ from whiflash_sglang.checkpoints import block_size_of
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.router import Router
-from whiflash_sglang.train.calibrate import Signal
+from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
+from whiflash_sglang.train.answers.prompts import balanced, read_rows
+from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware, Slots
-from whiflash_sglang.train.controlled import Known, Lag, Prices, auto_choices
-from whiflash_sglang.train.data import LoadedTarget, answer_rows, is_embedded, load_target
-from whiflash_sglang.train.evaluate import (
+from whiflash_sglang.train.judging.calibrate import Signal
+from whiflash_sglang.train.judging.controlled import Known, Lag, Prices, auto_choices
+from whiflash_sglang.train.judging.evaluate import (
     LOOP,
     ORACLE,
     ORACLE_OF_THREE,
@@ -28,11 +30,9 @@ from whiflash_sglang.train.evaluate import (
     copy_rule,
     tabulate,
 )
-from whiflash_sglang.train.pair import ARMS, Pair, Parts
-from whiflash_sglang.train.prompts import balanced, read_rows
-from whiflash_sglang.train.replay import Replay, ReplayLog, Source, replay_answers
-from whiflash_sglang.train.signals import judge, signals_of
-from whiflash_sglang.train.store import FeatureStore
+from whiflash_sglang.train.judging.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.judging.replay import Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.judging.signals import judge, signals_of
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.train import dflash as dflash_training
-from whiflash_sglang.train import dspark as dspark_training
-from whiflash_sglang.train import eagle3 as eagle3_training
-from whiflash_sglang.train.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
+from whiflash_sglang.train.drafters import dflash as dflash_training
+from whiflash_sglang.train.drafters import dspark as dspark_training
+from whiflash_sglang.train.drafters import eagle3 as eagle3_training
+from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.resume import check_same_run, checkpoint_digest, data_digest
 from whiflash_sglang.train.provenance import Provenance
-from whiflash_sglang.train.resume import check_same_run, checkpoint_digest, data_digest
-from whiflash_sglang.train.store import FeatureStore
 
 
 class _Measured(Protocol):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from whiflash_sglang.train.pair import ARMS
-from whiflash_sglang.train.replay import ALL_ARMS, LOOKUP, Replay
+from whiflash_sglang.train.judging.pair import ARMS
+from whiflash_sglang.train.judging.replay import ALL_ARMS, LOOKUP, Replay
 
 LOOP = "loop"
 ORACLE = "oracle"

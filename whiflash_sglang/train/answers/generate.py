@@ -14,9 +14,9 @@ from torch import Tensor
 
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel, causal_attention
-from whiflash_sglang.train.grammar import GrammarMasks
-from whiflash_sglang.train.loops import loop_start
-from whiflash_sglang.train.prompts import PromptRow
+from whiflash_sglang.train.answers.grammar import GrammarMasks
+from whiflash_sglang.train.answers.loops import loop_start
+from whiflash_sglang.train.answers.prompts import PromptRow
 
 _LOOP_CHECK_EVERY = 16
 

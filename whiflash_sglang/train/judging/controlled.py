@@ -14,9 +14,9 @@ from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.probes import PROBE_ROUNDS
 from whiflash_sglang.routing.signals import Outlook, Signals
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.train.evaluate import Choices
-from whiflash_sglang.train.pair import ARMS
-from whiflash_sglang.train.replay import JOINED, LOOKUP, Replay
+from whiflash_sglang.train.judging.evaluate import Choices
+from whiflash_sglang.train.judging.pair import ARMS
+from whiflash_sglang.train.judging.replay import JOINED, LOOKUP, Replay
 
 REPLAYED = {
     arms.AR: JOINED[ARMS[0]],

@@ -12,13 +12,13 @@ from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.progress import progress
+from whiflash_sglang.train.answers.generate import Answer, Generator, GroupShape
+from whiflash_sglang.train.answers.grammar import GrammarMasks
+from whiflash_sglang.train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.config import Data, Hardware, TrainConfig
-from whiflash_sglang.train.generate import Answer, Generator, GroupShape
-from whiflash_sglang.train.grammar import GrammarMasks
-from whiflash_sglang.train.prompts import PromptRow, balanced, check_ids, prepare, read_rows
-from whiflash_sglang.train.resume import check_same_run
-from whiflash_sglang.train.runner import open_stores
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.drafters.resume import check_same_run
+from whiflash_sglang.train.drafters.runner import open_stores
 
 _MIN_ANSWER = 4
 _RESERVE = 2**30  # bytes left free on the disk
