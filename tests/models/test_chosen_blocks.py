@@ -1,4 +1,4 @@
-"""Domino and DFlash2, whose drafts depend on those before them in the block, draft what SGLang's functions draft."""
+"""Domino, DFlash2 and LiLiCorr, whose drafts follow those before them in the block, draft what SGLang's code drafts."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +49,22 @@ OF_DFLASH2 = TRUNK | {
 DFLASH2 = BASE | {"architectures": ["DFlash2DraftModel"], "dflash_config": OF_DFLASH2}
 
 
+WIDTH, HEADS, EXPANDED, FACTOR = 32, 4, 48, 6
+OF_LILICORR = TRUNK | {
+    "conv_kernel_size": 2,
+    "conv_group_size": 32,
+    "lilicorr_candidate_topk": 4,
+    "lilicorr_hidden_size": WIDTH,
+    "lilicorr_num_layers": 2,
+    "lilicorr_num_heads": HEADS,
+    "lilicorr_mlp_ratio": 1.5,
+    "lilicorr_factor_dim": FACTOR,
+    "lilicorr_vector_eps": 1e-6,
+    "lilicorr_logit_scale": 7.0,
+}
+LILICORR = BASE | {"architectures": ["LiLiCorrDraftModel"], "dflash_config": OF_LILICORR}
+
+
 def domino_tensors() -> dict[str, Tensor]:
     shapes: Shapes = block_trunk(LAYERS, 3) | {
         "prefix_gru.weight_ih_l0": (3 * STATE, HIDDEN),
@@ -70,6 +86,45 @@ def dflash2_tensors(taps: int) -> dict[str, Tensor]:
     drawn = draw(shapes | (convolutions(LAYERS, taps, 16) if taps else {}))
     drawn["candidate_selector.successor_codebook"] *= 20
     return drawn
+
+
+def lilicorr_tensors(width: int) -> dict[str, Tensor]:
+    inner, top = int(1.5 * width), OF_LILICORR["lilicorr_candidate_topk"]
+    linear = {
+        "pass_hidden_proj": (width, HIDDEN),
+        "context_proj": (width, HIDDEN),
+        "feature_mlp.up_proj": (width, 5),
+        "feature_mlp.down_proj": (width, width),
+        "factor_input_proj": (width, 3 * width),
+        "out_head": (FACTOR, width),
+        "in_head": (FACTOR, width),
+        "anchor_out_head": (FACTOR, width),
+    }
+    if width != HIDDEN:
+        linear["token_proj"] = (width, HIDDEN)
+    shapes: Shapes = {
+        "slot_embedding": (1, 1, BLOCK - 1, 1, width),
+        "rank_embedding": (1, 1, 1, top, width),
+        "relative_slot_bias": (HEADS, 2 * BLOCK - 1),
+        "same_slot_bias": (HEADS,),
+        "feature_norm.weight": (5,),
+        "feature_norm.bias": (5,),
+        "output_norm.weight": (width,),
+        "anchor_norm.weight": (width,),
+    }
+    for index in range(2):
+        layer = f"layers.{index}."
+        shapes |= {f"{layer}attn_norm.weight": (width,), f"{layer}mlp_norm.weight": (width,)}
+        shapes |= {
+            f"{layer}attn.in_proj_weight": (3 * width, width),
+            f"{layer}attn.in_proj_bias": (3 * width,),
+        }
+        linear |= {f"{layer}attn.out_proj": (width, width)}
+        linear |= {f"{layer}mlp.up_proj": (inner, width), f"{layer}mlp.down_proj": (width, inner)}
+    for name, (rows, columns) in linear.items():
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    head = {f"lilicorr.{name}": shape for name, shape in shapes.items()}
+    return draw(block_trunk(LAYERS, 3) | convolutions(LAYERS, 2, 32) | head)
 
 
 def upstream_states(served: Served, upstream: UpstreamBlocks) -> list[Tensor]:
@@ -163,6 +218,32 @@ def test_dflash2_drafts_what_sglang_drafts(case: str, tmp_path: Path) -> None:
     assert served.tokens.tolist() != alone.tolist(), "the selector chose otherwise"
 
 
+@pytest.mark.parametrize("width", [WIDTH, HIDDEN])
+def test_lilicorr_drafts_what_sglang_drafts(width: int, tmp_path: Path) -> None:
+    """With a head narrower than the trunk, and with one as wide, which embeds tokens as the trunk does."""
+    from sglang.srt.models.lilicorr import LiLiCorrDraftModel
+    from sglang.srt.speculative.lilicorr_utils import propose_lilicorr_block
+
+    said = OF_LILICORR | {"lilicorr_hidden_size": width if width != HIDDEN else 0}
+    path = write(tmp_path / "draft", LILICORR | {"dflash_config": said}, lilicorr_tensors(width))
+    served, (embedding, head) = serve(path), target_tensors()
+    with one_rank(), torch.no_grad():
+        model = load(path, LiLiCorrDraftModel)
+        model.lilicorr.materialize_inference_buffers(torch.device("cpu"), torch.float32)
+        states = torch.stack(upstream_states(served, UpstreamBlocks(model, embedding)))
+        last = torch.stack([features[-1] for features in served.features])
+        drafted, _, _ = propose_lilicorr_block(
+            head=model.lilicorr,
+            draft_hidden=states,
+            lm_head=SimpleNamespace(weight=head, org_vocab_size=VOCAB, quant_method=None),
+            embed_tokens=nn.Embedding.from_pretrained(embedding),
+            anchor=model.project_target_hidden(last),
+        )
+    assert served.tokens.tolist() == drafted.tolist()
+    alone = (states[:, 1:] @ head.T).argmax(-1)
+    assert served.tokens.tolist() != alone.tolist(), "the head chose otherwise"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -196,6 +277,7 @@ def test_a_configuration_that_does_not_fit(config: dict[str, Any], message: str,
         (DOMINO, domino_tensors(), "prefix_gru.weight_hh_l0"),
         (DFLASH2, dflash2_tensors(3), "candidate_selector.successor_codebook"),
         (DFLASH2, dflash2_tensors(3), "layers.1.mlp_conv.base_kernel"),
+        (LILICORR, lilicorr_tensors(WIDTH), "lilicorr.same_slot_bias"),
     ],
 )
 def test_a_tensor_that_is_missing_is_named(

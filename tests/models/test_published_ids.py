@@ -231,10 +231,6 @@ def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_pat
     ("changes", "message"),
     [
         (
-            {"architectures": ["LiLiCorrDraftModel"]},
-            r"architectures \['LiLiCorrDraftModel'\] is no draft architecture",
-        ),
-        (
             {"dflash_config": {"selector_rank": 64, "mask_token_id": 1}},
             "selector_rank 64 belongs to a drafter",
         ),

@@ -81,6 +81,12 @@ def test_candidates(seed: int, cuts: list[int], count: int) -> None:
         return Choice(*head.candidates(head.logits(hidden), count))
 
     found = together(lambda gather: split(weight, cuts, gather), candidates)
+    sums = together(
+        lambda gather: split(weight, cuts, gather),
+        lambda head: Choice(hidden, head.total(head.logits(hidden))),
+    )
+    for total in sums:
+        torch.testing.assert_close(total.confidence, logits.logsumexp(-1))
     for ids, values in (*found, candidates(DraftHead(weight, None))):
         torch.testing.assert_close(values, logits.topk(count).values)
         torch.testing.assert_close(logits.gather(-1, ids), values)

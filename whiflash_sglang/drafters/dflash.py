@@ -50,6 +50,7 @@ class DFlashArm(PagedArm):
         self._rows = config.rows(self.max_drafts)
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
         self._head = model.head if vocabulary is None else model.head.within(vocabulary)
+        self.tail_width = model.fc.in_features if model.reads_tail else 0
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
@@ -69,7 +70,7 @@ class DFlashArm(PagedArm):
         assert ids is not None
         attend = self.attend_at(slots.view(-1), given, self._spans, extra=rows, width=rows)
         states = self.model(ids.view(size, rows), positions.view(size, rows), attend)
-        return self.model.propose(states, given.bonus, wanted, self._head)
+        return self.model.propose(states, given.bonus, wanted, self._head, given.tail)
 
     def logits_at_once(self, requests: int) -> int:
         return requests * self.max_drafts * len(self._head.weight)

@@ -121,6 +121,11 @@ class DraftHead:
         top = values.topk(count)
         return self.target_ids(rows.gather(-1, top.indices).long()), top.values
 
+    def total(self, logits: Tensor) -> Tensor:
+        """Log-sum-exp [N] float32 of every row of `logits` [N, K], of all processes' shards together."""
+        sums = logits.float().logsumexp(-1)
+        return sums if self.shard is None else self.shard.gather(sums[:, None])[..., 0].logsumexp(0)
+
     def beside(self, matrix: Tensor | None) -> "DraftHead":
         """The same head with `matrix`, over all of its rows, as its second."""
         if matrix is not None and self.shard is not None:

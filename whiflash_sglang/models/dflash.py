@@ -44,6 +44,8 @@ class DFlashDrafter(nn.Module):
     layer: type[DFlashLayer] = DFlashLayer
     shared_context = True
     """Whether K and V of all layers are one product of the same context feature, as the catch-up kernels take them."""
+    reads_tail = False
+    """Whether `propose` reads the features of the last token before the block."""
     target_embedding: Tensor
     embedding_scale: float = 1.0
     target_lm_head: Tensor
@@ -137,12 +139,15 @@ class DFlashDrafter(nn.Module):
         normed: Tensor = self.norm(hidden)
         return normed.view(size, rows, -1)
 
-    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
+    def propose(
+        self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead, tail: Tensor | None = None
+    ) -> Choice:
         """The first `wanted` drafts of every block.
 
         Args:
             states: [B, rows, H] of `forward`, the bonus token's row first. bonus: [B] int64, the token at that row.
-            head: `head`, or a part of it.
+            head: `head`, or a part of it. tail: [B, features · H] of the token before the bonus token; only a drafter
+                with `reads_tail` needs it.
 
         Returns:
             tokens, the target's ids, and confidences, each [B, wanted].
