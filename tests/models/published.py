@@ -66,6 +66,16 @@ def block_trunk(layers: int, features: int, *, bias: bool = False) -> Shapes:
     return shapes
 
 
+def convolutions(layers: int, taps: int, group: int) -> Shapes:
+    """SGLang 0.5.23, `DFlashGroupedConv`: what DFlash2's trunk adds around every sublayer."""
+    shapes: Shapes = {}
+    for index in range(layers):
+        for name in ("attention_conv", "mlp_conv"):
+            shapes[f"layers.{index}.{name}.base_kernel"] = (2, taps, HIDDEN)
+            shapes[f"layers.{index}.{name}.kernel_projection.weight"] = (2 * taps * (HIDDEN // group), HIDDEN)
+    return shapes
+
+
 def draw(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     """Random tensors: matrices keep their input's variance, norms lie around one, biases and sinks around nought."""
     generator = torch.Generator().manual_seed(seed)

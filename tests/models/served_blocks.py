@@ -67,13 +67,13 @@ def serve(path: Path) -> Served:
         (arm.kv.k[:, table[row, :length].long()].clone(), arm.kv.v[:, table[row, :length].long()].clone())
         for row, length in enumerate(LENGTHS)
     ]
+    of_drafter = [captured.index(layer) for layer in layers]
+    own = [rows.view(len(rows), -1, HIDDEN)[:, of_drafter].flatten(1) for rows in features]
     seen: list[Tensor] = []
     propose = model.propose
     model.propose = lambda states, *rest: (seen.append(states.clone()), propose(states, *rest))[1]
-    drafts = arm.draft(_batch(arm, table))
+    drafts = arm.draft(_batch(arm, table, torch.stack([rows[-1] for rows in own])))
     assert drafts.confidences is not None
-    of_drafter = [captured.index(layer) for layer in layers]
-    own = [rows.view(len(rows), -1, HIDDEN)[:, of_drafter].flatten(1) for rows in features]
     return Served(draft, arm, own, drafts.tokens, drafts.confidences, seen[0], context)
 
 
@@ -82,7 +82,7 @@ def _features(row: int, length: int, captured: tuple[int, ...]) -> Tensor:
     return torch.randn(length, len(captured) * HIDDEN, generator=generator)
 
 
-def _batch(arm: DFlashArm, table: Tensor) -> DraftBatch:
+def _batch(arm: DFlashArm, table: Tensor, tail: Tensor) -> DraftBatch:
     starts = torch.tensor(LENGTHS)
     return DraftBatch(
         rows=torch.arange(len(LENGTHS)),
@@ -90,7 +90,7 @@ def _batch(arm: DFlashArm, table: Tensor) -> DraftBatch:
         lengths=LENGTHS,
         starts=starts,
         bonus=torch.tensor(BONUS),
-        tail=torch.zeros(len(LENGTHS), 1),
+        tail=tail if arm.tail_width else torch.zeros(len(LENGTHS), 1),
         slot_table=table,
         limits=[arm.max_drafts] * len(LENGTHS),
         caps=torch.full((len(LENGTHS),), arm.max_drafts),

@@ -102,7 +102,7 @@ def test_a_block_matches_the_derivation(checkpoint: Path, target: Path) -> None:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, torch.cat([keys[layer], k]), torch.cat([values[layer], v]))
 
-        states = drafter(tokens, torch.arange(CONTEXT, CONTEXT + BLOCK), attend)
+        states = drafter(tokens[None], torch.arange(CONTEXT, CONTEXT + BLOCK)[None], attend)[0]
         expected = reference(weights, drafter, features, tokens)
     torch.testing.assert_close(drafter.logits(states), expected, rtol=1e-4, atol=1e-4)
 

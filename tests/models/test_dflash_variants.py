@@ -14,6 +14,7 @@ from published import (
     TARGET_LAYERS,
     Shapes,
     block_trunk,
+    convolutions,
     draw,
     target_tensors,
     write,
@@ -74,6 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MiMo: scaled values": {"dflash_config": NESTED | {"attention_value_scale": 0.707}},
     "MiniMax: swigluoai": {"dflash_config": NESTED}
     | {"hidden_act": "swigluoai", "swiglu_alpha": 1.702, "swiglu_limit": 0.9},
+    "convolutions": {"dflash_config": NESTED | {"conv_kernel_size": 3, "conv_group_size": 16}},
     "Muse": {"dflash_config": NESTED, "architectures": ["MuseGlimmerAssistantModel"]},
 }
 
@@ -103,7 +105,10 @@ def checkpoint(path: Path, changes: dict[str, Any], **how: Any) -> Path:
     config = BASE | changes
     settings = config | config.get("dflash_config", {})
     features = len(settings.get("target_layer_ids") or range(LAYERS))
-    return write(path, config, draw(block_trunk(LAYERS, features, bias=config["attention_bias"])), **how)
+    shapes = block_trunk(LAYERS, features, bias=config["attention_bias"])
+    if "conv_kernel_size" in settings:
+        shapes |= convolutions(LAYERS, settings["conv_kernel_size"], settings["conv_group_size"])
+    return write(path, config, draw(shapes), **how)
 
 
 def compare(path: Path, served: Served) -> None:

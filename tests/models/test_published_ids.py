@@ -136,6 +136,21 @@ IDS = {
         7,
         20480,
     ),
+    # SpecForge, configs/qwen3-8b-domino.json
+    "Domino of Qwen3-8B": Published(
+        OF_QWEN3_8B
+        | {"architectures": ["DominoDraftModel"], "auto_map": {"AutoModel": "domino.DominoDraftModel"}}
+        | {"num_hidden_layers": 5, "block_size": 16, "num_target_layers": 36, "emb_dim": 256}
+        | {
+            "dflash_config": {"projector_type": "domino", "pure_draft_prefix_len": 1, "shift_label": True}
+            | {"emb_dim": 256, "gru_hidden_dim": 1024, "mask_token_id": 151669, "target_layer_ids": SPREAD}
+        },
+        QWEN3_8B,
+        "Domino",
+        tuple(SPREAD),
+        15,
+        20480,
+    ),
     # deepseek-ai/eagle3_qwen3_8b_ttt7: DeepSpec, deepspec/modeling/eagle3/qwen3/config.py and config/eagle3
     "DeepSpec's EAGLE-3 of Qwen3-8B": Published(
         OF_QWEN3_8B
@@ -215,19 +230,9 @@ def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        # SpecForge, configs/qwen3-8b-domino.json
         (
-            {"architectures": ["DominoDraftModel"], "dflash_config": {"projector_type": "domino"}},
-            "projector_type 'domino' is no draft architecture",
-        ),
-        # speculators, models/dflash2: a convolution and a selector
-        (
-            {"architectures": ["DFlash2DraftModel"]},
-            r"architectures \['DFlash2DraftModel'\] is no draft architecture",
-        ),
-        (
-            {"dflash_config": {"conv_kernel_size": 2, "mask_token_id": 1}},
-            "conv_kernel_size 2 belongs to a drafter",
+            {"dflash_config": {"selector_rank": 64, "mask_token_id": 1}},
+            "selector_rank 64 belongs to a drafter",
         ),
         (
             {"architectures": ["Qwen3ForCausalLM"], "dflash_config": {}},

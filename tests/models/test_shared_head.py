@@ -65,6 +65,33 @@ def test_choices(seed: int, levels: int, cuts: list[int]) -> None:
         torch.testing.assert_close(found.confidence, whole.confidence)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    cuts=st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=3),
+    count=st.integers(1, VOCABULARY),
+)
+def test_candidates(seed: int, cuts: list[int], count: int) -> None:
+    """The largest logits, under ids that have them; every process has the same, one without a row too."""
+    make = torch.Generator().manual_seed(seed)
+    weight, hidden = torch.randn(VOCABULARY, SIZE, generator=make), torch.randn(6, SIZE, generator=make)
+    logits = hidden @ weight.T
+
+    def candidates(head: DraftHead) -> Choice:
+        return Choice(*head.candidates(head.logits(hidden), count))
+
+    found = together(lambda gather: split(weight, cuts, gather), candidates)
+    sums = together(
+        lambda gather: split(weight, cuts, gather),
+        lambda head: Choice(hidden, head.total(head.logits(hidden))),
+    )
+    for total in sums:
+        torch.testing.assert_close(total.confidence, logits.logsumexp(-1))
+    for ids, values in (*found, candidates(DraftHead(weight, None))):
+        torch.testing.assert_close(values, logits.topk(count).values)
+        torch.testing.assert_close(logits.gather(-1, ids), values)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 10_000),

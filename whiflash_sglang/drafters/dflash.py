@@ -47,9 +47,10 @@ class DFlashArm(PagedArm):
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
-        self._rows = self.max_drafts + (not config.from_anchor)
+        self._rows = config.rows(self.max_drafts)
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
         self._head = model.head if vocabulary is None else model.head.within(vocabulary)
+        self.tail_width = model.fc.in_features if model.reads_tail else 0
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def catch_up(self, rows: FeatureRows) -> None:
@@ -68,8 +69,8 @@ class DFlashArm(PagedArm):
         positions, slots, ids = given.rows_from(0, rows, fill=self.model.mask_token_id)
         assert ids is not None
         attend = self.attend_at(slots.view(-1), given, self._spans, extra=rows, width=rows)
-        states = self.model(ids.view(-1), positions.view(-1), attend)
-        return self.model.propose(states.view(size, rows, -1), given.bonus, wanted, self._head)
+        states = self.model(ids.view(size, rows), positions.view(size, rows), attend)
+        return self.model.propose(states, given.bonus, wanted, self._head, given.tail)
 
     def logits_at_once(self, requests: int) -> int:
         return requests * self.max_drafts * len(self._head.weight)

@@ -24,7 +24,7 @@ class PassInput(NamedTuple):
     nothing, and writes to slot 0, which belongs to nobody.
 
     rows: [G] int64 rows of `slot_table`. starts: [G] int64, n per request. bonus: [G] int64, token n.
-    tail: [G, F] the drafter's columns of feature n-1, which only a chain reads. slot_table: [request rows, ctx] int32.
+    tail: [G, F] the drafter's columns of feature n-1, F its `tail_width`. slot_table: [request rows, ctx] int32.
     longest: the largest n at most.
     """
 

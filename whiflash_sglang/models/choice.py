@@ -103,6 +103,29 @@ class DraftHead:
         """The first choice for every row of `logits` [N, K]; its tokens are rows of the whole head."""
         return choose(logits, self.shard)
 
+    def candidates(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` largest of every row of `logits` [N, K]: the target's ids [N, count] int64 and logits, float32.
+
+        Of several processes each sends the largest of its shard, two floats a candidate. Fewer where the head has fewer
+        rows.
+        """
+        if self.shard is None:
+            top = logits.topk(min(count, logits.shape[-1]))
+            return self.target_ids(top.indices), top.values.float()
+        here = logits.topk(min(count, logits.shape[-1]))
+        missing = (0, count - here.values.shape[-1])
+        values = F.pad(here.values.float(), missing, value=-math.inf)
+        rows = F.pad(self.shard.rows[here.indices].float(), missing)
+        found = self.shard.gather(torch.cat([values, rows], -1)).unflatten(-1, (2, count))
+        values, rows = found.permute(2, 1, 0, 3).flatten(2)
+        top = values.topk(count)
+        return self.target_ids(rows.gather(-1, top.indices).long()), top.values
+
+    def total(self, logits: Tensor) -> Tensor:
+        """Log-sum-exp [N] float32 of every row of `logits` [N, K], of all processes' shards together."""
+        sums = logits.float().logsumexp(-1)
+        return sums if self.shard is None else self.shard.gather(sums[:, None])[..., 0].logsumexp(0)
+
     def beside(self, matrix: Tensor | None) -> "DraftHead":
         """The same head with `matrix`, over all of its rows, as its second."""
         if matrix is not None and self.shard is not None:

@@ -17,17 +17,13 @@ from torch import Tensor, nn
 
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.checkpoint import (
-    WeightReader,
-    attention_weights,
-    read_weights,
-    write_checkpoint,
-)
+from whiflash_sglang.models.checkpoint import WeightReader, read_weights, write_checkpoint
 from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash_config import ALIASES, ARCHITECTURE, DFlashConfig, parse
+from whiflash_sglang.models.dflash_layer import DFlashLayer, fold_variants, layer_weights, norm_of
 from whiflash_sglang.models.draft_format import DraftFormat
-from whiflash_sglang.models.layers import Attend, Attention, GemmaRMSNorm, RMSNorm, SwiGLU
-from whiflash_sglang.models.rope import Angles, Rotary, half_split, rotary_width, rotate
+from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.models.rope import Rotary, rotate
 from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
 _NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
@@ -35,51 +31,6 @@ _NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "h
 
 MASK_EMBEDDING = "mask_embedding.pt"
 """A trained embedding of the mask token beside the weights, as SGLang 0.5.23 reads it."""
-
-
-class DFlashLayer(nn.Module):
-    """A decoder layer; its K and V are computed in the same way from the context."""
-
-    def __init__(self, config: DFlashConfig) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        norm = norm_of(config)
-        self.input_norm = norm(size, eps)
-        self.attention = self._attention(config)
-        self.mlp_norm = norm(size, eps)
-        self.mlp = SwiGLU(size, config.intermediate_size, config.clamped)
-
-    @staticmethod
-    def _attention(config: DFlashConfig) -> Attention:
-        size = config.hidden_size
-        return Attention(
-            size,
-            size,
-            config.attention,
-            head_norm_eps=config.rms_norm_eps,
-            bias=config.attention_bias,
-            norm=norm_of(config),
-        )
-
-    def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend) -> Tensor:
-        """`hidden` [T, H], which is given up, → [T, H]."""
-        attended = self.attention(self.input_norm(hidden), angles, index, attend)
-        hidden, normed = self.mlp_norm.add(hidden, attended)
-        mixed: Tensor = hidden + self.mlp(normed)
-        return mixed
-
-    def fill(self, reader: WeightReader, prefix: str) -> None:
-        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
-        reader.fill_attention(self.attention, f"{prefix}self_attn.")
-        reader.fill(self.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
-        reader.fill(self.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
-        reader.fill(self.input_norm.weight, f"{prefix}input_layernorm.weight")
-        reader.fill(self.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
-
-
-def norm_of(config: DFlashConfig) -> type[RMSNorm]:
-    """The kind of norm that a checkpoint has throughout."""
-    return GemmaRMSNorm if config.gemma_norm else RMSNorm
 
 
 class DFlashDrafter(nn.Module):
@@ -93,6 +44,8 @@ class DFlashDrafter(nn.Module):
     layer: type[DFlashLayer] = DFlashLayer
     shared_context = True
     """Whether K and V of all layers are one product of the same context feature, as the catch-up kernels take them."""
+    reads_tail = False
+    """Whether `propose` reads the features of the last token before the block."""
     target_embedding: Tensor
     embedding_scale: float = 1.0
     target_lm_head: Tensor
@@ -164,28 +117,37 @@ class DFlashDrafter(nn.Module):
         rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions).repeated(self.num_layers))
         return rotated.view(k.shape), v
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Blocks: bonus and mask ids [T] int64 at `positions` [T] → final-normed states [T, H]."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[T] int64 → [T, H], as the target embeds them."""
         if self.shared is not None and self.shared.embed is not None:
             hidden = self.shared.embed(tokens)
         else:
             hidden = F.embedding(tokens, self.target_embedding)
-        if self.mask_embedding is not None:
-            hidden = torch.where((tokens == self.mask_token_id)[:, None], self.mask_embedding, hidden)
-        if self.embedding_scale != 1.0:
-            hidden = hidden * self.embedding_scale
-        angles = self.rotary.angles(positions)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, angles, index, attend)
-        normed: Tensor = self.norm(hidden)
-        return normed
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
-    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Blocks: bonus and mask ids [B, rows] int64 at `positions` [B, rows] → final-normed states [B, rows, H]."""
+        size, rows = tokens.shape
+        ids = tokens.flatten()
+        hidden = self.embed(ids)
+        if self.mask_embedding is not None:
+            trained = self.mask_embedding * self.embedding_scale
+            hidden = torch.where((ids == self.mask_token_id)[:, None], trained, hidden)
+        angles = self.rotary.angles(positions.flatten())
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, angles, index, attend, rows)
+        normed: Tensor = self.norm(hidden)
+        return normed.view(size, rows, -1)
+
+    def propose(
+        self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead, tail: Tensor | None = None
+    ) -> Choice:
         """The first `wanted` drafts of every block.
 
         Args:
             states: [B, rows, H] of `forward`, the bonus token's row first. bonus: [B] int64, the token at that row.
-            head: `head`, or a part of it.
+            head: `head`, or a part of it. tail: [B, features · H] of the token before the bonus token; only a drafter
+                with `reads_tail` needs it.
 
         Returns:
             tokens, the target's ids, and confidences, each [B, wanted].
@@ -262,7 +224,7 @@ class DFlashDrafter(nn.Module):
         layers: list[Any] = list(self.layers)
         for index, layer in enumerate(layers):
             layer.fill(reader, f"layers.{index}.")
-            _fold_variants(self.config, layer.attention)
+            fold_variants(self.config, layer.attention)
         if self.config.draft_vocab_size is not None:
             self.own_head, self.own_ids = reader.reduced_head(
                 self.config.draft_vocab_size, self.config.vocab_size
@@ -282,7 +244,7 @@ class DFlashDrafter(nn.Module):
             f"{name}.weight": self.get_parameter(f"{name}.weight") for name in ("fc", "hidden_norm", "norm")
         }
         for index, layer in enumerate(self.layers):
-            tensors.update(_layer_weights(layer, f"layers.{index}."))
+            tensors.update(layer_weights(layer, f"layers.{index}."))
         return tensors
 
 
@@ -313,34 +275,6 @@ def _mask_embedding(path: Path, config: DFlashConfig) -> Tensor | None:
             f"{list(embedding.shape)} of {token}"
         )
     return torch.as_tensor(embedding)
-
-
-@torch.no_grad()
-def _fold_variants(config: DFlashConfig, attention: Attention) -> None:
-    """Variants that are plain attention with other weights: V's scale, and RoPE over neighbouring dimensions."""
-    heads, kv_heads, head_dim = attention.shape
-    rotated = (heads + kv_heads) * head_dim
-    width = rotary_width(config.rope, head_dim)
-    for rows in (attention.qkv.weight, attention.qkv.bias):
-        if rows is not None:
-            rows[rotated:] *= config.value_scale
-            if config.neighbours:
-                rows[:rotated] = half_split(rows[:rotated], heads + kv_heads, width)
-    if config.neighbours and attention.q_norm is not None and attention.k_norm is not None:
-        for norm in (attention.q_norm, attention.k_norm):
-            norm.weight.copy_(half_split(norm.weight, 1, width))
-
-
-def _layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
-    gate, up = layer.mlp.gate_up.weight.chunk(2)
-    return {
-        **attention_weights(layer.attention, f"{prefix}self_attn."),
-        f"{prefix}mlp.gate_proj.weight": gate,
-        f"{prefix}mlp.up_proj.weight": up,
-        f"{prefix}mlp.down_proj.weight": layer.mlp.down.weight,
-        f"{prefix}input_layernorm.weight": layer.input_norm.weight,
-        f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
-    }
 
 
 FORMAT = DraftFormat(

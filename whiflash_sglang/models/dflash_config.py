@@ -27,7 +27,6 @@ DEFAULT_BLOCK = 16
 """Of a checkpoint that does not say, as in SGLang."""
 
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    "conv_kernel_size": (None, 0),
     "selector_rank": (None, 0),
     "output_multiplier": (None, 1.0),
     "final_logit_softcapping": (None, 0.0),
@@ -47,6 +46,16 @@ class LayerSpan(NamedTuple):
     window: int | None = None
 
 
+class BlockConvolution(NamedTuple):
+    """Of a block's rows, around each sublayer.
+
+    taps: rows that count, a row's own included. group: channels that share a kernel's change.
+    """
+
+    taps: int
+    group: int
+
+
 @dataclass(frozen=True, slots=True)
 class DFlashConfig:
     """Sizes and variants of a checkpoint.
@@ -60,6 +69,7 @@ class DFlashConfig:
         from_anchor: the bonus token's row drafts too, so that a block gives as many drafts as it has rows.
         draft_vocab_size: rows of the drafter's own head; None where it uses the target's.
         value_scale: what V is multiplied by. neighbours: RoPE turns neighbouring dimensions, not halves.
+        convolution: around the sublayers of every layer; None: there is none.
     """
 
     hidden_size: int
@@ -82,6 +92,7 @@ class DFlashConfig:
     value_scale: float = 1.0
     neighbours: bool = False
     clamped: Clamped | None = None
+    convolution: BlockConvolution | None = None
 
     @property
     def num_features(self) -> int:
@@ -92,6 +103,10 @@ class DFlashConfig:
     def max_drafts(self) -> int:
         """Tokens that one block drafts."""
         return self.block_size if self.from_anchor else self.block_size - 1
+
+    def rows(self, drafts: int) -> int:
+        """Rows of a draft pass for that many drafts."""
+        return drafts + (not self.from_anchor)
 
     @property
     def target_hidden_size(self) -> int:
@@ -153,7 +168,7 @@ class DFlashConfig:
     @property
     def variant(self) -> bool:
         """Whether a layer of the trunk, or what it chooses from, differs from the published model."""
-        plain = (False, None, False, False, 1.0, False, None)
+        plain = (False, None, False, False, 1.0, False, None, None)
         found = (
             any(span != LayerSpan() for span in self.spans),
             self.draft_vocab_size,
@@ -162,6 +177,7 @@ class DFlashConfig:
             self.value_scale,
             self.neighbours,
             self.clamped,
+            self.convolution,
         )
         return found != plain
 
@@ -202,6 +218,7 @@ def parse(
         "value_scale": number(settings, "attention_value_scale", path, default=1.0),
         "neighbours": not settings.get("rope_is_neox_style", settings.get("is_neox_style", True)),
         "clamped": _activation(path, settings),
+        "convolution": _convolution(path, settings),
     }
     if "block_size" not in decided:
         decided["block_size"] = integer(settings, "block_size", path, minimum=2, default=DEFAULT_BLOCK)
@@ -273,3 +290,18 @@ def _activation(path: Path, settings: Mapping[str, Any]) -> Clamped | None:
     raise CheckpointError(
         f"{path}/config.json: hidden_act {name!r} is not supported, only silu and swigluoai"
     )
+
+
+def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | None:
+    taps, group = (
+        integer(settings, f"conv_{name}_size", path, minimum=0, default=0) for name in ("kernel", "group")
+    )
+    if not taps and not group:
+        return None
+    hidden = integer(settings, "hidden_size", path)
+    if not taps or not group or hidden % group:
+        raise CheckpointError(
+            f"{path}/config.json: conv_kernel_size {taps} and conv_group_size {group} go together, and the latter "
+            f"divides hidden_size {hidden}"
+        )
+    return BlockConvolution(taps, group)

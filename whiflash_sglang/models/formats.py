@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang.models import dflash, dspark, eagle3, laguna, speculators
+from whiflash_sglang.models import dflash, dflash2, domino, dspark, eagle3, laguna, lilicorr, speculators
 from whiflash_sglang.models.checkpoint import read_json_config
 from whiflash_sglang.models.draft_format import DraftFormat, by_key, pick
 
@@ -11,6 +11,9 @@ FORMATS: tuple[DraftFormat, ...] = (
     dflash.FORMAT,
     laguna.FORMAT,
     dspark.FORMAT,
+    domino.FORMAT,
+    dflash2.FORMAT,
+    lilicorr.FORMAT,
     eagle3.FORMAT,
     eagle3.DEEPSPEC,
     *speculators.FORMATS,

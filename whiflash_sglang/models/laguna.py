@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import WeightReader
-from whiflash_sglang.models.dflash import DFlashDrafter, DFlashLayer, norm_of
+from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
+from whiflash_sglang.models.dflash_layer import DFlashLayer, norm_of
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import Attention, RMSNorm
 

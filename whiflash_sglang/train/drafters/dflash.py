@@ -171,10 +171,10 @@ def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Se
     keys, values = drafter.keys_values(fused, places)
     inputs = torch.full((len(blocks.anchor), width), drafter.mask_token_id, device=device)
     inputs[:, 0] = batch.tokens[blocks.token + blocks.anchor]
-    positions = (blocks.anchor[:, None] + torch.arange(width, device=device)).flatten()
+    positions = blocks.anchor[:, None] + torch.arange(width, device=device)
     attend = _block_attention(batch.spans, blocks, width, keys, values, drafter.config.spans)
-    hidden: Tensor = drafter(inputs.flatten(), positions, attend)
-    return hidden.view(len(inputs), width, -1)
+    states: Tensor = drafter(inputs, positions, attend)
+    return states
 
 
 def choose_anchors(batch: Batch, per_token: float) -> Blocks:
