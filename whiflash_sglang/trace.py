@@ -37,15 +37,15 @@ class Part(NamedTuple):
     """Drafts that lie one behind the other and were taken from one source."""
 
     source: str
-    count: int
+    drafts: int
 
 
 def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
     """The first `count` drafts of them."""
     for part in parts:
         if count > 0:
-            yield Part(part.source, min(part.count, count))
-        count -= part.count
+            yield Part(part.source, min(part.drafts, count))
+        count -= part.drafts
 
 
 @dataclass(slots=True)
@@ -113,13 +113,13 @@ class Recording:
         verified = list(first_of(parts, proposed))
         right = [0] * len(verified)
         for number, part in enumerate(verified):
-            right[number] = min(part.count, accepted - sum(right))
-        whole = accepted or sum(part.count for part in verified)
+            right[number] = min(part.drafts, accepted - sum(right))
+        whole = accepted or sum(part.drafts for part in verified)
         for part, own in zip(verified, right, strict=True):
             brought = self.sources.setdefault(part.source, Brought())
-            brought.proposed += part.count
+            brought.proposed += part.drafts
             brought.accepted += own
-            brought.saved += saved * (own if accepted else part.count) / whole
+            brought.saved += saved * (own if accepted else part.drafts) / whole
 
     def until(self, completion_tokens: int) -> Iterator[Stretch]:
         """Its stretches without what was committed beyond a stop."""

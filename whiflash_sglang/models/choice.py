@@ -116,8 +116,8 @@ class DraftHead:
         missing = (0, count - here.values.shape[-1])
         values = F.pad(here.values.float(), missing, value=-math.inf)
         rows = F.pad(self.shard.rows[here.indices].float(), missing)
-        found = self.shard.gather(torch.cat([values, rows], -1)).unflatten(-1, (2, count))
-        values, rows = found.permute(2, 1, 0, 3).flatten(2)
+        found = self.shard.gather(torch.cat([values, rows], -1))
+        values, rows = found.view(-1, len(logits), 2, count).permute(2, 1, 0, 3).flatten(2)
         top = values.topk(count)
         return self.target_ids(rows.gather(-1, top.indices).long()), top.values
 

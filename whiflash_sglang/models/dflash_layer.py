@@ -34,7 +34,7 @@ class BlockConv(nn.Module):
     def kernels(self, x: Tensor) -> Tensor:
         """`x` [T, H] → [2, T, taps, H], of the input and of the output."""
         taps, group = self.shape
-        moved = self.kernel_projection(x).view(len(x), 2, taps, -1).repeat_interleave(group, -1)
+        moved: Tensor = self.kernel_projection(x).view(len(x), 2, taps, -1).repeat_interleave(group, -1)
         return (self.base_kernel + moved).transpose(0, 1)
 
     def convolve(self, x: Tensor, kernel: Tensor, rows: int) -> Tensor:

@@ -98,7 +98,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """`x` [B, N, h], `bias` [heads, N, N] → [B, N, h]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(*x.shape[:2], 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed: Tensor = self.out_proj(
             F.scaled_dot_product_attention(q, k, v, bias[None]).transpose(1, 2).flatten(2)
@@ -217,7 +217,8 @@ class LiLiCorrDrafter(DFlashDrafter):
         ids = ids.view(chances.shape)
         embedded = self.embed(ids.flatten()).view(*ids.shape, -1)
         begin, pairs = self.lilicorr(embedded, chances, rows, self.fuse(tail))
-        places, sure = [], []
+        places: list[Tensor] = []
+        sure: list[Tensor] = []
         for step in range(wanted):
             scores = (
                 pairs[:, step - 1][torch.arange(len(rows), device=rows.device), places[-1]] if step else begin
