@@ -116,7 +116,7 @@ def test_every_block_equals_drafting_it_alone(
 
             inputs = torch.full((8,), pair.dflash.mask_token_id)
             inputs[0] = pair.batch.tokens[span.token + anchor]
-            expected = pair.dflash(inputs, torch.arange(anchor, anchor + 8), attend)
+            expected = pair.dflash(inputs[None], torch.arange(anchor, anchor + 8)[None], attend)[0]
             torch.testing.assert_close(packed[row], expected, rtol=1e-4, atol=1e-4)
             row += 1
     assert row == len(blocks.anchor)
