@@ -299,11 +299,6 @@ class Planner:
         )
 
 
-def widest_of(drafters: Mapping[str, Drafter]) -> int:
-    """Most drafts of a round, whoever drafts them."""
-    return max((drafter.max_drafts for drafter in drafters.values()), default=0)
-
-
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:
     """Most rows that a request routed to `arm` verifies, of the arm's own drafts."""
     return drafters[arm].max_drafts + 1 if arm in drafters else 1

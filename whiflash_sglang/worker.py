@@ -29,7 +29,7 @@ from whiflash_sglang.compat.spec_worker import (
 )
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.profile import profile_drafts
 from whiflash_sglang.drafters.stage import DraftStage
@@ -38,7 +38,7 @@ from whiflash_sglang.host_view import HostView
 from whiflash_sglang.learning import Learner
 from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.planning import Planner, rows_of, widest_of
+from whiflash_sglang.planning import Planner, rows_of
 from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller

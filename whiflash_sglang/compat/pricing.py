@@ -22,12 +22,10 @@ from whiflash_sglang.cache.sync import FEWEST_ROWS, DraftSync
 from whiflash_sglang.clock import Clock, measure
 from whiflash_sglang.compat.graphs import VerifyGraphs
 from whiflash_sglang.compat.target import Target
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.profile import idle_batch
-from whiflash_sglang.drafters.stage import bucket_of
-from whiflash_sglang.graphs import doubling
+from whiflash_sglang.graphs import bucket_of, doubling
 from whiflash_sglang.host_view import HostView
-from whiflash_sglang.planning import widest_of
 from whiflash_sglang.routing.tables import CostTables, Sizes, Verifications
 
 LONGEST = 16384

@@ -218,3 +218,8 @@ class Drafter(ABC):
 
     def release(self, row: int) -> None:  # noqa: B027 - most keep nothing per request
         """The request in `row` is gone, or another begins there."""
+
+
+def widest_of(drafters: Mapping[str, Drafter]) -> int:
+    """Most drafts of a round, whoever drafts them."""
+    return max((drafter.max_drafts for drafter in drafters.values()), default=0)

@@ -10,12 +10,12 @@ from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_draf
 
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, widest_of
 from whiflash_sglang.drafters.paged import PassInput
-from whiflash_sglang.graphs import Recorder
+from whiflash_sglang.graphs import Recorder, bucket_of
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.planning import Plan, widest_of
+from whiflash_sglang.planning import Plan
 from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.costs import WorkerCosts
 from whiflash_sglang.trace import Part, first_of
@@ -283,9 +283,3 @@ def _joined(requests: RoundBatch, laid: Laid, more: Drafts | None, text: torch.T
         return laid
     behind = Drafted(requests.rows, more.tokens, more.counts, more.alive, None)
     return join_drafts(laid, behind, requests.rows, requests.starts, after=more.after, text=text)
-
-
-def bucket_of(rows: int) -> int:
-    """Rows of a verification that is to hold `rows`: 1, 2, 3, 4, 6, 8, 12, 16, 24, … so that there are few sizes."""
-    power = 1 << max(rows - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
