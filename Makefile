@@ -6,6 +6,7 @@ SHELL := /bin/bash
 # uv from the PATH, or from PyPI into a small environment of its own.
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := $(UV) run --no-sync
+PYTHON := $(shell command -v python3.11 || command -v python3)
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
@@ -15,7 +16,7 @@ help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
 
 .uv/bin/uv:
-	python3 -m venv .uv
+	$(PYTHON) -m venv .uv
 	.uv/bin/pip install --quiet uv
 
 # With CPU_ONLY=1: without packages that a server on a CPU never imports.
