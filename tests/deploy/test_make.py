@@ -1,0 +1,70 @@
+"""What `make` would install: the demo brings what a CPU needs, everything else brings everything."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LEFT_OUT = (ROOT / "docs" / "cpu-leaves-out.txt").read_text("utf-8").split()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What the Makefile asks for, on a machine with uv and without a card."""
+    for name in ("Makefile", "docs/cpu-leaves-out.txt", "pyproject.toml", "uv.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("sdk/pyproject.toml", "kernels/pyproject.toml"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    program(tmp_path, "uv")
+    (tmp_path / "bin" / "cat").symlink_to(str(shutil.which("cat")))
+    return tmp_path
+
+
+def program(checkout: Path, name: str) -> None:
+    path = checkout / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+
+
+def sync(checkout: Path, *words: str) -> str:
+    """The line that would install; empty where nothing would."""
+    command = [str(shutil.which("make")), "-n", *words]
+    environment = {"PATH": str(checkout / "bin")}  # and nothing that this machine may have besides
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
+    return "".join(line for line in done.stdout.splitlines() if " sync " in line)
+
+
+def test_the_demo_leaves_out_what_a_cpu_does_not_need(checkout: Path) -> None:
+    line = sync(checkout, "demo")
+    assert LEFT_OUT
+    assert all(f"--no-install-package {name}" in line for name in LEFT_OUT)
+
+
+@pytest.mark.parametrize("target", ["install", "test", "check", "site"])
+def test_everything_else_brings_everything(checkout: Path, target: str) -> None:
+    assert " sync " in sync(checkout, target)
+    assert "--no-install-package" not in sync(checkout, target)
+    assert "--no-install-package" in sync(checkout, target, "CPU_ONLY=1")
+
+
+def test_the_demo_takes_nothing_away(checkout: Path) -> None:
+    """Neither from a machine with a card, nor from one where everything is installed."""
+    program(checkout, "nvidia-smi")
+    assert "--no-install-package" not in sync(checkout, "demo")
+    (checkout / "bin" / "nvidia-smi").unlink()
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / ".installed").touch()
+    assert "--no-install-package" not in sync(checkout, "demo")
+    (checkout / ".venv" / ".for-demo").touch()
+    assert sync(checkout, "demo") == ""
+
+
+def test_who_saw_the_demo_gets_the_rest_for_the_tests(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / ".for-demo").touch()
+    assert " sync " in sync(checkout, "test")
