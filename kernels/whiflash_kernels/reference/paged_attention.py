@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from whiflash_kernels.reference.grouping import group
 
-from whiflash_sglang.platform.paged_layouts import NarrowGroup, WideBlock, WideRequest
+from whiflash_kernels.reference.grouping import group
+from whiflash_kernels.reference.paged_layouts import NarrowGroup, WideBlock, WideRequest
 
 NARROW_ROWS = 64
 """Widest request, in query rows, that joins a group of others."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import embedding
+
 from whiflash_kernels.reference.attention import gathered_attention
 
 
