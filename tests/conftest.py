@@ -1,6 +1,8 @@
 """What all tests share: the host that real servers are forked from, the limits on time, the option for evidence."""
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from patience import pytest_report_header, pytest_timeout_set_timer  # noqa: F401  (hooks)
 from server_host import ServerHost
+
+if threading.current_thread() is threading.main_thread():
+    # What a script starts in its background ignores Ctrl-C, and hands that on to every command under test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "tests/bench/test_run.py",
