@@ -135,7 +135,7 @@ def targets_table() -> str:
 def state_table() -> str:
     """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
     known = (
-        *("policy", "arms", "requests"),
+        *("policy", "arms", "requests", "quarantined", "faulty_drafts"),
         *RoundClock().snapshot(),
         *Tally.of(()).snapshot(),
         "costs",
