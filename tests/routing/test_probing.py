@@ -95,7 +95,10 @@ def test_what_says_what_it_expects_is_never_tried() -> None:
         assert not policy.probe([signals], lambda _: 0)
         policy.observe("diffusion", signals, 9)
     assert policy.estimator.rounds("diffusion") == 0
-    assert policy.probe([signals, in_use("ar", 3000)], lambda _: 0) == {1: "diffusion"}
+    later = [
+        policy.probe([signals, in_use("ar", 3000 + more)], lambda _: 0) for more in range(FIRST_PROBE + 1)
+    ]
+    assert later == [{}] * FIRST_PROBE + [{1: "diffusion"}]
 
 
 def test_who_uses_an_arm_does_not_try_it() -> None:

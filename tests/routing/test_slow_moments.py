@@ -59,7 +59,7 @@ class Machine:
         # Who copies looked before, as in every round, whoever drafts: that is no drafting, but the rest of the round.
         copied = self.copies or Outlook(1, 1)
         rows = WIDTHS.get(arm, copied.rows)
-        verifying = self.took(0.030 + 0.0006 * rows) + self.took(0.0001) + late["verify"] + late["look"]
+        verifying = self.took(0.030 + 0.0006 * rows) + 0.0001 * self.slower + late["verify"] + late["look"]
         self.costs.verified(rows, 1, verifying)
         tokens = ACCEPTED.get(arm) or round(copied.length)
         self.costs.committed(tokens, drafting + verifying, gap=self.took(0.004) + late["gap"])
