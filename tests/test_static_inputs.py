@@ -24,7 +24,7 @@ def test_a_group_is_loaded_with_its_padding_by_kind() -> None:
 
 def test_an_arm_that_reads_no_feature_loads_its_numbers_alone() -> None:
     given = PassInput.of_padding(2, torch.zeros(0), torch.zeros(8, 16, dtype=torch.int32))
-    ones = torch.ones(1, dtype=torch.int64)
+    inputs, ones, nothing = given.static, torch.ones(1, dtype=torch.int64), torch.zeros(1, 0)
     with Launches() as launches:
-        load(given.static, (ones, ones, ones, torch.zeros(1, 0)))
+        load(inputs, (ones, ones, ones, nothing))
     assert launches.count == 1

@@ -37,7 +37,8 @@ class Upload:
         sizes = [[len(part) for part in parts] for parts in (self._ints, self._floats)]
         ints, floats = (sum(part) for part in sizes)
         # Indices must be int64, and are so from the start: a conversion would be a launch.
-        host = np.empty(ints + (floats + 1) // 2, dtype=np.int64)
+        # One number at least: what is empty cannot be viewed as another type.
+        host = np.empty(max(ints + (floats + 1) // 2, 1), dtype=np.int64)
         host[:ints] = [value for part in self._ints for value in part]
         host[ints:].view(np.float32)[:floats] = [value for part in self._floats for value in part]
         packed = torch.as_tensor(host)
