@@ -116,6 +116,18 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_finish_state", ("new_accepted_len",)),
     PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),
     PrivateName("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop"),
+    PrivateName(
+        "sglang.srt.managers.schedule_batch:ScheduleBatch",
+        (
+            "reqs",
+            "forward_mode",
+            "req_pool_indices",
+            "seq_lens",
+            "seq_lens_cpu",
+            "orig_seq_lens",
+            "spec_algorithm",
+        ),
+    ),
     # target and verification
     PrivateName(
         "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
@@ -165,6 +177,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_TRITON}._build_cuda_graph_forward_metadata", ("bs", "forward_mode", "spec_info")),
     PrivateName("sglang.srt.layers.attention.triton_backend:ForwardMetadata", ("qo_indptr",)),
     PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
+    PrivateName("sglang.srt.model_executor.forward_batch_info:ForwardMode.DECODE"),
     PrivateName("sglang.srt.model_executor.forward_batch_info:get_server_return_hidden_states_mode"),
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
