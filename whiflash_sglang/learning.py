@@ -14,7 +14,8 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.stage import Proposal
 from whiflash_sglang.metrics import PreviousRound, RoundClock
 from whiflash_sglang.models.router import Layers
-from whiflash_sglang.planning import Plan, drafts_nothing
+from whiflash_sglang.plan import Plan
+from whiflash_sglang.planning import drafts_nothing
 from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.assign import Costs

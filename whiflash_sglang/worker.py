@@ -31,7 +31,6 @@ from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.build import build_drafters, load_router
-from whiflash_sglang.drafters.profile import profile_drafts
 from whiflash_sglang.drafters.stage import DraftStage
 from whiflash_sglang.forcing import Forcing
 from whiflash_sglang.host_view import HostView
@@ -42,8 +41,6 @@ from whiflash_sglang.planning import Planner, rows_of
 from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import MeasuredCosts
-from whiflash_sglang.routing.looked_up import LookedUpCosts
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.publisher import Publisher, Sink
@@ -78,8 +75,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
-        costs = LookedUpCosts if pricing.looks_up(self.target.device) else MeasuredCosts
-        self.controller = Controller(policy, costs(partial(rows_of, self.drafters)), vocabulary)
+        costs = pricing.costs_of(self.target.device, partial(rows_of, self.drafters))
+        self.controller = Controller(policy, costs, vocabulary)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
@@ -148,12 +145,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Called by the scheduler when the target's are captured: the drafters' passes, and what all of it costs."""
         requests, costs = max_running_requests(), self.controller.costs
         self.stage.capture(graphs.recorder(self.target.runner), requests)
-        if isinstance(costs, LookedUpCosts):
-            costs.tables = pricing.measured(
-                self.target, self.drafters, self.sync, self.host, self.clock.timer, requests
-            )
-        elif isinstance(costs, MeasuredCosts):
-            profile_drafts(self.drafters.values(), self.sync.rings, self.target.slot_table, costs, self.host)
+        pricing.price(costs, self.target, self.drafters, self.sync, self.host, self.clock.timer, requests)
         if self.ranks.leads:
             draft, whole = memory.bytes_of_token()
             policy = self.controller.policy.name
@@ -269,8 +261,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             results = self.learner.results(plan, proposal, verified, committed)
             learn = partial(self.learner.learn, plan, parts=proposal.parts)
             tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
-        work = plan.work(proposal.rows, sum(requests.lengths.most))
-        self.tally.round_seconds.append(clock.end(work))
+        self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
         return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:

@@ -23,9 +23,11 @@ from whiflash_sglang.clock import Clock, measure
 from whiflash_sglang.compat.graphs import VerifyGraphs
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.drafters.base import Drafter, widest_of
-from whiflash_sglang.drafters.profile import idle_batch
+from whiflash_sglang.drafters.profile import idle_batch, profile_drafts
 from whiflash_sglang.graphs import bucket_of, doubling
 from whiflash_sglang.host_view import HostView
+from whiflash_sglang.routing.costs import MeasuredCosts, WorkerCosts
+from whiflash_sglang.routing.looked_up import LookedUpCosts
 from whiflash_sglang.routing.tables import CostTables, Sizes, Verifications
 
 LONGEST = 16384
@@ -40,6 +42,27 @@ Body = Callable[[], object]
 def looks_up(device: torch.device) -> bool:
     """Whether prices are measured at the start and looked up: where the host's clock would time launches."""
     return device.type == "cuda"
+
+
+def costs_of(device: torch.device, width: Callable[[str], int]) -> WorkerCosts:
+    """What routes are priced by there. width: as of `WorkerCosts`."""
+    return LookedUpCosts(width) if looks_up(device) else MeasuredCosts(width)
+
+
+def price(
+    costs: WorkerCosts,
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    sync: DraftSync,
+    host: HostView,
+    clock: Clock,
+    requests: int,
+) -> None:
+    """Measure what `costs` must know before the first request."""
+    if isinstance(costs, LookedUpCosts):
+        costs.tables = measured(target, drafters, sync, host, clock, requests)
+    elif isinstance(costs, MeasuredCosts):
+        profile_drafts(drafters.values(), sync.rings, target.slot_table, costs, host)
 
 
 def measured(

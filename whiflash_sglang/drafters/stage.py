@@ -15,7 +15,7 @@ from whiflash_sglang.drafters.paged import PassInput
 from whiflash_sglang.graphs import Recorder, bucket_of
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.planning import Plan
+from whiflash_sglang.plan import Plan
 from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.costs import WorkerCosts
 from whiflash_sglang.trace import Part, first_of
