@@ -165,6 +165,19 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
+            "Drafts that were none",
+            "With ids of no token, or NaN: damaged files, or a fault. Above 0 the drafter is as good as off; 1 says "
+            "which is quarantined until the server is started again.",
+            "none",
+            (
+                (rate("faulty_drafts_total", "arm"), "{{arm}}"),
+                (
+                    f"max by (arm, instance) ({whole('quarantined')}) == 1",
+                    "quarantined: {{arm}} on {{instance}}",
+                ),
+            ),
+        ),
+        Panel(
             "Acceptance, as SGLang reports it",
             "Its own gauges, averages over --decode-log-interval steps.",
             "none",

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
-from whiflash_sdk.trace import ArmTotals, Stretch, Trace
+from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace
 
 from whiflash_sglang.cli import app
 from whiflash_sglang.config import (
@@ -43,6 +43,8 @@ STATE = {
     "policy": "the policy in force",
     "arms": "drafters that are loaded",
     "requests": "running now",
+    "quarantined": "why, of each arm that drafts no more until the server is started again",
+    "faulty_drafts": "of each arm, drafts of a request in a round that were none: ids of no token, or NaN",
     "rounds": "rounds of the batch",
     "rows": "rows verified, over all rounds",
     "tokens": "committed by rounds, bonus tokens among them",
@@ -61,7 +63,8 @@ STATE = {
     "hints": "requests by where their hints came from",
     "timed_seconds": "rounds that followed each other, and the time between them",
     "plain_seconds": "what plain decoding would have taken for the tokens of these, by `costs`",
-    "costs": "fitted latencies in seconds: those of `sglang:whiflash_cost_seconds`, by `work` and arm",
+    "costs": "latencies in seconds that routes are priced by: those of `sglang:whiflash_cost_seconds`, by `work` and "
+    "arm",
     "memory": "bytes by scope: those of `sglang:whiflash_memory_bytes`",
 }
 """Of `GET /whiflash/state`, but for what arms add of their own."""
@@ -132,7 +135,7 @@ def targets_table() -> str:
 def state_table() -> str:
     """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
     known = (
-        *("policy", "arms", "requests"),
+        *("policy", "arms", "requests", "quarantined", "faulty_drafts"),
         *RoundClock().snapshot(),
         *Tally.of(()).snapshot(),
         "costs",
@@ -281,6 +284,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "span": lambda: model_table(Span),
     "trace": lambda: model_table(Trace),
     "arm_totals": lambda: model_table(ArmTotals),
+    "source_totals": lambda: model_table(SourceTotals),
     "stretch": lambda: model_table(Stretch),
     "commands": cli_reference,
     "gpu": gpu_table,

@@ -15,7 +15,7 @@ from whiflash_sglang.bench.load import Asker
 from whiflash_sglang.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import parse_json_lines, read_json_lines, stream_lines
-from whiflash_sglang.train.prompts import read_rows
+from whiflash_sglang.train.answers.prompts import read_rows
 
 ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"
 """Where `str.splitlines` ends a line; JSON lets the first three stand in a string as they are."""

@@ -2,8 +2,29 @@
 
 import pytest
 
-from whiflash_sglang import metrics
-from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang import clock as clocks
+from whiflash_sglang.metrics import RoundClock, RoundWork
+
+
+class Events:
+    """A device's events, which come when the test says so; a mark is its time."""
+
+    def __init__(self) -> None:
+        self.now, self.done = 0.0, -1.0
+
+    def record(self) -> float:
+        return self.now
+
+    def passed(self, mark: float) -> bool:
+        return mark <= self.done
+
+    def wait(self, mark: float) -> None:
+        raise AssertionError("a round does not wait for its own time")
+
+    def elapsed(self, begin: float, end: float) -> float:
+        if not (self.passed(begin) and self.passed(end)):
+            raise AssertionError("read before it has come")
+        return end - begin
 
 
 @pytest.mark.parametrize(("pause", "gap"), [(0.002, 0.002), (60.0, 0.030)])
@@ -11,17 +32,16 @@ def test_the_gap_between_two_rounds_is_no_pause(
     monkeypatch: pytest.MonkeyPatch, pause: float, gap: float
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
     clock = RoundClock()
-    assert clock.begin() is None
+    assert clock.begin() == []
     clock.drafted(0.005)
     now[0] += 0.030
     clock.learned(2)
-    clock.end(rows=4, requests=1)
+    clock.end(RoundWork(4, 1))
     now[0] += pause
-    previous = clock.begin()
-    assert previous is not None
-    assert (previous.rows, previous.tokens) == (4, 2)
+    (previous,) = clock.begin()
+    assert (previous.work.rows, previous.tokens) == (4, 2)
     assert (previous.seconds, previous.drafting, previous.gap) == pytest.approx((0.030, 0.005, gap))
 
 
@@ -29,6 +49,30 @@ def test_what_an_interruption_ends_says_nothing() -> None:
     clock = RoundClock()
     clock.begin()
     clock.learned(1)
-    clock.end(rows=1, requests=1)
+    clock.end(RoundWork(1, 1))
     clock.interrupt()
-    assert clock.begin() is None
+    assert clock.begin() == []
+
+
+def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> None:
+    """The host issues three rounds while the device is still busy with the first: no time of theirs is known yet."""
+    events = Events()
+    clock = RoundClock(events)
+    for number, begins in enumerate((0.0, 10.0, 30.0), start=1):
+        events.now = begins
+        assert clock.begin() == []
+        clock.learned(number)
+        events.now = begins + 8.0
+        clock.end(RoundWork(number, 1))
+    events.now, events.done = 60.0, 30.0
+    first, second = clock.begin()
+    assert [(r.work.rows, r.tokens, r.seconds, r.gap) for r in (first, second)] == [
+        (1, 1, 8.0, 2.0),
+        (2, 2, 8.0, 8.0),
+    ], "a pause of 12 s says nothing of the engine"
+    events.now = 68.0
+    clock.end(RoundWork(4, 1))
+    clock.interrupt()
+    events.now = events.done = 100.0
+    (third,) = clock.begin()
+    assert (third.work.rows, third.tokens) == (3, 3)

@@ -7,9 +7,10 @@ import pytest
 from whiflash_sdk import routing
 
 from whiflash_sglang.spans.hints import TraceLevel
-from whiflash_sglang.trace import Recording, build_trace, pieces_of, place
+from whiflash_sglang.trace import Part, Recording, build_trace, pieces_of, place
 
 PROMPT = 7
+SOURCES = ("ar", "diffusion", "context", "prediction", "form", "memory", "scope", "grammar", "tools")
 
 
 def recorded(*rounds: tuple[str, int], level: TraceLevel = "full", reason: str = "score") -> Recording:
@@ -43,10 +44,47 @@ def test_what_it_took_is_told_where_it_is_known() -> None:
     recording = recorded(("ar", 4), ("ar", 2))
     assert {"seconds", "gain"}.isdisjoint(build_trace(recording, "auto", 7))
     for tokens in (4, 2):
-        recording.price(tokens, round_seconds=0.03, plain_seconds=0.02)
+        recording.price("ar", tokens, round_seconds=0.03, plain_seconds=0.02)
     recording.began, recording.ended = 100.0, 100.25
     trace = build_trace(recording, "auto", 7)
-    assert (trace["seconds"], trace["gain"]) == (0.25, 2.0)
+    assert (trace["seconds"], trace["gain"], trace["arms"]["ar"]["saved"]) == (0.25, 2.0, 0.06)
+
+
+def brought(*rounds: tuple[list[tuple[str, int]], int, int, float]) -> dict[str, tuple[int, int, float]]:
+    """Of rounds with these drafts, of which so many were verified and so many right, and that saved so much."""
+    recording = recorded(("ar", 2))
+    for parts, proposed, accepted, saved in rounds:
+        recording.spent += 1.0
+        named = [Part(*part) for part in parts]
+        recording.credit(named, proposed=proposed, accepted=accepted, saved=saved)
+    told = build_trace(recording, "auto", 3)["sources"]
+    return {name: (own["proposed"], own["accepted"], own["saved"]) for name, own in told.items()}
+
+
+def test_drafts_are_credited_to_what_they_were_taken_from() -> None:
+    joined = [("ar", 3), ("grammar", 2), ("context", 4)]
+    assert brought((joined, 9, 4, 0.8)) == {"ar": (3, 3, 0.6), "grammar": (2, 1, 0.2), "context": (4, 0, 0.0)}
+    assert brought((joined, 4, 4, 0.8)) == {"ar": (3, 3, 0.6), "grammar": (1, 1, 0.2)}, (
+        "the rest was not verified"
+    )
+    assert brought((joined, 6, 0, -0.6)) == {
+        "ar": (3, 0, -0.3),
+        "grammar": (2, 0, -0.2),
+        "context": (1, 0, -0.1),
+    }
+    assert brought(([("form", 2)], 2, 2, 0.5), ([("form", 3), ("form", 1)], 4, 3, -0.25)) == {
+        "form": (6, 5, 0.25)
+    }
+
+
+def test_without_prices_sources_are_counted_and_no_time_is_told() -> None:
+    recording = recorded(("lookup", 3))
+    recording.credit([Part("prediction", 4)], proposed=4, accepted=2, saved=0.0)
+    trace = build_trace(recording, "auto", 4)
+    assert trace["sources"] == {"prediction": {"proposed": 4, "accepted": 2}}
+    assert "saved" not in trace["arms"]["lookup"]
+    recording.credit([], proposed=0, accepted=0, saved=-0.1)
+    assert "sources" not in build_trace(recorded(("none", 1)), "auto", 2)
 
 
 def test_the_clock_runs_from_the_first_round_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +151,13 @@ def test_a_summary_stays_small_whatever_the_length() -> None:
         arms = [("ar", 2), ("diffusion", 4), ("lookup", 8), ("none", 1)] * (tokens // 15)
         for level in ("summary", "full"):
             recording = recorded(*arms, level=level)  # type: ignore[arg-type]
+            for arm, count in arms:
+                recording.price(arm, count, round_seconds=1 / 3, plain_seconds=1 / 7)
+                recording.credit(
+                    [Part(name, 99) for name in SOURCES], proposed=700, accepted=700, saved=9.87654
+                )
             sizes[tokens, level] = len(json.dumps(build_trace(recording, "auto", tokens)))
-    assert sizes[1_000, "summary"] < sizes[100_000, "summary"] < 500
-    assert sizes[1_000, "summary"] < 4 * 1_000 / 8
+    assert sizes[1_000, "summary"] < sizes[100_000, "summary"] < 1300
     assert sizes[1_000, "full"] < sizes[100_000, "full"]
 
 

@@ -1,6 +1,7 @@
 """Where the parts of a bundle are: beside its manifest, or on the hub at the revision that the manifest pins."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,7 @@ def member(bundle: Path, manifest: "Manifest", part: str, *, download_dir: str |
     """
     from whiflash_sglang.hub import fetch
 
-    named = {"eagle3": manifest.eagle3, "dflash": manifest.dflash}
-    named["router"] = manifest.router.path if manifest.router else None
-    value = named[part]
+    value = parts_of(manifest)[part]
     if value is None:
         raise ConfigError(f"{bundle}/whiflash.json names no {part}")
     if not value.startswith(HUB):
@@ -32,28 +31,39 @@ def member(bundle: Path, manifest: "Manifest", part: str, *, download_dir: str |
     source = manifest.sources.get(part)
     revision = source.revision if source else None
     found = fetch(value.removeprefix(HUB), revision=revision, download_dir=download_dir)
-    if source is not None:
-        verify(
-            found,
-            {name: digest for name, digest in source.files.items() if name == "config.json"},
-            bundle,
-            part,
-        )
+    if source is not None and "config.json" in source.files:
+        verify({str(found / "config.json"): source.files["config.json"]})
     return found
 
 
-def verify(directory: Path, files: dict[str, str], bundle: Path, part: str) -> None:
+def parts_of(manifest: "Manifest") -> dict[str, str | None]:
+    """What the manifest says of where each part is."""
+    router = manifest.router.path if manifest.router else None
+    return {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "router": router}
+
+
+def checksums(bundle: Path, manifest: "Manifest", served: Iterable[str]) -> dict[str, str]:
+    """SHA-256 by file, of those of the parts `served` that lie in the bundle and whose files its manifest tells."""
+    found: dict[str, str] = {}
+    for part in served:
+        value, source = parts_of(manifest)[part], manifest.sources.get(part)
+        if value is not None and source is not None and not value.startswith(HUB):
+            place = bundle / value
+            directory = place if place.is_dir() else place.parent
+            found |= {str(directory / name): digest for name, digest in source.files.items()}
+    return found
+
+
+def verify(files: Mapping[str, str]) -> None:
     """Compare files with their SHA-256. Raises ConfigError naming the first one that differs or is missing."""
     for name, digest in files.items():
-        file = directory / name
+        file = Path(name)
         if not file.is_file():
-            raise ConfigError(
-                f"{bundle}/whiflash.json: sources.{part} names {name}, which {directory} has not"
-            )
+            raise ConfigError(f"{file} is missing, which its bundle was made with")
         if sha256(file) != digest:
             raise ConfigError(
-                f"{file} is not the file that {bundle}/whiflash.json was made with (sources.{part}: SHA-256 {digest}); "
-                "make the bundle anew with `whiflash bundle create`"
+                f"{file} is not the file that its bundle was made with (SHA-256 {digest}): damaged, or replaced; "
+                "fetch the bundle again, or make it anew with `whiflash bundle create`"
             )
 
 

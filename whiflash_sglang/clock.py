@@ -8,9 +8,10 @@ nobody needs to wait. `metrics` and `routing` take a clock and see no difference
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 REPEATS = 5
 """Runs of which `measure` takes the median."""
@@ -55,12 +56,14 @@ class HostClock:
 class EventClock:
     """CUDA events of one device (no GPU has run this)."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: "torch.device") -> None:
+        from torch import cuda  # whoever only reads what a round's stages are called needs no torch
+
+        self._device, self._cuda = device, cuda
 
     def record(self) -> Any:
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event: Any = self._cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._cuda.current_stream(self._device))
         return event
 
     def passed(self, mark: Any) -> bool:
@@ -73,7 +76,7 @@ class EventClock:
         return float(begin.elapsed_time(end)) / 1000.0
 
 
-def clock_of(device: torch.device) -> Clock:
+def clock_of(device: "torch.device") -> Clock:
     """The clock that times work on `device`."""
     return EventClock(device) if device.type == "cuda" else HostClock()
 

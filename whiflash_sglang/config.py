@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from whiflash_sglang import arms
-from whiflash_sglang.bundle_members import HUB, member
+from whiflash_sglang.bundle_members import HUB, checksums, member
 from whiflash_sglang.bundle_paths import check_members
 from whiflash_sglang.drafter_set import NAMES, PARTS, check_arms, check_router
 from whiflash_sglang.errors import ConfigError
@@ -95,7 +95,10 @@ class Structure(_Strict):
 
 
 class Source(_Strict):
-    """Where a part of a bundle is from. revision: the hub's commit. files: SHA-256 by name."""
+    """Where a part of a bundle is from.
+
+    revision: the hub's commit. files: SHA-256 by name; those that lie in the bundle are compared whenever it is served.
+    """
 
     revision: str | None = None
     files: dict[str, str] = {}
@@ -167,7 +170,10 @@ class Flags(_Strict):
 
 
 class Settings(_Strict):
-    """Everything a worker needs to build itself: resolved paths and values, picklable."""
+    """Everything a worker needs to build itself: resolved paths and values, picklable.
+
+    checksums: SHA-256 by file, of what the bundle tells of it.
+    """
 
     eagle3: Path | None
     dflash: Path | None
@@ -185,6 +191,7 @@ class Settings(_Strict):
     chat_template: Path | None = None
     tool_call_parser: str | None = None
     bundle: str | None = None
+    checksums: Mapping[str, str] = {}
 
     @property
     def drafters(self) -> Mapping[str, Path]:
@@ -305,6 +312,7 @@ def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = No
         chat_template=template,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,
+        checksums=_checksums(flags, manifest, draft_path),
     )
 
 
@@ -325,6 +333,16 @@ def _drafters(
 
         found = {read_draft(draft_path).format.arm: draft_path}
     return {**found, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
+
+
+def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path) -> dict[str, str]:
+    """Of what is served from the bundle: a flag may name another file."""
+    if manifest is None:
+        return {}
+    served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
+    if manifest.router is not None and flags.neural_router_path is None:
+        served.append("router")
+    return checksums(bundle, manifest, served)
 
 
 class PolicyChange(_Strict):

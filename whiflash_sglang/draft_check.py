@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from whiflash_sglang.bundle_members import HUB, verify
+from whiflash_sglang.bundle_members import HUB, checksums, parts_of, verify
 from whiflash_sglang.checkpoints import TargetShape, check_fit, target_layers
 from whiflash_sglang.config import MANIFEST, load_manifest
 from whiflash_sglang.drafter_set import PARTS
@@ -68,16 +68,15 @@ def _parts(said: str) -> dict[str, str]:
     if not (bundle / MANIFEST).is_file():
         return {said: said}
     manifest = load_manifest(bundle)
+    verify(checksums(bundle, manifest, parts_of(manifest)))
     places = {}
     for arm, value in manifest.drafters.items():
         part = PARTS[arm]
-        source = manifest.sources.get(part)
         if value.startswith(HUB):
+            source = manifest.sources.get(part)
             at = f"@{source.revision}" if source and source.revision else ""
             places[f"{said}: {part}"] = value.removeprefix(HUB) + at
             continue
-        if source is not None:
-            verify(bundle / value, source.files, bundle, part)
         places[f"{said}: {part}"] = str(bundle / value)
     return places
 

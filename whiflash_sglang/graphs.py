@@ -40,16 +40,33 @@ def doubling(first: int, most: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class StaticInput:
-    """A tensor at a fixed place, its first dimension requests. padding: of requests that are none; None: whatever."""
+    """A tensor at a fixed place, its first dimension requests. padding: those of requests that are none, as large as
+    the tensor; None: whatever.
+    """
 
     tensor: torch.Tensor
-    padding: int | None = None
+    padding: torch.Tensor | None = None
 
-    def load(self, live: torch.Tensor) -> None:
-        """Its first requests are those of `live` now, the others padding."""
-        self.tensor[: len(live)].copy_(live)
-        if self.padding is not None and len(live) < len(self.tensor):
-            self.tensor[len(live) :].fill_(self.padding)
+    def copies(self, live: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Where to copy what, so that its first requests are those of `live`, the others padding."""
+        count = len(live)
+        found = [(self.tensor[:count], live)]
+        if self.padding is not None and count < len(self.tensor):
+            found.append((self.tensor[count:], self.padding[count:]))
+        return found
+
+
+def load(inputs: Sequence[StaticInput], live: Sequence[torch.Tensor]) -> None:
+    """Load each of `inputs` with its own of `live`: one launch for all that are of a kind."""
+    by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for each, values in zip(inputs, live, strict=True):
+        by_dtype.setdefault(each.tensor.dtype, []).extend(
+            (target, source) for target, source in each.copies(values) if target.numel()
+        )
+    for copies in by_dtype.values():
+        if copies:
+            targets, sources = zip(*copies, strict=True)
+            torch._foreach_copy_(targets, sources)
 
 
 class CapturedPass(Generic[T]):
@@ -73,12 +90,13 @@ class CapturedPass(Generic[T]):
         sizes: Sequence[int],
         recorder: Recorder,
     ) -> None:
+        self.name = name
         self.sizes = list(sizes)
         self._inputs = inputs
         self._captured: dict[int, tuple[Callable[[], None], T]] = {}
         for each in inputs:
             if each.padding is not None:
-                each.tensor.fill_(each.padding)
+                each.tensor.copy_(each.padding)
         for size in reversed(
             self.sizes
         ):  # the largest first: the others find room in the memory that it leaves
@@ -101,7 +119,12 @@ class CapturedPass(Generic[T]):
         """
         chosen = next(captured for captured in self.sizes if captured >= size)
         again, found = self._captured[chosen]
-        for each, values in zip(self._inputs, live, strict=True):
-            each.load(values)
+        load(self._inputs, live)
         again()
         return found
+
+
+def bucket_of(rows: int) -> int:
+    """Rows of a verification that is to hold `rows`: 1, 2, 3, 4, 6, 8, 12, 16, 24, … so that there are few sizes."""
+    power = 1 << max(rows - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power

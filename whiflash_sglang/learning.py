@@ -12,46 +12,81 @@ from whiflash_sglang import arms
 from whiflash_sglang.compat.target import Verified
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.stage import Proposal
-from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.metrics import PreviousRound, RoundClock
 from whiflash_sglang.models.router import Layers
-from whiflash_sglang.planning import Plan
+from whiflash_sglang.plan import Plan
+from whiflash_sglang.planning import drafts_nothing
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.ranks import Ranks
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import Policy
 from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.trace import Part, Recording
 from whiflash_sglang.transfers import Download
+
+PLAIN_ENTROPY_ROUNDS = 8
+"""Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it."""
+    """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it.
+
+    Whose drafts were none is told the quarantine in every rank.
+
+    router: of the bundle, None where no policy may need one.
+    """
 
     drafters: Mapping[str, Drafter]
     controller: Controller
     clock: RoundClock
     tally: Tally
+    quarantine: Quarantine
+    router: Layers | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
+    def timed(self, previous: PreviousRound) -> None:
+        """What an earlier round took."""
+        costs, seconds = self.controller.costs, previous.seconds + previous.gap
+        costs.ended(previous)
+        self.tally.compare(previous.tokens, previous.work.requests, seconds, costs)
+
+    def results(self, plan: Plan, proposal: Proposal, verified: Verified, committed: Committed) -> Download:
+        """All that `learn` will read of a round, on the device."""
+        entropy = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        policy, last = self.controller.policy, committed.last_rows
+        return results_of(
+            proposal, committed, signals_of(policy, verified, last, self.router, entropy=entropy)
+        )
+
     def learn(
-        self, plan: Plan, found: Mapping[str, list[Any]], kept: Sequence[Sequence[int]] | None = None
+        self,
+        plan: Plan,
+        found: Mapping[str, list[Any]],
+        kept: Sequence[Sequence[int]] | None = None,
+        *,
+        parts: Sequence[Sequence[Part]] | None = None,
     ) -> list[list[int]]:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
         Args:
+            parts: as of `Proposal`.
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
         if kept is None:
             kept = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
         tokens = [list(run) for run in kept]
-        self.ranks.note(found["starts"], found["widths"], tokens)
+        self.ranks.note(found["starts"], found["widths"], found["faults"], tokens)
         costs = self.controller.costs
         priced = costs.knows_plain and any(lane.recording for lane in plan.lanes)
         prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
         for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
             lane.under_way.pop(0)
+            if plan.limits[i]:
+                self.quarantine.judge(arm, faulty=bool(found["faults"][i]))
             if not tokens[i] or not self.ranks.leads:
                 continue
             width, row = found["widths"][i], lane.row
@@ -64,9 +99,9 @@ class Learner:
             self.tally.committed(
                 lane.counts, arm, decision.reason, tokens=len(tokens[i]), proposed=width - 1, own=own
             )
-            if prices is not None and lane.recording is not None:
-                round_seconds, plain_seconds = prices
-                lane.recording.price(len(tokens[i]), round_seconds=round_seconds, plain_seconds=plain_seconds)
+            if lane.recording is not None:
+                drafts = parts[i] if parts is not None else ()
+                _record(lane.recording, arm, len(tokens[i]), width - 1, prices, drafts)
             # A request's last round ends what drafters keep of it.
             if evidence and arm in self.drafters and self.controller.keeps(lane):
                 confidences = found["confidences"][i][: found["own"][i]]
@@ -77,6 +112,22 @@ class Learner:
                 note(lane, found["outputs"][i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
+
+
+def _record(
+    recording: Recording,
+    arm: str,
+    tokens: int,
+    proposed: int,
+    prices: tuple[float, float] | None,
+    parts: Sequence[Part],
+) -> None:
+    """What a round of `arm` brought that committed `tokens` and had `proposed` drafts; prices: `round_prices`."""
+    saved = 0.0
+    if prices is not None:
+        round_seconds, plain_seconds = prices
+        saved = recording.price(arm, tokens, round_seconds=round_seconds, plain_seconds=plain_seconds)
+    recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved)
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float]:
@@ -108,8 +159,9 @@ def results_of(proposal: Proposal, committed: Committed, signals: Mapping[str, t
     """All that `Learner.learn` reads of a round.
 
     `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C], of which
-    `own` count; `late` [B], 1 where the device took the drafts of `Plan.late`; `wanted` [B], drafts before the bound on
-    rows was kept to, where there is one; `entropy` [B] and `outputs` [B, K] where the policy asked for them.
+    `own` count; `faults` [B], 1 where the own arm's drafts were none; `late` [B], 1 where the device took the drafts of
+    `Plan.late`; `wanted` [B], drafts before the bound on rows was kept to, where there is one; `entropy` [B] and
+    `outputs` [B, K] where the policy asked for them.
     """
     wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
     size, stride = committed.tokens.shape
@@ -122,6 +174,7 @@ def results_of(proposal: Proposal, committed: Committed, signals: Mapping[str, t
         tokens=tokens.view(size, stride),
         accept_lens=accept_lens,
         confidences=proposal.confidences,
+        faults=proposal.faults,
         **wanted,
         **signals,
     )

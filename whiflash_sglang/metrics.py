@@ -1,27 +1,45 @@
-"""Where a round's time goes, on the host's clock.
+"""Where a round's time goes: its stages on the host's clock, the whole of it on the device's.
 
-On a CPU these are the stages' costs. On a GPU, where launches return before the work is done, only whole rounds
-mean anything on this clock; a device-side breakdown needs the profiler.
+On a CPU these are the same. On a GPU, where launches return before the work is done, a stage's seconds are those of
+launching it; a device-side breakdown needs the profiler. Whole rounds are timed there by events in the stream
+(:mod:`whiflash_sglang.clock`), which are read when they have come: nobody waits for one.
 """
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from whiflash_sglang.clock import Clock, HostClock
 
 STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
-class PreviousRound(NamedTuple):
-    """rows: verified, of `requests` requests. tokens: that were found committed since the round before it began.
+class RoundWork(NamedTuple):
+    """What a round did: it verified `rows` rows of `requests` requests.
 
-    seconds: from its start to its end; drafting: part of them. gap: from its end to the next round's start, at most
-    as long as itself: a longer one was a pause.
+    context: tokens that these have together, at most. drafted: arm → requests that it drafted for. caught_up: arm →
+    tokens that it ingested, at most.
     """
 
     rows: int
     requests: int
+    context: int = 0
+    drafted: Mapping[str, int] = {}
+    caught_up: Mapping[str, int] = {}
+
+
+class PreviousRound(NamedTuple):
+    """A round that was timed.
+
+    tokens: that were found committed since the round before it began. seconds: from its start to its end; drafting:
+    part of them, on the host's clock. gap: from its end to the next round's start, at most as long as itself: a longer
+    one was a pause.
+    """
+
+    work: RoundWork
     tokens: int
     seconds: float
     drafting: float
@@ -33,15 +51,27 @@ class PreviousRound(NamedTuple):
         return max(self.seconds - self.drafting, 1e-6)
 
 
+class _Marks(NamedTuple):
+    """A round that has ended on the host, by marks of the timer: its begin, its end, and the next round's begin."""
+
+    work: RoundWork
+    tokens: int
+    drafting: float
+    begin: Any
+    end: Any
+    next_begin: Any
+
+
 @dataclass(slots=True)
 class RoundClock:
     """Totals since the start, in seconds, and what the cost model learns from the last round.
 
-    seconds: per stage. rounds, rows: totals. round_seconds: of the stages together and what lies between.
-    tokens: committed. switches: rounds of a request drafted by another arm than its round before.
+    timer: times whole rounds. seconds: per stage. rounds, rows: totals. round_seconds: of the stages together and what
+    lies between. tokens: committed. switches: rounds of a request drafted by another arm than its round before.
     extra_catch_up_seconds: part of the catch-up that a drafter used in every round would not have had.
     """
 
+    timer: Clock = field(default_factory=HostClock)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     rounds: int = 0
     rows: int = 0
@@ -50,18 +80,28 @@ class RoundClock:
     switches: int = 0
     extra_catch_up_seconds: float = 0.0
     _began: float = 0.0
+    _begin: Any = None
     _drafting: float = 0.0
     _learned: int = 0
-    _ended: PreviousRound | None = None
+    _ended: _Marks | None = None
+    _coming: deque[_Marks] = field(default_factory=deque)
 
-    def begin(self) -> PreviousRound | None:
-        """A round starts. Returns the previous round, if it came just before."""
-        before, self._began = self._began, time.perf_counter()
-        ended, self._ended, self._drafting = self._ended, None, 0.0
+    def begin(self) -> list[PreviousRound]:
+        """A round starts. Returns the rounds before it that are timed by now, if each came just before its next."""
+        self._began, self._begin, self._drafting = time.perf_counter(), self.timer.record(), 0.0
+        ended, self._ended = self._ended, None
         tokens, self._learned = self._learned, 0
-        if ended is None:
-            return None
-        return ended._replace(tokens=tokens, gap=min(self._began - before - ended.seconds, ended.seconds))
+        if ended is not None:
+            self._coming.append(ended._replace(tokens=tokens, next_begin=self._begin))
+        timed = []
+        while self._coming and self.timer.passed(self._coming[0].next_begin):
+            timed.append(self._timed(self._coming.popleft()))
+        return timed
+
+    def _timed(self, marks: _Marks) -> PreviousRound:
+        seconds = self.timer.elapsed(marks.begin, marks.end)
+        gap = min(self.timer.elapsed(marks.end, marks.next_begin), seconds)
+        return PreviousRound(marks.work, marks.tokens, seconds, marks.drafting, gap)
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
@@ -84,13 +124,13 @@ class RoundClock:
         self.tokens += tokens
         self._learned += tokens
 
-    def end(self, rows: int, requests: int) -> float:
-        """The round verified `rows` rows of `requests` requests. Returns its seconds."""
+    def end(self, work: RoundWork) -> float:
+        """The round has issued everything. Returns its seconds on the host's clock."""
         self.rounds += 1
-        self.rows += rows
+        self.rows += work.rows
         seconds = time.perf_counter() - self._began
         self.round_seconds += seconds
-        self._ended = PreviousRound(rows, requests, 0, seconds, self._drafting, 0.0)
+        self._ended = _Marks(work, 0, self._drafting, self._begin, self.timer.record(), None)
         return seconds
 
     def snapshot(self) -> dict[str, float | int]:

@@ -5,94 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.plan import Decided, OnDevice, Plan
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.ranks import Ranks
-from whiflash_sglang.routing.controller import Controller, Outlook
+from whiflash_sglang.routing.controller import Controller, Outlooks
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.lane import Decision, Lane
+from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.transfers import Upload
-
-
-@dataclass(frozen=True, slots=True)
-class OnDevice:
-    """What the device needs of a plan; where nobody drafts and nobody catches up, nothing.
-
-    members: [M] int64 per arm, indices of the batch. due: [arms * B] int64, `DraftSync.flags`. limits, joined: [B]
-    int64, as of `Plan`. calibration: float32 per arm, `Drafter.calibration`. late_limits: [B] int64, drafts of the late
-    arm at most. must_beat: [B] float32, what these must bring (`Controller.must_beat`).
-    """
-
-    members: Mapping[str, torch.Tensor]
-    due: torch.Tensor
-    limits: torch.Tensor
-    joined: torch.Tensor
-    calibration: Mapping[str, torch.Tensor]
-    late_limits: torch.Tensor
-    must_beat: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One round as it was decided, for B requests.
-
-    routes: arm of each. lanes: what the controller kept of each, by which a later request in the same row is told from
-    it; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches
-    up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with those
-    that another arm may put behind them, 0 where none may. late: the arm whose drafts the device may put in any
-    request's place, None where the host knows all beforehand; late_limits: their number at most. expected_drafts: of
-    each request on average, as it was routed, whoever's and whether or not they were verified. worth: what a further
-    draft of each arm must bring.
-    """
-
-    routes: list[str]
-    lanes: list[Lane]
-    decisions: list[Decision]
-    members: dict[str, list[int]]
-    due: dict[str, Due]
-    limits: list[int]
-    joined: list[int]
-    late: str | None
-    late_limits: list[int]
-    expected_drafts: list[float]
-    worth: dict[str, Worth]
-    on_device: OnDevice
-
-    @property
-    def usual_drafts(self) -> int:
-        """Drafts that a round like this one verifies, half as many again as on average, so that few are left out."""
-        return sum(
-            min(room, math.ceil(1.5 * drafts))
-            for room, drafts in zip(self.rooms, self.expected_drafts, strict=True)
-        )
-
-    @property
-    def rooms(self) -> list[int]:
-        """Drafts of each request at most."""
-        return [max(most) for most in zip(self.limits, self.joined, self.late_limits, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """What the first rank decides of a round from what it alone looks at; the others do the same (`Plan` says what).
-
-    asked: arms that were asked what they expect of each request. must_beat: what drafts of the late arm must bring, inf
-    where they may not. calibration: `Drafter.calibration` of every arm that drafts and of the late one.
-    """
-
-    routes: list[str]
-    asked: list[list[str]]
-    joined: list[int]
-    must_beat: list[float]
-    expected_drafts: list[float]
-    worth: dict[str, Worth]
-    calibration: dict[str, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +28,7 @@ class Planner:
     sync: DraftSync
     controller: Controller
     clock: RoundClock
+    quarantine: Quarantine
     ranks: Ranks = field(default_factory=Ranks)
 
     def plan(self, requests: RoundBatch) -> Plan:
@@ -110,7 +36,7 @@ class Planner:
         self.ranks.note(requests.names, requests.lengths)
         decided = self.ranks.told(lambda: self._decide(requests))
         if not self.ranks.leads:
-            self._ask_too(requests, decided.asked)
+            self._ask_too(requests, decided.asked, decided.worth)
         routes, late = decided.routes, self._late
         limits, late_limits = self._limits(requests, routes), self._late_limits(requests, decided.must_beat)
         rooms = [max(most) for most in zip(limits, decided.joined, late_limits, strict=True)]
@@ -144,11 +70,13 @@ class Planner:
 
     @property
     def _late(self) -> str | None:
-        return next((arm for arm, drafter in self.drafters.items() if drafter.late), None)
+        late = (arm for arm, drafter in self.drafters.items() if drafter.late)
+        return next((arm for arm in late if arm not in self.quarantine), None)
 
     def _decide(self, requests: RoundBatch) -> Decided:
         asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
-        routes, late = self._route(requests, asked), self._late
+        worth = {arm: self.controller.worth(arm) for arm in self.drafters}
+        routes, late = self._route(requests, asked, worth), self._late
         limits = self._limits(requests, routes)
         joined = [
             self._joined(requests, i, arm, limit) if limit and self.drafters[arm].judges else 0
@@ -166,7 +94,7 @@ class Planner:
             joined,
             must_beat,
             [self.controller.costs.drafts(arm) for arm in routes],
-            {arm: self.controller.worth(arm) for arm in self.drafters},
+            worth,
             {
                 arm: list(drafter.calibration(requests.row_ids))
                 for arm, drafter in self.drafters.items()
@@ -195,31 +123,47 @@ class Planner:
         # The last token a request may commit needs no draft: it is the bonus token.
         if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
             return []
-        return [arm for arm in self.drafters if self.controller.may_name(requests.row_ids[index], arm)]
+        row = requests.row_ids[index]
+        serving = [arm for arm in self.drafters if arm not in self.quarantine]
+        return [arm for arm in serving if self.controller.may_name(row, arm)]
 
-    def _outlook(self, requests: RoundBatch, index: int, asked: Sequence[str]) -> Outlook:
-        """Those of `asked` that propose something, with the acceptance length of whoever knows it beforehand."""
+    def _outlook(
+        self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
+    ) -> Outlooks:
+        """Those of `asked` that propose something, with what they say of it."""
         row, n = requests.row_ids[index], requests.lengths.most[index]
         history = partial(requests.history, index)
-        found = {arm: self.drafters[arm].outlook(row, n, history) for arm in asked}
-        return {arm: expected for arm, expected in found.items() if expected is None or expected > 1}
+        found: dict[str, Outlook | None] = {}
+        for arm in asked:
+            try:
+                found[arm] = self.drafters[arm].outlook(row, n, history, worth[arm])
+            except Exception as error:
+                self.quarantine.raised(arm, error)
+        return {arm: outlook for arm, outlook in found.items() if outlook is None or outlook.length > 1}
 
-    def _ask_too(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> None:
+    def _ask_too(
+        self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
+    ) -> None:
         """Where another rank decides: what drafters find while they are asked is what they draft later."""
         for index, names in enumerate(asked):
-            self._outlook(requests, index, names)
+            self._outlook(requests, index, names, worth)
 
-    def _route(self, requests: RoundBatch, asked: Sequence[Sequence[str]]) -> list[str]:
+    def _route(
+        self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
+    ) -> list[str]:
         """An arm for each request; none for one that ended after the scheduler had put it into the batch."""
         running = [i for i, name in enumerate(requests.names) if self.controller.holds(*name)]
         rows, lengths = requests.row_ids, requests.lengths.most
         before = [self.controller.lanes[rows[i]].previous for i in running]
         routes = [arms.NONE] * len(rows)
+        self.controller.costs.facing(lengths)
+        for i in running:
+            self.controller.lanes[rows[i]].begin(partial(requests.answer, i))
         if running:
             found = self.controller.route(
                 [rows[i] for i in running],
                 [lengths[i] for i in running],
-                [self._outlook(requests, i, asked[i]) for i in running],
+                [self._outlook(requests, i, asked[i], worth) for i in running],
             )
             for i, old, new in zip(running, before, found, strict=True):
                 routes[i] = new
@@ -236,7 +180,7 @@ class Planner:
             (
                 drafter.max_drafts
                 for other, drafter in self.drafters.items()
-                if drafter.prolongs and other != arm and drafter.serves(row)
+                if drafter.prolongs and other != arm and other not in self.quarantine and drafter.serves(row)
             ),
             default=0,
         )
@@ -269,11 +213,6 @@ class Planner:
             ints[most_at[2]],
             floats[must_beat_at],
         )
-
-
-def widest_of(drafters: Mapping[str, Drafter]) -> int:
-    """Most drafts of a round, whoever drafts them."""
-    return max((drafter.max_drafts for drafter in drafters.values()), default=0)
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

@@ -37,6 +37,12 @@ def register() -> None:
         return
     from whiflash_sglang.compat import algorithm, flags
 
-    algorithm.register()
+    algorithm.register(_worker)
     flags.offer()
     _registered = True
+
+
+def _worker() -> type:
+    from whiflash_sglang.worker import WhiFlashWorker
+
+    return WhiFlashWorker

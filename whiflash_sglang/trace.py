@@ -5,9 +5,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from whiflash_sglang.spans.hints import WIRE_VERSION, TraceLevel
+
+SAVED_DIGITS = 4
+"""Of a second: what is estimated is no better known."""
 
 
 @dataclass(slots=True)
@@ -30,6 +33,30 @@ class Stretch:
         return self.start + sum(self.tokens)
 
 
+class Part(NamedTuple):
+    """Drafts that lie one behind the other and were taken from one source."""
+
+    source: str
+    drafts: int
+
+
+def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
+    """The first `count` drafts of them."""
+    for part in parts:
+        if count > 0:
+            yield Part(part.source, min(part.drafts, count))
+        count -= part.drafts
+
+
+@dataclass(slots=True)
+class Brought:
+    """What drafts from one source came to. saved: estimated seconds, less than 0 where they cost more."""
+
+    proposed: int = 0
+    accepted: int = 0
+    saved: float = 0.0
+
+
 @dataclass(slots=True)
 class Recording:
     """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
@@ -37,7 +64,7 @@ class Recording:
     level: what was asked for; None of one that only the operator has a sample of. prompt_tokens: where the output
     begins. sampled: whether the operator has. began, ended: of its rounds, in seconds of the host's clock; 0 before
     they have. spent: what its rounds cost by the worker's fitted prices, in seconds; plain: what its tokens would have
-    cost without drafts.
+    cost without drafts; saved: the difference by arm. sources: what its drafts were taken from, where the host knows.
     """
 
     level: TraceLevel | None
@@ -48,6 +75,8 @@ class Recording:
     ended: float = 0.0
     spent: float = 0.0
     plain: float = 0.0
+    saved: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, Brought] = field(default_factory=dict)
 
     def begin(self) -> None:
         """A round begins; the first one starts the clock."""
@@ -66,10 +95,31 @@ class Recording:
         last.tokens.append(tokens)
         last.proposed += proposed
 
-    def price(self, tokens: int, *, round_seconds: float, plain_seconds: float) -> None:
-        """A round that costs `round_seconds` committed `tokens`; one that drafts nothing costs `plain_seconds`."""
+    def price(self, arm: str, tokens: int, *, round_seconds: float, plain_seconds: float) -> float:
+        """A round of `arm` that costs `round_seconds` committed `tokens`; one without drafts costs `plain_seconds`.
+
+        Returns the seconds that it saved.
+        """
         self.spent += round_seconds
         self.plain += tokens * plain_seconds
+        saved = tokens * plain_seconds - round_seconds
+        self.saved[arm] = self.saved.get(arm, 0.0) + saved
+        return saved
+
+    def credit(self, parts: Sequence[Part], *, proposed: int, accepted: int, saved: float) -> None:
+        """A round verified the first `proposed` of these drafts, of which `accepted` were right; it saved so many
+        seconds, which are shared out by what was right, else by what was wrong.
+        """
+        verified = list(first_of(parts, proposed))
+        right = [0] * len(verified)
+        for number, part in enumerate(verified):
+            right[number] = min(part.drafts, accepted - sum(right))
+        whole = accepted or sum(part.drafts for part in verified)
+        for part, own in zip(verified, right, strict=True):
+            brought = self.sources.setdefault(part.source, Brought())
+            brought.proposed += part.drafts
+            brought.accepted += own
+            brought.saved += saved * (own if accepted else part.drafts) / whole
 
     def until(self, completion_tokens: int) -> Iterator[Stretch]:
         """Its stretches without what was committed beyond a stop."""
@@ -88,7 +138,7 @@ class Recording:
 def build_trace(recording: Recording, policy: str, completion_tokens: int) -> dict[str, Any]:
     """The trace as JSON-ready data: sums, and with the level `full` the stretches, whose characters `place` adds."""
     stretches = list(recording.until(completion_tokens))
-    arms: dict[str, dict[str, int]] = {}
+    arms: dict[str, dict[str, Any]] = {}
     reasons: dict[str, int] = {}
     for stretch in stretches:
         arm = arms.setdefault(stretch.arm, dict.fromkeys(("rounds", "tokens", "proposed", "accepted"), 0))
@@ -109,6 +159,12 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
         trace["seconds"] = round(recording.ended - recording.began, 6)
     if recording.spent:
         trace["gain"] = round(recording.plain / recording.spent, 3)
+        for name, counts in arms.items():
+            counts["saved"] = round(recording.saved.get(name, 0.0), SAVED_DIGITS)
+    if recording.sources:
+        trace["sources"] = {
+            name: _told(brought, priced=bool(recording.spent)) for name, brought in recording.sources.items()
+        }
     if recording.level == "full":
         trace["stretches"] = [_described(stretch) for stretch in stretches]
     return trace
@@ -117,6 +173,11 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
 def _counts(stretch: Stretch) -> dict[str, int]:
     rounds, tokens = len(stretch.tokens), sum(stretch.tokens)
     return {"rounds": rounds, "tokens": tokens, "proposed": stretch.proposed, "accepted": tokens - rounds}
+
+
+def _told(brought: Brought, *, priced: bool) -> dict[str, Any]:
+    told: dict[str, Any] = {"proposed": brought.proposed, "accepted": brought.accepted}
+    return {**told, "saved": round(brought.saved, SAVED_DIGITS)} if priced else told
 
 
 def _described(stretch: Stretch) -> dict[str, Any]:

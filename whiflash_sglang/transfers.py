@@ -19,7 +19,7 @@ class Upload:
         self._floats: list[Sequence[float]] = []
 
     def ints(self, values: Sequence[int]) -> int:
-        """Numbers of 32 bits. Returns their index in the first list of `send`."""
+        """Returns their index in the first list of `send`."""
         self._ints.append(values)
         return len(self._ints) - 1
 
@@ -29,22 +29,23 @@ class Upload:
         return len(self._floats) - 1
 
     def send(self, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The numbers on `device`: int64 and float32 views of one buffer each.
+        """The numbers on `device`: int64 and float32 views of one buffer.
 
         One transfer from pinned memory on CUDA, in the order of the current stream, which the host does not wait for:
         the allocator of pinned memory keeps the buffer until it is done.
         """
         sizes = [[len(part) for part in parts] for parts in (self._ints, self._floats)]
         ints, floats = (sum(part) for part in sizes)
-        host = np.empty(ints + floats, dtype=np.int32)
+        # Indices must be int64, and are so from the start: a conversion would be a launch.
+        # One number at least: what is empty cannot be viewed as another type.
+        host = np.empty(max(ints + (floats + 1) // 2, 1), dtype=np.int64)
         host[:ints] = [value for part in self._ints for value in part]
-        host[ints:].view(np.float32)[:] = [value for part in self._floats for value in part]
+        host[ints:].view(np.float32)[:floats] = [value for part in self._floats for value in part]
         packed = torch.as_tensor(host)
         if device.type == "cuda":
             packed = packed.pin_memory()
         packed = packed.to(device, non_blocking=True)
-        # Indices must be int64.
-        as_ints, as_floats = packed[:ints].long(), packed[ints:].view(torch.float32)
+        as_ints, as_floats = packed[:ints], packed[ints:].view(torch.float32)[:floats]
         return list(torch.split(as_ints, sizes[0])), list(torch.split(as_floats, sizes[1]))
 
 

@@ -51,7 +51,7 @@ class VerifyStage:
         chains = None
         if widths is not None and batch.has_grammar:
             chains = sampling.grammar_chains(block, widths, requests.ahead)
-        verified = self._target.verify(batch, padded, widths, proposal.stride)
+        verified = self._target.verify(batch, padded, proposal.widths, widths, proposal.stride)
         if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
             predictions = verified.logits.argmax(-1)
         else:

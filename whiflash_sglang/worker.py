@@ -5,14 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import Committed, MixedBlock, accept_and_commit
+from whiflash_kernels import accept_and_commit
 
 from whiflash_sglang import announce
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import graphs, late, memory, records, release, step
+from whiflash_sglang.clock import clock_of
+from whiflash_sglang.compat import graphs, late, memory, pricing, records, release, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.parallel import ranks_of_model
 from whiflash_sglang.compat.rehearsal import rehearse_sampling
@@ -26,30 +27,26 @@ from whiflash_sglang.compat.spec_worker import (
     prefill_rows,
     step_result,
 )
-from whiflash_sglang.compat.target import Target, Verified
+from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.build import build_drafters, load_router
-from whiflash_sglang.drafters.profile import profile_drafts
-from whiflash_sglang.drafters.stage import DraftStage, Proposal
+from whiflash_sglang.drafters.stage import DraftStage
 from whiflash_sglang.forcing import Forcing
 from whiflash_sglang.host_view import HostView
-from whiflash_sglang.learning import Learner, results_of, signals_of
+from whiflash_sglang.learning import Learner
 from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.planning import Plan, Planner, drafts_nothing, rows_of, widest_of
+from whiflash_sglang.planning import Planner, rows_of
+from whiflash_sglang.quarantine import Quarantine
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.publisher import Publisher, Sink
+from whiflash_sglang.telemetry.state import state_of
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.transfers import Download
 from whiflash_sglang.verification import VerifyStage
-
-PLAIN_ENTROPY_ROUNDS = 8
-"""Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
 
 STEP_ROUNDS, STEP_SECONDS = 4, 0.1
 """A step that had so many rounds or lasted so long is not given another one: clients see its tokens when it ends."""
@@ -73,17 +70,19 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.router = load_router(self.settings.neural, self.target)
         self.target.capture(captured, final_hidden=self.router is not None)
         self.host = HostView.of(self.target.device)
-        self.clock, self.tally = RoundClock(), Tally.of(self.drafters)
+        self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
+        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1)
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         policy = build_policy(self.settings, heads=self._has_heads)
-        costs = MeasuredCosts(partial(rows_of, self.drafters))
+        costs = pricing.costs_of(self.target.device, partial(rows_of, self.drafters))
         self.controller = Controller(policy, costs, vocabulary)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
+            self.quarantine,
         )
         memory.reserve(self.drafters, self.sync, self.target, max_running_requests())
 
@@ -122,20 +121,31 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             tally=self.tally,
             publisher=self.publisher,
         )
-        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, self.ranks)
+        quarantine = self.quarantine
+        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, quarantine, self.ranks)
         self.stage = DraftStage(
-            self.drafters, self.sync, costs, self.clock, slots, self.tokens.data, self.host
+            self.drafters,
+            self.sync,
+            costs,
+            self.clock,
+            slots,
+            self.tokens.data,
+            self.host,
+            vocabulary,
+            quarantine,
         )
         self.verifier = VerifyStage(self.target, self.tokens, self.host, self.forcing)
-        self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, self.ranks)
+        self.learner = Learner(
+            self.drafters, self.controller, self.clock, self.tally, quarantine, self.router, self.ranks
+        )
         release.notify(self.lifecycle, self.target.runner)
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:
-        """Called by the scheduler when the target's are captured: the drafters' passes, and what these cost."""
-        self.stage.capture(graphs.recorder(self.target.runner), max_running_requests())
-        slots, costs = self.target.slot_table, self.controller.costs
-        profile_drafts(self.drafters.values(), self.sync.rings, slots, costs, self.host)
+        """Called by the scheduler when the target's are captured: the drafters' passes, and what all of it costs."""
+        requests, costs = max_running_requests(), self.controller.costs
+        self.stage.capture(graphs.recorder(self.target.runner), requests)
+        pricing.price(costs, self.target, self.drafters, self.sync, self.host, self.clock.timer, requests)
         if self.ranks.leads:
             draft, whole = memory.bytes_of_token()
             policy = self.controller.policy.name
@@ -164,33 +174,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.publisher.flush()
 
     def snapshot(self) -> dict[str, Any]:
-        """State for metrics and the benchmark: policy, running requests, where the rounds' time went."""
-        return {
-            "policy": self.controller.policy.name,
-            "arms": sorted(self.drafters),
-            "requests": len(self.controller.lanes),
-            **self.clock.snapshot(),
-            **self.tally.snapshot(),
-            "costs": self.controller.costs.snapshot(self.drafters),
-            "memory": self.memory(),
-            **{arm: state for arm, d in self.drafters.items() if (state := d.snapshot())},
-        }
-
-    def memory(self) -> dict[str, int]:
-        """Bytes by scope: what is kept beside the target and its cache, weights apart."""
-        draft_kv = sum(drafter.kv_bytes_per_token() for drafter in self.drafters.values())
-        kept = {
-            f"{arm}_{name}": size
-            for arm, drafter in self.drafters.items()
-            for name, size in drafter.host_bytes().items()
-        }
-        rows = len(self.target.slot_table)
-        return {
-            "draft_kv": draft_kv * self.target.kv_slots,
-            "backlog": self.sync.bytes_for(rows),
-            "text": self.tokens.data.nbytes,
-            **kept,
-        }
+        """`state_of` this worker."""
+        return state_of(self)
 
     def publish_to(self, sink: Sink) -> None:
         """Write metrics to `sink` from now on, if this process decides: of several ranks one counts."""
@@ -237,12 +222,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def _round(self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any) -> Done:
         clock = self.clock
-        previous = clock.begin()
-        if previous is not None:
-            self.controller.costs.verified(previous.rows, previous.requests, previous.rest)
-            self.controller.costs.committed(previous.tokens, previous.seconds, previous.gap)
-            seconds = previous.seconds + previous.gap
-            self.tally.compare(previous.tokens, previous.requests, seconds, self.controller.costs)
+        for previous in clock.begin():
+            self.learner.timed(previous)
         with clock.stage("route"):
             plan = self.planner.plan(requests)
         with clock.stage("catch_up"):
@@ -268,10 +249,19 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 on_publish(committed.seq_lens.to(torch.int64))
             records.attach(batch, verified, block, stride)
         with clock.stage("park"):
-            results = self._park(requests, plan, proposal, block, verified, predictions, committed)
-            learn = partial(self.learner.learn, plan)
+            self.sync.rings.park(
+                verified.features,
+                predictions,
+                requests.rows,
+                requests.starts,
+                committed.accept_lens,
+                block.qo_indptr[:-1],
+                widest=stride,
+            )
+            results = self.learner.results(plan, proposal, verified, committed)
+            learn = partial(self.learner.learn, plan, parts=proposal.parts)
             tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
-        self.tally.round_seconds.append(clock.end(proposal.rows, len(plan.routes)))
+        self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
         return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
@@ -303,31 +293,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
         )
         return result
-
-    def _park(
-        self,
-        requests: RoundBatch,
-        plan: Plan,
-        proposal: Proposal,
-        block: MixedBlock,
-        verified: Verified,
-        predictions: torch.Tensor,
-        committed: Committed,
-    ) -> Download:
-        """Features of committed tokens go to the rings; what the host is to learn is packed for it."""
-        self.sync.rings.park(
-            verified.features,
-            predictions,
-            requests.rows,
-            requests.starts,
-            committed.accept_lens,
-            block.qo_indptr[:-1],
-            widest=proposal.stride,
-        )
-        last = committed.last_rows
-        entropy = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
-        signals = signals_of(self.controller.policy, verified, last, self.router, entropy=entropy)
-        return results_of(proposal, committed, signals)
 
     @property
     def _has_heads(self) -> bool:

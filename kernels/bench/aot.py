@@ -179,11 +179,13 @@ def drafted(requests: int, width: int) -> Drafted:
 
 def run_lay(requests: int) -> None:
     parts = [drafted(requests // 2, 7), drafted(requests // 2, 15)]
-    drafts.lay_drafts(parts, index(requests), index(requests), 24, 15, text())
+    drafts.lay_drafts(parts, index(requests), index(requests), 24, 15, 1 << 17, text())
 
 
 def run_choose(requests: int) -> None:
-    laid = Laid(index(requests, 24), index(requests), chances(requests, 24), chances(requests, 15))
+    laid = Laid(
+        index(requests, 24), index(requests), chances(requests, 24), chances(requests, 15), index(requests)
+    )
     others = (None, drafted(requests, 24), drafted(requests, 24), chances(requests), 0.1, 4 * requests)
     drafts.choose_drafts(laid, index(requests), index(requests), text(), *others)
 

@@ -79,6 +79,7 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
             lengths,
             width=COPIED,
             confidences=s.block - 1,
+            vocabulary=s.vocab,
             text=bench.text,
         )
         read = sum(16 * part.tokens.numel() + 16 * len(part.members) for part in parts)

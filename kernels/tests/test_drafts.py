@@ -96,6 +96,7 @@ def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, co
             integers(starts),
             width=width,
             confidences=columns,
+            vocabulary=1000,
             text=text if keeps else None,
         )
     assert laid.counts.tolist() == counts
@@ -148,7 +149,7 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int) ->
     text = torch.full((SLOTS + 1, CONTEXT), -5, dtype=torch.int64, device=DEVICE)
     with running(backend), guarded_outputs():
         chosen = choose_drafts(
-            Laid(*own, own[2]),
+            Laid(*own, own[2], none),
             integers(slots),
             integers(starts),
             text,
@@ -187,6 +188,7 @@ def test_many_requests_compete(backend: str) -> None:
         counts.to(DEVICE),
         chances.to(DEVICE),
         chances.to(DEVICE),
+        counts.to(DEVICE),
     )
     text = torch.zeros(70, 16, dtype=torch.int64, device=DEVICE)
     at = torch.arange(70, device=DEVICE)
@@ -201,7 +203,11 @@ def test_many_requests_compete(backend: str) -> None:
 def test_what_goes_behind_in_turns(backend: str) -> None:
     """Behind all drafts, or the first of them; then own drafts are fewer than were laid."""
     laid = Laid(
-        integers([[1, 2, 9, 9], [3, 4, 9, 9]]), integers([2, 2]), floats([[0.5] * 4] * 2), floats([[], []])
+        integers([[1, 2, 9, 9], [3, 4, 9, 9]]),
+        integers([2, 2]),
+        floats([[0.5] * 4] * 2),
+        floats([[], []]),
+        integers([0, 0]),
     )
     more = Drafted(
         integers([0, 1]), integers([[5, -7], [6, 7]]), integers([1, 2]), floats([[0.25, 9.0]] * 2), None
@@ -218,13 +224,55 @@ def test_what_goes_behind_in_turns(backend: str) -> None:
     assert (chosen.own.tolist(), chosen.widths.tolist()) == ([2, 1], [4, 4])
 
 
+WRONG = st.sampled_from(["id below", "id above", "chance", "confidence"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), size=st.integers(1, 4), width=st.integers(1, 7))
+def test_what_is_no_draft_is_left_out(backend: str, data: st.DataObject, size: int, width: int) -> None:
+    """From the first wrong id, chance or confidence on; of what lies past the counts nobody is accused."""
+    vocabulary, most = 50, data.draw(st.integers(1, 7))
+    tokens = torch.arange(size * most).view(size, most) % vocabulary
+    alive, sure = torch.full((size, most), 0.5), torch.full((size, most), 0.25)
+    said = [data.draw(st.integers(-1, most + 1)) for _ in range(size)]
+    expected = []
+    for row, count in enumerate(said):
+        wrong = data.draw(st.dictionaries(st.integers(0, most - 1), WRONG, max_size=2))
+        for column, what in wrong.items():
+            if what.startswith("id"):
+                tokens[row, column] = data.draw(
+                    st.integers(-(2**40), -1) if what == "id below" else st.integers(vocabulary, 2**40)
+                )
+            else:
+                (alive if what == "chance" else sure)[row, column] = torch.nan
+        seen = [column for column in wrong if column < width]
+        expected.append(max(min([count, width, *seen]), 0))
+    drafted = Drafted(
+        integers(list(range(size))), tokens.to(DEVICE), integers(said), alive.to(DEVICE), sure.to(DEVICE)
+    )
+    with running(backend), guarded_outputs():
+        laid = lay_drafts(
+            [drafted],
+            integers(list(range(size))),
+            integers([0] * size),
+            width=width,
+            confidences=width,
+            vocabulary=vocabulary,
+        )
+    assert laid.counts.tolist() == expected
+    assert laid.faults.tolist() == [int(kept != count) for kept, count in zip(expected, said, strict=True)]
+    assert 0 <= int(laid.tokens.min()) <= int(laid.tokens.max()) < vocabulary
+    assert laid.faults.dtype == torch.int32
+
+
 def test_rejects_what_does_not_fit_the_drafts() -> None:
     one, sure = integers([1]), floats([[0.5]])
     with pytest.raises(ValueError, match=r"must be \[M, W\]"):
         cut_drafts(sure, floats([1.0]), floats([]), integers([1, 2]), worth=0.0)
     with pytest.raises(ValueError, match="part more bins"):
         cut_drafts(sure, floats([1.0]), floats([0.5]), one, worth=0.0)
-    laid = Laid(integers([[1]]), one, sure, sure)
+    laid = Laid(integers([[1]]), one, sure, sure, one)
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="need chances and must_beat"):
         choose_drafts(laid, one, one, text, late=Drafted(one, integers([[1]]), one, sure, None))

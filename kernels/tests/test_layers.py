@@ -81,7 +81,7 @@ def test_gradients_go_through_torch() -> None:
 
 def test_a_rotation_that_is_not_compiled_is_refused() -> None:
     with pytest.raises(ValueError, match="no fused rotation"):
-        layers.rotate_in_place(random(2, 1, 48), random(2, 1, 48), random(2, 24), random(2, 24))
+        layers.rotate_in_place(random(2, 1, 48), random(2, 1, 48), random(2, 48), torch.arange(2))
 
 
 class StandIns:
@@ -119,6 +119,19 @@ class StandIns:
     def gemma_rmsnorm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
         assert input.dtype == weight.dtype
         return normed(input, weight.double() + 1, eps).to(input.dtype)
+
+    def fused_add_rmsnorm(self, input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        assert input.ndim == residual.ndim == 2
+        assert input.is_contiguous()
+        assert residual.is_contiguous()
+        assert input.dtype == residual.dtype == weight.dtype
+        total = input.double() + residual.double()
+        residual.copy_(total)
+        input.copy_(normed(total, weight, eps))
+
+    def gemma_fused_add_rmsnorm(self, input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        assert weight.dtype == input.dtype
+        self.fused_add_rmsnorm(input, residual, (weight.double() + 1).to(weight.dtype), eps)
 
     def silu_and_mul(self, input: Tensor) -> Tensor:
         assert input.is_contiguous()
@@ -180,6 +193,32 @@ def test_flashinfer_norms(flashinfer: StandIns, shape: tuple[int, ...], unit_off
 
 
 @needs_flashinfer
+@pytest.mark.parametrize("unit_offset", [False, True])
+@torch.no_grad()
+def test_flashinfer_adds_and_norms(flashinfer: StandIns, unit_offset: bool) -> None:
+    residual, x, weight = random(5, 64), random(5, 64).flip(0), random(64).abs() / 8
+    added = residual.double() + x.double()
+    total, found = layers.add_rms_norm(residual.clone(), x.clone(), weight, 1e-3, unit_offset=unit_offset)
+    close(total, added)
+    close(found, normed(added, weight.double() + unit_offset, 1e-3))
+    assert ON_GPU or flashinfer.calls == [
+        "gemma_fused_add_rmsnorm" if unit_offset else "fused_add_rmsnorm"
+    ], "one launch"
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_torch_adds_and_norms_and_leaves_what_it_was_given(unit_offset: bool) -> None:
+    residual, x, weight = (random(*size, dtype=torch.float32) for size in ((5, 64), (5, 64), (64,)))
+    kept = residual.clone(), x.clone()
+    with running("torch"), torch.no_grad():
+        total, found = layers.add_rms_norm(residual, x, weight, 1e-3, unit_offset=unit_offset)
+    assert torch.equal(total, residual + x)
+    close(found, normed(total, weight + unit_offset, 1e-3))
+    assert torch.equal(residual, kept[0])
+    assert torch.equal(x, kept[1])
+
+
+@needs_flashinfer
 @torch.no_grad()
 def test_flashinfer_activates(flashinfer: StandIns) -> None:
     x = random(5, 96)
@@ -195,7 +234,8 @@ def test_flashinfer_rotates_a_projections_heads(flashinfer: StandIns, width: int
     """Queries and keys as views of one projection: the values behind them stay."""
     qkv, angles = random(5, 4, 64), random(5, width // 2, dtype=torch.float32)
     q, k, v = torch.split(qkv.clone(), [2, 1, 1], dim=1)
-    layers.rotate_in_place(q, k, angles.cos(), angles.sin())
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    layers.rotate_in_place(q, k, table, torch.arange(5, device=DEVICE))
     close(q, rotated(qkv[:, :2], angles.cos(), angles.sin()))
     close(k, rotated(qkv[:, 2:3], angles.cos(), angles.sin()))
     assert torch.equal(v, qkv[:, 3:])

@@ -58,18 +58,26 @@ def lay_drafts(
     *,
     width: int,
     confidences: int,
+    vocabulary: int,
     text: Tensor | None = None,
 ) -> Laid:
     """Lay the drafts of several drafters side by side, each in the rows of its own requests.
 
     For member m of a part and b = members[m]: row b of every output is row m of the part's, cut or padded to the
-    output's columns. Requests of no part have counts 0. With ``text`` text[request_slots[b], seq_lens[b] + 1 + i] =
+    output's columns. Requests of no part have counts 0.
+
+    A drafter is not trusted: ids are clamped to 0 <= id < ``vocabulary``. With f = the first column whose id that
+    changed, or whose chance or confidence is NaN (W where there is none), counts[b] = min(max(counts[m], 0), f), and
+    faults[b] = 1 where that is another number than the drafter's own.
+
+    With ``text`` text[request_slots[b], seq_lens[b] + 1 + i] =
     tokens[b, i] for the requests of some part and i < width: what goes on behind a draft can be looked up there.
 
     Args:
         parts: each drafter's; no request is a member twice.
         request_slots: [B] int64 or int32. seq_lens: [B] int64 or int32.
-        width: columns of ``tokens`` and ``alive``. confidences: columns of ``confidences``.
+        width: columns of ``tokens`` and ``alive``, W. confidences: columns of ``confidences``.
+        vocabulary: ids that the target has.
         text: [slots, context] int64, last dimension contiguous, with ``width`` columns behind the longest length;
             written in place.
 
@@ -81,7 +89,7 @@ def lay_drafts(
     Fallback: torch.
     Source: batching of heterogeneous drafters, WhiFlash, arXiv 2606.07710.
     """
-    arguments = (parts, request_slots, seq_lens, width, confidences, text)
+    arguments = (parts, request_slots, seq_lens, width, confidences, vocabulary, text)
     if backend_for(request_slots) == "triton":
         from whiflash_kernels.triton_kernels import drafts as kernels
 

@@ -65,6 +65,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
+def add_rms_norm(
+    residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
+    """residual + x, and `rms_norm` of the sum.
+
+    Args:
+        residual, x: [T, size] float of one dtype, contiguous; given up, since the results may lie where they were.
+        weight, eps, unit_offset: as of `rms_norm`.
+
+    Returns:
+        The sum and its norm, [T, size] each.
+
+    Grid: FlashInfer's, one launch. Numerics: float32 inside; FlashInfer norms the sum before rounding it, torch after.
+    Fallback: torch, which leaves the arguments as they are.
+    Source: as of `rms_norm`.
+    """
+    if runs_fused(x) and x.is_contiguous() and residual.is_contiguous():
+        norm = _flashinfer("norm")
+        kernel = norm.gemma_fused_add_rmsnorm if unit_offset else norm.fused_add_rmsnorm
+        kernel(x, residual, weight.to(x.dtype), eps)
+        return residual, x
+    total = residual + x
+    return total, rms_norm(total, weight, eps, unit_offset=unit_offset)
+
+
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """out = silu(gate) * up of [gate | up].
 
@@ -90,26 +115,23 @@ def rotates_fused(q: Tensor, width: int) -> bool:
     return runs_fused(q) and q.shape[-1] in ROTATED_HEADS and width in ROTARY_WIDTHS
 
 
-def rotate_in_place(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> None:
+def rotate_in_place(q: Tensor, k: Tensor, table: Tensor, rows: Tensor) -> None:
     """Rotate queries and keys in half-split (NeoX) layout: pair i of a head is (i, i + R / 2), i < R / 2.
 
-    With (a, b) a pair of row t: a * cosine[t, i] - b * sine[t, i] and b * cosine[t, i] + a * sine[t, i]; dimensions
-    from R on stay.
+    With (a, b) a pair of row t, and [cosine | sine] = table[rows[t]]: a * cosine[i] - b * sine[i] and
+    b * cosine[i] + a * sine[i]; dimensions from R on stay.
 
     Args:
         q, k: [T, Hq, D] and [T, Hkv, D] of 16 bits, last dimension contiguous; written in place.
-        cosine, sine: [T, R / 2] float32.
+        table: [N, R] float32, contiguous. rows: [T] int64.
 
     Raises:
         ValueError: where `rotates_fused` says no; a caller that may go on with torch asks before.
 
-    Grid: FlashInfer's, one launch behind two that lay out its table. Numerics: float32 inside.
+    Grid: FlashInfer's, one launch. Numerics: float32 inside.
     Fallback: the caller's; torch rotates out of place.
     Source: RoPE, arXiv 2104.09864; FlashInfer's ``rope``.
     """
-    if not rotates_fused(q, 2 * cosine.shape[-1]):
+    if not rotates_fused(q, table.shape[-1]):
         raise ValueError(f"no fused rotation for {q.dtype} heads of {q.shape[-1]} on {q.device}")
-    # Its table is by position; here each row is its own.
-    table = torch.cat([cosine, sine], dim=-1)
-    rows = torch.arange(q.shape[0], device=q.device)
     _flashinfer("rope").apply_rope_with_cos_sin_cache_inplace(rows, q, k, q.shape[-1], table, is_neox=True)

@@ -144,6 +144,8 @@ class Laid(NamedTuple):
     """[B, W] float32; 1 where a drafter cannot say; anything past ``counts``."""
     confidences: Tensor
     """[B, C] float32; 0 where a drafter has none."""
+    faults: Tensor
+    """[B] int32, 1 where what was drafted could not be drafts and was left out."""
 
 
 class Chosen(NamedTuple):

@@ -127,6 +127,7 @@ def test_public_names_are_pinned() -> None:
         "HintError",
         "Hints",
         "Kind",
+        "SourceTotals",
         "Span",
         "Stretch",
         "Trace",

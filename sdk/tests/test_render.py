@@ -166,6 +166,37 @@ def test_a_summary_shows_its_sums_and_says_what_it_is() -> None:
         assert words in shown
 
 
+SOURCES = {
+    "context": {"proposed": 9, "accepted": 1, "saved": -0.06},
+    "prediction": {"proposed": 40, "accepted": 38, "saved": 0.42},
+    HOSTILE: {"proposed": 1, "accepted": 0, "saved": 0.0},
+}
+
+
+def test_what_each_hint_brought_is_shown_and_called_an_estimate() -> None:
+    arms = {"lookup": {"rounds": 3, "tokens": 42, "proposed": 50, "accepted": 39, "saved": 0.36}}
+    given = {"version": 1, "policy": "auto", "rounds": 3, "tokens": 42, "arms": arms, "sources": SOURCES}
+    found = Trace.model_validate(given)
+    elements = Elements(html(found, "the text"))
+    for words in ("the answer that was predicted", "38 of 40", "0.42 s", "-0.06 s", "0.36 s", HOSTILE):
+        assert words in elements.text
+    assert elements.text.count("Estimated time saved") == 2
+    assert not elements.named("script")
+    assert str(found).split("\n")[1:] == [
+        "drafter       rounds  tokens  acceptance length   drafts accepted   estimated time saved",
+        "lookup             3      42              14.00          39 of 50                 0.36 s",
+        "all                3      42              14.00          39 of 50                 0.36 s",
+        "drafts from           accepted   estimated time saved",
+        "context                 1 of 9                -0.06 s",
+        "prediction            38 of 40                 0.42 s",
+        f"{HOSTILE}            0 of 1                 0.00 s",
+    ]
+    unpriced = {name: {**counts, "saved": None} for name, counts in SOURCES.items()}
+    shown = html(Trace.model_validate({**given, "arms": {}, "sources": unpriced}))
+    assert "38 of 40" in shown
+    assert "stimated" not in shown
+
+
 def test_a_trace_prints_as_a_few_lines(client: OpenAI) -> None:
     answer = wrap(client).completions.create(model="m", prompt="x")
     assert f"{routing(answer)}" == (

@@ -6,7 +6,7 @@ import pytest
 from fake_server import CAPABILITIES, FULL, STRETCHES, TRACE, FakeServer
 from openai import OpenAI
 
-from whiflash_sdk import Hints, Trace, TraceError, routing, wrap
+from whiflash_sdk import Hints, SourceTotals, Trace, TraceError, routing, wrap
 
 MESSAGES: Any = [{"role": "user", "content": "Where?"}]
 ASKED: Any = {"model": "m", "messages": MESSAGES}
@@ -26,6 +26,22 @@ def test_the_trace_is_typed(client: OpenAI, server: FakeServer) -> None:
     assert (trace.arms["ar"].accepted, trace.arms["ar"].proposed) == (4, 8)
     assert trace.reasons == {"score": 2, "span": 1}
     assert trace.text == server.content, "the response has the text, so the server sends it once"
+
+
+def test_sources_are_typed_and_absent_where_a_server_of_before_has_none(
+    client: OpenAI, server: FakeServer
+) -> None:
+    found = {
+        "prediction": {"proposed": 12, "accepted": 7, "saved": 0.25},
+        "form": {"proposed": 1, "accepted": 0},
+    }
+    server.trace = {**FULL, "sources": found}
+    trace = routing(wrap(client).chat.completions.create(**ASKED))
+    assert trace is not None
+    assert trace.sources["prediction"] == SourceTotals(proposed=12, accepted=7, saved=0.25)
+    assert trace.sources["form"].saved is None
+    before = Trace.model_validate(TRACE)
+    assert (before.sources, before.arms["ar"].saved) == ({}, None)
 
 
 def test_a_text_that_the_server_sends_is_kept(client: OpenAI, server: FakeServer) -> None:

@@ -18,7 +18,7 @@ from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
 from whiflash_sdk.prediction import predict
 from whiflash_sdk.spans import hinted
 from whiflash_sdk.streaming import AsyncTracedStream, TracedStream
-from whiflash_sdk.trace import ArmTotals, Stretch, Trace, routing
+from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace, routing
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "HintError",
     "Hints",
     "Kind",
+    "SourceTotals",
     "Span",
     "Stretch",
     "Trace",

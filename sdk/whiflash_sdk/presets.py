@@ -1,7 +1,8 @@
 """How chat templates mark tool calls and reasoning, and the spans a request is likely to write.
 
-Markers are those that SGLang 0.5.23's parsers of the same names look for. A marker here is what all
-variants of a format share, so `<tool_call>` covers both the tight and the newline style.
+Markers are those that SGLang 0.5.23's parsers of the same names look for; a test compares them with its classes.
+A marker here is what all variants of a format share, so `<tool_call>` covers both the tight and the newline style,
+and Hunyuan's end where its tokenizers begin to differ. `response_template` has none: its markers are its template's.
 """
 
 from __future__ import annotations
@@ -37,31 +38,63 @@ FENCES: Final = (Span(kind="json", begin="```json", end="```"), Span(kind="code"
 
 TOOL_CALL_PARSERS: Final[dict[str, tuple[Span, ...]]] = {
     **dict.fromkeys(("hermes", "qwen", "qwen25", "qwen3_coder", "nanbeige", "step3p5", "mimo"), HERMES),
-    **dict.fromkeys(("glm", "glm45", "glm47"), HERMES),
+    **dict.fromkeys(("glm", "glm45", "glm47", "ling3", "poolside_v1", "spark25", "trinity"), HERMES),
     "llama3": LLAMA3,
     "pythonic": LLAMA4_PYTHONIC,
     "mistral": MISTRAL,
     **dict.fromkeys(("deepseekv3", "deepseekv31"), DEEPSEEK),
     "deepseekv32": DEEPSEEK_DSML,
+    "deepseekv4": (_tool("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),),
+    "deepseekv41": (_tool("<｜DSML｜ calls>", "</｜DSML｜ calls>"),),
     "gpt-oss": HARMONY,
     "kimi_k2": KIMI_K2,
     "minimax-m2": (_tool("<minimax:tool_call>", "</minimax:tool_call>"),),
     "step3": (_tool("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"),),
     "lfm2": (_tool("<|tool_call_start|>", "<|tool_call_end|>"),),
     "interns1": (_tool("<|action_start|>", "<|action_end|>"),),
+    "apertus2509": (_tool("<|tools_prefix|>", "<|tools_suffix|>"),),
+    "beam": (_tool("<|constrain|>xml<|message|>", "<|call|>"),),
+    "cohere_command4": (_tool("<|START_ACTION|>", "<|END_ACTION|>"),),
+    "dots": (_tool("<dots_function_call>", "</dots_function_call>"),),
+    "gemma4": (_tool("<|tool_call>", "<tool_call|>"),),
+    "gigachat3": (_tool("<|function_call|>"), _tool("function call<|role_sep|>")),
+    "gigachat35": (_tool("<｜GCML｜tool_calls>", "</｜GCML｜tool_calls>"),),
+    "hunyuan": (_tool("<tool_calls", "</tool_calls"),),
+    "inkling": (_tool("<|content_invoke_tool_json|>", "<|end_message|>"),),
+    "iquest_q1": (_tool("<iquest_tool_call>", "</iquest_tool_call>"),),
+    "k2_horizon": (_tool("<ifm|tool_call>", "</ifm|tool_call>"),),
+    "kimi_k3": (_tool("<|open|>tools<|sep|>", "<|close|>tools<|sep|>"),),
+    "minicpm5": (_tool("<function", "</function>"),),
+    "minimax-m3": (_tool("]<]minimax[>[<tool_call>", "]<]minimax[>[</tool_call>"),),
+    "muse": (_tool("<atem:function_calls>", "</atem:function_calls>"),),
 }
 
 REASONING_PARSERS: Final[dict[str, tuple[Span, ...]]] = {
     **dict.fromkeys(("deepseek-r1", "deepseek-v3", "qwen3", "qwen3-thinking", "glm45", "ling3"), THINK),
     **dict.fromkeys(("kimi_k2", "minimax", "nanbeige", "step3", "step3p5", "interns1", "mimo"), THINK),
-    **dict.fromkeys(("granite_thinking_parser", "iquest_q1", "dots"), THINK),
+    **dict.fromkeys(("granite_thinking_parser", "iquest_q1", "dots", "deepseek-v4", "deepseek-v41"), THINK),
+    **dict.fromkeys(("gigachat35", "minimax-append-think", "nemotron_3", "poolside_v1"), THINK),
     "kimi": (_thought("◁think▷", "◁/think▷"),),
     "mistral": (_thought("[THINK]", "[/THINK]"),),
-    "gpt-oss": HARMONY_ANALYSIS,
+    **dict.fromkeys(("gpt-oss", "beam"), HARMONY_ANALYSIS),
+    "apertus2509": (_thought("<|inner_prefix|>", "<|inner_suffix|>"),),
+    "cohere_command4": (_thought("<|START_THINKING|>", "<|END_THINKING|>"),),
+    "gemma4": (_thought("<|channel>", "<channel|>"),),
+    "hunyuan": (_thought("<think", "</think"),),
+    "inkling": (_thought("<|content_thinking|>", "<|end_message|>"),),
+    "k2_horizon": (_thought("<ifm|think", "</ifm|think"),),
+    "kimi_k3": (_thought("<|open|>think<|sep|>", "<|close|>think<|sep|>"),),
+    "minimax-m3": (_thought("<mm:think>", "</mm:think>"),),
+    "muse": (_thought(" to=self<|message|>", "<|eom|>"),),
 }
 
 # Parsers of models whose template, or whose training, starts the output inside the reasoning.
-OPENS_REASONING: Final = frozenset({"deepseek-r1", "qwen3-thinking", "step3", "step3p5"})
+OPENS_REASONING: Final = frozenset(
+    {
+        *("deepseek-r1", "gigachat35", "step3", "step3p5", "qwen3-thinking", "minimax"),
+        *("cohere_command4", "k2_horizon", "kimi_k3"),
+    }
+)
 
 
 def likely_spans(

@@ -67,6 +67,8 @@ class ArmTotals(BaseModel):
     rounds: verification passes of the target.
     tokens: committed by them, bonus tokens counted.
     proposed, accepted: draft tokens, where the server tells.
+    saved: estimate of the seconds that they took less than plain decoding, by what rounds cost that server, where it
+        tells; below 0 where they took more.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -75,11 +77,27 @@ class ArmTotals(BaseModel):
     tokens: int = Field(ge=0)
     proposed: int | None = Field(default=None, ge=0)
     accepted: int | None = Field(default=None, ge=0)
+    saved: float | None = Field(default=None, allow_inf_nan=False)
 
     @property
     def acceptance_length(self) -> float:
         """Tokens per round, the bonus token counted."""
         return _ratio(self.tokens, self.rounds)
+
+
+class SourceTotals(BaseModel):
+    """Drafts that were taken from one source, whoever drafted beside it.
+
+    proposed, accepted: draft tokens.
+    saved: estimate of the seconds that they saved, where the server tells: what their rounds saved, shared out by the
+        drafts that were accepted; below 0 where they cost more.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    proposed: int = Field(ge=0)
+    accepted: int = Field(ge=0)
+    saved: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class Trace(BaseModel):
@@ -93,6 +111,7 @@ class Trace(BaseModel):
     switches: changes of drafter from one round to the next.
     arms: totals by drafter.
     reasons: rounds by what decided about them.
+    sources: drafts by what they were taken from, which tells what each hint brought, where the server tells.
     choice: index of the choice this trace belongs to.
     text: of a full trace, the text that its stretches' `chars` count in: the response's own, unless a parser took
         something out of it.
@@ -112,6 +131,7 @@ class Trace(BaseModel):
     switches: int = Field(default=0, ge=0)
     arms: dict[str, ArmTotals] = Field(default_factory=dict)
     reasons: dict[str, int] = Field(default_factory=dict)
+    sources: dict[str, SourceTotals] = Field(default_factory=dict)
     choice: int = Field(default=0, ge=0)
     text: str | None = None
     prefill_text: str | None = None

@@ -1,4 +1,5 @@
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,14 +69,21 @@ def test_another_checkout_serves_the_same_arm_from_its_own_sources(
 def test_a_checkout_with_an_environment_is_served_in_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
-    python = tmp_path / ".venv" / "bin" / "python"
+    """Also where this checkout is on the path, or is where the command was given: each has a module of one name."""
+    other, here = tmp_path / "other", tmp_path / "here"
+    for checkout in (other, here):
+        (checkout / "sglang").mkdir(parents=True)
+        (checkout / "sglang" / "__init__.py").touch()
+        (checkout / "sglang" / "launch_server.py").write_text(f"print('of', {checkout.name!r})\n")
+    python = other / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho $PYTHONPATH of the checkout\n")
+    python.write_text(f"#!/bin/sh\necho its own environment\nexec {sys.executable} $*\n")
     python.chmod(0o755)
-    with launcher([], log := tmp_path / "log", tmp_path)._spawn() as process:
+    monkeypatch.setenv("PYTHONPATH", str(here))
+    monkeypatch.chdir(here)
+    with launcher([], log := tmp_path / "log", other)._spawn() as process:
         process.wait()
-    assert log.read_text() == "/of/the/user of the checkout\n"
+    assert log.read_text() == "its own environment\nof other\n"
 
 
 def test_ranks_and_replicas_share_the_threads_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

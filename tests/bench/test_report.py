@@ -243,12 +243,26 @@ def test_differences_follow_the_tie_rule() -> None:
 
     cells = [cell("auto", name, (5, 9, 9), r) for name in references for r in range(3)]
     cells += [cell("auto", "near", (5, 6, 7), 3), cell("ar", "near", (5, 6), 0)]
-    found = differences(cells, references, lambda reference, position: 20.0, "bfloat16")
+    found = differences(cells, {"none": references}, lambda reference, position: 20.0, "bfloat16")
     assert [(d.arm, d.prompt, d.verdict, d.position, d.gap) for d in found] == [
         ("auto", "near", Verdict.TIE, 1, 0.1),
         ("auto", "far", Verdict.DIFFERENT, 1, 0.5),
         ("ar", "near", Verdict.DIFFERENT, 2, None),
     ]
+
+
+def test_every_server_is_started_again_with_its_own_environment(report: Report) -> None:
+    servers = {
+        "none": PROVENANCE["servers"]["none"],
+        "none@tp2": {
+            "arguments": ["--tp-size", "2"],
+            "attention_backend": "whiflash_cpu",
+            "environment": {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        },
+    }
+    page = render(report.model_copy(update={"provenance": {**report.provenance, "servers": servers}}))
+    assert "- none: `OMP_NUM_THREADS=2 python" in page
+    assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' python" in page
 
 
 def test_conversations_are_reported_by_turn(report: Report) -> None:

@@ -13,8 +13,8 @@ from fake_hub import hub
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.bundle_create import Parts, create
-from whiflash_sglang.bundle_members import sha256
-from whiflash_sglang.config import Flags, load_manifest, resolve
+from whiflash_sglang.bundle_members import sha256, verify
+from whiflash_sglang.config import Flags, embedded_bundle, load_manifest, resolve
 from whiflash_sglang.draft_check import judge, read_target
 from whiflash_sglang.errors import WhiflashError
 
@@ -74,6 +74,41 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
     spoilt = run("check", "--draft", str(out))
     assert spoilt.returncode == 1
     assert "dflash/model.safetensors is not the file that" in spoilt.stdout
+
+
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "dflash/model.safetensors": lambda file: file.write_bytes(
+        file.read_bytes()[:-1] + b"?"
+    ),  # still a file that can be loaded
+    "eagle3/config.json": lambda file: file.write_bytes(file.read_bytes() + b" "),
+    "eagle3/model.safetensors": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_files_are_those_that_the_bundle_was_made_with(
+    models: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "bundle"
+    create(parts(models), out)
+    verify(resolve(Flags(), out).checksums)
+    SPOILT[name](out / name)
+    with pytest.raises(
+        WhiflashError, match=f"{out / name} is (not the file|missing).* its bundle was made with"
+    ):
+        verify(resolve(Flags(), out).checksums)
+    # What is served from elsewhere is not the bundle's.
+    other = resolve(Flags(eagle_draft=str(models["eagle3"])), out).checksums
+    assert {Path(file).parent.name for file in other} == {"dflash"}
+
+
+def test_the_shipped_bundles_files_are_those_that_it_tells_of() -> None:
+    told = resolve(Flags(), embedded_bundle()).checksums
+    verify(told)
+    lying = {
+        str(file) for part in ("eagle3", "dflash", "router") for file in (embedded_bundle() / part).glob("*")
+    }
+    assert {name for name in lying if name.endswith((".safetensors", "config.json"))} == set(told)
 
 
 def test_draft_kv_beside_latent_attention(models: dict[str, Path]) -> None:

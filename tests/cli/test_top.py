@@ -120,6 +120,12 @@ def test_figures_are_of_what_happened_in_between() -> None:
     assert found["reasons"] == {"score": 0.75, "pin": 0.25, "off": 0.0}
 
 
+def test_who_is_quarantined_is_said() -> None:
+    out = {**state(1), "quarantined": {"diffusion": "raised IndexError"}}
+    page = shown({"url": "http://a", "model": "tiny", "state": out, "now": None, "total": figures(out, 1.0)})
+    assert "diffusion is quarantined: raised IndexError" in page
+
+
 def test_a_server_that_began_anew_has_no_past() -> None:
     assert since(Reading(10.0, state(3)), Reading(12.0, state(1))) is None
     assert since(None, Reading(12.0, state(1))) is None

@@ -34,7 +34,6 @@ class _NotLoaded(ModuleType):
 sys.modules["sgl_kernel"] = _NotLoaded("sgl_kernel")
 
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
-from sglang.srt.layers.attention import trtllm_mla_backend
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.flashinfer_backend import (
     FlashInferAttnBackend,
@@ -46,7 +45,6 @@ from sglang.srt.layers.attention.flashinfer_mla_backend import (
 )
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
-from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from whiflash_kernels import prepare_mixed_block
@@ -72,24 +70,26 @@ class Plan(NamedTuple):
 
 
 class Verification:
-    """A batch of requests with `widths` rows each, as the runner hands it to a backend."""
+    """A batch of requests with `widths` rows each, as the runner hands it to a backend; slots come in pages."""
 
-    def __init__(self, widths: list[int], bucket: int | None = None) -> None:
+    def __init__(self, widths: list[int], bucket: int | None = None, page: int = 1) -> None:
         self.widths, self.starts, rows = widths, STARTS[: len(widths)], ROWS[: len(widths)]
-        order = torch.randperm(4 * CONTEXT, generator=torch.Generator().manual_seed(0))
-        self.table = order.view(4, CONTEXT).to(torch.int32)
+        order = torch.randperm(4 * CONTEXT // page, generator=torch.Generator().manual_seed(0))
+        slots = order[:, None] * page + torch.arange(page)
+        self.table = slots.view(4, CONTEXT).to(torch.int32)
         self.pool = SimpleNamespace(req_to_token=self.table, size=4)
         self.rows, starts = torch.tensor(rows), torch.tensor(self.starts)
         drafts = torch.ones(len(widths), max(widths) - 1, dtype=torch.int64)
         bonus = torch.ones(len(widths), dtype=torch.int64)
+        self.lens = torch.tensor(widths, dtype=torch.int32)
         self.block = prepare_mixed_block(
-            bonus, drafts, torch.tensor(widths), starts, self.rows, self.table, rows=bucket or sum(widths)
+            bonus, drafts, self.lens, starts, self.rows, self.table, rows=bucket or sum(widths)
         )
         self.translator = KVIndexTranslator(
             req_to_token=self.table,
             token_to_kv_pool_allocator=None,
             token_to_kv_pool=None,
-            page_size=1,
+            page_size=page,
             device="cpu",
         )
         self.batch = SimpleNamespace(
@@ -104,7 +104,7 @@ class Verification:
             seq_lens_sum=int(starts.sum()),
             encoder_lens=None,
             extend_seq_lens_cpu=None,
-            spec_info=verify_input(self.block, widths, max(widths)),
+            spec_info=verify_input(self.block, self.lens, widths, max(widths)),
         )
         self.batch.kv_loc_plan = self.translator.own_plan(self.batch)
 
@@ -181,7 +181,7 @@ def triton(case: Verification, cls: type = RaggedTritonBackend) -> Plan:
     )
 
 
-def fa3_backend(case: Verification) -> Any:
+def fa3_backend(case: Verification, version: int = 3) -> Any:
     return case.backend(
         FlashAttentionBackend,
         speculative_num_draft_tokens=CONFIGURED,
@@ -189,7 +189,7 @@ def fa3_backend(case: Verification) -> Any:
         is_prefill_aware_swa=False,
         is_encoder_decoder=False,
         has_swa=False,
-        fa_impl_ver=3,
+        fa_impl_ver=version,
         max_num_pages=CONTEXT,
         needs_cpu_seq_lens=False,
         use_mla=False,
@@ -201,8 +201,8 @@ def fa3_backend(case: Verification) -> Any:
     )
 
 
-def fa3(case: Verification) -> Plan:
-    backend = fa3_backend(case)
+def fa3(case: Verification, version: int = 3) -> Plan:
+    backend = fa3_backend(case, version)
     backend.init_forward_metadata(case.batch)
     planned = backend.forward_metadata
     lengths = planned.cache_seqlens_int32.tolist()
@@ -210,6 +210,10 @@ def fa3(case: Verification) -> Plan:
     assert planned.cu_seqlens_k.tolist() == [0, *accumulate(lengths)]
     assert planned.max_seq_len_k >= max(lengths)
     return Plan(planned.cu_seqlens_q.tolist(), slots, planned.max_seq_len_q)
+
+
+def fa4(case: Verification) -> Plan:
+    return fa3(case, 4)
 
 
 def trtllm_mha_backend(case: Verification) -> Any:
@@ -292,7 +296,7 @@ def flashinfer_mla(case: Verification) -> Plan:
 
 
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("plan", [fa3, trtllm_mha, flashinfer, flashinfer_mla])
+@pytest.mark.parametrize("plan", [fa3, fa4, trtllm_mha, flashinfer, flashinfer_mla])
 def test_backends_that_read_every_row_from_the_pool(plan: Callable[..., Plan], widths: list[int]) -> None:
     case = Verification(widths)
     assert plan(case) == Plan(case.offsets, case.read(case.ends), max(widths))
@@ -304,22 +308,32 @@ def test_triton_reads_the_prefix_from_the_pool(widths: list[int]) -> None:
     assert triton(case) == Plan(case.offsets, case.read(case.starts), max(widths))
 
 
-def test_what_is_refused_plans_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's Triton gives every request the widest one's rows; TRT-LLM's MLA counts the configured width."""
+def test_what_is_refused_plans_other_rows() -> None:
+    """Upstream's own Triton gives every request the widest one's rows."""
     case = Verification(WIDTHS["ragged"])
     assert triton(case, TritonAttnBackend).rows != case.offsets
     padded = Verification(WIDTHS["ragged"], 12)
     replayed = captured(padded, triton_backend(padded, TritonAttnBackend))
     assert replayed.qo_indptr.tolist()[:4] != padded.offsets
-    backend = case.backend(TRTLLMMLABackend, num_draft_tokens=CONFIGURED, data_type=torch.float32)
-    backend._create_block_kv_indices = lambda *_: None
-    monkeypatch.setattr(trtllm_mla_backend, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
-    backend.init_forward_metadata(case.batch)
-    # Its kernel lays max(widths) padded rows at the end of these.
-    assert backend.forward_decode_metadata.seq_lens_k.tolist() == [n + CONFIGURED for n in case.starts]
     # XQA (Hopper, SM120) takes no layout at all, of whatever widths.
     with pytest.raises(NotImplementedError, match="xqa"):
         case.backend(TRTLLMHAAttnBackend, is_xqa_impl=True).init_forward_metadata(case.batch)
+
+
+def graphs_of(buckets: list[int], attention: str = "other") -> Any:
+    """Our runner as it captures, for what it says of a capture."""
+    graphs = object.__new__(VerifyGraphs)
+    graphs.__dict__.update(
+        widest=CONFIGURED,
+        max_bs=REQUESTS + spare_slots(buckets, CONFIGURED),
+        capture_num_tokens=buckets,
+        device="cpu",
+        model_runner=SimpleNamespace(
+            prefill_attention_backend_str=attention, decode_attention_backend_str=attention
+        ),
+        _captured_ragged_layouts={},
+    )
+    return graphs
 
 
 def captured(case: Verification, backend: Any) -> Any:
@@ -340,14 +354,7 @@ def captured(case: Verification, backend: Any) -> Any:
         batch.kv_loc_plan = case.translator.own_plan(batch)
         return batch
 
-    graphs = object.__new__(VerifyGraphs)
-    graphs.__dict__.update(
-        widest=CONFIGURED,
-        max_bs=REQUESTS + spare_slots(buckets, CONFIGURED),
-        capture_num_tokens=buckets,
-        device="cpu",
-        _captured_ragged_layouts={},
-    )
+    graphs = graphs_of(buckets)
     nothing = torch.zeros(0, dtype=torch.int64)
     backend.init_forward_metadata_out_graph(
         view(graphs.get_spec_info(bucket), nothing, nothing), in_capture=True
@@ -381,6 +388,10 @@ def captured_fa3(case: Verification) -> Plan:
     return _of_pages(captured(case, fa3_backend(case)))
 
 
+def captured_fa4(case: Verification) -> Plan:
+    return _of_pages(captured(case, fa3_backend(case, 4)))
+
+
 def captured_trtllm_mha(case: Verification) -> Plan:
     return _of_pages(captured(case, trtllm_mha_backend(case)))
 
@@ -394,7 +405,7 @@ def _of_pages(metadata: Any) -> Plan:
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("plan", [captured_fa3, captured_trtllm_mha, captured_triton])
+@pytest.mark.parametrize("plan", [captured_fa3, captured_fa4, captured_trtllm_mha, captured_triton])
 def test_what_a_graph_was_captured_with_fits_every_batch(
     plan: Callable[..., Plan], widths: list[int], spare: int
 ) -> None:

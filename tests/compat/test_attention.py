@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+FILES = ("interpreted_attention.py", "interpreted_mla.py")
 
 
 def test_what_attention_backends_plan_for_a_verification() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE / "interpreted_attention.py"), "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *(str(HERE / name) for name in FILES), "-p", "no:cacheprovider"],
         env=environment,
         cwd=HERE.parents[1],
         capture_output=True,

@@ -98,7 +98,7 @@ def sentence(launch: Launch) -> str:
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
     assert refusal_of(with_arguments(taken, tp_size=2, dp_size=2)) is None
-    for backend in ("flashinfer", "fa3", "triton", "trtllm_mha"):
+    for backend in ("flashinfer", "fa3", "fa4", "triton", "trtllm_mha", "trtllm_mla"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
         assert (refusal_of(graphs) is None) == (backend != "flashinfer")
@@ -159,13 +159,14 @@ def test_latent_attention_is_taken(taken: Launch, tmp_path: Path) -> None:
 
 
 ARGUMENTS: dict[str, tuple[Any, str]] = {
-    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size")},
+    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size", "dwdp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size", "ep_size")},
     "enable_attn_tp_input_scattered": (True, "--enable-attn-tp-input-scattered"),
     "enable_layernorm_sp": (True, "--enable-layernorm-sp"),
     "tokenizer_worker_num": (2, "--tokenizer-worker-num must be 1"),
     "smg_grpc_mode": (True, "--smg-grpc-mode"),
     "grpc_mode": (True, "--grpc-mode"),
+    "grpc_port": (40000, r"remove --grpc-port \(SGLANG_GRPC_PORT\)"),
     "use_ray": (True, "--use-ray"),
     "encoder_only": (True, "--encoder-only"),
     "disaggregation_mode": ("decode", "--disaggregation-mode"),
@@ -208,12 +209,12 @@ _DECODE, _PREFILL = default_cuda_graph_config(), default_cuda_graph_config()
 _PREFILL.prefill.backend = Backend.FULL
 CUDA: dict[str, tuple[dict[str, Any], str]] = {
     "cuda_attention": (
-        {"decode_attention_backend": "trtllm_mla"},
-        "triton, fa3, trtllm_mha, flashinfer, not trtllm_mla",
+        {"decode_attention_backend": "flashmla"},
+        "triton, fa3, fa4, trtllm_mha, trtllm_mla, flashinfer, not flashmla",
     ),
     "cuda_graphs": (
         {"cuda_graph_config": _DECODE},
-        "graphs with --attention-backend triton, fa3, trtllm_mha, not with flashinfer",
+        "graphs with --attention-backend triton, fa3, fa4, trtllm_mha, trtllm_mla, not with flashinfer",
     ),
     "cuda_prefill_graphs": (
         {"cuda_graph_config": _PREFILL, "attention_backend": "triton"},
@@ -247,6 +248,10 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
             "environment": {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"},
         },
         "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    ),
+    "enable_dp_attention": (
+        {"enable_dp_attention": True, "attn_dp_size": 2},
+        "--enable-dp-attention (ranks without a request",
     ),
     "rust_server": ({"environment": {"SGLANG_RUST_SERVER": "1"}}, "unset SGLANG_RUST_SERVER"),
     "post_capture_sizing": (

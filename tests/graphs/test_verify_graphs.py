@@ -45,10 +45,11 @@ class Bench:
         drafts = torch.randint(
             256, (count, max(widths) - 1), generator=torch.Generator().manual_seed(sum(widths))
         )
+        verify_lens = torch.tensor(widths, dtype=torch.int32)
         block = prepare_mixed_block(
             torch.arange(60, 60 + count),
             drafts,
-            torch.tensor(widths),
+            verify_lens,
             batch.seq_lens,
             batch.req_pool_indices.long(),
             self.target.slot_table,
@@ -56,7 +57,7 @@ class Bench:
             pad_slot=pad_slot,
         )
         before = [pool.clone() for pool in self._pools]
-        verified = self.target.verify(batch, block, widths, max(widths))
+        verified = self.target.verify(batch, block, verify_lens, widths, max(widths))
         found = [
             verified.logits.clone(),
             verified.features.clone(),

@@ -15,6 +15,7 @@ from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints
 
 ROUNDS = 400
@@ -59,12 +60,12 @@ def routing(lookup: bool) -> float:
     took = []
     for length, token in enumerate(fresh, 4000):
         began = time.perf_counter()
-        outlook: dict[str, float | None] = {"ar": None, "diffusion": None}
+        outlook: dict[str, Outlook | None] = {"ar": None, "diffusion": None}
         if lookup:
             copier.extend([token])
             proposal = copier.look(16, 0.05)
             if proposal.tokens:
-                outlook["lookup"] = 1.0 + proposal.expected(16)
+                outlook["lookup"] = Outlook(1.0 + proposal.expected(16), 1 + proposal.width(16, 0.05))
         routes = controller.route([0], [length], [outlook])
         took.append(time.perf_counter() - began)
         lane = controller.lanes[0]

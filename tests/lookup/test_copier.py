@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from whiflash_sglang.lookup.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.lookup.index import GAP, SuffixIndex
+from whiflash_sglang.lookup.prediction import Prediction
 
 
 def copier_of(*tokens: int, **options: object) -> Copier:
@@ -217,3 +218,23 @@ def test_what_was_forgotten_is_not_copied_on() -> None:
 def test_the_end_of_another_text_does_not_hide_a_shorter_match() -> None:
     shared = SuffixIndex([3, 1, 2, GAP], growing=False)
     assert tokens_of(copier_of(1, 2, 7, 3, 1, 2, shared=lambda: (shared,)).look(1, 0.0)) == [7]
+
+
+def test_what_a_copy_was_taken_from_is_known() -> None:
+    """Also of one that goes behind drafts, until the next one is looked for."""
+    form = SuffixIndex([9, *range(20, 28), 71, 72, GAP], growing=False)
+    shared = SuffixIndex([30, 31, 73, 74, GAP, 60, 61, 77, GAP], growing=False)
+    predicted = Prediction([40, 41, 42, 75, 76])
+    copier = Copier(MatchCalibration(), shared=lambda: (shared,), forms=lambda: (form,), prediction=predicted)
+    assert copier.origin == "context"
+    found = {}
+    for end in ([1, 2, 3, 1, 2], range(20, 28), [30, 31], [40, 41, 42]):
+        copier.extend(list(end))
+        proposal = copier.look(2, 0.0)
+        found[tokens_of(proposal)[0]] = copier.origin
+    assert found == {3: "context", 71: "form", 73: "memory", 75: "prediction"}
+    copier.look_beyond([60, 61], 1.0, 2, 0.0)
+    assert copier.origin == "memory"
+    copier.extend([1, 2])
+    assert tokens_of(copier.look(1, 0.0)) == [20]
+    assert copier.origin == "context"

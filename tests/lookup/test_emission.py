@@ -16,6 +16,7 @@ from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.forms import NEEDLE, Forms, escaped
+from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, vocabulary_of
 
@@ -107,13 +108,68 @@ def test_a_fence_inside_a_call_is_quoted_like_the_rest_of_it(vocabulary: Vocabul
     assert bytes_of(vocabulary, writer.ahead()).startswith(b' of \\"rows\\".\\"\\"\\"\\n    return')
 
 
-def test_an_answer_that_begins_again_has_the_forms_that_it_had(vocabulary: Vocabulary) -> None:
-    text = '<tool_call>{"text": "def total(rows):\\n    \\"\\"\\"Sum'
-    by_token, at_once = (Writer(vocabulary, SOURCE, (CALL,)) for _ in range(2))
+BEGUN = 'def total(rows):\n    """Sum'
+CALLS = {
+    "hermes": ("<tool_call>", '\n{"name": "write", "arguments": {"text": "', True),
+    "llama3": ('{"name":', ' "write", "parameters": {"text": "', True),
+    "deepseek": ("<｜tools｜>", 'function<｜sep｜>write\n```json\n{"text": "', True),
+    "pythonic": ("<call>", '[write(text="', True),
+    "nothing to tell by": ("<tool_call>", "\n", True),
+    "qwen3_coder": ("<tool_call>", "\n<function=write>\n<parameter=text>\n", False),
+    "glm": ("<tool_call>", "write\n<arg_key>text</arg_key>\n<arg_value>", False),
+    "dsml": ("<｜DSML｜calls>", '\n<｜DSML｜invoke name="write">\n<｜DSML｜parameter name="text">', False),
+}
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["opened", "open"])
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_between_tags_are_quoted_as_they_are(
+    vocabulary: Vocabulary, name: str, marked: bool
+) -> None:
+    """What begins a call tells how its arguments are written, also where the request says that one is open already."""
+    marker, lead, in_json = CALLS[name]
+    writer = Writer(vocabulary, escaped(SOURCE) + SOURCE, (SpanHint("tool_call", marker, "</end>", marked),))
+    asked: list[bool] = []
+    writer.write(marker)
+    assert writer.emission._forms is not None
+    text_of = writer.emission._forms.text
+
+    def noting(written: str, *, inside_json: bool) -> object:
+        asked.append(inside_json)
+        return text_of(written, inside_json=inside_json)
+
+    writer.emission._forms.text = noting  # type: ignore[assignment, method-assign]
+    writer.write(marker + lead + "x" * 300)
+    assert len(asked) > 100
+    assert set(asked[-100:]) == {in_json}
+
+
+def test_a_call_with_tags_copies_what_stands_escaped_in_the_prompt(vocabulary: Vocabulary) -> None:
+    writer = Writer(vocabulary, f'{{"output": "{escaped(SOURCE)}"}}', (CALL, *FENCES))
+    tags = "<tool_call>\n<function=write>\n<parameter=text>\n"
+    writer.write(tags + BEGUN)
+    assert bytes_of(vocabulary, writer.ahead()).startswith(b' of "rows"."""\n    return')
+    fenced = f"{tags}{BEGUN}\n```json\n" + '{"text": "' + escaped(BEGUN)
+    writer = Writer(vocabulary, SOURCE, (CALL, *FENCES))
+    writer.write(fenced)
+    assert bytes_of(vocabulary, writer.ahead()).startswith(b' of \\"rows\\".'), "JSON between tags is JSON"
+
+
+def test_every_call_of_an_answer_tells_for_itself(vocabulary: Vocabulary) -> None:
+    writer = Writer(vocabulary, SOURCE, (CALL,))
+    first = "<tool_call>\n<function=write>\n<parameter=text>\nx</parameter></tool_call>\n"
+    writer.write(first + '<tool_call>{"text": "' + escaped(BEGUN))
+    assert bytes_of(vocabulary, writer.ahead()).startswith(b' of \\"rows')
+
+
+@pytest.mark.parametrize("lead", ['{"text": "', "\n<function=f>\n<parameter=text>\n"])
+def test_an_answer_that_begins_again_has_the_forms_that_it_had(vocabulary: Vocabulary, lead: str) -> None:
+    text = f"<tool_call>{lead}" + (escaped(BEGUN) if lead.startswith("{") else BEGUN)
+    by_token, at_once = (Writer(vocabulary, f"{SOURCE}\n{escaped(SOURCE)}", (CALL,)) for _ in range(2))
     by_token.write(text)
     at_once.commit(vocabulary.encode(text))
     assert at_once.ahead() == by_token.ahead()
-    assert bytes_of(vocabulary, at_once.ahead()).startswith(b' of \\"rows')
+    assert at_once.emission._has_tags is by_token.emission._has_tags is (not lead.startswith("{"))
 
 
 def test_no_more_tokens_are_made_than_a_request_may_have(vocabulary: Vocabulary) -> None:
@@ -192,7 +248,7 @@ def test_forms_are_of_the_request_s_own_prompt(vocabulary: Vocabulary) -> None:
         text, found = list(prompt), 0.0
         for token in answer:
             text.append(token)
-            found = arm.outlook(row, len(text) - 1, lambda start: text[start:])
+            found = arm.outlook(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH).length
         return found
 
     alone = play(2, prompts[2])

@@ -9,7 +9,9 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 
+from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.lookup.forms import escaped
+from whiflash_sglang.trace import build_trace
 
 FILE = "".join(f'def part_{i}(rows):\n    """Of "{i}"."""\n    return rows[{i * 7}]\n\n' for i in range(6))
 CALL = (
@@ -51,6 +53,7 @@ def submit(
     answer: str = CALL,
     hints: dict[str, Any] = SPANS,
     salt: str | None = None,
+    predicted: list[int] | None = None,
 ) -> str:
     """A request whose answer is forced."""
     name = f"f{len(running.requests):05d}"
@@ -60,7 +63,11 @@ def submit(
         encode(running, f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"),
         max_new_tokens=len(forced),
         cache_salt=salt,
-        custom_params={"whiflash": json.dumps({"lookup": "context", **hints}), "whiflash_forced": forced},
+        custom_params={
+            "whiflash": json.dumps({"lookup": "context", **hints}),
+            "whiflash_forced": forced,
+            **({} if predicted is None else {"whiflash_prediction": predicted}),
+        },
     )
     return name
 
@@ -84,6 +91,31 @@ def test_a_quoted_file_takes_fewer_rounds(running: Engine, monkeypatch: pytest.M
     monkeypatch.setattr(drafter, "_form_tokens", 0)
     without = ask(running, FILE)
     assert with_forms < 0.7 * without
+
+
+def test_a_marker_that_the_prefill_begins_opens_its_span(running: Engine) -> None:
+    """Its first token is sampled before any round, and no round commits it."""
+    name, spans = submit(running, FILE), []
+    running.run(lambda: spans.extend(lane.span for lane in running.lanes.values() if lane.rid == name))
+    kinds = [span.kind if span else None for span in spans]
+    assert "tool_call" in kinds[:12]
+    assert kinds.count("tool_call") > len(kinds) / 2
+
+
+def test_a_trace_says_what_the_forms_brought(running: Engine) -> None:
+    """And with whom: the prediction that another request has beside it is that one's."""
+    forms = submit(running, FILE, hints={**SPANS, "trace": "summary"})
+    predicted = submit(running, "Write it.", hints={"trace": "summary"}, predicted=encode(running, CALL))
+    running.run()
+    found = {}
+    for name in (forms, predicted):
+        recording = recording_of(running.requests[name], None)
+        assert recording is not None
+        found[name] = build_trace(recording, "lookup", len(running.output(name)))["sources"]
+    assert found[forms]["form"]["accepted"] > sum(own["accepted"] for own in found[forms].values()) / 2
+    assert "prediction" not in found[forms]
+    assert found[predicted].keys() <= {"prediction", "context"}
+    assert found[predicted]["prediction"]["accepted"] > 0.8 * len(running.output(predicted))
 
 
 def test_nothing_is_made_where_no_span_opens(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +143,8 @@ def test_beside_others_every_text_is_its_own(running: Engine, plain: list[list[i
         running.run()
         assert [running.output(name) for name in names] == plain
         assert rounds(running, quoting) == alone or router != "lookup"
+    costs = running.worker.controller.costs
+    assert costs.draft("lookup", 1) == costs.timings("lookup") == 0, "what only looks is never timed"
     running.check_leaks()
 
 

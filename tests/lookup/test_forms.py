@@ -1,6 +1,7 @@
 """Emission forms: what they say, that copies from them are token-exact, and what they may cost."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,18 +156,47 @@ def test_a_file_is_copied_behind_the_mark_that_its_lines_get(mark: str) -> None:
     assert copied([SOURCE], escaped(begin), True) == escaped(f"\n{lines[2]}")[:40]
 
 
+NUMBERED = [("   98", "\t"), ("98", ":"), ("98", ": "), ("  98", "|"), ("   98", "→"), (" 98", "\t    ")]
+
+
+@pytest.mark.parametrize("inside_json", [False, True])
+@pytest.mark.parametrize(("number", "mark"), NUMBERED)
+def test_a_file_is_listed_with_the_numbers_that_its_lines_get(
+    number: str, mark: str, inside_json: bool
+) -> None:
+    """Also one that was read with other numbers. They go on where they get wider, and before empty lines."""
+    source = SOURCE + "\n    more = 1\n"
+    lines = source.splitlines()
+    listed = [f"{n:{len(number)}}{mark}{line}" for n, line in enumerate(lines, 98)]
+    listed[3] = listed[3].rstrip(" ")
+    begin, ahead = "```\n" + "\n".join(listed[:1]), "\n" + "\n".join(listed[1:])
+    other = "\n".join(f"{n:6}\t{line}" for n, line in enumerate(lines, 5))
+    for prompt in (source, other):
+        found = copied([prompt], escaped(begin) if inside_json else begin, inside_json, len(ahead) + 20)
+        wanted = escaped(ahead) if inside_json else ahead
+        assert found[: len(wanted)] == wanted[: len(found)]
+        assert len(found) >= min(len(wanted), 60)
+
+
+def test_what_begins_with_a_number_is_a_listing_only_where_a_mark_follows() -> None:
+    for line in ("12 def total(rows):", "0:def total(rows):", "x 12:def total(rows):"):
+        written = Written(f"so:\n{line}")
+        needle = "def total(rows):"
+        assert written.dress(SOURCE, 0, needle, inside_json=False).numbers is None
+
+
 def forms_of(pieces: Sequence[str], encoded: Encode = encode, budget: int = BUDGET) -> Forms:
     return Forms(encoded, reversed(pieces), budget)
 
 
-def copied(pieces: Sequence[str], written: str, inside_json: bool) -> str:
+def copied(pieces: Sequence[str], written: str, inside_json: bool, most: int = 40) -> str:
     """What a request that has written this copies next, from forms and from its own prompt."""
     found = forms_of(pieces)
     copier = Copier(
         MatchCalibration(EVEN_ODDS), forms=lambda: (found.text(written, inside_json=inside_json),)
     )
     copier.extend(encode("\x00".join([*pieces, written])))
-    return "".join(chr(copied.token) for copied in copier.look(40, worth=0.0).tokens)
+    return "".join(chr(copied.token) for copied in copier.look(most, worth=0.0).tokens)
 
 
 @pytest.mark.parametrize("inside_json", [True, False])
@@ -211,7 +241,8 @@ def test_only_forms_of_the_prompt_are_indexed(pieces: list[str], output: str, in
         index = found.text(output[: end + 1], inside_json=inside_json)
     known = {line.strip() for piece in pieces for said in readings(piece) for line in said.text.split("\n")}
     for text in seen:
-        assert {line.strip() for line in (meant(text) if inside_json else text).split("\n")} <= known
+        for line in (meant(text) if inside_json else text).split("\n"):
+            assert line.strip() in known or re.sub(r"^ *\d+:", "", line).strip() in known
     assert sum(map(len, seen)) == found.tokens
     if output:
         assert len(index) == sum(len(text) + 1 for text in seen)

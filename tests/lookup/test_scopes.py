@@ -12,6 +12,7 @@ from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import SCOPES, Agreement, Calibrations
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of, tenant_of
 from whiflash_sglang.lookup.scopes import LEAD, WHOLE, Scope, blocks_of
+from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import Block, RequestHints, SpanHint
 
 WORDS = [bytes([97 + token]) for token in range(26)]
@@ -104,11 +105,11 @@ def asked(
     """What is proposed behind the prompt; then the request writes `answer` and ends."""
     text = ids(prompt + answer[:1])
     server.begin(row, hints, tenant(salt))
-    server.outlook(row, len(text) - 1, lambda start: text[start:])
+    server.outlook(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
     found = [copied.token for copied in server._proposals[row].tokens]
     for token in ids(answer[1:]):
         text.append(token)
-        server.outlook(row, len(text) - 1, lambda start: text[start:])
+        server.outlook(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
     server.finish(row, ids(answer))
     server.release(row)
     return found
@@ -132,7 +133,7 @@ def test_the_same_block_of_the_same_agent_is_copied_first(server: LookupArm) -> 
     for hints, opening in places:
         text = ids(opening + "pqrs")
         server.begin(1, hints, tenant())
-        server.outlook(1, 0, lambda start, text=text: text[start:])  # type: ignore[misc]
+        server.outlook(1, 0, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
         found.append(server._proposals[1].tokens[0].token)
     assert found == list(range(len(places)))
 
@@ -277,3 +278,16 @@ def test_what_says_nothing_learns_for_the_tenant_as_before(server: LookupArm) ->
     assert not table._scopes
     assert server.memory is not None
     assert list(server.memory._tenants[tenant()]) == [WHOLE]
+
+
+def test_a_trace_tells_who_said_where_it_belongs_from_who_did_not(server: LookupArm) -> None:
+    asked(server, "ab", "cdefgh", RequestHints(agent="a"))
+    for hints, source in ((RequestHints(agent="a"), "scope"), (RequestHints(), "memory")):
+        assert asked(server, "xc", "defg", hints)[:2] == ids("ef")
+        server.begin(1, hints, tenant())
+        server.outlook(1, 3, lambda start: ids("xycde")[start:], FULL_LENGTH)
+        assert server.source(1) == source
+        server.outlook(1, 8, lambda start: ids("xycdexyc")[start:], FULL_LENGTH)
+    assert server.source(1) == "context"
+    server.release(1)
+    assert server.source(1) == "context"

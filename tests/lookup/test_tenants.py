@@ -12,6 +12,7 @@ from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement, Calibrations
 from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
+from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import Block, RequestHints
 
 WIDTH = 24
@@ -51,7 +52,7 @@ class Client:
             self.arm.begin(self.row, hints, self.tenant)
         self.text += tokens
         text = self.text
-        expected = self.arm.outlook(self.row, len(text), lambda start: text[start:])
+        expected = self.arm.outlook(self.row, len(text), lambda start: text[start:], FULL_LENGTH).length
         self.seen.append((expected, drafted(self.arm, self.row)))
 
 
@@ -163,3 +164,22 @@ def test_tenants_are_bounded_and_the_least_recent_one_begins_again() -> None:
     assert len(book) == 2
     assert book.of(tenant_of(None, "a")).chance(3, Agreement.ALONE) > 0.6
     assert book.of(tenant_of(None, "b")).chance(3, Agreement.ALONE) == 0.5
+
+
+def test_it_learns_from_rounds_that_others_draft() -> None:
+    """Nothing of it is ever verified; what it would have proposed is compared with what was committed."""
+
+    def looks(text: list[int]) -> list[float]:
+        own = arm()
+        own.begin(0, RequestHints(), tenant_of(None, "a"))
+        found = [
+            own.outlook(0, at, lambda start, at=at: text[start:at], FULL_LENGTH)  # type: ignore[misc]
+            for at in range(8, 100, 2)
+        ]
+        assert all(1 <= look.length <= look.rows <= 1 + WIDTH for look in found)
+        return [look.length for look in found]
+
+    always_right = looks([1, 2, 3, 4] * 30)
+    often_wrong = looks([1, 2, 3, 4, *[1, 2, 9, 4, 1, 2, 8, 4, 1, 2, 7, 4] * 9])
+    assert always_right[-1] > always_right[0] + 5
+    assert max(often_wrong[-8:]) < max(always_right)

@@ -8,9 +8,9 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
-from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 256
 SCALE = DIM**-0.5

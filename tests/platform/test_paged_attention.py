@@ -6,10 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whiflash_kernels.reference import grouping
-
-from whiflash_sglang.platform import paged_attention
-from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
+from whiflash_kernels.reference import grouping, paged_attention
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 SLOTS = 512
 HEAD_DIM = 16

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.platform import spec_ops, spec_trees
-from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 
 def random_parents(rng: random.Random, width: int) -> list[int]:

@@ -28,9 +28,25 @@ ARMS = (
     "lookup+forms",
     "lookup+memory",
     "lookup+forms+memory",
+    "lookup+tools",
+    "together",
 )
 LINE = "    return self.value + 1"
 SOURCE = f"class A:\n{LINE}\n"
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": parameters}}
+    for name, parameters in (
+        (
+            "write",
+            {
+                "type": "object",
+                "properties": {"path": {"type": "string"}, "text": {"type": "string"}},
+                "required": ["path", "text"],
+            },
+        ),
+        ("done", {"type": "object", "properties": {}}),
+    )
+]
 WRITE = call("write", json.dumps({"path": "new.py", "text": f"# new\n{LINE.strip()}\n"}))
 
 
@@ -49,7 +65,7 @@ def renderer(tokenizer: PreTrainedTokenizerBase) -> Renderer:
     return Renderer(tokenizer, (embedded_bundle() / "chat_template.jinja").read_text())
 
 
-def spoken(name: str = "one") -> Conversation:
+def spoken(name: str = "one", tools: object = None) -> Conversation:
     messages = [
         {"role": "system", "content": "Help."},
         {"role": "user", "content": f"Mend this:\n{SOURCE}"},
@@ -59,7 +75,7 @@ def spoken(name: str = "one") -> Conversation:
         {"role": "tool", "content": "written"},
         {"role": "assistant", "content": "Done. I will."},
     ]
-    return conversation("here", name, "agents", messages)
+    return conversation("here", name, "agents", messages, tools)
 
 
 def texts_of(turn: Turn, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -184,9 +200,24 @@ def test_a_kept_text_drafts_what_a_fresh_one_does(renderer: Renderer, name: str)
             return self.arm.propose(limit)
 
     make = arms_of(Lookup(), renderer.vocabulary)[name]
-    turns = [turn for one in (spoken("one"), spoken("two")) for turn in renderer.turns(one)]
+    turns = [turn for one in (spoken("one", TOOLS), spoken("two")) for turn in renderer.turns(one)]
     done = walk(turns, {"kept": make(), "fresh": Fresh(make())}, {})
     assert done.tallies["kept"] == done.tallies["fresh"]
+
+
+def test_calls_are_sketched_from_the_tools_that_were_offered(renderer: Renderer) -> None:
+    """Inside calls that nothing constrains, and nowhere else; without tools the arm copies as it would alone."""
+    make = arms_of(Lookup(), renderer.vocabulary)
+    for tools in (TOOLS, None):
+        turns = list(renderer.turns(spoken("one", tools)))
+        done = walk(turns, {name: make[name]() for name in (PLAIN, "lookup+tools")}, {})
+        rounds = {
+            name: {cell.kind: round(tally.rounds, 6) for cell, tally in tallies.items() if cell.turns == 2}
+            for name, tallies in done.tallies.items()
+        }
+        assert (sum(rounds["lookup+tools"].values()) < 0.8 * sum(rounds[PLAIN].values())) == bool(tools)
+        assert rounds["lookup+tools"][CALL] < rounds[PLAIN][CALL] or not tools
+        assert (rounds["lookup+tools"] == rounds[PLAIN]) == (not tools)
 
 
 def test_the_benchmark(target: Path, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.routing.assign import Dwell, assign, expected_rate
+from whiflash_sglang.routing.signals import Outlook
 
 ARMS = ("ar", "diffusion", "lookup")
+NOTHING_TOLD: list[dict[str, Outlook]] = [{}]
 
 
 @dataclass
@@ -57,6 +59,17 @@ def test_drafting_comes_back_when_it_pays() -> None:
     assert assign(scores, FixedCosts()) == ["ar"] * 4
 
 
+def test_an_arm_that_says_how_many_rows_it_would_verify_is_charged_for_these() -> None:
+    """Whatever its requests verified before: 12 rows would not pay here."""
+    scores = [{"lookup": 1.2, "none": 1.0}]
+    assert assign(scores, FixedCosts()) == ["none"]
+    assert assign(scores, FixedCosts(), told=[{"lookup": Outlook(1.2, 2)}]) == ["lookup"]
+    assert assign(scores, FixedCosts(), ["none"], Dwell(), [{"lookup": Outlook(1.2, 2)}]) == ["lookup"]
+    both = [{"ar": 2.0, "lookup": 2.0, "none": 1.0}] * 2
+    told = [{"lookup": Outlook(2.0, 3)}, {"lookup": Outlook(2.0, 40)}]
+    assert assign(both, FixedCosts(draft_seconds={"ar": 0.0, "lookup": 0.0}), told=told) == ["lookup", "ar"]
+
+
 def test_margin_keeps_the_previous_routes() -> None:
     scores = [{"ar": 2.00, "diffusion": 1.80, "none": 1.0}]
     costs = FixedCosts(
@@ -92,8 +105,8 @@ def test_no_single_change_of_one_request_is_better(scores: list[dict[str, float]
     """The result is at least a local optimum, and at least as good as each static choice."""
     costs = FixedCosts()
     routes = assign(scores, costs)
-    rate = expected_rate(scores, routes, costs)
+    rate = expected_rate(scores, routes, costs, NOTHING_TOLD * len(scores))
     for arm in (*ARMS, "none"):
         static = [arm if arm in s else "none" for s in scores]
-        assert rate >= expected_rate(scores, static, costs) * (1 - 1e-9)
+        assert rate >= expected_rate(scores, static, costs, NOTHING_TOLD * len(scores)) * (1 - 1e-9)
     assert all(route in s for route, s in zip(routes, scores, strict=True))

@@ -68,6 +68,36 @@ def test_what_a_copy_must_bring_where_nothing_is_priced(
     assert controller.must_beat(ROW, arms.LOOKUP, arms.LOOKUP) == -math.inf, "it has the place already"
 
 
+def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:
+    """As soon as it is known, and once; after a retraction the prefill has sampled another one."""
+    hints = RequestHints(spans=(SpanHint("tool_call", "<c>", "</c>"),))
+    controller = Controller(RandomPolicy(), MeasuredCosts(lambda arm: 4), [b"<c", b">", b"x"])
+
+    def kind(lane: Lane) -> str | None:
+        return lane.span.kind if lane.span else None
+
+    for before in ([], [2, 2]):
+        known = list(before)
+        controller.open(ROW, "r", hints, before)
+        lane = controller.lanes[ROW]
+        lane.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
+        for token in (0, 1):
+            known.append(token)
+            for _ in range(2):
+                lane.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
+            if token:
+                lane.committed("ar", [token])
+            assert kind(lane) == (None, "tool_call")[token]
+    controller.open(ROW, "r", hints, [])
+    lane = controller.lanes[ROW]
+    lane.committed("ar", [1, 2])
+    lane.begin(lambda start: [0, 1, 2, 1][start:])
+    assert lane.tracker is not None
+    assert lane.tracker.length == 2, (
+        "a round was learned first, so what it began behind has no place any more"
+    )
+
+
 def test_dwell_counts_the_rounds_of_an_arm_in_a_row() -> None:
     lane = Lane("r")
     found = []

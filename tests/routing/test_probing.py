@@ -7,7 +7,7 @@ import pytest
 
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.probes import FIRST_PROBE, HOPELESS, PROBE_ROUNDS
-from whiflash_sglang.routing.signals import Signals
+from whiflash_sglang.routing.signals import Outlook, Signals
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -85,6 +85,20 @@ def test_whoever_went_without_it_longest_tries_it() -> None:
     turns = [index for _, index in tried]
     assert turns[:3] == [0, 1, 2]
     assert max(turns.count(index) for index in range(3)) - min(turns.count(index) for index in range(3)) <= 1
+
+
+def test_what_says_what_it_expects_is_never_tried() -> None:
+    """It learns from every round. Another request's arm of that name, which says nothing yet, is tried like any."""
+    policy, tells = AutoPolicy(), {"diffusion": Outlook(1.1, 2)}
+    for number in range(1, 3000):
+        signals = Signals(10, BOTH, rounds=number, last={"ar": number - 1}, expected=tells)
+        assert not policy.probe([signals], lambda _: 0)
+        policy.observe("diffusion", signals, 9)
+    assert policy.estimator.rounds("diffusion") == 0
+    later = [
+        policy.probe([signals, in_use("ar", 3000 + more)], lambda _: 0) for more in range(FIRST_PROBE + 1)
+    ]
+    assert later == [{}] * FIRST_PROBE + [{1: "diffusion"}]
 
 
 def test_who_uses_an_arm_does_not_try_it() -> None:

@@ -13,22 +13,23 @@ import pytest
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints
 
-WIDTHS = {"ar": 6, "diffusion": 8, "lookup": 8, "none": 1}
+WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
 ACCEPTED = {"ar": 3, "diffusion": 3, "none": 1}
 NOISE = 0.2
-STAGES = ("draft", "verify", "catch_up", "gap")
+STAGES = ("draft", "verify", "catch_up", "gap", "look")
 
 
 class Machine:
     """One server, one endless request. seconds: of a draft by arm; slower: factor on every stage."""
 
     def __init__(self, noise: float = NOISE, seed: int = 0) -> None:
-        self.seconds = {"ar": 0.005, "diffusion": 0.012, "lookup": 0.0001}
+        self.seconds = {"ar": 0.005, "diffusion": 0.012}
         self.slower = 1.0
-        self.copies: float | None = None
-        self.costs = MeasuredCosts(WIDTHS.__getitem__)
+        self.copies: Outlook | None = None
+        self.costs = MeasuredCosts(lambda arm: WIDTHS.get(arm, 17))
         self.controller = Controller(AutoPolicy(), self.costs, [b"a"])
         self.controller.open(0, "r", RequestHints(), [0])
         self._rng, self._noise = random.Random(seed), noise
@@ -45,22 +46,25 @@ class Machine:
     def round(self, stall: str | None = None) -> str:
         """One round; `stall`: the stage that takes ten seconds longer."""
         late = {stage: 10.0 * (stage == stall) for stage in STAGES}
-        outlook: dict[str, float | None] = {"ar": None, "diffusion": None}
+        outlook: dict[str, Outlook | None] = {"ar": None, "diffusion": None}
         if self.copies is not None:
             outlook["lookup"] = self.copies
         (arm,) = self.controller.route([0], [10], [outlook])
         drafting = 0.0
-        if arm != "none":
+        if arm in self.seconds:
             drafting = self.took(self.seconds[arm]) + late["draft"]
             catch_up = self.took(0.001) + late["catch_up"]
             self.costs.drafted(arm, 1, passes=5, seconds=drafting, catch_up=catch_up)
             drafting += catch_up
-        verifying = self.took(0.030 + 0.0006 * WIDTHS[arm]) + late["verify"]
-        self.costs.verified(WIDTHS[arm], 1, verifying)
-        tokens = ACCEPTED.get(arm) or round(self.copies or 1)
+        # Who copies looked before, as in every round, whoever drafts: that is no drafting, but the rest of the round.
+        copied = self.copies or Outlook(1, 1)
+        rows = WIDTHS.get(arm, copied.rows)
+        verifying = self.took(0.030 + 0.0006 * rows) + 0.0001 * self.slower + late["verify"] + late["look"]
+        self.costs.verified(rows, 1, verifying)
+        tokens = ACCEPTED.get(arm) or round(copied.length)
         self.costs.committed(tokens, drafting + verifying, gap=self.took(0.004) + late["gap"])
         lane = self.controller.lanes[0]
-        self.controller.committed(lane, lane.decision, arm, [0] * tokens, WIDTHS[arm])
+        self.controller.committed(lane, lane.decision, arm, [0] * tokens, rows)
         return arm
 
     def rounds(self, count: int) -> Counter[str]:
@@ -103,15 +107,42 @@ def test_ten_seconds_at_the_start_of_an_arm(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ten_seconds_of_a_copy(seed: int) -> None:
-    """What an arm expects of itself does not keep it from being timed again."""
+@pytest.mark.parametrize("stall", ["look", "verify", "gap"])
+@pytest.mark.parametrize("before", [0, 5, 200])
+def test_ten_seconds_of_a_copy(before: int, stall: str, seed: int) -> None:
+    """Nothing that a copy takes is its own price, so nothing can make it look dear: it needs no probe."""
     machine = Machine(seed=seed)
-    machine.copies = 9.0
-    machine.rounds(5)
-    while machine.round("draft") != "lookup":
+    machine.copies = Outlook(9.0, 9)
+    machine.rounds(before)
+    while machine.round(stall) != "lookup":
         pass
     machine.rounds(50)
     assert machine.rounds(300)["lookup"] >= 290
+    assert machine.costs.draft("lookup", 1) == 0
+    assert machine.costs.timings("lookup") == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_that_bring_little_are_never_tried(seed: int) -> None:
+    """Ten thousand rounds: what they would have brought is known from each of them."""
+    machine = Machine(seed=seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.copies = Outlook(1.2, 12)
+    assert machine.rounds(10_000)["lookup"] == 0
+    machine.copies = Outlook(9.0, 12)
+    assert machine.rounds(20)["lookup"] >= 18, "the first round that promises much is theirs"
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("longest", [0, 300])
+def test_a_short_copy_is_priced_by_its_own_rows(longest: int, seed: int) -> None:
+    """Before any copy, and after hundreds of the widest: three tokens in four rows beat three in six and a draft."""
+    machine = Machine(seed=seed)
+    machine.profile({"ar": 1.0, "diffusion": 1.0})
+    machine.copies = Outlook(9.0, 17)
+    machine.rounds(longest)
+    machine.copies = Outlook(2.9, 4)
+    assert machine.rounds(300)["lookup"] >= 285
 
 
 @pytest.mark.parametrize("seed", range(5))

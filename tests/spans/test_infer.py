@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from whiflash_sdk import Hints, Span, presets
+from whiflash_sdk import Hints, Span
 from whiflash_sdk import hints as sdk_hints
 
 from whiflash_sglang.spans import hints as server_hints
@@ -55,14 +55,6 @@ def test_parsers_mark_their_formats(
     tool_parser: str | None, reasoning_parser: str | None, text: str, expected: list[str | None]
 ) -> None:
     assert walk(infer_spans(tool_parser, reasoning_parser, True, None, False), text) == expected
-
-
-def test_parser_names_are_sglangs() -> None:
-    names = pytest.importorskip("sglang.srt.function_call.parser_names")
-    reasoning = pytest.importorskip("sglang.srt.parser.reasoning_parser_names")
-    assert set(presets.TOOL_CALL_PARSERS) <= set(names.TOOL_CALL_PARSER_NAMES)
-    assert set(presets.REASONING_PARSERS) <= set(reasoning.REASONING_PARSER_NAMES)
-    assert set(presets.REASONING_PARSERS) >= presets.OPENS_REASONING
 
 
 def test_both_sides_share_words_and_bounds() -> None:

@@ -7,10 +7,13 @@ import pytest
 from structure_grammars import Grammars
 
 from whiflash_sglang.config import Structure
-from whiflash_sglang.drafters.structure import NOTHING, StructureArm
+from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_sglang.routing.signals import NOTHING_AHEAD
 from whiflash_sglang.spans.hints import LookupScope, RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.matchers import Encode, Matcher
 
@@ -66,7 +69,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
         told.tell(tokens[:1])
         expected = []
         for token in [*tokens[1:], *vocabulary.encode("k")]:
-            expected.append(arm.outlook(row, len(told.text) - 1, told.history))
+            expected.append(arm.outlook(row, len(told.text) - 1, told.history, FULL_LENGTH).length)
             told.tell([token])
         arm.release(row)
         return expected[0]
@@ -76,7 +79,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
 
 def test_it_learns_from_what_others_draft(play: Any) -> None:
     first = play(MINE)
-    assert first > NOTHING + 4
+    assert first > 5
     for _ in range(30):
         last = play(MINE)
     assert last > first
@@ -100,7 +103,7 @@ def test_a_released_request_leaves_nothing(arm: StructureArm, play: Any) -> None
     play(MINE)
     assert not arm._requests
     assert not arm.serves(1)
-    assert arm.outlook(1, 3, lambda start: []) == NOTHING
+    assert arm.outlook(1, 3, lambda start: [], FULL_LENGTH) == NOTHING_AHEAD
 
 
 def test_nothing_is_proposed_while_rounds_are_under_way(
@@ -110,8 +113,8 @@ def test_nothing_is_proposed_while_rounds_are_under_way(
     told = Told(grammars, vocabulary)
     arm.begin(1, RequestHints(), MINE, None, told)
     told.tell(vocabulary.encode(told.matcher(vocabulary.encode).forced())[:1])
-    assert arm.outlook(1, len(told.text) - 1, told.history) > NOTHING
-    assert arm.outlook(1, len(told.text) + 2, told.history) == NOTHING
+    assert arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH).length > 1
+    assert arm.outlook(1, len(told.text) + 2, told.history, FULL_LENGTH) == NOTHING_AHEAD
 
 
 def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
@@ -121,3 +124,12 @@ def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
         chances.observe(Kind.EDGE, right=False)
     after = [chances.of(kind) for kind in Kind]
     assert [kind for kind in Kind if after[kind] != before[kind]] == [Kind.EDGE]
+
+
+def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
+    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
+) -> None:
+    tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
+    arm.begin(1, tools, MINE, None, Told(grammars, vocabulary))
+    arm.begin(2, tools, MINE)
+    assert (arm.source(1), arm.source(2)) == ("grammar", "tools")

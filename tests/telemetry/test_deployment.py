@@ -53,6 +53,7 @@ def test_wrong_thresholds_are_seen(tmp_path: Path) -> None:
         ("< 0.1\n", "< 0.01\n"),
         ("> 0.98", "> 1.98"),
         ("> 0.25", "> 0.5"),
+        ("(sglang:whiflash_quarantined) == 1", "(sglang:whiflash_quarantined) == 2"),
         ("[5m])) == 0", "[5m])) < 0"),
         ('(sglang:whiflash_policy{policy="none"}) == 1', '(sglang:whiflash_policy{policy="none"}) == 2'),
         ("(sglang:whiflash_info)) > 1", "(sglang:whiflash_info)) > 2"),

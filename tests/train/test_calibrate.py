@@ -10,9 +10,9 @@ import torch
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.train.bundle import install_router, update_manifest
-from whiflash_sglang.train.calibrate import choices_above, frame, sweep
-from whiflash_sglang.train.replay import Replay
-from whiflash_sglang.train.round_costs import parse_round_costs
+from whiflash_sglang.train.judging.calibrate import choices_above, frame, sweep
+from whiflash_sglang.train.judging.replay import Replay
+from whiflash_sglang.train.judging.round_costs import parse_round_costs
 
 SECONDS = {"eagle3": 2.0, "dflash": 1.0}
 
@@ -20,7 +20,7 @@ SECONDS = {"eagle3": 2.0, "dflash": 1.0}
 def answer(eagle3: list[int], dflash: list[int], category: str = "chat") -> Replay:
     size = len(eagle3)
     accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), "lookup": np.zeros(size, int)}
-    return Replay("a", category, accepted, torch.zeros(size, 2), size, np.zeros(size), np.zeros(size, bool))
+    return Replay("a", category, accepted, torch.zeros(size, 2), size, *np.zeros((3, size)))
 
 
 def test_rates_by_hand() -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_sglang.train.controlled import Known, Lag, Prices, auto_choices
-from whiflash_sglang.train.evaluate import RouterWalk, tabulate
-from whiflash_sglang.train.replay import JOINED, Replay
+from whiflash_sglang.train.judging.controlled import Known, Lag, Prices, auto_choices
+from whiflash_sglang.train.judging.evaluate import RouterWalk, tabulate
+from whiflash_sglang.train.judging.replay import JOINED, Replay
 
 PRICES = Prices.of_two_cores(eagle_steps=5, block_size=8)
 SIZE = 240
@@ -18,7 +18,9 @@ def answer(eagle3: int, dflash: int, copied: int = 0, loop_from: int = SIZE) -> 
     lengths = {**drafted, **{JOINED[arm]: length for arm, length in drafted.items()}, "lookup": copied}
     accepted = {arm: np.full(SIZE, length) for arm, length in lengths.items()}
     copies = np.full(SIZE, float(copied))
-    return Replay("a", "chat", accepted, torch.zeros(SIZE, 2), loop_from, copies, copies > 0)
+    return Replay(
+        "a", "chat", accepted, torch.zeros(SIZE, 2), loop_from, copies, copies > 0, copies.astype(int)
+    )
 
 
 def most_used(choices: dict[int, str]) -> str:
@@ -58,7 +60,10 @@ def taking_turns() -> tuple[Replay, Known]:
     drafted = {"eagle3": np.where(even, 4, 0), "dflash": np.where(even, 0, 4)}
     joined = {JOINED[arm]: lengths for arm, lengths in drafted.items()}
     accepted = {**drafted, **joined, "lookup": np.zeros(SIZE, int)}
-    replay = Replay("a", "chat", accepted, torch.zeros(SIZE, 2), SIZE, np.zeros(SIZE), np.zeros(SIZE, bool))
+    nothing = np.zeros(SIZE)
+    replay = Replay(
+        "a", "chat", accepted, torch.zeros(SIZE, 2), SIZE, nothing, nothing > 0, nothing.astype(int)
+    )
     heads = [[4.0, 4.0, 0.0] if first else [-4.0, 0.0, 4.0] for first in even]
     return replay, Known([0.0] * SIZE, heads)
 

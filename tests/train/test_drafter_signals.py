@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_sglang.train.replay import LOOKUP, Replay
-from whiflash_sglang.train.signals import ALWAYS, judge, running_means, signals_of, signals_table
+from whiflash_sglang.train.judging.replay import LOOKUP, Replay
+from whiflash_sglang.train.judging.signals import ALWAYS, judge, running_means, signals_of, signals_table
 
 SIZE = 24
 
@@ -14,7 +14,9 @@ def answer(eagle3: list[int], dflash: list[int], loop_from: int = SIZE) -> Repla
     lengths = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), LOOKUP: np.zeros(SIZE, np.int64)}
     expected = {"eagle3": np.array(eagle3, np.float64), "dflash": np.full(SIZE, 0.5)}
     none = np.zeros(SIZE)
-    return Replay("a", "chat", lengths, torch.zeros(SIZE, 2), loop_from, none, none > 0, expected)
+    return Replay(
+        "a", "chat", lengths, torch.zeros(SIZE, 2), loop_from, none, none > 0, none.astype(int), expected
+    )
 
 
 def test_a_signal_that_knows_recovers_the_whole_gain_and_one_that_does_not_none() -> None:

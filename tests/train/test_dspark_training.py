@@ -24,17 +24,17 @@ from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.train.batches import Batch, unpack
+from whiflash_sglang.train.answers.store import Sequence as Stored
+from whiflash_sglang.train.answers.store import SequenceRecord
 from whiflash_sglang.train.bundle import assemble
 from whiflash_sglang.train.config import DSpark, TrainConfig, load_config
-from whiflash_sglang.train.dspark import DSparkTraining, dynamic_weights, go_on_from, initialise
-from whiflash_sglang.train.evaluation import EvaluationSettings, Hardware, evaluate_bundle
-from whiflash_sglang.train.pair import Pair, Parts
-from whiflash_sglang.train.replay import replay_drafters
-from whiflash_sglang.train.runner import train_dspark, train_eagle3
-from whiflash_sglang.train.signals import ALWAYS
-from whiflash_sglang.train.store import Sequence as Stored
-from whiflash_sglang.train.store import SequenceRecord
+from whiflash_sglang.train.drafters.batches import Batch, unpack
+from whiflash_sglang.train.drafters.dspark import DSparkTraining, dynamic_weights, go_on_from, initialise
+from whiflash_sglang.train.drafters.runner import train_dspark, train_eagle3
+from whiflash_sglang.train.judging.evaluation import EvaluationSettings, Hardware, evaluate_bundle
+from whiflash_sglang.train.judging.pair import Pair, Parts
+from whiflash_sglang.train.judging.replay import replay_drafters
+from whiflash_sglang.train.judging.signals import ALWAYS
 
 SETTINGS = DSpark(
     target_layers=[1, 3, 4],

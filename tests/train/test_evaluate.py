@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.evaluate import (
+from whiflash_sglang.train.judging.evaluate import (
     ORACLE,
     ORACLE_OF_THREE,
     RouterWalk,
@@ -16,8 +16,8 @@ from whiflash_sglang.train.evaluate import (
     tabulate,
     walk,
 )
-from whiflash_sglang.train.pair import ARMS
-from whiflash_sglang.train.replay import ALL_ARMS, LOOKUP, Replay
+from whiflash_sglang.train.judging.pair import ARMS
+from whiflash_sglang.train.judging.replay import ALL_ARMS, LOOKUP, Replay
 
 
 def answer(
@@ -31,7 +31,9 @@ def answer(
     copied = np.array(lookup or [0] * size)
     accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), LOOKUP: copied}
     end = size if loop_from is None else loop_from
-    return Replay("a", category, accepted, torch.zeros(size, 2), end, copied.astype(float), copied > 0)
+    return Replay(
+        "a", category, accepted, torch.zeros(size, 2), end, copied.astype(float), copied > 0, copied
+    )
 
 
 def test_a_walk_by_hand() -> None:

@@ -9,9 +9,9 @@ from tiny_models import tiny_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.train.generate import Answer, Generator, GroupShape
-from whiflash_sglang.train.grammar import GrammarMasks, GrammarSpec
-from whiflash_sglang.train.prompts import PromptRow
+from whiflash_sglang.train.answers.generate import Answer, Generator, GroupShape
+from whiflash_sglang.train.answers.grammar import GrammarMasks, GrammarSpec
+from whiflash_sglang.train.answers.prompts import PromptRow
 
 CAPTURE = [1, 3]
 NEW = 20

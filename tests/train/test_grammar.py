@@ -8,7 +8,7 @@ import xgrammar
 from tiny_models import tiny_target
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from whiflash_sglang.train.grammar import (
+from whiflash_sglang.train.answers.grammar import (
     GrammarMasks,
     GrammarSpec,
     response_format_grammar,

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.loops import MAX_PERIOD, MIN_REPEATS, MIN_SPAN, loop_start
+from whiflash_sglang.train.answers.loops import MAX_PERIOD, MIN_REPEATS, MIN_SPAN, loop_start
 
 
 def test_a_repeated_phrase_is_cut_after_its_first_pass() -> None:

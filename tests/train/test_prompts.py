@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_sglang.train.prompts import balanced, read_rows
+from whiflash_sglang.train.answers.prompts import balanced, read_rows
 
 
 def rows(**counts: int) -> list[dict[str, object]]:

@@ -15,7 +15,7 @@ from whiflash_sglang.bench.profile import profile
 from whiflash_sglang.bench.prompts import Prompt
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.models.router import Router
-from whiflash_sglang.train.round_costs import measure
+from whiflash_sglang.train.judging.round_costs import measure
 
 pytestmark = pytest.mark.server
 

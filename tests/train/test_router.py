@@ -12,10 +12,10 @@ from whiflash_kernels import router_mlp
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 from whiflash_sglang.train.config import RouterTraining
-from whiflash_sglang.train.evaluation import router_choices
-from whiflash_sglang.train.plots import plot_calibration
-from whiflash_sglang.train.replay import Replay
-from whiflash_sglang.train.router import (
+from whiflash_sglang.train.judging.evaluation import router_choices
+from whiflash_sglang.train.judging.replay import Replay
+from whiflash_sglang.train.router.plots import plot_calibration
+from whiflash_sglang.train.router.regression import (
     RouterData,
     calibration_bins,
     fit,
@@ -169,7 +169,7 @@ def answer(name: str) -> Replay:
         "dflash": np.array([1, 2, 1, 0]),
         "lookup": np.zeros(4, int),
     }
-    return Replay(name, "chat", accepted, torch.randn(4, HIDDEN), 3, np.zeros(4), np.zeros(4, bool))
+    return Replay(name, "chat", accepted, torch.randn(4, HIDDEN), 3, *np.zeros((3, 4)))
 
 
 def test_data_and_choices_follow_the_replay() -> None:

@@ -17,12 +17,15 @@ from typer.testing import CliRunner
 from whiflash_sglang import train
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.train import store
-from whiflash_sglang.train.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.answers import store
+from whiflash_sglang.train.answers.copies import next_logits
+from whiflash_sglang.train.answers.data import generate_data, load_target
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_sglang.train.config import TrainConfig, load_config
-from whiflash_sglang.train.copies import next_logits
-from whiflash_sglang.train.data import generate_data, load_target
-from whiflash_sglang.train.evaluation import (
+from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.runner import open_stores, train_dflash, train_dspark, train_eagle3
+from whiflash_sglang.train.judging.evaluation import (
     EvaluationSettings,
     Hardware,
     evaluate_bundle,
@@ -30,10 +33,7 @@ from whiflash_sglang.train.evaluation import (
     write_picture,
 )
 from whiflash_sglang.train.provenance import digest_of
-from whiflash_sglang.train.router_run import choose_answers
-from whiflash_sglang.train.runner import open_stores, train_dflash, train_dspark, train_eagle3
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord
-from whiflash_sglang.train.tokens import Exported, export_tokens, rebuild_features
+from whiflash_sglang.train.router.run import choose_answers
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 

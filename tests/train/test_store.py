@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 
 
 def record(name: str, length: int) -> SequenceRecord:

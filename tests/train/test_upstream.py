@@ -19,13 +19,13 @@ from whiflash_sglang.cli.train import resolve_config
 from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.train.answers.data import generate_data
+from whiflash_sglang.train.answers.store import Sequence as Stored
+from whiflash_sglang.train.answers.store import SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
-from whiflash_sglang.train.data import generate_data
-from whiflash_sglang.train.pair import ARMS, Pair, Parts
-from whiflash_sglang.train.replay import Rounds, replay_drafters
-from whiflash_sglang.train.runner import train_dflash, train_eagle3
-from whiflash_sglang.train.store import Sequence as Stored
-from whiflash_sglang.train.store import SequenceRecord
+from whiflash_sglang.train.drafters.runner import train_dflash, train_eagle3
+from whiflash_sglang.train.judging.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.judging.replay import Rounds, replay_drafters
 
 STEPS = 5
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, History
+from whiflash_sglang.routing.costs import Worth
 
 ARM = "oracle"
 
@@ -45,11 +46,10 @@ class OracleArm(Drafter):
         """`output` may follow `prompt`; where several texts do, one of them is drafted."""
         self._texts.append([*prompt, *output])
 
-    def outlook(self, row: int, length: int, history: History) -> float | None:
+    def outlook(self, row: int, length: int, history: History, worth: Worth) -> None:
         known = list(history(0))
         texts = [text for text in self._texts if text[: len(known)] == known]
         self._ahead[row] = self._random.choice(texts)[len(known) :] if texts else []
-        return None
 
     def draft(self, batch: DraftBatch) -> Drafts:
         counts = list(batch.limits)

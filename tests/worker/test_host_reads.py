@@ -14,7 +14,7 @@ from host_reads import HostReads, Launches
 from model_set import Models
 from whiflash_kernels.dispatch import backend_for
 
-MOST_BETWEEN = 6
+MOST_BETWEEN = 4
 """Operators between kernels and models, of a round with all four routes: launches, where they are no graph.
 
 A ratchet, to be lowered and never raised; where reading is free the host asks two more.

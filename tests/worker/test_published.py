@@ -145,8 +145,11 @@ def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pyte
         published = {
             labels: value for (name, labels), value in found.values.items() if name == "cost_seconds"
         }
-        for arm in e.worker.drafters:
-            assert published["draft", arm] == costs.draft(arm, 1) > 0
+        for arm, drafter in e.worker.drafters.items():
+            assert published["draft", arm] == costs.draft(arm, 1)
+            assert (published["draft", arm] > 0) == drafter.keeps_kv, (
+                "what only looks has no price of its own"
+            )
         whole = published["verify", ""] + published["between", ""]
         assert whole == pytest.approx(costs.verify(1, 1))
         assert costs.verify(4, 1) == pytest.approx(whole + 3 * published["verify_draft", ""])

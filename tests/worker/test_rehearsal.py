@@ -88,10 +88,13 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
         monkeypatch.undo()
         promised()
         held: dict[int, int] = {}
+        alive: list[torch.Tensor] = []  # so that no address is used twice
         capture = CapturedPass.__init__
 
         def noting(self: Any, name: str, body: Any, inputs: Any, sizes: Any, recorder: Any) -> None:
-            held.update({t.tensor.data_ptr(): t.tensor.nbytes for t in inputs})
+            kept = [each for t in inputs for each in (t.tensor, t.padding) if each is not None]
+            held.update({tensor.data_ptr(): tensor.nbytes for tensor in kept})
+            alive.extend(kept)
             capture(self, name, body, inputs, sizes, recorder)
 
         monkeypatch.setattr(CapturedPass, "__init__", noting)

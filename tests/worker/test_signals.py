@@ -7,7 +7,7 @@ import pytest
 from engine import engine
 from model_set import Models
 
-from whiflash_sglang import learning, worker
+from whiflash_sglang import learning
 
 ROUNDS = 40
 
@@ -32,9 +32,9 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
         while not e.requests["a"].finished():
             e.step()
             known = [lane.entropy for lane in e.worker.controller.lanes.values()]
-            assert len(read) < worker.PLAIN_ENTROPY_ROUNDS or not any(math.isnan(x) for x in known)
+            assert len(read) < learning.PLAIN_ENTROPY_ROUNDS or not any(math.isnan(x) for x in known)
     rounds = e.worker.clock.rounds
     if arm == "ar":
         assert len(read) >= rounds - 1
     else:
-        assert len(read) == math.ceil(rounds / worker.PLAIN_ENTROPY_ROUNDS)
+        assert len(read) == math.ceil(rounds / learning.PLAIN_ENTROPY_ROUNDS)

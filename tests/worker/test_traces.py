@@ -64,6 +64,9 @@ def check(recording: Recording, req: Any) -> None:
     assert trace["tokens"] == len(written) == tokens - 1 - req.retraction_count
     for arm in trace["arms"].values():
         assert arm["accepted"] == arm["tokens"] - arm["rounds"] <= arm["proposed"]
+    for name in ("proposed", "accepted"):
+        by_source = sum(source[name] for source in trace.get("sources", {}).values())
+        assert by_source == sum(arm[name] for arm in trace["arms"].values()), "each draft is of one source"
 
 
 def test_only_who_asked_has_a_trace(traced: Engine, sent: Sent) -> None:

@@ -61,18 +61,18 @@ def launcher(
 ) -> Server:
     """A server with as many threads as every other, among all its ranks, forked by `host` where there is one.
 
-    A checkout's server is a process of its own: what `host` has imported is this one's. It runs in the checkout's own
-    environment (`.venv`) where there is one, which its entry points may need, else from its sources in this one.
+    A checkout's server is a process of its own: what `host` has imported is this one's. It runs from the checkout's
+    sources: they go before what `PYTHONPATH` names, and the working directory, which may be this checkout, is left out.
+    Its environment is the checkout's own (`.venv`) where there is one, which its entry points may need, else this one.
     """
     env = environment(arguments)
     if checkout is None:
         return Server(arguments, host=host, log=log, env=env)
-    python = checkout / ".venv" / "bin" / "python"
-    if python.is_file():
-        return Server(arguments, log=log, env=env, python=python)
     sources = [str(checkout / part) for part in ("", "kernels", "sdk")]
     env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return Server(arguments, log=log, env=env)
+    env["PYTHONSAFEPATH"] = "1"
+    python = checkout / ".venv" / "bin" / "python"
+    return Server(arguments, log=log, env=env, python=python if python.is_file() else None)
 
 
 class Fleet:

@@ -4,7 +4,7 @@ Ties the watermarks (what is due), the rings (what was parked) and the drafters 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from whiflash_kernels import DraftInputs
 from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Watermarks
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.graphs import CapturedPass, Recorder, StaticInput, doubling
+from whiflash_sglang.quarantine import Quarantine
 
 FEWEST_ROWS = 4
 """Of a captured catch-up: a pass over fewer costs what one over so many does."""
@@ -24,12 +25,19 @@ class DraftSync:
     Args:
         drafters: by arm; those that keep KV are synchronised.
         capacity: tokens of a ring. width: columns of one captured row. dtype: of the captured features.
+        quarantine: whoever is in it ingests nothing any more: nobody will draft from it. Default: nobody ever is.
     """
 
     def __init__(
-        self, drafters: Mapping[str, Drafter], capacity: int, width: int, dtype: torch.dtype
+        self,
+        drafters: Mapping[str, Drafter],
+        capacity: int,
+        width: int,
+        dtype: torch.dtype,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._drafters = drafters
+        self._quarantine = quarantine or Quarantine(drafters, alone=False)
         self._capacity, self._width, self._dtype = capacity, width, dtype
         self.arms = tuple(d.arm for d in drafters.values() if d.keeps_kv)
         self.seconds: dict[str, float] = {}
@@ -50,7 +58,8 @@ class DraftSync:
     def captured_bytes(self, requests: int) -> int:
         """What captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
         tails = sum(drafter.tail_width for drafter in self._drafters.values())
-        return requests * (6 * torch.int64.itemsize + tails * self._dtype.itemsize)
+        numbers = 7 + 2 * len(self.arms)  # three of either kind and its padding, the arms' own
+        return requests * (numbers * torch.int64.itemsize + tails * self._dtype.itemsize)
 
     def allocate(self, slot_table: torch.Tensor) -> None:
         """Allocate one ring per row of `slot_table` [rows, ctx] int32 (request row and position → KV slot)."""
@@ -73,8 +82,10 @@ class DraftSync:
             prompt: the batch's packed rows. lengths: tokens of each request with it. rows: [B] request rows.
             last_rows: [B], the last packed row of each.
         """
-        for drafter in self._drafters.values():
-            drafter.catch_up(prompt.of(drafter.features))
+        for arm, drafter in self._drafters.items():
+            if arm not in self._quarantine:
+                with self._quarantine.guard(arm):
+                    drafter.catch_up(prompt.of(drafter.features))
         tails = prompt.positions[last_rows]
         one = torch.ones_like(tails)
         self.rings.park(prompt.features, prompt.next_tokens, rows, tails, one, last_rows, widest=1)
@@ -190,26 +201,45 @@ class DraftSync:
         """
         # Row 0 is nobody's: it has no backlog.
         members = torch.zeros(requests, dtype=torch.int64, device=self._slot_table.device)
-        begins, ends = torch.zeros_like(members), torch.zeros_like(members)
+        begins, ends, nothing = (torch.zeros_like(members) for _ in range(3))
+        inputs = [StaticInput(tensor, nothing) for tensor in (members, begins, ends)]
         for arm in self.arms:
             self._captured[arm] = CapturedPass(
                 f"the catch-up of {arm!r}",
                 partial(self._pass, arm, members, begins, ends),
-                [StaticInput(members, 0), StaticInput(begins, 0), StaticInput(ends, 0)],
+                inputs,
                 doubling(FEWEST_ROWS, rows),
                 recorder,
             )
+
+    def idle(self, arm: str, tokens: int) -> Callable[[], None]:
+        """What ingests `tokens` tokens that nobody has parked, before the first request: to time it."""
+        each = min(tokens, self._capacity)
+        rows = torch.arange(1, -(-tokens // each) + 1, device=self._slot_table.device)
+        begins = torch.zeros_like(rows)
+        ends = (tokens - (rows - 1) * each).clamp(max=each)
+        return partial(self._issue, arm, rows, begins, ends, tokens)
 
     def _ingest(
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
     ) -> None:
         """What the requests in `rows` [B] parked between the watermarks of `arm`, of [arms, B] each."""
+        if arm in self._quarantine:
+            return
         self.caught_up[arm] += most
-        i, captured = self.arms.index(arm), self._captured.get(arm)
+        i = self.arms.index(arm)
+        with self._quarantine.guard(arm):
+            self._issue(arm, rows, begins[i], ends[i], most)
+
+    def _issue(
+        self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """`_pass`, replayed where it was captured."""
+        captured = self._captured.get(arm)
         if captured is not None and captured.holds(len(rows), most):
-            captured.replay(most, rows, begins[i], ends[i])
+            captured.replay(most, rows, begins, ends)
         else:
-            self._pass(arm, rows, begins[i], ends[i], most)
+            self._pass(arm, rows, begins, ends, most)
 
     def _pass(
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int

@@ -78,14 +78,14 @@ def evaluate_command(
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.train.config import Hardware
-        from whiflash_sglang.train.evaluation import (
+        from whiflash_sglang.train.judging.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
             figures_table,
             write_json,
             write_picture,
         )
-        from whiflash_sglang.train.signals import signals_table
+        from whiflash_sglang.train.judging.signals import signals_table
 
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = EvaluationSettings(
@@ -115,7 +115,7 @@ def _evaluate_recorded(
 ) -> None:
     with readable_errors():
         from whiflash_sglang.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
-        from whiflash_sglang.train.evaluation import write_json
+        from whiflash_sglang.train.judging.evaluation import write_json
 
         result = evaluate_recorded(files, RecordedSettings(bundle, limit, about, arms))
         if out is not None:
@@ -156,9 +156,9 @@ def calibrate_command(
 
     with readable_errors():
         load_manifest(bundle)
-        from whiflash_sglang.train.calibration import CalibrationSettings, calibrate
         from whiflash_sglang.train.config import Hardware
-        from whiflash_sglang.train.evaluation import EvaluationSettings, write_json
+        from whiflash_sglang.train.judging.calibration import CalibrationSettings, calibrate
+        from whiflash_sglang.train.judging.evaluation import EvaluationSettings, write_json
 
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = CalibrationSettings(

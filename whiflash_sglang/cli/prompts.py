@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from whiflash_sglang.cli.options import JsonFlag, report
-from whiflash_sglang.train.held_out import USERS
+from whiflash_sglang.train.answers.held_out import USERS
 
 
 def register(train_app: typer.Typer) -> None:
@@ -27,8 +27,8 @@ def split_command(
 
     Example: whiflash train split train_prompts.jsonl eval_prompts.jsonl kept.jsonl
     """
-    from whiflash_sglang.train.held_out import split
-    from whiflash_sglang.train.prompts import read_rows
+    from whiflash_sglang.train.answers.held_out import split
+    from whiflash_sglang.train.answers.prompts import read_rows
 
     rows, evaluated = read_rows(train), read_rows(held_out)
     done = split(rows, evaluated, users)
@@ -71,10 +71,10 @@ def audit_command(
     import torch
 
     from whiflash_sglang.models.target import TargetModel
-    from whiflash_sglang.train.copies import compare_copies, judge
-    from whiflash_sglang.train.data import target_path
-    from whiflash_sglang.train.prompts import read_rows
-    from whiflash_sglang.train.tokens import Exported
+    from whiflash_sglang.train.answers.copies import compare_copies, judge
+    from whiflash_sglang.train.answers.data import target_path
+    from whiflash_sglang.train.answers.prompts import read_rows
+    from whiflash_sglang.train.answers.tokens import Exported
 
     exported = Exported(tokens)
     found = compare_copies(exported)

@@ -64,7 +64,7 @@ def data_command(
             settings = settings.model_copy(
                 update={"data": settings.data.model_copy(update={"shard": _parse_shard(shard)})}
             )
-        from whiflash_sglang.train.data import generate_data
+        from whiflash_sglang.train.answers.data import generate_data
 
         summary = asdict(generate_data(settings))
     report(summary, as_json)
@@ -88,10 +88,10 @@ def features_command(
     """
     with readable_errors():
         settings = resolve_config(config)
-        from whiflash_sglang.train.data import load_target
-        from whiflash_sglang.train.prompts import read_rows
-        from whiflash_sglang.train.store import FeatureStore
-        from whiflash_sglang.train.tokens import rebuild_features
+        from whiflash_sglang.train.answers.data import load_target
+        from whiflash_sglang.train.answers.prompts import read_rows
+        from whiflash_sglang.train.answers.store import FeatureStore
+        from whiflash_sglang.train.answers.tokens import rebuild_features
 
         target = load_target(
             settings.target, settings.chat_template, settings.capture, settings.hardware
@@ -120,8 +120,8 @@ def export_command(
     """
     with readable_errors():
         settings = resolve_config(config)
-        from whiflash_sglang.train.runner import open_stores
-        from whiflash_sglang.train.tokens import export_tokens
+        from whiflash_sglang.train.answers.tokens import export_tokens
+        from whiflash_sglang.train.drafters.runner import open_stores
 
         stores = open_stores(settings)
         if not stores:
@@ -137,8 +137,8 @@ def _drafter_command(name: str) -> Callable[[Path, Path | None, bool], None]:
     def command(config: ConfigOption, start_from: StartFrom = None, as_json: JsonFlag = False) -> None:
         with readable_errors():
             settings = resolve_config(config)
-            from whiflash_sglang.train.data import target_path
-            from whiflash_sglang.train.runner import train_dflash, train_dspark, train_eagle3
+            from whiflash_sglang.train.answers.data import target_path
+            from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
 
             train = {"eagle3": train_eagle3, "dflash": train_dflash, "dspark": train_dspark}[name]
             out = train(settings, target_path(settings.target), start_from)
@@ -176,10 +176,10 @@ def router_command(
     """
     with readable_errors():
         settings = resolve_config(config)
+        from whiflash_sglang.train.answers.data import target_path
         from whiflash_sglang.train.bundle import install_router
-        from whiflash_sglang.train.data import target_path
-        from whiflash_sglang.train.pair import Parts
-        from whiflash_sglang.train.router_run import train_router
+        from whiflash_sglang.train.judging.pair import Parts
+        from whiflash_sglang.train.router.run import train_router
 
         if limit is not None:
             router = settings.router.model_copy(update={"answers": limit})

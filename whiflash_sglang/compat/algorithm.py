@@ -1,5 +1,6 @@
 """WHIFLASH as a speculative algorithm of SGLang's registry."""
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import resolving_view
@@ -96,8 +97,12 @@ def _judge(server_args: Any) -> None:
     check_drafters(settings.drafters, TargetShape.of(launch.model))
 
 
-def register() -> None:
-    """Put WHIFLASH into the registry. Raises ValueError if another plugin took the name."""
+def register(worker: Callable[[], type]) -> None:
+    """Put WHIFLASH into the registry, with what imports the worker's class where one is made.
+
+    Raises:
+        ValueError: another plugin took the name.
+    """
 
     @SpeculativeAlgorithm.register(  # type: ignore[untyped-decorator]
         ALGORITHM, supports_overlap=True, validate_server_args=validate, spec_class=WhiflashAlgorithm
@@ -105,6 +110,4 @@ def register() -> None:
     def worker_class(server_args: Any) -> type:
         # The first thing of ours that a scheduler calls, before it builds anything that is hooked.
         hooks.in_scheduler()
-        from whiflash_sglang.worker import WhiFlashWorker
-
-        return WhiFlashWorker
+        return worker()

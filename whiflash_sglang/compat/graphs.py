@@ -37,6 +37,7 @@ from sglang.srt.speculative.ragged_verify import (
     round_up_grid,
 )
 
+from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.graphs import Recorder
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         return DFlashVerifyInput(
             draft_token=None,
             positions=None,
-            draft_token_num=min(num_tokens, self.widest),
+            draft_token_num=rows_counted(self.model_runner, min(num_tokens, self.widest)),
             capture_hidden_mode=CaptureHiddenMode.FULL,
             ragged_verify_layout=self._capture_ragged_verify_layout(num_tokens),
         )

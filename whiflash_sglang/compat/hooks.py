@@ -13,10 +13,13 @@ from whiflash_sglang.compat import patching
 
 
 def in_launcher(server_args: Any) -> None:
-    """Validation, traces and routes, in the process that serves HTTP; the controller's watch. Idempotent."""
-    from whiflash_sglang.compat import controller, http
+    """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself; the controller's
+    watch. Idempotent.
+    """
+    from whiflash_sglang.compat import controller, http, keys
 
     controller.install()
+    keys.install()
     http.install(server_args)
 
 

@@ -9,13 +9,15 @@ import torch
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_platform
+from sglang.srt.runtime_context import get_platform, get_spec
 
-GRAPH_ATTENTIONS = ("triton", "fa3", "trtllm_mha")
+GRAPH_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
 """What plans a verification of several widths rightly both eagerly and for a captured graph (shown on CPU tensors; no
 GPU has run any of them): `triton` is :class:`whiflash_sglang.compat.triton_backend.RaggedTritonBackend`."""
 CUDA_ATTENTIONS = (*GRAPH_ATTENTIONS, "flashinfer")
 """FlashInfer plans such a verification on the host, so it runs without graphs."""
+PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
+"""What lays the rows of every request out to one width (see `rows_counted`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,16 @@ class Launch:
     def is_set(self, variable: str) -> bool:
         """Whether a switch of SGLang's environment is on."""
         return self.environment.get(variable, "").lower() in ("1", "true", "yes", "y", "t", "on")
+
+
+def rows_counted(runner: Any, widest: int) -> int:
+    """Rows of each request as the attention of `runner` is to count them, where none has more than `widest`.
+
+    TRT-LLM's MLA ends the keys of every request as many positions behind its context as the server's widest block has,
+    and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
+    """
+    names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
+    return int(get_spec().speculative_num_draft_tokens) if names & PADDED_ATTENTIONS else widest
 
 
 def choose(server_args: Any) -> None:

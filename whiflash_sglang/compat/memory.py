@@ -22,9 +22,8 @@ from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import graphs, rehearsal
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.planning import widest_of
 
 
 @dataclass(slots=True)

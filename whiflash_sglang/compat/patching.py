@@ -116,6 +116,18 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_finish_state", ("new_accepted_len",)),
     PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),
     PrivateName("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop"),
+    PrivateName(
+        "sglang.srt.managers.schedule_batch:ScheduleBatch",
+        (
+            "reqs",
+            "forward_mode",
+            "req_pool_indices",
+            "seq_lens",
+            "seq_lens_cpu",
+            "orig_seq_lens",
+            "spec_algorithm",
+        ),
+    ),
     # target and verification
     PrivateName(
         "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
@@ -165,6 +177,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_TRITON}._build_cuda_graph_forward_metadata", ("bs", "forward_mode", "spec_info")),
     PrivateName("sglang.srt.layers.attention.triton_backend:ForwardMetadata", ("qo_indptr",)),
     PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
+    PrivateName("sglang.srt.model_executor.forward_batch_info:ForwardMode.DECODE"),
     PrivateName("sglang.srt.model_executor.forward_batch_info:get_server_return_hidden_states_mode"),
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
@@ -229,6 +242,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_MESSAGES}:AnthropicServing._convert_to_chat_completion_request", ("anthropic_request",)),
     PrivateName(f"{_MESSAGES}:AnthropicServing._error_response", ("status_code", "error_type", "message")),
     PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
+    PrivateName("sglang.srt.entrypoints.http_server:redact_watermark_secrets"),
+    PrivateName("sglang.srt.entrypoints.engine:_server_args_for_logging", ("server_args",)),
     PrivateName("sglang.srt.entrypoints.http_server:auth_level"),
     PrivateName("sglang.srt.entrypoints.http_server:AuthLevel.ADMIN_OPTIONAL"),
     PrivateName(

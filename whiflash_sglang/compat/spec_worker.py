@@ -146,6 +146,10 @@ class RoundBatch:
             return [*req.origin_input_ids[start:], *req.output_ids, *ahead]
         return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
 
+    def answer(self, index: int, start: int) -> Sequence[int]:
+        """The same of its output, from output token `start` on."""
+        return self.history(index, len(self.reqs[index].origin_input_ids) + start)
+
 
 def _lengths(batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]) -> Lengths:
     """n per request: exactly where the attention backend has asked for it, else from what has been processed."""

@@ -15,6 +15,7 @@ from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints import TargetShape
 from whiflash_sglang.compat import graphs
+from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.vocabulary import SharedVocabulary
@@ -138,15 +139,23 @@ class Target:
         runner = self.runner.decode_cuda_graph_runner
         return runner.rows_for(rows, requests) if isinstance(runner, graphs.VerifyGraphs) else rows
 
-    def verify(self, batch: Any, block: MixedBlock, widths: Sequence[int] | None, stride: int) -> Verified:
+    def verify(
+        self,
+        batch: Any,
+        block: MixedBlock,
+        verify_lens: torch.Tensor,
+        widths: Sequence[int] | None,
+        stride: int,
+    ) -> Verified:
         """One forward over the packed rows of all requests (design: a narrow row costs what it is wide).
 
         `block` has `rows_for` its rows; those beyond the widths' sum go through the forward with the others. What comes
-        back is without them where the widths are known.
+        back is without them where the widths are known. verify_lens, widths, stride: as of `verify_input`.
         """
         batch.out_cache_loc = block.cache_slots
         # Deferred: the runner plans the attention of every verification itself, so a plan made here would be a second.
-        forward_batch, _ = verify_input(block, widths, stride).prepare_for_verify(
+        counted = rows_counted(self.runner, stride)
+        forward_batch, _ = verify_input(block, verify_lens, widths, counted).prepare_for_verify(
             batch, self.worker, defer_metadata_init=True
         )
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
@@ -173,17 +182,20 @@ def packed(block: MixedBlock, rows: int) -> MixedBlock:
     )
 
 
-def verify_input(block: MixedBlock, widths: Sequence[int] | None, stride: int) -> DFlashVerifyInput:
+def verify_input(
+    block: MixedBlock, verify_lens: torch.Tensor, widths: Sequence[int] | None, stride: int
+) -> DFlashVerifyInput:
     """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
 
-    The layout goes with equal widths too: without one a backend may take the widest block that the server was
-    configured for (fa3 does). It holds the widths on the device, and on the host, where FlashInfer sizes its indices
-    by their sum and fa3 reads the widest; None where the host may not know them, then all rows of the block are planned
-    for. stride: of the widest request, at least. A graph is chosen by the rows of `block`, its padding included.
+    verify_lens: [B] int32, what `block` was packed by; widths: the same on the host. The layout goes with equal widths
+    too: without one a backend may take the widest block that the server was configured for (fa3 does). FlashInfer sizes
+    its indices by the host's widths, and fa3 reads the widest of them; None where the host may not know them, then all
+    rows of the block are planned for. stride: of the widest request, at least. A graph is chosen by the rows of
+    `block`, its padding included.
     """
     total = int(block.input_ids.shape[0]) if widths is None else sum(widths)
     layout = RaggedVerifyLayout(
-        verify_lens=block.qo_indptr.diff(),
+        verify_lens=verify_lens,
         graph_num_tokens=int(block.input_ids.shape[0]),
         extend_start_loc=block.qo_indptr[:-1],
         qo_indptr_device=block.qo_indptr,

@@ -13,6 +13,7 @@ from whiflash_sglang.graphs import Recorder
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
+from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
 
@@ -61,8 +62,8 @@ class Drafts:
     tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding. counts: [B]
     int64. alive: [B, W] float32, chance that a draft and all before it are accepted; None where the arm cannot say.
     confidences: [B, W] float32, what `observe` is given back; None where it needs none. passes: forward passes of the
-    drafter's model that they took. after: [B] int64, of drafts that prolong another arm's, how many of those they
-    follow; None: all.
+    drafter's model that they took; 0: there is none, and no price but that of rows. after: [B] int64, of drafts that
+    prolong another arm's, how many of those they follow; None: all.
     """
 
     tokens: torch.Tensor
@@ -142,13 +143,15 @@ class Drafter(ABC):
         rows: with the columns of `features` only.
         """
 
-    def outlook(self, row: int, length: int, history: History) -> float | None:
-        """Expected acceptance length of a round, bonus token included, where it is known before drafting.
+    def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook | None:
+        """What it says of the next round, asked in every round that may be its own, whoever drafts it then.
 
-        None: not known. 1: it has nothing to propose for this request now.
+        None: it cannot say before it drafts. Who says it has looked by then: `draft` takes no pass and no time to speak
+        of, and what was committed since its last look, whoever drafted that, shows how right it would have been.
 
         Args:
-            row: of the request table. length: n. history: the request's committed tokens.
+            row: of the request table. length: n. history: the request's committed tokens. worth: what a further draft
+                must bring.
         """
         return None
 
@@ -187,6 +190,10 @@ class Drafter(ABC):
         """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
         return ()
 
+    def source(self, row: int) -> str:
+        """What its newest drafts for the request in `row` were taken from, as traces call it."""
+        return self.arm
+
     def observe(  # noqa: B027 - most learn nothing online
         self, row: int, proposed: int, accepted: int, confidences: Sequence[float]
     ) -> None:
@@ -211,3 +218,8 @@ class Drafter(ABC):
 
     def release(self, row: int) -> None:  # noqa: B027 - most keep nothing per request
         """The request in `row` is gone, or another begins there."""
+
+
+def widest_of(drafters: Mapping[str, Drafter]) -> int:
+    """Most drafts of a round, whoever drafts them."""
+    return max((drafter.max_drafts for drafter in drafters.values()), default=0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from whiflash_sglang import arms
+from whiflash_sglang.bundle_members import verify
 from whiflash_sglang.checkpoints import block_size_of, target_layers
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import NeuralRouter, Settings
@@ -27,8 +28,9 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
     and text is copied as it stands.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged. ConfigError: it is not the one that its bundle was made with.
     """
+    verify(settings.checksums)
     drafts = {arm: read_draft(path, arm) for arm, path in settings.drafters.items()}
     layers = {arm: target_layers(draft, target.shape.num_layers) for arm, draft in drafts.items()}
     captured = tuple(sorted({layer for own in layers.values() for layer in own}))

@@ -19,13 +19,14 @@ from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
-from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal
+from whiflash_sglang.lookup.copier import CONTEXT, MEMORY, OWN_TEXT_ONLY, Copier, Proposal
 from whiflash_sglang.lookup.emission import Emission, has_forms
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar
@@ -33,8 +34,9 @@ from whiflash_sglang.structure.matchers import Grammar
 WORTH = 0.1
 """Chance of being accepted below which one more copied token is not worth verifying, where costs are not priced."""
 
-NOTHING = 1.0
-"""Expected acceptance length of a round without drafts."""
+
+SCOPE = "scope"
+"""What is copied from a tenant's memory by a request that says which agent asks, or which blocks it writes."""
 
 
 class LookupArm(Drafter):
@@ -77,7 +79,6 @@ class LookupArm(Drafter):
         self._predictions: dict[int, Prediction] = {}
         self._emissions: dict[int, Emission] = {}
         self._off: set[int] = set()
-        self._worth = WORTH
 
     def bytes_for(self, rows: int) -> int:
         return DeviceCopies.bytes_for(rows) if self.late else 0
@@ -113,9 +114,9 @@ class LookupArm(Drafter):
     def serves(self, row: int) -> bool:
         return row not in self._off
 
-    def outlook(self, row: int, length: int, history: History) -> float:
+    def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook:
         if row in self._off:
-            return NOTHING
+            return NOTHING_AHEAD
         copier, emission = self._copiers.get(row), self._emissions.get(row)
         if copier is None:
             copier = self._copiers[row] = Copier(
@@ -133,8 +134,10 @@ class LookupArm(Drafter):
             self._enter(row, copier, written if known else written[length:])
         if emission is not None:
             emission.follow(copier.text)
-        proposal = self._proposals[row] = copier.look(self.max_drafts, self._worth)
-        return NOTHING + proposal.expected(proposal.width(self.max_drafts, self._worth))
+        least = worth.row or WORTH
+        proposal = self._proposals[row] = copier.look(self.max_drafts, least)
+        width = proposal.width(self.max_drafts, least)
+        return Outlook(1 + proposal.expected(width), 1 + width)
 
     def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
         """Where the device copies: how each request's copies begin, and its table of chances."""
@@ -146,13 +149,13 @@ class LookupArm(Drafter):
         return [*factors, *(chance for table in known for chance in table.chances)]
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        self._worth = batch.worth.row or WORTH
+        worth = batch.worth.row or WORTH
         if self.late:
-            return _drafts(self._device_copies.draft(batch, self._worth))
+            return _drafts(self._device_copies.draft(batch, worth))
         found = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
             proposal = self._proposals.get(row, Proposal())
-            width = proposal.width(limit, self._worth)
+            width = proposal.width(limit, worth)
             found.append(Proposal(proposal.tokens[:width], proposal.alive[:width]))
         return _side_by_side(found, batch.bonus.device)
 
@@ -183,6 +186,10 @@ class LookupArm(Drafter):
         if copier is None or limit <= 0:
             return Proposal()
         return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
+
+    def source(self, row: int) -> str:
+        origin = self._copiers[row].origin if row in self._copiers else CONTEXT
+        return SCOPE if origin == MEMORY and row in self._blocks else origin
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """Remember a finished request's output for its tenant, every block of it in its scope."""
@@ -254,7 +261,7 @@ class LookupArm(Drafter):
 
 
 def _drafts(copies: Copies) -> Drafts:
-    return Drafts(copies.tokens, copies.widths, copies.alive)
+    return Drafts(copies.tokens, copies.widths, copies.alive, passes=0)
 
 
 def _side_by_side(copies: Sequence[Proposal], device: torch.device) -> Drafts:

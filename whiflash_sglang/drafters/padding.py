@@ -8,7 +8,7 @@ from whiflash_sglang.drafters.base import Drafts
 
 
 def padded(tokens: Sequence[Sequence[int]], alive: Sequence[Sequence[float]], device: torch.device) -> Drafts:
-    """Drafts of different lengths side by side.
+    """Drafts of different lengths side by side, for which no model ran.
 
     Args:
         tokens: per request. alive: the chance that each of them and all before it are right.
@@ -24,4 +24,5 @@ def padded(tokens: Sequence[Sequence[int]], alive: Sequence[Sequence[float]], de
         rows(tokens, torch.int64),
         torch.tensor(counts, device=device),
         alive=rows(alive, torch.float32),
+        passes=0,
     )

@@ -61,8 +61,8 @@ class PassInput(NamedTuple):
     def static(self) -> list[StaticInput]:
         """What is loaded before a replay: `rows`, `starts`, `bonus` and `tail`."""
         return [
-            StaticInput(self.rows, 0),
-            StaticInput(self.starts, PADDING),
+            StaticInput(self.rows, torch.zeros_like(self.rows)),
+            StaticInput(self.starts, torch.full_like(self.starts, PADDING)),
             StaticInput(self.bonus),
             StaticInput(self.tail),
         ]

@@ -38,7 +38,7 @@ def profile_drafts(
         if not drafter.keeps_kv:
             continue
         for size in (size for size in BATCHES if size <= len(slot_table)):
-            batch = _idle_batch(size, drafter, rings, slot_table, host)
+            batch = idle_batch(size, drafter, rings, slot_table, host)
             drafter.draft(batch)  # The first run allocates.
             seconds, passes = min(_timed(drafter, batch) for _ in range(TIMINGS))
             costs.drafted(drafter.arm, size, passes=passes, seconds=seconds, catch_up=0.0)
@@ -56,9 +56,10 @@ def _timed(drafter: Drafter, batch: DraftBatch) -> tuple[float, int]:
     return time.perf_counter() - began, drafts.passes
 
 
-def _idle_batch(
+def idle_batch(
     size: int, drafter: Drafter, rings: FeatureRings, slot_table: torch.Tensor, host: HostView
 ) -> DraftBatch:
+    """A batch of so many requests that are none. slot_table: [request rows, ctx] int32, all zero."""
     rows = torch.arange(size, device=slot_table.device)
     starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
     bonus = torch.zeros_like(rows)

@@ -10,13 +10,15 @@ from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_draf
 
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown
+from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, widest_of
 from whiflash_sglang.drafters.paged import PassInput
-from whiflash_sglang.graphs import Recorder
+from whiflash_sglang.graphs import Recorder, bucket_of
 from whiflash_sglang.host_view import HostView
 from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.planning import Plan, widest_of
-from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.plan import Plan
+from whiflash_sglang.quarantine import Quarantine
+from whiflash_sglang.routing.costs import WorkerCosts
+from whiflash_sglang.trace import Part, first_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +27,10 @@ class Proposal:
 
     tokens: [B, W] int64, padded. widths: [B] int32, rows each request verifies (drafts + 1). own: [B] int32, drafts of
     the request's own arm among them; confidences: [B, C] float32, what that arm gave them. late: [B] int32, 1 where the
-    drafts are those of `Plan.late` instead. rows: of the verification; stride: of its widest request, W + 1. Both are
-    what the widths come to where the host may know them, else bounds. wanted: [B] int32, drafts that there were before
-    the bound was kept to, where there is one.
+    drafts are those of `Plan.late` instead. faults: [B] int32, 1 where what the request's own arm gave was no draft.
+    rows: of the verification; stride: of its widest request, W + 1. Both are what the widths come to where the host may
+    know them, else bounds. wanted: [B] int32, drafts that there were before the bound was kept to, where there is one.
+    parts: of each request what its drafts were taken from, where somebody traces and the host knows.
     """
 
     tokens: torch.Tensor
@@ -35,22 +38,29 @@ class Proposal:
     own: torch.Tensor
     late: torch.Tensor
     confidences: torch.Tensor
+    faults: torch.Tensor
     rows: int
     stride: int
     wanted: torch.Tensor | None = None
+    parts: Sequence[Sequence[Part]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DraftStage:
-    """The arms of a worker as its round sees them. slot_table: [request rows, ctx] int32. text: `TokenTable.data`."""
+    """The arms of a worker as its round sees them.
+
+    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. vocabulary: ids that the target has.
+    """
 
     drafters: Mapping[str, Drafter]
     sync: DraftSync
-    costs: MeasuredCosts
+    costs: WorkerCosts
     clock: RoundClock
     slot_table: torch.Tensor
     text: torch.Tensor
     host: HostView
+    vocabulary: int
+    quarantine: Quarantine
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
@@ -70,22 +80,38 @@ class DraftStage:
         if not widest:
             ones = torch.ones_like(requests.rows, dtype=torch.int32)
             nothing = torch.empty((size, 0), device=device)
-            return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, size, 1)
+            return Proposal(nothing.long(), ones, ones - 1, ones - 1, nothing, ones - 1, size, 1)
         parts = []
+        taken = _Taken(self.drafters, requests.row_ids) if self._traces(plan) else None
         for arm, members in plan.members.items():
             began = time.perf_counter()
-            own = self.drafters[arm].draft(self._batch(requests, plan, arm))
-            seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
-            self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+            own: Drafts | None = None
+            if arm not in self.quarantine:
+                batch = self._batch(requests, plan, arm)
+                with self.quarantine.guard(arm):
+                    own = self.drafters[arm].draft(batch)
+            if own is None:
+                continue  # its requests verify their bonus tokens
+            if own.passes:  # what only looks did so before; what is left is the round's, whoever drafts
+                seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
+                self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+                self.clock.drafted(seconds + catch_up)
             index = plan.on_device.members[arm]
             parts.append(Drafted(index, own.tokens, own.counts, own.alive, own.confidences))
-            self.clock.drafted(seconds + catch_up)
+            if taken is not None:
+                taken.first(arm, members, own)
         began = time.perf_counter()
-        proposal = self._proposal(requests, plan, parts)
+        proposal = self._proposal(requests, plan, parts, taken)
         self.clock.drafted(time.perf_counter() - began)
         return proposal
 
-    def _proposal(self, requests: RoundBatch, plan: Plan, parts: Sequence[Drafted]) -> Proposal:
+    def _traces(self, plan: Plan) -> bool:
+        """Whether somebody wants to know what drafts are taken from, and may."""
+        return self.host.exact and any(lane.recording is not None for lane in plan.lanes)
+
+    def _proposal(
+        self, requests: RoundBatch, plan: Plan, parts: Sequence[Drafted], taken: "_Taken | None"
+    ) -> Proposal:
         """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
         size, widest, most = len(plan.routes), max(plan.rooms), sum(plan.rooms)
         # The device looks up what follows drafts behind the text.
@@ -96,16 +122,18 @@ class DraftStage:
             requests.starts,
             width=widest,
             confidences=max(plan.limits),
+            vocabulary=self.vocabulary,
             text=text,
         )
         own, behind = laid.counts, None
         if any(plan.joined):
-            laid, behind, own = self._prolonged(requests, plan, laid, text)
+            laid, behind, own = self._prolonged(requests, plan, laid, text, taken)
         late, worth = None, 0.0
         if plan.late is not None:
-            found = self.drafters[plan.late].draft(self._whole_batch(requests, plan, plan.late))
-            worth = plan.worth[plan.late].row
-            late = Drafted(requests.rows, found.tokens, found.counts, found.alive, None)
+            batch, worth = self._whole_batch(requests, plan, plan.late), plan.worth[plan.late].row
+            with self.quarantine.guard(plan.late):
+                found = self.drafters[plan.late].draft(batch)
+                late = Drafted(requests.rows, found.tokens, found.counts, found.alive, None)
         if not self.host.exact:
             most = bucket_of(size + min(plan.usual_drafts, most)) - size
         chosen = choose_drafts(
@@ -127,11 +155,25 @@ class DraftStage:
         tokens = chosen.tokens[:, : stride - 1]
         wanted = None if self.host.exact else chosen.wanted
         return Proposal(
-            tokens, chosen.widths, chosen.own, chosen.late, laid.confidences, rows, stride, wanted
+            tokens,
+            chosen.widths,
+            chosen.own,
+            chosen.late,
+            laid.confidences,
+            laid.faults,
+            rows,
+            stride,
+            wanted,
+            None if taken is None else taken.parts,
         )
 
     def _prolonged(
-        self, requests: RoundBatch, plan: Plan, laid: Laid, text: torch.Tensor | None
+        self,
+        requests: RoundBatch,
+        plan: Plan,
+        laid: Laid,
+        text: torch.Tensor | None,
+        taken: "_Taken | None",
     ) -> tuple[Laid, Drafted | None, torch.Tensor]:
         """The drafts with what other arms know to follow, such as the copy that a chain leads into; what is to go
         behind them yet; and [B] int64, drafts of each request's own arm that are left.
@@ -142,6 +184,8 @@ class DraftStage:
         own, newest, more = laid.counts, None, None
         prolonging = [(arm, drafter) for arm, drafter in self.drafters.items() if drafter.prolongs]
         for again, (arm, drafter) in product((False, True), prolonging):
+            if arm in self.quarantine:
+                continue
             if newest == arm or (again and (newest is None or drafter.late)):
                 continue  # nothing is behind the drafts that it has not seen
             rooms = [
@@ -153,9 +197,12 @@ class DraftStage:
             laid, more = _joined(requests, laid, more, text), None
             batch = self._whole_batch(requests, plan, arm)
             drafts = Drafts(laid.tokens, laid.counts, laid.alive)
-            more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
+            with self.quarantine.guard(arm):
+                more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
             if more is not None:
                 newest = arm
+                if taken is not None:
+                    taken.behind(arm, more)
                 own = own if more.after is None else torch.minimum(own, more.after)
         if more is None or more.after is not None:
             return _joined(requests, laid, more, text), None, own
@@ -206,14 +253,33 @@ class DraftStage:
         )
 
 
+class _Taken:
+    """What the drafts of each request are taken from. row_ids: of the requests."""
+
+    def __init__(self, drafters: Mapping[str, Drafter], row_ids: Sequence[int]) -> None:
+        self._drafters, self._row_ids = drafters, row_ids
+        self.parts: list[list[Part]] = [[] for _ in row_ids]
+
+    def first(self, arm: str, members: Sequence[int], drafts: Drafts) -> None:
+        """The requests that `arm` drafts for have these, in the order of `members`."""
+        for index, count in zip(members, drafts.counts.tolist(), strict=True):
+            self._add(arm, index, count)
+
+    def behind(self, arm: str, more: Drafts) -> None:
+        """`arm` has put these behind the drafts of each request, or behind the first `after` of them."""
+        after = None if more.after is None else more.after.tolist()
+        for index, count in enumerate(more.counts.tolist()):
+            if after is not None:
+                self.parts[index] = list(first_of(self.parts[index], after[index]))
+            self._add(arm, index, count)
+
+    def _add(self, arm: str, index: int, count: int) -> None:
+        if count:
+            self.parts[index].append(Part(self._drafters[arm].source(self._row_ids[index]), count))
+
+
 def _joined(requests: RoundBatch, laid: Laid, more: Drafts | None, text: torch.Tensor | None) -> Laid:
     if more is None:
         return laid
     behind = Drafted(requests.rows, more.tokens, more.counts, more.alive, None)
     return join_drafts(laid, behind, requests.rows, requests.starts, after=more.after, text=text)
-
-
-def bucket_of(rows: int) -> int:
-    """Rows of a verification that is to hold `rows`: 1, 2, 3, 4, 6, 8, 12, 16, 24, … so that there are few sizes."""
-    power = 1 << max(rows - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power

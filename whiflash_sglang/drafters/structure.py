@@ -22,6 +22,8 @@ from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
+from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 from whiflash_sglang.structure.calls import Calls, words_of_tools
@@ -35,9 +37,8 @@ from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch, text_
 WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
 
-NOTHING = 1.0
-"""Expected acceptance length of a round without drafts."""
-
+GRAMMAR, TOOLS = "grammar", "tools"
+"""What drafts are taken from: what constrains the request, or only what it says of its tools."""
 
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
@@ -84,7 +85,6 @@ class StructureArm(Drafter):
         self._vocabulary = vocabulary
         self._chances = PerTenant(StructureChances)
         self._requests: dict[int, _Request] = {}
-        self._worth = WORTH
 
     def begin(
         self,
@@ -108,45 +108,50 @@ class StructureArm(Drafter):
     def serves(self, row: int) -> bool:
         return row in self._requests
 
-    def outlook(self, row: int, length: int, history: History) -> float:
+    def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook:
         request = self._requests.get(row)
         if request is None:
-            return NOTHING
+            return NOTHING_AHEAD
         self._learn(request, history)
         request.tail = history(max(length + 1 - TAIL, 0))
         if max(length + 1 - TAIL, 0) + len(request.tail) != length + 1:
             request.length, request.tokens, request.alive = -1, [], []
-            return NOTHING  # earlier rounds are still under way: nobody knows where the text stands
+            return NOTHING_AHEAD  # earlier rounds are still under way: nobody knows where the text stands
         request.length = length
         request.unseen = history(request.grammar.known) if request.grammar else ()
         self._follow(request, history)
         found = self._sketch(request, (), self.max_drafts)
         request.tokens, request.alive = found.tokens, found.alive
-        return NOTHING + sum(request.alive[: self._width(request.alive, self.max_drafts)])
+        width = _width(request.alive, self.max_drafts, worth)
+        return Outlook(1 + sum(request.alive[:width]), 1 + width)
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        self._worth = batch.worth.row or WORTH
-        found = []
-        for row, limit in zip(batch.row_ids, batch.limits, strict=True):
-            request = self._requests[row]
-            width = self._width(request.alive, limit)
-            found.append(_Found(request.tokens[:width], request.alive[:width]))
+        pairs = zip(batch.row_ids, batch.limits, strict=True)
+        found = [self.proposed(row, limit, batch.worth) for row, limit in pairs]
         return _drafts(found, batch.bonus.device)
+
+    def proposed(self, row: int, limit: int, worth: Worth) -> "Found":
+        """What its newest look found for the request in `row`: up to `limit` tokens, each of which is worth it."""
+        request = self._requests[row]
+        width = _width(request.alive, limit, worth)
+        return Found(request.tokens[:width], request.alive[:width])
 
     def prolong(self, grown: Grown) -> Drafts | None:
         """What is forced behind another arm's drafts; of these only what the grammar allows stays."""
         batch = grown.batch
-        looked_at = [self._looked_at(row, n) for row, n in zip(batch.row_ids, batch.lengths, strict=True)]
-        if not any(request and room for request, room in zip(looked_at, grown.rooms, strict=True)):
+        rooms = [
+            room if self._looked_at(row, n) else 0
+            for row, n, room in zip(batch.row_ids, batch.lengths, grown.rooms, strict=True)
+        ]
+        if not any(rooms):
             return None
-        self._worth = batch.worth.row or WORTH
         assert grown.drafts.alive is not None
         own, alive = grown.drafts.tokens.tolist(), grown.drafts.alive.tolist()
         counts = grown.drafts.counts.tolist()
         found = [
-            self._behind(request, tokens[:count], chances, room) if request and room else _Found(after=count)
-            for request, tokens, chances, count, room in zip(
-                looked_at, own, alive, counts, grown.rooms, strict=True
+            self.behind(row, tokens[:count], chances, room, batch.worth) if room else Found(after=count)
+            for row, tokens, chances, count, room in zip(
+                batch.row_ids, own, alive, counts, rooms, strict=True
             )
         ]
         after = [one.after for one in found]
@@ -155,6 +160,10 @@ class StructureArm(Drafter):
         drafts = _drafts(found, batch.bonus.device)
         return replace(drafts, after=torch.tensor(after, device=batch.bonus.device))
 
+    def source(self, row: int) -> str:
+        request = self._requests.get(row)
+        return GRAMMAR if request is not None and request.grammar is not None else TOOLS
+
     def forget(self, handle: int | None) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
         self._chances.forget(handle)
@@ -162,10 +171,10 @@ class StructureArm(Drafter):
     def release(self, row: int) -> None:
         self._requests.pop(row, None)
 
-    def _looked_at(self, row: int, length: int) -> _Request | None:
-        """The request in `row`, where it was looked at in this round."""
+    def _looked_at(self, row: int, length: int) -> bool:
+        """Whether the request in `row` was looked at in this round."""
         request = self._requests.get(row)
-        return request if request is not None and request.length == length else None
+        return request is not None and request.length == length
 
     def _learn(self, request: _Request, history: History) -> None:
         """Compare what was proposed with what was committed since, whoever drafted that."""
@@ -196,12 +205,12 @@ class StructureArm(Drafter):
         text = text_of(self._vocabulary, prompt)
         return {word: text.count(f'"{word}"') for word in words}
 
-    def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "_Found":
+    def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "Found":
         """What follows `drafts`, of which only what the grammar allows counts."""
         matcher = request.grammar.matcher(self._vocabulary.encode) if request.grammar else None
         call = request.calls.matcher if request.calls else None
         if matcher is None and call is None:
-            return _Found(after=len(drafts))
+            return Found(after=len(drafts))
         with ExitStack() as stack:
             for own in (matcher, call):
                 if own is not None:
@@ -209,7 +218,7 @@ class StructureArm(Drafter):
             after = len(drafts)
             if matcher is not None:
                 if not all(map(matcher.accept_token, request.unseen)):
-                    return _Found(after=after)
+                    return Found(after=after)
                 after = self._allowed(matcher, drafts)
             layout, text = request.layout, text_of(self._vocabulary, drafts[:after])
             if text:
@@ -231,7 +240,7 @@ class StructureArm(Drafter):
                 ending=request.calls.ending if request.calls else "",
             )
         alive = list(accumulate((request.chances.of(token.kind) for token in tokens), mul))
-        return _Found(tokens, alive, after)
+        return Found(tokens, alive, after)
 
     def _allowed(self, matcher: Matcher, drafts: Sequence[int]) -> int:
         """How many of the drafts the grammar allows, one after the other; the matcher goes on with them."""
@@ -240,30 +249,35 @@ class StructureArm(Drafter):
                 return number
         return len(drafts)
 
-    def _behind(
-        self, request: _Request, drafts: Sequence[int], chances: Sequence[float], room: int
-    ) -> "_Found":
-        found = self._sketch(request, drafts, room)
+    def behind(
+        self, row: int, drafts: Sequence[int], chances: Sequence[float], room: int, worth: Worth
+    ) -> "Found":
+        """What goes behind drafts with these chances of being right: `room` tokens at most, drafts included."""
+        found = self._sketch(self._requests[row], drafts, room)
         before = chances[found.after - 1] if found.after else 1.0
         alive = [before * chance for chance in found.alive]
-        width = self._width(alive, self.max_drafts)
-        return _Found(found.tokens[:width], alive[:width], found.after)
-
-    def _width(self, alive: Sequence[float], limit: int) -> int:
-        """Tokens to verify: at most `limit`, each accepted with a chance that is worth it."""
-        return sum(chance >= self._worth for chance in alive[:limit])
+        width = _width(alive, self.max_drafts, worth)
+        return Found(found.tokens[:width], alive[:width], found.after)
 
 
 @dataclass(slots=True)
-class _Found:
-    """What is proposed for one request, behind the first `after` of another arm's drafts."""
+class Found:
+    """What is proposed for one request, behind the first `after` of another arm's drafts.
+
+    alive: for each token the chance that it and all before it are accepted.
+    """
 
     tokens: list[Token] = field(default_factory=list)
     alive: list[float] = field(default_factory=list)
     after: int = 0
 
 
-def _drafts(found: Sequence[_Found], device: torch.device) -> Drafts:
+def _width(alive: Sequence[float], limit: int, worth: Worth) -> int:
+    """Tokens to verify: at most `limit`, each accepted with a chance that is worth it."""
+    return sum(chance >= (worth.row or WORTH) for chance in alive[:limit])
+
+
+def _drafts(found: Sequence[Found], device: torch.device) -> Drafts:
     return padded(
         [[token.token for token in one.tokens] for one in found], [one.alive for one in found], device
     )

@@ -47,5 +47,4 @@ def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
 
 def rope_table(rotary: Rotary, positions: int, device: torch.device) -> torch.Tensor:
     """[positions, head_dim] float32: cosines in the first half, sines in the second."""
-    cosine, sine = rotary.angles(torch.arange(positions, device=device))
-    return torch.cat([cosine, sine], dim=-1)[:, 0].contiguous()
+    return rotary.angles(torch.arange(positions, device=device)).table

@@ -22,6 +22,9 @@ Found = tuple[Place, Sequence[int]]
 RULE_MATCH = 2
 """Tokens that must have occurred before for the plain rule, which better ones are measured against, to copy."""
 
+CONTEXT, PREDICTION, FORM, MEMORY = "context", "prediction", "form", "memory"
+"""What a copy may be taken from: prompt and answer, what the caller expects back, the prompt as it would be written
+here, other texts that the request may share."""
 
 FORM_MATCH = 6
 """Tokens that a form must match to be copied from: its text was never written so, and short matches abound."""
@@ -77,6 +80,7 @@ class Copier:
         self._prediction = prediction
         self._proposal = Proposal()
         self._source: Place | None = None
+        self._copied: Place | None = None
 
     @property
     def calibration(self) -> MatchCalibration:
@@ -92,6 +96,16 @@ class Copier:
     def factor(self) -> float:
         """How much likelier than the calibration says a copy's first token is right."""
         return self._request.factor
+
+    @property
+    def origin(self) -> str:
+        """What the newest proposal was taken from."""
+        text = None if self._copied is None else self._copied.text
+        if text is None or text is self.text:
+            return CONTEXT
+        if self._prediction is not None and text is self._prediction.text:
+            return PREDICTION
+        return FORM if any(text is form for form in self._forms()) else MEMORY
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
@@ -116,7 +130,7 @@ class Copier:
         found = self._find((), limit)
         if found:
             best = _best(found)
-            self._source = found[best][0]
+            self._source = self._copied = found[best][0]
             self._proposal = self._propose(found, best, worth)
         return self._proposal
 
@@ -128,7 +142,9 @@ class Copier:
         found = self._find(drafts, limit) if alive >= worth else []
         if not found:
             return Proposal()
-        proposal = self._propose(found, _best(found), worth, alive)
+        best = _best(found)
+        self._copied = found[best][0]
+        proposal = self._propose(found, best, worth, alive)
         width = sum(chance >= worth for chance in proposal.alive)
         return Proposal(proposal.tokens[:width], proposal.alive[:width])
 

@@ -4,6 +4,7 @@ Engine-free. The answer is followed as it is known where it is copied from, so t
 the very next token belongs to.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 from whiflash_sglang.lookup.forms import Forms
@@ -13,11 +14,16 @@ from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 
-IN_JSON = frozenset({"tool_call", "json"})
-"""Kinds of spans in which text is quoted in JSON strings, whatever else is open: a fence inside one is quoted too."""
+CALL, JSON, CODE = "tool_call", "json", "code"
 
-DRESSED = IN_JSON | {"code"}
+DRESSED = frozenset({CALL, JSON, CODE})
 """Kinds of spans that have forms. Prose repeats what it says as it stands."""
+
+OPENING = 64
+"""Tokens of a call that tell what its arguments are written in, at most; where they do not it is JSON."""
+
+_ARGUMENTS = re.compile(r"([{\[])|<(?:｜DSML｜)?[A-Za-z]")
+"""What begins them: a JSON document (or a list of Python's), or a tag; special tokens are none of these."""
 
 TAIL = 64
 """Tokens of what was written that tell what is being quoted, and what stands before its lines."""
@@ -40,6 +46,12 @@ class Emission:
         self._spans = SpanTracker(spans, vocabulary.token_bytes)
         self._forms: Forms | None = None
         self._open: Sequence[SuffixIndex] = ()
+        # Where a call is open from the first token on, that may be its marker.
+        self._begins = next(
+            (span.begin for span in spans if span.kind == CALL and span.open and span.begin), ""
+        )
+        self._call: int | None = None
+        self._has_tags: bool | None = None
 
     def follow(self, text: SuffixIndex) -> None:
         """Prompt and answer have become `text`, of which earlier calls saw the beginning. Bounded work."""
@@ -53,8 +65,28 @@ class Emission:
             pieces = pieces_of(prompt, self._vocabulary.token_bytes, self._vocabulary.special)
             self._forms = Forms(self._vocabulary.encode, pieces, self._budget)
         end = text.tokens(max(self._prompt, len(text) - TAIL), len(text))
-        written = bytes_of(self._vocabulary, end).decode(errors="replace")
-        self._open = (self._forms.text(written, inside_json=not kinds.isdisjoint(IN_JSON)),)
+        # A fence inside a JSON string is quoted, too.
+        inside_json = JSON in kinds or (CALL in kinds and not self._in_tags(text))
+        self._open = (self._forms.text(self._text_of(end), inside_json=inside_json),)
+
+    def _in_tags(self, text: SuffixIndex) -> bool:
+        """Whether the call that is being written has its arguments between tags, as they are; else they are JSON."""
+        began = self._spans.since(CALL)
+        assert began is not None, "a call is open"
+        if began != self._call:
+            self._call, self._has_tags = began, None
+        if self._has_tags is None:
+            begin = self._prompt + began
+            tokens = text.tokens(begin, min(begin + OPENING, len(text)))
+            opening = self._text_of(tokens)
+            in_marker = self._begins.startswith(opening)
+            found = None if in_marker else _ARGUMENTS.search(opening.removeprefix(self._begins))
+            if found is not None or len(tokens) == OPENING:
+                self._has_tags = found is not None and found[1] is None
+        return self._has_tags is True
+
+    def _text_of(self, tokens: Sequence[int]) -> str:
+        return bytes_of(self._vocabulary, tokens).decode(errors="replace")
 
     def texts(self) -> Sequence[SuffixIndex]:
         """Forms to copy from next; none where no span with forms is open."""

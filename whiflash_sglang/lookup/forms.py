@@ -45,26 +45,49 @@ AHEAD = 256
 _LEAD = re.compile(r"[ \t]*(?:[-+><#*|/]+[ \t]*)?")
 """What may stand before a line: its indent, the mark of a diff, a quotation, a comment."""
 
+_NUMBER = re.compile(r"( *)([1-9]\d{0,5})([:|\t→-]\t?)")
+"""Before that, in a listing: the line's number."""
+
 
 def escaped(text: str) -> str:
     """As inside a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
+class Numbers(NamedTuple):
+    """The numbers of a listing.
+
+    first: of the source's first line. width: characters that they are aligned to. mark: what stands behind them.
+    """
+
+    first: int
+    width: int
+    mark: str
+
+    def before(self, line: int) -> str:
+        """What the source's line `line`, counted from 0, begins with."""
+        return f"{self.first + line:{self.width}}{self.mark}"
+
+
 class Dress(NamedTuple):
     """How a text is written again.
 
     inside_json: inside a JSON string. remove, add: what its lines begin with where they stand, and with instead.
+    numbers: what stands before that, where it is listed.
     """
 
     inside_json: bool
     remove: str = ""
     add: str = ""
+    numbers: Numbers | None = None
 
-    def on(self, text: str) -> str:
-        """The text in it."""
+    def on(self, text: str, first: int = 0) -> str:
+        """The text in it, which begins with the source's line `first`."""
         if self.remove or self.add:
             text = "\n".join(map(self._line, text.split("\n")))
+        if self.numbers is not None:
+            lines = enumerate(text.split("\n"), first)
+            text = "\n".join(self.numbers.before(line) + rest for line, rest in lines)
         return escaped(text) if self.inside_json else text
 
     def _line(self, line: str) -> str:
@@ -82,7 +105,8 @@ class Written:
     def __init__(self, text: str) -> None:
         self._text = text
         line = text[text.rfind("\n") + 1 :]
-        lead = _LEAD.match(line)
+        self._number = number = _NUMBER.match(line) if "\n" in text else None
+        lead = _LEAD.match(line, number.end() if number else 0)
         assert lead is not None, "it may be empty"
         self._lead = lead[0] if "\n" in text else None
         self._content = line[lead.end() :]
@@ -104,7 +128,12 @@ class Written:
             return Dress(inside_json)
         pairs = zip(reversed(lead), reversed(self._lead), strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return Dress(inside_json, lead[: len(lead) - same], self._lead[: len(self._lead) - same])
+        remove, add = lead[: len(lead) - same], self._lead[: len(self._lead) - same]
+        if self._number is None:
+            return Dress(inside_json, remove, add)
+        blank, number, mark = self._number.groups()
+        first = int(number) - text.count("\n", 0, begin)
+        return Dress(inside_json, remove, add, Numbers(first, len(blank + number), mark))
 
 
 class _Source:
@@ -130,7 +159,7 @@ class _Source:
         begin = begin if place - begin <= WINDOW // 2 else place
         end = min(begin + WINDOW, len(text))
         self._covered.setdefault(dress, []).append((begin, end))
-        dressed = dress.on(text[begin:end])
+        dressed = dress.on(text[begin:end], text.count("\n", 0, begin) if dress.numbers else 0)
         return "" if self.reading.plain and dressed == text[begin:end] else dressed
 
 

@@ -104,6 +104,11 @@ class _Texts:
         self.older, self.older_began = self.young, self.began
         self.young, self.began = SuffixIndex(growing=False), now
 
+    def is_due(self, now: float, limit: float) -> bool:
+        """Whether `age` has something to do."""
+        turns = len(self.young) and now - self.began >= limit / 2
+        return bool(turns or (len(self.older) and now - self.older_began >= limit))
+
     def age(self, now: float, limit: float) -> None:
         """Drop what is `limit` seconds old."""
         if len(self.young) and now - self.began >= limit / 2:
@@ -160,12 +165,14 @@ class TenantMemory:
         found: list[SuffixIndex] = []
         now = self._clock()
         for near in reversed(nearest):
-            texts = self._take(tenant, near)
-            assert texts is not None
-            texts.age(now, self._max_age)
+            texts = scopes[near]
+            if texts.is_due(now, self._max_age):
+                self._age(tenant, near, now)
             if not texts.empty:
-                self._put(tenant, near, texts)
+                scopes.move_to_end(near)
                 found[:0] = texts.young, texts.older
+        if found:
+            self._tenants.move_to_end(tenant)
         return found
 
     def forget(self, handle: int | None = None) -> None:
@@ -204,12 +211,17 @@ class TenantMemory:
             return
         self._next_sweep = now + self._max_age / SWEEPS
         for tenant, scopes in list(self._tenants.items()):
-            for scope, texts in list(scopes.items()):
-                before = texts.nbytes
-                texts.age(now, self._max_age)
-                self.nbytes += texts.nbytes - before
-                if texts.empty:
-                    self._take(tenant, scope)
+            for scope in list(scopes):
+                self._age(tenant, scope, now)
+
+    def _age(self, tenant: Tenant, scope: Scope, now: float) -> None:
+        """Drop what is old of a scope, and the scope where nothing is left."""
+        texts = self._tenants[tenant][scope]
+        before = texts.nbytes
+        texts.age(now, self._max_age)
+        self.nbytes += texts.nbytes - before
+        if texts.empty:
+            self._take(tenant, scope)
 
     def _take(self, tenant: Tenant, scope: Scope) -> _Texts | None:
         scopes = self._tenants.get(tenant)

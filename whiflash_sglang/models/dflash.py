@@ -114,7 +114,7 @@ class DFlashDrafter(nn.Module):
         kv = F.linear(fused, weight, bias).view(len(fused), self.num_layers, 2, kv_heads, head_dim)
         k, v = kv.permute(2, 1, 0, 3, 4)
         k = F.rms_norm(k, (head_dim,), None, self.config.rms_norm_eps) * k_norm.to(k.dtype)
-        rotated = rotate(k.flatten(0, 1), _repeat(self.rotary.angles(positions), self.num_layers))
+        rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions).repeated(self.num_layers))
         return rotated.view(k.shape), v
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -246,10 +246,6 @@ class DFlashDrafter(nn.Module):
         for index, layer in enumerate(self.layers):
             tensors.update(layer_weights(layer, f"layers.{index}."))
         return tensors
-
-
-def _repeat(angles: tuple[Tensor, Tensor], times: int) -> tuple[Tensor, Tensor]:
-    return angles[0].repeat(times, 1, 1), angles[1].repeat(times, 1, 1)
 
 
 def _check_target(path: Path, config: DFlashConfig, vocab: int, hidden: int) -> None:

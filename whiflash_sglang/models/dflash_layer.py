@@ -81,14 +81,15 @@ class DFlashLayer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend, rows: int) -> Tensor:
-        """`hidden` [T, H], whole blocks of `rows` → [T, H]."""
+        """`hidden` [T, H], whole blocks of `rows`, which is given up, → [T, H]."""
 
         def attention(x: Tensor) -> Tensor:
             mixed: Tensor = self.attention(x, angles, index, attend)
             return mixed
 
-        hidden = hidden + self._within("attention_conv", attention, self.input_norm(hidden), rows)
-        return hidden + self._within("mlp_conv", self.mlp, self.mlp_norm(hidden), rows)
+        attended = self._within("attention_conv", attention, self.input_norm(hidden), rows)
+        hidden, normed = self.mlp_norm.add(hidden, attended)
+        return hidden + self._within("mlp_conv", self.mlp, normed, rows)
 
     def _within(self, name: str, sublayer: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
         """`sublayer` of `x` [T, H], between its convolutions where the checkpoint has them."""

@@ -145,11 +145,13 @@ class Eagle3Drafter(nn.Module):
         angles = self.rotary.angles(positions)
         layers: list[Any] = list(self.layers)
         residual = layers[0].hidden_norm(hidden) if self.config.norm_before_residual else hidden
+        entry = self._first_input(tokens, hidden)
         for index, layer in enumerate(layers):
-            entry = self._first_input(tokens, hidden) if index == 0 else layer.hidden_norm(residual)
+            # The first residual may be the caller's; this one is ours to give up.
             residual = residual + layer.attention(entry, angles, index, attend)
-            residual = residual + layer.mlp(layer.mlp_norm(residual))
-        normed = self.norm(residual)
+            norm = self.norm if index + 1 == len(layers) else layers[index + 1].hidden_norm
+            residual, entry = norm.add(residual, layer.mlp(layer.mlp_norm(residual)))
+        normed = entry
         return DraftStep(normed if self.config.norm_output else residual, normed)
 
     @property

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from whiflash_kernels.layers import rms_norm, silu_and_mul
+from whiflash_kernels.layers import add_rms_norm, rms_norm, silu_and_mul
 
 from whiflash_sglang.models.rope import Angles, rotate, rotate_both, rotates_at_once
 
@@ -38,6 +38,10 @@ class RMSNorm(nn.Module):
         """[..., size] → [..., size]."""
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of two [T, size], which are given up, and its norm."""
+        return add_rms_norm(residual, x, self.weight, self.eps)
+
     def scale(self) -> Tensor:
         """[size], what the normed input is multiplied by."""
         return self.weight
@@ -49,6 +53,10 @@ class GemmaRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
         return rms_norm(x, self.weight, self.eps, unit_offset=True)
+
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of two [T, size], which are given up, and its norm."""
+        return add_rms_norm(residual, x, self.weight, self.eps, unit_offset=True)
 
     def scale(self) -> Tensor:
         """[size] fp32, what the normed input is multiplied by."""

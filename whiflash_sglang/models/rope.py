@@ -4,7 +4,7 @@ Checkpoints that rotate neighbouring pairs instead are permuted when they are lo
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,30 @@ from whiflash_kernels.layers import rotate_in_place, rotates_fused
 
 from whiflash_sglang.errors import CheckpointError
 
-Angles = tuple[Tensor, Tensor]
-"""Cosines and sines, each [T, 1, R // 2] fp32; R <= head_dim is the rotary width, the rest passes through."""
+
+class Angles(NamedTuple):
+    """Cosines and sines of T rows; R <= head_dim is the rotary width, the rest passes through.
+
+    cosine, sine: [T, 1, R // 2] fp32, the halves of `table` [T, R], which one kernel reads for all layers. rows: [T]
+    int64, 0 … T-1, where `table` is on CUDA; None elsewhere.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    table: Tensor
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, table: Tensor) -> "Angles":
+        cosine, sine = table[:, None].chunk(2, dim=-1)
+        return cls(
+            cosine, sine, table, torch.arange(len(table), device=table.device) if table.is_cuda else None
+        )
+
+    def repeated(self, times: int) -> "Angles":
+        """For so many times the same rows."""
+        return Angles.of(self.table.repeat(times, 1))
+
 
 _OF_THE_TARGET = ("mrope_section", "mrope_interleaved")
 """Copied from targets that count positions in three dimensions; a drafter of text has one."""
@@ -92,16 +114,17 @@ class Rotary(nn.Module):
             raise CheckpointError(f"rope_type {kind!r} is unknown; transformers knows {known}")
 
     def angles(self, positions: Tensor) -> Angles:
-        """`positions` [T] int → cosines and sines, each [T, 1, R // 2] fp32."""
+        """Of `positions` [T] int."""
         # Held outside the module's buffers: `.to(bfloat16)` must not round the frequencies.
         self._frequencies = self._frequencies.to(positions.device)
-        angles = positions.to(torch.float32)[:, None, None] * self._frequencies
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        angles = positions.to(torch.float32)[:, None] * self._frequencies
+        table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return Angles.of(table if self.scale == 1.0 else table * self.scale)
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Rotate `x` [T, heads, head_dim] by `angles` of its rows; computed in fp32, returned in `x`'s dtype."""
-    cosine, sine = angles
+    cosine, sine = angles.cosine, angles.sine
     width = 2 * cosine.shape[-1]
     first, second = x[..., :width].float().chunk(2, dim=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
@@ -112,12 +135,12 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
 
 def rotates_at_once(q: Tensor, angles: Angles) -> bool:
     """Whether one kernel rotates queries [T, heads, head_dim] with their keys where they are."""
-    return rotates_fused(q, 2 * angles[0].shape[-1])
+    return rotates_fused(q, angles.table.shape[-1])
 
 
 def rotate_both(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
     """`rotate` of queries and keys, which nobody else may need unrotated: it may write to them."""
-    if not rotates_at_once(q, angles):
+    if angles.rows is None or not rotates_at_once(q, angles):
         return rotate(q, angles), rotate(k, angles)
-    rotate_in_place(q, k, *(part[:, 0] for part in angles))
+    rotate_in_place(q, k, angles.table, angles.rows)
     return q, k

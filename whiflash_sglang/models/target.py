@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.models.rope import Angles, Rotary, rope_parameters, rotate
-from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

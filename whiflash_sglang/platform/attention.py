@@ -13,9 +13,9 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
-from whiflash_sglang.platform.paged_attention import PagedAttentionPlan
 
 
 class CpuAttentionBackend(AttentionBackend):

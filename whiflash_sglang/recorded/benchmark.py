@@ -48,12 +48,12 @@ def evaluate_recorded(paths: Sequence[Path], settings: RecordedSettings) -> dict
     Raises:
         ConfigError: naming the file and the place that cannot be read, or an arm that there is not.
     """
-    from whiflash_sglang.train.data import target_path
+    from whiflash_sglang.train.answers.data import target_path
 
     bundle = settings.bundle or embedded_bundle()
     manifest = load_manifest(bundle)
     renderer = renderer_of(target_path(manifest.target), bundle)
-    known = arms_of(lookup_of(manifest), renderer.vocabulary)
+    known = arms_of(lookup_of(manifest), renderer.vocabulary, manifest.structure)
     for name in settings.arms or ():
         if name not in known:
             raise ConfigError(f"arm {name!r} is not one of {', '.join(known)}")
@@ -75,8 +75,8 @@ def _chosen(found: list[Conversation], settings: RecordedSettings) -> list[Conve
     if settings.about is not None:
         import re
 
-        from whiflash_sglang.train.held_out import USERS, topics_of
-        from whiflash_sglang.train.prompts import read_rows
+        from whiflash_sglang.train.answers.held_out import USERS, topics_of
+        from whiflash_sglang.train.answers.prompts import read_rows
 
         users = re.compile(USERS)
         topics = set().union(*(topics_of(row, users) for row in read_rows(settings.about)))

@@ -3,21 +3,29 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from whiflash_sglang.config import Lookup
+from whiflash_sglang.config import Lookup, Structure
 from whiflash_sglang.drafters.lookup import WORTH
+from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
-from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Shared
+from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal, Shared
 from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
 from whiflash_sglang.recorded.prompt_lookup import PromptLookup
 from whiflash_sglang.recorded.suffix_decoding import CACHED_REQUESTS, SuffixDecoding
 from whiflash_sglang.recorded.turns import Turn
+from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.calls import carried_tools
 
 MEMORY_BYTES = 64 << 20
 """What memory across requests takes where an arm is walked with it."""
+
+
+Copy = tuple[Sequence[int], Sequence[float]]
+"""Tokens, and for each the chance that it and all before it are right."""
 
 
 class Arm(Protocol):
@@ -42,6 +50,10 @@ def continued(held: Sequence[int], prompt: list[int]) -> list[int] | None:
     A conversation's turns share their beginning: keeping it is cheaper than reading it anew, and no other result.
     """
     return prompt[len(held) :] if held and prompt[: len(held)] == list(held) else None
+
+
+def _cut(proposal: Proposal, width: int) -> Copy:
+    return [copied.token for copied in proposal.tokens[:width]], proposal.alive[:width]
 
 
 class PromptLookupArm:
@@ -127,9 +139,18 @@ class LookupArm:
         self._written += tokens
 
     def propose(self, limit: int) -> Sequence[int]:
+        return self.look(limit)[0]
+
+    def look(self, limit: int) -> Copy:
+        """What is copied next, and the chances of it."""
         limit = min(limit, self._settings.max_width)
         proposal = self._copier.look(limit, WORTH)
-        return [copied.token for copied in proposal.tokens[: proposal.width(limit, WORTH)]]
+        return _cut(proposal, proposal.width(limit, WORTH))
+
+    def look_beyond(self, drafts: Sequence[int], chance: float, limit: int) -> Copy:
+        """What is copied behind drafts that are right with a chance of `chance`."""
+        limit = min(limit, self._settings.max_width)
+        return _cut(self._copier.look_beyond(drafts, chance, limit, WORTH), limit)
 
 
 class FormsArm(LookupArm):
@@ -154,16 +175,61 @@ class FormsArm(LookupArm):
         return self._emission.texts
 
 
+class ToolsArm:
+    """A copying arm joined with what calls of the conversation's tools look like, as one round joins them: who expects
+    more drafts first, and the other behind it.
+
+    Args:
+        copies: the copying arm. settings: of the structure arm. vocabulary: of the target.
+    """
+
+    def __init__(self, copies: LookupArm, settings: Structure, vocabulary: Vocabulary) -> None:
+        self._copies, self._calls = copies, StructureArm(settings, vocabulary)
+        self._text: list[int] = []
+
+    def begin(self, turn: Turn) -> None:
+        self._copies.begin(turn)
+        functions = [
+            (tool["function"]["name"], tool["function"].get("parameters")) for tool in turn.conversation.tools
+        ]
+        tools = carried_tools(functions, PARSER) if functions else None
+        tenant = tenant_of(turn.conversation.category, None)
+        self._calls.begin(0, RequestHints(spans=SPANS, tools=tools or ""), tenant)
+        self._text = list(turn.prompt)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self._copies.extend(tokens)
+        self._text += tokens
+
+    def propose(self, limit: int) -> Sequence[int]:
+        drafts, alive = self._copies.look(limit)
+        if not self._calls.serves(0):
+            return drafts
+        looked = self._calls.outlook(0, len(self._text) - 1, lambda start: self._text[start:], FULL_LENGTH)
+        if sum(alive) >= looked.length - 1:
+            found = self._calls.behind(0, drafts, alive, limit, FULL_LENGTH)
+            return [*drafts, *(token.token for token in found.tokens)][:limit]
+        found = self._calls.proposed(0, limit, FULL_LENGTH)
+        drafts = [token.token for token in found.tokens]
+        return [*drafts, *self._copies.look_beyond(drafts, found.alive[-1], limit - len(drafts))[0]]
+
+
 PLAIN = "lookup"
 """The arm that others are measured against."""
 
 
-SPANS = infer_spans("hermes", None, True, None, False).spans
-"""As a server infers them whose tool calls are Hermes'."""
+PARSER = "hermes"
+"""Of the server that is walked as."""
+
+SPANS = infer_spans(PARSER, None, True, None, False).spans
+"""As it infers them."""
 
 
-def arms_of(settings: Lookup, vocabulary: Vocabulary) -> dict[str, Callable[[], Arm]]:
-    """Every arm's name, and how one server's is made."""
+def arms_of(
+    settings: Lookup, vocabulary: Vocabulary, structure: Structure | None = None
+) -> dict[str, Callable[[], Arm]]:
+    """Every arm's name, and how one server's is made. structure: as of the bundle, None: its defaults."""
+    structure = structure or Structure()
     return {
         "prompt-lookup": PromptLookupArm,
         "suffix-own": lambda: SuffixArm(cached_requests=0),
@@ -172,4 +238,6 @@ def arms_of(settings: Lookup, vocabulary: Vocabulary) -> dict[str, Callable[[], 
         "lookup+forms": lambda: FormsArm(settings, vocabulary),
         "lookup+memory": lambda: LookupArm(settings, memory=True),
         "lookup+forms+memory": lambda: FormsArm(settings, vocabulary, memory=True),
+        "lookup+tools": lambda: ToolsArm(LookupArm(settings), structure, vocabulary),
+        "together": lambda: ToolsArm(FormsArm(settings, vocabulary, memory=True), structure, vocabulary),
     }

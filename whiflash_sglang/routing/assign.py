@@ -11,8 +11,12 @@ from itertools import combinations
 from typing import Protocol
 
 from whiflash_sglang import arms
+from whiflash_sglang.routing.signals import Outlook
 
 Scores = Mapping[str, float]
+
+Told = Mapping[str, Outlook]
+"""What arms say of a request's round: how many rows they would verify, for one."""
 
 
 class Costs(Protocol):
@@ -27,7 +31,7 @@ class Costs(Protocol):
         ...
 
     def width(self, arm: str) -> float:
-        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
+        """Rows that a request routed to `arm` usually adds to verification (drafts + 1), where it does not say so."""
         ...
 
     def timings(self, arm: str) -> int:
@@ -52,6 +56,7 @@ def assign(
     costs: Costs | None = None,
     previous: Sequence[str | None] = (),
     dwell: Dwell | None = None,
+    told: Sequence[Told] = (),
 ) -> list[str]:
     """One arm per request.
 
@@ -60,33 +65,38 @@ def assign(
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
         previous: the arms of the last round, for the margin; empty: no margin.
         dwell: margin against thrashing.
+        told: what arms say of each request's round; empty: nothing.
 
     Returns:
         The routes with the most expected tokens per second, unless keeping the previous ones is within the margin.
     """
     if costs is None or not scores:
         return best_each(scores)
+    told = told or [{}] * len(scores)
     best, best_rate = best_each(scores), 0.0
     for active in _subsets({arm for s in scores for arm in s} - {arms.NONE}, most=len(scores)):
         if any(s and not s.keys() & (active | {arms.NONE}) for s in scores):
             continue  # A pinned request's arm is not active.
-        routes = [_best_within(s, active, costs) for s in scores]
-        rate = expected_rate(scores, routes, costs)
+        routes = [_best_within(s, active, costs, own) for s, own in zip(scores, told, strict=True)]
+        rate = expected_rate(scores, routes, costs, told)
         if rate > best_rate:
             best, best_rate = routes, rate
     if dwell is not None and len(previous) == len(scores):
         kept = [p if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
-        if expected_rate(scores, [str(k) for k in kept], costs) * (1 + dwell.margin) >= best_rate:
+        if expected_rate(scores, [str(k) for k in kept], costs, told) * (1 + dwell.margin) >= best_rate:
             return [str(k) for k in kept]
     return best
 
 
-def expected_rate(scores: Sequence[Scores], routes: Sequence[str], costs: Costs) -> float:
+def expected_rate(
+    scores: Sequence[Scores], routes: Sequence[str], costs: Costs, told: Sequence[Told]
+) -> float:
     """Expected tokens per second of a batch under `routes`."""
     counts: dict[str, int] = {}
     for arm in routes:
         counts[arm] = counts.get(arm, 0) + 1
-    seconds = costs.verify(sum(costs.width(arm) for arm in routes), len(routes))
+    rows = sum(_rows(arm, own, costs) for arm, own in zip(routes, told, strict=True))
+    seconds = costs.verify(rows, len(routes))
     seconds += sum(costs.draft(arm, count) for arm, count in counts.items() if arm != arms.NONE)
     return sum(s[arm] for s, arm in zip(scores, routes, strict=True) if s) / seconds
 
@@ -99,7 +109,11 @@ def _subsets(active: Iterable[str], most: int) -> Iterable[frozenset[str]]:
             yield frozenset(chosen)
 
 
-def _best_within(scores: Scores, active: frozenset[str], costs: Costs) -> str:
+def _rows(arm: str, told: Told, costs: Costs) -> float:
+    return told[arm].rows if arm in told else costs.width(arm)
+
+
+def _best_within(scores: Scores, active: frozenset[str], costs: Costs, told: Told) -> str:
     """The request's best active arm, narrower first on ties: rows that verify nothing cost the whole batch."""
     allowed = [arm for arm in scores if arm in active or arm == arms.NONE]
-    return max(allowed, key=lambda arm: (scores[arm], -costs.width(arm)), default=arms.NONE)
+    return max(allowed, key=lambda arm: (scores[arm], -_rows(arm, told, costs)), default=arms.NONE)

@@ -4,16 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 from whiflash_sglang.routing.assign import Costs, Dwell, assign
-from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
+from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.lane import Decision, Lane
 from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.probes import PROBE_ROUNDS
+from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.trace import Recording
 
-Outlook = Mapping[str, float | None]
-"""Arms that may draft for a request, with the acceptance length of those that know it beforehand."""
+Outlooks = Mapping[str, Outlook | None]
+"""Arms that may draft for a request, with what those say of the round that look before they draft."""
 
 
 class Controller:
@@ -24,7 +25,7 @@ class Controller:
         token_bytes: bytes of every token, for spans; empty: spans are not followed.
     """
 
-    def __init__(self, policy: Policy, costs: MeasuredCosts, token_bytes: Sequence[bytes]) -> None:
+    def __init__(self, policy: Policy, costs: WorkerCosts, token_bytes: Sequence[bytes]) -> None:
         self.policy = policy
         self.costs = costs
         self.lanes: dict[int, Lane] = {}
@@ -57,7 +58,7 @@ class Controller:
         """Whether the request of `lane` still runs: it has not ended, nor been retracted and begun again."""
         return self.lanes.get(lane.row) is lane
 
-    def route(self, rows: Sequence[int], lengths: Sequence[int], outlooks: Sequence[Outlook]) -> list[str]:
+    def route(self, rows: Sequence[int], lengths: Sequence[int], outlooks: Sequence[Outlooks]) -> list[str]:
         """One arm per request."""
         return route(self.policy, [self.lanes[row] for row in rows], lengths, outlooks, self.costs)
 
@@ -121,7 +122,7 @@ def route(
     policy: Policy,
     lanes: Sequence[Lane],
     lengths: Sequence[int],
-    outlooks: Sequence[Outlook],
+    outlooks: Sequence[Outlooks],
     costs: Costs | None,
 ) -> list[str]:
     """One arm per request; every lane is told its own. costs: None where nothing costs."""
@@ -133,7 +134,8 @@ def route(
     for index, arm in policy.probe(free, costs.timings if costs else lambda _: PROBE_ROUNDS).items():
         scores[index] = {arm: scores[index][arm]}
     if policy.prices_batches:
-        routes = assign(scores, costs, [lane.previous for lane in lanes], Dwell())
+        told = [lane.decision.signals.expected for lane in lanes]
+        routes = assign(scores, costs, [lane.previous for lane in lanes], Dwell(), told)
     else:
         routes = assign(scores)
     for lane, arm, own in zip(lanes, routes, scores, strict=True):
@@ -150,5 +152,5 @@ def _ordered(lane: Lane, scores: Scores, costs: Costs | None) -> Scores:
     span = lane.decision.signals.span
     if lane.decision.free or span is None or lane.decision.reason != "span":
         return scores
-    (arm,) = assign([scores], costs, [lane.previous], Dwell())
+    (arm,) = assign([scores], costs, [lane.previous], Dwell(), [lane.decision.signals.expected])
     return {arm: max(scores[arm] - span.bias.get(arm, 0.0), 1.0)}

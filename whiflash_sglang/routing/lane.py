@@ -1,13 +1,13 @@
 """What the controller remembers of one running request. Imports neither SGLang nor CUDA."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from whiflash_sglang.routing.hinted import apply_hints
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.policies import Policy, Scores
-from whiflash_sglang.routing.signals import OpenSpan, Signals
+from whiflash_sglang.routing.signals import OpenSpan, Outlook, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
@@ -45,6 +45,7 @@ class Lane:
     `Signals`. expected: acceptance length that the newest round promised; decision: what it was decided on. under_way:
     rows, at most, of each round whose results are not known yet. recording: of a request that asked for its trace.
     counts: of its rounds, by the arm that drafted.
+    begun: whether the span tracker has the token that the prefill sampled, which no round commits.
     """
 
     rid: str
@@ -67,6 +68,7 @@ class Lane:
     under_way: list[int] = field(default_factory=list)
     recording: Recording | None = None
     counts: dict[str, ArmCounts] = field(default_factory=dict)
+    begun: bool = False
 
     @property
     def span(self) -> OpenSpan | None:
@@ -78,8 +80,8 @@ class Lane:
             return None
         return OpenSpan(state.kind, state.prefer, state.pin, dict(state.bias))
 
-    def signals(self, length: int, outlook: Mapping[str, float | None]) -> Signals:
-        """What a policy may know; `outlook`: arms that may draft, with what they expect of themselves or None."""
+    def signals(self, length: int, outlook: Mapping[str, Outlook | None]) -> Signals:
+        """What a policy may know; `outlook`: arms that may draft, with what they say of the round or None."""
         span = self.span
         known = {arm: expected for arm, expected in outlook.items() if expected is not None}
         return Signals(
@@ -100,7 +102,7 @@ class Lane:
             dwell=self.dwell,
         )
 
-    def score(self, policy: Policy, length: int, outlook: Mapping[str, float | None]) -> Scores:
+    def score(self, policy: Policy, length: int, outlook: Mapping[str, Outlook | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
         signals = self.signals(length, outlook)
         hinted = apply_hints(
@@ -112,6 +114,17 @@ class Lane:
         )
         self.decision = Decision(signals, hinted.reason)
         return hinted.scores
+
+    def begin(self, answer: Callable[[int], Sequence[int]]) -> None:
+        """Before a round: a marker may begin with the token that the prefill sampled.
+
+        answer: output tokens from a number on, as far as they are known.
+        """
+        if self.tracker is None or self.begun:
+            return
+        sampled = answer(self.tracker.length)[:1]
+        self.tracker.push(sampled)
+        self.begun = bool(sampled)
 
     def chose(self, arm: str, expected: float = 1.0) -> None:
         """The controller routed the next round to `arm`, of which it is `expected` to commit so many tokens."""
@@ -144,4 +157,5 @@ class Lane:
         if self.recording is not None:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:
+            self.begun = True  # what the prefill sampled can no longer go before these
             self.tracker.push(tokens)

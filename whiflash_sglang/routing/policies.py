@@ -161,9 +161,9 @@ class RandomPolicy(Blind):
 class AutoPolicy:
     """Expected accepted tokens of every arm, from what it says of itself or from running means.
 
-    Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm
-    that is not chosen is probed now and then (`Probes`). Where a router with heads is loaded (`heads`), its predictions
-    take the means' place and the target's entropy is not computed.
+    Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm that
+    is not chosen and says nothing of itself is probed now and then (`Probes`). Where a router with heads is loaded
+    (`heads`), its predictions take the means' place and the target's entropy is not computed.
     """
 
     candidates = None
@@ -183,10 +183,10 @@ class AutoPolicy:
         return self._probes.choose(free, timings)
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
-        if arm != arms.NONE:
+        if arm != arms.NONE and arm not in signals.expected:
             self.estimator.observe(arm, signals, length)
 
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:
-            return signals.expected[arm]
+            return signals.expected[arm].length
         return self.estimator.expect(arm, signals)

@@ -25,6 +25,9 @@ class Probes:
       (`Decision.free`);
     - may draft with the arm, and was not routed to it for as many rounds itself; what other requests use says little of
       it. Of several, the one that has gone without it longest, so that none takes all probes.
+
+    An arm that says what it expects (`Outlook`) is never probed: it learns from every round, and costs nothing but its
+    rows, which verification prices whoever drafted them.
     """
 
     def __init__(self, estimator: AcceptanceEstimator) -> None:
@@ -41,14 +44,14 @@ class Probes:
         chosen: dict[int, str] = {}
         for arm in self._since:
             self._since[arm] += 1
-        for arm in sorted({arm for signals in free if signals is not None for arm in signals.allowed}):
+        for arm in sorted({arm for signals in free if signals is not None for arm in signals.untold}):
             patience = self._patience(arm, timings(arm))
             if self._since.setdefault(arm, 0) < patience:
                 continue
             waited = {
                 index: signals.without(arm)
                 for index, signals in enumerate(free)
-                if signals is not None and arm in signals.allowed and index not in chosen
+                if signals is not None and arm in signals.untold and index not in chosen
             }
             longest = max(waited, key=waited.__getitem__, default=None)
             if longest is not None and waited[longest] >= patience:

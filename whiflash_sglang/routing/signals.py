@@ -3,8 +3,23 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from whiflash_sglang.routing.mean import Mean
+
+
+class Outlook(NamedTuple):
+    """What an arm that looks before it drafts says of its next round, in every round, whoever drafts it then.
+
+    length: expected acceptance length, bonus token included; 1: it has nothing to propose. rows: that it would verify.
+    """
+
+    length: float
+    rows: int
+
+
+NOTHING_AHEAD = Outlook(1.0, 1)
+"""It has nothing to propose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +45,8 @@ class Signals:
         top1, margin: probabilities of the same distribution.
     recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
         outside spans (bonus token included).
-    expected: arm → acceptance length of the next round, where the arm itself tells. predicted: where a router's heads
-        tell.
+    expected: what arms that look before they draft say of the next round. predicted: arm → its acceptance length, where
+        a router's heads tell.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
     rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the
         last one of them; arms that it was never routed to are absent.
@@ -45,7 +60,7 @@ class Signals:
     top1: float = math.nan
     margin: float = math.nan
     recent: Mapping[str, Mean] = field(default_factory=dict)
-    expected: Mapping[str, float] = field(default_factory=dict)
+    expected: Mapping[str, Outlook] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
     span: OpenSpan | None = None
@@ -54,6 +69,11 @@ class Signals:
     last: Mapping[str, int] = field(default_factory=dict)
     previous: str | None = None
     dwell: int = 0
+
+    @property
+    def untold(self) -> frozenset[str]:
+        """Allowed arms that only a round of theirs says anything of."""
+        return self.allowed - self.expected.keys()
 
     def without(self, arm: str) -> float:
         """Rounds that the request has gone since it was last routed to `arm`; infinite if it never was."""

@@ -1,8 +1,8 @@
 """Prices of captured work: tables measured at the start, and one slow factor from the rounds that follow.
 
 A graph costs what it was captured for: 17 rows in a graph of 20 cost 20. So a price is looked up at the smallest size
-that was measured and holds what is asked for, not interpolated between sizes. A verification also reads every request's
-context; it is measured at two lengths, and what lies between or beyond is on the line through them.
+that was measured and holds what is asked for, not interpolated between sizes. A verification also reads the context of
+all its requests; it is measured at two sums of them, and what lies between or beyond is on the line through them.
 
 What the tables cannot know (clocks that drop, a neighbour, the host's own share) is in the rounds: their seconds over
 what the tables said, as one factor for everything. It moves slowly, and at once where most of the last rounds agree
@@ -10,14 +10,15 @@ that it is wrong (:mod:`whiflash_sglang.routing.watch`), as the fitted prices of
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from whiflash_sglang.routing.fits import MEMORY
 from whiflash_sglang.routing.watch import Watch, within
 
-MEMORY = 200.0
-"""Rounds after which one that was measured counts for little."""
+HEADROOM = 1.5
+"""Drafts that a round makes room for, over those that it expects: few are left out, few rows are padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Verifications:
-    """Seconds by rows, at two context lengths a request (tokens, `short` < `long`)."""
+    """Seconds by rows, at two contexts (tokens of all requests together, `short` < `long`)."""
 
     short: int
     long: int
@@ -59,10 +60,22 @@ class Verifications:
 
     def __post_init__(self) -> None:
         if not 0 <= self.short < self.long:
-            raise ValueError(f"two context lengths must differ, got {self.short} and {self.long}")
+            raise ValueError(f"two contexts must differ, got {self.short} and {self.long}")
+
+    @classmethod
+    def measured(
+        cls, short: int, long: int, sizes: Iterable[int], price: Callable[[int, int], float]
+    ) -> "Verifications":
+        """`price(rows, context)` of each of `sizes` at both contexts."""
+        rows = list(sizes)
+
+        def at(context: int) -> Sizes:
+            return Sizes.measured(rows, lambda size: price(size, context))
+
+        return cls(short, long, at(short), at(long))
 
     def at(self, rows: float, context: float) -> float:
-        """For requests of `context` tokens on average; shorter than `short` costs as `short` does."""
+        """For requests of `context` tokens together; fewer than `short` cost as `short` do."""
         near, far = self.at_short.at(rows), self.at_long.at(rows)
         share = max(context - self.short, 0.0) / (self.long - self.short)
         return near + share * max(far - near, 0.0)
@@ -105,6 +118,10 @@ class CostTables:
         """0 for an arm that runs no model."""
         return self.correction.factor * self._drafts(arm, requests)
 
+    def catch(self, arm: str, tokens: float) -> float:
+        """0 for an arm that keeps no KV."""
+        return self.correction.factor * self._catch(arm, tokens)
+
     def row(self, rows: float, context: float) -> float:
         """What one more row adds at this load: the slope to the next measured size, as rows fill it evenly."""
         sizes = self.verifications.at_short.sizes
@@ -120,16 +137,17 @@ class CostTables:
         *,
         rows: float,
         context: float,
-        drafted: dict[str, int],
-        caught_up: dict[str, int],
+        drafted: Mapping[str, int],
+        caught_up: Mapping[str, int],
     ) -> None:
         """A whole round: what it verified, how many requests each arm drafted for, rows that each caught up."""
         expected = self.verifications.at(rows, context)
         expected += sum(self._drafts(arm, requests) for arm, requests in drafted.items())
-        expected += sum(
-            self.catch_up[arm].at(n) for arm, n in caught_up.items() if n and arm in self.catch_up
-        )
+        expected += sum(self._catch(arm, tokens) for arm, tokens in caught_up.items())
         self.correction.add(expected, seconds)
 
     def _drafts(self, arm: str, requests: int) -> float:
         return self.drafts[arm].at(requests) if requests and arm in self.drafts else 0.0
+
+    def _catch(self, arm: str, tokens: float) -> float:
+        return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0

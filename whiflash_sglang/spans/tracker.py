@@ -151,6 +151,14 @@ class SpanTracker(MarkerTracker):
         rules = zip(self._spans, self._rules, strict=True)
         return frozenset(span.kind for span, rule in rules if rule.opened_at is not None)
 
+    def since(self, kind: str) -> int | None:
+        """Output tokens committed when the first of the open spans of a kind opened; None: none is open."""
+        rules = zip(self._spans, self._rules, strict=True)
+        found = (
+            rule.since_position for span, rule in rules if rule.opened_at is not None and span.kind == kind
+        )
+        return min(found, default=None)
+
     @property
     def state(self) -> SpanState:
         """The open span after everything pushed so far."""

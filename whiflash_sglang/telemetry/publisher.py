@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from whiflash_sglang.telemetry.series import SERIES, Labels, Observed, Series
+from whiflash_sglang.telemetry.series import SERIES, Labels, Series
+from whiflash_sglang.telemetry.state import Observed
 
 INTERVAL = 1.0
 """Seconds between two writings while rounds run; when the last request has ended what is left is written at once."""

@@ -7,17 +7,11 @@ request or tenant. SGLang's own labels (`model_name`, `tp_rank`, `dp_rank` of re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from whiflash_sglang import __version__
-from whiflash_sglang.config import RouterName, Settings
-
-if TYPE_CHECKING:
-    from whiflash_sglang.cache.sync import DraftSync
-    from whiflash_sglang.drafters.base import Drafter
-    from whiflash_sglang.metrics import RoundClock
-    from whiflash_sglang.routing.controller import Controller
-    from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.config import RouterName
+from whiflash_sglang.telemetry.state import Observed, memory_of
 
 PREFIX = "sglang:whiflash_"
 
@@ -27,27 +21,6 @@ TOKENS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.
 Labels = tuple[str, ...]
 Points = Iterable[tuple[Labels, float]]
 T = TypeVar("T")
-
-
-class Observed(Protocol):
-    """What figures are read from: a worker."""
-
-    @property
-    def settings(self) -> Settings: ...
-    @property
-    def clock(self) -> "RoundClock": ...
-    @property
-    def tally(self) -> "Tally": ...
-    @property
-    def controller(self) -> "Controller": ...
-    @property
-    def sync(self) -> "DraftSync": ...
-    @property
-    def drafters(self) -> Mapping[str, "Drafter"]: ...
-
-    def memory(self) -> Mapping[str, int]:
-        """Bytes by scope."""
-        ...
 
 
 Read = Callable[[Observed], Points]
@@ -114,6 +87,21 @@ SERIES = (
         "counter",
         "those of them that were right, also among `accepted_draft_tokens`",
         _by_arm("joined_accepted"),
+        ("arm",),
+    ),
+    Series(
+        "faulty_drafts_total",
+        "counter",
+        "drafts of a request in a round that were none, with ids of no token or NaN; what was wrong was not verified",
+        _each(lambda w: w.quarantine.faults),
+        ("arm",),
+    ),
+    Series(
+        "quarantined",
+        "gauge",
+        "1 for an arm that drafts no more until the server is started again, since it raised an error or its drafts "
+        "were none too often; the server's log says why",
+        lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
         ("arm",),
     ),
     Series(
@@ -203,9 +191,10 @@ SERIES = (
     Series(
         "cost_seconds",
         "gauge",
-        "fitted latencies: `draft` for one request (with its catching up) and `draft_request` for each further one, by "
-        "arm; `verify` of one request without drafts, `verify_draft` of each draft, `verify_request` of each further "
-        "request, and the engine's time `between` two rounds",
+        "latencies that routes are priced by, fitted or (on CUDA) looked up: `draft` for one request (with its "
+        "catching up) and `draft_request` for each further one, by arm; `verify` of one request without drafts, "
+        "`verify_draft` of each draft, `verify_request` of each further request, and the engine's time `between` two "
+        "rounds",
         lambda w: w.controller.costs.fitted(w.drafters).items(),
         ("work", "arm"),
     ),
@@ -214,7 +203,7 @@ SERIES = (
         "gauge",
         "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
         "requests, `lookup_index` of their copying arm, `lookup_memory` across requests",
-        _each(lambda w: w.memory()),
+        _each(memory_of),
         ("scope",),
     ),
     Series(

@@ -83,6 +83,8 @@ def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, 
 
 
 def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if out := state.get("quarantined"):
+        yield "out", " · ".join(f"{arm} is quarantined: {reason}" for arm, reason in sorted(out.items()))
     reasons = {reason: share for reason, share in (total.get("reasons") or {}).items() if share}
     if reasons:
         ordered = sorted(reasons.items(), key=lambda entry: -entry[1])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from whiflash_sglang.bundle_members import sha256
 from whiflash_sglang.config import EMBEDDED_BUNDLE, MANIFEST, load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.train.config import TrainConfig
@@ -27,15 +28,16 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
     """
     bundle.mkdir(parents=True, exist_ok=True)
     parts = {"eagle3": "eagle3", "dflash": config.block_drafter}
-    vocabulary = config.block.vocabulary
-    for name_of in parts.values():
+    vocabulary, sources = config.block.vocabulary, _sources(bundle)
+    for key, name_of in parts.items():
         trained = config.work / name_of / "checkpoint"
         if not (trained / "config.json").is_file():
             raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train {name_of}` first")
         replace_directory(trained, bundle / name_of)
+        sources[key] = _told(bundle / name_of)
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
-    manifest |= {**parts, "dflash_vocabulary": vocabulary}
+    manifest |= {**parts, "dflash_vocabulary": vocabulary, "sources": sources}
     if config.chat_template is not None:
         shutil.copyfile(config.chat_template, bundle / "chat_template.jinja")
         manifest["chat_template"] = "chat_template.jinja"
@@ -49,7 +51,20 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
 def install_router(bundle: Path, trained: Path) -> None:
     """Copy a trained router into the bundle; its threshold is 0 until `whiflash calibrate` finds a better one."""
     replace_directory(trained, bundle / ROUTER)
-    update_manifest(bundle, {"router": {"path": ROUTER, "threshold": 0.0}})
+    sources = {**_sources(bundle), ROUTER: _told(bundle / ROUTER)}
+    update_manifest(bundle, {"router": {"path": ROUTER, "threshold": 0.0}, "sources": sources})
+
+
+def _sources(bundle: Path) -> dict[str, Any]:
+    """What the manifest says of them, if there is one."""
+    path = bundle / MANIFEST
+    return dict(json.loads(path.read_text(encoding="utf-8")).get("sources", {})) if path.exists() else {}
+
+
+def _told(part: Path) -> dict[str, Any]:
+    """What the manifest tells of a part's files, by which they are known when they are loaded."""
+    files = sorted([*part.glob("config.json"), *part.glob("*.safetensors")])
+    return {"files": {file.name: sha256(file) for file in files}}
 
 
 def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:

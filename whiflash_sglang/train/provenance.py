@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
-from whiflash_sglang.train.store import FeatureStore, SequenceRecord
 
 _PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "whiflash-sglang")
 

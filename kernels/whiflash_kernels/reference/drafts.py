@@ -25,6 +25,7 @@ def lay_drafts(
     seq_lens: Tensor,
     width: int,
     confidences: int,
+    vocabulary: int,
     text: Tensor | None,
 ) -> Laid:
     """See `whiflash_kernels.drafts.lay_drafts`."""
@@ -34,6 +35,7 @@ def lay_drafts(
         counts=torch.zeros(size, dtype=torch.int64, device=device),
         alive=torch.ones((size, width), device=device),
         confidences=torch.zeros((size, confidences), device=device),
+        faults=torch.zeros(size, dtype=torch.int32, device=device),
     )
     for part in parts:
         index = part.members
@@ -43,10 +45,24 @@ def lay_drafts(
             _lay(laid.alive, index, part.alive)
         if part.confidences is not None:
             _lay(laid.confidences, index, part.confidences)
+    if parts:
+        laid = _sound(laid, vocabulary)
     if text is not None:
         for part in parts:
             put_block(text, request_slots[part.members], seq_lens[part.members], laid.tokens[part.members])
     return laid
+
+
+def _sound(laid: Laid, vocabulary: int) -> Laid:
+    """Without what cannot be a draft."""
+    tokens = laid.tokens.clamp(0, vocabulary - 1)
+    # NaN is what does not equal itself.
+    sound = (tokens == laid.tokens) & (laid.alive == laid.alive)
+    told = min(laid.confidences.shape[1], tokens.shape[1])
+    sure = laid.confidences[:, :told]
+    sound[:, :told] &= sure == sure
+    counts = torch.minimum(laid.counts.clamp(min=0), sound.cumprod(1).sum(1))
+    return laid._replace(tokens=tokens, counts=counts, faults=(counts != laid.counts).to(torch.int32))
 
 
 def _lay(into: Tensor, index: Tensor, values: Tensor) -> None:

@@ -75,7 +75,7 @@ def cut_drafts(
     return counts, alive
 
 
-@triton.jit(do_not_specialize=["members", "width", "columns", "own_width", "own_columns"])
+@triton.jit(do_not_specialize=["members", "width", "columns", "vocabulary", "own_width", "own_columns"])
 def _lay_kernel(
     index,
     tokens,
@@ -89,9 +89,11 @@ def _lay_kernel(
     out_counts,
     out_alive,
     out_confidences,
+    out_faults,
     members,
     width,
     columns,
+    vocabulary,
     own_width,
     own_columns,
     tokens_row,
@@ -114,18 +116,25 @@ def _lay_kernel(
     column = tl.arange(0, COLUMNS)
     known = drafts & (column < own_width)
     if FIRST or drafts:
-        token = tl.load(tokens + row * tokens_row + column, mask=known, other=0)
+        given = tl.load(tokens + row * tokens_row + column, mask=known, other=0)
+        token = tl.minimum(tl.maximum(given, 0), vocabulary - 1)
         tl.store(out_tokens + request * width + column, token, mask=column < width)
-        tl.store(out_counts + request, tl.load(counts + row, mask=drafts, other=0))
         chance = tl.full([COLUMNS], 1.0, tl.float32)
         if HAS_ALIVE:
             chance = tl.load(alive + row * alive_row + column, mask=known, other=1.0)
         tl.store(out_alive + request * width + column, chance, mask=column < width)
         sure = tl.zeros([COLUMNS], tl.float32)
         if HAS_CONFIDENCES:
-            told = drafts & (column < own_columns)
+            told = drafts & (column < own_columns) & (column < columns)
             sure = tl.load(confidences + row * confidences_row + column, mask=told, other=0.0)
         tl.store(out_confidences + request * columns + column, sure, mask=column < columns)
+        # NaN is what does not equal itself.
+        sound = (token == given) & (chance == chance) & (sure == sure)
+        first = tl.min(tl.where(sound & (column < width), width, tl.minimum(column, width)), axis=0)
+        said = tl.load(counts + row, mask=drafts, other=0)
+        count = tl.minimum(tl.maximum(said, 0), first)
+        tl.store(out_counts + request, count)
+        tl.store(out_faults + request, (count != said).to(tl.int32))
         if HAS_TEXT:
             begin = tl.load(request_slots + request).to(tl.int64) * text_row
             begin += tl.load(seq_lens + request).to(tl.int64) + 1
@@ -138,6 +147,7 @@ def lay_drafts(
     seq_lens: Tensor,
     width: int,
     confidences: int,
+    vocabulary: int,
     text: Tensor | None,
 ) -> Laid:
     """See `whiflash_kernels.drafts.lay_drafts`."""
@@ -148,6 +158,7 @@ def lay_drafts(
         counts=make(size, dtype=torch.int64, device=device),
         alive=make(size, width, dtype=torch.float32, device=device),
         confidences=make(size, confidences, dtype=torch.float32, device=device),
+        faults=make(size, dtype=torch.int32, device=device),
     )
     if not size:
         return laid
@@ -169,6 +180,7 @@ def lay_drafts(
             part.members.shape[0],
             width,
             confidences,
+            vocabulary,
             tokens.shape[1],
             0 if sure is None else sure.shape[1],
             tokens.stride(0),

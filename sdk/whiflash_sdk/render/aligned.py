@@ -53,6 +53,20 @@ class Round(NamedTuple):
     tokens: float
 
 
+SOURCES: Final = {
+    "context": "the conversation and the answer so far",
+    "prediction": "the answer that was predicted",
+    "scope": "earlier answers of the same agent or block, or of others of its tenant",
+    "memory": "earlier answers of the same tenant",
+    "form": "the prompt, as it is written where it was quoted",
+    "grammar": "what a grammar forces or suggests",
+    "tools": "what calls of the request's tools look like",
+    "ar": "EAGLE-3",
+    "diffusion": "DFlash",
+}
+"""What drafts are taken from."""
+
+
 def pieces(turn: Turn) -> list[Piece]:
     """The response cut at its stretches; in one piece if the server could not cut it."""
     stretches = turn.trace.stretches
@@ -156,13 +170,20 @@ def everything(trace: Trace) -> ArmTotals:
             "proposed": sum(arm.proposed or 0 for arm in told),
             "accepted": sum(arm.accepted or 0 for arm in told),
         }
-    return ArmTotals(rounds=trace.rounds, tokens=trace.tokens, **drafts)
+    priced = [arm.saved for arm in trace.arms.values() if arm.saved is not None]
+    saved = sum(priced) if priced else None
+    return ArmTotals(rounds=trace.rounds, tokens=trace.tokens, saved=saved, **drafts)
 
 
 def reasons(trace: Trace) -> str:
     """Rounds by what decided about them, in one line."""
     found = (f"{count(rounds, 'round')} by {reason}" for reason, rounds in trace.reasons.items())
     return printable(" · ".join(found))
+
+
+def seconds(saved: float | None) -> str:
+    """An estimate of saved time; empty where there is none."""
+    return "" if saved is None else f"{saved:.2f} s"
 
 
 def count(number: int, one: str, many: str = "") -> str:

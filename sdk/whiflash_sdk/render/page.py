@@ -9,6 +9,7 @@ from zlib import crc32
 
 from whiflash_sdk.render.aligned import (
     REASONS,
+    SOURCES,
     Piece,
     Turn,
     count,
@@ -17,6 +18,7 @@ from whiflash_sdk.render.aligned import (
     in_order,
     pieces,
     reasons,
+    seconds,
     why,
 )
 from whiflash_sdk.render.markup import class_of, safe
@@ -40,6 +42,7 @@ _UNCOLOURED = {
     False: 'The trace is a summary; one asked for with trace="full" says which text is whose.',
     True: "The trace does not say where its stretches are in the text, so the text is not coloured.",
 }
+_SAVED = "Estimated time saved"
 _LONG = 2000
 """Characters of a text that is shown in a box of its own, until its reader asks for all of it."""
 
@@ -119,6 +122,7 @@ def _section(turn: Turn, prefix: str, number: int = 0) -> str:
 {timeline(trace, prefix, texts)}
 {_text(turn, parts, prefix, numbers)}
 {_totals(trace)}
+{_sources(trace)}
 {_stretches(trace)}
 </section>"""
 
@@ -186,22 +190,42 @@ def _piece(part: Piece, trace: Trace, prefix: str, numbers: dict[int, int]) -> s
 def _totals(trace: Trace) -> str:
     rows = [(arm, trace.arms[arm]) for arm in sorted(trace.arms, key=lambda arm: -trace.arms[arm].tokens)]
     body = "".join(_row(arm, totals, trace.tokens) for arm, totals in rows)
-    total = _row("all", everything(trace), trace.tokens)
-    heads = "".join(
-        f'<th scope="col">{head}</th>'
-        for head in ("Drafter", "Rounds", "Tokens", "Share", "Acceptance length", "Drafts accepted")
-    )
-    return (
-        f'<div class="table"><table><caption>Totals</caption><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody><tfoot>{total}</tfoot></table></div>"
-    )
+    together = everything(trace)
+    total = _row("all", together, trace.tokens)
+    heads = ["Drafter", "Rounds", "Tokens", "Share", "Acceptance length", "Drafts accepted"]
+    heads += [] if together.saved is None else [_SAVED]
+    return _table("Totals", heads, f"<tbody>{body}</tbody><tfoot>{total}</tfoot>")
 
 
 def _row(arm: str, totals: ArmTotals, tokens: int) -> str:
     share = totals.tokens / tokens if tokens else 0.0
     drafts = "" if totals.proposed is None else f"{totals.accepted} of {totals.proposed}"
-    cells = (totals.rounds, totals.tokens, f"{share:.0%}", f"{totals.acceptance_length:.2f}", drafts)
+    cells = [totals.rounds, totals.tokens, f"{share:.0%}", f"{totals.acceptance_length:.2f}", drafts]
+    cells += [] if totals.saved is None else [seconds(totals.saved)]
     return f'<tr><th scope="row">{safe(arm)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def _sources(trace: Trace) -> str:
+    """What each hint brought, by what drafts were taken from."""
+    if not trace.sources:
+        return ""
+    body = "".join(
+        f'<tr><th scope="row">{safe(source)}</th><td>{SOURCES.get(source, "")}</td>'
+        f"<td>{totals.accepted} of {totals.proposed}</td>"
+        f"{'' if totals.saved is None else f'<td>{seconds(totals.saved)}</td>'}</tr>"
+        for source, totals in sorted(trace.sources.items(), key=lambda item: -item[1].accepted)
+    )
+    priced = any(totals.saved is not None for totals in trace.sources.values())
+    heads = ["Source", "What it is", "Drafts accepted", *([_SAVED] if priced else [])]
+    return _table("What drafts were taken from", heads, f"<tbody>{body}</tbody>")
+
+
+def _table(caption: str, heads: Sequence[str], rows: str) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    return (
+        f'<div class="table"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
+        f"{rows}</table></div>"
+    )
 
 
 def _stretches(trace: Trace) -> str:

@@ -14,12 +14,15 @@ from whiflash_sdk.render.aligned import (
     printable,
     reasons,
     rounds,
+    seconds,
     summary,
 )
 from whiflash_sdk.trace import Trace
 
 _COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "structure": "36", "none": "90"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
+
+SAVED: Final = "estimated time saved"
 
 
 def terminal(trace: Trace, text: str = "", *, title: str = "Response", colour: bool = True) -> str:
@@ -37,7 +40,7 @@ def conversation_terminal(turns: Sequence[Turn], *, colour: bool = True) -> str:
 
 def figures(trace: Trace) -> str:
     """What a trace counts, without the text that it is about."""
-    lines = (summary(trace), reasons(trace), *_totals(trace))
+    lines = (summary(trace), reasons(trace), *_totals(trace), *_sources(trace))
     return "\n".join(line for line in lines if line)
 
 
@@ -55,6 +58,7 @@ def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
     if strip:
         yield strip
     yield from _totals(turn.trace)
+    yield from _sources(turn.trace)
     yield ""
 
 
@@ -95,8 +99,19 @@ def _strip(trace: Trace, colour: bool) -> str:
 
 
 def _totals(trace: Trace) -> Iterator[str]:
-    yield f"{'drafter':<12}{'rounds':>8}{'tokens':>8}{'acceptance length':>19}{'drafts accepted':>18}"
+    saved = "" if everything(trace).saved is None else f"{SAVED:>23}"
+    yield f"{'drafter':<12}{'rounds':>8}{'tokens':>8}{'acceptance length':>19}{'drafts accepted':>18}{saved}"
     for arm, totals in (*trace.arms.items(), ("all", everything(trace))):
         drafts = "" if totals.proposed is None else f"{totals.accepted} of {totals.proposed}"
         row = f"{printable(arm):<12}{totals.rounds:>8}{totals.tokens:>8}{totals.acceptance_length:>19.2f}"
-        yield f"{row}{drafts:>18}".rstrip()
+        yield f"{row}{drafts:>18}{seconds(totals.saved):>23}".rstrip()
+
+
+def _sources(trace: Trace) -> Iterator[str]:
+    if not trace.sources:
+        return
+    priced = any(totals.saved is not None for totals in trace.sources.values())
+    yield f"{'drafts from':<12}{'accepted':>18}{SAVED if priced else '':>23}".rstrip()
+    for source, totals in trace.sources.items():
+        drafts = f"{totals.accepted} of {totals.proposed}"
+        yield f"{printable(source):<12}{drafts:>18}{seconds(totals.saved):>23}".rstrip()

@@ -1,0 +1,257 @@
+"""Batched ragged attention over a paged KV pool, in plain torch.
+
+    out[t, h] = softmax_j(scale * q[t, h] . K[slot(r, j), h // G]) @ V[slot(r, j), h // G]
+
+for query row ``t`` of request ``r``, over the KV entries ``j`` that the row may see, with ``G = Hq // Hkv``
+query heads per KV head. A :class:`PagedAttentionPlan` is built once per forward from host-side lengths and is
+then run by every layer; the layers share its slots and masks.
+
+How a batch is laid out:
+
+* Narrow requests (up to ``NARROW_ROWS`` query rows: decoding, verification, draft blocks, chain steps) form
+  groups of similar size (:mod:`whiflash_kernels.reference.grouping`): one gather of K, one of V, one
+  scaled-dot-product call a group. The ``G`` query heads of a KV head become ``G * M`` rows of one matrix, so KV heads
+  are never repeated. A request shorter than the group's longest reads its own last entry again behind a mask, never
+  a foreign slot.
+* Wide requests (prefill) run one by one, in blocks of ``WIDE_ROWS`` rows that see only the keys they need.
+
+A mask is built only where a row must not see everything that was gathered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from whiflash_kernels.reference.grouping import group
+from whiflash_kernels.reference.paged_layouts import NarrowGroup, WideBlock, WideRequest
+
+NARROW_ROWS = 64
+"""Widest request, in query rows, that joins a group of others."""
+
+WIDE_ROWS = 32
+"""Query rows of one block of a wide request: few, so that scores stay near the cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttentionPlan:
+    """Everything of one forward's attention that does not depend on the layer. Build once, run per layer."""
+
+    num_rows: int
+    narrow: tuple[NarrowGroup, ...]
+    wide: tuple[WideRequest, ...]
+
+    @staticmethod
+    def build(
+        slot_table: torch.Tensor,
+        q_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        *,
+        causal: bool,
+        dtype: torch.dtype,
+        request_rows: torch.Tensor | None = None,
+        window: int | None = None,
+        trees: Sequence[torch.Tensor] | None = None,
+    ) -> "PagedAttentionPlan":
+        """Plan the attention of a batch of ``bs`` requests.
+
+        Args:
+            slot_table: [bs or more, >= max(kv_lens)] int32/int64, the KV slot of every position of a request.
+            q_lens: query rows of each request, on the host. The rows of ``q`` are packed in this order.
+            kv_lens: entries that the *last* query row of each request may see, its own included.
+            causal: row i of a request with m rows and n entries sees entries 0..n-m+i; otherwise all n.
+            dtype: dtype of q (masks are made in it).
+            request_rows: [bs] int, the row of ``slot_table`` of each request; None: rows 0..bs-1.
+            window: with ``causal``, a row at position p sees entries p-window..p only; ignored without.
+            trees: per request [m, m] bool: of its own m rows, those that each row sees besides what came before
+                (drafts in branches); requests of up to ``NARROW_ROWS`` rows only.
+
+        Raises:
+            ValueError: lengths that do not fit each other or the slot table.
+        """
+        _check_lengths(slot_table, q_lens, kv_lens, causal)
+        if request_rows is not None:
+            slot_table = slot_table[:, : max(kv_lens, default=0)].index_select(0, request_rows)
+        if not causal:
+            window = None
+        starts = [0]
+        for length in q_lens:
+            starts.append(starts[-1] + length)
+        narrow = [i for i, m in enumerate(q_lens) if 0 < m <= NARROW_ROWS]
+        wide = tuple(
+            _plan_wide(slot_table[i], starts[i], m, kv_lens[i], causal, window)
+            for i, m in enumerate(q_lens)
+            if m > NARROW_ROWS
+        )
+        groups = []
+        seen = (
+            kv_lens if window is None else [min(n, m + window) for m, n in zip(q_lens, kv_lens, strict=True)]
+        )
+        for members in group(narrow, q_lens, seen):
+            planned = _plan_narrow(slot_table, members, starts, q_lens, kv_lens, causal, dtype, window)
+            if trees is not None:
+                _hide_other_branches(planned, [trees[i] for i in members])
+            groups.append(planned)
+        return PagedAttentionPlan(num_rows=starts[-1], narrow=tuple(groups), wide=wide)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One layer's attention.
+
+        Args:
+            q: [T, Hq, D], T = sum(q_lens), rows packed per request.
+            k_cache: [S, Hkv, D], contiguous; the rows' own K is already in it.
+            v_cache: [S, Hkv, Dv], contiguous.
+            scale: softmax scale.
+            sinks: [Hq] any float type, the score of one more entry without a value; None: there is none.
+
+        Returns:
+            [T, Hq, Dv] in q's dtype, a new tensor.
+        """
+        if len(self.narrow) == 1 and not self.wide:
+            return self.narrow[0].run(q, k_cache, v_cache, scale, sinks)
+        out = q.new_empty((self.num_rows, q.shape[1], v_cache.shape[2]))
+        for narrow in self.narrow:
+            if narrow.targets is None:
+                raise AssertionError("a narrow group beside other requests always has targets")
+            out.index_copy_(0, narrow.targets, narrow.run(q, k_cache, v_cache, scale, sinks))
+        for request in self.wide:
+            request.run_into(out, q, k_cache, v_cache, scale, sinks)
+        return out
+
+
+def _check_lengths(
+    slot_table: torch.Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], causal: bool
+) -> None:
+    if len(q_lens) != len(kv_lens):
+        raise ValueError(f"q_lens has {len(q_lens)} requests but kv_lens has {len(kv_lens)}")
+    for i, (m, n) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        if m < 0 or (m > 0 and n < 1) or (causal and m > n):
+            raise ValueError(f"request {i}: {m} query rows do not fit {n} KV entries (causal={causal})")
+    if kv_lens and max(kv_lens) > slot_table.shape[1]:
+        raise ValueError(f"a request has {max(kv_lens)} KV entries, the slot table {slot_table.shape[1]}")
+
+
+def _plan_narrow(
+    slot_table: torch.Tensor,
+    members: list[int],
+    starts: list[int],
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    causal: bool,
+    dtype: torch.dtype,
+    window: int | None,
+) -> NarrowGroup:
+    device = slot_table.device
+    bs = len(members)
+    widths = [q_lens[i] for i in members]
+    ends = [kv_lens[i] for i in members]
+    firsts = [0] * bs
+    if window is not None:
+        firsts = [max(0, n - m - window) for m, n in zip(widths, ends, strict=True)]
+    width = max(widths)
+    spans = [n - first for n, first in zip(ends, firsts, strict=True)]
+    kv_width = max(spans)
+    uniform = min(widths) == width and min(spans) == kv_width
+
+    if bs == 1:
+        slots = slot_table[members[0], firsts[0] : ends[0]].to(torch.int64)
+        mask = None
+        if width > 1 and causal:
+            mask = _additive_mask(width, ends[0] - width, firsts[0], kv_width, window, dtype, device)
+            mask = mask.view(1, 1, 1, width, kv_width)
+    else:
+        table = slot_table if bs == len(q_lens) else slot_table[torch.tensor(members, device=device)]
+        end = torch.tensor(ends, device=device)[:, None]
+        entry = torch.tensor(firsts, device=device)[:, None] + torch.arange(kv_width, device=device)
+        slots = table.gather(1, torch.minimum(entry, end - 1)).view(-1).to(torch.int64)
+        mask = None
+        if not uniform or (causal and width > 1):
+            width_of = torch.tensor(widths, device=device)[:, None]
+            row = torch.arange(width, device=device)
+            # The last entry a row may see; padding rows repeat the request's last row.
+            last = torch.minimum(end - width_of + row, end - 1) if causal else (end - 1).expand(bs, width)
+            hidden = entry[:, None, :] > last[:, :, None]
+            if window is not None:
+                hidden |= entry[:, None, :] < last[:, :, None] - window
+            mask = torch.zeros(bs, width, kv_width, dtype=dtype, device=device)
+            mask = mask.masked_fill_(hidden, float("-inf")).view(bs, 1, 1, width, kv_width)
+
+    every_row = sum(widths) == starts[-1]
+    gather_rows = scatter_rows = targets = None
+    if min(widths) != width or not every_row:
+        row_ids = [
+            starts[i] + min(j, m - 1) for i, m in zip(members, widths, strict=True) for j in range(width)
+        ]
+        gather_rows = torch.tensor(row_ids, device=device)
+    if min(widths) != width:
+        scatter_rows = torch.tensor(
+            [b * width + j for b, m in enumerate(widths) for j in range(m)], device=device
+        )
+    if not every_row:
+        targets = torch.tensor([starts[i] + j for i in members for j in range(q_lens[i])], device=device)
+    return NarrowGroup(bs, width, kv_width, slots, mask, gather_rows, scatter_rows, targets)
+
+
+def _hide_other_branches(narrow: NarrowGroup, trees: Sequence[torch.Tensor]) -> None:
+    """Of the last entries of each request, its own rows, let every row see its tree's only."""
+    if narrow.mask is None:
+        return  # One row each: there is no other branch.
+    hidden = narrow.mask.view(len(trees), narrow.width, narrow.kv_width)
+    for rows, tree in zip(hidden, trees, strict=True):
+        # The last row that sees the most tells where the request's entries end.
+        end = int((rows[len(tree) - 1] == 0).nonzero()[-1]) + 1
+        rows[: len(tree), end - len(tree) : end].masked_fill_(~tree, float("-inf"))
+
+
+def _plan_wide(
+    table_row: torch.Tensor,
+    row_start: int,
+    q_len: int,
+    kv_len: int,
+    causal: bool,
+    window: int | None,
+) -> WideRequest:
+    prefix = kv_len - q_len
+    kv_base = 0 if window is None else max(0, prefix - window)
+    widest = min(q_len, WIDE_ROWS)
+    own = _additive_mask(widest, 0, 0, widest, None, torch.float32, table_row.device) if causal else None
+    blocks = []
+    for first in range(0, q_len, WIDE_ROWS):
+        last = min(first + WIDE_ROWS, q_len)
+        rows = last - first
+        kv_start, kv_end = 0, prefix + last if causal else kv_len
+        mask = None if own is None else own[:rows, :rows]
+        if window is not None:
+            kv_start = max(0, prefix + first - window)
+            entries = kv_end - kv_start
+            mask = _additive_mask(
+                rows, prefix + first, kv_start, entries, window, torch.float32, table_row.device
+            )
+        blocks.append(WideBlock(row_start + first, row_start + last, kv_start, kv_end, mask))
+    return WideRequest(table_row[kv_base:kv_len].to(torch.int64), kv_base, tuple(blocks))
+
+
+def _additive_mask(
+    rows: int,
+    first_row_position: int,
+    first_entry: int,
+    entries: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """[rows, entries] of 0 and -inf: row i, at position p + i, sees entries up to its own position."""
+    mask = torch.full((rows, entries), float("-inf"), dtype=dtype, device=device)
+    mask.triu_(first_row_position - first_entry + 1)
+    if window is not None:
+        position = first_row_position + torch.arange(rows, device=device)[:, None]
+        entry = first_entry + torch.arange(entries, device=device)
+        mask.masked_fill_(entry < position - window, float("-inf"))
+    return mask

@@ -1,0 +1,293 @@
+"""SGLang's features over HTTP: every answer is plain decoding's, asked beside all the others, on every route."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from patience import wait_until
+from server_host import Server, ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+pytestmark = pytest.mark.server
+
+PROMPT = "one two three four one two three four one two"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "kind": {"enum": ["alpha", "beta"]}},
+    "required": ["name", "kind"],
+    "additionalProperties": False,
+}
+FUNCTION = {"name": "look", "description": "Looks.", "parameters": SCHEMA}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+EBNF = 'root ::= "yes " digit digit | "no " digit\ndigit ::= [0-9]'
+TAG = {
+    "type": "structural_tag",
+    "structures": [{"begin": "<look>", "schema": SCHEMA, "end": "</look>"}],
+    "triggers": ["<look>"],
+}
+NAMED = {"type": "function", "function": {"name": "look"}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+
+
+def native(fields: Mapping[str, Any] | None = None, **sampling: Any) -> tuple[str, dict[str, Any]]:
+    params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True, **sampling}
+    return "/generate", {"text": PROMPT, "sampling_params": params, **(fields or {})}
+
+
+def text(**fields: Any) -> tuple[str, dict[str, Any]]:
+    asked = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    return "/v1/completions", asked | fields
+
+
+def chat(**fields: Any) -> tuple[str, dict[str, Any]]:
+    asked = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 48}
+    return "/v1/chat/completions", asked | fields
+
+
+def response(**fields: Any) -> tuple[str, dict[str, Any]]:
+    asked = {"model": "tiny", "input": PROMPT, "temperature": 0, "max_output_tokens": 40}
+    return "/v1/responses", asked | fields
+
+
+def message(**fields: Any) -> tuple[str, dict[str, Any]]:
+    asked = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 40}
+    return "/v1/messages", asked | fields
+
+
+ENDS = {"ignore_eos": False, "max_new_tokens": 80}
+LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0, "token_ids_logprob": [70]}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "generate": native(),
+    "generate-stream": native({"stream": True}),
+    "generate-logprobs": native(LOGPROBS),
+    "generate-n": native(n=3, temperature=0.8, sampling_seed=5),
+    "generate-batch": native({"text": [PROMPT, PROMPT[:20], "x"]}),
+    "generate-ids": native({"text": None, "input_ids": [70, 71, 72, 70, 71]}),
+    "generate-json-schema": native(json_schema=json.dumps(SCHEMA), **ENDS),
+    "generate-regex": native(regex="(red|green|blue)( (red|green|blue)){3}", **ENDS),
+    "generate-ebnf": native(ebnf=EBNF, **ENDS),
+    "generate-structural-tag": native(structural_tag=json.dumps(TAG)),
+    "generate-stop": native(stop=["rs", "k", "m"]),
+    "generate-stop-ids": native(stop_token_ids=[70, 74, 77, 80], ignore_eos=False),
+    "generate-stop-regex": native(stop_regex=["[P-S][D-J]", "K.?L"]),
+    "generate-no-stop-trim": native(stop=["H", "M"], no_stop_trim=True),
+    "generate-min-tokens": native(stop_token_ids=[70, 74, 77, 80], ignore_eos=False, min_new_tokens=9),
+    "generate-bias": native(logit_bias={"80": 6.0, "70": -9.0}),
+    "generate-penalties": native(frequency_penalty=0.6, presence_penalty=0.3, repetition_penalty=1.1),
+    "generate-seed": native(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, sampling_seed=11),
+    "generate-priority": native({"priority": 3}),
+    "completion": text(),
+    "completion-stream": text(stream=True, stream_options={"include_usage": True}),
+    "completion-logprobs": text(logprobs=2, echo=True),
+    "completion-n": text(n=2),
+    "completion-bias": text(logit_bias={"80": 6.0}, stop=["k"]),
+    "completion-penalties": text(frequency_penalty=0.6, presence_penalty=0.3),
+    "completion-seed": text(temperature=0.8, seed=7),
+    "completion-json-schema": text(json_schema=json.dumps(SCHEMA), ignore_eos=False),
+    "chat": chat(),
+    "chat-stream": chat(stream=True),
+    "chat-logprobs": chat(logprobs=True, top_logprobs=2),
+    "chat-n": chat(n=2),
+    "chat-min-tokens": chat(min_tokens=12, stop=["k"]),
+    "chat-json-schema": chat(response_format=FORMAT),
+    "chat-json-object": chat(response_format={"type": "json_object"}),
+    "chat-regex": chat(regex="[a-d]{5,9}"),
+    "chat-ebnf": chat(ebnf=EBNF),
+    "chat-structural-tag": chat(response_format=TAG),
+    "chat-tools": chat(tools=TOOLS),
+    "chat-required-tool": chat(tools=TOOLS, tool_choice="required"),
+    "chat-named-tool": chat(tools=TOOLS, tool_choice=NAMED),
+    "chat-named-tool-stream": chat(tools=TOOLS, tool_choice=NAMED, stream=True),
+    "chat-seed": chat(temperature=0.8, seed=7),
+    "responses": response(),
+    "responses-stream": response(stream=True),
+    "responses-tools": response(tools=[{"type": "function", **FUNCTION}]),
+    "messages": message(),
+    "messages-stream": message(stream=True),
+    "messages-stop": message(stop_sequences=["k"]),
+    "messages-tools": message(tools=[{"name": "look", "input_schema": SCHEMA}]),
+}
+
+OWN = re.compile(
+    r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|tokens_details|^spec_|^dp_rank$|^obfuscation$"
+)
+"""What no two answers share, how much was in the cache, and what every speculative algorithm of SGLang adds."""
+TEXTS = ("text", "content", "reasoning_content", "arguments", "delta", "partial_json")
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[tuple[Server, Server]]:
+    """Plain decoding, and the policy that takes every drafter at random."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    target = tiny_target(root / "target", peaked=True)
+    tiny_target(root / "other", seed=3, peaked=True)
+    shared = ["--model-path", str(target), "--served-model-name", "tiny", "--dtype", "float32"]
+    shared += [
+        "--tool-call-parser",
+        "hermes",
+        "--reasoning-parser",
+        "qwen3",
+        "--enable-priority-scheduling",
+        "--default-priority-value",
+        "0",
+    ]
+    ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
+    ours += ["--speculative-draft-model-path", str(tiny_dflash(root / "d", target))]
+    ours += ["--whiflash-eagle-draft", str(tiny_eagle3(root / "e", target))]
+    with ExitStack() as running, ThreadPoolExecutor(2) as pool:
+        started = pool.map(lambda more: host.running(*shared, *more), ([], ours))
+        plain, drafting = (running.enter_context(server) for server in started)
+        yield plain, drafting
+
+
+def ask(server: Server, route: str, body: dict[str, Any]) -> Any:
+    answer = httpx.post(server.url + route, json=body, timeout=None)
+    assert answer.status_code == 200, f"{route}: {answer.text}"
+    return streamed(answer.text) if body.get("stream") else seen(answer.json())
+
+
+def seen(value: Any) -> Any:
+    """An answer without what is its own."""
+    if isinstance(value, dict):
+        return {key: seen(inner) for key, inner in value.items() if not OWN.search(key)}
+    return [seen(inner) for inner in value] if isinstance(value, list) else value
+
+
+def streamed(sent: str) -> Any:
+    """A stream's texts, wherever they were cut: of each place in its events the pieces together, what else ends it."""
+    texts: dict[str, str] = {}
+    last: dict[str, Any] = {}
+    for line in sent.splitlines():
+        if line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            for path, value in leaves(seen(event), str(event.get("type", ""))):
+                if path.rsplit(".", 1)[-1] in TEXTS and isinstance(value, str):
+                    # The native route repeats the text so far.
+                    texts[path] = value if "meta_info" in event else texts.get(path, "") + value
+                elif value is not None and not path.endswith("sequence_number"):
+                    last[path] = value
+    return {"texts": texts, "last": last}
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner, path)
+    else:
+        yield path, value
+
+
+def differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
+    """Where two answers differ; numbers as sums in another order may."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            yield from differences(found.get(key), expected.get(key), f"{path}.{key}")
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            yield from differences(a, b, f"{path}[{i}]")
+    elif isinstance(found, float) and isinstance(expected, float):
+        if not math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-4):
+            yield f"{path}: {found} instead of {expected}"
+    elif found != expected:
+        yield f"{path}: {found!r} instead of {expected!r}"
+
+
+def answers(server: Server) -> dict[str, Any]:
+    """To every case, eight at a time."""
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(CASES, pool.map(lambda case: ask(server, *case), CASES.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def both(servers: tuple[Server, Server]) -> tuple[dict[str, Any], dict[str, Any]]:
+    plain, drafting = map(answers, servers)
+    arms = servers[1].get("/whiflash/state")["by_arm"]
+    assert min(arms[arm]["accepted"] for arm in ("ar", "diffusion", "lookup", "structure")) > 0
+    return plain, drafting
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_plain_decodings(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
+    plain, drafting = both
+    assert list(differences(drafting[name], plain[name])) == []
+
+
+def test_features_do_what_they_say(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Else two servers that ignore them would agree."""
+    plain, _ = both
+    for name in ("chat-json-schema", "generate-json-schema", "completion-json-schema"):
+        (said,) = [value for path, value in leaves(plain[name], "") if path.endswith((".text", ".content"))]
+        assert json.loads(said).keys() == {"name", "kind"}, name
+    for name in ("chat-required-tool", "chat-named-tool"):
+        (call,) = plain[name]["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]).keys() == {"name", "kind"}
+    assert re.fullmatch("(yes [0-9]{2}|no [0-9])", plain["generate-ebnf"]["text"])
+    assert [len(plain[name]) for name in ("generate-n", "generate-batch")] == [3, 3]
+    assert [len(plain[name]["choices"]) for name in ("completion-n", "chat-n")] == [2, 2]
+    # The comparison sees what differs, in a whole answer and in a stream.
+    free, others = plain["generate"], ("stop", "stop-ids", "stop-regex", "bias", "penalties", "seed")
+    assert all(list(differences(plain[f"generate-{name}"], free)) for name in others)
+    assert list(differences(plain["chat-named-tool-stream"], plain["chat-stream"]))
+
+
+def test_disconnects_leave_nothing_behind(servers: tuple[Server, Server], both: Any) -> None:
+    """Clients that go away in mid-answer, beside one that stays."""
+    _, drafting = servers
+    route, body = native({"stream": True}, max_new_tokens=400)
+
+    def leave(after: int) -> None:
+        with httpx.stream("POST", drafting.url + route, json=body, timeout=None) as stream:
+            for _, _line in zip(range(after), stream.iter_lines(), strict=False):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        left = [pool.submit(leave, 1 + 3 * i) for i in range(12)]
+        stays = ask(drafting, *CASES["chat"])
+        for one in left:
+            one.result()
+    assert list(differences(stays, both[0]["chat"])) == []
+    wait_until(lambda: drafting.get("/whiflash/state")["requests"] == 0)
+
+
+SOME = ("generate", "generate-json-schema", "generate-logprobs", "completion-n", "chat-stream")
+
+
+def some(server: Server) -> dict[str, Any]:
+    with ThreadPoolExecutor(len(SOME)) as pool:
+        return dict(zip(SOME, pool.map(lambda name: ask(server, *CASES[name]), SOME), strict=True))
+
+
+def test_sleep_and_wake(servers: tuple[Server, Server], both: Any) -> None:
+    for server in servers:
+        server_idle(server)
+        for route in ("/release_memory_occupation", "/resume_memory_occupation"):
+            httpx.post(server.url + route, json={}, timeout=None).raise_for_status()
+    plain, drafting = map(some, servers)
+    assert list(differences(drafting, plain)) == []
+    assert list(differences(drafting, {name: both[0][name] for name in SOME})) == []
+
+
+def server_idle(server: Server) -> None:
+    wait_until(lambda: httpx.post(server.url + "/flush_cache", timeout=None).status_code == 200)
+
+
+def test_a_weight_update(servers: tuple[Server, Server], both: Any, tmp_path: Path) -> None:
+    """The target's weights are others from now on; its drafters were trained for the old ones, and text is right."""
+    for server in servers:
+        model = Path(server.get("/model_info")["model_path"])
+        done = server.post("/update_weights_from_disk", {"model_path": str(model.with_name("other"))})
+        assert done["success"], done
+    plain, drafting = map(some, servers)
+    assert list(differences(drafting, plain)) == []
+    assert list(differences(plain["generate"], both[0]["generate"])), "the weights are the old ones"

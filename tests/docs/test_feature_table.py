@@ -1,0 +1,33 @@
+"""The table of features names tests that exist, cases among them."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?(?:\[([\w-]+)\])?`")
+
+
+def missing(page: str) -> list[str]:
+    """Tests that a page names and nobody has."""
+    found = []
+    for path, test, case in NAMED.findall(page):
+        file = ROOT / path
+        source = file.read_text("utf-8") if file.is_file() else ""
+        if not source or (test and f"def {test}(" not in source) or (case and f'"{case}"' not in source):
+            found.append(f"{path}::{test}[{case}]")
+    return found
+
+
+def test_every_feature_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "reference" / "features.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| feature")]
+    assert len(rows) > 20
+    assert [row for row in rows if not NAMED.search(row)] == []
+    assert missing(page) == []
+
+
+def test_a_test_that_is_gone_is_seen() -> None:
+    here = "tests/docs/test_feature_table.py"
+    assert missing(f"`{here}::test_a_test_that_is_gone_is_seen`") == []
+    for gone in (f"`{here}::test_gone`", "`tests/docs/gone.py`", f"`{here}::missing[gone-case]`"):
+        assert missing(gone), gone

@@ -1,0 +1,185 @@
+"""Prices measured at the start are those of the graphs that rounds replay, as the device's own events time them.
+
+The device here is a stand-in: its time moves when a graph is replayed, by what the test chose for that graph, and a
+hundred times that for the first replay of it. An event says nothing before somebody has waited for it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from emulated import TapeBackend, emulated_graphs
+from engine import Engine, engine
+from model_set import Models
+
+from whiflash_sglang.clock import Clock
+from whiflash_sglang.compat import pricing
+from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets
+from whiflash_sglang.graphs import CapturedPass, doubling
+from whiflash_sglang.routing.tables import CostTables
+
+REQUESTS, WIDEST, CONTEXT = 3, 17, 256
+SMALL: dict[str, Any] = {
+    "max_running_requests": REQUESTS,
+    "context_length": CONTEXT,
+    "max_total_tokens": 1024,
+}
+LONG = CONTEXT - WIDEST
+FIRST = 100.0
+"""How many times longer the first replay takes."""
+
+DRAFT = {"the pass of 'ar'": 3.0, "the pass of 'diffusion'": 2.0}
+CATCH_UP = {"the catch-up of 'ar'": 0.5, "the catch-up of 'diffusion'": 0.7}
+
+
+def verify_seconds(rows: int, tokens: int) -> float:
+    return 4.0 + 0.1 * rows + 0.01 * tokens
+
+
+def pass_seconds(name: str, size: int) -> float:
+    return DRAFT[name] + 0.2 * size if name in DRAFT else CATCH_UP[name] + 0.05 * size
+
+
+class Device:
+    """Its clock; a mark is the device's time, in seconds."""
+
+    def __init__(self) -> None:
+        self.now, self._come = 0.0, -1.0
+        self._seen: set[Any] = set()
+
+    def works(self, what: Any, seconds: float) -> None:
+        self.now += seconds * (1.0 if what in self._seen else FIRST)
+        self._seen.add(what)
+
+    def record(self) -> float:
+        return self.now
+
+    def passed(self, mark: float) -> bool:
+        return mark <= self._come
+
+    def wait(self, mark: float) -> None:
+        self._come = max(self._come, mark)
+
+    def elapsed(self, begin: float, end: float) -> float:
+        if not self.passed(end):
+            raise AssertionError("read before it has come")
+        return end - begin
+
+
+class Bench:
+    """An engine whose replays move the time of `device`."""
+
+    def __init__(self, engine: Engine, graphs: VerifyGraphs) -> None:
+        self.engine, self.device, self._graphs = engine, Device(), graphs
+
+    def verified(self, key: Any) -> None:
+        slots = self._graphs._ragged_capture_slots(key.size)
+        starts = self._graphs.attn_backend.starts[:slots]
+        tokens = int(starts[starts > 1].sum())  # slots without a request have one
+        self.device.works(key.size, verify_seconds(key.size, tokens))
+
+    def passed(self, captured: CapturedPass[Any], size: int) -> None:
+        chosen = next(n for n in captured.sizes if n >= size)
+        self.device.works((captured.name, chosen), pass_seconds(captured.name, chosen))
+
+    def measure(self) -> CostTables:
+        """On a device that has not run anything."""
+        self.device, worker = Device(), self.engine.worker
+        with torch.no_grad():
+            return pricing.measured(
+                worker.target, worker.drafters, worker.sync, worker.host, self.device, REQUESTS
+            )
+
+
+@pytest.fixture(scope="module")
+def bench(models: Models) -> Iterator[Bench]:
+    with (
+        engine(models.target, whiflash=models.whiflash("auto"), **SMALL) as e,
+        emulated_graphs(e) as graphs,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        made, verify, replay = Bench(e, graphs), TapeBackend.replay, CapturedPass.replay
+
+        def verified(self: TapeBackend, key: Any, *args: Any, **named: Any) -> Any:
+            made.verified(key)
+            return verify(self, key, *args, **named)
+
+        def passed(self: CapturedPass[Any], size: int, *live: torch.Tensor) -> Any:
+            made.passed(self, size)
+            return replay(self, size, *live)
+
+        patch.setattr(TapeBackend, "replay", verified)
+        patch.setattr(CapturedPass, "replay", passed)
+        yield made
+
+
+def check(tables: CostTables) -> None:
+    """The tables are what was chosen, size by size."""
+    buckets = row_buckets(REQUESTS * WIDEST)
+    verifications = tables.verifications
+    assert (verifications.short, verifications.long) == (LONG // pricing.SHORTER, LONG)
+    for context, found in ((LONG // pricing.SHORTER, verifications.at_short), (LONG, verifications.at_long)):
+        assert list(found.sizes) == buckets
+        each = [context // min(rows, REQUESTS) * min(rows, REQUESTS) for rows in buckets]
+        chosen = [verify_seconds(rows, tokens) for rows, tokens in zip(buckets, each, strict=True)]
+        assert list(found.seconds) == pytest.approx(chosen)
+    groups, tokens = doubling(1, REQUESTS), doubling(4, REQUESTS * WIDEST)
+    for table, sizes, kind in ((tables.drafts, groups, "pass"), (tables.catch_up, tokens, "catch-up")):
+        assert set(table) == {"ar", "diffusion"}
+        for arm, found in table.items():
+            assert list(found.sizes) == sizes
+            assert list(found.seconds) == pytest.approx(
+                [pass_seconds(f"the {kind} of {arm!r}", n) for n in sizes]
+            )
+
+
+def test_the_tables_are_what_the_device_takes(bench: Bench) -> None:
+    worker = bench.engine.worker
+    check(bench.measure())
+    assert not worker.target.slot_table.any(), "rows of the table are left as requests find them"
+    assert not any(worker.sync.caught_up.values())
+    found = bench.engine.generate([[1, 2, 3, 4] * 4, [7, 7, 7]], max_new_tokens=20)
+    assert [len(output) for output in found] == [20, 20]
+    bench.engine.check_leaks()
+
+
+def unwarmed(body: Callable[[], object], clock: Clock) -> float:
+    begin = clock.record()
+    body()
+    end = clock.record()
+    clock.wait(end)
+    return clock.elapsed(begin, end)
+
+
+def unwaited(body: Callable[[], object], clock: Clock) -> float:
+    begin = clock.record()
+    body()
+    return clock.elapsed(begin, clock.record())
+
+
+def half_the_rows(*args: Any, made: Any = pricing._verification) -> Any:
+    target, host, rows, *rest = args
+    return made(target, host, max(rows // 2, 1), *rest)
+
+
+def no_context(*args: Any, made: Any = pricing._verification) -> Any:
+    target, host, rows, _, requests = args
+    return made(target, host, rows, 0, requests)
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [
+        ("measure", unwarmed),
+        ("measure", unwaited),
+        ("_verification", half_the_rows),
+        ("_verification", no_context),
+    ],
+)
+def test_a_planted_error_is_seen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str, planted: Any
+) -> None:
+    monkeypatch.setattr(pricing, name, planted)
+    with pytest.raises(AssertionError):
+        check(bench.measure())

@@ -1,0 +1,24 @@
+"""A jump of the wall clock moves nothing: what is measured or waits goes by clocks that never run backwards."""
+
+import re
+from pathlib import Path
+
+PACKAGES = [
+    Path(__file__).parents[1] / part
+    for part in ("whiflash_sglang", "kernels/whiflash_kernels", "sdk/whiflash_sdk")
+]
+WALL = re.compile(
+    r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(|\bdate\.today\(|\btime\.(localtime|gmtime)\("
+)
+
+DATES = {"whiflash_sglang/compat/samples.py", "whiflash_sglang/train/provenance.py"}
+"""Say when something was; nothing is computed from it but the seconds that a training is said to have taken."""
+
+
+def test_only_dates_are_read_from_the_wall_clock() -> None:
+    root = Path(__file__).parents[1]
+    sources = {str(file.relative_to(root)): file for package in PACKAGES for file in package.rglob("*.py")}
+    assert len(sources) > 200
+    found = {name for name, file in sources.items() if WALL.search(file.read_text("utf-8"))}
+    assert found - DATES == set()
+    assert found >= DATES, "what is excused is gone"

@@ -1,0 +1,64 @@
+"""A server's keys stay with who was given them: SGLang's log of arguments and `GET /server_info` tell them.
+
+The route is open to every holder of the API key, and to everybody where there is only an admin key; from it both could
+read the key that opens what steers the server.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from sglang.srt.entrypoints import engine, http_server
+
+from whiflash_sglang.compat.carried import asks_for_ours
+from whiflash_sglang.compat.patching import replace
+
+CUT_OUT = "<redacted>"
+
+
+def install() -> None:
+    """In the launcher's process. Idempotent."""
+    replace(engine, "_server_args_for_logging", _logged)
+    replace(http_server, "redact_watermark_secrets", _told)
+
+
+def _logged(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def for_logging(server_args: Any) -> Any:
+        return without_keys(original(server_args), server_args)
+
+    return for_logging
+
+
+def _told(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Upstream's module calls it for the answer of `/server_info` alone."""
+
+    @wraps(original)
+    def redacted(value: Any, **options: Any) -> Any:
+        return without_keys(
+            original(value, **options), http_server._global_state.tokenizer_manager.server_args
+        )
+
+    return redacted
+
+
+def without_keys(value: Any, server_args: Any) -> Any:
+    """`value` with the server's keys cut out of every string in it, the command line among them; others' servers tell
+    what SGLang tells.
+    """
+    if not asks_for_ours(server_args):
+        return value
+    keys = [key for key in (server_args.api_key, server_args.admin_api_key) if key]
+    return _cut(value, sorted(keys, key=len, reverse=True)) if keys else value
+
+
+def _cut(value: Any, keys: list[str]) -> Any:
+    if isinstance(value, str):
+        for key in keys:
+            value = value.replace(key, CUT_OUT)
+        return value
+    if isinstance(value, dict):
+        return {name: _cut(inner, keys) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cut(inner, keys) for inner in value]
+    return value

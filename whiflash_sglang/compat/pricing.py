@@ -1,0 +1,169 @@
+"""Prices of work, measured at the start on requests that are none: the tables that routes are looked up in.
+
+Everything is issued as it will be while serving, by the same functions, from graphs where they were captured: a
+verification for every number of rows at two contexts, a draft of every arm for every size of a group, a catch-up for
+every number of tokens. A clock times it (:mod:`whiflash_sglang.clock`): events on a GPU, the host's elsewhere.
+
+Nothing is cached yet, so the slot table and the KV slots are free to be used: verified rows read distinct slots, as
+contexts do while serving, and drafts write to the padding slot.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from whiflash_kernels import prepare_mixed_block
+
+from whiflash_sglang.cache.sync import FEWEST_ROWS, DraftSync
+from whiflash_sglang.clock import Clock, measure
+from whiflash_sglang.compat.graphs import VerifyGraphs
+from whiflash_sglang.compat.target import Target
+from whiflash_sglang.drafters.base import Drafter, widest_of
+from whiflash_sglang.drafters.profile import idle_batch, profile_drafts
+from whiflash_sglang.graphs import bucket_of, doubling
+from whiflash_sglang.host_view import HostView
+from whiflash_sglang.routing.costs import MeasuredCosts, WorkerCosts
+from whiflash_sglang.routing.looked_up import LookedUpCosts
+from whiflash_sglang.routing.tables import CostTables, Sizes, Verifications
+
+LONGEST = 16384
+"""Tokens of context that verifications are timed with at most."""
+
+SHORTER = 16
+"""The shorter context is this part of the longer one."""
+
+Body = Callable[[], object]
+
+
+def looks_up(device: torch.device) -> bool:
+    """Whether prices are measured at the start and looked up: where the host's clock would time launches."""
+    return device.type == "cuda"
+
+
+def costs_of(device: torch.device, width: Callable[[str], int]) -> WorkerCosts:
+    """What routes are priced by there. width: as of `WorkerCosts`."""
+    return LookedUpCosts(width) if looks_up(device) else MeasuredCosts(width)
+
+
+def price(
+    costs: WorkerCosts,
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    sync: DraftSync,
+    host: HostView,
+    clock: Clock,
+    requests: int,
+) -> None:
+    """Measure what `costs` must know before the first request."""
+    if isinstance(costs, LookedUpCosts):
+        costs.tables = measured(target, drafters, sync, host, clock, requests)
+    elif isinstance(costs, MeasuredCosts):
+        profile_drafts(drafters.values(), sync.rings, target.slot_table, costs, host)
+
+
+def measured(
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    sync: DraftSync,
+    host: HostView,
+    clock: Clock,
+    requests: int,
+) -> CostTables:
+    """Tables for batches of up to so many requests. Waits for the device; before the first request only."""
+    widest = widest_of(drafters) + 1
+    sizes, most = _sizes(target, requests, widest)
+    long = min(target.context_len - widest, target.kv_slots, LONGEST)
+    with _spread_slots(target, most, long + widest):
+        verifications = Verifications.measured(
+            long // SHORTER,
+            long,
+            sizes,
+            lambda rows, context: measure(_verification(target, host, rows, context, most), clock),
+        )
+    drafts = {
+        arm: Sizes.measured(doubling(1, requests), partial(_draft, drafter, target, sync, host, clock))
+        for arm, drafter in drafters.items()
+        if drafter.keeps_kv
+    }
+    tokens = doubling(FEWEST_ROWS, requests * widest)
+    catch_up = {arm: Sizes.measured(tokens, partial(_catch_up, sync, arm, clock)) for arm in sync.arms}
+    return CostTables(verifications, drafts, catch_up)
+
+
+def _draft(
+    drafter: Drafter, target: Target, sync: DraftSync, host: HostView, clock: Clock, requests: int
+) -> float:
+    batch = idle_batch(requests, drafter, sync.rings, target.slot_table, host)
+    seconds = measure(lambda: drafter.draft(batch), clock)
+    for row in batch.row_ids:
+        drafter.release(row)
+    return seconds
+
+
+def _catch_up(sync: DraftSync, arm: str, clock: Clock, tokens: int) -> float:
+    return measure(sync.idle(arm, tokens), clock)
+
+
+def _sizes(target: Target, requests: int, widest: int) -> tuple[list[int], int]:
+    """Rows of the verifications that are timed, and the most requests of one: the graphs' where there are any."""
+    graphs = target.runner.decode_cuda_graph_runner
+    if isinstance(graphs, VerifyGraphs):
+        return graphs.capture_num_tokens, graphs.requests
+    most = requests * widest
+    return sorted({min(bucket_of(rows), most) for rows in range(1, most + 1)}), requests
+
+
+@contextmanager
+def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]:
+    """Requests in rows 1, 2, … that have slots of their own for so many tokens, as far as there are slots."""
+    page = int(target.runner.token_to_kv_pool.page_size)
+    own = target.slot_table[1 : requests + 1, :columns]
+    columns = int(own.shape[1])
+    position = torch.arange(columns, device=own.device)
+    first = torch.arange(requests, device=own.device)[:, None] * -(-columns // page)
+    pages = (first + position // page) % (target.kv_slots // page - 1) + 1  # page 0 is padding
+    own.copy_(pages * page + position % page)
+    try:
+        yield
+    finally:
+        own.zero_()
+
+
+def _verification(target: Target, host: HostView, rows: int, context: int, requests: int) -> Body:
+    """What verifies `rows` rows of up to so many requests, which have `context` tokens together."""
+    device = target.device
+    count = min(rows, requests)
+    widths = [rows // count + (i < rows % count) for i in range(count)]
+    ids = torch.arange(1, count + 1, device=device)
+    starts = torch.full_like(ids, max(context // count, 1))
+    verify_lens = torch.tensor(widths, dtype=torch.int32, device=device)
+    block = prepare_mixed_block(
+        torch.zeros_like(ids),
+        ids.new_zeros((count, max(widths) - 1)),
+        verify_lens,
+        starts,
+        ids,
+        target.slot_table,
+        rows=rows,
+    )
+    on_host = starts.cpu()
+
+    def verify() -> Any:
+        batch = ScheduleBatch(
+            reqs=[],
+            device=str(device),
+            forward_mode=ForwardMode.DECODE,
+            req_pool_indices=ids,
+            seq_lens=starts,
+            seq_lens_cpu=on_host,
+            seq_lens_sum=int(on_host.sum()),
+            orig_seq_lens=starts.to(torch.int32),
+            spec_algorithm=target.runner.spec_algorithm,
+        )
+        return target.verify(batch, block, verify_lens, widths if host.exact else None, max(widths))
+
+    return verify

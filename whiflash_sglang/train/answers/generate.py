@@ -1,0 +1,261 @@
+"""The target's own answers to prompts: continuous batching over static KV slots, features kept as they pass.
+
+Rows live in groups of equal capacity, so that attention over a long prompt is not paid for by short ones. A
+finished row's slot is refilled at once. Every decode step is one packed forward over all rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import xgrammar
+from torch import Tensor
+
+from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.models.target import TargetModel, causal_attention
+from whiflash_sglang.train.answers.grammar import GrammarMasks
+from whiflash_sglang.train.answers.loops import loop_start
+from whiflash_sglang.train.answers.prompts import PromptRow
+
+_LOOP_CHECK_EVERY = 16
+
+
+class GroupShape(NamedTuple):
+    """`rows` slots of `capacity` tokens each (prompt and answer together)."""
+
+    rows: int
+    capacity: int
+
+
+class Answer(NamedTuple):
+    """A finished generation: `tokens` prompt and answer, `states` [len(tokens) - 1, captured + 1, H]."""
+
+    prompt: PromptRow
+    tokens: list[int]
+    states: Tensor
+    looped: bool
+    finished: bool
+
+
+@dataclass
+class _Slot:
+    prompt: PromptRow
+    tokens: list[int]
+    matcher: xgrammar.GrammarMatcher | None
+
+
+@dataclass
+class _Group:
+    """KV slots of one capacity. Keys lie transposed, [rows, Hkv, D, capacity]: a batched product over them
+    then needs no packing, which made decode attention three times faster than SDPA on a CPU."""
+
+    shape: GroupShape
+    keys: list[Tensor]
+    values: list[Tensor]
+    states: Tensor
+    slots: list[_Slot | None] = field(default_factory=list)
+
+    def fits(self, prompt: PromptRow, max_new: int) -> bool:
+        return len(prompt.tokens) + max_new <= self.shape.capacity
+
+
+class Generator:
+    """Generates answers for a stream of prompts."""
+
+    def __init__(
+        self,
+        target: TargetModel,
+        masks: GrammarMasks,
+        *,
+        groups: Sequence[GroupShape],
+        capture: Sequence[int],
+        max_new_tokens: int,
+        eos_id: int,
+        temperature: float = 0.0,
+        keep_loops: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """`temperature` 0 is greedy. Groups are tried in order of capacity. A row that falls into a loop ends
+        there; its repetitions are cut off unless `keep_loops`."""
+        self.target, self.masks, self.capture = target, masks, list(capture)
+        self.max_new, self.eos_id, self.temperature = max_new_tokens, eos_id, temperature
+        self.keep_loops = keep_loops
+        self.random = torch.Generator(device=target.device).manual_seed(seed)
+        self.groups = [self._allocate(shape) for shape in sorted(groups, key=lambda shape: shape.capacity)]
+
+    def _allocate(self, shape: GroupShape) -> _Group:
+        target = self.target
+        rows, capacity = shape
+        heads, size = target.num_kv_heads, target.head_dim
+
+        def zeros(*sizes: int) -> Tensor:
+            return torch.zeros(sizes, dtype=target.dtype, device=target.device)
+
+        return _Group(
+            shape,
+            [zeros(rows, heads, size, capacity) for _ in range(target.num_layers)],
+            [zeros(rows, heads, capacity, size) for _ in range(target.num_layers)],
+            zeros(rows, capacity, len(self.capture) + 1, target.hidden_size),
+            [None] * rows,
+        )
+
+    @torch.inference_mode()
+    def run(
+        self, prompts: Iterator[PromptRow], on_skip: Callable[[PromptRow, str], None]
+    ) -> Iterator[Answer]:
+        """Yield answers as they finish. Prompts too long for every group, or with a grammar that does not
+        compile, are reported to `on_skip`."""
+        waiting: dict[int, list[PromptRow]] = {index: [] for index in range(len(self.groups))}
+        exhausted = False
+        while True:
+            for index, group in enumerate(self.groups):
+                for row, slot in enumerate(group.slots):
+                    while slot is None and (waiting[index] or not exhausted):
+                        prompt = self._next_prompt(index, waiting, prompts, on_skip)
+                        exhausted = exhausted or prompt is None
+                        if prompt is None:
+                            break
+                        slot = self._start(group, row, prompt, on_skip)
+                        answer = self._finished(group, row)
+                        if answer is not None:
+                            yield answer
+                            slot = None
+            if not any(slot for group in self.groups for slot in group.slots):
+                return
+            yield from self._step()
+
+    def _next_prompt(
+        self,
+        index: int,
+        waiting: dict[int, list[PromptRow]],
+        prompts: Iterator[PromptRow],
+        on_skip: Callable[[PromptRow, str], None],
+    ) -> PromptRow | None:
+        """The next prompt for group `index`; prompts met on the way wait for their own groups."""
+        if waiting[index]:
+            return waiting[index].pop(0)
+        for prompt in prompts:
+            home = next((i for i, group in enumerate(self.groups) if group.fits(prompt, self.max_new)), None)
+            if home is None:
+                on_skip(
+                    prompt, f"{len(prompt.tokens)} prompt tokens leave no room for {self.max_new} new ones"
+                )
+            elif home == index:
+                return prompt
+            else:
+                waiting[home].append(prompt)
+        return None
+
+    def _start(
+        self, group: _Group, row: int, prompt: PromptRow, on_skip: Callable[[PromptRow, str], None]
+    ) -> _Slot | None:
+        try:
+            matcher = None if prompt.grammar is None else self.masks.matcher(prompt.grammar)
+        except RuntimeError as error:
+            on_skip(prompt, f"grammar does not compile: {error}")
+            return None
+        tokens = torch.tensor(prompt.tokens, device=self.target.device)
+        length = len(tokens)
+        whole = causal_attention(length, tokens.device, self.target.dtype)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            group.keys[layer][row, :, :, :length] = k.permute(1, 2, 0)
+            group.values[layer][row, :, :length] = v.transpose(0, 1)
+            return whole(layer, q, k, v)
+
+        output = self.target.forward(tokens, torch.arange(length, device=tokens.device), attend, self.capture)
+        group.states[row, :length] = torch.cat([output.features, output.final[:, None]], dim=1)
+        slot = _Slot(prompt, list(prompt.tokens), matcher)
+        group.slots[row] = slot
+        self._emit([slot], self.target.logits(output.final[-1:]))
+        return slot
+
+    @property
+    def _share(self) -> int:
+        return self.target.num_heads // self.target.num_kv_heads
+
+    def _emit(self, slots: Sequence[_Slot | None], logits: Tensor) -> None:
+        self.masks.apply(logits, [slot.matcher if slot else None for slot in slots])
+        if self.temperature > 0:
+            weights = (logits.float() / self.temperature).softmax(-1)
+            chosen = torch.multinomial(weights, 1, generator=self.random)[:, 0]
+        else:
+            chosen = logits.max(-1).indices
+        for slot, token in zip(slots, chosen.tolist(), strict=True):
+            if slot is None:
+                continue
+            slot.tokens.append(token)
+            if slot.matcher is not None and not slot.matcher.is_terminated():
+                slot.matcher.accept_token(token)
+
+    def _step(self) -> Iterator[Answer]:
+        """One decode step of every row; yields the rows that it finished."""
+        slots = [slot for group in self.groups for slot in group.slots]
+        device = self.target.device
+        tokens = torch.tensor([slot.tokens[-1] if slot else 0 for slot in slots], device=device)
+        positions = torch.tensor([len(slot.tokens) - 1 if slot else 0 for slot in slots], device=device)
+        output = self.target.forward(tokens, positions, self._decode_attention(positions), self.capture)
+        states = torch.cat([output.features, output.final[:, None]], dim=1)
+        start = 0
+        for group in self.groups:
+            rows = torch.arange(group.shape.rows, device=device)
+            group.states[rows, positions[start : start + len(rows)]] = states[start : start + len(rows)]
+            start += len(rows)
+        self._emit(slots, self.target.logits(output.final))
+        for group in self.groups:
+            for row in range(group.shape.rows):
+                answer = self._finished(group, row)
+                if answer is not None:
+                    yield answer
+
+    def _decode_attention(self, positions: Tensor) -> Attend:
+        heads, share = self.target.num_kv_heads, self._share
+        parts = []
+        start = 0
+        for group in self.groups:
+            rows = torch.arange(group.shape.rows, device=positions.device)
+            ends = positions[start : start + len(rows)]
+            width = int(ends.max()) + 1
+            unseen = torch.arange(width, device=positions.device)[None] > ends[:, None]
+            bias = torch.zeros(unseen.shape, device=positions.device).masked_fill_(unseen, float("-inf"))
+            bias = bias.repeat_interleave(heads, 0)[:, None]
+            parts.append((group, slice(start, start + len(rows)), rows, ends, bias))
+            start += len(rows)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mixed = torch.empty_like(q)
+            for group, span, rows, ends, bias in parts:
+                keys, values = group.keys[layer], group.values[layer]
+                keys[rows, :, :, ends] = k[span]
+                values[rows, :, ends] = v[span]
+                width = bias.shape[-1]
+                grouped = q[span].reshape(len(rows) * heads, share, -1)
+                scores = torch.bmm(grouped, keys.flatten(0, 1)[:, :, :width])
+                weights = torch.add(bias, scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
+                mixed[span] = torch.bmm(weights, values.flatten(0, 1)[:, :width]).view(
+                    len(rows), -1, q.shape[-1]
+                )
+            return mixed
+
+        return attend
+
+    def _finished(self, group: _Group, row: int) -> Answer | None:
+        slot = group.slots[row]
+        if slot is None:
+            return None
+        count = len(slot.tokens) - len(slot.prompt.tokens)
+        ended = slot.tokens[-1] == self.eos_id
+        done = ended or count >= self.max_new
+        cut = None
+        if done or count % _LOOP_CHECK_EVERY == 0:
+            answer = slot.tokens[len(slot.prompt.tokens) :]
+            cut = loop_start(answer[:-1] if ended else answer)
+        if not done and cut is None:
+            return None
+        group.slots[row] = None
+        tokens = (
+            slot.tokens if cut is None or self.keep_loops else slot.tokens[: len(slot.prompt.tokens) + cut]
+        )
+        states = group.states[row, : len(tokens) - 1].clone()
+        return Answer(slot.prompt, tokens, states, looped=cut is not None, finished=ended)

@@ -1,0 +1,91 @@
+"""Prompt rows as the server would see them: rendered with the bundle's template, grammar attached."""
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json_lines
+from whiflash_sglang.train.answers.grammar import GrammarSpec, response_format_grammar, tool_call_grammar
+
+
+class PromptRow(NamedTuple):
+    """One request: token ids of the rendered conversation and the grammar that constrains its answer."""
+
+    id: str
+    category: str
+    tokens: list[int]
+    grammar: GrammarSpec | None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL prompt file, each with an id and a category. Raises ConfigError naming the line that is wrong."""
+    rows = []
+    for number, row in read_json_lines(path):
+        if not isinstance(row, dict) or not row.get("messages"):
+            raise ConfigError(f"{path}, line {number}: a row needs a non-empty 'messages' list")
+        content = json.dumps(row, sort_keys=True, ensure_ascii=False)
+        row.setdefault("id", hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12])
+        row.setdefault("category", "chat")
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"{path} holds no prompts")
+    return rows
+
+
+def check_ids(rows: Iterable[dict[str, Any]]) -> None:
+    """Raises ConfigError where two rows share an id: the prompt would be answered twice."""
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise ConfigError(
+                f"two prompts have the id {row['id']!r}; every prompt is answered once, so ids must differ"
+            )
+        seen.add(row["id"])
+
+
+def balanced(
+    rows: Iterable[dict[str, Any]], weights: Mapping[str, float], seed: int
+) -> Iterator[dict[str, Any]]:
+    """The rows shuffled so that every prefix mixes the categories in proportion to `weights` (default 1)."""
+    generator = random.Random(seed)
+    queues: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        queues[row["category"]].append(row)
+    for queue in queues.values():
+        generator.shuffle(queue)
+    credit = dict.fromkeys(sorted(queues), 0.0)
+    while queues:
+        for category in queues:
+            credit[category] += weights.get(category, 1.0)
+        chosen = max(queues, key=lambda category: credit[category])
+        if credit[chosen] <= 0:
+            return
+        credit[chosen] -= sum(weights.get(category, 1.0) for category in queues)
+        yield queues[chosen].pop()
+        if not queues[chosen]:
+            del queues[chosen]
+
+
+def prepare(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: str | None, required_share: float
+) -> PromptRow:
+    """Render one row. `required_share` of the rows with tools (chosen by their id) use `tool_choice:
+    required`.
+    """
+    tools = row.get("tools") or None
+    encoded = tokenizer.apply_chat_template(
+        row["messages"], tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True
+    )
+    grammar = None
+    if row.get("response_format"):
+        grammar = response_format_grammar(row["response_format"])
+    elif tools and int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 1000 < required_share * 1000:
+        grammar = tool_call_grammar(tools)
+    return PromptRow(row["id"], row["category"], list(encoded["input_ids"]), grammar)

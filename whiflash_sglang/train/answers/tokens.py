@@ -1,0 +1,112 @@
+"""Generated token ids in one small file, and features computed anew from them.
+
+Features take 7 KB a token and are cheap to recompute (one forward over a whole sequence); the token ids take two
+bytes and were expensive to generate, so they are what is kept.
+"""
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whiflash_sglang.models.target import TargetModel, causal_attention
+from whiflash_sglang.progress import tracked
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
+
+_SMALL_VOCABULARY = 2**16
+
+
+def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
+    """Write every stored sequence, one a prompt, to a compressed .npz; returns the number of tokens.
+
+    Arrays: `tokens` (uint16 where the ids fit, else int32), `lengths`, `prompt_lengths`, `looped`, `finished`,
+    `ids` and `categories`, one entry a sequence.
+    """
+    records = unique_answers(stores)
+    tokens = torch.cat([store.read_tokens(record) for store, record in records]).numpy()
+    small = int(tokens.max()) < _SMALL_VOCABULARY
+    staged = path.with_suffix(".partial.npz")
+    np.savez_compressed(
+        staged,
+        tokens=tokens.astype(np.uint16 if small else np.int32),
+        lengths=np.array([record.length for _, record in records], dtype=np.int32),
+        prompt_lengths=np.array([record.prompt_length for _, record in records], dtype=np.int32),
+        looped=np.array([record.looped for _, record in records]),
+        finished=np.array([record.finished for _, record in records]),
+        ids=np.array([record.id for _, record in records]),
+        categories=np.array([record.category for _, record in records]),
+    )
+    os.replace(staged, path)
+    return len(tokens)
+
+
+class Exported:
+    """An `export_tokens` file: entry i of `columns` ("tokens" apart) and `tokens(i)` [N] int64 are a sequence."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as file:
+            self.columns = {name: file[name] for name in file.files}
+        self.ids: list[str] = self.columns["ids"].tolist()
+        self._ends = np.cumsum(self.columns["lengths"], dtype=np.int64)
+
+    def tokens(self, index: int) -> Tensor:
+        """Prompt and answer."""
+        end = int(self._ends[index])
+        part = self.columns["tokens"][end - int(self.columns["lengths"][index]) : end]
+        return torch.from_numpy(part.astype(np.int64))
+
+    def copies(self) -> dict[str, list[int]]:
+        """Sequences of every prompt, in their order. More than one where shards answered the same prompt."""
+        found: dict[str, list[int]] = {}
+        for index, name in enumerate(self.ids):
+            found.setdefault(name, []).append(index)
+        return found
+
+
+def rebuild_features(
+    path: Path,
+    target: TargetModel,
+    store: FeatureStore,
+    capture: Sequence[int],
+    prompts: Collection[str] | None = None,
+) -> int:
+    """Run the target over the sequences of an `export_tokens` file and append what `store` lacks; returns how many.
+
+    Resumable: sequences that the store holds are passed over. Of several answers to a prompt the first one counts.
+
+    Args:
+        prompts: ids of those to take; None for all.
+    """
+    exported = Exported(path)
+    columns = exported.columns
+    known = {record.id for record in store.records}
+    missing = [
+        indices[0]
+        for name, indices in exported.copies().items()
+        if name not in known and (prompts is None or name in prompts)
+    ]
+    for index in tracked(missing, "recomputing features"):
+        tokens = exported.tokens(index)
+        record = SequenceRecord(
+            id=str(columns["ids"][index]),
+            category=str(columns["categories"][index]),
+            prompt_length=int(columns["prompt_lengths"][index]),
+            length=len(tokens),
+            looped=bool(columns["looped"][index]),
+            finished=bool(columns["finished"][index]),
+            token_offset=0,
+            feature_offset=0,
+        )
+        store.append(record, tokens.tolist(), _states(target, tokens[:-1], capture))
+    return len(missing)
+
+
+def _states(target: TargetModel, tokens: Tensor, capture: Sequence[int]) -> Tensor:
+    """Captured features and final states of one sequence, [T, captured + 1, H]."""
+    tokens = tokens.to(target.device)
+    attend = causal_attention(len(tokens), target.device, target.dtype)
+    output = target.forward(tokens, torch.arange(len(tokens), device=tokens.device), attend, capture)
+    return torch.cat([output.features, output.final[:, None]], dim=1)

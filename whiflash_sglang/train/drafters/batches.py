@@ -1,0 +1,98 @@
+"""Sequences packed into batches of about equal work, in an order fixed by the seed."""
+
+import random
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
+
+
+class Span(NamedTuple):
+    """Where one sequence lies in a batch: its first token, its first feature row, its length and prompt
+    length.
+    """
+
+    token: int
+    feature: int
+    length: int
+    prompt: int
+
+
+class Batch(NamedTuple):
+    """Packed sequences: `tokens` [N], `features` [N - B, captured, H], `final` [N - B, H]."""
+
+    tokens: Tensor
+    features: Tensor
+    final: Tensor
+    spans: list[Span]
+
+
+def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor) -> Batch:
+    """The batch that `SequenceBatches` packed, after the trainer moved its tensors to the device."""
+    spans = []
+    token = feature = 0
+    for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
+        spans.append(Span(token, feature, length, prompt))
+        token += length
+        feature += length - 1
+    return Batch(tokens, features, final, spans)
+
+
+class SequenceBatches(Dataset[dict[str, Tensor]]):
+    """Item i is batch i of one epoch; the trainer shuffles the items anew every epoch.
+
+    Sequences of similar length are batched together, up to `answer_tokens` answer tokens and four times as
+    many in all, so that one agent prompt does not dominate memory.
+    """
+
+    def __init__(
+        self, stores: SequenceOf[FeatureStore], answer_tokens: int, min_answer: int, seed: int
+    ) -> None:
+        """Raises `ValueError` where no stored answer has `min_answer` tokens."""
+        entries = [
+            (store, record)
+            for store, record in unique_answers(stores)
+            if record.length - record.prompt_length >= min_answer
+        ]
+        if not entries:
+            raise ValueError("no training data: run `whiflash train data` first")
+        random.Random(seed).shuffle(entries)
+        entries.sort(key=lambda entry: entry[1].length // 64)
+        self.batches: list[list[tuple[FeatureStore, SequenceRecord]]] = [[]]
+        answers = total = 0
+        for store, record in entries:
+            answer = record.length - record.prompt_length
+            full = answers + answer > answer_tokens or total + record.length > 4 * answer_tokens
+            if self.batches[-1] and full:
+                self.batches.append([])
+                answers = total = 0
+            self.batches[-1].append((store, record))
+            answers += answer
+            total += record.length
+        self.answer_tokens = sum(record.length - record.prompt_length for _, record in entries)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sequences = [store.read(record) for store, record in self.batches[index]]
+        return {
+            "tokens": torch.cat([sequence.tokens for sequence in sequences]),
+            "features": torch.cat([sequence.features for sequence in sequences]),
+            "final": torch.cat([sequence.final for sequence in sequences]),
+            "lengths": torch.tensor([sequence.record.length for sequence in sequences]),
+            "prompts": torch.tensor([sequence.record.prompt_length for sequence in sequences]),
+        }
+
+
+def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tensor:
+    """How often each token occurs in the answers: [V] int64."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for store, record in unique_answers(stores):
+        answer = store.read_tokens(record)[record.prompt_length :]
+        counts += torch.bincount(answer, minlength=vocab_size)
+    return counts

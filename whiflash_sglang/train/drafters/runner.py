@@ -1,0 +1,227 @@
+"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train.answers.store import FeatureStore
+from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
+from whiflash_sglang.train.drafters import dflash as dflash_training
+from whiflash_sglang.train.drafters import dspark as dspark_training
+from whiflash_sglang.train.drafters import eagle3 as eagle3_training
+from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.resume import check_same_run, checkpoint_digest, data_digest
+from whiflash_sglang.train.provenance import Provenance
+
+
+class _Measured(Protocol):
+    metrics: dict[str, float]
+
+
+class _LoggingTrainer(Trainer):  # type: ignore[misc]
+    """Adds the training model's own figures to every log line."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        model: Any = self.model
+        super().log({**logs, **model.metrics}, *args, **kwargs)
+
+
+def open_stores(config: TrainConfig) -> list[FeatureStore]:
+    """Every shard that `whiflash train data` has written so far under the work directory.
+
+    Raises `ValueError` where a shard holds other layers than the configuration captures.
+    """
+    stores = []
+    for path in sorted((config.work / "data").glob("shard*")):
+        meta = json.loads((path / "meta.json").read_text())
+        shape = {"vectors": len(config.capture) + 1, "hidden": int(meta["hidden"])}
+        stores.append(FeatureStore(path, **shape, layers=config.capture))
+    return stores
+
+
+def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+    """Train the EAGLE-3 drafter on the data so far; returns the directory of the checkpoint in SGLang's
+    format.
+    """
+    settings = config.eagle3
+    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
+    stores = open_stores(config)
+    columns = [config.capture.index(layer) for layer in settings.target_layers]
+
+    def build() -> eagle3_training.Eagle3Training:
+        if start_from is None:
+            frequencies = token_frequencies(stores, target.vocab_size)
+            drafter = eagle3_training.initialise(
+                target,
+                target_layers=settings.target_layers,
+                source_layer=settings.source_layer,
+                draft_ids=eagle3_training.choose_draft_vocabulary(frequencies, settings.draft_vocab_size),
+            )
+        else:
+            drafter = Eagle3Drafter.load(
+                start_from,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                target_embedding=target.embedding,
+                target_lm_head=None,
+            )
+        return eagle3_training.Eagle3Training(
+            drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
+        )
+
+    return _train("eagle3", config, settings.loop, stores, build, start_from)
+
+
+def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+    """Train the DFlash drafter on the data so far; returns the directory of the `DFlashDraftModel`
+    checkpoint.
+    """
+    settings = config.dflash
+    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
+    stores = open_stores(config)
+
+    def build() -> dflash_training.DFlashTraining:
+        if start_from is None:
+            drafter = dflash_training.initialise(
+                target,
+                target_layers=settings.target_layers,
+                source_layers=settings.source_layers,
+                block_size=settings.block_size,
+                mask_token_id=settings.mask_token_id,
+            )
+        else:
+            drafter = DFlashDrafter.load(
+                start_from,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                target_embedding=target.embedding,
+                target_lm_head=target.head,
+            )
+        given = _block_options(config, settings, stores, target)
+        return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
+
+    return _train("dflash", config, settings.loop, stores, build, start_from)
+
+
+def train_dspark(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+    """Train the DSpark drafter on the data so far; returns the directory of the `Qwen3DSparkModel` checkpoint.
+
+    Raises:
+        ConfigError: there is no section `dspark`, or `start_from` is not of its shape.
+    """
+    settings = config.dspark_section()
+    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
+    stores = open_stores(config)
+
+    def build() -> dspark_training.DSparkTraining:
+        if start_from is None:
+            drafter = dspark_training.initialise(target, settings)
+        else:
+            drafter = dspark_training.go_on_from(start_from, target, settings)
+        given = _block_options(config, settings, stores, target)
+        return dspark_training.DSparkTraining(drafter, settings, **given)
+
+    return _train("dspark", config, settings.loop, stores, build, start_from)
+
+
+def _block_options(
+    config: TrainConfig, settings: DFlash | DSpark, stores: list[FeatureStore], target: TargetModel
+) -> dict[str, Any]:
+    """What every `BlockTraining` takes."""
+    frequencies = token_frequencies(stores, target.vocab_size)
+    return {
+        "columns": [config.capture.index(layer) for layer in settings.target_layers],
+        "frequent": eagle3_training.choose_draft_vocabulary(frequencies, settings.frequent),
+        "sampled": settings.sampled,
+        "anchors_per_token": settings.anchors_per_token,
+    }
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The last complete checkpoint of a killed run of the same output directory; None for a new one.
+
+    One that was being written when the run died (its state comes last) is removed: the one before it is still there.
+    """
+    found = directory.glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(checkpoint)
+        else:
+            return str(checkpoint)
+    return None
+
+
+def _facts(
+    name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
+) -> dict[str, Any]:
+    """What a run's weights come from. Threads and where the files lie are not among it."""
+    settings = config.model_dump(mode="json", include={"target", "capture", "seed", name})
+    return {
+        "data": {store.path.name: data_digest(store) for store in stores},
+        "configuration": {
+            **settings,
+            "hardware": config.hardware.model_dump(mode="json", exclude={"threads"}),
+        },
+        "--start-from": checkpoint_digest(start_from),
+    }
+
+
+def _train(
+    name: str,
+    config: TrainConfig,
+    loop: Loop,
+    stores: list[FeatureStore],
+    build: Callable[[], nn.Module],
+    start_from: Path | None,
+) -> Path:
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    torch.manual_seed(config.seed)
+    run = config.work / name
+    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
+    resumed = last_checkpoint(run / "trainer")
+    check_same_run(run / "trainer", _facts(name, config, stores, start_from), begun=resumed is not None)
+    provenance = Provenance.start(config, stores)
+    model: Any = build()
+    model.train()
+    arguments = TrainingArguments(
+        output_dir=str(run / "trainer"),
+        num_train_epochs=loop.epochs,
+        per_device_train_batch_size=1,
+        learning_rate=loop.learning_rate,
+        weight_decay=loop.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=loop.clip,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(loop.warmup_share * loop.epochs * len(batches)),
+        bf16=config.hardware.dtype == "bfloat16",
+        use_cpu=config.hardware.device == "cpu",
+        logging_steps=loop.log_steps,
+        save_steps=loop.save_steps,
+        save_total_limit=1,
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+    )
+    trainer = _LoggingTrainer(
+        model=model, args=arguments, train_dataset=batches, data_collator=lambda items: items[0]
+    )
+    trainer.train(resume_from_checkpoint=resumed)
+    out = run / "checkpoint"
+    model.drafter.save(out)
+    provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
+    return out

@@ -1,0 +1,130 @@
+"""`whiflash train router`: stored answers in, a router file, its report and its calibration plot out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from whiflash_sglang.drafter_set import NAMES, check_arms
+from whiflash_sglang.models.router import ROUTER_FILE, Router
+from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train.answers.store import FeatureStore
+from whiflash_sglang.train.config import TrainConfig
+from whiflash_sglang.train.drafters.runner import open_stores
+from whiflash_sglang.train.judging.evaluate import RouterWalk, tabulate
+from whiflash_sglang.train.judging.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.judging.replay import Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.provenance import Provenance, trained_on
+from whiflash_sglang.train.router.plots import plot_calibration
+from whiflash_sglang.train.router.regression import (
+    RouterData,
+    calibration_bins,
+    fit,
+    router_data,
+    router_quality,
+    run_key,
+    split,
+)
+
+REPORT = "report.json"
+PLOT = "calibration.png"
+_HEAD_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class TrainedRouter:
+    """`directory` holds the router file, its report, its plot and its provenance."""
+
+    directory: Path
+    report: dict[str, Any]
+
+
+def choose_answers(stores: Sequence[FeatureStore], checkpoints: Sequence[Path], limit: int) -> list[Source]:
+    """Stored answers, those first that no checkpoint was trained on: there drafters accept what they will accept
+    later, elsewhere a little more. Raises `ValueError` where there are none.
+    """
+    known: dict[str, Source] = {}
+    later: dict[str, Source] = {}
+    for store in stores:
+        count = max(trained_on(path, store) for path in checkpoints)
+        known |= {record.id: Source(store, record) for record in store.records[:count]}
+        later |= {record.id: Source(store, record) for record in store.records[count:]}
+    # A prompt that two shards answered counts once, and as known where either answer was trained on.
+    fresh = [source for name, source in later.items() if name not in known]
+    if not fresh and not known:
+        raise ValueError("there is no data yet: run `whiflash train data` first")
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
+    trained = list(known.values())
+    return [*fresh, *(trained[index] for index in order)][:limit]
+
+
+def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> TrainedRouter:
+    """Replay both drafters, fit, and judge on held-out answers. Every part goes on where a killed run stopped.
+
+    Raises:
+        WhiflashError: a checkpoint does not fit. ValueError: there are too few answers.
+    """
+    check_arms("a router", NAMES, drafters.arms)
+    settings = config.router
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    target = TargetModel(
+        target_path, device=torch.device(config.hardware.device), dtype=config.hardware.torch_dtype
+    )
+    stores = open_stores(config)
+    provenance = Provenance.start(config, stores)
+    pair = Pair.load(drafters, target)
+    sources = choose_answers(stores, drafters.checkpoints, settings.answers)
+    work = config.work / "router"
+    answers = replay_answers(pair, sources, ReplayLog(work, pair))
+    parts = split(answers, settings.held_out)
+    learn, held_out = router_data(parts.learn), router_data(parts.held_out)
+    run = work / "runs" / run_key(pair.digest, parts, settings, config.seed)
+    router = fit(learn, held_out, run, settings, config.seed)
+    report = {
+        "answers": {"learn": len(parts.learn), "held_out": len(parts.held_out)},
+        "positions": {"learn": len(learn.states), "held_out": len(held_out.states)},
+        **_judge(router, parts.held_out, held_out, target.head),
+    }
+    out = work / "checkpoint"
+    out.mkdir(parents=True, exist_ok=True)
+    router.save(out / ROUTER_FILE)
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    plot_calibration(calibration_bins(router, held_out), out / PLOT)
+    log = json.loads((run / "log.json").read_text())
+    provenance.finish(out, {"log": log, "drafters": pair.digest})
+    return TrainedRouter(out, report)
+
+
+def _judge(router: Router, answers: Sequence[Replay], data: RouterData, head: Tensor) -> dict[str, Any]:
+    """Quality of the regression, and what routing by it is worth at threshold 0, without dwell."""
+    quality = router_quality(router, data, entropy_of(data.states, head))
+    walks = {"neural": RouterWalk([_choices(router, answer) for answer in answers])}
+    figures: Mapping[str, Any] = tabulate(answers, walks)
+    keys = ("acceptance_length", "rounds_won", "oracle_gain_share")
+    return {
+        **quality._asdict(),
+        "calibration": [part._asdict() for part in calibration_bins(router, data)],
+        "overall": {key: figures["overall"][key] for key in keys},
+        "categories": {name: part["acceptance_length"] for name, part in figures["categories"].items()},
+    }
+
+
+@torch.inference_mode()
+def _choices(router: Router, answer: Replay) -> dict[int, str]:
+    return {i: ARMS[0] if value > 0 else ARMS[1] for i, value in enumerate(router(answer.final).tolist())}
+
+
+@torch.inference_mode()
+def entropy_of(states: Tensor, head: Tensor) -> Tensor:
+    """Nats of the target's own distribution: `states` [N, H] after its final norm, `head` [V, H] → [N] fp32."""
+    parts = []
+    for part in torch.split(states, _HEAD_ROWS):
+        log = F.linear(part.to(head.device, head.dtype), head).float().log_softmax(-1)
+        parts.append(-(log.exp() * log).sum(-1).cpu())
+    return torch.cat(parts)
