@@ -4,26 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from example_agents import AGENTS, IN_THIS_ENVIRONMENT, ROOT, run_example
 from server_host import Server, ServerHost
 
 from whiflash_sglang.cli.serve import server_arguments, server_environment
 from whiflash_sglang.demo.asking import MAX_TOKENS, QUESTIONS
 from whiflash_sglang.embedded import TARGET_NAME
 
-ROOT = Path(__file__).resolve().parents[2]
-AGENTS = ROOT / "examples" / "agents"
-IN_THIS_ENVIRONMENT = {
-    "tool_loop.py": "whiflash_sdk",
-    "extract.py": "whiflash_sdk",
-    "fleet.py": "whiflash_sdk",
-    "langgraph_agent.py": "langgraph",
-    "handoff.py": "agents",
-    "smolagents_agent.py": "smolagents",
-}
 ISOLATED = "pydantic_ai_agent.py"
 
 pytestmark = pytest.mark.server
@@ -53,14 +44,6 @@ def isolated() -> list[str]:
     return command
 
 
-def run_example(name: str, server: Server, page: Path, python: Sequence[str] = (sys.executable,)) -> str:
-    """Its output; the example itself checks that its tools ran and their results reached the next prompt."""
-    command = [*python, name, "--base-url", f"{server.url}/v1", "--trace", str(page)]
-    done = subprocess.run(command, cwd=AGENTS, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 def test_all_examples_are_tested() -> None:
     examples = {path.name for path in AGENTS.glob("*.py")} - {"session.py", "tools.py"}
     assert examples == {*IN_THIS_ENVIRONMENT, ISOLATED}
@@ -77,14 +60,14 @@ def check(output: str, page: Path, kind: str) -> None:
 def test_the_agent_reaches_its_end_and_is_routed(name: str, server: Server, tmp_path: Path) -> None:
     pytest.importorskip(IN_THIS_ENVIRONMENT[name])
     page = tmp_path / "trace.html"
-    check(run_example(name, server, page), page, "json" if name == "extract.py" else "tool_call")
+    check(run_example(name, server.url, page), page, "json" if name == "extract.py" else "tool_call")
 
 
 def test_pydantic_ai_reaches_its_end_and_is_routed(
     server: Server, isolated: list[str], tmp_path: Path
 ) -> None:
     page = tmp_path / "trace.html"
-    check(run_example(ISOLATED, server, page, isolated), page, "tool_call")
+    check(run_example(ISOLATED, server.url, page, isolated), page, "tool_call")
 
 
 def test_the_demos_tool_call_is_one_that_would_run(server: Server) -> None:
