@@ -37,6 +37,8 @@ BESIDE = "@beside"
 """Ends the name of an arm that another checkout of this project serves."""
 SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
 """`auto@tp2` is served by two ranks, `auto@dp2` by two replicas: the flags that ask for them."""
+RANKS = "@tp"
+"""In the name of an arm on several ranks, whose sums are rounded otherwise than those of one device."""
 
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""

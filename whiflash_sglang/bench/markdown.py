@@ -1,5 +1,6 @@
 """The report as a Markdown page. Needs no server."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from whiflash_sglang.bench.hints import Acceptance
@@ -193,9 +194,11 @@ def _unavailable(report: Report) -> str:
 def _reproduce(report: Report) -> str:
     lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`; each arm alone:", ""]
     for arm, server in report.provenance["servers"].items():
-        threads = f"OMP_NUM_THREADS={report.provenance['threads']}"
+        # Older reports have the same environment for all.
+        set_to = server.get("environment", {"OMP_NUM_THREADS": str(report.provenance["threads"])})
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in set_to.items())
         lines.append(
-            f"- {arm}: `{threads} python -m sglang.launch_server {' '.join(server['arguments'])}` "
+            f"- {arm}: `{variables} python -m sglang.launch_server {' '.join(server['arguments'])}` "
             f"(attention backend {server['attention_backend']})"
         )
     return "\n".join(lines)

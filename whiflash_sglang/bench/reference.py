@@ -1,4 +1,7 @@
-"""Plain decoding's own answers: what every arm's output is compared with, which prompts loop, who follows up."""
+"""Plain decoding's own answers: what every arm's output is compared with, which prompts loop, who follows up.
+
+Ranks round otherwise than one device does, so an arm on several of them is compared with plain decoding on as many.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from whiflash_sglang.bench.arms import BESIDE, NONE, RANKS
 from whiflash_sglang.bench.cells import Cell
 from whiflash_sglang.bench.load import MODEL, RequestError
 from whiflash_sglang.bench.prompts import Prompt
@@ -77,17 +81,29 @@ class Difference:
     gap: float | None
 
 
+def plain_of(arm: str) -> str:
+    """The arm of plain decoding with as many ranks as `arm` has: `none`, or `none@tp2` for `auto@tp2`."""
+    _, at, several = arm.removesuffix(BESIDE).partition(RANKS)
+    return f"{NONE}{at}{several}"
+
+
 def differences(
     cells: Sequence[Cell],
-    references: Mapping[str, Reference],
+    references: Mapping[str, Mapping[str, Reference]],
     best_logit: Callable[[Reference, int], float],
     dtype: str,
 ) -> list[Difference]:
-    """Compare every measured answer; each distinct answer of an arm under a load is judged once and counted once."""
+    """Compare every measured answer; each distinct answer of an arm under a load is judged once and counted once.
+
+    Args:
+        references: by arm of plain decoding (`plain_of`), then by prompt. `none` stands in for one that is missing.
+        best_logit: of a reference's own token at a position. dtype: whose tie rule holds.
+    """
     found: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
     for cell in cells:
+        plain = references.get(plain_of(cell.arm), references[NONE])
         for answer in cell.answers:
-            reference = references[answer.prompt]
+            reference = plain[answer.prompt]
             key = (cell.arm, cell.load.label, answer.prompt, answer.tokens)
             if key in found or answer.tokens == reference.tokens:
                 continue
@@ -109,10 +125,10 @@ class BestLogit:
     def __init__(self, target: Path, dtype: str) -> None:
         self._target, self._dtype = target, dtype
         self._model: Any = None
-        self._known: dict[tuple[str, int], float] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def __call__(self, reference: Reference, position: int) -> float:
-        key = (reference.prompt.id, position)
+        key = (reference.prompt.id, reference.tokens[: position + 1])
         if key not in self._known:
             self._known[key] = self._forward(reference, position)
         return self._known[key]

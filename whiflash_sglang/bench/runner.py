@@ -17,10 +17,10 @@ from whiflash_sglang import __version__
 from whiflash_sglang.bench import provenance, scaling
 from whiflash_sglang.bench.arms import NONE, Arm, Subject
 from whiflash_sglang.bench.cells import Cell, Journal, Load
-from whiflash_sglang.bench.fleet import Fleet
+from whiflash_sglang.bench.fleet import Fleet, environment
 from whiflash_sglang.bench.load import ANSWER_SECONDS, Asker, RequestError
 from whiflash_sglang.bench.prompts import Prompt, digest_of
-from whiflash_sglang.bench.reference import BestLogit, Reference, ask_reference, differences
+from whiflash_sglang.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
 from whiflash_sglang.bench.report import Report, build_report
 from whiflash_sglang.bench.scaling import ScalePoint
 from whiflash_sglang.bench.schedule import Step, in_turn, remaining, sweep
@@ -81,6 +81,7 @@ class Runner:
         self._plan, self._fleet, self._journal, self._progress = plan, fleet, journal, progress
         self._arms = {arm.name: arm for arm in plan.arms}
         self._references: dict[str, Reference] = {}
+        self._apart: dict[str, dict[str, Reference]] = {}
         self._routers: dict[str, str] = {}
         self._servers: dict[str, dict[str, Any]] = {}
         self.unavailable: dict[str, str] = {}
@@ -105,7 +106,8 @@ class Runner:
         cells = [cell for cell in self.cells if cell.arm not in self.unavailable]
         judging = self._progress.add_task("comparing answers with plain decoding", total=None)
         best = BestLogit(self._plan.subject.target, self._plan.subject.dtype)
-        found = differences(cells, self._references, best, self._plan.subject.dtype)
+        references = {**self._apart, NONE: self._references}
+        found = differences(cells, references, best, self._plan.subject.dtype)
         self._progress.remove_task(judging)
         record |= self._provenance(cells)
         turns = {key: reference.prompt.turn for key, reference in self._references.items()}
@@ -118,6 +120,8 @@ class Runner:
     def _interleaved(self) -> None:
         self._start(self._plan.arms)
         self._ask_references()
+        for name in self._available():
+            self._ask_apart(name)
         self._warm_up_all()
         task = self._progress.add_task("measuring", total=1)
         # A repetition with new servers takes as long as they take to start.
@@ -161,6 +165,7 @@ class Runner:
                 self._ask_references()
             names = [arm.name for arm in group if arm.name not in self.unavailable]
             for name in names:
+                self._ask_apart(name)
                 self._warm_up(name)
             steps = list(in_turn(names, self._plan.loads, self._plan.repetitions, *self._prompt_ids()))
             task = self._progress.add_task(f"measuring {', '.join(names)}", total=len(steps))
@@ -201,6 +206,7 @@ class Runner:
                 info = self._fleet.clients[arm.server].get("/server_info").json()
                 self._servers[arm.name] = {
                     "arguments": self._plan.subject.hide_paths(_alone(arm)),
+                    "environment": environment(_alone(arm)),
                     # This one's is in the provenance of the whole.
                     **({} if arm.checkout is None else provenance.checkout(arm.checkout)),
                     **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
@@ -224,6 +230,16 @@ class Runner:
                 self._progress.update(task, total=len(self._references) + len(pending))
             self._progress.advance(task)
         self._progress.remove_task(task)
+
+    def _ask_apart(self, name: str) -> None:
+        """Where `name` is plain decoding on several ranks: its answers, to the prompts that `none` has answered."""
+        if name == NONE or name != plain_of(name):
+            return
+        client, own = self._fleet.clients[self._arms[name].server], {}
+        for key, reference in self._progress.track(self._references.items(), description=f"asking {name}"):
+            _flush(client)
+            own[key] = ask_reference(client, reference.prompt, self._plan.max_tokens)
+        self._apart[name] = own
 
     def _groups(self) -> dict[str, str]:
         return {key: LOOPS if r.loops else r.prompt.category for key, r in self._references.items()}
