@@ -10,7 +10,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation check format docs prometheus site dist bench gpu gpu-evidence clean
+.PHONY: help install demo test evidence mutation check format docs prometheus site dist bench bench-several gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -83,6 +83,16 @@ dist: install ## Wheels and source distributions of the three packages, checked,
 
 bench: install ## First answer on speed, in under five minutes
 	$(RUN) whiflash bench --quick
+
+.tools/target-of-two-ranks: scripts/pad_heads.py
+	rm -rf $@
+	$(RUN) python scripts/pad_heads.py $@ --ranks 2
+
+SEVERAL := none,auto,none@tp2,auto@tp2,none@dp2,auto@dp2
+bench-several: install .tools/target-of-two-ranks ## What two ranks and two replicas cost and bring, beside one device (about half an hour)
+	$(RUN) whiflash bench --model-path .tools/target-of-two-ranks --bundle whiflash_sglang/bundles/smollm2-135m-instruct \
+		--arms $(SEVERAL) --over auto --concurrency 1,4 --per-category 2 --max-tokens 64 --minutes 30 \
+		--out results/benchmark/several.json --markdown results/benchmark/several.md
 
 gpu: ## What only a GPU can show, in parts of ten minutes; goes on where it was ended; the active Python, installs nothing
 	python3 tests/gpu/run.py

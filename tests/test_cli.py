@@ -96,6 +96,22 @@ def test_hub_ids_are_fetched_as_the_command_line_says(
     }
 
 
+SCALING = (
+    (["--disaggregation-mode", "prefill"], r"\(--disaggregation-mode; drafters need .*; remove it"),
+    (["--disaggregation-mode", "decode"], r"\(--disaggregation-mode; drafters need .*; remove it"),
+    (["--enable-hierarchical-cache"], r"--enable-hierarchical-cache \(draft KV .*; remove it"),
+    (["--enable-lora", "--lora-paths", "one=/nowhere"], r"LoRA \(--enable-lora, .*; remove it"),
+    (["--pp-size", "2"], r"--pp-size must be 1 \(a round is .*"),
+    (["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], "--enable-dp-attention .*; remove it"),
+    (["--tp-size", "2", "--attn-dp-size", "2"], r"--attn-dp-size must be 1 \(ranks without .*"),
+    (["--tokenizer-worker-num", "2"], "--tokenizer-worker-num must be 1"),
+    (["--grpc-mode"], "remove --grpc-mode"),
+    (["--smg-grpc-mode"], "remove --smg-grpc-mode"),
+    (["--grpc-port", "40000"], "remove --grpc-port .*"),
+)
+"""Ways to spread a server that WHIFLASH does not go: what a user writes, and how the line that he gets ends."""
+
+
 def test_what_cannot_be_served_stops_before_weights_are_read(
     launch: Arguments, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -106,7 +122,7 @@ def test_what_cannot_be_served_stops_before_weights_are_read(
         if file.suffix != ".safetensors":
             (target / file.name).write_bytes(file.read_bytes())
     for arguments, message in (
-        (["--tokenizer-worker-num", "2"], "--tokenizer-worker-num must be 1"),
+        *SCALING,
         (["--enable-mixed-chunk"], "--enable-mixed-chunk .*; remove it"),
         (["--speculative-num-steps", "3"], "--speculative-num-steps belongs to .*; remove it"),
         (["--attention-backend", "torch_native"], "not torch_native; remove the flag"),

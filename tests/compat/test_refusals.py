@@ -159,13 +159,14 @@ def test_latent_attention_is_taken(taken: Launch, tmp_path: Path) -> None:
 
 
 ARGUMENTS: dict[str, tuple[Any, str]] = {
-    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size")},
+    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size", "dwdp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size", "ep_size")},
     "enable_attn_tp_input_scattered": (True, "--enable-attn-tp-input-scattered"),
     "enable_layernorm_sp": (True, "--enable-layernorm-sp"),
     "tokenizer_worker_num": (2, "--tokenizer-worker-num must be 1"),
     "smg_grpc_mode": (True, "--smg-grpc-mode"),
     "grpc_mode": (True, "--grpc-mode"),
+    "grpc_port": (40000, r"remove --grpc-port \(SGLANG_GRPC_PORT\)"),
     "use_ray": (True, "--use-ray"),
     "encoder_only": (True, "--encoder-only"),
     "disaggregation_mode": ("decode", "--disaggregation-mode"),
@@ -247,6 +248,10 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
             "environment": {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"},
         },
         "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    ),
+    "enable_dp_attention": (
+        {"enable_dp_attention": True, "attn_dp_size": 2},
+        "--enable-dp-attention (ranks without a request",
     ),
     "rust_server": ({"environment": {"SGLANG_RUST_SERVER": "1"}}, "unset SGLANG_RUST_SERVER"),
     "post_capture_sizing": (

@@ -7,6 +7,7 @@ import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,11 +61,13 @@ def test_the_least_manifest_is_one() -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Command lines of console blocks, as words; comments and placeholders in brackets left out."""
+    """Command lines of console blocks, as words; comments, and variables that are set for a command, left out."""
     for block in blocks(page):
         if block.language == "console":
             for line in block.body.replace("\\\n", " ").splitlines():
-                if words := shlex.split(line, comments=True):
+                words = shlex.split(line, comments=True)
+                words = list(dropwhile(re.compile(r"[A-Z_]+=").match, words))
+                if words:
                     yield words
 
 

@@ -110,9 +110,11 @@ _FOREIGN: dict[str, Any] = {
     "enable_multi_layer_eagle": False,
 }
 """Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
+_IDLE_RANKS = "ranks without a request would have to take part in every verification"
 _ONE_OF = {
     "pp_size": "a round is planned, drafted and verified by a process that has all layers",
-    "attn_dp_size": "ranks without a request would have to take part in every verification",
+    "dwdp_size": _IDLE_RANKS,
+    "attn_dp_size": _IDLE_RANKS,
     "attn_cp_size": "drafters read the KV of all positions",
     "dcp_size": "drafters read the KV of all positions",
     "ep_size": "experts on several ranks have not been tried under verifications of several widths",
@@ -192,6 +194,12 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
         "WHIFLASH on CUDA cannot promise --enable-deterministic-inference: rows are verified together; remove it",
     ),
+    Refusal(
+        "enable_dp_attention",
+        # Resolved, it is --attn-dp-size.
+        lambda x: bool(x.given.get("enable_dp_attention") and _more_than_one("attn_dp_size")(x)),
+        _REMOVE.format(f"--enable-dp-attention ({_IDLE_RANKS})"),
+    ),
     *(
         Refusal(
             argument,
@@ -253,7 +261,13 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     *(
         Refusal(argument, _on(argument), _HTTP + f"remove --{argument.replace('_', '-')}")
-        for argument in ("smg_grpc_mode", "grpc_mode", "use_ray", "encoder_only")
+        # The old name first: resolved, it is the new one too.
+        for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
+    ),
+    Refusal(
+        "grpc_port",
+        lambda x: x.args.grpc_port is not None,
+        _HTTP + "remove --grpc-port (SGLANG_GRPC_PORT), whose chat requests have no body to read hints from",
     ),
     Refusal(
         "disaggregation_mode",
