@@ -1,4 +1,5 @@
-"""Two replicas of one server: controls reach both, text is right, and one that does not answer or dies is named."""
+"""Two replicas of one server: controls reach both, text is right, conversations stay where they say, and a replica that
+does not answer or dies is named."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 from patience import wait_until
 from scrape import scraped, total, values
 from server_host import Server, ServerHost
@@ -64,8 +66,36 @@ def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
         state = server.post("/whiflash/forget", {"all": True})
         assert [own["lookup"]["tenants"] for own in state["replicas"]] == [0, 0]
         assert server.get("/whiflash/capabilities")["policy"] == "lookup"
+        conversations_stay_where_they_say(server)
         a_replica_that_stands_still_is_named(server)
         a_replica_that_is_killed_is_named(server)
+
+
+def conversations_stay_where_they_say(server: Server) -> None:
+    """With OpenAI's client: the next turn finds its prefix on the replica that its request names."""
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=None)
+    for replica in (1, 0, 1):
+        messages = [{"role": "user", "content": f"replica {replica}, please"}]
+        rounds = [own["rounds"] for own in server.get("/whiflash/state")["replicas"]]
+        before = 0
+        for _ in range(3):
+            answer = client.chat.completions.create(
+                model="any",
+                messages=messages,  # type: ignore[arg-type]
+                max_tokens=8,
+                temperature=0,
+                extra_body={"ignore_eos": True, "routed_dp_rank": replica},
+            )
+            assert answer.usage
+            assert answer.usage.prompt_tokens_details
+            assert (answer.usage.prompt_tokens_details.cached_tokens or 0) >= before - 1
+            before = answer.usage.prompt_tokens
+            messages += [
+                {"role": "assistant", "content": answer.choices[0].message.content or ""},
+                {"role": "user", "content": "and then?"},
+            ]
+        after = [own["rounds"] for own in server.get("/whiflash/state")["replicas"]]
+        assert [number for number in (0, 1) if after[number] > rounds[number]] == [replica]
 
 
 def a_replica_that_stands_still_is_named(server: Server) -> None:
