@@ -235,7 +235,7 @@ class Runner:
         """Where `name` is plain decoding on several ranks: its answers, to the prompts that `none` has answered."""
         if name == NONE or name != plain_of(name):
             return
-        client, own = self._fleet.clients[self._arms[name].server], {}
+        client, own = self._fleet.clients[self._arms[name].server], dict[str, Reference]()
         for key, reference in self._progress.track(self._references.items(), description=f"asking {name}"):
             _flush(client)
             own[key] = ask_reference(client, reference.prompt, self._plan.max_tokens)
