@@ -20,6 +20,7 @@ if threading.current_thread() is threading.main_thread():
 LONGEST = (
     "tests/bench/test_run.py",
     "tests/parallel/test_tensor_parallel.py",
+    "tests/parallel/test_router.py",
     "tests/worker/test_overlap.py",
     "tests/agents/test_examples.py",
     "tests/worker/test_interpreted_rounds.py",

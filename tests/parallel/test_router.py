@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 Messages = list[dict[str, str]]
 
-LONG = 64
+LONG = 32
 """Tokens of an answer in whose middle a server can be killed."""
 TRACED = {"whiflash": '{"trace":"summary"}'}
 
