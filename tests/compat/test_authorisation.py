@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.entrypoints import http_server
+from sglang.srt.entrypoints import elastic_ep, http_server, v1_loads
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from whiflash_sglang.compat import http, keys
@@ -34,7 +34,7 @@ CLIENTS = {
         "/get_server_info",
         "/server_info",
         "/v1/loads",
-        "/get_load",
+        "/",
     ),
     *("/get_hicache_l3_cache_layout", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
 }
@@ -86,7 +86,8 @@ def routes() -> list[tuple[str, str]]:
         _whiflash=resolve(Flags(), embedded_bundle()), served_model_name="tiny", model_path="tiny"
     )
     http.install(arguments)
-    found = [(m, r.path) for r in http_server.app.routes for m in sorted(getattr(r, "methods", None) or ())]
+    every = [*http_server.app.routes, *v1_loads.router.routes, *elastic_ep.router.routes]
+    found = [(m, r.path) for r in every for m in sorted(getattr(r, "methods", None) or ())]
     assert len(found) > 100
     return found
 
