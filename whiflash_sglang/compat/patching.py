@@ -35,7 +35,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.plugins:load_plugins"),
     PrivateName("sglang.srt.plugins.hook_registry:HookRegistry.register", ("target", "hook", "hook_type")),
     PrivateName("sglang.srt.plugins.hook_registry:HookType.AROUND"),
-    PrivateName("sglang.srt.model_executor.forward_batch_info:ForwardMode"),
     # flags
     PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
     PrivateName("sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
