@@ -223,10 +223,10 @@ def test_features_do_what_they_say(both: tuple[dict[str, Any], dict[str, Any]]) 
     plain, _ = both
     for name in ("chat-json-schema", "generate-json-schema", "completion-json-schema"):
         (said,) = [value for path, value in leaves(plain[name], "") if path.endswith((".text", ".content"))]
-        assert json.loads(said).keys() == {"name", "kind"}, name
+        assert json.loads(said, strict=False).keys() == {"name", "kind"}, name
     for name in ("chat-required-tool", "chat-named-tool"):
         (call,) = plain[name]["choices"][0]["message"]["tool_calls"]
-        assert json.loads(call["function"]["arguments"]).keys() == {"name", "kind"}
+        assert json.loads(call["function"]["arguments"], strict=False).keys() == {"name", "kind"}
     assert re.fullmatch("(yes [0-9]{2}|no [0-9])", plain["generate-ebnf"]["text"])
     assert [len(plain[name]) for name in ("generate-n", "generate-batch")] == [3, 3]
     assert [len(plain[name]["choices"]) for name in ("completion-n", "chat-n")] == [2, 2]
