@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.entrypoints import elastic_ep, http_server, v1_loads
+from sglang.srt.entrypoints import elastic_ep, engine, http_server, v1_loads
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from whiflash_sglang.compat import http, keys
@@ -134,3 +135,13 @@ def test_keys_are_cut_out_wherever_they_stand() -> None:
     }
     assert keys.without_keys(told, arguments()) is told, "not our server"
     assert keys.without_keys(told, arguments(_whiflash=object(), api_key=None, admin_api_key=None)) is told
+
+
+def test_sglangs_log_would_tell_them() -> None:
+    """Else there is nothing to cut out any more, and `compat/keys.py` can go."""
+    keys.install()
+    given = ServerArgs(model_path="unused", api_key="user-key", admin_api_key="boss-user-key")
+    assert "user-key" in str(engine._server_args_for_logging.__wrapped__(given))
+    assert "user-key" in str(engine._server_args_for_logging(given)), "not our server"
+    given._whiflash = object()
+    assert "user-key" not in str(engine._server_args_for_logging(given))
