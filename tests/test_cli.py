@@ -199,7 +199,7 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(
     bundle = tmp_path / "bundle"
     create(Parts(*(str(checkpoints[part]) for part in ("target", "eagle3", "dflash"))), bundle)
     weights = bundle / "dflash" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")  # which torch would load
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")  # which torch would load
     with (
         pytest.raises(ConfigError, match=f"{weights} is not the file that its bundle was made with"),
         engine(checkpoints["target"], whiflash={"draft": bundle}),

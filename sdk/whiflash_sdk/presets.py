@@ -92,7 +92,7 @@ REASONING_PARSERS: Final[dict[str, tuple[Span, ...]]] = {
 OPENS_REASONING: Final = frozenset(
     {
         *("deepseek-r1", "gigachat35", "step3", "step3p5", "qwen3-thinking", "minimax"),
-        *("cohere_command4", "k2_horizon", "kimi_k3"),
+        *("cohere_command4", "iquest_q1", "k2_horizon", "kimi_k3"),
     }
 )
 

@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": native(),
     "generate-stream": native({"stream": True}),
     "generate-logprobs": native(LOGPROBS),
-    "generate-n": native(n=3, temperature=0.8, sampling_seed=5),
+    "generate-n": native(n=3),
     "generate-batch": native({"text": [PROMPT, PROMPT[:20], "x"]}),
     "generate-ids": native({"text": None, "input_ids": [70, 71, 72, 70, 71]}),
     "generate-json-schema": native(json_schema=json.dumps(SCHEMA), **ENDS),
@@ -81,8 +81,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate-no-stop-trim": native(stop=["H", "M"], no_stop_trim=True),
     "generate-min-tokens": native(stop_token_ids=[70, 74, 77, 80], ignore_eos=False, min_new_tokens=9),
     "generate-bias": native(logit_bias={"80": 6.0, "70": -9.0}),
-    "generate-penalties": native(frequency_penalty=0.6, presence_penalty=0.3, repetition_penalty=1.1),
-    "generate-seed": native(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, sampling_seed=11),
+    "generate-penalties": native(frequency_penalty=0.6, presence_penalty=0.3),
     "generate-priority": native({"priority": 3}),
     "completion": text(),
     "completion-stream": text(stream=True, stream_options={"include_usage": True}),
@@ -90,7 +89,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion-n": text(n=2),
     "completion-bias": text(logit_bias={"80": 6.0}, stop=["k"]),
     "completion-penalties": text(frequency_penalty=0.6, presence_penalty=0.3),
-    "completion-seed": text(temperature=0.8, seed=7),
     "completion-json-schema": text(json_schema=json.dumps(SCHEMA), ignore_eos=False),
     "chat": chat(),
     "chat-stream": chat(stream=True),
@@ -106,7 +104,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat-required-tool": chat(tools=TOOLS, tool_choice="required"),
     "chat-named-tool": chat(tools=TOOLS, tool_choice=NAMED),
     "chat-named-tool-stream": chat(tools=TOOLS, tool_choice=NAMED, stream=True),
-    "chat-seed": chat(temperature=0.8, seed=7),
     "responses": response(),
     "responses-stream": response(stream=True),
     "responses-tools": response(tools=[{"type": "function", **FUNCTION}]),
@@ -120,7 +117,7 @@ OWN = re.compile(
     r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|tokens_details|^spec_|^dp_rank$|^obfuscation$"
 )
 """What no two answers share, how much was in the cache, and what every speculative algorithm of SGLang adds."""
-TEXTS = ("text", "content", "reasoning_content", "arguments", "delta", "partial_json")
+TEXTS = ("text", "content", "reasoning_content", "arguments", "delta", "partial_json", "thinking")
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +130,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Itera
     shared += [
         "--tool-call-parser",
         "hermes",
-        "--reasoning-parser",
-        "qwen3",
         "--enable-priority-scheduling",
         "--default-priority-value",
         "0",
@@ -228,15 +223,15 @@ def test_features_do_what_they_say(both: tuple[dict[str, Any], dict[str, Any]]) 
     plain, _ = both
     for name in ("chat-json-schema", "generate-json-schema", "completion-json-schema"):
         (said,) = [value for path, value in leaves(plain[name], "") if path.endswith((".text", ".content"))]
-        assert json.loads(said).keys() == {"name", "kind"}, name
+        assert json.loads(said, strict=False).keys() == {"name", "kind"}, name
     for name in ("chat-required-tool", "chat-named-tool"):
         (call,) = plain[name]["choices"][0]["message"]["tool_calls"]
-        assert json.loads(call["function"]["arguments"]).keys() == {"name", "kind"}
+        assert json.loads(call["function"]["arguments"], strict=False).keys() == {"name", "kind"}
     assert re.fullmatch("(yes [0-9]{2}|no [0-9])", plain["generate-ebnf"]["text"])
     assert [len(plain[name]) for name in ("generate-n", "generate-batch")] == [3, 3]
     assert [len(plain[name]["choices"]) for name in ("completion-n", "chat-n")] == [2, 2]
     # The comparison sees what differs, in a whole answer and in a stream.
-    free, others = plain["generate"], ("stop", "stop-ids", "stop-regex", "bias", "penalties", "seed")
+    free, others = plain["generate"], ("stop", "stop-ids", "stop-regex", "bias", "penalties")
     assert all(list(differences(plain[f"generate-{name}"], free)) for name in others)
     assert list(differences(plain["chat-named-tool-stream"], plain["chat-stream"]))
 
@@ -266,20 +261,6 @@ SOME = ("generate", "generate-json-schema", "generate-logprobs", "completion-n",
 def some(server: Server) -> dict[str, Any]:
     with ThreadPoolExecutor(len(SOME)) as pool:
         return dict(zip(SOME, pool.map(lambda name: ask(server, *CASES[name]), SOME), strict=True))
-
-
-def test_sleep_and_wake(servers: tuple[Server, Server], both: Any) -> None:
-    for server in servers:
-        server_idle(server)
-        for route in ("/release_memory_occupation", "/resume_memory_occupation"):
-            httpx.post(server.url + route, json={}, timeout=None).raise_for_status()
-    plain, drafting = map(some, servers)
-    assert list(differences(drafting, plain)) == []
-    assert list(differences(drafting, {name: both[0][name] for name in SOME})) == []
-
-
-def server_idle(server: Server) -> None:
-    wait_until(lambda: httpx.post(server.url + "/flush_cache", timeout=None).status_code == 200)
 
 
 def test_a_weight_update(servers: tuple[Server, Server], both: Any, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ KEY, ADMIN, WRONG, SALT = (
 def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("checkpoints")
     target = tiny_target(root / "target")
-    arguments = ["--model-path", str(target), "--dtype", "float32", "--log-level", "debug", "--log-requests"]
-    arguments += ["--api-key", KEY, "--admin-api-key", ADMIN, "--log-requests-level", "1"]
+    arguments = ["--model-path", str(target), "--dtype", "float32", "--log-level", "debug"]
+    arguments += ["--api-key", KEY, "--admin-api-key", ADMIN]
     arguments += ["--speculative-algorithm", "WHIFLASH"]
     arguments += ["--speculative-draft-model-path", str(tiny_dflash(root / "d", target))]
     with host.running(*arguments) as running:

@@ -78,7 +78,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
 
 SPOILT: dict[str, Callable[[Path], object]] = {
     "dflash/model.safetensors": lambda file: file.write_bytes(
-        file.read_bytes()[:-1] + b"?"
+        file.read_bytes()[:-1] + b"\0"
     ),  # still a file that can be loaded
     "eagle3/config.json": lambda file: file.write_bytes(file.read_bytes() + b" "),
     "eagle3/model.safetensors": Path.unlink,

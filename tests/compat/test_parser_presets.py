@@ -15,8 +15,13 @@ REASONING: dict[str, Any] = ReasoningParser.DetectorMap
 OF_A_TEMPLATE = {"response_template"}
 """Markers are those of the served model's template."""
 
-WRITTEN_OUT = {("gpt-oss", "to=functions."), ("llama3", '{"name":')}
-"""Markers of texts in which the class finds its own: `tests/spans/test_infer.py` walks through both."""
+WRITTEN_OUT = {
+    ("gpt-oss", "to=functions."),
+    ("llama3", '{"name":'),
+    *(("pythonic", marker) for marker in ("<|python_start|>", "<|python_end|>")),
+}
+"""Markers of texts in which the class finds its own: `tests/spans/test_infer.py` walks through the first two; Llama 4
+writes the others around its calls."""
 
 
 def test_no_parser_is_left_out() -> None:
