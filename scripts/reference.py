@@ -31,7 +31,7 @@ from whiflash_sglang.config import (
     Structure,
 )
 from whiflash_sglang.flags import flags
-from whiflash_sglang.metrics import RoundClock
+from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.series import SERIES
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -123,7 +123,7 @@ def formats_table() -> str:
 
 def targets_table() -> str:
     """Families of targets, each with what shows that it is served."""
-    from whiflash_sglang.targets import FAMILIES
+    from whiflash_sglang.checkpoints.targets import FAMILIES
 
     rows = (
         (", ".join(f"`{name}`" for name in one.architectures), one.kind, str(one.shown), one.note)

@@ -23,8 +23,8 @@ from typing import Any
 import httpx
 import psutil
 
-from whiflash_sglang.server import Server, runs
-from whiflash_sglang.server_host import ServerHost
+from whiflash_sglang.serving.server import Server, runs
+from whiflash_sglang.serving.server_host import ServerHost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from whiflash_sglang.compat.patching import SGLANG_VERSION
-from whiflash_sglang.server import Server, runs
-from whiflash_sglang.server_host import ServerHost
+from whiflash_sglang.serving.server import Server, runs
+from whiflash_sglang.serving.server_host import ServerHost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -1,5 +1,5 @@
 """Real SGLang servers for tests, several configurations for the price of one import: those of the package's own host
-(``whiflash_sglang.server_host``), which imports SGLang once and forks.
+(``whiflash_sglang.serving.server_host``), which imports SGLang once and forks.
 
 Tests share one: the fixture `host`.
 
@@ -22,8 +22,8 @@ import httpx
 import psutil
 from patience import wait_until
 
-from whiflash_sglang import server_host
-from whiflash_sglang.server import free_port, listens, runs
+from whiflash_sglang.serving import server_host
+from whiflash_sglang.serving.server import free_port, listens, runs
 
 SMALL = (
     "--device",

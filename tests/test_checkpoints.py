@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_drafters
+from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter

@@ -9,7 +9,7 @@ import pytest
 from engine import engine
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.bundle_create import Parts, create
+from whiflash_sglang.checkpoints.create import Parts, create
 from whiflash_sglang.errors import CheckpointError, ConfigError
 
 Arguments = Callable[..., list[str]]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from whiflash_sglang.checkpoints.hub import fetch
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.hub import fetch
 
 Calls = list[tuple[str, str | None, str | None]]
 

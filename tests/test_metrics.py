@@ -2,8 +2,8 @@
 
 import pytest
 
-from whiflash_sglang import clock as clocks
-from whiflash_sglang.metrics import RoundClock, RoundWork
+from whiflash_sglang.telemetry import clock as clocks
+from whiflash_sglang.telemetry.round_clock import RoundClock, RoundWork
 
 
 class Events:

@@ -4,7 +4,7 @@ import torch
 from host_reads import Launches
 
 from whiflash_sglang.drafters.paged import PADDING, PassInput
-from whiflash_sglang.graphs import load
+from whiflash_sglang.round.graphs import load
 
 
 def test_a_group_is_loaded_with_its_padding_by_kind() -> None:

@@ -7,7 +7,7 @@ import pytest
 from whiflash_sdk import routing
 
 from whiflash_sglang.spans.hints import TraceLevel
-from whiflash_sglang.trace import Part, Recording, build_trace, pieces_of, place
+from whiflash_sglang.telemetry.trace import Part, Recording, build_trace, pieces_of, place
 
 PROMPT = 7
 SOURCES = ("ar", "diffusion", "context", "prediction", "form", "memory", "scope", "grammar", "tools")
@@ -89,7 +89,7 @@ def test_without_prices_sources_are_counted_and_no_time_is_told() -> None:
 
 def test_the_clock_runs_from_the_first_round_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(10, 20))
-    monkeypatch.setattr("whiflash_sglang.trace.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("whiflash_sglang.telemetry.trace.time.perf_counter", lambda: float(next(now)))
     recording = Recording("full", PROMPT)
     for length in (PROMPT, PROMPT + 3):
         recording.begin()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_sglang import trace_samples
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.config import Flags, embedded_bundle, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.trace_samples import PARTS, SampleFiles, Sampler
+from whiflash_sglang.telemetry import trace_samples
+from whiflash_sglang.telemetry.trace_samples import PARTS, SampleFiles, Sampler
 
 LINE = b'{"number": 12345}\n'
 

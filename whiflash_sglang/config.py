@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from whiflash_sglang import arms
-from whiflash_sglang.bundle_members import HUB, checksums, member
-from whiflash_sglang.bundle_paths import check_members
-from whiflash_sglang.drafter_set import NAMES, PARTS, check_arms, check_router
+from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms, check_router
+from whiflash_sglang.checkpoints.members import HUB, checksums, member
+from whiflash_sglang.checkpoints.paths import check_members
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
-from whiflash_sglang.trace_samples import TraceSampling, check_directory
+from whiflash_sglang.telemetry.trace_samples import TraceSampling, check_directory
 
 MANIFEST = "whiflash.json"
 EMBEDDED_BUNDLE = "smollm2-135m-instruct"

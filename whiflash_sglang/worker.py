@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from whiflash_kernels import accept_and_commit
 
-from whiflash_sglang import announce
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.clock import clock_of
 from whiflash_sglang.compat import graphs, late, memory, pricing, records, release, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.parallel import ranks_of_model
@@ -32,21 +30,23 @@ from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.stage import DraftStage
-from whiflash_sglang.forcing import Forcing
-from whiflash_sglang.host_view import HostView
-from whiflash_sglang.learning import Learner
-from whiflash_sglang.lifecycle import Lifecycle
-from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.planning import Planner, rows_of
-from whiflash_sglang.quarantine import Quarantine
+from whiflash_sglang.round.forcing import Forcing
+from whiflash_sglang.round.host_view import HostView
+from whiflash_sglang.round.learning import Learner
+from whiflash_sglang.round.lifecycle import Lifecycle
+from whiflash_sglang.round.planning import Planner, rows_of
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.verification import VerifyStage
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.telemetry import announce
+from whiflash_sglang.telemetry.clock import clock_of
 from whiflash_sglang.telemetry.publisher import Publisher, Sink
+from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.state import state_of
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.verification import VerifyStage
 
 STEP_ROUNDS, STEP_SECONDS = 4, 0.1
 """A step that had so many rounds or lasted so long is not given another one: clients see its tokens when it ends."""

@@ -74,14 +74,16 @@ def test_compat_imports_nothing_above_it() -> None:
 
 def test_a_way_up_is_found() -> None:
     planted = {
-        f"{BELOW}.step": {"whiflash_sglang.planning", f"{BELOW}.late"},
-        "whiflash_sglang.planning": {"whiflash_sglang.arms"},
+        f"{BELOW}.step": {"whiflash_sglang.round.planning", f"{BELOW}.late"},
+        "whiflash_sglang.round.planning": {"whiflash_sglang.arms"},
         "whiflash_sglang.arms": {f"{BELOW}.late"},
     }
-    assert ways_up(planted) == [f"{BELOW}.step imports whiflash_sglang.planning, which leads to {BELOW}.late"]
+    assert ways_up(planted) == [
+        f"{BELOW}.step imports whiflash_sglang.round.planning, which leads to {BELOW}.late"
+    ]
     planted["whiflash_sglang.arms"] = set()
     assert ways_up(planted) == []
     late = "def late():\n    from whiflash_sglang import planning\n"
-    assert imported(late, {"whiflash_sglang.planning": Path()}) == {"whiflash_sglang.planning"}
+    assert imported(late, {"whiflash_sglang.round.planning": Path()}) == {"whiflash_sglang.round.planning"}
     types = "if TYPE_CHECKING:\n    from whiflash_sglang import planning\n"
-    assert imported(types, {"whiflash_sglang.planning": Path()}) == set()
+    assert imported(types, {"whiflash_sglang.round.planning": Path()}) == set()

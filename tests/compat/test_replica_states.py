@@ -11,7 +11,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateR
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
 from whiflash_sglang.compat import control
-from whiflash_sglang.replicas import SilentReplicaError
+from whiflash_sglang.serving.replicas import SilentReplicaError
 
 
 class Server:

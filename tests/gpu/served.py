@@ -27,10 +27,10 @@ class Served:
         Raises:
             WhiflashError: what was asked for is not there.
         """
+        from whiflash_sglang.checkpoints.hub import fetch
         from whiflash_sglang.config import embedded_bundle
         from whiflash_sglang.embedded import ensure_target
         from whiflash_sglang.embedded.wheel import EmbeddedTargetError
-        from whiflash_sglang.hub import fetch
 
         if model_path and bundle:
             return cls(f"{model_path} with {bundle}", fetch(model_path), fetch(bundle), "bfloat16")

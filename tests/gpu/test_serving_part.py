@@ -37,7 +37,7 @@ def test_every_check_of_a_backend_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.verification import VerifyStage
+    from whiflash_sglang.round.verification import VerifyStage
 
     verify = VerifyStage.verify
 

@@ -18,8 +18,8 @@ from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.paged import PagedArm, PassInput
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.graphs import StaticInput, doubling
 from whiflash_sglang.models import choice as choices
+from whiflash_sglang.round.graphs import StaticInput, doubling
 
 __all__ = ["prepared"]
 

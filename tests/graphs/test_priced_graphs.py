@@ -13,11 +13,11 @@ from emulated import TapeBackend, emulated_graphs
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.clock import Clock
 from whiflash_sglang.compat import pricing
 from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets
-from whiflash_sglang.graphs import CapturedPass, doubling
+from whiflash_sglang.round.graphs import CapturedPass, doubling
 from whiflash_sglang.routing.tables import CostTables
+from whiflash_sglang.telemetry.clock import Clock
 
 REQUESTS, WIDEST, CONTEXT = 3, 17, 256
 SMALL: dict[str, Any] = {

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.config import Lookup
 from whiflash_sglang.drafters.lookup import LookupArm
-from whiflash_sglang.host_view import HostView
 from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.forms import NEEDLE, Forms, escaped
+from whiflash_sglang.round.host_view import HostView
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, vocabulary_of

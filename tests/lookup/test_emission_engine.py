@@ -11,7 +11,7 @@ from model_set import Models
 
 from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.lookup.forms import escaped
-from whiflash_sglang.trace import build_trace
+from whiflash_sglang.telemetry.trace import build_trace
 
 FILE = "".join(f'def part_{i}(rows):\n    """Of "{i}"."""\n    return rows[{i * 7}]\n\n' for i in range(6))
 CALL = (

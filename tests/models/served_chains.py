@@ -9,7 +9,7 @@ from torch import Tensor
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.checkpoints import TargetShape, check_fit, target_layers
+from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.models.formats import read_draft

@@ -24,7 +24,7 @@ from served_blocks import load as load_ours
 from torch import Tensor
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 
-from whiflash_sglang.checkpoints import block_size_of
+from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import read_weights
 from whiflash_sglang.models.formats import read_draft

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from whiflash_sglang.checkpoints import TargetShape, check_fit, target_layers
+from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.draft_format import by_key
 from whiflash_sglang.models.formats import FORMATS, read_draft

@@ -21,7 +21,7 @@ from typing import Any
 
 from tensor_parallel import BIND
 
-from whiflash_sglang.server import free_port
+from whiflash_sglang.serving.server import free_port
 
 Work = Callable[[int, int], Any]
 

@@ -17,7 +17,7 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from tensor_parallel import ARRIVALS, BIND, ENDS_AT_ONCE, RANKS, Checkpoints, Outputs
 from traffic import Arrival
 
-from whiflash_sglang.server import runs
+from whiflash_sglang.serving.server import runs
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from whiflash_sglang.metrics import PreviousRound, RoundWork
 from whiflash_sglang.routing.assign import assign
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.routing.looked_up import LookedUpCosts
 from whiflash_sglang.routing.tables import HEADROOM, CostTables, Sizes, Verifications
+from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundWork
 
 ROWS = (1, 2, 4, 8, 16)
 SCORES = {"ar": 3.0, "diffusion": 2.5, "none": 1.0}

@@ -6,8 +6,8 @@ from pathlib import Path
 import sglang
 from families import FAMILIES
 
-from whiflash_sglang import targets
-from whiflash_sglang.targets import Shown
+from whiflash_sglang.checkpoints import targets
+from whiflash_sglang.checkpoints.targets import Shown
 
 SETTERS = {"set_dflash_layers_to_capture", "set_eagle3_layers_to_capture"}
 

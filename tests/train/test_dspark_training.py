@@ -17,7 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from whiflash_sglang import train
-from whiflash_sglang.checkpoints import block_size_of
+from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.dflash import DFlashDrafter

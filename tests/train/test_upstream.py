@@ -14,7 +14,7 @@ from tiny_models import tiny_target
 from transformers import AutoTokenizer
 
 from whiflash_sglang.bench.prompts import load_prompts, shipped
-from whiflash_sglang.checkpoints import block_size_of, target_layers
+from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.cli.train import resolve_config
 from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import ensure_target

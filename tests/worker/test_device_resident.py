@@ -106,7 +106,7 @@ def test_rows_are_bounded_by_the_bucket(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much is drafted, a verification has the rows that the host picked."""
-    from whiflash_sglang.plan import Plan
+    from whiflash_sglang.round.plan import Plan
 
     monkeypatch.setattr(Plan, "usual_drafts", property(lambda self: 2))
     stage, rows = running.worker.stage, []

@@ -7,7 +7,7 @@ import pytest
 from engine import engine
 from model_set import Models
 
-from whiflash_sglang import learning
+from whiflash_sglang.round import learning
 
 ROUNDS = 40
 

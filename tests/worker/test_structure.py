@@ -13,9 +13,9 @@ from oracle_arm import OracleArm
 from test_constrained import OPTIONS
 from traffic import Arrival, play
 
-from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.whitespace import COMPACT, bounded_tag
 from whiflash_sglang.drafters import structure
+from whiflash_sglang.round import lifecycle
 from whiflash_sglang.spans.hints import TOOLS_KEY
 from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind

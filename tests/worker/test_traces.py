@@ -8,7 +8,7 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.trace import Recording, build_trace
+from whiflash_sglang.telemetry.trace import Recording, build_trace
 
 TRACED = {"custom_params": {"whiflash": '{"trace":"full"}'}}
 CHUNK = 32

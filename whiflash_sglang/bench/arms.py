@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.arms import AR, DIFFUSION
-from whiflash_sglang.drafter_set import NEEDED, PARTS, check_arms
+from whiflash_sglang.checkpoints.drafter_set import NEEDED, PARTS, check_arms
 from whiflash_sglang.errors import ConfigError
 
 NONE = "none"

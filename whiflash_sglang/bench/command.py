@@ -18,7 +18,7 @@ from whiflash_sglang.bench.report import Report
 from whiflash_sglang.bench.runner import Plan, Runner
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.progress import progress
-from whiflash_sglang.server_host import ServerHost, shares_imports
+from whiflash_sglang.serving.server_host import ServerHost, shares_imports
 
 QUICK_MINUTES = 4.5
 

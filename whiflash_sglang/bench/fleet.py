@@ -13,8 +13,8 @@ import httpx
 from whiflash_sglang.bench.arms import SEVERAL
 from whiflash_sglang.bench.load import ANSWER_SECONDS
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.server import Server
-from whiflash_sglang.server_host import ServerHost
+from whiflash_sglang.serving.server import Server
+from whiflash_sglang.serving.server_host import ServerHost
 
 CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 

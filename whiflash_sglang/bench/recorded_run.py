@@ -26,7 +26,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.progress import progress
 from whiflash_sglang.recorded.benchmark import renderer_of
 from whiflash_sglang.recorded.files import read_recorded
-from whiflash_sglang.server_host import ServerHost, shares_imports
+from whiflash_sglang.serving.server_host import ServerHost, shares_imports
 
 MARGIN = 128
 """Positions of a context that no conversation takes: the widest drafts go behind the text."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sglang.metrics import STAGES
+from whiflash_sglang.telemetry.round_clock import STAGES
 
 
 class RoundMs(BaseModel):

@@ -6,10 +6,10 @@ from pathlib import Path
 from whiflash_sglang.bench.arms import VARIANTS, Subject
 from whiflash_sglang.bench.load import MODEL
 from whiflash_sglang.bench.variants import write_variant
-from whiflash_sglang.bundle_members import member
+from whiflash_sglang.checkpoints.hub import fetch
+from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.hub import fetch
 
 CPU_KV_TOKENS = 16384
 """KV pool of a server on the CPU. All servers share the machine's memory when arms are interleaved."""

@@ -12,8 +12,8 @@ from whiflash_kernels import DraftInputs
 
 from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Watermarks
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.graphs import CapturedPass, Recorder, StaticInput, doubling
-from whiflash_sglang.quarantine import Quarantine
+from whiflash_sglang.round.graphs import CapturedPass, Recorder, StaticInput, doubling
+from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4
 """Of a captured catch-up: a pass over fewer costs what one over so many does."""

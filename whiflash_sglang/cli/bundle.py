@@ -47,7 +47,7 @@ def register(app: typer.Typer) -> None:
 
         Example: whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --diffusion OWNER/DF --out my-bundle
         """
-        from whiflash_sglang.bundle_create import Parts, create
+        from whiflash_sglang.checkpoints.create import Parts, create
 
         manifest = create(Parts(target, eagle3, diffusion, router, router_sign), out, name)
         if as_json:

@@ -8,7 +8,7 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.checkpoints import TargetShape, block_size_of, check_drafters
+from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters
 from whiflash_sglang.compat import hooks
 from whiflash_sglang.compat.carried import ALGORITHM, asks_for_ours, settings_of
 from whiflash_sglang.config import Settings

@@ -20,7 +20,7 @@ from sglang.srt.utils.watchdog import SubprocessWatchdog
 
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.replicas import Ended, ReplicaDiedError
+from whiflash_sglang.serving.replicas import Ended, ReplicaDiedError
 
 
 def install() -> None:

@@ -11,7 +11,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import ServerArgs
 
-from whiflash_sglang import hub
+from whiflash_sglang.checkpoints import hub
 from whiflash_sglang.compat import hooks, patching
 from whiflash_sglang.compat.carried import ALGORITHM
 from whiflash_sglang.config import Flags, flag_of, parse_flags, resolve

@@ -10,7 +10,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from whiflash_sglang import __version__, announce
+from whiflash_sglang import __version__
 from whiflash_sglang.compat import converted, figures, predictions, requests, streamer, traces
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import encode, encode_forget, states_of
@@ -19,8 +19,9 @@ from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.lookup.memory import nameless
-from whiflash_sglang.replicas import SilentReplicaError, together
+from whiflash_sglang.serving.replicas import SilentReplicaError, together
 from whiflash_sglang.spans.capabilities import capabilities
+from whiflash_sglang.telemetry import announce
 
 
 def install(server_args: Any) -> None:

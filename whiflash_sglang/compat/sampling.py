@@ -16,7 +16,7 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatc
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.penalties import PenaltyRequest, penalties_at
+from whiflash_sglang.round.penalties import PenaltyRequest, penalties_at
 
 
 def is_plain_greedy(info: SamplingBatchInfo, has_grammar: bool) -> bool:

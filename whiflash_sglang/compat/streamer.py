@@ -14,7 +14,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.spans.hints import TraceLevel
-from whiflash_sglang.trace import Recording, build_trace
+from whiflash_sglang.telemetry.trace import Recording, build_trace
 
 META_KEY = "whiflash"
 _RECORDING = "_whiflash_recording"

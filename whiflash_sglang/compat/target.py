@@ -13,7 +13,7 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.checkpoints import TargetShape
+from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.compat import graphs
 from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary

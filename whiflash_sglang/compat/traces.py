@@ -18,7 +18,7 @@ from whiflash_sglang.compat.streamer import META_KEY
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
-from whiflash_sglang.trace import pieces_of, place
+from whiflash_sglang.telemetry.trace import pieces_of, place
 
 _RESPONSES = (
     "ChatCompletionResponse",

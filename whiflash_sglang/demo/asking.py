@@ -17,8 +17,8 @@ from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import TARGET_NAME, ensure_target
 from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.server import Server
-from whiflash_sglang.server_host import ServerHost, shares_imports
+from whiflash_sglang.serving.server import Server
+from whiflash_sglang.serving.server_host import ServerHost, shares_imports
 
 TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"
 REPEATS = 3

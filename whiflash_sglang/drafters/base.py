@@ -9,9 +9,9 @@ import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.features import FeatureSlice
-from whiflash_sglang.graphs import Recorder
-from whiflash_sglang.host_view import EXACT, HostView
 from whiflash_sglang.lookup.memory import Tenant
+from whiflash_sglang.round.graphs import Recorder
+from whiflash_sglang.round.host_view import EXACT, HostView
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints

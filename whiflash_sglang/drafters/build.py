@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from whiflash_sglang import arms
-from whiflash_sglang.bundle_members import verify
-from whiflash_sglang.checkpoints import block_size_of, target_layers
+from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
+from whiflash_sglang.checkpoints.members import verify
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import NeuralRouter, Settings
 from whiflash_sglang.drafters.base import Drafter
@@ -14,10 +14,10 @@ from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.drafters.structure import StructureArm
-from whiflash_sglang.host_view import HostView
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.router import Layers, Router
-from whiflash_sglang.ranks import Ranks
+from whiflash_sglang.round.host_view import HostView
+from whiflash_sglang.round.ranks import Ranks
 from whiflash_sglang.spans.vocabulary import vocabulary_of
 
 

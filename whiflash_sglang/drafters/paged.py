@@ -10,10 +10,10 @@ from whiflash_kernels import PassRows, draft_attention, pass_rows
 from whiflash_sglang.cache.draft_kv import DraftKV
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
 from whiflash_sglang.drafters.length import DraftLength
-from whiflash_sglang.graphs import CapturedPass, Recorder, StaticInput, doubling
 from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.layers import Attend, AttentionShape
+from whiflash_sglang.round.graphs import CapturedPass, Recorder, StaticInput, doubling
 
 
 class PassInput(NamedTuple):

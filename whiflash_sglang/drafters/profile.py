@@ -7,7 +7,7 @@ import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.drafters.base import DraftBatch, Drafter
-from whiflash_sglang.host_view import EXACT, HostView
+from whiflash_sglang.round.host_view import EXACT, HostView
 from whiflash_sglang.routing.costs import MeasuredCosts
 
 BATCHES = (1, 2, 4, 8)

@@ -12,13 +12,13 @@ from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, widest_of
 from whiflash_sglang.drafters.paged import PassInput
-from whiflash_sglang.graphs import Recorder, bucket_of
-from whiflash_sglang.host_view import HostView
-from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.plan import Plan
-from whiflash_sglang.quarantine import Quarantine
+from whiflash_sglang.round.graphs import Recorder, bucket_of
+from whiflash_sglang.round.host_view import HostView
+from whiflash_sglang.round.plan import Plan
+from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.costs import WorkerCosts
-from whiflash_sglang.trace import Part, first_of
+from whiflash_sglang.telemetry.round_clock import RoundClock
+from whiflash_sglang.telemetry.trace import Part, first_of
 
 
 @dataclass(frozen=True, slots=True)

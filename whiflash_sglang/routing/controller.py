@@ -11,7 +11,7 @@ from whiflash_sglang.routing.probes import PROBE_ROUNDS
 from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
-from whiflash_sglang.trace import Recording
+from whiflash_sglang.telemetry.trace import Recording
 
 Outlooks = Mapping[str, Outlook | None]
 """Arms that may draft for a request, with what those say of the round that look before they draft."""

@@ -11,7 +11,7 @@ from whiflash_sglang.routing.signals import OpenSpan, Outlook, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
-from whiflash_sglang.trace import Recording
+from whiflash_sglang.telemetry.trace import Recording
 
 RECENT_ROUNDS = 8.0
 """Rounds after which a request's own acceptance with an arm counts for little."""

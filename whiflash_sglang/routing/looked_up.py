@@ -6,12 +6,12 @@ prices (:mod:`.tables`), from whole rounds as the device's events time them.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from whiflash_sglang.metrics import PreviousRound
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.fits import MEMORY
 from whiflash_sglang.routing.mean import Mean
 from whiflash_sglang.routing.probes import PROBE_ROUNDS
 from whiflash_sglang.routing.tables import HEADROOM, CostTables
+from whiflash_sglang.telemetry.round_clock import PreviousRound
 
 
 class LookedUpCosts(WorkerCosts):

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from whiflash_sglang.cache.tokens import TokenTable
     from whiflash_sglang.compat.target import Target
     from whiflash_sglang.drafters.base import Drafter
-    from whiflash_sglang.metrics import RoundClock
-    from whiflash_sglang.quarantine import Quarantine
+    from whiflash_sglang.round.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
+    from whiflash_sglang.telemetry.round_clock import RoundClock
     from whiflash_sglang.telemetry.tally import Tally
 
 

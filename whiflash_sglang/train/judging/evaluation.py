@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from whiflash_sglang.bundle_members import member
-from whiflash_sglang.checkpoints import block_size_of
+from whiflash_sglang.checkpoints.fit import block_size_of
+from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.router import Router

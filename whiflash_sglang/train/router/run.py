@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_sglang.drafter_set import NAMES, check_arms
+from whiflash_sglang.checkpoints.drafter_set import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers.store import FeatureStore

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from whiflash_sglang import arms
-from whiflash_sglang.bundle_members import HUB, sha256
-from whiflash_sglang.checkpoints import TargetShape, check_fit
+from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms
+from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
+from whiflash_sglang.checkpoints.hub import Found, look_up
+from whiflash_sglang.checkpoints.members import HUB, sha256
 from whiflash_sglang.config import MANIFEST, load_manifest
-from whiflash_sglang.drafter_set import NAMES, PARTS, check_arms
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.hub import Found, look_up
 from whiflash_sglang.models.formats import read_draft
 
 _KEPT = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "mask_embedding.pt")

@@ -12,19 +12,19 @@ from whiflash_sglang import arms
 from whiflash_sglang.compat.target import Verified
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.stage import Proposal
-from whiflash_sglang.metrics import PreviousRound, RoundClock
 from whiflash_sglang.models.router import Layers
-from whiflash_sglang.plan import Plan
-from whiflash_sglang.planning import drafts_nothing
-from whiflash_sglang.quarantine import Quarantine
-from whiflash_sglang.ranks import Ranks
+from whiflash_sglang.round.plan import Plan
+from whiflash_sglang.round.planning import drafts_nothing
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.ranks import Ranks
+from whiflash_sglang.round.transfers import Download
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import Policy
+from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.trace import Part, Recording
-from whiflash_sglang.transfers import Download
+from whiflash_sglang.telemetry.trace import Part, Recording
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""

@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.server_host import ServerHost
+from whiflash_sglang.serving.server_host import ServerHost
 
 
 class ServerError(WhiflashError):

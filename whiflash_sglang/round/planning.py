@@ -10,14 +10,14 @@ from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.metrics import RoundClock
-from whiflash_sglang.plan import Decided, OnDevice, Plan
-from whiflash_sglang.quarantine import Quarantine
-from whiflash_sglang.ranks import Ranks
+from whiflash_sglang.round.plan import Decided, OnDevice, Plan
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.ranks import Ranks
+from whiflash_sglang.round.transfers import Upload
 from whiflash_sglang.routing.controller import Controller, Outlooks
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import Outlook
-from whiflash_sglang.transfers import Upload
+from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
 @dataclass(frozen=True, slots=True)

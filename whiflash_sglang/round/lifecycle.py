@@ -11,8 +11,8 @@ from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.grammars import grammar_of
 from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.forcing import Forcing
 from whiflash_sglang.lookup.memory import tenant_of
+from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import RequestHints, parse_hints

@@ -10,8 +10,8 @@ from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.compat.target import Target, Verified, packed
 from whiflash_sglang.drafters.stage import Proposal
-from whiflash_sglang.forcing import Forcing
-from whiflash_sglang.host_view import HostView
+from whiflash_sglang.round.forcing import Forcing
+from whiflash_sglang.round.host_view import HostView
 
 
 class VerifyStage:

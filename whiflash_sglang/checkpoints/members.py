@@ -21,7 +21,7 @@ def member(bundle: Path, manifest: "Manifest", part: str, *, download_dir: str |
         ConfigError: the bundle has no such part, the hub gave nothing, or `config.json` is not the one that the
             manifest was made with.
     """
-    from whiflash_sglang.hub import fetch
+    from whiflash_sglang.checkpoints.hub import fetch
 
     value = parts_of(manifest)[part]
     if value is None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from whiflash_sglang.cache.backlog import Due
-from whiflash_sglang.metrics import RoundWork
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.lane import Decision, Lane
 from whiflash_sglang.routing.tables import HEADROOM
+from whiflash_sglang.telemetry.round_clock import RoundWork
 
 
 @dataclass(frozen=True, slots=True)

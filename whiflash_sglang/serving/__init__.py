@@ -1,0 +1,1 @@
+"""Servers as processes: started, waited for, asked together, ended with their owner."""
