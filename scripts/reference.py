@@ -20,16 +20,16 @@ from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace
 
-from whiflash_sglang.cli import app
-from whiflash_sglang.config import (
+from whiflash_sglang.checkpoints.manifest import (
     EntropyRouter,
     Lookup,
     Manifest,
     NeuralRouter,
-    PolicyChange,
     Source,
     Structure,
 )
+from whiflash_sglang.cli import app
+from whiflash_sglang.config import PolicyChange
 from whiflash_sglang.flags import flags
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.series import SERIES

@@ -289,7 +289,7 @@ async def settle(run: Run) -> None:
 def arguments_of(bundle: str, root: Path) -> tuple[list[str], list[str]]:
     """Of plain decoding, and what WHIFLASH is given beside."""
     if bundle == "embedded":
-        from whiflash_sglang.config import embedded_bundle
+        from whiflash_sglang.checkpoints.manifest import embedded_bundle
         from whiflash_sglang.embedded.cache import ensure_target
 
         drafters = ["--speculative-draft-model-path", str(embedded_bundle())]

@@ -118,7 +118,7 @@ def arguments_of(tiny: bool, root: Path) -> tuple[str, list[str], list[str]]:
     """The model, what both servers are given, and what WHIFLASH's is given beside."""
     ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
     if not tiny:
-        from whiflash_sglang.config import embedded_bundle
+        from whiflash_sglang.checkpoints.manifest import embedded_bundle
         from whiflash_sglang.embedded.cache import ensure_target
 
         model = str(ensure_target())

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.config import changed, embedded_bundle, load_manifest, parse_flags, resolve
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
+from whiflash_sglang.config import changed, parse_flags, resolve
 from whiflash_sglang.errors import CheckpointError, ConfigError
 
 MANIFEST = {"schema_version": 1, "name": "tiny", "target": "tiny/target", "eagle3": "e", "dflash": "d"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import whiflash_sglang.config
+import whiflash_sglang.checkpoints.manifest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"whiflash_sglang": ROOT, "whiflash_kernels": ROOT / "kernels", "whiflash_sdk": ROOT / "sdk"}
@@ -110,7 +110,7 @@ def test_installed_into_an_empty_directory_the_command_finds_its_bundle(
             archive.extractall(tmp_path)
     look = (
         "import json, whiflash_sglang, whiflash_kernels, whiflash_sdk\n"
-        "from whiflash_sglang.config import embedded_bundle, load_manifest\n"
+        "from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest\n"
         "load_manifest(embedded_bundle())\n"
         "homes = [m.__file__ for m in (whiflash_sglang, whiflash_kernels, whiflash_sdk)]\n"
         "print(json.dumps([*homes, str(embedded_bundle())]))\n"
@@ -118,7 +118,7 @@ def test_installed_into_an_empty_directory_the_command_finds_its_bundle(
     found = json.loads(run("-c", look, cwd=tmp_path, path=str(tmp_path)))
     assert all(Path(path).is_relative_to(tmp_path) for path in found), found
     bundle = Path(found[-1])
-    shipped = Path(whiflash_sglang.config.embedded_bundle())
+    shipped = Path(whiflash_sglang.checkpoints.manifest.embedded_bundle())
     assert files(bundle) == files(shipped)
     command = "from whiflash_sglang.cli import main; main()"
     said = run("-c", command, "--version", cwd=tmp_path, path=str(tmp_path))

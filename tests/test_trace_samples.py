@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.trace import turns_of
-from whiflash_sglang.config import Flags, embedded_bundle, parse_flags, resolve
+from whiflash_sglang.config import Flags, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.telemetry import trace_samples
 from whiflash_sglang.telemetry.trace_samples import PARTS, SampleFiles, Sampler

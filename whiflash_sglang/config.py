@@ -1,144 +1,45 @@
-"""Flags, the bundle manifest, and what they resolve to. Imports no SGLang.
+"""Flags, and what they resolve to together with a bundle. Imports no SGLang.
 
 A *bundle* is a directory (or hub id) with `whiflash.json`: drafters, the router and its thresholds, given to SGLang's
 own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoint and `--whiflash-eagle-draft` names
 the EAGLE-3 one; or it is the only drafter.
 """
 
-import json
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms, check_router
-from whiflash_sglang.checkpoints.members import HUB, checksums, member
-from whiflash_sglang.checkpoints.paths import check_members
+from whiflash_sglang.checkpoints.manifest import (
+    MANIFEST,
+    DeltaSign,
+    DraftVocabulary,
+    EntropyRouter,
+    Lookup,
+    Manifest,
+    Nats,
+    NeuralRouter,
+    Positive,
+    Rounds,
+    Strict,
+    Structure,
+    first_problem,
+    load_manifest,
+    lookup_of,
+)
+from whiflash_sglang.checkpoints.members import checksums, member
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 from whiflash_sglang.telemetry.trace_samples import TraceSampling, check_directory
 
-MANIFEST = "whiflash.json"
-EMBEDDED_BUNDLE = "smollm2-135m-instruct"
-
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "copy-rule", "none", "random"]
-Positive = Annotated[int, Field(gt=0)]
 T = TypeVar("T")
-DraftVocabulary = Literal["full", "eagle3"]
-DeltaSign = Literal["ar-minus-diffusion", "diffusion-minus-ar"]
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
-Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rounds = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EntropyRouter(_Strict):
-    """tau: nats above which the diffusion drafter is left. min_dwell: rounds an arm is kept at least."""
-
-    tau: Nats = 1.0
-    min_dwell: Rounds = 2
-
-
-class NeuralRouter(_Strict):
-    """path: a .safetensors file or a directory. threshold: on the predicted ΔAL = AL(EAGLE-3) - AL(DFlash), in tokens.
-    min_dwell: rounds an arm is kept at least. delta_sign: for files that do not say which way round they predict.
-    """
-
-    path: str
-    threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    min_dwell: Rounds = 1
-    delta_sign: DeltaSign | None = None
-
-
-class Lookup(_Strict):
-    """The copying arm.
-
-    enabled: whether it is there. max_width: drafts at most. min_match: shortest suffix match worth copying from.
-    seed: chances that a copied token is right before anything was seen, as `whiflash lookup-seed` measures them
-    (default: the embedded bundle's). memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0
-    for none. memory_minutes: how old they may get. prediction_tokens: longest prediction that a request may bring.
-    form_tokens: most tokens of emission forms (the prompt as it would be quoted in JSON or code) that are made for one
-    request, 0 for none.
-    """
-
-    enabled: bool = True
-    max_width: Positive = 16
-    min_match: Positive = 1
-    seed: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], ...], ...] | None = None
-    memory_mib: Annotated[int, Field(ge=0)] = 0
-    memory_minutes: Positive = 30
-    prediction_tokens: Positive = 16384
-    form_tokens: Annotated[int, Field(ge=0)] = 32768
-
-    @field_validator("seed")
-    @classmethod
-    def _fits(cls, seed: Seed | None) -> Seed | None:
-        if seed is not None:
-            MatchCalibration(seed)
-        return seed
-
-
-class Structure(_Strict):
-    """The structure arm, for requests with a grammar.
-
-    enabled: whether it is there. max_width: drafts at most.
-    """
-
-    enabled: bool = True
-    max_width: Positive = 16
-
-
-class Source(_Strict):
-    """Where a part of a bundle is from.
-
-    revision: the hub's commit. files: SHA-256 by name; those that lie in the bundle are compared whenever it is served.
-    """
-
-    revision: str | None = None
-    files: dict[str, str] = {}
-
-
-class Manifest(_Strict):
-    """`whiflash.json`. Paths are relative to the bundle; "hub:owner/name" is fetched from the hub when the bundle is
-    served, at the revision of its entry in `sources`.
-
-    schema_version: of this format. name: what the bundle is called. target: the model that it was trained for.
-    eagle3, dflash: directory of the checkpoint; one of the two may be left out. dflash_vocabulary: what the block
-    drafter chooses from, the target's whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked,
-    arXiv 2502.14856), which is cheaper for a small target. router: the neural router. entropy: thresholds of the
-    entropy router. lookup: the copying arm (default: on, with the embedded bundle's seed). structure: the arm of what
-    grammars force (default: on). chat_template: a file, served where `--chat-template` names none. tool_call_parser:
-    SGLang's name, in force where `--tool-call-parser` names none. sources: where target, eagle3, dflash and router are
-    from, as `whiflash bundle create` found them.
-    """
-
-    schema_version: Literal[1]
-    name: str
-    target: str
-    eagle3: str | None = None
-    dflash: str | None = None
-    dflash_vocabulary: DraftVocabulary = "full"
-    router: NeuralRouter | None = None
-    entropy: EntropyRouter = EntropyRouter()
-    lookup: Lookup | None = None
-    structure: Structure = Structure()
-    chat_template: str | None = None
-    tool_call_parser: str | None = None
-    sources: dict[str, Source] = {}
-
-    @property
-    def drafters(self) -> Mapping[str, str]:
-        """Arm → path of its checkpoint, of those that the bundle names."""
-        return {arm: value for arm, part in PARTS.items() if (value := getattr(self, part))}
-
-
-class Flags(_Strict):
+class Flags(Strict):
     """What the user said on the command line or to `Engine(...)`; None where nothing was said.
 
     Names and meanings of the first six are the published release's (arXiv 2606.07710).
@@ -169,7 +70,7 @@ class Flags(_Strict):
     trace_mib: Positive | None = None
 
 
-class Settings(_Strict):
+class Settings(Strict):
     """Everything a worker needs to build itself: resolved paths and values, picklable.
 
     checksums: SHA-256 by file, of what the bundle tells of it.
@@ -199,11 +100,6 @@ class Settings(_Strict):
         return {arm: path for arm, part in PARTS.items() if (path := getattr(self, part))}
 
 
-def embedded_bundle() -> Path:
-    """Directory of the bundle shipped with the package."""
-    return Path(str(resources.files("whiflash_sglang"))) / "bundles" / EMBEDDED_BUNDLE
-
-
 def parse_flags(given: dict[str, Any]) -> Flags:
     """Validate raw flag values.
 
@@ -213,7 +109,7 @@ def parse_flags(given: dict[str, Any]) -> Flags:
     try:
         flags = Flags(**{key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
-        raise ConfigError(_first_problem(error, lambda name: flag_of(name))) from None
+        raise ConfigError(first_problem(error, Flags, flag_of)) from None
     if flags.drafters == "ddt-e3":
         raise ConfigError(
             "--whiflash-drafters ddt-e3 needs the tree drafter, which does not exist yet; use df-e3"
@@ -228,39 +124,6 @@ def parse_flags(given: dict[str, Any]) -> Flags:
 def flag_of(field: str) -> str:
     """The command-line spelling of a `Flags` field."""
     return "--ddtree-tree-budget" if field == "tree_budget" else "--whiflash-" + field.replace("_", "-")
-
-
-def load_manifest(bundle: Path) -> Manifest:
-    """Read and validate `whiflash.json`.
-
-    Raises:
-        ConfigError: the file is missing, is not JSON, or has a wrong or unknown key, or a path that leaves the bundle;
-            the key is named. It names no drafter, or what needs two beside one.
-    """
-    path = bundle / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{bundle} is not a bundle: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        manifest = Manifest.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: " + _first_problem(error, lambda name: f"key {name!r}")) from None
-    if not manifest.drafters:
-        raise ConfigError(f"{path} names no drafter: give key 'eagle3', key 'dflash', or both")
-    if manifest.router is not None:
-        check_arms(f"{path}: key 'router'", NAMES, manifest.drafters)
-    if manifest.dflash_vocabulary == "eagle3":
-        check_arms(f"{path}: key 'dflash_vocabulary': 'eagle3'", NAMES, manifest.drafters)
-    named = {PARTS[arm]: value for arm, value in manifest.drafters.items()}
-    named |= {"chat_template": manifest.chat_template or ""}
-    named["router.path"] = manifest.router.path if manifest.router else ""
-    check_members(bundle, {key: path for key, path in named.items() if path and not path.startswith(HUB)})
-    return manifest
 
 
 def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = None) -> Settings:
@@ -345,7 +208,7 @@ def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path) -> dict[st
     return checksums(bundle, manifest, served)
 
 
-class PolicyChange(_Strict):
+class PolicyChange(Strict):
     """What may change while serving; None leaves a value as it is.
 
     router: how rounds are routed from now on. entropy_threshold: nats above which `entropy` leaves DFlash. min_dwell:
@@ -370,7 +233,7 @@ def changed(settings: Settings, change: Any) -> Settings:
     try:
         wanted = PolicyChange.model_validate(change)
     except ValidationError as error:
-        raise ConfigError(_first_problem(error, lambda name: f"{name!r}")) from None
+        raise ConfigError(first_problem(error, PolicyChange, repr)) from None
     entropy = EntropyRouter(
         tau=settings.entropy.tau if wanted.entropy_threshold is None else wanted.entropy_threshold,
         min_dwell=settings.entropy.min_dwell if wanted.min_dwell is None else wanted.min_dwell,
@@ -447,37 +310,7 @@ def _traces(flags: Flags) -> TraceSampling:
     return TraceSampling(rate=flags.trace_sample, directory=directory, text=flags.trace_text == "on", **mib)
 
 
-def lookup_of(manifest: Manifest | None) -> Lookup:
-    """What a bundle says of the copying arm, with the embedded bundle's seed where it has none."""
-    said = (manifest.lookup if manifest else None) or Lookup()
-    if said.seed is not None:
-        return said
-    # Chances of a small model's answers are nearer to any other's than even odds, and are soon overwritten.
-    return said.model_copy(update={"seed": _need(load_manifest(embedded_bundle()).lookup).seed})
-
-
 def _need(value: T | None) -> T:
     if value is None:
         raise AssertionError("checked by the caller")
     return value
-
-
-def _first_problem(error: ValidationError, spell: Any) -> str:
-    problem = error.errors()[0]
-    name = str(problem["loc"][0]) if problem["loc"] else "value"
-    if problem["type"] == "extra_forbidden":
-        nested = "".join(f".{part}" for part in problem["loc"][1:])
-        return f"{spell(name)}{nested} is unknown; known: {', '.join(sorted(_known_keys(error)))}"
-    where = ".".join(str(part) for part in problem["loc"][1:])
-    return f"{spell(name)}{'.' + where if where else ''}: {problem['msg']} (got {problem['input']!r})"
-
-
-def _known_keys(error: ValidationError) -> list[str]:
-    """Keys of the model that the first problem's unknown key was given to."""
-    models = {m.__name__: m for m in (Manifest, Flags, PolicyChange)}
-    model: type[BaseModel] = models.get(error.title, Manifest)
-    for part in error.errors()[0]["loc"][:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        candidates = get_args(annotation) or (annotation,)
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)

@@ -18,8 +18,8 @@ from server_host import Server, ServerHost
 from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.serve import COMPACT_JSON, STRICT_TOOLS
-from whiflash_sglang.config import embedded_bundle
 from whiflash_sglang.embedded import TARGET_NAME, ensure_target
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"

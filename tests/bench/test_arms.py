@@ -14,8 +14,8 @@ from whiflash_sglang.bench.command import loads_of, scale_of
 from whiflash_sglang.bench.fleet import environment, launcher, reason_of
 from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.bench.variants import write_variant
+from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli import app
-from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import ConfigError
 
 SUBJECT = Subject(

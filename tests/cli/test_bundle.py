@@ -14,8 +14,9 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.check import judge, read_target
 from whiflash_sglang.checkpoints.create import Parts, create
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.checkpoints.members import sha256, verify
-from whiflash_sglang.config import Flags, embedded_bundle, load_manifest, resolve
+from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.errors import WhiflashError
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.compat import algorithm, carried, triton_backend
-from whiflash_sglang.config import Lookup, Structure
 from whiflash_sglang.errors import ConfigError
 
 

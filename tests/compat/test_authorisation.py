@@ -12,8 +12,9 @@ from sglang.srt.entrypoints import elastic_ep, engine, http_server, v1_loads
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.compat import http, keys
-from whiflash_sglang.config import Flags, embedded_bundle, resolve
+from whiflash_sglang.config import Flags, resolve
 
 PROBES = {"/health", "/health_generate", "/ready", "/metrics"}
 """Open to all, whatever keys there are: orchestrators and Prometheus have none."""

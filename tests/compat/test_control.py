@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import GetInternalStateReqOutput, SetInternalStateReq
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.compat import control
-from whiflash_sglang.config import Flags, PolicyChange, Settings, changed, embedded_bundle, resolve
+from whiflash_sglang.config import Flags, PolicyChange, Settings, changed, resolve
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import HANDLES
 from whiflash_sglang.worker import WhiFlashWorker

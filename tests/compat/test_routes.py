@@ -9,8 +9,9 @@ from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import add_api_key_middleware
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.compat import http
-from whiflash_sglang.config import Flags, embedded_bundle, resolve
+from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.serving.replicas import SilentReplicaError
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from whiflash_sglang.config import embedded_bundle
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 
 OWN = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"

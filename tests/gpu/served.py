@@ -28,7 +28,7 @@ class Served:
             WhiflashError: what was asked for is not there.
         """
         from whiflash_sglang.checkpoints.hub import fetch
-        from whiflash_sglang.config import embedded_bundle
+        from whiflash_sglang.checkpoints.manifest import embedded_bundle
         from whiflash_sglang.embedded import ensure_target
         from whiflash_sglang.embedded.wheel import EmbeddedTargetError
 

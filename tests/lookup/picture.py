@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine import Engine, engine
 
-from whiflash_sglang.config import embedded_bundle
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.embedded import ensure_target
 
 RECORDS = (

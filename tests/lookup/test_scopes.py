@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.config import Lookup
+from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import SCOPES, Agreement, Calibrations
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of, tenant_of

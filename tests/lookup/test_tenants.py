@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.config import Lookup
+from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement, Calibrations

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_models import tiny_target
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from whiflash_sglang.config import Lookup, embedded_bundle
+from whiflash_sglang.checkpoints.manifest import Lookup, embedded_bundle
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
 from whiflash_sglang.recorded.conversation import Conversation, call, conversation

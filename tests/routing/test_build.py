@@ -4,7 +4,8 @@ from typing import get_args
 
 import pytest
 
-from whiflash_sglang.config import RouterName, Settings, embedded_bundle, parse_flags, resolve
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
+from whiflash_sglang.config import RouterName, Settings, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.neural import NeuralPolicy

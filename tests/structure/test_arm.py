@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from structure_grammars import Grammars
 
-from whiflash_sglang.config import Structure
+from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH

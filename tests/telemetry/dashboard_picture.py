@@ -21,7 +21,7 @@ import numpy as np
 from prometheus_server import ROOT, Prometheus, prometheus
 from server_host import Server, ServerHost
 
-from whiflash_sglang.config import embedded_bundle
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.embedded import ensure_target
 
 PHASES = (("auto", 80.0), ("none", 40.0), ("auto", 60.0))

@@ -37,7 +37,7 @@ def main() -> None:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = files
         from engine import engine
 
-        from whiflash_sglang.config import embedded_bundle
+        from whiflash_sglang.checkpoints.manifest import embedded_bundle
         from whiflash_sglang.embedded import ensure_target
         from whiflash_sglang.telemetry.publisher import Publisher
         from whiflash_sglang.telemetry.tally import Tally

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_sglang.config import load_manifest
+from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.train.bundle import install_router, update_manifest
 from whiflash_sglang.train.judging.calibrate import choices_above, frame, sweep

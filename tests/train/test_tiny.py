@@ -9,8 +9,8 @@ from safetensors import safe_open
 from tiny_models import tiny_target
 from typer.testing import CliRunner
 
+from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli import app
-from whiflash_sglang.config import load_manifest
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 

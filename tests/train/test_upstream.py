@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.bench.prompts import load_prompts, shipped
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.train import resolve_config
-from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.train.answers.data import generate_data

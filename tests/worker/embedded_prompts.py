@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.config import embedded_bundle
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 
 PROMPTS = Path(__file__).parent.parent / "data" / "prompts.jsonl"
 

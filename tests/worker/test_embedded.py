@@ -14,7 +14,7 @@ from evidence import Result, cell
 from reference import Comparison, ReferenceTarget
 from traffic import Arrival, play
 
-from whiflash_sglang.config import embedded_bundle
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.embedded import ensure_target
 
 KINDS = ("chat", "math", "code", "json", "tool_call")

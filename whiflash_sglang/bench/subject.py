@@ -7,8 +7,8 @@ from whiflash_sglang.bench.arms import VARIANTS, Subject
 from whiflash_sglang.bench.load import MODEL
 from whiflash_sglang.bench.variants import write_variant
 from whiflash_sglang.checkpoints.hub import fetch
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.checkpoints.members import member
-from whiflash_sglang.config import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError
 
 CPU_KV_TOKENS = 16384

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from whiflash_sglang.bench.arms import BAD, COPY_RULE, NO_FORMS, NO_LOOKUP, NO_STRUCTURE
-from whiflash_sglang.config import MANIFEST, load_manifest
+from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
 from whiflash_sglang.lookup.copier import RULE_MATCH
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from whiflash_sglang.config import EMBEDDED_BUNDLE, embedded_bundle
+from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, embedded_bundle
 from whiflash_sglang.errors import ConfigError
 
 

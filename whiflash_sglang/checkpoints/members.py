@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from whiflash_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
-    from whiflash_sglang.config import Manifest
+    from whiflash_sglang.checkpoints.manifest import Manifest
 
 HUB = "hub:"
 """What a part's path begins with where the rest is a hub id."""

@@ -64,7 +64,7 @@ def evaluate_command(
 
     Example: whiflash evaluate --recorded trajectories.json --recorded requests.jsonl
     """
-    from whiflash_sglang.config import load_manifest
+    from whiflash_sglang.checkpoints.manifest import load_manifest
 
     if recorded:
         if picture is not None or lag or work is not None:
@@ -152,7 +152,7 @@ def calibrate_command(
 
     Example: whiflash calibrate --bundle my-bundle --config smollm2-135m-instruct --picture thresholds.png
     """
-    from whiflash_sglang.config import load_manifest
+    from whiflash_sglang.checkpoints.manifest import load_manifest
 
     with readable_errors():
         load_manifest(bundle)

@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
         """
         import json
 
-        from whiflash_sglang.config import Lookup, load_manifest
+        from whiflash_sglang.checkpoints.manifest import Lookup, load_manifest
         from whiflash_sglang.lookup.seed import measure_seed
 
         settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()

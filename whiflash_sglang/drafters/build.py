@@ -6,9 +6,10 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
+from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.checkpoints.members import verify
 from whiflash_sglang.compat.target import Target
-from whiflash_sglang.config import NeuralRouter, Settings
+from whiflash_sglang.config import Settings
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm

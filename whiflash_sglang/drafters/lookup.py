@@ -13,7 +13,7 @@ import torch
 from whiflash_kernels import Copies
 
 from whiflash_sglang import arms
-from whiflash_sglang.config import Lookup
+from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.drafters.padding import padded

@@ -16,7 +16,7 @@ from operator import mul
 import torch
 
 from whiflash_sglang import arms
-from whiflash_sglang.config import Structure
+from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
 from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.lookup.calibration import PerTenant

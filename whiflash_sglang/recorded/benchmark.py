@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from whiflash_sglang.bench.statistics import paired_ratio
-from whiflash_sglang.config import embedded_bundle, load_manifest, lookup_of
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.progress import progress
 from whiflash_sglang.recorded.conversation import Conversation

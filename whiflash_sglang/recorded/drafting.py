@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from whiflash_sglang.config import Lookup, Structure
+from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration

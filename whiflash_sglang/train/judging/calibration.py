@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from whiflash_sglang.checkpoints.drafter_set import NAMES, check_arms
-from whiflash_sglang.config import load_manifest
+from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.train.answers.data import LoadedTarget, load_target, target_path
 from whiflash_sglang.train.answers.prompts import read_rows

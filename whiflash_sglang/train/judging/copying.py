@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from whiflash_sglang.config import Lookup
+from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import RULE_MATCH, Copier

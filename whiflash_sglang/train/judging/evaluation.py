@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from whiflash_sglang.checkpoints.fit import block_size_of
+from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.checkpoints.members import member
-from whiflash_sglang.config import load_manifest
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target

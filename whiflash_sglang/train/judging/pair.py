@@ -9,8 +9,8 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.drafter_set import PARTS
+from whiflash_sglang.checkpoints.manifest import Lookup, load_manifest, lookup_of
 from whiflash_sglang.checkpoints.members import member
-from whiflash_sglang.config import Lookup, load_manifest, lookup_of
 from whiflash_sglang.models.choice import DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
