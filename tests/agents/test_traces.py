@@ -164,7 +164,8 @@ def test_the_default_is_a_summary_of_constant_size(client: OpenAI, full: OpenAI)
         carried = client.chat.completions.create(**asked).model_extra
         assert carried is not None
         assert "stretches" not in carried["sglext"]["whiflash"]
-        assert len(json.dumps(carried["sglext"])) < 500
+        # Four arms and as many sources at most, whatever was asked.
+        assert len(json.dumps(carried["sglext"])) < 1000
     answer = full.chat.completions.create(**asked)
     assert (answer.choices[0].message.content or "") not in json.dumps(answer.model_extra)
 

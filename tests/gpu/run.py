@@ -103,7 +103,7 @@ PARTS: tuple[Part, ...] = (
     ),
     *(
         serving(attention, attention == "triton")
-        for attention in ("triton", "fa3", "flashinfer", "trtllm_mha")
+        for attention in ("triton", "fa3", "fa4", "flashinfer", "trtllm_mha")
     ),
     Part(
         "shaped",

@@ -79,4 +79,5 @@ def test_every_backend_that_is_allowed_has_its_part() -> None:
     from whiflash_sglang.compat.launch import CUDA_ATTENTIONS
 
     served = {part.name.removeprefix("serving-") for part in run.PARTS if part.name.startswith("serving-")}
-    assert served == set(CUDA_ATTENTIONS)
+    # TRT-LLM's latent attention needs a target that has it, which no pair of `make gpu` does.
+    assert served == set(CUDA_ATTENTIONS) - {"trtllm_mla"}

@@ -212,11 +212,11 @@ def test_who_runs_while_its_scope_is_forgotten_teaches_nobody(memory_mib: int) -
     server = LookupArm(Lookup(max_width=4, memory_mib=memory_mib), token_bytes=WORDS)
     text = ids("abcabcabc")
     server.begin(0, RequestHints(agent="a", structure=STRUCTURE), tenant())
-    server.outlook(0, len(text), lambda start: text[start:])
+    server.outlook(0, len(text), lambda start: text[start:], FULL_LENGTH)
     server.forget(handle_of(tenant(), "a"))
     for token in ids("abcabcabc"):
         text.append(token)
-        server.outlook(0, len(text), lambda start: text[start:])
+        server.outlook(0, len(text), lambda start: text[start:], FULL_LENGTH)
     assert not server._calibrations.of(tenant())._scopes
 
 
@@ -281,9 +281,9 @@ def test_what_says_nothing_learns_for_the_tenant_as_before(server: LookupArm) ->
 
 
 def test_a_trace_tells_who_said_where_it_belongs_from_who_did_not(server: LookupArm) -> None:
-    asked(server, "ab", "cdefgh", RequestHints(agent="a"))
+    asked(server, RequestHints(agent="a"), "ab", "cdefgh")
     for hints, source in ((RequestHints(agent="a"), "scope"), (RequestHints(), "memory")):
-        assert asked(server, "xc", "defg", hints)[:2] == ids("ef")
+        assert asked(server, hints, "xc", "defg")[:2] == ids("ef")
         server.begin(1, hints, tenant())
         server.outlook(1, 3, lambda start: ids("xycde")[start:], FULL_LENGTH)
         assert server.source(1) == source

@@ -21,6 +21,7 @@ from whiflash_kernels import MixedBlock
 from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, drafts, passes, routing
 
 from whiflash_sglang import worker
+from whiflash_sglang.compat import pricing
 from whiflash_sglang.compat.triton_backend import RaggedTritonBackend
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
@@ -111,7 +112,7 @@ def test_rounds_on_triton_are_those_on_torch(
 ) -> None:
     # Interpreted drafts have no price worth measuring, no step may end early because one took long, and nothing is read
     # that a GPU would have to be waited for.
-    monkeypatch.setattr(worker, "profile_drafts", lambda *_: None)
+    monkeypatch.setattr(pricing, "profile_drafts", lambda *_: None)
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
     monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
