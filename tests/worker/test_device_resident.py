@@ -60,9 +60,9 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     learner, seen = running.worker.learner, []
     learn = type(learner).learn
 
-    def noting(self: Any, plan: Any, found: Any) -> Any:
+    def noting(self: Any, plan: Any, found: Any, **parts: Any) -> Any:
         seen.append((plan, found))
-        return learn(self, plan, found)
+        return learn(self, plan, found, **parts)
 
     monkeypatch.setattr(type(learner), "learn", noting)
     running.worker.reconfigure({"router": "auto"})
