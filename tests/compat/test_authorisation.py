@@ -138,6 +138,36 @@ def test_keys_are_cut_out_wherever_they_stand() -> None:
     assert keys.without_keys(told, arguments(_whiflash=object(), api_key=None, admin_api_key=None)) is told
 
 
+def serving(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
+    """A server of ours with these keys is what serves HTTP here."""
+    manager = SimpleNamespace(server_args=arguments(_whiflash=object(), **given))
+    monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
+
+
+def test_the_answer_of_server_info_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.install()
+    serving(monkeypatch)
+    assert http_server.redact_watermark_secrets({"api_key": "user-key"}) == {"api_key": "<redacted>"}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("admin", [None, "boss"])
+def test_the_state_names_agents_to_operators_alone(
+    admin: str | None, replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where everybody may read it there are digests, in what all replicas sum up to and in each one's own."""
+    scopes = {'["ab", "planner", null, null]': {"tokens": 3}}
+
+    async def states(_: float | None) -> list[dict[str, Any]]:
+        return [{"replica": n, "costs": {}, "lookup": {"scopes": dict(scopes)}} for n in range(replicas)]
+
+    serving(monkeypatch, admin_api_key=admin)
+    monkeypatch.setattr(http, "_states", states)
+    told = asyncio.run(http._state()).body.decode()
+    assert told.count("tokens") == (replicas + 1 if replicas > 1 else 1)
+    assert told.count("planner") == (0 if admin is None else told.count("tokens"))
+
+
 def test_sglangs_log_would_tell_them() -> None:
     """Else there is nothing to cut out any more, and `compat/keys.py` can go."""
     keys.install()
