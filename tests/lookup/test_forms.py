@@ -118,6 +118,13 @@ def test_a_place_in_the_middle_of_a_line_tells_nothing_of_its_beginning() -> Non
                 assert written.dress(text, text.index(needle), needle, inside_json=False) == Dress(False)
 
 
+def test_a_line_that_only_ends_alike_tells_nothing_of_its_beginning() -> None:
+    text = "    first = the same value\n"
+    written = Written("so:\n+    other = the same value")
+    (needle,) = (n for n in written.needles if n in text)
+    assert written.dress(text, text.index(needle), needle, inside_json=False) == Dress(False)
+
+
 TABLE = [bytes([i]) for i in range(256)] + [b"<|end|>"]
 
 
@@ -279,6 +286,18 @@ def test_what_is_tokenised_is_not_tokenised_again() -> None:
     assert len(calls) == 1, "as it stands in the prompt it is indexed already"
 
 
+def test_nothing_is_made_of_blanks_nor_of_what_needs_no_other_dress() -> None:
+    """Blanks stand everywhere and say nothing of what is quoted; what needs no escape is in the prompt as it is."""
+    calls: list[str] = []
+    found = forms_of(
+        ["x = 1\n" + " " * 20 + "y = 2", "the price is ten and the name is x"],
+        lambda text: calls.append(text) or encode(text),  # type: ignore[func-returns-value]
+    )
+    found.text("so:\n" + " " * 12, inside_json=True)
+    found.text("the price is", inside_json=True)
+    assert calls == []
+
+
 def test_a_long_quotation_goes_on_behind_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms_module, "WINDOW", 64)
     monkeypatch.setattr(forms_module, "AHEAD", 16)
@@ -290,7 +309,9 @@ def test_a_long_quotation_goes_on_behind_a_window(monkeypatch: pytest.MonkeyPatc
     for end in range(NEEDLE, len(written)):
         index = found.text(written[:end], inside_json=True)
         places = index.places_of(encode(written[max(0, end - 32) : end]))
-        ahead = max(places, key=lambda place: place.length).continuation(1)
-        right += "".join(map(chr, ahead)) == written[end]
+        ahead = max(places, key=lambda place: place.length).continuation(16)
+        right += "".join(map(chr, ahead[:1])) == written[end]
+        # An escape that is half written stands for nothing yet.
+        assert len(ahead) >= min(15, len(written) - end), "the next window was made too late"
     assert right > 0.9 * (len(written) - NEEDLE)
     assert found.tokens < 3.2 * len(written), "each window begins with a line, and ends AHEAD of the next"
