@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from recorded_samples import FORMATS
+from recorded_samples import TOOLS as OFFERED
 from rich.console import Console
 from tiny_models import tiny_target
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ ARMS = (
     "lookup+tools",
     "together",
 )
+BOUNDS = ("bound", "bound+memory", "bound+forms+memory")
 LINE = "    return self.value + 1"
 SOURCE = f"class A:\n{LINE}\n"
 TOOLS = [
@@ -231,12 +233,15 @@ def test_the_benchmark(target: Path, tmp_path: Path) -> None:
     for name in ("tau-bench", "swe-agent"):
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps([FORMATS[name]] * 2))
-    settings = RecordedSettings(bundle=bundle)
+    offered = tmp_path / "tools.json"
+    offered.write_text(json.dumps(OFFERED))
+    settings = RecordedSettings(bundle=bundle, tools=offered)
     result = json.loads(json.dumps(evaluate_recorded(paths, settings)))
     assert (result["conversations"], result["answers"]) == (4, 8)
     assert set(result["categories"]) == {"tau-bench", "SWE-agent"}
     lengths = result["overall"]["acceptance_length"]
-    assert set(lengths) == {*ARMS, BEST}
+    assert set(lengths) == {*ARMS, *BOUNDS, BEST}
+    assert lengths["lookup+tools"] > lengths[PLAIN] < lengths["bound"] <= lengths["bound+memory"]
     assert lengths["lookup+memory"] > lengths[PLAIN], "the second conversation repeats the first"
     assert result["ratios"]["overall"]["lookup+memory"]["ratio"] == pytest.approx(
         lengths["lookup+memory"] / lengths[PLAIN], abs=1e-3

@@ -42,6 +42,12 @@ def evaluate_command(
     arm: Annotated[
         list[str] | None, typer.Option(help="Of a recorded walk only this arm; may be repeated.")
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON list of the tools that were offered, for recorded files that do not say (tau-bench's)."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
     out: OutOption = None,
     picture: PictureOption = None,
@@ -69,12 +75,12 @@ def evaluate_command(
     if recorded:
         if picture is not None or lag or work is not None:
             raise typer.BadParameter("--picture, --lag and --work are not for --recorded", ctx=ctx)
-        _evaluate_recorded(recorded, bundle, prompts, limit, arm, as_json, out)
+        _evaluate_recorded(recorded, bundle, prompts, limit, arm, tools, as_json, out)
         return
     if bundle is None or prompts is None:
         raise typer.BadParameter("give --bundle and --prompts, or --recorded", ctx=ctx)
-    if arm:
-        raise typer.BadParameter("--arm is for --recorded", ctx=ctx)
+    if arm or tools is not None:
+        raise typer.BadParameter("--arm and --tools are for --recorded", ctx=ctx)
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.train.config import Hardware
@@ -110,6 +116,7 @@ def _evaluate_recorded(
     about: Path | None,
     limit: int | None,
     arms: list[str] | None,
+    tools: Path | None,
     as_json: bool,
     out: Path | None,
 ) -> None:
@@ -117,7 +124,7 @@ def _evaluate_recorded(
         from whiflash_sglang.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
         from whiflash_sglang.train.judging.evaluation import write_json
 
-        result = evaluate_recorded(files, RecordedSettings(bundle, limit, about, arms))
+        result = evaluate_recorded(files, RecordedSettings(bundle, limit, about, arms, tools))
         if out is not None:
             write_json(result, out)
     if as_json:

@@ -1,7 +1,7 @@
 """`whiflash evaluate --recorded`: recorded files in, figures and their table out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest,
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.progress import progress
 from whiflash_sglang.recorded.conversation import Conversation
-from whiflash_sglang.recorded.drafting import PLAIN, arms_of
-from whiflash_sglang.recorded.files import read_recorded
+from whiflash_sglang.recorded.drafting import PLAIN, arms_of, bounds_of
+from whiflash_sglang.recorded.files import read_recorded, read_tools
 from whiflash_sglang.recorded.turns import KINDS, Renderer, Turn
 from whiflash_sglang.recorded.walk import Cell, Tally, Walked, walk
 
@@ -33,13 +33,15 @@ class RecordedSettings:
     """bundle: whose target's tokenizer and template, and whose copying arm. limit: conversations at most.
 
     about: keep only conversations about what these prompts are about (JSON lines), as `whiflash train split` sees it.
-    arms: names of those to walk; None for all.
+    arms: names of those to walk; None for all. tools: a JSON list of what was offered to conversations whose file does
+    not say.
     """
 
     bundle: Path | None = None
     limit: int | None = None
     about: Path | None = None
     arms: Sequence[str] | None = None
+    tools: Path | None = None
 
 
 def evaluate_recorded(paths: Sequence[Path], settings: RecordedSettings) -> dict[str, Any]:
@@ -53,14 +55,16 @@ def evaluate_recorded(paths: Sequence[Path], settings: RecordedSettings) -> dict
     bundle = settings.bundle or embedded_bundle()
     manifest = load_manifest(bundle)
     renderer = renderer_of(target_path(manifest.target), bundle)
-    known = arms_of(lookup_of(manifest), renderer.vocabulary, manifest.structure)
+    arms = arms_of(lookup_of(manifest), renderer.vocabulary, manifest.structure)
+    known = {**arms, **bounds_of(lookup_of(manifest), renderer.vocabulary)}
     for name in settings.arms or ():
         if name not in known:
             raise ConfigError(f"arm {name!r} is not one of {', '.join(known)}")
     wanted = {name: make for name, make in known.items() if settings.arms is None or name in settings.arms}
     conversations = _chosen([one for path in paths for one in read_recorded(path)], settings)
-    made, together = ({name: make() for name, make in wanted.items()} for _ in range(2))
-    done = walk(_tracked(conversations, renderer), made, together if len(wanted) > 1 else {})
+    made = {name: make() for name, make in wanted.items()}
+    together = {name: make() for name, make in wanted.items() if name in arms}
+    done = walk(_tracked(conversations, renderer), made, together if len(together) > 1 else {})
     return {
         "bundle": manifest.name,
         "files": [path.name for path in paths],
@@ -83,6 +87,9 @@ def _chosen(found: list[Conversation], settings: RecordedSettings) -> list[Conve
         found = [one for one in found if topics & topics_of({"messages": one.messages}, users)]
         if not found:
             raise ConfigError(f"no recorded conversation is about what a prompt of {settings.about} is about")
+    if settings.tools is not None:
+        tools = read_tools(settings.tools)
+        found = [one if one.tools else replace(one, tools=tools) for one in found]
     return found[: settings.limit]
 
 

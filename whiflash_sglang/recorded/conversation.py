@@ -53,11 +53,22 @@ def conversation(
     if len(messages) > MAX_MESSAGES:
         raise RecordError(f"{where}: {len(messages)} messages; at most {MAX_MESSAGES} are read")
     found = tuple(_message(f"{where}, messages[{i}]", message) for i, message in enumerate(messages))
-    offered = _tools(f"{where}, tools", tools)
+    offered = () if tools is None else tools_of(f"{where}, tools", tools)
     chars = len(json.dumps(found)) + len(json.dumps(offered))
     if chars > MAX_CHARS:
         raise RecordError(f"{where}: {chars} characters; at most {MAX_CHARS} are read")
     return Conversation(name, category, found, offered)
+
+
+def tools_of(where: str, value: object) -> tuple[Mapping[str, Any], ...]:
+    """Tools of a request: a list in OpenAI's form."""
+    found = []
+    for i, given in enumerate(list_of(where, value)):
+        function = object_of(f"{where}[{i}].function", object_of(f"{where}[{i}]", given).get("function"))
+        if not text_of(f"{where}[{i}].function.name", function.get("name")):
+            raise RecordError(f"{where}[{i}].function.name: is missing")
+        found.append(given)
+    return tuple(found)
 
 
 def text_of(where: str, value: object) -> str:
@@ -130,15 +141,3 @@ def _call(where: str, raw: object) -> Message:
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return call(name, text_of(f"{where}.function.arguments", arguments) or "{}")
-
-
-def _tools(where: str, raw: object) -> tuple[Mapping[str, Any], ...]:
-    if raw is None:
-        return ()
-    found = []
-    for i, given in enumerate(list_of(where, raw)):
-        function = object_of(f"{where}[{i}].function", object_of(f"{where}[{i}]", given).get("function"))
-        if not text_of(f"{where}[{i}].function.name", function.get("name")):
-            raise RecordError(f"{where}[{i}].function.name: is missing")
-        found.append(given)
-    return tuple(found)

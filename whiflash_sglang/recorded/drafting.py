@@ -11,6 +11,7 @@ from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal, Share
 from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
+from whiflash_sglang.recorded.bounds import Bound
 from whiflash_sglang.recorded.prompt_lookup import PromptLookup
 from whiflash_sglang.recorded.suffix_decoding import CACHED_REQUESTS, SuffixDecoding
 from whiflash_sglang.recorded.turns import Turn
@@ -240,4 +241,14 @@ def arms_of(
         "lookup+forms+memory": lambda: FormsArm(settings, vocabulary, memory=True),
         "lookup+tools": lambda: ToolsArm(LookupArm(settings), structure, vocabulary),
         "together": lambda: ToolsArm(FormsArm(settings, vocabulary, memory=True), structure, vocabulary),
+    }
+
+
+def bounds_of(settings: Lookup, vocabulary: Vocabulary) -> dict[str, Callable[[], Arm]]:
+    """What rules for copying are bounded by, each from the texts of the arm that it bounds."""
+    width = settings.max_width
+    return {
+        "bound": lambda: Bound(width),
+        "bound+memory": lambda: Bound(width, memory=True),
+        "bound+forms+memory": lambda: Bound(width, memory=True, forms=vocabulary),
     }

@@ -1,13 +1,13 @@
 """Recorded files of any format that is known, as conversations."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.jsonl import lines_of
 from whiflash_sglang.recorded import bfcl, openai_log, openhands, swe_agent, tau_bench
-from whiflash_sglang.recorded.conversation import Conversation, RecordError
+from whiflash_sglang.recorded.conversation import Conversation, RecordError, tools_of
 
 MAX_BYTES = 1 << 30
 """Of one file."""
@@ -41,6 +41,15 @@ def read_recorded(path: Path) -> list[Conversation]:
     if not found:
         raise RecordError(f"{path}: holds no recorded answer of an assistant")
     return found
+
+
+def read_tools(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """Tools in OpenAI's form, a JSON list of them.
+
+    Raises:
+        RecordError: the file cannot be read, is no JSON, or holds no tools; it names the file and the field.
+    """
+    return tools_of(str(path), _parse(_text(path), str(path)))
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
