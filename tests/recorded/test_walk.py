@@ -248,7 +248,13 @@ def test_the_benchmark(target: Path, tmp_path: Path) -> None:
     )
     for figures in result["kinds"].values():
         assert figures["tokens"] > 0
-    assert sum(figures["tokens"] for figures in result["kinds"].values()) == result["overall"]["tokens"]
+    for group in ("kinds", "calls"):
+        assert sum(figures["tokens"] for figures in result[group].values()) == result["overall"]["tokens"]
+    inside = ("tool call", "arguments", "arguments, quoted")
+    assert result["calls"]["inside calls"]["tokens"] == sum(
+        figures["tokens"] for kind, figures in result["kinds"].items() if kind in inside
+    )
+    assert result["ratios"]["inside calls"]["lookup+tools"]["ratio"] > 1
     shown = Console(width=300, file=io.StringIO(), record=True)
     shown.print(recorded_table(result))
     assert "lookup+memory" in shown.export_text()

@@ -15,7 +15,7 @@ from whiflash_sglang.progress import progress
 from whiflash_sglang.recorded.conversation import Conversation
 from whiflash_sglang.recorded.drafting import PLAIN, arms_of, bounds_of
 from whiflash_sglang.recorded.files import read_recorded, read_tools
-from whiflash_sglang.recorded.turns import KINDS, Renderer, Turn
+from whiflash_sglang.recorded.turns import ARGUMENTS, CALL, KINDS, QUOTED, Renderer, Turn
 from whiflash_sglang.recorded.walk import Cell, Tally, Walked, walk
 
 Keep = Callable[[Cell], bool]
@@ -23,6 +23,7 @@ Keep = Callable[[Cell], bool]
 GROUPS: dict[str, Callable[[Cell], Any]] = {
     "categories": lambda cell: cell.category,
     "kinds": lambda cell: cell.kind,
+    "calls": lambda cell: "inside calls" if cell.kind in (CALL, ARGUMENTS, QUOTED) else "outside of calls",
     "turns": lambda cell: cell.turns,
 }
 """What figures are given by, besides all together."""
@@ -124,8 +125,12 @@ def tabulate(done: Walked) -> dict[str, Any]:
         result[group] = {str(key): _figures(done, _where(of, key)) for key in keys}
     result["overall"] = _figures(done, _everywhere)
     if PLAIN in done.tallies:
-        kinds = {kind: _ratios(done, _where(GROUPS["kinds"], kind)) for kind in result["kinds"]}
-        result["ratios"] = {"overall": _ratios(done, _everywhere), **kinds}
+        parts = {
+            key: _ratios(done, _where(GROUPS[group], key))
+            for group in ("kinds", "calls")
+            for key in result[group]
+        }
+        result["ratios"] = {"overall": _ratios(done, _everywhere), **parts}
     return result
 
 
@@ -194,7 +199,7 @@ def recorded_table(result: Mapping[str, Any]) -> Table:
     table.add_column("tokens", justify="right")
     for name in names:
         table.add_column(name, justify="right")
-    for group in ("categories", "kinds", "turns"):
+    for group in GROUPS:
         for key, figures in result[group].items():
             _row(table, f"turn {key} on" if group == "turns" else key, figures, names)
         table.add_section()
