@@ -1,12 +1,14 @@
 """Tool calls that no grammar constrains: what their tools tell, and silence where something else is written."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import Grammars
+from whiflash_sdk.presets import LLAMA3
 
 from whiflash_sglang.spans.carrier import validate_custom_params
 from whiflash_sglang.spans.fields import HintError
@@ -15,7 +17,6 @@ from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import KEPT, Calls, carried_tools, compiled, words_of_tools
 from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
-from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.sketch import sketch, text_of
 
 SPANS = (SpanHint("tool_call", "<tool_call>", "</tool_call>"),)
@@ -30,13 +31,20 @@ FUNCTIONS: list[tuple[str | None, Any]] = [
     ("sing", None),
 ]
 TOOLS = carried_tools(FUNCTIONS, "hermes") or ""
+BEGUN = '{"name": "get_weather", "arguments": {"city": "'
 
 
-def follow(vocabulary: Vocabulary, written: str, used: dict[str, int] | None = None) -> str:
+def follow(
+    vocabulary: Vocabulary,
+    written: str,
+    used: dict[str, int] | None = None,
+    spans: Sequence[SpanHint] = SPANS,
+    prompt: str = "",
+    tools: str = TOOLS,
+) -> str:
     """What is proposed behind `written`, without a grammar."""
-    calls, layout = Calls(TOOLS, SPANS), Layout()
+    calls = Calls(tools, spans, lambda: prompt)
     calls.follow(written)
-    layout.follow(written)
     tokens = sketch(
         None,
         vocabulary,
@@ -45,9 +53,7 @@ def follow(vocabulary: Vocabulary, written: str, used: dict[str, int] | None = N
         end=None,
         likelihood=lambda kind: 1.0,
         guesses=Guesses(words_of_tools(TOOLS), lambda words: used or {}),
-        layout=layout,
-        call=calls.matcher,
-        ending=calls.ending,
+        call=calls.ahead,
     )
     return text_of(vocabulary, [token.token for token in tokens])
 
@@ -72,10 +78,55 @@ def follow(vocabulary: Vocabulary, written: str, used: dict[str, int] | None = N
         ),
         ('<tool_call>\n{"name": "sing", "arguments": {}}\n</tool_call>', ""),
         ('<tool_call>\n{"name": "get_time", "arguments": {"zone": "U', ""),
+        ("<", f"tool_call>\n{BEGUN}"),
+        ("It is.\n<tool_", f"call>\n{BEGUN}"),
+        ("<tool_call>", f"\n{BEGUN}"),
+        ("<tool_call>\n", BEGUN),
+        ("a <tool_", ""),
+        ("<table", ""),
+        ('He said "no.\n<tool_call>\n{', BEGUN[1:]),
+        ('<tool_call>\n{"name": "sing", "arguments": {}}\n</', "tool_call>"),
+        ('<tool_call>\n{"name": "sing", "arguments": {}}\n<', "/tool_call>"),
+        ('<tool_call>\n{"name": "sing", "arguments": {}}\n</tool_call>\n<', f"tool_call>\n{BEGUN}"),
+        ('<tool_call>\n{"name": "sing", "arguments": {}}\n<tool_call>\n', BEGUN),
     ],
 )
 def test_what_the_tools_tell(vocabulary: Vocabulary, written: str, expected: str) -> None:
     assert follow(vocabulary, written) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lead"),
+    [
+        ('<tool_call>\n{"name": 1}</tool_call> <tool_call>{"name": 2}</tool_call>', ""),
+        ('<tool_call> {"name": 1}</tool_call> inside <tool_call></tool_call>', " "),
+        ("say <tool_call>x", "\n"),
+    ],
+)
+def test_a_call_begins_as_the_newest_one_of_the_prompt_did(
+    vocabulary: Vocabulary, prompt: str, lead: str
+) -> None:
+    assert follow(vocabulary, "<tool_call>", prompt=prompt) == lead + BEGUN
+    assert follow(vocabulary, "<tool_", prompt=prompt) == f"call>{lead}{BEGUN}"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{", '"name": "get_weather", "parameters": {"city": "'),
+        ('{"name":', ' "get_weather", "parameters": {"city": "'),
+        ('{"name": "get_t', 'ime", "parameters": {"zone": "'),
+        ("<|python_tag|>", '{"name": "get_weather", "parameters": {"city": "'),
+        ('{"city"', ""),
+    ],
+)
+def test_a_marker_that_is_the_call_s_own_beginning(
+    vocabulary: Vocabulary, written: str, expected: str
+) -> None:
+    spans = [SpanHint(span.kind, span.begin, span.end) for span in LLAMA3]
+    tools = carried_tools(FUNCTIONS, "llama3") or ""
+    tag = '<|python_tag|>{"name": "sing"}'
+    assert follow(vocabulary, written, spans=spans, tools=tools, prompt=tag) == expected
 
 
 def test_the_tool_that_the_conversation_used_most(vocabulary: Vocabulary) -> None:
@@ -83,20 +134,48 @@ def test_the_tool_that_the_conversation_used_most(vocabulary: Vocabulary) -> Non
     assert follow(vocabulary, '<tool_call>\n{"name": "', used).startswith('get_time"')
 
 
-@settings(deadline=None)
-@given(
-    pieces=st.lists(
-        st.sampled_from(["<tool", "_call>", "{", '"name"', ': "sing"', "}", "é", " "]), max_size=20
+PIECES = ("<tool", "_call>", "{", '"name"', ': "sing"', ', "arguments": {}', "}", "\n", "</", "é", " ")
+
+
+def state(calls: Calls) -> object:
+    """What a call is expected to go on with."""
+    ahead = calls.ahead
+    return ahead and (
+        ahead.opening,
+        ahead.matcher and ahead.matcher.forced(),
+        str(ahead.layout),
+        ahead.ending,
     )
-)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=20))
 def test_a_call_is_the_same_however_its_text_comes(pieces: list[str]) -> None:
     whole, parts = Calls(TOOLS, SPANS), Calls(TOOLS, SPANS)
     whole.follow("".join(pieces))
     for piece in pieces:
         parts.follow(piece)
-    told = [calls.matcher.forced() if calls.matcher else None for calls in (whole, parts)]
-    assert told[0] == told[1]
-    assert whole.ending == parts.ending
+    assert state(whole) == state(parts)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(
+        ["", "<tool_call>", '<tool_call>\n{"name"', '<tool_call>{"name": "sing", "arguments": {}}']
+    ),
+    st.lists(st.sampled_from(PIECES), max_size=6),
+)
+def test_looking_behind_drafts_is_following_them(written: str, drafts: list[str]) -> None:
+    """And leaves no trace."""
+    looking, following = Calls(TOOLS, SPANS), Calls(TOOLS, SPANS)
+    for calls in (looking, following):
+        calls.follow(written)
+    before = state(looking)
+    with looking.trying():
+        behind = state(looking.behind("".join(drafts)))
+    assert state(looking) == before
+    following.follow("".join(drafts))
+    assert state(following) == behind
 
 
 def test_only_calls_in_json_are_told_of_and_only_so_much() -> None:
@@ -155,6 +234,8 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
         raw, judge = (grammars.raw(schema, blanks=False) for _ in range(2))
         calls = Calls(TOOLS, SPANS)
         calls.follow("<tool_call>" + "".join(written))
+        ahead = calls.ahead
+        assert ahead is not None
         beginning = vocabulary.encode(document)[:4]
         for engine in (raw, judge):
             for token in beginning:
@@ -169,9 +250,8 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
                 likelihood=likelihood,
                 guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
                 call=call,
-                ending=calls.ending + " and much more text than the grammar has",
             )
-            for call in (None, calls.matcher)
+            for call in (None, ahead._replace(ending=f"{ahead.ending} and more text than the grammar has"))
         )
         assert len(found) >= len(alone) > 0, "what the grammar tells is lost for text that it forbids"
         for token in found:

@@ -193,6 +193,8 @@ class StructureArm(Drafter):
             words = tuple(dict.fromkeys((*schema, *words_of_tools(request.tools))))
             prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
             request.guesses = Guesses(words, partial(self._used, prompt))
+            if request.calls is not None:
+                request.calls.prompt = partial(text_of, self._vocabulary, prompt)
         written = history(request.followed)
         request.followed += len(written)
         text = request.decoder.decode(bytes_of(self._vocabulary, written))
@@ -208,11 +210,11 @@ class StructureArm(Drafter):
     def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "Found":
         """What follows `drafts`, of which only what the grammar allows counts."""
         matcher = request.grammar.matcher(self._vocabulary.encode) if request.grammar else None
-        call = request.calls.matcher if request.calls else None
-        if matcher is None and call is None:
+        calls = request.calls
+        if matcher is None and calls is None:
             return Found(after=len(drafts))
         with ExitStack() as stack:
-            for own in (matcher, call):
+            for own in (matcher, calls):
                 if own is not None:
                     stack.enter_context(own.trying())
             after = len(drafts)
@@ -224,9 +226,9 @@ class StructureArm(Drafter):
             if text:
                 layout = layout.copy()
                 layout.follow(text)
-                call = call if call is not None and call.accept_text(text) else None
+                calls = calls.behind(text) if calls is not None else None
             elif after:
-                call = None  # the drafts end inside a character
+                calls = None  # the drafts end inside a character
             tokens = sketch(
                 matcher,
                 self._vocabulary,
@@ -236,8 +238,7 @@ class StructureArm(Drafter):
                 likelihood=request.chances.of,
                 guesses=request.guesses,
                 layout=layout,
-                call=call,
-                ending=request.calls.ending if request.calls else "",
+                call=calls.ahead if calls is not None else None,
             )
         alive = list(accumulate((request.chances.of(token.kind) for token in tokens), mul))
         return Found(tokens, alive, after)

@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
+from whiflash_sglang.structure.calls import Ahead
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
@@ -74,8 +75,7 @@ def sketch(
     likelihood: Callable[[Kind], float],
     guesses: Guesses | None = None,
     layout: Layout | None = None,
-    call: Matcher | None = None,
-    ending: str = "",
+    call: Ahead | None = None,
 ) -> list[Token]:
     """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it.
 
@@ -87,20 +87,34 @@ def sketch(
     Args:
         tail: the last tokens that were accepted. end: the token that ends a text; None: none is proposed.
         likelihood: of a kind; the least likely one of a token's reasons is its kind. guesses: what follows where
-            nothing is forced; layout: of the text so far, for them. call: follows a tool call that is open
-            (`calls.Calls`), which forbids nothing; ending: what closes it.
+            nothing is forced; layout: of the text so far, for them. call: what a tool call goes on with
+            (`calls.Calls`), which forbids nothing.
     """
-    layout, most = layout or Layout(), limit * CHARS_PER_TOKEN
-    sources = [(matcher, ""), (call, ending)]
+    most = limit * CHARS_PER_TOKEN
+    sources: list[list[Piece]] = []
+    if matcher is not None:
+        sources.append(likely(matcher, most, guesses, layout or Layout(), likelihood))
+    if call is not None:
+        sources.append(_of_a_call(call, most, guesses, likelihood))
     found: list[Token] = []
-    for own, closing in sources:
-        if own is not None:
-            pieces = likely(own, most, guesses, layout, likelihood, closing)
-            tokens = cut(vocabulary, tail, pieces, likelihood)[:limit] if pieces else []
-            if matcher is not None:
-                tokens = _allowed(matcher, vocabulary, tokens, limit, end)
-            found = max(found, tokens, key=len)
+    for pieces in sources:
+        tokens = cut(vocabulary, tail, pieces, likelihood)[:limit] if pieces else []
+        if matcher is not None:
+            tokens = _allowed(matcher, vocabulary, tokens, limit, end)
+        found = max(found, tokens, key=len)
     return found
+
+
+def _of_a_call(
+    call: Ahead, limit: int, guesses: Guesses | None, likelihood: Callable[[Kind], float]
+) -> list[Piece]:
+    """What opens it, what its grammar says, and what closes it."""
+    opening = call.opening
+    pieces = [] if opening is None else [opening._replace(text=opening.text[:limit])]
+    limit -= sum(len(piece.text) for piece in pieces)
+    if call.matcher is None or limit <= 0:
+        return pieces
+    return pieces + likely(call.matcher, limit, guesses, call.layout, likelihood, call.ending)
 
 
 def _allowed(
