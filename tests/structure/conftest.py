@@ -1,6 +1,5 @@
 """A tokenizer of its own and grammars over it."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,8 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from structure_grammars import NAMES, Grammars
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from structure_grammars import Grammars, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, vocabulary_of
@@ -18,17 +16,7 @@ from whiflash_sglang.spans.vocabulary import Vocabulary, vocabulary_of
 
 @pytest.fixture(scope="package")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A small byte-level BPE with merges across punctuation, learned from JSON."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    texts = [
-        json.dumps({name: value, name + "s": [value]}) for name in NAMES for value in ("Paris", 3, True, None)
-    ]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<|end|>"])
-    backend.train_from_iterator(texts * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="package")

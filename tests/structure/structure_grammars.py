@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import xgrammar
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
@@ -17,6 +18,20 @@ NAMES = ("city", "unit", "user_id", "flight number", "größe", 'a "quoted" key'
 
 Case = tuple[dict[str, Any], Any]
 """A schema and a value that fits it."""
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with merges across punctuation, learned from JSON."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    texts = [
+        json.dumps({name: value, name + "s": [value]}) for name in NAMES for value in ("Paris", 3, True, None)
+    ]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<|end|>"])
+    backend.train_from_iterator(texts * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
 class Grammars:
