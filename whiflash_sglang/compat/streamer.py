@@ -14,10 +14,11 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.spans.hints import TraceLevel
-from whiflash_sglang.telemetry.trace import Recording, build_trace
+from whiflash_sglang.telemetry.trace import Recording, build_trace, span_attributes
 
 META_KEY = "whiflash"
 _RECORDING = "_whiflash_recording"
+_ATTRIBUTES = "_whiflash_attributes"
 
 
 def install() -> None:
@@ -31,19 +32,20 @@ def install_answers() -> None:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     replace(TokenizerManager, "update_request_meta_info", _taking_recordings)
+    replace(TokenizerManager, "convert_to_span_attrs", _telling_spans)
 
 
 def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recording | None:
-    """The request's recording, begun now if it has none yet; None if neither asked for, nor drawn.
+    """The request's recording, begun now if it has none yet; None if nobody is to see it.
 
     rate: chance that the operator samples it.
     """
     found: Recording | None = getattr(req, _RECORDING, None)
     if found is None:
-        sampled = random.random() < rate
-        if level is None and not sampled:
+        sampled, spanned = random.random() < rate, bool(req.time_stats.trace_ctx.tracing_enable)
+        if level is None and not sampled and not spanned:
             return None
-        found = Recording(level, len(req.origin_input_ids), sampled=sampled)
+        found = Recording(level, len(req.origin_input_ids), sampled=sampled, spanned=spanned)
         setattr(req, _RECORDING, found)
     return found
 
@@ -73,5 +75,19 @@ def _taking_recordings(original: Any) -> Any:
                 from whiflash_sglang.compat import samples  # which imports what serves HTTP
 
                 samples.take(self, state, meta_info, recording)
+            if recording.spanned:
+                policy = settings_of(self.server_args).router
+                attributes = span_attributes(recording, policy, meta_info["completion_tokens"])
+                setattr(state, _ATTRIBUTES, attributes)
 
     return update
+
+
+def _telling_spans(original: Any) -> Any:
+    """The span of a request (`--enable-trace`) says who drafted it."""
+
+    @wraps(original)
+    def attributes(self: Any, state: Any, *args: Any) -> dict[str, Any]:
+        return {**original(self, state, *args), **getattr(state, _ATTRIBUTES, {})}
+
+    return attributes

@@ -3,7 +3,7 @@
 import codecs
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -62,15 +62,17 @@ class Recording:
     """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
 
     level: what was asked for; None of one that only the operator has a sample of. prompt_tokens: where the output
-    begins. sampled: whether the operator has. began, ended: of its rounds, in seconds of the host's clock; 0 before
-    they have. spent: what its rounds cost by the worker's fitted prices, in seconds; plain: what its tokens would have
-    cost without drafts; saved: the difference by arm. sources: what its drafts were taken from, where the host knows.
+    begins. sampled: whether the operator has. spanned: whether an OpenTelemetry span is to tell its sums. began,
+    ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
+    worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
+    arm. sources: what its drafts were taken from, where the host knows.
     """
 
     level: TraceLevel | None
     prompt_tokens: int
     stretches: list[Stretch] = field(default_factory=list)
     sampled: bool = False
+    spanned: bool = False
     began: float = 0.0
     ended: float = 0.0
     spent: float = 0.0
@@ -168,6 +170,17 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
     if recording.level == "full":
         trace["stretches"] = [_described(stretch) for stretch in stretches]
     return trace
+
+
+def span_attributes(
+    recording: Recording, policy: str, completion_tokens: int
+) -> dict[str, str | int | float]:
+    """Sums of the trace as attributes of an OpenTelemetry span, which are flat: `whiflash.arm.ar.accepted`."""
+    trace = build_trace(replace(recording, level="summary"), policy, completion_tokens)
+    told = {name: trace[name] for name in ("policy", "rounds", "switches", "gain") if name in trace}
+    for arm, counts in trace["arms"].items():
+        told |= {f"arm.{arm}.{name}": count for name, count in counts.items()}
+    return {f"whiflash.{name}": value for name, value in told.items()}
 
 
 def _counts(stretch: Stretch) -> dict[str, int]:
