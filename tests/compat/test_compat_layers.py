@@ -83,7 +83,7 @@ def test_a_way_up_is_found() -> None:
     ]
     planted["whiflash_sglang.arms"] = set()
     assert ways_up(planted) == []
-    late = "def late():\n    from whiflash_sglang import planning\n"
+    late = "def late():\n    from whiflash_sglang.round import planning\n"
     assert imported(late, {"whiflash_sglang.round.planning": Path()}) == {"whiflash_sglang.round.planning"}
-    types = "if TYPE_CHECKING:\n    from whiflash_sglang import planning\n"
+    types = "if TYPE_CHECKING:\n    from whiflash_sglang.round import planning\n"
     assert imported(types, {"whiflash_sglang.round.planning": Path()}) == set()
