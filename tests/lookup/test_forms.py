@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from whiflash_sglang.lookup import forms as forms_module
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.lookup.copier import FORM_MATCH, Copier
-from whiflash_sglang.lookup.forms import NEEDLE, SHORTEST, WINDOW, Dress, Encode, Forms, Written, escaped
+from whiflash_sglang.lookup.forms import (
+    HITS,
+    NEEDLE,
+    SHORTEST,
+    WINDOW,
+    Dress,
+    Encode,
+    Forms,
+    Written,
+    escaped,
+)
 from whiflash_sglang.lookup.index import GAP, SuffixIndex
 from whiflash_sglang.lookup.readings import (
     STEP,
@@ -171,14 +181,15 @@ NUMBERED = [("   98", "\t"), ("98", ":"), ("98", ": "), ("  98", "|"), ("   98",
 def test_a_file_is_listed_with_the_numbers_that_its_lines_get(
     number: str, mark: str, inside_json: bool
 ) -> None:
-    """Also one that was read with other numbers. They go on where they get wider, and before empty lines."""
+    """Also one that was read with other numbers, and from its middle on. They go on where they get wider, and before
+    empty lines."""
     source = SOURCE + "\n    more = 1\n"
     lines = source.splitlines()
     listed = [f"{n:{len(number)}}{mark}{line}" for n, line in enumerate(lines, 98)]
     listed[3] = listed[3].rstrip(" ")
     begin, ahead = "```\n" + "\n".join(listed[:1]), "\n" + "\n".join(listed[1:])
     other = "\n".join(f"{n:6}\t{line}" for n, line in enumerate(lines, 5))
-    for prompt in (source, other):
+    for prompt in (source, other, 5 * "# before\n" + source):
         found = copied([prompt], escaped(begin) if inside_json else begin, inside_json, len(ahead) + 20)
         wanted = escaped(ahead) if inside_json else ahead
         assert found[: len(wanted)] == wanted[: len(found)]
@@ -274,6 +285,22 @@ def test_work_is_bounded_in_every_call_and_in_all(monkeypatch: pytest.MonkeyPatc
     assert found.tokens == 2000
     assert len(index) <= 2000 + 2000 // 16
     assert found.text("", inside_json=True) is index, "a call without text to look for is harmless"
+
+
+def test_reading_many_short_pieces_is_bounded_too() -> None:
+    asked = iter(range(10 * STEP))
+    found = Forms(encode, ("" for _ in asked), BUDGET)
+    found.text("anything", inside_json=True)
+    assert next(asked, 10 * STEP) <= STEP // SHORTEST + 1
+
+
+def test_of_many_places_that_match_the_newest_few_are_made() -> None:
+    calls: list[str] = []
+    pieces = [f"the same words\nin piece {n}" for n in range(2 * HITS)]
+    found = forms_of(pieces, lambda text: calls.append(text) or encode(text))  # type: ignore[func-returns-value]
+    for _ in pieces:
+        found.text("the same words", inside_json=True)
+    assert calls == [escaped(piece) for piece in pieces[: HITS - 1 : -1]]
 
 
 def test_what_is_tokenised_is_not_tokenised_again() -> None:
