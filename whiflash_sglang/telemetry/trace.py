@@ -177,7 +177,9 @@ def span_attributes(
 ) -> dict[str, str | int | float]:
     """Sums of the trace as attributes of an OpenTelemetry span, which are flat: `whiflash.arm.ar.accepted`."""
     trace = build_trace(replace(recording, level="summary"), policy, completion_tokens)
-    told: dict[str, Any] = {name: trace[name] for name in ("policy", "rounds", "switches", "gain") if name in trace}
+    told: dict[str, Any] = {
+        name: trace[name] for name in ("policy", "rounds", "switches", "gain") if name in trace
+    }
     for arm, counts in trace["arms"].items():
         told |= {f"arm.{arm}.{name}": count for name, count in counts.items()}
     return {f"whiflash.{name}": value for name, value in told.items()}
