@@ -63,6 +63,7 @@ def test_a_listing_without_its_numbers() -> None:
     ):
         assert unnumbered(listing) == SOURCE.rstrip("\n")
     assert unnumbered(SOURCE) is None
+    assert unnumbered(f"{SOURCE}12: a note\n") is None
 
 
 def test_a_diff_without_its_prefixes() -> None:

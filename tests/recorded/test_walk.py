@@ -17,7 +17,7 @@ from whiflash_sglang.checkpoints.manifest import Lookup, embedded_bundle
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
 from whiflash_sglang.recorded.conversation import Conversation, call, conversation
-from whiflash_sglang.recorded.drafting import PLAIN, Arm, arms_of
+from whiflash_sglang.recorded.drafting import PLAIN, Arm, ScopesArm, arms_of
 from whiflash_sglang.recorded.turns import ARGUMENTS, CALL, CODE, PROSE, QUOTED, REASONING, Renderer, Turn
 from whiflash_sglang.recorded.walk import BEST, Tally, walk
 
@@ -29,6 +29,7 @@ ARMS = (
     "lookup+forms",
     "lookup+memory",
     "lookup+forms+memory",
+    "lookup+forms+scopes",
     "lookup+tools",
     "together",
 )
@@ -222,6 +223,16 @@ def test_calls_are_sketched_from_the_tools_that_were_offered(renderer: Renderer)
         assert (rounds["lookup+tools"] == rounds[PLAIN]) == (not tools)
 
 
+def test_every_span_of_an_answer_is_kept_and_judged_in_its_scope(renderer: Renderer) -> None:
+    arm = arms_of(Lookup(), renderer.vocabulary)["lookup+forms+scopes"]()
+    assert isinstance(arm, ScopesArm)
+    assert arm._memory is not None
+    walk((turn for name in ("one", "two") for turn in renderer.turns(spoken(name))), {"walked": arm}, {})
+    kept = {tuple(json.loads(name)[1:]) for name in arm._memory.held()}
+    assert kept == {("agents", None, block) for block in (None, "tool_call", "code")}
+    assert set(arm._learns._scopes) == {("agents", block) for block in (None, "tool_call", "code")}
+
+
 def test_the_benchmark(target: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
@@ -242,7 +253,8 @@ def test_the_benchmark(target: Path, tmp_path: Path) -> None:
     lengths = result["overall"]["acceptance_length"]
     assert set(lengths) == {*ARMS, *BOUNDS, BEST}
     assert lengths["lookup+tools"] > lengths[PLAIN] < lengths["bound"] <= lengths["bound+memory"]
-    assert lengths["lookup+memory"] > lengths[PLAIN], "the second conversation repeats the first"
+    for memory in ("lookup+memory", "lookup+forms+scopes"):
+        assert lengths[memory] > lengths[PLAIN], "the second conversation repeats the first"
     assert result["ratios"]["overall"]["lookup+memory"]["ratio"] == pytest.approx(
         lengths["lookup+memory"] / lengths[PLAIN], abs=1e-3
     )

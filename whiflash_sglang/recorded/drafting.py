@@ -1,16 +1,17 @@
 """The training-free arms that are walked through recorded conversations, each as one server would keep it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.drafters.structure import StructureArm
-from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration, TenantCalibration
 from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal, Shared
 from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
+from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope
 from whiflash_sglang.recorded.bounds import Bound
 from whiflash_sglang.recorded.prompt_lookup import PromptLookup
 from whiflash_sglang.recorded.suffix_decoding import CACHED_REQUESTS, SuffixDecoding
@@ -115,7 +116,8 @@ class LookupArm:
 
     def begin(self, turn: Turn) -> None:
         if self._memory is not None and self._tenant is not None and self._written:
-            self._memory.remember(self._tenant, self._written)
+            for scope, text in self._parts().items():
+                self._memory.remember(self._tenant, text, scope)
         self._tenant, self._written = tenant_of(turn.conversation.category, None), []
         rest = continued(self._held, turn.prompt)
         self._copier = Copier(
@@ -131,8 +133,18 @@ class LookupArm:
         """The prompt's texts in the form in which they would be written now."""
         return OWN_TEXT_ONLY
 
+    def _parts(self) -> Mapping[Scope, Sequence[int]]:
+        """The last answer, by where it is kept."""
+        return {WHOLE: self._written}
+
+    def _scope(self) -> Scope:
+        """Where the next token belongs."""
+        return WHOLE
+
     def _remembered(self) -> Sequence[SuffixIndex]:
-        return () if self._memory is None or self._tenant is None else self._memory.texts(self._tenant)
+        if self._memory is None or self._tenant is None:
+            return ()
+        return self._memory.texts(self._tenant, self._scope())
 
     def extend(self, tokens: Sequence[int]) -> None:
         self._copier.extend(tokens)
@@ -174,6 +186,35 @@ class FormsArm(LookupArm):
     def _forms(self, turn: Turn) -> Shared:
         self._emission = Emission(self._vocabulary, SPANS, len(turn.prompt), self._settings.form_tokens)
         return self._emission.texts
+
+
+class ScopesArm(FormsArm):
+    """With forms and earlier answers, every span of these in its own scope, as for requests that name an agent."""
+
+    def __init__(self, settings: Lookup, vocabulary: Vocabulary) -> None:
+        super().__init__(settings, vocabulary, memory=True)
+        self._learns = TenantCalibration(settings.seed or EVEN_ODDS)
+        self._blocks = Blocks(RequestHints(), ())
+
+    def begin(self, turn: Turn) -> None:
+        super().begin(turn)
+        hints = RequestHints(spans=SPANS, agent=turn.conversation.category)
+        self._blocks = Blocks(hints, self._vocabulary.token_bytes)
+        self._enter()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        super().extend(tokens)
+        self._blocks.follow(tokens)
+        self._enter()
+
+    def _enter(self) -> None:
+        self._copier.calibration = self._learns.of(self._scope().agent, self._scope().block)
+
+    def _parts(self) -> Mapping[Scope, Sequence[int]]:
+        return self._blocks.texts(self._written)
+
+    def _scope(self) -> Scope:
+        return self._blocks.scope
 
 
 class ToolsArm:
@@ -239,6 +280,7 @@ def arms_of(
         "lookup+forms": lambda: FormsArm(settings, vocabulary),
         "lookup+memory": lambda: LookupArm(settings, memory=True),
         "lookup+forms+memory": lambda: FormsArm(settings, vocabulary, memory=True),
+        "lookup+forms+scopes": lambda: ScopesArm(settings, vocabulary),
         "lookup+tools": lambda: ToolsArm(LookupArm(settings), structure, vocabulary),
         "together": lambda: ToolsArm(FormsArm(settings, vocabulary, memory=True), structure, vocabulary),
     }
