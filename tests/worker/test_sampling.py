@@ -16,6 +16,8 @@ from model_set import Models
 from oracle_arm import OracleArm
 from traffic import Arrival, play
 
+from whiflash_sglang.platform.seams import install_seams
+
 PROMPT = tuple(range(100, 130))
 WINDOW = 4
 STOPS = (69, 75)
@@ -39,10 +41,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "min_p": 0.05,
         "frequency_penalty": 0.2,
         "presence_penalty": 0.1,
+        "repetition_penalty": 1.1,
         "logit_bias": {"72": 0.3},
     },
 }
-"""Repetition is not mixed with the additive penalties: upstream applies them in the order of a Python set."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ GREEDY = {
     "frequency": {"frequency_penalty": 0.8},
     "presence": {"presence_penalty": 1.1},
     "repetition": {"repetition_penalty": 1.4},
+    "three": {"frequency_penalty": 0.6, "presence_penalty": 0.3, "repetition_penalty": 1.3},
     "min-new-tokens": {"min_new_tokens": 12, "stop_token_ids": [69, 70, 75, 80]},
     "logit-bias": {"logit_bias": {"70": 2.0, "80": -3.0}},
     "plain": {},
@@ -152,12 +155,30 @@ def greedy_requests() -> list[Arrival]:
     ]
 
 
+def adding_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain decoding subtracts before it scales, as under overlap scheduling. Without that it applies its penalties in
+    the order of a set of classes, which is another one in every process.
+    """
+    from sglang.srt.sampling import penaltylib
+
+    made = penaltylib.BatchedPenalizerOrchestrator
+
+    def ordered(vocab_size: int, batch: Any, penalizers: set[Any]) -> Any:
+        return made(vocab_size, batch, sorted(penalizers, key=lambda kind: kind.is_multiplicative))
+
+    monkeypatch.setattr(penaltylib, "BatchedPenalizerOrchestrator", ordered)
+
+
 @pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
-def test_penalties_are_those_of_plain_decoding(models: Models, router: str) -> None:
+def test_penalties_are_those_of_plain_decoding(
+    models: Models, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy output under penalties depends on every token before it, so one stale penalty changes the text."""
     arrivals = greedy_requests()
-    with engine(models.target, skip_tokenizer_init=False) as e:
-        expected = play(e, arrivals)
+    with monkeypatch.context() as m:
+        adding_first(m)
+        with engine(models.target, skip_tokenizer_init=False) as e:
+            expected = play(e, arrivals)
     oracle = OracleArm(0.9)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
@@ -195,3 +216,20 @@ def test_seeds_give_the_tokens_of_plain_decoding(models: Models, router: str) ->
     arms = oracle if router == "random" else None
     with sampling_engine(models, router, arms, enable_deterministic_inference=True) as e:
         assert play(e, arrivals) == expected
+
+
+def test_a_seeds_tokens_depend_on_the_neighbours() -> None:
+    """SGLang's noise goes by rank where any request of the batch is greedy or has top-p or top-k, else by token. So two
+    servers are compared where their batches are alike, as above, not under load.
+    """
+    from sglang.srt.layers import sampler
+
+    install_seams()
+    rows, everything = 16, 1 << 30
+    seeds, positions = torch.arange(rows), torch.full((rows,), 30)
+    probs = torch.randn((rows, 320), generator=torch.Generator().manual_seed(0)).softmax(-1)
+    by_token = sampler.sampling_from_probs_torch(probs, seeds, positions)
+    by_rank = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+        probs, torch.full((rows,), everything), torch.ones(rows), torch.zeros(rows), False, seeds, positions
+    )
+    assert (by_token != by_rank).any(), "seeds can be compared over HTTP now"
