@@ -7,6 +7,7 @@ from unittest.mock import Mock, call
 import pytest
 
 from whiflash_sglang.round import lifecycle
+from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.spans.hints import RequestHints
 
 
@@ -29,8 +30,7 @@ def test_hints_that_are_right_are_taken(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_flushing_forgets_every_request() -> None:
     sync, controller, drafter = Mock(), Mock(lanes={3: None, 5: None}), Mock()
-    lifecycle.Lifecycle(
-        {"ar": drafter}, sync, controller, Mock(), Mock(), Mock(), tally=Mock(), publisher=Mock()
-    ).forget_all()
+    told_only = {"quarantine": Quarantine(["ar"]), "tally": Mock(), "publisher": Mock()}
+    lifecycle.Lifecycle({"ar": drafter}, sync, controller, Mock(), Mock(), Mock(), **told_only).forget_all()
     for told in (sync.forget, controller.forget, drafter.release):
         assert told.call_args_list == [call(3), call(5)]

@@ -118,6 +118,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             read_prediction,
             self.forcing,
             sample_rate=self.settings.traces.rate,
+            quarantine=self.quarantine,
             tally=self.tally,
             publisher=self.publisher,
         )

@@ -178,6 +178,7 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "enable_hisparse": (True, "--enable-hisparse"),
     "enable_unified_memory": (True, "--enable-unified-memory"),
     "enable_page_major_kv_layout": (True, "--enable-page-major-kv-layout"),
+    "enable_memory_saver": (True, "--enable-memory-saver"),
     "radix_cache_backend": ("mine", "--radix-cache-backend mine"),
     "lora": (True, "--lora-paths"),
     "enable_watermark": (True, "--enable-watermark"),

@@ -41,6 +41,10 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "catch-up raises": ("diffusion", "catch_up", fails),
     "outlook raises": ("lookup", "outlook", fails),
     "prolong raises": ("lookup", "prolong", fails),
+    "begin raises": ("lookup", "begin", fails),
+    "calibration raises": ("ar", "calibration", fails),
+    "observe raises": ("ar", "observe", fails),
+    "finish raises": ("lookup", "finish", fails),
 }
 
 

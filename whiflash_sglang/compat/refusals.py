@@ -289,6 +289,9 @@ REFUSALS: tuple[Refusal, ...] = (
     _removed("enable_hisparse", "draft KV lies at the target's own slots"),
     _removed("enable_unified_memory"),
     _removed("enable_page_major_kv_layout", "draft KV has a layout of its own"),
+    _removed(
+        "enable_memory_saver", "what drafters keep would stay, and no GPU has slept and woken with them"
+    ),
     Refusal(
         "radix_cache_backend",
         lambda x: x.args.radix_cache_backend,

@@ -105,7 +105,8 @@ class Learner:
             # A request's last round ends what drafters keep of it.
             if evidence and arm in self.drafters and self.controller.keeps(lane):
                 confidences = found["confidences"][i][: found["own"][i]]
-                self.drafters[arm].observe(row, width - 1, len(tokens[i]) - 1, confidences)
+                with self.quarantine.guard(arm):
+                    self.drafters[arm].observe(row, width - 1, len(tokens[i]) - 1, confidences)
             if "entropy" in found:
                 lane.entropy = found["entropy"][i]
             if "outputs" in found:

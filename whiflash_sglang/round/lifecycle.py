@@ -13,6 +13,7 @@ from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.round.forcing import Forcing
+from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import RequestHints, parse_hints
@@ -27,7 +28,9 @@ MALFORMED = RequestHints()
 
 
 class Lifecycle:
-    """Opens and closes what drafters, backlog, controller and tables keep of a request."""
+    """Opens and closes what drafters, backlog, controller and tables keep of a request. Who is in `quarantine` is told
+    only what to drop.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Lifecycle:
         forcing: Forcing | None = None,
         *,
         sample_rate: float = 0.0,
+        quarantine: Quarantine,
         tally: Tally,
         publisher: Publisher,
     ) -> None:
@@ -47,7 +51,7 @@ class Lifecycle:
         self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops = tokens, stops
-        self._tally, self._publisher = tally, publisher
+        self._quarantine, self._tally, self._publisher = quarantine, tally, publisher
 
     def begin(self, row: int, req: Any) -> None:
         """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk)."""
@@ -58,8 +62,10 @@ class Lifecycle:
         if not req.output_ids:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         predicted = self._predicted(req)
-        for drafter in self._drafters.values():
-            drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
+        for arm, drafter in self._drafters.items():
+            if arm not in self._quarantine:
+                with self._quarantine.guard(arm):
+                    drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
         recording = recording_of(req, hints.trace, self._sample_rate)
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(row, req.origin_input_ids, req.output_ids)
@@ -75,8 +81,10 @@ class Lifecycle:
         if kept:
             self._sync.flush(row, req.owned_kv_len())
         if kept and req.finished():
-            for drafter in self._drafters.values():
-                drafter.finish(row, req.output_ids_through_stop)
+            for arm, drafter in self._drafters.items():
+                if arm not in self._quarantine:
+                    with self._quarantine.guard(arm):
+                        drafter.finish(row, req.output_ids_through_stop)
         self._tally.ended(self._controller.lanes[row].counts)
         self._forget(row)
         if not self._controller.lanes:
@@ -99,8 +107,9 @@ class Lifecycle:
     def _forget(self, row: int) -> None:
         self._sync.forget(row)
         self._controller.forget(row)
-        for drafter in self._drafters.values():
-            drafter.release(row)
+        for arm, drafter in self._drafters.items():
+            with self._quarantine.guard(arm):
+                drafter.release(row)
 
 
 def _hints_of(req: Any) -> RequestHints:

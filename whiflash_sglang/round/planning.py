@@ -95,12 +95,17 @@ class Planner:
             must_beat,
             [self.controller.costs.drafts(arm) for arm in routes],
             worth,
-            {
-                arm: list(drafter.calibration(requests.row_ids))
-                for arm, drafter in self.drafters.items()
-                if arm in routes or drafter.late
-            },
+            self._calibrations(requests.row_ids, routes),
         )
+
+    def _calibrations(self, row_ids: Sequence[int], routes: Sequence[str]) -> dict[str, list[float]]:
+        """What drafts of the round are judged by, of every arm that may make some."""
+        found = {}
+        for arm, drafter in self.drafters.items():
+            if (arm in routes or drafter.late) and arm not in self.quarantine:
+                with self.quarantine.guard(arm):
+                    found[arm] = list(drafter.calibration(row_ids))
+        return found
 
     def _limits(self, requests: RoundBatch, routes: Sequence[str]) -> list[int]:
         """Drafts of each request's own arm at most; the late arm drafts for all."""
