@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,9 @@ from whiflash_sglang.spans.hints import TOOLS_KEY
 from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.sketch import Token
+
+WIDTH = 16
+"""Tokens that the arm proposes at most."""
 
 SCHEMA = json.dumps(
     {
@@ -139,25 +143,34 @@ def test_behind_rounds_that_share_a_step(
     assert all((count > 0) != rid.startswith("free") for rid, count in accepted.items())
 
 
-@pytest.mark.parametrize("wrong_at", range(6))
+@pytest.mark.parametrize("routes", ["structure", "random"])
 def test_wherever_a_forced_draft_is_rejected(
-    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, wrong_at: int
+    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, routes: str
 ) -> None:
-    """Each of its tokens in turn is another one: what is before it stays, and the grammar goes on from there."""
-    sketch = structure.sketch
+    """Look by look another one of its tokens is wrong: what is before it stays, and the grammar goes on from there.
 
-    def spoilt(*args: Any, **options: Any) -> list[Token]:
-        tokens = sketch(*args, **options)
-        if wrong_at < len(tokens):
-            tokens[wrong_at] = Token(ord("~"), Kind.FORCED)
-        return tokens
+    With random routes that is so behind every arm's drafts too.
+    """
+    look = structure.StructureArm._sketch
+    wrong: Counter[int] = Counter()
+    spoilt: list[Any] = []
 
-    monkeypatch.setattr(structure, "sketch", spoilt)
+    def spoil(arm: Any, request: Any, drafts: Sequence[int], limit: int) -> Any:
+        found = look(arm, request, drafts, limit)
+        if found.tokens:
+            at = min(reversed(range(len(found.tokens))), key=wrong.__getitem__)
+            found.tokens[at] = Token(ord("~"), Kind.FORCED)
+            wrong[at] += 1
+            spoilt.append(request)
+        return found
+
+    monkeypatch.setattr(structure.StructureArm, "_sketch", spoil)
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
-        monkeypatch.setattr(e.worker.controller, "route", only("structure"))
+        if routes == "structure":
+            monkeypatch.setattr(e.worker.controller, "route", only("structure"))
         assert play(e, requests()) == expected
-        accepted = [e.rounds(rid)[1] for rid in expected if not rid.startswith("free")]
-    assert (sum(accepted) > 0) == (wrong_at > 0)
+    assert set(wrong) == set(range(WIDTH)), "every position"
+    assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"
 
 
 def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
