@@ -1,6 +1,7 @@
 """Where in an agent's work a text belongs: its blocks, and what is copied, learned and forgotten of them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import SCOPES, Agreement, Calibrations
+from whiflash_sglang.lookup.index import GAP
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of, tenant_of
 from whiflash_sglang.lookup.scopes import LEAD, WHOLE, Scope, blocks_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
@@ -47,6 +49,16 @@ def test_an_output_is_cut_at_the_markers_with_what_leads_to_each_part() -> None:
     ]
     assert cut("a" * 30 + "xb", structure=STRUCTURE)[1] == ("x", "a" * (LEAD - 1) + "xb")
     assert cut("xyxy", structure=STRUCTURE)[-1] == ("x", "xy"), "nothing is left behind the last marker"
+
+
+def test_parts_of_one_scope_are_one_text_with_gaps() -> None:
+    """Nobody copies from the end of one into the next."""
+    blocks = blocks_of(RequestHints(structure=STRUCTURE), WORDS)
+    assert blocks is not None
+    assert blocks.texts(ids("aaxaybxcy")) == {
+        WHOLE: [*ids("aax"), GAP, *ids("bx")],
+        Scope(block="x"): [*ids("aaxay"), GAP, *ids("bxcy")],
+    }
 
 
 def test_without_a_structure_spans_are_the_blocks() -> None:
@@ -97,6 +109,10 @@ def bare(parts: Sequence[tuple[Scope, Sequence[int]]]) -> list[Sequence[int]]:
         found.append(part[lead:])
         before = len(found[-1]) if scope.block is None else 0
     return found
+
+
+def since(text: list[int], start: int) -> list[int]:
+    return text[start:]
 
 
 def asked(
@@ -270,6 +286,17 @@ def test_scopes_that_chances_are_kept_of_are_bounded() -> None:
         book.of(f"agent {number}", None)
         assert book.of("agent 0", None) is kept
     assert len(book._scopes) == SCOPES
+
+
+def test_a_request_learns_in_the_block_that_its_answer_is_in(server: LookupArm) -> None:
+    """Markers of its prompt open none."""
+    text = ids("axbzc")
+    server.begin(0, RequestHints(agent="a", structure=STRUCTURE), tenant())
+    for more, block in (("d", None), ("x", "x"), ("e", "x"), ("y", None)):
+        text += ids(more)
+        server.outlook(0, len(text) - 1, partial(since, text), FULL_LENGTH)
+        assert server._blocks[0].scope == Scope("a", block=block)
+        assert server._copiers[0].calibration is server._learns[0].of("a", block)
 
 
 def test_what_says_nothing_learns_for_the_tenant_as_before(server: LookupArm) -> None:

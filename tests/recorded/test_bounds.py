@@ -42,28 +42,30 @@ def agreeing(text: Sequence[int], ahead: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, ahead, strict=False)))
 
 
-def defined(written: list[int], ahead: list[int], others: Sequence[list[int]], width: int) -> int:
-    """Of every place of the last token, tried one by one, what follows there; a text's own end goes on as copied."""
+def defined(written: list[int], ahead: list[int], others: Sequence[list[int]], width: int, match: int) -> int:
+    """Of every place that matches, tried one by one, what follows there; a text's own end goes on as copied."""
+    end = written[-match:]
     own = [
         agreeing((written[place:] * (width + 1))[:width], ahead)
-        for place in range(1, len(written))
-        if written[place - 1] == written[-1]
+        for place in range(match, len(written))
+        if written[place - match : place] == end
     ]
     strange = [
         agreeing(other[place:][:width], ahead)
         for other in others
-        for place in range(1, len(other))
-        if other[place - 1] == written[-1]
+        for place in range(match, len(other))
+        if other[place - match : place] == end
     ]
     return max([*own, *strange], default=0)
 
 
 @settings(deadline=None)
-@given(texts=TEXTS, width=st.integers(1, 6), memory=st.booleans())
+@given(texts=TEXTS, width=st.integers(1, 6), memory=st.booleans(), match=st.integers(1, 3))
 def test_the_best_place_and_no_rule_above_it(
-    texts: list[tuple[list[int], list[int]]], width: int, memory: bool
+    texts: list[tuple[list[int], list[int]]], width: int, memory: bool, match: int
 ) -> None:
-    bound, rule = Bound(width, memory=memory), LookupArm(Lookup(max_width=width), memory=memory)
+    bound = Bound(width, memory=memory, match=match)
+    rule = LookupArm(Lookup(max_width=width, min_match=match), memory=memory)
     earlier: list[list[int]] = []
     for turn in turns_of(texts):
         for arm in (bound, rule):
@@ -74,7 +76,9 @@ def test_the_best_place_and_no_rule_above_it(
             found = list(bound.propose(len(ahead)))
             assert found == ahead[: len(found)]
             written = [*turn.prompt, *turn.answer[:position]]
-            assert len(found) == min(defined(written, ahead, earlier if memory else [], width), len(ahead))
+            assert len(found) == min(
+                defined(written, ahead, earlier if memory else [], width, match), len(ahead)
+            )
             assert agreeing(rule.propose(len(ahead)), ahead) <= len(found)
             for arm in (bound, rule):
                 arm.extend(turn.answer[position : position + 1])

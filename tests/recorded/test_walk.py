@@ -33,7 +33,7 @@ ARMS = (
     "lookup+tools",
     "together",
 )
-BOUNDS = ("bound", "bound+memory", "bound+forms+memory")
+BOUNDS = ("bound", "bound+memory", "bound+memory, 3", "bound+forms+memory")
 LINE = "    return self.value + 1"
 SOURCE = f"class A:\n{LINE}\n"
 TOOLS = [
@@ -253,6 +253,7 @@ def test_the_benchmark(target: Path, tmp_path: Path) -> None:
     lengths = result["overall"]["acceptance_length"]
     assert set(lengths) == {*ARMS, *BOUNDS, BEST}
     assert lengths["lookup+tools"] > lengths[PLAIN] < lengths["bound"] <= lengths["bound+memory"]
+    assert lengths["bound+memory, 3"] < lengths["bound+memory"]
     for memory in ("lookup+memory", "lookup+forms+scopes"):
         assert lengths[memory] > lengths[PLAIN], "the second conversation repeats the first"
     assert result["ratios"]["overall"]["lookup+memory"]["ratio"] == pytest.approx(

@@ -5,6 +5,7 @@ imported late take more than a thousand requests would.
 """
 
 import gc
+import json
 import random
 from collections import Counter, deque
 from typing import Any
@@ -14,7 +15,31 @@ from engine import Engine, engine
 from model_set import Models
 from traffic import Arrival, play
 
+from whiflash_sglang.spans.hints import TOOLS_KEY
+from whiflash_sglang.structure.calls import carried_tools
+
 HALF = 100
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["one", "two"]}, "b": {"type": "integer"}},
+    "required": ["a", "b"],
+}
+CALLS = {"spans": [{"kind": "tool_call", "begin": "<", "end": ">"}], "agent": "planner"}
+SAID: list[dict[str, Any]] = [
+    {},
+    {"json_schema": json.dumps(SCHEMA), "ignore_eos": False},
+    {
+        "custom_params": {
+            "whiflash": json.dumps(CALLS),
+            TOOLS_KEY: carried_tools([("find", SCHEMA)], "hermes"),
+        }
+    },
+    {"custom_params": {"whiflash": json.dumps({"spans": [{"kind": "json", "open": True}]})}},
+    {"custom_params": {"whiflash": json.dumps({"agent": "a", "structure": [["<", ">"], ["=", None]]})}},
+    {"custom_params": {"whiflash_prediction": list(range(40))}},
+]
+"""What requests say: nothing, a grammar, tools, a span that has forms, an agent and its blocks, a prediction."""
+
 OWNERS = ("whiflash_sglang", "whiflash_kernels", "sglang")
 
 
@@ -30,6 +55,8 @@ def requests(half: int) -> list[Arrival]:
                 "max_new_tokens": rng.randint(1, 40),
                 "temperature": rng.choice([0.0, 0.8]),
                 "frequency_penalty": rng.choice([0.0, 0.3]),
+                "cache_salt": rng.choice(["mine", "theirs", None]),
+                **rng.choice(SAID),
             },
             rng.randint(0, 12) if rng.random() < 0.4 else None,
         )
@@ -76,7 +103,8 @@ def entries(root: Any) -> int:
 def test_two_hundred_requests_with_aborts(models: Models) -> None:
     with engine(
         models.target,
-        whiflash=models.whiflash("random"),
+        whiflash=models.whiflash("random", whiflash_lookup_memory_mib=1),
+        skip_tokenizer_init=False,
         max_running_requests=6,
         max_total_tokens=1024,
         chunked_prefill_size=32,
@@ -96,6 +124,8 @@ def after(half: int, e: Engine) -> tuple[Counter[str], int]:
     outputs = play(e, requests(half))  # ends with SGLang's own leak check
     assert len(outputs) == HALF
     assert e.lanes == {}
+    assert not e.worker.drafters["structure"]._requests
+    e.worker.forget(None)  # what tenants left, and taught: bounded, and kept on purpose
     assert not any(e.worker.sync.watermarks.known(row) for row in range(64))
     e.requests.clear()
     e.worker.tally.round_seconds.clear()  # bounded, and taken whenever metrics are published

@@ -28,11 +28,13 @@ class Bound:
         width: tokens of a proposal, at most. memory: whether earlier answers of the same category hold places too.
         forms: the target's vocabulary, where the prompt's messages hold places in every way that `lookup.readings`
             reads them, written plainly and JSON-escaped (not at other indents, nor with other numbers); None: as they
-            are.
+            are. match: tokens before a place that are those before the draft, at least: what a rule could know it by.
     """
 
-    def __init__(self, width: int, *, memory: bool = False, forms: Vocabulary | None = None) -> None:
-        self._width, self._memory, self._vocabulary = width, memory, forms
+    def __init__(
+        self, width: int, *, memory: bool = False, forms: Vocabulary | None = None, match: int = 1
+    ) -> None:
+        self._width, self._memory, self._vocabulary, self._match = width, memory, forms, match
         self._answers: dict[str, list[Tokens]] = {}
         self._dressed: dict[str, Tokens] = {}
         self._conversation = ""
@@ -53,9 +55,11 @@ class Bound:
 
     def propose(self, limit: int) -> Sequence[int]:
         written, ahead = self._own[: self._known], self._own[self._known :][: min(limit, self._width)]
+        end = written[-self._match :]
+        if len(end) < self._match:
+            return []
         longest = max(
-            _longest(self._own, written[:-1], written[-1], ahead),
-            _longest(self._others, self._others, written[-1], ahead),
+            _longest(self._own, written[:-1], end, ahead), _longest(self._others, self._others, end, ahead)
         )
         return [int(token) for token in ahead[:longest]]
 
@@ -79,9 +83,12 @@ def _joined(texts: Sequence[Tokens]) -> Tokens:
     return np.concatenate([part for text in texts for part in (text, gap)]) if texts else NO_TOKENS
 
 
-def _longest(text: Tokens, among: Tokens, last: int, ahead: Tokens) -> int:
-    """How many tokens of `ahead` follow in `text`, at most, behind a place of `last` in `among`, its beginning."""
-    places = np.flatnonzero(among == last) + 1
+def _longest(text: Tokens, among: Tokens, end: Tokens, ahead: Tokens) -> int:
+    """How many tokens of `ahead` follow in `text`, at most, behind a place of `end` in `among`, its beginning."""
+    places = np.flatnonzero(among == end[-1]) + 1
+    for back, token in enumerate(end[::-1], 1):
+        places = places[places >= back]
+        places = places[text[places - back] == token]
     for depth, token in enumerate(ahead):
         places = places[places + depth < len(text)]
         places = places[text[places + depth] == token]

@@ -292,5 +292,6 @@ def bounds_of(settings: Lookup, vocabulary: Vocabulary) -> dict[str, Callable[[]
     return {
         "bound": lambda: Bound(width),
         "bound+memory": lambda: Bound(width, memory=True),
+        "bound+memory, 3": lambda: Bound(width, memory=True, match=3),
         "bound+forms+memory": lambda: Bound(width, memory=True, forms=vocabulary),
     }
