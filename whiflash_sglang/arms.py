@@ -5,7 +5,7 @@ names; only the drafter that implements an arm knows more about it.
 """
 
 AR = "ar"
-"""EAGLE-3: an autoregressive chain (arXiv 2503.01840)."""
+"""An autoregressive chain: EAGLE-3 (arXiv 2503.01840), or the target's own next-token head."""
 
 DIFFUSION = "diffusion"
 """DFlash: one block in one non-causal pass (arXiv 2602.06036)."""

@@ -5,7 +5,7 @@ own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoi
 the EAGLE-3 one; or it is the only drafter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -126,11 +126,17 @@ def flag_of(field: str) -> str:
     return "--ddtree-tree-budget" if field == "tree_budget" else "--whiflash-" + field.replace("_", "-")
 
 
-def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = None) -> Settings:
+def resolve(
+    flags: Flags,
+    draft_path: Path | None,
+    download_dir: str | None = None,
+    own_head: Callable[[], Path | None] = lambda: None,
+) -> Settings:
     """Turn flags and a local draft path into settings; fetch what a bundle names on the hub.
 
     Args:
-        draft_path: a bundle or a checkpoint, already on disk. download_dir: where downloads are kept.
+        draft_path: a bundle or a checkpoint, already on disk. download_dir: where downloads are kept. own_head: gives
+            the target's directory if it can draft by itself; asked where no autoregressive drafter is named.
 
     Raises:
         ConfigError: a needed part is missing. CheckpointError: the only drafter is of no known format.
@@ -143,6 +149,8 @@ def resolve(flags: Flags, draft_path: Path | None, download_dir: str | None = No
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
     manifest = load_manifest(draft_path) if (draft_path / MANIFEST).exists() else None
     drafters = _drafters(flags, manifest, draft_path, download_dir)
+    if arms.AR not in drafters and (own := own_head()) is not None:
+        drafters[arms.AR] = own
     for arm, path in drafters.items():
         if not (path / "config.json").is_file():
             raise ConfigError(f"the {NAMES[arm]} checkpoint {path} has no config.json")

@@ -1,4 +1,4 @@
-"""An EAGLE-3 drafter served by the engine's arm: features caught up into paged KV, one chain of two requests."""
+"""A chain drafter served by the engine's arm: features caught up into paged KV, one chain of two requests."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.drafters.base import DraftBatch
-from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.drafters.build import chain_arm
 from whiflash_sglang.models.formats import read_draft
 
 STEPS = 5
@@ -27,7 +27,7 @@ def serve(path: Path) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
         device=torch.device("cpu"), dtype=torch.float32, target_embedding=embedding, target_lm_head=head
     )
     layers = target_layers(draft, TARGET_LAYERS)
-    arm = Eagle3Arm(model.requires_grad_(False), layers, layers, STEPS, 256)
+    arm = chain_arm(model.requires_grad_(False), layers, layers, STEPS, 256)
     arm.allocate(len(LENGTHS) * CONTEXT)
     generator = torch.Generator().manual_seed(4)
     table = torch.randperm(len(LENGTHS) * CONTEXT, generator=generator).view(-1, CONTEXT).to(torch.int32)

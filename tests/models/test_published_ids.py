@@ -33,7 +33,9 @@ SPREAD = [1, 9, 17, 25, 33]
 
 
 class Published(NamedTuple):
-    """What a checkpoint says, and what must be made of it. drafts: None for a chain. kv_bytes: of a token, in bf16."""
+    """What a checkpoint says, and what must be made of it. layers: their number itself for a target's own head. drafts:
+    None for a chain. kv_bytes: of a token, in bf16.
+    """
 
     config: dict[str, Any]
     target: TargetShape
@@ -206,6 +208,22 @@ IDS = {
         (1, 11, 20),
         None,
         2048,
+    ),
+    # zai-org/GLM-4.5-Air: transformers, configuration_glm4_moe.py has its sizes as defaults
+    "GLM-4.5-Air's own head": Published(
+        {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "hidden_act": "silu"}
+        | {"hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408}
+        | {"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True}
+        | {"num_hidden_layers": 46, "num_nextn_predict_layers": 1, "first_k_dense_replace": 1}
+        | {"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 1}
+        | {"topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": False}
+        | {"partial_rotary_factor": 0.5, "rope_theta": 1000000, "rope_scaling": None}
+        | {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "vocab_size": 151552},
+        TargetShape(4096, 46, 151552),
+        "GLM-4.5's own head",
+        (46,),
+        None,
+        4096,
     ),
 }
 

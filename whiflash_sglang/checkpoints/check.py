@@ -95,7 +95,8 @@ def _describe(draft: Draft, target: Target | None) -> str:
         check_fit(draft, target.shape)
         share = f", {kv / target.kv_bytes:.1%} of the target's"
         layers = ", ".join(str(layer) for layer in target_layers(draft, target.shape.num_layers))
-        parts.append(f"reads the outputs of layers {layers}")
+        own = draft.format.layers_key is None
+        parts.append("reads what the target's head reads" if own else f"reads the outputs of layers {layers}")
     else:
         config.check_drafts(draft.path)
     parts.append(f"{kv} bytes of KV a token{share}")

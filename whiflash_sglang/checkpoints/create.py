@@ -56,7 +56,13 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
     shape = TargetShape.read(target.config)
     drafts = {arm: look_up(place) for arm, place in places.items()}
     for arm, found in drafts.items():
-        check_fit(read_draft(found.config.parent, arm), shape)
+        draft = read_draft(found.config.parent, arm)
+        if draft.format.layers_key is None:
+            raise ConfigError(
+                f"{places[arm]} is a target with a next-token head of its own, which drafts wherever a bundle names no "
+                f"{NAMES[arm]} checkpoint: leave it out"
+            )
+        check_fit(draft, shape)
     given = {PARTS[arm]: found for arm, found in drafts.items()}
     if parts.router is not None:
         given["router"] = look_up(parts.router, config=False)

@@ -51,12 +51,15 @@ def block_size_of(checkpoint: Path, wanted: int | None) -> int:
 
 
 def target_layers(draft: Draft, num_layers: int) -> tuple[int, ...]:
-    """Target layers whose outputs a drafter reads, in the order of its `fc`.
+    """Target layers whose outputs a drafter reads, in the order of its `fc`; `num_layers` stands for the state behind
+    the final norm.
 
     Raises:
         CheckpointError: the target has no such layer, or SGLang cannot capture its output.
     """
     layers: tuple[int, ...] = draft.config.layers_of(num_layers)
+    if draft.format.layers_key is None:
+        return layers
     field = f"{draft.path}/config.json: {draft.format.layers_key}"
     wrong = [i for i in layers if not 0 <= i < num_layers]
     if wrong:

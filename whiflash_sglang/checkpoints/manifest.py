@@ -101,7 +101,8 @@ class Manifest(Strict):
     served, at the revision of its entry in `sources`.
 
     schema_version: of this format. name: what the bundle is called. target: the model that it was trained for.
-    eagle3, dflash: directory of the checkpoint; one of the two may be left out. dflash_vocabulary: what the block
+    eagle3, dflash: directory of the checkpoint; one of the two may be left out, and where it is eagle3 a target that
+    brings its own next-token head drafts with that. dflash_vocabulary: what the block
     drafter chooses from, the target's whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked,
     arXiv 2502.14856), which is cheaper for a small target. router: the neural router. entropy: thresholds of the
     entropy router. lookup: the copying arm (default: on, with the embedded bundle's seed). structure: the arm of what

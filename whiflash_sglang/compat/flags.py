@@ -4,6 +4,7 @@ The values ride on `server_args._whiflash`: SGLang pickles underscore attributes
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     """
     patching.require_names()
     from whiflash_sglang.compat.launch import choose
+    from whiflash_sglang.own_head import own_head
 
     flags = parse_flags(given)
     path, download_dir = server_args.speculative_draft_model_path, server_args.download_dir
@@ -112,7 +114,8 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     if flags.neural_router_path and not Path(flags.neural_router_path).is_file():
         router = hub.fetch(flags.neural_router_path, download_dir=download_dir)
         flags = flags.model_copy(update={"neural_router_path": str(router)})
-    settings = resolve(flags, local, download_dir)
+    head = partial(own_head, server_args.model_path, server_args.revision, download_dir)
+    settings = resolve(flags, local, download_dir, head)
     server_args._whiflash = settings
     choose(server_args)
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.

@@ -100,12 +100,22 @@ class Target:
         return int(pool.size) + int(pool.page_size)
 
     def capture(self, layers: Sequence[int], *, final_hidden: bool) -> None:
-        """Capture the outputs of `layers` (ascending) in every forward that asks for hidden states.
+        """Capture the outputs of `layers` (ascending) in every forward that asks for hidden states; their number itself
+        stands for the state behind the final norm.
 
         A server whose clients may ask for hidden states keeps the final ones too, as does one with `final_hidden`.
         Upstream's two setters write one list and the second would overwrite the first, so the union is set once.
         `row_bytes` is then what is captured of a row.
         """
+        self._layers = [layer for layer in layers if layer < self.shape.num_layers]
+        self._joins_final = len(self._layers) < len(layers)
+        keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
+        if self._layers:
+            self._set_capture(keeps_final or self._joins_final)
+        kept = len(layers) + (keeps_final and not self._joins_final)
+        self.row_bytes = kept * self.shape.hidden_size * self.dtype.itemsize
+
+    def _set_capture(self, keeps_final: bool) -> None:
         setter = getattr(self.model, "set_dflash_layers_to_capture", None) or getattr(
             self.model, "set_eagle3_layers_to_capture", None
         )
@@ -113,11 +123,18 @@ class Target:
             raise CheckpointError(
                 f"{type(self.model).__name__} has no hidden-state capture in SGLang, so neither drafter can read it"
             )
-        setter(list(layers))
-        keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
+        setter(self._layers)
         if keeps_final:
             self.model.logits_processor.keep_last_hidden_states = True
-        self.row_bytes = (len(layers) + keeps_final) * self.shape.hidden_size * self.dtype.itemsize
+
+    def _take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features [T, F] and final states [T, H] of a forward, which SGLang's record then has no longer."""
+        features, output.hidden_states = output.hidden_states, None
+        final, output.last_hidden_states = output.last_hidden_states, None
+        if not self._layers:
+            # Without a layer to capture SGLang keeps what its head reads.
+            return features, features
+        return torch.cat([features, final], -1) if self._joins_final else features, final
 
     def prefill(self, batch: Any) -> tuple[Any, torch.Tensor]:
         """Target forward and first token of an extend batch: SGLang's result, and features [tokens, F].
@@ -126,8 +143,7 @@ class Target:
         """
         result = self.worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
         output = result.logits_output
-        features, output.hidden_states = output.hidden_states, None
-        final, output.last_hidden_states = output.last_hidden_states, None
+        features, final = self._take(output)
         if batch.return_hidden_states:
             asked = max(batch.return_hidden_states_mode, get_server_return_hidden_states_mode())
             ends = torch.tensor(batch.extend_lens, device=final.device).cumsum(0)
@@ -160,12 +176,11 @@ class Target:
         )
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
         output, total = result.logits_output, None if widths is None else sum(widths)
-        features, output.hidden_states = output.hidden_states[:total], None
-        final_hidden, output.last_hidden_states = output.last_hidden_states, None
+        features, final_hidden = self._take(output)
         output.next_token_logits = output.next_token_logits[:total]
         return Verified(
             output.next_token_logits,
-            features,
+            features[:total],
             None if final_hidden is None else final_hidden[:total],
             output,
             result.can_run_cuda_graph,

@@ -11,11 +11,15 @@ from whiflash_sglang.checkpoints.members import verify
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import Settings
 from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.chain import ChainArm
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
+from whiflash_sglang.drafters.mtp import MTPArm
 from whiflash_sglang.drafters.structure import StructureArm
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.models.mtp import MTPDrafter
 from whiflash_sglang.models.router import Layers, Router
 from whiflash_sglang.round.host_view import HostView
 from whiflash_sglang.round.ranks import Ranks
@@ -49,8 +53,8 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
     positions = target.context_len + max(block, settings.eagle_steps)
     drafters: list[Drafter] = []
     if arms.AR in models:
-        chain = models[arms.AR]
-        drafters.append(Eagle3Arm(chain, captured, layers[arms.AR], settings.eagle_steps, positions))
+        steps = settings.eagle_steps
+        drafters.append(chain_arm(models[arms.AR], captured, layers[arms.AR], steps, positions))
     if arms.DIFFUSION in models:
         vocabulary = None
         if settings.dflash_vocabulary == "eagle3":
@@ -68,6 +72,19 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
         token_bytes = words.token_bytes if words is not None else ()
         drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes, words))
     return drafters
+
+
+def chain_arm(
+    model: Eagle3Drafter | MTPDrafter,
+    captured: tuple[int, ...],
+    layers: tuple[int, ...],
+    steps: int,
+    positions: int,
+) -> ChainArm:
+    """The autoregressive arm of a loaded checkpoint; arguments as of `Eagle3Arm`."""
+    if isinstance(model, MTPDrafter):
+        return MTPArm(model, captured, layers, steps)
+    return Eagle3Arm(model, captured, layers, steps, positions)
 
 
 def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:

@@ -12,8 +12,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
@@ -95,9 +95,10 @@ def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
     return AttentionShape(heads, kv_heads, integer(config, "head_dim", path, default=hidden // heads))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, one file or several: `.safetensors`, else `pytorch_model*.bin`, of which only tensors
-    are unpickled. Raises `CheckpointError` where a file is damaged or missing, or there is none.
+def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of a directory, one file or several: `.safetensors`, else `pytorch_model*.bin`, of which only tensors are
+    unpickled. `prefix`: what their names begin with; others stay on the disk. Raises `CheckpointError` where a file is
+    damaged or missing, or there is none.
     """
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
@@ -108,7 +109,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
-            weights.update(_read_file(file))
+            weights.update(_read_file(file, prefix))
         except UnpicklingError:
             raise CheckpointError(
                 f"{file} holds more than tensors, or is damaged, and is not unpickled; fetch it again or convert it to "
@@ -121,13 +122,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read_file(file: Path) -> dict[str, Tensor]:
+def holds(path: Path, prefix: str) -> bool:
+    """Whether a `.safetensors` file of a directory has a tensor whose name begins with `prefix`.
+
+    Raises `CheckpointError` where a file is damaged.
+    """
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                if any(name.startswith(prefix) for name in handle.keys()):  # noqa: SIM118
+                    return True
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is damaged or truncated: {_first_line(error)}; fetch it again"
+            ) from None
+    return False
+
+
+def _read_file(file: Path, prefix: str) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        return load_file(file)
+        with safe_open(file, framework="pt") as handle:
+            names = [name for name in handle.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: handle.get_tensor(name) for name in names}
     found = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UnpicklingError
-    return found
+    return {name: value for name, value in found.items() if name.startswith(prefix)}
 
 
 def _check_shards(path: Path, found: set[str]) -> None:

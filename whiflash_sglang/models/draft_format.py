@@ -17,7 +17,8 @@ class DraftFormat:
     Attributes:
         name: as people call it. arm: which arm it becomes, of `whiflash_sglang.arms`.
         keys: what `format_key` gives for its checkpoints, each of one format only.
-        layers_key: where its `config.json` lists the target's layers.
+        layers_key: where its `config.json` lists the target's layers; None: it is part of the target and reads what its
+            head reads.
         read: `config.json` → the arm's configuration; raises `CheckpointError` naming the key that does not fit.
         model: the drafter's class; its `load` reads the weights.
         published: who publishes it, for the documentation. defined_by: the implementation it is compared with.
@@ -26,7 +27,7 @@ class DraftFormat:
     name: str
     arm: str
     keys: tuple[str, ...]
-    layers_key: str
+    layers_key: str | None
     read: Callable[[Path, Json], Any]
     model: Any
     published: str

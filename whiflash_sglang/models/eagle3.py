@@ -8,7 +8,7 @@ draft step feeds back the layer's own state before the final norm. Numerics foll
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from whiflash_sglang.models.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from whiflash_sglang.models.choice import Choice, DraftHead
+from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse, parse_deepspec
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
@@ -31,13 +31,6 @@ from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
 _NAMES = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in enumerate(("low", "mid", "high"))}
 """Tensor names of earlier files."""
-
-
-class DraftStep(NamedTuple):
-    """`hidden` [T, H]: what the next step feeds back; `logits_hidden` [T, H]: what the head reads."""
-
-    hidden: Tensor
-    logits_hidden: Tensor
 
 
 class _Layer(nn.Module):

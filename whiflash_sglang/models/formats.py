@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang.models import dflash, dflash2, domino, dspark, eagle3, laguna, lilicorr, speculators
+from whiflash_sglang.models import dflash, dflash2, domino, dspark, eagle3, laguna, lilicorr, mtp, speculators
 from whiflash_sglang.models.checkpoint import read_json_config
 from whiflash_sglang.models.draft_format import DraftFormat, by_key, pick
 
@@ -17,6 +17,7 @@ FORMATS: tuple[DraftFormat, ...] = (
     eagle3.FORMAT,
     eagle3.DEEPSPEC,
     *speculators.FORMATS,
+    *mtp.FORMATS,
 )
 _BY_KEY = by_key(FORMATS)
 

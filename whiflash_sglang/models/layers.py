@@ -74,16 +74,17 @@ class Attention(nn.Module):
         *,
         head_norm_eps: float | None,
         bias: bool = False,
+        out_bias: bool | None = None,
         norm: type[RMSNorm] = RMSNorm,
     ) -> None:
         """`width` is the input's size (2H in EAGLE-3's first layer), `hidden` the output's. `bias`: of all four
-        projections. `norm`: of the heads.
+        projections; `out_bias`: of the last, where it differs. `norm`: of the heads.
         """
         super().__init__()
         self.shape = shape
         self.query_size = shape.heads * shape.head_dim
         self.qkv = nn.Linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, bias=bias)
-        self.out = nn.Linear(self.query_size, hidden, bias=bias)
+        self.out = nn.Linear(self.query_size, hidden, bias=bias if out_bias is None else out_bias)
         self.q_norm = self.k_norm = None
         if head_norm_eps is not None:
             self.q_norm = norm(shape.head_dim, head_norm_eps)

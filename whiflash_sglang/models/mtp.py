@@ -1,0 +1,194 @@
+"""A target's own next-token head (multi-token prediction, arXiv 2412.19437, section 2.2), without SGLang.
+
+One decoder layer over projection([norm(embedding of the next token); norm(the target's state)]). Entry p of its cache
+pairs the embedding of token p+1 with the target's state at p, behind the final norm, at RoPE position p; a later draft
+step feeds back the head's own state behind its final norm. Numerics follow `models/mimo_mtp.py` and
+`models/glm4_moe_nextn.py` of SGLang 0.5.23, whose EAGLE worker runs a head so, depth after depth with one layer.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang import arms
+from whiflash_sglang.models.checkpoint import WeightReader, read_weights
+from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep
+from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.models.experts import Experts
+from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
+from whiflash_sglang.models.mtp_config import MTPConfig, parse_glm, parse_mimo
+from whiflash_sglang.models.rope import Rotary
+from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
+
+
+class MTPDrafter(nn.Module):
+    """A chain drafter of one decoder layer that shares the target's embedding and head.
+
+    Attributes:
+        target_embedding, target_lm_head: [V, H], the target's, not read from its files again.
+        shared: of the target, where its vocabulary is split or quantised: the two matrices hold this process's rows, or
+            none.
+    """
+
+    target_embedding: Tensor
+    target_lm_head: Tensor
+
+    def __init__(
+        self,
+        config: MTPConfig,
+        target_embedding: Tensor,
+        target_lm_head: Tensor,
+        shared: SharedVocabulary | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.shared = config, shared
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.embedding_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.projection = nn.Linear(2 * size, size, bias=False)
+        self.input_norm = RMSNorm(size, eps)
+        self.attention = Attention(
+            size,
+            size,
+            config.attention,
+            head_norm_eps=eps if config.head_norms else None,
+            bias=config.attention_bias,
+            out_bias=False,
+        )
+        self.mlp_norm = RMSNorm(size, eps)
+        self.mlp: SwiGLU | Experts = (
+            SwiGLU(size, config.intermediate_size) if config.routed is None else Experts(size, config.routed)
+        )
+        self.norm = RMSNorm(size, eps)
+        self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
+        self.register_buffer("target_embedding", target_embedding, persistent=False)
+        self.register_buffer("target_lm_head", target_lm_head, persistent=False)
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Rows of the head that drafts."""
+        return self.config.vocab_size
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's states [T, H] as they are."""
+        return features
+
+    def keys_values(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """KV-only pass: next-token ids [T], the target's states [T, H], positions [T] → k, v each [T, Hkv, D]."""
+        entry = self._entry(tokens, hidden, positions)
+        keys_values: tuple[Tensor, Tensor] = self.attention.keys_values(
+            self.input_norm(entry), self.rotary.angles(positions)
+        )
+        return keys_values
+
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep:
+        """One step: next-token ids [T] int64, the target's or fed-back states [T, H], positions [T]."""
+        angles = self.rotary.angles(positions)
+        residual = self._entry(tokens, hidden, positions)
+        residual = residual + self.attention(self.input_norm(residual), angles, 0, attend)
+        residual = residual + self.mlp(self.mlp_norm(residual))
+        normed = self.norm(residual)
+        return DraftStep(normed, normed)
+
+    def choose(self, logits_hidden: Tensor) -> Choice:
+        """[T, H] → the first choice for each, and how sure the head is of it."""
+        head = self.head
+        return head.choose(head.logits(logits_hidden))
+
+    @property
+    def head(self) -> DraftHead:
+        """What it chooses from."""
+        return borrowed_head(self.target_lm_head, self.shared)
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """It drafts the target's ids."""
+        return draft_ids
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [T] int64 → [T, H]."""
+        shared = None if self.shared is None else self.shared.embed
+        return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
+
+    def peak_bytes(self, rows: int) -> int:
+        """What its experts take for so many rows of a draft pass."""
+        return self.mlp.peak_bytes(rows) if isinstance(self.mlp, Experts) else 0
+
+    def _entry(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
+        embedded = self.embed(tokens).to(hidden.dtype)
+        if self.config.blank_first:
+            embedded = embedded.masked_fill((positions == 0)[:, None], 0)
+        entry: Tensor = self.projection(
+            torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
+        )
+        return entry
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        target_embedding: Tensor,
+        target_lm_head: Tensor,
+        shared: SharedVocabulary | None = None,
+        config: MTPConfig,
+    ) -> "MTPDrafter":
+        """Read the head from the target's own directory.
+
+        Raises:
+            CheckpointError: naming what is missing or does not fit.
+        """
+        reader = WeightReader(path, read_weights(path, config.prefix))
+        drafter = cls(config, target_embedding, target_lm_head, shared).to(device=device, dtype=dtype)
+        drafter._fill(reader)
+        return drafter.eval()
+
+    def _fill(self, reader: WeightReader) -> None:
+        prefix, names = self.config.prefix, self.config.names
+        norms = {
+            names.embedding_norm: self.embedding_norm,
+            names.hidden_norm: self.hidden_norm,
+            names.norm: self.norm,
+            "input_layernorm": self.input_norm,
+            "post_attention_layernorm": self.mlp_norm,
+        }
+        for name, norm in norms.items():
+            reader.fill(norm.weight, f"{prefix}{name}.weight")
+        reader.fill(self.projection.weight, f"{prefix}{names.projection}.weight")
+        if names.hidden_first:
+            with torch.no_grad():
+                self.projection.weight.copy_(torch.cat(self.projection.weight.chunk(2, 1)[::-1], 1))
+        reader.fill_attention(self.attention, f"{prefix}self_attn.")
+        if isinstance(self.mlp, Experts):
+            self.mlp.fill(reader, f"{prefix}mlp.")
+        else:
+            reader.fill(
+                self.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"
+            )
+            reader.fill(self.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
+
+
+FORMATS = (
+    DraftFormat(
+        name="MiMo's own head",
+        arm=arms.AR,
+        keys=("MiMoForCausalLM",),
+        layers_key=None,
+        read=parse_mimo,
+        model=MTPDrafter,
+        published="XiaomiMiMo, in the target",
+        defined_by="SGLang 0.5.23, `models/mimo_mtp.py`",
+    ),
+    DraftFormat(
+        name="GLM-4.5's own head",
+        arm=arms.AR,
+        keys=("Glm4MoeForCausalLM",),
+        layers_key=None,
+        read=parse_glm,
+        model=MTPDrafter,
+        published="zai-org (GLM-4.5, 4.6, 4.7), in the target",
+        defined_by="SGLang 0.5.23, `models/glm4_moe_nextn.py`",
+    ),
+)
