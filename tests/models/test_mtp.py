@@ -222,4 +222,4 @@ def test_a_bundle_does_not_name_its_target_as_drafter(tmp_path: Path) -> None:
         ConfigError, match="is a target with a next-token head of its own, which drafts wherever"
     ):
         create(Parts(str(path), str(path), None), tmp_path / "bundle")
-    assert VOCAB == read_draft(path).config.vocab_size
+    assert read_draft(path).config.vocab_size == VOCAB

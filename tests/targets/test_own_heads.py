@@ -23,8 +23,8 @@ from whiflash_sglang.drafters.mtp import MTPArm
     ("name", "block"), [("mimo", False), ("glm", True)], ids=["alone", "beside a bundle's block drafter"]
 )
 def test_text_is_plain_decodings(name: str, block: bool, tmp_path: Path) -> None:
-    """Under random routing with an arm that is mostly right; then under every policy. SGLang captures no layers of MiMo,
-    so there is no block drafter for it; a bundle with a block drafter alone gets GLM's head beside it."""
+    """Under random routing with an arm that is mostly right; then under every policy. SGLang captures no layers of
+    MiMo, so there is no block drafter for it; a bundle with a block drafter alone gets GLM's head beside it."""
     target, draft = tmp_path / "target", tmp_path / "bundle"
     model = tiny_with_head(target, name)
     policies = ["ar", "lookup", "auto", "none"]
