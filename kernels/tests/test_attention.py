@@ -74,7 +74,9 @@ def test_random_requests(backend: str, dtype: torch.dtype, causal: bool, width: 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (1, 1, 8), (8, 1, 40), (6, 6, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(9, 3, 64), (1, 1, 8), (8, 1, 40), (6, 6, 16), (20, 1, 320)]
+)
 def test_shapes_of_heads(backend: str, heads: int, kv_heads: int, dim: int) -> None:
     Batch((70, 9), extra=4, width=4, causal=False, heads=heads, kv_heads=kv_heads, dim=dim).check(backend)
 

@@ -2,8 +2,8 @@
 
 One decoder layer over projection([norm(embedding of the next token); norm(the target's state)]). Entry p of its cache
 pairs the embedding of token p+1 with the target's state at p, behind the final norm, at RoPE position p; a later draft
-step feeds back the head's own state behind its final norm. Numerics follow `models/mimo_mtp.py` and
-`models/glm4_moe_nextn.py` of SGLang 0.5.23, whose EAGLE worker runs a head so, depth after depth with one layer.
+step feeds back the head's own state behind its final norm. Numerics follow `mimo_mtp.py`, `glm4_moe_nextn.py` and
+`deepseek_nextn.py` in the `models/` of SGLang 0.5.23, whose EAGLE worker runs one layer so, step after step.
 """
 
 from pathlib import Path
@@ -17,8 +17,9 @@ from whiflash_sglang.models.checkpoint import WeightReader, read_weights
 from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.experts import Experts
+from whiflash_sglang.models.latent import LatentAttention
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
-from whiflash_sglang.models.mtp_config import MTPConfig, parse_glm, parse_mimo
+from whiflash_sglang.models.mtp_config import MTPConfig, parse_glm, parse_latent, parse_mimo
 from whiflash_sglang.models.rope import Rotary
 from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
@@ -48,20 +49,14 @@ class MTPDrafter(nn.Module):
         self.embedding_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
         self.projection = nn.Linear(2 * size, size, bias=False)
         self.input_norm = RMSNorm(size, eps)
-        self.attention = Attention(
-            size,
-            size,
-            config.attention,
-            head_norm_eps=eps if config.head_norms else None,
-            bias=config.attention_bias,
-            out_bias=False,
-        )
+        self.attention = _attention(config)
         self.mlp_norm = RMSNorm(size, eps)
         self.mlp: SwiGLU | Experts = (
             SwiGLU(size, config.intermediate_size) if config.routed is None else Experts(size, config.routed)
         )
         self.norm = RMSNorm(size, eps)
-        self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
+        rotated = config.latent.rotated if config.latent else config.attention.head_dim
+        self.rotary = Rotary(config.rope, rotated, config.max_position_embeddings)
         self.register_buffer("target_embedding", target_embedding, persistent=False)
         self.register_buffer("target_lm_head", target_lm_head, persistent=False)
 
@@ -160,7 +155,10 @@ class MTPDrafter(nn.Module):
         if names.hidden_first:
             with torch.no_grad():
                 self.projection.weight.copy_(torch.cat(self.projection.weight.chunk(2, 1)[::-1], 1))
-        reader.fill_attention(self.attention, f"{prefix}self_attn.")
+        if isinstance(self.attention, LatentAttention):
+            self.attention.fill(reader, f"{prefix}self_attn.")
+        else:
+            reader.fill_attention(self.attention, f"{prefix}self_attn.")
         if isinstance(self.mlp, Experts):
             self.mlp.fill(reader, f"{prefix}mlp.")
         else:
@@ -168,6 +166,21 @@ class MTPDrafter(nn.Module):
                 self.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"
             )
             reader.fill(self.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
+
+
+def _attention(config: MTPConfig) -> Attention | LatentAttention:
+    size, eps = config.hidden_size, config.rms_norm_eps
+    if config.latent is not None:
+        return LatentAttention(size, config.latent, eps)
+    head_norm_eps = eps if config.head_norms else None
+    return Attention(
+        size,
+        size,
+        config.attention,
+        head_norm_eps=head_norm_eps,
+        bias=config.attention_bias,
+        out_bias=False,
+    )
 
 
 FORMATS = (
@@ -190,5 +203,15 @@ FORMATS = (
         model=MTPDrafter,
         published="zai-org (GLM-4.5, 4.6, 4.7), in the target",
         defined_by="SGLang 0.5.23, `models/glm4_moe_nextn.py`",
+    ),
+    DraftFormat(
+        name="own heads with latent attention",
+        arm=arms.AR,
+        keys=("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        layers_key=None,
+        read=parse_latent,
+        model=MTPDrafter,
+        published="zai-org (GLM-4.7-Flash), deepseek-ai (V3, R1; their published files are quantised, so refused)",
+        defined_by="SGLang 0.5.23, `models/deepseek_nextn.py`, `glm4_moe_lite_nextn.py`",
     ),
 )

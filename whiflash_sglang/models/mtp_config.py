@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import attention_shape, integer
 from whiflash_sglang.models.experts import Routed, read_routed
+from whiflash_sglang.models.latent import LatentShape, read_latent
 from whiflash_sglang.models.layers import AttentionShape
 from whiflash_sglang.models.rope import rope_parameters
 
@@ -36,6 +37,7 @@ class MTPConfig:
 
     Attributes:
         prefix: what its tensors' names begin with in the target's files.
+        attention: heads of what its KV keeps; latent: where that is a latent of keys and values (MLA).
         routed: its experts; None where `intermediate_size` is that of one network.
         head_norms: queries and keys are normed. blank_first: at position 0 no embedding is read.
     """
@@ -50,6 +52,7 @@ class MTPConfig:
     rope: dict[str, Any]
     max_position_embeddings: int
     rms_norm_eps: float
+    latent: LatentShape | None = None
     attention_bias: bool = False
     head_norms: bool = False
     blank_first: bool = False
@@ -80,6 +83,7 @@ def parse_mimo(path: Path, config: Mapping[str, Any]) -> MTPConfig:
         names=MIMO,
         intermediate_size=integer(config, "intermediate_size", path),
         routed=None,
+        attention=attention_shape(config, path),
         attention_bias=True,
         blank_first=True,
         **_common(path, config),
@@ -95,9 +99,28 @@ def parse_glm(path: Path, config: Mapping[str, Any]) -> MTPConfig:
         names=DEEPSEEK,
         intermediate_size=0,
         routed=read_routed(path, config),
+        attention=attention_shape(config, path),
         attention_bias=bool(config.get("attention_bias", False)),
         head_norms=bool(config.get("use_qk_norm", False)),
         **_common(path, rotated),
+    )
+
+
+def parse_latent(path: Path, config: Mapping[str, Any]) -> MTPConfig:
+    """DeepSeek-V3's and GLM-4.7-Flash's: one more layer, with latent attention and experts.
+
+    Raises `CheckpointError` naming the key that does not fit.
+    """
+    _check(path, config)
+    latent = read_latent(path, config, rope_parameters(config))
+    return MTPConfig(
+        prefix=f"model.layers.{integer(config, 'num_hidden_layers', path)}.",
+        names=DEEPSEEK,
+        intermediate_size=0,
+        routed=read_routed(path, config),
+        attention=latent.kept,
+        latent=latent,
+        **_common(path, config),
     )
 
 
@@ -121,7 +144,6 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
 def _common(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "hidden_size": integer(config, "hidden_size", path),
-        "attention": attention_shape(config, path),
         "vocab_size": integer(config, "vocab_size", path),
         "rope": rope_parameters(config),
         "max_position_embeddings": integer(config, "max_position_embeddings", path, default=32768),

@@ -17,6 +17,8 @@ ENTRIES = 64
 """Entries of one step of the loop."""
 MOST_ROWS = 64
 """Rows of one tile: ``width`` times the query heads of a KV head, cut where there are more."""
+WIDE = 256
+"""Dimensions of a head above which tiles of 16 rows and entries take the place of these: more would not fit."""
 MOST_SPLITS = 32
 ENTRIES_PER_SPLIT = 256
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -170,8 +172,9 @@ def draft_attention(
     out = torch.empty(requests * width, heads, dim, dtype=q.dtype, device=q.device)
     if requests == 0:
         return out
+    wide = dim > WIDE
     # Tensor cores take tiles of 16 rows or more.
-    rows = max(16, power_of_two(min(width * groups, MOST_ROWS)))
+    rows = 16 if wide else max(16, power_of_two(min(width * groups, MOST_ROWS)))
     tiles = triton.cdiv(width * groups, rows)
     if splits is None:
         splits = splits_for(requests * kv_heads * tiles, longest, q.device)
@@ -209,11 +212,11 @@ def draft_attention(
         SPLITS=splits,
         ROWS=rows,
         COLUMNS=columns,
-        STEP=ENTRIES,
+        STEP=16 if wide else ENTRIES,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,
         num_warps=8 if rows * columns >= 64 * 128 else 4,
-        num_stages=2,
+        num_stages=1 if wide else 2,
     )
     if splits > 1:
         _merge_splits_kernel[(requests * width * heads,)](
