@@ -21,7 +21,7 @@ from whiflash_sglang.drafters.mtp import MTPArm
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [("mimo", False), ("glm", True), ("glm-lite", True), ("deepseek", False)],
+    [("mimo", False), ("glm", True), ("glm-lite", True)],
 )
 def test_text_is_plain_decodings(name: str, block: bool, tmp_path: Path) -> None:
     """Under random routing with an arm that is mostly right; then under every policy. SGLang captures no layers of
