@@ -145,6 +145,8 @@ class Target:
         output = result.logits_output
         features, final = self._take(output)
         if batch.return_hidden_states:
+            if final is None:
+                raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
             asked = max(batch.return_hidden_states_mode, get_server_return_hidden_states_mode())
             ends = torch.tensor(batch.extend_lens, device=final.device).cumsum(0)
             output.hidden_states = final if asked.is_full() else final[ends - 1]
