@@ -1,6 +1,7 @@
 """Tensor parallelism: SGLang's own groups and its vocabulary-parallel modules, as this package sees them."""
 
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -79,9 +80,9 @@ def _projection(head: Any, rows: int) -> Projection:
 
 
 def input_embedding(model: Any) -> Any:
-    """The module that embeds tokens; not every class of SGLang's has a method for it."""
+    """The module that embeds tokens; not every class of SGLang's has a method for it, and MiMo's embeds with it."""
     getter = getattr(model, "get_input_embeddings", None)
-    return getter() if getter else model.model.embed_tokens
+    return model.model.embed_tokens if getter is None or signature(getter).parameters else getter()
 
 
 def rows_here(module: Any, size: int) -> int:

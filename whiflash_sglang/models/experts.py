@@ -17,12 +17,12 @@ GATHERING = 3
 
 
 class Routed(NamedTuple):
-    """count: of experts, in `groups` of which `open_groups` are chosen from; each row goes to `chosen` experts.
+    """experts: how many, in `groups` of which `open_groups` are chosen from; each row goes to `chosen` experts.
     intermediate_size: of an expert; shared_size: of the one that all rows go to, 0 where there is none. normalised:
     whether the weights of a row's experts sum to one before they are multiplied by `scale`.
     """
 
-    count: int
+    experts: int
     chosen: int
     groups: int
     open_groups: int
@@ -41,7 +41,7 @@ def read_routed(path: Path, config: Mapping[str, Any]) -> Routed:
             )
     size = integer(config, "moe_intermediate_size", path)
     return Routed(
-        count=integer(config, "n_routed_experts", path),
+        experts=integer(config, "n_routed_experts", path),
         chosen=integer(config, "num_experts_per_tok", path),
         groups=integer(config, "n_group", path, default=1),
         open_groups=integer(config, "topk_group", path, default=1),
@@ -67,8 +67,8 @@ class Experts(nn.Module):
     def __init__(self, hidden: int, routed: Routed) -> None:
         super().__init__()
         self.routed = routed
-        self.gate_up = nn.Parameter(torch.empty(routed.count, 2 * routed.intermediate_size, hidden))
-        self.down = nn.Parameter(torch.empty(routed.count, routed.intermediate_size, hidden))
+        self.gate_up = nn.Parameter(torch.empty(routed.experts, 2 * routed.intermediate_size, hidden))
+        self.down = nn.Parameter(torch.empty(routed.experts, routed.intermediate_size, hidden))
         self.shared = SwiGLU(hidden, routed.shared_size) if routed.shared_size else None
 
     def fill(self, reader: WeightReader, prefix: str) -> None:
@@ -77,7 +77,7 @@ class Experts(nn.Module):
         self.gate = reader.tensor(f"{prefix}gate.weight").to(device, torch.float32)
         self.bias = reader.tensor(f"{prefix}gate.e_score_correction_bias").to(device, torch.float32)
         gate_up, down = self.gate_up.detach(), self.down.detach()
-        for expert in range(self.routed.count):
+        for expert in range(self.routed.experts):
             own = f"{prefix}experts.{expert}."
             reader.fill(gate_up[expert], f"{own}gate_proj.weight", f"{own}up_proj.weight")
             reader.fill(down[expert].t(), f"{own}down_proj.weight")
@@ -110,14 +110,14 @@ class Experts(nn.Module):
 
     def peak_bytes(self, rows: int) -> int:
         """What a pass over so many rows holds beside its weights at most."""
-        count, _, hidden = self.down.shape
+        experts, _, hidden = self.down.shape
         size = self.routed.intermediate_size
-        of_a_row = (2 * size * hidden) if self._few(rows) else 3 * count * size
+        of_a_row = (2 * size * hidden) if self._few(rows) else 3 * experts * size
         return rows * of_a_row * self.down.element_size()
 
     def _few(self, rows: int) -> bool:
         """Whether gathering the weights of each row's experts moves less than reading those of all experts."""
-        return GATHERING * rows * self.routed.chosen <= self.routed.count
+        return GATHERING * rows * self.routed.chosen <= self.routed.experts
 
     def _gathered(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         mixed = torch.zeros_like(x)
@@ -130,8 +130,8 @@ class Experts(nn.Module):
 
     def _all(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """Two products over all experts; those that were not chosen weigh nothing."""
-        dense = torch.zeros(len(x), self.routed.count, device=x.device).scatter(1, ids, weights)
-        inner = silu_and_mul((x @ self.gate_up.flatten(0, 1).t()).view(len(x) * self.routed.count, -1))
-        inner = inner.view(len(x), self.routed.count, -1) * dense[..., None].to(x.dtype)
+        dense = torch.zeros(len(x), self.routed.experts, device=x.device).scatter(1, ids, weights)
+        inner = silu_and_mul((x @ self.gate_up.flatten(0, 1).t()).view(len(x) * self.routed.experts, -1))
+        inner = inner.view(len(x), self.routed.experts, -1) * dense[..., None].to(x.dtype)
         mixed: Tensor = inner.flatten(1) @ self.down.flatten(0, 1)
         return mixed

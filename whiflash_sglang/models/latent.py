@@ -81,7 +81,7 @@ class LatentAttention(nn.Module):
             narrow = self.query_norm(self.query_down(x))
         q = self.query(narrow).view(len(x), latent.heads, -1)
         plain, turned = q.split([latent.plain, latent.rotated], dim=-1)
-        keys, values = self.up.split([latent.plain, latent.value], dim=1)
+        keys, values = torch.split(self.up, [latent.plain, latent.value], dim=1)
         q = torch.cat([torch.einsum("thp,hpr->thr", plain, keys), rotate(turned, angles)], -1)
         # `attend` scales by the size of what is kept of a token.
         q = q * (latent.scale * self.shape.head_dim**0.5)
