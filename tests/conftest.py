@@ -29,6 +29,7 @@ LONGEST = (
     "tests/parallel/test_tensor_parallel_server.py",
     "tests/targets/test_targets.py",
     "tests/targets/test_target_parity.py",
+    "tests/targets/test_own_heads.py",
     "tests/platform/test_servers.py",
     "tests/gpu/test_serving_part.py",
     "tests/graphs/test_lag_and_graphs.py",
