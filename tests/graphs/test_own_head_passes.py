@@ -14,7 +14,7 @@ from test_draft_graphs import LONGEST, MOST, Captured, captured
 from test_passes import prepared, requests
 from tiny_models import tiny_dflash, tiny_target
 
-from whiflash_sglang.checkpoints import target_layers
+from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.mtp import MTPArm
 from whiflash_sglang.drafters.paged import PagedArm

@@ -15,7 +15,7 @@ from reference import Comparison
 from tiny_models import tiny_dflash
 from traffic import mixed, play
 
-from whiflash_sglang.bundle_create import Parts, create
+from whiflash_sglang.checkpoints.create import Parts, create
 from whiflash_sglang.drafters.mtp import MTPArm
 
 

@@ -97,8 +97,8 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         IncompatibleEngineError: a private name of SGLang is missing or has changed.
     """
     patching.require_names()
+    from whiflash_sglang.checkpoints.own_head import own_head
     from whiflash_sglang.compat.launch import choose
-    from whiflash_sglang.own_head import own_head
 
     flags = parse_flags(given)
     path, download_dir = server_args.speculative_draft_model_path, server_args.download_dir

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang import arms
+from whiflash_sglang.checkpoints.hub import fetch, look_up
 from whiflash_sglang.errors import CheckpointError, ConfigError
-from whiflash_sglang.hub import fetch, look_up
 from whiflash_sglang.models.checkpoint import holds, read_json_config
 from whiflash_sglang.models.formats import read_draft
 
