@@ -75,8 +75,9 @@ def random_head(config: MTPConfig, target: TargetModel) -> MTPDrafter:
 @pytest.mark.parametrize("lengths", [[20], [20, 7, 90]], ids=["gathered", "all experts"])
 def test_nothing_is_read_and_nothing_uploaded(arms: Arms, lengths: list[int]) -> None:
     arm = arms.by_name["ar"]
+    given = requests(arm, lengths)
     with HostReads() as seen:
-        arm.whole(requests(arm, lengths), arm.max_drafts)
+        arm.whole(given, arm.max_drafts)
     assert (seen.reads, seen.uploads) == ({}, {})
 
 

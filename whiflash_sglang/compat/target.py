@@ -109,13 +109,15 @@ class Target:
         """
         self._layers = [layer for layer in layers if layer < self.shape.num_layers]
         self._joins_final = len(self._layers) < len(layers)
-        keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
         if self._layers:
-            self._set_capture(keeps_final or self._joins_final)
+            self._set_capture()
+        keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
+        if self._layers and (keeps_final or self._joins_final):
+            self.model.logits_processor.keep_last_hidden_states = True
         kept = len(layers) + (keeps_final and not self._joins_final)
         self.row_bytes = kept * self.shape.hidden_size * self.dtype.itemsize
 
-    def _set_capture(self, keeps_final: bool) -> None:
+    def _set_capture(self) -> None:
         setter = getattr(self.model, "set_dflash_layers_to_capture", None) or getattr(
             self.model, "set_eagle3_layers_to_capture", None
         )
@@ -124,8 +126,6 @@ class Target:
                 f"{type(self.model).__name__} has no hidden-state capture in SGLang, so neither drafter can read it"
             )
         setter(self._layers)
-        if keeps_final:
-            self.model.logits_processor.keep_last_hidden_states = True
 
     def _take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features [T, F] and final states [T, H] of a forward, which SGLang's record then has no longer."""
