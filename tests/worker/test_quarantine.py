@@ -72,6 +72,20 @@ def spoil(monkeypatch: pytest.MonkeyPatch, drafter: Any, method: str, made: Call
     monkeypatch.setattr(drafter, method, spoiled)
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, drafter: Any) -> list[str]:
+    """What a drafter is asked from now on, but for what it is to drop."""
+    asked: list[str] = []
+    for method in ("begin", "catch_up", "calibration", "outlook", "draft", "prolong", "observe", "finish"):
+        original = getattr(drafter, method)
+
+        def noted(*args: Any, original: Any = original, method: str = method) -> Any:
+            asked.append(method)
+            return original(*args)
+
+        monkeypatch.setattr(drafter, method, noted)
+    return asked
+
+
 @pytest.mark.parametrize("resident", [False, True])
 def test_requests_go_on_without_it(
     models: Models,
@@ -109,7 +123,10 @@ def test_requests_go_on_without_it(
             }
             assert gauges["faulty_drafts_total", (arm,)] == e.worker.quarantine.faults[arm]
             used = rounds_of(e)
-            e.generate(PROMPTS, max_new_tokens=TOKENS)
+            with monkeypatch.context() as m:
+                asked = watch(m, e.worker.drafters[arm])
+                e.generate(PROMPTS, max_new_tokens=TOKENS)
+            assert not asked, f"{name}: {arm} is still asked to {asked[0]}"
             assert {a for a, n in rounds_of(e).items() if n > used[a]} == used.keys() - {arm}, name
             e.worker.quarantine.reasons.clear()
             e.start_over("random")
