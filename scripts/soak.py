@@ -8,6 +8,7 @@ shipped pair. Each scenario has a server of its own.
 
 import argparse
 import asyncio
+import inspect
 import json
 import random
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import outcome
 import psutil
 
 from whiflash_sglang.serving.server import Server, runs
@@ -325,6 +327,7 @@ def main() -> int:
     parser.add_argument("--bundle", choices=("tiny", "embedded"), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the counts there, after every scenario")
+    parser.add_argument("--markdown", type=Path, help="also write the table there, after every scenario")
     said = parser.parse_args()
     names = said.only.split(",")
     if unknown := set(names) - SCENARIOS.keys():
@@ -350,6 +353,11 @@ def main() -> int:
                 }
                 told = {**record, "scenarios": [asdict(one) for one in results]}
                 said.json.write_text(json.dumps(told, indent=2) + "\n")
+            if said.markdown:
+                legend = (
+                    f"{said.bundle} models, policy `{said.router}`. {inspect.cleandoc(str(Found.__doc__))}"
+                )
+                outcome.write(said.markdown, "Load and faults", legend, table(results))
             print(
                 table(results[-1:]) if name == names[0] else table(results[-1:]).splitlines()[-1], flush=True
             )

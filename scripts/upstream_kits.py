@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import outcome
+
 from whiflash_sglang.compat.patching import SGLANG_VERSION
 from whiflash_sglang.serving.server import Server, runs
 from whiflash_sglang.serving.server_host import ServerHost
@@ -144,6 +146,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kits whose name contains this")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of random weights")
     parser.add_argument("--json", type=Path, help="also write the outcomes there")
+    parser.add_argument("--markdown", type=Path, help="also write the table there")
     said = parser.parse_args()
     kits = tuple(kit for kit in KITS if said.only in kit)
     with ExitStack() as stack:
@@ -158,9 +161,10 @@ def main() -> int:
     lost = [name for name, outcome in plain.items() if outcome == "passed" != drafting.get(name)]
     print(table(plain, drafting))
     passed = sum(outcome == "passed" for outcome in drafting.values())
-    print(
-        f"\nSGLang {SGLANG_VERSION}: {passed} of {len(plain)} pass with WHIFLASH, {len(lost)} fewer than without"
-    )
+    sums = f"SGLang {SGLANG_VERSION}: {passed} of {len(plain)} pass with WHIFLASH, {len(lost)} fewer than without"
+    print(f"\n{sums}")
+    if said.markdown:
+        outcome.write(said.markdown, "SGLang's own server tests", sums + ".", table(plain, drafting))
     if said.json:
         told = {"sglang": SGLANG_VERSION, "model": "tiny" if said.tiny else Path(model).name}
         said.json.write_text(json.dumps({**told, "plain": plain, "whiflash": drafting}, indent=2) + "\n")
