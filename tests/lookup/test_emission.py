@@ -13,7 +13,7 @@ from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
-from whiflash_sglang.lookup.emission import Emission
+from whiflash_sglang.lookup.emission import OPENING, Emission
 from whiflash_sglang.lookup.forms import NEEDLE, Forms, escaped
 from whiflash_sglang.round.host_view import HostView
 from whiflash_sglang.routing.costs import FULL_LENGTH
@@ -93,6 +93,29 @@ def test_no_form_is_made_before_a_span_opens_and_none_is_copied_from_behind_it(
     assert writer.emission.texts()
     writer.write("It sums up: def total(rows): so\n```\ndef total(rows):\n```\n")
     assert not writer.emission.texts()
+
+
+def test_forms_are_of_the_prompt_and_not_of_what_the_answer_said_before(vocabulary: Vocabulary) -> None:
+    writer = Writer(vocabulary, "Write it down.", (CALL,))
+    writer.write(SOURCE + '<tool_call>{"text": "' + escaped(SOURCE)[:40])
+    assert writer.emission.texts()
+    assert writer.emission.tokens == 0
+
+
+def test_what_tells_nothing_of_a_call_is_asked_for_no_longer(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(vocabulary, SOURCE, (CALL,))
+    begun = "<tool_call>" + "x" * 2 * OPENING
+    writer.write(begun)
+    asked: list[int] = []
+    text_of = writer.emission._text_of
+    monkeypatch.setattr(
+        writer.emission, "_text_of", lambda tokens: asked.append(len(tokens)) or text_of(tokens)
+    )
+    before = len(writer.written)
+    writer.write(begun + "yy")
+    assert len(asked) == len(writer.written) - before, "once a round, for what is being quoted"
 
 
 def test_a_marker_at_the_very_beginning_opens_its_span(vocabulary: Vocabulary) -> None:
