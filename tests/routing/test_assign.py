@@ -80,6 +80,12 @@ def test_margin_keeps_the_previous_routes() -> None:
     assert assign(scores, costs, previous=["diffusion"], dwell=Dwell(margin=0.05)) == ["ar"]
 
 
+def test_a_margin_reckons_with_the_rows_that_an_arm_says_too() -> None:
+    scores, told = [{"ar": 2.41, "lookup": 1.5, "none": 1.0}], [{"lookup": Outlook(1.5, 2)}]
+    assert assign(scores, FixedCosts(), told=told) == ["ar"]
+    assert assign(scores, FixedCosts(), ["lookup"], Dwell(), told) == ["lookup"]
+
+
 def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:
     scores = [{"ar": 2.0, "none": 1.0}]
     assert assign(scores, FixedCosts(), previous=["lookup"], dwell=Dwell(margin=10.0)) == ["ar"]
