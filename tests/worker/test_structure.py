@@ -14,6 +14,7 @@ from oracle_arm import OracleArm
 from test_constrained import OPTIONS
 from traffic import Arrival, play
 
+from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.compat.whitespace import COMPACT, bounded_tag
 from whiflash_sglang.drafters import structure
 from whiflash_sglang.round import lifecycle
@@ -21,6 +22,7 @@ from whiflash_sglang.spans.hints import TOOLS_KEY
 from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.sketch import Token
+from whiflash_sglang.telemetry.trace import build_trace
 
 WIDTH = 16
 """Tokens that the arm proposes at most."""
@@ -176,12 +178,21 @@ def test_wherever_a_forced_draft_is_rejected(
 def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
     models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another arm's nonsense is not verified; the forced text is, in its place."""
+    """Another arm's nonsense is not verified; the forced text is, in its place. A trace says whose each is."""
+    traced = {"custom_params": {"whiflash": '{"trace": "full"}'}}
+    arrivals = [replace(a, params={**a.params, **traced}) for a in requests()]
     nonsense = OracleArm(0.0, alphabet=[ord("~")], ragged=False)
     with engine(models.target, whiflash=models.whiflash("random"), arms=[nonsense], **OPTIONS) as e:
         monkeypatch.setattr(nonsense, "judges", True, raising=False)
         monkeypatch.setattr(e.worker.controller, "route", only("oracle"))
-        assert play(e, requests()) == expected
+        assert play(e, arrivals) == expected
+        for rid, output in expected.items():
+            recording = recording_of(e.requests[rid], None)
+            assert recording is not None
+            trace = build_trace(recording, "random", len(output))
+            proposed = {name: source["proposed"] for name, source in trace["sources"].items()}
+            assert sum(proposed.values()) == sum(arm["proposed"] for arm in trace["arms"].values())
+            assert (proposed.get("grammar", 0) > 0) != rid.startswith("free")
         with_structure = {rid: e.rounds(rid)[1] for rid in expected}
     assert all((count > 0) != rid.startswith("free") for rid, count in with_structure.items())
 
