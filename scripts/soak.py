@@ -175,11 +175,12 @@ async def branching(run: Run) -> None:
     while run.goes_on():
         place = run.rng.randrange(len(stems))
         stem = stems[place]
+        # First: what is expected of the answer is asked there, too, and would lie in the cache.
+        body = request(stem, 16)
+        beside = (await run.plain.client.post("/generate", json=body)).raise_for_status().json()
         answer = await run.ask(stem, 16)
         if not answer:
             return
-        body = request(stem, 16)
-        beside = (await run.plain.client.post("/generate", json=body)).raise_for_status().json()
         cached["whiflash"] += answer["meta_info"]["cached_tokens"]
         cached["plain"] += beside["meta_info"]["cached_tokens"]
         prompt_tokens += answer["meta_info"]["prompt_tokens"]
