@@ -193,6 +193,8 @@ def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
             proposed = {name: source["proposed"] for name, source in trace["sources"].items()}
             assert sum(proposed.values()) == sum(arm["proposed"] for arm in trace["arms"].values())
             assert (proposed.get("grammar", 0) > 0) != rid.startswith("free")
+            right = {name for name, source in trace["sources"].items() if source["accepted"]}
+            assert right <= {"grammar"}, "nonsense is credited with what the grammar forces"
         with_structure = {rid: e.rounds(rid)[1] for rid in expected}
     assert all((count > 0) != rid.startswith("free") for rid, count in with_structure.items())
 
