@@ -102,6 +102,13 @@ def test_forms_are_of_the_prompt_and_not_of_what_the_answer_said_before(vocabula
     assert writer.emission.tokens == 0
 
 
+def test_what_the_prompt_ends_with_is_not_being_quoted(vocabulary: Vocabulary) -> None:
+    writer = Writer(vocabulary, SOURCE + "Write: def tot", (SpanHint("json", open=True),))
+    writer.write("al(")
+    assert writer.emission.texts()
+    assert writer.emission.tokens == 0
+
+
 def test_what_tells_nothing_of_a_call_is_asked_for_no_longer(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
