@@ -11,6 +11,7 @@ from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
 from whiflash_sglang.checkpoints.members import HUB, checksums, parts_of, verify
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.models.checkpoint import attention_shape, integer, read_json_config
+from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.formats import Draft, read_draft
 
 BYTES = {"float32": 4, "float": 4}
@@ -37,7 +38,7 @@ def read_target(said: str) -> Target:
     """A target from its directory or hub id. Raises WhiflashError naming what is missing."""
     config = look_up(said).config
     settings = read_json_config(config.parent)
-    text = {**settings, **(settings.get("text_config") or {})}
+    text = merged(config.parent, settings, "text_config")
     element = BYTES.get(str(text.get("dtype") or text.get("torch_dtype")), 2)
     layers = integer(text, "num_hidden_layers", config.parent)
     if text.get("kv_lora_rank"):  # latent attention keeps one vector of a token, and its rotated part

@@ -8,6 +8,7 @@ from typing import Any
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import integer, read_json_config
+from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.formats import Draft, read_draft
 
 
@@ -29,7 +30,7 @@ class TargetShape:
     def read(cls, path: Path) -> "TargetShape":
         """From a target's `config.json`. Raises CheckpointError naming the key that is missing."""
         config = read_json_config(path.parent)
-        text = {**config, **(config.get("text_config") or {})}
+        text = merged(path.parent, config, "text_config")
         keys = ("hidden_size", "num_hidden_layers", "vocab_size")
         return cls(*(integer(text, key, path.parent) for key in keys))
 

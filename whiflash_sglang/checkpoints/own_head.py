@@ -2,12 +2,12 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import fetch, look_up
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.models.checkpoint import holds, read_json_config
+from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.formats import read_draft
 
 logger = logging.getLogger("whiflash_sglang")
@@ -26,7 +26,7 @@ def own_head(target: str, revision: str | None = None, download_dir: str | None 
     """
     try:
         config = look_up(f"{target}@{revision}" if revision else target).config
-        if not _has_one(read_json_config(config.parent)):
+        if not _has_one(config.parent):
             return None
         head = read_draft(config.parent, arms.AR)
         path = fetch(target, revision=revision, download_dir=download_dir)
@@ -40,6 +40,6 @@ def own_head(target: str, revision: str | None = None, download_dir: str | None 
     return path
 
 
-def _has_one(config: dict[str, Any]) -> bool:
-    text = {**config, **(config.get("text_config") or {})}
+def _has_one(path: Path) -> bool:
+    text = merged(path, read_json_config(path), "text_config")
     return any(text.get(key) for key in _COUNTS)

@@ -17,6 +17,7 @@ from whiflash_sglang.models.checkpoint import (
     number,
     read_config_of,
 )
+from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.layers import AttentionShape, Clamped
 from whiflash_sglang.models.rope import rope_parameters
 
@@ -197,7 +198,7 @@ def parse(
     Raises:
         CheckpointError: naming the field that does not fit, or the variant that this format has no draft pass for.
     """
-    settings = {**config, **(config.get("text_config") or {}), **(config.get("dflash_config") or {})}
+    settings = merged(path, config, "text_config", "dflash_config")
     _refuse_variants(path, settings, known)
     vocab = integer(settings, "vocab_size", path)
     layers = integer(settings, "num_hidden_layers", path)

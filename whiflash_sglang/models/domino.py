@@ -21,7 +21,7 @@ from whiflash_sglang.models.checkpoint import WeightReader, integer
 from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
-from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.models.draft_format import DraftFormat, merged
 
 _PARAMETERS = {
     "prefix_gru.weight_ih": "prefix_gru.weight_ih_l0",
@@ -51,7 +51,7 @@ class DominoConfig(DFlashConfig):
 
 def read_domino(path: Path, config: Mapping[str, Any]) -> DominoConfig:
     """From SpecForge's `config.json`. Raises CheckpointError naming the field that does not fit."""
-    settings = {**config, **(config.get("dflash_config") or {})}
+    settings = merged(path, config, "dflash_config")
     shifted, uncorrected = settings.get("shift_label"), settings.get("pure_draft_prefix_len")
     if not isinstance(shifted, bool):
         raise CheckpointError(f"{path}/config.json: shift_label must be true or false, got {shifted!r}")

@@ -34,12 +34,27 @@ class DraftFormat:
     defined_by: str
 
 
-def format_key(config: Json) -> str | None:
+def merged(path: Path, config: Json, *sections: str) -> dict[str, Any]:
+    """`config` of the checkpoint at `path`, and over it what its nested `sections` say, the last over those before.
+
+    Raises:
+        CheckpointError: one is no object.
+    """
+    settings = dict(config)
+    for name in sections:
+        section = config.get(name) or {}
+        if not isinstance(section, Mapping):
+            raise CheckpointError(f"{path}/config.json: {name} must be an object, got {section!r}")
+        settings |= section
+    return settings
+
+
+def format_key(path: Path, config: Json) -> str | None:
     """What a checkpoint goes by: `speculators/TYPE`, a projector that changes the draft pass, or its architecture."""
     kind = config.get("speculators_model_type")
     if kind:
         return f"speculators/{kind}"
-    projector = {**config, **(config.get("dflash_config") or {})}.get("projector_type")
+    projector = merged(path, config, "dflash_config").get("projector_type")
     if projector not in (None, "dflash", "dspark"):
         return f"projector/{projector}"
     return next(iter(config.get("architectures") or ()), None)
@@ -58,17 +73,17 @@ def by_key(formats: Iterable[DraftFormat]) -> dict[str, DraftFormat]:
 
 def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftFormat:
     """The format of the checkpoint at `path`. Raises CheckpointError naming what it says and what is known."""
-    key = format_key(config)
+    key = format_key(path, config)
     if key in formats:
         return formats[str(key)]
     raise CheckpointError(
-        f"{path}/config.json: {_spelled(config)} is no draft architecture that is known here "
+        f"{path}/config.json: {_spelled(path, config)} is no draft architecture that is known here "
         f"(known: {', '.join(sorted(formats))})"
     )
 
 
-def _spelled(config: Json) -> str:
-    where, _, kind = (format_key(config) or "").partition("/")
+def _spelled(path: Path, config: Json) -> str:
+    where, _, kind = (format_key(path, config) or "").partition("/")
     if kind:
         key = "speculators_model_type" if where == "speculators" else "projector_type"
         return f"{key} {kind!r}"

@@ -21,7 +21,7 @@ from whiflash_sglang.models.checkpoint import WeightReader, integer
 from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
-from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.models.draft_format import DraftFormat, merged
 
 ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel", "LingDSparkModel")
 HEAD_TYPES = ("vanilla", "gated", "rnn")
@@ -67,7 +67,7 @@ def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
     Raises:
         CheckpointError: naming the field that does not fit.
     """
-    settings = {**config, **(config.get("dflash_config") or {}), **(config.get("dspark_config") or {})}
+    settings = merged(path, config, "dflash_config", "dspark_config")
     from_anchor = bool(settings.get("sample_from_anchor", True))
     drafts = integer(settings, "block_size", path, default=DEFAULT_ROWS)
     heads = read_heads(path, settings)
