@@ -6,125 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from published import (
-    HIDDEN,
-    MASK,
-    QWEN3,
-    TARGET_LAYERS,
-    VOCAB,
-    Shapes,
-    block_trunk,
-    convolutions,
-    draw,
-    target_tensors,
-    write,
+from chosen_formats import (
+    BLOCK,
+    DFLASH2,
+    DOMINO,
+    LILICORR,
+    OF_DFLASH2,
+    OF_DOMINO,
+    OF_LILICORR,
+    WIDTH,
+    dflash2_tensors,
+    domino_tensors,
+    lilicorr_tensors,
 )
+from published import HIDDEN, MASK, VOCAB, target_tensors, write
 from served_blocks import BONUS, LENGTHS, Served, serve
 from torch import Tensor, nn
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.formats import read_draft
-
-LAYERS, BLOCK, STATE, RANK, TOP = 2, 8, 24, 12, 5
-TRUNK = {"mask_token_id": MASK, "target_layer_ids": [1, 4, 8]}
-BASE = QWEN3 | {"num_hidden_layers": LAYERS, "num_target_layers": TARGET_LAYERS, "block_size": BLOCK}
-OF_DOMINO = TRUNK | {
-    "projector_type": "domino",
-    "pure_draft_prefix_len": 1,
-    "emb_dim": RANK,
-    "gru_hidden_dim": STATE,
-    "shift_label": True,
-}
-DOMINO = BASE | {"architectures": ["DominoDraftModel"], "emb_dim": RANK, "dflash_config": OF_DOMINO}
-"""SpecForge's configs/qwen3-8b-domino.json."""
-OF_DFLASH2 = TRUNK | {
-    "conv_kernel_size": 3,
-    "conv_group_size": 16,
-    "selector_rank": RANK,
-    "selector_top_k": TOP,
-    "output_multiplier": 1.5,
-    "final_logit_softcapping": 30.0,
-}
-DFLASH2 = BASE | {"architectures": ["DFlash2DraftModel"], "dflash_config": OF_DFLASH2}
-
-
-WIDTH, HEADS, EXPANDED, FACTOR = 32, 4, 48, 6
-OF_LILICORR = TRUNK | {
-    "conv_kernel_size": 2,
-    "conv_group_size": 32,
-    "lilicorr_candidate_topk": 4,
-    "lilicorr_hidden_size": WIDTH,
-    "lilicorr_num_layers": 2,
-    "lilicorr_num_heads": HEADS,
-    "lilicorr_mlp_ratio": 1.5,
-    "lilicorr_factor_dim": FACTOR,
-    "lilicorr_vector_eps": 1e-6,
-    "lilicorr_logit_scale": 7.0,
-}
-LILICORR = BASE | {"architectures": ["LiLiCorrDraftModel"], "dflash_config": OF_LILICORR}
-
-
-def domino_tensors() -> dict[str, Tensor]:
-    shapes: Shapes = block_trunk(LAYERS, 3) | {
-        "prefix_gru.weight_ih_l0": (3 * STATE, HIDDEN),
-        "prefix_gru.weight_hh_l0": (3 * STATE, STATE),
-        "embed_proj.0.weight": (RANK, HIDDEN + STATE),
-        "embed_proj.2.weight": (VOCAB, RANK),
-    }
-    drawn = draw(shapes)
-    drawn["embed_proj.2.weight"] *= 20  # so that the tokens before matter
-    return drawn
-
-
-def dflash2_tensors(taps: int) -> dict[str, Tensor]:
-    shapes: Shapes = block_trunk(LAYERS, 3) | {
-        "candidate_selector.predecessor_codebook": (VOCAB, RANK),
-        "candidate_selector.successor_codebook": (VOCAB, RANK),
-        "candidate_selector.hidden_projection.weight": (RANK, HIDDEN),
-    }
-    drawn = draw(shapes | (convolutions(LAYERS, taps, 16) if taps else {}))
-    drawn["candidate_selector.successor_codebook"] *= 20
-    return drawn
-
-
-def lilicorr_tensors(width: int) -> dict[str, Tensor]:
-    inner, top = int(1.5 * width), OF_LILICORR["lilicorr_candidate_topk"]
-    linear = {
-        "pass_hidden_proj": (width, HIDDEN),
-        "context_proj": (width, HIDDEN),
-        "feature_mlp.up_proj": (width, 5),
-        "feature_mlp.down_proj": (width, width),
-        "factor_input_proj": (width, 3 * width),
-        "out_head": (FACTOR, width),
-        "in_head": (FACTOR, width),
-        "anchor_out_head": (FACTOR, width),
-    }
-    if width != HIDDEN:
-        linear["token_proj"] = (width, HIDDEN)
-    shapes: Shapes = {
-        "slot_embedding": (1, 1, BLOCK - 1, 1, width),
-        "rank_embedding": (1, 1, 1, top, width),
-        "relative_slot_bias": (HEADS, 2 * BLOCK - 1),
-        "same_slot_bias": (HEADS,),
-        "feature_norm.weight": (5,),
-        "feature_norm.bias": (5,),
-        "output_norm.weight": (width,),
-        "anchor_norm.weight": (width,),
-    }
-    for index in range(2):
-        layer = f"layers.{index}."
-        shapes |= {f"{layer}attn_norm.weight": (width,), f"{layer}mlp_norm.weight": (width,)}
-        shapes |= {
-            f"{layer}attn.in_proj_weight": (3 * width, width),
-            f"{layer}attn.in_proj_bias": (3 * width,),
-        }
-        linear |= {f"{layer}attn.out_proj": (width, width)}
-        linear |= {f"{layer}mlp.up_proj": (inner, width), f"{layer}mlp.down_proj": (width, inner)}
-    for name, (rows, columns) in linear.items():
-        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-    head = {f"lilicorr.{name}": shape for name, shape in shapes.items()}
-    return draw(block_trunk(LAYERS, 3) | convolutions(LAYERS, 2, 32) | head)
 
 
 def upstream_states(served: Served, upstream: UpstreamBlocks) -> list[Tensor]:
@@ -211,12 +112,18 @@ def test_dflash2_drafts_what_sglang_drafts(
             greedy_mask=torch.ones(len(LENGTHS), dtype=torch.bool),
         )
     assert served.tokens.tolist() == drafted.tolist()
+    scaled = states @ head.T * said["output_multiplier"]
+    cap = said["final_logit_softcapping"]
+    shares = (cap * torch.tanh(scaled / cap) if cap else scaled).softmax(-1)
+    candidates = shares.gather(-1, ids).sum(-1)
     for row, path_of_row in enumerate(drafted):
         place = 0
         for step, token in enumerate(path_of_row):
             behind = scores[row, step, place].float().softmax(-1)
             place = int((ids[row, step] == token).nonzero()[0, 0])
-            torch.testing.assert_close(served.confidences[row, step], behind[place], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                served.confidences[row, step], behind[place] * candidates[row, step], rtol=1e-3, atol=1e-4
+            )
     alone = (states @ head.T).argmax(-1)
     assert served.tokens.tolist() != alone.tolist(), "the selector chose otherwise"
 
@@ -243,8 +150,12 @@ def test_lilicorr_drafts_what_sglang_drafts(width: int, tmp_path: Path) -> None:
             anchor=model.project_target_hidden(last),
         )
     assert served.tokens.tolist() == drafted.tolist()
-    alone = (states[:, 1:] @ head.T).argmax(-1)
-    assert served.tokens.tolist() != alone.tolist(), "the head chose otherwise"
+    logits = states[:, 1:] @ head.T
+    top = said["lilicorr_candidate_topk"]
+    candidates = logits.softmax(-1).topk(top).values.sum(-1)
+    assert (served.confidences <= candidates + 1e-5).all(), "what is no candidate may be right"
+    assert (served.confidences >= candidates / top - 1e-5).all(), "it is the best of them"
+    assert served.tokens.tolist() != logits.argmax(-1).tolist(), "the head chose otherwise"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +166,7 @@ def test_lilicorr_drafts_what_sglang_drafts(width: int, tmp_path: Path) -> None:
             DOMINO | {"dflash_config": OF_DOMINO | {"pure_draft_prefix_len": 2}},
             "pure_draft_prefix_len must be 1",
         ),
+        (DOMINO | {"dflash_config": 5}, "dflash_config must be an object, got 5"),
         (DOMINO | {"dflash_config": OF_DOMINO | {"gru_hidden_dim": 0}}, "gru_hidden_dim must be an integer"),
         (
             DFLASH2 | {"dflash_config": OF_DFLASH2 | {"selector_top_k": None}},

@@ -4,7 +4,8 @@
     unary = cap · tanh(m · logits / cap), or m · logits where there is no cap
 
 Each draft is the best candidate behind the one chosen before it, so of SGLang's lattice of pairs one row is computed.
-Its confidence is its share among the candidates. Numerics follow `DFlash2DraftModel` of SGLang 0.5.23.
+Its confidence is its share among the candidates, times theirs of the whole vocabulary by their unary scores: what is no
+candidate may be right, too. Numerics follow `DFlash2DraftModel` of SGLang 0.5.23.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from whiflash_sglang.models.checkpoint import WeightReader, integer, number
 from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
-from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.models.draft_format import DraftFormat, merged
 
 ARCHITECTURES = ("DFlash2DraftModel", "DFlash2BeamDraftModel", "MiniMaxDFlash2DraftModel")
 _READ_HERE = ("selector_rank", "output_multiplier", "final_logit_softcapping")
@@ -39,7 +40,7 @@ class DFlash2Config(DFlashConfig):
 
 def read_dflash2(path: Path, config: Mapping[str, Any]) -> DFlash2Config:
     """From `config.json`. Raises CheckpointError naming the field that does not fit."""
-    settings = {**config, **(config.get("dflash_config") or {})}
+    settings = merged(path, config, "dflash_config")
     multiplier = number(settings, "output_multiplier", path, default=1.0)
     if multiplier <= 0:
         raise CheckpointError(f"{path}/config.json: output_multiplier must be above 0, got {multiplier}")
@@ -91,8 +92,10 @@ class DFlash2Drafter(DFlashDrafter):
     ) -> Choice:
         """As `DFlashDrafter.propose`, among the candidates of every row."""
         rows = self.draft_rows(states, wanted)
-        ids, logits = head.candidates(head.logits(rows.flatten(0, 1)), self.config.top)
-        ids, unary = ids.view(len(rows), wanted, -1), self._unary(logits).view(len(rows), wanted, -1)
+        logits = head.logits(rows.flatten(0, 1))
+        ids, largest = head.candidates(logits, self.config.top)
+        ids, unary = ids.view(len(rows), wanted, -1), self._unary(largest).view(len(rows), wanted, -1)
+        of_all = unary.logsumexp(-1) - head.total(self._unary(logits)).view(len(rows), wanted)
         projected = self.candidate_selector.hidden_projection(rows)
         previous, tokens, sure = bonus, [], []
         for step in range(wanted):
@@ -103,10 +106,10 @@ class DFlash2Drafter(DFlashDrafter):
             previous = ids[:, step].gather(-1, best.token[:, None])[:, 0]
             tokens.append(previous)
             sure.append(best.confidence)
-        return Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
+        return Choice(torch.stack(tokens, 1), torch.stack(sure, 1) * of_all.exp())
 
     def _unary(self, logits: Tensor) -> Tensor:
-        """Candidates' logits [N, K] float32, scaled and capped."""
+        """Logits, any shape, scaled and capped."""
         scaled = logits * self.config.multiplier
         cap = self.config.softcap
         return cap * torch.tanh(scaled / cap) if cap else scaled

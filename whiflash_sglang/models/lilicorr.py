@@ -4,8 +4,9 @@
     f_kc = silu(F · [x_kc | a | x_kc * a]), a the context feature of the token before the bonus token
     score_1(c) = γ <out(a), in(f_1c)>      score_k(c) = γ <out(f_{k-1,d}), in(f_kc)>, d the draft before; unit vectors
 
-Each draft is the best candidate behind the one before it; its confidence is its share among the candidates. Numerics
-follow `sglang/srt/models/lilicorr.py` of SGLang 0.5.23, greedily.
+Each draft is the best candidate behind the one before it; its confidence is its share among the candidates, times their
+probability: what is no candidate may be right, too. Numerics follow `sglang/srt/models/lilicorr.py` of SGLang 0.5.23,
+greedily.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from whiflash_sglang.models.checkpoint import WeightReader, integer, number
 from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
-from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.models.draft_format import DraftFormat, merged
 from whiflash_sglang.models.layers import RMSNorm
 
 ARCHITECTURE = "LiLiCorrDraftModel"
@@ -49,7 +50,7 @@ class LiLiCorrConfig(DFlashConfig):
 
 def read_lilicorr(path: Path, config: Mapping[str, Any]) -> LiLiCorrConfig:
     """From `config.json`. Raises CheckpointError naming the field that does not fit."""
-    settings = {**config, **(config.get("dflash_config") or {})}
+    settings = merged(path, config, "dflash_config")
     if settings.get("lilicorr_enabled") is False:
         raise CheckpointError(
             f"{path}/config.json: lilicorr_enabled is false; {ARCHITECTURE} is its head's name"
@@ -227,7 +228,7 @@ class LiLiCorrDrafter(DFlashDrafter):
             places.append(best.token)
             sure.append(best.confidence)
         tokens = ids[:, :wanted].gather(-1, torch.stack(places, 1)[..., None])[..., 0]
-        return Choice(tokens, torch.stack(sure, 1))
+        return Choice(tokens, torch.stack(sure, 1) * chances[:, :wanted].exp().sum(-1))
 
 
 FORMAT = DraftFormat(

@@ -1,0 +1,111 @@
+"""Domino, DFlash2 and LiLiCorr in an engine: text is plain decoding's, and rounds propose what upstream's propose."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chosen_formats import (
+    DFLASH2,
+    DOMINO,
+    LILICORR,
+    WIDTH,
+    dflash2_tensors,
+    domino_tensors,
+    lilicorr_tensors,
+)
+from engine import engine
+from model_set import Models, build_models
+from oracle_arm import ARM, OracleArm
+from parity import compare
+from published import write
+from reference import Comparison
+from tiny_models import MASK_TOKEN
+from torch import Tensor
+from traffic import Arrival, mixed, play
+
+ARRIVALS = mixed(seed=9, count=8, shared=24, longest=50, stops=0.1, tokens=36)
+NAMED = {"mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 4]}
+"""As of the tiny target's DFlash drafter."""
+
+SPELLED = {"Domino": "DFlashDraftModel"}
+"""As SGLang knows a format, by its `projector_type`, where SpecForge's files name another class."""
+
+FORMATS: dict[str, tuple[Mapping[str, Any], Callable[[], dict[str, Tensor]]]] = {
+    "Domino": (DOMINO, domino_tensors),
+    "DFlash2": (DFLASH2, lambda: dflash2_tensors(3)),
+    "LiLiCorr": (LILICORR, lambda: lilicorr_tensors(WIDTH)),
+}
+
+
+def drafter(path: Path, name: str) -> Path:
+    """A checkpoint of the format for the tiny target."""
+    config, tensors = FORMATS[name]
+    changes = {
+        "architectures": [SPELLED.get(name, config["architectures"][0])],
+        "num_target_layers": 6,
+        "max_position_embeddings": 2048,
+        "dflash_config": config["dflash_config"] | NAMED,
+    }
+    return write(path, {**config, **changes}, tensors())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return build_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> dict[str, list[int]]:
+    with engine(models.target) as e:
+        return play(e, ARRIVALS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_text_is_plain_decodings(
+    models: Models, plain: dict[str, list[int]], tmp_path: Path, name: str
+) -> None:
+    """Under random routing beside EAGLE-3 and an arm that is mostly right; then under the policies that draft with it.
+    Prompts are chunked, and some share a prefix."""
+    oracle = OracleArm(0.95, seed=3)
+    for a in ARRIVALS:
+        oracle.learn(a.prompt, plain[a.rid])
+    flags = {**models.whiflash("random"), "draft": drafter(tmp_path / "drafter", name)}
+    used: set[str | None] = set()
+    comparison = Comparison(models.reference.target)
+    options = {"max_running_requests": 4, "chunked_prefill_size": 32}
+    with engine(models.target, whiflash=flags, arms=[oracle], **options) as e:
+        assert type(e.worker.drafters["diffusion"].model).__name__ == f"{name}Drafter"
+        for policy, arrivals in (("random", ARRIVALS), ("diffusion", ARRIVALS[:3]), ("auto", ARRIVALS[:3])):
+            e.worker.reconfigure({"router": policy})
+            found = play(e, [_of(policy, a) for a in arrivals], lambda: used.update(_arms(e)))
+            for a in arrivals:
+                comparison.check(a.prompt, plain[a.rid], found[f"{policy} {a.rid}"], f"{policy} {a.rid}")
+    print(comparison.summary())
+    assert used - {None} == {"ar", "diffusion", "lookup", "none", ARM}
+    assert oracle.rejected > 0
+
+
+def _of(policy: str, arrival: Arrival) -> Arrival:
+    return replace(arrival, rid=f"{policy} {arrival.rid}")
+
+
+def _arms(e: Any) -> set[str | None]:
+    return {lane.previous for lane in e.lanes.values()}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounds_propose_what_upstreams_do(
+    models: Models, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of upstream's left out are a kernel for CUDA, in whose place it has torch's, and Domino's refusal of a CPU; where
+    a request has ended, SGLang's LiLiCorr drafts once without the others' last features, which lie in other rows then.
+    """
+    from sglang.srt.models import dflash
+    from sglang.srt.speculative import dflash_worker_v2
+
+    monkeypatch.setattr(dflash, "_flashinfer_top_k", None)
+    monkeypatch.setattr(dflash_worker_v2, "validate_domino_runtime", lambda **_: None)
+    checkpoint = drafter(tmp_path / "drafter", name)
+    compare(models.target, "diffusion", checkpoint, resized=name != "LiLiCorr")
