@@ -1,7 +1,6 @@
 """Targets that bring their own next-token head draft with it: text, KV, and rounds as upstream's EAGLE has them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from families import LAYERS, HuggingFace
 from oracle_arm import OracleArm
 from own_heads import HEADS, tiny_with_head
 from parity import compare
+from policy_checks import check_policies
 from reference import Comparison
 from tiny_models import tiny_dflash
 from traffic import mixed, play
@@ -40,22 +40,12 @@ def test_text_is_plain_decodings(name: str, block: bool, tmp_path: Path) -> None
         oracle.learn(a.prompt, expected[a.rid])
     flags = {"draft": draft if block else target, "whiflash_router": "random"}
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
-    used: set[str | None] = set()
     comparison = Comparison(model)
     with engine(target, whiflash=flags, arms=[oracle], **options) as e:
         assert isinstance(e.worker.drafters["ar"], MTPArm)
         assert ("diffusion" in e.worker.drafters) == block
         check_keys_values(e, model, range(60, 90))
-        for policy in ("random", *policies):
-            e.worker.reconfigure({"router": policy})
-            chosen = arrivals if policy == "random" else arrivals[:2]
-            found = play(
-                e,
-                [replace(a, rid=f"{policy} {a.rid}") for a in chosen],
-                lambda: used.update(lane.previous for lane in e.lanes.values()),
-            )
-            for a in chosen:
-                comparison.check(a.prompt, expected[a.rid], found[f"{policy} {a.rid}"], f"{policy} {a.rid}")
+        used = check_policies(e, comparison, arrivals, expected, policies)
     print(comparison.summary())
     assert used >= {"ar", "lookup", "none"}
     assert oracle.rejected > 0

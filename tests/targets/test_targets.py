@@ -1,6 +1,5 @@
 """Every family of targets that a CPU runs: text is plain decoding's whatever drafts, features are layers' outputs."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from engine import Engine, engine
 from families import FAMILIES, HuggingFace, tiny_family
 from oracle_arm import ARM, OracleArm
+from policy_checks import check_policies
 from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import mixed, play
@@ -28,7 +28,6 @@ def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
     oracle = OracleArm(0.95, seed=3)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
-    used: set[str | None] = set()
     flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
     comparison = Comparison(model)
@@ -36,16 +35,7 @@ def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
         assert type(e.worker.target.model).__name__ == name
         if family.captured:
             check_features(e, model, family.tolerance)
-        for policy in ("random", *POLICIES):
-            e.worker.reconfigure({"router": policy})
-            chosen = arrivals if policy == "random" else arrivals[:2]
-            found = play(
-                e,
-                [replace(a, rid=f"{policy} {a.rid}") for a in chosen],
-                lambda: used.update(lane.previous for lane in e.lanes.values()),
-            )
-            for a in chosen:
-                comparison.check(a.prompt, expected[a.rid], found[f"{policy} {a.rid}"], f"{policy} {a.rid}")
+        used = check_policies(e, comparison, arrivals, expected, POLICIES)
     print(comparison.summary())
     assert used - {None} == {"ar", "diffusion", "lookup", "none", ARM}
     assert max(oracle.accepted) == oracle.max_drafts, "no full block was accepted"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.layers import Attention, AttentionShape
+from whiflash_sglang.models.layers import Attention, AttentionShape, SwiGLU
 
 WEIGHTS = "model.safetensors"
 
@@ -198,6 +198,11 @@ class WeightReader:
         with torch.no_grad():
             parameter.copy_(value)
 
+    def fill_mlp(self, mlp: SwiGLU, prefix: str) -> None:
+        """`<prefix>{gate,up,down}_proj`."""
+        self.fill(mlp.gate_up.weight, f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
+        self.fill(mlp.down.weight, f"{prefix}down_proj.weight")
+
     def fill_attention(self, attention: Attention, prefix: str) -> None:
         """`<prefix>{q,k,v,o}_proj` with their biases and `{q,k}_norm` where the module has them; also where a file
         holds one `qkv_proj`.
@@ -266,6 +271,16 @@ def attention_weights(attention: Attention, prefix: str) -> dict[str, Tensor]:
         named[f"{prefix}q_norm.weight"] = attention.q_norm.weight
         named[f"{prefix}k_norm.weight"] = attention.k_norm.weight
     return named
+
+
+def mlp_weights(mlp: SwiGLU, prefix: str) -> dict[str, Tensor]:
+    """The inverse of `WeightReader.fill_mlp`."""
+    gate, up = mlp.gate_up.weight.chunk(2)
+    return {
+        f"{prefix}gate_proj.weight": gate,
+        f"{prefix}up_proj.weight": up,
+        f"{prefix}down_proj.weight": mlp.down.weight,
+    }
 
 
 def write_checkpoint(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang.models.checkpoint import WeightReader, attention_weights
+from whiflash_sglang.models.checkpoint import WeightReader, attention_weights, mlp_weights
 from whiflash_sglang.models.dflash_config import BlockConvolution, DFlashConfig
 from whiflash_sglang.models.layers import Attend, Attention, GemmaRMSNorm, RMSNorm, SwiGLU
 from whiflash_sglang.models.rope import Angles, half_split, rotary_width
@@ -103,8 +103,7 @@ class DFlashLayer(nn.Module):
     def fill(self, reader: WeightReader, prefix: str) -> None:
         """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         reader.fill_attention(self.attention, f"{prefix}self_attn.")
-        reader.fill(self.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
-        reader.fill(self.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
+        reader.fill_mlp(self.mlp, f"{prefix}mlp.")
         reader.fill(self.input_norm.weight, f"{prefix}input_layernorm.weight")
         reader.fill(self.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
         convolutions: Any = self.convolutions.items()
@@ -135,12 +134,9 @@ def fold_variants(config: DFlashConfig, attention: Attention) -> None:
 
 def layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
     """The inverse of `DFlashLayer.fill`, of a plain layer."""
-    gate, up = layer.mlp.gate_up.weight.chunk(2)
     return {
         **attention_weights(layer.attention, f"{prefix}self_attn."),
-        f"{prefix}mlp.gate_proj.weight": gate,
-        f"{prefix}mlp.up_proj.weight": up,
-        f"{prefix}mlp.down_proj.weight": layer.mlp.down.weight,
+        **mlp_weights(layer.mlp, f"{prefix}mlp."),
         f"{prefix}input_layernorm.weight": layer.input_norm.weight,
         f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
     }

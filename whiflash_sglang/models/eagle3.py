@@ -19,6 +19,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import (
     WeightReader,
     attention_weights,
+    mlp_weights,
     read_weights,
     write_checkpoint,
 )
@@ -244,8 +245,7 @@ class Eagle3Drafter(nn.Module):
 
 def _fill_layer(reader: WeightReader, layer: Any, prefix: str) -> None:
     reader.fill_attention(layer.attention, f"{prefix}self_attn.")
-    reader.fill(layer.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
-    reader.fill(layer.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
+    reader.fill_mlp(layer.mlp, f"{prefix}mlp.")
     reader.fill(layer.hidden_norm.weight, f"{prefix}hidden_norm.weight")
     reader.fill(layer.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
     if layer.embedding_norm is not None:
@@ -253,12 +253,9 @@ def _fill_layer(reader: WeightReader, layer: Any, prefix: str) -> None:
 
 
 def _layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
-    gate, up = layer.mlp.gate_up.weight.chunk(2)
     weights = {
         **attention_weights(layer.attention, f"{prefix}self_attn."),
-        f"{prefix}mlp.gate_proj.weight": gate,
-        f"{prefix}mlp.up_proj.weight": up,
-        f"{prefix}mlp.down_proj.weight": layer.mlp.down.weight,
+        **mlp_weights(layer.mlp, f"{prefix}mlp."),
         f"{prefix}hidden_norm.weight": layer.hidden_norm.weight,
         f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
     }

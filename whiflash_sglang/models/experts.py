@@ -82,9 +82,7 @@ class Experts(nn.Module):
             reader.fill(gate_up[expert], f"{own}gate_proj.weight", f"{own}up_proj.weight")
             reader.fill(down[expert].t(), f"{own}down_proj.weight")
         if self.shared is not None:
-            own = f"{prefix}shared_experts."
-            reader.fill(self.shared.gate_up.weight, f"{own}gate_proj.weight", f"{own}up_proj.weight")
-            reader.fill(self.shared.down.weight, f"{own}down_proj.weight")
+            reader.fill_mlp(self.shared, f"{prefix}shared_experts.")
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] → [T, H]."""

@@ -162,10 +162,7 @@ class MTPDrafter(nn.Module):
         if isinstance(self.mlp, Experts):
             self.mlp.fill(reader, f"{prefix}mlp.")
         else:
-            reader.fill(
-                self.mlp.gate_up.weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"
-            )
-            reader.fill(self.mlp.down.weight, f"{prefix}mlp.down_proj.weight")
+            reader.fill_mlp(self.mlp, f"{prefix}mlp.")
 
 
 def _attention(config: MTPConfig) -> Attention | LatentAttention:
