@@ -172,7 +172,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 (rate("faulty_drafts_total", "arm"), "{{arm}}"),
                 (
-                    f"max by (arm, instance) ({whole('quarantined')}) == 1",
+                    f"max by (arm, instance) ({whole('quarantined')})",
                     "quarantined: {{arm}} on {{instance}}",
                 ),
             ),
