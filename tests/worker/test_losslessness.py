@@ -4,7 +4,9 @@ The rule: identical, or at the first difference plain decoding's own top-two log
 are counted and printed.
 """
 
+import itertools
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -69,7 +71,10 @@ def with_oracle(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_policies(models: Models, plain: Plain, policy: str) -> None:
+def test_policies(models: Models, plain: Plain, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` goes by prices: a clock that advances by a millisecond with every reading makes them the same anywhere."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) / 1000)
     arrivals = mixed(seed=1, count=14, shared=40, aborts=0.15, stops=0.3)
     expected = plain(arrivals)
     used: set[str | None] = set()
