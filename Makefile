@@ -98,9 +98,9 @@ bench: install ## First answer on speed, in under five minutes
 	$(RUN) python scripts/pad_heads.py $@ --ranks 2
 
 SEVERAL := none,auto,none@tp2,auto@tp2,none@dp2,auto@dp2
-bench-several: install .tools/target-of-two-ranks ## What two ranks and two replicas cost and bring, beside one device (about half an hour)
+bench-several: install .tools/target-of-two-ranks ## What two ranks and two replicas cost and bring, beside one device (about a quarter of an hour)
 	$(RUN) whiflash bench --model-path .tools/target-of-two-ranks --bundle whiflash_sglang/bundles/smollm2-135m-instruct \
-		--arms $(SEVERAL) --over auto --concurrency 1,4 --per-category 2 --max-tokens 64 --minutes 30 \
+		--arms $(SEVERAL) --over auto --concurrency 1,4 --per-category 1 --repetitions 2 --max-tokens 64 --no-interleave \
 		--out results/benchmark/several.json --markdown results/benchmark/several.md
 
 gpu: ## What only a GPU can show, in parts of ten minutes; goes on where it was ended; the active Python, installs nothing
