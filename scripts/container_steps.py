@@ -8,7 +8,8 @@ with what the stage before it has; RUN is executed there with the environment, s
 COPY copies from the repository or from another stage. Each step is printed with how long it took. The last line is the
 target's entry point; `--run` executes it, or another command, in the target's directory as the image's user.
 
-What is left out of an engine's work: layers, caches, .dockerignore, and walls between processes.
+What is left out of an engine's work: layers, caches, .dockerignore, and walls between processes. What is copied from
+another stage shares its files with it.
 """
 
 import argparse
@@ -155,25 +156,25 @@ class Builder:
             raise ValueError(f"{instruction} is not known here")
 
     def _copy(self, root: Path, now: Settings, words: list[str]) -> None:
-        source = ROOT
-        if words[0].startswith("--from="):
+        source, of_stage = ROOT, words[0].startswith("--from=")
+        if of_stage:
             source = self.work / words.pop(0).removeprefix("--from=")
         *names, to = words
         target = inside(root, str(Path(now.directory, to)))
         for name in names:
             found = inside(source, name)
             if found.is_dir():
-                self._duplicate(found, target)
+                self._duplicate(found, target, how="--link" if of_stage else "--reflink=auto")
             else:
                 into = target / found.name if to.endswith("/") else target
                 into.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(found, into)
 
     @staticmethod
-    def _duplicate(source: Path, target: Path) -> None:
-        """What lies in a directory, into another one."""
+    def _duplicate(source: Path, target: Path, how: str = "--reflink=auto") -> None:
+        """What lies in a directory, into another one. how: `--link` where the source is complete, so gigabytes once."""
         target.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "-a", "--reflink=auto", f"{source}/.", str(target)], check=True)
+        subprocess.run(["cp", "-a", how, f"{source}/.", str(target)], check=True)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -1,7 +1,9 @@
 """What `make` would install: the demo brings what a CPU needs, everything else brings everything."""
 
+import re
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,31 @@ def test_the_demo_leaves_out_what_a_cpu_does_not_need(checkout: Path) -> None:
     line = sync(checkout, "demo")
     assert LEFT_OUT
     assert all(f"--no-install-package {name}" in line for name in LEFT_OUT)
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
+def test_nothing_is_left_out_that_torch_is_linked_with() -> None:
+    """Its build for CUDA needs two of CUDA's libraries on a CPU, too; another machine may have them elsewhere."""
+    torch = distribution("torch")
+    libraries = {file.name: Path(file.locate()) for file in torch.files or () if file.parent.name == "lib"}
+    open_, needed = ["libtorch_global_deps.so", "libtorch_python.so"], set[str]()
+    while open_:
+        for name in linked_with(libraries[open_.pop()]) - needed:
+            needed.add(name)
+            open_ += [name] if name in libraries else []
+    assert "libtorch_cpu.so" in needed
+    for package in LEFT_OUT:
+        try:
+            brought = {file.name for file in distribution(package).files or ()}
+        except PackageNotFoundError:
+            continue
+        assert not brought & needed, f"{package} is left out"
+
+
+def linked_with(library: Path) -> set[str]:
+    """Libraries that the loader must find with this one."""
+    told = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", told))
 
 
 @pytest.mark.parametrize("target", ["install", "test", "check", "site"])
