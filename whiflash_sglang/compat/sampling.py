@@ -139,6 +139,30 @@ def sample_rows(
     return predictions.to(torch.int64)
 
 
+def count_earlier_output(batch: Any) -> None:
+    """Before a prefill: requests that were retracted are penalised for the answer that they had, too.
+
+    Upstream's penalisers know a request since its last prefill, so its plain decoding forgets there what was generated
+    before, and a text depends on who else was served. Here it is that of plain decoding which nobody interrupted.
+    `batch.sampling_info` is upstream's copy for one forward, whose penalties are replaced.
+    """
+    reqs = batch.reqs
+    if not any(req.output_ids and is_penalised(req) for req in reqs):
+        return
+    info = batch.sampling_info
+    output = torch.zeros((len(reqs), max(len(req.output_ids) for req in reqs)), dtype=torch.int64)
+    for row, req in enumerate(reqs):
+        output[row, : len(req.output_ids)] = torch.tensor(list(req.output_ids), dtype=torch.int64)
+    requests = [
+        _penalty_request(req, row, row, 1, 0, len(req.output_ids) - 1)
+        for row, req in enumerate(reqs)
+        if is_penalised(req)
+    ]
+    penalties = penalties_at(requests, output.to(info.temperatures.device), len(reqs), info.vocab_size)
+    assert penalties is not None
+    info.acc_additive_penalties, info.acc_scaling_penalties = penalties.additive, penalties.scaling
+
+
 def _column_of_row(block: MixedBlock) -> torch.Tensor:
     rows = torch.arange(block.input_ids.shape[0], device=block.input_ids.device)
     return rows - block.qo_indptr[block.request_of_row].to(torch.int64)
@@ -179,23 +203,27 @@ def _penalised(
     found, first = [], 0
     for req, length, table_row, width in zip(reqs, lengths, table_rows, widths, strict=True):
         if is_penalised(req):
-            p = req.sampling_params
-            found.append(
-                PenaltyRequest(
-                    table_row,
-                    first,
-                    width,
-                    len(req.origin_input_ids),
-                    length,
-                    p.frequency_penalty,
-                    p.presence_penalty,
-                    p.repetition_penalty,
-                    p.min_new_tokens,
-                    stop_ids(req),
-                )
-            )
+            found.append(_penalty_request(req, table_row, first, width, len(req.origin_input_ids), length))
         first += width
     return found
+
+
+def _penalty_request(
+    req: Any, table_row: int, first_row: int, width: int, prompt: int, length: int
+) -> PenaltyRequest:
+    p = req.sampling_params
+    return PenaltyRequest(
+        table_row,
+        first_row,
+        width,
+        prompt,
+        length,
+        p.frequency_penalty,
+        p.presence_penalty,
+        p.repetition_penalty,
+        p.min_new_tokens,
+        stop_ids(req),
+    )
 
 
 def stop_ids(req: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.compat import graphs
 from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
+from whiflash_sglang.compat.sampling import count_earlier_output
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.vocabulary import SharedVocabulary
 
@@ -141,6 +142,7 @@ class Target:
 
         The result has the hidden states that the batch's requests asked for, if any.
         """
+        count_earlier_output(batch)
         result = self.worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
         output = result.logits_output
         features, final = self._take(output)
