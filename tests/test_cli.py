@@ -138,13 +138,13 @@ TARGETS: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
         "FalconH1ForCausalLM keeps a recurrent state, ",
     ),
-    "mrope": (
+    "uncaptured": (
         {
             "architectures": ["Qwen2VLForConditionalGeneration"],
             "model_type": "qwen2_vl",
             "rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [2, 3, 3]},
         },
-        r"Qwen2VLForConditionalGeneration counts positions in three dimensions \(M-RoPE\), ",
+        "Qwen2VLForConditionalGeneration has no hidden-state capture in SGLang, ",
     ),
 }
 """What differs from the tiny Llama, and how the sentence begins."""

@@ -7,6 +7,7 @@ tokens, so that random drafters, which share that preference, are right now and 
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,7 +96,7 @@ def tiny_eagle3(
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    target = json.loads((Path(target_dir) / "config.json").read_text())
+    target = _text_config(Path(target_dir))
     head = _head_of(Path(target_dir))
     vocab_size, dtype = target["vocab_size"], target["dtype"]
     draft_vocab = draft_vocab_size or vocab_size
@@ -141,7 +142,7 @@ def tiny_dflash(
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    target = json.loads((Path(target_dir) / "config.json").read_text())
+    target = _text_config(Path(target_dir))
     layers, dtype = target["num_hidden_layers"], target["dtype"]
     features = [1, layers // 2, layers - 2]
     make = _Weights(seed + 2000)
@@ -167,6 +168,12 @@ def tiny_dflash(
     }
     _save(path, config, tensors, dtype)
     return path
+
+
+def _text_config(target: Path) -> dict[str, Any]:
+    """What a target's `config.json` says of the model that decodes."""
+    config: dict[str, Any] = json.loads((target / "config.json").read_text())
+    return config | config.get("text_config", {})
 
 
 def _head_of(target: Path) -> torch.Tensor:

@@ -180,6 +180,27 @@ def test_a_malformed_hint_is_a_400_that_names_the_field(server: Server, route: s
     assert "custom_params.whiflash.spans[1].begin: is empty" in answer.text
 
 
+IMAGE = "data:image/png;base64,iVBORw0KGgo="
+
+
+@pytest.mark.parametrize("route", ["/generate", "/v1/chat/completions", "/v1/messages"])
+def test_an_image_is_a_400(server: Server, route: str) -> None:
+    """Stock SGLang says so in chats with a model of text, and drops the image on its native route."""
+    body: dict[str, Any] = {"text": PROMPT, "image_data": IMAGE, "sampling_params": {"max_new_tokens": 1}}
+    if route != "/generate":
+        part: dict[str, Any] = {"type": "image_url", "image_url": {"url": IMAGE}}
+        if "messages" in route:
+            source = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+            part = {"type": "image", "source": source}
+        body = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": [part]}]}
+    answer = httpx.post(server.url + route, json=body, timeout=None)
+    assert answer.status_code == 400
+    assert ("image_data" if route == "/generate" else "only supports text input") in answer.text
+    del body["image_data" if route == "/generate" else "messages"]
+    body |= {} if route == "/generate" else {"messages": MESSAGES}
+    httpx.post(server.url + route, json=body, timeout=None).raise_for_status()
+
+
 def payload(rng: random.Random) -> bytes:
     """Custom parameters as JSON text, much of it wrong: types, depth, size, surrogates, controls, NaN."""
     span = {

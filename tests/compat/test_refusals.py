@@ -36,22 +36,30 @@ MULTIMODAL = {"vision_config": {}, "text_config": {}}
 TARGETS: dict[str, dict[str, Any]] = {
     "recurrent": {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
     "chunked_windows": {"architectures": ["Llama4ForConditionalGeneration"]},
-    "mrope": {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        **SECTIONS,
-    },
     "multimodal": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **MULTIMODAL},
     "encoder": {"architectures": ["LlamaForSequenceClassification"]},
 }
 """By row: what differs from a Llama."""
 
 
-def target(directory: Path, **changes: Any) -> ModelConfig:
+RECURRENT = {
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
+    "MiniCPMV4_6ForConditionalGeneration": "minicpmv4_6",
+    "MiniCPMV4_7ForConditionalGeneration": "minicpmv4_7",
+    "Glm5NextForConditionalGeneration": "glm5_next",
+    "Lfm2VlForConditionalGeneration": "lfm2_vl",
+}
+"""Kinds of targets that take images and whose text model has recurrent layers."""
+
+
+def target(
+    directory: Path, base: dict[str, Any] = LLAMA, *, text_alone: bool = False, **changes: Any
+) -> ModelConfig:
     """SGLang's configuration of a checkpoint that consists of its `config.json`."""
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(LLAMA | changes))
-    return ModelConfig(str(directory))
+    (directory / "config.json").write_text(json.dumps(base | changes))
+    return ModelConfig(str(directory), enable_multimodal=False if text_alone else None)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,29 @@ def test_targets(taken: Launch, tmp_path: Path, row: str) -> None:
     found = sentence(replace(taken, model=model))
     refusal = next(r for r in REFUSALS if r.name == row)
     assert found == refusal.sentence.format(model.hf_config.architectures[0])
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_what_takes_images_too_is_still_recurrent(taken: Launch, tmp_path: Path, architecture: str) -> None:
+    kind = {"architectures": [architecture], "model_type": RECURRENT[architecture]}
+    model = target(tmp_path / "model", {"torch_dtype": "bfloat16"}, text_alone=True, **kind)
+    assert f"{architecture} keeps a recurrent state" in sentence(replace(taken, model=model))
+
+
+def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:
+    """Unless the user asks for the images."""
+    kind = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **SECTIONS}
+    text = target(tmp_path / "model", text_alone=True, **kind)
+    assert text.model_is_mrope
+    assert refusal_of(replace(taken, model=text)) is None
+    with_images = target(tmp_path / "model", **kind)
+    assert "remove --enable-multimodal" in sentence(replace(taken, model=with_images))
+    arguments = SimpleNamespace(device="cpu", enable_multimodal=None)
+    launches.choose(arguments)
+    assert arguments.enable_multimodal is False
+    arguments.enable_multimodal = True
+    launches.choose(arguments)
+    assert arguments.enable_multimodal is True
 
 
 @pytest.mark.parametrize(

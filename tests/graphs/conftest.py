@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "targets"))
 
 from model_set import Models, build_models
 from replay import Arms, load_arms

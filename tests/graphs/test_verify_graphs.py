@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from captured_attention import CapturedAttention
 from emulated import emulated_graphs
 from engine import Engine, engine
+from families import FAMILIES, tiny_family
 from model_set import Models
 from op_tape import NotCapturableError
+from tiny_models import tiny_dflash
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.compat.graphs import VerifyGraphs, bytes_for, row_buckets, spare_slots
@@ -93,9 +96,15 @@ def _without(runner: Any) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def stopped(models: Models) -> Iterator[tuple[Engine, Any]]:
+def stopped(models: Models) -> Iterator[Stopped]:
+    with decoding(models.target, models.whiflash("none")) as found:
+        yield found
+
+
+@contextmanager
+def decoding(target: Path, whiflash: dict[str, Any]) -> Iterator[Stopped]:
     """An engine that decodes five requests of different lengths, stopped before a verification of all five."""
-    with engine(models.target, whiflash=models.whiflash("none"), **SMALL) as e:
+    with engine(target, whiflash=whiflash, **SMALL) as e:
         for i, prompt in enumerate(PROMPTS):
             e.submit(f"request-{i}", prompt, max_new_tokens=40)
         batches: list[Any] = []
@@ -242,6 +251,20 @@ def test_an_input_that_is_not_refreshed_is_found(stopped: Stopped, slot: str) ->
     with bench(stopped) as b:
         b.compare([3, 1, 5])
         b.graphs.buffer_registry.get_slot(slot).copy_from_fb = False
+        with pytest.raises(AssertionError, match="not close"):
+            b.compare([3, 2, 4])
+
+
+def test_positions_in_three_dimensions_are_refreshed(tmp_path: Path) -> None:
+    """Of a target with M-RoPE, whose layers read no others."""
+    target = tmp_path / "target"
+    tiny_family(target, FAMILIES["Qwen3VLForConditionalGeneration"])
+    drafter = tiny_dflash(tmp_path / "dflash", target)
+    flags = {"draft": drafter, "whiflash_router": "none"}
+    with decoding(target, flags) as found, bench(found) as b:
+        for widths in ([3, 1, 5], [2, 2, 2, 4], [WIDEST] * 2):
+            b.compare(widths)
+        b.graphs.buffer_registry.get_slot("mrope_positions").copy_from_fb = False
         with pytest.raises(AssertionError, match="not close"):
             b.compare([3, 2, 4])
 

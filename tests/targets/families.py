@@ -6,11 +6,12 @@ SGLang's class is compared with.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     FAVOURED_TOKENS,
     HEAD_DIM,
@@ -21,7 +22,7 @@ from tiny_models import (
     MASK_TOKEN,
     MAX_POSITIONS,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCAB, LAYERS = 320, 6
 WINDOW = 8
@@ -69,7 +70,9 @@ class Family:
 
     embedding_scale: of the random embedding, where the model multiplies it by a large number itself. tolerance: of
     features, where SGLang keeps weights that are no matrices in bfloat16. captured: whether SGLang captures
-    what layers put out; of Gemma 3 it leaves out the residual.
+    what layers put out; of Gemma 3 it leaves out the residual. tower: of a model that takes images too, what is said of
+    the part that reads them; `changes` are then its text model's. published: names of its tensors in published files,
+    by how this version of Hugging Face's class writes them; transposed: what of them is published the other way round.
     """
 
     kind: str
@@ -78,6 +81,9 @@ class Family:
     embedding_scale: float = 1.0
     tolerance: float = 1e-3
     captured: bool = True
+    tower: Mapping[str, Any] | None = None
+    published: Mapping[str, str] = field(default_factory=dict)
+    transposed: str | None = None
 
 
 def windowed(full: Sequence[int]) -> dict[str, Any]:
@@ -86,6 +92,42 @@ def windowed(full: Sequence[int]) -> dict[str, Any]:
     return {"sliding_window": WINDOW, "layer_types": kinds}
 
 
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+INTERLEAVED = {"rope_parameters": {**SECTIONS["rope_parameters"], "mrope_interleaved": True}}
+TOWER = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": HIDDEN,
+    "fullatt_block_indexes": [0],
+}
+DEEPSTACK = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+SIGLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER_OF_GEMMA4 = {**SIGLIP, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16}
+"""Towers that no test looks through; SGLang builds them."""
+
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    {**windowed((2, 5)), "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": True},
+    embedding_scale=0.1,
+    captured=False,
+)
+
+GEMMA4 = Family(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    {
+        **windowed((2, 5)),
+        "global_head_dim": HEAD_DIM,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "tie_word_embeddings": True,
+    },
+    embedding_scale=0.1,
+)
+
 FAMILIES = {
     family.architecture: family
     for family in (
@@ -93,6 +135,8 @@ FAMILIES = {
         Family("qwen3", "Qwen3ForCausalLM", {"tie_word_embeddings": True}),
         Family("phi3", "Phi3ForCausalLM"),
         Family("apertus", "ApertusForCausalLM", tolerance=0.05),
+        Family("mistral", "MistralForCausalLM", {"sliding_window": None}),
+        Family("ministral3", "Ministral3ForCausalLM"),
         Family(
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
@@ -101,25 +145,8 @@ FAMILIES = {
         Family("qwen3_moe", "Qwen3MoeForCausalLM", {**EXPERTS, "decoder_sparse_step": 1}),
         Family("glm4_moe", "Glm4MoeForCausalLM", {**ROUTED, "partial_rotary_factor": 0.5}),
         Family("laguna", "LagunaForCausalLM", {**EXPERTS, **windowed((0, 4))}),
-        Family(
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            {**windowed((2, 5)), "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": True},
-            embedding_scale=0.1,
-            captured=False,
-        ),
-        Family(
-            "gemma4_text",
-            "Gemma4ForCausalLM",
-            {
-                **windowed((2, 5)),
-                "global_head_dim": HEAD_DIM,
-                "hidden_size_per_layer_input": 16,
-                "vocab_size_per_layer_input": VOCAB,
-                "tie_word_embeddings": True,
-            },
-            embedding_scale=0.1,
-        ),
+        GEMMA3,
+        GEMMA4,
         Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", {**ROUTED, **LATENT}),
         Family(
             "deepseek_v2",
@@ -157,6 +184,23 @@ FAMILIES = {
                 "num_experts_per_tok": 2,
             },
         ),
+        Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", SECTIONS, tower=TOWER),
+        Family("qwen3_vl", "Qwen3VLForConditionalGeneration", INTERLEAVED, tower=DEEPSTACK),
+        Family(
+            "qwen3_vl_moe",
+            "Qwen3VLMoeForConditionalGeneration",
+            {**INTERLEAVED, **EXPERTS, "decoder_sparse_step": 1},
+            tower=DEEPSTACK,
+            transposed=".mlp.experts.",
+        ),
+        replace(
+            GEMMA3,
+            kind="gemma3",
+            architecture="Gemma3ForConditionalGeneration",
+            tower={**SIGLIP, "vision_use_head": False},
+            published={"vision_tower.": "vision_tower.vision_model."},
+        ),
+        replace(GEMMA4, kind="gemma4", architecture="Gemma4ForConditionalGeneration", tower=TOWER_OF_GEMMA4),
     )
 }
 
@@ -197,14 +241,33 @@ def tiny_family(directory: Path, family: Family, *, seed: int = 0) -> HuggingFac
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(family.kind, **{**common, **family.changes})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        text = {**common, **family.changes}
+        if family.tower is None:
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(family.kind, **text), dtype=torch.float32
+            )
+        else:
+            whole = {"text_config": text, "vision_config": dict(family.tower)}
+            tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+            model = AutoModelForImageTextToText.from_config(
+                AutoConfig.for_model(family.kind, **whole, **tied), dtype=torch.float32
+            )
         with torch.no_grad():
             _enliven(model, family)
     model.save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for ours, theirs in family.published.items():
+        tensors = {name.replace(ours, theirs): tensor for name, tensor in tensors.items()}
+    for name in tensors:
+        if family.transposed is not None and family.transposed in name:
+            tensors[name] = tensors[name].transpose(-1, -2).contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     # Published files have keys that this version of Hugging Face's classes leaves out and SGLang's read.
     file = directory / "config.json"
-    file.write_text(json.dumps({**family.changes, **json.loads(file.read_text())}))
+    said = json.loads(file.read_text())
+    inner = said if family.tower is None else said["text_config"]
+    inner.update({key: value for key, value in family.changes.items() if key not in inner})
+    file.write_text(json.dumps(said))
     return HuggingFace(model)
 
 

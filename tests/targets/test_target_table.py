@@ -1,6 +1,7 @@
 """The table of targets names what SGLang can capture, and what the tests beside it show."""
 
 import ast
+import re
 from pathlib import Path
 
 import sglang
@@ -8,32 +9,23 @@ from families import FAMILIES
 
 from whiflash_sglang.checkpoints import targets
 from whiflash_sglang.checkpoints.targets import Shown
+from whiflash_sglang.compat.capture import may_capture
 
-SETTERS = {"set_dflash_layers_to_capture", "set_eagle3_layers_to_capture"}
-
-
-NO_TARGETS = {
-    "EmbeddingGemmaModel",
-    "GlmMoeDsaForCausalLMNextN",
-    "InklingForConditionalGenerationMTP",
-    "Lfm2BidirectionalModel",
-    "MindSporeForCausalLM",
-    "NanbeigeForSequenceClassification",
-}
-"""Entry classes beside them that no server decodes with, and another framework's."""
+NO_TARGETS = {"EmbeddingGemmaModel", "Lfm2BidirectionalModel", "MindSporeForCausalLM"}
+"""Classes that no server decodes with, and another framework's."""
+DRAFTS = re.compile("Assistant|Eagle3?$|MTP$|NextN$")
+"""Names of classes that draft."""
 
 
 def capturing() -> set[str]:
-    """Entry classes of the modules of SGLang that define a capture setter, from their sources."""
-    found: set[str] = set()
+    """Entry classes of SGLang's models that have a capture setter or inherit one, from their sources."""
+    entries: set[str] = set()
     for file in (Path(sglang.__file__).parent / "srt" / "models").glob("*.py"):
-        text = file.read_text(encoding="utf-8")
-        if not any(f"def {setter}" in text for setter in SETTERS):
-            continue
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "EntryClass":
-                found |= {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
-    return found
+        _, assignment, named = file.read_text(encoding="utf-8").partition("\nEntryClass = ")
+        if assignment:
+            value = ast.parse(named).body[0]
+            entries |= {name.id for name in ast.walk(value) if isinstance(name, ast.Name)}
+    return {name for name in entries if may_capture(name) and not DRAFTS.search(name)}
 
 
 def test_every_class_that_can_be_captured_is_in_the_table_once() -> None:

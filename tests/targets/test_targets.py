@@ -1,27 +1,43 @@
 """Every family of targets that a CPU runs: text is plain decoding's whatever drafts, features are layers' outputs."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from engine import Engine, engine
-from families import FAMILIES, HuggingFace, tiny_family
+from families import FAMILIES, Family, HuggingFace, tiny_family
 from oracle_arm import ARM, OracleArm
 from policy_checks import check_policies
 from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
-from traffic import mixed, play
+from traffic import Arrival, mixed, play
 
 POLICIES = ("ar", "diffusion", "lookup", "entropy", "auto", "none")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
-    """Under random routing with an arm that is mostly right, so that blocks are accepted whole and in part; then
-    under every policy. Prompts are chunked, and some share a prefix."""
-    family, target = FAMILIES[name], tmp_path / "target"
+@dataclass(frozen=True)
+class Served:
+    """An engine that routes at random, with an arm that is mostly right, so that blocks are accepted whole and in part.
+
+    Prompts are chunked, and some share a prefix. expected: plain decoding's tokens of each.
+    """
+
+    family: Family
+    model: HuggingFace
+    engine: Engine
+    oracle: OracleArm
+    arrivals: Sequence[Arrival]
+    expected: Mapping[str, list[int]]
+
+
+@contextmanager
+def serving(name: str, root: Path) -> Iterator[Served]:
+    family, target = FAMILIES[name], root / "target"
     model = tiny_family(target, family)
-    eagle3, dflash = tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
+    eagle3, dflash = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
     arrivals = mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
     with engine(target) as e:
         expected = play(e, arrivals)
@@ -30,16 +46,37 @@ def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
         oracle.learn(a.prompt, expected[a.rid])
     flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
-    comparison = Comparison(model)
     with engine(target, whiflash=flags, arms=[oracle], **options) as e:
         assert type(e.worker.target.model).__name__ == name
-        if family.captured:
-            check_features(e, model, family.tolerance)
-        used = check_policies(e, comparison, arrivals, expected, POLICIES)
+        yield Served(family, model, e, oracle, arrivals, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
+    """Under random routing, then under every policy."""
+    with serving(name, tmp_path) as s:
+        if s.family.captured:
+            check_features(s.engine, s.model, s.family.tolerance)
+        comparison = Comparison(s.model)
+        used = check_policies(s.engine, comparison, s.arrivals, s.expected, POLICIES)
     print(comparison.summary())
     assert used - {None} == {"ar", "diffusion", "lookup", "none", ARM}
-    assert max(oracle.accepted) == oracle.max_drafts, "no full block was accepted"
-    assert oracle.rejected > 0, "nothing was rejected"
+    assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
+    assert s.oracle.rejected > 0, "nothing was rejected"
+
+
+@pytest.mark.parametrize("name", ["Qwen2_5_VLForConditionalGeneration"])
+def test_requests_that_are_retracted_go_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of targets that keep more of a request than KV, or count positions in another way."""
+    from sglang.srt.managers import scheduler
+
+    with serving(name, tmp_path) as s:
+        monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+        comparison = Comparison(s.model)
+        check_policies(s.engine, comparison, s.arrivals, s.expected, ())
+        assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
 
 
 def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:

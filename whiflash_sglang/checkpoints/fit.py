@@ -79,6 +79,12 @@ def check_drafters(drafters: Mapping[str, Path], target: TargetShape) -> None:
         check_fit(read_draft(path, arm), target)
 
 
+def read_layers(drafters: Mapping[str, Path], target: TargetShape) -> set[int]:
+    """Layers of the target whose outputs drafters read, the state behind its final norm left out."""
+    read = (target_layers(read_draft(path, arm), target.num_layers) for arm, path in drafters.items())
+    return {layer for layers in read for layer in layers if layer < target.num_layers}
+
+
 def check_fit(draft: Draft, target: TargetShape) -> None:
     """Raise CheckpointError where a drafter cannot belong to the target, or is one that no arm drafts with."""
     config, name = draft.config, draft.format.name

@@ -29,18 +29,36 @@ class TargetFamily:
 _MOE, _WINDOWS, _MLA = "mixture of experts", "sliding windows", "latent attention (MLA)"
 _RECURRENT, _IMAGES = "recurrent or convolution layers", "images or sound beside text"
 _NO_GPU = "on the CPU only"
+_TEXT = "text alone"
 
 FAMILIES: tuple[TargetFamily, ...] = (
     TargetFamily(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "dense", Shown.CPU),
-    TargetFamily(("Phi3ForCausalLM", "ApertusForCausalLM"), "dense", Shown.CPU),
     TargetFamily(
-        ("InternLM3ForCausalLM", "IQuestCoderForCausalLM", "NanbeigeForCausalLM", "BeamForCausalLM"),
+        ("Phi3ForCausalLM", "ApertusForCausalLM", "MistralForCausalLM", "Ministral3ForCausalLM"),
+        "dense",
+        Shown.CPU,
+    ),
+    TargetFamily(
+        (
+            "InternLM3ForCausalLM",
+            "IQuestCoderForCausalLM",
+            "NanbeigeForCausalLM",
+            "BeamForCausalLM",
+            "TeleFLMForCausalLM",
+        ),
         "dense",
         Shown.UNTRIED,
     ),
     TargetFamily(("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"), _MOE, Shown.CPU),
     TargetFamily(
-        ("BailingMoEForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "MiniMaxM2ForCausalLM"),
+        (
+            "BailingMoEForCausalLM",
+            "BailingMoeForCausalLM",
+            "BailingMoeV2ForCausalLM",
+            "MellumForCausalLM",
+            "MiniMaxM2ForCausalLM",
+            "SarvamMoEForCausalLM",
+        ),
         _MOE,
         Shown.UNTRIED,
     ),
@@ -63,7 +81,7 @@ FAMILIES: tuple[TargetFamily, ...] = (
         f"{_MOE}, {_MLA}",
         Shown.CPU,
     ),
-    TargetFamily(("LongcatFlashForCausalLM",), f"{_MOE}, {_MLA}", Shown.UNTRIED),
+    TargetFamily(("LongcatFlashForCausalLM", "MistralLarge3ForCausalLM"), f"{_MOE}, {_MLA}", Shown.UNTRIED),
     TargetFamily(
         (
             "DeepseekV32ForCausalLM",
@@ -88,33 +106,58 @@ FAMILIES: tuple[TargetFamily, ...] = (
         Shown.REFUSED,
     ),
     TargetFamily(("MuseGlimmerForCausalLM",), _WINDOWS, Shown.UNTRIED, _NO_GPU),
-    TargetFamily(("Llama4ForConditionalGeneration",), "attention within chunks", Shown.REFUSED),
+    TargetFamily(
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), "attention within chunks", Shown.REFUSED
+    ),
     TargetFamily(
         (
-            "Gemma3ForConditionalGeneration",
-            "Gemma4ForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLMoeForConditionalGeneration",
+        ),
+        f"positions in three dimensions (M-RoPE), {_IMAGES}",
+        Shown.CPU,
+        _TEXT,
+    ),
+    TargetFamily(
+        ("Gemma3ForConditionalGeneration", "Gemma4ForConditionalGeneration"),
+        f"{_WINDOWS}, {_IMAGES}",
+        Shown.CPU,
+        f"{_TEXT}, {_NO_GPU}",
+    ),
+    TargetFamily(
+        (
+            "Cosmos3ForConditionalGeneration",
+            "Gemma4UnifiedForConditionalGeneration",
+            "InternS1ProForConditionalGeneration",
+            "KimiK25ForConditionalGeneration",
+            "MiniMaxM3SparseForConditionalGeneration",
+            "MuseGlimmerForConditionalGeneration",
+            "MuseSparkForConditionalGeneration",
+        ),
+        _IMAGES,
+        Shown.UNTRIED,
+        _TEXT,
+    ),
+    TargetFamily(
+        (
             "Glm5NextForConditionalGeneration",
             "InklingForConditionalGeneration",
-            "KimiK25ForConditionalGeneration",
+            "InternS2MobiusForConditionalGeneration",
+            "InternS2PreviewForConditionalGeneration",
             "KimiK3ForConditionalGeneration",
             "Lfm2VlForConditionalGeneration",
             "MiniCPMV",
             "MiniCPMV4_6ForConditionalGeneration",
             "MiniCPMV4_7ForConditionalGeneration",
-            "MiniMaxM3SparseForConditionalGeneration",
-            "MuseGlimmerForConditionalGeneration",
             "NemotronH_Nano_Omni_Reasoning_V3",
             "NemotronH_Nano_VL_V2",
             "NemotronH_Omni_Reasoning_V3",
             "Qwen3_5ForConditionalGeneration",
             "Qwen3_5MoeForConditionalGeneration",
+            "Qwen4ExpForConditionalGeneration",
         ),
-        _IMAGES,
-        Shown.REFUSED,
-    ),
-    TargetFamily(
-        ("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
-        f"positions in three dimensions (M-RoPE), {_IMAGES}",
+        f"{_RECURRENT}, {_IMAGES}",
         Shown.REFUSED,
     ),
 )

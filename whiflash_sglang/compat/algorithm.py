@@ -8,7 +8,7 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters
+from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters, read_layers
 from whiflash_sglang.compat import hooks
 from whiflash_sglang.compat.carried import ALGORITHM, asks_for_ours, settings_of
 from whiflash_sglang.config import Settings
@@ -86,6 +86,7 @@ def _judge(server_args: Any) -> None:
         raise ConfigError(
             "WHIFLASH was chosen after the arguments were parsed; pass it to the launcher or to Engine"
         )
+    from whiflash_sglang.compat.capture import may_capture
     from whiflash_sglang.compat.launch import Launch
     from whiflash_sglang.compat.refusals import refusal_of
 
@@ -93,8 +94,13 @@ def _judge(server_args: Any) -> None:
     refusal = refusal_of(launch)
     if refusal is not None:
         raise ConfigError(refusal)
-    settings = settings_of(server_args)
-    check_drafters(settings.drafters, TargetShape.of(launch.model))
+    drafters, shape = settings_of(server_args).drafters, TargetShape.of(launch.model)
+    check_drafters(drafters, shape)
+    if read_layers(drafters, shape) and not may_capture(launch.architecture):
+        raise ConfigError(
+            f"{launch.architecture} has no hidden-state capture in SGLang, so no drafter can read it; serve this "
+            "target without WHIFLASH"
+        )
 
 
 def register(worker: Callable[[], type]) -> None:

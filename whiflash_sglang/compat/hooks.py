@@ -16,18 +16,21 @@ def in_launcher(server_args: Any) -> None:
     """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself; the controller's
     watch. Idempotent.
     """
-    from whiflash_sglang.compat import controller, http, keys
+    from whiflash_sglang.compat import controller, http, keys, media
 
     controller.install()
     keys.install()
+    media.install()
     http.install(server_args)
 
 
 def in_engine() -> None:
-    """Figures and traces of answers, in the process that holds an `Engine`; the controller's watch. Idempotent."""
-    from whiflash_sglang.compat import controller, figures, streamer
+    """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`; the
+    controller's watch. Idempotent."""
+    from whiflash_sglang.compat import controller, figures, media, streamer
 
     controller.install()
+    media.install()
     figures.install_answers()
     streamer.install_answers()
 
@@ -44,6 +47,7 @@ def in_scheduler() -> None:
         figures,
         memory,
         parallel,
+        positions,
         prometheus,
         radix,
         release,
@@ -57,6 +61,7 @@ def in_scheduler() -> None:
     parts = (
         memory,
         parallel,
+        positions,
         radix,
         release,
         step,

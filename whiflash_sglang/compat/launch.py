@@ -76,6 +76,9 @@ def choose(server_args: Any) -> None:
     # One KV pool for all layers: draft KV lies at the target's slots, and in a pool of its own a windowed layer would
     # give up slots that are still drafted from.
     server_args.disable_hybrid_swa_memory = True
+    if server_args.enable_multimodal is None:
+        # Of a target that takes images or sound the text alone is served, as SGLang does of Gemma 3 by itself.
+        server_args.enable_multimodal = False
     choose_for_cuda(server_args)
 
 

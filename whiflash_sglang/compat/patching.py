@@ -178,6 +178,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.layers.attention.triton_backend:ForwardMetadata", ("qo_indptr",)),
     PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
     PrivateName("sglang.srt.model_executor.forward_batch_info:ForwardMode.DECODE"),
+    PrivateName(
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.compute_spec_mrope_positions",
+        ("model_runner", "batch"),
+    ),
     PrivateName("sglang.srt.model_executor.forward_batch_info:get_server_return_hidden_states_mode"),
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
@@ -248,6 +252,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.entrypoints.http_server:AuthLevel.ADMIN_OPTIONAL"),
     PrivateName(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request", ("obj", "request")
+    ),
+    PrivateName(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request", ("obj", "input_ids")
     ),
     PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.config_value", ("name",)),
     PrivateName("sglang.srt.managers.tokenizer_manager:ReqState.get_text"),

@@ -227,15 +227,9 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{{}} attends within chunks, whose bounds a block of drafts may cross; {_FULL_ATTENTION}",
     ),
     Refusal(
-        "mrope",
-        _architecture(lambda x: x.model.model_is_mrope),
-        "{} counts positions in three dimensions (M-RoPE), which SGLang cannot lay out for drafts of several lengths; "
-        "serve it without WHIFLASH",
-    ),
-    Refusal(
         "multimodal",
         _architecture(lambda x: x.model.is_multimodal or x.model.is_audio_model),
-        "{} takes images or sound, which drafters cannot read; serve it without WHIFLASH",
+        "{} is to take images or sound, which drafters cannot read; remove --enable-multimodal, and its text is served",
     ),
     Refusal(
         "encoder",

@@ -1,6 +1,7 @@
 """The target model as the worker sees it: one capture, a prefill, a packed verification."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class Target:
         self.worker = target_worker
         self.runner = target_worker.model_runner
         self.model = self.runner.model
+        self._text = language_model(self.model)
         self.shape = TargetShape.of(target_worker.model_config)
         self.context_len = int(target_worker.model_config.context_len)
         self.dtype: torch.dtype = self.runner.dtype
@@ -55,24 +57,24 @@ class Target:
     @property
     def shared(self) -> SharedVocabulary | None:
         """The vocabulary where several processes have parts of it, or it is quantised; else None."""
-        return shared_vocabulary(self.model, self.shape.vocab_size)
+        return shared_vocabulary(self._text, self.shape.vocab_size)
 
     @property
     def embedding(self) -> torch.Tensor:
         """[V, H] input embedding, without padding rows; those of this process where it is split, none if quantised."""
-        return self._matrix("input embedding", input_embedding(self.model))
+        return self._matrix("input embedding", input_embedding(self._text))
 
     @property
     def embedding_scale(self) -> float:
         """What rows of `embedding` are multiplied by before the first layer; what is `shared` is multiplied already."""
         if self.shared and self.shared.embed:
             return 1.0
-        return float(getattr(input_embedding(self.model), "embed_scale", 1.0))
+        return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
 
     @property
     def lm_head(self) -> torch.Tensor:
         """[V, H] output projection, as `embedding`."""
-        return self._matrix("output head", self.model.lm_head)
+        return self._matrix("output head", self._text.lm_head)
 
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
         """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though
@@ -114,19 +116,20 @@ class Target:
             self._set_capture()
         keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
         if self._layers and (keeps_final or self._joins_final):
-            self.model.logits_processor.keep_last_hidden_states = True
+            self._text.logits_processor.keep_last_hidden_states = True
         kept = len(layers) + (keeps_final and not self._joins_final)
         self.row_bytes = kept * self.shape.hidden_size * self.dtype.itemsize
 
     def _set_capture(self) -> None:
-        setter = getattr(self.model, "set_dflash_layers_to_capture", None) or getattr(
-            self.model, "set_eagle3_layers_to_capture", None
+        for name in ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture"):
+            # Qwen3-VL's hands on the first to its text model, which has the other one alone.
+            if hasattr(self.model, name):
+                with suppress(AttributeError):
+                    getattr(self.model, name)(self._layers)
+                    return
+        raise CheckpointError(
+            f"{type(self.model).__name__} has no hidden-state capture in SGLang, so neither drafter can read it"
         )
-        if setter is None:
-            raise CheckpointError(
-                f"{type(self.model).__name__} has no hidden-state capture in SGLang, so neither drafter can read it"
-            )
-        setter(self._layers)
 
     def _take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features [T, F] and final states [T, H] of a forward, which SGLang's record then has no longer."""
@@ -189,6 +192,13 @@ class Target:
             output,
             result.can_run_cuda_graph,
         )
+
+
+def language_model(model: Any) -> Any:
+    """The part of SGLang's `model` that has the head: the model itself, or what it holds beside a tower for images."""
+    while not hasattr(model, "logits_processor") and hasattr(model, "language_model"):
+        model = model.language_model
+    return model
 
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:
