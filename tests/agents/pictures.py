@@ -1,14 +1,20 @@
-"""The picture of the trace page: `python tests/agents/trace_picture.py docs/pictures/trace.png`.
+"""The pictures of the trace page and of `whiflash top`: `python tests/agents/pictures.py docs/pictures`.
 
 The embedded model answers a few prompts without drafts, so that the server knows what rounds without them take and the
 trace tells an estimated gain; then, under `auto`, a question that forces a tool call. The page is drawn as `whiflash
-trace` draws it, and headless Chromium takes its picture with the mouse on the longest copy.
+trace` draws it, and headless Chromium takes its picture (trace.png) with the mouse on the longest copy. Then
+more prompts are answered, four at a time; top.svg is a look at them.
 """
 
 import json
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "sdk" / "tests"))
@@ -20,7 +26,10 @@ from whiflash_sdk.trace import routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.serve import COMPACT_JSON, STRICT_TOOLS
+from whiflash_sglang.demo.view import recording, write_recorded
 from whiflash_sglang.embedded import TARGET_NAME, ensure_target
+from whiflash_sglang.top.reading import Watch, Watched
+from whiflash_sglang.top.view import screen
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 QUESTION = "Find a flight from Paris to Rome on 2026-05-01 for two passengers."
@@ -40,14 +49,18 @@ TOOL = {
 }
 
 
+def prompts(tokens: int) -> list[dict[str, Any]]:
+    lines = PROMPTS.read_text("utf-8").splitlines()
+    body = {"model": TARGET_NAME, "temperature": 0, "max_tokens": tokens}
+    return [{**body, "messages": json.loads(line)["messages"]} for line in lines]
+
+
 def ask(server: Server) -> Turn:
     """The question's answer with its full trace, once plain rounds were timed."""
-    lines = PROMPTS.read_text("utf-8").splitlines()
-    warm = [{"messages": json.loads(line)["messages"], "max_tokens": 48} for line in lines[:6]]
     for router in ("none", "auto"):
         server.post("/whiflash/policy", {"router": router})
-        for body in warm:
-            server.post("/v1/chat/completions", {"model": TARGET_NAME, "temperature": 0, **body})
+        for warm in prompts(48)[:6]:
+            server.post("/v1/chat/completions", warm)
     body = {
         "model": TARGET_NAME,
         "messages": [{"role": "user", "content": QUESTION}],
@@ -65,7 +78,23 @@ def ask(server: Server) -> Turn:
     return Turn(QUESTION, trace.text or "", trace, TARGET_NAME)
 
 
+def look(server: Server, path: Path) -> None:
+    """What `whiflash top` shows of some seconds in the middle of a load, as it does after its first interval."""
+    with ThreadPoolExecutor(4) as users, httpx.Client(timeout=None) as client:
+        watch = Watch([Watched(server.url, client)])
+        answers = [users.submit(server.post, "/v1/chat/completions", body) for body in prompts(96)[:16]]
+        answers[3].result()
+        watch.look()
+        time.sleep(3)
+        console = recording(100)
+        console.print(screen(watch.look()))
+        for answer in answers:
+            answer.cancel()
+    write_recorded(console, "top", path)
+
+
 def main() -> None:
+    to = Path(sys.argv[1])
     arguments = ("--model-path", str(ensure_target()), "--served-model-name", TARGET_NAME, COMPACT_JSON)
     ours = ("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(embedded_bundle()))
     with (
@@ -79,7 +108,8 @@ def main() -> None:
             chromium.show(page, width=1000, height=975)
             chromium.point("section .band.arm-lookup")
             chromium.ask("window.scrollTo(0, 0)")
-            chromium.shoot(Path(sys.argv[1]), whole=False)
+            chromium.shoot(to / "trace.png", whole=False)
+        look(server, to / "top.svg")
 
 
 if __name__ == "__main__":

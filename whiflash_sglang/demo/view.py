@@ -32,12 +32,22 @@ def show(answers: Sequence[Answer], console: Console) -> None:
 
 def write_picture(answers: Sequence[Answer], path: Path) -> None:
     """The answers and their speeds, as an SVG file that loads nothing."""
-    console = Console(
-        file=io.StringIO(), record=True, width=PICTURE_WIDTH, force_terminal=True, color_system="truecolor"
-    )
+    console = recording(PICTURE_WIDTH)
     _show_answers(answers, console)
     console.print(_speeds(answers))
-    drawn = console.export_svg(title="whiflash demo", unique_id="demo")
+    write_recorded(console, "demo", path)
+
+
+def recording(width: int) -> Console:
+    """A terminal of so many columns that nobody sees, for `write_recorded`."""
+    return Console(
+        file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor"
+    )
+
+
+def write_recorded(console: Console, command: str, path: Path) -> None:
+    """What was printed, as an SVG file that loads nothing, titled `whiflash COMMAND`."""
+    drawn = console.export_svg(title=f"whiflash {command}", unique_id=command)
     # Rich names a font from the web, which pages that show pictures do not let them load.
     drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
     path.write_text(drawn.replace("Fira Code, monospace", _FONTS), encoding="utf-8")
