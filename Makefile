@@ -10,7 +10,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation soak upstream-kits audit check format docs prometheus site dist bench bench-several gpu gpu-evidence clean
+.PHONY: help install demo test evidence mutation soak upstream-kits fuzz audit check format docs prometheus site dist bench bench-several gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -57,6 +57,10 @@ soak: install ## Load and faults, an hour in all; every answer compared with pla
 
 upstream-kits: install ## SGLang's own server tests against a plain server and ours; outcomes in results/upstream-kits.md
 	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json --markdown results/upstream-kits.md
+
+fuzz: install ## Requests that nobody should send, by Schemathesis; counts in results/fuzz-routes.md
+	$(UV) sync --frozen --all-packages --group fuzz
+	$(RUN) python scripts/fuzz_routes.py --tiny --examples 40 --json results/fuzz-routes.json --markdown results/fuzz-routes.md
 
 audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
 	$(RUN) python scripts/audit.py

@@ -1,0 +1,227 @@
+"""Requests that nobody should send, made from the server's own OpenAPI description, against a plain server and ours.
+
+    python scripts/fuzz_routes.py --tiny --examples 40 --json results/fuzz-routes.json --markdown results/fuzz-routes.md
+
+Schemathesis (the dependency group `fuzz`) makes them. Both servers have an admin key that SGLang's own routes are asked
+without, so nothing that steers, ends or loads a server is reached. What fails on the plain server is SGLang's own; ours
+may fail nowhere else, on WHIFLASH's routes, which are asked with the key, not at all, and must answer a known prompt
+afterwards as before.
+"""
+
+import argparse
+import base64
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import outcome
+import upstream_kits
+
+from whiflash_sglang.serving.server import Server, runs
+from whiflash_sglang.serving.server_host import ServerHost
+
+KEY = "boss"
+OURS = "/whiflash/"
+NONE = "no answer"
+"""In the place of a status: none within the time, or a connection that broke."""
+SECONDS = 120
+"""For an answer. What takes longer is counted as `NONE`."""
+MEANT = {("GET /whiflash/state", "504")}
+"""What is documented: the request's own `timeout` was over."""
+PHASES = {False: "fuzzing", True: "coverage,fuzzing"}
+"""Of Schemathesis, by whether the routes are ours: every edge of a long schema would take hours."""
+
+
+@dataclass
+class Fuzzed:
+    """How often a method and path gave a status. said: one answer and the body asked, of those that failed."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    said: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def failures(self) -> dict[tuple[str, str], int]:
+        return {key: count for key, count in self.counts.items() if failed(key[1])}
+
+    def sums(self) -> dict[str, int]:
+        """Requests by what became of them."""
+        kinds = Counter[str]()
+        for (_, status), count in self.counts.items():
+            kinds[status if status == NONE else f"{status[0]}xx"] += count
+        return dict(kinds)
+
+
+def failed(status: str) -> bool:
+    return status == NONE or int(status) >= 500
+
+
+def lives(server: Server) -> bool:
+    pids = server.pids
+    return bool(pids) and all(map(runs, pids))
+
+
+def answer(server: Server) -> list[int]:
+    """Tokens of a known prompt's greedy answer."""
+    body = {
+        "input_ids": [1, 2, 3, 4],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
+    }
+    asked = httpx.post(f"{server.base_url}/generate", json=body, timeout=SECONDS).raise_for_status()
+    tokens: list[int] = asked.json()["output_ids"]
+    return tokens
+
+
+def paths(server: Server, ours: bool) -> list[str]:
+    """WHIFLASH's in the server's description, or SGLang's that open without the admin key."""
+    described: dict[str, Any] = httpx.get(f"{server.base_url}/openapi.json", timeout=SECONDS).json()["paths"]
+    if ours:
+        return [path for path in described if path.startswith(OURS)]
+    with httpx.Client(base_url=server.base_url, timeout=SECONDS) as client:
+        return [
+            path
+            for path, methods in described.items()
+            if not path.startswith(OURS)
+            and any(client.request(method.upper(), path).status_code != 401 for method in methods)
+        ]
+
+
+def fuzz(server: Server, said: argparse.Namespace, folder: Path, *, ours: bool = False) -> Fuzzed:
+    """One request at a time and seeded: both servers get the same ones, in the same order."""
+    record = folder / "record.ndjson"
+    record.unlink(missing_ok=True)
+    command = [str(said.schemathesis), "run", f"{server.base_url}/openapi.json", "--phases", PHASES[ours]]
+    command += [argument for path in paths(server, ours) for argument in ("--include-path", path)]
+    command += ["--checks", "not_a_server_error", "--continue-on-failure", "--no-shrink", "--no-color"]
+    command += ["--workers", "1", "--seed", str(said.seed), "--max-examples", str(said.examples)]
+    command += ["--request-timeout", str(SECONDS), "--report", "ndjson", "--report-ndjson-path", str(record)]
+    command += ["--header", f"Authorization: Bearer {KEY}"] if ours else []
+    done = subprocess.run(command, cwd=folder, stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode not in (0, 1):  # 1: it found something
+        raise RuntimeError(f"Schemathesis ended with {done.returncode}")
+    return read(record.read_text("utf-8").splitlines())
+
+
+def read(lines: list[str]) -> Fuzzed:
+    """What became of every request that Schemathesis recorded."""
+    found = Fuzzed()
+    for where, asked, answered in interactions(lines):
+        status = str(answered["status_code"]) if answered else NONE
+        found.counts[where, status] += 1
+        if failed(status):
+            found.said.setdefault((where, status), f"{body(answered)} to {body(asked)}")
+    return found
+
+
+def interactions(lines: list[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """Method and path, request, and answer where there was one."""
+    for line in lines:
+        scenario = json.loads(line).get("ScenarioFinished")
+        for one in scenario["recorder"]["interactions"].values() if scenario else ():
+            yield scenario["recorder"]["label"], one["request"], one.get("response")
+
+
+def body(message: Mapping[str, Any] | None) -> str:
+    """As short text; empty where there is none."""
+    content = (message or {}).get("content") or (message or {}).get("body") or {}
+    return base64.b64decode(content.get("$base64", "")).decode("utf-8", "replace")[:160]
+
+
+def table(runs_: Mapping[str, Fuzzed]) -> str:
+    kinds = ("2xx", "3xx", "4xx", "5xx", NONE)
+    lines = ["| server | requests | " + " | ".join(kinds) + " |", "| --- |" + " ---: |" * (len(kinds) + 1)]
+    for name, fuzzed in runs_.items():
+        sums = fuzzed.sums()
+        counts = (fuzzed.counts.total(), *(sums.get(kind, 0) for kind in kinds))
+        lines.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
+    return "\n".join(lines)
+
+
+def failures(plain: Fuzzed, drafting: Fuzzed) -> str:
+    """By method, path and status, with one of the answers and what had been asked."""
+    lines = [
+        "| route | status | plain | WHIFLASH | an answer, and to what |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for key in sorted({**plain.failures(), **drafting.failures()}):
+        said = (plain.said.get(key) or drafting.said[key]).replace("|", "\\|").replace("`", "'")
+        shown = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+        lines.append(f"| `{key[0]}` | {key[1]} | {plain.counts[key]} | {drafting.counts[key]} | `{shown}` |")
+    return "\n".join(lines) if len(lines) > 2 else "None."
+
+
+def complaints(plain: Fuzzed, drafting: Fuzzed, own: Fuzzed) -> list[str]:
+    """What fails with WHIFLASH and not without."""
+    more = sorted(drafting.failures().keys() - plain.failures().keys())
+    return [
+        *(f"{where} gives {status} with WHIFLASH alone" for where, status in more),
+        *(f"{where} gives {status}" for where, status in sorted(own.failures().keys() - MEANT)),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="a tiny model of random weights")
+    parser.add_argument(
+        "--examples", type=int, default=100, help="requests at most of a method, path and kind"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--schemathesis", type=Path, help="its command `st`; none: beside this Python, or the PATH's"
+    )
+    parser.add_argument("--json", type=Path, help="also write the counts there")
+    parser.add_argument("--markdown", type=Path, help="also write the tables there")
+    said = parser.parse_args()
+    said.schemathesis = (
+        said.schemathesis or shutil.which("st", path=Path(sys.executable).parent) or shutil.which("st")
+    )
+    if said.schemathesis is None:
+        parser.error("Schemathesis is not installed: uv sync --frozen --all-packages --group fuzz")
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
+        host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": "1"}, cwd=root))
+        model, shared, ours = upstream_kits.arguments_of(said.tiny, root)
+        shared = ["--model-path", model, *shared, "--admin-api-key", KEY]
+        with Server(shared, host=host) as server:
+            before = answer(server)
+            plain = fuzz(server, said, root)
+            if not lives(server):
+                print("a plain server ended, so nothing can be compared", file=sys.stderr)
+                return 2
+        with Server([*shared, *ours], host=host) as server:
+            drafting = fuzz(server, said, root)
+            own = fuzz(server, said, root, ours=True)
+            alive = lives(server)
+            as_before = alive and answer(server) == before
+    counted = {"plain": plain, "WHIFLASH": drafting, "its own routes": own}
+    wrong = complaints(plain, drafting, own)
+    wrong += [] if alive else ["the server is gone"]
+    wrong += [] if as_before or not alive else ["a known prompt has another answer than before"]
+    sums = (
+        "; ".join(wrong)
+        or "Nothing failed that a plain server answers; a known prompt's answer is as before."
+    )
+    print(f"{table(counted)}\n\n{failures(plain, drafting)}\n\n{sums}")
+    if said.markdown:
+        paragraphs = (sums, table(counted), "## What fails", failures(plain, drafting))
+        outcome.write(said.markdown, "Requests that nobody should send", *paragraphs)
+    if said.json:
+        told = {
+            name: {" ".join(key): count for key, count in sorted(f.counts.items())}
+            for name, f in counted.items()
+        }
+        said.json.write_text(json.dumps(told, indent=2) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
