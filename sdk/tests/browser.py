@@ -91,11 +91,12 @@ class Browser:
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **extra
             )
 
-    def point(self, selector: str) -> None:
-        """Move the mouse to the middle of an element."""
+    def point(self, selector: str, *, scroll: bool = True) -> None:
+        """Move the mouse to the middle of an element. scroll: bring it to the middle of the view before."""
         place = self.ask(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            f" if ({json.dumps(scroll)}) e.scrollIntoView({{block: 'center'}});"
+            " const r = e.getBoundingClientRect();"
             " return [r.x + r.width / 2, r.y + r.height / 2] })()"
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])

@@ -86,7 +86,7 @@ def look(server: Server, path: Path) -> None:
         answers[3].result()
         watch.look()
         time.sleep(3)
-        console = recording(100)
+        console = recording(112)
         console.print(screen(watch.look()))
         for answer in answers:
             answer.cancel()
@@ -106,8 +106,7 @@ def main() -> None:
         page.write_text(conversation_html([ask(server)], title="A tool call"), "utf-8")
         with browser(Path(folder) / "profile") as chromium:
             chromium.show(page, width=1000, height=975)
-            chromium.point("section .band.arm-lookup")
-            chromium.ask("window.scrollTo(0, 0)")
+            chromium.point("section .band.arm-lookup", scroll=False)
             chromium.shoot(to / "trace.png", whole=False)
         look(server, to / "top.svg")
 

@@ -37,11 +37,11 @@ def _server(found: Mapping[str, Any]) -> RenderableType:
     lines: list[RenderableType] = [_headline(state, now, total)]
     if "arms" in total:
         lines += ["", _arms(state, now, total), ""]
-    lines += [Text.assemble((f"{name:<8} ", "dim"), printable(words)) for name, words in _facts(state, total)]
-    replicas = state.get("replicas") or ()
-    if replicas:
-        parts = (f"{one['replica']}: {one['requests']} running, {one['tokens']} tokens" for one in replicas)
-        lines.append(Text.assemble(("replicas ", "dim"), printable(" · ".join(parts))))
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(style="dim", width=8)
+    for name, words in _facts(state, total):
+        facts.add_row(name, Text(printable(words)))
+    lines.append(facts)
     return Panel(Group(*lines), title=title, title_align="left")
 
 
@@ -102,6 +102,9 @@ def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple
     if memory := state.get("memory"):
         held = sorted(memory.items(), key=lambda entry: -entry[1])
         yield "memory", " · ".join(f"{scope.replace('_', ' ')} {_bytes(size)}" for scope, size in held)
+    if replicas := state.get("replicas"):
+        parts = (f"{one['replica']}: {one['requests']} running, {one['tokens']} tokens" for one in replicas)
+        yield "replicas", " · ".join(parts)
 
 
 def _both(now: Mapping[str, Any], total: Mapping[str, Any], name: str, form: str) -> str:
