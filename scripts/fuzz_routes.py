@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,21 +24,33 @@ from typing import Any
 
 import httpx
 import outcome
-import upstream_kits
+from upstream_kits import Renewed, arguments_of
 
-from whiflash_sglang.serving.server import Server, runs
+from whiflash_sglang.serving.server import Server
 from whiflash_sglang.serving.server_host import ServerHost
 
 KEY = "boss"
 OURS = "/whiflash/"
 NONE = "no answer"
 """In the place of a status: none within the time, or a connection that broke."""
+DEAD = "server ended"
+"""The same, with the whole server."""
 SECONDS = 120
 """For an answer. What takes longer is counted as `NONE`."""
 MEANT = {("GET /whiflash/state", "504")}
 """What is documented: the request's own `timeout` was over."""
 PHASES = {False: "fuzzing", True: "coverage,fuzzing"}
 """Of Schemathesis, by whether the routes are ours: every edge of a long schema would take hours."""
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """where: method and path. answer: None where there was none. at: seconds of the wall clock."""
+
+    where: str
+    request: dict[str, Any]
+    answer: dict[str, Any] | None
+    at: float
 
 
 @dataclass
@@ -48,6 +60,13 @@ class Fuzzed:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     said: dict[tuple[str, str], str] = field(default_factory=dict)
 
+    def add(self, asked: list[Interaction], *, dead: bool = False) -> None:
+        for one in asked:
+            status = str(one.answer["status_code"]) if one.answer else DEAD if dead else NONE
+            self.counts[one.where, status] += 1
+            if failed(status):
+                self.said.setdefault((one.where, status), f"{body(one.answer)} to {body(one.request)}")
+
     def failures(self) -> dict[tuple[str, str], int]:
         return {key: count for key, count in self.counts.items() if failed(key[1])}
 
@@ -55,17 +74,12 @@ class Fuzzed:
         """Requests by what became of them."""
         kinds = Counter[str]()
         for (_, status), count in self.counts.items():
-            kinds[status if status == NONE else f"{status[0]}xx"] += count
+            kinds[f"{status[0]}xx" if status.isdigit() else status] += count
         return dict(kinds)
 
 
 def failed(status: str) -> bool:
-    return status == NONE or int(status) >= 500
-
-
-def lives(server: Server) -> bool:
-    pids = server.pids
-    return bool(pids) and all(map(runs, pids))
+    return not status.isdigit() or int(status) >= 500
 
 
 def answer(server: Server) -> list[int]:
@@ -93,12 +107,32 @@ def paths(server: Server, ours: bool) -> list[str]:
         ]
 
 
-def fuzz(server: Server, said: argparse.Namespace, folder: Path, *, ours: bool = False) -> Fuzzed:
-    """One request at a time and seeded: both servers get the same ones, in the same order."""
+def fuzz(renewed: Renewed, said: argparse.Namespace, folder: Path, *, ours: bool = False) -> Fuzzed:
+    """One request at a time and seeded, a path after the other. A path that ends the server is left there."""
+    found, left = Fuzzed(), paths(renewed.server, ours)
+    while left:
+        record = schemathesis(renewed.server, left, said, folder, ours=ours)
+        if renewed.lives:
+            found.add(record)
+            break
+        # The first one without an answer that is followed by none with one.
+        place = max((i + 1 for i, one in enumerate(record) if one.answer), default=0)
+        found.add(record[:place])
+        if place == len(record):
+            raise RuntimeError("the server ended when nobody asked it")
+        found.add(record[place : place + 1], dead=True)
+        seen = {one.where.split(" ", 1)[1] for one in record[: place + 1]}
+        left = [path for path in left if path not in seen]
+    return found
+
+
+def schemathesis(
+    server: Server, chosen: list[str], said: argparse.Namespace, folder: Path, *, ours: bool
+) -> list[Interaction]:
     record = folder / "record.ndjson"
     record.unlink(missing_ok=True)
     command = [str(said.schemathesis), "run", f"{server.base_url}/openapi.json", "--phases", PHASES[ours]]
-    command += [argument for path in paths(server, ours) for argument in ("--include-path", path)]
+    command += [argument for path in chosen for argument in ("--include-path", path)]
     command += ["--checks", "not_a_server_error", "--continue-on-failure", "--no-shrink", "--no-color"]
     command += ["--workers", "1", "--seed", str(said.seed), "--max-examples", str(said.examples)]
     command += ["--request-timeout", str(SECONDS), "--report", "ndjson", "--report-ndjson-path", str(record)]
@@ -106,26 +140,18 @@ def fuzz(server: Server, said: argparse.Namespace, folder: Path, *, ours: bool =
     done = subprocess.run(command, cwd=folder, stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
     if done.returncode not in (0, 1):  # 1: it found something
         raise RuntimeError(f"Schemathesis ended with {done.returncode}")
-    return read(record.read_text("utf-8").splitlines())
+    return interactions(record.read_text("utf-8").splitlines())
 
 
-def read(lines: list[str]) -> Fuzzed:
-    """What became of every request that Schemathesis recorded."""
-    found = Fuzzed()
-    for where, asked, answered in interactions(lines):
-        status = str(answered["status_code"]) if answered else NONE
-        found.counts[where, status] += 1
-        if failed(status):
-            found.said.setdefault((where, status), f"{body(answered)} to {body(asked)}")
-    return found
-
-
-def interactions(lines: list[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
-    """Method and path, request, and answer where there was one."""
-    for line in lines:
-        scenario = json.loads(line).get("ScenarioFinished")
-        for one in scenario["recorder"]["interactions"].values() if scenario else ():
-            yield scenario["recorder"]["label"], one["request"], one.get("response")
+def interactions(lines: list[str]) -> list[Interaction]:
+    """Every request that Schemathesis recorded, in their order."""
+    recorders = (json.loads(line).get("ScenarioFinished", {}).get("recorder", {}) for line in lines)
+    found = (
+        Interaction(recorder["label"], one["request"], one.get("response"), one["timestamp"])
+        for recorder in recorders
+        for one in recorder.get("interactions", {}).values()
+    )
+    return sorted(found, key=lambda one: one.at)
 
 
 def body(message: Mapping[str, Any] | None) -> str:
@@ -135,7 +161,7 @@ def body(message: Mapping[str, Any] | None) -> str:
 
 
 def table(runs_: Mapping[str, Fuzzed]) -> str:
-    kinds = ("2xx", "3xx", "4xx", "5xx", NONE)
+    kinds = ("2xx", "3xx", "4xx", "5xx", NONE, DEAD)
     lines = ["| server | requests | " + " | ".join(kinds) + " |", "| --- |" + " ---: |" * (len(kinds) + 1)]
     for name, fuzzed in runs_.items():
         sums = fuzzed.sums()
@@ -189,23 +215,18 @@ def main() -> int:
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
         host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": "1"}, cwd=root))
-        model, shared, ours = upstream_kits.arguments_of(said.tiny, root)
+        model, shared, ours = arguments_of(said.tiny, root)
         shared = ["--model-path", model, *shared, "--admin-api-key", KEY]
-        with Server(shared, host=host) as server:
-            before = answer(server)
-            plain = fuzz(server, said, root)
-            if not lives(server):
-                print("a plain server ended, so nothing can be compared", file=sys.stderr)
-                return 2
-        with Server([*shared, *ours], host=host) as server:
-            drafting = fuzz(server, said, root)
-            own = fuzz(server, said, root, ours=True)
-            alive = lives(server)
-            as_before = alive and answer(server) == before
+        with Renewed(shared, host) as renewed:
+            before = answer(renewed.server)
+            plain = fuzz(renewed, said, root)
+        with Renewed([*shared, *ours], host) as renewed:
+            drafting = fuzz(renewed, said, root)
+            own = fuzz(renewed, said, root, ours=True)
+            as_before = answer(renewed.server) == before
     counted = {"plain": plain, "WHIFLASH": drafting, "its own routes": own}
     wrong = complaints(plain, drafting, own)
-    wrong += [] if alive else ["the server is gone"]
-    wrong += [] if as_before or not alive else ["a known prompt has another answer than before"]
+    wrong += [] if as_before else ["a known prompt has another answer than before"]
     sums = (
         "; ".join(wrong)
         or "Nothing failed that a plain server answers; a known prompt's answer is as before."

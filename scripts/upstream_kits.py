@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 import unittest
-from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -64,16 +63,40 @@ ARGUMENTS = ("--max-running-requests", "8", "--max-total-tokens", "20000", "--de
 FLAGS = ("--enable-return-hidden-states", "--enable-streaming-session")
 
 
-def lives(server: Server) -> bool:
-    pids = server.pids
-    return bool(pids) and all(map(runs, pids))
+class Renewed:
+    """A server with these arguments, and another one in its place where a request has ended it."""
+
+    def __init__(self, arguments: list[str], host: ServerHost) -> None:
+        self._start = partial(Server, arguments, host=host)
+        self._running = ExitStack()
+
+    def __enter__(self) -> "Renewed":
+        self._server = self._running.enter_context(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    @property
+    def lives(self) -> bool:
+        pids = self._server.pids
+        return bool(pids) and all(map(runs, pids))
+
+    @property
+    def server(self) -> Server:
+        """One that lives."""
+        if not self.lives:
+            self._running.close()
+            self._server = self._running.enter_context(self._start())
+        return self._server
 
 
-def tests_of(kit: str, server: Server, model: str) -> list[unittest.TestCase]:
+def tests_of(kit: str, renewed: Renewed, model: str) -> list[unittest.TestCase]:
     """A kit's tests as SGLang's fixtures run them, but for starting a server."""
     from openai import OpenAI
     from sglang.test.server_fixtures.spec_eagle_fixture import SpecEagleServerBase
 
+    server = renewed.server
     module, _, name = kit.partition(":")
     mixin = getattr(importlib.import_module(f"sglang.test.kits.{module}"), name)
     fields: dict[str, Any] = {
@@ -83,7 +106,7 @@ def tests_of(kit: str, server: Server, model: str) -> list[unittest.TestCase]:
         "served_model_name": model,
         "api_key": "unused",
         "client": OpenAI(base_url=f"{server.base_url}/v1", api_key="unused"),
-        "process": SimpleNamespace(poll=lambda: None if lives(server) else 1),
+        "process": SimpleNamespace(poll=lambda: None if renewed.lives else 1),
         "maxDiff": None,
     }
     made = type(name, (mixin, SpecEagleServerBase), fields)
@@ -121,21 +144,17 @@ def name_of(test: unittest.TestCase) -> str:
     return f"{type(test).__name__}.{test.id().rsplit('.', 1)[-1]}"
 
 
-def run(start: Callable[[], Server], model: str, kits: tuple[str, ...]) -> dict[str, str]:
-    """What became of each test. A server that one of them ends is followed by another."""
+def run(renewed: Renewed, model: str, kits: tuple[str, ...]) -> dict[str, str]:
+    """What became of each test."""
     outcomes = Outcomes()
-    with ExitStack() as running:
-        server = running.enter_context(start())
-        for kit in kits:
-            print(f"{kit} …", file=sys.stderr, flush=True)
-            for place in range(len(tests_of(kit, server, model))):
-                test = tests_of(kit, server, model)[place]
-                with redirect_stdout(io.StringIO()):
-                    test.run(outcomes)
-                if not lives(server):
-                    outcomes.found[name_of(test)] += ENDED
-                    running.close()
-                    server = running.enter_context(start())
+    for kit in kits:
+        print(f"{kit} …", file=sys.stderr, flush=True)
+        for place in range(len(tests_of(kit, renewed, model))):
+            test = tests_of(kit, renewed, model)[place]
+            with redirect_stdout(io.StringIO()):
+                test.run(outcomes)
+            if not renewed.lives:
+                outcomes.found[name_of(test)] += ENDED
     return outcomes.found
 
 
@@ -178,8 +197,8 @@ def main() -> int:
         model, shared, ours = arguments_of(said.tiny, root)
         found = []
         for more in ([], ours):
-            start = partial(Server, ["--model-path", model, *shared, *more], host=host)
-            found.append(run(start, model, kits))
+            with Renewed(["--model-path", model, *shared, *more], host) as renewed:
+                found.append(run(renewed, model, kits))
     plain, drafting = found
     lost = [name for name, outcome in plain.items() if outcome == "passed" != drafting.get(name)]
     print(table(plain, drafting))
