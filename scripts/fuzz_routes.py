@@ -15,10 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,17 @@ class Interaction:
 
 @dataclass
 class Fuzzed:
-    """How often a method and path gave a status. said: one answer and the body asked, of those that failed."""
+    """How often a method and path gave a status. first: of those that failed, what was asked first."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    said: dict[tuple[str, str], str] = field(default_factory=dict)
+    first: dict[tuple[str, str], Interaction] = field(default_factory=dict)
 
     def add(self, asked: list[Interaction], *, dead: bool = False) -> None:
         for one in asked:
             status = str(one.answer["status_code"]) if one.answer else DEAD if dead else NONE
             self.counts[one.where, status] += 1
             if failed(status):
-                self.said.setdefault((one.where, status), f"{body(one.answer)} to {body(one.request)}")
+                self.first.setdefault((one.where, status), one)
 
     def failures(self) -> dict[tuple[str, str], int]:
         return {key: count for key, count in self.counts.items() if failed(key[1])}
@@ -143,6 +144,32 @@ def schemathesis(
     return interactions(record.read_text("utf-8").splitlines())
 
 
+def ask_again(renewed: Renewed, found: Fuzzed, known: Fuzzed) -> None:
+    """What failed and is not known yet is asked there once, and added to what is known: the same examples are not
+    drawn in every run.
+    """
+    for key, one in found.first.items():
+        if key in known.first:
+            continue
+        asked = one.request
+        path = httpx.URL(asked["uri"]).raw_path.decode()
+        headers = {name: values[0] for name, values in asked["headers"].items()}
+        content = base64.b64decode((asked.get("body") or {}).get("$base64", ""))
+        try:
+            done = httpx.request(
+                asked["method"],
+                renewed.server.base_url + path,
+                headers=headers,
+                content=content,
+                timeout=SECONDS,
+            )
+            answered = {"status_code": done.status_code, "body": {"$base64": base64.b64encode(done.content)}}
+        except httpx.HTTPError:
+            answered = None
+        time.sleep(2)  # what ends a server ends a child of it first
+        known.add([replace(one, answer=answered)], dead=not renewed.lives)
+
+
 def interactions(lines: list[str]) -> list[Interaction]:
     """Every request that Schemathesis recorded, in their order."""
     recorders = (json.loads(line).get("ScenarioFinished", {}).get("recorder", {}) for line in lines)
@@ -177,7 +204,8 @@ def failures(plain: Fuzzed, drafting: Fuzzed) -> str:
         "| --- | --- | ---: | ---: | --- |",
     ]
     for key in sorted({**plain.failures(), **drafting.failures()}):
-        said = (plain.said.get(key) or drafting.said[key]).replace("|", "\\|").replace("`", "'")
+        one = plain.first.get(key) or drafting.first[key]
+        said = f"{body(one.answer)} to {body(one.request)}".replace("|", "\\|").replace("`", "'")
         shown = " ".join("".join(c if c.isprintable() else " " for c in said).split())
         lines.append(f"| `{key[0]}` | {key[1]} | {plain.counts[key]} | {drafting.counts[key]} | `{shown}` |")
     return "\n".join(lines) if len(lines) > 2 else "None."
@@ -224,6 +252,8 @@ def main() -> int:
             drafting = fuzz(renewed, said, root)
             own = fuzz(renewed, said, root, ours=True)
             as_before = answer(renewed.server) == before
+        with Renewed(shared, host) as renewed:
+            ask_again(renewed, drafting, plain)
     counted = {"plain": plain, "WHIFLASH": drafting, "its own routes": own}
     wrong = complaints(plain, drafting, own)
     wrong += [] if as_before else ["a known prompt has another answer than before"]
