@@ -20,9 +20,24 @@ GUARD = 64
 
 @contextmanager
 def running(backend: str) -> Iterator[None]:
-    """Force one implementation."""
+    """Force one implementation.
+
+    The interpreter runs the programs of a launch one after the other. Here the last one comes first: what follows from
+    their order would be a race on a GPU.
+    """
     with mock.patch.dict(os.environ, {"WHIFLASH_KERNELS": backend}):
-        yield
+        if backend != "triton" or not INTERPRETING:
+            yield
+            return
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        place = builder.set_grid_idx
+
+        def backwards(*program: int) -> None:
+            place(*(count - 1 - index for count, index in zip(builder.grid_dim, program, strict=True)))
+
+        with mock.patch.object(builder, "set_grid_idx", backwards):
+            yield
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class Batch:
     window: int | None = None
     dtype: torch.dtype = torch.float32
     context: int = 200
+    wide_values: bool = False
+    """V is a part of wider rows, with other strides than K."""
 
     def check(self, backend: str) -> None:
         generator = torch.Generator().manual_seed(sum(self.seq_lens) + self.width)
@@ -42,6 +44,8 @@ class Batch:
                 own = table[slot, : max(end, 0)].long()
                 pool[own] = torch.randn(len(own), self.kv_heads, self.dim, generator=generator)
         q = torch.randn(requests * self.width, self.heads, self.dim, generator=generator)
+        if self.wide_values:
+            v = torch.nn.functional.pad(v, (0, 4, 0, 1), value=float("nan"))[:, :-1, :-4]
         q, k, v = (tensor.to(self.dtype).to(DEVICE) for tensor in (q, k, v))
         scale = self.dim**-0.5
         expected = oracles.draft_attention(
@@ -79,6 +83,11 @@ def test_random_requests(backend: str, dtype: torch.dtype, causal: bool, width: 
 )
 def test_shapes_of_heads(backend: str, heads: int, kv_heads: int, dim: int) -> None:
     Batch((70, 9), extra=4, width=4, causal=False, heads=heads, kv_heads=kv_heads, dim=dim).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pools_of_different_strides(backend: str) -> None:
+    Batch((70, 9), extra=4, width=4, causal=True, wide_values=True).check(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,7 +147,7 @@ def test_splits_do_not_show(backend: str, splits: int, monkeypatch: pytest.Monke
     from whiflash_kernels.triton_kernels import attention
 
     monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
-    Batch((1, 64, 190), extra=3, width=3, causal=True).check(backend)
+    Batch((1, 64, 190, -4), extra=3, width=3, causal=True).check(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

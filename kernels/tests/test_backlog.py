@@ -131,6 +131,21 @@ def test_park_transposed_features(backend: str) -> None:
     assert torch.equal(rings.features[1, :5], features.t())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rings_that_are_a_part_of_wider_ones(backend: str) -> None:
+    wide = torch.full((2, 8, 40), SENTINEL, dtype=torch.bfloat16, device=DEVICE)
+    rings = BacklogRings(wide[..., 8:32], torch.full((2, 8), SENTINEL, dtype=torch.int64, device=DEVICE))
+    features = torch.randn(3, 24, generator=torch.Generator().manual_seed(4)).bfloat16().to(DEVICE)
+    one, table = integers([1]), torch.arange(32, dtype=torch.int32, device=DEVICE).view(2, 16)
+    with running(backend):
+        park(rings, features, integers([1, 2, 3]), one, integers([6]), integers([3]), integers([0]))
+        packed = unpark(rings, one, integers([6]), integers([9]), table)
+    assert torch.equal(wide[1, [6, 7, 0], 8:32], features)
+    assert (wide[..., :8] == SENTINEL).all()
+    assert (wide[..., 32:] == SENTINEL).all()
+    assert torch.equal(packed.features, features)
+
+
 def test_park_rejects_features_that_do_not_fit() -> None:
     rings, one = sentinel_rings(2, 4, 8), integers([1])
     for features in (torch.zeros(3, 7).bfloat16(), torch.zeros(3, 8)):
@@ -220,6 +235,16 @@ def test_unpark_rejects_chunks_outside_the_features() -> None:
     for chunks, width in (((3,), 8), ((0,), 7), ((0,), 0)):
         with pytest.raises(ValueError, match="do not fit features of width 24"):
             unpark(rings, one, one, one, table, chunks=chunks, chunk_width=width)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("backend", ["triton"])
+def test_more_rows_than_asked_for_are_counted(backend: str) -> None:
+    table = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
+    with running(backend), guarded_outputs():
+        packed = unpark(filled_rings(2, 4, 8), integers([1]), integers([0]), integers([3]), table, rows=2)
+    assert int(packed.total) == 3
+    assert packed.positions.tolist() == [0, 1]
 
 
 def test_torch_rejects_more_rows_than_asked_for() -> None:

@@ -59,6 +59,9 @@ def sentinel_pools(shape: Shape, dtype: torch.dtype, layout: str = "separate") -
     if layout == "strided":  # one tensor for everything, K and V side by side: nothing is contiguous
         whole = torch.full((shape.layers, size[0], 2, *size[1:]), SENTINEL, dtype=dtype, device=DEVICE)
         return KVPools(tuple(layer[:, 0] for layer in whole), tuple(layer[:, 1] for layer in whole))
+    if layout == "spaced":  # a gap behind every head
+        wide = torch.full((2, shape.layers, *size[:2], size[2] + 4), SENTINEL, dtype=dtype, device=DEVICE)
+        return KVPools(*(tuple(layer[..., : shape.dim] for layer in pools) for pools in wide))
     if layout == "unaligned":
         flat = [
             torch.full((1 + size[0] * size[1] * size[2],), SENTINEL, dtype=dtype, device=DEVICE)
@@ -175,7 +178,7 @@ def test_dflash(backend: str, dtype: torch.dtype, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["strided", "unaligned"])
+@pytest.mark.parametrize("layout", ["strided", "spaced", "unaligned"])
 def test_dflash_pool_layouts(backend: str, layout: str) -> None:
     check_dflash(backend, Shape(), torch.float32, layout)
 
@@ -242,6 +245,20 @@ def test_eagle3_variants(backend: str) -> None:
         fc_bias=lambda source: source(48),
         kv_bias=lambda source: source(64),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_that_are_a_part_of_wider_ones(backend: str) -> None:
+    shape, source = Shape(layers=1), Source(torch.float32)
+    weights = replace(eagle3_weights(source, shape), embedding=source(50, 64)[:, 8:56])
+    features, rope = source.features(shape), source.rope(shape)
+    positions, slots = source.places(shape)
+    next_tokens, pools = positions + 3, sentinel_pools(shape, torch.float32)
+    wide = torch.cat([rope, rope], dim=1)[:, : shape.rotary]
+    with running(backend):
+        eagle3_catch_up(features, next_tokens, positions, slots, weights, wide, pools)
+    rows, _ = oracles.eagle3_rows(features, next_tokens.tolist(), weights)
+    check_pools(pools, rows, None, positions, slots, rope, torch.float32)
 
 
 def test_rejects_what_does_not_fit() -> None:

@@ -22,8 +22,11 @@ def check(
     min_match: int = 1,
     drafts: int | None = None,
     context: int = 3000,
+    right: float | None = None,
 ) -> None:
-    """`sources`: where each last copy would go on. `drafts`: so many of each text's tokens are drafts."""
+    """`sources`: where each last copy would go on. `drafts`: so many of each text's tokens are drafts. `right`: what
+    all chances are; None: random ones.
+    """
     generator = torch.Generator().manual_seed(len(texts))
     requests = len(texts)
     table = torch.randint(
@@ -41,6 +44,9 @@ def check(
     chances = torch.rand(requests, len(BOUNDARIES), 4, generator=generator) * 0.5 + 0.5
     factors = torch.rand(requests, generator=generator) * 0.5 + 0.5
     alive = torch.rand(requests, 3, generator=generator) * 0.5 + 0.5
+    if right is not None:
+        chances.fill_(right)
+        factors.fill_(1.0)
     left = [
         limit if drafts is None else limit * (count > 0) for limit, count in zip(limits, counts, strict=True)
     ]
@@ -60,10 +66,10 @@ def check(
     behind = (
         None if drafts is None else (torch.tensor(counts, dtype=torch.int64).to(DEVICE), alive.to(DEVICE))
     )
+    expected_back = back.clone()  # on a CPU the op writes to `back` itself
     options = {"width": width, "worth": worth, "min_match": min_match}
     with running(backend), guarded_outputs():
         copies = propose_copies(*on_device, **options, behind=behind)
-    expected_back = back.clone()
     for b, text in enumerate(texts):
         before = 1.0 if drafts is None else alive[b, max(counts[b] - 1, 0)].item()
         judged = (before, factors[b].item(), chances[b].tolist(), BOUNDARIES)
@@ -115,6 +121,29 @@ def test_limits_and_worth(backend: str, drafts: int | None) -> None:
     text = [5, 6, 7, 8, 9, 5, 6, 7]
     for worth in (0.0, 0.3, 0.9, 1.1):
         check(backend, [text] * 3, limits=[0, 1, 4], worth=worth, drafts=drafts)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chance_that_equals_its_price_is_worth_it_and_none_is_certain(backend: str) -> None:
+    check(backend, [[5, 6, 7, 8, 9, 5, 6, 7]], worth=0.25, right=0.5)
+    check(backend, [[5, 6, 7, 8, 9, 5, 6, 7]], right=1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_copy_is_remembered_where_nothing_matches(backend: str) -> None:
+    check(backend, [[5, 6, 7, 8, 9]], sources=[3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_places_of_three_tiles(backend: str) -> None:
+    """The longest match is the second newest of four, with one in each of the tiles before."""
+    noise = list(range(100, 1200))
+    check(backend, [[1, 2, 30, *noise, 1, 2, 31, *noise, 9, 1, 2, 32, 8, 1, 2, 33, *noise[:10], 9, 1, 2]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_tokens_match_behind_many_places_where_one_does(backend: str) -> None:
+    check(backend, [[1, 2, 7, *[3, 2] * 600, 5, 1, 2]])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

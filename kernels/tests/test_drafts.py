@@ -54,6 +54,17 @@ def test_any_cut(backend: str, data: st.DataObject, members: int, width: int, wo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cut_of_a_part_of_wider_rows(backend: str) -> None:
+    wide = floats([[9.0, 0.9, 0.2, 0.9, 9.0], [9.0, 0.2, 0.9, 0.9, 9.0]])
+    with running(backend), guarded_outputs():
+        counts, alive = cut_drafts(
+            wide[:, 1:4], floats([0.25, 1.0]), floats([0.5]), integers([3, 3]), worth=0.5
+        )
+    assert counts.tolist() == [1, 1]
+    assert alive.tolist() == [[1.0, 0.25, 0.25], [0.25, 0.25, 0.25]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), size=st.integers(1, 7), width=st.integers(1, 6), columns=st.integers(0, 6))
 def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, columns: int) -> None:
@@ -197,6 +208,31 @@ def test_many_requests_compete(backend: str) -> None:
             widths = choose_drafts(laid, at, at * 0, text, room=room).widths
         expected, *_ = oracles.choose(requests, 0.0, room)
         assert widths.tolist() == [len(own) + 1 for own in expected]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) -> None:
+    chances, none = floats([[0.5, 0.0], [0.25, 0.0]]), integers([0, 0])
+    laid = Laid(integers([[1, 2], [3, 4]]), integers([2, 1]), chances, chances, none)
+    text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
+    with running(backend), guarded_outputs():
+        chosen = choose_drafts(laid, integers([0, 1]), none, text, room=3)
+    assert chosen.widths.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_late_copy_must_beat_the_arm_when_its_rows_are_paid(backend: str) -> None:
+    """Of 3/8 an eighth is its row's; what is left equals what it must beat."""
+    none = integers([0, 0])
+    laid = Laid(integers([[1], [2]]), integers([1, 1]), floats([[0.5]] * 2), floats([[0.5]] * 2), none)
+    late = Drafted(none, integers([[3], [4]]), integers([1, 1]), floats([[0.375], [0.5]]), None)
+    text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
+    with running(backend), guarded_outputs():
+        chosen = choose_drafts(
+            laid, integers([0, 1]), none, text, late=late, must_beat=floats([0.25, 0.25]), worth=0.125
+        )
+    assert chosen.late.tolist() == [0, 1]
+    assert chosen.tokens.tolist() == [[1], [4]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

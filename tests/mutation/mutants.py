@@ -7,13 +7,13 @@ should tell them from the original.
 import ast
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import parso
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
+from planted import Mutant
 
 STANDARD = (
     "AddNot",
@@ -78,16 +78,6 @@ def _is_declaration(node: parso.tree.NodeOrLeaf) -> bool:
         and node.children[1].type == "annassign"
         and len(node.children[1].children) == 2
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One fault. `name` stays the same while the line's text does: `operator: line of source [nth of its kind]`."""
-
-    module: str
-    name: str
-    line: int
-    source: str
 
 
 def mutants(module: str, source: str) -> list[Mutant]:

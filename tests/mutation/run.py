@@ -3,6 +3,7 @@
     python tests/mutation/run.py --most 20 --out results.jsonl            # every target, 20 faults a module
     python tests/mutation/run.py --only 'routing/costs' --most 1000       # one module, every fault
     python tests/mutation/run.py --out results.jsonl --report             # the table of what was found
+    python tests/mutation/run.py --only triton_kernels --out kernels.jsonl # faults planted by hand (planted.toml)
 
 A process that has imported everything but our own packages forks for every mutant, so that importing SGLang is paid
 once. The child finds the mutated module in a copy of the tree that comes first on its path; processes that it starts
@@ -25,51 +26,55 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from outcomes import KILLED, SURVIVED, TIMEOUT, Result, read, report
+from planted import Mutant, planted
+
 HERE = Path(__file__).parent
 SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "sdk/whiflash_sdk")
-KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Modules and the tests that judge them, as in targets.toml."""
+    """Modules and the tests that judge them, as in targets.toml.
+
+    select: of the tests, those that pytest's `-k` selects by it. planted: the faults are those of planted.toml.
+    environment: of the process in which the tests run.
+    """
 
     modules: tuple[str, ...]
     tests: tuple[str, ...]
     warm: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What the tests said of one mutant. digest: of the mutated source, so that changed code is asked again."""
-
-    module: str
-    name: str
-    line: int
-    outcome: str
-    seconds: float
-    digest: str
+    select: str
+    planted: bool
+    environment: Mapping[str, str]
 
 
 def targets() -> list[Target]:
     """Of targets.toml."""
     with (HERE / "targets.toml").open("rb") as file:
         return [
-            Target(tuple(t["modules"]), tuple(t["tests"]), tuple(t["warm"]))
+            Target(
+                tuple(t["modules"]),
+                tuple(t["tests"]),
+                tuple(t["warm"]),
+                t.get("select", ""),
+                t.get("planted", False),
+                t.get("environment", {}),
+            )
             for t in tomllib.load(file)["target"]
         ]
 
 
 def _of_one_process() -> list[list[int]]:
     """Numbers of the targets that import the same: they share a process, because importing SGLang takes so long."""
-    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    groups: dict[Any, list[int]] = defaultdict(list)
     for number, target in enumerate(targets()):
-        groups[target.warm].append(number)
+        groups[target.warm, tuple(target.environment.items())].append(number)
     return list(groups.values())
 
 
@@ -78,12 +83,10 @@ def _of_one_process() -> list[list[int]]:
 
 def run_target(root: Path, target: Target, options: argparse.Namespace) -> bool:
     """Import what is slow, then fork for every mutant; results go to `options.out`. False: the tests fail anyway."""
-    from mutants import sample
-
     known = {(r.module, r.name, r.digest) for r in read(options.out)}
     planned = []
     for module in _modules(root, target, options.only):
-        for mutant in sample(module, (root / module).read_text(), options.most):
+        for mutant in _mutants(target, module, (root / module).read_text(), options.most):
             digest = _digest(mutant.source)
             if (module, mutant.name, digest) not in known:
                 planned.append((mutant, digest))
@@ -93,7 +96,7 @@ def run_target(root: Path, target: Target, options: argparse.Namespace) -> bool:
         importlib.import_module(name)
     for plugin in importlib.metadata.entry_points(group="pytest11"):
         plugin.load()
-    tests = [test for test in target.tests if _is_there(root, test)]
+    tests = [*(test for test in target.tests if _is_there(root, test)), "-k", target.select]
     unharmed = _finish(_start(root, None, tests), limit=float("inf"))
     if unharmed.outcome != SURVIVED:
         print(f"the tests of {target.modules} fail without a fault:\n{unharmed.log}", file=sys.stderr)
@@ -111,7 +114,13 @@ def run_target(root: Path, target: Target, options: argparse.Namespace) -> bool:
                 running.append((trial, (mutant, digest)))
                 continue
             result = Result(
-                mutant.module, mutant.name, mutant.line, end.outcome, round(end.seconds, 1), digest
+                mutant.module,
+                mutant.name,
+                mutant.line,
+                end.outcome,
+                round(end.seconds, 1),
+                digest,
+                mutant.part,
             )
             print(json.dumps(asdict(result)), file=out, flush=True)
             print(
@@ -119,6 +128,14 @@ def run_target(root: Path, target: Target, options: argparse.Namespace) -> bool:
                 flush=True,
             )
     return True
+
+
+def _mutants(target: Target, module: str, source: str, most: int) -> Sequence[Mutant]:
+    if target.planted:
+        return planted(module, source)
+    from mutants import sample  # needs cosmic-ray
+
+    return sample(module, source, most)
 
 
 def _modules(root: Path, target: Target, only: Sequence[str]) -> Iterator[str]:
@@ -191,7 +208,8 @@ def _child(root: Path, overlay: Path, tests: Sequence[str]) -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         paths = [str(overlay / Path(name).parent) for name in SOURCES]
-        sys.path[:0] = paths
+        # The tree's own behind them: a conftest that misses it would put it in front.
+        sys.path[:0] = [*paths, *(str(root / Path(name).parent) for name in SOURCES)]
         for name, module in list(
             sys.modules.items()
         ):  # SGLang imports its platform, so a little of us is there
@@ -239,45 +257,6 @@ def _digest(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
-# ---------------------------------------------------------------- results
-
-
-def read(path: Path) -> list[Result]:
-    """Results kept so far."""
-    return (
-        [Result(**json.loads(line)) for line in path.read_text().split("\n") if line] if path.exists() else []
-    )
-
-
-def reasons() -> dict[str, str]:
-    """Of survivors.toml: why a mutant that survives may, by `module :: name`."""
-    path = HERE / "survivors.toml"
-    found = tomllib.loads(path.read_text()) if path.exists() else {}
-    return {f"{module} :: {name}": why for module, names in found.items() for name, why in names.items()}
-
-
-def report(results: Sequence[Result]) -> str:
-    """Score by module, and the survivors with their reasons."""
-    by_module: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        by_module[result.module].append(result)
-    why = reasons()
-    lines = ["| module | mutants | killed | score |", "|---|---|---|---|"]
-    for module, found in sorted(by_module.items()):
-        lines.append(_row(module, found))
-    lines += [_row("all", results), ""]
-    for result in results:
-        if result.outcome == SURVIVED:
-            reason = why.get(f"{result.module} :: {result.name}", "**no reason yet**")
-            lines.append(f"- `{result.module}:{result.line}` {result.name}: {reason}")
-    return "\n".join(lines)
-
-
-def _row(name: str, results: Sequence[Result]) -> str:
-    killed = sum(result.outcome != SURVIVED for result in results)
-    return f"| {name} | {len(results)} | {killed} | {killed / max(len(results), 1):.0%} |"
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -295,6 +274,7 @@ def main() -> None:
     if options.targets is not None:
         sys.path.insert(0, str(HERE))
         every = targets()
+        os.environ.update(every[options.targets[0]].environment)
         done = [run_target(options.root.absolute(), every[index], options) for index in options.targets]
         raise SystemExit(not all(done))
     if not options.report:
