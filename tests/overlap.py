@@ -1,24 +1,24 @@
-"""The scheduler's own overlap loop in this process, one pass at a time, on streams that keep to no order of their own.
+"""The scheduler's own overlap loop (`overlap_loop`), on streams that keep to no order of their own.
 
 SGLang runs its overlapped loop on GPUs. Here it runs as it is, on the CPU, as it would on CUDA: with CUDA's barrier
 between a forward's reads and the next batch's writes, its private stream for lengths and its copies of results.
 """
 
 import contextlib
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from engine import Engine, engine
+from engine import engine
+from overlap_loop import OverlapLoop
 from streams import HOST, PINNED, Streams
 from watching import noting_births, watching
 
 
-class OverlappedEngine(Engine):
-    """As `Engine`, but a result is processed while the next batch is under way."""
+class OverlappedEngine(OverlapLoop):
+    """The loop under a model of streams."""
 
     def __init__(self, scheduler: Any, streams: Streams) -> None:
         super().__init__(scheduler)
@@ -27,35 +27,15 @@ class OverlappedEngine(Engine):
         for name, stream in (names | {"copy": scheduler.copy_stream}).items():
             stream.name = name
         # What SGLang does on CUDA only.
-        scheduler._war_barrier_enabled = True
         future = scheduler.future_map
         future.fwd_prepare_d2h_stream = torch.cpu.Stream()
         future.fwd_prepare_d2h_stream.name = "lengths"
         future.new_seq_lens_cpu_pinned = torch.empty_like(future.new_seq_lens_buf)
         streams.made_by_host(future.new_seq_lens_cpu_pinned, PINNED)
         streams.made_by_host(scheduler.req_to_token_pool.req_generation, HOST)
-        scheduler.ingest_requests = self._end_after_this_pass
-        scheduler.maybe_sleep_on_idle = lambda: None
-        self.results: deque[Any] = deque()
-        scheduler.result_queue = self.results
 
-    def step(self) -> bool:
-        """One pass of the scheduler's overlap loop; False when there was nothing to run and no result was left."""
-        from sglang.srt.managers import scheduler as module
-
-        self.scheduler.gracefully_exit = False
-        with (
-            # The loop begins with a queue of its own: give it the one of the pass before.
-            patch.object(module, "deque", lambda: self.results),
-            torch.cpu.StreamContext(self.scheduler.schedule_stream),
-            watching(self.streams),
-        ):
-            self.scheduler.event_loop_overlap()
-        return bool(self.scheduler.last_batch or self.results)
-
-    def _end_after_this_pass(self) -> list[Any]:
-        self.scheduler.gracefully_exit = True
-        return []
+    def watched(self) -> contextlib.AbstractContextManager[None]:
+        return watching(self.streams)
 
 
 @contextlib.contextmanager
@@ -72,6 +52,11 @@ def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> I
 
     from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
     from whiflash_sglang.platform.cpu import CpuPlatform
+    from whiflash_sglang.platform.seams import install_early_seams, install_seams
+
+    install_early_seams()
+    install_seams()  # before the model of streams is: both have a `record_stream`
+    from sglang.srt.speculative import eagle_worker_common, spec_utils
 
     defaults = CpuPlatform.apply_server_args_defaults
     streams = Streams()
@@ -89,7 +74,15 @@ def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> I
         done.record()
         return GrammarTree(host, done)
 
+    def record_stream_each(tensors: Iterable[Any], stream: Any) -> None:
+        """SGLang's leaves tensors of a CPU out."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                tensor.record_stream(stream)
+
     with (
+        patch.object(spec_utils, "record_stream_each", record_stream_each),
+        patch.object(eagle_worker_common, "record_stream_each", record_stream_each),
         patch.object(GrammarTree, "from_device", tree_of),
         patch.object(CpuPlatform, "apply_server_args_defaults", with_overlap),
         patch.object(speculative_hook, "_disable_overlap_schedule_for_cpu", lambda _: None),

@@ -15,10 +15,13 @@ What the model takes for what (a CPU tensor does not say where it would be on a 
 - `.cpu()`, `.tolist()`, `.item()`, a mask as an index and the like read the device: the host waits for the current
   stream (`stalls` counts them by line); of host memory they read what is there;
 - what stands in for a kernel on the CPU (`KERNELS`) is one: what it reads is read by the current stream, nobody waits;
-- `.to(device)` of host memory is a copy, as it is on a GPU, and a later write to its source may come too early.
+- `.to(device)` of host memory is a copy, as it is on a GPU, and a later write to its source may come too early;
+- memory belongs to the stream that first wrote to it. When the last tensor that holds it is gone that stream may write
+  to it again at once: whoever else uses it must be done by then as far as that stream has waited, or be a stream that
+  `record_stream` has named.
 
-Not seen: operators that are called outside of the modes, C++ that writes through a pointer, memory that is freed and
-used again (upstream keeps what a forward reads for two iterations).
+Not seen: operators that are called outside of the modes, C++ that writes through a pointer, and memory that is freed
+while a copy from it to pinned memory is under way (the copy holds it here).
 """
 
 import importlib
@@ -60,9 +63,13 @@ class Access:
 
 @dataclass(slots=True)
 class Cell:
-    """Who touched a storage last. place: `HOST`, `PINNED` or None, the device."""
+    """Who touched a storage last. place: `HOST`, `PINNED` or None, the device. owner: the stream that it belongs to.
+    recorded: others for which it is kept.
+    """
 
     alive: StorageWeakRef
+    owner: str | None = None
+    recorded: set[str] = field(default_factory=set)
     place: str | None = None
     written: Access | None = None
     read: dict[str, Access] = field(default_factory=dict)
@@ -148,6 +155,7 @@ class Streams:
         self.forget: Callable[[Any, Any], bool] = lambda waiting, on: False
         self._default: Clock = {}
         self._cells: dict[int, Cell] = {}
+        self._shared: dict[int, Cell] = {}  # of the device, touched by a stream that does not own them
         self._copies: list[Copy] = []
 
     @contextmanager
@@ -159,10 +167,20 @@ class Streams:
                 stack.enter_context(patch.object(torch.cpu, kind.__name__, made))
             for module, name in D2H:
                 stack.enter_context(patch.object(importlib.import_module(module), name, self.async_d2h))
+            stack.enter_context(patch.object(torch.Tensor, "record_stream", self.record_stream()))
             yield
+
+    def record_stream(self) -> Callable[[torch.Tensor, Any], None]:
+        """In place of the method, which a CPU tensor does not have."""
+
+        def record_stream(tensor: torch.Tensor, stream: Any) -> None:
+            self.cell(tensor).recorded.add(self.name_of(stream))
+
+        return record_stream
 
     def prune(self) -> None:
         """Forget storages that are gone."""
+        self._take_back()
         self._cells = {key: cell for key, cell in self._cells.items() if not cell.alive.expired()}
 
     def clock_of(self, stream: Any) -> Clock:
@@ -172,10 +190,12 @@ class Streams:
         return stream.name if isinstance(stream, Stream) else "default stream"
 
     def waits(self, waiting: Any, on: Any) -> bool:
+        self._take_back()
         return not self.forget(waiting, on)
 
     def host_waits(self, clock: Clock) -> None:
         """The host goes on when everything in `clock` is done; copies that are done arrive."""
+        self._take_back()
         _join(self.host, clock)
         arrived = [copy for copy in self._copies if copy.access.is_before(self.host)]
         self._copies = [copy for copy in self._copies if not copy.access.is_before(self.host)]
@@ -225,6 +245,7 @@ class Streams:
             host = torch.empty_like(tensor)
         self.cell(host).place = PINNED
         self.copy_to_host(host, tensor)
+        tensor.record_stream(torch.cpu.current_stream())
         return host
 
     def made_by_host(self, tensor: torch.Tensor, place: str) -> None:
@@ -248,6 +269,12 @@ class Streams:
     ) -> Access:
         clock[agent] = clock.get(agent, 0) + 1
         access = Access(agent, clock[agent], site())
+        for tensor in (*reads, *writes):
+            cell = self.cell(tensor)
+            if cell.place is None:
+                cell.owner = cell.owner or agent
+                if cell.owner != agent:
+                    self._shared[tensor.untyped_storage()._cdata] = cell
         for tensor in reads:
             cell = self.cell(tensor)
             self._check(cell.written, clock, access, "reads what", "wrote")
@@ -259,6 +286,17 @@ class Streams:
                 self._check(earlier, clock, access, "writes what", "reads")
             cell.written, cell.read = access, {}
         return access
+
+    def _take_back(self) -> None:
+        """Give freed memory back to its owner; called before anybody waits, since nobody knows more until then."""
+        for key in [key for key, cell in self._shared.items() if cell.alive.expired()]:
+            cell = self._shared.pop(key)
+            clock = dict(self.host)
+            _join(clock, next((s.clock for s in self.streams if s.name == cell.owner), self._default))
+            for access in (cell.written, *cell.read.values()):
+                if access is None or access.agent in (cell.owner, *cell.recorded) or access.is_before(clock):
+                    continue
+                self.races[f"{cell.owner} may write again what {access.agent} uses: {access.site}"] += 1
 
     def _check(self, earlier: Access | None, clock: Clock, now: Access, does: str, did: str) -> None:
         if earlier is not None and not earlier.is_before(clock):

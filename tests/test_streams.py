@@ -100,6 +100,29 @@ def test_what_is_being_copied_must_not_be_overwritten(world: Streams) -> None:
     assert {text.split(",")[0] for text in world.races} == {"b writes what a reads"}
 
 
+@pytest.mark.parametrize("kept", ["not", "by the owner's wait", "by record_stream", "until the owner waits"])
+@pytest.mark.parametrize("use", [read, write])
+def test_memory_that_is_freed_goes_back_to_its_stream(world: Streams, use: Any, kept: str) -> None:
+    """What another stream still uses then may be written by the next operator that is given it."""
+    a, b = two()
+    with torch.cpu.stream(a):
+        held = [torch.zeros(2, device="cpu:0") + 1]
+    b.wait_stream(a)
+    with torch.cpu.stream(b):
+        use(held[0])
+    if kept == "by the owner's wait":
+        a.wait_stream(b)
+    elif kept == "by record_stream":
+        held[0].record_stream(b)
+    elif kept == "until the owner waits":
+        held[0] = held[0][1:]
+        a.wait_stream(b)
+    held.clear()
+    b.synchronize()  # too late for its owner
+    races = [text for text in world.races if "a may write again what b uses" in text]
+    assert len(races) == len(world.races) == (kept == "not")
+
+
 def test_a_pinned_buffer_must_not_be_filled_again_too_early(world: Streams) -> None:
     staged = torch.zeros(3, pin_memory=False)
     staged[0] = 1.0

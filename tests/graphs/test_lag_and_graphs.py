@@ -76,3 +76,72 @@ def test_what_is_promised_holds(
     assert sampled.test.p_value > 1e-4
     assert sampled.test.freedom >= 5
     assert not races
+
+
+def in_one_place(kept: dict[int, torch.Tensor], value: torch.Tensor) -> torch.Tensor:
+    """`value` where a captured graph would leave it: in memory that the next one of that size writes to."""
+    return kept.setdefault(value.numel(), torch.empty_like(value)).copy_(value)
+
+
+def record_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned of a round, as if it were packed in a graph."""
+    from whiflash_sglang.round import learning
+
+    kept: dict[int, torch.Tensor] = {}
+
+    class Packed(learning.Download):
+        def __init__(self, **fields: torch.Tensor) -> None:
+            super().__init__(**fields)
+            self.packed = in_one_place(kept, self.packed)
+
+    monkeypatch.setattr(learning, "Download", Packed)
+
+
+def widths_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows each request verified, as if drafts were chosen in a graph."""
+    from whiflash_sglang.drafters import stage
+
+    kept: dict[int, torch.Tensor] = {}
+    choose = stage.choose_drafts
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        found = choose(*args, **kwargs)
+        return found._replace(widths=in_one_place(kept, found.widths))
+
+    monkeypatch.setattr(stage, "choose_drafts", chosen)
+
+
+def states_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states for clients, as the graph of a verification leaves them."""
+    from whiflash_sglang import worker
+
+    def attach(batch: Any, verified: Any, block: Any, stride: int) -> None:
+        if batch.return_hidden_states:
+            verified.output.hidden_states = verified.final_hidden[: len(batch.reqs) * stride]
+
+    monkeypatch.setattr(worker.records, "attach", attach)
+
+
+@pytest.mark.parametrize("fault", [record_in_one_place, widths_in_one_place, states_of_the_graph])
+def test_a_result_that_the_next_replay_overwrites_is_found(
+    models: Models, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    """Results are read when a round more has begun: what they lie in must be theirs alone."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    monkeypatch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
+    options = {"whiflash": models.whiflash("ar"), "host_lengths": False, **SMALL}
+    with (
+        overlapped(models.target, enable_return_hidden_states=True, **options) as e,
+        emulated_graphs(e),
+    ):
+        for harmed in (False, True):
+            if harmed:
+                fault(monkeypatch)
+            e.submit(f"harmed: {harmed}", list(range(20)), max_new_tokens=12, return_hidden_states=True)
+            for _ in range(5):
+                e.step()
+            races = set(e.streams.races)
+            assert bool(races) == harmed
+            if not harmed:
+                e.run()
+        assert any(race.startswith("forward writes what copy reads") for race in races), races
