@@ -256,7 +256,6 @@ CUDA: dict[str, tuple[dict[str, Any], str]] = {
         {"cuda_graph_config": _DECODE, "attention_backend": "triton", "disable_cuda_graph_padding": True},
         "remove --disable-cuda-graph-padding",
     ),
-    "cuda_overlap": ({"disable_overlap_schedule": False}, "give --disable-overlap-schedule"),
     "cuda_deterministic": ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
 }
 
@@ -317,7 +316,7 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(launches, "get_platform", lambda h=hopper: SimpleNamespace(is_sm90=h))
         args = ServerArgs(model_path="unused")
         choose_for_cuda(args)
-        assert (args.attention_backend, args.disable_overlap_schedule) == (attention, True)
+        assert (args.attention_backend, args.disable_overlap_schedule) == (attention, False)
         assert (args.cuda_graph_backend_decode, args.cuda_graph_backend_prefill) == (None, "disabled")
     for attention, decode in (("flashinfer", None), ("trtllm_mha", "disabled")):
         chosen = ServerArgs(
@@ -325,6 +324,9 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
         )
         choose_for_cuda(chosen)
         assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == (attention, "disabled")
+    several = ServerArgs(model_path="unused", tp_size=2)
+    choose_for_cuda(several)
+    assert several.disable_overlap_schedule
     elsewhere = ServerArgs(model_path="unused", device="cpu")
     choose_for_cuda(elsewhere)
     assert elsewhere.attention_backend is None

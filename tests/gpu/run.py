@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +68,12 @@ def serving(attention: str, rehearsed: bool) -> Part:
     return Part(f"serving-{attention}", shows, command, SERVER, rehearsal=rehearsal, serves=True)
 
 
+def overlap(attention: str, rehearsed: bool) -> Part:
+    shows = f"the same with {attention} in SGLang's overlap loop, where results come when the next round runs"
+    part = serving(attention, rehearsed)
+    return replace(part, name=f"overlap-{attention}", shows=shows, command=(*part.command, "--overlap"))
+
+
 def speed(concurrency: int, rehearsed: bool) -> Part:
     shows = f"tokens a second beside plain decoding, EAGLE3 and DFLASH, {concurrency} at a time"
     scale = ("--concurrency", str(concurrency))
@@ -105,6 +111,7 @@ PARTS: tuple[Part, ...] = (
         serving(attention, attention == "triton")
         for attention in ("triton", "fa3", "fa4", "flashinfer", "trtllm_mha")
     ),
+    *(overlap(attention, attention == "triton") for attention in ("triton", "fa3", "flashinfer")),
     Part(
         "shaped",
         "rounds of an 8B-shaped target, random weights and acceptance set to what another pair had, end",

@@ -1,5 +1,8 @@
 """One attention backend, served with: `python tests/gpu/serving.py --attention triton --out figures.json`.
 
+`--overlap` serves in SGLang's overlap loop, as a server on CUDA does by default; without it a result is processed
+before the next round is planned.
+
 The real scheduler, worker and pools in one process (`tests/engine.py`): that they start, that 40 greedy answers with
 every arm in turn are plain decoding's, where a steady round waits for the device, what the largest batch takes, and
 which operators a round is made of. Greedy answers are judged as everywhere (`whiflash_sglang/equality.py`).
@@ -11,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +48,13 @@ class Plain:
 
 
 class Case:
-    """The pair, its prompts, and an engine on one backend."""
+    """The pair, its prompts, and an engine on one backend. overlap: ours runs SGLang's overlap loop."""
 
-    def __init__(self, served: Served, attention: str, device: str, scale: Scale) -> None:
+    def __init__(
+        self, served: Served, attention: str, device: str, scale: Scale, *, overlap: bool = False
+    ) -> None:
         self.served, self.attention, self.device, self.scale = served, attention, device, scale
+        self.overlap = overlap
         self.prompts = tokenised(served.target, scale)
 
     @property
@@ -58,8 +64,11 @@ class Case:
 
         return self.attention in GRAPH_ATTENTIONS
 
-    def engine(self, *, whiflash: bool) -> Any:
+    @contextlib.contextmanager
+    def engine(self, *, whiflash: bool) -> Iterator[Any]:
         from engine import engine
+        from overlap import overlapped
+        from overlap_loop import OverlapLoop
 
         arguments: dict[str, Any] = {
             "device": self.device,
@@ -71,7 +80,14 @@ class Case:
             arguments |= {"attention_backend": self.attention, "max_total_tokens": None, "random_seed": 0}
             arguments |= {"mem_fraction_static": 0.4}
         flags = {"draft": self.served.bundle, "whiflash_router": "random"} if whiflash else None
-        return engine(self.served.target, whiflash=flags, **arguments)
+        overlap = whiflash and self.overlap
+        if overlap and self.device == "cpu":
+            with overlapped(self.served.target, host_lengths=False, whiflash=flags, **arguments) as e:
+                yield e
+            return
+        arguments["disable_overlap_schedule"] = not overlap
+        with engine(self.served.target, whiflash=flags, **arguments) as e:
+            yield OverlapLoop(e.scheduler) if overlap else e
 
     def plain(self) -> list[Plain]:
         """Plain decoding's answers to all prompts."""
@@ -212,6 +228,7 @@ def serve(case: Case, checks: Checks, keep: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", required=True)
+    parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model-path")
     parser.add_argument("--bundle")
@@ -222,8 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
     with tempfile.TemporaryDirectory() as scratch:
         served = Served.find(chosen.model_path, chosen.bundle, Path(scratch), rehearse=rehearse)
-        case = Case(served, chosen.attention, chosen.device, REHEARSAL if rehearse else CARD)
-        checks = Checks(chosen.out, served=served.name, dtype=served.dtype, attention=chosen.attention)
+        scale = REHEARSAL if rehearse else CARD
+        case = Case(served, chosen.attention, chosen.device, scale, overlap=chosen.overlap)
+        described = {"served": served.name, "dtype": served.dtype, "attention": chosen.attention}
+        checks = Checks(chosen.out, **described, overlap=chosen.overlap)
         return serve(case, checks, chosen.out.with_suffix(".trace.json.gz"))
 
 

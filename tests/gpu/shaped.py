@@ -124,6 +124,7 @@ def measure(checks: Checks, device: str, loads: Sequence[int], tokens: int, shap
     dtype = "bfloat16" if device == "cuda" else "float32"
     made = write_models(root, shape, dtype)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "max_running_requests": max(loads)}
+    options["disable_overlap_schedule"] = True
     options |= {"load_format": "dummy", "max_total_tokens": 4096 + 2 * max(loads) * (tokens + 64)}
     with checks.check("plain") as figures, engine(made["model"], **options) as e:
         figures |= {f"tokens_per_s_at_{c}": speed(e, c, tokens) for c in loads}

@@ -16,10 +16,10 @@ from checks import LEFT_OUT
 CHECKS = ("starts", "greedy", "waits", "memory", "trace", "equality")
 
 
-def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, attention: str = "triton") -> tuple[int, Any]:
+def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, Any]:
     """Exit status and figures of a rehearsal."""
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")  # restored, where the part sets it itself
-    status = serving.main(["--attention", attention, "--device", "cpu", "--out", str(out)])
+    status = serving.main(["--attention", "triton", "--device", "cpu", "--out", str(out), *options])
     return status, json.loads(out.read_text())
 
 
@@ -34,6 +34,14 @@ def test_every_check_of_a_backend_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(found["checks"]["waits"]["waits"].values()) == found["checks"]["waits"]["watched"]
     assert found["checks"]["trace"]["on_host"]
     assert (tmp_path / "out.trace.json.gz").stat().st_size
+
+
+def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, found = rehearse(tmp_path / "out.json", monkeypatch, "--overlap")
+    assert status == 0, found
+    assert found["overlap"]
+    assert found["checks"]["greedy"]["rounds"] > found["checks"]["waits"]["watched"] > 0
+    assert not found["checks"]["waits"]["waits"]
 
 
 def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

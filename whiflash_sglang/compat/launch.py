@@ -97,4 +97,6 @@ def choose_for_cuda(server_args: Any) -> None:
                 setattr(server_args, f"cuda_graph_backend_{phase}", Backend.DISABLED)
     # Its dummy forward is a verification without a layout.
     server_args.disable_flashinfer_autotune = True
-    server_args.disable_overlap_schedule = True
+    if server_args.tp_size > 1:
+        # Plans go from rank to rank in the middle of a round; the two were never tried together.
+        server_args.disable_overlap_schedule = True

@@ -185,11 +185,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
     Refusal(
-        "cuda_overlap",
-        lambda x: x.device == "cuda" and not x.args.disable_overlap_schedule,
-        "WHIFLASH on CUDA runs without overlap scheduling for now; give --disable-overlap-schedule",
-    ),
-    Refusal(
         "cuda_deterministic",
         lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
         "WHIFLASH on CUDA cannot promise --enable-deterministic-inference: rows are verified together; remove it",
