@@ -74,9 +74,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1)
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
-        policy = build_policy(self.settings, heads=self._has_heads)
         costs = pricing.costs_of(self.target.device, partial(rows_of, self.drafters))
-        self.controller = Controller(policy, costs, vocabulary)
+        self.controller = Controller(build_policy(self.settings, heads=self._has_heads), costs, vocabulary)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
