@@ -11,11 +11,11 @@ from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.routing.signals import NOTHING_AHEAD
-from whiflash_sglang.spans.hints import LookupScope, RequestHints
+from whiflash_sglang.spans.hints import LookupScope, RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.matchers import Encode, Matcher
+from whiflash_sglang.structure.tools import carried_tools
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -133,3 +133,59 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
     arm.begin(1, tools, MINE, None, Told(grammars, vocabulary))
     arm.begin(2, tools, MINE)
     assert (arm.source(1), arm.source(2)) == ("grammar", "tools")
+
+
+def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Vocabulary) -> None:
+    """That one begins is believed as often as it was true, of every tenant by itself."""
+    tools = carried_tools([("find", {"properties": {"city": {}}, "required": ["city"]})], "hermes") or ""
+    spans = (
+        SpanHint("tool_call", "<tool_call>", "</tool_call>"),
+        SpanHint("reasoning", "<think>", "</think>"),
+    )
+    hints = RequestHints(tools=tools, spans=spans)
+
+    def answer(tenant: Any, text: str) -> float:
+        arm.begin(1, hints, tenant)
+        written = [*PROMPT, *vocabulary.encode("<think>So</think>\n\n")]
+        arm.outlook(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
+        expected = arm.outlook(1, len(written) - 1, lambda start: written[start:], worth).length
+        written += vocabulary.encode(text)
+        arm.outlook(1, len(written) - 1, lambda start: written[start:], worth)
+        arm.release(1)
+        return expected
+
+    worth = FULL_LENGTH._replace(row=0.05)
+    assert answer(MINE, "No.") > 1
+    for _ in range(100):
+        answer(MINE, "No.")
+    assert answer(MINE, "<tool_call>") == 1, "rows are verified that nobody needs"
+    assert answer(THEIRS, "No.") > 1
+    for _ in range(60):
+        answer(MINE, "<tool_call>")
+    assert answer(MINE, "<tool_call>") > 2
+
+
+def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
+    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
+) -> None:
+    """Here a target that writes character by character, whoever drafts."""
+
+    def first_of_an_answer(tenant: Any) -> int:
+        told = Told(grammars, vocabulary)
+        arm.begin(1, RequestHints(), tenant, None, told)
+        text = told.matcher(vocabulary.encode).forced()
+        arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        found = arm.proposed(1, 8, FULL_LENGTH).tokens
+        for character in text[:6]:
+            told.tell(vocabulary.encode(character))
+            arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        arm.release(1)
+        return found[0].token
+
+    usual, (alone,) = first_of_an_answer(MINE), vocabulary.encode("{")
+    assert usual != alone
+    assert first_of_an_answer(MINE) == alone
+    assert first_of_an_answer(THEIRS) == usual
+    assert MINE is not None
+    arm.forget(handle_of(MINE))
+    assert first_of_an_answer(MINE) == usual

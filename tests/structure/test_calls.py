@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from whiflash_sglang.spans.carrier import validate_custom_params
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, SpanHint, parse_hints
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.calls import KEPT, Calls, carried_tools, compiled, words_of_tools
+from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.json_calls import compiled
 from whiflash_sglang.structure.sketch import sketch, text_of
+from whiflash_sglang.structure.tools import KEPT, carried_tools, words_of_tools
 
 SPANS = (SpanHint("tool_call", "<tool_call>", "</tool_call>"),)
 WEATHER = {
@@ -53,7 +56,7 @@ def follow(
         end=None,
         likelihood=lambda kind: 1.0,
         guesses=Guesses(words_of_tools(TOOLS), lambda words: used or {}),
-        call=calls.ahead,
+        calls=calls,
     )
     return text_of(vocabulary, [token.token for token in tokens])
 
@@ -129,6 +132,37 @@ def test_a_marker_that_is_the_call_s_own_beginning(
     assert follow(vocabulary, written, spans=spans, tools=tools, prompt=tag) == expected
 
 
+THOUGHTS = SpanHint("reasoning", "<think>", "</think>")
+OPEN = f"<tool_call>\n{BEGUN}"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("", OPEN),
+        ("\n", OPEN),
+        ("No", ""),
+        ("<think>A", ""),
+        ("<think>A</think>", f"\n\n{OPEN}"),
+        ("<think>A</think>\n", f"\n{OPEN}"),
+        ("<think>A</think> ", OPEN),
+        ("<think>A</think>\n\nNo", ""),
+        ("<think>A</thi", ""),
+        ('<think>A</think>\n<tool_call>\n{"name": "sing", "arguments": {}}\n</tool_call>', ""),
+    ],
+)
+def test_that_a_call_begins_is_guessed_where_one_may_begin(
+    vocabulary: Vocabulary, written: str, expected: str
+) -> None:
+    assert follow(vocabulary, written, spans=[*SPANS, THOUGHTS]) == expected
+
+
+def test_it_is_not_guessed_while_the_prompt_s_reasoning_is_open(vocabulary: Vocabulary) -> None:
+    spans = [*SPANS, replace(THOUGHTS, open=True)]
+    assert follow(vocabulary, "", spans=spans) == follow(vocabulary, "\n", spans=spans) == ""
+    assert follow(vocabulary, "\nSo</think>", spans=spans) == f"\n\n{OPEN}"
+
+
 def test_the_tool_that_the_conversation_used_most(vocabulary: Vocabulary) -> None:
     used = {"get_weather": 1, "get_time": 3, "sing": 1}
     assert follow(vocabulary, '<tool_call>\n{"name": "', used).startswith('get_time"')
@@ -139,13 +173,7 @@ PIECES = ("<tool", "_call>", "{", '"name"', ': "sing"', ', "arguments": {}', "}"
 
 def state(calls: Calls) -> object:
     """What a call is expected to go on with."""
-    ahead = calls.ahead
-    return ahead and (
-        ahead.opening,
-        ahead.matcher and ahead.matcher.forced(),
-        str(ahead.layout),
-        ahead.ending,
-    )
+    return calls.pieces(400, Guesses(words_of_tools(TOOLS), lambda words: {}), lambda kind: 1.0)
 
 
 @settings(deadline=None)
@@ -178,9 +206,10 @@ def test_looking_behind_drafts_is_following_them(written: str, drafts: list[str]
     assert state(following) == behind
 
 
-def test_only_calls_in_json_are_told_of_and_only_so_much() -> None:
+def test_only_calls_of_known_forms_are_told_of_and_only_so_much() -> None:
     assert carried_tools(FUNCTIONS, "llama3") is not None
-    assert carried_tools(FUNCTIONS, "qwen3_coder") is carried_tools(FUNCTIONS, None) is None
+    assert carried_tools(FUNCTIONS, "qwen3_coder") is not None
+    assert carried_tools(FUNCTIONS, "pythonic") is carried_tools(FUNCTIONS, None) is None
     assert carried_tools([("long", {"description": "x" * MAX_TOOLS_CHARS})], "hermes") is None
     validate_custom_params({TOOLS_KEY: "x" * MAX_TOOLS_CHARS})
     with pytest.raises(HintError):
@@ -232,10 +261,9 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
         separators = (", ", ": ") if grammars.engine == "xgrammar" else (",", ":")
         document = json.dumps(schema["const"], separators=separators)
         raw, judge = (grammars.raw(schema, blanks=False) for _ in range(2))
-        calls = Calls(TOOLS, SPANS)
+        longer = replace(SPANS[0], end="</tool_call> and more text than the grammar has")
+        calls = Calls(TOOLS, [longer])
         calls.follow("<tool_call>" + "".join(written))
-        ahead = calls.ahead
-        assert ahead is not None
         beginning = vocabulary.encode(document)[:4]
         for engine in (raw, judge):
             for token in beginning:
@@ -249,9 +277,9 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
                 end=grammars.end,
                 likelihood=likelihood,
                 guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
-                call=call,
+                calls=told,
             )
-            for call in (None, ahead._replace(ending=f"{ahead.ending} and more text than the grammar has"))
+            for told in (None, calls)
         )
         assert len(found) >= len(alone) > 0, "what the grammar tells is lost for text that it forbids"
         for token in found:

@@ -4,16 +4,21 @@ import json
 from typing import Any
 
 import pytest
+import xgrammar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import SCHEMAS, Case, Grammars
 
+from whiflash_sglang.compat.whitespace import bounded_tag
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind, StructureChances
-from whiflash_sglang.structure.guesses import Guesses
-from whiflash_sglang.structure.layout import Layout
-from whiflash_sglang.structure.schemas import MOST_WORDS, words_of
-from whiflash_sglang.structure.sketch import STEPS, likely, sketch, text_of
+from whiflash_sglang.structure.guesses import Guesses, parted
+from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
+from whiflash_sglang.structure.likely import STEPS, likely
+from whiflash_sglang.structure.matchers import XGrammarMatcher
+from whiflash_sglang.structure.pieces import Piece
+from whiflash_sglang.structure.schemas import MOST_WORDS, frames_of, words_of
+from whiflash_sglang.structure.sketch import sketch, text_of
 
 LIKELIHOOD = StructureChances().of
 TRIP = {
@@ -162,12 +167,110 @@ def test_words_of_schemas_and_tags() -> None:
     assert words_of("[a-z]+") == words_of("") == ()
 
 
-@given(st.text(alphabet='{}[]:," \n\\ab1'), st.text(alphabet='{}[]:," \n\\ab1'))
-def test_a_layout_is_the_same_however_its_text_comes(first: str, second: str) -> None:
-    whole, parts = Layout(), Layout()
+FRAMES = Frames(('ab":', '<{"a":'), ("}1",))
+
+
+@given(
+    st.text(alphabet='{}[]:," \n\\ab1'),
+    st.lists(st.sampled_from(["a", 'b":', "}1", '<{"a":', ": 1", "{ "])).map("".join),
+    st.sampled_from([NO_FRAMES, FRAMES]),
+)
+def test_a_layout_is_the_same_however_its_text_comes(first: str, second: str, frames: Frames) -> None:
+    whole, parts = Layout(frames=frames), Layout(frames=frames)
     whole.follow(first + second)
     parts.follow(first)
     ahead = parts.copy()
     ahead.follow("[1, 2]")
     parts.follow(second)
     assert parts == whole
+
+
+CALLS = Frames(('<call>{"name":"f", "arguments":', '<call>{"name":"g", "arguments":'), ("}</call>",))
+
+
+def test_how_a_tag_is_written_says_nothing_of_the_json_in_it() -> None:
+    """Nobody chose its blanks. What was seen in a call counts in the next one, whatever stands between them."""
+    call = '<call>{"name":"f", "arguments":'
+    layout = Layout(frames=CALLS)
+    layout.follow(f'He said "no.\n{call}')
+    assert (layout.inside, layout.last, layout.seen) == (False, "", {})
+    layout.follow('{"a"')
+    assert layout.blank_before(":") == ("", False)
+    layout.follow(":")
+    assert layout.blank_before('"') == (" ", False)
+    layout.follow(' 1,\n"b"')
+    seen = dict(layout.seen)
+    layout.follow('}}</call>\n<call>{"name":"g", "arguments":')
+    assert seen.items() <= layout.seen.items()
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_frames_are_those_of_the_tag_and_none_of_its_schemas(modern: bool) -> None:
+    inner = {"properties": {"x": {"begin": '"', "end": "y"}}}
+    tag: dict[str, Any] = {
+        "structures": [{"begin": begin, "schema": inner, "end": CALLS.ends[0]} for begin in CALLS.begins],
+        "triggers": ["<call>"],
+    }
+    found = frames_of(bounded_tag(json.dumps(tag), 1) if modern else json.dumps(tag))
+    assert (sorted(found.begins), found.ends) == (sorted(CALLS.begins), CALLS.ends)
+    assert frames_of(json.dumps(TRIP)) is frames_of("[a-z]+") is NO_FRAMES
+
+
+def test_only_what_parts_a_word_from_others_is_unsure() -> None:
+    assert parted('get_time"', ['get_weather"', 'go"'], Kind.WORD) == [
+        Piece("g", Kind.FORCED),
+        Piece("e", Kind.WORD),
+        Piece("t_", Kind.FORCED),
+        Piece("t", Kind.WORD),
+        Piece('ime"', Kind.FORCED),
+    ]
+    assert parted('get"', ['get_it"'], Kind.USED) == [Piece("get", Kind.FORCED), Piece('"', Kind.USED)]
+    assert parted('a"', [], Kind.WORD) == [Piece("a", Kind.WORD), Piece('"', Kind.FORCED)]
+
+
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "triggered_tags",
+        "triggers": ["<call>"],
+        "tags": [
+            {
+                "type": "tag",
+                "begin": CALLS.begins[0],
+                "content": {"type": "json_schema", "json_schema": TRIP["properties"]["hotel"]},
+                "end": CALLS.ends[0],
+            }
+        ],
+    },
+}
+
+
+def test_prose_around_a_tag_is_free(tokenizer: Any, vocabulary: Vocabulary) -> None:
+    """Nothing is guessed in it, and that it ends only where a call just has."""
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=[tokenizer.eos_token_id])
+    grammar = xgrammar.GrammarCompiler(info).compile_structural_tag(json.dumps(TAG))
+    raw = xgrammar.GrammarMatcher(grammar)
+
+    def proposed(written: str) -> tuple[str, list[Kind]]:
+        matcher, layout = XGrammarMatcher(raw), Layout(frames=CALLS)
+        layout.follow(written)
+        with matcher.trying():
+            assert not written or matcher.accept_text(written)
+            found = sketch(
+                matcher,
+                vocabulary,
+                vocabulary.encode(written),
+                32,
+                end=tokenizer.eos_token_id,
+                likelihood=lambda kind: 1.0,
+                guesses=guesses({}),
+                layout=layout,
+            )
+        text = text_of(vocabulary, [token.token for token in found if token.kind is not Kind.STOPPED])
+        return text, [token.kind for token in found]
+
+    assert proposed("") == proposed("It is") == proposed('{"a": 1}') == ("", [])
+    text, kinds = proposed(f'So: {CALLS.begins[0]}{{"name": "c"')
+    assert (text, kinds[-1]) == ("}}</call>", Kind.STOPPED)
+    assert Kind.STOPPED not in kinds[:-1]
+    assert proposed(f'{CALLS.begins[0]}{{"name": "c"}}}}</call>') == ("", [])

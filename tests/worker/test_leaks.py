@@ -16,7 +16,7 @@ from model_set import Models
 from traffic import Arrival, play
 
 from whiflash_sglang.spans.hints import TOOLS_KEY
-from whiflash_sglang.structure.calls import carried_tools
+from whiflash_sglang.structure.tools import carried_tools
 
 HALF = 100
 SCHEMA = {

@@ -17,11 +17,12 @@ from traffic import Arrival, play
 from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.compat.whitespace import COMPACT, bounded_tag
 from whiflash_sglang.drafters import structure
+from whiflash_sglang.drafters.stage import DraftStage
 from whiflash_sglang.round import lifecycle
 from whiflash_sglang.spans.hints import TOOLS_KEY
-from whiflash_sglang.structure.calls import carried_tools
 from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.sketch import Token
+from whiflash_sglang.structure.sketch import Token, is_text
+from whiflash_sglang.structure.tools import carried_tools
 from whiflash_sglang.telemetry.trace import build_trace
 
 WIDTH = 16
@@ -86,9 +87,28 @@ def rounds(e: Engine) -> dict[str, int]:
     return {rid: e.rounds(rid)[0] for rid in e.requests}
 
 
+def forbidden(e: Engine, requests: Any, plan: Any, proposal: Any) -> int:
+    """Drafts of a round that are verified though the grammars of their requests forbid them."""
+    arm, found = e.worker.drafters["structure"], 0
+    for index, row in enumerate(requests.row_ids):
+        own = arm._requests.get(row)
+        matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary.encode)
+        if not matcher or not plan.joined[index] or own.length != requests.lengths.most[index]:
+            continue
+        drafts = proposal.tokens[index, : int(proposal.widths[index]) - 1].tolist()
+        with matcher.trying():
+            assert all(map(matcher.accept_token, own.unseen))
+            found += not all(
+                matcher.accept_token(draft) for draft in drafts if is_text(arm._vocabulary, draft)
+            )
+    return found
+
+
 @pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
-def test_joined_with_every_other_arm(models: Models, backend: str) -> None:
-    """A random route every round, and an arm that knows most of the answer: drafts of all kinds meet."""
+def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random route every round, and an arm that knows most of the answer: drafts of all kinds meet, and none is
+    verified that a grammar forbids.
+    """
     arrivals = [a for a in requests() if backend == "xgrammar" or a.params.keys() & {"json_schema", "regex"}]
     with engine(models.target, grammar_backend=backend, **OPTIONS) as e:
         plain = play(e, arrivals)
@@ -97,10 +117,21 @@ def test_joined_with_every_other_arm(models: Models, backend: str) -> None:
         oracle.learn(a.prompt, plain[a.rid])
     flags = models.whiflash("random")
     used: set[str | None] = set()
+    draft, wrong = DraftStage.draft, list[int]()
+
+    def drafted(stage: Any, requests: Any, plan: Any) -> Any:
+        proposal = draft(stage, requests, plan)
+        wrong.append(forbidden(e, requests, plan, proposal))
+        return proposal
+
+    monkeypatch.setattr(DraftStage, "draft", drafted)
+    monkeypatch.setattr(oracle, "judges", True, raising=False)
     with engine(models.target, whiflash=flags, arms=[oracle], grammar_backend=backend, **OPTIONS) as e:
         assert play(e, arrivals, lambda: used.update(lane.previous for lane in e.lanes.values())) == plain
         assert e.worker.drafters["structure"]._requests == {}
     assert {"structure", "lookup", "ar", "diffusion", "oracle", "none"} <= used
+    assert len(wrong) > 20
+    assert not any(wrong)
 
 
 def only(arm: str) -> Any:

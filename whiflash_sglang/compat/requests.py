@@ -17,7 +17,7 @@ from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import INFERRED_KEY, TOOLS_KEY, SpanHint
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.prediction import add_body_prediction, carried_prediction
-from whiflash_sglang.structure.calls import carried_tools
+from whiflash_sglang.structure.tools import carried_tools
 
 
 def install() -> None:

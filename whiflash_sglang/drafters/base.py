@@ -99,9 +99,9 @@ class Drafter(ABC):
     where these lie in what the target captures, None: they are all of it. tail_width: columns of feature n-1 that a
     draft begins with, 0 where it reads none. keeps_kv: whether it has KV that must stay synchronised with the target's
     slots. judges: whether its drafts say how likely they are (`Drafts.alive`); only such are prolonged. prolongs:
-    whether it can go on where another arm's drafts end. late: whether the host knows what it expects of a round too
-    late where it may not read the device; then it drafts for all requests, and the device decides who takes its
-    drafts.
+    whether it can go on where another arm's drafts end. forbids: whether it drops of them what may not follow. late:
+    whether the host knows what it expects of a round too late where it may not read the device; then it drafts for all
+    requests, and the device decides who takes its drafts.
     """
 
     arm: str
@@ -112,6 +112,7 @@ class Drafter(ABC):
     keeps_kv: bool = False
     judges: bool = False
     prolongs: bool = False
+    forbids: bool = False
     late: bool = False
 
     def kv_bytes_per_token(self) -> int:

@@ -20,6 +20,9 @@ from whiflash_sglang.routing.costs import WorkerCosts
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.trace import Part, first_of
 
+TURNS = 3
+"""In which arms are asked to go on behind the drafts of a round."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -179,14 +182,16 @@ class DraftStage:
         behind them yet; and [B] int64, drafts of each request's own arm that are left.
 
         Whoever may prolong is asked twice, since each may lead into what another one knows; in the second turn also of
-        its own drafts, which others have prolonged by then.
+        its own drafts, which others have prolonged by then. Who forbids drafts is asked once more, of what came last.
         """
-        own, newest, more = laid.counts, None, None
+        own, more = laid.counts, None
+        grown, seen = 0, dict[str, int]()
         prolonging = [(arm, drafter) for arm, drafter in self.drafters.items() if drafter.prolongs]
-        for again, (arm, drafter) in product((False, True), prolonging):
-            if arm in self.quarantine:
+        for turn, (arm, drafter) in product(range(TURNS), prolonging):
+            again = turn > 0
+            if arm in self.quarantine or (turn == TURNS - 1 and not drafter.forbids):
                 continue
-            if newest == arm or (again and (newest is None or drafter.late)):
+            if seen.get(arm) == grown or (again and (not grown or drafter.late)):
                 continue  # nothing is behind the drafts that it has not seen
             rooms = [
                 0 if route == arm and not again else room
@@ -200,10 +205,11 @@ class DraftStage:
             with self.quarantine.guard(arm):
                 more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
             if more is not None:
-                newest = arm
+                grown += not drafter.forbids or bool(more.counts.any())
                 if taken is not None:
                     taken.behind(arm, more)
                 own = own if more.after is None else torch.minimum(own, more.after)
+            seen[arm] = grown
         if more is None or more.after is not None:
             return _joined(requests, laid, more, text), None, own
         return laid, Drafted(requests.rows, more.tokens, more.counts, more.alive, None), own

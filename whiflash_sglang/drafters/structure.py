@@ -26,13 +26,14 @@ from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
-from whiflash_sglang.structure.calls import Calls, words_of_tools
+from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import StructureChances
 from whiflash_sglang.structure.guesses import Guesses
-from whiflash_sglang.structure.layout import Layout
+from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
-from whiflash_sglang.structure.schemas import words_of
+from whiflash_sglang.structure.schemas import frames_of, words_of
 from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch, text_of
+from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
 WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
@@ -77,7 +78,7 @@ class StructureArm(Drafter):
     """
 
     arm = arms.STRUCTURE
-    judges = prolongs = True
+    judges = prolongs = forbids = True
 
     def __init__(self, settings: Structure, vocabulary: Vocabulary, host: HostView = EXACT) -> None:
         self._host = host
@@ -98,7 +99,9 @@ class StructureArm(Drafter):
         """A request begins in `row`, or begins again."""
         self.release(row)
         # Without a grammar a round reads nothing of the device before its end, so nobody knows what was drafted.
-        calls = Calls(hints.tools, hints.spans) if hints.tools and self._host.exact else None
+        known = grammar is not None and all_forced(grammar.schema, hints.tools)
+        told = hints.tools and self._host.exact and not known
+        calls = Calls(hints.tools, hints.spans) if told else None
         if grammar is not None or calls is not None:
             # What asks for nothing to be kept of its text teaches nobody.
             shared = hints.lookup == "memory"
@@ -169,7 +172,10 @@ class StructureArm(Drafter):
         self._chances.forget(handle)
 
     def release(self, row: int) -> None:
-        self._requests.pop(row, None)
+        request = self._requests.pop(row, None)
+        if request is not None and request.grammar is not None and "{" in request.layout.seen:
+            framed = request.layout.frames is not NO_FRAMES
+            request.chances.habits[framed] = request.layout.as_habit()
 
     def _looked_at(self, row: int, length: int) -> bool:
         """Whether the request in `row` was looked at in this round."""
@@ -180,16 +186,32 @@ class StructureArm(Drafter):
         """Compare what was proposed with what was committed since, whoever drafted that."""
         if not request.tokens:
             return
-        for token, written in zip(request.tokens, history(request.length + 1), strict=False):
+        before = request.tail[-1]
+        for number, (token, written) in enumerate(
+            zip(request.tokens, history(request.length + 1), strict=False)
+        ):
             request.chances.observe(token.kind, token.token == written)
             if token.token != written:
+                self._learn_cut(request, number, before, written)
                 break
+            before = written
+
+    def _learn_cut(self, request: _Request, number: int, before: int, written: int) -> None:
+        """Another token was written behind `before` than was proposed: it may begin the same text."""
+        proposed = [token.token for token in request.tokens[number:]]
+        begin = bytes_of(self._vocabulary, [written])
+        if begin and bytes_of(self._vocabulary, proposed).startswith(begin):
+            token = request.tokens[number]
+            request.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
 
     def _follow(self, request: _Request, history: History) -> None:
         """The layout of what was written since, and the call in it."""
         if request.guesses is None:
             request.followed = begin = request.grammar.prompt if request.grammar else request.length
             schema = words_of(request.grammar.schema) if request.grammar else ()
+            if request.grammar:
+                request.layout.frames = frames = frames_of(request.grammar.schema)
+                request.layout.habit = request.chances.habits.get(frames is not NO_FRAMES)
             words = tuple(dict.fromkeys((*schema, *words_of_tools(request.tools))))
             prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
             request.guesses = Guesses(words, partial(self._used, prompt))
@@ -238,7 +260,8 @@ class StructureArm(Drafter):
                 likelihood=request.chances.of,
                 guesses=request.guesses,
                 layout=layout,
-                call=calls.ahead if calls is not None else None,
+                calls=calls,
+                cuts=request.chances.cuts,
             )
         alive = list(accumulate((request.chances.of(token.kind) for token in tokens), mul))
         return Found(tokens, alive, after)

@@ -20,7 +20,7 @@ from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.calls import carried_tools
+from whiflash_sglang.structure.tools import carried_tools
 
 MEMORY_BYTES = 64 << 20
 """What memory across requests takes where an arm is walked with it."""

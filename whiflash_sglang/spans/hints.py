@@ -25,7 +25,7 @@ from whiflash_sglang.spans.fields import (
 
 WIRE_KEY: Final = "whiflash"
 TOOLS_KEY: Final = "whiflash_tools"
-"""What the HTTP process tells the scheduler of a request's tools (`structure.calls`)."""
+"""What the HTTP process tells the scheduler of a request's tools (`structure.tools`)."""
 INFERRED_KEY: Final = "whiflash_inferred"
 """With it the HTTP process says that the spans are not the caller's but its own guess. It only counts."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"

@@ -45,6 +45,22 @@ def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
     return b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
 
 
+def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
+    """Tokens of `text` where it is cut together with what stands before it; None: no token begins with it."""
+    tokens, table = vocabulary.encode(written + text), vocabulary.token_bytes
+    data, whole = b"".join(table[token] for token in tokens), (written + text).encode()
+    if data not in (whole, b" " + whole):  # SentencePiece sets a blank before a text
+        return None
+    left = len(written.encode()) + len(data) - len(whole)
+    for number, token in enumerate(tokens):
+        if left == 0:
+            return list(tokens[number:])
+        left -= len(table[token])
+        if left < 0:
+            return None
+    return []
+
+
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """What text that is not a prompt may know of a `transformers` tokenizer.
 

@@ -18,7 +18,7 @@ OPENING = VALUES[:3]
 """Of these the ones after which more can be said."""
 
 FREE = "‡"
-"""Allowed inside a string only where nearly anything is."""
+"""Allowed only where nearly anything is: in free text, and inside a string without bounds."""
 
 
 class Guesses:
@@ -33,33 +33,55 @@ class Guesses:
         self._words, self._count = words, used
         self._used: Mapping[str, int] | None = None
 
-    def next(self, matcher: Matcher, layout: Layout) -> Piece | None:
-        """A text that may follow where nothing is forced; None where it is anybody's guess."""
+    def next(self, matcher: Matcher, layout: Layout) -> list[Piece]:
+        """What may follow where nothing is forced; nothing where it is anybody's guess."""
+        if allows(matcher, FREE):
+            return []
         if layout.inside:
             return self._word(matcher, layout.partial)
         if layout.last in ("", "{", "[", ",", ":"):
             return _opening(matcher, layout)
         if layout.last.isdigit():
-            return None  # a number may go on
+            return []  # a number may go on
         return _closing(matcher, layout)
 
-    def _word(self, matcher: Matcher, partial: str) -> Piece | None:
-        if not self._words or allows(matcher, FREE):
-            return None
+    def _word(self, matcher: Matcher, partial: str) -> list[Piece]:
+        """The rest of a name or a listed value; where others may stand there, its kind is that of what parts it from
+        them.
+        """
         rests = {
             word: word[len(partial) :] + '"'
             for word in self._words
             if word.startswith(partial) and allows(matcher, word[len(partial) :] + '"')
         }
         if not rests:
-            return None
+            return []
         if self._used is None:
             self._used = self._count(self._words)
         used = self._used
         best = max(rests, key=lambda word: used.get(word, 0))
-        others = [used.get(word, 0) for word in rests if word != best]
+        others = [word for word in rests if word != best]
         # A list of tools names each of them once.
-        return Piece(rests[best], Kind.USED if used.get(best, 0) > max(others, default=0) else Kind.WORD)
+        most = max((used.get(word, 0) for word in others), default=0)
+        kind = Kind.USED if used.get(best, 0) > most else Kind.WORD
+        return parted(rests[best], [rests[word] for word in others], kind)
+
+
+def parted(text: str, others: Sequence[str], kind: Kind) -> list[Piece]:
+    """`text` in pieces: `kind` are its characters that part it from one of the others, where none does its first."""
+    places = sorted({_shared(text, other) for other in others} - {len(text)}) or [0]
+    pieces, done = [], 0
+    for place in places:
+        pieces += [Piece(text[done:place], Kind.FORCED)] if place > done else []
+        pieces.append(Piece(text[place], kind))
+        done = place + 1
+    return pieces + ([Piece(text[done:], Kind.FORCED)] if done < len(text) else [])
+
+
+def _shared(text: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = zip(text, other, strict=False)
+    return next((number for number, (own, its) in enumerate(pairs) if own != its), min(len(text), len(other)))
 
 
 def allows(matcher: Matcher, text: str) -> bool:
@@ -68,34 +90,33 @@ def allows(matcher: Matcher, text: str) -> bool:
         return matcher.accept_text(text)
 
 
-def _opening(matcher: Matcher, layout: Layout) -> Piece | None:
+def _opening(matcher: Matcher, layout: Layout) -> list[Piece]:
     """A key or a value begins, or its brackets close at once."""
     possible = [value for value in VALUES if allows(matcher, value)]
     if not possible:
         return _closing(matcher, layout)
-    if len(possible) != 1:
-        blank, seen = layout.blank_before('"')
-        if blank and layout.last in ",:" and allows(matcher, blank):
-            return Piece(blank, Kind.LAYOUT if seen else Kind.USUAL)
-        return None
-    (value,) = possible
+    if len(possible) > 1 and layout.last not in (",", ":"):
+        return []
+    value = possible[0]
     blank, seen = layout.blank_before(value)
-    text = blank + value if value in OPENING else blank
-    if not text or not allows(matcher, text):
-        return None
-    return Piece(text, Kind.LAYOUT if seen else Kind.USUAL)
+    pieces = [Piece(blank, Kind.LAYOUT if seen else Kind.USUAL)] if blank else []
+    if value in OPENING and len(possible) > 1:
+        pieces.append(Piece(value, Kind.CHOICE))
+    elif value in OPENING:
+        pieces = [Piece(blank + value, Kind.LAYOUT if seen else Kind.USUAL)]
+    return pieces if pieces and allows(matcher, "".join(piece.text for piece in pieces)) else []
 
 
-def _closing(matcher: Matcher, layout: Layout) -> Piece | None:
+def _closing(matcher: Matcher, layout: Layout) -> list[Piece]:
     """A key or a value has ended."""
     possible = [mark for mark in ":,}]" if allows(matcher, mark)]
     if not possible:
-        return None
+        return []
     mark = possible[0]
     blank, seen = layout.blank_before(mark)
     text = blank + mark
     if not allows(matcher, text):
-        return None
+        return []
     if len(possible) > 1:
-        return Piece(text, Kind.CHOICE)
-    return Piece(text, Kind.LAYOUT if seen else Kind.USUAL)
+        return [Piece(text, Kind.CHOICE)]
+    return [Piece(text, Kind.LAYOUT if seen else Kind.USUAL)]

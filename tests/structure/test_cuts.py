@@ -1,0 +1,72 @@
+"""Text is cut as its target cut it before, where it was not free to choose."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
+from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.cuts import KEPT, MOST, Cuts
+from whiflash_sglang.structure.pieces import Piece
+from whiflash_sglang.structure.sketch import cut
+
+
+def test_a_place_is_cut_as_it_was_when_it_was_seen_last(vocabulary: Vocabulary) -> None:
+    usual = vocabulary.encode('{"city": "Paris"')
+    name, marks = usual[1], usual[2]
+    assert bytes_of(vocabulary, [marks]) == b'":', "what the tokenizer has there"
+    (quote,) = vocabulary.encode('"')
+    cuts = Cuts()
+    cuts.learn(name, marks, quote)
+    found = cuts.applied(vocabulary, -1, usual)
+    assert [own.token for own in found[:3]] == [*usual[:2], quote]
+    assert bytes_of(vocabulary, [own.token for own in found]) == bytes_of(vocabulary, usual)
+    assert [own.usual for own in found if own.token != own.usual] == [marks]
+    assert cuts.applied(vocabulary, name, usual[2:])[0].token == quote
+    assert [own.token for own in cuts.applied(vocabulary, name, usual)] != [own.token for own in found[1:]]
+    cuts.learn(name, marks, marks)
+    assert [own.token for own in cuts.applied(vocabulary, -1, usual)] == usual
+
+
+def test_a_sketch_says_what_it_put_in_the_place_of_what(vocabulary: Vocabulary) -> None:
+    text = '"city": "Paris"'
+    first, *_ = vocabulary.encode(text)
+    cuts = Cuts()
+    cuts.learn(-1, first, vocabulary.encode('"')[0])
+    found = cut(vocabulary, [], [Piece(text, Kind.FORCED)], lambda kind: 1.0, cuts)
+    if bytes_of(vocabulary, [first]) != b'"':
+        assert found[0].usual == first
+    assert {token.usual for token in found[1:]} == {None}
+
+
+def test_what_is_remembered_and_cut_anew_is_bounded(vocabulary: Vocabulary) -> None:
+    cuts, asked = Cuts(), list[str]()
+    for number in range(KEPT + 9):
+        cuts.learn(number, 1, 2)
+    assert len(cuts._written) == KEPT
+
+    def encode(text: str) -> list[int]:
+        asked.append(text)
+        return vocabulary.encode(text)
+
+    ab, a, b = (vocabulary.encode(text)[0] for text in ("Paris", "P", "a"))
+    cuts.learn(ab, ab, a)
+    for before in range(len(vocabulary.token_bytes)):
+        cuts.learn(before, ab, a)
+    cuts.applied(vocabulary._replace(encode=encode), b, [ab] * 50)
+    assert len(asked) <= MOST
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400), st.integers(0, 400))), st.text(max_size=40)
+)
+def test_text_is_never_changed(
+    vocabulary: Vocabulary, learned: list[tuple[int, int, int]], text: str
+) -> None:
+    cuts, tokens = Cuts(), vocabulary.encode(text)
+    for one in learned:
+        cuts.learn(*one)
+    for before, usual in zip([-1, *tokens], tokens, strict=False):
+        cuts.learn(before, usual, vocabulary.encode(text[:1])[0])
+    found = cuts.applied(vocabulary, -1, tokens)
+    assert bytes_of(vocabulary, [own.token for own in found]) == bytes_of(vocabulary, tokens)

@@ -1,0 +1,186 @@
+"""Calls in markup: what their form and their tools tell, and silence where something else is written."""
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiflash_sglang.spans.hints import SpanHint
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.calls import Calls
+from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.likely import STEPS
+from whiflash_sglang.structure.pieces import Piece
+from whiflash_sglang.structure.sketch import sketch, text_of
+from whiflash_sglang.structure.tools import carried_tools
+
+SPANS = [SpanHint("tool_call", "<tool_call>", "</tool_call>")]
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "note": {"type": "string"},
+        "city": {"type": "string"},
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "wet": {"type": "boolean"},
+    },
+    "required": ["city", "unit"],
+}
+FUNCTIONS: list[tuple[str | None, Any]] = [
+    ("get_weather", WEATHER),
+    ("get_weather_map", None),
+    ("sing", {"type": "object", "properties": {}}),
+]
+QWEN, GLM = (carried_tools(FUNCTIONS, parser) or "" for parser in ("qwen3_coder", "glm47"))
+MANY = carried_tools([(f"tool_{n}", {"properties": {"a": {}}}) for n in range(400)], "qwen3_coder") or ""
+
+CITY = "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome"
+UNIT = f"{CITY}\n</parameter>\n<parameter=unit>\n"
+
+
+def follow(written: str, tools: str = QWEN, prompt: str = "") -> str:
+    """What is expected behind `written`."""
+    calls = Calls(tools, SPANS, lambda: prompt)
+    calls.follow(written)
+    return "".join(piece.text for piece in calls.pieces(1000, None, lambda kind: 1.0))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("It is ", ""),
+        ("<", "tool_call>\n<function=get_weather>\n<parameter=city>\n"),
+        ("<tool_call>", "\n<function=get_weather>\n<parameter=city>\n"),
+        ("<tool_call>\n<function=si", "ng>\n</function>\n</tool_call>"),
+        ("<tool_call><function=get_weather_", "map>\n</function>\n</tool_call>"),
+        ("<tool_call>\n<function=none>\n<par", ""),
+        ("<tool_call>\n<function=get_weather>\n<parameter=n", "ote>\n"),
+        (CITY, ""),
+        (f"{CITY} <b", ""),
+        (f"{CITY}\n", "</parameter>\n<parameter=unit>\ncelsius\n</parameter>\n</function>\n</tool_call>"),
+        (f"{CITY}</p", "arameter>\n<parameter=unit>\ncelsius\n</parameter>\n</function>\n</tool_call>"),
+        (f"{UNIT}k", "elvin\n</parameter>\n</function>\n</tool_call>"),
+        (f"{UNIT}fahrenheit", ""),
+        (f"{UNIT}kelvin\n</parameter>\n<", "/function>\n</tool_call>"),
+        (f"{UNIT}kelvin\n</parameter>\n<p", "arameter=note>\n"),
+        (f"{UNIT}kelvin\n</parameter>\n<parameter=wet>\nf", "alse\n</parameter>\n</function>\n</tool_call>"),
+        (f"{UNIT}kelvin\n</parameter>\n</function>\n</", "tool_call>"),
+        (
+            "<tool_call><function=sing></function></tool_call> and <tool_call>",
+            "<function=get_weather>\n<parameter=city>\n",
+        ),
+    ],
+)
+def test_what_the_tools_tell(written: str, expected: str) -> None:
+    assert follow(written) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("<tool_call>", "get_weather<arg_key>city</arg_key><arg_value>"),
+        ("<tool_call>get_weather", "<arg_key>city</arg_key><arg_value>"),
+        ("<tool_call>get_weather_", "map</tool_call>"),
+        ("<tool_call>get_weather\n<arg_", "key>city</arg_key><arg_value>"),
+        ("<tool_call>get_weather<arg_key>city</arg_key>\n", "<arg_value>"),
+    ],
+)
+def test_names_that_nothing_ends(written: str, expected: str) -> None:
+    assert follow(written, GLM) == expected
+
+
+def test_calls_are_laid_out_as_the_newest_of_the_prompt() -> None:
+    call = "<tool_call> <function=get_weather><parameter=city>Oslo</parameter>\n\n</function></tool_call>"
+    assert follow("<tool_call>", prompt=call) == " <function=get_weather><parameter=city>"
+    found = follow(f"{CITY}</", prompt=call)
+    assert found == "parameter>\n<parameter=unit>celsius</parameter>\n\n</function></tool_call>"
+    other = "<tool_call>\n<function=example>\n<parameter=x>\n1"
+    assert follow("<tool_call>", prompt=call + other) == " <function=get_weather><parameter=city>"
+
+
+def test_the_tool_that_the_conversation_called_most() -> None:
+    prompt = "<function=sing> <function=sing> <function=get_weather>"
+    assert follow("<tool_call>\n<", prompt=prompt).startswith("function=sing>")
+
+
+def test_a_wrong_guess_lowers_its_own_kind() -> None:
+    calls = Calls(QWEN, SPANS)
+    calls.follow("<tool_call>")
+    unsure = [piece for piece in calls.pieces(1000, None, lambda kind: 1.0) if piece.kind is not Kind.FORCED]
+    assert unsure == [
+        Piece("\n", Kind.USUAL),
+        Piece("g", Kind.WORD),
+        Piece(">", Kind.WORD),
+        Piece("\n", Kind.USUAL),
+        Piece("p", Kind.CHOICE),
+        Piece("c", Kind.CHOICE),
+        Piece("\n", Kind.USUAL),
+    ]
+    calls = Calls(QWEN, SPANS)
+    calls.follow(f"{CITY}\n")
+    assert calls.pieces(1000, None, lambda kind: 1.0)[0].kind is Kind.ENDED
+
+
+WORDS = (
+    "<tool",
+    "_call>",
+    "<function=",
+    "sing",
+    "get_weather",
+    ">",
+    "\n",
+    "</function>",
+    "<parameter=",
+    "city",
+    "é",
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from((*WORDS, "</parameter>", "</tool_call>", CITY)), max_size=16), st.integers(0, 3)
+)
+def test_a_call_is_the_same_however_its_text_comes(pieces: list[str], seed: int) -> None:
+    """And looking behind drafts is following them, and leaves no trace."""
+    text, rng = "".join(pieces), random.Random(seed)
+    whole, parts = Calls(QWEN, SPANS), Calls(QWEN, SPANS)
+    whole.follow(text)
+    expected = whole.pieces(1000, None, lambda kind: 1.0)
+    cuts = sorted(rng.randint(0, len(text)) for _ in range(6))
+    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        rest = text[begin:]
+        before = parts.pieces(1000, None, lambda kind: 1.0)
+        with parts.trying():
+            assert parts.behind(rest).pieces(1000, None, lambda kind: 1.0) == expected
+        assert parts.pieces(1000, None, lambda kind: 1.0) == before
+        parts.follow(text[begin:end])
+    assert parts.pieces(1000, None, lambda kind: 1.0) == expected
+
+
+def test_work_is_bounded_for_any_tools_and_any_value(vocabulary: Vocabulary) -> None:
+    calls = Calls(MANY, SPANS)
+    calls.follow("<tool_call>\n<function=tool_3>\n<parameter=a>\n" + "x<" * 100_000)
+    assert len(calls.pieces(10_000, None, lambda kind: 1.0)) <= STEPS
+    assert len(calls._call._pending) <= 256  # type: ignore[union-attr]
+    assert len(calls._call._functions) == 128  # type: ignore[union-attr]
+    tokens = sketch(None, vocabulary, [], 8, end=None, likelihood=lambda kind: 1.0, calls=calls)
+    assert len(tokens) <= 8
+    assert (
+        text_of(vocabulary, [token.token for token in tokens]) == "/parameter>\n</function>\n"[:0] or tokens
+    )
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        3,
+        [],
+        {"properties": 3},
+        {"properties": {"a": 3}, "required": 4},
+        {"properties": {"a": {"enum": "b"}}, "required": [{}]},
+    ],
+)
+def test_schemas_that_are_none_are_followed_as_far_as_they_tell(parameters: Any) -> None:
+    tools = carried_tools([("f", parameters)], "qwen3_coder") or ""
+    assert follow("<tool_call>\n<func", tools).startswith("tion=f>\n")

@@ -1,0 +1,268 @@
+"""A tool call in markup (`<function=…><parameter=…>`), followed as its form and its request's tools tell of it.
+
+Nothing of it is nested, so no grammar is needed: at every place there are a few texts that may come next, between
+blanks that stand there as they stood before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+from whiflash_sglang.structure.chances import Kind
+from whiflash_sglang.structure.forms import Form
+from whiflash_sglang.structure.guesses import Guesses, parted
+from whiflash_sglang.structure.layout import BLANKS
+from whiflash_sglang.structure.likely import Likelihood, gather
+from whiflash_sglang.structure.pieces import Piece
+from whiflash_sglang.structure.schemas import MOST_WORDS
+from whiflash_sglang.structure.tools import Tools, listed_of, properties_of, required_of
+
+LONGEST = 256
+"""Characters of a value that are kept: its end is looked for in them."""
+
+
+class _Place(Enum):
+    CALL = auto()
+    ARGUMENT = auto()
+    """Behind a tool's name, or a value: another argument, or the end of the call."""
+    OPENING = auto()
+    """Behind an argument's name, before what begins its value."""
+    VALUE = auto()
+    CLOSED = auto()
+    DONE = auto()
+
+
+class _Option(NamedTuple):
+    """text: that may come next. part: of the form, which tells the blanks before it. then: where it leads. name: of the
+    tool or the argument that it names.
+    """
+
+    text: str
+    part: str
+    then: _Place
+    name: str = ""
+
+
+class MarkupCall:
+    """One span of calls, from behind its marker on.
+
+    Args:
+        tools: of the request. form: of its parser's calls. end: marks the end of the span. seen: blanks that stood
+            before the parts of a call, the newest of equals; what is seen is put there. used: how often a text stands
+            in the conversation.
+    """
+
+    def __init__(
+        self, tools: Tools, form: Form, end: str, seen: dict[str, str], used: Callable[[str], int]
+    ) -> None:
+        self._functions = dict(tools.functions[:MOST_WORDS])
+        self._form, self._end, self._used = form, end, used
+        self.seen = seen
+        self._place = _Place.CALL
+        self._pending = ""
+        self._calls = 0
+        self._parameters: Any = None
+        self._key = ""
+        self._written: frozenset[str] = frozenset()
+
+    def copy(self) -> "MarkupCall":
+        """To look ahead with."""
+        ahead = copy(self)
+        ahead.seen = dict(self.seen)
+        return ahead
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Only copies look ahead: nothing is to be taken back."""
+        yield
+
+    def follow(self, text: str) -> str | None:
+        """Go on with what was written.
+
+        Returns what stands behind the span, or what no call of these tools has; None while it is open.
+        """
+        self._pending += text
+        while self._place is not _Place.DONE:
+            if self._place is _Place.VALUE:
+                if not self._value_ended():
+                    return None
+                continue
+            body = self._pending.lstrip(BLANKS)
+            if not body:
+                return None
+            options = self._options()
+            if any(option.text.startswith(body) and option.text != body for option in options):
+                return None
+            found = [option for option in options if body.startswith(option.text)]
+            if not found:
+                return self._pending
+            option = max(found, key=lambda own: len(own.text))
+            self.seen[option.part] = self._pending[: len(self._pending) - len(body)]
+            self._take(option)
+            self._pending = body[len(option.text) :]
+        return self._pending
+
+    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
+        """What it probably goes on with: at most `limit` characters."""
+        ahead = self.copy()
+        return gather(lambda _: ahead._step(), limit, likelihood)
+
+    def _step(self) -> list[Piece] | None:
+        """Goes on with what probably follows, as far as one part of the call goes; None: it is anybody's guess.
+
+        Empty: a part was complete without more.
+        """
+        if self._place is _Place.DONE:
+            return None
+        if self._place is _Place.VALUE:
+            return self._rest_of_value()
+        body = self._pending.lstrip(BLANKS)
+        fitting = [option for option in self._options() if option.text.startswith(body)]
+        if not fitting:
+            return None
+        option, kind = self._likeliest(fitting)
+        blanks = [] if body else self._blanks(option.part, self._pending)
+        others = [other.text[len(body) :] for other in fitting if other is not option]
+        self._take(option)
+        self._pending = ""
+        return blanks + _pieces(option.text[len(body) :], others, kind)
+
+    def _options(self) -> list[_Option]:
+        """The likelier ones first, where the conversation does not say otherwise."""
+        form = self._form
+        calls = [
+            _Option(self._call(name), "call", _Place.ARGUMENT, name)
+            for name in self._functions
+            if self._place is not _Place.ARGUMENT
+        ]
+        ended = [_Option(self._end, "end", _Place.DONE)] if self._end else []
+        if self._place is _Place.CALL:
+            return calls
+        if self._place is _Place.CLOSED:
+            return [*ended, *calls] if form.several else ended
+        if self._place is _Place.OPENING:
+            return [_Option(self._around[0], "value", _Place.VALUE, self._key)]
+        closing = [_Option(form.close.lstrip(BLANKS), "close", _Place.CLOSED)] if form.close else ended
+        needed: list[_Option] = []
+        free: list[_Option] = []
+        for key in self._keys:
+            then = _Place.OPENING if self._begins else _Place.VALUE
+            option = _Option(self._argument(key), "argument", then, key)
+            (needed if key in required_of(self._parameters) else free).append(option)
+        return [*needed, *closing, *free]
+
+    @property
+    def _keys(self) -> list[str]:
+        """Arguments that the call has not yet."""
+        keys = list(properties_of(self._parameters))[:MOST_WORDS]
+        return [key for key in keys if key not in self._written]
+
+    @property
+    def _around(self) -> tuple[str, str]:
+        """What begins a value, and what ends it."""
+        begin, end = self._form.value.split("{value}")
+        return begin.strip(BLANKS), end.lstrip(BLANKS).replace("{key}", self._key)
+
+    @property
+    def _begins(self) -> bool:
+        return bool(self._form.value.split("{value}")[0].strip(BLANKS))
+
+    def _call(self, name: str) -> str:
+        text = self._form.call.lstrip(BLANKS).replace("{index}", str(self._calls + 1))
+        return text.replace("{name}", name)
+
+    def _argument(self, key: str) -> str:
+        schema = properties_of(self._parameters).get(key)
+        kind = schema.get("type") if isinstance(schema, dict) else None
+        kind = "number" if kind == "integer" else kind
+        text = self._form.argument.lstrip(BLANKS).replace("{type}", str(kind or "string"))
+        return text.replace("{string}", "true" if kind in ("string", None) else "false").replace("{key}", key)
+
+    def _take(self, option: _Option) -> None:
+        """The text of `option` was written."""
+        self._place = option.then
+        if option.part == "call":
+            self._calls += 1
+            self._parameters, self._written = self._functions[option.name], frozenset()
+        elif option.part == "argument":
+            self._key = option.name
+            self._written |= {option.name}
+
+    def _value_ended(self) -> bool:
+        """Look for the end of the value that is open."""
+        value, end, behind = self._pending.partition(self._around[1])
+        if not end:
+            self._pending = self._pending[-LONGEST:]
+            return False
+        if value.strip(BLANKS):
+            self.seen["inside"] = value[: len(value) - len(value.lstrip(BLANKS))]
+            self.seen["behind"] = value[len(value.rstrip(BLANKS)) :]
+        self._pending, self._place = behind, _Place.ARGUMENT
+        return True
+
+    def _rest_of_value(self) -> list[Piece] | None:
+        """Of a listed value the rest; of another one its end, where that has begun."""
+        pending, end = self._pending, self._around[1]
+        closing = self._usual("behind")[0] + end
+        body, pieces = pending.lstrip(BLANKS), []
+        if not body:
+            pieces = self._blanks("inside", pending)
+        words = listed_of(properties_of(self._parameters).get(self._key))
+        fitting = [word for word in words if (word + closing).startswith(body)]
+        if fitting:
+            best = max(fitting, key=self._used)
+            rest, *others = (
+                (word + closing)[len(body) :] for word in sorted(fitting, key=lambda own: own != best)
+            )
+            pieces += _pieces(rest, others, Kind.WORD)
+        elif body:
+            begun = _begun(pending, closing) or _begun(pending, end)
+            if not begun:
+                return None
+            pieces = parted(begun, [], Kind.ENDED)
+        else:
+            self._pending += "".join(piece.text for piece in pieces)
+            return pieces or None
+        self._pending, self._place = "", _Place.ARGUMENT
+        return pieces
+
+    def _likeliest(self, fitting: Sequence[_Option]) -> tuple[_Option, Kind]:
+        """Of texts that may come next."""
+        if self._place is not _Place.CALL:
+            return fitting[0], Kind.CLOSED if fitting[0].part == "end" else Kind.CHOICE
+        used = [self._used(option.text) for option in fitting]
+        most = max(used)
+        return fitting[used.index(most)], Kind.USED if used.count(most) == 1 and most else Kind.WORD
+
+    def _usual(self, part: str) -> tuple[str, bool]:
+        """Blanks before a part, and whether such a place was seen."""
+        if part in self.seen:
+            return self.seen[part], True
+        before, behind = self._form.value.split("{value}")
+        texts = {**self._form._asdict(), "value": before, "inside": before if not self._begins else ""}
+        text = behind if part == "behind" else texts[part]
+        return text[: len(text) - len(text.lstrip(BLANKS))], False
+
+    def _blanks(self, part: str, written: str) -> list[Piece]:
+        """What is still to come of them."""
+        usual, seen = self._usual(part)
+        if not usual.startswith(written) or usual == written:
+            return []
+        return [Piece(usual[len(written) :], Kind.LAYOUT if seen else Kind.USUAL)]
+
+
+def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[Piece]:
+    """`text`, which may follow, as others may."""
+    if not others:
+        return [Piece(text, Kind.FORCED)] if text else []
+    return parted(text, others, kind) if text else []
+
+
+def _begun(text: str, ending: str) -> str:
+    """The rest of `ending`, where `text` ends with its beginning; empty where it does not."""
+    for length in range(len(ending) - 1, 0, -1):
+        if text.endswith(ending[:length]):
+            return ending[length:]
+    return ""
