@@ -4,6 +4,7 @@ The tree hands a request's slots to later requests, and a hit brings no features
 real traffic every slot in the tree is compared with one pass over the sequence it stands for.
 """
 
+import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,7 +15,15 @@ import torch
 from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
+from test_constrained import OPTIONS
+from test_structure import SCHEMA
+from test_structure import requests as structured
 from traffic import Arrival, mixed, play
+
+from whiflash_sglang.compat.streamer import recording_of
+from whiflash_sglang.round import lifecycle
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY
+from whiflash_sglang.structure.tools import carried_tools
 
 TOLERANCE = 1e-4
 """Of a KV tensor's largest value: the engine's forwards have other shapes than the reference's one pass."""
@@ -177,6 +186,47 @@ def test_second_turn_accepts_as_much_warm_as_cold(models: Models, router: str) -
     assert [w[0] for w in warm] == [c[0] for c in cold]
     assert [w[1] for w in warm] == [c[1] for c in cold]
     assert sum(accepted for _, (_, accepted) in warm) > 0, "nothing was accepted, so nothing was compared"
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_second_turns_behind_structure_and_predictions_are_a_fresh_server_s(
+    models: Models, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turn one is drafted from grammars, from tools alone and from a prediction, random arms beside; turn two reuses
+    its KV.
+    """
+    options = {**OPTIONS, "page_size": page_size}
+    first = [a for a in structured() if not a.rid.startswith("regex")]
+    with engine(models.target, **options) as e:
+        expected = play(e, first)
+        second = {a.rid: [*a.prompt, *expected[a.rid], *b"and then"] for a in first}
+        e.scheduler.flush_cache()
+        fresh = dict(zip(second, e.generate(list(second.values()), max_new_tokens=30), strict=True))
+    spans = {"spans": [{"kind": "tool_call", "begin": "<call>", "end": "</call>"}], "trace": True}
+    tools = carried_tools([(name, json.loads(SCHEMA)) for name in ("look_up", "look_out")], "hermes")
+    for a in first:
+        a.params["custom_params"] = {"whiflash": json.dumps(spans), TOOLS_KEY: tools}
+        if a.rid.startswith("free"):
+            a.params["custom_params"][CARRIED_PREDICTION] = expected[a.rid]
+    constrained, unknown = lifecycle.grammar_of, {"tag/0"}
+    monkeypatch.setattr(lifecycle, "grammar_of", lambda req: None if req.rid in unknown else constrained(req))
+    with engine(models.target, whiflash=models.whiflash("random"), **options) as e:
+        assert play(e, first) == expected
+        right = {
+            name
+            for a in first
+            for name, brought in recording_of(e.requests[a.rid], None).sources.items()  # type: ignore[union-attr]
+            if brought.accepted
+        }
+        assert {"grammar", "tools", "prediction"} <= right
+        assert_tree_is_true(e, models)
+        for rid, prompt in second.items():
+            e.submit(f"second-{rid}", prompt, max_new_tokens=30)
+        e.run()
+        for rid in second:
+            assert e.output(f"second-{rid}") == fresh[rid]
+            assert e.requests[f"second-{rid}"].cached_tokens >= len(second[rid]) - 8 - page_size - 2
+        assert_tree_is_true(e, models)
 
 
 def second_turns(
