@@ -245,6 +245,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 stops=self.stops.data,
                 text=self.tokens.data,
             )
+            self.target.commit(committed.accept_lens)
             if on_publish is not None:
                 on_publish(committed.seq_lens.to(torch.int64))
             records.attach(batch, verified, block, stride)

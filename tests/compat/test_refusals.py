@@ -34,7 +34,7 @@ SECTIONS = {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_sec
 PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["re:.*lm_head"]}}}
 MULTIMODAL = {"vision_config": {}, "text_config": {}}
 TARGETS: dict[str, dict[str, Any]] = {
-    "recurrent": {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
+    "recurrent": {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
     "chunked_windows": {"architectures": ["Llama4ForConditionalGeneration"]},
     "multimodal": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **MULTIMODAL},
     "encoder": {"architectures": ["LlamaForSequenceClassification"]},
@@ -48,7 +48,6 @@ RECURRENT = {
     "MiniCPMV4_6ForConditionalGeneration": "minicpmv4_6",
     "MiniCPMV4_7ForConditionalGeneration": "minicpmv4_7",
     "Glm5NextForConditionalGeneration": "glm5_next",
-    "Lfm2VlForConditionalGeneration": "lfm2_vl",
 }
 """Kinds of targets that take images and whose text model has recurrent layers."""
 
@@ -125,6 +124,23 @@ def test_what_takes_images_too_is_still_recurrent(taken: Launch, tmp_path: Path,
     kind = {"architectures": [architecture], "model_type": RECURRENT[architecture]}
     model = target(tmp_path / "model", {"torch_dtype": "bfloat16"}, text_alone=True, **kind)
     assert f"{architecture} keeps a recurrent state" in sentence(replace(taken, model=model))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"), [("lfm2", "Lfm2ForCausalLM"), ("qwen3_next", "Qwen3NextForCausalLM")]
+)
+def test_known_states_are_committed_on_the_cpu_without_a_tree(
+    taken: Launch, tmp_path: Path, model_type: str, architecture: str
+) -> None:
+    kind = {"architectures": [architecture], "model_type": model_type, "full_attn_idxs": [1, 3]}
+    model = target(tmp_path / "model", **kind)
+    launch = replace(with_arguments(taken, disable_radix_cache=True), model=model)
+    assert refusal_of(launch) is None
+    assert "give --disable-radix-cache" in sentence(replace(taken, model=model))
+    sessions = with_arguments(taken, disable_radix_cache=True, enable_streaming_session=True)
+    assert "remove --enable-streaming-session" in sentence(replace(sessions, model=model))
+    on_gpu = with_arguments(on_cuda(taken), disable_radix_cache=True, attention_backend="triton")
+    assert "which no GPU has committed after drafts" in sentence(replace(on_gpu, model=model))
 
 
 def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:
@@ -300,8 +316,12 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
     assert named in sentence(replace(with_arguments(taken, **theirs), **ours))
 
 
+APART = {"windows", "one_file", "recurrent_cuda", "recurrent_tree", "recurrent_sessions"}
+"""Rows with tests of their own."""
+
+
 def test_every_row_has_its_case() -> None:
-    assert {r.name for r in REFUSALS} == {"windows", "one_file", *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
+    assert {r.name for r in REFUSALS} == {*APART, *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
 
 
 def test_deterministic_inference_stays_on_the_cpu(taken: Launch) -> None:

@@ -15,6 +15,12 @@ def test_every_seam_fits_the_installed_sglang() -> None:
     assert [check for check in checks if not check.ok] == []
 
 
+def test_the_seams_of_the_delta_rule_fit_too() -> None:
+    names, methods = seams.delta_seams()
+    checks = [*map(seams._check, names), *map(seams._check_method, methods)]
+    assert [check for check in checks if not check.ok] == []
+
+
 def test_the_platform_is_chosen_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -73,6 +73,7 @@ class Family:
     what layers put out; of Gemma 3 it leaves out the residual. tower: of a model that takes images too, what is said of
     the part that reads them; `changes` are then its text model's. published: names of its tensors in published files,
     by how this version of Hugging Face's class writes them; transposed: what of them is published the other way round.
+    options: that its engines need.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class Family:
     tower: Mapping[str, Any] | None = None
     published: Mapping[str, str] = field(default_factory=dict)
     transposed: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def windowed(full: Sequence[int]) -> dict[str, Any]:
@@ -92,6 +94,19 @@ def windowed(full: Sequence[int]) -> dict[str, Any]:
     return {"sliding_window": WINDOW, "layer_types": kinds}
 
 
+CONVOLUTIONS = {
+    "layer_types": ["conv" if layer % 2 == 0 else "full_attention" for layer in range(LAYERS)],
+    "tie_word_embeddings": True,
+}
+DELTA = {
+    "layer_types": ["full_attention" if layer % 3 == 2 else "linear_attention" for layer in range(LAYERS)],
+    "full_attention_interval": 3,
+    "linear_key_head_dim": HEAD_DIM,
+    "linear_value_head_dim": HEAD_DIM,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+NO_TREE = {"disable_radix_cache": True}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 INTERLEAVED = {"rope_parameters": {**SECTIONS["rope_parameters"], "mrope_interleaved": True}}
 TOWER = {
@@ -183,6 +198,49 @@ FAMILIES = {
                 "num_local_experts": 4,
                 "num_experts_per_tok": 2,
             },
+        ),
+        Family(
+            "lfm2", "Lfm2ForCausalLM", {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False}, options=NO_TREE
+        ),
+        Family(
+            "lfm2_moe",
+            "Lfm2MoeForCausalLM",
+            {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
+            options=NO_TREE,
+        ),
+        Family(
+            "qwen3_next",
+            "Qwen3NextForCausalLM",
+            {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.5},
+            options=NO_TREE,
+        ),
+        Family("qwen3_5_text", "Qwen3_5ForCausalLM", DELTA, options=NO_TREE),
+        Family(
+            "qwen3_5",
+            "Qwen3_5ForConditionalGeneration",
+            {
+                **DELTA,
+                "rope_parameters": {
+                    **INTERLEAVED["rope_parameters"],
+                    "mrope_section": [1, 1, 0],
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+            tower={**TOWER, "num_position_embeddings": 16},
+            options=NO_TREE,
+        ),
+        Family(
+            "lfm2_vl",
+            "Lfm2VlForConditionalGeneration",
+            {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
+            tower=SIGLIP,
+            options=NO_TREE,
+        ),
+        Family(
+            "qwen3_5_moe_text",
+            "Qwen3_5MoeForCausalLM",
+            {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32},
+            options=NO_TREE,
         ),
         Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", SECTIONS, tower=TOWER),
         Family("qwen3_vl", "Qwen3VLForConditionalGeneration", INTERLEAVED, tower=DEEPSTACK),

@@ -30,6 +30,7 @@ _MOE, _WINDOWS, _MLA = "mixture of experts", "sliding windows", "latent attentio
 _RECURRENT, _IMAGES = "recurrent or convolution layers", "images or sound beside text"
 _NO_GPU = "on the CPU only"
 _TEXT = "text alone"
+_NO_TREE = "without a radix cache"
 
 FAMILIES: tuple[TargetFamily, ...] = (
     TargetFamily(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "dense", Shown.CPU),
@@ -93,17 +94,35 @@ FAMILIES: tuple[TargetFamily, ...] = (
     ),
     TargetFamily(
         (
-            "Qwen3NextForCausalLM",
-            "Qwen3_5ForCausalLM",
-            "Qwen3_5MoeForCausalLM",
-            "Lfm2ForCausalLM",
-            "Lfm2MoeForCausalLM",
             "NemotronHForCausalLM",
             "NemotronHPuzzleForCausalLM",
             "KimiK3LinearForCausalLM",
         ),
         _RECURRENT,
         Shown.REFUSED,
+    ),
+    TargetFamily(
+        ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Lfm2VlForConditionalGeneration"),
+        "short convolutions",
+        Shown.CPU,
+        f"{_TEXT}, {_NO_GPU}, {_NO_TREE}",
+    ),
+    TargetFamily(
+        (
+            "Qwen3NextForCausalLM",
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5MoeForCausalLM",
+            "Qwen3_5ForConditionalGeneration",
+        ),
+        "gated delta rule",
+        Shown.CPU,
+        f"{_TEXT}, {_NO_GPU}, {_NO_TREE}",
+    ),
+    TargetFamily(
+        ("Qwen3_5MoeForConditionalGeneration",),
+        f"{_MOE}, gated delta rule",
+        Shown.UNTRIED,
+        f"{_TEXT}, {_NO_GPU}, {_NO_TREE}",
     ),
     TargetFamily(("MuseGlimmerForCausalLM",), _WINDOWS, Shown.UNTRIED, _NO_GPU),
     TargetFamily(
@@ -146,15 +165,12 @@ FAMILIES: tuple[TargetFamily, ...] = (
             "InternS2MobiusForConditionalGeneration",
             "InternS2PreviewForConditionalGeneration",
             "KimiK3ForConditionalGeneration",
-            "Lfm2VlForConditionalGeneration",
             "MiniCPMV",
             "MiniCPMV4_6ForConditionalGeneration",
             "MiniCPMV4_7ForConditionalGeneration",
             "NemotronH_Nano_Omni_Reasoning_V3",
             "NemotronH_Nano_VL_V2",
             "NemotronH_Omni_Reasoning_V3",
-            "Qwen3_5ForConditionalGeneration",
-            "Qwen3_5MoeForConditionalGeneration",
             "Qwen4ExpForConditionalGeneration",
         ),
         f"{_RECURRENT}, {_IMAGES}",

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
+from whiflash_sglang.compat import recurrent
 from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, GRAPH_ATTENTIONS, Launch
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
@@ -208,8 +208,25 @@ REFUSALS: tuple[Refusal, ...] = (
     # which target
     Refusal(
         "recurrent",
-        _architecture(lambda x: mambaish_config(x.model)),
+        _architecture(lambda x: recurrent.has_state(x.model) and not recurrent.is_known(x.model)),
         f"{{}} keeps a recurrent state, which goes on behind rejected drafts; {_FULL_ATTENTION}",
+    ),
+    Refusal(
+        "recurrent_cuda",
+        _architecture(lambda x: x.device == "cuda" and recurrent.has_state(x.model)),
+        f"{{}} keeps a recurrent state, which no GPU has committed after drafts; {_FULL_ATTENTION}",
+    ),
+    Refusal(
+        "recurrent_tree",
+        _architecture(lambda x: recurrent.has_state(x.model) and not x.args.disable_radix_cache),
+        "{} keeps a recurrent state, which SGLang's tree holds for the ends of prefills alone, where draft KV is not "
+        "known to be; give --disable-radix-cache",
+    ),
+    Refusal(
+        "recurrent_sessions",
+        _architecture(lambda x: recurrent.has_state(x.model) and x.args.enable_streaming_session),
+        "{} keeps a recurrent state, which is not known to be that of a session's last kept token; remove "
+        "--enable-streaming-session",
     ),
     Refusal(
         "windows",

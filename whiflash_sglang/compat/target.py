@@ -15,7 +15,7 @@ from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints.fit import TargetShape
-from whiflash_sglang.compat import graphs
+from whiflash_sglang.compat import graphs, recurrent
 from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
 from whiflash_sglang.compat.sampling import count_earlier_output
@@ -53,6 +53,7 @@ class Target:
         self.device = torch.device(self.runner.device)
         self.tokenizer: Any = target_worker.tokenizer
         graphs.install(self.runner)
+        recurrent.install(self._text)
 
     @property
     def shared(self) -> SharedVocabulary | None:
@@ -192,6 +193,13 @@ class Target:
             output,
             result.can_run_cuda_graph,
         )
+
+    def commit(self, accept_lens: torch.Tensor) -> None:
+        """After `verify`: what the target keeps of a request beside KV goes on behind its last accepted row.
+
+        accept_lens: [B] int, rows that were accepted of each request, the first included.
+        """
+        recurrent.commit(self.runner.attn_backend, self.model, accept_lens)
 
 
 def language_model(model: Any) -> Any:

@@ -69,6 +69,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt import batch_invariant_ops
 
         batch_invariant_ops.enable_batch_invariant_mode = _seeds_without_batch_invariance
+        if not torch.cuda.is_available():
+            # A torch that was built for CUDA is asked for the device of Qwen3-Next's norms.
+            torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Choose what works here wherever the command line left the choice open."""
@@ -138,6 +141,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return None  # Upstream's own worker runs once the seams are in place.
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        from whiflash_sglang.platform.seams import install_seams
+        from whiflash_sglang.platform.seams import install_delta_seams, install_seams
 
         install_seams()
+        if any(type(module).__name__ == "RadixLinearAttention" for module in model.modules()):
+            install_delta_seams()

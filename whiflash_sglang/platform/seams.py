@@ -19,16 +19,18 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from whiflash_sglang.platform import spec_ops, spec_trees, target_ops
+from whiflash_sglang.platform import recurrent_ops, spec_ops, spec_trees, target_ops
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+from whiflash_sglang.platform.kv_pool import CpuKVPool
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
 _EAGLE = "sglang.kernels.ops.speculative.eagle"
@@ -36,6 +38,7 @@ _SPEC_TREE = "sglang.kernels.ops.speculative.spec_tree"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
 _ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
+_CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
 
 
 class Seam(NamedTuple):
@@ -74,6 +77,13 @@ EARLY_SEAMS: tuple[Seam, ...] = (
 :func:`install_early_seams`."""
 
 SEAMS: tuple[Seam, ...] = (
+    Seam(_CONV, "causal_conv1d_fn", recurrent_ops.causal_conv1d_fn),
+    Seam(_CONV, "causal_conv1d_update", recurrent_ops.causal_conv1d_update),
+    Seam(
+        "sglang.kernels.ops.mamba.mamba_state_scatter_triton",
+        "scatter_mamba_states_after_mtp_verify",
+        recurrent_ops.scatter_mamba_states_after_mtp_verify,
+    ),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", target_ops.fused_gate_sigmoid_mul),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", target_ops.fused_gate_sigmoid_mul_add),
     Seam(
@@ -143,6 +153,18 @@ def _keep_embedding_dtype(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return kwargs_of
 
 
+def _hybrid_pool(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """A platform names the pool of a model whose every layer attends; upstream's keeps KV with Triton's copies."""
+
+    def pool_of(self: Any, *, mha_pool_class: type, mla_pool_class: type, dsa_pool_class: type) -> Any:
+        found = upstream(
+            self, mha_pool_class=mha_pool_class, mla_pool_class=mla_pool_class, dsa_pool_class=dsa_pool_class
+        )
+        return CpuKVPool if found is MHATokenToKVPool else found
+
+    return pool_of
+
+
 class MethodSeam(NamedTuple):
     """One wrapped method."""
 
@@ -161,6 +183,12 @@ class MethodSeam(NamedTuple):
 
 
 METHOD_SEAMS: tuple[MethodSeam, ...] = (
+    MethodSeam(
+        "sglang.srt.mem_cache.kv_cache_configurator",
+        "KVCacheConfigurator",
+        "_hybrid_full_attention_pool_class",
+        _hybrid_pool,
+    ),
     MethodSeam(
         "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
     ),
@@ -226,25 +254,67 @@ def install_seams() -> None:
     """
     if _originals:
         return
-    broken = [check for check in verify_seams() if not check.ok]
-    if broken:
-        listed = "; ".join(f"{check.name}: {check.detail}" for check in broken)
-        raise RuntimeError(f"this SGLang is not the one that the CPU platform was written for ({listed})")
+    _require(verify_seams())
     for absent in MODULE_SEAMS:
         sys.modules[absent.module] = stand_in = ModuleType(absent.module)
         setattr(stand_in, absent.name, absent.replacement)
-    for seam in SEAMS:
+    _install(SEAMS, METHOD_SEAMS)
+    _install_record_stream()
+
+
+def install_delta_seams() -> None:
+    """After :func:`install_seams`, for a loaded model with a gated delta rule. Idempotent.
+
+    Raises:
+        RuntimeError: a name is missing or has other parameters than its replacement.
+    """
+    seams, methods = delta_seams()
+    if seams[0].label in _originals:
+        return
+    _require([*map(_check, seams), *map(_check_method, methods)])
+    _install(seams, methods)
+
+
+def delta_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+    """What models with a gated delta rule use: names and methods. Imported for them alone."""
+    from whiflash_sglang.platform import gated_delta
+
+    names = (
+        Seam("sglang.srt.layers.attention.linear.gdn_backend", "GDNAttnBackend", gated_delta.CpuDeltaBackend),
+        *(
+            Seam("sglang.kernels.ops.attention.triton_gdn_fused_proj", name, getattr(gated_delta, name))
+            for name in ("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous")
+        ),
+        Seam(_ELEMENTWISE, "fused_sigmoid_mul", gated_delta.fused_sigmoid_mul),
+    )
+    fla = "sglang.kernels.ops.attention.fla"
+    return names, (
+        MethodSeam(
+            f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: gated_delta.gated_norm
+        ),
+        MethodSeam(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: gated_delta.norm_gated),
+    )
+
+
+def _require(checks: list[SeamCheck]) -> None:
+    broken = [check for check in checks if not check.ok]
+    if broken:
+        listed = "; ".join(f"{check.name}: {check.detail}" for check in broken)
+        raise RuntimeError(f"this SGLang is not the one that the CPU platform was written for ({listed})")
+
+
+def _install(seams: Sequence[Seam], methods: Sequence[MethodSeam]) -> None:
+    for seam in seams:
         module = importlib.import_module(seam.module)
         original = getattr(module, seam.name)
         _originals[seam.label] = original
         setattr(module, seam.name, seam.replacement)
         if not seam.absent:
             _rebind(seam.name, original, seam.replacement)
-    for method in METHOD_SEAMS:
+    for method in methods:
         owner = method.find()
         _originals[method.label] = getattr(owner, method.name)
         setattr(owner, method.name, method.wrap(_originals[method.label]))
-    _install_record_stream()
 
 
 def verify_seams() -> list[SeamCheck]:

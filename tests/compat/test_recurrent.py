@@ -1,0 +1,68 @@
+"""What a verification reads and leaves of a recurrent state, against decoding one by one."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from whiflash_sglang.compat.recurrent import commit, verify_packed
+from whiflash_sglang.platform.recurrent_ops import (
+    causal_conv1d_update,
+    scatter_mamba_states_after_mtp_verify,
+)
+
+WIDTH, TAPS, SLOTS, STEPS = 6, 3, 7, 5
+
+
+def attention(caches: Any, slots: torch.Tensor) -> Any:
+    """What of SGLang's attention backend commits."""
+
+    def update(*, last_correct_step_indices: torch.Tensor, model: Any, **tracks: None) -> None:
+        scatter_mamba_states_after_mtp_verify(caches, slots, last_correct_step_indices, *tracks.values())
+
+    return SimpleNamespace(linear_attn_backend=None, update_mamba_state_after_mtp_verify=update)
+
+
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_rounds_are_what_decoding_one_by_one_gives(kept_in: torch.dtype, biased: bool) -> None:
+    """Packed rows of different widths, of which requests accept different numbers: the accepted rows' outputs, and the
+    state afterwards, are those of the accepted inputs alone."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    conv = SimpleNamespace(
+        conv_weight=torch.randn(WIDTH, TAPS), conv_bias=torch.randn(WIDTH) if biased else None
+    )
+    alone = torch.randn(SLOTS, WIDTH, TAPS - 1).to(kept_in)
+    states = alone.clone()[None]
+    windows = torch.zeros(1, 4, STEPS, WIDTH, TAPS - 1, dtype=kept_in)
+    nothing = torch.zeros(1, SLOTS, 0)
+    caches = SimpleNamespace(
+        conv=[states], intermediate_conv_window=[windows], temporal=nothing, intermediate_ssm=None
+    )
+    cache = SimpleNamespace(conv=[states[0]], intermediate_conv_window=[windows[0]])
+    for _ in range(12):
+        requests = rng.randint(1, 4)
+        slots = torch.tensor(rng.sample(range(SLOTS), requests))
+        widths = [rng.randint(1, STEPS) for _ in range(requests)]
+        accepted = [rng.randint(1, width) for width in widths]
+        starts = torch.tensor([0, *widths], dtype=torch.int32).cumsum(0)
+        x = torch.randn(sum(widths), WIDTH)
+        meta = SimpleNamespace(query_start_loc=starts, cache_indices=slots, layer_cache=cache)
+        before = states.clone()
+        out = verify_packed(conv, x, meta, STEPS, "tiny")
+        assert torch.equal(states, before), "a verification only reads"
+        commit(attention(caches, slots), None, torch.tensor(accepted, dtype=torch.int32))
+        for i, slot in enumerate(slots.tolist()):
+            for row in range(int(starts[i]), int(starts[i]) + accepted[i]):
+                single = causal_conv1d_update(
+                    x[row][None],
+                    alone,
+                    conv.conv_weight,
+                    conv.conv_bias,
+                    conv_state_indices=torch.tensor([slot]),
+                )
+                torch.testing.assert_close(out[row], single[0])
+        assert torch.equal(states[0], alone)

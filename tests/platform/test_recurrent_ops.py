@@ -1,0 +1,116 @@
+"""Torch versions of the operators of recurrent layers, against their formulas."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from whiflash_sglang.platform.recurrent_ops import (
+    Rows,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    gated_delta_rule,
+    scatter_mamba_states_after_mtp_verify,
+)
+
+WIDTH, TAPS, SLOTS = 6, 4, 7
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[D, T] of a sequence that begins at its first column."""
+    out = torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        for k in range(TAPS):
+            if t - TAPS + 1 + k >= 0:
+                out[:, t] += weight[:, k] * x[:, t - TAPS + 1 + k]
+    return out if bias is None else out + bias[:, None]
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_chunks_and_single_inputs_go_on_from_each_other(activation: str | None, biased: bool) -> None:
+    """Three sequences in chunks of different lengths, shorter than the state too, then input by input."""
+    weight, bias = draw(WIDTH, TAPS, seed=1), draw(WIDTH, seed=2) if biased else None
+    sequences = [draw(WIDTH, 12, seed=3 + i) for i in range(3)]
+    expected = [whole(x, weight, bias) for x in sequences]
+    if activation:
+        expected = [F.silu(x) for x in expected]
+    states = draw(SLOTS, WIDTH, TAPS - 1, seed=9)
+    untouched = states[1].clone()
+    slots, done = torch.tensor([4, 2, 6]), [0, 0, 0]
+    for lengths in ([5, 1, 3], [1, 2, 4]):
+        ends = [a + b for a, b in zip(done, lengths, strict=True)]
+        parts = [x[:, a:b] for x, a, b in zip(sequences, done, ends, strict=True)]
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        known = torch.tensor([n > 0 for n in done])
+        out = causal_conv1d_fn(torch.cat(parts, 1), weight, bias, bounds, slots, known, states, activation)
+        for i, part in enumerate(out.split(lengths, dim=1)):
+            torch.testing.assert_close(part, expected[i][:, done[i] : ends[i]])
+        done = ends
+    for _ in range(3):
+        x = torch.stack([x[:, n] for x, n in zip(sequences, done, strict=True)])
+        out = causal_conv1d_update(x, states, weight, bias, activation, conv_state_indices=slots)
+        for i, row in enumerate(out):
+            torch.testing.assert_close(row, expected[i][:, done[i]])
+        done = [n + 1 for n in done]
+    assert torch.equal(states[1], untouched)
+
+
+def test_the_delta_rule_is_transformers() -> None:
+    """Three requests of different lengths, in two parts, the second with every state; two query heads a key head."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
+
+    heads, per_key, size, width = 4, 2, 5, 3
+    lengths = [4, 1, 6]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    total, rows = sum(lengths), Rows.of(starts, sum(lengths))
+    parts = []
+    for part in range(2):
+        q, k = (draw(total, heads // per_key, size, seed=10 * part + i) for i in range(2))
+        v = draw(total, heads, width, seed=10 * part + 2)
+        decay, beta = (
+            -draw(total, heads, seed=10 * part + 3).abs(),
+            draw(total, heads, seed=10 * part + 4).sigmoid(),
+        )
+        parts.append((q, k, v, decay, beta))
+    states = torch.zeros(3, heads, width, size)
+    for part, (q, k, v, decay, beta) in enumerate(parts):
+        out, behind = gated_delta_rule(q, k, v, decay, beta, states, starts, rows, every=part == 1)
+        for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
+            one = [x[None, begin:end] for x in (q, k, v, decay, beta)]
+            repeated = [x.repeat_interleave(per_key, 2) for x in one[:2]]
+            expected, last = torch_recurrent_gated_delta_rule(
+                *repeated,
+                *one[2:],
+                initial_state=states[i][None].transpose(2, 3),
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+            torch.testing.assert_close(out[begin:end], expected[0], atol=1e-5, rtol=1e-4)
+            final = behind[i, end - begin - 1] if part else behind[i]
+            torch.testing.assert_close(final, last[0].transpose(1, 2), atol=1e-5, rtol=1e-4)
+        states = behind
+
+
+def test_states_become_those_behind_the_accepted_rows() -> None:
+    """Of every kind and layer; a request without an accepted row, or without a slot, keeps its own."""
+    layers, steps = 2, 5
+    kept = SimpleNamespace(
+        conv=[draw(layers, SLOTS, WIDTH, TAPS - 1, seed=1)],
+        intermediate_conv_window=[draw(layers, 4, steps, WIDTH, TAPS - 1, seed=2)],
+        temporal=draw(layers, SLOTS, 2, 3, 3, seed=3),
+        intermediate_ssm=draw(layers, 4, steps, 2, 3, 3, seed=4),
+    )
+    conv, temporal = kept.conv[0].clone(), kept.temporal.clone()
+    conv[:, [5, 1]] = kept.intermediate_conv_window[0][:, [0, 1], [4, 0]]
+    temporal[:, [5, 1]] = kept.intermediate_ssm[:, [0, 1], [4, 0]]
+    scatter_mamba_states_after_mtp_verify(
+        kept, torch.tensor([5, 1, 2, -1]), torch.tensor([4, 0, -1, 3]), None, None
+    )
+    assert torch.equal(kept.conv[0], conv)
+    assert torch.equal(kept.temporal, temporal)

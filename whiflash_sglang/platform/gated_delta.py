@@ -1,0 +1,145 @@
+"""SGLang's attention backend of layers with a gated delta rule (Qwen3-Next, Qwen3.5), on the CPU.
+
+It stands in for `GDNAttnBackend`, whose kernels are Triton's and whose verifications have one width: here rows are
+packed. A verification reads the states and writes down the one behind each of its rows; the commit follows
+(:func:`whiflash_sglang.platform.recurrent_ops.scatter_mamba_states_after_mtp_verify`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
+
+from whiflash_sglang.platform.recurrent_ops import Rows, activated, gated_delta_rule, packed_convolution
+
+
+class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
+    """Prefill, decoding and verification of one kind of layer."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__(model_runner)
+        self.conv_states_shape = model_runner.req_to_token_pool.mamba_pool.mamba_cache.conv[0].shape
+
+    def forward_decode(self, layer: Any, forward_batch: Any, **inputs: Any) -> torch.Tensor:
+        return self._run(layer, forward_batch, **inputs)
+
+    def forward_extend(self, layer: Any, forward_batch: Any, **inputs: Any) -> torch.Tensor:
+        return self._run(layer, forward_batch, **inputs)
+
+    def _run(
+        self,
+        layer: Any,
+        forward_batch: Any,
+        *,
+        mixed_qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        """mixed_qkv: [T, 2 Hk K + H V]; a, b: [T, H]. Returns [1, T, H, V]."""
+        metadata, mode = self.forward_metadata, forward_batch.forward_mode
+        cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
+        starts, slots = metadata.query_start_loc.long(), metadata.mamba_cache_indices.long()
+        rows, verifies = Rows.of(starts, len(mixed_qkv)), mode.is_target_verify()
+        inputs, states = cache.conv[0][slots], cache.temporal[slots]
+        if mode.is_extend() and not verifies:
+            goes_on = forward_batch.extend_prefix_lens > 0
+            inputs = inputs.to(mixed_qkv.dtype).where(goes_on[:, None, None], 0.0)
+            states = states.where(goes_on[:, None, None, None], 0.0)
+        mixed, behind = packed_convolution(mixed_qkv, layer.conv_weights, layer.bias, inputs, rows)
+        q, k, v = activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
+        out, after = gated_delta_rule(
+            q.unflatten(-1, (-1, layer.head_q_dim)),
+            k.unflatten(-1, (-1, layer.head_k_dim)),
+            v.unflatten(-1, (-1, layer.head_v_dim)),
+            -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float()),
+            b.float().sigmoid(),
+            states,
+            starts,
+            rows,
+            every=verifies,
+        )
+        if verifies:
+            cache.intermediate_conv_window[0][rows.owner, rows.step] = behind
+            cache.intermediate_ssm[: after.shape[0], : after.shape[1]] = after.to(states.dtype)
+        else:
+            cache.conv[0][slots] = behind[starts[1:] - 1].to(cache.conv[0].dtype)
+            cache.temporal[slots] = after.to(states.dtype)
+        return out[None]
+
+
+def fused_qkvzba_split_reshape_cat(
+    mixed_qkvz: torch.Tensor,
+    mixed_ba: torch.Tensor,
+    num_heads_qk: int,
+    num_heads_v: int,
+    head_qk: int,
+    head_v: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Take apart what Qwen3-Next projects at once; its columns lie by key head.
+
+    Args:
+        mixed_qkvz: [T, Hk (2 K + 2 V H / Hk)]. mixed_ba: [T, 2 H].
+
+    Returns:
+        [T, 2 Hk K + H V] of queries, keys and values, z [T, H, V], b [T, H] and a [T, H].
+    """
+    rows, per_key = len(mixed_qkvz), num_heads_v // num_heads_qk
+    sizes = [head_qk, head_qk, per_key * head_v, per_key * head_v]
+    q, k, v, z = mixed_qkvz.view(rows, num_heads_qk, sum(sizes)).split(sizes, -1)
+    b, a = mixed_ba.view(rows, num_heads_qk, 2 * per_key).chunk(2, -1)
+    mixed = torch.cat([x.reshape(rows, -1) for x in (q, k, v)], -1)
+    return mixed, z.reshape(rows, -1, head_v), b.reshape(rows, -1), a.reshape(rows, -1)
+
+
+def fused_qkvzba_split_reshape_cat_contiguous(
+    mixed_qkvz: torch.Tensor,
+    mixed_ba: torch.Tensor,
+    num_heads_qk: int,
+    num_heads_v: int,
+    head_qk: int,
+    head_v: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of Qwen3.5, whose columns are all queries, keys, values and z, and all b and a."""
+    rows, width = len(mixed_qkvz), 2 * num_heads_qk * head_qk + num_heads_v * head_v
+    mixed, z = mixed_qkvz[:, :width], mixed_qkvz[:, width:]
+    b, a = mixed_ba.chunk(2, -1)
+    return mixed.contiguous(), z.reshape(rows, num_heads_v, head_v), b.contiguous(), a.contiguous()
+
+
+def fused_sigmoid_mul(
+    attn_output: torch.Tensor, gate: torch.Tensor, inplace: bool = False, quant: bool = False
+) -> torch.Tensor:
+    """``attn_output · sigmoid(gate)``. attn_output: [T, H D] (mutable with `inplace`). gate: the same or [T, H, D]."""
+    if quant:
+        raise ValueError("gates on the CPU are not quantised")
+    gated = (attn_output.float() * gate.reshape(attn_output.shape).float().sigmoid()).to(attn_output.dtype)
+    return attn_output.copy_(gated) if inplace else gated
+
+
+def gated_norm(
+    self: Any,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> torch.Tensor:
+    """``x / rms(x) · weight · act(g)``, in place of SGLang's `FusedRMSNormGated.forward`. x, g: [N, V]."""
+    if residual is not None or prenorm:
+        raise ValueError("the gated norm on the CPU takes no residual")
+    return _gated(x, g, self)
+
+
+def norm_gated(self: Any, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+    """The same, in place of the forward of the `RMSNorm` that Qwen3.5 has. x, z: [N, V]."""
+    if self.group_size is not None or not self.norm_before_gate or z is None:
+        raise ValueError("the gated norm on the CPU takes whole rows, and gates behind it")
+    return _gated(x, z, self)
+
+
+def _gated(x: torch.Tensor, gate: torch.Tensor, norm: Any) -> torch.Tensor:
+    weight = None if norm.weight is None else norm.weight.float()
+    h, g = F.rms_norm(x.float(), x.shape[-1:], weight, norm.eps), gate.float()
+    return (h * (g.sigmoid() if norm.activation == "sigmoid" else F.silu(g))).to(x.dtype)

@@ -1,0 +1,196 @@
+"""Torch versions of what recurrent layers compute: causal convolutions (LFM2, Qwen3-Next) and the gated delta rule
+(Qwen3-Next). Rows of B requests lie packed, and each request goes on from its state.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+PAD_SLOT = -1
+"""As SGLang's ``PAD_SLOT_ID``."""
+
+
+class Rows(NamedTuple):
+    """Which request each of T packed rows is of, and the how manieth of its rows: [T] int64 each.
+
+    Rows behind the last request's count as its own.
+    """
+
+    owner: torch.Tensor
+    step: torch.Tensor
+
+    @classmethod
+    def of(cls, starts: torch.Tensor, count: int) -> "Rows":
+        """starts: [B + 1] int, where requests' rows begin."""
+        rows = torch.arange(count, device=starts.device)
+        owner = torch.searchsorted(starts[1:].contiguous(), rows, right=True).clamp_(max=len(starts) - 2)
+        return cls(owner, rows - starts[owner])
+
+
+def packed_convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor, rows: Rows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Depthwise causal convolution, ``y[t] = bias + Σ_k weight[k] · x[t - K + 1 + k]`` in fp32; inputs before a
+    request's first row are its state's. A row reads those before it rounded to what states are kept in.
+
+    Args:
+        x: [T, D]. weight: [D, K]. bias: [D] or None. states: [B, D, K - 1], the last inputs of each request.
+
+    Returns:
+        [T, D] in x's dtype, and the state behind every row, [T, D, K - 1] in the states' dtype.
+    """
+    requests, width, known = states.shape
+    # The K inputs that end with each row: among all states', then among all rows'.
+    back = torch.arange(-known, 1, device=x.device)
+    of_state = (rows.owner * known + known + rows.step)[:, None] + back
+    of_rows = requests * known + torch.arange(len(x), device=x.device)[:, None] + back
+    inputs = torch.cat([states.transpose(1, 2).reshape(-1, width), x.to(states.dtype)])
+    inputs = inputs[torch.where(rows.step[:, None] + back < 0, of_state, of_rows)]
+    taps = weight.float().t()
+    out = (inputs[:, :-1].float() * taps[:-1]).sum(1) + x.float() * taps[-1]
+    return (out if bias is None else out + bias.float()).to(x.dtype), inputs[:, 1:].transpose(1, 2)
+
+
+def gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    states: torch.Tensor,
+    starts: torch.Tensor,
+    rows: Rows,
+    *,
+    every: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``S ← e^decay · S``, ``S ← S + beta · (v - S k) kᵀ``, ``o = S q / √K``, row by row, all requests at once; queries
+    and keys are divided by their lengths. As transformers' `torch_recurrent_gated_delta_rule` (arXiv 2412.06464).
+
+    Args:
+        query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay, beta: [T, H] fp32. states: [B, H, V, K].
+        starts: [B + 1] int64, where requests' rows begin. every: keep the state behind every row.
+
+    Returns:
+        [T, H, V] in value's dtype, and in fp32 the states behind the last rows [B, H, V, K], or with `every` behind all
+        [B, S, H, V, K], S of the longest request.
+    """
+    lengths = starts.diff()
+    longest, repeats = int(lengths.max()), value.shape[1] // key.shape[1]
+    steps = torch.arange(longest, device=value.device)
+    # Requests side by side; a row that one has not leaves its state.
+    place = (starts[:-1, None] + steps).clamp_(max=len(value) - 1)
+    present = (steps < lengths[:, None])[..., None]
+    q, k = (_normalized(x.float()).repeat_interleave(repeats, 1)[place] for x in (query, key))
+    v, kept = value.float()[place], decay.exp()[place].where(present, 1.0)
+    learned = beta[place].where(present, 0.0)
+    state, outputs, behind = states.float(), [], []
+    for i in range(longest):
+        state = state * kept[:, i, :, None, None]
+        error = v[:, i] - torch.einsum("bhvk,bhk->bhv", state, k[:, i])
+        state = state + torch.einsum("bhv,bhk->bhvk", error * learned[:, i, :, None], k[:, i])
+        outputs.append(torch.einsum("bhvk,bhk->bhv", state, q[:, i]))
+        if every:
+            behind.append(state)
+    out = torch.stack(outputs, 1)[rows.owner, rows.step] * key.shape[-1] ** -0.5
+    return out.to(value.dtype), torch.stack(behind, 1) if every else state
+
+
+def _normalized(x: torch.Tensor) -> torch.Tensor:
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    cache_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    conv_states: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    pad_slot_id: int = PAD_SLOT,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """:func:`packed_convolution` of prompts or parts of them.
+
+    Args:
+        x: [D, T]. weight: [D, K]. bias: [D]. query_start_loc: [B + 1] int. cache_indices: [B] int, slots.
+        has_initial_state: [B] bool, whether a request goes on from its state.
+        conv_states: [slots, D, K - 1] (mutable): afterwards the last inputs of each request.
+
+    Returns:
+        [D, T] in x's dtype.
+    """
+    if query_start_loc is None or cache_indices is None or has_initial_state is None or conv_states is None:
+        raise ValueError("causal_conv1d_fn on the CPU takes packed requests with states")
+    starts, slots = query_start_loc.long(), cache_indices.long()
+    before = conv_states[slots].to(x.dtype).where(has_initial_state[:, None, None], 0.0)
+    out, behind = packed_convolution(x.t(), weight, bias, before, Rows.of(starts, x.shape[1]))
+    conv_states[slots] = behind[starts[1:] - 1].to(conv_states.dtype)
+    return activated(out, activation).t()
+
+
+def causal_conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+    pad_slot_id: int = PAD_SLOT,
+) -> torch.Tensor:
+    """:func:`packed_convolution` of the next input of every request.
+
+    Args:
+        x: [B, D]. conv_state: [slots, D, K - 1] (mutable). weight: [D, K]. bias: [D]. conv_state_indices: [B] int.
+
+    Returns:
+        [B, D] in x's dtype.
+    """
+    if cache_seqlens is not None or conv_state_indices is None or x.dim() != 2:
+        raise ValueError("causal_conv1d_update on the CPU takes one input of every request, and slots")
+    slots = conv_state_indices.long()
+    rows = Rows(
+        torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    )
+    out, behind = packed_convolution(x, weight, bias, conv_state[slots], rows)
+    conv_state[slots] = behind
+    return activated(out, activation)
+
+
+def activated(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """`x` through what SGLang's configurations call `silu` or `swish`; itself for None."""
+    return F.silu(x) if activation in ("silu", "swish") else x
+
+
+def scatter_mamba_states_after_mtp_verify(
+    mamba_caches: Any,
+    state_indices_tensor: torch.Tensor,
+    last_correct_step_indices: torch.Tensor,
+    mamba_track_indices: torch.Tensor | None,
+    mamba_steps_to_track: torch.Tensor | None,
+    src_indices_raw: torch.Tensor | None = None,
+) -> None:
+    """Commit: every request's state becomes the one behind its last accepted row.
+
+    Args:
+        mamba_caches: SGLang's record of a verification's states: ``conv`` [L, slots, D, K - 1] (mutable) and
+            ``intermediate_conv_window`` [L, rows, steps, D, K - 1] of each kind, ``temporal`` and ``intermediate_ssm``
+            likewise.
+        state_indices_tensor: [B] int, slots. last_correct_step_indices: [B] int, the row; negative: none.
+        mamba_track_indices, mamba_steps_to_track: a second slot and row of each request, or None.
+        src_indices_raw: [B] int, rows of the windows; None: the first B.
+    """
+    pairs = [*zip(mamba_caches.conv, mamba_caches.intermediate_conv_window, strict=True)]
+    pairs.append((mamba_caches.temporal, mamba_caches.intermediate_ssm))
+    rows = torch.arange(len(state_indices_tensor)) if src_indices_raw is None else src_indices_raw.long()
+    commits = [(state_indices_tensor, last_correct_step_indices)]
+    if mamba_track_indices is not None and mamba_steps_to_track is not None:
+        commits.append((mamba_track_indices, mamba_steps_to_track))
+    for slots, steps in commits:
+        kept = (slots >= 0) & (steps >= 0)
+        for states, windows in pairs:
+            if states.numel():
+                states[:, slots[kept].long()] = windows[:, rows[kept], steps[kept].long()]
