@@ -414,13 +414,54 @@ def test_hints_of_a_converted_request_steer_its_rounds(server: Server, route: st
         before = rows(server)
         answer = post(server, route, converted(route, stream=stream, **hints.extra_body()))
         assert answer.status_code == 200, answer.text
-        assert "sglext" not in answer.text
+        assert ("sglext" in answer.text) == (bool(hints.trace))
         after = rows(server)
         found.append((after[0] - before[0], after[1] - before[1]))
     (rounds, drafted), (fewer, verified) = found
     assert (rounds > 0, drafted) == (True, 0)
     assert verified > 0
     assert fewer <= rounds
+
+
+def told(route: str, answer: httpx.Response, stream: bool) -> tuple[str, dict[str, Any]]:
+    """Text and extension of a converted answer."""
+    if not stream:
+        body = answer.json()
+        parts = body["content"] if route == "/v1/messages" else body["output"][0]["content"]
+        return parts[0]["text"], body.get("sglext", {})
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    deltas = [event.get("delta") for event in events]
+    parts = [delta.get("text", "") if isinstance(delta, dict) else delta or "" for delta in deltas]
+    (found,) = [
+        event if route == "/v1/messages" else event["response"]
+        for event in events
+        if event["type"] in ("message_delta", "response.completed", "response.incomplete")
+    ]
+    return "".join(parts), found.get("sglext", {})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", CONVERTED)
+def test_a_converted_answer_tells_who_wrote_it_and_what_of_its_prediction_appeared(
+    server: Server, route: str, stream: bool
+) -> None:
+    """In `sglext`, and what asked for neither is what SGLang sends without us."""
+    plain, nothing = told(route, post(server, route, converted(route, stream=stream)), stream)
+    assert nothing == {}
+    asked = {**Hints(trace="full").extra_body(), "prediction": predict(plain)}
+    text, extension = told(route, post(server, route, converted(route, stream=stream, **asked)), stream)
+    assert text == plain
+    trace, counts = extension["whiflash"], extension["prediction"]
+    assert trace["text"] == plain
+    tokens = sum(arm["tokens"] for arm in trace["arms"].values())
+    assert 10 < tokens < 24
+    assert trace["stretches"][-1]["chars"][1] == len(plain)
+    assert counts["accepted_prediction_tokens"] > 10
+    read = routing({"sglext": extension})
+    assert isinstance(read, Trace)
+    assert read.tokens == tokens
+    alone = post(server, route, converted(route, stream=stream, **Hints(trace=True).extra_body()))
+    assert told(route, alone, stream)[1].keys() == {"whiflash"}
 
 
 @pytest.mark.parametrize(

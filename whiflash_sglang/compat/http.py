@@ -11,7 +11,7 @@ from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from whiflash_sglang import __version__
-from whiflash_sglang.compat import converted, figures, predictions, requests, streamer, traces
+from whiflash_sglang.compat import answers, converted, figures, predictions, requests, streamer, traces
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import replace
@@ -33,6 +33,7 @@ def install(server_args: Any) -> None:
     replace(TokenizerManager, "generate_request", _accepting)
     requests.install()
     converted.install()
+    answers.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))

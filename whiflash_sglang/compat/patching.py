@@ -245,6 +245,25 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_MESSAGES}:AnthropicServing.handle_messages", ("request", "raw_request")),
     PrivateName(f"{_MESSAGES}:AnthropicServing._convert_to_chat_completion_request", ("anthropic_request",)),
     PrivateName(f"{_MESSAGES}:AnthropicServing._error_response", ("status_code", "error_type", "message")),
+    PrivateName(f"{_MESSAGES}:AnthropicServing._convert_response", ("response",)),
+    PrivateName(f"{_MESSAGES}:AnthropicServing._generate_anthropic_stream", ("adapted_request",)),
+    PrivateName(
+        f"{_SERVING}.serving_responses:OpenAIServingResponses._generate_with_builtin_tools",
+        ("request_id", "request_prompt", "adapted_request"),
+    ),
+    *(
+        PrivateName(
+            f"{_SERVING}.serving_responses:OpenAIServingResponses.{name}",
+            ("request", "sampling_params", "result_generator"),
+        )
+        for name in (
+            "responses_full_generator",
+            "responses_stream_generator",
+            "responses_stream_generator_non_harmony",
+        )
+    ),
+    PrivateName(f"{_SERVING}.protocol:ResponsesResponse.model_rebuild"),
+    PrivateName("sglang.srt.entrypoints.anthropic.protocol:AnthropicMessagesResponse.model_rebuild"),
     PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
     PrivateName("sglang.srt.entrypoints.http_server:redact_watermark_secrets"),
     PrivateName("sglang.srt.entrypoints.engine:_server_args_for_logging", ("server_args",)),

@@ -122,5 +122,17 @@ def with_usage(obj: Any, line: str) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
+def counts_of(obj: Any) -> dict[str, int]:
+    """What of the predictions of an internal request appeared in all its choices; empty where it has none."""
+    counts = getattr(obj, _COUNTS, None)
+    return _summed(list(counts.values())) if counts else {}
+
+
+def counts_in(details: Any) -> dict[str, int]:
+    """The same, of the details of an OpenAI answer's usage."""
+    found = {name: getattr(details, name, None) for name in (ACCEPTED, REJECTED)}
+    return {name: count for name, count in found.items() if count is not None}
+
+
 def _summed(counts: Sequence[Any]) -> dict[str, int]:
     return {name: sum(own[name] for own in counts) for name in (ACCEPTED, REJECTED)}

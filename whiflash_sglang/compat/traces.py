@@ -60,6 +60,11 @@ async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> Async
         yield output
 
 
+def completed_of(obj: Any) -> list[dict[str, Any]]:
+    """The traces of an internal request's choices that have ended, with the texts that those with offsets count in."""
+    return [_with_text(trace, text, None) for trace, text in getattr(obj, _FOUND, None) or ()]
+
+
 class _Arrived:
     """What has come of one request's answers. Streams of increments are put together for those that need the whole.
 

@@ -1,0 +1,140 @@
+"""Traces, and what of predictions appeared, in answers that SGLang converts: OpenAI's Responses, Anthropic's Messages.
+
+Neither has a place for them, and the usage of both is closed, so both go into `sglext`, as chat completions have it: of
+an answer, of the `response` in a stream's last event, or of the event `message_delta`. Answers to who asked for neither
+are SGLang's own. In the process that serves HTTP.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from functools import wraps
+from typing import Any
+
+from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
+
+from whiflash_sglang.compat import predictions, traces
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.streamer import META_KEY
+
+EXTENSION = "sglext"
+PREDICTION = "prediction"
+
+_ENDED = ("response.completed", "response.incomplete", "response.failed")
+"""Types of a Responses stream's last event."""
+
+
+def install() -> None:
+    """Idempotent."""
+    for model in (AnthropicMessagesResponse, ResponsesResponse):
+        if model.model_config.get("extra") != "allow":
+            model.model_config["extra"] = "allow"
+            model.model_rebuild(force=True)
+    replace(AnthropicServing, "_convert_response", _with_extension)
+    replace(AnthropicServing, "_generate_anthropic_stream", _extending_messages)
+    try:
+        from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+    except ImportError:  # then SGLang serves none
+        return
+    replace(OpenAIServingResponses, "_generate_with_builtin_tools", _naming_request)
+    replace(OpenAIServingResponses, "responses_full_generator", _extending_response)
+    for stream in ("responses_stream_generator", "responses_stream_generator_non_harmony"):
+        replace(OpenAIServingResponses, stream, _extending_responses)
+
+
+def extension_of(obj: Any) -> dict[str, Any]:
+    """What the answer to an internal request tells; empty of who asked for nothing."""
+    found: dict[str, Any] = {}
+    told = traces.completed_of(obj)
+    if told:
+        found[META_KEY] = told[0] if len(told) == 1 else told
+    counts = predictions.counts_of(obj)
+    return {**found, PREDICTION: counts} if counts else found
+
+
+def _with_extension(original: Any) -> Any:
+    @wraps(original)
+    def convert(self: Any, response: Any) -> Any:
+        converted = original(self, response)
+        found: dict[str, Any] = {}
+        trace = getattr(response.sglext, META_KEY, None)
+        if trace is not None:
+            shown = response.choices[0].message.content or ""
+            found[META_KEY] = {"text": shown, **trace} if "stretches" in trace else trace
+        details = getattr(response.usage, "completion_tokens_details", None)
+        counts = predictions.counts_in(details)
+        if counts:
+            found[PREDICTION] = counts
+        if found:
+            setattr(converted, EXTENSION, found)
+        return converted
+
+    return convert
+
+
+def _extending_messages(original: Any) -> Any:
+    @wraps(original)
+    async def stream(self: Any, adapted: Any, *rest: Any, **named: Any) -> AsyncIterator[str]:
+        async for event in original(self, adapted, *rest, **named):
+            yield _extended(event, adapted, lambda data: data if data["type"] == "message_delta" else None)
+
+    return stream
+
+
+class _Named:
+    """The outputs of a request, which say whose they are."""
+
+    def __init__(self, outputs: AsyncIterator[Any], obj: Any) -> None:
+        self._outputs, self.obj = outputs, obj
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._outputs
+
+
+def _naming_request(original: Any) -> Any:
+    @wraps(original)
+    def generate(self: Any, request_id: Any, prompt: Any, adapted: Any, *rest: Any, **named: Any) -> _Named:
+        return _Named(original(self, request_id, prompt, adapted, *rest, **named), adapted)
+
+    return generate
+
+
+def _extending_response(original: Any) -> Any:
+    @wraps(original)
+    async def respond(
+        self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
+    ) -> Any:
+        response = await original(self, request, sampling_params, outputs, *rest, **named)
+        found = extension_of(getattr(outputs, "obj", None))
+        if found and isinstance(response, ResponsesResponse):
+            setattr(response, EXTENSION, found)
+        return response
+
+    return respond
+
+
+def _extending_responses(original: Any) -> Any:
+    @wraps(original)
+    async def stream(
+        self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
+    ) -> AsyncIterator[str]:
+        obj = getattr(outputs, "obj", None)
+        async for event in original(self, request, sampling_params, outputs, *rest, **named):
+            yield _extended(event, obj, lambda data: data["response"] if data["type"] in _ENDED else None)
+
+    return stream
+
+
+def _extended(event: str, obj: Any, place: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:
+    """An event of a stream; where it has a `place` for an extension, and there is one, with that in it."""
+    name, mark, text = event.partition("\ndata: ")
+    found = extension_of(obj) if mark else {}
+    if not found:
+        return event
+    data = json.loads(text)
+    holder = place(data)
+    if holder is None:
+        return event
+    holder[EXTENSION] = found
+    return f"{name}{mark}{json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
