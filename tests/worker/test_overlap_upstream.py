@@ -113,3 +113,27 @@ def test_a_wait_that_is_left_out_is_found(models: Models) -> None:
                 e.abort(fault)
                 e.run()
                 e.streams.races.clear()
+
+
+def test_memory_that_is_given_back_while_the_forward_uses_it_is_found(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang keeps what a forward was given for two passes of its loop."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    def keeps_nothing(self: Scheduler, batch: Any) -> None:
+        self.batch_record_buf[self.batch_record_ct] = []
+
+    monkeypatch.setattr(Scheduler, "record_batch_in_overlap", keeps_nothing)
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    with overlapped(
+        models.target, whiflash=models.whiflash("ar"), host_lengths=False, max_running_requests=4
+    ) as e:
+        e.submit("one", list(range(30)), max_new_tokens=8)
+        e.submit("other", list(range(50, 80)), max_new_tokens=12)
+        for _ in range(3):
+            e.step()
+        e.submit("late", list(range(90, 120)), max_new_tokens=12)
+        e.run()
+        races = set(e.streams.races)
+    assert any("schedule may write again what forward uses" in race for race in races), races
