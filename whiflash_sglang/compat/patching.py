@@ -43,7 +43,24 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
     PrivateName("sglang.srt.arg_groups.overrides:model_config_of"),
     PrivateName("sglang.srt.configs.hybrid_arch:mambaish_config", ("model_config",)),
+    *(
+        PrivateName(f"sglang.srt.configs.{name}")
+        for name in (
+            "lfm2:Lfm2Config",
+            "lfm2_moe:Lfm2MoeConfig",
+            "lfm2_vl:Lfm2VlConfig",
+            "qwen3_next:Qwen3NextConfig",
+            "qwen3_5:Qwen3_5TextConfig",
+            "qwen3_5:Qwen3_5MoeTextConfig",
+        )
+    ),
     PrivateName("sglang.srt.configs.model_config:is_hybrid_swa_model"),
+    PrivateName(
+        "sglang.srt.layers.attention.hybrid_linear_attn_backend:HybridLinearAttnBackend"
+        ".update_mamba_state_after_mtp_verify",
+        ("last_correct_step_indices", "mamba_track_indices", "mamba_steps_to_track", "model"),
+    ),
+    PrivateName("sglang:__file__"),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Backend.DISABLED"),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Phase.ALL"),
     PrivateName("sglang.srt.platforms:current_platform"),
