@@ -15,6 +15,7 @@ from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
 from whiflash_sglang.compat import predictions, traces
+from whiflash_sglang.compat.converted import serving_of_responses
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.streamer import META_KEY
 
@@ -33,14 +34,13 @@ def install() -> None:
             model.model_rebuild(force=True)
     replace(AnthropicServing, "_convert_response", _with_extension)
     replace(AnthropicServing, "_generate_anthropic_stream", _extending_messages)
-    try:
-        from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
-    except ImportError:  # then SGLang serves none
+    serving = serving_of_responses()
+    if serving is None:
         return
-    replace(OpenAIServingResponses, "_generate_with_builtin_tools", _naming_request)
-    replace(OpenAIServingResponses, "responses_full_generator", _extending_response)
+    replace(serving, "_generate_with_builtin_tools", _naming_request)
+    replace(serving, "responses_full_generator", _extending_response)
     for stream in ("responses_stream_generator", "responses_stream_generator_non_harmony"):
-        replace(OpenAIServingResponses, stream, _extending_responses)
+        replace(serving, stream, _extending_responses)
 
 
 def extension_of(obj: Any) -> dict[str, Any]:

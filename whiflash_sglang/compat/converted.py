@@ -29,11 +29,18 @@ def install() -> None:
     replace(AnthropicServing, "handle_messages", _reading_messages)
     replace(AnthropicServing, "_convert_to_chat_completion_request", _carrying_on)
     replace(ResponsesRequest, "to_sampling_params", _sampling)
+    serving = serving_of_responses()
+    if serving is not None:
+        replace(serving, "create_responses", _reading_responses)
+
+
+def serving_of_responses() -> Any:
+    """SGLang's `OpenAIServingResponses`; None where it serves none, for want of what that imports."""
     try:
         from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
-    except ImportError:  # then SGLang serves none
-        return
-    replace(OpenAIServingResponses, "create_responses", _reading_responses)
+    except ImportError:
+        return None
+    return OpenAIServingResponses
 
 
 def routes(state: Any) -> tuple[str, ...]:
