@@ -5,9 +5,8 @@ Read from their sources: it is asked when the arguments are read, and importing 
 
 import re
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
-
-import sglang
 
 _SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture", "__getattr__")
 """Methods that say which layers, and what hands them on (MiniCPM-V's classes choose another one by version)."""
@@ -32,7 +31,7 @@ def _has_setter(name: str) -> bool | None:
 def _classes() -> dict[str, tuple[str, str]]:
     """Bases and body of every class in the modules of SGLang's models."""
     found: dict[str, tuple[str, str]] = {}
-    for file in (Path(sglang.__file__).parent / "srt" / "models").rglob("*.py"):
+    for file in (Path(str(files("sglang"))) / "srt" / "models").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         for one in re.finditer(r"^class (\w+)(?:\(([^)]*)\))?:\n((?:[ \t].*\n|\n)*)", text, re.MULTILINE):
             found[one[1]] = one[2] or "", one[3]
