@@ -16,21 +16,21 @@ def in_launcher(server_args: Any) -> None:
     """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself; the controller's
     watch. Idempotent.
     """
-    from whiflash_sglang.compat import controller, http, keys, media
+    from whiflash_sglang.compat import admission, controller, http, keys
 
     controller.install()
     keys.install()
-    media.install()
+    admission.install()
     http.install(server_args)
 
 
 def in_engine() -> None:
     """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`; the
     controller's watch. Idempotent."""
-    from whiflash_sglang.compat import controller, figures, media, streamer
+    from whiflash_sglang.compat import admission, controller, figures, streamer
 
     controller.install()
-    media.install()
+    admission.install()
     figures.install_answers()
     streamer.install_answers()
 

@@ -291,6 +291,17 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request", ("obj", "input_ids")
     ),
+    PrivateName(
+        "sglang.srt.managers.io_struct:GenerateReqInput",
+        (
+            "logprob_start_len",
+            "positional_embed_overrides",
+            "sampling_params",
+            "session_params",
+            "top_logprobs_num",
+        ),
+    ),
+    PrivateName("sglang.srt.managers.embed_types:PositionalEmbeds", ("embeds", "positions")),
     PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.config_value", ("name",)),
     PrivateName("sglang.srt.managers.tokenizer_manager:ReqState.get_text"),
     PrivateName(

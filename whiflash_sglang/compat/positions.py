@@ -1,7 +1,7 @@
 """Positions in three dimensions (M-RoPE) of the rows of a verification.
 
 A target that takes images counts a token's time, height and width. Those of text are equal, and WHIFLASH serves text
-alone (:mod:`whiflash_sglang.compat.media`). SGLang lays them out for drafts of one length.
+alone (:mod:`whiflash_sglang.compat.admission`). SGLang lays them out for drafts of one length.
 """
 
 from functools import wraps

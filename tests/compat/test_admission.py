@@ -1,0 +1,69 @@
+"""What would end SGLang's scheduler is refused before it is scheduled, and nothing beside it."""
+
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from whiflash_sglang.compat.admission import check_bounds
+
+TOKENS = 320
+OVERRIDES = PositionalEmbeds(embeds=torch.zeros(1, 8), positions=[0])
+
+
+def check(ids: list[int] | None = None, sampling: dict[str, Any] | None = None, **fields: Any) -> None:
+    obj = GenerateReqInput(input_ids=ids or [1], sampling_params=sampling or {}, **fields)
+    obj.normalize_batch_and_arguments()
+    check_bounds(obj, obj.input_ids, TOKENS)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"ids": [0, TOKENS - 1]},
+        {"top_logprobs_num": TOKENS, "return_logprob": True},
+        {"top_logprobs_num": -1},
+        {"logprob_start_len": -1},
+        {"sampling": {"top_k": 2**31 - 1}},
+        {"sampling": {"top_k": None, "min_new_tokens": None, "stop_token_ids": None}},
+        {"sampling": {"stop_token_ids": [TOKENS, -1]}},
+        {"sampling": {"stop_token_ids": [TOKENS], "min_new_tokens": 0}},
+        {"sampling": {"stop_token_ids": ["7", None], "min_new_tokens": 2}},
+        {"session_params": {"id": "a", "rid": None, "offset": 3, "replace": True}},
+        {"positional_embed_overrides": OVERRIDES},
+    ],
+    ids=str,
+)
+def test_what_the_scheduler_can_serve_is_admitted(given: dict[str, Any]) -> None:
+    check(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"ids": [1, TOKENS]},
+            "input_ids (prompt): token 320 is not in the vocabulary, whose ids are 0 to 319",
+        ),
+        ({"ids": [-1, 1]}, "input_ids (prompt): token -1"),
+        ({"top_logprobs_num": TOKENS + 1}, "top_logprobs_num (logprobs, top_logprobs): is 321; at most 320"),
+        ({"logprob_start_len": -2}, "logprob_start_len: is -2; at least -1"),
+        ({"sampling": {"top_k": 2**31}}, "top_k: is 2147483648; at most 2147483647"),
+        ({"sampling": {"stop_token_ids": [5, TOKENS], "min_new_tokens": 1}}, "stop_token_ids: token 320"),
+        ({"sampling": {"stop_token_ids": [-1], "min_new_tokens": 1}}, "stop_token_ids: token -1"),
+        ({"session_params": {"id": ["a"]}}, "session_params.id: is ['a']; must be of the type str"),
+        ({"session_params": {"id": "a", "rid": 3}}, "session_params.rid"),
+        (
+            {"session_params": {"id": "a", "offset": "3"}},
+            "session_params.offset: is '3'; must be of the type int",
+        ),
+        ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides: only Engine.generate"),
+    ],
+    ids=str,
+)
+def test_what_would_end_it_is_refused_by_name(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 -- the text is compared below
+        check(**given)
+    assert said in str(refused.value)

@@ -1,0 +1,92 @@
+"""Requests that are refused before they are scheduled: images and sound, and what would end the scheduler.
+
+A server of this algorithm is one for text whatever its target takes (:func:`whiflash_sglang.compat.launch.choose`).
+SGLang refuses images and sound in chat messages there, but drops them without a word where `/generate` or
+`Engine.generate` brings them.
+
+What it does not look at, above all whether token ids are the target's, raises in its scheduler, and the server ends
+with the answers of everybody. Every route and `Engine` come through here, a batch request by request.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+from whiflash_sglang.compat.carried import asks_for_ours
+from whiflash_sglang.compat.patching import replace
+
+INT32_MAX = 2**31 - 1
+SESSION_FIELDS: dict[str, type] = {"id": str, "rid": str, "offset": int}
+
+
+def install() -> None:
+    """Idempotent. In the process that takes requests."""
+    replace(TokenizerManager, "_validate_one_request", _refusing)
+
+
+def _refusing(original: Any) -> Any:
+    """Raises ValueError, which SGLang answers with 400."""
+
+    @wraps(original)
+    def validate(self: Any, obj: Any, input_ids: Any) -> None:
+        ours = asks_for_ours(self.server_args)
+        if ours and obj.contains_mm_input():
+            raise ValueError(
+                "image_data, video_data and audio_data: WHIFLASH serves text alone, its drafters cannot read them; "
+                "leave them out, or ask a server without WHIFLASH"
+            )
+        original(self, obj, input_ids)
+        if ours and isinstance(obj, GenerateReqInput):
+            check_bounds(obj, input_ids, self.model_config.vocab_size)
+
+    return validate
+
+
+def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabulary: int) -> None:
+    """Of one request for text that SGLang has found valid. What it compares with the vocabulary by itself is left to it
+    (`token_ids_logprob`, `logit_bias`).
+
+    Raises:
+        ValueError: it would end the scheduler; the message names the field.
+    """
+    _check_ids("input_ids (prompt)", input_ids, vocabulary)
+    # Also where no log-probabilities are asked for: the likeliest of a batch are taken for all of its requests.
+    _check_range("top_logprobs_num (logprobs, top_logprobs)", obj.top_logprobs_num, most=vocabulary)
+    _check_range("logprob_start_len", obj.logprob_start_len, least=-1)
+    params: Mapping[str, Any] = obj.sampling_params
+    _check_range("top_k", params.get("top_k"), most=INT32_MAX)
+    if params.get("min_new_tokens"):
+        # Elsewhere stop tokens are only compared with what was sampled.
+        stops = [int(token) for token in params.get("stop_token_ids") or () if token is not None]
+        _check_ids("stop_token_ids", stops, vocabulary)
+    for name, kind in SESSION_FIELDS.items():
+        value = (obj.session_params or {}).get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"session_params.{name}: is {value!r}; must be of the type {kind.__name__}")
+    if obj.positional_embed_overrides is not None and not isinstance(
+        obj.positional_embed_overrides, PositionalEmbeds
+    ):
+        raise ValueError("positional_embed_overrides: only Engine.generate takes them, as PositionalEmbeds")
+
+
+def _check_ids(field: str, ids: Sequence[int] | None, vocabulary: int) -> None:
+    if ids is None or not len(ids):
+        return
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{field}: token {token} is not in the vocabulary, whose ids are 0 to {vocabulary - 1}"
+            )
+
+
+def _check_range(field: str, value: int | None, *, least: int | None = None, most: int | None = None) -> None:
+    if value is None:
+        return
+    if least is not None and value < least:
+        raise ValueError(f"{field}: is {value}; at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{field}: is {value}; at most {most}")
