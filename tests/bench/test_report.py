@@ -222,11 +222,19 @@ def test_json_is_all_that_goes_to_stdout(
 
 
 def test_a_failing_arm_of_ours_fails_the_command(report: Report) -> None:
-    judge(report)
+    report = report.model_copy(update={"unavailable": {}})
+    judge(report)  # what upstream's arms answer is told and no more
     ours = {"auto": {"arguments": ["--speculative-algorithm", "WHIFLASH"]}}
     of_ours = report.model_copy(update={"provenance": {**report.provenance, "servers": ours}})
     with pytest.raises(WhiflashError, match="auto: answers differ"):
         judge(of_ours)
+
+
+@pytest.mark.parametrize("arm", ["auto", "EAGLE3"])
+def test_an_arm_that_was_not_measured_fails_the_command(report: Report, arm: str) -> None:
+    """Its server is in no record: it never started."""
+    with pytest.raises(WhiflashError, match=f"{arm}: the server did not start"):
+        judge(report.model_copy(update={"unavailable": {arm: "the server did not start: why"}}))
 
 
 def test_differences_follow_the_tie_rule() -> None:

@@ -119,15 +119,14 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Repor
 
 
 def judge(report: Report) -> None:
-    """Raise WhiflashError where an arm of WHIFLASH failed, or answered other than plain decoding."""
+    """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding."""
     ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
-    failed = [arm for arm in ours if arm in report.unavailable]
     differs = sorted(
         {d["arm"] for d in report.differences if d["arm"] in ours and d["verdict"] == "different"}
     )
-    if failed or differs:
-        problems = [f"{arm}: {report.unavailable[arm]}" for arm in failed]
-        problems += [f"{arm}: answers differ from plain decoding's" for arm in differs]
+    problems = [f"{arm}: {reason}" for arm, reason in report.unavailable.items()]
+    problems += [f"{arm}: answers differ from plain decoding's" for arm in differs]
+    if problems:
         raise WhiflashError("; ".join(problems))
 
 

@@ -90,29 +90,32 @@ class Fleet:
     def start(
         self,
         wanted: Mapping[str, Sequence[str]],
-        on_start: Callable[[], None] = lambda: None,
+        on_start: Callable[[str, str | None], None] = lambda key, reason: None,
         checkouts: Mapping[str, Path] | None = None,
     ) -> dict[str, str]:
         """Start servers at the same time: arguments by key. Returns what did not start, and why.
 
         Args:
-            on_start: called for each as it is ready or has failed. checkouts: of the project, by key, where a server
-                is not this one's.
+            on_start: called for each as it is ready or has failed, in another thread: its key, and why it did not
+                start. checkouts: of the project, by key, where a server is not this one's.
         """
         for key, arguments in wanted.items():
             log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
             self._servers[key] = self._make(arguments, log, (checkouts or {}).get(key))
         failed: dict[str, str] = {}
-        with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
-            starting = {key: pool.submit(self._servers[key].__enter__) for key in wanted}
-            for future in starting.values():
-                future.add_done_callback(lambda _: on_start())
+
+        def start(key: str) -> None:
             try:
-                for key, future in starting.items():
-                    try:
-                        future.result()
-                    except (WhiflashError, RuntimeError) as error:
-                        failed[key] = reason_of(str(error))
+                self._servers[key].__enter__()
+            except (WhiflashError, RuntimeError) as error:
+                failed[key] = reason_of(str(error))
+            on_start(key, failed.get(key))
+
+        with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
+            starting = [pool.submit(start, key) for key in wanted]
+            try:
+                for future in starting:
+                    future.result()
             except BaseException:
                 # Threads wait for servers that nobody wants any more; without them they end by themselves.
                 for key in wanted:

@@ -183,7 +183,7 @@ def measure(
         WhiflashError: a server did not start, or of `play`.
     """
     task = bar.add_task("starting servers", total=len(arms))
-    failed = fleet.start({arm.server: arm.arguments for arm in arms}, lambda: bar.advance(task))
+    failed = fleet.start({arm.server: arm.arguments for arm in arms}, lambda *_: bar.advance(task))
     if failed:
         raise WhiflashError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     for arm in arms:

@@ -197,12 +197,18 @@ class Runner:
                 servers[arm.server] = _alone(arm)
         task = self._progress.add_task("starting servers", total=len(servers))
         checkouts = {arm.server: arm.checkout for arm in arms if arm.checkout is not None}
-        failed = self._fleet.start(servers, lambda: self._progress.advance(task), checkouts)
+
+        def on_start(server: str, reason: str | None) -> None:
+            if reason is not None:
+                for arm in arms:
+                    if arm.server == server:
+                        self._lose(arm.name, f"the server did not start: {reason}")
+            self._progress.advance(task)
+
+        self._fleet.start(servers, on_start, checkouts)
         self._progress.remove_task(task)
         for arm in arms:
-            if arm.server in failed:
-                self.unavailable[arm.name] = f"the server did not start: {failed[arm.server]}"
-            else:
+            if arm.name not in self.unavailable:
                 info = self._fleet.clients[arm.server].get("/server_info").json()
                 self._servers[arm.name] = {
                     "arguments": self._plan.subject.hide_paths(_alone(arm)),
@@ -213,6 +219,11 @@ class Runner:
                 }
         if NONE in self.unavailable:
             raise WhiflashError(f"plain decoding: {self.unavailable[NONE]}")
+
+    def _lose(self, name: str, reason: str) -> None:
+        """Go on without an arm, and say so at once: the run may last for hours."""
+        self.unavailable[name] = reason
+        self._progress.console.print(f"{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
     def _ask_references(self) -> None:
         """Plain decoding's answers; rows of several turns become one prompt per turn, with its answers between."""
@@ -282,7 +293,7 @@ class Runner:
                 except RequestError as error:
                     if step.arm == NONE:
                         raise
-                    self.unavailable[step.arm] = f"a request failed: {error}"
+                    self._lose(step.arm, f"a request failed: {error}")
                     continue
                 if task is not None:
                     self.cells.append(cell)
