@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 import outcome
-from upstream_kits import Renewed, arguments_of
+from servers_beside import Renewed, arguments_of
 
 from whiflash_sglang.serving.server import Server
 from whiflash_sglang.serving.server_host import ServerHost

@@ -5,100 +5,86 @@
 
 They were written for larger models, so some fail whatever decodes: what counts is that nothing fails with WHIFLASH that
 passes without. The model is the shipped 135M one; `--tiny` takes one of random weights, which rehearses the script.
+A test that does not end is ended, with its server, and the next one has another. With `--go-on` what `--json` holds
+already is not run again.
 """
 
 import argparse
+import faulthandler
 import importlib
 import io
 import json
+import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 import unittest
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, redirect_stdout
-from functools import partial
+from itertools import groupby
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import outcome
+from servers_beside import Renewed, arguments_of
 
 from whiflash_sglang.compat.patching import SGLANG_VERSION
-from whiflash_sglang.serving.server import Server, runs
 from whiflash_sglang.serving.server_host import ServerHost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-KITS = (
-    "basic_api_contract_kit:BasicAPIContractMixin",
-    "basic_decode_correctness_kit:BasicDecodeCorrectnessMixin",
-    "basic_scheduler_stress_kit:BasicSchedulerStressMixin",
-    "ebnf_constrained_kit:EBNFConstrainedMixin",
-    "regex_constrained_kit:RegexConstrainedMixin",
-    "json_constrained_kit:JSONConstrainedMixin",
-    "json_mode_kit:JSONModeMixin",
-    "matched_stop_kit:MatchedStopMixin",
-    "anthropic_messages_kit:AnthropicMessagesMixin",
-    "pause_generation_kit:PauseResumeInPlaceMixin",
-    "abort_timeout_kit:AbortAllMixin",
-    "spec_server_kits:SpecCorrectnessKit",
-    "spec_server_kits:SpecLogprobKit",
-    "spec_server_kits:SpecPenaltyKit",
-    "spec_server_kits:SpecFeatureKit",
-    "spec_server_kits:SpecHiddenStatesKit",
-    "spec_server_kits:SpecGrammarKit",
-    "streaming_session_kit:StreamingSessionKitMixin",
-    "streaming_session_kit:AbortLeakReproKitMixin",
-)
-"""Those that ask a server by its URL, and need neither a GPU, a second server nor a data set from the network."""
+from patience import within
+
+SHORT_CONTEXT = ("--context-length", "512", "--page-size", "256", "--chunked-prefill-size", "4096")
+KITS: dict[str, tuple[str, ...]] = {
+    "basic_api_contract_kit:BasicAPIContractMixin": (),
+    "basic_decode_correctness_kit:BasicDecodeCorrectnessMixin": (),
+    "basic_scheduler_stress_kit:BasicSchedulerStressMixin": (),
+    "ebnf_constrained_kit:EBNFConstrainedMixin": (),
+    "regex_constrained_kit:RegexConstrainedMixin": (),
+    "json_constrained_kit:JSONConstrainedMixin": (),
+    "json_mode_kit:JSONModeMixin": (),
+    "matched_stop_kit:MatchedStopMixin": (),
+    "anthropic_messages_kit:AnthropicMessagesMixin": (),
+    "pause_generation_kit:PauseResumeInPlaceMixin": (),
+    "abort_timeout_kit:AbortAllMixin": (),
+    "spec_server_kits:SpecCorrectnessKit": (),
+    "spec_server_kits:SpecLogprobKit": (),
+    "spec_server_kits:SpecPenaltyKit": (),
+    "spec_server_kits:SpecFeatureKit": (),
+    "spec_server_kits:SpecHiddenStatesKit": (),
+    "spec_server_kits:SpecGrammarKit": (),
+    "streaming_session_kit:StreamingSessionKitMixin": (),
+    "streaming_session_kit:AbortLeakReproKitMixin": SHORT_CONTEXT,
+}
+"""Those that ask a server by its URL, and need neither a GPU, a second server nor a data set from the network; and what
+a server is started with for their sake, beside `FLAGS`."""
+
+SECONDS = 600.0
+"""That a test may take on a quiet machine; on a slower one as many times more (`tests/patience.py`)."""
 
 READING = """\
 Run are the tests of SGLang's wheel (`sglang.test.kits`) that ask a server by its URL; left out are those that need a
-GPU, a data set, another server beside, or one that is started with other flags. They were written for models of eight
+GPU, a data set, another server beside, or flags that no server on a CPU can have. They were written for models of eight
 billion parameters, so what a small one does not know fails whatever decodes. `test_acc_length` and
 `test_batch_generation` ask for an acceptance length that SGLang's own pair of models has; plain decoding tells the
 latter none."""
 ENDED = " (and the server ended)"
-
-ARGUMENTS = ("--max-running-requests", "8", "--max-total-tokens", "20000", "--device", "cpu")
-FLAGS = ("--enable-return-hidden-states", "--enable-streaming-session")
+FORK = multiprocessing.get_context("fork")
 
 
-class Renewed:
-    """A server with these arguments, and another one in its place where a request has ended it."""
-
-    def __init__(self, arguments: list[str], host: ServerHost) -> None:
-        self._start = partial(Server, arguments, host=host)
-        self._running = ExitStack()
-
-    def __enter__(self) -> "Renewed":
-        self._server = self._running.enter_context(self._start())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
-
-    @property
-    def lives(self) -> bool:
-        pids = self._server.pids
-        return bool(pids) and all(map(runs, pids))
-
-    @property
-    def server(self) -> Server:
-        """One that lives."""
-        if not self.lives:
-            self._running.close()
-            self._server = self._running.enter_context(self._start())
-        return self._server
+def names_in(kit: str) -> list[str]:
+    return list(unittest.defaultTestLoader.getTestCaseNames(_class_of(kit, {})))
 
 
-def tests_of(kit: str, renewed: Renewed, model: str) -> list[unittest.TestCase]:
-    """A kit's tests as SGLang's fixtures run them, but for starting a server."""
+def test_of(kit: str, name: str, renewed: Renewed, model: str) -> unittest.TestCase:
+    """A test as SGLang's fixtures run it, but for starting a server."""
     from openai import OpenAI
-    from sglang.test.server_fixtures.spec_eagle_fixture import SpecEagleServerBase
 
     server = renewed.server
-    module, _, name = kit.partition(":")
-    mixin = getattr(importlib.import_module(f"sglang.test.kits.{module}"), name)
     fields: dict[str, Any] = {
         "_tokenizer": None,
         "base_url": server.base_url,
@@ -109,8 +95,15 @@ def tests_of(kit: str, renewed: Renewed, model: str) -> list[unittest.TestCase]:
         "process": SimpleNamespace(poll=lambda: None if renewed.lives else 1),
         "maxDiff": None,
     }
-    made = type(name, (mixin, SpecEagleServerBase), fields)
-    return [made(test) for test in unittest.defaultTestLoader.getTestCaseNames(made)]
+    return _class_of(kit, fields)(name)
+
+
+def _class_of(kit: str, fields: dict[str, Any]) -> type[unittest.TestCase]:
+    from sglang.test.server_fixtures.spec_eagle_fixture import SpecEagleServerBase
+
+    module, _, name = kit.partition(":")
+    mixin = getattr(importlib.import_module(f"sglang.test.kits.{module}"), name)
+    return type(name, (mixin, SpecEagleServerBase), fields)
 
 
 class Outcomes(unittest.TestResult):
@@ -144,35 +137,66 @@ def name_of(test: unittest.TestCase) -> str:
     return f"{type(test).__name__}.{test.id().rsplit('.', 1)[-1]}"
 
 
-def run(renewed: Renewed, model: str, kits: tuple[str, ...]) -> dict[str, str]:
-    """What became of each test."""
+def outcome_of(test: unittest.TestCase, seconds: float) -> str | None:
+    """What became of a test, in a process of its own. None: it did not end and was ended; stderr tells where it stood.
+
+    seconds: on a quiet machine.
+    """
+    ours, theirs = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_play, args=(test, theirs), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        if within(seconds, ours.poll):
+            return str(ours.recv())
+        os.kill(child.pid or 0, signal.SIGABRT)
+        child.join()
+        return None
+    except EOFError:
+        child.join()
+        return f"failed: its process ended with {child.exitcode}"
+    finally:
+        child.kill()  # what it has told is told; a thread of it may still wait for an answer
+        child.join()
+
+
+def _play(test: unittest.TestCase, told: Connection) -> None:
+    faulthandler.enable()
     outcomes = Outcomes()
-    for kit in kits:
-        print(f"{kit} …", file=sys.stderr, flush=True)
-        for place in range(len(tests_of(kit, renewed, model))):
-            test = tests_of(kit, renewed, model)[place]
-            with redirect_stdout(io.StringIO()):
-                test.run(outcomes)
-            if not renewed.lives:
-                outcomes.found[name_of(test)] += ENDED
-    return outcomes.found
+    with redirect_stdout(io.StringIO()):
+        test.run(outcomes)
+    told.send(outcomes.found[name_of(test)])
 
 
-def arguments_of(tiny: bool, root: Path) -> tuple[str, list[str], list[str]]:
-    """The model, what both servers are given, and what WHIFLASH's is given beside."""
-    ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
-    if not tiny:
-        from whiflash_sglang.checkpoints.manifest import embedded_bundle
-        from whiflash_sglang.embedded.cache import ensure_target
+def run(
+    start: Callable[[tuple[str, ...]], Renewed],
+    model: str,
+    kits: Iterable[str],
+    found: dict[str, str],
+    save: Callable[[], None],
+    seconds: float = SECONDS,
+) -> None:
+    """Add what became of each test to `found`, but for those that stand there already.
 
-        model = str(ensure_target())
-        return model, [*ARGUMENTS, *FLAGS], [*ours, "--speculative-draft-model-path", str(embedded_bundle())]
-    from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
-
-    target = tiny_target(root / "target", peaked=True)
-    drafters = ["--speculative-draft-model-path", str(tiny_dflash(root / "d", target))]
-    drafters += ["--whiflash-eagle-draft", str(tiny_eagle3(root / "e", target))]
-    return str(target), [*ARGUMENTS, *FLAGS, "--dtype", "float32"], [*ours, *drafters]
+    Args:
+        start: a server with more flags. save: called after each test.
+    """
+    for flags, group in groupby(kits, lambda kit: KITS[kit]):
+        tests = [(kit, name) for kit in group for name in names_in(kit)]
+        left = [(kit, name) for kit, name in tests if f"{kit.partition(':')[2]}.{name}" not in found]
+        if not left:
+            continue
+        with start(flags) as renewed:
+            for kit, name in left:
+                print(f"{kit} {name} …", file=sys.stderr, flush=True)
+                test = test_of(kit, name, renewed, model)
+                told = outcome_of(test, seconds)
+                found[name_of(test)] = told or f"failed: not over within {seconds:g} s of a quiet machine"
+                if not renewed.lives:
+                    found[name_of(test)] += ENDED
+                if told is None:
+                    renewed.end()
+                save()
 
 
 def table(plain: dict[str, str], ours: dict[str, str]) -> str:
@@ -187,19 +211,33 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="kits whose name contains this")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of random weights")
-    parser.add_argument("--json", type=Path, help="also write the outcomes there")
+    parser.add_argument("--go-on", action="store_true", help="leave out what --json holds already")
+    parser.add_argument("--json", type=Path, help="also write the outcomes there, after every test")
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     said = parser.parse_args()
-    kits = tuple(kit for kit in KITS if said.only in kit)
+    if said.go_on and said.json is None:
+        parser.error("--go-on goes on with what --json FILE holds")
+    kits = [kit for kit in KITS if said.only in kit]
+    told: dict[str, Any] = {"sglang": SGLANG_VERSION, "model": "", "plain": {}, "whiflash": {}}
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kits-")))
         host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": "1"}, cwd=root))
         model, shared, ours = arguments_of(said.tiny, root)
-        found = []
-        for more in ([], ours):
-            with Renewed(["--model-path", model, *shared, *more], host) as renewed:
-                found.append(run(renewed, model, kits))
-    plain, drafting = found
+        told["model"] = "tiny" if said.tiny else Path(model).name
+        if said.go_on and said.json.is_file():
+            before = json.loads(said.json.read_text("utf-8"))
+            if any(before[name] != told[name] for name in ("sglang", "model")):
+                parser.error(f"{said.json} is of {before['model']} and SGLang {before['sglang']}")
+            told = before
+
+        def save() -> None:
+            if said.json:
+                said.json.write_text(json.dumps(told, indent=2) + "\n")
+
+        for side, more in (("plain", []), ("whiflash", ours)):
+            arguments = ["--model-path", model, *shared, *more]
+            run(lambda flags: Renewed([*arguments, *flags], host), model, kits, told[side], save)  # noqa: B023
+    plain, drafting = told["plain"], told["whiflash"]
     lost = [name for name, outcome in plain.items() if outcome == "passed" != drafting.get(name)]
     print(table(plain, drafting))
     passed = sum(outcome == "passed" for outcome in drafting.values())
@@ -207,9 +245,6 @@ def main() -> int:
     print(f"\n{sums}")
     if said.markdown:
         outcome.write(said.markdown, "SGLang's own server tests", sums + ".", READING, table(plain, drafting))
-    if said.json:
-        told = {"sglang": SGLANG_VERSION, "model": "tiny" if said.tiny else Path(model).name}
-        said.json.write_text(json.dumps({**told, "plain": plain, "whiflash": drafting}, indent=2) + "\n")
     return 1 if lost else 0
 
 

@@ -40,6 +40,24 @@ def wait_until(condition: Callable[[], Any]) -> None:
         pause = min(1.2 * pause, LONGEST_PAUSE)
 
 
+def within(seconds: float, over: Callable[[float], Any]) -> bool:
+    """Whether `over` is true before so many seconds of a quiet machine have passed.
+
+    A machine that stands still as a whole, as one that is suspended, has no time pass meanwhile.
+
+    Args:
+        over: waits for as many seconds as it is told, or until it is true.
+    """
+    spent, slowest = 0.0, at_start()
+    while not over(LONGEST_PAUSE):
+        spent += LONGEST_PAUSE
+        if spent >= seconds * slowest:
+            slowest = max(slowest, slowness())
+            if spent >= seconds * slowest:
+                return False
+    return True
+
+
 def pytest_report_header() -> str:
     return f"slowness: {at_start():.1f} (time limits are as many times longer)"
 

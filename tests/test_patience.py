@@ -45,3 +45,19 @@ def test_a_limit_lasts_as_long_as_the_machine_is_slow(
 def test_no_machine_shortens_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "NOMINAL_SECONDS", 1e9)
     assert patience.slowness() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("at_start", "later", "pauses"),
+    [(1.0, 1.0, 3), (2.0, 1.0, 6), (1.0, 4.0, 12)],
+    ids=["quiet", "busy from the start", "became busy"],
+)
+def test_what_is_waited_for_has_as_many_pauses_as_the_machine_is_slow(
+    monkeypatch: pytest.MonkeyPatch, at_start: float, later: float, pauses: int
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(patience, "at_start", lambda: at_start)
+    monkeypatch.setattr(patience, "slowness", lambda: later)
+    assert not patience.within(3.0, asked.append)
+    assert asked == [patience.LONGEST_PAUSE] * pauses
+    assert patience.within(3.0, lambda _: len(asked) == pauses)
