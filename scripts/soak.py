@@ -3,7 +3,8 @@
 Every answer is compared with plain decoding's, which another server gave beforehand; a difference counts as a tie where
 plain decoding's own two likeliest tokens are as good as equal there. SGLang checks its pools whenever it is idle, and
 ends the server where a slot is lost. The models are tiny ones (`tests/tiny_models.py`); `--bundle embedded` serves the
-shipped pair. Each scenario has a server of its own.
+shipped pair. Each scenario has a server of its own; where it breaks off or stands still, that is a crash, and the next
+one begins.
 """
 
 import argparse
@@ -11,248 +12,33 @@ import asyncio
 import inspect
 import json
 import random
-import signal
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import httpx
 import outcome
 import psutil
+from soak_scenarios import ROOMY, SCENARIOS, Found, Plain, Run
 
-from whiflash_sglang.serving.server import Server, runs
+from whiflash_sglang.serving.server import Server
 from whiflash_sglang.serving.server_host import ServerHost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-LONGEST, TIE = 48, 1e-4
-"""Tokens of an answer at most; difference of log-probabilities below which two tokens are as good."""
-ROOMY = ("--max-total-tokens", "40000", "--max-running-requests", "8")
+from patience import at_start
 
-Prompt = tuple[int, ...]
-
-
-@dataclass
-class Found:
-    """What a scenario came to.
-
-    failed: requests without an answer that should have had one. leaks: what is kept of requests that are gone, and
-    processes. crashes: tracebacks in the log, SGLang's own check of its pools among them, and servers that are gone.
-    notes: what else was measured.
-    """
-
-    scenario: str
-    seconds: float = 0.0
-    requests: int = 0
-    tokens: int = 0
-    wrong: int = 0
-    ties: int = 0
-    failed: int = 0
-    leaks: int = 0
-    crashes: int = 0
-    notes: dict[str, float] = field(default_factory=dict)
-
-
-class Plain:
-    """Plain decoding's answers, asked once each."""
-
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self.client = client
-        self._known: dict[Prompt, tuple[list[int], list[float]]] = {}
-        self._asking: dict[Prompt, asyncio.Lock] = {}
-
-    async def of(self, prompt: Prompt) -> tuple[list[int], list[float]]:
-        """The longest answer, and by how much each of its tokens was the likeliest."""
-        async with self._asking.setdefault(prompt, asyncio.Lock()):
-            if prompt not in self._known:
-                body = request(prompt, LONGEST) | {"return_logprob": True, "top_logprobs_num": 2}
-                answer = (await self.client.post("/generate", json=body)).raise_for_status().json()
-                two = answer["meta_info"]["output_top_logprobs"]
-                self._known[prompt] = answer["output_ids"], [first[0] - second[0] for first, second in two]
-        return self._known[prompt]
-
-
-@dataclass
-class Run:
-    """One scenario's server and what is left of its time."""
-
-    plain: Plain
-    client: httpx.AsyncClient
-    server: Server
-    ends: float
-    found: Found
-    rng: random.Random
-
-    def goes_on(self) -> bool:
-        return time.monotonic() < self.ends
-
-    async def ask(self, prompt: Prompt, tokens: int) -> dict[str, Any]:
-        """One answer, judged. An empty one where there was none."""
-        expected, leads = await self.plain.of(prompt)
-        self.found.requests += 1
-        try:
-            answer = await self.client.post("/generate", json=request(prompt, tokens))
-            told = dict(answer.raise_for_status().json())
-        except (httpx.HTTPError, ValueError):
-            self.found.failed += 1
-            return {}
-        ids = told["output_ids"]
-        self.found.tokens += len(ids)
-        if ids != expected[:tokens]:
-            pairs = zip(ids, expected, leads, strict=False)
-            lead = next((lead for found, wanted, lead in pairs if found != wanted), TIE)
-            if lead < TIE:
-                self.found.ties += 1
-            else:
-                self.found.wrong += 1
-        return told
-
-    async def each(self, users: int, act: Callable[[], Awaitable[Any]]) -> None:
-        """So many users, each of whom acts again and again until the time is up."""
-
-        async def user() -> None:
-            while self.goes_on():
-                await act()
-
-        await asyncio.gather(*(user() for _ in range(users)))
-
-
-def request(prompt: Prompt, tokens: int, **more: Any) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-    return {"input_ids": list(prompt), "sampling_params": sampling, **more}
-
-
-def prompts(rng: random.Random, count: int, shortest: int, longest: int) -> list[Prompt]:
-    return [tuple(rng.choices(range(32, 127), k=rng.randint(shortest, longest))) for _ in range(count)]
-
-
-async def overload(run: Run) -> None:
-    """Twice as many arrivals as are served, for half of the time; then the queue is worked off."""
-    known = prompts(run.rng, 24, 10, 60)
-    start, half = time.monotonic(), (run.ends - time.monotonic()) / 2
-    whole, run.ends = run.ends, start + half / 4
-    await run.each(8, lambda: run.ask(run.rng.choice(known), LONGEST))
-    rate = 2 * run.found.requests / (time.monotonic() - start)
-    run.ends, under_way = start + half, []
-    while run.goes_on():
-        under_way.append(asyncio.create_task(run.ask(run.rng.choice(known), LONGEST)))
-        await asyncio.sleep(run.rng.expovariate(rate))
-    run.found.notes |= {
-        "arrivals_per_second": rate,
-        "waiting_at_the_end": sum(not t.done() for t in under_way),
-    }
-    await asyncio.gather(*under_way)
-    run.ends = whole
-
-
-async def short(run: Run) -> None:
-    """Many requests of a few tokens, up to 10,000."""
-    known = prompts(run.rng, 200, 2, 9)
-
-    async def act() -> None:
-        if run.found.requests >= 10_000:
-            run.ends = 0.0
-        await run.ask(run.rng.choice(known), run.rng.randint(1, 4))
-
-    await run.each(8, act)
-
-
-async def eviction(run: Run) -> None:
-    """Prompts of ten times as many tokens as the cache holds; running requests are pushed out, too."""
-    known = prompts(run.rng, 80, 120, 160)
-    await run.each(8, lambda: run.ask(run.rng.choice(known), run.rng.randint(8, LONGEST)))
-
-
-async def branching(run: Run) -> None:
-    """Fifty conversations that branch, on both servers alike: what is read from the cache, side by side."""
-    stems, cached, prompt_tokens = prompts(run.rng, 50, 40, 60), {"plain": 0, "whiflash": 0}, 0
-    turns = prompts(run.rng, 6, 8, 12)
-    while run.goes_on():
-        place = run.rng.randrange(len(stems))
-        stem = stems[place]
-        # First: what is expected of the answer is asked there, too, and would lie in the cache.
-        body = request(stem, 16)
-        beside = (await run.plain.client.post("/generate", json=body)).raise_for_status().json()
-        answer = await run.ask(stem, 16)
-        if not answer:
-            return
-        cached["whiflash"] += answer["meta_info"]["cached_tokens"]
-        cached["plain"] += beside["meta_info"]["cached_tokens"]
-        prompt_tokens += answer["meta_info"]["prompt_tokens"]
-        longer = (*stem, *answer["output_ids"], *run.rng.choice(turns))
-        # A branch begins anywhere in what there is.
-        stems[place] = longer[: run.rng.randint(30, len(longer))] if len(longer) > 160 else longer
-    run.found.notes |= {f"reuse_{who}": count / max(prompt_tokens, 1) for who, count in cached.items()}
-
-
-async def disconnects(run: Run) -> None:
-    """Clients that go away in mid-answer, beside others that stay."""
-    known, left = prompts(run.rng, 16, 10, 60), 0
-
-    async def leave() -> None:
-        nonlocal left
-        body = request(run.rng.choice(known), 400, stream=True)
-        async with run.client.stream("POST", "/generate", json=body) as stream:
-            lines = stream.aiter_lines()
-            for _ in range(run.rng.randint(0, 20)):
-                await anext(lines, None)
-        left += 1
-
-    stay = run.each(3, lambda: run.ask(run.rng.choice(known), LONGEST))
-    await asyncio.gather(stay, run.each(12, leave))
-    run.found.notes["left"] = left
-
-
-async def policies(run: Run) -> None:
-    """The policy changes while requests run, and what is remembered is forgotten."""
-    known, changes = prompts(run.rng, 24, 10, 60), 0
-
-    async def change() -> None:
-        nonlocal changes
-        wanted = {"router": run.rng.choice(["auto", "none", "random", "ar", "diffusion", "lookup"])}
-        (await run.client.post("/whiflash/policy", json=wanted)).raise_for_status()
-        (await run.client.post("/whiflash/forget", json={"all": True})).raise_for_status()
-        changes += 1
-        await asyncio.sleep(0.2)
-
-    asking = run.each(6, lambda: run.ask(run.rng.choice(known), LONGEST))
-    await asyncio.gather(asking, run.each(1, change))
-    run.found.notes["changes"] = changes
-
-
-async def kill(run: Run) -> None:
-    """The scheduler is killed in mid-answer: every client hears of it, and no process is left."""
-    known = prompts(run.rng, 8, 10, 60)
-    for prompt in known:
-        await run.plain.of(prompt)
-    asking = [asyncio.create_task(run.ask(prompt, LONGEST)) for prompt in known * 4]
-    await asyncio.sleep(0.3)
-    family = run.server.pids
-    for pid in family:
-        if "scheduler" in " ".join(psutil.Process(pid).cmdline()):
-            psutil.Process(pid).send_signal(signal.SIGKILL)
-    await asyncio.gather(*asking)
-    while run.goes_on() and any(map(runs, family)):
-        await asyncio.sleep(0.2)
-    found = run.found
-    found.notes["cut_off"], found.failed = found.failed, 0
-    found.leaks = sum(map(runs, family))
-
-
-SCENARIOS: dict[str, tuple[Callable[[Run], Awaitable[None]], tuple[str, ...]]] = {
-    "overload": (overload, ROOMY),
-    "short": (short, ROOMY),
-    "eviction": (eviction, ("--max-total-tokens", "1200", "--max-running-requests", "8")),
-    "branching": (branching, ROOMY),
-    "disconnects": (disconnects, ROOMY),
-    "policies": (policies, (*ROOMY, "--whiflash-lookup-memory-mib", "8")),
-    "kill": (kill, ROOMY),
-}
+STILL = 600.0
+"""Seconds of a quiet machine, beside four times its own, after which a scenario stands still."""
+GROWN_MIB = 100
+"""By more no process may grow in the second half of a scenario: what is cached is full by then."""
+SETTLE_POLLS = 300
+"""Asks for the state, five a second, until nothing of a request that is gone may be left."""
 
 
 async def play(name: str, server: Server, plain_url: str, seconds: float, seed: int) -> Found:
@@ -265,28 +51,62 @@ async def play(name: str, server: Server, plain_url: str, seconds: float, seed: 
     ):
         began = time.monotonic()
         run = Run(Plain(plain), client, server, began + seconds, found, random.Random(seed))
-        await SCENARIOS[name][0](run)
+        halfway = asyncio.create_task(sizes_after(seconds / 2, server))
+        try:
+            async with asyncio.timeout((4 * seconds + STILL) * at_start()):
+                await SCENARIOS[name][0](run)
+        except (httpx.HTTPError, TimeoutError, ValueError) as error:
+            found.crashes += 1
+            print(f"{name} broke off: {error!r}", file=sys.stderr, flush=True)
         found.seconds = round(time.monotonic() - began, 1)
         if name != "kill":
             await settle(run)
+            judge_growth(found, await halfway, sizes(server))
+        halfway.cancel()
     if name != "kill":
-        found.crashes += server.log.read_text(errors="replace").count("Traceback")
+        log = server.log.read_text(errors="replace")
+        found.crashes += log.count("Traceback")
+        found.notes["log_mib"] = round(len(log) / 2**20, 1)
+        if found.crashes:
+            print(log[max(log.find("Traceback"), 0) :][:4000], file=sys.stderr, flush=True)
     return found
 
 
 async def settle(run: Run) -> None:
-    """Nothing of any request is kept when none runs; the memory of the processes is noted."""
+    """Nothing of any request is kept when none runs."""
     try:
-        while (state := (await run.client.get("/whiflash/state")).raise_for_status().json())["requests"]:
+        for _ in range(SETTLE_POLLS):
+            state = (await run.client.get("/whiflash/state")).raise_for_status().json()
+            if not state["requests"]:
+                break
             await asyncio.sleep(0.2)
+        run.found.leaks += state["requests"]
         await asyncio.sleep(2)  # SGLang's own check, in the scheduler's idle loop
         run.found.leaks += state["memory"].get("lookup_index", 0) > 0
         run.found.leaks += len(state["quarantined"])
         (await run.client.get("/health")).raise_for_status()
-        sizes = [psutil.Process(pid).memory_info().rss for pid in run.server.pids]
-        run.found.notes["rss_mib"] = round(max(sizes) / 2**20)
     except httpx.HTTPError:
         run.found.crashes += 1
+
+
+def sizes(server: Server) -> dict[int, int]:
+    """MiB of memory that each process of a server has, by its id."""
+    found = {}
+    for pid in server.pids:
+        with suppress(psutil.NoSuchProcess):
+            found[pid] = psutil.Process(pid).memory_info().rss // 2**20
+    return found
+
+
+async def sizes_after(seconds: float, server: Server) -> dict[int, int]:
+    await asyncio.sleep(seconds)
+    return sizes(server)
+
+
+def judge_growth(found: Found, halfway: dict[int, int], end: dict[int, int]) -> None:
+    grown = max((end[pid] - mib for pid, mib in halfway.items() if pid in end), default=0)
+    found.notes |= {"rss_mib": max(end.values(), default=0), "rss_grown_mib": grown}
+    found.leaks += grown > GROWN_MIB
 
 
 def arguments_of(bundle: str, root: Path) -> tuple[list[str], list[str]]:
@@ -333,6 +153,8 @@ def main() -> int:
     names = said.only.split(",")
     if unknown := set(names) - SCENARIOS.keys():
         parser.error(f"--only: {', '.join(sorted(unknown))} is no scenario; there are {', '.join(SCENARIOS)}")
+    # An open load keeps a connection for each request that waits.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     results: list[Found] = []
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
