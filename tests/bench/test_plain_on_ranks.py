@@ -55,7 +55,7 @@ def test_plain_decoding_on_ranks_answers_what_plain_decoding_was_asked(
     monkeypatch.setattr(runner, "_flush", lambda client: None)
     fleet = SimpleNamespace(clients={arm.server: arm.server for arm in arms})
     plan = runner.Plan(subject, arms, prompts)
-    running = runner.Runner(plan, fleet, Journal(tmp_path / "cells", "plan"), Progress(disable=True))
+    running = runner.Runner(plan, fleet, Journal(tmp_path / "cells", "plan", Cell), Progress(disable=True))
     running._ask_references()
     for arm in arms:
         running._ask_apart(arm.name)

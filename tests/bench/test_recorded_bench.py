@@ -14,19 +14,16 @@ from rich.console import Console
 from rich.progress import Progress
 from server_host import Forked, ServerHost
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from typer.testing import CliRunner
 
 from whiflash_sglang.bench.arms import Subject
+from whiflash_sglang.bench.cells import Journal, PlayedCell
 from whiflash_sglang.bench.fleet import Fleet
-from whiflash_sglang.bench.recorded import (
-    Talk,
-    figures,
-    measure,
-    play,
-    recorded_arms,
-    recorded_tables,
-    talks_of,
-)
+from whiflash_sglang.bench.recorded import Talk, play, recorded_arms, talks_of
+from whiflash_sglang.bench.recorded_figures import figures, recorded_page, recorded_tables
+from whiflash_sglang.bench.recorded_run import measure, start
 from whiflash_sglang.bench.subject import build_subject
+from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.recorded.benchmark import renderer_of
 from whiflash_sglang.recorded.conversation import Conversation, RecordError
@@ -137,13 +134,24 @@ def test_the_shipped_edits_can_be_read(file: str) -> None:
         assert 0.8 < kept < 0.98
 
 
+def played(arm: str, talk: Talk, repetition: int, seconds: float, rounds: int) -> PlayedCell:
+    return PlayedCell(
+        at_once=1, arm=arm, repetition=repetition, talks=(talk.id,), seconds=seconds, rounds=rounds
+    )
+
+
 def test_figures_are_of_what_was_timed(talks: list[Talk]) -> None:
-    groups = [[talk] for talk in talks]
-    tokens = sum(len(task.answer) for talk in talks for task in talk.tasks)
-    seconds = {"pinned-none": [[2.0, 2.0]] * 3, "auto": [[1.0, 1.0]] * 3}
-    found = figures(groups, seconds, {"pinned-none": 2 * (tokens - 6), "auto": tokens - 6}, 2)
-    assert found["auto"]["output_tokens_per_s"] == pytest.approx(tokens / 3)
-    assert found["auto"]["acceptance_length"] == 2.0
+    tokens = {talk.id: sum(len(task.answer) for task in talk.tasks) for talk in talks}
+    cells = [
+        played(arm, talk, repetition, seconds, (tokens[talk.id] - 2) // fewer)
+        for repetition in range(2)
+        for talk in talks
+        for arm, seconds, fewer in (("auto", 1.0, 2), ("pinned-none", 2.0, 1))
+    ]
+    found = figures(talks, cells)["1"]
+    rounds = sum((own - 2) // 2 for own in tokens.values())
+    assert found["auto"]["output_tokens_per_s"] == pytest.approx(sum(tokens.values()) / 3)
+    assert found["auto"]["acceptance_length"] == pytest.approx((sum(tokens.values()) - 6) / rounds)
     assert found["auto"]["over"]["pinned-none"]["ratio"] == pytest.approx(2.0)
     assert np.isclose(found["pinned-none"]["over"]["auto"]["ratio"], 0.5)
 
@@ -155,11 +163,24 @@ def fleet(host: ServerHost) -> Iterator[Fleet]:
 
 
 @pytest.mark.server
-def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet) -> None:
+def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_path: Path) -> None:
     arms = recorded_arms(["lookup+prediction", "lookup+useless"], subject, talks)
-    found = measure(arms, talks, [1, 2], 2, fleet, Progress(console=Console(file=io.StringIO())))
+    journal = Journal(tmp_path / "cells.jsonl", "plan", PlayedCell)
+    journal.begin()
+    quiet = Progress(console=Console(file=io.StringIO()))
+    start(arms, talks, fleet, quiet)
+    cells = measure(arms, talks, [1, 2], 2, fleet, quiet, journal, minutes=0)
+    assert {cell.repetition for cell in cells} == {0}, "no time for a second one"
+    assert journal.read() == cells
+
+    known = cells[1:]
+    journal.begin(known)
+    found = figures(talks, measure(arms, talks, [1, 2], 1, fleet, quiet, journal))
+    again = journal.read()
+    assert again[:-1] == known, "what was known is not played again"
+    assert again[-1].key == cells[0].key
     for by_arm in found.values():
-        assert list(by_arm) == ["pinned-none", "lookup+prediction", "lookup+useless"]
+        assert set(by_arm) == {"pinned-none", "lookup+prediction", "lookup+useless"}
         assert by_arm["pinned-none"]["acceptance_length"] == 1.0
         lengths = {name: own["acceptance_length"] for name, own in by_arm.items()}
         assert lengths["lookup+prediction"] > 1.2 * lengths["lookup+useless"]
@@ -176,3 +197,27 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet) -> No
     impossible = Talk("t", "edit", (type(task)(task.prompt, [*task.answer, 100_000]),))
     with pytest.raises(WhiflashError, match="must be a token id"):
         asyncio.run(play(url, arms[1], [impossible], 1))
+
+
+def test_options_of_other_runs_are_not_passed_over() -> None:
+    command = ["bench", "--recorded", "log.jsonl", "--over", "auto", "--plots", "pictures"]
+    said = CliRunner().invoke(app, command)
+    assert isinstance(said.exception, ConfigError)
+    assert "--plots, --over: not with --recorded" in str(said.exception)
+
+
+def test_a_page_has_every_table(talks: list[Talk]) -> None:
+    cells = [played(arm, talk, 0, 1.0, 1) for talk in talks for arm in ("pinned-none", "auto")]
+    made = {
+        "hardware": {"cpu": "a CPU", "cores": 2},
+        "threads": 2,
+        "dtype": "float32",
+        "packages": {"sglang": "0", "torch": "0"},
+        "busy_before": {"load_1min": 0.0},
+        "busy_after": {"load_1min": 0.0},
+    }
+    counts = {"talks": 3, "answers": 6, "tokens": 60, "repetitions": 1}
+    result = {"files": ["log.jsonl"], "concurrency": figures(talks, cells), "provenance": made, **counts}
+    page = recorded_page(result, "whiflash bench --recorded log.jsonl")
+    assert "| arm | tokens/s | acceptance length | over pinned-none | over auto |" in page
+    assert page.rstrip().endswith("`whiflash bench --recorded log.jsonl`")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -77,27 +77,50 @@ class Cell(_Frozen):
         return self.load.label, self.arm, self.repetition, tuple(sorted(a.prompt for a in self.answers))
 
 
-class Journal:
+class PlayedCell(_Frozen):
+    """Recorded conversations as one arm played them in one repetition, `at_once` of them at any time.
+
+    seconds: from the first request to the last answer. rounds: verifications after the prefills.
+    """
+
+    at_once: int
+    arm: str
+    repetition: int
+    talks: tuple[str, ...]
+    seconds: float
+    rounds: int
+
+    @property
+    def key(self) -> tuple[int, str, int, tuple[str, ...]]:
+        """What was played by whom, for resuming."""
+        return self.at_once, self.arm, self.repetition, self.talks
+
+
+Kept = TypeVar("Kept", Cell, PlayedCell)
+
+
+class Journal(Generic[Kept]):
     """Cells as lines of a file, written as they are measured, so that a run can be resumed.
 
     The first line holds the plan's fingerprint: cells of another plan are never mixed in.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    def __init__(self, path: Path, fingerprint: str, kind: type[Kept]) -> None:
         self.path, self._fingerprint = path, fingerprint
+        self._kind: type[Kept] = kind
 
-    def begin(self, cells: Iterable[Cell] = ()) -> None:
+    def begin(self, cells: Iterable[Kept] = ()) -> None:
         """Hold `cells` and nothing else that an earlier run left."""
         lines = [json.dumps({"fingerprint": self._fingerprint}), *(cell.model_dump_json() for cell in cells)]
         staged = self.path.with_name(self.path.name + ".part")
         staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
         staged.replace(self.path)
 
-    def append(self, cell: Cell) -> None:
+    def append(self, cell: Kept) -> None:
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(cell.model_dump_json() + "\n")
 
-    def read(self) -> list[Cell]:
+    def read(self) -> list[Kept]:
         """Cells of an interrupted run; none where there is no file. A line cut off by the interruption is dropped.
 
         Raises:
@@ -115,13 +138,12 @@ class Journal:
                 f"{self.path} was written by another plan (arms, prompts, loads or versions differ); "
                 "remove it or run without --resume"
             )
-        return list(_whole(lines[1:]))
+        return list(self._whole(lines[1:]))
 
-
-def _whole(lines: list[str]) -> Iterator[Cell]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield Cell.model_validate_json(line)
-        except ValidationError:
-            if number != len(lines):
-                raise
+    def _whole(self, lines: list[str]) -> Iterator[Kept]:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield self._kind.model_validate_json(line)
+            except ValidationError:
+                if number != len(lines):
+                    raise

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from whiflash_sglang.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS
-from whiflash_sglang.bench.cells import Journal, Load
+from whiflash_sglang.bench.cells import Cell, Journal, Load
 from whiflash_sglang.bench.fleet import Fleet, launcher, threads
 from whiflash_sglang.bench.markdown import render
 from whiflash_sglang.bench.plots import draw
@@ -97,9 +97,9 @@ class Outputs:
             # A pipe has no width to fit tables into.
             console.print(Markdown(text)) if console.is_terminal else print(text)
         if self.out is not None:
-            _write(self.out, as_json + "\n")
+            write_whole(self.out, as_json + "\n")
         if self.markdown is not None:
-            _write(self.markdown, text)
+            write_whole(self.markdown, text)
         if self.plots is not None:
             draw(report, self.plots)
 
@@ -115,7 +115,7 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Repor
             host.wait()
             bar.remove_task(importing)
         fleet = stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
-        return Runner(plan, fleet, Journal(cells, plan.fingerprint), bar).run(resume=resume)
+        return Runner(plan, fleet, Journal(cells, plan.fingerprint, Cell), bar).run(resume=resume)
 
 
 def judge(report: Report) -> None:
@@ -130,7 +130,8 @@ def judge(report: Report) -> None:
         raise WhiflashError("; ".join(problems))
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was."""
     staged = path.with_name(path.name + ".part")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)

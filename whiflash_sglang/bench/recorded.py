@@ -8,18 +8,12 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from rich.progress import Progress
-from rich.table import Table
 
 from whiflash_sglang.bench.arms import ROUTERS, VARIANTS, Arm, Subject, build_arms
-from whiflash_sglang.bench.fleet import Fleet
 from whiflash_sglang.bench.load import ANSWER_SECONDS
-from whiflash_sglang.bench.statistics import Interval, paired_ratio, rate
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.recorded.conversation import Conversation
 from whiflash_sglang.recorded.turns import Renderer
@@ -50,16 +44,6 @@ class Talk:
     id: str
     category: str
     tasks: tuple[Task, ...]
-
-
-@dataclass(frozen=True)
-class Played:
-    """A conversation as one arm played it. rounds: verifications after the prefills."""
-
-    talk: str
-    tokens: int
-    seconds: float
-    rounds: int
 
 
 def talks_of(
@@ -115,28 +99,29 @@ def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk])
     return arms
 
 
-async def play(url: str, arm: Arm, talks: Sequence[Talk], at_once: int) -> tuple[list[Played], float]:
-    """Play conversations, `at_once` of them at any time, each answer after the one before. Also: seconds in all.
+async def play(url: str, arm: Arm, talks: Sequence[Talk], at_once: int) -> tuple[float, int]:
+    """Play conversations, `at_once` of them at any time, each answer after the one before.
+
+    Returns:
+        Seconds from the first request to the last answer, and verifications after the prefills.
 
     Raises:
         WhiflashError: a request failed, or the answer is not the recorded one.
     """
-    waiting, played = list(reversed(talks)), list[Played]()
+    waiting, rounds = list(reversed(talks)), 0
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
 
         async def plays() -> None:
+            nonlocal rounds
             while waiting:
-                talk = waiting.pop()
-                began, rounds = time.perf_counter(), 0
-                for task in talk.tasks:
-                    rounds += await _ask(client, arm, task)
-                tokens = sum(len(task.answer) for task in talk.tasks)
-                played.append(Played(talk.id, tokens, time.perf_counter() - began, rounds))
+                for task in waiting.pop().tasks:
+                    own = await _ask(client, arm, task)  # Not `rounds += await`: it would forget the others'.
+                    rounds += own
 
         await _flush(client)
         began = time.perf_counter()
         await asyncio.gather(*(plays() for _ in range(at_once)))
-        return played, time.perf_counter() - began
+        return time.perf_counter() - began, rounds
 
 
 async def _ask(client: httpx.AsyncClient, arm: Arm, task: Task) -> int:
@@ -164,104 +149,3 @@ async def _flush(client: httpx.AsyncClient) -> None:
             return
         await asyncio.sleep(0.02)  # It is refused until the scheduler has put the last answer away.
     raise WhiflashError("the prefix cache could not be emptied: the server does not become idle")
-
-
-def measure(
-    arms: Sequence[Arm],
-    talks: Sequence[Talk],
-    concurrency: Sequence[int],
-    repetitions: int,
-    fleet: Fleet,
-    bar: Progress,
-) -> dict[str, Any]:
-    """Start a server for each arm and play everything `repetitions` times; who comes first rotates.
-
-    One at a time, each conversation is played by every arm before the next one; several at a time, all of them by one
-    arm after the other. The first conversation is played once before, unmeasured.
-
-    Raises:
-        WhiflashError: a server did not start, or of `play`.
-    """
-    task = bar.add_task("starting servers", total=len(arms))
-    failed = fleet.start({arm.server: arm.arguments for arm in arms}, lambda *_: bar.advance(task))
-    if failed:
-        raise WhiflashError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-    for arm in arms:
-        asyncio.run(play(fleet.url(arm.server), arm, talks[:1], 1))
-    result = {}
-    for at_once in concurrency:
-        groups = [[talk] for talk in talks] if at_once == 1 else [list(talks)]
-        task = bar.add_task(f"{at_once} at a time", total=repetitions * len(groups) * len(arms))
-        seconds: dict[str, list[list[float]]] = {arm.name: [[] for _ in groups] for arm in arms}
-        rounds = dict.fromkeys(seconds, 0)
-        turn = 0
-        for _ in range(repetitions):
-            for g, group in enumerate(groups):
-                for arm in (*arms[turn % len(arms) :], *arms[: turn % len(arms)]):
-                    played, took = asyncio.run(play(fleet.url(arm.server), arm, group, at_once))
-                    seconds[arm.name][g].append(took)
-                    rounds[arm.name] += sum(one.rounds for one in played)
-                    bar.advance(task)
-                turn += 1
-        result[str(at_once)] = figures(groups, seconds, rounds, repetitions)
-    return result
-
-
-def figures(
-    groups: Sequence[Sequence[Talk]],
-    seconds: Mapping[str, Sequence[Sequence[float]]],
-    rounds: Mapping[str, int],
-    repetitions: int,
-) -> dict[str, Any]:
-    """By arm: tokens a second, acceptance length, and the ratios over every other arm with 95 % intervals.
-
-    Args:
-        groups: what was timed together. seconds: by arm, group and repetition. rounds: by arm, of all repetitions.
-    """
-    answers = [[task.answer for talk in group for task in talk.tasks] for group in groups]
-    lengths = np.array([[float(sum(map(len, own)))] * repetitions for own in answers])
-    drafted = sum(len(answer) - 1 for own in answers for answer in own) * repetitions
-    strata = [group[0].category for group in groups]
-    times = {name: np.array(own, dtype=np.float64) for name, own in seconds.items()}
-    found: dict[str, Any] = {}
-    for name, own in times.items():
-        over: dict[str, Interval] = {
-            other: paired_ratio(lengths, own, lengths, theirs, strata)
-            for other, theirs in times.items()
-            if other != name
-        }
-        found[name] = {
-            "output_tokens_per_s": rate(lengths, own),
-            "acceptance_length": drafted / rounds[name] if rounds[name] else 1.0,
-            "over": {other: ratio.model_dump() for other, ratio in over.items()},
-        }
-    return found
-
-
-def recorded_tables(result: Mapping[str, Any]) -> list[Table]:
-    """One table for every number of conversations at a time."""
-    tables = []
-    for at_once, arms in result["concurrency"].items():
-        table = Table(
-            title=f"{at_once} at a time, {result['talks']} conversations, {result['tokens']} forced tokens"
-        )
-        for column in ("arm", "tokens/s", "acceptance length", *(f"over {name}" for name in arms)):
-            table.add_column(column, justify="left" if column == "arm" else "right")
-        for name, own in arms.items():
-            ratios = (own["over"].get(other) for other in arms)
-            shown = (f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "" for r in ratios)
-            table.add_row(
-                name, f"{own['output_tokens_per_s']:.1f}", f"{own['acceptance_length']:.2f}", *shown
-            )
-        tables.append(table)
-    return tables
-
-
-def write_result(result: Mapping[str, Any], out: Path) -> None:
-    """As JSON, whole or not at all."""
-    import json
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staged = out.with_name(out.name + ".part")
-    staged.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    staged.replace(out)

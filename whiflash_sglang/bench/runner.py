@@ -77,7 +77,7 @@ class Runner:
         progress: shows what is going on and how long it will take.
     """
 
-    def __init__(self, plan: Plan, fleet: Fleet, journal: Journal, progress: Progress) -> None:
+    def __init__(self, plan: Plan, fleet: Fleet, journal: Journal[Cell], progress: Progress) -> None:
         self._plan, self._fleet, self._journal, self._progress = plan, fleet, journal, progress
         self._arms = {arm.name: arm for arm in plan.arms}
         self._references: dict[str, Reference] = {}

@@ -71,9 +71,28 @@ def register(app: typer.Typer) -> None:
 
         if dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
+        if resume and out is None:
+            raise ConfigError("--resume goes on with the run that writes to --out FILE; name it")
         if recorded:
-            from whiflash_sglang.bench.recorded_run import RecordedRun, run_recorded
+            from whiflash_sglang.bench.recorded_run import RecordedOutputs, RecordedRun, run_recorded
 
+            others = {
+                "--quick": quick,
+                "--prompts": prompts,
+                "--per-category": per_category,
+                "--rates": rates,
+                "--no-interleave": not interleave,
+                "--restart": restart,
+                "--scaling": scaling,
+                "--plots": plots,
+                "--beside": beside,
+                "--over": over,
+            }
+            given = [name for name, value in others.items() if value]
+            if given:
+                raise ConfigError(
+                    f"{', '.join(given)}: not with --recorded, which compares every arm with every other"
+                )
             names = [name.strip() for name in (arms or "").split(",") if name.strip()]
             run_recorded(
                 RecordedRun(
@@ -85,16 +104,14 @@ def register(app: typer.Typer) -> None:
                     model_path=model_path,
                     bundle=bundle,
                     dtype=dtype,
+                    minutes=minutes,
                     server_args=tuple(shlex.split(server_args)),
                     log_dir=log_dir,
                 ),
-                as_json=as_json,
-                out=out,
+                RecordedOutputs(as_json, out, markdown, resume),
             )
             return
         scale = scale_of(quick, arms, per_category, max_tokens, minutes)
-        if resume and out is None:
-            raise ConfigError("--resume goes on with the run that writes to --out FILE; name it")
         if scaling and not (interleave and "auto" in scale.arms):
             raise ConfigError(
                 "--scaling measures the arm auto while all servers are up: drop --no-interleave"
