@@ -187,11 +187,11 @@ def inside(root: Path, path: str) -> Path:
 
 @contextmanager
 def mounted(root: Path) -> Iterator[None]:
-    """/proc, /dev and the resolver of this machine in `root`, for as long as the block lasts."""
+    """/proc, /sys, /dev and the resolver of this machine in `root`, for as long as the block lasts."""
     (root / "etc").mkdir(exist_ok=True)
     shutil.copy("/etc/resolv.conf", root / "etc" / "resolv.conf")
     with ExitStack() as stack:
-        for name in ("proc", "dev"):
+        for name in ("proc", "sys", "dev"):
             (root / name).mkdir(exist_ok=True)
             subprocess.run(["mount", "--rbind", f"/{name}", str(root / name)], check=True)
             subprocess.run(["mount", "--make-rslave", str(root / name)], check=True)

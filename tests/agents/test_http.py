@@ -90,7 +90,7 @@ def test_the_readmes_example_runs_as_it_stands(server: Server, capsys: pytest.Ca
     assert len(ast.parse(code).body) == 5
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     names: dict[str, Any] = {"messages": MESSAGES, "tools": [tool]}
-    exec(code.replace("http://localhost:30000", server.url).replace("smollm2-135m-instruct", "tiny"), names)
+    exec(code.replace("http://127.0.0.1:30000", server.url).replace("smollm2-135m-instruct", "tiny"), names)
     trace = routing(names["answer"])
     assert trace is not None
     assert capsys.readouterr().out.strip() == str(trace)

@@ -45,7 +45,8 @@ def free_port() -> int:
 
 def listens(pid: int, port: int) -> bool:
     """Whether the process itself, not another one, listens on the TCP port."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    # One that has just ended belongs to root until its parent waits for it.
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
         sockets = psutil.Process(pid).net_connections("inet")
         return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
     return False
