@@ -22,6 +22,7 @@ import tempfile
 import unittest
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -64,7 +65,7 @@ KITS: dict[str, tuple[str, ...]] = {
 a server is started with for their sake, beside `FLAGS`."""
 
 SECONDS = 600.0
-"""That a test may take on a quiet machine; on a slower one as many times more (`tests/patience.py`)."""
+"""That a test may take on a quiet machine where nothing else is said."""
 
 READING = """\
 Run are the tests of SGLang's wheel (`sglang.test.kits`) that ask a server by its URL; left out are those that need a
@@ -161,6 +162,7 @@ def outcome_of(test: unittest.TestCase, seconds: float) -> str | None:
 
 
 def _play(test: unittest.TestCase, told: Connection) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()
     outcomes = Outcomes()
     with redirect_stdout(io.StringIO()):
@@ -205,18 +207,30 @@ def table(plain: dict[str, str], ours: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def _started(arguments: list[str], host: ServerHost, flags: tuple[str, ...]) -> Renewed:
+    return Renewed([*arguments, *flags], host)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="kits whose name contains this")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of random weights")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="that a test may take on a quiet machine; on a slower one it may take as many times more",
+    )
     parser.add_argument("--go-on", action="store_true", help="leave out what --json holds already")
     parser.add_argument("--json", type=Path, help="also write the outcomes there, after every test")
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     said = parser.parse_args()
     if said.go_on and said.json is None:
         parser.error("--go-on goes on with what --json FILE holds")
+    # Terminated, it still ends the test that runs and the servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     kits = [kit for kit in KITS if said.only in kit]
     told: dict[str, Any] = {"sglang": SGLANG_VERSION, "model": "", "plain": {}, "whiflash": {}}
     with ExitStack() as stack:
@@ -236,7 +250,8 @@ def main() -> int:
 
         for side, more in (("plain", []), ("whiflash", ours)):
             arguments = ["--model-path", model, *shared, *more]
-            run(lambda flags: Renewed([*arguments, *flags], host), model, kits, told[side], save)  # noqa: B023
+            start = partial(_started, arguments, host)
+            run(start, model, kits, told[side], save, said.seconds)
     plain, drafting = told["plain"], told["whiflash"]
     lost = [name for name, outcome in plain.items() if outcome == "passed" != drafting.get(name)]
     print(table(plain, drafting))
