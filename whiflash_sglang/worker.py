@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import accept_and_commit
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
@@ -30,9 +29,10 @@ from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.build import build_drafters, load_router
 from whiflash_sglang.drafters.stage import DraftStage
+from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.host_view import HostView
-from whiflash_sglang.round.learning import Learner
+from whiflash_sglang.round.learning import Learner, results_of
 from whiflash_sglang.round.lifecycle import Lifecycle
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
@@ -134,10 +134,18 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             vocabulary,
             quarantine,
         )
-        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.forcing)
-        self.learner = Learner(
-            self.drafters, self.controller, self.clock, self.tally, quarantine, self.router, self.ranks
+        self.epilogue = Epilogue(
+            self.sync.rings,
+            self.tokens.data,
+            self.stops,
+            self.router,
+            widest_of(self.drafters) + 1,
+            lambda: self.controller.policy.needs,
         )
+        if self.forcing is None:  # else a token is not what the target says
+            self.target.end_graphs_with(self.epilogue)
+        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.forcing)
+        self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, quarantine, self.ranks)
         release.notify(self.lifecycle, self.target.runner)
 
     @torch.no_grad()
@@ -232,38 +240,22 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("draft"):
             proposal = self.stage.draft(requests, plan)
         with clock.stage("verify"):
-            block, verified, predictions = self.verifier.verify(batch, requests, proposal, grammar_barrier)
+            rows, verified = self.verifier.verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):
-            stride = proposal.stride
-            committed = accept_and_commit(
-                predictions,
-                block.input_ids,
-                block.qo_indptr,
-                requests.starts,
-                stride=stride,
-                request_slots=requests.rows,
-                stops=self.stops.data,
-                text=self.tokens.data,
-            )
+            committed = self.epilogue.commit(rows, proposal.stride)
             self.target.commit(committed.accept_lens)
-            if on_publish is not None:
-                on_publish(committed.seq_lens.to(torch.int64))
-            records.attach(batch, verified, block, stride)
+            records.attach(batch, verified, rows.indptr, committed.tokens.shape[1])
         with clock.stage("park"):
-            self.sync.rings.park(
-                verified.features,
-                predictions,
-                requests.rows,
-                requests.starts,
-                committed.accept_lens,
-                block.qo_indptr[:-1],
-                widest=stride,
-            )
-            results = self.learner.results(plan, proposal, verified, committed)
+            self.epilogue.park(rows, committed)
+            signals = self.epilogue.signals(rows, committed, self.learner.needs(plan))
+            results = results_of(proposal, requests.starts, committed, signals)
+            if on_publish is not None:
+                on_publish(results["seq_lens"])
             learn = partial(self.learner.learn, plan, parts=proposal.parts)
             tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
         self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
-        return Done(verified.output, committed, proposal.widths, verified.can_run_cuda_graph, tokens)
+        drafted = proposal.stride > 1
+        return Done(verified.output, results, drafted, verified.can_run_cuda_graph, tokens)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""

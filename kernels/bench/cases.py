@@ -202,8 +202,8 @@ def block_cases(bench: Bench) -> Iterator[Case]:
         call = partial(
             accept_and_commit, *commit, stride=s.block, request_slots=slots, stops=stops, text=bench.text
         )
-        # Both ids of a row; a request's stops, and its tokens for the engine, the text and the host.
-        moved = 2 * 8 * rows + 8 * 8 * batch + (8 + 8 + 4) * batch * s.block
+        # Both ids of a row; a request's stops, and its tokens for the engine and the text.
+        moved = 2 * 8 * rows + 8 * 8 * batch + (8 + 8) * batch * s.block
         yield Case("accept_and_commit", f"{batch} requests, {rows} rows", call, moved)
 
 

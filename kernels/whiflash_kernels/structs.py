@@ -278,5 +278,3 @@ class Committed(NamedTuple):
     """[B], ``seq_lens + accept_lens`` in the dtype of ``seq_lens``."""
     last_rows: Tensor
     """[B] int64, the packed row of the last committed token; the first row of a request without rows."""
-    record: Tensor
-    """[B * (2 + stride)] int32 for the host: the lengths before, then ``accept_lens``, then ``tokens``."""

@@ -90,19 +90,24 @@ def recorded() -> dict[str, float]:
 @contextmanager
 def accepting(worker: Any, mean: float) -> Iterator[None]:
     """Rounds that commit `mean` tokens of a request on average, as far as so many were drafted. Nothing is read."""
-    verify = worker.verifier.verify
+    verify, let = worker.verifier.verify, worker.epilogue.let_graphs_commit
 
     def agreed(*args: Any) -> Any:
-        block, verified, predictions = verify(*args)
-        wanted = torch.rand(len(block.qo_indptr) - 1, device=predictions.device).add(mean).floor().long()
-        request = block.request_of_row.clamp(min=0)
-        rows = torch.arange(len(predictions), device=predictions.device)
-        follows = rows - block.qo_indptr.long()[request] + 1 < wanted[request]
-        draft = block.input_ids[: len(rows)].roll(-1)
-        vocabulary = verified.logits.shape[-1]
-        return block, verified, torch.where(follows, draft, (draft + 1) % vocabulary)
+        found, verified = verify(*args)
+        ends, device = found.indptr[1:], found.indptr.device
+        wanted = torch.rand(len(ends), device=device).add(mean).floor().long()
+        rows = torch.arange(len(found.predictions), device=device)
+        request = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
+        follows = rows - found.indptr[request] + 1 < wanted[request]
+        draft = found.input_ids[: len(rows)].roll(-1)
+        other = (draft + 1) % verified.logits.shape[-1]
+        return found._replace(predictions=torch.where(follows, draft, other)), verified
 
-    with patch.object(worker.verifier, "verify", agreed):
+    with (
+        patch.object(worker.verifier, "verify", agreed),
+        # A graph would commit what the target says.
+        patch.object(worker.epilogue, "let_graphs_commit", lambda _, row_ids: let(False, row_ids)),
+    ):
         yield
 
 

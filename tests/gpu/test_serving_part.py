@@ -50,9 +50,9 @@ def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.
     verify = VerifyStage.verify
 
     def planted(self: Any, *args: Any) -> Any:
-        block, verified, predictions = verify(self, *args)
-        predictions[0].item()
-        return block, verified, (predictions + 1) % 256
+        rows, verified = verify(self, *args)
+        rows.predictions[0].item()
+        return rows._replace(predictions=(rows.predictions + 1) % 256), verified
 
     monkeypatch.setattr(VerifyStage, "verify", planted)
     status, found = rehearse(tmp_path / "out.json", monkeypatch)

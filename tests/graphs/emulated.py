@@ -65,7 +65,8 @@ def emulated_graphs(
 ) -> Iterator[VerifyGraphs]:
     """Capture the engine's verifications and its drafters' passes, and let its rounds replay them.
 
-    What comes has `passes` too, which counts the replays of drafters' passes.
+    What comes has `passes` too, which counts the replays of drafters' passes, and `committed`: of every replay of a
+    verification whether its end has committed.
     """
 
     @contextmanager
@@ -88,8 +89,27 @@ def emulated_graphs(
         )
         graphs = runner._decode_cuda_graph_runner_cls()(runner, attn_backend=attention(runner))
         stack.enter_context(patch.object(runner, "decode_cuda_graph_runner", graphs))
+        graphs.committed = stack.enter_context(captured_epilogues(engine.worker.epilogue))
         graphs.passes = stack.enter_context(captured_passes(engine.worker))
         yield graphs
+
+
+@contextmanager
+def captured_epilogues(epilogue: Any) -> Iterator[list[bool]]:
+    """What is captured is forgotten at the end."""
+    committed: list[bool] = []
+    outcome = epilogue.outcome
+
+    def noted(*args: Any) -> Any:
+        found = outcome(*args)
+        committed.append(found is not None)
+        return found
+
+    with patch.object(epilogue, "outcome", noted):
+        yield committed
+    epilogue._captured.clear()
+    epilogue._commits.zero_()
+    epilogue._committing = False
 
 
 @contextmanager

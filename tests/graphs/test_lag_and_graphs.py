@@ -49,6 +49,8 @@ def serving(
             yield e, oracle
             assert len(captured.backend.replayed) == e.worker.clock.rounds
             assert captured.passes.replays > e.worker.clock.rounds / 2
+            assert len(captured.committed) == e.worker.clock.rounds
+            assert set(captured.committed) == {True, False}, "what is sampled is committed behind the graph"
 
 
 @pytest.fixture(scope="module")
@@ -97,32 +99,42 @@ def record_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "Download", Packed)
 
 
-def widths_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many rows each request verified, as if drafts were chosen in a graph."""
-    from whiflash_sglang.drafters import stage
+def results_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SGLang reads, as the end of a graph leaves it."""
+    from whiflash_sglang import worker
+    from whiflash_sglang.round.transfers import Download
 
-    kept: dict[int, torch.Tensor] = {}
-    choose = stage.choose_drafts
+    class Uncopied(Download):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            left: torch.Tensor | None = getattr(self.left, name, None)
+            return super().__getitem__(name) if left is None else left
 
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        found = choose(*args, **kwargs)
-        return found._replace(widths=in_one_place(kept, found.widths))
+    pack = worker.results_of
 
-    monkeypatch.setattr(stage, "choose_drafts", chosen)
+    def uncopied(proposal: Any, starts: Any, committed: Any, signals: Any) -> Download:
+        found = pack(proposal, starts, committed, signals)
+        found.__class__ = Uncopied
+        found.left = committed  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(worker, "results_of", uncopied)
 
 
 def states_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states for clients, as the graph of a verification leaves them."""
     from whiflash_sglang import worker
 
-    def attach(batch: Any, verified: Any, block: Any, stride: int) -> None:
+    def attach(batch: Any, verified: Any, indptr: Any, stride: int) -> None:
         if batch.return_hidden_states:
             verified.output.hidden_states = verified.final_hidden[: len(batch.reqs) * stride]
 
     monkeypatch.setattr(worker.records, "attach", attach)
 
 
-@pytest.mark.parametrize("fault", [record_in_one_place, widths_in_one_place, states_of_the_graph])
+FAULTS = [record_in_one_place, results_of_the_graph, states_of_the_graph]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_result_that_the_next_replay_overwrites_is_found(
     models: Models, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:

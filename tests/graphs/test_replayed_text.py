@@ -33,6 +33,7 @@ def test_text_is_the_same_with_every_round_replayed(models: Models, plain: Outpu
     assert graphs.passes.replays > rounds / 2
     assert len(replayed) == rounds > 0
     assert len(set(replayed)) > 5
+    assert set(graphs.committed) == {True, False}, "penalised tokens are committed behind the graph"
     comparison = Comparison(models.reference.target)
     for a in ARRIVALS:
         comparison.check(a.prompt, plain[a.rid], found[a.rid], a.rid)

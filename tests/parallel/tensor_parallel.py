@@ -144,9 +144,9 @@ def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank
 
 def goes_astray(checkpoints: Checkpoints, log: Path, rank: int, port: int) -> None:
     """From one round on the second rank commits other tokens than the target gave; rounds are told in `log`."""
-    from whiflash_sglang import worker
+    from whiflash_sglang.round import epilogue
 
-    accept, rounds = worker.accept_and_commit, 0
+    accept, rounds = epilogue.accept_and_commit, 0
 
     def committing(predictions: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal rounds
@@ -155,5 +155,5 @@ def goes_astray(checkpoints: Checkpoints, log: Path, rank: int, port: int) -> No
             lines.write(f"rank {rank} verifies round {rounds}\n")
         return accept((predictions + (rank if rounds >= 4 else 0)) % 256, *args, **kwargs)
 
-    with patch.object(worker, "accept_and_commit", committing):
+    with patch.object(epilogue, "accept_and_commit", committing):
         play_ours(checkpoints, "random", mixed(seed=2, count=6, tokens=60), {}, rank, port)

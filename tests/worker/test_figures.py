@@ -26,7 +26,8 @@ def test_the_engines_counts_are_the_workers(
 
         def counted(batch: Any, requests: Any, *rest: Any) -> Any:
             done = run(batch, requests, *rest)
-            own.update(forwards=len(done.widths), rows=sum(done.widths), tokens=sum(map(len, done.tokens)))
+            widths = done.results["widths"].tolist()
+            own.update(forwards=len(widths), rows=sum(widths), tokens=sum(map(len, done.tokens)))
             return done
 
         monkeypatch.setattr(e.worker, "_round", counted)

@@ -17,7 +17,8 @@ from whiflash_kernels.dispatch import backend_for
 MOST_BETWEEN = 4
 """Operators between kernels and models, of a round with all four routes: launches, where they are no graph.
 
-A ratchet, to be lowered and never raised; where reading is free the host asks two more.
+A ratchet, to be lowered and never raised; where reading is free the host asks two more. Nothing is a graph here: what
+rounds issue beside their graphs is counted in `tests/graphs/test_launches_beside_graphs.py`.
 """
 
 MOST_KERNELS = 19
@@ -27,19 +28,24 @@ ROUTES = ["ar", "diffusion", "lookup", "none"]
 
 
 class Steady:
-    """Runs the worker's rounds as they are, and the sixth of them watched."""
+    """Runs the worker's rounds as they are, and the sixth of them watched: while `watching` is on."""
 
     def __init__(self, worker: Any) -> None:
         self.reads, self.launches = HostReads(), Launches()
         self.kernels: Counter[str] = Counter()
+        self.watching = False
         self._round, self._seen = worker._round, 0
 
     def __call__(self, *args: Any) -> Any:
         self._seen += 1
         if self._seen != 6:
             return self._round(*args)
-        with self.launches, self.reads, kernels_counted(self.kernels):
-            return self._round(*args)
+        self.watching = True
+        try:
+            with self.launches, self.reads, kernels_counted(self.kernels):
+                return self._round(*args)
+        finally:
+            self.watching = False
 
 
 @contextmanager
@@ -63,6 +69,13 @@ def kernels_counted(calls: Counter[str]) -> Iterator[None]:
 
 def watch(e: Any, monkeypatch: pytest.MonkeyPatch) -> Steady:
     """Serve four requests, one by every route, and watch the sixth round."""
+    watched = steady(e, monkeypatch)
+    serve(e)
+    return watched
+
+
+def steady(e: Any, monkeypatch: pytest.MonkeyPatch) -> Steady:
+    """Route every request by another arm, and watch the sixth round to come."""
     worker = e.worker
     plan = worker.controller.route
 
@@ -74,10 +87,14 @@ def watch(e: Any, monkeypatch: pytest.MonkeyPatch) -> Steady:
     monkeypatch.setattr(worker.controller, "route", route)
     watched = Steady(worker)
     monkeypatch.setattr(worker, "_round", watched)
+    return watched
+
+
+def serve(e: Any) -> None:
+    """Four requests."""
     for i, _ in enumerate(ROUTES):
         e.submit(f"request-{i}", [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2], max_new_tokens=60)
     e.run()
-    return watched
 
 
 def test_a_steady_round_reads_nothing_before_its_end(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

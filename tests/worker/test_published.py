@@ -52,7 +52,8 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
 
     def counted(batch: Any, requests: Any, *rest: Any) -> Any:
         done = run(batch, requests, *rest)
-        own.update(rounds=len(done.widths), rows=int(sum(done.widths)), batches=1)
+        widths = done.results["widths"].tolist()
+        own.update(rounds=len(widths), rows=sum(widths), batches=1)
         with reads:
             e.worker.publisher.flush()
         return done

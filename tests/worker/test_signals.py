@@ -7,7 +7,7 @@ import pytest
 from engine import engine
 from model_set import Models
 
-from whiflash_sglang.round import learning
+from whiflash_sglang.round import epilogue, learning
 
 ROUNDS = 40
 
@@ -19,11 +19,11 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
     """A heavy read of all logits; `auto` must still notice, within a few tokens, that the text has changed."""
     read: list[int] = []
 
-    def counted(logits: Any, rows: Any, stats: Any = learning.routing_stats) -> Any:
+    def counted(logits: Any, rows: Any, stats: Any = epilogue.routing_stats) -> Any:
         read.append(len(rows))
         return stats(logits, rows)
 
-    monkeypatch.setattr(learning, "routing_stats", counted)
+    monkeypatch.setattr(epilogue, "routing_stats", counted)
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         # The last token is never drafted for.
         route = lambda rows, lengths, outlooks: [arm if outlook else "none" for outlook in outlooks]  # noqa: E731

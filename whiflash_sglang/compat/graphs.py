@@ -8,8 +8,8 @@ A graph's rows beyond those of the batch belong to slots without a request. Ther
 request of the batch is prolonged and no slot has more than `widest` rows, the bound that attention kernels are
 captured with. Their K and V go to KV slot 0, which nobody reads.
 
-What follows the forward on the device (accepting, parking, statistics) can be captured with it: a function in the model
-runner's `capture_tail_hooks` is called as `hook(runner, output, forward_batch, rows)` inside the captured region. There
+What follows the forward on the device is captured with it (`Target.end_graphs_with`): a function in the model runner's
+`capture_tail_hooks` is called as `hook(runner, output, forward_batch, rows)` inside the captured region. There
 `forward_batch.spec_info.ragged_verify_layout` holds a replay's widths on the device, padded to the graph's slots.
 """
 

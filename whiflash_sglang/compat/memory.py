@@ -24,6 +24,7 @@ from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.round.epilogue import Epilogue
 
 
 @dataclass(slots=True)
@@ -74,7 +75,8 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
         return table
     vocabulary, kept = target.shape.vocab_size, 0
     if graphs.enabled(target.device):
-        kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=target.row_bytes)
+        row_bytes = target.row_bytes + Epilogue.bytes_for(widest)
+        kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
     return table + kept + rehearsal.sampling_bytes(requests * widest, vocabulary)
 
 

@@ -175,6 +175,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_GRAPHS}._build_ragged_verify_token_buckets"),
     PrivateName(f"{_GRAPHS}._can_run_ragged_verify_graph", ("forward_batch", "ragged_layout")),
     PrivateName(f"{_GRAPHS}._capture_ragged_verify_layout", ("num_tokens",)),
+    PrivateName(f"{_GRAPHS}.capture_one_shape", ("size", "forward")),  # calls `capture_tail_hooks`
     PrivateName(f"{_GRAPHS}._ragged_capture_slots", ("num_tokens",)),
     PrivateName(f"{_GRAPHS}._stage_ragged_verify_layout", ("ragged_layout", "graph_size_key")),
     PrivateName(f"{_GRAPHS}.get_spec_info", ("num_tokens",)),

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.compat.target import Verified
 
@@ -16,17 +15,19 @@ _LISTS = (
 """SGLang's records that have one entry a row."""
 
 
-def attach(batch: Any, verified: Verified, block: MixedBlock, stride: int) -> None:
+def attach(batch: Any, verified: Verified, indptr: torch.Tensor, stride: int) -> None:
     """Lay out the records of the packed rows as those of the tokens: `stride` columns a request.
+
+    Rows of request b begin at `indptr[b]`, [B + 1] int32.
 
     Where a request has fewer rows its last one fills the columns: nobody reads them.
     """
     if not (batch.return_logprob or batch.return_hidden_states):
         return
-    output, device = verified.output, block.input_ids.device
-    columns = torch.arange(stride, device=device)
-    last = block.qo_indptr[1:, None].to(torch.int64) - 1
-    index = torch.minimum(block.qo_indptr[:-1, None].to(torch.int64) + columns, last)
+    output = verified.output
+    columns = torch.arange(stride, device=indptr.device)
+    last = indptr[1:, None].to(torch.int64) - 1
+    index = torch.minimum(indptr[:-1, None].to(torch.int64) + columns, last)
     if batch.return_logprob:
         output.next_token_logprobs = output.next_token_logprobs[index]
         flat = index.flatten().tolist()

@@ -9,10 +9,10 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
-from whiflash_kernels import Committed
 
 from whiflash_sglang.cache.backlog import Lengths
 from whiflash_sglang.compat import sampling
+from whiflash_sglang.round.transfers import Download
 
 __all__ = [
     "BaseSpecWorker",
@@ -110,7 +110,7 @@ class RoundBatch:
     def after(self, batch: Any, done: "Done") -> "RoundBatch":
         """The same requests a round later, in the same step of the scheduler; `batch` follows."""
         lengths = [n + len(tokens) for n, tokens in zip(self.lengths.most, done.tokens, strict=True)]
-        starts = done.committed.seq_lens.to(torch.int64)
+        starts = done.results["seq_lens"]
         batch.seq_lens, batch.seq_lens_cpu = starts, torch.tensor(lengths)
         batch.seq_lens_sum = sum(lengths)
         for req in self.reqs:
@@ -123,7 +123,7 @@ class RoundBatch:
             self,
             starts=starts,
             lengths=Lengths(lengths, lengths),
-            bonus=done.committed.bonus,
+            bonus=done.results["bonus"],
             budgets=[left - len(tokens) for left, tokens in zip(self.budgets, done.tokens, strict=True)],
             ahead=[known + tokens for known, tokens in zip(self.ahead, done.tokens, strict=True)],
         )
@@ -223,20 +223,15 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
 class Done:
     """What a round brought.
 
-    output: SGLang's record of the forward. widths: [B] int64, rows verified per request, the bonus token's among them.
-    tokens: committed per request, on the host; empty where the host has not waited for them.
+    output: SGLang's record of the forward. results: of `learning.results_of`. drafted: whether the round verified more
+    than each request's bonus token. tokens: committed per request, on the host; empty where it has not waited for them.
     """
 
     output: Any
-    committed: Committed
-    widths: torch.Tensor
+    results: Download
+    drafted: bool
     can_run_cuda_graph: bool
     tokens: list[list[int]]
-
-    @property
-    def drafted(self) -> bool:
-        """Whether the round verified more than each request's bonus token."""
-        return self.committed.tokens.shape[1] > 1
 
 
 def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:
@@ -245,17 +240,20 @@ def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:
     Only the last of the rounds may have drafted, so the others have a column each. What is proposed differs from
     request to request: `cap_lens` is upstream's record of that, the rows that the last forward verified.
     """
-    last = rounds[-1].committed
-    tokens = torch.cat([done.committed.tokens for done in rounds], dim=1)
-    stride, new_seq_lens = tokens.shape[1], last.seq_lens.to(torch.int64)
+    last = rounds[-1].results
+    tokens, accept_lens, new_seq_lens = last["tokens"], last["accept_lens"], last["seq_lens"]
+    if len(rounds) > 1:
+        tokens = torch.cat([*(done.results["tokens"][:, :1] for done in rounds[:-1]), tokens], dim=1)
+        accept_lens = accept_lens + (len(rounds) - 1)
+    stride = tokens.shape[1]
     return GenerationBatchResult(
         logits_output=rounds[-1].output,
         next_token_ids=tokens.reshape(-1),
-        accept_lens=last.accept_lens + (len(rounds) - 1),
-        cap_lens=rounds[-1].widths,
+        accept_lens=accept_lens,
+        cap_lens=last["widths"],
         num_non_draft_tokens_per_req=len(rounds),
         can_run_cuda_graph=rounds[-1].can_run_cuda_graph,
-        next_draft_input=DraftInput(last.bonus, new_seq_lens),
+        next_draft_input=DraftInput(last["bonus"], new_seq_lens),
         speculative_num_draft_tokens=stride,
         speculative_output_stride=stride,
         new_seq_lens=new_seq_lens,

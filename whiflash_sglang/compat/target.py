@@ -21,6 +21,7 @@ from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_
 from whiflash_sglang.compat.sampling import count_earlier_output
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.vocabulary import SharedVocabulary
+from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Verified:
 
     logits: [T, V], the target's raw logits. features: [T, F], captured layer outputs.
     final_hidden: [T, H] after the final norm, None unless a router or the server's clients may ask for it. output:
-    SGLang's own record, which carries log-probabilities back to the scheduler.
+    SGLang's own record, which carries log-probabilities back to the scheduler. outcome: what the end of its graph
+    committed, until the next replay; None where there was none, or it might not.
     """
 
     logits: torch.Tensor
@@ -37,6 +39,7 @@ class Verified:
     final_hidden: torch.Tensor | None
     output: Any
     can_run_cuda_graph: bool
+    outcome: Outcome | None = None
 
 
 class Target:
@@ -52,6 +55,7 @@ class Target:
         self.dtype: torch.dtype = self.runner.dtype
         self.device = torch.device(self.runner.device)
         self.tokenizer: Any = target_worker.tokenizer
+        self._epilogue: Epilogue | None = None
         graphs.install(self.runner)
         recurrent.install(self._text)
 
@@ -133,9 +137,14 @@ class Target:
         )
 
     def _take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features [T, F] and final states [T, H] of a forward, which SGLang's record then has no longer."""
-        features, output.hidden_states = output.hidden_states, None
-        final, output.last_hidden_states = output.last_hidden_states, None
+        """`_states` of a forward, which SGLang's record then has no longer."""
+        found = self._states(output)
+        output.hidden_states = output.last_hidden_states = None
+        return found
+
+    def _states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features [T, F] and final states [T, H] of a forward."""
+        features, final = output.hidden_states, output.last_hidden_states
         if not self._layers:
             # Without a layer to capture SGLang keeps what its head reads.
             return features, features
@@ -162,6 +171,34 @@ class Target:
         """Rows to pack `rows` of so many requests into: more than asked for where a graph of that size waits."""
         runner = self.runner.decode_cuda_graph_runner
         return runner.rows_for(rows, requests) if isinstance(runner, graphs.VerifyGraphs) else rows
+
+    def end_graphs_with(self, epilogue: Epilogue) -> None:
+        """Have `epilogue` captured behind the forward of every verification's graph."""
+        self._epilogue = epilogue
+
+        def end(runner: Any, output: Any, forward_batch: Any, rows: int) -> None:
+            layout = forward_batch.spec_info.ragged_verify_layout
+            if layout is None:
+                return
+            features, final = self._states(output)
+            verified = VerifiedRows(
+                output.next_token_logits,
+                features,
+                final,
+                forward_batch.input_ids,
+                layout.qo_indptr_device,
+                forward_batch.seq_lens,
+                forward_batch.req_pool_indices,
+            )
+            epilogue.capture((id(runner), rows), verified)
+
+        self.runner.capture_tail_hooks.append(end)
+
+    def _outcome(self, rows: int, requests: int) -> Outcome | None:
+        """Of the graph of so many rows, which was just replayed."""
+        if self._epilogue is None:
+            return None
+        return self._epilogue.outcome((id(self.runner.decode_cuda_graph_runner), rows), requests)
 
     def verify(
         self,
@@ -192,6 +229,7 @@ class Target:
             None if final_hidden is None else final_hidden[:total],
             output,
             result.can_run_cuda_graph,
+            self._outcome(len(block.input_ids), len(verify_lens)) if result.can_run_cuda_graph else None,
         )
 
     def commit(self, accept_lens: torch.Tensor) -> None:

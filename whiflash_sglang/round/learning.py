@@ -1,18 +1,16 @@
 """What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from whiflash_kernels import Committed, router_mlp, routing_stats
+from whiflash_kernels import Committed
 
 from whiflash_sglang import arms
-from whiflash_sglang.compat.target import Verified
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.stage import Proposal
-from whiflash_sglang.models.router import Layers
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import drafts_nothing
 from whiflash_sglang.round.quarantine import Quarantine
@@ -21,7 +19,6 @@ from whiflash_sglang.round.transfers import Download
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
-from whiflash_sglang.routing.policies import Policy
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.telemetry.trace import Part, Recording
@@ -35,8 +32,6 @@ class Learner:
     """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it.
 
     Whose drafts were none is told the quarantine in every rank.
-
-    router: of the bundle, None where no policy may need one.
     """
 
     drafters: Mapping[str, Drafter]
@@ -44,7 +39,6 @@ class Learner:
     clock: RoundClock
     tally: Tally
     quarantine: Quarantine
-    router: Layers | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
     def timed(self, previous: PreviousRound) -> None:
@@ -53,13 +47,11 @@ class Learner:
         costs.ended(previous)
         self.tally.compare(previous.tokens, previous.work.requests, seconds, costs)
 
-    def results(self, plan: Plan, proposal: Proposal, verified: Verified, committed: Committed) -> Download:
-        """All that `learn` will read of a round, on the device."""
-        entropy = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
-        policy, last = self.controller.policy, committed.last_rows
-        return results_of(
-            proposal, committed, signals_of(policy, verified, last, self.router, entropy=entropy)
-        )
+    def needs(self, plan: Plan) -> Collection[str]:
+        """Signals that the policy goes by after a round."""
+        needs = self.controller.policy.needs
+        often = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        return needs if often else needs - {"entropy"}
 
     def learn(
         self,
@@ -138,42 +130,26 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
     return drafting + costs.verify(rows, requests), costs.verify(requests, requests)
 
 
-def signals_of(
-    policy: Policy, verified: Verified, last: torch.Tensor, router: Layers | None, *, entropy: bool
-) -> dict[str, torch.Tensor]:
-    """What a policy goes by, at rows `last` [B] of a verification.
+def results_of(
+    proposal: Proposal, starts: torch.Tensor, committed: Committed, signals: Mapping[str, torch.Tensor]
+) -> Download:
+    """All that `Learner.learn` and the scheduler read of a round of B requests.
 
-    `entropy` [B] of the target's distribution, where the policy needs it and the round is one of those in which it is
-    read; `outputs` [B, K] of a router.
-    """
-    found = {}
-    if entropy and "entropy" in policy.needs:
-        found["entropy"] = routing_stats(verified.logits, last).entropy
-    if "delta" in policy.needs:
-        if router is None or verified.final_hidden is None:
-            raise AssertionError("no policy needs a router that was not loaded")
-        found["outputs"] = router_mlp(verified.final_hidden[last], *router)
-    return found
-
-
-def results_of(proposal: Proposal, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Download:
-    """All that `Learner.learn` reads of a round.
-
-    `starts`, `widths`, `own` [B]; `tokens` [B, W], of which `accept_lens` [B] count; `confidences` [B, C], of which
-    `own` count; `faults` [B], 1 where the own arm's drafts were none; `late` [B], 1 where the device took the drafts of
-    `Plan.late`; `wanted` [B], drafts before the bound on rows was kept to, where there is one; `entropy` [B] and
-    `outputs` [B, K] where the policy asked for them.
+    `starts`, `widths`, `own` [B]; `bonus`, `seq_lens` [B] and `tokens` [B, W], of which `accept_lens` [B] count, as of
+    `Committed`; `confidences` [B, C], of which `own` count; `faults` [B], 1 where the own arm's drafts were none;
+    `late` [B], 1 where the device took the drafts of `Plan.late`; `wanted` [B], drafts before the bound on rows was
+    kept to, where there is one; `signals`, as of `Epilogue.signals`.
     """
     wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
-    size, stride = committed.tokens.shape
-    starts, accept_lens, tokens = torch.split(committed.record, [size, size, size * stride])
     return Download(
         starts=starts,
         widths=proposal.widths,
         own=proposal.own,
         late=proposal.late,
-        tokens=tokens.view(size, stride),
-        accept_lens=accept_lens,
+        bonus=committed.bonus,
+        seq_lens=committed.seq_lens,
+        tokens=committed.tokens,
+        accept_lens=committed.accept_lens,
         confidences=proposal.confidences,
         faults=proposal.faults,
         **wanted,

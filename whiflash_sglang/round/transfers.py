@@ -1,7 +1,7 @@
 """What crosses between host and device in a round: one buffer up, one down. Imports no SGLang."""
 
-import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -50,32 +50,48 @@ class Upload:
 
 
 class Download:
-    """Tensors of the device on their way to the host, packed into one buffer.
+    """Tensors of the device on their way to the host, packed into one buffer of its own: no later round writes to it.
 
-    packed: [N] int32; whoever copies it to the host hands the copy to `read`.
+    packed: [N] int32; whoever copies it to the host hands the copy to `read`. On the device each of the tensors is
+    found there by its name, as an int of 32 or 64 bits or a float of 32.
 
     Args:
-        fields: int tensors, whose values fit into 32 bits, or float tensors.
+        fields: tensors of 64-bit ints, of other ints whose values fit into 32, or of floats.
     """
 
     def __init__(self, **fields: torch.Tensor) -> None:
+        # What has 64 bits comes first: it must lie at an even place.
+        ordered = sorted(fields.items(), key=lambda field: field[1].dtype != torch.int64)
+        parts = [_as_int32(field) for _, field in ordered]
+        ends = list(accumulate(part.numel() for part in parts))
         self._fields = {
-            name: (tuple(field.shape), field.dtype.is_floating_point) for name, field in fields.items()
+            name: (slice(begin, end), _sent(field.dtype), tuple(field.shape))
+            for (name, field), begin, end in zip(ordered, [0, *ends], ends, strict=False)
         }
-        self.packed = torch.cat([_as_int32(field) for field in fields.values()])
+        self.packed = torch.cat(parts)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        place, dtype, shape = self._fields[name]
+        return self.packed[place].view(dtype).view(shape)
 
     def read(self, packed: torch.Tensor | None = None) -> dict[str, list[Any]]:
         """The fields as nested lists. packed: its copy on the host; without one this waits for the device."""
         flat = (self.packed if packed is None else packed).numpy(force=True)
-        found, begin = {}, 0
-        for name, (shape, is_float) in self._fields.items():
-            end = begin + math.prod(shape)
-            part = flat[begin:end].view(np.float32) if is_float else flat[begin:end]
-            found[name], begin = part.reshape(shape).tolist(), end
-        return found
+        return {
+            name: flat[place].view(_NUMPY[dtype]).reshape(shape).tolist()
+            for name, (place, dtype, shape) in self._fields.items()
+        }
+
+
+_NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
+
+
+def _sent(dtype: torch.dtype) -> torch.dtype:
+    """As what a tensor of `dtype` is sent."""
+    if dtype.is_floating_point:
+        return torch.float32
+    return torch.int64 if dtype == torch.int64 else torch.int32
 
 
 def _as_int32(field: torch.Tensor) -> torch.Tensor:
-    if field.dtype.is_floating_point:
-        return field.reshape(-1).to(torch.float32).view(torch.int32)
-    return field.reshape(-1).to(torch.int32)
+    return field.reshape(-1).to(_sent(field.dtype)).view(torch.int32)

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import torch
-from whiflash_kernels import MixedBlock, prepare_mixed_block
+from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.compat.target import Target, Verified, packed
 from whiflash_sglang.drafters.stage import Proposal
+from whiflash_sglang.round.epilogue import Epilogue, VerifiedRows
 from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.host_view import HostView
 
@@ -18,22 +18,31 @@ class VerifyStage:
     """What the target says of drafts.
 
     Args:
-        tokens: committed text, for penalties. forcing: replaces what was sampled, for benchmarks; None: nothing does.
+        tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
+        forcing: replaces what was sampled, for benchmarks; None: nothing does.
     """
 
-    def __init__(self, target: Target, tokens: TokenTable, host: HostView, forcing: Forcing | None) -> None:
-        self._target, self._tokens, self._host, self._forcing = target, tokens, host, forcing
+    def __init__(
+        self,
+        target: Target,
+        tokens: TokenTable,
+        host: HostView,
+        epilogue: Epilogue,
+        forcing: Forcing | None,
+    ) -> None:
+        self._target, self._tokens, self._host = target, tokens, host
+        self._epilogue, self._forcing = epilogue, forcing
 
     def verify(
         self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
-    ) -> tuple[MixedBlock, Verified, torch.Tensor]:
+    ) -> tuple[VerifiedRows, Verified]:
         """Run the target over bonus tokens and drafts.
 
         Args:
             barrier: of SGLang: what a grammar needs before its masks are made.
 
         Returns:
-            The packed block of T rows, what the target said of it, and its own token at every row, [T] int64.
+            The packed rows, and what the target said of them.
         """
         padded = prepare_mixed_block(
             requests.bonus,
@@ -51,10 +60,13 @@ class VerifyStage:
         chains = None
         if widths is not None and batch.has_grammar:
             chains = sampling.grammar_chains(block, widths, requests.ahead)
+        greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
+        self._epilogue.let_graphs_commit(greedy, requests.row_ids)
         verified = self._target.verify(batch, padded, proposal.widths, widths, proposal.stride)
-        if not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar):
+        predictions = None
+        if greedy and verified.outcome is None:
             predictions = verified.logits.argmax(-1)
-        else:
+        elif not greedy:
             # Sampling works in place; the controller reads the raw distribution.
             verified.output.next_token_logits = verified.logits.clone()
             predictions = sampling.sample_rows(
@@ -67,6 +79,17 @@ class VerifyStage:
                 self._tokens.data,
                 barrier,
             )
-        if self._forcing is not None:
+        if self._forcing is not None and predictions is not None:
             predictions = self._forcing.over(predictions, block, requests.rows)
-        return block, verified, predictions
+        rows = VerifiedRows(
+            verified.logits,
+            verified.features,
+            verified.final_hidden,
+            block.input_ids,
+            block.qo_indptr,
+            requests.starts,
+            requests.rows,
+            predictions,
+            verified.outcome,
+        )
+        return rows, verified

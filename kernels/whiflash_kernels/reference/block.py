@@ -107,7 +107,6 @@ def accept_and_commit(
         bonus=bonus,
         seq_lens=seq_lens + accept_lens.to(seq_lens.dtype),
         last_rows=qo_indptr[:-1].long() if last is None else last,
-        record=torch.cat([seq_lens, accept_lens, tokens.view(-1)]).to(torch.int32),
     )
 
 

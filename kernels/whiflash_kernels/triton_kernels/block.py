@@ -111,7 +111,7 @@ def prepare_mixed_block(
     return block
 
 
-@triton.jit(do_not_specialize=["stride", "pad_token", "stop_columns", "requests"])
+@triton.jit(do_not_specialize=["stride", "pad_token", "stop_columns"])
 def _accept_kernel(
     predictions,
     input_ids,
@@ -122,11 +122,9 @@ def _accept_kernel(
     bonus,
     new_seq_lens,
     last_rows,
-    record,
     request_slots,
     stops,
     text,
-    requests,
     stride,
     pad_token,
     stop_columns,
@@ -156,9 +154,6 @@ def _accept_kernel(
     tl.store(bonus + request, tl.load(predictions + start + accepted, mask=width > 0, other=pad_token))
     tl.store(new_seq_lens + request, before + length)
     tl.store(last_rows + request, start + tl.maximum(length - 1, 0))
-    tl.store(record + request, before.to(tl.int32))
-    tl.store(record + requests + request, length)
-    tl.store(record + 2 * requests + request * stride + column, kept.to(tl.int32), mask=inside)
     if HAS_TEXT:
         own = text + tl.load(request_slots + request).to(tl.int64) * text_row
         tl.store(own + before.to(tl.int64) + 1 + column, kept, mask=inside)
@@ -183,7 +178,6 @@ def accept_and_commit(
         bonus=torch.empty(requests, dtype=torch.int64, device=device),
         seq_lens=torch.empty(requests, dtype=seq_lens.dtype, device=device),
         last_rows=torch.empty(requests, dtype=torch.int64, device=device),
-        record=torch.empty(requests * (2 + stride), dtype=torch.int32, device=device),
     )
     if requests:
         # Where there are none, any pointer stands for them: the kernel does not look.
@@ -196,7 +190,6 @@ def accept_and_commit(
             qo_indptr if request_slots is None else request_slots.contiguous(),
             predictions if stops is None else stops,
             predictions if text is None else text,
-            requests,
             stride,
             pad_token,
             0 if stops is None else stops.shape[1],

@@ -1,0 +1,58 @@
+"""What a steady round issues where its verification, its drafters' passes and its catch-ups are graphs."""
+
+from collections import Counter
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from emulated import emulated_graphs
+from engine import engine
+from model_set import Models
+from op_tape import Tape
+from test_host_reads import serve, steady
+
+SMALL: dict[str, Any] = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 1024}
+
+MOST_BETWEEN, MOST_KERNELS, MOST_GRAPHS = 6, 10, 5
+"""Operators of torch between kernels, models and graphs; kernels of ours; and graphs, of a round with all four routes.
+
+A ratchet, to be lowered and never raised. What SGLang's runner copies to where its graph reads is not counted.
+"""
+
+
+def test_what_a_steady_round_issues_beside_its_graphs(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    replay, graphs = Tape.replay, Counter[int]()
+    with (
+        engine(models.target, whiflash=models.whiflash("auto"), **SMALL) as e,
+        emulated_graphs(e) as captured,
+    ):
+        watched = steady(e, monkeypatch)
+
+        def counted(self: Tape) -> None:
+            """A graph is one launch, whatever is in it."""
+            before = Counter(watched.kernels)
+            with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+                replay(self)
+            watched.kernels.clear()
+            watched.kernels.update(before)
+            graphs[id(self)] += watched.watching
+
+        with patch.object(Tape, "replay", counted):
+            serve(e)
+        assert all(captured.committed)
+    between = watched.launches.between
+    for site, count in sorted(between.items()):
+        print(f"launch {count} x {site}")
+    kernels = watched.kernels - Counter({"_draft_attention": watched.kernels["_draft_attention"]})
+    print(f"kernels {kernels.total()}: {dict(sorted(kernels.items()))}")
+    print(
+        f"{between.total()} operators, {kernels.total()} kernels and {graphs.total()} graphs: "
+        f"{between.total() + kernels.total() + graphs.total()} launches"
+    )
+    assert 0 < between.total() <= MOST_BETWEEN
+    assert 0 < kernels.total() <= MOST_KERNELS
+    assert 0 < graphs.total() <= MOST_GRAPHS

@@ -1,0 +1,171 @@
+"""What follows the target's forward on the device: accepting, parking, what policies go by. Imports no SGLang.
+
+It is a function of a verification's packed rows. Where tokens are sampled, or found for the requests one by one
+(grammars, penalties, log-probabilities), it runs as it is written when they are known. The greedy ones are known in the
+forward itself, so there it is captured as the end of every verification's graph. What it leaves is good until the next
+replay: whoever packs the round's download copies it.
+
+A graph cannot leave its end out. Where it must not commit it does so for request row 0, which is nobody's: in it the
+rows are multiplied by a number on the device, which is 0 then.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from whiflash_kernels import Committed, accept_and_commit, router_mlp, routing_stats
+
+from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.cache.stops import StopTable
+from whiflash_sglang.models.router import Layers
+
+
+class Outcome(NamedTuple):
+    """What an epilogue brought. signals: as of `Epilogue.signals`."""
+
+    committed: Committed
+    signals: Mapping[str, torch.Tensor]
+
+    def of(self, requests: int) -> "Outcome":
+        """The same of the first so many requests."""
+        return Outcome(
+            Committed(*(field[:requests] for field in self.committed)),
+            {name: signal[:requests] for name, signal in self.signals.items()},
+        )
+
+
+class VerifiedRows(NamedTuple):
+    """T packed rows of B requests behind the target's forward.
+
+    logits: [T, V]. features: [T, F], captured layer outputs. final_hidden: [T, H], None where nobody asks for it.
+    input_ids: [T] int64. indptr: [B + 1] int32, where each request's rows begin. starts: [B] int64, n. request_rows:
+    [B] int64, rows of the request table. predictions: [T] int64, the target's own token at every row; None in a graph,
+    which takes the greedy one, and where one has brought the `outcome` already.
+    """
+
+    logits: torch.Tensor
+    features: torch.Tensor
+    final_hidden: torch.Tensor | None
+    input_ids: torch.Tensor
+    indptr: torch.Tensor
+    starts: torch.Tensor
+    request_rows: torch.Tensor
+    predictions: torch.Tensor | None = None
+    outcome: Outcome | None = None
+
+
+class Epilogue:
+    """Commits verified rows.
+
+    Args:
+        rings: where features are parked. text: `TokenTable.data`. router: of the bundle, None where no policy may need
+            one. widest: most rows of a request. needs: what the policy goes by now; a graph computes what it was when
+            it was captured, and what a later policy needs beside it is computed behind the graph.
+    """
+
+    def __init__(
+        self,
+        rings: FeatureRings,
+        text: torch.Tensor,
+        stops: StopTable,
+        router: Layers | None,
+        widest: int,
+        needs: Callable[[], Collection[str]],
+    ) -> None:
+        self._rings, self._text, self._stops, self._router = rings, text, stops, router
+        self._widest, self._needs = widest, needs
+        self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
+        self._committing = False  # what the device has been told
+        self._captured: dict[Hashable, Outcome] = {}
+
+    @staticmethod
+    def bytes_for(widest: int) -> int:
+        """What a graph keeps of one request, of which there are no more than rows."""
+        committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
+        return committed + (1 + 3) * torch.float32.itemsize  # entropy, and a router's outputs
+
+    def capture(self, graph: Hashable, rows: VerifiedRows) -> None:
+        """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
+        rows = rows._replace(
+            request_rows=rows.request_rows * self._commits, predictions=rows.logits.argmax(-1)
+        )
+        committed = self._accept(rows, self._stops.few, self._widest)
+        # Requests without rows are counted as having them behind the last one.
+        committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
+        self.park(rows, committed)
+        self._captured[graph] = Outcome(committed, self.signals(rows, committed, self._needs()))
+
+    def let_graphs_commit(self, greedy: bool, row_ids: Sequence[int]) -> None:
+        """Whether the graph that is replayed next, if any, may commit.
+
+        Args:
+            greedy: its tokens are the most likely ones. row_ids: request rows; one whose stops are more than a graph
+                reads keeps the batch from it.
+        """
+        greedy = greedy and not self._stops.exceed_few(row_ids)
+        if greedy != self._committing and self._captured:
+            self._commits.fill_(greedy)
+            self._committing = greedy
+
+    def outcome(self, graph: Hashable, requests: int) -> Outcome | None:
+        """What a graph that was just replayed brought its first so many requests; None where it might not commit."""
+        found = self._captured.get(graph) if self._committing else None
+        return None if found is None else found.of(requests)
+
+    def commit(self, rows: VerifiedRows, stride: int) -> Committed:
+        """Accept drafts, and write what is committed to the text.
+
+        Args:
+            stride: most rows of a request. A graph's has the columns of the widest block whatever it is.
+        """
+        if rows.outcome is not None:
+            return rows.outcome.committed
+        return self._accept(rows, self._stops.data, stride)
+
+    def park(self, rows: VerifiedRows, committed: Committed) -> None:
+        """Keep the features of what was committed, for whoever drafts next."""
+        if rows.outcome is None:
+            assert rows.predictions is not None
+            self._rings.park(
+                rows.features,
+                rows.predictions,
+                rows.request_rows,
+                rows.starts,
+                committed.accept_lens,
+                rows.indptr[:-1],
+                widest=committed.tokens.shape[1],
+            )
+
+    def signals(
+        self, rows: VerifiedRows, committed: Committed, needs: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        """What a policy that `needs` it goes by, at the last committed row of each request.
+
+        `entropy` [B] of the target's distribution; `outputs` [B, K] of the router.
+        """
+        known = {} if rows.outcome is None else rows.outcome.signals
+        last, found = committed.last_rows, {}
+        if "entropy" in needs:
+            found["entropy"] = (
+                known["entropy"] if "entropy" in known else routing_stats(rows.logits, last).entropy
+            )
+        if "delta" in needs:
+            if self._router is None or rows.final_hidden is None:
+                raise AssertionError("no policy needs a router that was not loaded")
+            found["outputs"] = (
+                known["outputs"] if "outputs" in known else router_mlp(rows.final_hidden[last], *self._router)
+            )
+        return found
+
+    def _accept(self, rows: VerifiedRows, stops: torch.Tensor, stride: int) -> Committed:
+        assert rows.predictions is not None
+        return accept_and_commit(
+            rows.predictions,
+            rows.input_ids,
+            rows.indptr,
+            rows.starts,
+            stride=stride,
+            request_slots=rows.request_rows,
+            stops=stops,
+            text=self._text,
+        )
