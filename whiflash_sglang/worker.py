@@ -221,6 +221,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             len(rounds) < most
             and not rounds[-1].drafted
             and not requests.any_ended(rounds[-1])
+            and not requests.any_tracked(batch, rounds[-1])
             and self.ranks.told(lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail())
         ):
             requests = requests.after(batch, rounds[-1])
@@ -243,7 +244,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             rows, verified = self.verifier.verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):
             committed = self.epilogue.commit(rows, proposal.stride)
-            self.target.commit(committed.accept_lens)
+            self.target.commit(batch, requests.starts, committed.accept_lens)
             records.attach(batch, verified, rows.indptr, committed.tokens.shape[1])
         with clock.stage("park"):
             self.epilogue.park(rows, committed)

@@ -129,17 +129,15 @@ def test_what_takes_images_too_is_still_recurrent(taken: Launch, tmp_path: Path,
 @pytest.mark.parametrize(
     ("model_type", "architecture"), [("lfm2", "Lfm2ForCausalLM"), ("qwen3_next", "Qwen3NextForCausalLM")]
 )
-def test_known_states_are_committed_on_the_cpu_without_a_tree(
+def test_known_states_are_committed_on_the_cpu(
     taken: Launch, tmp_path: Path, model_type: str, architecture: str
 ) -> None:
     kind = {"architectures": [architecture], "model_type": model_type, "full_attn_idxs": [1, 3]}
     model = target(tmp_path / "model", **kind)
-    launch = replace(with_arguments(taken, disable_radix_cache=True), model=model)
-    assert refusal_of(launch) is None
-    assert "give --disable-radix-cache" in sentence(replace(taken, model=model))
-    sessions = with_arguments(taken, disable_radix_cache=True, enable_streaming_session=True)
+    assert refusal_of(replace(taken, model=model)) is None
+    sessions = with_arguments(taken, enable_streaming_session=True)
     assert "remove --enable-streaming-session" in sentence(replace(sessions, model=model))
-    on_gpu = with_arguments(on_cuda(taken), disable_radix_cache=True, attention_backend="triton")
+    on_gpu = with_arguments(on_cuda(taken), attention_backend="triton")
     assert "which no GPU has committed after drafts" in sentence(replace(on_gpu, model=model))
 
 
@@ -316,7 +314,7 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
     assert named in sentence(replace(with_arguments(taken, **theirs), **ours))
 
 
-APART = {"windows", "one_file", "recurrent_cuda", "recurrent_tree", "recurrent_sessions"}
+APART = {"windows", "one_file", "recurrent_cuda", "recurrent_sessions"}
 """Rows with tests of their own."""
 
 

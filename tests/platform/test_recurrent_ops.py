@@ -62,7 +62,8 @@ def test_chunks_and_single_inputs_go_on_from_each_other(activation: str | None, 
 
 
 def test_the_delta_rule_is_transformers() -> None:
-    """Three requests of different lengths, in two parts, the second with every state; two query heads a key head."""
+    """Three requests of different lengths, in two parts, the second with every state; two query heads a key head. The
+    state behind some of a request's rows is kept beside the last one's."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
     heads, per_key, size, width = 4, 2, 5, 3
@@ -78,9 +79,11 @@ def test_the_delta_rule_is_transformers() -> None:
             draw(total, heads, seed=10 * part + 4).sigmoid(),
         )
         parts.append((q, k, v, decay, beta))
-    states = torch.zeros(3, heads, width, size)
+    states, marks = torch.zeros(3, heads, width, size), torch.tensor([4, 0, 2])
     for part, (q, k, v, decay, beta) in enumerate(parts):
-        out, behind = gated_delta_rule(q, k, v, decay, beta, states, starts, rows, every=part == 1)
+        out, behind, marked = gated_delta_rule(
+            q, k, v, decay, beta, states, starts, rows, every=part == 1, marks=marks
+        )
         for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
             one = [x[None, begin:end] for x in (q, k, v, decay, beta)]
             repeated = [x.repeat_interleave(per_key, 2) for x in one[:2]]
@@ -94,6 +97,9 @@ def test_the_delta_rule_is_transformers() -> None:
             torch.testing.assert_close(out[begin:end], expected[0], atol=1e-5, rtol=1e-4)
             final = behind[i, end - begin - 1] if part else behind[i]
             torch.testing.assert_close(final, last[0].transpose(1, 2), atol=1e-5, rtol=1e-4)
+            if part:
+                kept = behind[i, marks[i] - 1] if marks[i] else states[i]
+                assert torch.equal(marked[i], kept)
         states = behind
 
 

@@ -73,7 +73,6 @@ class Family:
     what layers put out; of Gemma 3 it leaves out the residual. tower: of a model that takes images too, what is said of
     the part that reads them; `changes` are then its text model's. published: names of its tensors in published files,
     by how this version of Hugging Face's class writes them; transposed: what of them is published the other way round.
-    options: that its engines need.
     """
 
     kind: str
@@ -85,7 +84,6 @@ class Family:
     tower: Mapping[str, Any] | None = None
     published: Mapping[str, str] = field(default_factory=dict)
     transposed: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def windowed(full: Sequence[int]) -> dict[str, Any]:
@@ -106,7 +104,6 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-NO_TREE = {"disable_radix_cache": True}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 INTERLEAVED = {"rope_parameters": {**SECTIONS["rope_parameters"], "mrope_interleaved": True}}
 TOWER = {
@@ -199,22 +196,18 @@ FAMILIES = {
                 "num_experts_per_tok": 2,
             },
         ),
-        Family(
-            "lfm2", "Lfm2ForCausalLM", {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False}, options=NO_TREE
-        ),
+        Family("lfm2", "Lfm2ForCausalLM", {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False}),
         Family(
             "lfm2_moe",
             "Lfm2MoeForCausalLM",
             {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
-            options=NO_TREE,
         ),
         Family(
             "qwen3_next",
             "Qwen3NextForCausalLM",
             {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.5},
-            options=NO_TREE,
         ),
-        Family("qwen3_5_text", "Qwen3_5ForCausalLM", DELTA, options=NO_TREE),
+        Family("qwen3_5_text", "Qwen3_5ForCausalLM", DELTA),
         Family(
             "qwen3_5",
             "Qwen3_5ForConditionalGeneration",
@@ -227,20 +220,17 @@ FAMILIES = {
                 },
             },
             tower={**TOWER, "num_position_embeddings": 16},
-            options=NO_TREE,
         ),
         Family(
             "lfm2_vl",
             "Lfm2VlForConditionalGeneration",
             {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
             tower=SIGLIP,
-            options=NO_TREE,
         ),
         Family(
             "qwen3_5_moe_text",
             "Qwen3_5MoeForCausalLM",
             {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32},
-            options=NO_TREE,
         ),
         Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", SECTIONS, tower=TOWER),
         Family("qwen3_vl", "Qwen3VLForConditionalGeneration", INTERLEAVED, tower=DEEPSTACK),
@@ -274,6 +264,17 @@ class HuggingFace:
         """[T, len(layers) * H]: outputs of `layers`, side by side."""
         states = self.model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True).hidden_states
         return torch.cat([states[layer + 1][0] for layer in layers], -1)
+
+    @torch.inference_mode()
+    def states(self, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Of each recurrent layer behind `tokens`: its convolution's last inputs [D, taps], and its matrix [H, K, V] or
+        None."""
+        cache = self.model(torch.tensor([tokens]), use_cache=True).past_key_values
+        kept = [layer for layer in cache.layers if getattr(layer, "conv_states", None)]
+        return [
+            (layer.conv_states[0][0], None if (s := layer.recurrent_states[0]) is None else s[0])
+            for layer in kept
+        ]
 
     @torch.inference_mode()
     def lead(self, tokens: Sequence[int], first: int, second: int) -> float:

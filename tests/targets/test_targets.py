@@ -46,13 +46,13 @@ def serving(name: str, root: Path) -> Iterator[Served]:
     model = tiny_family(target, family)
     eagle3, dflash = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
     arrivals = mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
-    with engine(target, **family.options) as e:
+    with engine(target) as e:
         expected = play(e, arrivals)
     oracle = OracleArm(0.95, seed=3)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
     flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
-    options = {"max_running_requests": 4, "chunked_prefill_size": 32, **family.options}
+    options = {"max_running_requests": 4, "chunked_prefill_size": 32}
     with engine(target, whiflash=flags, arms=[oracle], **options) as e:
         assert type(e.worker.target.model).__name__ == name
         yield Served(family, model, e, oracle, arrivals, expected)

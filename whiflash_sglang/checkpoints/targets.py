@@ -30,7 +30,6 @@ _MOE, _WINDOWS, _MLA = "mixture of experts", "sliding windows", "latent attentio
 _RECURRENT, _IMAGES = "recurrent or convolution layers", "images or sound beside text"
 _NO_GPU = "on the CPU only"
 _TEXT = "text alone"
-_NO_TREE = "without a radix cache"
 
 FAMILIES: tuple[TargetFamily, ...] = (
     TargetFamily(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "dense", Shown.CPU),
@@ -105,7 +104,7 @@ FAMILIES: tuple[TargetFamily, ...] = (
         ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Lfm2VlForConditionalGeneration"),
         "short convolutions",
         Shown.CPU,
-        f"{_TEXT}, {_NO_GPU}, {_NO_TREE}",
+        f"{_TEXT}, {_NO_GPU}",
     ),
     TargetFamily(
         (
@@ -116,13 +115,13 @@ FAMILIES: tuple[TargetFamily, ...] = (
         ),
         "gated delta rule",
         Shown.CPU,
-        f"{_TEXT}, {_NO_GPU}, {_NO_TREE}",
+        f"{_TEXT}, {_NO_GPU}",
     ),
     TargetFamily(
         ("Qwen3_5MoeForConditionalGeneration",),
         f"{_MOE}, gated delta rule",
         Shown.UNTRIED,
-        f"{_TEXT}, {_NO_GPU}, {_NO_TREE}",
+        f"{_TEXT}, {_NO_GPU}",
     ),
     TargetFamily(("MuseGlimmerForCausalLM",), _WINDOWS, Shown.UNTRIED, _NO_GPU),
     TargetFamily(

@@ -60,6 +60,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         ".update_mamba_state_after_mtp_verify",
         ("last_correct_step_indices", "mamba_track_indices", "mamba_steps_to_track", "model"),
     ),
+    PrivateName("sglang.srt.runtime_context:mamba_track_grid", ("tree_page",)),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Backend.DISABLED"),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Phase.ALL"),
     PrivateName("sglang.srt.platforms:current_platform"),

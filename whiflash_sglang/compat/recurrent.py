@@ -4,6 +4,9 @@ The state goes on with every row, drafts included, so a verification only reads 
 of its rows; when it is known which are accepted, the last one's is committed (:func:`commit`), as SGLang's own workers
 do. SGLang verifies blocks of one width; rows here are packed.
 
+SGLang's tree keeps such a state for where a prefill or a request ended, or with its extra buffer for multiples of an
+interval: then a commit also copies the state behind the row that reached one.
+
 Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs, and on the CPU the gated delta rule of
 Qwen3-Next and Qwen3.5 (:mod:`whiflash_sglang.platform.gated_delta`), which has a matrix beside them.
 """
@@ -18,6 +21,7 @@ from sglang.srt.configs.lfm2_moe import Lfm2MoeConfig
 from sglang.srt.configs.lfm2_vl import Lfm2VlConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig
+from sglang.srt.runtime_context import mamba_track_grid
 
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.platform.recurrent_ops import Rows, packed_convolution
@@ -45,21 +49,44 @@ def install(model: Any) -> None:
             replace(sys.modules[name], VERIFY, lambda _: verify_packed)
 
 
-def commit(attention: Any, model: Any, accept_lens: torch.Tensor) -> None:
-    """After a verification: let the state behind each request's last accepted row be its state, if it has one.
+def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
+    """After a verification: let the state behind each request's last accepted row be its state, if it has one, and the
+    one that the tree is to have be kept beside it.
 
     Args:
-        attention: SGLang's attention backend, as it verified. accept_lens: [B] int, rows that were accepted, the bonus
-            token's row included.
+        attention: SGLang's attention backend, as it verified. batch: SGLang's, whose verification this was.
+        starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted, the bonus token's row included.
     """
     if not hasattr(attention, "linear_attn_backend"):
         return
+    every = tracks_every(batch)
     attention.update_mamba_state_after_mtp_verify(
         last_correct_step_indices=accept_lens.long() - 1,
-        mamba_track_indices=None,
-        mamba_steps_to_track=None,
+        mamba_track_indices=None if every is None else batch.mamba_track_indices,
+        mamba_steps_to_track=None if every is None else tracked_rows(starts, accept_lens, every),
         model=model,
     )
+
+
+def tracks_every(batch: Any) -> int | None:
+    """Of how many tokens' multiples the tree is to have the states of a verified `batch`; None: of none."""
+    if batch.mamba_track_indices is None:
+        return None
+    return int(mamba_track_grid(batch.tree_cache.page_size))
+
+
+def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) -> torch.Tensor:
+    """The row of each request behind which it has a multiple of `every` tokens, the last such among those accepted.
+
+    Args:
+        starts: [B] int, n per request. accept_lens: [B] int.
+
+    Returns:
+        [B] int64; -1 where no accepted row is one.
+    """
+    before = starts.long()
+    reached = (before + accept_lens) // every * every
+    return torch.where(reached > before, reached - before - 1, -1)
 
 
 def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, arch: str) -> torch.Tensor:

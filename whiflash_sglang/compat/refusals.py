@@ -217,12 +217,6 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{{}} keeps a recurrent state, which no GPU has committed after drafts; {_FULL_ATTENTION}",
     ),
     Refusal(
-        "recurrent_tree",
-        _architecture(lambda x: recurrent.has_state(x.model) and not x.args.disable_radix_cache),
-        "{} keeps a recurrent state, which SGLang's tree holds for the ends of prefills alone, where draft KV is not "
-        "known to be; give --disable-radix-cache",
-    ),
-    Refusal(
         "recurrent_sessions",
         _architecture(lambda x: recurrent.has_state(x.model) and x.args.enable_streaming_session),
         "{} keeps a recurrent state, which is not known to be that of a session's last kept token; remove "

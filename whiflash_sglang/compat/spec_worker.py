@@ -11,7 +11,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
 from whiflash_sglang.cache.backlog import Lengths
-from whiflash_sglang.compat import sampling
+from whiflash_sglang.compat import recurrent, sampling
 from whiflash_sglang.round.transfers import Download
 
 __all__ = [
@@ -133,6 +133,14 @@ class RoundBatch:
         return any(
             left <= len(tokens) or tokens[-1] in sampling.ending_ids(req)
             for req, left, tokens in zip(self.reqs, self.budgets, done.tokens, strict=True)
+        )
+
+    def any_tracked(self, batch: Any, done: "Done") -> bool:
+        """Whether `done` kept a state for the tree: the scheduler looks for that at the end of a step's last round."""
+        every = recurrent.tracks_every(batch)
+        return every is not None and any(
+            n // every != (n + len(tokens)) // every
+            for n, tokens in zip(self.lengths.most, done.tokens, strict=True)
         )
 
     def history(self, index: int, start: int) -> Sequence[int]:

@@ -232,12 +232,12 @@ class Target:
             self._outcome(len(block.input_ids), len(verify_lens)) if result.can_run_cuda_graph else None,
         )
 
-    def commit(self, accept_lens: torch.Tensor) -> None:
+    def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
         """After `verify`: what the target keeps of a request beside KV goes on behind its last accepted row.
 
-        accept_lens: [B] int, rows that were accepted of each request, the first included.
+        starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted of each, the first included.
         """
-        recurrent.commit(self.runner.attn_backend, self.model, accept_lens)
+        recurrent.commit(self.runner.attn_backend, self.model, batch, starts, accept_lens)
 
 
 def language_model(model: Any) -> Any:

@@ -49,7 +49,8 @@ class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
             states = states.where(goes_on[:, None, None, None], 0.0)
         mixed, behind = packed_convolution(mixed_qkv, layer.conv_weights, layer.bias, inputs, rows)
         q, k, v = activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
-        out, after = gated_delta_rule(
+        marks = _marks(metadata, forward_batch)
+        out, after, marked = gated_delta_rule(
             q.unflatten(-1, (-1, layer.head_q_dim)),
             k.unflatten(-1, (-1, layer.head_k_dim)),
             v.unflatten(-1, (-1, layer.head_v_dim)),
@@ -59,6 +60,7 @@ class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
             starts,
             rows,
             every=verifies,
+            marks=marks,
         )
         if verifies:
             cache.intermediate_conv_window[0][rows.owner, rows.step] = behind
@@ -66,7 +68,24 @@ class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
         else:
             cache.conv[0][slots] = behind[starts[1:] - 1].to(cache.conv[0].dtype)
             cache.temporal[slots] = after.to(states.dtype)
+        if marks is not None:
+            kept = marks > 0
+            beside = metadata.mamba_track_indices[kept]
+            cache.conv[0][beside] = behind[(starts[:-1] + marks - 1)[kept]].to(cache.conv[0].dtype)
+            cache.temporal[beside] = marked[kept].to(states.dtype)
         return out[None]
+
+
+def _marks(metadata: Any, forward_batch: Any) -> torch.Tensor | None:
+    """[B] int64: of how many of its rows each request's state is kept for the tree too, 0 for none; None where nobody's
+    is. Of a verification the commit keeps them.
+    """
+    if not metadata.has_mamba_track_mask or forward_batch.forward_mode.is_target_verify():
+        return None
+    mask = forward_batch.mamba_track_mask
+    if forward_batch.forward_mode.is_decode():
+        return mask.long()
+    return forward_batch.mamba_track_aligned_lens().long().where(mask, 0)
 
 
 def fused_qkvzba_split_reshape_cat(

@@ -63,17 +63,20 @@ def gated_delta_rule(
     rows: Rows,
     *,
     every: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    marks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``S ← e^decay · S``, ``S ← S + beta · (v - S k) kᵀ``, ``o = S q / √K``, row by row, all requests at once; queries
     and keys are divided by their lengths. As transformers' `torch_recurrent_gated_delta_rule` (arXiv 2412.06464).
 
     Args:
         query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay, beta: [T, H] fp32. states: [B, H, V, K].
         starts: [B + 1] int64, where requests' rows begin. every: keep the state behind every row.
+        marks: [B] int64, of how many rows of each request the state is kept too.
 
     Returns:
         [T, H, V] in value's dtype, and in fp32 the states behind the last rows [B, H, V, K], or with `every` behind all
-        [B, S, H, V, K], S of the longest request.
+        [B, S, H, V, K], S of the longest request, and those behind as many rows as `marks` says [B, H, V, K], which are
+        `states` for none.
     """
     lengths = starts.diff()
     longest, repeats = int(lengths.max()), value.shape[1] // key.shape[1]
@@ -85,6 +88,7 @@ def gated_delta_rule(
     v, kept = value.float()[place], decay.exp()[place].where(present, 1.0)
     learned = beta[place].where(present, 0.0)
     state, outputs, behind = states.float(), [], []
+    marked = state
     for i in range(longest):
         state = state * kept[:, i, :, None, None]
         error = v[:, i] - torch.einsum("bhvk,bhk->bhv", state, k[:, i])
@@ -92,8 +96,10 @@ def gated_delta_rule(
         outputs.append(torch.einsum("bhvk,bhk->bhv", state, q[:, i]))
         if every:
             behind.append(state)
+        if marks is not None:
+            marked = state.where((marks == i + 1)[:, None, None, None], marked)
     out = torch.stack(outputs, 1)[rows.owner, rows.step] * key.shape[-1] ** -0.5
-    return out.to(value.dtype), torch.stack(behind, 1) if every else state
+    return out.to(value.dtype), torch.stack(behind, 1) if every else state, marked
 
 
 def _normalized(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,202 @@
+"""Targets with a recurrent state and a radix cache: a request goes on from a state that the tree kept of another one.
+
+SGLang's tree keeps states for where prefills and requests end, and with its extra buffer for multiples of an interval,
+so of the row in the middle of a verification that reached one. A wrong state need not change a tiny model's text, so
+every state in the tree is compared with one pass over its text.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import Engine, engine
+from families import FAMILIES, HuggingFace, tiny_family
+from oracle_arm import OracleArm
+from reference import Comparison
+from tiny_models import tiny_dflash, tiny_eagle3
+from traffic import Arrival, mixed, play
+
+EVERY = 8
+"""Tokens of an interval."""
+INTERVALS = {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": EVERY}
+POLICIES = ("ar", "diffusion", "lookup", "entropy", "auto", "none")
+CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "convolutions": ("Lfm2ForCausalLM", {}),
+    "delta rule": ("Qwen3_5ForCausalLM", {}),
+    "delta rule, intervals": ("Qwen3_5ForCausalLM", INTERVALS),
+}
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine with a tree that routes at random, and three turns of conversations with what plain decoding without a
+    tree answers."""
+
+    model: HuggingFace
+    engine: Engine
+    oracle: OracleArm
+    turns: Sequence[Sequence[Arrival]]
+    expected: Mapping[str, list[int]]
+    every: int | None
+
+
+@contextmanager
+def serving(case: str, root: Path, **options: Any) -> Iterator[Served]:
+    name, strategy = CASES[case]
+    family = FAMILIES[name]
+    model = tiny_family(
+        root / "target", replace(family, changes={**family.changes, "mamba_chunk_size": EVERY})
+    )
+    eagle3, dflash = (
+        tiny_eagle3(root / "eagle3", root / "target"),
+        tiny_dflash(root / "dflash", root / "target"),
+    )
+    with engine(root / "target", disable_radix_cache=True) as e:
+        turns, expected = conversations(e)
+    oracle = OracleArm(0.95, seed=3)
+    for a in (a for turn in turns for a in turn):
+        oracle.learn(a.prompt, expected[a.rid])
+    flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
+    options = {"max_running_requests": 4, "max_mamba_cache_size": 64, **strategy, **options}
+    with engine(root / "target", whiflash=flags, arms=[oracle], **options) as e:
+        assert e.scheduler.tree_cache.supports_mamba()
+        yield Served(model, e, oracle, turns, expected, EVERY if strategy else None)
+
+
+def conversations(e: Engine) -> tuple[list[list[Arrival]], dict[str, list[int]]]:
+    """First turns, some of which share a prefix or go on where another one's prompt ends; each later turn continues one
+    before it, of a part of them its first tokens only."""
+    first = mixed(seed=11, count=8, shared=40, stops=0.2, tokens=36)
+    longer = [
+        replace(a, rid=f"longer-{a.rid}", step=a.step + 9, prompt=(*a.prompt, 7, 7, 7)) for a in first[::3]
+    ]
+    turns, expected = [[*first, *longer]], {}
+    for number in (2, 3):
+        expected |= play(e, turns[-1])
+        turns.append(
+            [
+                replace(
+                    a,
+                    rid=f"turn{number}-{a.rid}",
+                    prompt=(*a.prompt, *expected[a.rid][: None if i % 4 else 5], *b"and then"),
+                )
+                for i, a in enumerate(turns[-1])
+            ]
+        )
+    expected |= play(e, turns[-1])
+    return turns, expected
+
+
+def nodes(e: Engine) -> Iterator[tuple[list[int], int | None]]:
+    """Of each node of the tree: the tokens up to its end, and the slot of the state that it has, if any."""
+    from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
+    open_ = [(e.scheduler.tree_cache.tree_core.root_node, [])]
+    while open_:
+        node, before = open_.pop()
+        tokens = [*before, *node.key.token_ids] if node.key is not None else before
+        state = node.component_data[ComponentType.MAMBA].value
+        yield tokens, None if state is None else int(state)
+        open_ += [(child, tokens) for child in node.children.values()]
+
+
+def check_states(s: Served) -> int:
+    """Every state in the tree is that of one pass over its text; returns how many there are."""
+    states = s.engine.scheduler.req_to_token_pool.mamba_pool.mamba_cache
+    count = 0
+    for tokens, slot in nodes(s.engine):
+        if slot is None:
+            continue
+        count += 1
+        assert s.every is None or len(tokens) % s.every == 0
+        for layer, (inputs, matrix) in enumerate(s.model.states(tokens)):
+            found = states.conv[0][layer, slot]
+            what = f"layer {layer}, {len(tokens)} tokens {tokens[-4:]}"
+            close(found, inputs[:, -found.shape[1] :], f"inputs of {what}")
+            if matrix is not None:
+                close(states.temporal[layer, slot], matrix.transpose(1, 2), f"matrix of {what}")
+    return count
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    error, limit = float((found - wanted).abs().max()), TOLERANCE * float(wanted.abs().max())
+    assert error <= limit, f"{what}: off by {error:.2e} (limit {limit:.2e})"
+
+
+def turn(s: Served, arrivals: Sequence[Arrival], mark: str = "") -> None:
+    """Play `arrivals` and compare what they bring with plain decoding, states with one pass, now and then while they
+    run."""
+    e, comparison = s.engine, Comparison(s.model)
+    named = [replace(a, rid=f"{mark}{a.rid}") for a in arrivals]
+
+    def look() -> None:
+        if e.scheduler.forward_ct % 16 == 0:
+            check_states(s)
+
+    found = play(e, named, look)
+    for a, b in zip(arrivals, named, strict=True):
+        whole = s.expected[a.rid]
+        if a.abort_after is not None:
+            whole = whole[: len(found[b.rid])]
+        comparison.check(a.prompt, whole, found[b.rid], b.rid)
+    print(comparison.summary())
+
+
+def kept_of(s: Served, rid: str) -> int:
+    """Tokens of an ended request whose state the tree must have: those with KV, as far as an interval goes."""
+    req = s.engine.requests[rid]
+    n = len(req.origin_input_ids) + len(req.output_ids) - 1
+    return n if s.every is None else n // s.every * s.every
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_turns_go_on_from_kept_states(case: str, tmp_path: Path) -> None:
+    """Under random routing, then under every policy; each turn that continues another one finds its state."""
+    with serving(case, tmp_path) as s:
+        e = s.engine
+        for number, arrivals in enumerate(s.turns):
+            turn(s, arrivals)
+            for i, a in enumerate(arrivals if number else []):
+                before = a.rid.removeprefix(f"turn{number + 1}-")
+                cached = e.requests[a.rid].cached_tokens
+                if i % 4:
+                    assert cached >= kept_of(s, before), a.rid
+        assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
+        assert s.oracle.rejected > 0, "nothing was rejected"
+        assert check_states(s) > 20
+        for policy in POLICIES:
+            e.start_over(policy)
+            for arrivals in s.turns:
+                turn(s, arrivals[1:3], f"{policy} ")
+            hits = [e.requests[f"{policy} {a.rid}"].cached_tokens for a in s.turns[2][1:3]]
+            assert min(hits) > 30
+
+
+@pytest.mark.parametrize("case", ["delta rule", "delta rule, intervals"])
+def test_few_states_chunks_aborts_and_retractions(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers import scheduler
+
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 7)
+    few = {"max_mamba_cache_size": 20, "chunked_prefill_size": 16, "max_total_tokens": 640}
+    with serving(case, tmp_path, **few) as s:
+        hits = 0
+        for arrivals in s.turns:
+            leaving = [replace(a, abort_after=5) if i % 5 == 4 else a for i, a in enumerate(arrivals)]
+            turn(s, leaving)
+            hits += sum(s.engine.requests[a.rid].cached_tokens for a in arrivals)
+        assert hits > 0
+        assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
+        assert check_states(s) > 3
