@@ -75,7 +75,7 @@ def tiny_target(
         "pad_token_id": 256,
     }
     _save(path, config, tensors, dtype)
-    _save_tokenizer(path)
+    save_tokenizer(path)
     return path
 
 
@@ -240,7 +240,7 @@ def _save(path: Path, config: dict[str, object], tensors: dict[str, torch.Tensor
     (path / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _save_tokenizer(path: Path) -> None:
+def save_tokenizer(path: Path) -> None:
     """A byte-level tokenizer: 256 bytes, no merges, then the special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

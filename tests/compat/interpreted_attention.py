@@ -47,6 +47,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
 from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from transformers import PretrainedConfig
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets, spare_slots
@@ -58,6 +59,10 @@ CONFIGURED = 17
 REQUESTS = 4
 CONTEXT = 64
 STARTS, ROWS = [5, 2, 9], [2, 0, 3]
+FULL_ATTENTION = SimpleNamespace(
+    hf_config=PretrainedConfig(), is_draft_model=False, linear_attn_registry_result=None
+)
+"""SGLang's configuration of a target, as far as it says what its layers are."""
 WIDTHS = {"uniform": [3, 3, 3], "ragged": [3, 1, 5], "alone": [4], "plain": [1, 1, 1]}
 
 
@@ -329,7 +334,9 @@ def graphs_of(buckets: list[int], attention: str = "other") -> Any:
         capture_num_tokens=buckets,
         device="cpu",
         model_runner=SimpleNamespace(
-            prefill_attention_backend_str=attention, decode_attention_backend_str=attention
+            prefill_attention_backend_str=attention,
+            decode_attention_backend_str=attention,
+            model_config=FULL_ATTENTION,
         ),
         _captured_ragged_layouts={},
     )

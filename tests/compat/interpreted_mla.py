@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-from interpreted_attention import CONFIGURED, CONTEXT, REQUESTS, WIDTHS, Verification, graphs_of
+from interpreted_attention import (
+    CONFIGURED,
+    CONTEXT,
+    FULL_ATTENTION,
+    REQUESTS,
+    WIDTHS,
+    Verification,
+    graphs_of,
+)
 from sglang.srt.layers.attention import flashinfer_mla_backend, trtllm_mla_backend
 from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 
@@ -29,7 +37,11 @@ SIZE = LATENT + ROPE
 LAYER = SimpleNamespace(
     tp_q_head_num=HEADS, tp_k_head_num=1, head_dim=SIZE, v_head_dim=LATENT, layer_id=0, scaling=SIZE**-0.5
 )
-RUNNER = SimpleNamespace(prefill_attention_backend_str="fa4", decode_attention_backend_str="trtllm_mla")
+RUNNER = SimpleNamespace(
+    prefill_attention_backend_str="fa4",
+    decode_attention_backend_str="trtllm_mla",
+    model_config=FULL_ATTENTION,
+)
 
 
 class Mla(TRTLLMMLABackend):  # type: ignore[misc]

@@ -44,7 +44,7 @@ def test_rounds_are_what_decoding_one_by_one_gives(
     # Behind each slot of a request the one where its state is kept for the tree.
     states = torch.cat([alone, torch.zeros_like(alone)])[None]
     lengths, kept = [0] * SLOTS, torch.zeros_like(alone)
-    windows = torch.zeros(1, 4, STEPS, WIDTH, TAPS - 1, dtype=kept_in)
+    windows = torch.zeros(1, 5, STEPS, WIDTH, TAPS - 1, dtype=kept_in)
     nothing = torch.zeros(1, 2 * SLOTS, 0)
     caches = SimpleNamespace(
         conv=[states], intermediate_conv_window=[windows], temporal=nothing, intermediate_ssm=None
@@ -52,7 +52,7 @@ def test_rounds_are_what_decoding_one_by_one_gives(
     cache = SimpleNamespace(conv=[states[0]], intermediate_conv_window=[windows[0]])
     for _ in range(12):
         requests = rng.randint(1, 4)
-        slots = torch.tensor(rng.sample(range(SLOTS), requests))
+        slots = torch.tensor(rng.sample(range(1, SLOTS), requests))
         widths = [rng.randint(1, STEPS) for _ in range(requests)]
         accepted = [rng.randint(1, width) for width in widths]
         starts = torch.tensor([0, *widths], dtype=torch.int32).cumsum(0)

@@ -121,15 +121,17 @@ def test_targets(taken: Launch, tmp_path: Path, row: str) -> None:
 
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_what_takes_images_too_is_still_recurrent(taken: Launch, tmp_path: Path, architecture: str) -> None:
+    """Of a kind whose state is committed or not: a session's is refused."""
     kind = {"architectures": [architecture], "model_type": RECURRENT[architecture]}
     model = target(tmp_path / "model", {"torch_dtype": "bfloat16"}, text_alone=True, **kind)
-    assert f"{architecture} keeps a recurrent state" in sentence(replace(taken, model=model))
+    sessions = with_arguments(taken, enable_streaming_session=True)
+    assert f"{architecture} keeps a recurrent state" in sentence(replace(sessions, model=model))
 
 
 @pytest.mark.parametrize(
     ("model_type", "architecture"), [("lfm2", "Lfm2ForCausalLM"), ("qwen3_next", "Qwen3NextForCausalLM")]
 )
-def test_known_states_are_committed_on_the_cpu(
+def test_known_states_are_committed(
     taken: Launch, tmp_path: Path, model_type: str, architecture: str
 ) -> None:
     kind = {"architectures": [architecture], "model_type": model_type, "full_attn_idxs": [1, 3]}
@@ -138,7 +140,7 @@ def test_known_states_are_committed_on_the_cpu(
     sessions = with_arguments(taken, enable_streaming_session=True)
     assert "remove --enable-streaming-session" in sentence(replace(sessions, model=model))
     on_gpu = with_arguments(on_cuda(taken), attention_backend="triton")
-    assert "which no GPU has committed after drafts" in sentence(replace(on_gpu, model=model))
+    assert refusal_of(replace(on_gpu, model=model)) is None
 
 
 def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:
@@ -224,6 +226,10 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "enable_unified_memory": (True, "--enable-unified-memory"),
     "enable_page_major_kv_layout": (True, "--enable-page-major-kv-layout"),
     "enable_memory_saver": (True, "--enable-memory-saver"),
+    "enable_linear_replayssm": (True, "--enable-linear-replayssm "),
+    "enable_linear_replayssm_spec": (True, "--enable-linear-replayssm-spec "),
+    "enable_int8_mamba_checkpoint": (True, "--enable-int8-mamba-checkpoint"),
+    "mamba_radix_cache_strategy": ("extra_buffer_lazy", "extra_buffer_lazy .* use extra_buffer"),
     "radix_cache_backend": ("mine", "--radix-cache-backend mine"),
     "lora": (True, "--lora-paths"),
     "enable_watermark": (True, "--enable-watermark"),
@@ -314,7 +320,7 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
     assert named in sentence(replace(with_arguments(taken, **theirs), **ours))
 
 
-APART = {"windows", "one_file", "recurrent_cuda", "recurrent_sessions"}
+APART = {"windows", "one_file", "recurrent_sessions"}
 """Rows with tests of their own."""
 
 

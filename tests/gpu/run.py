@@ -74,6 +74,13 @@ def overlap(attention: str, rehearsed: bool) -> Part:
     return replace(part, name=f"overlap-{attention}", shows=shows, command=(*part.command, "--overlap"))
 
 
+def family(name: str, architecture: str, kind: str) -> Part:
+    shows = f"the same with triton and a tiny random target with {kind}"
+    part = serving("triton", rehearsed=True)
+    command = (*part.command, "--family", architecture)
+    return replace(part, name=f"target-{name}", shows=shows, command=command, serves=False)
+
+
 def speed(concurrency: int, rehearsed: bool) -> Part:
     shows = f"tokens a second beside plain decoding, EAGLE3 and DFLASH, {concurrency} at a time"
     scale = ("--concurrency", str(concurrency))
@@ -112,6 +119,9 @@ PARTS: tuple[Part, ...] = (
         for attention in ("triton", "fa3", "fa4", "flashinfer", "trtllm_mha")
     ),
     *(overlap(attention, attention == "triton") for attention in ("triton", "fa3", "flashinfer")),
+    family("convolutions", "Lfm2ForCausalLM", "short convolutions (LFM2)"),
+    family("delta-rule", "Qwen3_5ForCausalLM", "the gated delta rule (Qwen3.5), states kept at intervals"),
+    family("mrope", "Qwen2_5_VLForConditionalGeneration", "M-RoPE (Qwen2.5-VL), served for text"),
     Part(
         "shaped",
         "rounds of an 8B-shaped target, random weights and acceptance set to what another pair had, end",

@@ -1,10 +1,14 @@
 """What the parts serve: the user's pair, the embedded one, or tiny random models where neither is within reach."""
 
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "targets"))
 
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
@@ -13,12 +17,18 @@ MANIFEST = '{"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "e
 
 @dataclass(frozen=True)
 class Served:
-    """name: as it stands in records. target, bundle: directories. dtype: of the target, as SGLang's flag."""
+    """name: as it stands in records. target, bundle: directories. dtype: of the target, as SGLang's flag.
+
+    model: the same weights in Hugging Face's class (`families.py`), where the target is no Llama; it has no tokenizer.
+    options: that its engines need.
+    """
 
     name: str
     target: Path
     bundle: Path
     dtype: str
+    model: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def find(cls, model_path: str | None, bundle: str | None, scratch: Path, *, rehearse: bool) -> "Served":
@@ -44,8 +54,31 @@ class Served:
     @classmethod
     def tiny(cls, name: str, root: Path, dtype: str) -> "Served":
         """Random models, written to `root`."""
-        target, bundle = tiny_target(root / "target", dtype=dtype), root / "bundle"
-        tiny_eagle3(bundle / "eagle3", target)
-        tiny_dflash(bundle / "dflash", target)
-        (bundle / "whiflash.json").write_text(MANIFEST)
-        return cls(name, target, bundle, dtype)
+        target = tiny_target(root / "target", dtype=dtype)
+        return cls(name, target, tiny_bundle(root / "bundle", target), dtype)
+
+    @classmethod
+    def family(cls, architecture: str, root: Path, dtype: str) -> "Served":
+        """A random model of a family of targets, written to `root`; what it keeps beside KV goes into the tree."""
+        from families import FAMILIES, tiny_family
+
+        target = root / "target"
+        model = tiny_family(target, FAMILIES[architecture])
+        bundle = tiny_bundle(root / "bundle", target)
+        os.environ["SGLANG_MAMBA_CONV_DTYPE"] = dtype  # as KV, so that chunks of a prompt change nothing
+        return cls(f"a tiny {architecture}", target, bundle, dtype, model, KEEPING.get(architecture, {}))
+
+
+KEEPING = {
+    architecture: {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": 64}
+    for architecture in ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM")
+}
+"""Families of which SGLang's tree keeps states at intervals."""
+
+
+def tiny_bundle(directory: Path, target: Path) -> Path:
+    """Random drafters for `target` and their manifest."""
+    tiny_eagle3(directory / "eagle3", target)
+    tiny_dflash(directory / "dflash", target)
+    (directory / "whiflash.json").write_text(MANIFEST)
+    return directory

@@ -1,5 +1,6 @@
 """One attention backend, served with: `python tests/gpu/serving.py --attention triton --out figures.json`.
 
+`--family` serves a tiny random model of one family of targets (`tests/targets/families.py`) in place of a pair.
 `--overlap` serves in SGLang's overlap loop, as a server on CUDA does by default; without it a result is processed
 before the next round is planned.
 
@@ -11,6 +12,7 @@ which operators a round is made of. Greedy answers are judged as everywhere (`wh
 import argparse
 import contextlib
 import os
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -55,7 +57,7 @@ class Case:
     ) -> None:
         self.served, self.attention, self.device, self.scale = served, attention, device, scale
         self.overlap = overlap
-        self.prompts = tokenised(served.target, scale)
+        self.prompts = drawn(scale) if served.model else tokenised(served.target, scale)
 
     @property
     def captured(self) -> bool:
@@ -74,6 +76,7 @@ class Case:
             "device": self.device,
             "dtype": self.served.dtype,
             "max_running_requests": self.scale.running,
+            **self.served.options,
         }
         if self.device == "cuda":
             # Sized by SGLang, and small enough for what another engine of this process may not have returned.
@@ -117,6 +120,14 @@ def tokenised(target: Path, scale: Scale) -> list[list[int]]:
     return [tokenizer(text).input_ids[: scale.context] for text in texts]
 
 
+def drawn(scale: Scale) -> list[list[int]]:
+    """Random bytes, half of each prompt the one's before it."""
+    rng, prompts = random.Random(scale.prompts), [[0]]
+    for _ in range(scale.prompts):
+        prompts.append([*prompts[-1][: scale.context // 2], *rng.choices(range(256), k=scale.context // 2)])
+    return prompts[1:]
+
+
 def greedy(case: Case, e: Any, figures: dict[str, Any]) -> list[list[int]]:
     """Answers with every arm in turn. Raises AssertionError where no round was drafted or, if expected, replayed."""
     with watching(e.worker) as rounds:
@@ -150,6 +161,9 @@ def equality(case: Case, ours: Sequence[Sequence[int]], figures: dict[str, Any])
 def best_logit(served: Served, tokens: Sequence[int]) -> float:
     """The largest logit behind `tokens`, from a forward of the same weights on the CPU."""
     import torch
+
+    if served.model:
+        return float(served.model.logits(tokens).max())
 
     from whiflash_sglang.models.target import TargetModel, causal_attention
 
@@ -232,13 +246,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model-path")
     parser.add_argument("--bundle")
+    parser.add_argument("--family")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)
     rehearse = chosen.device == "cpu"
     if rehearse:
         os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
     with tempfile.TemporaryDirectory() as scratch:
-        served = Served.find(chosen.model_path, chosen.bundle, Path(scratch), rehearse=rehearse)
+        if chosen.family:
+            served = Served.family(chosen.family, Path(scratch), "float32" if rehearse else "bfloat16")
+        else:
+            served = Served.find(chosen.model_path, chosen.bundle, Path(scratch), rehearse=rehearse)
         scale = REHEARSAL if rehearse else CARD
         case = Case(served, chosen.attention, chosen.device, scale, overlap=chosen.overlap)
         described = {"served": served.name, "dtype": served.dtype, "attention": chosen.attention}

@@ -44,6 +44,19 @@ def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytes
     assert not found["checks"]["waits"]["waits"]
 
 
+@pytest.mark.parametrize("part", [part for part in run.PARTS if part.name.startswith("target-")])
+def test_families_of_targets_are_served(
+    part: run.Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")  # restored, where the part sets it itself
+    family = part.command[part.command.index("--family") :]
+    status, found = rehearse(tmp_path / "out.json", monkeypatch, *family)
+    assert status == 0, found
+    assert found["checks"].keys() == set(CHECKS)
+    assert found["served"] == f"a tiny {family[1]}"
+    assert found["checks"]["waits"]["watched"] > 0
+
+
 def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from whiflash_sglang.round.verification import VerifyStage
 

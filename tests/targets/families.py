@@ -277,9 +277,14 @@ class HuggingFace:
         ]
 
     @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[V], of the token after `tokens`."""
+        found: torch.Tensor = self.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        return found
+
     def lead(self, tokens: Sequence[int], first: int, second: int) -> float:
         """How far the logit of `first` is ahead of that of `second` after `tokens`."""
-        logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        logits = self.logits(tokens)
         return float(logits[first] - logits[second])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engine import Engine, engine
-from families import FAMILIES, HuggingFace, tiny_family
+from families import FAMILIES, Family, HuggingFace, tiny_family
 from oracle_arm import OracleArm
 from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
@@ -23,6 +23,8 @@ from traffic import Arrival, mixed, play
 EVERY = 8
 """Tokens of an interval."""
 INTERVALS = {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": EVERY}
+POOL = {"max_mamba_cache_size": 64}
+"""States, of requests and in the tree."""
 POLICIES = ("ar", "diffusion", "lookup", "entropy", "auto", "none")
 CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "convolutions": ("Lfm2ForCausalLM", {}),
@@ -50,25 +52,25 @@ class Served:
     every: int | None
 
 
+def with_chunks(family: Family, strategy: Mapping[str, Any]) -> Family:
+    """SGLang tracks no interval finer than what the family's configuration has for the size of a kernel's chunk."""
+    return replace(family, changes={**family.changes, "mamba_chunk_size": EVERY}) if strategy else family
+
+
 @contextmanager
 def serving(case: str, root: Path, **options: Any) -> Iterator[Served]:
     name, strategy = CASES[case]
-    family = FAMILIES[name]
-    model = tiny_family(
-        root / "target", replace(family, changes={**family.changes, "mamba_chunk_size": EVERY})
-    )
-    eagle3, dflash = (
-        tiny_eagle3(root / "eagle3", root / "target"),
-        tiny_dflash(root / "dflash", root / "target"),
-    )
-    with engine(root / "target", disable_radix_cache=True) as e:
+    target = root / "target"
+    model = tiny_family(target, with_chunks(FAMILIES[name], strategy))
+    eagle3, dflash = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
+    with engine(target, disable_radix_cache=True) as e:
         turns, expected = conversations(e)
     oracle = OracleArm(0.95, seed=3)
     for a in (a for turn in turns for a in turn):
         oracle.learn(a.prompt, expected[a.rid])
     flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
-    options = {"max_running_requests": 4, "max_mamba_cache_size": 64, **strategy, **options}
-    with engine(root / "target", whiflash=flags, arms=[oracle], **options) as e:
+    options = {"max_running_requests": 4, **POOL, **strategy, **options}
+    with engine(target, whiflash=flags, arms=[oracle], **options) as e:
         assert e.scheduler.tree_cache.supports_mamba()
         yield Served(model, e, oracle, turns, expected, EVERY if strategy else None)
 
@@ -97,35 +99,40 @@ def conversations(e: Engine) -> tuple[list[list[Arrival]], dict[str, list[int]]]
     return turns, expected
 
 
-def nodes(e: Engine) -> Iterator[tuple[list[int], int | None]]:
-    """Of each node of the tree: the tokens up to its end, and the slot of the state that it has, if any."""
+def kept_states(e: Engine) -> dict[int, list[int]]:
+    """The slot of every state in the tree, and the tokens that it is behind."""
+    from array import array
+
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-    open_ = [(e.scheduler.tree_cache.tree_core.root_node, [])]
-    while open_:
-        node, before = open_.pop()
-        tokens = [*before, *node.key.token_ids] if node.key is not None else before
-        state = node.component_data[ComponentType.MAMBA].value
-        yield tokens, None if state is None else int(state)
-        open_ += [(child, tokens) for child in node.children.values()]
+    tree, found = e.scheduler.tree_cache, {}
+    for req in e.requests.values():
+        tokens = [*req.origin_input_ids, *req.output_ids]
+        while tokens:
+            match = tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens))))
+            tokens = tokens[: match.device_prefix_len]
+            if tokens:
+                state = tree.tree_core.get_component_device_value(match.best_match_node, ComponentType.MAMBA)
+                found[int(state)] = tokens
+                tokens = tokens[:-1]
+    assert len(found) == tree.mamba_evictable_size() + tree.mamba_protected_size(), "states of unknown texts"
+    return found
 
 
-def check_states(s: Served) -> int:
+def check_states(e: Engine, model: HuggingFace) -> int:
     """Every state in the tree is that of one pass over its text; returns how many there are."""
-    states = s.engine.scheduler.req_to_token_pool.mamba_pool.mamba_cache
-    count = 0
-    for tokens, slot in nodes(s.engine):
-        if slot is None:
-            continue
-        count += 1
-        assert s.every is None or len(tokens) % s.every == 0
-        for layer, (inputs, matrix) in enumerate(s.model.states(tokens)):
+    states = e.scheduler.req_to_token_pool.mamba_pool.mamba_cache
+    kept = kept_states(e)
+    for slot, tokens in kept.items():
+        for layer, (inputs, matrix) in enumerate(model.states(tokens)):
             found = states.conv[0][layer, slot]
             what = f"layer {layer}, {len(tokens)} tokens {tokens[-4:]}"
             close(found, inputs[:, -found.shape[1] :], f"inputs of {what}")
             if matrix is not None:
                 close(states.temporal[layer, slot], matrix.transpose(1, 2), f"matrix of {what}")
-    return count
+    return len(kept)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
@@ -141,7 +148,7 @@ def turn(s: Served, arrivals: Sequence[Arrival], mark: str = "") -> None:
 
     def look() -> None:
         if e.scheduler.forward_ct % 16 == 0:
-            check_states(s)
+            check_states(e, s.model)
 
     found = play(e, named, look)
     for a, b in zip(arrivals, named, strict=True):
@@ -173,13 +180,26 @@ def test_turns_go_on_from_kept_states(case: str, tmp_path: Path) -> None:
                     assert cached >= kept_of(s, before), a.rid
         assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
         assert s.oracle.rejected > 0, "nothing was rejected"
-        assert check_states(s) > 20
+        assert check_states(e, s.model) > 20
         for policy in POLICIES:
             e.start_over(policy)
             for arrivals in s.turns:
                 turn(s, arrivals[1:3], f"{policy} ")
             hits = [e.requests[f"{policy} {a.rid}"].cached_tokens for a in s.turns[2][1:3]]
             assert min(hits) > 30
+
+
+def test_plain_decoding_keeps_states_at_intervals(tmp_path: Path) -> None:
+    """SGLang's own, on the CPU platform."""
+    name, strategy = CASES["delta rule, intervals"]
+    model = tiny_family(tmp_path, with_chunks(FAMILIES[name], strategy))
+    with engine(tmp_path, max_running_requests=4, **POOL, **strategy) as e:
+        first = [replace(a, params={"max_new_tokens": 30}) for a in mixed(seed=12, count=4)]
+        said = play(e, first)
+        second = [replace(a, rid=f"turn2-{a.rid}", prompt=(*a.prompt, *said[a.rid])) for a in first]
+        play(e, second)
+        assert min(e.requests[a.rid].cached_tokens for a in second) >= 24
+        assert check_states(e, model) > 4
 
 
 @pytest.mark.parametrize("case", ["delta rule", "delta rule, intervals"])
@@ -199,4 +219,4 @@ def test_few_states_chunks_aborts_and_retractions(
             hits += sum(s.engine.requests[a.rid].cached_tokens for a in arrivals)
         assert hits > 0
         assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
-        assert check_states(s) > 3
+        assert check_states(s.engine, s.model) > 3

@@ -104,7 +104,7 @@ FAMILIES: tuple[TargetFamily, ...] = (
         ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Lfm2VlForConditionalGeneration"),
         "short convolutions",
         Shown.CPU,
-        f"{_TEXT}, {_NO_GPU}",
+        _TEXT,
     ),
     TargetFamily(
         (
@@ -115,13 +115,17 @@ FAMILIES: tuple[TargetFamily, ...] = (
         ),
         "gated delta rule",
         Shown.CPU,
-        f"{_TEXT}, {_NO_GPU}",
+        _TEXT,
     ),
     TargetFamily(
-        ("Qwen3_5MoeForConditionalGeneration",),
-        f"{_MOE}, gated delta rule",
+        (
+            "Qwen3_5MoeForConditionalGeneration",
+            "MiniCPMV4_6ForConditionalGeneration",
+            "MiniCPMV4_7ForConditionalGeneration",
+        ),
+        f"gated delta rule, {_IMAGES}",
         Shown.UNTRIED,
-        f"{_TEXT}, {_NO_GPU}",
+        _TEXT,
     ),
     TargetFamily(("MuseGlimmerForCausalLM",), _WINDOWS, Shown.UNTRIED, _NO_GPU),
     TargetFamily(
@@ -165,8 +169,6 @@ FAMILIES: tuple[TargetFamily, ...] = (
             "InternS2PreviewForConditionalGeneration",
             "KimiK3ForConditionalGeneration",
             "MiniCPMV",
-            "MiniCPMV4_6ForConditionalGeneration",
-            "MiniCPMV4_7ForConditionalGeneration",
             "NemotronH_Nano_Omni_Reasoning_V3",
             "NemotronH_Nano_VL_V2",
             "NemotronH_Omni_Reasoning_V3",

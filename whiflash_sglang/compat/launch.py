@@ -11,6 +11,8 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_platform, get_spec
 
+from whiflash_sglang.compat import recurrent
+
 GRAPH_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
 """What plans a verification of several widths rightly both eagerly and for a captured graph (shown on CPU tensors; no
 GPU has run any of them): `triton` is :class:`whiflash_sglang.compat.triton_backend.RaggedTritonBackend`."""
@@ -66,9 +68,13 @@ def rows_counted(runner: Any, widest: int) -> int:
 
     TRT-LLM's MLA ends the keys of every request as many positions behind its context as the server's widest block has,
     and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
+    Where layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor those that take what a
+    batch leaves of it.
     """
     names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
-    return int(get_spec().speculative_num_draft_tokens) if names & PADDED_ATTENTIONS else widest
+    if names & PADDED_ATTENTIONS or recurrent.has_state(runner.model_config):
+        return int(get_spec().speculative_num_draft_tokens)
+    return widest
 
 
 def choose(server_args: Any) -> None:

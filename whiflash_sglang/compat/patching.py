@@ -61,6 +61,28 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         ("last_correct_step_indices", "mamba_track_indices", "mamba_steps_to_track", "model"),
     ),
     PrivateName("sglang.srt.runtime_context:mamba_track_grid", ("tree_page",)),
+    PrivateName(
+        "sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent:fused_sigmoid_gating_delta_rule_update",
+        (
+            "A_log",
+            "cu_seqlens",
+            "disable_state_update",
+            "intermediate_states_buffer",
+            "initial_state_indices",
+        ),
+    ),
+    PrivateName(
+        "sglang.srt.layers.attention.hybrid_linear_attn_backend:MambaAttnBackendBase.init_cuda_graph_state",
+        ("max_bs", "max_num_tokens"),
+    ),
+    PrivateName(
+        "sglang.srt.layers.attention.linear.gdn_backend:GDNAttnBackend.forward_extend",
+        ("layer", "forward_batch"),
+    ),
+    PrivateName("sglang.srt.layers.attention.linear.gdn_backend:GDNAttnBackend", ("model_runner",)),
+    PrivateName(
+        "sglang.srt.layers.attention.linear.short_conv_backend:ShortConvAttnBackend", ("model_runner",)
+    ),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Backend.DISABLED"),
     PrivateName("sglang.srt.model_executor.cuda_graph_config:Phase.ALL"),
     PrivateName("sglang.srt.platforms:current_platform"),
@@ -331,8 +353,11 @@ HEAVY = (
     _MESSAGES,
     "sglang.launch_server",
     "sglang.srt.models.registry",
+    "sglang.kernels.ops.attention.linear.",
+    "sglang.srt.layers.attention.linear.",
 )
-"""Modules that only a launcher needs: checked by `whiflash check` and the tests, not at every start."""
+"""Modules that only a launcher needs, or a server of recurrent targets: checked by `whiflash check` and the tests, not
+at every start."""
 
 
 @dataclass(frozen=True, slots=True)

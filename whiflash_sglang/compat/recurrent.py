@@ -24,7 +24,7 @@ from sglang.srt.configs.qwen3_next import Qwen3NextConfig
 from sglang.srt.runtime_context import mamba_track_grid
 
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.platform.recurrent_ops import Rows, packed_convolution
+from whiflash_sglang.platform.recurrent_ops import Rows, packed_verification
 
 KNOWN = (Lfm2Config, Lfm2MoeConfig, Lfm2VlConfig, Qwen3NextConfig, Qwen3_5TextConfig, Qwen3_5MoeTextConfig)
 """Not what inherits from them: that has states of its own beside (Qwen4-Exp)."""
@@ -42,8 +42,15 @@ def is_known(model_config: Any) -> bool:
     return type(mambaish_config(model_config)) in KNOWN
 
 
-def install(model: Any) -> None:
-    """Let the short convolutions of a loaded `model` of SGLang's verify packed rows, if it has some. Idempotent."""
+def install(model: Any, model_config: Any, device: torch.device) -> None:
+    """Let the recurrent layers of a loaded `model` of SGLang's verify packed rows, if it has some. Idempotent.
+
+    Called before SGLang makes the target's attention. The CPU platform has made its own the gated delta rule's.
+    """
+    if has_state(model_config) and device.type == "cuda":
+        from whiflash_sglang.compat import ragged_recurrent
+
+        ragged_recurrent.install()
     for name in {type(part).__module__ for part in model.modules()}:
         if hasattr(sys.modules[name], VERIFY):
             replace(sys.modules[name], VERIFY, lambda _: verify_packed)
@@ -94,16 +101,14 @@ def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, a
 
     Args:
         conv: the layer: `conv_weight` [D, K], `conv_bias` [D] or None. x: [T, D], its inputs.
-        meta: SGLang's record: `query_start_loc` [B + 1] int, where requests' rows begin; `cache_indices` [B] int, slots
-            of `layer_cache.conv[0]` [slots, D, K - 1], which stays; the states behind the rows go to
-            `layer_cache.intermediate_conv_window[0]` [requests, steps, D, K - 1].
+        meta: SGLang's record: `query_start_loc` [B + 1] int, where requests' rows begin; `cache_indices` [B] int and
+            `layer_cache`, as of `packed_verification`.
         draft_token_num, arch: SGLang's; unused.
 
     Returns:
         [T, D] in the dtype of `x`.
     """
     rows = Rows.of(meta.query_start_loc.long(), len(x))
-    states = meta.layer_cache.conv[0][meta.cache_indices.long()]
-    out, behind = packed_convolution(x, conv.conv_weight, conv.conv_bias, states, rows)
-    meta.layer_cache.intermediate_conv_window[0][rows.owner, rows.step] = behind
-    return out
+    return packed_verification(
+        x, conv.conv_weight, conv.conv_bias, meta.layer_cache, meta.cache_indices, rows
+    )

@@ -212,11 +212,6 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{{}} keeps a recurrent state, which goes on behind rejected drafts; {_FULL_ATTENTION}",
     ),
     Refusal(
-        "recurrent_cuda",
-        _architecture(lambda x: x.device == "cuda" and recurrent.has_state(x.model)),
-        f"{{}} keeps a recurrent state, which no GPU has committed after drafts; {_FULL_ATTENTION}",
-    ),
-    Refusal(
         "recurrent_sessions",
         _architecture(lambda x: recurrent.has_state(x.model) and x.args.enable_streaming_session),
         "{} keeps a recurrent state, which is not known to be that of a session's last kept token; remove "
@@ -291,6 +286,16 @@ REFUSALS: tuple[Refusal, ...] = (
     _removed("enable_page_major_kv_layout", "draft KV has a layout of its own"),
     _removed(
         "enable_memory_saver", "what drafters keep would stay, and no GPU has slept and woken with them"
+    ),
+    *(
+        _removed(argument, "the states behind its rows are not in the windows that a verification writes")
+        for argument in ("enable_linear_replayssm", "enable_linear_replayssm_spec")
+    ),
+    _removed("enable_int8_mamba_checkpoint", "no kept state was compared with it"),
+    Refusal(
+        "mamba_radix_cache_strategy",
+        lambda x: x.args.mamba_radix_cache_strategy == "extra_buffer_lazy",
+        "--mamba-radix-cache-strategy extra_buffer_lazy plans slots for drafts of one width; use extra_buffer",
     ),
     Refusal(
         "radix_cache_backend",

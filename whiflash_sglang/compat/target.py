@@ -57,7 +57,7 @@ class Target:
         self.tokenizer: Any = target_worker.tokenizer
         self._epilogue: Epilogue | None = None
         graphs.install(self.runner)
-        recurrent.install(self._text)
+        recurrent.install(self._text, target_worker.model_config, self.device)
 
     @property
     def shared(self) -> SharedVocabulary | None:

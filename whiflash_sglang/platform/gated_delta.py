@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 
-from whiflash_sglang.platform.recurrent_ops import Rows, activated, gated_delta_rule, packed_convolution
+from whiflash_sglang.platform.recurrent_ops import (
+    Rows,
+    activated,
+    gated_delta_rule,
+    packed_convolution,
+    packed_verification,
+)
 
 
 class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
@@ -42,12 +48,16 @@ class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         starts, slots = metadata.query_start_loc.long(), metadata.mamba_cache_indices.long()
         rows, verifies = Rows.of(starts, len(mixed_qkv)), mode.is_target_verify()
-        inputs, states = cache.conv[0][slots], cache.temporal[slots]
-        if mode.is_extend() and not verifies:
-            goes_on = forward_batch.extend_prefix_lens > 0
-            inputs = inputs.to(mixed_qkv.dtype).where(goes_on[:, None, None], 0.0)
-            states = states.where(goes_on[:, None, None, None], 0.0)
-        mixed, behind = packed_convolution(mixed_qkv, layer.conv_weights, layer.bias, inputs, rows)
+        states, conv = cache.temporal[slots], (mixed_qkv, layer.conv_weights, layer.bias)
+        if verifies:
+            mixed = packed_verification(*conv, cache, slots, rows)
+        else:
+            inputs = cache.conv[0][slots]
+            if mode.is_extend():
+                goes_on = forward_batch.extend_prefix_lens > 0
+                inputs = inputs.to(mixed_qkv.dtype).where(goes_on[:, None, None], 0.0)
+                states = states.where(goes_on[:, None, None, None], 0.0)
+            mixed, behind = packed_convolution(*conv, inputs, rows)
         q, k, v = activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
         marks = _marks(metadata, forward_batch)
         out, after, marked = gated_delta_rule(
@@ -63,7 +73,6 @@ class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
             marks=marks,
         )
         if verifies:
-            cache.intermediate_conv_window[0][rows.owner, rows.step] = behind
             cache.intermediate_ssm[: after.shape[0], : after.shape[1]] = after.to(states.dtype)
         else:
             cache.conv[0][slots] = behind[starts[1:] - 1].to(cache.conv[0].dtype)

@@ -14,18 +14,19 @@ PAD_SLOT = -1
 class Rows(NamedTuple):
     """Which request each of T packed rows is of, and the how manieth of its rows: [T] int64 each.
 
-    Rows behind the last request's count as its own.
+    covered: [T] bool, false of rows behind the last request's, which count as its own otherwise.
     """
 
     owner: torch.Tensor
     step: torch.Tensor
+    covered: torch.Tensor
 
     @classmethod
     def of(cls, starts: torch.Tensor, count: int) -> "Rows":
         """starts: [B + 1] int, where requests' rows begin."""
         rows = torch.arange(count, device=starts.device)
         owner = torch.searchsorted(starts[1:].contiguous(), rows, right=True).clamp_(max=len(starts) - 2)
-        return cls(owner, rows - starts[owner])
+        return cls(owner, rows - starts[owner], rows < starts[-1])
 
 
 def packed_convolution(
@@ -50,6 +51,35 @@ def packed_convolution(
     taps = weight.float().t()
     out = (inputs[:, :-1].float() * taps[:-1]).sum(1) + x.float() * taps[-1]
     return (out if bias is None else out + bias.float()).to(x.dtype), inputs[:, 1:].transpose(1, 2)
+
+
+def packed_verification(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cache: Any,
+    slots: torch.Tensor,
+    rows: Rows,
+) -> torch.Tensor:
+    """:func:`packed_convolution` of drafts: the states are read, those behind the rows written down.
+
+    Nothing is read on the host. What is behind rows of nobody, or of a request without a slot (0 or less, as a graph's
+    padding has), goes to the last request of the windows, which is nobody's.
+
+    Args:
+        x: [T, D]. weight: [D, K]. bias: [D] or None. slots: [B] int.
+        cache: SGLang's record of a layer: ``conv[0]`` [slots, D, K - 1], ``intermediate_conv_window[0]``
+            [requests + 1, steps, D, K - 1] (mutable).
+
+    Returns:
+        [T, D] in the dtype of `x`.
+    """
+    states = cache.conv[0][slots.long().clamp(min=0)]
+    out, behind = packed_convolution(x, weight, bias, states, rows)
+    windows = cache.intermediate_conv_window[0]
+    live = rows.covered & (slots[rows.owner] > 0)
+    windows[rows.owner.where(live, len(windows) - 1), rows.step.where(live, 0)] = behind.to(windows.dtype)
+    return out
 
 
 def gated_delta_rule(
@@ -98,7 +128,7 @@ def gated_delta_rule(
             behind.append(state)
         if marks is not None:
             marked = state.where((marks == i + 1)[:, None, None, None], marked)
-    out = torch.stack(outputs, 1)[rows.owner, rows.step] * key.shape[-1] ** -0.5
+    out = torch.stack(outputs, 1)[rows.owner, rows.step.where(rows.covered, 0)] * key.shape[-1] ** -0.5
     return out.to(value.dtype), torch.stack(behind, 1) if every else state, marked
 
 
@@ -158,9 +188,7 @@ def causal_conv1d_update(
     if cache_seqlens is not None or conv_state_indices is None or x.dim() != 2:
         raise ValueError("causal_conv1d_update on the CPU takes one input of every request, and slots")
     slots = conv_state_indices.long()
-    rows = Rows(
-        torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    )
+    rows = Rows.of(torch.arange(len(x) + 1, device=x.device), len(x))
     out, behind = packed_convolution(x, weight, bias, conv_state[slots], rows)
     conv_state[slots] = behind
     return activated(out, activation)

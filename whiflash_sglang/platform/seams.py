@@ -260,6 +260,7 @@ def install_seams() -> None:
         setattr(stand_in, absent.name, absent.replacement)
     _install(SEAMS, METHOD_SEAMS)
     _install_record_stream()
+    _install_pin_memory()
 
 
 def install_delta_seams() -> None:
@@ -389,3 +390,13 @@ def _install_record_stream() -> None:
             upstream(self, stream)
 
     torch.Tensor.record_stream = record_stream  # type: ignore[method-assign,assignment]
+
+
+def _install_pin_memory() -> None:
+    """Where there is no accelerator, no memory needs to be pinned for one; torch asks for its driver."""
+    upstream = torch.Tensor.pin_memory
+
+    def pin_memory(self: torch.Tensor, *device: Any) -> torch.Tensor:
+        return upstream(self, *device) if torch.cuda.is_available() else self
+
+    torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign,assignment]
