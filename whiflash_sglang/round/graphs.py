@@ -57,16 +57,25 @@ class StaticInput:
 
 
 def load(inputs: Sequence[StaticInput], live: Sequence[torch.Tensor]) -> None:
-    """Load each of `inputs` with its own of `live`: one launch for all that are of a kind."""
+    """Load each of `inputs` with its own of `live`: one launch for all that are whole words of 64 bits, whatever their
+    kind, and one for every kind of the others.
+    """
     by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for each, values in zip(inputs, live, strict=True):
-        by_dtype.setdefault(each.tensor.dtype, []).extend(
-            (target, source) for target, source in each.copies(values) if target.numel()
-        )
+        for target, source in each.copies(values):
+            if target.numel():
+                if target.dtype == source.dtype and _has_words(target) and _has_words(source):
+                    target, source = target.view(torch.int64), source.view(torch.int64)
+                by_dtype.setdefault(target.dtype, []).append((target, source))
     for copies in by_dtype.values():
-        if copies:
-            targets, sources = zip(*copies, strict=True)
-            torch._foreach_copy_(targets, sources)
+        targets, sources = zip(*copies, strict=True)
+        torch._foreach_copy_(targets, sources)
+
+
+def _has_words(tensor: torch.Tensor) -> bool:
+    """Whether a row of a tensor is a number of words of 64 bits, at a place for such."""
+    row, begin = tensor.shape[-1] * tensor.itemsize, tensor.storage_offset() * tensor.itemsize
+    return bool(row % 8 == 0 and begin % 8 == 0 and tensor.is_contiguous())
 
 
 class CapturedPass(Generic[T]):
