@@ -29,15 +29,18 @@ class Commits(Bench):
         self.stops: StopTable = worker.stops
         rings = worker.sync.rings.rings
         self._kept = [worker.tokens.data, rings.features, rings.next_tokens]
-        self._right = torch.zeros((REQUESTS, WIDEST), dtype=torch.int64)
+        self.right = torch.zeros((REQUESTS, WIDEST), dtype=torch.int64)
+
+    def answer(self) -> None:
+        """Find `right`, the target's own tokens of every request."""
         for column in range(WIDEST):
-            rows, _ = self._verified([WIDEST] * REQUESTS, self._right[:, :-1], REQUESTS * WIDEST, False)
-            self._right[:, column] = rows.logits.argmax(-1).view(REQUESTS, WIDEST)[:, column]
+            rows, _ = self._verified([WIDEST] * REQUESTS, self.right[:, :-1], REQUESTS * WIDEST, False)
+            self.right[:, column] = rows.logits.argmax(-1).view(REQUESTS, WIDEST)[:, column]
 
     def drafts(self, widths: Sequence[int]) -> torch.Tensor:
         """The target's own tokens, each request's up to another place."""
         generator = torch.Generator().manual_seed(sum(widths))
-        drafts = self._right[: len(widths), : max(widths) - 1].clone()
+        drafts = self.right[: len(widths), : max(widths) - 1].clone()
         for own, width in zip(drafts, widths, strict=True):
             wrong = int(torch.randint(width, (), generator=generator))
             if wrong < width - 1:
@@ -112,16 +115,28 @@ def stopped(models: Models) -> Iterator[Stopped]:
         yield found
 
 
-@contextmanager
-def commits(stopped: Stopped) -> Iterator[Commits]:
-    """Every graph captured."""
+@pytest.fixture(scope="module")
+def right(stopped: Stopped) -> torch.Tensor:
+    """What the target says, 17 tokens of every request."""
     with emulated_graphs(stopped[0]) as graphs:
-        yield Commits(stopped, graphs)
+        found = Commits(stopped, graphs)
+        found.answer()
+        return found.right
 
 
-def test_every_graph_commits_what_is_committed_behind_it(stopped: Stopped) -> None:
+@contextmanager
+def commits(stopped: Stopped, right: torch.Tensor | None = None) -> Iterator[Commits]:
+    """Every graph captured. right: the drafts are wrong from a random place on, without it everywhere."""
+    with emulated_graphs(stopped[0]) as graphs:
+        found = Commits(stopped, graphs)
+        if right is not None:
+            found.right = right
+        yield found
+
+
+def test_every_graph_commits_what_is_committed_behind_it(stopped: Stopped, right: torch.Tensor) -> None:
     accepted = set()
-    with commits(stopped) as b:
+    with commits(stopped, right) as b:
         buckets = b.graphs.capture_num_tokens
         for widths in [*layouts(buckets), *CASES]:
             b.compare(widths)
@@ -130,9 +145,11 @@ def test_every_graph_commits_what_is_committed_behind_it(stopped: Stopped) -> No
     assert {1, 2, WIDEST} <= accepted
 
 
-def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(stopped: Stopped) -> None:
+def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(
+    stopped: Stopped, right: torch.Tensor
+) -> None:
     """Tokens are sampled, so what the graph would take are others."""
-    with commits(stopped) as b:
+    with commits(stopped, right) as b:
         for widths in CASES:
             rows = b.target.rows_for(sum(widths), len(widths))
             before, replays = [kept[1:].clone() for kept in b._kept], len(b.graphs.backend.replayed)
@@ -143,10 +160,10 @@ def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(stopped: Stoppe
                 assert torch.equal(kept[1:], copy)
 
 
-def test_a_block_ends_at_a_stop_in_a_graph_too(stopped: Stopped) -> None:
+def test_a_block_ends_at_a_stop_in_a_graph_too(stopped: Stopped, right: torch.Tensor) -> None:
     """Of a few; a batch with a request that has more is committed behind the graph, and its neighbours' stops stay."""
     widths = [9, 9, 9]
-    with commits(stopped) as b:
+    with commits(stopped, right) as b:
         rows = b._batch.req_pool_indices.tolist()
         lengths, tokens = b.committed(widths, in_graph=True)[:2]
         cut = int(lengths.argmax())
@@ -217,19 +234,19 @@ def hands_on_the_first_replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fault", [keeps_its_widths, is_never_let, hands_on_the_first_replays])
 def test_an_epilogue_that_keeps_what_it_was_captured_with_is_found(
-    stopped: Stopped, fault: Callable[[pytest.MonkeyPatch], None]
+    stopped: Stopped, right: torch.Tensor, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fault(patch)
-        with commits(stopped) as b:
+        with commits(stopped, right) as b:
             b.committed([1, 4, 4], in_graph=True)
             with pytest.raises(AssertionError, match="not"):
                 b.compare([3, 1, 5])
 
 
 @pytest.mark.parametrize("slot", ["seq_lens", "req_pool_indices"])
-def test_an_input_that_is_not_refreshed_is_found(stopped: Stopped, slot: str) -> None:
-    with commits(stopped) as b:
+def test_an_input_that_is_not_refreshed_is_found(stopped: Stopped, right: torch.Tensor, slot: str) -> None:
+    with commits(stopped, right) as b:
         b.compare([1, 4, 4])
         b.graphs.buffer_registry.get_slot(slot).copy_from_fb = False
         b._batch.req_pool_indices = b._batch.req_pool_indices.flip(0)
@@ -242,7 +259,9 @@ def test_an_input_that_is_not_refreshed_is_found(stopped: Stopped, slot: str) ->
             b._batch.seq_lens = b._batch.seq_lens.flip(0)
 
 
-def test_a_graph_that_commits_unasked_is_found(stopped: Stopped, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_commits_unasked_is_found(
+    stopped: Stopped, right: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unasked(self: Epilogue, graph: Any, rows: VerifiedRows) -> None:
         self._commits = torch.ones_like(self._commits)
         CAPTURE(self, graph, rows)
@@ -251,7 +270,7 @@ def test_a_graph_that_commits_unasked_is_found(stopped: Stopped, monkeypatch: py
     monkeypatch.setattr(Epilogue, "capture", unasked)
     try:
         with pytest.raises(AssertionError):
-            test_a_graph_that_may_not_commit_leaves_everything_as_it_was(stopped)
+            test_a_graph_that_may_not_commit_leaves_everything_as_it_was(stopped, right)
     finally:
         stopped[0].worker.epilogue._commits = gate
 
