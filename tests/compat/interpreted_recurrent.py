@@ -101,13 +101,13 @@ def decoded(pool: Any, slot: int, x: torch.Tensor, a: torch.Tensor, b: torch.Ten
     return found
 
 
-@pytest.mark.parametrize("padding", [(0, ()), (3, ()), (5, (0, 5)), (4, (-1, 3, 0, 1))])
+@pytest.mark.parametrize("padding", [(0, ()), (20, ()), (5, (0, 5)), (6, (-1, 3, 0, 1, 0, 0, 0, 2, -1, 0))])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_a_verification_is_what_decoding_row_by_row_gives(
     widths: Sequence[int], padding: tuple[int, Sequence[int]]
 ) -> None:
-    """Alone, with rows that no slot covers, and with slots of a graph that have no request: as SGLang marks them, or as
-    the reserved slot 0. `padding`: rows behind, and slots as pairs of a state's slot and its rows."""
+    """Alone, with more rows behind than there are steps, and with more slots than there are requests, as SGLang marks
+    them or as the reserved slot 0. `padding`: rows behind, and slots as pairs of a state's slot and its rows."""
     torch.manual_seed(0)
     LAYER.conv_weights, LAYER.A_log, LAYER.dt_bias = draw(WIDE, TAPS), draw(HEADS), draw(HEADS)
     behind, spare = padding

@@ -143,6 +143,13 @@ def test_known_states_are_committed(
     assert refusal_of(replace(on_gpu, model=model)) is None
 
 
+def test_mamba_2_is_committed_on_the_cpu_alone(taken: Launch, tmp_path: Path) -> None:
+    kind = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"}
+    model = target(tmp_path / "model", layers_block_type=["mamba", "attention"], **kind)
+    assert refusal_of(replace(taken, model=model)) is None
+    assert "NemotronHForCausalLM keeps a recurrent state" in sentence(replace(on_cuda(taken), model=model))
+
+
 def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:
     """Unless the user asks for the images."""
     kind = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **SECTIONS}

@@ -71,11 +71,11 @@ class TapedDelta(RaggedDelta, CpuDeltaBackend):
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.layers.attention.linear import gdn_backend, short_conv_backend
 
-    from whiflash_sglang.platform.seams import install_delta_seams, install_seams
+    from whiflash_sglang.platform.seams import install_model_seams, install_seams
 
     monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     install_seams()
-    install_delta_seams()
+    install_model_seams({"RadixLinearAttention"})
     monkeypatch.setattr(gdn_backend, "GDNAttnBackend", TapedDelta)
     monkeypatch.setattr(short_conv_backend, "ShortConvAttnBackend", RaggedConvBackend)
     monkeypatch.setattr(ragged_recurrent, KERNEL, delta_rule)

@@ -12,6 +12,7 @@ from whiflash_sglang.platform.recurrent_ops import (
     causal_conv1d_update,
     gated_delta_rule,
     scatter_mamba_states_after_mtp_verify,
+    selective_scan,
 )
 
 WIDTH, TAPS, SLOTS = 6, 4, 7
@@ -100,6 +101,37 @@ def test_the_delta_rule_is_transformers() -> None:
             if part:
                 kept = behind[i, marks[i] - 1] if marks[i] else states[i]
                 assert torch.equal(marked[i], kept)
+        states = behind
+
+
+def test_mamba_2_is_its_formula() -> None:
+    """Three requests of different lengths, in two parts, against a loop over each alone; three heads share B and C."""
+    heads, groups, size, width, lengths = 6, 2, 5, 3, [4, 1, 6]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    total, rows, marks = sum(lengths), Rows.of(starts, sum(lengths)), torch.tensor([2, 1, 0])
+    a, skip = -draw(heads, seed=1).abs(), draw(heads, seed=2)
+    states = draw(3, heads, width, size, seed=3)
+    for part in range(2):
+        x, dt = draw(total, heads, width, seed=10 * part + 4), draw(total, heads, seed=10 * part + 5).exp()
+        b, c = (draw(total, groups, size, seed=10 * part + i) for i in (6, 7))
+        out, behind, marked = selective_scan(
+            x, dt, a, b, c, skip, states, starts, rows, every=part == 1, marks=marks
+        )
+        after = states.clone()
+        for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
+            for t in range(begin, end):
+                for h in range(heads):
+                    group = h * groups // heads
+                    taken = dt[t, h] * torch.outer(x[t, h], b[t, group])
+                    after[i, h] = (dt[t, h] * a[h]).exp() * after[i, h] + taken
+                    expected = after[i, h] @ c[t, group] + skip[h] * x[t, h]
+                    torch.testing.assert_close(out[t, h], expected, atol=1e-5, rtol=1e-4)
+                if part:
+                    torch.testing.assert_close(behind[i, t - begin], after[i], atol=1e-5, rtol=1e-4)
+            if part:
+                assert torch.equal(marked[i], behind[i, marks[i] - 1] if marks[i] else states[i])
+        if not part:
+            torch.testing.assert_close(behind, after, atol=1e-5, rtol=1e-4)
         states = behind
 
 

@@ -15,8 +15,9 @@ def test_every_seam_fits_the_installed_sglang() -> None:
     assert [check for check in checks if not check.ok] == []
 
 
-def test_the_seams_of_the_delta_rule_fit_too() -> None:
-    names, methods = seams.delta_seams()
+@pytest.mark.parametrize("layer", seams.MODEL_SEAMS)
+def test_the_seams_of_some_layers_fit_too(layer: str) -> None:
+    names, methods = seams.MODEL_SEAMS[layer]()
     checks = [*map(seams._check, names), *map(seams._check_method, methods)]
     assert [check for check in checks if not check.ok] == []
 

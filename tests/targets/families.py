@@ -73,6 +73,7 @@ class Family:
     what layers put out; of Gemma 3 it leaves out the residual. tower: of a model that takes images too, what is said of
     the part that reads them; `changes` are then its text model's. published: names of its tensors in published files,
     by how this version of Hugging Face's class writes them; transposed: what of them is published the other way round.
+    said: keys as published files have them and this version's do not.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class Family:
     tower: Mapping[str, Any] | None = None
     published: Mapping[str, str] = field(default_factory=dict)
     transposed: str | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
 
 
 def windowed(full: Sequence[int]) -> dict[str, Any]:
@@ -104,6 +106,8 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+MAMBA2 = ("mamba", "mlp", "attention", "mamba", "mlp", "attention")
+HF_BLOCKS = {"mamba": "linear_attention", "mlp": "mlp", "attention": "full_attention"}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 INTERLEAVED = {"rope_parameters": {**SECTIONS["rope_parameters"], "mrope_interleaved": True}}
 TOWER = {
@@ -232,6 +236,20 @@ FAMILIES = {
             "Qwen3_5MoeForCausalLM",
             {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32},
         ),
+        Family(
+            "nemotron_h",
+            "NemotronHForCausalLM",
+            {
+                "layers_block_type": [HF_BLOCKS[block] for block in MAMBA2],
+                "num_hidden_layers": LAYERS,
+                "ssm_state_size": HEAD_DIM,
+                "mamba_num_heads": 8,
+                "mamba_head_dim": HEAD_DIM,
+                "n_groups": 2,
+                "chunk_size": 64,
+            },
+            said={"layers_block_type": list(MAMBA2), "mamba_n_groups": 2},
+        ),
         Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", SECTIONS, tower=TOWER),
         Family("qwen3_vl", "Qwen3VLForConditionalGeneration", INTERLEAVED, tower=DEEPSTACK),
         Family(
@@ -267,14 +285,18 @@ class HuggingFace:
 
     @torch.inference_mode()
     def states(self, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Of each recurrent layer behind `tokens`: its convolution's last inputs [D, taps], and its matrix [H, K, V] or
-        None."""
+        """Of each recurrent layer behind `tokens`: its convolution's last inputs [D, taps], and its matrix or None, as
+        SGLang keeps it: [H, V, K], Mamba 2's [H, P, N]."""
         cache = self.model(torch.tensor([tokens]), use_cache=True).past_key_values
-        kept = [layer for layer in cache.layers if getattr(layer, "conv_states", None)]
-        return [
-            (layer.conv_states[0][0], None if (s := layer.recurrent_states[0]) is None else s[0])
-            for layer in kept
-        ]
+        kept = [layer for layer in cache.layers if getattr(layer, "conv_states", {}).get(0) is not None]
+        swapped = self.model.config.model_type != "nemotron_h"
+        found = []
+        for layer in kept:
+            matrix = layer.recurrent_states[0]
+            if matrix is not None:
+                matrix = matrix[0].transpose(1, 2) if swapped else matrix[0]
+            found.append((layer.conv_states[0][0], matrix))
+        return found
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -330,7 +352,9 @@ def tiny_family(directory: Path, family: Family, *, seed: int = 0) -> HuggingFac
     file = directory / "config.json"
     said = json.loads(file.read_text())
     inner = said if family.tower is None else said["text_config"]
-    inner.update({key: value for key, value in family.changes.items() if key not in inner})
+    inner.update(
+        {key: value for key, value in family.changes.items() if key not in inner} | dict(family.said)
+    )
     file.write_text(json.dumps(said))
     return HuggingFace(model)
 

@@ -92,14 +92,12 @@ FAMILIES: tuple[TargetFamily, ...] = (
         Shown.UNTRIED,
     ),
     TargetFamily(
-        (
-            "NemotronHForCausalLM",
-            "NemotronHPuzzleForCausalLM",
-            "KimiK3LinearForCausalLM",
-        ),
+        ("KimiK3LinearForCausalLM",),
         _RECURRENT,
         Shown.REFUSED,
     ),
+    TargetFamily(("NemotronHForCausalLM",), "Mamba 2", Shown.CPU, _NO_GPU),
+    TargetFamily(("NemotronHPuzzleForCausalLM",), "Mamba 2", Shown.UNTRIED, _NO_GPU),
     TargetFamily(
         ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Lfm2VlForConditionalGeneration"),
         "short convolutions",

@@ -49,6 +49,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
             "lfm2:Lfm2Config",
             "lfm2_moe:Lfm2MoeConfig",
             "lfm2_vl:Lfm2VlConfig",
+            "nemotron_h:NemotronHConfig",
             "qwen3_next:Qwen3NextConfig",
             "qwen3_5:Qwen3_5TextConfig",
             "qwen3_5:Qwen3_5MoeTextConfig",

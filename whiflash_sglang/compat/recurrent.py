@@ -7,8 +7,8 @@ do. SGLang verifies blocks of one width; rows here are packed.
 SGLang's tree keeps such a state for where a prefill or a request ended, or with its extra buffer for multiples of an
 interval: then a commit also copies the state behind the row that reached one.
 
-Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs, and on the CPU the gated delta rule of
-Qwen3-Next and Qwen3.5 (:mod:`whiflash_sglang.platform.gated_delta`), which has a matrix beside them.
+Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs; the gated delta rule (Qwen3-Next and
+Qwen3.5), which has a matrix beside them, and on the CPU Mamba 2 (Nemotron-H), which has another.
 """
 
 import sys
@@ -19,6 +19,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.lfm2 import Lfm2Config
 from sglang.srt.configs.lfm2_moe import Lfm2MoeConfig
 from sglang.srt.configs.lfm2_vl import Lfm2VlConfig
+from sglang.srt.configs.nemotron_h import NemotronHConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig
 from sglang.srt.runtime_context import mamba_track_grid
@@ -26,8 +27,10 @@ from sglang.srt.runtime_context import mamba_track_grid
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.platform.recurrent_ops import Rows, packed_verification
 
-KNOWN = (Lfm2Config, Lfm2MoeConfig, Lfm2VlConfig, Qwen3NextConfig, Qwen3_5TextConfig, Qwen3_5MoeTextConfig)
+PACKED = (Lfm2Config, Lfm2MoeConfig, Lfm2VlConfig, Qwen3NextConfig, Qwen3_5TextConfig, Qwen3_5MoeTextConfig)
 """Not what inherits from them: that has states of its own beside (Qwen4-Exp)."""
+KNOWN = (*PACKED, NemotronHConfig)
+"""SGLang's mixer of Mamba 2 views a verification as blocks of one width, so on the CPU alone."""
 VERIFY = "shortconv_target_verify"
 """What modules of models with short convolutions call in a verification."""
 
@@ -37,9 +40,9 @@ def has_state(model_config: Any) -> bool:
     return mambaish_config(model_config) is not None
 
 
-def is_known(model_config: Any) -> bool:
-    """Whether they are of a kind whose state is read and committed here."""
-    return type(mambaish_config(model_config)) in KNOWN
+def is_known(model_config: Any, device: str) -> bool:
+    """Whether they are of a kind whose state is read and committed here, on a device of this type."""
+    return type(mambaish_config(model_config)) in (KNOWN if device == "cpu" else PACKED)
 
 
 def install(model: Any, model_config: Any, device: torch.device) -> None:

@@ -208,8 +208,9 @@ REFUSALS: tuple[Refusal, ...] = (
     # which target
     Refusal(
         "recurrent",
-        _architecture(lambda x: recurrent.has_state(x.model) and not recurrent.is_known(x.model)),
-        f"{{}} keeps a recurrent state, which goes on behind rejected drafts; {_FULL_ATTENTION}",
+        _architecture(lambda x: recurrent.has_state(x.model) and not recurrent.is_known(x.model, x.device)),
+        "{} keeps a recurrent state, which is not known to be that of the last accepted draft here; serve it without "
+        "WHIFLASH",
     ),
     Refusal(
         "recurrent_sessions",

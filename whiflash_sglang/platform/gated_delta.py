@@ -1,31 +1,18 @@
-"""SGLang's attention backend of layers with a gated delta rule (Qwen3-Next, Qwen3.5), on the CPU.
-
-It stands in for `GDNAttnBackend`, whose kernels are Triton's and whose verifications have one width: here rows are
-packed. A verification reads the states and writes down the one behind each of its rows; the commit follows
-(:func:`whiflash_sglang.platform.recurrent_ops.scatter_mamba_states_after_mtp_verify`).
+"""SGLang's attention backend of layers with a gated delta rule (Qwen3-Next, Qwen3.5), on the CPU, and what else their
+models launch Triton for.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 
-from whiflash_sglang.platform.recurrent_ops import (
-    Rows,
-    activated,
-    gated_delta_rule,
-    packed_convolution,
-    packed_verification,
-)
+from whiflash_sglang.platform.recurrent_backend import CpuRecurrentBackend
+from whiflash_sglang.platform.recurrent_ops import gated_delta_rule
 
 
-class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
-    """Prefill, decoding and verification of one kind of layer."""
-
-    def __init__(self, model_runner: Any) -> None:
-        super().__init__(model_runner)
-        self.conv_states_shape = model_runner.req_to_token_pool.mamba_pool.mamba_cache.conv[0].shape
+class CpuDeltaBackend(CpuRecurrentBackend):
+    """It stands in for `GDNAttnBackend`."""
 
     def forward_decode(self, layer: Any, forward_batch: Any, **inputs: Any) -> torch.Tensor:
         return self._run(layer, forward_batch, **inputs)
@@ -44,57 +31,21 @@ class CpuDeltaBackend(MambaAttnBackendBase):  # type: ignore[misc]
         **_: Any,
     ) -> torch.Tensor:
         """mixed_qkv: [T, 2 Hk K + H V]; a, b: [T, H]. Returns [1, T, H, V]."""
-        metadata, mode = self.forward_metadata, forward_batch.forward_mode
-        cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
-        starts, slots = metadata.query_start_loc.long(), metadata.mamba_cache_indices.long()
-        rows, verifies = Rows.of(starts, len(mixed_qkv)), mode.is_target_verify()
-        states, conv = cache.temporal[slots], (mixed_qkv, layer.conv_weights, layer.bias)
-        if verifies:
-            mixed = packed_verification(*conv, cache, slots, rows)
-        else:
-            inputs = cache.conv[0][slots]
-            if mode.is_extend():
-                goes_on = forward_batch.extend_prefix_lens > 0
-                inputs = inputs.to(mixed_qkv.dtype).where(goes_on[:, None, None], 0.0)
-                states = states.where(goes_on[:, None, None, None], 0.0)
-            mixed, behind = packed_convolution(*conv, inputs, rows)
-        q, k, v = activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
-        marks = _marks(metadata, forward_batch)
-        out, after, marked = gated_delta_rule(
-            q.unflatten(-1, (-1, layer.head_q_dim)),
-            k.unflatten(-1, (-1, layer.head_k_dim)),
-            v.unflatten(-1, (-1, layer.head_v_dim)),
-            -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float()),
-            b.float().sigmoid(),
-            states,
-            starts,
-            rows,
-            every=verifies,
-            marks=marks,
-        )
-        if verifies:
-            cache.intermediate_ssm[: after.shape[0], : after.shape[1]] = after.to(states.dtype)
-        else:
-            cache.conv[0][slots] = behind[starts[1:] - 1].to(cache.conv[0].dtype)
-            cache.temporal[slots] = after.to(states.dtype)
-        if marks is not None:
-            kept = marks > 0
-            beside = metadata.mamba_track_indices[kept]
-            cache.conv[0][beside] = behind[(starts[:-1] + marks - 1)[kept]].to(cache.conv[0].dtype)
-            cache.temporal[beside] = marked[kept].to(states.dtype)
-        return out[None]
 
+        def rule(mixed: torch.Tensor, states: torch.Tensor, **rows: Any) -> Any:
+            q, k, v = mixed.split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
+            return gated_delta_rule(
+                q.unflatten(-1, (-1, layer.head_q_dim)),
+                k.unflatten(-1, (-1, layer.head_k_dim)),
+                v.unflatten(-1, (-1, layer.head_v_dim)),
+                -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float()),
+                b.float().sigmoid(),
+                states,
+                **rows,
+            )
 
-def _marks(metadata: Any, forward_batch: Any) -> torch.Tensor | None:
-    """[B] int64: of how many of its rows each request's state is kept for the tree too, 0 for none; None where nobody's
-    is. Of a verification the commit keeps them.
-    """
-    if not metadata.has_mamba_track_mask or forward_batch.forward_mode.is_target_verify():
-        return None
-    mask = forward_batch.mamba_track_mask
-    if forward_batch.forward_mode.is_decode():
-        return mask.long()
-    return forward_batch.mamba_track_aligned_lens().long().where(mask, 0)
+        convolution = (layer.conv_weights, layer.bias, layer.activation)
+        return self.go_on(layer.layer_id, forward_batch, mixed_qkv, convolution, rule)[None]
 
 
 def fused_qkvzba_split_reshape_cat(

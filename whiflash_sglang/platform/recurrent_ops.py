@@ -1,7 +1,8 @@
-"""Torch versions of what recurrent layers compute: causal convolutions (LFM2, Qwen3-Next) and the gated delta rule
-(Qwen3-Next). Rows of B requests lie packed, and each request goes on from its state.
+"""Torch versions of what recurrent layers compute: causal convolutions, the gated delta rule (Qwen3-Next) and Mamba 2's
+scan. Rows of B requests lie packed, and each request goes on from its state.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -100,36 +101,101 @@ def gated_delta_rule(
 
     Args:
         query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay, beta: [T, H] fp32. states: [B, H, V, K].
-        starts: [B + 1] int64, where requests' rows begin. every: keep the state behind every row.
-        marks: [B] int64, of how many rows of each request the state is kept too.
+        starts, rows, every, marks: as of :func:`recurrence`.
 
     Returns:
-        [T, H, V] in value's dtype, and in fp32 the states behind the last rows [B, H, V, K], or with `every` behind all
-        [B, S, H, V, K], S of the longest request, and those behind as many rows as `marks` says [B, H, V, K], which are
-        `states` for none.
+        As of :func:`recurrence`, the first in value's dtype.
     """
-    lengths = starts.diff()
-    longest, repeats = int(lengths.max()), value.shape[1] // key.shape[1]
-    steps = torch.arange(longest, device=value.device)
-    # Requests side by side; a row that one has not leaves its state.
-    place = (starts[:-1, None] + steps).clamp_(max=len(value) - 1)
-    present = (steps < lengths[:, None])[..., None]
+    place, present = _side_by_side(starts, len(value))
+    repeats = value.shape[1] // key.shape[1]
     q, k = (_normalized(x.float()).repeat_interleave(repeats, 1)[place] for x in (query, key))
     v, kept = value.float()[place], decay.exp()[place].where(present, 1.0)
     learned = beta[place].where(present, 0.0)
-    state, outputs, behind = states.float(), [], []
-    marked = state
-    for i in range(longest):
+
+    def step(i: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         state = state * kept[:, i, :, None, None]
         error = v[:, i] - torch.einsum("bhvk,bhk->bhv", state, k[:, i])
         state = state + torch.einsum("bhv,bhk->bhvk", error * learned[:, i, :, None], k[:, i])
-        outputs.append(torch.einsum("bhvk,bhk->bhv", state, q[:, i]))
+        return state, torch.einsum("bhvk,bhk->bhv", state, q[:, i])
+
+    out, behind, marked = recurrence(step, states, place.shape[1], rows, every=every, marks=marks)
+    return (out * key.shape[-1] ** -0.5).to(value.dtype), behind, marked
+
+
+def selective_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    skip: torch.Tensor,
+    states: torch.Tensor,
+    starts: torch.Tensor,
+    rows: Rows,
+    *,
+    every: bool,
+    marks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mamba 2 (arXiv 2405.21060): ``S ← e^(dt · a) · S + dt · x bᵀ``, ``y = S c + skip · x``, row by row.
+
+    Args:
+        x: [T, H, P]. dt: [T, H] fp32, positive. a, skip: [H]. b, c: [T, G, N], H a multiple of G. states: [B, H, P, N].
+        starts, rows, every, marks: as of :func:`recurrence`.
+
+    Returns:
+        As of :func:`recurrence`, the first in x's dtype.
+    """
+    place, present = _side_by_side(starts, len(x))
+    repeats = x.shape[1] // b.shape[1]
+    written, read = (g.float().repeat_interleave(repeats, 1)[place] for g in (b, c))
+    kept = (dt * a).exp()[place].where(present, 1.0)
+    taken = (x.float() * dt[..., None])[place].where(present[..., None], 0.0)
+
+    def step(i: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        state = state * kept[:, i, :, None, None]
+        state = state + torch.einsum("bhp,bhn->bhpn", taken[:, i], written[:, i])
+        return state, torch.einsum("bhpn,bhn->bhp", state, read[:, i])
+
+    out, behind, marked = recurrence(step, states, place.shape[1], rows, every=every, marks=marks)
+    return (out + x.float() * skip.float()[:, None]).to(x.dtype), behind, marked
+
+
+Step = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""The states before the rows of a number, one of each request: those behind them, and the outputs."""
+
+
+def recurrence(
+    step: Step, states: torch.Tensor, longest: int, rows: Rows, *, every: bool, marks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`step` for the first rows of all requests, then for the second, up to `longest`.
+
+    Args:
+        states: [B, H, X, Y], before the first rows. every: keep the states behind every row.
+        marks: [B] int64, of how many rows of each request the state is kept too.
+
+    Returns:
+        In fp32: outputs [T, …]; states behind the last rows [B, H, X, Y], or with `every` behind all
+        [B, longest, H, X, Y]; those behind as many rows as `marks` says, which are `states` for none.
+    """
+    state, outputs, behind = states.float(), [], []
+    marked = state
+    for i in range(longest):
+        state, out = step(i, state)
+        outputs.append(out)
         if every:
             behind.append(state)
         if marks is not None:
             marked = state.where((marks == i + 1)[:, None, None, None], marked)
-    out = torch.stack(outputs, 1)[rows.owner, rows.step.where(rows.covered, 0)] * key.shape[-1] ** -0.5
-    return out.to(value.dtype), torch.stack(behind, 1) if every else state, marked
+    packed = torch.stack(outputs, 1)[rows.owner, rows.step.where(rows.covered, 0)]
+    return packed, torch.stack(behind, 1) if every else state, marked
+
+
+def _side_by_side(starts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, S] where each row of a request lies among `count` packed ones, S of the longest; [B, S, 1] whether it has it:
+    a row that it has not leaves its state."""
+    lengths = starts.diff()
+    steps = torch.arange(int(lengths.max()), device=starts.device)
+    return (starts[:-1, None] + steps).clamp_(max=count - 1), (steps < lengths[:, None])[..., None]
 
 
 def _normalized(x: torch.Tensor) -> torch.Tensor:

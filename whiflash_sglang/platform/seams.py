@@ -19,7 +19,7 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -263,17 +263,19 @@ def install_seams() -> None:
     _install_pin_memory()
 
 
-def install_delta_seams() -> None:
-    """After :func:`install_seams`, for a loaded model with a gated delta rule. Idempotent.
+def install_model_seams(layers: Collection[str]) -> None:
+    """After :func:`install_seams`, what a loaded model with layers of these classes needs. Idempotent.
 
     Raises:
         RuntimeError: a name is missing or has other parameters than its replacement.
     """
-    seams, methods = delta_seams()
-    if seams[0].label in _originals:
-        return
-    _require([*map(_check, seams), *map(_check_method, methods)])
-    _install(seams, methods)
+    for layer, seams_of in MODEL_SEAMS.items():
+        if layer not in layers:
+            continue
+        seams, methods = seams_of()
+        if seams[0].label not in _originals:
+            _require([*map(_check, seams), *map(_check_method, methods)])
+            _install(seams, methods)
 
 
 def delta_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
@@ -295,6 +297,21 @@ def delta_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
         ),
         MethodSeam(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: gated_delta.norm_gated),
     )
+
+
+def mamba2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+    """What models with Mamba 2's mixer use."""
+    from whiflash_sglang.platform.mamba2 import CpuMamba2Backend
+
+    module = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
+    return (Seam(module, "Mamba2AttnBackend", CpuMamba2Backend),), ()
+
+
+MODEL_SEAMS: Mapping[str, Callable[[], tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]]] = {
+    "RadixLinearAttention": delta_seams,
+    "MambaMixer2": mamba2_seams,
+}
+"""What models with such a layer use beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""
 
 
 def _require(checks: list[SeamCheck]) -> None:
