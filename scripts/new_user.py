@@ -170,8 +170,7 @@ def main() -> int:
         f"{walk.size(f'{HOME}/own')}, caches {walk.size(f'{HOME}/.cache')}."
     )
     memory = (
-        "GB of each server's processes, as `ps` counts them (in brackets without what they share): "
-        + "; ".join(walk.memory)
+        f"GB of the servers' processes, resident (in brackets proportional): {'; then '.join(walk.memory)}."
     )
     print("\n".join((*lines, "", sizes, memory)))
     if said.markdown:
