@@ -5,7 +5,8 @@ Run by `test_attention.py` in a child process: Triton's interpreter must be chos
 
 Each backend is SGLang's own class, built without its constructor, which wants a GPU: it has the attributes that its
 `init_forward_metadata` reads, as the constructor sets them for a target with full attention. The Triton kernels that
-fill its indices run under the interpreter; FlashInfer's wrapper is replaced by one that keeps what it is told to plan.
+fill its indices run under the interpreter; FlashInfer's wrappers are replaced by some that keep what they are told to
+plan, those for graphs in the buffers that graphs read.
 This proves which rows, lengths and slots a backend hands to its kernels. It does not prove that the kernels, compiled,
 do with them what they should, nor that a backend starts: no GPU has run any of this.
 """
@@ -33,7 +34,9 @@ class _NotLoaded(ModuleType):
 
 sys.modules["sgl_kernel"] = _NotLoaded("sgl_kernel")
 
+from paged_wrapper import PagedWrapper
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+from sglang.srt.layers.attention import flashinfer_backend, flashinfer_mla_backend
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.flashinfer_backend import (
     FlashInferAttnBackend,
@@ -50,6 +53,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from transformers import PretrainedConfig
 from whiflash_kernels import prepare_mixed_block
 
+from whiflash_sglang.compat.flashinfer_backend import RaggedFlashInferBackend, RaggedFlashInferMLABackend
 from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets, spare_slots
 from whiflash_sglang.compat.target import verify_input
 from whiflash_sglang.compat.triton_backend import RaggedTritonBackend
@@ -255,10 +259,14 @@ class Wrapper:
     plan = begin_forward
 
 
-def flashinfer(case: Verification) -> Plan:
-    wrapper = Wrapper()
+def flashinfer_backend_of(case: Verification, cls: type = RaggedFlashInferBackend) -> Any:
     backend = case.backend(
-        FlashInferAttnBackend, prefill_wrappers_verify=[wrapper], kv_last_page_len=torch.ones(4)
+        cls,
+        prefill_wrappers_verify=[Wrapper()],
+        kv_last_page_len=torch.ones(REQUESTS),
+        num_wrappers=1,
+        prefill_backend="fa2",
+        workspace_buffer=torch.empty(0),
     )
     updater = object.__new__(FlashInferIndicesUpdaterPrefill)
     updater.__dict__.update(
@@ -275,13 +283,30 @@ def flashinfer(case: Verification) -> Plan:
     )
     updater.update = updater.update_single_wrapper
     backend.indices_updater_prefill = updater
+    return backend
+
+
+def flashinfer(case: Verification) -> Plan:
+    backend = flashinfer_backend_of(case)
     backend.init_forward_metadata(case.batch)
+    [wrapper] = backend.prefill_wrappers_verify
     return Plan(wrapper.rows, wrapper.slots, max(case.widths))
 
 
-def flashinfer_mla(case: Verification) -> Plan:
-    wrapper = Wrapper()
-    backend = case.backend(FlashInferMLAAttnBackend, prefill_wrapper_verify=wrapper)
+def flashinfer_mla_backend_of(case: Verification, cls: type = RaggedFlashInferMLABackend) -> Any:
+    """With upstream's room: for the server's requests."""
+    offsets = torch.zeros(REQUESTS + 1, dtype=torch.int32)
+    backend = case.backend(
+        cls,
+        prefill_wrapper_verify=Wrapper(),
+        workspace_buffer=torch.empty(0),
+        kv_indptr=offsets,
+        q_indptr_decode=offsets,
+        fast_plan_qo_indptr_cpu=offsets.clone(),
+        fast_plan_kv_indptr_cpu=offsets.clone(),
+        fast_plan_kv_len_arr_cpu=offsets[1:].clone(),
+        prefill_cuda_graph_metadata={},
+    )
     updater = object.__new__(FlashInferMLAIndicesUpdaterPrefill)
     updater.__dict__.update(
         attn_backend=backend,
@@ -296,7 +321,13 @@ def flashinfer_mla(case: Verification) -> Plan:
         data_type=torch.float32,
     )
     backend.indices_updater_prefill = updater
+    return backend
+
+
+def flashinfer_mla(case: Verification) -> Plan:
+    backend = flashinfer_mla_backend_of(case)
     backend.init_forward_metadata(case.batch)
+    wrapper = backend.prefill_wrapper_verify
     return Plan(wrapper.rows, wrapper.slots, max(case.widths))
 
 
@@ -320,6 +351,11 @@ def test_what_is_refused_plans_other_rows() -> None:
     padded = Verification(WIDTHS["ragged"], 12)
     replayed = captured(padded, triton_backend(padded, TritonAttnBackend))
     assert replayed.qo_indptr.tolist()[:4] != padded.offsets
+    # Upstream's FlashInfer captures one width, and its latent attention has no room for requests that are none.
+    with pytest.raises(NotImplementedError, match="ragged verify"):
+        flashinfer_backend_of(padded, FlashInferAttnBackend).init_forward_metadata_out_graph(padded.batch)
+    with pytest.raises(RuntimeError, match="size"):
+        captured(padded, flashinfer_mla_backend_of(padded, UpstreamsRoom))
     # XQA (Hopper, SM120) takes no layout at all, of whatever widths.
     with pytest.raises(NotImplementedError, match="xqa"):
         case.backend(TRTLLMHAAttnBackend, is_xqa_impl=True).init_forward_metadata(case.batch)
@@ -403,6 +439,60 @@ def captured_trtllm_mha(case: Verification) -> Plan:
     return _of_pages(captured(case, trtllm_mha_backend(case)))
 
 
+class UpstreamsRoom(RaggedFlashInferMLABackend):
+    """For as many requests as the server takes; only the device is not `cuda`."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *_: Any) -> None:
+        indices = torch.zeros(max_bs * CONTEXT, dtype=torch.int32)
+        FlashInferMLAAttnBackend.init_cuda_graph_state(self, max_bs, max_num_tokens, indices)
+
+
+class MlaWrapper:
+    """FlashInfer's `BatchMLAPagedAttentionWrapper(use_cuda_graph=True)`: graphs read what it is told to plan."""
+
+    def __init__(
+        self, workspace: torch.Tensor, *, use_cuda_graph: bool, backend: str, **buffers: Any
+    ) -> None:
+        assert use_cuda_graph
+        self.buffers = buffers
+
+    def plan(self, qo_indptr: Any, kv_indptr: Any, kv_indices: Any, kv_len_arr: Any, *_: Any) -> None:
+        for name, own in self.buffers.items():
+            told = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_len_arr": kv_len_arr}.get(
+                name, kv_indices
+            )
+            if name == "kv_indices":
+                own = own[: len(told)]
+            assert own.shape == told.shape  # as FlashInfer asks of a graph's buffers
+            own.copy_(told)
+
+    @property
+    def planned(self) -> Plan:
+        rows, keys = self.buffers["qo_indptr"], self.buffers["kv_indptr"]
+        assert self.buffers["kv_len_arr"].tolist() == keys.diff().tolist()
+        return Plan(rows.tolist(), cut(self.buffers["kv_indices"], keys), CONFIGURED)
+
+
+@pytest.fixture(autouse=True)
+def wrappers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang has FlashInfer's only where there is a GPU."""
+    monkeypatch.setattr(
+        flashinfer_backend, "BatchPrefillWithPagedKVCacheWrapper", PagedWrapper, raising=False
+    )
+    monkeypatch.setattr(flashinfer_mla_backend, "BatchMLAPagedAttentionWrapper", MlaWrapper, raising=False)
+
+
+def captured_flashinfer(case: Verification) -> Plan:
+    [wrapper] = captured(case, flashinfer_backend_of(case)).prefill_wrappers
+    assert [rows[-1] for rows, _ in wrapper.planned] == [len(case.block.positions)] * 2
+    return Plan(wrapper.rows.tolist(), cut(wrapper.indices, wrapper.keys), CONFIGURED)
+
+
+def captured_flashinfer_mla(case: Verification) -> Plan:
+    wrapper: MlaWrapper = captured(case, flashinfer_mla_backend_of(case)).prefill_wrapper
+    return wrapper.planned
+
+
 def _of_pages(metadata: Any) -> Plan:
     lengths = metadata.cache_seqlens_int32.tolist()
     assert metadata.cu_seqlens_k.tolist() == [0, *accumulate(lengths)]
@@ -412,7 +502,17 @@ def _of_pages(metadata: Any) -> Plan:
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("plan", [captured_fa3, captured_fa4, captured_trtllm_mha, captured_triton])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        captured_fa3,
+        captured_fa4,
+        captured_trtllm_mha,
+        captured_triton,
+        captured_flashinfer,
+        captured_flashinfer_mla,
+    ],
+)
 def test_what_a_graph_was_captured_with_fits_every_batch(
     plan: Callable[..., Plan], widths: list[int], spare: int
 ) -> None:

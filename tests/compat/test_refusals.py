@@ -108,7 +108,7 @@ def test_what_is_fine_is_taken(taken: Launch) -> None:
     for backend in ("flashinfer", "fa3", "fa4", "triton", "trtllm_mha", "trtllm_mla"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
-        assert (refusal_of(graphs) is None) == (backend != "flashinfer")
+        assert refusal_of(graphs) is None
 
 
 @pytest.mark.parametrize("row", TARGETS)
@@ -271,10 +271,6 @@ CUDA: dict[str, tuple[dict[str, Any], str]] = {
         {"decode_attention_backend": "flashmla"},
         "triton, fa3, fa4, trtllm_mha, trtllm_mla, flashinfer, not flashmla",
     ),
-    "cuda_graphs": (
-        {"cuda_graph_config": _DECODE},
-        "graphs with --attention-backend triton, fa3, fa4, trtllm_mha, trtllm_mla, not with flashinfer",
-    ),
     "cuda_prefill_graphs": (
         {"cuda_graph_config": _PREFILL, "attention_backend": "triton"},
         "--cuda-graph-backend-prefill disabled",
@@ -354,7 +350,7 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
             model_path="unused", attention_backend=attention, cuda_graph_backend_decode=decode
         )
         choose_for_cuda(chosen)
-        assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == (attention, "disabled")
+        assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == (attention, decode)
     several = ServerArgs(model_path="unused", tp_size=2)
     choose_for_cuda(several)
     assert several.disable_overlap_schedule

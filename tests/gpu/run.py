@@ -62,7 +62,10 @@ def kernel_tests(name: str, shows: str, *files: str) -> Part:
 
 
 def serving(attention: str, rehearsed: bool) -> Part:
-    shows = f"{attention} starts, answers as plain decoding does, waits for nothing, and keeps to its memory; a trace"
+    waits = "only for its plans" if attention == "flashinfer" else "for nothing"
+    shows = (
+        f"{attention} starts, answers as plain decoding does, waits {waits}, and keeps to its memory; a trace"
+    )
     command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
     return Part(f"serving-{attention}", shows, command, SERVER, rehearsal=rehearsal, serves=True)

@@ -12,8 +12,9 @@ from model_set import Models
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
 from whiflash_sglang.cache.stops import FEW
-from whiflash_sglang.compat import graphs, memory, rehearsal
+from whiflash_sglang.compat import attention, graphs, memory, rehearsal
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.graphs import CapturedPass
 
 
@@ -59,14 +60,25 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(graphs, "get_exec", lambda: execution)
     monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 6)
 
-    def reserved(device: str) -> int:
-        shape = SimpleNamespace(vocab_size=1000)
+    monkeypatch.setattr(attention, "resolved_view", lambda args: args)
+
+    def reserved(device: str, backend: str = "fa3", latent: bool = False) -> int:
+        shape, runner = SimpleNamespace(vocab_size=1000), SimpleNamespace(use_mla_backend=latent)
+        runner.server_args = SimpleNamespace(
+            attention_backend=backend, prefill_attention_backend=None, decode_attention_backend=None
+        )
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
+        target.runner = runner
         return memory.for_requests(target, 2, 4)
 
     table, sampled = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8, 8 * 1000 * rehearsal.LOGIT_BYTES
     assert reserved("cpu") == table
-    assert reserved("cuda") == table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * 10
+    row = 10 + Epilogue.bytes_for(4)
+    captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * row
+    assert reserved("cuda") == captured
+    slots = 3 * 90 * 4  # of the two requests, and of the rows that are nobody's
+    assert reserved("cuda", "flashinfer") == captured + attention.PLAN + slots
+    assert reserved("cuda", "flashinfer", latent=True) == captured + 6 * attention.PLAN + slots
     config.decode.backend = Backend.DISABLED
     assert reserved("cuda") == table + sampled
 

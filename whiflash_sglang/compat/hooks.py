@@ -43,6 +43,7 @@ def in_scheduler() -> None:
     """
     patching.require_names()
     from whiflash_sglang.compat import (
+        attention,
         control,
         figures,
         memory,
@@ -54,7 +55,6 @@ def in_scheduler() -> None:
         step,
         stops,
         streamer,
-        triton_backend,
         whitespace,
     )
 
@@ -71,7 +71,7 @@ def in_scheduler() -> None:
         control,
         prometheus,
         whitespace,
-        triton_backend,
+        attention,
     )
     for part in parts:
         part.install()

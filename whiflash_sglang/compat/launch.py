@@ -13,11 +13,9 @@ from sglang.srt.runtime_context import get_platform, get_spec
 
 from whiflash_sglang.compat import recurrent
 
-GRAPH_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
+CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "flashinfer")
 """What plans a verification of several widths rightly both eagerly and for a captured graph (shown on CPU tensors; no
-GPU has run any of them): `triton` is :class:`whiflash_sglang.compat.triton_backend.RaggedTritonBackend`."""
-CUDA_ATTENTIONS = (*GRAPH_ATTENTIONS, "flashinfer")
-"""FlashInfer plans such a verification on the host, so it runs without graphs."""
+GPU has run any of them): of `triton` and `flashinfer` subclasses of ours (:mod:`whiflash_sglang.compat.attention`)."""
 PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
 """What lays the rows of every request out to one width (see `rows_counted`)."""
 
@@ -94,13 +92,10 @@ def choose_for_cuda(server_args: Any) -> None:
     if not torch.cuda.is_available() or torch.version.hip or server_args.device not in (None, "cuda"):
         return
     if server_args.attention_backend is None:
-        # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, which has no graphs for several widths.
+        # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, for which every round waits.
         server_args.attention_backend = "fa3" if get_platform().is_sm90 else "triton"
-    flashinfer = server_args.attention_backend == "flashinfer"
-    if server_args.cuda_graph_config is None:
-        for phase in ("decode", "prefill") if flashinfer else ("prefill",):
-            if getattr(server_args, f"cuda_graph_backend_{phase}") is None:
-                setattr(server_args, f"cuda_graph_backend_{phase}", Backend.DISABLED)
+    if server_args.cuda_graph_config is None and server_args.cuda_graph_backend_prefill is None:
+        server_args.cuda_graph_backend_prefill = Backend.DISABLED
     # Its dummy forward is a verification without a layout.
     server_args.disable_flashinfer_autotune = True
     if server_args.tp_size > 1:

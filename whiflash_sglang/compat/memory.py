@@ -19,7 +19,7 @@ from sglang.srt.model_executor import pool_configurator
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import graphs, rehearsal
+from whiflash_sglang.compat import attention, graphs, rehearsal
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.drafters.base import Drafter, widest_of
@@ -63,8 +63,8 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
     """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
 
     Upstream's reserve for graphs and activations goes by requests and by the prefill's chunk. It does not know of
-    verified rows: their logits in 32 bits, each graph's features, and what sampling all of them takes. On a CPU nothing
-    is sized by what is left, so that part is left out there.
+    verified rows: their logits in 32 bits, each graph's features and plans, and what sampling all of them takes. On a
+    CPU nothing is sized by what is left, so that part is left out there.
 
     Args:
         target: the wrapped target, whose capture has been set. widest: most rows of a request.
@@ -77,6 +77,9 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
     if graphs.enabled(target.device):
         row_bytes = target.row_bytes + Epilogue.bytes_for(widest)
         kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
+        sizes = graphs.row_buckets(requests * widest)
+        slots = requests + graphs.spare_slots(sizes, widest)
+        kept += attention.bytes_for(target.runner, len(sizes), slots, target.context_len)
     return table + kept + rehearsal.sampling_bytes(requests * widest, vocabulary)
 
 

@@ -27,6 +27,8 @@ class PrivateName:
 _SERVING = "sglang.srt.entrypoints.openai"
 _MESSAGES = "sglang.srt.entrypoints.anthropic.serving"
 _TRITON = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend"
+_FLASHINFER = "sglang.srt.layers.attention.flashinfer_backend"
+_FLASHINFER_MLA = "sglang.srt.layers.attention.flashinfer_mla_backend:FlashInferMLAAttnBackend"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner"
 _POOL = "sglang.srt.model_executor.runner_utils.pool"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
@@ -204,12 +206,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_GRAPHS}._stage_ragged_verify_layout", ("ragged_layout", "graph_size_key")),
     PrivateName(f"{_GRAPHS}.get_spec_info", ("num_tokens",)),
     PrivateName("sglang.srt.speculative.ragged_verify:resolve_ragged_verify_layout", ("forward_batch",)),
+    PrivateName("sglang.srt.arg_groups.model_override_base:attention_backends_of", ("cfg",)),
+    PrivateName("sglang.srt.arg_groups.model_override_base:resolved_view", ("server_args",)),
     PrivateName("sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"),
     PrivateName("sglang.srt.layers.attention.attention_registry:register_attention_backend", ("name",)),
-    PrivateName(
-        "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
-        ("forward_batch",),
-    ),
+    PrivateName(f"{_TRITON}.init_forward_metadata", ("forward_batch",)),
     PrivateName(f"{_TRITON}.init_cuda_graph_state", ("max_bs", "max_num_tokens")),
     PrivateName(
         f"{_TRITON}._update_target_verify_buffers",
@@ -217,6 +218,18 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(f"{_TRITON}._build_cuda_graph_forward_metadata", ("bs", "forward_mode", "spec_info")),
     PrivateName("sglang.srt.layers.attention.triton_backend:ForwardMetadata", ("qo_indptr",)),
+    PrivateName(f"{_FLASHINFER}:FlashInferAttnBackend", ("model_runner", "init_new_workspace")),
+    PrivateName(f"{_FLASHINFER}:FlashInferAttnBackend._create_prefill_wrappers", ("bs",)),
+    PrivateName(
+        f"{_FLASHINFER}:FlashInferAttnBackend.init_forward_metadata_out_graph",
+        ("forward_batch", "in_capture"),
+    ),
+    PrivateName(
+        f"{_FLASHINFER}:FlashInferIndicesUpdaterPrefill.update_single_wrapper",
+        ("prefix_lens", "prefill_wrappers", "use_ragged", "encoder_lens", "spec_info", "plan"),
+    ),
+    PrivateName(f"{_FLASHINFER}:PrefillMetadata", ("prefill_wrappers", "use_ragged", "extend_no_prefix")),
+    PrivateName(f"{_FLASHINFER_MLA}.init_cuda_graph_state", ("max_bs", "max_num_tokens", "kv_indices_buf")),
     PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
     PrivateName("sglang.srt.model_executor.forward_batch_info:ForwardMode.DECODE"),
     PrivateName(
@@ -355,10 +368,11 @@ HEAVY = (
     "sglang.launch_server",
     "sglang.srt.models.registry",
     "sglang.kernels.ops.attention.linear.",
+    "sglang.srt.layers.attention.flashinfer",
     "sglang.srt.layers.attention.linear.",
 )
-"""Modules that only a launcher needs, or a server of recurrent targets: checked by `whiflash check` and the tests, not
-at every start."""
+"""Modules of a launcher, of one attention or of recurrent targets: checked by `whiflash check` and the tests, not at
+every start."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
 from whiflash_sglang.compat import recurrent
-from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, GRAPH_ATTENTIONS, Launch
+from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
 _FULL_ATTENTION = "WHIFLASH serves targets with full attention in every layer; serve this one without it"
@@ -64,13 +64,6 @@ def _foreign_attention(launch: Launch) -> str | None:
 def _captures(launch: Launch, phase: str) -> bool:
     config = launch.args.cuda_graph_config
     return launch.device == "cuda" and getattr(config, phase).backend != Backend.DISABLED
-
-
-def _uncaptured_attention(launch: Launch) -> str | None:
-    """The attention backend that has no graphs of our verifications, where such are to be captured."""
-    if not _captures(launch, Phase.DECODE):
-        return None
-    return next(iter(sorted(launch.attention_backends.difference(GRAPH_ATTENTIONS))), None)
 
 
 def _has_windows(launch: Launch) -> bool:
@@ -159,12 +152,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda x: x.device == "cuda" and x.xqa and "trtllm_mha" in x.attention_backends,
         "TRT-LLM's attention is its XQA kernel on this GPU, which cannot verify drafts of several lengths; remove "
         "--attention-backend trtllm_mha",
-    ),
-    Refusal(
-        "cuda_graphs",
-        _uncaptured_attention,
-        f"WHIFLASH on CUDA has graphs with --attention-backend {', '.join(GRAPH_ATTENTIONS)}, not with {{}}; use one "
-        "of these, or give --cuda-graph-backend-decode disabled",
     ),
     Refusal(
         "cuda_prefill_graphs",

@@ -7,22 +7,13 @@ are planned from `seq_lens` and are right for every width.
 
 from typing import Any
 
-from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.speculative.ragged_verify import resolve_ragged_verify_layout
 
-from whiflash_sglang.compat.carried import serves_ours
 
-_upstreams = ATTENTION_BACKENDS["triton"]
-
-
-def install() -> None:
-    """Let `triton` name this backend in a server of ours. Idempotent."""
-    register_attention_backend("triton")(_create)
-
-
-def _create(runner: Any) -> Any:
-    return RaggedTritonBackend(runner) if serves_ours() else _upstreams(runner)
+def backend_of(runner: Any) -> Any:
+    """The backend of a server of ours, as SGLang's registry makes upstream's."""
+    return RaggedTritonBackend(runner)
 
 
 class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
