@@ -14,7 +14,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_gr
 from whiflash_sglang.cache.stops import FEW
 from whiflash_sglang.compat import attention, graphs, memory, rehearsal
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
 from whiflash_sglang.round.graphs import CapturedPass
 
 
@@ -71,7 +71,8 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
         target.runner = runner
         return memory.for_requests(target, 2, 4)
 
-    table, sampled = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8, 8 * 1000 * rehearsal.LOGIT_BYTES
+    table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8 + GATE_BYTES
+    sampled = 8 * 1000 * rehearsal.LOGIT_BYTES
     assert reserved("cpu") == table
     row = 10 + Epilogue.bytes_for(4)
     captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * row

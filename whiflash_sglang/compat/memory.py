@@ -24,7 +24,7 @@ from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
 
 
 @dataclass(slots=True)
@@ -70,7 +70,9 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
         target: the wrapped target, whose capture has been set. widest: most rows of a request.
     """
     columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
-    table = TokenTable.bytes_for(requests + 1, columns, widest) + StopTable.bytes_for(requests + 1)
+    table = (
+        TokenTable.bytes_for(requests + 1, columns, widest) + StopTable.bytes_for(requests + 1) + GATE_BYTES
+    )
     if target.device.type != "cuda":
         return table
     vocabulary, kept = target.shape.vocab_size, 0

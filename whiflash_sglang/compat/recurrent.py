@@ -50,7 +50,7 @@ def install(model: Any, model_config: Any, device: torch.device) -> None:
 
     Called before SGLang makes the target's attention. The CPU platform has made its own the gated delta rule's.
     """
-    if has_state(model_config) and device.type == "cuda":
+    if device.type == "cuda" and has_state(model_config):
         from whiflash_sglang.compat import ragged_recurrent
 
         ragged_recurrent.install()

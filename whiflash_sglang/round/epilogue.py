@@ -54,6 +54,10 @@ class VerifiedRows(NamedTuple):
     outcome: Outcome | None = None
 
 
+GATE_BYTES = torch.int64.itemsize
+"""Of the scalar that lets graphs commit; every epilogue has one."""
+
+
 class Epilogue:
     """Commits verified rows.
 
