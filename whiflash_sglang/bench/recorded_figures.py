@@ -83,12 +83,13 @@ def recorded_tables(result: Mapping[str, Any]) -> list[Table]:
 
 def recorded_page(result: Mapping[str, Any], command: str) -> str:
     """The same as a Markdown page. command: what printed it."""
-    made = result["provenance"]
+    made, count = result["provenance"], result["repetitions"]
+    repetitions = "1 repetition" if count == 1 else f"{count} repetitions"
     parts = [
         f"# Recorded conversations, forced: {', '.join(result['files'])}",
         f"{made['hardware']['cpu']}, {made['hardware']['cores']} cores, {made['threads']} threads a server, "
         f"{made['dtype']}, SGLang {made['packages']['sglang']}, torch {made['packages']['torch']}. "
-        f"{result['repetitions']} repetitions, interleaved; {result['talks']} conversations, {result['answers']} "
+        f"{repetitions}, interleaved; {result['talks']} conversations, {result['answers']} "
         f"answers, {result['tokens']} forced tokens. Load of the machine before "
         f"{made['busy_before']['load_1min']:.1f}, after {made['busy_after']['load_1min']:.1f}.",
         "Rates count the whole exchange, prefill included. In brackets: 95 % paired bootstrap intervals over "
