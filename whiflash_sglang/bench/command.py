@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.progress import Progress
 
 from whiflash_sglang.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS
 from whiflash_sglang.bench.cells import Cell, Journal, Load
@@ -104,17 +105,22 @@ class Outputs:
             draw(report, self.plots)
 
 
+def open_fleet(stack: ExitStack, bar: Progress, log_dir: Path | None) -> Fleet:
+    """Where servers are started, from one process that has imported SGLang if they can share it; `stack` ends them."""
+    host = None
+    if shares_imports():
+        importing = bar.add_task("importing SGLang, once for all servers", total=None)
+        host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
+        host.wait()
+        bar.remove_task(importing)
+    return stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
+
+
 def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Report:
     """Carry out `plan` and show how far it is; the servers end with it."""
     with ExitStack() as stack:
         bar = stack.enter_context(progress())
-        host = None
-        if shares_imports():
-            importing = bar.add_task("importing SGLang, once for all servers", total=None)
-            host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
-            host.wait()
-            bar.remove_task(importing)
-        fleet = stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
+        fleet = open_fleet(stack, bar, log_dir)
         return Runner(plan, fleet, Journal(cells, plan.fingerprint, Cell), bar).run(resume=resume)
 
 

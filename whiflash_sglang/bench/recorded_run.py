@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from whiflash_sglang import __version__
 from whiflash_sglang.bench import provenance
 from whiflash_sglang.bench.arms import Arm
 from whiflash_sglang.bench.cells import Journal, PlayedCell
-from whiflash_sglang.bench.command import loads_of, write_whole
-from whiflash_sglang.bench.fleet import Fleet, launcher, threads
+from whiflash_sglang.bench.command import loads_of, open_fleet, write_whole
+from whiflash_sglang.bench.fleet import Fleet
 from whiflash_sglang.bench.recorded import DEFAULT, Talk, play, recorded_arms, talks_of
 from whiflash_sglang.bench.recorded_figures import figures, recorded_page, recorded_tables
 from whiflash_sglang.bench.subject import CPU_KV_TOKENS, build_subject
@@ -30,7 +29,6 @@ from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.progress import progress
 from whiflash_sglang.recorded.benchmark import renderer_of
 from whiflash_sglang.recorded.files import read_recorded
-from whiflash_sglang.serving.server_host import ServerHost, shares_imports
 
 MARGIN = 128
 """Positions of a context that no conversation takes: the widest drafts go behind the text."""
@@ -118,11 +116,7 @@ def run_recorded(run: RecordedRun, outputs: RecordedOutputs) -> dict[str, Any]:
         known = journal.read() if outputs.resume else []
         journal.begin(known)
         bar = stack.enter_context(progress())
-        host = None
-        if shares_imports():
-            host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
-            host.wait()
-        fleet = stack.enter_context(Fleet(partial(launcher, host=host), run.log_dir))
+        fleet = open_fleet(stack, bar, run.log_dir)
         record = {**provenance.environment(subject.bundle), "busy_before": provenance.busy()}
         start(arms, talks, fleet, bar)
         found = measure(arms, talks, loads, run.repetitions, fleet, bar, journal, run.minutes)
