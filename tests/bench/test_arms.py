@@ -31,8 +31,9 @@ SUBJECT = Subject(
 
 def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
     shared = ("--model-path", "/models/t", "--dtype", "bfloat16", "--device", "cpu")
-    arms = build_arms(KNOWN, SUBJECT)
-    assert [arm.name for arm in arms] == list(KNOWN)
+    names = those_with_drafters(KNOWN, SUBJECT)
+    arms = build_arms(names, SUBJECT)
+    assert [arm.name for arm in arms] == names == [name for name in KNOWN if name != "DSPARK"]
     assert all(arm.arguments[: len(shared)] == shared for arm in arms)
     by_name = {arm.name: arm for arm in arms}
     assert by_name["none"].arguments == shared
@@ -43,10 +44,10 @@ def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
 
 
 def test_routers_that_learn_nothing_share_a_server_and_auto_has_its_own() -> None:
-    servers = {arm.name: arm.server for arm in build_arms(KNOWN, SUBJECT)}
+    servers = {arm.name: arm.server for arm in build_arms(those_with_drafters(KNOWN, SUBJECT), SUBJECT)}
     shared = {"neural", "entropy", "ar", "diffusion", "lookup", "pinned-none"}
     assert {name for name, server in servers.items() if server == servers["ar"]} == shared
-    assert len(set(servers.values())) == len(KNOWN) - len(shared) + 1
+    assert len(set(servers.values())) == len(servers) - len(shared) + 1
 
 
 def test_another_checkout_serves_the_same_arm_from_its_own_sources(
@@ -122,13 +123,30 @@ def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None
 def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
     alone = replace(SUBJECT, eagle3=None)
     names = those_with_drafters(KNOWN, alone)
-    assert set(KNOWN) - set(names) == {"EAGLE3", "neural", "entropy", "ar", "copy-rule"}
+    assert set(KNOWN) - set(names) == {"EAGLE3", "DSPARK", "neural", "entropy", "ar", "copy-rule"}
     arms = build_arms(names, alone)
     assert alone.hide_paths(["None", *arms[1].arguments[-1:]]) == ["None", "BUNDLE/dflash"]
     for name in ("EAGLE3", "EAGLE3:3", "entropy"):
         kind = name.split(":")[0]
         with pytest.raises(ConfigError, match=f"--arms {kind} needs EAGLE-3.*the drafters here are: DFlash"):
             build_arms([name], alone)
+
+
+def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() -> None:
+    dspark = replace(SUBJECT, block_format="DSpark")
+    card = replace(dspark, common=())
+    assert those_with_drafters(QUICK, SUBJECT) == ["none", "EAGLE3", "DFLASH", "auto"]
+    assert those_with_drafters(QUICK, dspark) == ["none", "EAGLE3", "diffusion", "auto"]
+    assert those_with_drafters(QUICK, card) == ["none", "EAGLE3", "DSPARK", "auto"]
+    assert those_with_drafters(("diffusion", "DFLASH", "DSPARK"), dspark) == ["diffusion"]
+    served = build_arms(["DSPARK"], card)[1].arguments
+    assert served[-4:] == (
+        *("--speculative-algorithm", "DSPARK"),
+        *("--speculative-draft-model-path", str(card.dflash)),
+    )
+    for subject, arm, has in ((dspark, "DFLASH", "DSpark"), (SUBJECT, "DSPARK", "DFlash")):
+        with pytest.raises(ConfigError, match=f"--arms {arm}: upstream's does not read {has} checkpoints"):
+            build_arms([arm], subject)
 
 
 def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
@@ -187,7 +205,7 @@ def test_an_arm_twice_is_refused() -> None:
 
 
 def test_published_arguments_name_no_directory() -> None:
-    for arm in build_arms(KNOWN, SUBJECT):
+    for arm in build_arms(those_with_drafters(KNOWN, SUBJECT), SUBJECT):
         shown = " ".join(SUBJECT.hide_paths(arm.arguments))
         assert "/models" not in shown
         assert "/scratch" not in shown

@@ -151,10 +151,9 @@ def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: Repor
     assert report.ratios["EAGLE3"].static == {}
 
 
-def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
-    """As with plain decoding, by category; an arm of another checkout is no static drafter."""
-    arms = {"none": 10.0, "auto": 24.0, "auto@beside": 16.0, "EAGLE3:3@beside": 40.0}
-    cells = [
+def cells_of(arms: dict[str, float]) -> list[Cell]:
+    """Three repetitions of every prompt for arms of such speeds, in tokens a second."""
+    return [
         Cell(
             load=ALONE,
             arm=arm,
@@ -166,6 +165,19 @@ def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
         for repetition in range(3)
         for prompt in TOKENS
     ]
+
+
+def test_whiflash_pinned_to_a_drafter_is_a_static_drafter() -> None:
+    cells = cells_of({"none": 10.0, "EAGLE3": 12.0, "diffusion": 15.0, "auto": 24.0})
+    auto = build_report(cells, GROUPS, [], PROVENANCE, {}).ratios["auto"]
+    assert auto.static_arm["overall"] == "diffusion"
+    assert auto.static["overall"].ratio == pytest.approx(24 / 15)
+
+
+def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
+    """As with plain decoding, by category; an arm of another checkout is no static drafter."""
+    arms = {"none": 10.0, "auto": 24.0, "auto@beside": 16.0, "EAGLE3:3@beside": 40.0}
+    cells = cells_of(arms)
     compared = build_report(cells, GROUPS, [], PROVENANCE, {}, over="auto@beside")
     auto = compared.ratios["auto"]
     assert {name: i.ratio for name, i in auto.over.items()} == pytest.approx(dict.fromkeys(auto.none, 1.5))

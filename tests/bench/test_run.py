@@ -127,7 +127,7 @@ def test_acceptance_and_rounds(report: Report) -> None:
 def test_ratios_and_page(report: Report) -> None:
     auto = report.ratios["auto"]
     assert auto.none["overall"].low <= auto.none["overall"].high
-    assert auto.static_arm["overall"] in ("EAGLE3", "DFLASH")
+    assert auto.static_arm["overall"] in ("EAGLE3", "DFLASH", "ar", "diffusion")
     assert auto.static_by_category is not None
     page = render(report)
     assert "| auto |" in page

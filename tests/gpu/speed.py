@@ -1,7 +1,7 @@
 """Tokens a second beside SGLang's own arms: `python tests/gpu/speed.py --concurrency 8 --out report.json`.
 
 `whiflash bench` in one run of at most ten minutes, all servers up at once, each with SGLang's own choice of attention
-and with graphs: plain decoding, EAGLE3, DFLASH and `auto`. Exit status and report are the benchmark's.
+and with graphs: plain decoding, EAGLE3, DFLASH or DSPARK, and `auto`. Exit status and report are the benchmark's.
 """
 
 import argparse
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from served import Served
 
-ARMS, OVER = "none,EAGLE3,DFLASH,auto", "EAGLE3"
+OVER = "EAGLE3"
 SHARED = "--max-total-tokens 65536 --mem-fraction-static 0.5"
 """Four servers share one card: each may fill half of what those before it left, and takes KV for 64 requests."""
 CARD = ("--minutes", "7", "--repetitions", "8", "--per-category", "6", "--server-args", SHARED)
@@ -26,8 +26,18 @@ PROMPTS = ("Say something.", "And now?", "A third one.")
 def command(served: Served, concurrency: int, out: Path, scale: Sequence[str]) -> list[str]:
     """Arguments of `whiflash`."""
     pair = ["--model-path", str(served.target), "--bundle", str(served.bundle), "--dtype", served.dtype]
-    arms = ["--arms", ARMS, "--over", OVER, "--concurrency", str(concurrency)]
+    arms = ["--arms", ",".join(arms_of(served)), "--over", OVER, "--concurrency", str(concurrency)]
     return ["bench", *pair, *arms, *scale, "--out", str(out), "--log-dir", str(out.with_suffix(".logs"))]
+
+
+def arms_of(served: Served) -> list[str]:
+    """Plain decoding, upstream's arms of the pair's drafters, and `auto`."""
+    from whiflash_sglang.bench.arms import DSPARK_FORMATS
+    from whiflash_sglang.checkpoints.manifest import load_manifest
+    from whiflash_sglang.models.formats import read_draft
+
+    block = read_draft(served.bundle / str(load_manifest(served.bundle).dflash)).format.name
+    return ["none", "EAGLE3", "DSPARK" if block in DSPARK_FORMATS else "DFLASH", "auto"]
 
 
 def short_prompts(path: Path) -> Path:

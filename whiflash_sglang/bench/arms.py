@@ -14,7 +14,13 @@ from whiflash_sglang.checkpoints.drafter_set import NEEDED, PARTS, check_arms
 from whiflash_sglang.errors import ConfigError
 
 NONE = "none"
-STATIC = ("EAGLE3", "DFLASH")
+STATIC = ("EAGLE3", "DFLASH", "DSPARK")
+"""Upstream's arms of one drafter."""
+WITH_WIDTH = ("EAGLE3", "DFLASH")
+PINNED = ("ar", "diffusion")
+"""WHIFLASH with one drafter."""
+DSPARK_FORMATS = ("DSpark", "speculators DSpark")
+"""Formats of block drafters (`models/formats.py`) that upstream serves as DSPARK, on GPUs only, and not as DFLASH."""
 ROUTERS = {
     "auto": "auto",
     "neural": "neural",
@@ -30,9 +36,9 @@ NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
 VARIANTS = {COPY_RULE: COPY_RULE, **dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)}
 """Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
 KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
-DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,)}
+DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """Upstream's arms, and the drafters of a bundle that they serve."""
-QUICK = (NONE, *STATIC, "auto")
+QUICK = (NONE, "EAGLE3", "DFLASH", "auto")
 BESIDE = "@beside"
 """Ends the name of an arm that another checkout of this project serves."""
 SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
@@ -50,7 +56,8 @@ class Subject:
 
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints, one of which may be missing. common:
     arguments of every server. variants: arm → the changed bundle that it serves, for the arms that are wanted. beside:
-    another checkout of this project, which serves the arms whose names say so.
+    another checkout of this project, which serves the arms whose names say so. block_format: of the block drafter, by
+    its name in `models/formats.py`.
     """
 
     target: Path
@@ -61,6 +68,7 @@ class Subject:
     common: tuple[str, ...] = ()
     variants: Mapping[str, Path] = field(default_factory=dict)
     beside: Path | None = None
+    block_format: str = "DFlash"
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -123,8 +131,12 @@ def _needed(kind: str) -> tuple[str, ...]:
 
 
 def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
-    """Those arms of `names` that the bundle has drafters for."""
-    return [name for name in names if set(_needed(name)) <= set(subject.drafters)]
+    """Those arms of `names` that the bundle has drafters for. Where upstream has another name for the bundle's block
+    drafter than DFLASH, that one takes its place: DSPARK on a GPU, else WHIFLASH pinned to it."""
+    there = [name for name in names if set(_needed(name)) <= set(subject.drafters)]
+    dspark = subject.block_format in DSPARK_FORMATS
+    own = ("diffusion" if "cpu" in subject.common else "DSPARK") if dspark else "DFLASH"
+    return list(dict.fromkeys(own if name in ("DFLASH", "DSPARK") else name for name in there))
 
 
 def _arm(name: str, subject: Subject) -> Arm:
@@ -139,7 +151,7 @@ def _arm(name: str, subject: Subject) -> Arm:
         arguments = (*arm.arguments, SEVERAL[several[:2]], several[2:])
         return replace(arm, name=name, server=f"{arm.server}@{several}", arguments=arguments)
     kind, _, width = name.partition(":")
-    if kind not in KNOWN or (width and (kind not in STATIC or not width.isdigit() or int(width) < 1)):
+    if kind not in KNOWN or (width and (kind not in WITH_WIDTH or not width.isdigit() or int(width) < 1)):
         raise ConfigError(
             f"--arms: {name!r} is unknown; known: {', '.join(KNOWN)}, EAGLE3:STEPS, DFLASH:BLOCK, "
             f"and each with {BESIDE}, @tpN or @dpN"
@@ -181,7 +193,12 @@ def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
         chain = ("--speculative-num-steps", steps, "--speculative-eagle-topk", "1")
         drafts = ("--speculative-num-draft-tokens", str(int(steps) + 1))
         return ("--speculative-draft-model-path", str(subject.eagle3), *chain, *drafts)
-    if kind == "DFLASH":
+    if kind in ("DFLASH", "DSPARK"):
+        if (kind == "DSPARK") != (subject.block_format in DSPARK_FORMATS):
+            raise ConfigError(
+                f"--arms {kind}: upstream's does not read {subject.block_format} checkpoints such as {subject.dflash}; "
+                "the arm `diffusion` is WHIFLASH with this drafter alone"
+            )
         block = ("--speculative-num-draft-tokens", width) if width else ()
         return ("--speculative-draft-model-path", str(subject.dflash), *block)
     return ()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sglang.bench.arms import AUTO, BESIDE, NO_HINTS, NONE, STATIC
+from whiflash_sglang.bench.arms import AUTO, BESIDE, NO_HINTS, NONE, PINNED, STATIC
 from whiflash_sglang.bench.cells import Cell, Load
 from whiflash_sglang.bench.hints import HintGain, hint_gain
 from whiflash_sglang.bench.reference import Difference
@@ -50,7 +50,8 @@ class Figures(_Schema):
 
 
 class Ratios(_Schema):
-    """Rates over those of another arm, by category. static: the faster of upstream's EAGLE3 and DFLASH there.
+    """Rates over those of another arm, by category. static: the fastest arm of one drafter there,
+    upstream's EAGLE3 and DFLASH or WHIFLASH pinned to it.
 
     static_by_category: overall only, against whichever of the two is faster in each category. over: rates over those of
     the arm that was asked for (`Report.over`).
@@ -228,7 +229,9 @@ def _ratios(
     static_arm: dict[str, str] = {}
     against_asked: dict[str, Interval] = {}
     accepted: dict[str, float] = {}
-    statics = [name for name in cells if name.split(":")[0] in STATIC and not name.endswith(BESIDE)]
+    statics = [
+        name for name in cells if name.split(":")[0] in (*STATIC, *PINNED) and not name.endswith(BESIDE)
+    ]
     for name, belongs in selections(cells[arm], groups):
         if not load.is_alone and name != OVERALL:
             continue

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from whiflash_sglang.arms import DIFFUSION
 from whiflash_sglang.bench.arms import VARIANTS, Subject
 from whiflash_sglang.bench.load import MODEL
 from whiflash_sglang.bench.variants import write_variant
@@ -38,6 +39,7 @@ def build_subject(
     if beside is not None and not (beside / "whiflash_sglang" / "__init__.py").is_file():
         raise ConfigError(f"--beside {beside}: no checkout of this project")
     from whiflash_sglang.embedded import ensure_target
+    from whiflash_sglang.models.formats import read_draft
     from whiflash_sglang.platform import activate
 
     target = ensure_target() if model_path is None else fetch(model_path)
@@ -50,14 +52,16 @@ def build_subject(
         common += ["--tool-call-parser", manifest.tool_call_parser]
     if activate() is not None:
         common += ["--device", "cpu", "--max-total-tokens", str(CPU_KV_TOKENS)]
+    dflash = member(bundle, manifest, "dflash") if manifest.dflash else None
     changed = VARIANTS.keys() & {name.partition("@")[0] for name in arms}
     return Subject(
         target=target,
         bundle=bundle,
         eagle3=member(bundle, manifest, "eagle3") if manifest.eagle3 else None,
-        dflash=member(bundle, manifest, "dflash") if manifest.dflash else None,
+        dflash=dflash,
         dtype=dtype,
         common=(*common, *extra),
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
         beside=None if beside is None else beside.resolve(),
+        block_format="" if dflash is None else read_draft(dflash, DIFFUSION).format.name,
     )

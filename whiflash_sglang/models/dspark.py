@@ -155,7 +155,7 @@ class DSparkDrafter(DFlashDrafter):
         previous, state = bonus, self._begin(rows)
         tokens, sure = [], []
         for step in range(wanted):
-            latent, state = self._latent(previous, rows[:, step], state)
+            latent, state = self._latent(self._embedded(previous), rows[:, step], state)
             choice = head.choose(logits[:, step] + head.second(latent))
             previous = head.target_ids(choice.token)
             tokens.append(previous)
@@ -167,17 +167,23 @@ class DSparkDrafter(DFlashDrafter):
     def latents(self, rows: Tensor, before: Tensor) -> Tensor:
         """What W2 reads, [B, D, R], of states `rows` [B, D, H] behind tokens `before` [B, D]."""
         state, latents = self._begin(rows), []
+        embedded = self._embedded(before)  # at once: each look-up's gradient is as large as the whole table
         for step in range(rows.shape[1]):
-            latent, state = self._latent(before[:, step], rows[:, step], state)
+            latent, state = self._latent(embedded[:, step], rows[:, step], state)
             latents.append(latent)
         return torch.stack(latents, 1)
 
     def _begin(self, rows: Tensor) -> Tensor:
         return rows.new_zeros(len(rows), self.config.markov_rank)
 
-    def _latent(self, previous: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Of tokens `previous` [B] and states `hidden` [B, H]: what W2 reads [B, R], and the next `state` [B, R]."""
-        embedded = self.markov_head["markov_w1"](previous)
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """W1's rows of `tokens` [...]: [..., R]."""
+        embedded: Tensor = self.markov_head["markov_w1"](tokens)
+        return embedded
+
+    def _latent(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Of W1's rows `embedded` [B, R] of the tokens before and states `hidden` [B, H]: what W2 reads [B, R], and
+        the next `state` [B, R]."""
         if self.config.markov_head == "vanilla":
             return embedded, state
         if self.config.markov_head == "gated":
@@ -196,7 +202,7 @@ class DSparkDrafter(DFlashDrafter):
         """What the confidence head says, [B, D] float32, of states `rows` [B, D, H] behind tokens `before` [B, D]."""
         features = rows
         if self.config.confidence_with_markov:
-            features = torch.cat([rows, self.markov_head["markov_w1"](before)], -1)
+            features = torch.cat([rows, self._embedded(before)], -1)
         weight, bias = (self.get_parameter(f"confidence_head.proj.{name}") for name in ("weight", "bias"))
         return F.linear(features.float(), weight.float(), bias.float())[..., 0]
 
