@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 
 def our_names() -> list[str]:
     """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
-    from whiflash_sglang.compat.patching import PRIVATE_NAMES
-    from whiflash_sglang.platform import seams
+    from whiflash_sglang.compat.names import PRIVATE_NAMES
+    from whiflash_sglang.platform import seam_tables as seams
 
     names = [name.path for name in PRIVATE_NAMES]
     plain = (*seams.EARLY_SEAMS, *seams.SEAMS, *seams.MODULE_SEAMS)

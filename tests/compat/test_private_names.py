@@ -7,6 +7,7 @@ import pytest
 
 import whiflash_sglang
 from whiflash_sglang.compat import patching
+from whiflash_sglang.compat.names import PRIVATE_NAMES, PrivateName
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
 
@@ -34,7 +35,7 @@ def test_only_two_packages_import_the_engine() -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "compat").glob("*.py")), ids=lambda p: p.stem)
 def test_every_import_of_compat_is_on_the_list(path: Path) -> None:
-    listed = {name.path for name in patching.PRIVATE_NAMES}
+    listed = {name.path for name in PRIVATE_NAMES}
     for imported in imports(path):
         module, _, name = imported.partition(":")
         covered = any(
@@ -51,8 +52,8 @@ def test_every_name_exists_with_the_expected_parameters() -> None:
 
 def test_a_lost_name_or_parameter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     names = (
-        patching.PrivateName("sglang.srt.server_args:ServerArgs.no_such_thing"),
-        patching.PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("no_such_parameter",)),
+        PrivateName("sglang.srt.server_args:ServerArgs.no_such_thing"),
+        PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("no_such_parameter",)),
     )
     monkeypatch.setattr(patching, "PRIVATE_NAMES", names)
     assert [f.ok for f in patching.verify_names()[1:]] == [False, False]

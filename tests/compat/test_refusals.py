@@ -150,6 +150,23 @@ def test_mamba_2_is_committed_on_the_cpu_alone(taken: Launch, tmp_path: Path) ->
     assert "NemotronHForCausalLM keeps a recurrent state" in sentence(replace(on_cuda(taken), model=model))
 
 
+@pytest.mark.parametrize("architecture", ["KimiLinearForCausalLM", "KimiK3LinearForCausalLM"])
+def test_the_delta_rule_by_channel_is_committed_on_the_cpu_alone(
+    taken: Launch, tmp_path: Path, architecture: str
+) -> None:
+    """Not Kimi K3's, whose configuration is Kimi Linear's."""
+    layers = {"kda_layers": [1, 2, 4], "full_attn_layers": [3], "head_dim": 16, "num_heads": 2}
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    kind = {"architectures": [architecture], "model_type": "kimi_linear", "linear_attn_config": layers}
+    model = target(tmp_path / "model", **kind, **latent)
+    refused = f"{architecture} keeps a recurrent state"
+    if architecture == "KimiLinearForCausalLM":
+        assert refusal_of(replace(taken, model=model)) is None
+    else:
+        assert refused in sentence(replace(taken, model=model))
+    assert refused in sentence(replace(on_cuda(taken), model=model))
+
+
 def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:
     """Unless the user asks for the images."""
     kind = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **SECTIONS}

@@ -58,7 +58,7 @@ def doctored(tree: Any, module: str, before: str, after: str) -> Doctored:
 
 def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> None:
     """What is read off the sources is what `whiflash check` asks of the imported names."""
-    from whiflash_sglang.compat.patching import PRIVATE_NAMES
+    from whiflash_sglang.compat.names import PRIVATE_NAMES
 
     assert [path for path, said in known.names.items() if said is None] == []
     unclear = [path for path, said in known.names.items() if said["kind"] == "unclear"]

@@ -104,6 +104,60 @@ def test_the_delta_rule_is_transformers() -> None:
         states = behind
 
 
+def test_the_delta_rule_by_channel_is_transformers() -> None:
+    """The same of KDA: three requests of different lengths, in two parts, the second with every state."""
+    from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
+
+    heads, size, width, lengths = 4, 5, 3, [4, 1, 6]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    total, rows, marks = sum(lengths), Rows.of(starts, sum(lengths)), torch.tensor([2, 1, 0])
+    states = torch.zeros(3, heads, width, size)
+    for part in range(2):
+        q, k, v = (draw(total, heads, n, seed=10 * part + i) for i, n in enumerate((size, size, width)))
+        decay = -draw(total, heads, size, seed=10 * part + 3).abs()
+        beta = draw(total, heads, seed=10 * part + 4).sigmoid()
+        out, behind, marked = gated_delta_rule(
+            q, k, v, decay, beta, states, starts, rows, every=part == 1, marks=marks
+        )
+        for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
+            expected, last = recurrent_kimi_delta_attention(
+                *(x[None, begin:end] for x in (q, k, v, decay, beta)),
+                initial_state=states[i][None].mT,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+            torch.testing.assert_close(out[begin:end], expected[0], atol=1e-5, rtol=1e-4)
+            final = behind[i, end - begin - 1] if part else behind[i]
+            torch.testing.assert_close(final, last[0].mT, atol=1e-5, rtol=1e-4)
+            if part:
+                assert torch.equal(marked[i], behind[i, marks[i] - 1] if marks[i] else states[i])
+        states = behind
+
+
+@pytest.mark.parametrize("bound", [None, -5.0])
+def test_decays_by_channel_are_transformers(bound: float | None) -> None:
+    """As prompts have them and as verifications do; Kimi Linear's without a bound, GLM-5-Next's with one."""
+    from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextForgetGate
+
+    from whiflash_sglang.platform.gated_delta import CpuChannelDeltaBackend
+
+    rows, heads, size = 7, 3, 4
+    said = SimpleNamespace(
+        hidden_size=size, linear_head_dim=size, linear_num_heads=heads, linear_lower_bound=bound
+    )
+    gate = Glm5NextTextForgetGate(said)
+    gate.A_log.data, gate.dt_bias.data = draw(heads, seed=1), draw(heads * size, seed=2)
+    x = draw(rows, size, seed=3)
+    expected = gate(x[None])[0]
+    layer = SimpleNamespace(
+        A_log=gate.A_log, dt_bias=gate.dt_bias, lower_bound=bound, num_v_heads=heads, head_k_dim=size
+    )
+    projected = gate.f_b_proj(gate.f_a_proj(x))
+    backend = CpuChannelDeltaBackend.__new__(CpuChannelDeltaBackend)
+    for a in (projected, projected.view(1, rows, heads, size)):
+        torch.testing.assert_close(backend.decay(layer, a), expected)
+
+
 def test_mamba_2_is_its_formula() -> None:
     """Three requests of different lengths, in two parts, against a loop over each alone; three heads share B and C."""
     heads, groups, size, width, lengths = 6, 2, 5, 3, [4, 1, 6]

@@ -6,7 +6,14 @@ from types import ModuleType
 import pytest
 
 from whiflash_sglang.platform import activate, seams
-from whiflash_sglang.platform.seams import EARLY_SEAMS, METHOD_SEAMS, MODULE_SEAMS, SEAMS, Seam
+from whiflash_sglang.platform.seam_tables import (
+    EARLY_SEAMS,
+    METHOD_SEAMS,
+    MODEL_SEAMS,
+    MODULE_SEAMS,
+    SEAMS,
+    Seam,
+)
 
 
 def test_every_seam_fits_the_installed_sglang() -> None:
@@ -15,9 +22,9 @@ def test_every_seam_fits_the_installed_sglang() -> None:
     assert [check for check in checks if not check.ok] == []
 
 
-@pytest.mark.parametrize("layer", seams.MODEL_SEAMS)
+@pytest.mark.parametrize("layer", MODEL_SEAMS)
 def test_the_seams_of_some_layers_fit_too(layer: str) -> None:
-    names, methods = seams.MODEL_SEAMS[layer]()
+    names, methods = MODEL_SEAMS[layer]()
     checks = [*map(seams._check, names), *map(seams._check_method, methods)]
     assert [check for check in checks if not check.ok] == []
 

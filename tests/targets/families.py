@@ -106,6 +106,23 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+KDA = {
+    **EXPERTS,
+    **LATENT,
+    "q_lora_rank": None,
+    "n_shared_experts": 1,
+    "layer_types": DELTA["layer_types"],
+    "linear_head_dim": HEAD_DIM,
+    "linear_num_heads": 4,
+}
+KDA_LAYERS = {
+    "kda_layers": [1, 2, 4, 5],
+    "full_attn_layers": [3, 6],
+    "head_dim": HEAD_DIM,
+    "num_heads": 4,
+    "short_conv_kernel_size": 4,
+}
+"""As published: layers count from one."""
 MAMBA2 = ("mamba", "mlp", "attention", "mamba", "mlp", "attention")
 HF_BLOCKS = {"mamba": "linear_attention", "mlp": "mlp", "attention": "full_attention"}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
@@ -235,6 +252,14 @@ FAMILIES = {
             "qwen3_5_moe_text",
             "Qwen3_5MoeForCausalLM",
             {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32},
+        ),
+        Family(
+            "kimi_linear",
+            "KimiLinearForCausalLM",
+            KDA,
+            # Hugging Face's class writes its dense layer by the name of the others.
+            published={"layers.0.block_sparse_moe.": "layers.0.mlp."},
+            said={"linear_attn_config": KDA_LAYERS, "first_k_dense_replace": 1},
         ),
         Family(
             "nemotron_h",

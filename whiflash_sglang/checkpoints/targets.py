@@ -96,6 +96,12 @@ FAMILIES: tuple[TargetFamily, ...] = (
         _RECURRENT,
         Shown.REFUSED,
     ),
+    TargetFamily(
+        ("KimiLinearForCausalLM",),
+        f"{_MOE}, {_MLA}, gated delta rule by channel (KDA)",
+        Shown.CPU,
+        _NO_GPU,
+    ),
     TargetFamily(("NemotronHForCausalLM",), "Mamba 2", Shown.CPU, _NO_GPU),
     TargetFamily(("NemotronHPuzzleForCausalLM",), "Mamba 2", Shown.UNTRIED, _NO_GPU),
     TargetFamily(

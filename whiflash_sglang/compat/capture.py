@@ -8,8 +8,10 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-_SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture", "__getattr__")
-"""Methods that say which layers, and what hands them on (MiniCPM-V's classes choose another one by version)."""
+SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture", "set_dspark_layers_to_capture")
+"""Methods that say which layers, in the order in which a loaded model is asked for them."""
+_DSPARK_ALONE = ("KimiLinearForCausalLM",)
+"""Classes that have the last one alone, and capture layers' outputs by it: DeepSeek-V4's are no layer's output."""
 
 
 def may_capture(architecture: str) -> bool:
@@ -23,7 +25,9 @@ def _has_setter(name: str) -> bool | None:
     if name not in _classes():
         return None
     bases, body = _classes()[name]
-    own = any(f"def {setter}(" in body for setter in _SETTERS)
+    # MiniCPM-V's classes hand them on to another one, which they choose by version.
+    setters = SETTERS if name in _DSPARK_ALONE else (*SETTERS[:2], "__getattr__")
+    own = any(f"def {setter}(" in body for setter in setters)
     return own or any(_has_setter(base) for base in re.findall(r"\w+", bases) if base != name)
 
 

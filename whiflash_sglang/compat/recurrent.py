@@ -8,7 +8,8 @@ SGLang's tree keeps such a state for where a prefill or a request ended, or with
 interval: then a commit also copies the state behind the row that reached one.
 
 Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs; the gated delta rule (Qwen3-Next and
-Qwen3.5), which has a matrix beside them, and on the CPU Mamba 2 (Nemotron-H), which has another.
+Qwen3.5), which has a matrix beside them; and on the CPU that rule with a decay for each channel (Kimi Linear's KDA),
+and Mamba 2 (Nemotron-H), which have others.
 """
 
 import sys
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from sglang.srt.configs.hybrid_arch import mambaish_config
+from sglang.srt.configs.kimi_linear import KimiLinearConfig
 from sglang.srt.configs.lfm2 import Lfm2Config
 from sglang.srt.configs.lfm2_moe import Lfm2MoeConfig
 from sglang.srt.configs.lfm2_vl import Lfm2VlConfig
+from sglang.srt.configs.model_config import is_kimi_k3
 from sglang.srt.configs.nemotron_h import NemotronHConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig
@@ -29,8 +32,9 @@ from whiflash_sglang.platform.recurrent_ops import Rows, packed_verification
 
 PACKED = (Lfm2Config, Lfm2MoeConfig, Lfm2VlConfig, Qwen3NextConfig, Qwen3_5TextConfig, Qwen3_5MoeTextConfig)
 """Not what inherits from them: that has states of its own beside (Qwen4-Exp)."""
-KNOWN = (*PACKED, NemotronHConfig)
-"""SGLang's mixer of Mamba 2 views a verification as blocks of one width, so on the CPU alone."""
+KNOWN = (*PACKED, KimiLinearConfig, NemotronHConfig)
+"""On the CPU: SGLang's mixer of Mamba 2 views a verification as blocks of one width, and its kernels of KDA were shown
+no packed rows."""
 VERIFY = "shortconv_target_verify"
 """What modules of models with short convolutions call in a verification."""
 
@@ -42,6 +46,8 @@ def has_state(model_config: Any) -> bool:
 
 def is_known(model_config: Any, device: str) -> bool:
     """Whether they are of a kind whose state is read and committed here, on a device of this type."""
+    if is_kimi_k3(model_config.hf_config):  # Kimi Linear's configuration, but layers that no test has run
+        return False
     return type(mambaish_config(model_config)) in (KNOWN if device == "cpu" else PACKED)
 
 

@@ -15,7 +15,7 @@ from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.checkpoints.fit import TargetShape
-from whiflash_sglang.compat import graphs, recurrent
+from whiflash_sglang.compat import capture, graphs, recurrent
 from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
 from whiflash_sglang.compat.sampling import count_earlier_output
@@ -126,7 +126,7 @@ class Target:
         self.row_bytes = kept * self.shape.hidden_size * self.dtype.itemsize
 
     def _set_capture(self) -> None:
-        for name in ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture"):
+        for name in capture.SETTERS:
             # Qwen3-VL's hands on the first to its text model, which has the other one alone.
             if hasattr(self.model, name):
                 with suppress(AttributeError):

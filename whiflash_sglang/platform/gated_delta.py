@@ -1,7 +1,8 @@
-"""SGLang's attention backend of layers with a gated delta rule (Qwen3-Next, Qwen3.5), on the CPU, and what else their
-models launch Triton for.
+"""SGLang's attention backends of layers with a gated delta rule (Qwen3-Next, Qwen3.5; Kimi Linear's by channel), on the
+CPU, and what else their models launch Triton for.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class CpuDeltaBackend(CpuRecurrentBackend):
         b: torch.Tensor,
         **_: Any,
     ) -> torch.Tensor:
-        """mixed_qkv: [T, 2 Hk K + H V]; a, b: [T, H]. Returns [1, T, H, V]."""
+        """mixed_qkv: [T, 2 Hk K + H V]; a: as of `decay`; b: [T, H] or [1, T, H]. Returns [1, T, H, V]."""
 
         def rule(mixed: torch.Tensor, states: torch.Tensor, **rows: Any) -> Any:
             q, k, v = mixed.split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
@@ -38,14 +39,46 @@ class CpuDeltaBackend(CpuRecurrentBackend):
                 q.unflatten(-1, (-1, layer.head_q_dim)),
                 k.unflatten(-1, (-1, layer.head_k_dim)),
                 v.unflatten(-1, (-1, layer.head_v_dim)),
-                -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float()),
-                b.float().sigmoid(),
+                self.decay(layer, a),
+                b.flatten(0, -2).float().sigmoid(),
                 states,
                 **rows,
             )
 
         convolution = (layer.conv_weights, layer.bias, layer.activation)
         return self.go_on(layer.layer_id, forward_batch, mixed_qkv, convolution, rule)[None]
+
+    def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
+        """What a row leaves of the state, as a logarithm. a: [T, H], as it was projected. Returns [T, H] fp32."""
+        return -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float())
+
+
+class CpuChannelDeltaBackend(CpuDeltaBackend):
+    """It stands in for `KDAAttnBackend` (Kimi Delta Attention): the decay is each key channel's own."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__(model_runner)
+        *_, taps, width = self.conv_states_shape
+        self.conv_states_shape = (*_, width, taps)
+
+    def cache_of(self, layer_id: int) -> Any:
+        """SGLang keeps the convolution's inputs of these layers the other way round, [K - 1, D]."""
+        cache = super().cache_of(layer_id)
+        turned = {
+            name: [kept.mT for kept in getattr(cache, name)]
+            for name in ("conv", "intermediate_conv_window")
+            if hasattr(cache, name)
+        }
+        return replace(cache, **turned)
+
+    def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
+        """a: [T, H K] or [1, T, H, K]. Returns [T, H, K] fp32, all above the layer's lower bound if it has one."""
+        heads, width = layer.num_v_heads, layer.head_k_dim
+        rate = layer.A_log.float().exp().view(heads, 1)
+        gate = a.reshape(-1, heads, width).float() + layer.dt_bias.float().view(heads, width)
+        if layer.lower_bound is not None:
+            return layer.lower_bound * (rate * gate).sigmoid()
+        return -rate * F.softplus(gate)
 
 
 def fused_qkvzba_split_reshape_cat(

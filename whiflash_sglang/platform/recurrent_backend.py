@@ -30,6 +30,11 @@ class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
         super().__init__(model_runner)
         self.conv_states_shape = model_runner.req_to_token_pool.mamba_pool.mamba_cache.conv[0].shape
 
+    def cache_of(self, layer_id: int) -> Any:
+        """SGLang's record of a layer's states: ``conv[0]`` [slots, D, K - 1], ``temporal`` [slots, H, X, Y], and of a
+        verification ``intermediate_conv_window[0]`` and ``intermediate_ssm``, [requests + 1, steps, …] of each."""
+        return self.req_to_token_pool.mamba2_layer_cache(layer_id)
+
     def go_on(
         self,
         layer_id: int,
@@ -42,8 +47,7 @@ class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
 
         Returns the rule's outputs, [T, …].
         """
-        metadata, mode = self.forward_metadata, forward_batch.forward_mode
-        cache = self.req_to_token_pool.mamba2_layer_cache(layer_id)
+        metadata, mode, cache = self.forward_metadata, forward_batch.forward_mode, self.cache_of(layer_id)
         starts, slots = metadata.query_start_loc.long(), metadata.mamba_cache_indices.long()
         rows, verifies = Rows.of(starts, len(x)), mode.is_target_verify()
         states, (weight, bias, activation) = cache.temporal[slots], convolution

@@ -1,5 +1,5 @@
-"""Torch versions of what recurrent layers compute: causal convolutions, the gated delta rule (Qwen3-Next) and Mamba 2's
-scan. Rows of B requests lie packed, and each request goes on from its state.
+"""Torch versions of what recurrent layers compute: causal convolutions, the gated delta rule (Qwen3-Next, Kimi
+Linear) and Mamba 2's scan. Rows of B requests lie packed, and each request goes on from its state.
 """
 
 from collections.abc import Callable
@@ -97,10 +97,12 @@ def gated_delta_rule(
     marks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``S ← e^decay · S``, ``S ← S + beta · (v - S k) kᵀ``, ``o = S q / √K``, row by row, all requests at once; queries
-    and keys are divided by their lengths. As transformers' `torch_recurrent_gated_delta_rule` (arXiv 2412.06464).
+    and keys are divided by their lengths. As transformers' `torch_recurrent_gated_delta_rule` (arXiv 2412.06464), and
+    with a decay for each channel of the key its `recurrent_kimi_delta_attention` (KDA, arXiv 2510.26692).
 
     Args:
-        query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay, beta: [T, H] fp32. states: [B, H, V, K].
+        query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay: [T, H] or [T, H, K] fp32. beta: [T, H]
+            fp32. states: [B, H, V, K].
         starts, rows, every, marks: as of :func:`recurrence`.
 
     Returns:
@@ -109,11 +111,12 @@ def gated_delta_rule(
     place, present = _side_by_side(starts, len(value))
     repeats = value.shape[1] // key.shape[1]
     q, k = (_normalized(x.float()).repeat_interleave(repeats, 1)[place] for x in (query, key))
-    v, kept = value.float()[place], decay.exp()[place].where(present, 1.0)
+    by_channel = decay if decay.dim() == 3 else decay[..., None]
+    v, kept = value.float()[place], by_channel.exp()[place].where(present[..., None], 1.0)
     learned = beta[place].where(present, 0.0)
 
     def step(i: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        state = state * kept[:, i, :, None, None]
+        state = state * kept[:, i, :, None]
         error = v[:, i] - torch.einsum("bhvk,bhk->bhv", state, k[:, i])
         state = state + torch.einsum("bhv,bhk->bhvk", error * learned[:, i, :, None], k[:, i])
         return state, torch.einsum("bhvk,bhk->bhv", state, q[:, i])

@@ -43,3 +43,11 @@ def fused_gate_sigmoid_mul_add(
 ) -> None:
     """``final_hidden_states`` [T, H] (mutable) += :func:`fused_gate_sigmoid_mul` of the others."""
     final_hidden_states += fused_gate_sigmoid_mul(hidden_states, gate_weight, shared_output)
+
+
+def experts_of_kimi(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """In place of the forward of Kimi Linear's `KimiMoE`, which leaves the routed experts' factor to their kernel, and
+    SGLang's torch experts leave it out. hidden_states: [T, H]. Returns [T, H]."""
+    routed = self.experts(hidden_states, self.topk(hidden_states, self.gate(hidden_states)[0]))
+    routed = routed * self.routed_scaling_factor
+    return routed if self.num_shared_experts is None else routed + self.shared_experts(hidden_states)

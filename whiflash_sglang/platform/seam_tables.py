@@ -1,0 +1,242 @@
+"""Every private SGLang name that the CPU platform replaces, in one table; `platform/seams.py` puts them in place."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from whiflash_sglang.platform import recurrent_ops, spec_ops, spec_trees, target_ops
+from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
+from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+from whiflash_sglang.platform.kv_pool import CpuKVPool
+
+_CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
+_EAGLE = "sglang.kernels.ops.speculative.eagle"
+_SPEC_TREE = "sglang.kernels.ops.speculative.spec_tree"
+_EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
+_DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
+_ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
+_CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
+
+
+class Seam(NamedTuple):
+    """One replaced name."""
+
+    module: str
+    name: str
+    replacement: Any
+    """A function with the parameters of the original, or a value."""
+    absent: bool = False
+    """Upstream's value on this platform is None or False: no operator exists for it."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class MethodSeam(NamedTuple):
+    """One wrapped method."""
+
+    module: str
+    owner: str
+    name: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    @property
+    def label(self) -> str:
+        return f"{self.module}.{self.owner}.{self.name}"
+
+    def find(self) -> Any:
+        """The class that owns the method."""
+        return getattr(importlib.import_module(self.module), self.owner)
+
+
+class ModuleSeam(NamedTuple):
+    """One module that cannot be imported here, because it imports operators that no published wheel has."""
+
+    module: str
+    name: str
+    replacement: Callable[..., Any]
+    """The function that is wanted of it, with the parameters of the original."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+def _tree_mask_mode() -> Any:
+    from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+
+    return TreeMaskMode.QLEN_ONLY
+
+
+EARLY_SEAMS: tuple[Seam, ...] = (
+    Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", target_ops.attention_backends_of),
+)
+"""What is asked while the arguments are read, in the launcher's process too; put in place by
+:func:`install_early_seams`."""
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(_CONV, "causal_conv1d_fn", recurrent_ops.causal_conv1d_fn),
+    Seam(_CONV, "causal_conv1d_update", recurrent_ops.causal_conv1d_update),
+    Seam(
+        "sglang.kernels.ops.mamba.mamba_state_scatter_triton",
+        "scatter_mamba_states_after_mtp_verify",
+        recurrent_ops.scatter_mamba_states_after_mtp_verify,
+    ),
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", target_ops.fused_gate_sigmoid_mul),
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", target_ops.fused_gate_sigmoid_mul_add),
+    Seam(
+        _CACHE_LOCS,
+        "assign_draft_cache_locs_contiguous_func",
+        spec_ops.assign_draft_cache_locs_contiguous_func,
+    ),
+    Seam(
+        "sglang.srt.mem_cache.allocation",
+        "assign_req_to_token_pool_func",
+        spec_ops.assign_req_to_token_pool_func,
+    ),
+    Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
+    Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_trees.fill_front_out_cache_loc_func),
+    Seam(_EAGLE, "fill_accept_out_cache_loc_func", spec_trees.fill_accept_out_cache_loc_func),
+    Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
+    Seam(
+        "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
+    ),
+    Seam("sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", spec_ops.murmur_hash32),
+    Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
+    Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
+    Seam(_EAGLE_UTILS, "default_tree_mask_mode", _tree_mask_mode),
+    Seam(
+        "sglang.kernels.ops.attention.table_qk_norm_rope", "table_qk_norm_rope_", spec_ops.table_qk_norm_rope_
+    ),
+    *(
+        Seam(module, name, getattr(spec_ops, name), absent=True)
+        for module in (_EAGLE_UTILS, _DFLASH_UTILS)
+        for name in ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
+    ),
+    Seam(_DFLASH_UTILS, "_DFLASH_SAMPLING_VERIFY_AVAILABLE", True, absent=True),
+)
+
+
+def _create_draft_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Enter the CPU backend into both maps of the draft backend factory, which are local to its methods."""
+
+    def create(
+        self: Any, backend_name: str, backend_map: Any, error_template: str, stamps_children: bool = False
+    ) -> Any:
+        def decode_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuMultiStepDraftBackend(
+                self.draft_model_runner, self.topk, self.speculative_num_steps
+            )
+
+        def extend_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuAttentionBackend(self.draft_model_runner)
+
+        # Only the multi-step decode backend has children to stamp.
+        ours = decode_backend if stamps_children else extend_backend
+        backends = {**backend_map, ATTENTION_BACKEND: ours}
+        return upstream(self, backend_name, backends, error_template, stamps_children)
+
+    return create
+
+
+def _keep_embedding_dtype(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Upstream turns every input embedding into bfloat16, which a float32 draft model cannot take."""
+
+    def kwargs_of(self: Any, forward_batch: Any, pp_proxy_tensors: Any) -> Any:
+        kwargs = upstream(self, forward_batch, pp_proxy_tensors)
+        if forward_batch.input_embeds is not None and forward_batch.replace_embeds is None:
+            kwargs["input_embeds"] = forward_batch.input_embeds.to(self.dtype)
+        return kwargs
+
+    return kwargs_of
+
+
+def _hybrid_pool(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """A platform names the pool of a model whose every layer attends; upstream's keeps KV with Triton's copies."""
+
+    def pool_of(self: Any, *, mha_pool_class: type, mla_pool_class: type, dsa_pool_class: type) -> Any:
+        found = upstream(
+            self, mha_pool_class=mha_pool_class, mla_pool_class=mla_pool_class, dsa_pool_class=dsa_pool_class
+        )
+        return CpuKVPool if found is MHATokenToKVPool else found
+
+    return pool_of
+
+
+METHOD_SEAMS: tuple[MethodSeam, ...] = (
+    MethodSeam(
+        "sglang.srt.mem_cache.kv_cache_configurator",
+        "KVCacheConfigurator",
+        "_hybrid_full_attention_pool_class",
+        _hybrid_pool,
+    ),
+    MethodSeam(
+        "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
+    ),
+    MethodSeam(
+        "sglang.srt.model_executor.model_runner",
+        "ModelRunner",
+        "_extend_forward_kwargs",
+        _keep_embedding_dtype,
+    ),
+)
+
+
+MODULE_SEAMS: tuple[ModuleSeam, ...] = (
+    ModuleSeam(
+        "sglang.kernels.ops.speculative.reconstruct_tree",
+        "reconstruct_indices_from_tree_mask_func",
+        spec_trees.reconstruct_indices_from_tree_mask_func,
+    ),
+)
+
+
+def delta_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+    """What models with a gated delta rule use, by head or by channel: names and methods. Imported for them alone."""
+    from whiflash_sglang.platform import gated_delta
+
+    linear = "sglang.srt.layers.attention.linear"
+    names = (
+        Seam(f"{linear}.gdn_backend", "GDNAttnBackend", gated_delta.CpuDeltaBackend),
+        Seam(f"{linear}.kda_backend", "KDAAttnBackend", gated_delta.CpuChannelDeltaBackend),
+        *(
+            Seam("sglang.kernels.ops.attention.triton_gdn_fused_proj", name, getattr(gated_delta, name))
+            for name in ("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous")
+        ),
+        Seam(_ELEMENTWISE, "fused_sigmoid_mul", gated_delta.fused_sigmoid_mul),
+    )
+    fla = "sglang.kernels.ops.attention.fla"
+    return names, (
+        MethodSeam(
+            f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: gated_delta.gated_norm
+        ),
+        MethodSeam(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: gated_delta.norm_gated),
+    )
+
+
+def mamba2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+    """What models with Mamba 2's mixer use."""
+    from whiflash_sglang.platform.mamba2 import CpuMamba2Backend
+
+    module = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
+    return (Seam(module, "Mamba2AttnBackend", CpuMamba2Backend),), ()
+
+
+def kimi_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+    """What Kimi Linear's experts use."""
+    return (), (
+        MethodSeam(
+            "sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: target_ops.experts_of_kimi
+        ),
+    )
+
+
+MODEL_SEAMS: Mapping[str, Callable[[], tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]]] = {
+    "RadixLinearAttention": delta_seams,
+    "MambaMixer2": mamba2_seams,
+    "KimiMoE": kimi_seams,
+}
+"""What models with such a layer use beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""
