@@ -147,7 +147,9 @@ def _read_weights(path: Path, device: torch.device, dtype: torch.dtype) -> dict[
 
 def causal_attention(length: int, device: torch.device, dtype: torch.dtype) -> Attend:
     """An `attend` without a cache: over one whole sequence of `length` tokens, planned once for all layers."""
-    if device.type == "cpu":
+    # Torch's fused attention is faster than products of matrices (`WideRequest`) where a CPU has matrix units alone.
+    matrix_units = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu" and not matrix_units:
         slots = torch.arange(length, device=device)[None]
         plan = PagedAttentionPlan.build(slots, [length], [length], causal=True, dtype=dtype)
         return lambda _, q, k, v: plan.run(q, k.contiguous(), v.contiguous(), q.shape[-1] ** -0.5)

@@ -80,10 +80,18 @@ class Loop(_Strict):
 
 
 class Eagle3(_Strict):
-    """The autoregressive drafter. `target_layers`: outputs that it reads, a subset of the captured ones."""
+    """The autoregressive drafter.
+
+    Attributes:
+        target_layers: outputs that it reads, a subset of the captured ones.
+        intermediate_size: of its MLP; the target's where it is not said.
+        draft_vocab_size: tokens that it drafts, the data's most frequent ones. `--start-from` keeps a checkpoint's
+            tokens where it has that many, and chooses anew where it has not.
+    """
 
     target_layers: list[int]
     source_layer: int
+    intermediate_size: Positive | None = None
     draft_vocab_size: Positive
     steps: Positive = 5
     decay: Share = 0.8

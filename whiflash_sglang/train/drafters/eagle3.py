@@ -14,7 +14,9 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.train.config import Eagle3
 from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
+from whiflash_sglang.train.drafters.growth import grown
 from whiflash_sglang.train.drafters.labels import cross_entropy, first_choice, index_map, make_labels
 
 
@@ -162,31 +164,32 @@ def _chain_attention(
     return attend
 
 
-def initialise(
-    target: TargetModel, *, target_layers: Sequence[int], source_layer: int, draft_ids: Tensor
-) -> Eagle3Drafter:
-    """A drafter that starts as one of the target's layers: it reads the last captured feature, unfused.
+def initialise(target: TargetModel, settings: Eagle3, draft_ids: Tensor) -> Eagle3Drafter:
+    """A drafter that starts as the target's layer `settings.source_layer`: it reads the last captured feature, unfused.
 
     Args:
-        target_layers: captured layers (outputs). source_layer: the target's layer that is copied.
         draft_ids: [K] the draft vocabulary, ascending target ids.
+
+    Raises:
+        ConfigError: its MLP would be narrower than the target's.
     """
+    width = int(target.config["intermediate_size"])
     config = Eagle3Config(
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
-        intermediate_size=int(target.config["intermediate_size"]),
+        intermediate_size=width,
         attention=target.attention_shape,
         num_layers=1,
         vocab_size=target.vocab_size,
         draft_vocab_size=len(draft_ids),
-        num_features=len(target_layers),
-        target_layer_ids=tuple(target_layers),
+        num_features=len(settings.target_layers),
+        target_layer_ids=tuple(settings.target_layers),
         rope=target.rope,
         max_position_embeddings=int(target.config["max_position_embeddings"]),
         rms_norm_eps=target.eps,
     )
     drafter = Eagle3Drafter(config, target.embedding.float())
-    source = target.layers[source_layer]
+    source = target.layers[settings.source_layer]
     layer: Any = drafter.layers[0]
     head = drafter.get_parameter("lm_head.weight")
     size = target.hidden_size
@@ -203,7 +206,7 @@ def initialise(
         drafter.norm.weight.copy_(target.final_norm)
         head.copy_(target.head[draft_ids])
         drafter.d2t = draft_ids - torch.arange(len(draft_ids))
-    return drafter
+    return grown(drafter, target, draft_ids, settings.intermediate_size or width)
 
 
 def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
@@ -20,6 +19,7 @@ from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.growth import go_on_from
 from whiflash_sglang.train.drafters.resume import check_same_run, checkpoint_digest, data_digest
 from whiflash_sglang.train.provenance import Provenance
 
@@ -52,6 +52,9 @@ def open_stores(config: TrainConfig) -> list[FeatureStore]:
 def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
     """Train the EAGLE-3 drafter on the data so far; returns the directory of the checkpoint in SGLang's
     format.
+
+    Raises:
+        ConfigError: `start_from` is not of the configuration's shape.
     """
     settings = config.eagle3
     target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
@@ -59,22 +62,14 @@ def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None
     columns = [config.capture.index(layer) for layer in settings.target_layers]
 
     def build() -> eagle3_training.Eagle3Training:
-        if start_from is None:
-            frequencies = token_frequencies(stores, target.vocab_size)
-            drafter = eagle3_training.initialise(
-                target,
-                target_layers=settings.target_layers,
-                source_layer=settings.source_layer,
-                draft_ids=eagle3_training.choose_draft_vocabulary(frequencies, settings.draft_vocab_size),
-            )
-        else:
-            drafter = Eagle3Drafter.load(
-                start_from,
-                device=torch.device("cpu"),
-                dtype=torch.float32,
-                target_embedding=target.embedding,
-                target_lm_head=None,
-            )
+        chosen = eagle3_training.choose_draft_vocabulary(
+            token_frequencies(stores, target.vocab_size), settings.draft_vocab_size
+        )
+        drafter = (
+            eagle3_training.initialise(target, settings, chosen)
+            if start_from is None
+            else go_on_from(start_from, target, settings, chosen)
+        )
         return eagle3_training.Eagle3Training(
             drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
         )
