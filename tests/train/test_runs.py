@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,19 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(
     assert rebuild_features(tmp_path / "double.npz", target, store, config.capture) == 24
     assert rebuild_features(tmp_path / "double.npz", target, store, config.capture) == 0
     assert [record.id for record in store.records] == Exported(tmp_path / "tokens.npz").ids
+
+
+def test_categories_are_held_as_often_as_they_weigh(config: TrainConfig) -> None:
+    stores = open_stores(config)
+    all_of = Counter(record.category for store in stores for record in store.records)
+    (first, count), *others = all_of.items()
+    weights = {first: 2.5} | {name: 0.0 for name, _ in others}
+    held = SequenceBatches(stores, 256, 0, 0, weights)
+    found = Counter(record.id for batch in held.batches for _, record in batch)
+    assert {record.category for batch in held.batches for _, record in batch} == {first}
+    assert (set(found.values()) <= {2, 3}, len(found)) == (True, count)
+    assert found.total() > 2 * count
+    assert SequenceBatches(stores, 256, 0, 0, {}).batches == SequenceBatches(stores, 256, 0, 0).batches
 
 
 def test_where_answers_part_is_counted_and_judged(root: Path, config: TrainConfig, tmp_path: Path) -> None:

@@ -66,8 +66,14 @@ class Data(_Strict):
 
 
 class Loop(_Strict):
-    """Optimisation. `answer_tokens`: answer tokens in a batch. `save_steps`: between checkpoints."""
+    """Optimisation.
 
+    Attributes:
+        answer_tokens: answer tokens in a batch. save_steps: between checkpoints.
+        category_weights: how often an epoch holds an answer of a category; 1 where not named. 0.5 is every other one.
+    """
+
+    category_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     epochs: Annotated[float, Field(gt=0)] = 3.0
     answer_tokens: Positive = 1024
     min_answer: Annotated[int, Field(ge=3)] = 4

@@ -1,6 +1,7 @@
 """Sequences packed into batches of about equal work, in an order fixed by the seed."""
 
 import random
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -50,17 +51,25 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, stores: SequenceOf[FeatureStore], answer_tokens: int, min_answer: int, seed: int
+        self,
+        stores: SequenceOf[FeatureStore],
+        answer_tokens: int,
+        min_answer: int,
+        seed: int,
+        category_weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Raises `ValueError` where no stored answer has `min_answer` tokens."""
+        """`category_weights`: how often answers of a category are held, 1 where not named; 1.5 is every answer once
+        and every other one twice. Raises `ValueError` where no stored answer has `min_answer` tokens."""
+        draw = random.Random(seed)
         entries = [
-            (store, record)
-            for store, record in unique_answers(stores)
-            if record.length - record.prompt_length >= min_answer
+            entry
+            for entry in unique_answers(stores)
+            if entry[1].length - entry[1].prompt_length >= min_answer
+            for _ in range(_times((category_weights or {}).get(entry[1].category, 1.0), draw))
         ]
         if not entries:
             raise ValueError("no training data: run `whiflash train data` first")
-        random.Random(seed).shuffle(entries)
+        draw.shuffle(entries)
         entries.sort(key=lambda entry: entry[1].length // 64)
         self.batches: list[list[tuple[FeatureStore, SequenceRecord]]] = [[]]
         answers = total = 0
@@ -87,6 +96,12 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
             "lengths": torch.tensor([sequence.record.length for sequence in sequences]),
             "prompts": torch.tensor([sequence.record.prompt_length for sequence in sequences]),
         }
+
+
+def _times(weight: float, draw: random.Random) -> int:
+    """`weight` on average, as a whole number."""
+    whole = int(weight)
+    return whole + (weight > whole and draw.random() < weight - whole)
 
 
 def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tensor:

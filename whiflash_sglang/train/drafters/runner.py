@@ -185,7 +185,7 @@ def _train(
         torch.set_num_threads(config.hardware.threads)
     torch.manual_seed(config.seed)
     run = config.work / name
-    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
+    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed, loop.category_weights)
     resumed = last_checkpoint(run / "trainer")
     check_same_run(run / "trainer", _facts(name, config, stores, start_from), begun=resumed is not None)
     provenance = Provenance.start(config, stores)
