@@ -331,6 +331,8 @@ def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None
     names = {ALWAYS, "entropy", "running means", "both confidences"}
     assert names <= set(result["signals"])
     assert "neural" not in result["signals"], "the bundle has no router"
+    positions = [answer["positions"] for answer in result["categories"].values()]
+    assert sum(one["positions"] for one in result["spans"].values()) == sum(positions)
     again = evaluate_bundle(bundle, trained.config.work.parent / "prompts.jsonl", options)
     assert json.dumps(again) == json.dumps(result), "kept replays"
 

@@ -84,6 +84,7 @@ def evaluate_command(
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.train.config import Hardware
+        from whiflash_sglang.train.judging.by_span import spans_table
         from whiflash_sglang.train.judging.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
@@ -108,6 +109,7 @@ def evaluate_command(
     for_tables().print(figures_table(result))
     if "signals" in result:
         for_tables().print(signals_table(result["signals"]))
+        for_tables().print(spans_table(result["spans"]))
 
 
 def _evaluate_recorded(

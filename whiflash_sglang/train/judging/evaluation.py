@@ -16,10 +16,12 @@ from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.router import Router
+from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware, Slots
+from whiflash_sglang.train.judging.by_span import by_span, kinds_of
 from whiflash_sglang.train.judging.calibrate import Signal
 from whiflash_sglang.train.judging.controlled import Known, Lag, Prices, auto_choices
 from whiflash_sglang.train.judging.evaluate import (
@@ -68,10 +70,13 @@ class AnsweredBundle:
     answers: list[Replay]
     prompts: int
     skipped: int
+    kinds: dict[str, list[str]] = field(default_factory=dict)
+    """An answer's id → the kind of span that each of its tokens is written into."""
 
 
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
-    """The figures of `tabulate`, with what they were measured on, and beside two drafters those of `signals.judge`.
+    """The figures of `tabulate`, with what they were measured on, and beside two drafters those of `signals.judge` and
+    `by_span`.
 
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
@@ -80,6 +85,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
     judged = {}
     if len(manifest.drafters) == 2:
         judged["signals"] = judge(done.answers, bundle_signals(bundle, done, settings.eagle_steps))
+        judged["spans"] = by_span(done.answers, done.kinds)
     return {
         "bundle": manifest.name,
         "prompts": done.prompts,
@@ -132,7 +138,23 @@ def answer_and_replay(
         summary = answer_rows(chosen, target, data, capture, store, keep_loops=True)
         wanted = {row["id"] for row in chosen}
         answers = replay_store(bundle, target, store, settings.eagle_steps, wanted, work / "replays")
-    return AnsweredBundle(target, answers, len(chosen), summary.skipped)
+        kinds = _kinds(chosen, store, target, manifest.tool_call_parser)
+    return AnsweredBundle(target, answers, len(chosen), summary.skipped, kinds)
+
+
+def _kinds(
+    rows: Sequence[dict[str, Any]], store: FeatureStore, target: LoadedTarget, tool_parser: str | None
+) -> dict[str, list[str]]:
+    """`by_span.kinds_of` every stored answer to `rows`, by its id."""
+    table = token_bytes(target.tokenizer)
+    by_id = {row["id"]: row for row in rows}
+    return {
+        record.id: kinds_of(
+            by_id[record.id], store.read_tokens(record)[record.prompt_length :].tolist(), tool_parser, table
+        )
+        for record in store.records
+        if record.id in by_id
+    }
 
 
 def replay_store(
