@@ -19,6 +19,7 @@ from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.even_rows import EvenRows
 from whiflash_sglang.train.drafters.growth import go_on_from
 from whiflash_sglang.train.drafters.resume import check_same_run, checkpoint_digest, data_digest
 from whiflash_sglang.train.provenance import Provenance
@@ -30,6 +31,10 @@ class _Measured(Protocol):
 
 class _LoggingTrainer(Trainer):  # type: ignore[misc]
     """Adds the training model's own figures to every log line."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with EvenRows():
+            return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         model: Any = self.model
