@@ -144,7 +144,16 @@ def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() ->
         *("--speculative-algorithm", "DSPARK"),
         *("--speculative-draft-model-path", str(card.dflash)),
     )
-    for subject, arm, has in ((dspark, "DFLASH", "DSpark"), (SUBJECT, "DSPARK", "DFlash")):
+    speculators = replace(card, block_format="speculators DSpark")
+    assert those_with_drafters(QUICK, speculators) == ["none", "EAGLE3", "diffusion", "auto"]
+    assert those_with_drafters(QUICK, replace(card, common=("--tool-call-parser", "cpu")))[2] == "DSPARK"
+    with pytest.raises(ConfigError, match="DSPARK: upstream serves it on GPUs only; the arm `diffusion`"):
+        build_arms(["DSPARK"], dspark)
+    for subject, arm, has in (
+        (dspark, "DFLASH", "DSpark"),
+        (SUBJECT, "DSPARK", "DFlash"),
+        (speculators, "DSPARK", "speculators DSpark"),
+    ):
         with pytest.raises(ConfigError, match=f"--arms {arm}: upstream's does not read {has} checkpoints"):
             build_arms([arm], subject)
 

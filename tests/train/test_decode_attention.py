@@ -86,6 +86,21 @@ def test_the_process_keeps_its_subnormal_numbers(tmp_path: Path) -> None:
     assert [x.suffix for x in tmp_path.glob("compiled/*")] == [".so"]
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_threads_share_the_rows(rows: int) -> None:
+    if attention._compiled() is None:
+        pytest.skip("no C++ compiler here")
+    given = slots(rows, 2, 2, 16, 40)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = decode_attention(*given)
+        torch.set_num_threads(5)
+        assert torch.equal(decode_attention(*given), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_other_types_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_compiled", lambda: pytest.fail("not for float32"))
     q, keys, values, ends, bias = slots(3, 2, 2, 16, 20)

@@ -32,9 +32,13 @@ def test_products_and_gradients_are_the_same(
     assert all(rows % ROWS == 0 for rows in seen)
 
 
-def test_layers_take_it_too() -> None:
-    layer = torch.nn.Linear(4, 3)
-    x = torch.randn(5, 4)
+def test_layers_take_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, seen = torch.nn.Linear(4, 3), torch.randn(5, 4), []
+    pad = F.pad
+    monkeypatch.setattr(F, "pad", lambda given, by: seen.append(by[3]) or pad(given, by))
     with EvenRows():
         found = layer(x)
+        named = F.linear(input=x, weight=layer.weight, bias=layer.bias)
     torch.testing.assert_close(found, layer(x))
+    torch.testing.assert_close(named, layer(x))
+    assert seen == [ROWS - 5]

@@ -69,8 +69,21 @@ def test_it_drafts_what_it_drafted(
     common = sorted(before & after)
     columns = [torch.searchsorted(ids, torch.tensor(common, dtype=torch.int64)) for ids in (old, new)]
     torch.testing.assert_close(wide_logits[:, columns[1]], logits[:, columns[0]], rtol=1e-4, atol=1e-4)
-    rows = larger.get_parameter("lm_head.weight")[~torch.isin(new, old)]
-    assert torch.equal(rows, target.head[new[~torch.isin(new, old)]])
+
+
+@pytest.mark.parametrize("drift", [0.0, 3.0])
+def test_new_tokens_are_chosen_as_the_target_would(target: TargetModel, drift: float) -> None:
+    """What all rows of a trained head have in common is not a token's own: new ones neither win nor lose by it."""
+    drafter = initialise(target, SETTINGS, torch.arange(0, 200, 2))
+    torch.manual_seed(3)
+    common = torch.randn(target.hidden_size)
+    with torch.no_grad():
+        drafter.get_parameter("lm_head.weight").add_(drift * common)
+    larger = grown(drafter, target, torch.arange(200), drafter.config.intermediate_size)
+    states = torch.randn(64, target.hidden_size)
+    found = larger.logits(states)
+    wanted = states @ (target.head[:200].float() + drift * common).T
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_new_units_learn(target: TargetModel) -> None:
@@ -84,15 +97,23 @@ def test_new_units_learn(target: TargetModel) -> None:
 
 
 def test_a_checkpoint_goes_on(target: TargetModel, tmp_path: Path) -> None:
-    trained(target, torch.arange(40) * 3).save(tmp_path / "start", torch.float32)
-    same = go_on_from(tmp_path / "start", target, SETTINGS, torch.arange(40))
-    assert torch.equal(same.target_ids(torch.arange(40)), torch.arange(40) * 3)
+    """Its tokens stay; the most frequent others join them, and of more than are asked for the most frequent stay."""
+    known = torch.arange(40) * 3
+    trained(target, known).save(tmp_path / "start", torch.float32)
+    often = torch.arange(target.vocab_size, 0, -1)
+    same = go_on_from(tmp_path / "start", target, SETTINGS, often)
+    assert torch.equal(same.target_ids(torch.arange(40)), known)
     asked = SETTINGS.model_copy(update={"draft_vocab_size": 60, "intermediate_size": 512})
-    other = go_on_from(tmp_path / "start", target, asked, torch.arange(60))
-    assert torch.equal(other.target_ids(torch.arange(60)), torch.arange(60))
+    other = go_on_from(tmp_path / "start", target, asked, often)
+    others = [token for token in range(200) if token % 3 or token >= 120][:20]
+    assert other.target_ids(torch.arange(60)).tolist() == sorted(known.tolist() + others)
     assert other.config.intermediate_size == 512
     other.save(tmp_path / "grown")
-    assert go_on_from(tmp_path / "grown", target, asked, torch.arange(60)).config == other.config
+    assert go_on_from(tmp_path / "grown", target, asked, often).config == other.config
+    fewer = SETTINGS.model_copy(update={"draft_vocab_size": 10})
+    assert go_on_from(tmp_path / "start", target, fewer, often).target_ids(torch.arange(10)).tolist() == [
+        *range(0, 30, 3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,4 +128,6 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     trained(target, torch.arange(40)).save(tmp_path / "start")
     with pytest.raises(ConfigError, match=message):
-        go_on_from(tmp_path / "start", target, SETTINGS.model_copy(update=change), torch.arange(40))
+        go_on_from(
+            tmp_path / "start", target, SETTINGS.model_copy(update=change), torch.ones(target.vocab_size)
+        )

@@ -251,6 +251,10 @@ def test_categories_are_held_as_often_as_they_weigh(config: TrainConfig) -> None
     assert {record.category for batch in held.batches for _, record in batch} == {first}
     assert (set(found.values()) <= {2, 3}, len(found)) == (True, count)
     assert found.total() > 2 * count
+    with pytest.raises(ValueError, match="category_weights names maths; the answers' categories are"):
+        SequenceBatches(stores, 256, 0, 0, {"maths": 2.0})
+    with pytest.raises(ValueError, match="leave no answer"):
+        SequenceBatches(stores, 256, 0, 0, dict.fromkeys(all_of, 0.0))
     assert SequenceBatches(stores, 256, 0, 0, {}).batches == SequenceBatches(stores, 256, 0, 0).batches
 
 

@@ -13,7 +13,7 @@ from reference import ReferenceTarget
 from tiny_models import tiny_target
 from transformers import AutoTokenizer
 
-from whiflash_sglang.bench.arms import DSPARK_FORMATS
+from whiflash_sglang.bench.arms import block_arm
 from whiflash_sglang.bench.prompts import load_prompts, shipped
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
@@ -132,7 +132,8 @@ def upstream_reads(which: str, arm: str) -> bool:
     if (which, arm) != ("embedded", "dflash"):
         return True
     bundle = embedded_bundle()
-    return read_draft(bundle / str(load_manifest(bundle).dflash)).format.name not in DSPARK_FORMATS
+    name = read_draft(bundle / str(load_manifest(bundle).dflash)).format.name
+    return block_arm(name, on_cpu=True) == "DFLASH"
 
 
 CASES = [(which, arm) for which in ("tiny", "embedded") for arm in ARMS if upstream_reads(which, arm)]

@@ -6,6 +6,7 @@ it serves and keeps a server of its own: what other routers do must not teach it
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ STATIC = ("EAGLE3", "DFLASH", "DSPARK")
 WITH_WIDTH = ("EAGLE3", "DFLASH")
 PINNED = ("ar", "diffusion")
 """WHIFLASH with one drafter."""
-DSPARK_FORMATS = ("DSpark", "speculators DSpark")
-"""Formats of block drafters (`models/formats.py`) that upstream serves as DSPARK, on GPUs only, and not as DFLASH."""
+ELSEWHERE = {"DSpark": "DSPARK", "speculators DFlash": None, "speculators DSpark": None}
+"""Formats of block drafters (`models/formats.py`) that upstream does not serve as DFLASH: its arm for them, or none."""
 ROUTERS = {
     "auto": "auto",
     "neural": "neural",
@@ -45,6 +46,8 @@ SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
 """`auto@tp2` is served by two ranks, `auto@dp2` by two replicas: the flags that ask for them."""
 RANKS = "@tp"
 """In the name of an arm on several ranks, whose sums are rounded otherwise than those of one device."""
+
+_PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with this drafter alone"
 
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
@@ -74,6 +77,11 @@ class Subject:
     def drafters(self) -> tuple[str, ...]:
         """Arms whose checkpoints are there."""
         return tuple(arm for arm, part in PARTS.items() if getattr(self, part))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether servers are told so."""
+        return ("--device", "cpu") in pairwise(self.common)
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
         """`arguments` as they may be published: directories by what they hold."""
@@ -130,12 +138,16 @@ def _needed(kind: str) -> tuple[str, ...]:
     return DRAFTERS.get(kind) or NEEDED.get({**ROUTERS, **VARIANTS}.get(kind, ""), ())
 
 
+def block_arm(block_format: str, on_cpu: bool) -> str:
+    """The arm of a bundle's block drafter alone: upstream's for its format (DSPARK: on GPUs only), else WHIFLASH's."""
+    upstream = ELSEWHERE.get(block_format, "DFLASH")
+    return "diffusion" if upstream is None or (upstream == "DSPARK" and on_cpu) else upstream
+
+
 def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
-    """Those arms of `names` that the bundle has drafters for. Where upstream has another name for the bundle's block
-    drafter than DFLASH, that one takes its place: DSPARK on a GPU, else WHIFLASH pinned to it."""
+    """Those arms of `names` that the bundle has drafters for, its `block_arm` in the place of upstream's others."""
     there = [name for name in names if set(_needed(name)) <= set(subject.drafters)]
-    dspark = subject.block_format in DSPARK_FORMATS
-    own = ("diffusion" if "cpu" in subject.common else "DSPARK") if dspark else "DFLASH"
+    own = block_arm(subject.block_format, subject.on_cpu)
     return list(dict.fromkeys(own if name in ("DFLASH", "DSPARK") else name for name in there))
 
 
@@ -194,11 +206,13 @@ def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
         drafts = ("--speculative-num-draft-tokens", str(int(steps) + 1))
         return ("--speculative-draft-model-path", str(subject.eagle3), *chain, *drafts)
     if kind in ("DFLASH", "DSPARK"):
-        if (kind == "DSPARK") != (subject.block_format in DSPARK_FORMATS):
+        if ELSEWHERE.get(subject.block_format, "DFLASH") != kind:
             raise ConfigError(
                 f"--arms {kind}: upstream's does not read {subject.block_format} checkpoints such as {subject.dflash}; "
-                "the arm `diffusion` is WHIFLASH with this drafter alone"
+                f"{_PINNED_INSTEAD}"
             )
+        if kind == "DSPARK" and subject.on_cpu:
+            raise ConfigError(f"--arms DSPARK: upstream serves it on GPUs only; {_PINNED_INSTEAD}")
         block = ("--speculative-num-draft-tokens", width) if width else ()
         return ("--speculative-draft-model-path", str(subject.dflash), *block)
     return ()

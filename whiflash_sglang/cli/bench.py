@@ -116,8 +116,6 @@ def register(app: typer.Typer) -> None:
             raise ConfigError(
                 "--scaling measures the arm auto while all servers are up: drop --no-interleave"
             )
-        if over is not None and over not in scale.arms:
-            raise ConfigError(f"--over {over} is not among --arms {','.join(scale.arms)}")
         if restart and not interleave:
             raise ConfigError("--restart is for interleaved runs: drop --no-interleave")
         chosen = sample(load_prompts(prompts or str(shipped())), scale.per_category)
@@ -130,6 +128,8 @@ def register(app: typer.Typer) -> None:
             extra = shlex.split(server_args)
             subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
             wanted = scale.arms if arms else those_with_drafters(scale.arms, subject)
+            if over is not None and over not in wanted:
+                raise ConfigError(f"--over {over} is not among the arms {','.join(wanted)}")
             plan = Plan(
                 subject=subject,
                 arms=tuple(build_arms(wanted, subject)),

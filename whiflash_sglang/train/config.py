@@ -70,10 +70,11 @@ class Loop(_Strict):
 
     Attributes:
         answer_tokens: answer tokens in a batch. save_steps: between checkpoints.
-        category_weights: how often an epoch holds an answer of a category; 1 where not named. 0.5 is every other one.
+        category_weights: how often the answers of a category are held, on average; 1 where not named. They are drawn
+            once for all epochs: of a category that weighs 0.5 half of the answers are left out.
     """
 
-    category_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    category_weights: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}
     epochs: Annotated[float, Field(gt=0)] = 3.0
     answer_tokens: Positive = 1024
     min_answer: Annotated[int, Field(ge=3)] = 4
@@ -92,7 +93,7 @@ class Eagle3(_Strict):
         target_layers: outputs that it reads, a subset of the captured ones.
         intermediate_size: of its MLP; the target's where it is not said.
         draft_vocab_size: tokens that it drafts, the data's most frequent ones. `--start-from` keeps a checkpoint's
-            tokens where it has that many, and chooses anew where it has not.
+            tokens, and adds the most frequent others where it has fewer.
     """
 
     target_layers: list[int]

@@ -10,7 +10,10 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,14 +47,30 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, ends: Tensor, bias
     if compiled is not None and size % 4 == 0:
         q = q.contiguous()
         out = torch.empty_like(q)
-        addresses = [ctypes.c_void_p(x.data_ptr()) for x in (out, q, keys, values, ends)]
-        compiled(*addresses, rows, heads, q.shape[1] // heads, size, capacity, ctypes.c_float(scale))
+        sizes = heads, q.shape[1] // heads, size, capacity, ctypes.c_float(scale)
+
+        def part(first: int, last: int) -> None:
+            addresses = [ctypes.c_void_p(x[first:last].data_ptr()) for x in (out, q, keys, values, ends)]
+            compiled(*addresses, last - first, *sizes)
+
+        threads = torch.get_num_threads()
+        bounds = [rows * index // threads for index in range(threads + 1)]
+        spans = [(first, last) for first, last in pairwise(bounds) if first < last]
+        if len(spans) == 1:
+            part(*spans[0])
+        else:  # ctypes lets other threads run while the function does
+            deque(_threads(threads).map(part, *zip(*spans, strict=True)), maxlen=0)
         return out
     width = bias.shape[-1]
     grouped = q.reshape(rows * heads, -1, size)
     scores = torch.bmm(grouped, keys.flatten(0, 1)[:, :, :width])
     weights = torch.add(bias, scores, alpha=scale).softmax(-1).to(q.dtype)
     return torch.bmm(weights, values.flatten(0, 1)[:, :width]).view(rows, -1, size)
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "decode-attention")
 
 
 @cache
@@ -91,4 +110,5 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith("flags")), platform.processor())
+    names = ("flags", "Features", "CPU part")  # x86's, and Arm's
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))

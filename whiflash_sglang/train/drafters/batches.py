@@ -58,17 +58,31 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
         seed: int,
         category_weights: Mapping[str, float] | None = None,
     ) -> None:
-        """`category_weights`: how often answers of a category are held, 1 where not named; 1.5 is every answer once
-        and every other one twice. Raises `ValueError` where no stored answer has `min_answer` tokens."""
-        draw = random.Random(seed)
-        entries = [
+        """`category_weights`: how often answers of a category are held on average, 1 where not named.
+
+        Raises:
+            ValueError: no stored answer has `min_answer` tokens, or a weight is of a category that is not there, or
+                nothing is left.
+        """
+        weights = category_weights or {}
+        stored = [
             entry
             for entry in unique_answers(stores)
             if entry[1].length - entry[1].prompt_length >= min_answer
-            for _ in range(_times((category_weights or {}).get(entry[1].category, 1.0), draw))
+        ]
+        if not stored:
+            raise ValueError("no training data: run `whiflash train data` first")
+        there = sorted({record.category for _, record in stored})
+        if unknown := sorted(set(weights) - set(there)):
+            raise ValueError(
+                f"category_weights names {', '.join(unknown)}; the answers' categories are {', '.join(there)}"
+            )
+        draw = random.Random(seed)
+        entries = [
+            entry for entry in stored for _ in range(_times(weights.get(entry[1].category, 1.0), draw))
         ]
         if not entries:
-            raise ValueError("no training data: run `whiflash train data` first")
+            raise ValueError("category_weights leave no answer to train on")
         draw.shuffle(entries)
         entries.sort(key=lambda entry: entry[1].length // 64)
         self.batches: list[list[tuple[FeatureStore, SequenceRecord]]] = [[]]

@@ -207,9 +207,3 @@ def initialise(target: TargetModel, settings: Eagle3, draft_ids: Tensor) -> Eagl
         head.copy_(target.head[draft_ids])
         drafter.d2t = draft_ids - torch.arange(len(draft_ids))
     return grown(drafter, target, draft_ids, settings.intermediate_size or width)
-
-
-def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
-    """The `size` most frequent tokens (ties: lower id first), ascending. `frequencies` [V]."""
-    order = torch.sort(frequencies, descending=True, stable=True).indices[:size]
-    return order.sort().values

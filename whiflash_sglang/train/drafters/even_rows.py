@@ -21,7 +21,7 @@ class EvenRows(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is not F.linear or args[0].device.type != "cpu":
+        if func is not F.linear or not args or args[0].device.type != "cpu":
             return func(*args, **(kwargs or {}))
         given: Tensor = args[0]
         flat = given.reshape(-1, given.shape[-1])

@@ -13,14 +13,16 @@ from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.config import Eagle3
 
 
-def go_on_from(path: Path, target: TargetModel, settings: Eagle3, chosen: Tensor) -> Eagle3Drafter:
+def go_on_from(path: Path, target: TargetModel, settings: Eagle3, frequencies: Tensor) -> Eagle3Drafter:
     """The drafter of a checkpoint, of the configured sizes.
 
     Args:
-        chosen: [K] ascending ids, its draft vocabulary where the checkpoint has not as many.
+        frequencies: [V] int64, how often the data has each token. Where the configuration asks for more draft tokens
+            than the checkpoint has, the most frequent others join them; where for fewer, the most frequent stay.
 
     Raises:
-        CheckpointError: it cannot be read. ConfigError: it reads other layers, has no head of its own, or a wider MLP.
+        CheckpointError: it cannot be read. ConfigError: it reads other layers, has several, a wider MLP, an embedding
+            of its own or no head of its own.
     """
     drafter = Eagle3Drafter.load(
         path,
@@ -29,16 +31,26 @@ def go_on_from(path: Path, target: TargetModel, settings: Eagle3, chosen: Tensor
         target_embedding=target.embedding.float(),
         target_lm_head=target.head.float(),
     )
-    found = drafter.config.layers_of(len(target.layers))
-    if found != tuple(settings.target_layers):
+    config = drafter.config
+    found, wanted = config.layers_of(len(target.layers)), tuple(settings.target_layers)
+    if found != wanted:
+        raise ConfigError(f"--start-from {path} has {found}, eagle3.target_layers asks for {wanted}")
+    if config.num_layers != 1 or config.brings_embedding or drafter.lm_head is None:
         raise ConfigError(
-            f"--start-from {path} has {found}, eagle3.target_layers asks for {tuple(settings.target_layers)}"
+            f"--start-from {path}: only an EAGLE-3 drafter of one layer, with the target's embedding and a head of its "
+            "own, can be trained"
         )
-    if drafter.lm_head is None:
-        raise ConfigError(f"--start-from {path} has no head of its own")
-    kept = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
-    ids = kept if len(kept) == len(chosen) else chosen
-    return grown(drafter, target, ids, settings.intermediate_size or drafter.config.intermediate_size)
+    known = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
+    preferred = torch.zeros_like(frequencies)
+    preferred[known] = frequencies.max() + 1
+    ids = choose_draft_vocabulary(frequencies + preferred, settings.draft_vocab_size)
+    return grown(drafter, target, ids, settings.intermediate_size or config.intermediate_size)
+
+
+def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
+    """The `size` most frequent tokens (ties: lower id first), ascending. `frequencies` [V]."""
+    order = torch.sort(frequencies, descending=True, stable=True).indices[:size]
+    return order.sort().values
 
 
 def grown(
@@ -46,8 +58,10 @@ def grown(
 ) -> Eagle3Drafter:
     """The same drafter over the tokens `draft_ids` [K], ascending, with an MLP of that width.
 
-    What it had is kept. A new token's row is the target's; new units of the MLP add nothing until they are trained
-    (Net2Net, arXiv 1511.05641). Raises `ConfigError` where the MLP would be narrower.
+    What it had of them is kept. A new token's row is the target's, moved as the known ones moved on average since they
+    were the target's: what all rows of a softmax have in common decides nothing among them, so training lets it drift,
+    and rows without it would win or lose everywhere. New units of the MLP add nothing until they are trained (Net2Net,
+    arXiv 1511.05641). Raises `ConfigError` where the MLP would be narrower.
     """
     found = drafter.config
     if intermediate_size < found.intermediate_size:
@@ -68,9 +82,10 @@ def grown(
         for mine, theirs in zip(result.layers, drafter.layers, strict=True):
             _widen(mine, theirs)
         head = result.get_parameter("lm_head.weight")
-        head.copy_(target.head[draft_ids])
+        trained = parameters["lm_head.weight"]
+        head.copy_(target.head[draft_ids] + (trained - target.head[known]).mean(0))
         kept = torch.isin(draft_ids, known)
-        head[kept] = parameters["lm_head.weight"][torch.searchsorted(known, draft_ids[kept])]
+        head[kept] = trained[torch.searchsorted(known, draft_ids[kept])]
         result.d2t = draft_ids - torch.arange(len(draft_ids))
     return result
 

@@ -20,7 +20,7 @@ from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.drafters.even_rows import EvenRows
-from whiflash_sglang.train.drafters.growth import go_on_from
+from whiflash_sglang.train.drafters.growth import choose_draft_vocabulary, go_on_from
 from whiflash_sglang.train.drafters.resume import check_same_run, checkpoint_digest, data_digest
 from whiflash_sglang.train.provenance import Provenance
 
@@ -67,14 +67,12 @@ def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None
     columns = [config.capture.index(layer) for layer in settings.target_layers]
 
     def build() -> eagle3_training.Eagle3Training:
-        chosen = eagle3_training.choose_draft_vocabulary(
-            token_frequencies(stores, target.vocab_size), settings.draft_vocab_size
-        )
-        drafter = (
-            eagle3_training.initialise(target, settings, chosen)
-            if start_from is None
-            else go_on_from(start_from, target, settings, chosen)
-        )
+        frequencies = token_frequencies(stores, target.vocab_size)
+        if start_from is None:
+            chosen = choose_draft_vocabulary(frequencies, settings.draft_vocab_size)
+            drafter = eagle3_training.initialise(target, settings, chosen)
+        else:
+            drafter = go_on_from(start_from, target, settings, frequencies)
         return eagle3_training.Eagle3Training(
             drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
         )
@@ -141,7 +139,7 @@ def _block_options(
     frequencies = token_frequencies(stores, target.vocab_size)
     return {
         "columns": [config.capture.index(layer) for layer in settings.target_layers],
-        "frequent": eagle3_training.choose_draft_vocabulary(frequencies, settings.frequent),
+        "frequent": choose_draft_vocabulary(frequencies, settings.frequent),
         "sampled": settings.sampled,
         "anchors_per_token": settings.anchors_per_token,
     }

@@ -22,11 +22,12 @@ def kinds_of(
     """For every answer token, the kind of the span that it is written into, as a server infers spans without hints.
 
     Args:
-        row: the prompt; where it offers tools, a call was forced. answer: token ids. token_bytes: of every token id.
+        row: the prompt; where it offers tools and asks for no format, a call was forced. answer: token ids.
+        token_bytes: of every token id.
     """
     has_tools = bool(row.get("tools"))
     form = (row.get("response_format") or {}).get("type")
-    hints = infer_spans(tool_parser, None, has_tools, form, has_tools)
+    hints = infer_spans(tool_parser, None, has_tools, form, has_tools and form is None)
     tracker = SpanTracker(hints.spans, token_bytes)
     kinds = []
     for token in answer:

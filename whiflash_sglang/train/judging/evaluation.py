@@ -138,7 +138,8 @@ def answer_and_replay(
         summary = answer_rows(chosen, target, data, capture, store, keep_loops=True)
         wanted = {row["id"] for row in chosen}
         answers = replay_store(bundle, target, store, settings.eagle_steps, wanted, work / "replays")
-        kinds = _kinds(chosen, store, target, manifest.tool_call_parser)
+        two = len(manifest.drafters) == 2
+        kinds = _kinds(chosen, store, target, manifest.tool_call_parser) if two else {}
     return AnsweredBundle(target, answers, len(chosen), summary.skipped, kinds)
 
 
