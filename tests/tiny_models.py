@@ -80,9 +80,14 @@ def tiny_target(
 
 
 def tiny_eagle3(
-    directory: Path | str, target_dir: Path | str, *, seed: int = 0, draft_vocab_size: int | None = None
+    directory: Path | str,
+    target_dir: Path | str,
+    *,
+    seed: int = 0,
+    draft_vocab_size: int | None = None,
+    num_layers: int = 1,
 ) -> Path:
-    """Write a one-layer EAGLE-3 drafter (``LlamaForCausalLMEagle3``) for a :func:`tiny_target`.
+    """Write an EAGLE-3 drafter (``LlamaForCausalLMEagle3``) for a :func:`tiny_target`.
 
     Args:
         directory: created if missing.
@@ -90,6 +95,7 @@ def tiny_eagle3(
         seed: of the other weights.
         draft_vocab_size: rows of the drafter's own head, mapped by ``d2t``; None: the target's vocabulary.
             The favoured tokens are always among them.
+        num_layers: draft layers.
 
     Returns:
         ``directory``.
@@ -115,7 +121,10 @@ def tiny_eagle3(
         "midlayer.hidden_norm.weight": torch.ones(HIDDEN),
         **make.decoder_layer("midlayer.", attention_input=2 * HIDDEN),
     }
-    config = _llama_config(vocab_size, 1, dtype) | {
+    for layer in range(1, num_layers):
+        tensors |= make.decoder_layer(f"layers.{layer}.")
+        tensors[f"layers.{layer}.hidden_norm.weight"] = torch.ones(HIDDEN)
+    config = _llama_config(vocab_size, num_layers, dtype) | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": draft_vocab,
         # Names layer outputs; Llama cannot give its last one.

@@ -278,7 +278,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             result.next_token_ids = self.forcing.first(batch.reqs, behind, result.next_token_ids)
         rows = prefill_rows(batch, input_ids, result.next_token_ids)
         prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
-        self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.rows, rows.last_rows)
+        self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.runs, rows.rows, rows.last_rows)
         for req, row in zip(batch.reqs, rows.row_ids, strict=True):
             self.lifecycle.begin(row, req)
         ends = rows.positions[rows.last_rows] + 1

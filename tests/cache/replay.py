@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.cache.backlog import FeatureRows, Lengths
+from whiflash_sglang.cache.backlog import FeatureRows, Lengths, Owners
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.drafters.base import DraftBatch
@@ -42,7 +42,8 @@ class Arms:
         """KV of positions 0..n-1 in one go: per arm k and v [layers, n, Hkv, D]. tokens: [n + 1]."""
         n = len(features)
         slots = torch.arange(n)
-        rows = FeatureRows(features, slots, slots, tokens[1 : n + 1])
+        owners = Owners(torch.zeros_like(slots), slots[None].int(), [n])
+        rows = FeatureRows(features, slots, slots, tokens[1 : n + 1], owners)
         found = {}
         for name, arm in self.by_name.items():
             kept = arm.kv
@@ -53,10 +54,11 @@ class Arms:
         return found
 
 
-def load_arms(root: Path) -> Arms:
+def load_arms(root: Path, eagle3_layers: int = 1) -> Arms:
     """Write tiny checkpoints under `root` and load them."""
     target = tiny_target(root / "target")
-    eagle3, dflash = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
+    eagle3 = tiny_eagle3(root / "eagle3", target, num_layers=eagle3_layers)
+    dflash = tiny_dflash(root / "dflash", target)
     model = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
     options = {
         "device": torch.device("cpu"),
@@ -132,7 +134,7 @@ class Replay:
                     self.tokens[row, begin + 1 : end + 1],
                 )
                 last = torch.tensor([end - begin - 1])
-                self.sync.prefill(rows, [row + 1], [end], torch.tensor([row + 1]), last)
+                self.sync.prefill(rows, [row + 1], [end], [end - begin], torch.tensor([row + 1]), last)
         self.lengths[row] = length
 
     def round(self, routes: Sequence[str], accepts: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from served_blocks import BONUS, CONTEXT, LENGTHS
 from torch import Tensor
 
 from whiflash_sglang import arms
-from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.cache.backlog import FeatureRows, Owners
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.build import chain_arm
@@ -36,9 +36,22 @@ def serve(path: Path) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
         [*torch.randint(VOCAB, (n - 1,), generator=generator).tolist(), bonus]
         for n, bonus in zip(LENGTHS, BONUS, strict=True)
     ]
-    for row, n in enumerate(LENGTHS):
-        rows, slots = features[row][:-1], table[row, : n - 1].long()
-        arm.catch_up(FeatureRows(rows, torch.arange(n - 1), slots, torch.tensor(tokens[row][:-1])))
+    # Both requests together, as a prompt is prefilled, and what is left of them as rounds leave it: a row for itself.
+    for parts, known in (([(0, n // 2) for n in LENGTHS], True), ([(n // 2, n - 1) for n in LENGTHS], False)):
+        spans = list(zip(features, tokens, table, parts, strict=True))
+        runs = [end - begin for begin, end in parts]
+        owners = Owners(
+            torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(runs)), table, runs if known else None
+        )
+        arm.catch_up(
+            FeatureRows(
+                torch.cat([rows[begin:end] for rows, _, _, (begin, end) in spans]),
+                torch.cat([torch.arange(*part) for part in parts]),
+                torch.cat([slots[begin:end].long() for _, _, slots, (begin, end) in spans]),
+                torch.cat([torch.tensor(ids[begin:end]) for _, ids, _, (begin, end) in spans]),
+                owners,
+            )
+        )
     drafts = arm.draft(
         DraftBatch(
             rows=torch.arange(len(LENGTHS)),

@@ -189,24 +189,25 @@ def test_config_that_does_not_fit(
         load(checkpoint, target)
 
 
-def test_two_layers_refuse_the_kv_only_pass(checkpoint: Path, target: Path) -> None:
-    weights = load_file(checkpoint / "model.safetensors")
-    inner = {
-        name.replace("midlayer.", "layers.1."): value
-        for name, value in weights.items()
-        if name.startswith("midlayer.") and "input_layernorm" not in name
-    }
-    for part in "qkv":
-        inner[f"layers.1.self_attn.{part}_proj.weight"] = inner[f"layers.1.self_attn.{part}_proj.weight"][
-            :, :64
-        ].clone()
-    edit_weights(checkpoint, **inner)
-    edit_config(checkpoint, num_hidden_layers=2)
-    drafter = load(checkpoint, target)
-    assert drafter.num_layers == 2
-    assert not drafter.kv_only_exact
+def test_the_last_of_two_layers_is_ingested_behind_the_attention_of_the_first(
+    tmp_path: Path, target: Path
+) -> None:
+    drafter = load(tiny_eagle3(tmp_path / "two", target, num_layers=2), target)
+    torch.manual_seed(1)
+    tokens, features = torch.randint(0, 300, (LENGTH,)), torch.randn(LENGTH, 3 * 64)
+    positions, stored = torch.arange(LENGTH), {}
+
+    def storing(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        stored[layer] = k, v
+        return causal(layer, q, k, v)
+
     with torch.no_grad():
-        step = drafter(torch.arange(3), torch.randn(3, 64), torch.arange(3), causal)
-    assert step.hidden.shape == (3, 64)
-    with pytest.raises(CheckpointError, match="2 layers"):
-        drafter.keys_values(torch.arange(3), torch.randn(3, 64), torch.arange(3))
+        fused = drafter.fuse(features)
+        drafter(tokens, fused, positions, storing)
+        whole = dict(stored)
+        stored.clear()
+        last = drafter.keys_values(tokens, fused, positions, storing)
+        assert set(stored) == {0}, "the last layer attends to nothing while it ingests"
+        torch.testing.assert_close((stored[0], last), (whole[0], whole[1]), rtol=0, atol=1e-6)
+        with pytest.raises(CheckpointError, match="2 layers need attention over the text"):
+            drafter.keys_values(tokens, fused, positions)

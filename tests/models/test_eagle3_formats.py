@@ -59,6 +59,15 @@ def tensors(
     return draw(shapes) | {"d2t": ids - torch.arange(DRAFTED), "t2d": known}
 
 
+def upper(*layers: int) -> Shapes:
+    """Layers on top of the first: they read states alone, by a norm of their own; `input_layernorm` is nobody's."""
+    found: Shapes = {}
+    for index in layers:
+        found |= decoder_layer(f"layers.{index}.", head_norms=False)
+        found[f"layers.{index}.hidden_norm.weight"] = (HIDDEN,)
+    return {name.replace(".", "__"): shape for name, shape in found.items()}
+
+
 NORM, FEATURES = (HIDDEN,), (3 * HIDDEN,)
 AUX = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 4, 7]}}
 THREE = {f"fc_norm__{i}__weight": NORM for i in range(3)}
@@ -88,6 +97,11 @@ SGLANG_CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
             | {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
         },
         tensors(3, "midlayer."),
+    ),
+    "two layers": (AUX | {"num_hidden_layers": 2}, tensors(3, "layers.0.", **upper(1))),
+    "three layers, midlayer the first of them": (
+        AUX | {"num_hidden_layers": 3, "norm_output": True},
+        tensors(3, "midlayer.", **upper(1, 2)),
     ),
 }
 

@@ -120,17 +120,32 @@ class Watermarks:
 
 
 @dataclass(frozen=True, slots=True)
+class Owners:
+    """Whose packed rows are. Those of a request lie together, in the order of their positions.
+
+    requests: [N] int64, each row's request row; anything of padding. slot_table: [request rows, ctx] int32, request row
+    and position → KV slot. runs: rows of each request, on the host; None: the device alone knows.
+    """
+
+    requests: torch.Tensor
+    slot_table: torch.Tensor
+    runs: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureRows:
     """Packed features of committed tokens on their way into a drafter's KV.
 
     features: [N, F] as captured, or the columns of one drafter. positions: [N] int64. slots: [N] int64 KV slots, -1 of
-    padding. next_tokens: [N] int64, the token at position + 1.
+    padding. next_tokens: [N] int64, the token at position + 1. owners: for drafters that attend over the text while
+    they ingest; None for others.
     """
 
     features: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     next_tokens: torch.Tensor
+    owners: Owners | None = None
 
     def __len__(self) -> int:
         return int(self.positions.shape[0])
@@ -182,6 +197,7 @@ class FeatureRings:
         *,
         rows: int,
         wanted: FeatureSlice | None = None,
+        owned: bool = False,
     ) -> FeatureRows:
         """Gather parked positions [begins, ends) of every request into one packed batch.
 
@@ -189,13 +205,14 @@ class FeatureRings:
 
         Args:
             request_rows, begins, ends: [B] int64. slot_table: [rows, ctx] int32, request row and position → KV slot.
-            wanted: a drafter's columns; None: all.
+            wanted: a drafter's columns; None: all. owned: with their `owners`.
         """
         chunks, width = (None, 0) if wanted is None else (wanted.chunks, wanted.hidden)
         packed = unpark(
             self.rings, request_rows, begins, ends, slot_table, rows=rows, chunks=chunks, chunk_width=width
         )
-        return FeatureRows(packed.features, packed.positions, packed.cache_slots, packed.next_tokens)
+        owners = Owners(request_rows[packed.request_of_row.clamp(min=0)], slot_table) if owned else None
+        return FeatureRows(packed.features, packed.positions, packed.cache_slots, packed.next_tokens, owners)
 
     def inputs(
         self,

@@ -5,12 +5,13 @@ Ties the watermarks (what is due), the rings (what was parked) and the drafters 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from whiflash_kernels import DraftInputs
 
-from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Watermarks
+from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Owners, Watermarks
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.round.graphs import CapturedPass, Recorder, StaticInput, doubling
 from whiflash_sglang.round.quarantine import Quarantine
@@ -73,15 +74,20 @@ class DraftSync:
         prompt: FeatureRows,
         row_ids: Sequence[int],
         lengths: Sequence[int],
+        runs: Sequence[int],
         rows: torch.Tensor,
         last_rows: torch.Tensor,
     ) -> None:
         """Write both drafters' KV of an extend batch now: the radix tree takes the slots next.
 
         Args:
-            prompt: the batch's packed rows. lengths: tokens of each request with it. rows: [B] request rows.
-            last_rows: [B], the last packed row of each.
+            prompt: the batch's packed rows. lengths: tokens of each request with it. runs: packed rows of each.
+            rows: [B] request rows. last_rows: [B], the last packed row of each.
         """
+        if any(drafter.attends_text for drafter in self._drafters.values()):
+            packed = torch.arange(len(prompt), device=rows.device)
+            owners = Owners(rows[torch.searchsorted(last_rows, packed)], self._slot_table, runs)
+            prompt = replace(prompt, owners=owners)
         for arm, drafter in self._drafters.items():
             if arm not in self._quarantine:
                 with self._quarantine.guard(arm):
@@ -247,5 +253,13 @@ class DraftSync:
         """Everything that the requests in `rows` [M] parked from `begins` [M] to `ends` [M], at most `most` rows."""
         drafter = self._drafters[arm]
         drafter.catch_up(
-            self.rings.unpark(rows, begins, ends, self._slot_table, rows=most, wanted=drafter.features)
+            self.rings.unpark(
+                rows,
+                begins,
+                ends,
+                self._slot_table,
+                rows=most,
+                wanted=drafter.features,
+                owned=drafter.attends_text,
+            )
         )

@@ -98,7 +98,5 @@ def _describe(draft: Draft, target: Target | None) -> str:
         layers = ", ".join(str(layer) for layer in target_layers(draft, target.shape.num_layers))
         own = draft.format.layers_key is None
         parts.append("reads what the target's head reads" if own else f"reads the outputs of layers {layers}")
-    else:
-        config.check_drafts(draft.path)
     parts.append(f"{kv} bytes of KV a token{share}")
     return "; ".join(parts)

@@ -86,7 +86,7 @@ def read_layers(drafters: Mapping[str, Path], target: TargetShape) -> set[int]:
 
 
 def check_fit(draft: Draft, target: TargetShape) -> None:
-    """Raise CheckpointError where a drafter cannot belong to the target, or is one that no arm drafts with."""
+    """Raise CheckpointError where a drafter cannot belong to the target."""
     config, name = draft.config, draft.format.name
     hidden = config.target_hidden_size
     if hidden != target.hidden_size:
@@ -99,5 +99,4 @@ def check_fit(draft: Draft, target: TargetShape) -> None:
             f"the {name} checkpoint {draft.path} is for a vocabulary of {config.vocab_size}, "
             f"this target has {target.vocab_size}"
         )
-    config.check_drafts(draft.path)
     target_layers(draft, target.num_layers)

@@ -182,12 +182,13 @@ def _row_ids(batch: Any) -> list[int]:
 class PrefillRows:
     """An extend batch in this package's terms, T packed prompt tokens of B requests.
 
-    lengths: tokens of each request that have KV behind it, on the host. positions, slots, next_tokens: [T] int64.
-    last_rows: [B] int64.
+    lengths: tokens of each request that have KV behind it, runs: packed rows of each, both on the host. positions,
+    slots, next_tokens: [T] int64. last_rows: [B] int64.
     """
 
     row_ids: list[int]
     lengths: list[int]
+    runs: list[int]
     rows: torch.Tensor
     last_rows: torch.Tensor
     positions: torch.Tensor
@@ -219,6 +220,7 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
     return PrefillRows(
         _row_ids(batch),
         [prefix + length for prefix, length in zip(prefixes, lens, strict=True)],
+        lens,
         rows,
         ends - 1,
         positions,

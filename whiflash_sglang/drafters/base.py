@@ -98,8 +98,9 @@ class Drafter(ABC):
     captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features. features:
     where these lie in what the target captures, None: they are all of it. tail_width: columns of feature n-1 that a
     draft begins with, 0 where it reads none. keeps_kv: whether it has KV that must stay synchronised with the target's
-    slots. judges: whether its drafts say how likely they are (`Drafts.alive`); only such are prolonged. prolongs:
-    whether it can go on where another arm's drafts end. forbids: whether it drops of them what may not follow. late:
+    slots. attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are.
+    judges: whether its drafts say how likely they are (`Drafts.alive`); only such are prolonged. prolongs: whether it
+    can go on where another arm's drafts end. forbids: whether it drops of them what may not follow. late:
     whether the host knows what it expects of a round too late where it may not read the device; then it drafts for all
     requests, and the device decides who takes its drafts.
     """
@@ -110,6 +111,7 @@ class Drafter(ABC):
     features: FeatureSlice | None = None
     tail_width: int = 0
     keeps_kv: bool = False
+    attends_text: bool = False
     judges: bool = False
     prolongs: bool = False
     forbids: bool = False
@@ -139,9 +141,9 @@ class Drafter(ABC):
         """
 
     def catch_up(self, rows: FeatureRows) -> None:  # noqa: B027 - a drafter without KV has nothing to do
-        """Ingest features KV-only: K and V are written, nothing is attended (KV-only Prefill, arXiv 2606.07710).
+        """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
 
-        rows: with the columns of `features` only.
+        rows: with the columns of `features` only, and with their owners where it `attends_text`.
         """
 
     def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook | None:

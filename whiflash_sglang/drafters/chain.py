@@ -16,7 +16,7 @@ from whiflash_sglang.models.layers import Attend, AttentionShape
 
 
 class ChainModel(Protocol):
-    """A drafter of one layer that drafts token after token; shapes as in `Eagle3Drafter`."""
+    """A drafter that drafts token after token; shapes as in `Eagle3Drafter`."""
 
     @property
     def draft_vocab_size(self) -> int: ...
@@ -32,11 +32,11 @@ class ChainArm(PagedArm):
     """Chain of up to `steps` drafts; it ends where another pass is not expected to pay.
 
     Entry p pairs feature p with the embedding of token p+1, at slot and RoPE position p. A chain's first step
-    runs the whole layer at position n-1; every later step feeds back the drafter's own hidden state.
+    runs all of the model at position n-1; every later step feeds back the drafter's own hidden state.
 
     Args:
-        model: loaded checkpoint, of one layer: its KV-only pass is exact.
-        shape: heads of the layer. weight: one of its matrices, which says dtype and device.
+        model: loaded checkpoint. depth: its layers.
+        shape: heads of a layer. weight: one of its matrices, which says dtype and device.
         captured: the union of layers that the target captures, in layer order.
         layers: the checkpoint's own, in the order in which it reads them. width: columns of their outputs.
         steps: drafts of a round at most.
@@ -47,6 +47,7 @@ class ChainArm(PagedArm):
     def __init__(
         self,
         model: ChainModel,
+        depth: int,
         shape: AttentionShape,
         weight: Tensor,
         captured: tuple[int, ...],
@@ -54,8 +55,9 @@ class ChainArm(PagedArm):
         width: int,
         steps: int,
     ) -> None:
-        super().__init__(1, shape, weight.dtype, weight.device)
+        super().__init__(depth, shape, weight.dtype, weight.device)
         self._chain = model
+        self._spans = (LayerSpan(causal=True),) * depth
         self.captured_layers = layers
         self.max_drafts = steps
         self.tail_width = width
@@ -69,7 +71,7 @@ class ChainArm(PagedArm):
         positions, slots, _ = given.rows_from(-1, steps)
         token, hidden = given.bonus, self._chain.fuse(given.tail)
         for step in range(steps):
-            attend = self.attend_at(slots[:, step], given, (LayerSpan(causal=True),), extra=step, width=1)
+            attend = self.attend_at(slots[:, step], given, self._spans, extra=step, width=1)
             out = self._chain(token, hidden, positions[:, step], attend)
             choice = self._chain.choose(out.logits_hidden)
             token, hidden = choice.token, out.hidden

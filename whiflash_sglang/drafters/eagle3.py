@@ -8,18 +8,17 @@ from whiflash_kernels import eagle3_catch_up
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.drafters.chain import ChainArm
 from whiflash_sglang.drafters.weights import eagle3_weights, rope_table
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 
 
 class Eagle3Arm(ChainArm):
-    """A chain whose features are fused outputs of several layers.
+    """A chain whose features are fused outputs of several layers of the target.
+
+    One layer ingests by products alone. K and V of a layer above it come from what the layers below put out, so these
+    attend over the request's text.
 
     Args:
         model: loaded checkpoint. captured, layers, steps: as of `ChainArm`. positions: rotary positions that may occur.
-
-    Raises:
-        CheckpointError: a drafter of several layers, whose KV-only pass would not be exact.
     """
 
     def __init__(
@@ -30,19 +29,21 @@ class Eagle3Arm(ChainArm):
         steps: int,
         positions: int,
     ) -> None:
-        config = model.config
-        if not model.kv_only_exact:
-            raise CheckpointError(
-                f"this EAGLE-3 drafter has {config.num_layers} layers; lazy catch-up is exact for one layer only"
-            )
-        weight = model.fc.weight
-        super().__init__(model, config.attention, weight, captured, layers, model.fc.in_features, steps)
+        heads, fc, depth = model.config.attention, model.fc, model.num_layers
+        super().__init__(model, depth, heads, fc.weight, captured, layers, fc.in_features, steps)
         self.model = model
-        self._weights = eagle3_weights(model)
-        self._rope = rope_table(model.rotary, positions, weight.device)
+        self.attends_text = depth > 1
+        self._weights = None if self.attends_text else eagle3_weights(model)
+        self._rope = rope_table(model.rotary, positions, fc.weight.device)
 
     def catch_up(self, rows: FeatureRows) -> None:
         features, tokens, weights = rows.features, rows.next_tokens, self._weights
+        if weights is None:
+            fused = self.model.fuse(features)
+            k, v = self.model.keys_values(tokens, fused, rows.positions, self.attend_text(rows))
+            # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
+            self.kv.write(self.model.num_layers - 1, rows.slots.clamp(min=0), k, v)
+            return
         if not self.model.embeds_alone:
             # What the processes looked up together takes the matrix's place, a row a token.
             weights = replace(weights, embedding=self.model.embed(tokens))

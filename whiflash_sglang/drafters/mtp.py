@@ -15,10 +15,8 @@ class MTPArm(ChainArm):
     def __init__(
         self, model: MTPDrafter, captured: tuple[int, ...], layers: tuple[int, ...], steps: int
     ) -> None:
-        config = model.config
-        super().__init__(
-            model, config.attention, model.projection.weight, captured, layers, config.hidden_size, steps
-        )
+        config, weight = model.config, model.projection.weight
+        super().__init__(model, 1, config.attention, weight, captured, layers, config.hidden_size, steps)
         self.model = model
 
     def catch_up(self, rows: FeatureRows) -> None:

@@ -1,12 +1,13 @@
 """What every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from whiflash_kernels import PassRows, draft_attention, pass_rows
 
+from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.draft_kv import DraftKV
 from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
 from whiflash_sglang.drafters.length import DraftLength
@@ -89,6 +90,9 @@ Held to it by `tests/worker/test_memory.py`.
 
 PADDING = -(1 << 20)
 """`starts` of a padding request: before position 0 at whatever step."""
+
+MOST_ROWS = 128
+"""Ingested rows that attend at once: on a CPU each copies what it sees."""
 
 
 class PagedArm(Drafter):
@@ -196,3 +200,56 @@ class PagedArm(Drafter):
             )
 
         return attend
+
+    def attend_text(self, rows: FeatureRows) -> Attend:
+        """Attention of rows that are ingested: their k and v are stored, then each sees its request up to itself.
+
+        A padding row writes to slot 0, which is nobody's, and sees nothing.
+        """
+        owners = rows.owners
+        assert owners is not None
+        scale, slots = self._shape.head_dim**-0.5, rows.slots.clamp(min=0)
+        ends = (rows.positions + 1).masked_fill(rows.slots < 0, 0)
+        blocks = list(blocks_of(len(rows), owners.runs))
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.kv.write(layer, slots, k, v)
+            parts = []
+            for begin, end, width in blocks:
+                last = slice(begin + width - 1, end, width)
+                parts.append(
+                    draft_attention(
+                        q[begin:end],
+                        self.kv.k[layer],
+                        self.kv.v[layer],
+                        owners.slot_table,
+                        owners.requests[last],
+                        ends[last],
+                        extra=0,
+                        width=width,
+                        causal=True,
+                        scale=scale,
+                    )
+                )
+            return torch.cat(parts)
+
+        return attend
+
+
+def blocks_of(rows: int, runs: Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
+    """Packed rows cut into (begin, end, width): rows [begin, end) attend at once, and every `width` of them are one
+    request's and follow each other.
+
+    Where the host knows no `runs`, a row stands for itself; else a run is cut into powers of two, so that there are few
+    widths: a kernel is compiled for each.
+    """
+    if runs is None:
+        yield from ((begin, min(begin + MOST_ROWS, rows), 1) for begin in range(0, rows, MOST_ROWS))
+        return
+    begin = 0
+    for run in runs:
+        stop = begin + run
+        while begin < stop:
+            width = min(1 << (stop - begin).bit_length() - 1, MOST_ROWS)
+            yield begin, begin + width, width
+            begin += width

@@ -114,9 +114,6 @@ class DFlashConfig:
         """Size of one captured feature: the target's own."""
         return self.hidden_size
 
-    def check_drafts(self, path: Path) -> None:
-        """Raise CheckpointError where the arm cannot draft with it; any block drafter it can."""
-
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
         """Target layers whose outputs are read, for a target of that many: those named, else evenly from 1 to L-3."""
         if self.target_layer_ids:

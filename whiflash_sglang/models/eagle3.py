@@ -1,8 +1,8 @@
 """The EAGLE-3 drafter (arXiv 2503.01840) in SGLang's checkpoint format, without SGLang.
 
-One decoder layer whose QKV input is [norm(embedding of the next token); norm(fused target feature)]. Entry p
-of its cache pairs the embedding of token p+1 with the target's feature at p, at RoPE position p; a later
-draft step feeds back the layer's own state before the final norm. Numerics follow
+A decoder layer whose QKV input is [norm(embedding of the next token); norm(fused target feature)], and in some
+checkpoints more layers on top of it. Entry p of their caches pairs the embedding of token p+1 with the target's feature
+at p, at RoPE position p; a later draft step feeds back the last layer's state before the final norm. Numerics follow
 `sglang/srt/models/llama_eagle3.py` of SGLang 0.5.23.
 """
 
@@ -27,7 +27,7 @@ from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse, parse_deepspec
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
-from whiflash_sglang.models.rope import Rotary
+from whiflash_sglang.models.rope import Angles, Rotary
 from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
 _NAMES = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in enumerate(("low", "mid", "high"))}
@@ -49,6 +49,14 @@ class _Layer(nn.Module):
         )
         self.mlp_norm = RMSNorm(size, eps)
         self.mlp = SwiGLU(size, config.intermediate_size)
+
+    def forward(
+        self, residual: Tensor, entry: Tensor, angles: Angles, index: int, attend: Attend, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` [T, H] and what attention reads [T, H or 2H] → the new residual, and its `norm`, [T, H] each."""
+        # The caller may need the residual that it handed in; this one is ours to give up.
+        residual = residual + self.attention(entry, angles, index, attend)
+        return norm.add(residual, self.mlp(self.mlp_norm(residual)))
 
 
 class Eagle3Drafter(nn.Module):
@@ -103,11 +111,6 @@ class Eagle3Drafter(nn.Module):
         """Rows of the head that drafts."""
         return self.config.draft_vocab_size or self.config.vocab_size
 
-    @property
-    def kv_only_exact(self) -> bool:
-        """Whether `keys_values` alone gives the cache: true for one layer, whose K/V need no attention."""
-        return self.config.num_layers == 1
-
     def fuse(self, features: Tensor) -> Tensor:
         """`features` [T, num_features · Ht], layers in ascending order → [T, H]."""
         if self.input_norm is not None:
@@ -120,32 +123,30 @@ class Eagle3Drafter(nn.Module):
         fused: Tensor = self.fc(features)
         return fused
 
-    def keys_values(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """KV-only pass: next-token ids [T], fused features [T, H], positions [T] → k, v each [T, Hkv, D].
+    def keys_values(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """KV-only pass: next-token ids [T], fused features [T, H], positions [T] → k, v of the last layer, [T, Hkv, D].
 
-        Exact for one layer. Raises `CheckpointError` for a drafter of several layers, which needs `forward`.
+        They come from what the layers below it put out: those run whole, and `attend` is given their k and v. One layer
+        needs no attention. Raises `CheckpointError` for several layers without `attend`.
         """
-        if not self.kv_only_exact:
+        if attend is None and self.num_layers > 1:
             raise CheckpointError(
-                f"K/V of an EAGLE-3 drafter of {self.num_layers} layers need its full forward"
+                f"K/V of an EAGLE-3 drafter of {self.num_layers} layers need attention over the text"
             )
-        layer: Any = self.layers[0]
-        entry = self._first_input(tokens, hidden)
-        keys_values: tuple[Tensor, Tensor] = layer.attention.keys_values(entry, self.rotary.angles(positions))
+        angles = self.rotary.angles(positions)
+        _, entry = self._below_last(tokens, hidden, angles, attend)
+        last: Any = self.layers[-1]
+        keys_values: tuple[Tensor, Tensor] = last.attention.keys_values(entry, angles)
         return keys_values
 
     def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep:
         """One step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T]."""
         angles = self.rotary.angles(positions)
-        layers: list[Any] = list(self.layers)
-        residual = layers[0].hidden_norm(hidden) if self.config.norm_before_residual else hidden
-        entry = self._first_input(tokens, hidden)
-        for index, layer in enumerate(layers):
-            # The first residual may be the caller's; this one is ours to give up.
-            residual = residual + layer.attention(entry, angles, index, attend)
-            norm = self.norm if index + 1 == len(layers) else layers[index + 1].hidden_norm
-            residual, entry = norm.add(residual, layer.mlp(layer.mlp_norm(residual)))
-        normed = entry
+        residual, entry = self._below_last(tokens, hidden, angles, attend)
+        last = self.num_layers - 1
+        residual, normed = self.layers[last](residual, entry, angles, last, attend, self.norm)
         return DraftStep(normed if self.config.norm_output else residual, normed)
 
     @property
@@ -183,10 +184,19 @@ class Eagle3Drafter(nn.Module):
     def _shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
         return None if self.shared is None or self.config.brings_embedding else self.shared.embed
 
-    def _first_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        layer: Any = self.layers[0]
-        embedded = layer.embedding_norm(self.embed(tokens).to(hidden.dtype))
-        return torch.cat([embedded, layer.hidden_norm(hidden)], dim=-1)
+    def _below_last(
+        self, tokens: Tensor, hidden: Tensor, angles: Angles, attend: Attend | None
+    ) -> tuple[Tensor, Tensor]:
+        """Residual and input of the last layer's attention; the layers below it run."""
+        layers: list[Any] = list(self.layers)
+        residual = normed = layers[0].hidden_norm(hidden)
+        if not self.config.norm_before_residual:
+            residual = hidden
+        embedded = layers[0].embedding_norm(self.embed(tokens).to(hidden.dtype))
+        entry = torch.cat([embedded, normed], dim=-1)
+        for index, layer in enumerate(layers[:-1]):
+            residual, entry = layer(residual, entry, angles, index, attend, layers[index + 1].hidden_norm)
+        return residual, entry
 
     @classmethod
     def load(

@@ -71,9 +71,6 @@ class MTPConfig:
         """It reads the state behind the final norm, as SGLang hands it to a next-token head."""
         return (num_target_layers,)
 
-    def check_drafts(self, path: Path) -> None:
-        """Nothing: what cannot draft is refused when it is read."""
-
 
 def parse_mimo(path: Path, config: Mapping[str, Any]) -> MTPConfig:
     """MiMo's: a Qwen2 layer in `model.mtp_layers`. Raises `CheckpointError` naming the key that does not fit."""

@@ -58,6 +58,7 @@ def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         path,
         {**layer, **flags, "draft_vocab_size": _reduced(path, config, layer), "tie_word_embeddings": False},
     )
+    eagle3_config.check_one_layer(path, read)
     return replace(
         read,
         target_layer_ids=named,

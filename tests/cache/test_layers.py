@@ -1,0 +1,160 @@
+"""EAGLE-3 of several layers: what is ingested attends over its own request's text, whatever was drafted in between."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay import ROWS, Arms, Replay, load_arms
+from test_backlog import History, live, rounds
+
+from whiflash_sglang.cache import backlog
+from whiflash_sglang.cache.backlog import Lengths, Owners
+from whiflash_sglang.cache.draft_kv import DraftKV
+from whiflash_sglang.drafters import paged
+from whiflash_sglang.drafters.paged import MOST_ROWS, PassInput, blocks_of
+from whiflash_sglang.models.choice import Choice
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> Arms:
+    return load_arms(tmp_path_factory.mktemp("layers"), eagle3_layers=LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.integers(0, 2**16), st.lists(rounds, min_size=1, max_size=8), st.sampled_from([0, 5]))
+def test_any_history_equals_one_pass(arms: Arms, seed: int, history: History, late: int) -> None:
+    """As in `test_backlog.py`: chunks, rounds of other arms, aborts, retractions, slots that move, padded rows."""
+    live(Replay(arms, seed, late=late), history)
+
+
+def test_drafts_behind_a_catch_up_are_those_of_a_fresh_request(arms: Arms) -> None:
+    """Other arms draft for rounds, or this one is rejected; then it drafts as if the text had been its prompt."""
+    replay = Replay(arms, seed=4)
+    for _ in range(5):
+        replay.round(["diffusion", "none", "ar"], [4, 1, 2])
+    ingest(replay)
+    caught_up = drafts(replay)
+    for pool in (arms.by_name["ar"].kv.k, arms.by_name["ar"].kv.v):
+        pool.fill_(torch.nan)
+    for row, n in enumerate(replay.lengths):
+        replay.sync.forget(row + 1)
+        replay.prefill(row, 0, n)
+    fresh = drafts(replay)
+    assert torch.equal(caught_up.token, fresh.token)
+    torch.testing.assert_close(caught_up.confidence, fresh.confidence)
+
+
+def ingest(replay: Replay) -> None:
+    """The catch-up of a round that all requests are routed to the chain in, and nothing else of it."""
+    rows, known = list(range(1, ROWS + 1)), Lengths(replay.lengths, replay.lengths)
+    due = replay.sync.due(rows, known, ["ar"] * ROWS, [1] * ROWS)
+    assert due["ar"].rows > 20
+    flags = torch.tensor(replay.sync.flags(due, ROWS))
+    replay.sync.catch_up(due, flags, torch.tensor(rows), torch.tensor(replay.lengths))
+
+
+def drafts(replay: Replay) -> Choice:
+    """Whole chains of all requests."""
+    arm = replay.arms.by_name["ar"]
+    return arm.whole(PassInput.of(replay.draft_batch(range(ROWS), arm)), arm.max_drafts)
+
+
+@pytest.mark.parametrize("runs", [None, [1], [7, 1, 300], [MOST_ROWS, 2 * MOST_ROWS + 5]])
+def test_blocks_hold_every_row_once_and_no_two_requests(runs: list[int] | None) -> None:
+    rows = sum(runs) if runs else 2 * MOST_ROWS + 3
+    blocks = list(blocks_of(rows, runs))
+    assert [row for begin, end, _ in blocks for row in range(begin, end)] == list(range(rows))
+    assert all(end - begin <= MOST_ROWS and (end - begin) % width == 0 for begin, end, width in blocks)
+    owner = [i for i, run in enumerate(runs or [1] * rows) for _ in range(run)]
+    for begin, end, width in blocks:
+        for first in range(begin, end, width):
+            assert len(set(owner[first : first + width])) == 1
+    assert {width for _, _, width in blocks} <= ({1} if runs is None else {1 << i for i in range(8)})
+
+
+# ------------------------------------------------------------------ faults
+
+
+def gives_rows_to_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed_up(requests: torch.Tensor, *rest: Any) -> Owners:
+        return Owners(requests % ROWS + 1, *rest)
+
+    monkeypatch.setattr(backlog, "Owners", mixed_up)
+
+
+def does_not_see_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = paged.draft_attention
+
+    def short(q: Any, k: Any, v: Any, table: Any, requests: Any, ends: torch.Tensor, **given: Any) -> Any:
+        return attend(q, k, v, table, requests, ends - 1, **given)
+
+    monkeypatch.setattr(paged, "draft_attention", short)
+
+
+def attends_before_it_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is ingested together does not see each other: the slots hold what rejected drafts have left there."""
+    attend, write = paged.draft_attention, DraftKV.write
+    kept: list[Any] = []
+
+    def late(*args: Any, **given: Any) -> torch.Tensor:
+        found = attend(*args, **given)
+        while kept:
+            write(*kept.pop())
+        return found
+
+    def later(self: DraftKV, layer: int, *rest: Any) -> None:
+        if layer < LAYERS - 1:
+            kept.append((self, layer, *rest))
+        else:  # nothing attends there
+            write(self, layer, *rest)
+
+    monkeypatch.setattr(paged, "draft_attention", late)
+    monkeypatch.setattr(DraftKV, "write", later)
+
+
+def leaves_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = DraftKV.write
+
+    def lower(self: DraftKV, layer: int, *rest: Any) -> None:
+        if layer < LAYERS - 1:
+            write(self, layer, *rest)
+
+    monkeypatch.setattr(DraftKV, "write", lower)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        gives_rows_to_another_request,
+        does_not_see_itself,
+        attends_before_it_has_written,
+        leaves_the_last_layer,
+    ],
+)
+def test_a_catch_up_that_is_not_exact_is_found(
+    arms: Arms, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    replay = Replay(arms, seed=1)
+    for _ in range(4):
+        replay.round(["diffusion", "none", "ar"], [4, 1, 2])
+    with pytest.MonkeyPatch.context() as patch:
+        fault(patch)
+        ingest(replay)
+    with pytest.raises(AssertionError, match="KV of ar is off"):
+        check(replay)
+
+
+def check(replay: Replay) -> None:
+    for row in range(ROWS):
+        replay.check(row)
