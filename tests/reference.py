@@ -23,6 +23,12 @@ TIE = 1e-4
 CPU = torch.device("cpu")
 
 
+def attend_whole(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of one whole sequence: q [T, Hq, D], k, v [T, Hkv, D] → [T, Hq, D]."""
+    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
 class ReferenceTarget:
     """The target's logits and layer outputs of a whole sequence."""
 
@@ -33,12 +39,8 @@ class ReferenceTarget:
     def forward(self, tokens: Sequence[int], capture: Sequence[int] = ()) -> TargetOutput:
         """Outputs at every position of `tokens`, full causal attention."""
 
-        def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
         ids = torch.tensor(list(tokens))
-        return self.model.forward(ids, torch.arange(len(ids)), attend, capture)
+        return self.model.forward(ids, torch.arange(len(ids)), attend_whole, capture)
 
     def next_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """[V]: logits of the token after `tokens`."""
@@ -88,12 +90,25 @@ class ReferenceDrafters:
         context = tokens[:-1]
         positions, following = torch.arange(len(context)), torch.tensor(list(tokens[1:]))
         fused = self._eagle3.fuse(self._features(context, self._eagle3_layers))
-        k, v = self._eagle3.keys_values(following, fused, positions)
-        ar = KeysValues(k[None], v[None])
+        ar = self._of_a_whole_pass(following, fused, positions)
         diffusion = self._dflash.keys_values(
             self._dflash.fuse(self._features(context, self._dflash_layers)), positions
         )
         return {"ar": ar, "diffusion": KeysValues(*diffusion)}
+
+    def _of_a_whole_pass(
+        self, following: torch.Tensor, fused: torch.Tensor, positions: torch.Tensor
+    ) -> KeysValues:
+        """What every layer of EAGLE-3 attends to in one step over the whole text."""
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            seen.append((k, v))
+            return attend_whole(layer, q, k, v)
+
+        self._eagle3(following, fused, positions, attend)
+        keys, values = zip(*seen, strict=True)
+        return KeysValues(torch.stack(keys), torch.stack(values))
 
     def _features(self, tokens: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
         unique = sorted(set(layers))

@@ -217,6 +217,10 @@ def test_deepspecs_format_drafts_by_its_formula(tmp_path: Path) -> None:
         ({"eagle_aux_hidden_state_layer_ids": [0, 4, 7]}, "asks for the embedding"),
         ({"norm_before_residual": None}, "norm_before_residual must be true or false, got None"),
         ({"transformer_layer_config": LLAMA | {"model_type": "gemma3"}}, "must be a qwen3 or llama decoder"),
+        (
+            {"transformer_layer_config": LLAMA | {"num_hidden_layers": 2}},
+            "num_hidden_layers 2: several layers of EAGLE-3 are read from a LlamaForCausalLMEagle3 only",
+        ),
         ({"draft_vocab_size": None}, "draft_vocab_size must be an integer"),
         ({"speculators_model_type": "peagle"}, "speculators_model_type 'peagle' is no draft architecture"),
     ],

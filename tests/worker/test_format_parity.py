@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ def norms(count: int) -> dict[str, torch.Tensor]:
     return {f"fc_norm.{i}.weight": 0.5 + torch.rand(HIDDEN, generator=generator) for i in range(count)}
 
 
+def upper_norms() -> dict[str, torch.Tensor]:
+    """A second layer's: SGLang normalises by the first two and has no use for the third."""
+    names = ("hidden_norm", "post_attention_layernorm", "input_layernorm")
+    return {
+        f"layers.1.{name}.weight": norm for name, norm in zip(names, norms(len(names)).values(), strict=True)
+    }
+
+
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]]]] = {
     "other layers": ("diffusion", {"dflash_config": NAMED}, dict),
     "windows": (
@@ -32,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]
         dict,
     ),
     "fc_norm": ("ar", {"fc_norm": True}, lambda: norms(3)),
+    "two layers": ("ar", {"num_hidden_layers": 2}, upper_norms),
     "EAGLE 3.1": ("ar", {"fc_norm": True, "norm_output": True}, lambda: norms(3)),
 }
 
@@ -39,7 +49,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]
 @pytest.mark.parametrize("case", CASES)
 def test_a_variant_accepts_what_upstream_accepts(models: Models, tmp_path: Path, case: str) -> None:
     arm, changes, more = CASES[case]
-    make = tiny_eagle3 if arm == "ar" else tiny_dflash
+    eagle3 = partial(tiny_eagle3, num_layers=changes.get("num_hidden_layers", 1))
+    make = eagle3 if arm == "ar" else tiny_dflash
     compare(models.target, arm, edited(make(tmp_path / "drafter", models.target), changes, more()))
 
 
