@@ -130,6 +130,37 @@ def test_steps_of_a_chain_share_their_lengths(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_one_request_may_stand_for_requests_of_their_own(backend: str) -> None:
+    """So a catch-up attends, whose rows the device alone knows: each up to itself, padding to nothing."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(count, heads, 16, generator=generator).to(DEVICE)
+        for count, heads in ((7, 4), (400, 2), (400, 2))
+    )
+    table = torch.randperm(400, generator=generator).view(2, 200).int().to(DEVICE)
+    last = torch.tensor([90, 91, 92, 93, 4, 5, 0], device=DEVICE)
+    owners = torch.tensor([1, 1, 1, 1, 0, 0, 1], device=DEVICE)
+    given = {"extra": 0, "causal": True, "scale": 0.25}
+    with running(backend), guarded_outputs():
+        alone = draft_attention(q, k, v, table, owners, last, width=1, **given)
+        runs = [
+            draft_attention(
+                q[begin:end],
+                k,
+                v,
+                table,
+                owners[end - 1 : end],
+                last[end - 1 : end],
+                width=end - begin,
+                **given,
+            )
+            for begin, end in ((0, 4), (4, 6))
+        ]
+    assert_close(alone[:6], torch.cat(runs), "attention", torch.float32)
+    assert not alone[6].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_requests(backend: str) -> None:
     empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     pool = torch.zeros(4, 1, 8, device=DEVICE)

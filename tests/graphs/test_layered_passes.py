@@ -1,24 +1,34 @@
-"""Passes and catch-ups of EAGLE-3 of several layers read nothing on the host, replay as they run, and keep its KV."""
+"""EAGLE-3 of several layers: passes and catch-ups read nothing on the host and replay as they run, whole rounds too."""
 
 import pytest
 import torch
 from host_reads import HostReads
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from model_set import Models, build_models
 from op_tape import TapeRecorder
 from replay import Arms, Replay, load_arms
 from test_backlog import History, live, rounds
 from test_draft_graphs import LONGEST, MOST, Captured, captured
+from test_lag_and_graphs import ARRIVALS, Outputs, plain, serving
+from test_losslessness import compare
 from test_passes import prepared, requests
+from test_radix import assert_tree_is_true
+from traffic import play
 
 from whiflash_sglang.cache.backlog import FeatureRows, Owners
 
-__all__ = ["captured", "prepared"]
+__all__ = ["captured", "plain", "prepared"]
 
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory: pytest.TempPathFactory) -> Arms:
     return load_arms(tmp_path_factory.mktemp("layers"), eagle3_layers=3)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return build_models(tmp_path_factory.mktemp("models"), eagle3_layers=2)
 
 
 def test_nothing_is_read_and_nothing_uploaded(arms: Arms) -> None:
@@ -62,3 +72,17 @@ def test_any_history_equals_one_pass(captured: Captured, seed: int, history: His
         replay.capture(recorder)
         live(replay, history)
         assert recorder.replays
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_replayed_rounds_leave_the_kv_of_one_pass(
+    models: Models, plain: Outputs, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    """All arms at random, results at once or a round late, where catch-ups are padded."""
+    with serving(models, lag, True, monkeypatch) as (e, oracle):
+        for arrival in ARRIVALS:
+            oracle.learn(arrival.prompt, plain[arrival.rid])
+        compare(models, ARRIVALS, plain, play(e, ARRIVALS))
+        e.generate([list(ARRIVALS[0].prompt)], max_new_tokens=12, temperature=1.0)
+        assert assert_tree_is_true(e, models) > 50
+        assert not lag or not e.streams.races
