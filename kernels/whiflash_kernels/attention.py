@@ -35,7 +35,7 @@ def draft_attention(
         q: [B * width, Hq, D] float, request after request; last dimension contiguous.
         k, v: [S, Hkv, D], q's dtype; last dimension contiguous. The rows' own K and V are already there.
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
-        request_slots: [B] int64 or int32.
+        request_slots: [B] int64 or int32; rows of one request may stand for several of ``width`` 1, as in a catch-up.
         seq_lens: [B] int64 or int32. A request with e <= 0 is padding.
         extra: entries beyond ``seq_lens``: ``width`` where the rows follow the context, one more for every step
             of a chain, so that all steps share ``seq_lens``.

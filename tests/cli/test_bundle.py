@@ -119,6 +119,15 @@ def test_draft_kv_beside_latent_attention(models: dict[str, Path]) -> None:
     assert "256 bytes of KV a token, 22.2% of the target's" in judged.detail  # 2 * 2 * 16 * 4 of 1,152
 
 
+def test_every_layer_of_a_drafter_has_kv(models: dict[str, Path]) -> None:
+    edit(models["eagle3"], lambda config: config.update(num_hidden_layers=3))
+    (judged,) = judge(str(models["eagle3"]), read_target(str(models["target"])))
+    assert judged.ok
+    assert (
+        "768 bytes of KV a token, 50.0% of the target's" in judged.detail
+    )  # 3 of 6 layers of the same shape
+
+
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     edit(models["dflash"], lambda config: config.update(vocab_size=1000))
     out = tmp_path / "bundle"
@@ -137,7 +146,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path
         ("eagle3", {"hidden_size": 96}, r"EAGLE-3 checkpoint .* hidden size 96, this one has 64"),
         (
             "eagle3",
-            {"architectures": ["Qwen3Eagle3Model"], "num_hidden_layers": 2},
+            {"architectures": ["Qwen3Eagle3Model"], "target_layer_ids": [0, 2], "num_hidden_layers": 2},
             "num_hidden_layers 2: several",
         ),
         ("eagle3", {"architectures": ["LlamaForCausalLMEagle"]}, r"\['LlamaForCausalLMEagle'\] is no draft"),
