@@ -14,7 +14,7 @@ do with them what they should, nor that a backend starts: no GPU has run any of 
 # ruff: noqa: E402
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -79,10 +79,13 @@ class Plan(NamedTuple):
 
 
 class Verification:
-    """A batch of requests with `widths` rows each, as the runner hands it to a backend; slots come in pages."""
+    """A batch of requests with `widths` rows each behind `starts` tokens, as the runner hands it to a backend; slots
+    come in pages."""
 
-    def __init__(self, widths: list[int], bucket: int | None = None, page: int = 1) -> None:
-        self.widths, self.starts, rows = widths, STARTS[: len(widths)], ROWS[: len(widths)]
+    def __init__(
+        self, widths: list[int], bucket: int | None = None, page: int = 1, starts: Sequence[int] = STARTS
+    ) -> None:
+        self.widths, self.starts, rows = widths, [*starts[: len(widths)]], ROWS[: len(widths)]
         order = torch.randperm(4 * CONTEXT // page, generator=torch.Generator().manual_seed(0))
         slots = order[:, None] * page + torch.arange(page)
         self.table = slots.view(4, CONTEXT).to(torch.int32)
@@ -154,7 +157,8 @@ def cut(flat: torch.Tensor, offsets: torch.Tensor) -> list[list[int]]:
 
 
 def triton_backend(case: Verification, cls: type) -> Any:
-    most = REQUESTS * CONFIGURED + 1
+    """With upstream's room: for the server's requests, of which a graph has slots besides."""
+    most = REQUESTS + 1
     return case.backend(
         cls,
         dllm_attention=None,
@@ -410,6 +414,9 @@ def captured(case: Verification, backend: Any) -> Any:
         "page_table",
         "qo_indptr",
         "kv_indptr",
+        "window_kv_indptr",
+        "window_kv_indices",
+        "window_kv_offsets",
     ):
         if getattr(metadata, name, None) is not None:
             getattr(metadata, name)[1:].fill_(-1)

@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FILES = ("interpreted_attention.py", "interpreted_mla.py", "interpreted_recurrent.py")
+FILES = (
+    "interpreted_attention.py",
+    "interpreted_mla.py",
+    "interpreted_recurrent.py",
+    "interpreted_windows.py",
+)
 
 
 def test_what_attention_backends_plan_for_a_verification() -> None:

@@ -194,7 +194,7 @@ def test_windows_whose_kv_is_kept_whole(
     model = target(tmp_path / "model", architectures=[architecture], model_type=model_type, head_dim=16)
     assert not model.is_hybrid_swa
     assert refusal_of(replace(taken, model=model)) is None
-    assert " has layers with a sliding window" in sentence(replace(on_cuda(taken), model=model))
+    assert "sliding window, whose rows" in sentence(replace(on_cuda(taken), model=model))
 
 
 def test_a_window_that_no_layer_has_stops_nothing(taken: Launch, tmp_path: Path) -> None:
@@ -213,13 +213,54 @@ def test_a_quantised_head_is_taken(taken: Launch, tmp_path: Path) -> None:
     assert refusal_of(replace(taken, model=target(tmp_path / "model", quantization_config=PACKED))) is None
 
 
-def test_windows_are_verified_on_the_cpu_alone(taken: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_windows_are_verified_where_every_row_has_its_own(taken: Launch, tmp_path: Path, whole: bool) -> None:
+    """whole: SGLang keeps the KV of all layers for the whole context, as a start of ours has it."""
     changes = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", **WINDOWS}
     model = target(tmp_path / "windows", **changes)
+    if whole:
+        model = ModelConfig(str(tmp_path / "windows"), disable_hybrid_swa_memory=True)
+    assert model.is_hybrid_swa is not whole
     assert refusal_of(replace(taken, model=model)) is None
-    assert "GptOssForCausalLM has layers with a sliding window" in sentence(
-        replace(on_cuda(taken), model=model)
+    for attention in ("triton", "fa3", "fa4", "trtllm_mha"):
+        on_gpu = with_arguments(on_cuda(taken), attention_backend=attention)
+        assert refusal_of(replace(on_gpu, model=model)) is None
+    for attention in ("flashinfer", "trtllm_mla"):
+        on_gpu = with_arguments(on_cuda(taken), attention_backend=attention)
+        found = sentence(replace(on_gpu, model=model))
+        assert f"{attention} is not known to mask" in found
+        assert "give --attention-backend triton, fa3, fa4 or trtllm_mha" in found
+    prefilled = with_arguments(
+        on_cuda(taken), attention_backend="triton", prefill_attention_backend="flashinfer"
     )
+    assert "flashinfer is not known to mask" in sentence(replace(prefilled, model=model))
+
+
+def test_a_start_of_ours_keeps_the_kv_of_windowed_layers_whole(taken: Launch, tmp_path: Path) -> None:
+    arguments = SimpleNamespace(device="cpu", enable_multimodal=None, disable_hybrid_swa_memory=False)
+    launches.choose(arguments)
+    assert arguments.disable_hybrid_swa_memory is True
+    sized = with_arguments(taken, swa_full_tokens_ratio=0.5)
+    assert refusal_of(sized) is None
+    model = target(tmp_path / "windows", architectures=["GptOssForCausalLM"], model_type="gpt_oss", **WINDOWS)
+    assert "remove it" in sentence(replace(sized, model=model))
+
+
+@pytest.mark.parametrize("heads", [{"global_head_dim": 32}, {"num_global_key_value_heads": 1}])
+def test_windowed_layers_with_heads_of_their_own_are_refused(
+    taken: Launch, tmp_path: Path, heads: dict[str, int]
+) -> None:
+    """Gemma 4's published ones: one pool would have to hold both."""
+    kind = {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4"}
+    text = {key: value for key, value in LLAMA.items() if key != "architectures"}
+    text |= {**WINDOWS, "model_type": "gemma4_text", "global_head_dim": 16, "attention_k_eq_v": True}
+    refusals = []
+    for name, changes in (("alike", {}), ("apart", heads)):  # SGLang reads a directory once
+        whole = {**kind, "torch_dtype": "bfloat16", "text_config": text | changes, "vision_config": {}}
+        model = target(tmp_path / name, {}, text_alone=True, **whole)
+        refusals.append(refusal_of(replace(taken, model=model)))
+    assert refusals[0] is None
+    assert "heads of another shape" in str(refusals[1])
 
 
 def test_latent_attention_is_taken(taken: Launch, tmp_path: Path) -> None:
@@ -340,7 +381,7 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
     assert named in sentence(replace(with_arguments(taken, **theirs), **ours))
 
 
-APART = {"windows", "one_file", "recurrent_sessions"}
+APART = {"windows", "window_heads", "window_pool", "one_file", "recurrent_sessions"}
 """Rows with tests of their own."""
 
 

@@ -77,9 +77,9 @@ def overlap(attention: str, rehearsed: bool) -> Part:
     return replace(part, name=f"overlap-{attention}", shows=shows, command=(*part.command, "--overlap"))
 
 
-def family(name: str, architecture: str, kind: str) -> Part:
-    shows = f"the same with triton and a tiny random target with {kind}"
-    part = serving("triton", rehearsed=True)
+def family(name: str, architecture: str, kind: str, attention: str = "triton") -> Part:
+    shows = f"the same with {attention} and a tiny random target with {kind}"
+    part = serving(attention, rehearsed=attention == "triton")
     command = (*part.command, "--family", architecture)
     return replace(part, name=f"target-{name}", shows=shows, command=command, serves=False)
 
@@ -125,6 +125,11 @@ PARTS: tuple[Part, ...] = (
     family("convolutions", "Lfm2ForCausalLM", "short convolutions (LFM2)"),
     family("delta-rule", "Qwen3_5ForCausalLM", "the gated delta rule (Qwen3.5), states kept at intervals"),
     family("mrope", "Qwen2_5_VLForConditionalGeneration", "M-RoPE (Qwen2.5-VL), served for text"),
+    *(
+        family(name, "GptOssForCausalLM", "sliding windows and attention sinks (gpt-oss)", attention)
+        for name, attention in (("sinks", "triton"), ("sinks-fa3", "fa3"), ("sinks-trtllm", "trtllm_mha"))
+    ),
+    family("windows", "Gemma3ForCausalLM", "sliding windows (Gemma 3)"),
     Part(
         "shaped",
         "rounds of an 8B-shaped target, random weights and acceptance set to what another pair had, end",

@@ -7,16 +7,23 @@ platform's attention stands for our subclass of SGLang's Triton backend here, so
 SGLang's (`platform/seams.py`: slots, bonus tokens) stays torch. It does not prove that compiled kernels do the same.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "targets"))
 
 import pytest
 from engine import engine
+from families import FAMILIES, WINDOW, tiny_family
 from model_set import Models
 from reference import Comparison
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from tiny_models import tiny_dflash, tiny_eagle3
 from whiflash_kernels import MixedBlock
 from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, drafts, passes, routing
 
@@ -69,13 +76,13 @@ class Rounds(NamedTuple):
     verified: list[tuple[list[int], list[int]]]
 
 
-def speculate(models: Models, page_size: int) -> Rounds:
+def speculate(models: Models, **options: Any) -> Rounds:
     """All prompts at once, each with another arm in every round. Drafts have full lengths: none depends on a time."""
     verified: list[tuple[list[int], list[int]]] = []
     with engine(
         models.target,
         whiflash=models.whiflash("entropy", whiflash_entropy_threshold=2.0),
-        page_size=page_size,
+        **options,
     ) as e:
         turns, target, controller = count(), e.worker.target, e.worker.controller
         verify, plan = target.verify, controller.route
@@ -102,6 +109,27 @@ def plain(models: Models) -> list[list[int]]:
         return e.generate(PROMPTS, max_new_tokens=TOKENS)
 
 
+def on_torch_and_triton(
+    models: Models, launched: Counter[str], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> Rounds:
+    """Rounds on Triton, which are those on torch."""
+    # Interpreted drafts have no price worth measuring, no step may end early because one took long, and nothing is read
+    # that a GPU would have to be waited for.
+    monkeypatch.setattr(pricing, "profile_drafts", lambda *_: None)
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
+    monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
+    on_torch = speculate(models, **options)
+    assert not launched
+    monkeypatch.setenv("WHIFLASH_KERNELS", "triton")
+    monkeypatch.setitem(ATTENTION_BACKENDS, ATTENTION_BACKEND, RaggedTritonBackend)
+    on_triton = speculate(models, **options)
+    assert set(launched) == {"forward_extend", *(name for names in KERNELS.values() for name in names)}
+    assert any(len(set(widths)) > 2 for widths, _ in on_torch.verified), "no verification was ragged"
+    assert on_triton == on_torch
+    return on_triton
+
+
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_rounds_on_triton_are_those_on_torch(
     models: Models,
@@ -110,21 +138,32 @@ def test_rounds_on_triton_are_those_on_torch(
     monkeypatch: pytest.MonkeyPatch,
     page_size: int,
 ) -> None:
-    # Interpreted drafts have no price worth measuring, no step may end early because one took long, and nothing is read
-    # that a GPU would have to be waited for.
-    monkeypatch.setattr(pricing, "profile_drafts", lambda *_: None)
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-    monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
-    monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
-    on_torch = speculate(models, page_size)
-    assert not launched
-    monkeypatch.setenv("WHIFLASH_KERNELS", "triton")
-    monkeypatch.setitem(ATTENTION_BACKENDS, ATTENTION_BACKEND, RaggedTritonBackend)
-    on_triton = speculate(models, page_size)
-    assert set(launched) == {"forward_extend", *(name for names in KERNELS.values() for name in names)}
-    assert any(len(set(widths)) > 2 for widths, _ in on_torch.verified), "no verification was ragged"
-    assert on_triton == on_torch
+    on_triton = on_torch_and_triton(models, launched, monkeypatch, page_size=page_size)
     comparison = Comparison(models.reference.target)
     for prompt, expected, found in zip(PROMPTS, plain, on_triton.tokens, strict=True):
         comparison.check(prompt, expected, found, f"pages of {page_size}")
+    print(comparison.summary(), dict(launched))
+
+
+@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "LagunaForCausalLM"])
+def test_rounds_in_windows_are_those_on_torch(
+    architecture: str,
+    models: Models,
+    tmp_path: Path,
+    launched: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts in chunks, longer and shorter than the window, with sinks and without; of Laguna's class SGLang asks its
+    window in vain."""
+    target = tmp_path / "target"
+    model = tiny_family(target, FAMILIES[architecture])
+    eagle3, dflash = tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
+    served = replace(models, target=target, eagle3=eagle3, dflash=dflash)
+    with engine(target) as e:
+        plain = e.generate(PROMPTS, max_new_tokens=TOKENS)
+    on_triton = on_torch_and_triton(served, launched, monkeypatch, chunked_prefill_size=16)
+    assert min(map(len, PROMPTS)) < WINDOW < max(map(len, PROMPTS))
+    comparison = Comparison(model)
+    for prompt, expected, found in zip(PROMPTS, plain, on_triton.tokens, strict=True):
+        comparison.check(prompt, expected, found, architecture)
     print(comparison.summary(), dict(launched))

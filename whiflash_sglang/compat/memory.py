@@ -7,6 +7,7 @@ A decoding request holds slots for two blocks beyond its text, but with pages of
 has room for little more than one behind the context's end: near it the write would leave the row.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -19,12 +20,14 @@ from sglang.srt.model_executor import pool_configurator
 from whiflash_sglang.cache.stops import StopTable
 from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import attention, graphs, rehearsal
+from whiflash_sglang.compat import attention, graphs, rehearsal, windows
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
+
+logger = logging.getLogger("whiflash_sglang")
 
 
 @dataclass(slots=True)
@@ -114,6 +117,12 @@ def _accounting(original: Any) -> Any:
             configurator._cell_size += _reservation.per_token
             configurator._fixed_overhead_bytes += _reservation.fixed
             _reservation.whole = int(configurator._cell_size)
+            if windows.has_windows(kvc.model_config):
+                logger.info(
+                    "WHIFLASH keeps the KV of windowed layers for the whole context, as with "
+                    "--disable-hybrid-swa-memory: %d bytes a token with the drafters'",
+                    _reservation.whole,
+                )
         return configurator
 
     return create

@@ -199,6 +199,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.arg_groups.model_override_base:resolved_view", ("server_args",)),
     PrivateName("sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"),
     PrivateName("sglang.srt.layers.attention.attention_registry:register_attention_backend", ("name",)),
+    PrivateName("sglang.srt.layers.radix_attention:RadixAttention", ("sliding_window_size",)),
+    PrivateName(_TRITON, ("model_runner",)),
     PrivateName(f"{_TRITON}.init_forward_metadata", ("forward_batch",)),
     PrivateName(f"{_TRITON}.init_cuda_graph_state", ("max_bs", "max_num_tokens")),
     PrivateName(

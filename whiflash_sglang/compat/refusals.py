@@ -8,14 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
-from whiflash_sglang.compat import recurrent
+from whiflash_sglang.compat import recurrent, windows
 from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
-
-_FULL_ATTENTION = "WHIFLASH serves targets with full attention in every layer; serve this one without it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +63,10 @@ def _captures(launch: Launch, phase: str) -> bool:
     return launch.device == "cuda" and getattr(config, phase).backend != Backend.DISABLED
 
 
-def _has_windows(launch: Launch) -> bool:
-    """Also where their KV is kept whole, as SGLang always does of some (Gemma 2 and 3, OLMo 3)."""
-    text = launch.model.hf_text_config
-    return bool(
-        launch.model.is_hybrid_swa
-        or is_hybrid_swa_model(launch.model.hf_config.architectures, text)
-        or "sliding_attention" in (getattr(text, "layer_types", None) or ())
-    )
+def _foreign_windowed_attention(launch: Launch) -> str | None:
+    if launch.device != "cuda" or not windows.has_windows(launch.model):
+        return None
+    return next(iter(sorted(launch.attention_backends.difference(windows.ATTENTIONS))), None)
 
 
 def _has_chunks(launch: Launch) -> bool:
@@ -207,13 +200,26 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "windows",
-        _architecture(lambda x: x.device == "cuda" and _has_windows(x)),
-        f"{{}} has layers with a sliding window, in which no GPU has verified drafts; {_FULL_ATTENTION}",
+        _foreign_windowed_attention,
+        "the target has layers with a sliding window, whose rows of a verification {} is not known to mask one by one; "
+        f"give --attention-backend {', '.join(windows.ATTENTIONS[:-1])} or {windows.ATTENTIONS[-1]}",
+    ),
+    Refusal(
+        "window_heads",
+        _architecture(lambda x: windows.has_heads_of_two_shapes(x.model)),
+        "{} has heads of another shape in its windowed layers than in the others, and WHIFLASH keeps the KV of all "
+        "layers in one pool; serve this one without it",
+    ),
+    Refusal(
+        "window_pool",
+        lambda x: windows.has_windows(x.model) and x.given.get("swa_full_tokens_ratio") is not None,
+        "--swa-full-tokens-ratio sizes a pool for windowed layers, whose KV WHIFLASH keeps for the whole context "
+        "beside the others'; remove it",
     ),
     Refusal(
         "chunked_windows",
         _architecture(_has_chunks),
-        f"{{}} attends within chunks, whose bounds a block of drafts may cross; {_FULL_ATTENTION}",
+        "{} attends within chunks, whose bounds a block of drafts may cross; serve it without WHIFLASH",
     ),
     Refusal(
         "multimodal",

@@ -7,7 +7,9 @@ are planned from `seq_lens` and are right for every width.
 
 from typing import Any
 
+import torch
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.speculative.ragged_verify import resolve_ragged_verify_layout
 
 
@@ -20,6 +22,15 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
     """`TritonAttnBackend`, with the rows of a verification laid out as its `RaggedVerifyLayout` says."""
 
     supports_ragged_verify_graph = True
+
+    def __init__(self, runner: Any, *args: Any, **named: Any) -> None:
+        super().__init__(runner, *args, **named)
+        # With one pool for all layers SGLang asks the model for its window, which not every class answers (Laguna), and
+        # without one the layers that have it are planned no keys. Of several, a narrower one is masked by the kernel.
+        window = widest_window(runner.model)
+        if window is not None:
+            self.sliding_window_size = window
+        self._make_room(0)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan a forward over the packed rows of `forward_batch`, once for all layers."""
@@ -36,8 +47,23 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
 
         Upstream sizes by rows what decoding reads: room for a whole context each (and the splits of its kernel). Here
         every captured forward is a verification, and of these a request reads one context, however many rows it has.
+        Where it writes offsets it has room for the server's requests, and a graph has slots beside them.
         """
         super().init_cuda_graph_state(max_bs, max_bs, *buffers, **named)
+        self._make_room(max_bs)
+
+    def _make_room(self, slots: int) -> None:
+        """Offsets of as many requests as the server takes, or of `slots` if those are more: of query rows, of keys, and
+        of the keys within a window, [requests + 1] each."""
+        requests = max(slots, int(self.req_to_token_pool.size))
+
+        def offsets(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(requests + 1, dtype=dtype, device=self.device)
+
+        self.kv_indptr = offsets(torch.int32)
+        self.qo_indptr, self.mask_indptr = offsets(torch.int64), offsets(torch.int64)
+        if self.sliding_window_size is not None and self.sliding_window_size > 0:
+            self.window_kv_indptr = offsets(torch.int32)
 
     def _update_target_verify_buffers(
         self, plan: Any, bs: int, seq_lens: Any, spec_info: Any, req_pool_indices: Any
@@ -56,3 +82,9 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
             # Captured as a number, so it must hold for every replay: the server's widest block.
             metadata.max_extend_len = self.num_draft_tokens
         return metadata
+
+
+def widest_window(model: Any) -> int | None:
+    """Keys before its own that a row sees in the layer of a loaded `model` with the widest window; None without one."""
+    layers = (module for module in model.modules() if isinstance(module, RadixAttention))
+    return max((size for layer in layers if (size := layer.sliding_window_size) > 0), default=None)

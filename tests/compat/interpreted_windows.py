@@ -1,0 +1,281 @@
+"""Verifications in layers with a sliding window and attention sinks, as SGLang's attention backends attend to them.
+
+Run by `test_attention.py` in a child process, as `interpreted_attention.py`, whose batches it takes. Each backend's own
+`forward_extend` runs on the plan that it made. Of Triton the kernel runs too, under the interpreter. The kernels of
+FA3, FA4 and TRT-LLM are loops that do what their documentation says (`attention_formulas.py`). All are compared with
+one formula in 64 bits, which knows positions and the table of slots, and no plan.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+from attention_formulas import flash, of_row, trtllm_decode
+from interpreted_attention import (
+    CONFIGURED,
+    CONTEXT,
+    REQUESTS,
+    Verification,
+    captured,
+    fa3_backend,
+    flashinfer_backend_of,
+    triton_backend,
+    trtllm_mha_backend,
+)
+from paged_wrapper import PagedWrapper
+from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from whiflash_sglang.compat import windows
+from whiflash_sglang.compat.graphs import row_buckets
+from whiflash_sglang.compat.triton_backend import RaggedTritonBackend, widest_window
+
+SGLANG = "sglang.srt.layers.attention"
+HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 16, 0.3
+STARTS = [21, 2, 40]
+"""Texts longer and shorter than any window here."""
+WIDTHS = {"uniform": [3, 3, 3], "ragged": [3, 1, 9], "alone": [4], "plain": [1, 1, 1]}
+WINDOWS = {"narrow": 2, "wide": 7, "whole": -1}
+"""Keys before its own that a row sees: fewer than a block has rows, and more; all of them."""
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
+class Pool:
+    """K and V of one layer by slot, of which the rows of a verification are written."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.keys, self.values = torch.randn(2, 4 * CONTEXT, KV_HEADS, SIZE, generator=generator(1))
+
+    def set_kv_buffer(self, layer: Any, where: Any, keys: Any, values: Any, *scales: Any) -> None:
+        """Rows that are nobody's go to a slot that nobody reads; here the table has every slot, so they go nowhere."""
+        slots = where.loc[: self.rows]
+        self.keys[slots] = keys.view(-1, KV_HEADS, SIZE)[: self.rows]
+        self.values[slots] = values.view(-1, KV_HEADS, SIZE)[: self.rows]
+
+    def get_key_buffer(self, layer: int) -> torch.Tensor:
+        return self.keys
+
+    def get_value_buffer(self, layer: int) -> torch.Tensor:
+        return self.values
+
+    def get_kv_buffer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def formula(
+    case: Verification, queries: Any, pool: Pool, window: int, cap: float, sinks: Any
+) -> torch.Tensor:
+    """[T, H, D]: every row sees the `window` positions before its own, and its own."""
+    rows = []
+    for i, position in enumerate(case.block.positions.tolist()[: sum(case.widths)]):
+        first = 0 if window < 0 else max(position - window, 0)
+        seen = case.table[case.rows[case.block.request_of_row[i]], first : position + 1].long()
+        rows.append(of_row(queries[i], pool.keys[seen], pool.values[seen], SCALE, cap, sinks))
+    return torch.stack(rows)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{SGLANG}.flashattention_backend.flash_attn_with_kvcache", flash)
+    decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache=trtllm_decode)
+    given = SimpleNamespace(decode=decode)
+    monkeypatch.setattr(f"{SGLANG}.trtllm_mha_backend.flashinfer", given, raising=False)
+    monkeypatch.setattr(
+        f"{SGLANG}.flashinfer_backend.BatchPrefillWithPagedKVCacheWrapper", PagedWrapper, raising=False
+    )
+
+
+def of_triton(case: Verification, window: int) -> Any:
+    backend = triton_backend(case, RaggedTritonBackend)
+    backend.sliding_window_size = window if window > 0 else None
+    if window > 0:
+        backend.window_kv_indptr = torch.zeros_like(backend.kv_indptr)
+    for switch in ("enable_deterministic", "use_mla", "use_verify_shared_kv", "use_verify_splitkv"):
+        setattr(backend, switch, False)
+    backend.use_dense_fp8_chunked_prefill = backend.allow_bidirectional_attention_in_extend = False
+    backend.extend_attention_fwd = extend_attention_fwd
+    return backend
+
+
+def of_fa3(case: Verification, window: int, version: int = 3) -> Any:
+    backend = fa3_backend(case, version)
+    backend.sliding_window_size, backend.has_swa = window, window > 0
+    backend.kv_cache_dtype_str, backend.num_splits = "auto", 0
+    backend.kv_cache_is_mxfp8 = backend.fa_skip_kv_cache = False
+    return backend
+
+
+def of_fa4(case: Verification, window: int) -> Any:
+    return of_fa3(case, window, 4)
+
+
+def of_trtllm_mha(case: Verification, window: int) -> Any:
+    backend = trtllm_mha_backend(case)
+    backend.uses_trtllm_gen_native_fp4 = backend.use_fmha_v2 = False
+    backend.data_type = backend.q_data_type = torch.float32
+    backend.kv_cache_quant_method = SimpleNamespace(needs_global_scale=lambda: False)
+    backend.workspace_buffer = backend._multi_ctas_kv_counter_buffer = None
+    return backend
+
+
+BACKENDS = {"triton": of_triton, "fa3": of_fa3, "fa4": of_fa4, "trtllm_mha": of_trtllm_mha}
+
+
+def forward(
+    backend: Any, case: Verification, window: int, *, cap: float = 0.0, sinks: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a backend puts out for its plan, and the formula: [T, H, D] each."""
+    layer = RadixAttention(
+        HEADS, SIZE, SCALE, KV_HEADS, layer_id=0, logit_cap=cap, sliding_window_size=window
+    )
+    backend.token_to_kv_pool = pool = Pool(sum(case.widths))
+    case.batch.out_cache_loc_is_physical, case.batch.mha_one_shot = False, False
+    case.batch._attn_output = case.batch.attn_attend_prefix_cache = None
+    rows = len(case.block.positions)
+    queries = torch.randn(rows, HEADS, SIZE, generator=generator(2))
+    keys, values = torch.randn(2, rows, KV_HEADS, SIZE, generator=generator(3))
+    named = {} if sinks is None else {"sinks": sinks}
+    out = backend.forward_extend(queries.flatten(1), keys, values, layer, case.batch, **named)
+    total = sum(case.widths)
+    return out.view(-1, HEADS, SIZE)[:total], formula(case, queries, pool, window, cap, sinks)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("shape", [*WIDTHS, "pages"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_see_their_own_windows(backend: str, shape: str, window: int) -> None:
+    widths, page = WIDTHS.get(shape, WIDTHS["ragged"]), 16 if shape == "pages" else 1
+    case = Verification(widths, page=page, starts=STARTS)
+    made = BACKENDS[backend](case, window)
+    made.page_size = page
+    if backend == "trtllm_mha":
+        made.max_num_pages = CONTEXT // page
+    made.init_forward_metadata(case.batch)
+    assert close(*forward(made, case, window, sinks=SINKS))
+    assert close(*forward(made, case, window))
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replayed_rows_see_what_eager_ones_do(
+    backend: str, widths: list[int], window: int, spare: int
+) -> None:
+    """What was captured, filled for this batch; rows that are nobody's behind its own."""
+    bucket = next(b for b in row_buckets(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
+    case = Verification(widths, bucket, starts=STARTS)
+    made = BACKENDS[backend](case, window)
+    captured(case, made)
+    replayed, expected = forward(made, case, window, sinks=SINKS)
+    assert close(replayed, expected)
+    eager_case = Verification(widths, starts=STARTS)
+    eager = BACKENDS[backend](eager_case, window)
+    eager.init_forward_metadata(eager_case.batch)
+    if backend == "triton" and window > 0:
+        many, (now, then) = len(widths), (made.forward_metadata, eager.forward_metadata)
+        assert now.window_kv_indptr[: many + 1].tolist() == then.window_kv_indptr.tolist()
+        keys = int(then.window_kv_indptr[-1])
+        assert now.window_kv_indices[:keys].tolist() == then.window_kv_indices.tolist()
+        assert now.window_kv_offsets[:many].tolist() == then.window_kv_offsets.tolist()
+        assert now.custom_mask is then.custom_mask is None
+
+
+def test_capped_scores_are_capped_within_a_window() -> None:
+    """Gemma 2's; TRT-LLM's backend hands on no cap."""
+    for name in ("triton", "fa3", "fa4"):
+        case = Verification(WIDTHS["ragged"], starts=STARTS)
+        made = BACKENDS[name](case, 7)
+        made.init_forward_metadata(case.batch)
+        assert close(*forward(made, case, 7, cap=2.0))
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+def test_a_chunk_of_a_prompt_sees_the_window_before_it(window: int) -> None:
+    case = Verification([5, 20, 3], starts=STARTS)
+    made, starts = of_triton(case, window), torch.tensor(STARTS)
+    case.batch.forward_mode, case.batch.spec_info = ForwardMode.EXTEND, None
+    case.batch.extend_prefix_lens, case.batch.extend_prefix_lens_cpu = starts, STARTS
+    case.batch.extend_seq_lens, case.batch.extend_seq_lens_cpu = case.lens, case.widths
+    case.batch.seq_lens = starts + case.lens
+    made.init_forward_metadata(case.batch)
+    assert close(*forward(made, case, window, sinks=SINKS))
+
+
+def test_what_is_wrong_is_told_apart() -> None:
+    """A window that is one too long or too short, none, and sinks that are left out."""
+    for name, make in BACKENDS.items():
+        case = Verification(WIDTHS["ragged"], starts=STARTS)
+        made = make(case, 7)
+        made.init_forward_metadata(case.batch)
+        right, expected = forward(made, case, 7, sinks=SINKS)
+        assert close(right, expected)
+        for window, sinks in ((6, SINKS), (8, SINKS), (7, None), (-1, SINKS)):
+            if not (name == "triton" and window == 8):  # a layer's own may not be wider than what was planned
+                assert not close(forward(made, case, window, sinks=sinks)[0], expected), (name, window)
+
+
+def test_of_several_windows_the_widest_is_planned() -> None:
+    """A model whose class does not say its window (Laguna) has it all the same; the kernel masks the narrower ones."""
+    kinds = (-1, 2, 7)
+    layers = [
+        RadixAttention(HEADS, SIZE, SCALE, KV_HEADS, i, sliding_window_size=w) for i, w in enumerate(kinds)
+    ]
+    assert widest_window(torch.nn.ModuleList(layers)) == 7
+    assert widest_window(torch.nn.ModuleList(layers[:1])) is None
+    case = Verification(WIDTHS["ragged"], starts=STARTS)
+    made = of_triton(case, 7)
+    made.init_forward_metadata(case.batch)
+    for window in kinds:
+        assert close(*forward(made, case, window))
+
+
+@pytest.mark.parametrize("slots", [REQUESTS - 2, REQUESTS + 3])
+def test_there_is_room_for_the_servers_requests_and_a_graphs_slots(slots: int) -> None:
+    made = of_triton(Verification(WIDTHS["ragged"], starts=STARTS), 7)
+    made.init_cuda_graph_state(slots, slots)
+    offsets = (made.kv_indptr, made.qo_indptr, made.mask_indptr, made.window_kv_indptr)
+    assert [len(each) for each in offsets] == [max(slots, REQUESTS) + 1] * 4
+
+
+class Told:
+    """FlashInfer's wrapper, which keeps what it is told to plan."""
+
+    is_cuda_graph_enabled = False
+
+    def begin_forward(self, rows: Any, indptr: Any, indices: Any, *_: Any, **named: Any) -> None:
+        self.keys, self.named = indptr.diff().tolist(), named
+
+
+def test_flashinfer_plans_no_window_for_rows_behind_the_first() -> None:
+    """It clips a request's keys to its first row's window, and asks for the kernel that masks none."""
+    case = Verification(WIDTHS["ragged"], starts=STARTS)
+    made = flashinfer_backend_of(case)
+    made.prefill_wrappers_verify = [Told(), Told()]
+    updater = made.indices_updater_prefill
+    updater.kv_indptr, updater.qo_indptr = [None, None], [None, None]
+    updater.sliding_window_size, updater._swa_kv_pool = 7, None
+    updater.update = updater.update_sliding_window
+    made.init_forward_metadata(case.batch)
+    windowed, whole = made.prefill_wrappers_verify
+    assert windowed.keys == [min(n, 7) + m for n, m in zip(case.starts, case.widths, strict=True)]
+    assert whole.keys == case.ends
+    assert windowed.named.get("window_left", -1) == -1
+    assert windowed.named["custom_mask"] is None
+    assert "flashinfer" not in windows.ATTENTIONS
+    assert set(BACKENDS) == set(windows.ATTENTIONS)
