@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from whiflash_sglang.models.choice import Choice, DraftHead, Shard, choose
 
@@ -115,3 +116,21 @@ def test_a_part_of_the_vocabulary_beside_a_second_matrix(seed: int, cut: int, id
     for found in together(heads, chosen):
         assert found.token.tolist() == expected.token.tolist()
         torch.testing.assert_close(found.confidence, expected.confidence)
+
+
+def test_a_block_without_its_first_row_copies_no_matrix() -> None:
+    """Its rows do not lie together; torch would expand the head by the requests and copy it."""
+    weight = torch.randn(300, SIZE)
+    rows = torch.randn(4, 8, SIZE)[:, 1:]
+    asked: list[tuple[int, ...]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            asked.extend(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        found = DraftHead(weight, None).logits(rows)
+    torch.testing.assert_close(found, rows @ weight.T)
+    assert found.shape == (4, 7, 300)
+    assert not [shape for shape in asked if len(shape) == 3 and shape[-1] * shape[-2] == weight.numel()]
