@@ -349,7 +349,7 @@ def test_triton_reads_the_prefix_from_the_pool(widths: list[int]) -> None:
 
 
 def test_what_is_refused_plans_other_rows() -> None:
-    """Upstream's own Triton gives every request the widest one's rows, and its graphs have no room for spare requests."""
+    """Upstream's own Triton gives every request the widest one's rows, and its graphs no room to spare requests."""
     case = Verification(WIDTHS["ragged"])
     assert triton(case, TritonAttnBackend).rows != case.offsets
     padded = Verification(WIDTHS["ragged"], 12)
