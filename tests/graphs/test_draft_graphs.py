@@ -68,6 +68,14 @@ class Captured:
             pool.copy_(old)
         return found
 
+    def check_history(self, seed: int, history: History, late: int) -> None:
+        """Catch-ups of new requests, replayed, leave what one pass over their texts does."""
+        with torch.no_grad():
+            replay, recorder = Replay(self.arms, seed, late=late), TapeRecorder()
+            replay.capture(recorder)
+            live(replay, history)
+            assert recorder.replays
+
     def compare(self, name: str, lengths: Sequence[int], most: int | None = None, seed: int = 0) -> None:
         """A replayed pass with an eager one."""
         group, full = self.group(name, lengths, seed), self.arms.by_name[name].max_drafts
@@ -148,11 +156,7 @@ def test_any_history_of_replayed_passes_equals_one_pass(
     captured: Captured, seed: int, history: History, late: int
 ) -> None:
     """As in `tests/cache/test_backlog.py`: whatever requests do, catch-ups leave the KV of one full pass."""
-    with torch.no_grad():
-        replay, recorder = Replay(captured.arms, seed, late=late), TapeRecorder()
-        replay.capture(recorder)
-        live(replay, history)
-        assert recorder.replays
+    captured.check_history(seed, history, late)
 
 
 # ------------------------------------------------------------------ faults that a capture would hide

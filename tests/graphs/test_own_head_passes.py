@@ -7,9 +7,8 @@ import torch
 from host_reads import HostReads
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from op_tape import TapeRecorder
-from replay import SLOTS, Arms, Replay
-from test_backlog import History, live, rounds
+from replay import SLOTS, Arms
+from test_backlog import History, rounds
 from test_draft_graphs import LONGEST, MOST, Captured, captured
 from test_passes import prepared, requests
 from tiny_models import tiny_dflash, tiny_target
@@ -103,8 +102,4 @@ def test_any_group(captured: Captured, lengths: list[int], most: int) -> None:
 @given(st.integers(0, 2**16), st.lists(rounds, min_size=1, max_size=6), st.sampled_from([0, 5]))
 def test_any_history_equals_one_pass(captured: Captured, seed: int, history: History, late: int) -> None:
     """Catch-ups replayed, padded too: slot 0 takes what is padding."""
-    with torch.no_grad():
-        replay, recorder = Replay(captured.arms, seed, late=late), TapeRecorder()
-        replay.capture(recorder)
-        live(replay, history)
-        assert recorder.replays
+    captured.check_history(seed, history, late)
