@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 LABEL = "8B-shaped target and drafters with random weights; acceptance set to the mean recorded on the embedded pair"
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
-ARMS = {"ar": "EAGLE3", "diffusion": "DFLASH"}
+ARMS = {"ar": "EAGLE3", "diffusion": "diffusion"}
 """Our arms, and those of the report whose acceptance length they get."""
 
 
