@@ -143,28 +143,36 @@ def test_known_states_are_committed(
     assert refusal_of(replace(on_gpu, model=model)) is None
 
 
-def test_mamba_2_is_committed_on_the_cpu_alone(taken: Launch, tmp_path: Path) -> None:
-    kind = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"}
-    model = target(tmp_path / "model", layers_block_type=["mamba", "attention"], **kind)
-    assert refusal_of(replace(taken, model=model)) is None
-    assert "NemotronHForCausalLM keeps a recurrent state" in sentence(replace(on_cuda(taken), model=model))
+@pytest.mark.parametrize("puzzle", [False, True])
+def test_mamba_2_is_committed(taken: Launch, tmp_path: Path, puzzle: bool) -> None:
+    """Not of the variant whose layers differ among themselves."""
+    blocks: dict[str, Any] = {"layers_block_type": ["mamba", "attention"]}
+    if puzzle:
+        blocks["block_configs"] = [{"block_type": kind} for kind in blocks["layers_block_type"]]
+    architecture = f"NemotronH{'Puzzle' * puzzle}ForCausalLM"
+    kind = {"architectures": [architecture], "model_type": f"nemotron_h{'_puzzle' * puzzle}"}
+    model = target(tmp_path / "model", **kind, **blocks)
+    for launch in (taken, with_arguments(on_cuda(taken), attention_backend="triton")):
+        here = replace(launch, model=model)
+        if puzzle:
+            assert f"{architecture} keeps a recurrent state" in sentence(here)
+        else:
+            assert refusal_of(here) is None
 
 
 @pytest.mark.parametrize("architecture", ["KimiLinearForCausalLM", "KimiK3LinearForCausalLM"])
-def test_the_delta_rule_by_channel_is_committed_on_the_cpu_alone(
-    taken: Launch, tmp_path: Path, architecture: str
-) -> None:
+def test_the_delta_rule_by_channel_is_committed(taken: Launch, tmp_path: Path, architecture: str) -> None:
     """Not Kimi K3's, whose configuration is Kimi Linear's."""
     layers = {"kda_layers": [1, 2, 4], "full_attn_layers": [3], "head_dim": 16, "num_heads": 2}
     latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
     kind = {"architectures": [architecture], "model_type": "kimi_linear", "linear_attn_config": layers}
     model = target(tmp_path / "model", **kind, **latent)
-    refused = f"{architecture} keeps a recurrent state"
-    if architecture == "KimiLinearForCausalLM":
-        assert refusal_of(replace(taken, model=model)) is None
-    else:
-        assert refused in sentence(replace(taken, model=model))
-    assert refused in sentence(replace(on_cuda(taken), model=model))
+    for launch in (taken, with_arguments(on_cuda(taken), attention_backend="triton")):
+        here = replace(launch, model=model)
+        if architecture == "KimiLinearForCausalLM":
+            assert refusal_of(here) is None
+        else:
+            assert f"{architecture} keeps a recurrent state" in sentence(here)
 
 
 def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:

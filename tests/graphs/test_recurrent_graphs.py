@@ -1,12 +1,15 @@
 """Targets with a recurrent state where every verification is replayed: text is plain decoding's, states one pass's.
 
-SGLang's own plan of a replay for such layers, its padded slots and its commit, on a tape of CPU operators. Its kernel
-of the gated delta rule is one step of the tape, computed by torch: `tests/compat/interpreted_recurrent.py` runs it.
+SGLang's own plan of a replay for such layers, its padded slots and its commit, on a tape of CPU operators. Its kernels
+of the gated delta rule and of Mamba 2 are a step of the tape each, computed by torch:
+`tests/compat/interpreted_recurrent.py` runs them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import op_tape
@@ -16,26 +19,24 @@ import torch.nn.functional as F
 from captured_attention import CapturedAttention
 from emulated import emulated_graphs
 from engine import Engine, engine
-from families import FAMILIES, tiny_family
+from families import FAMILIES, LAYERS, Family, tiny_family
 from overlap import overlapped
 from reference import Comparison
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import Mamba2AttnBackend
 from test_recurrent_trees import CASES, POOL, check_states, conversations, with_chunks
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import play
 
 from whiflash_sglang.compat import ragged_recurrent
-from whiflash_sglang.compat.ragged_recurrent import RaggedConvBackend, RaggedDelta
-from whiflash_sglang.platform.gated_delta import CpuDeltaBackend
-from whiflash_sglang.platform.recurrent_ops import Rows, gated_delta_rule
+from whiflash_sglang.compat.ragged_recurrent import RaggedConvBackend, RaggedDelta, RaggedMamba2
+from whiflash_sglang.platform.gated_delta import CpuChannelDeltaBackend, CpuDeltaBackend
+from whiflash_sglang.platform.mamba2 import CpuMamba2Backend
+from whiflash_sglang.platform.recurrent_ops import Rows, gated_delta_rule, selective_scan
 
-KERNEL = "fused_sigmoid_gating_delta_rule_update"
 
-
-def delta_rule(
+def fused_sigmoid_gating_delta_rule_update(
     *,
-    A_log: torch.Tensor,  # noqa: N803 (SGLang's)
     a: torch.Tensor,
-    dt_bias: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -43,20 +44,63 @@ def delta_rule(
     initial_state_source: torch.Tensor,
     initial_state_indices: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    is_kda: bool,
     intermediate_states_buffer: torch.Tensor,
     intermediate_state_indices: torch.Tensor,
-    **_: Any,
+    **gate: Any,
 ) -> torch.Tensor:
     """What SGLang's kernel does; it leaves rows behind the last request's as they were in memory."""
     starts = cu_seqlens.long()
     rows, places = Rows.of(starts, v.shape[1]), intermediate_state_indices[: len(starts) - 1].long()
     states = initial_state_source[initial_state_indices.long().clamp(min=0)]
-    decay = -A_log.exp() * F.softplus(a.float() + dt_bias)
+    layer = SimpleNamespace(num_v_heads=v.shape[2], head_k_dim=k.shape[3], **gate)
+    formula = CpuChannelDeltaBackend if is_kda else CpuDeltaBackend
+    decay = formula.decay(object.__new__(formula), layer, a)
     out, behind, _ = gated_delta_rule(
-        q[0], k[0], v[0], decay, b.float().sigmoid(), states, starts, rows, every=True
+        q[0], k[0], v[0], decay, b.flatten(0, -2).float().sigmoid(), states, starts, rows, every=True
     )
     intermediate_states_buffer[places, : behind.shape[1]] = behind
     return out.masked_fill(~rows.covered[:, None, None], torch.nan)[None]
+
+
+def selective_state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    *,
+    dt_bias: torch.Tensor,
+    state_batch_indices: torch.Tensor,
+    pad_slot_id: int,
+    out: torch.Tensor,
+    intermediate_states_buffer: torch.Tensor,
+    intermediate_state_indices: torch.Tensor,
+    **_: Any,
+) -> None:
+    """What SGLang's kernel does, whose rows have one width: [B, W, H, P]."""
+    slots, width = x.shape[:2]
+    starts = torch.arange(slots + 1, device=x.device) * width
+    time = F.softplus(dt[..., 0] + dt_bias[:, 0])
+    packed = [rows.flatten(0, 1) for rows in (x, time, b, c)]
+    y, behind, _ = selective_scan(
+        *packed[:2],
+        a[:, 0, 0],
+        *packed[2:],
+        d[:, 0],
+        state[state_batch_indices.long().clamp(min=0)],
+        starts,
+        Rows.of(starts, slots * width),
+        every=True,
+    )
+    out.copy_(y.unflatten(0, (slots, width)))
+    kept = state_batch_indices != pad_slot_id
+    intermediate_states_buffer[intermediate_state_indices[kept].long(), :width] = behind[kept]
+
+
+KERNELS = (fused_sigmoid_gating_delta_rule_update, selective_state_update)
 
 
 class TapedDelta(RaggedDelta, CpuDeltaBackend):
@@ -67,20 +111,49 @@ class TapedDelta(RaggedDelta, CpuDeltaBackend):
         self.verify_intermediate_state_indices = torch.arange(self.req_to_token_pool.size, dtype=torch.int32)
 
 
+class TapedChannelDelta(TapedDelta, CpuChannelDeltaBackend):
+    """The same of KDA."""
+
+    by_channel = True
+
+
+class TapedMamba2(RaggedMamba2, CpuMamba2Backend):
+    """The same of Mamba 2, which has a plan of replays of its own."""
+
+    init_forward_metadata_out_graph = Mamba2AttnBackend.init_forward_metadata_out_graph
+
+
 @pytest.fixture(autouse=True)
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang.srt.layers.attention.linear import gdn_backend, short_conv_backend
+    from sglang.srt.layers.attention import hybrid_linear_attn_backend
+    from sglang.srt.layers.attention.linear import gdn_backend, kda_backend, short_conv_backend
 
     from whiflash_sglang.platform.seams import install_model_seams, install_seams
 
     monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     install_seams()
-    install_model_seams({"RadixLinearAttention"})
+    install_model_seams({"RadixLinearAttention", "MambaMixer2"})
     monkeypatch.setattr(gdn_backend, "GDNAttnBackend", TapedDelta)
+    monkeypatch.setattr(kda_backend, "KDAAttnBackend", TapedChannelDelta)
+    monkeypatch.setattr(hybrid_linear_attn_backend, "Mamba2AttnBackend", TapedMamba2)
     monkeypatch.setattr(short_conv_backend, "ShortConvAttnBackend", RaggedConvBackend)
-    monkeypatch.setattr(ragged_recurrent, KERNEL, delta_rule)
-    name = f"{ragged_recurrent.__name__}.{KERNEL}"
-    monkeypatch.setattr(op_tape, "KERNELS", (*op_tape.KERNELS, name))
+    names = [f"{ragged_recurrent.__name__}.{kernel.__name__}" for kernel in KERNELS]
+    for name, kernel in zip(names, KERNELS, strict=True):
+        monkeypatch.setattr(name, kernel)
+    monkeypatch.setattr(op_tape, "KERNELS", (*op_tape.KERNELS, *names))
+
+
+def dense(family: Family) -> Family:
+    """Without experts, of which SGLang's torch form reads on the host how many rows each has."""
+    if family.kind != "kimi_linear":
+        return family
+    layers = range(LAYERS)
+    return replace(
+        family,
+        changes={**family.changes, "mlp_layer_types": ["dense" for _ in layers]},
+        published={f"layers.{i}.block_sparse_moe.": f"layers.{i}.mlp." for i in layers},
+        said={**family.said, "first_k_dense_replace": LAYERS},
+    )
 
 
 def hybrid(runner: Any) -> Any:
@@ -102,14 +175,22 @@ def serving(target: Path, lag: int, **options: Any) -> Iterator[Engine]:
         yield e
 
 
-@pytest.mark.parametrize(("case", "lag"), [("convolutions", 0), ("delta rule, intervals", 1)])
+@pytest.mark.parametrize(
+    ("case", "lag"),
+    [
+        ("convolutions", 0),
+        ("delta rule, intervals", 1),
+        ("delta rule by channel, intervals", 0),
+        ("Mamba 2, intervals", 1),
+    ],
+)
 def test_replayed_rounds_leave_the_states_of_one_pass(
     case: str, lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In step with the scheduler, and under SGLang's overlap loop, which it runs with intervals alone."""
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", str(lag))
     name, strategy = CASES[case]
-    family, target = with_chunks(FAMILIES[name], strategy), tmp_path / "target"
+    family, target = dense(with_chunks(FAMILIES[name], strategy)), tmp_path / "target"
     model = tiny_family(target, family)
     with engine(target, disable_radix_cache=True) as e:
         turns, expected = conversations(e)

@@ -28,7 +28,6 @@ class TargetFamily:
 
 _MOE, _WINDOWS, _MLA = "mixture of experts", "sliding windows", "latent attention (MLA)"
 _RECURRENT, _IMAGES = "recurrent or convolution layers", "images or sound beside text"
-_NO_GPU = "on the CPU only"
 _TEXT = "text alone"
 _BY_ROW = "on CUDA not with `flashinfer`"
 _ONE_SHAPE = "refused where windowed layers have other heads of K and V, as published ones do"
@@ -98,7 +97,7 @@ FAMILIES: tuple[TargetFamily, ...] = (
         Shown.UNTRIED,
     ),
     TargetFamily(
-        ("KimiK3LinearForCausalLM",),
+        ("KimiK3LinearForCausalLM", "NemotronHPuzzleForCausalLM"),
         _RECURRENT,
         Shown.REFUSED,
     ),
@@ -106,10 +105,8 @@ FAMILIES: tuple[TargetFamily, ...] = (
         ("KimiLinearForCausalLM",),
         f"{_MOE}, {_MLA}, gated delta rule by channel (KDA)",
         Shown.CPU,
-        _NO_GPU,
     ),
-    TargetFamily(("NemotronHForCausalLM",), "Mamba 2", Shown.CPU, _NO_GPU),
-    TargetFamily(("NemotronHPuzzleForCausalLM",), "Mamba 2", Shown.UNTRIED, _NO_GPU),
+    TargetFamily(("NemotronHForCausalLM",), "Mamba 2", Shown.CPU),
     TargetFamily(
         ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Lfm2VlForConditionalGeneration"),
         "short convolutions",

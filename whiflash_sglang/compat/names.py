@@ -58,9 +58,23 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         (
             "A_log",
             "cu_seqlens",
+            "is_kda",
+            "lower_bound",
             "disable_state_update",
             "intermediate_states_buffer",
             "initial_state_indices",
+        ),
+    ),
+    PrivateName(
+        "sglang.kernels.ops.mamba.triton_ops.mamba_ssm:selective_state_update",
+        (
+            "state_batch_indices",
+            "pad_slot_id",
+            "out",
+            "disable_state_update",
+            "intermediate_states_buffer",
+            "cache_steps",
+            "intermediate_state_indices",
         ),
     ),
     PrivateName(
@@ -68,10 +82,34 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         ("max_bs", "max_num_tokens"),
     ),
     PrivateName(
+        "sglang.srt.layers.attention.hybrid_linear_attn_backend:Mamba2AttnBackend.forward",
+        (
+            "mixer",
+            "hidden_states",
+            "output",
+            "layer_id",
+            "forward_batch",
+            "mup_vector",
+            "use_triton_causal_conv",
+        ),
+    ),
+    PrivateName(
+        "sglang.srt.layers.attention.hybrid_linear_attn_backend:Mamba2AttnBackend", ("model_runner",)
+    ),
+    PrivateName(
         "sglang.srt.layers.attention.linear.gdn_backend:GDNAttnBackend.forward_extend",
         ("layer", "forward_batch"),
     ),
     PrivateName("sglang.srt.layers.attention.linear.gdn_backend:GDNAttnBackend", ("model_runner",)),
+    PrivateName(
+        "sglang.srt.layers.attention.linear.kda_backend:KDAAttnBackend.forward_extend",
+        ("layer", "forward_batch"),
+    ),
+    PrivateName(
+        "sglang.srt.layers.attention.linear.kda_backend:KDAAttnBackend._can_fuse_accept_state",
+        ("verify_backend",),
+    ),
+    PrivateName("sglang.srt.layers.attention.linear.kda_backend:KDAAttnBackend", ("model_runner",)),
     PrivateName(
         "sglang.srt.layers.attention.linear.short_conv_backend:ShortConvAttnBackend", ("model_runner",)
     ),
@@ -359,6 +397,7 @@ HEAVY = (
     "sglang.launch_server",
     "sglang.srt.models.registry",
     "sglang.kernels.ops.attention.linear.",
+    "sglang.kernels.ops.mamba.",
     "sglang.srt.layers.attention.flashinfer",
     "sglang.srt.layers.attention.linear.",
 )

@@ -7,9 +7,9 @@ do. SGLang verifies blocks of one width; rows here are packed.
 SGLang's tree keeps such a state for where a prefill or a request ended, or with its extra buffer for multiples of an
 interval: then a commit also copies the state behind the row that reached one.
 
-Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs; the gated delta rule (Qwen3-Next and
-Qwen3.5), which has a matrix beside them; and on the CPU that rule with a decay for each channel (Kimi Linear's KDA),
-and Mamba 2 (Nemotron-H), which have others.
+Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs; and what has a matrix beside them: the
+gated delta rule (Qwen3-Next and Qwen3.5), that rule with a decay for each channel (Kimi Linear's KDA), and Mamba 2
+(Nemotron-H).
 """
 
 import sys
@@ -30,11 +30,17 @@ from sglang.srt.runtime_context import mamba_track_grid
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.platform.recurrent_ops import Rows, packed_verification
 
-PACKED = (Lfm2Config, Lfm2MoeConfig, Lfm2VlConfig, Qwen3NextConfig, Qwen3_5TextConfig, Qwen3_5MoeTextConfig)
+KNOWN = (
+    Lfm2Config,
+    Lfm2MoeConfig,
+    Lfm2VlConfig,
+    Qwen3NextConfig,
+    Qwen3_5TextConfig,
+    Qwen3_5MoeTextConfig,
+    KimiLinearConfig,
+    NemotronHConfig,
+)
 """Not what inherits from them: that has states of its own beside (Qwen4-Exp)."""
-KNOWN = (*PACKED, KimiLinearConfig, NemotronHConfig)
-"""On the CPU: SGLang's mixer of Mamba 2 views a verification as blocks of one width, and its kernels of KDA were shown
-no packed rows."""
 VERIFY = "shortconv_target_verify"
 """What modules of models with short convolutions call in a verification."""
 
@@ -44,17 +50,17 @@ def has_state(model_config: Any) -> bool:
     return mambaish_config(model_config) is not None
 
 
-def is_known(model_config: Any, device: str) -> bool:
-    """Whether they are of a kind whose state is read and committed here, on a device of this type."""
+def is_known(model_config: Any) -> bool:
+    """Whether they are of a kind whose state is read and committed here."""
     if is_kimi_k3(model_config.hf_config):  # Kimi Linear's configuration, but layers that no test has run
         return False
-    return type(mambaish_config(model_config)) in (KNOWN if device == "cpu" else PACKED)
+    return type(mambaish_config(model_config)) in KNOWN
 
 
 def install(model: Any, model_config: Any, device: torch.device) -> None:
     """Let the recurrent layers of a loaded `model` of SGLang's verify packed rows, if it has some. Idempotent.
 
-    Called before SGLang makes the target's attention. The CPU platform has made its own the gated delta rule's.
+    Called before SGLang makes the target's attention. The CPU platform has made its own of those with a matrix.
     """
     if device.type == "cuda" and has_state(model_config):
         from whiflash_sglang.compat import ragged_recurrent

@@ -188,7 +188,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # which target
     Refusal(
         "recurrent",
-        _architecture(lambda x: recurrent.has_state(x.model) and not recurrent.is_known(x.model, x.device)),
+        _architecture(lambda x: recurrent.has_state(x.model) and not recurrent.is_known(x.model)),
         "{} keeps a recurrent state, which is not known to be that of the last accepted draft here; serve it without "
         "WHIFLASH",
     ),
