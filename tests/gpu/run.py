@@ -124,6 +124,8 @@ PARTS: tuple[Part, ...] = (
     *(overlap(attention, attention == "triton") for attention in ("triton", "fa3", "flashinfer")),
     family("convolutions", "Lfm2ForCausalLM", "short convolutions (LFM2)"),
     family("delta-rule", "Qwen3_5ForCausalLM", "the gated delta rule (Qwen3.5), states kept at intervals"),
+    family("kda", "KimiLinearForCausalLM", "the rule by channel (Kimi Linear), states kept at intervals"),
+    family("mamba2", "NemotronHForCausalLM", "Mamba 2 (Nemotron-H), states kept at intervals"),
     family("mrope", "Qwen2_5_VLForConditionalGeneration", "M-RoPE (Qwen2.5-VL), served for text"),
     *(
         family(name, "GptOssForCausalLM", "sliding windows and attention sinks (gpt-oss)", attention)

@@ -71,7 +71,12 @@ class Served:
 
 KEEPING = {
     architecture: {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": 64}
-    for architecture in ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM")
+    for architecture in (
+        "Qwen3NextForCausalLM",
+        "Qwen3_5ForCausalLM",
+        "KimiLinearForCausalLM",
+        "NemotronHForCausalLM",
+    )
 }
 """Families of which SGLang's tree keeps states at intervals."""
 
