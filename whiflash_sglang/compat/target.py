@@ -1,7 +1,6 @@
 """The target model as the worker sees it: one capture, a prefill, a packed verification."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,11 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.checkpoints.fit import TargetShape
-from whiflash_sglang.compat import capture, graphs, recurrent
+from whiflash_sglang.compat import graphs, recurrent
+from whiflash_sglang.compat.captured import Captured
 from whiflash_sglang.compat.launch import rows_counted
-from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
+from whiflash_sglang.compat.loaded import LoadedTarget
 from whiflash_sglang.compat.sampling import count_earlier_output
-from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.vocabulary import SharedVocabulary
 from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
 
 
@@ -42,58 +39,16 @@ class Verified:
     outcome: Outcome | None = None
 
 
-class Target:
+class Target(LoadedTarget):
     """Wraps the target's worker. Raises CheckpointError where the model cannot capture what drafters need."""
 
     def __init__(self, target_worker: Any) -> None:
-        self.worker = target_worker
-        self.runner = target_worker.model_runner
-        self.model = self.runner.model
-        self._text = language_model(self.model)
-        self.shape = TargetShape.of(target_worker.model_config)
+        super().__init__(target_worker)
         self.context_len = int(target_worker.model_config.context_len)
-        self.dtype: torch.dtype = self.runner.dtype
-        self.device = torch.device(self.runner.device)
         self.tokenizer: Any = target_worker.tokenizer
         self._epilogue: Epilogue | None = None
         graphs.install(self.runner)
         recurrent.install(self._text, target_worker.model_config, self.device)
-
-    @property
-    def shared(self) -> SharedVocabulary | None:
-        """The vocabulary where several processes have parts of it, or it is quantised; else None."""
-        return shared_vocabulary(self._text, self.shape.vocab_size)
-
-    @property
-    def embedding(self) -> torch.Tensor:
-        """[V, H] input embedding, without padding rows; those of this process where it is split, none if quantised."""
-        return self._matrix("input embedding", input_embedding(self._text))
-
-    @property
-    def embedding_scale(self) -> float:
-        """What rows of `embedding` are multiplied by before the first layer; what is `shared` is multiplied already."""
-        if self.shared and self.shared.embed:
-            return 1.0
-        return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
-
-    @property
-    def lm_head(self) -> torch.Tensor:
-        """[V, H] output projection, as `embedding`."""
-        return self._matrix("output head", self._text.lm_head)
-
-    def _matrix(self, what: str, module: Any) -> torch.Tensor:
-        """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though
-        SGLang has no quantisation for it."""
-        hidden_size = self.shape.hidden_size
-        if is_quantised(module):
-            return torch.empty(0, hidden_size, dtype=self.dtype, device=self.device)
-        weight: torch.Tensor = module.weight
-        if not weight.is_floating_point() or weight.itemsize < 2 or weight.shape[1] != hidden_size:
-            raise CheckpointError(
-                f"the target's {what} is {weight.dtype} {list(weight.shape)}, no matrix of 16 or 32 bits over "
-                f"{hidden_size}; use another checkpoint"
-            )
-        return weight[: rows_here(module, self.shape.vocab_size)]
 
     @property
     def slot_table(self) -> torch.Tensor:
@@ -112,43 +67,11 @@ class Target:
         stands for the state behind the final norm.
 
         A server whose clients may ask for hidden states keeps the final ones too, as does one with `final_hidden`.
-        Upstream's two setters write one list and the second would overwrite the first, so the union is set once.
         `row_bytes` is then what is captured of a row.
         """
-        self._layers = [layer for layer in layers if layer < self.shape.num_layers]
-        self._joins_final = len(self._layers) < len(layers)
-        if self._layers:
-            self._set_capture()
         keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
-        if self._layers and (keeps_final or self._joins_final):
-            self._text.logits_processor.keep_last_hidden_states = True
-        kept = len(layers) + (keeps_final and not self._joins_final)
-        self.row_bytes = kept * self.shape.hidden_size * self.dtype.itemsize
-
-    def _set_capture(self) -> None:
-        for name in capture.SETTERS:
-            # Qwen3-VL's hands on the first to its text model, which has the other one alone.
-            if hasattr(self.model, name):
-                with suppress(AttributeError):
-                    getattr(self.model, name)(self._layers)
-                    return
-        raise CheckpointError(
-            f"{type(self.model).__name__} has no hidden-state capture in SGLang, so neither drafter can read it"
-        )
-
-    def _take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`_states` of a forward, which SGLang's record then has no longer."""
-        found = self._states(output)
-        output.hidden_states = output.last_hidden_states = None
-        return found
-
-    def _states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features [T, F] and final states [T, H] of a forward."""
-        features, final = output.hidden_states, output.last_hidden_states
-        if not self._layers:
-            # Without a layer to capture SGLang keeps what its head reads.
-            return features, features
-        return torch.cat([features, final], -1) if self._joins_final else features, final
+        self._captured = Captured(self.model, self.shape.num_layers, layers, keeps_final=keeps_final)
+        self.row_bytes = self._captured.vectors * self.shape.hidden_size * self.dtype.itemsize
 
     def prefill(self, batch: Any) -> tuple[Any, torch.Tensor]:
         """Target forward and first token of an extend batch: SGLang's result, and features [tokens, F].
@@ -158,7 +81,7 @@ class Target:
         count_earlier_output(batch)
         result = self.worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
         output = result.logits_output
-        features, final = self._take(output)
+        features, final = self._captured.take(output)
         if batch.return_hidden_states:
             if final is None:
                 raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
@@ -180,7 +103,7 @@ class Target:
             layout = forward_batch.spec_info.ragged_verify_layout
             if layout is None:
                 return
-            features, final = self._states(output)
+            features, final = self._captured.states(output)
             verified = VerifiedRows(
                 output.next_token_logits,
                 features,
@@ -221,7 +144,7 @@ class Target:
         )
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
         output, total = result.logits_output, None if widths is None else sum(widths)
-        features, final_hidden = self._take(output)
+        features, final_hidden = self._captured.take(output)
         output.next_token_logits = output.next_token_logits[:total]
         return Verified(
             output.next_token_logits,
@@ -238,13 +161,6 @@ class Target:
         starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted of each, the first included.
         """
         recurrent.commit(self.runner.attn_backend, self.model, batch, starts, accept_lens)
-
-
-def language_model(model: Any) -> Any:
-    """The part of SGLang's `model` that has the head: the model itself, or what it holds beside a tower for images."""
-    while not hasattr(model, "logits_processor") and hasattr(model, "language_model"):
-        model = model.language_model
-    return model
 
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:
