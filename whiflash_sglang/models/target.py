@@ -21,6 +21,15 @@ from whiflash_sglang.models.rope import Angles, Rotary, rope_parameters, rotate
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
+def unknown(path: Path) -> str | None:
+    """What keeps `TargetModel` from computing what the target in a directory computes; None: nothing does."""
+    config = json.loads((path / "config.json").read_text())
+    architecture = (config.get("architectures") or ["?"])[0]
+    if architecture not in _SUPPORTED:
+        return f"it is a {architecture}, and not one of {', '.join(_SUPPORTED)}"
+    return "it is quantised" if config.get("quantization_config") else None
+
+
 class TargetOutput(NamedTuple):
     """`features` [T, captured, H]: outputs of the captured layers; `final` [T, H]: after the final norm."""
 
@@ -44,8 +53,10 @@ class TargetModel:
     """Inference-only target.
 
     Attributes: `embedding` [V, H], `head` [V, H] (the same tensor when tied), `final_norm` [H],
-    `config` the checkpoint's `config.json`.
+    `config` the checkpoint's `config.json`. Drafters begin from it (`Origin`).
     """
+
+    embedding_scale = 1.0
 
     def __init__(self, path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
         """Load a Hugging Face directory. Raises `ValueError` for an architecture outside the three above."""
@@ -59,6 +70,8 @@ class TargetModel:
         self.num_kv_heads = int(self.config.get("num_key_value_heads") or self.num_heads)
         self.head_dim = int(self.config.get("head_dim") or self.hidden_size // self.num_heads)
         self.vocab_size = int(self.config["vocab_size"])
+        self.intermediate_size = int(self.config["intermediate_size"])
+        self.max_positions = int(self.config.get("max_position_embeddings", 32768))
         self.eps = float(self.config["rms_norm_eps"])
         self.device, self.dtype = device, dtype
         weights = _read_weights(path, device, dtype)
@@ -68,11 +81,7 @@ class TargetModel:
         self.layers = [self._layer(weights, f"model.layers.{index}.") for index in range(self.num_layers)]
         self.rope = rope_parameters(self.config)
         self.attention_shape = AttentionShape(self.num_heads, self.num_kv_heads, self.head_dim)
-        self.rotary = Rotary(
-            self.rope,
-            self.head_dim,
-            int(self.config.get("max_position_embeddings", 32768)),
-        )
+        self.rotary = Rotary(self.rope, self.head_dim, self.max_positions)
 
     @staticmethod
     def _layer(weights: dict[str, Tensor], prefix: str) -> _Layer:

@@ -2,10 +2,10 @@
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from whiflash_sglang.errors import ConfigError
 
@@ -46,6 +46,10 @@ class Data(_Strict):
     """Prompts and how the target answers them.
 
     Attributes:
+        source: who runs the target, for its answers and its features. `own` is this package's generator, which knows
+            dense Llama, Qwen2 and Qwen3 alone; `sglang` is SGLang's offline engine, so whatever it serves; `auto` is
+            the former where it knows the target, else the latter.
+        engine: further arguments of that engine by their Python names, e.g. {tp_size: 8, mem_fraction_static: 0.8}.
         prompts: JSONL files, or a Hugging Face data set named `hf:<id>` with a `messages` column.
         category_weights: relative frequency of a category in every prefix of the data; 1 where not named.
         tool_choice_required: share of the rows with tools that must call one.
@@ -55,6 +59,8 @@ class Data(_Strict):
     """
 
     prompts: list[str]
+    source: Literal["auto", "own", "sglang"] = "auto"
+    engine: dict[str, Any] = {}
     category_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     tool_choice_required: Share = 0.85
     max_new_tokens: Positive = 256
@@ -91,13 +97,15 @@ class Eagle3(_Strict):
 
     Attributes:
         target_layers: outputs that it reads, a subset of the captured ones.
+        source_layer: the target's layer that it starts as. Not said: it starts as a layer that adds nothing yet, the
+            only way where the target's layers are not Llama's or Qwen's.
         intermediate_size: of its MLP; the target's where it is not said.
         draft_vocab_size: tokens that it drafts, the data's most frequent ones. `--start-from` keeps a checkpoint's
             tokens, and adds the most frequent others where it has fewer.
     """
 
     target_layers: list[int]
-    source_layer: int
+    source_layer: int | None = None
     intermediate_size: Positive | None = None
     draft_vocab_size: Positive
     steps: Positive = 5
@@ -105,7 +113,36 @@ class Eagle3(_Strict):
     loop: Loop = Loop()
 
 
-class DFlash(_Strict):
+class _Block(_Strict):
+    """What block drafters begin as.
+
+    Attributes:
+        target_layers: outputs that it reads, a subset of the captured ones.
+        source_layers: the target's layers that its own start as, in their order.
+        num_layers: how many it has, where that is more than `source_layers`; the others add nothing at first. Where the
+            target's layers are not Llama's or Qwen's, all do.
+    """
+
+    target_layers: list[int]
+    source_layers: list[int] = []
+    num_layers: Positive | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many layers it has."""
+        return self.num_layers or len(self.source_layers)
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> Self:
+        if not len(self.source_layers) <= self.depth or not self.depth:
+            raise ValueError(
+                f"its layers are source_layers {self.source_layers} and num_layers {self.num_layers}: one of the two "
+                "must say how many there are, and num_layers no fewer than source_layers"
+            )
+        return self
+
+
+class DFlash(_Block):
     """The block drafter.
 
     Attributes:
@@ -113,8 +150,6 @@ class DFlash(_Strict):
         vocabulary: what the bundle lets it choose from: the target's whole vocabulary, or EAGLE-3's reduced one.
     """
 
-    target_layers: list[int]
-    source_layers: list[int]
     block_size: Annotated[int, Field(ge=2)] = 8
     mask_token_id: Annotated[int, Field(ge=0)]
     anchors_per_token: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -125,7 +160,7 @@ class DFlash(_Strict):
     loop: Loop = Loop()
 
 
-class DSpark(_Strict):
+class DSpark(_Block):
     """The block drafter with a Markov and a confidence head.
 
     Attributes:
@@ -140,8 +175,6 @@ class DSpark(_Strict):
         frequent, sampled, vocabulary, anchors_per_token: as of `dflash`.
     """
 
-    target_layers: list[int]
-    source_layers: list[int]
     block_size: Annotated[int, Field(ge=3)] = 8
     mask_token_id: Annotated[int, Field(ge=0)]
     sample_from_anchor: bool | None = None
@@ -160,6 +193,15 @@ class DSpark(_Strict):
     sampled: Annotated[int, Field(ge=0)] = 2048
     vocabulary: Literal["full", "eagle3"] = "full"
     loop: Loop = Loop()
+
+
+class DraftLayers(_Strict):
+    """Sizes of drafters' layers, in the place of what the target's `config.json` says under the same names."""
+
+    num_attention_heads: Positive | None = None
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    intermediate_size: Positive | None = None
 
 
 class RouterTraining(_Strict):
@@ -192,6 +234,8 @@ class TrainConfig(_Strict):
         chat_template: a Jinja file instead of the target's own template.
         capture: target layers whose outputs are cached, ascending; both drafters read subsets of them.
         work: directory for data, checkpoints and results.
+        draft_layers: sizes of drafters' layers, for a target that SGLang alone knows: heads and MLPs of experts or of
+            latent attention are seldom a drafter's.
         block_drafter: which of the two the router learns beside EAGLE-3 and the bundle takes.
     """
 
@@ -202,6 +246,7 @@ class TrainConfig(_Strict):
     seed: int = 0
     hardware: Hardware = Hardware()
     data: Data
+    draft_layers: DraftLayers = DraftLayers()
     eagle3: Eagle3
     dflash: DFlash
     dspark: DSpark | None = None
@@ -212,6 +257,11 @@ class TrainConfig(_Strict):
     def block(self) -> DFlash | DSpark:
         """The section of `block_drafter`. Raises `ConfigError` where there is none."""
         return self.dflash if self.block_drafter == "dflash" else self.dspark_section()
+
+    @property
+    def origin(self) -> Path:
+        """Where SGLang tells what drafters take over from the target."""
+        return self.work / "target"
 
     def dspark_section(self) -> DSpark:
         """`dspark`. Raises `ConfigError` where the file has none."""

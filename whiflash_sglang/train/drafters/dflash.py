@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, LayerSpan
 from whiflash_sglang.models.layers import Attend
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
+from whiflash_sglang.train.drafters.beginnings import blank, source_layer
 from whiflash_sglang.train.drafters.labels import Labels, cross_entropy, first_choice, index_map, make_labels
 
 
@@ -247,44 +248,52 @@ def _hidden(behind: Tensor, seen: LayerSpan) -> Tensor:
 
 
 def initialise(
-    target: TargetModel,
+    target: Origin,
     *,
     target_layers: Sequence[int],
     source_layers: Sequence[int],
+    num_layers: int,
     block_size: int,
     mask_token_id: int,
+    section: str = "dflash",
 ) -> DFlashDrafter:
-    """A drafter whose layers start as the target's `source_layers`, reading the last captured feature
-    unfused.
+    """A drafter of `num_layers`, which start as the target's `source_layers`, those beyond them as layers that add
+    nothing yet. It reads the last captured feature unfused.
+
+    Raises:
+        ConfigError: naming the key of the configuration's `section`, where the target has no such layer.
     """
+    sources = [source_layer(target, index, f"{section}.source_layers") for index in source_layers]
     config = DFlashConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=int(target.config["intermediate_size"]),
+        intermediate_size=target.intermediate_size,
         attention=target.attention_shape,
-        num_layers=len(source_layers),
+        num_layers=num_layers,
         vocab_size=target.vocab_size,
         block_size=block_size,
         mask_token_id=mask_token_id,
         target_layer_ids=tuple(target_layers),
         num_target_layers=target.num_layers,
         rope=target.rope,
-        max_position_embeddings=int(target.config["max_position_embeddings"]),
+        max_position_embeddings=target.max_positions,
         rms_norm_eps=target.eps,
     )
     drafter = DFlashDrafter(config, target.embedding.float(), target.head.float())
     size = target.hidden_size
+    layers: list[Any] = list(drafter.layers)
     with torch.no_grad():
         drafter.fc.weight.zero_()
         drafter.fc.weight[:, -size:] = torch.eye(size)
-        drafter.hidden_norm.weight.copy_(target.layers[source_layers[0]].input_norm)
         drafter.norm.weight.copy_(target.final_norm)
-        layers: list[Any] = list(drafter.layers)
-        for layer, index in zip(layers, source_layers, strict=True):
-            source = target.layers[index]
+        if sources:
+            drafter.hidden_norm.weight.copy_(sources[0].input_norm)
+        for layer, source in zip(layers, sources, strict=False):
             layer.input_norm.weight.copy_(source.input_norm)
             layer.attention.qkv.weight.copy_(source.qkv)
             layer.attention.out.weight.copy_(source.out)
             layer.mlp_norm.weight.copy_(source.post_norm)
             layer.mlp.gate_up.weight.copy_(source.gate_up)
             layer.mlp.down.weight.copy_(source.down)
+        for layer in layers[len(sources) :]:
+            blank(layer)
     return drafter

@@ -19,7 +19,7 @@ from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig
 from whiflash_sglang.models.dspark import DSparkConfig, DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import DSpark
 from whiflash_sglang.train.drafters.dflash import BlockTraining, Examples, exponential, weighted_mean
 from whiflash_sglang.train.drafters.dflash import initialise as initialise_trunk
@@ -108,20 +108,22 @@ def dynamic_weights(chances: Tensor, counted: Tensor, smoothing: float) -> Tenso
     return reached.flip(-1).cumsum(-1).flip(-1) * counted
 
 
-def initialise(target: TargetModel, settings: DSpark) -> DSparkDrafter:
+def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:
     """A drafter whose trunk begins as `dflash.initialise` makes it, with new heads."""
     from_anchor = settings.sample_from_anchor is not False
     trunk = initialise_trunk(
         target,
         target_layers=settings.target_layers,
         source_layers=settings.source_layers,
+        num_layers=settings.depth,
         block_size=settings.block_size - from_anchor,
         mask_token_id=settings.mask_token_id,
+        section="dspark",
     )
     return with_heads(trunk, settings, from_anchor)
 
 
-def go_on_from(path: Path, target: TargetModel, settings: DSpark) -> DSparkDrafter:
+def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
     """The drafter that begins as a DFlash checkpoint, proposing what it proposes, or as a DSpark one, heads and all.
 
     Raises:
@@ -135,7 +137,7 @@ def go_on_from(path: Path, target: TargetModel, settings: DSpark) -> DSparkDraft
         )
     asked: dict[str, tuple[Any, Any]] = {
         "dspark.target_layers": (tuple(settings.target_layers), found.target_layer_ids),
-        "dspark.source_layers": (len(settings.source_layers), found.num_layers),
+        "dspark.source_layers": (settings.depth, found.num_layers),
         "dspark.mask_token_id": (settings.mask_token_id, found.mask_token_id),
     }
     if isinstance(found, DSparkConfig):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.eagle3_config import Eagle3Config
 from whiflash_sglang.models.layers import Attend
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import Eagle3
 from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
+from whiflash_sglang.train.drafters.beginnings import blank, source_layer
 from whiflash_sglang.train.drafters.growth import grown
 from whiflash_sglang.train.drafters.labels import cross_entropy, first_choice, index_map, make_labels
 
@@ -164,20 +165,20 @@ def _chain_attention(
     return attend
 
 
-def initialise(target: TargetModel, settings: Eagle3, draft_ids: Tensor) -> Eagle3Drafter:
-    """A drafter that starts as the target's layer `settings.source_layer`: it reads the last captured feature, unfused.
+def initialise(target: Origin, settings: Eagle3, draft_ids: Tensor) -> Eagle3Drafter:
+    """A drafter that starts as the target's layer `settings.source_layer`, or as one that adds nothing yet. It reads
+    the last captured feature, unfused.
 
     Args:
         draft_ids: [K] the draft vocabulary, ascending target ids.
 
     Raises:
-        ConfigError: its MLP would be narrower than the target's.
+        ConfigError: its MLP would be narrower than the target's, or the target has no such layer.
     """
-    width = int(target.config["intermediate_size"])
     config = Eagle3Config(
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
-        intermediate_size=width,
+        intermediate_size=target.intermediate_size,
         attention=target.attention_shape,
         num_layers=1,
         vocab_size=target.vocab_size,
@@ -185,25 +186,28 @@ def initialise(target: TargetModel, settings: Eagle3, draft_ids: Tensor) -> Eagl
         num_features=len(settings.target_layers),
         target_layer_ids=tuple(settings.target_layers),
         rope=target.rope,
-        max_position_embeddings=int(target.config["max_position_embeddings"]),
+        max_position_embeddings=target.max_positions,
         rms_norm_eps=target.eps,
     )
     drafter = Eagle3Drafter(config, target.embedding.float())
-    source = target.layers[settings.source_layer]
     layer: Any = drafter.layers[0]
     head = drafter.get_parameter("lm_head.weight")
     size = target.hidden_size
     with torch.no_grad():
         drafter.fc.weight.zero_()
         drafter.fc.weight[:, -size:] = torch.eye(size)
-        nn.init.normal_(layer.attention.qkv.weight, std=0.02)
-        layer.attention.qkv.weight[:, size:] = source.qkv
-        layer.attention.out.weight.copy_(source.out)
-        layer.hidden_norm.weight.copy_(source.input_norm)
-        layer.mlp_norm.weight.copy_(source.post_norm)
-        layer.mlp.gate_up.weight.copy_(source.gate_up)
-        layer.mlp.down.weight.copy_(source.down)
+        if settings.source_layer is None:
+            blank(layer)
+        else:
+            source = source_layer(target, settings.source_layer, "eagle3.source_layer")
+            nn.init.normal_(layer.attention.qkv.weight, std=0.02)
+            layer.attention.qkv.weight[:, size:] = source.qkv
+            layer.attention.out.weight.copy_(source.out)
+            layer.hidden_norm.weight.copy_(source.input_norm)
+            layer.mlp_norm.weight.copy_(source.post_norm)
+            layer.mlp.gate_up.weight.copy_(source.gate_up)
+            layer.mlp.down.weight.copy_(source.down)
         drafter.norm.weight.copy_(target.final_norm)
         head.copy_(target.head[draft_ids])
         drafter.d2t = draft_ids - torch.arange(len(draft_ids))
-    return grown(drafter, target, draft_ids, settings.intermediate_size or width)
+    return grown(drafter, target, draft_ids, settings.intermediate_size or target.intermediate_size)

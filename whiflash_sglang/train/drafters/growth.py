@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import Eagle3
 
 
-def go_on_from(path: Path, target: TargetModel, settings: Eagle3, frequencies: Tensor) -> Eagle3Drafter:
+def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor) -> Eagle3Drafter:
     """The drafter of a checkpoint, of the configured sizes.
 
     Args:
@@ -32,7 +32,7 @@ def go_on_from(path: Path, target: TargetModel, settings: Eagle3, frequencies: T
         target_lm_head=target.head.float(),
     )
     config = drafter.config
-    found, wanted = config.layers_of(len(target.layers)), tuple(settings.target_layers)
+    found, wanted = config.layers_of(target.num_layers), tuple(settings.target_layers)
     if found != wanted:
         raise ConfigError(f"--start-from {path} has {found}, eagle3.target_layers asks for {wanted}")
     if config.num_layers != 1 or config.brings_embedding or drafter.lm_head is None:
@@ -53,9 +53,7 @@ def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
     return order.sort().values
 
 
-def grown(
-    drafter: Eagle3Drafter, target: TargetModel, draft_ids: Tensor, intermediate_size: int
-) -> Eagle3Drafter:
+def grown(drafter: Eagle3Drafter, target: Origin, draft_ids: Tensor, intermediate_size: int) -> Eagle3Drafter:
     """The same drafter over the tokens `draft_ids` [K], ascending, with an MLP of that width.
 
     What it had of them is kept. A new token's row is the target's, moved as the known ones moved on average since they

@@ -12,13 +12,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
 from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.beginnings import origin_of
 from whiflash_sglang.train.drafters.even_rows import EvenRows
 from whiflash_sglang.train.drafters.growth import choose_draft_vocabulary, go_on_from
 from whiflash_sglang.train.drafters.resume import check_same_run, checkpoint_digest, data_digest
@@ -62,8 +63,8 @@ def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None
         ConfigError: `start_from` is not of the configuration's shape.
     """
     settings = config.eagle3
-    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
     stores = open_stores(config)
+    target = origin_of(config, target_path, stores)
     columns = [config.capture.index(layer) for layer in settings.target_layers]
 
     def build() -> eagle3_training.Eagle3Training:
@@ -85,8 +86,8 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
     checkpoint.
     """
     settings = config.dflash
-    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
     stores = open_stores(config)
+    target = origin_of(config, target_path, stores)
 
     def build() -> dflash_training.DFlashTraining:
         if start_from is None:
@@ -94,6 +95,7 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
                 target,
                 target_layers=settings.target_layers,
                 source_layers=settings.source_layers,
+                num_layers=settings.depth,
                 block_size=settings.block_size,
                 mask_token_id=settings.mask_token_id,
             )
@@ -105,6 +107,7 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
                 target_embedding=target.embedding,
                 target_lm_head=target.head,
             )
+        drafter.embedding_scale = target.embedding_scale
         given = _block_options(config, settings, stores, target)
         return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
 
@@ -118,14 +121,15 @@ def train_dspark(config: TrainConfig, target_path: Path, start_from: Path | None
         ConfigError: there is no section `dspark`, or `start_from` is not of its shape.
     """
     settings = config.dspark_section()
-    target = TargetModel(target_path, device=torch.device("cpu"), dtype=torch.float32)
     stores = open_stores(config)
+    target = origin_of(config, target_path, stores)
 
     def build() -> dspark_training.DSparkTraining:
         if start_from is None:
             drafter = dspark_training.initialise(target, settings)
         else:
             drafter = dspark_training.go_on_from(start_from, target, settings)
+        drafter.embedding_scale = target.embedding_scale
         given = _block_options(config, settings, stores, target)
         return dspark_training.DSparkTraining(drafter, settings, **given)
 
@@ -133,7 +137,7 @@ def train_dspark(config: TrainConfig, target_path: Path, start_from: Path | None
 
 
 def _block_options(
-    config: TrainConfig, settings: DFlash | DSpark, stores: list[FeatureStore], target: TargetModel
+    config: TrainConfig, settings: DFlash | DSpark, stores: list[FeatureStore], target: Origin
 ) -> dict[str, Any]:
     """What every `BlockTraining` takes."""
     frequencies = token_frequencies(stores, target.vocab_size)
@@ -165,7 +169,7 @@ def _facts(
     name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
 ) -> dict[str, Any]:
     """What a run's weights come from. Threads and where the files lie are not among it."""
-    settings = config.model_dump(mode="json", include={"target", "capture", "seed", name})
+    settings = config.model_dump(mode="json", include={"target", "capture", "seed", "draft_layers", name})
     return {
         "data": {store.path.name: data_digest(store) for store in stores},
         "configuration": {

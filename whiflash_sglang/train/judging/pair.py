@@ -15,7 +15,7 @@ from whiflash_sglang.models.choice import DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.origin import Origin
 
 ARMS = ("eagle3", "dflash")
 """The trained drafters, between which the paper's routers choose; a bundle may have one of them alone."""
@@ -78,7 +78,7 @@ class Pair(NamedTuple):
     lookup: Lookup
 
     @classmethod
-    def load(cls, parts: Parts, target: TargetModel) -> "Pair":
+    def load(cls, parts: Parts, target: Origin) -> "Pair":
         """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
         digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
         for path in parts.checkpoints:
@@ -94,6 +94,8 @@ class Pair(NamedTuple):
             None if path is None else read_draft(path, arm).load(**options)
             for arm, path in ((arms.AR, parts.eagle3), (arms.DIFFUSION, parts.dflash))
         )
+        if dflash is not None:
+            dflash.embedding_scale = target.embedding_scale
         head = None if dflash is None else dflash.head
         if head is not None and eagle3 is not None and parts.dflash_vocabulary == "eagle3":
             rows = torch.arange(eagle3.draft_vocab_size, device=target.device)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from whiflash_sglang.checkpoints.drafter_set import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
-from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import TrainConfig
+from whiflash_sglang.train.drafters.beginnings import origin_of
 from whiflash_sglang.train.drafters.runner import open_stores
 from whiflash_sglang.train.judging.evaluate import RouterWalk, tabulate
 from whiflash_sglang.train.judging.pair import ARMS, Pair, Parts
@@ -73,10 +73,10 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     settings = config.router
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
-    target = TargetModel(
-        target_path, device=torch.device(config.hardware.device), dtype=config.hardware.torch_dtype
-    )
     stores = open_stores(config)
+    target = origin_of(
+        config, target_path, stores, device=config.hardware.device, dtype=config.hardware.torch_dtype
+    )
     provenance = Provenance.start(config, stores)
     pair = Pair.load(drafters, target)
     sources = choose_answers(stores, drafters.checkpoints, settings.answers)

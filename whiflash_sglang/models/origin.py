@@ -1,0 +1,147 @@
+"""What drafters take over from a target: the vocabulary that they share, sizes, and layers to begin as."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.checkpoint import attention_shape, integer, number, read_json_config
+from whiflash_sglang.models.draft_format import merged
+from whiflash_sglang.models.layers import AttentionShape
+from whiflash_sglang.models.rope import rope_parameters
+
+ORIGIN = "target.json"
+"""Of a directory that SGLang's scheduler wrote (`compat/recorder.py`)."""
+
+
+def vocabulary_file(directory: Path, rank: int) -> Path:
+    """Rows of embedding and head that one of SGLang's processes had."""
+    return directory / f"vocabulary-{rank}.safetensors"
+
+
+class Origin(Protocol):
+    """A target, as drafters begin from it: a `TargetModel`, or a `ServedOrigin`.
+
+    Attributes:
+        embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by.
+        final_norm: [H], weights of a drafter's last norm.
+        attention_shape, intermediate_size, rope, max_positions, eps: of a drafter's layers. device, dtype: of tensors.
+        layers: the target's own, for drafters to begin as; empty where they are of another kind.
+    """
+
+    embedding: Tensor
+    embedding_scale: float
+    head: Tensor
+    final_norm: Tensor
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    attention_shape: AttentionShape
+    intermediate_size: int
+    rope: dict[str, Any]
+    max_positions: int
+    eps: float
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass
+class ServedOrigin:
+    """A target that SGLang alone knows: what it told, and its `config.json`.
+
+    Where that does not say how a drafter's layers should look (a target of experts or of latent attention), the
+    training configuration does. They rotate whole heads by plain RoPE, whatever the target does.
+    """
+
+    embedding: Tensor
+    embedding_scale: float
+    head: Tensor
+    final_norm: Tensor
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    attention_shape: AttentionShape
+    intermediate_size: int
+    rope: dict[str, Any]
+    max_positions: int
+    eps: float
+    layers: Sequence[Any] = field(default=())
+
+    @classmethod
+    def read(
+        cls, target: Path, told: Path, layers: Mapping[str, int], final_norm: Tensor, dtype: torch.dtype
+    ) -> "ServedOrigin":
+        """Args:
+            target: its directory. told: that of `ORIGIN`.
+            layers: `num_attention_heads`, `num_key_value_heads`, `head_dim` and `intermediate_size` of a drafter, in
+                the place of the target's own. final_norm: [H].
+
+        Raises:
+            CheckpointError: something is missing, or does not fit the target.
+        """
+        config = {**merged(target, read_json_config(target), "text_config"), **layers}
+        embedding, head, scale = _vocabulary(told, dtype)
+        hidden, vocab = (integer(config, key, target) for key in ("hidden_size", "vocab_size"))
+        for name, matrix in (("embedding", embedding), ("head", head)):
+            if matrix.shape != (vocab, hidden):
+                raise CheckpointError(
+                    f"{told} holds a target's {name} of {list(matrix.shape)}, {target}/config.json says "
+                    f"{[vocab, hidden]}: run `whiflash train data` for this target first"
+                )
+        return cls(
+            embedding,
+            scale,
+            head,
+            final_norm.to(dtype),
+            hidden,
+            vocab,
+            integer(config, "num_hidden_layers", target),
+            attention_shape(config, target),
+            integer(config, "intermediate_size", target),
+            {"rope_type": "default", "rope_theta": rope_parameters(config)["rope_theta"]},
+            integer(config, "max_position_embeddings", target, default=32768),
+            number(config, "rms_norm_eps", target, default=1e-6),
+        )
+
+    def to(self, device: torch.device) -> "ServedOrigin":
+        """The same with its tensors there."""
+        for name in ("embedding", "head", "final_norm"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its tensors."""
+        return self.embedding.dtype
+
+
+def _vocabulary(told: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Embedding and head [V, H], the rows of all processes together, and the embedding's scale."""
+    try:
+        said = json.loads((told / ORIGIN).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{told} is missing: run `whiflash train data`, or `train features`, first"
+        ) from None
+    parts: dict[str, list[Tensor]] = {"embedding": [], "head": []}
+    for rank in range(said["ranks"]):
+        with safe_open(vocabulary_file(told, rank), framework="pt") as file:
+            for name, rows in parts.items():
+                rows.append(file.get_tensor(name).to(dtype))
+    return torch.cat(parts["embedding"]), torch.cat(parts["head"]), float(said["embedding_scale"])
