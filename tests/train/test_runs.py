@@ -232,12 +232,12 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(
     columns = dict(np.load(tmp_path / "tokens.npz"))
     double = {name: np.concatenate([column, column]) for name, column in columns.items()}
     np.savez_compressed(tmp_path / "double.npz", **double)
-    target = load_target(config.target, None, config.capture, config.hardware).model
+    target = load_target(config.target, None, config.capture, config.hardware)
     store = FeatureStore(
         tmp_path / "again", vectors=len(config.capture) + 1, hidden=target.hidden_size, layers=config.capture
     )
-    assert rebuild_features(tmp_path / "double.npz", target, store, config.capture) == 24
-    assert rebuild_features(tmp_path / "double.npz", target, store, config.capture) == 0
+    assert rebuild_features(tmp_path / "double.npz", target, store) == 24
+    assert rebuild_features(tmp_path / "double.npz", target, store) == 0
     assert [record.id for record in store.records] == Exported(tmp_path / "tokens.npz").ids
 
 

@@ -54,6 +54,9 @@ def data_command(
 ) -> None:
     """Answer the prompts with the target and keep tokens and features.
 
+    Dense Llama, Qwen2 and Qwen3 are run by this package's generator, other targets by SGLang's offline engine;
+    `data.source` of the configuration says otherwise.
+
     Example: whiflash train data --config smollm2-135m-instruct --shard 0/2
     """
     from dataclasses import asdict
@@ -84,27 +87,28 @@ def features_command(
 ) -> None:
     """Recompute the features of answers that were generated before, instead of generating anew.
 
+    By whom the target is run is chosen as by `whiflash train data`.
+
     Example: whiflash train features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
     """
     with readable_errors():
         settings = resolve_config(config)
-        from whiflash_sglang.train.answers.data import load_target
+        from whiflash_sglang.train.answers.data import teacher_of
         from whiflash_sglang.train.answers.prompts import read_rows
         from whiflash_sglang.train.answers.store import FeatureStore
         from whiflash_sglang.train.answers.tokens import rebuild_features
 
-        target = load_target(
-            settings.target, settings.chat_template, settings.capture, settings.hardware
-        ).model
-        store = FeatureStore(
-            settings.work / "data" / f"shard-{tokens.stem}",
-            vectors=len(settings.capture) + 1,
-            hidden=target.hidden_size,
-            layers=settings.capture,
-        )
-        store.truncate_to_index()
-        wanted = None if only is None else {row["id"] for row in read_rows(only)}
-        done = rebuild_features(tokens, target, store, settings.capture, wanted)
+        shard = f"shard-{tokens.stem}"
+        with teacher_of(settings, shard) as target:
+            store = FeatureStore(
+                settings.work / "data" / shard,
+                vectors=len(settings.capture) + 1,
+                hidden=target.hidden_size,
+                layers=settings.capture,
+            )
+            store.truncate_to_index()
+            wanted = None if only is None else {row["id"] for row in read_rows(only)}
+            done = rebuild_features(tokens, target, store, wanted)
     report({"recomputed": done, "sequences": len(store.records)}, as_json)
 
 

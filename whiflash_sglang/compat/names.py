@@ -384,6 +384,18 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop"),
     PrivateName(f"{_COMPONENTS}.internal_state:SchedulerInternalStateController._update_handlers"),
     PrivateName(f"{_COMPONENTS}.internal_state:UpdateRejected"),
+    # an offline engine for training data
+    PrivateName("sglang.srt.entrypoints.engine:Engine.run_scheduler_process_func"),
+    PrivateName(
+        "sglang.srt.entrypoints.engine:Engine.async_generate", ("input_ids", "sampling_params", "rid")
+    ),
+    PrivateName("sglang.srt.entrypoints.engine:Engine.shutdown"),
+    PrivateName("sglang.srt.managers.scheduler:run_scheduler_process", ("server_args", "port_args")),
+    PrivateName("sglang.srt.managers.scheduler:Scheduler", ("server_args", "port_args")),
+    PrivateName(
+        "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
+        ("batch", "capture_hidden_mode"),
+    ),
     # servers that share one import
     PrivateName("sglang.launch_server:run_server", ("server_args",)),
     PrivateName("sglang.srt.server_args:prepare_server_args", ("argv",)),

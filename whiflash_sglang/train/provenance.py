@@ -18,7 +18,7 @@ import torch
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
 
-_PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "whiflash-sglang")
+_PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "sglang", "whiflash-sglang")
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,24 @@
 """`whiflash train data`: prompts in, the target's answers and features out, resumable at any sequence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.target import TargetModel, causal_attention, unknown
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.generate import Answer, Generator, GroupShape
 from whiflash_sglang.train.answers.grammar import GrammarMasks
 from whiflash_sglang.train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.answers.teacher import Teacher
 from whiflash_sglang.train.config import Data, Hardware, TrainConfig
 from whiflash_sglang.train.drafters.resume import check_same_run
 from whiflash_sglang.train.drafters.runner import open_stores
@@ -26,13 +29,47 @@ _RESERVE = 2**30  # bytes left free on the disk
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """The target with its tokenizer, template and grammar compiler."""
+    """The target with its tokenizer, template and grammar compiler. It is a `Teacher`."""
 
     model: TargetModel
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     masks: GrammarMasks
     eos_id: int
+    capture: list[int]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.model.hidden_size
+
+    def generator(self, settings: Data, *, seed: int, keep_loops: bool) -> Generator:
+        """What answers prompts by `settings`."""
+        return Generator(
+            self.model,
+            self.masks,
+            groups=[GroupShape(slot.rows, slot.capacity) for slot in settings.slots],
+            capture=self.capture,
+            max_new_tokens=settings.max_new_tokens,
+            eos_id=self.eos_id,
+            temperature=settings.temperature,
+            keep_loops=keep_loops,
+            seed=seed,
+        )
+
+    def states(self, texts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[int, Tensor]]:
+        """Features and final states [T, captured + 1, H] of texts, with their keys, one after the other."""
+        device = self.model.device
+        for key, text in texts:
+            tokens = torch.tensor(text, device=device)
+            attend = causal_attention(len(tokens), device, self.model.dtype)
+            output = self.model.forward(
+                tokens, torch.arange(len(tokens), device=device), attend, self.capture
+            )
+            yield key, torch.cat([output.features, output.final[:, None]], dim=1)
+
+    def close(self) -> None:
+        """It holds nothing but memory."""
 
 
 @dataclass
@@ -60,7 +97,8 @@ def target_path(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    files = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    return Path(snapshot_download(name, allow_patterns=files))
 
 
 def load_target(name: str, template: Path | None, capture: list[int], hardware: Hardware) -> LoadedTarget:
@@ -74,7 +112,34 @@ def load_target(name: str, template: Path | None, capture: list[int], hardware: 
     text = None if template is None else template.read_text(encoding="utf-8")
     eos_id = model.config["eos_token_id"]
     eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
-    return LoadedTarget(model, tokenizer, text, GrammarMasks(tokenizer, model.vocab_size, eos_id), eos_id)
+    masks = GrammarMasks(tokenizer, model.vocab_size, eos_id)
+    return LoadedTarget(model, tokenizer, text, masks, eos_id, capture)
+
+
+@contextmanager
+def teacher_of(config: TrainConfig, shard: str) -> Iterator[Teacher]:
+    """The configuration's target, run by whom `data.source` says, for a shard of that name.
+
+    Raises:
+        ConfigError: it cannot be run so.
+    """
+    path = target_path(config.target)
+    reason = unknown(path)
+    if config.data.source == "own" and reason is not None:
+        raise ConfigError(
+            f"data.source own: this package's generator does not know {path}: {reason}; use sglang, or auto"
+        )
+    teacher: Teacher
+    if config.data.source == "sglang" or reason is not None:
+        from whiflash_sglang.train.answers.served import start
+
+        teacher = start(config, path, shard)
+    else:
+        teacher = load_target(config.target, config.chat_template, config.capture, config.hardware)
+    try:
+        yield teacher
+    finally:
+        teacher.close()
 
 
 def generate_data(config: TrainConfig) -> DataSummary:
@@ -82,23 +147,24 @@ def generate_data(config: TrainConfig) -> DataSummary:
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     index, count = config.data.shard
-    target = load_target(config.target, config.chat_template, config.capture, config.hardware)
     rows = [row for source in config.data.prompts for row in read_prompts(source)]
     check_ids(rows)
     ordered = list(balanced(rows, config.data.category_weights, config.seed))[: config.data.limit][
         index::count
     ]
-    store = FeatureStore(
-        config.work / "data" / f"shard{index}of{count}",
-        vectors=len(config.capture) + 1,
-        hidden=target.model.hidden_size,
-        layers=config.capture,
-    )
-    check_same_run(store.path, _facts(config), begun=bool(store.records))
-    store.truncate_to_index()
-    elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}
-    mine = [row for row in ordered if row["id"] not in elsewhere]
-    summary = answer_rows(mine, target, config.data, config.capture, store, seed=config.seed)
+    shard = f"shard{index}of{count}"
+    with teacher_of(config, shard) as target:
+        store = FeatureStore(
+            config.work / "data" / shard,
+            vectors=len(config.capture) + 1,
+            hidden=target.hidden_size,
+            layers=config.capture,
+        )
+        check_same_run(store.path, _facts(config), begun=bool(store.records))
+        store.truncate_to_index()
+        elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}
+        mine = [row for row in ordered if row["id"] not in elsewhere]
+        summary = answer_rows(mine, target, config.data, store, seed=config.seed)
     summary.elsewhere = len(ordered) - len(mine)
     if not store.records and not summary.elsewhere:
         raise ValueError(
@@ -125,9 +191,8 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 
 def answer_rows(
     rows: Sequence[dict[str, Any]],
-    target: LoadedTarget,
+    target: Teacher,
     settings: Data,
-    capture: list[int],
     store: FeatureStore,
     *,
     seed: int = 0,
@@ -146,17 +211,7 @@ def answer_rows(
         summary.skipped += 1
         bar.console.print(f"skipped {prompt.category} {prompt.id}: {reason}", highlight=False)
 
-    generator = Generator(
-        target.model,
-        target.masks,
-        groups=[GroupShape(slot.rows, slot.capacity) for slot in settings.slots],
-        capture=capture,
-        max_new_tokens=settings.max_new_tokens,
-        eos_id=target.eos_id,
-        temperature=settings.temperature,
-        keep_loops=keep_loops,
-        seed=seed,
-    )
+    generator = target.generator(settings, seed=seed, keep_loops=keep_loops)
     with progress() as bar:
         task = bar.add_task("answering prompts", total=len(rows), completed=len(known))
         for answer in generator.run(prompts(), skip):

@@ -19,7 +19,7 @@ from whiflash_sglang.train.answers.grammar import GrammarMasks
 from whiflash_sglang.train.answers.loops import loop_start
 from whiflash_sglang.train.answers.prompts import PromptRow
 
-_LOOP_CHECK_EVERY = 16
+LOOP_CHECK_EVERY = 16
 
 
 class GroupShape(NamedTuple):
@@ -238,7 +238,7 @@ class Generator:
         ended = slot.tokens[-1] == self.eos_id
         done = ended or count >= self.max_new
         cut = None
-        if done or count % _LOOP_CHECK_EVERY == 0:
+        if done or count % LOOP_CHECK_EVERY == 0:
             answer = slot.tokens[len(slot.prompt.tokens) :]
             cut = loop_start(answer[:-1] if ended else answer)
         if not done and cut is None:

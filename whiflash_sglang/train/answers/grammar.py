@@ -47,6 +47,13 @@ def tool_call_grammar(tools: Sequence[dict[str, Any]]) -> GrammarSpec:
     return GrammarSpec("structural_tag", json.dumps({"structures": structures, "triggers": ["<tool_call>"]}))
 
 
+def server_parameter(spec: GrammarSpec) -> dict[str, str]:
+    """The same as a sampling parameter of SGLang's."""
+    if spec.kind == "json":
+        return {"json_schema": spec.text}
+    return {"structural_tag": json.dumps({**json.loads(spec.text), "at_least_one": True})}
+
+
 class GrammarMasks:
     """Compiles grammars for one tokenizer and fills bit masks for rows of logits."""
 

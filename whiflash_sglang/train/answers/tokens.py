@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whiflash_sglang.models.target import TargetModel, causal_attention
-from whiflash_sglang.progress import tracked
+from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
+from whiflash_sglang.train.answers.teacher import Teacher
 
 _SMALL_VOCABULARY = 2**16
 
@@ -67,11 +67,7 @@ class Exported:
 
 
 def rebuild_features(
-    path: Path,
-    target: TargetModel,
-    store: FeatureStore,
-    capture: Sequence[int],
-    prompts: Collection[str] | None = None,
+    path: Path, target: Teacher, store: FeatureStore, prompts: Collection[str] | None = None
 ) -> int:
     """Run the target over the sequences of an `export_tokens` file and append what `store` lacks; returns how many.
 
@@ -88,25 +84,22 @@ def rebuild_features(
         for name, indices in exported.copies().items()
         if name not in known and (prompts is None or name in prompts)
     ]
-    for index in tracked(missing, "recomputing features"):
-        tokens = exported.tokens(index)
-        record = SequenceRecord(
-            id=str(columns["ids"][index]),
-            category=str(columns["categories"][index]),
-            prompt_length=int(columns["prompt_lengths"][index]),
-            length=len(tokens),
-            looped=bool(columns["looped"][index]),
-            finished=bool(columns["finished"][index]),
-            token_offset=0,
-            feature_offset=0,
-        )
-        store.append(record, tokens.tolist(), _states(target, tokens[:-1], capture))
+    # All but the last token, which the target was never fed.
+    texts = ((index, exported.tokens(index)[:-1].tolist()) for index in missing)
+    with progress() as bar:
+        task = bar.add_task("recomputing features", total=len(missing))
+        for index, states in target.states(texts):
+            tokens = exported.tokens(index)
+            record = SequenceRecord(
+                id=str(columns["ids"][index]),
+                category=str(columns["categories"][index]),
+                prompt_length=int(columns["prompt_lengths"][index]),
+                length=len(tokens),
+                looped=bool(columns["looped"][index]),
+                finished=bool(columns["finished"][index]),
+                token_offset=0,
+                feature_offset=0,
+            )
+            store.append(record, tokens.tolist(), states)
+            bar.advance(task)
     return len(missing)
-
-
-def _states(target: TargetModel, tokens: Tensor, capture: Sequence[int]) -> Tensor:
-    """Captured features and final states of one sequence, [T, captured + 1, H]."""
-    tokens = tokens.to(target.device)
-    attend = causal_attention(len(tokens), target.device, target.dtype)
-    output = target.forward(tokens, torch.arange(len(tokens), device=tokens.device), attend, capture)
-    return torch.cat([output.features, output.final[:, None]], dim=1)

@@ -135,7 +135,7 @@ def answer_and_replay(
             max_new_tokens=settings.max_new_tokens,
             slots=list(SLOTS),
         )
-        summary = answer_rows(chosen, target, data, capture, store, keep_loops=True)
+        summary = answer_rows(chosen, target, data, store, keep_loops=True)
         wanted = {row["id"] for row in chosen}
         answers = replay_store(bundle, target, store, settings.eagle_steps, wanted, work / "replays")
         two = len(manifest.drafters) == 2

@@ -1,0 +1,132 @@
+"""SGLang's offline engine for training data: it answers by plain decoding, and tells the features of texts.
+
+The engine is SGLang's own; its schedulers have a `Recorder` (:mod:`whiflash_sglang.compat.recorder`). Of what a text's
+prefill computes nothing is left out: prefixes are not cached, and prompts run without graphs.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterator, Mapping
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from torch import Tensor
+
+from whiflash_sglang.compat import patching, recorder
+from whiflash_sglang.errors import ConfigError, WhiflashError
+
+R = TypeVar("R")
+_NOT_OURS = ("pp_size", "dp_size", "attn_dp_size", "skip_tokenizer_init", "return_hidden_states_mode")
+"""Arguments under which a scheduler has not every layer's output of every text, or grammars have no tokenizer."""
+
+
+class Place(NamedTuple):
+    """Directories. origin: for what drafters take over from the target. states: for features on their way."""
+
+    origin: Path
+    states: Path
+
+
+class Generated(NamedTuple):
+    """An answer's tokens, the one that ended it included, and whether one did."""
+
+    tokens: list[int]
+    finished: bool
+
+
+class OfflineEngine:
+    """SGLang's processes, until `close`. Requests are coroutines; `completed` runs them."""
+
+    def __init__(
+        self, model: Path, layers: list[int], place: Place, arguments: Mapping[str, Any], **chosen: Any
+    ) -> None:
+        """Args:
+            layers: of the target, ascending, whose outputs are features.
+            arguments: the user's, of SGLang's. chosen: those that the caller decides.
+
+        Raises:
+            ConfigError: the user's arguments are not SGLang's, or not for him to choose here.
+            IncompatibleEngineError: this is another release.
+        """
+        patching.require_version()
+        options = {
+            "model_path": str(model),
+            "disable_radix_cache": True,
+            "enable_multimodal": False,
+            **chosen,
+        }
+        if chosen.get("device") == "cuda":
+            options["cuda_graph_backend_prefill"] = Backend.DISABLED
+        taken = [
+            name
+            for name in arguments
+            if name in options or name in _NOT_OURS or name.startswith("speculative")
+        ]
+        if taken:
+            raise ConfigError(
+                f"data.engine.{taken[0]} is not for you to choose: the engine must run plainly, in replicas of one, "
+                "and compute every text whole"
+            )
+        for directory in place:
+            directory.mkdir(parents=True, exist_ok=True)
+        self._states, self._names = place.states, count()
+        for left in self._states.glob(f"{recorder.WANTED}*"):
+            left.unlink()
+        # SGLang's own way of giving an engine another scheduler.
+        started = partial(recorder.run, layers, place.origin, self._states)
+        kind = type("RecordingEngine", (Engine,), {"run_scheduler_process_func": staticmethod(started)})
+        try:
+            self._engine = kind(**options, **arguments)
+        except TypeError as error:
+            raise ConfigError(f"data.engine: {error}") from None
+
+    async def answer(self, tokens: list[int], **sampling: Any) -> Generated:
+        """The target's answer to a prompt. Raises ValueError where SGLang refuses the request."""
+        found = await self._engine.async_generate(input_ids=tokens, sampling_params=sampling)
+        reason = found["meta_info"]["finish_reason"]
+        if reason["type"] == "abort":
+            raise ValueError(reason.get("message", "SGLang aborted it"))
+        return Generated(list(found["output_ids"]), reason["type"] == "stop")
+
+    async def features(self, tokens: list[int], dtype: torch.dtype) -> Tensor:
+        """What the layers put out for every token of a text, and behind them the state behind the final norm.
+
+        Returns:
+            [T, (layers + 1) · H] of `dtype`, the target's.
+        """
+        name = f"{recorder.WANTED}{next(self._names)}"
+        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        await self._engine.async_generate(input_ids=tokens, sampling_params=sampling, rid=name)
+        file = self._states / name
+        try:
+            states = torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype)
+        except FileNotFoundError:
+            raise WhiflashError(f"SGLang told no features of a text of {len(tokens)} tokens") from None
+        file.unlink()
+        return states.view(len(tokens), -1)
+
+    def completed(self, requests: Iterator[Coroutine[Any, Any, R]], at_once: int) -> Iterator[R]:
+        """What requests give, as they are done, `at_once` of them under way."""
+        loop, running = self._engine.loop, set[asyncio.Task[R]]()
+        try:
+            while True:
+                while len(running) < at_once and (request := next(requests, None)) is not None:
+                    running.add(loop.create_task(request))
+                if not running:
+                    return
+                done, running = loop.run_until_complete(
+                    asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                )
+                yield from [task.result() for task in done]
+        finally:
+            for task in running:
+                task.cancel()
+
+    def close(self) -> None:
+        """End SGLang's processes."""
+        self._engine.shutdown()

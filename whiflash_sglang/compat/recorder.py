@@ -1,0 +1,113 @@
+"""In the scheduler of an offline engine: the features of texts, written to files as their prompts are prefilled.
+
+A text whose features are wanted comes as a prompt whose name begins with `WANTED`. Its prefill is asked for hidden
+states as our worker asks (:mod:`whiflash_sglang.compat.captured`), and they go to a file of that name before the
+scheduler hears of the result. Other requests run as they would without this, by plain decoding.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sglang.srt.managers import scheduler
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.runtime_context import get_parallel
+
+from whiflash_sglang.compat.captured import Captured
+from whiflash_sglang.compat.loaded import LoadedTarget
+from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.origin import ORIGIN, vocabulary_file
+
+WANTED = "whiflash-features-"
+"""What the names of such requests begin with."""
+
+
+def run(layers: Sequence[int], origin: Path, states: Path, *arguments: Any, **options: Any) -> None:
+    """A scheduler's process, as SGLang starts it, with a `Recorder`. The rest are SGLang's own arguments."""
+
+    def recorded(original: Any) -> Any:
+        @wraps(original)
+        def init(self: Any, *given: Any, **named: Any) -> None:
+            original(self, *given, **named)
+            Recorder(self.tp_worker, layers, states).tell(origin)
+
+        return init
+
+    replace(Scheduler, "__init__", recorded)
+    scheduler.run_scheduler_process(*arguments, **options)
+
+
+class Recorder:
+    """Takes the place of a worker's forward, and writes what it captures of wanted texts."""
+
+    def __init__(self, worker: Any, layers: Sequence[int], states: Path) -> None:
+        """Args:
+            layers: whose outputs are captured, ascending; the state behind the final norm comes behind them.
+            states: directory of the files, `[T, (layers + 1) · H]` of the target's dtype each, without a header.
+
+        Raises:
+            CheckpointError: the target cannot capture what its layers put out.
+        """
+        self.target, self._states = LoadedTarget(worker), states
+        count = self.target.shape.num_layers
+        self._captured = Captured(self.target.model, count, [*layers, count], keeps_final=False)
+        self._forward, worker.forward_batch_generation = worker.forward_batch_generation, self.forward
+
+    def forward(self, batch: Any, *arguments: Any, **options: Any) -> Any:
+        """The worker's `forward_batch_generation`."""
+        if batch is None or not batch.forward_mode.is_extend():
+            return self._forward(batch, *arguments, **options)
+        rows = list(zip((req.rid for req in batch.reqs), batch.extend_lens, strict=True))
+        if not any(rid.startswith(WANTED) for rid, _ in rows):
+            return self._forward(batch, *arguments, **options)
+        options["capture_hidden_mode"] = CaptureHiddenMode.FULL
+        result = self._forward(batch, *arguments, **options)
+        features, _ = self._captured.take(result.logits_output)
+        if get_parallel().tp_rank == 0:
+            parts = features[: sum(length for _, length in rows)].split([length for _, length in rows])
+            for (rid, _), part in zip(rows, parts, strict=True):
+                if rid.startswith(WANTED):
+                    _append(self._states / rid, part.to(self.target.dtype))
+        return result
+
+    def tell(self, place: Path) -> None:
+        """Write what drafters take over from the target into a directory: sizes, and this process's rows of the
+        vocabulary.
+
+        Raises:
+            CheckpointError: embedding or head are quantised.
+        """
+        target, parallel = self.target, get_parallel()
+        matrices = {"embedding": target.embedding, "head": target.lm_head}
+        if any(len(matrix) == 0 for matrix in matrices.values()):
+            raise CheckpointError(
+                "the target's embedding or head is quantised, and drafters are trained on plain matrices: "
+                "use a checkpoint that leaves both as they are"
+            )
+        place.mkdir(parents=True, exist_ok=True)
+        # Copies: where the head is tied both would be one storage.
+        plain = {name: matrix.detach().cpu().clone() for name, matrix in matrices.items()}
+        file = vocabulary_file(place, parallel.tp_rank)
+        save_file(plain, staged := file.with_suffix(f".{os.getpid()}"))
+        staged.replace(file)
+        if parallel.tp_rank == 0:
+            told = {
+                "ranks": parallel.tp_size,
+                "dtype": str(target.dtype).removeprefix("torch."),
+                "embedding_scale": target.row_scale,
+            }
+            (staged := place / f"{ORIGIN}.{os.getpid()}").write_text(json.dumps(told))
+            staged.replace(place / ORIGIN)
+
+
+def _append(file: Path, rows: torch.Tensor) -> None:
+    """A chunk of a long prompt goes behind the one before."""
+    with file.open("ab") as out:
+        out.write(rows.contiguous().cpu().view(torch.uint8).numpy().tobytes())
