@@ -28,6 +28,8 @@ LONGEST = (
     "kernels/tests/test_interpreter.py",
     "tests/parallel/test_tensor_parallel_server.py",
     "tests/targets/test_targets.py",
+    "tests/targets/test_trained.py",
+    "tests/targets/test_training_features.py",
     "tests/targets/test_target_parity.py",
     "tests/targets/test_own_heads.py",
     "tests/platform/test_servers.py",
