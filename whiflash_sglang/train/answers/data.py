@@ -17,7 +17,7 @@ from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.generate import Answer, Generator, GroupShape
 from whiflash_sglang.train.answers.grammar import GrammarMasks
 from whiflash_sglang.train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
-from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, has_answers
 from whiflash_sglang.train.answers.teacher import Teacher
 from whiflash_sglang.train.config import Data, Hardware, TrainConfig
 from whiflash_sglang.train.drafters.resume import check_same_run
@@ -153,14 +153,16 @@ def generate_data(config: TrainConfig) -> DataSummary:
         index::count
     ]
     shard = f"shard{index}of{count}"
+    directory = config.work / "data" / shard
+    # Before the target is started: SGLang's tells what drafters of these data begin with.
+    check_same_run(directory, _facts(config), begun=has_answers(directory))
     with teacher_of(config, shard) as target:
         store = FeatureStore(
-            config.work / "data" / shard,
+            directory,
             vectors=len(config.capture) + 1,
             hidden=target.hidden_size,
             layers=config.capture,
         )
-        check_same_run(store.path, _facts(config), begun=bool(store.records))
         store.truncate_to_index()
         elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}
         mine = [row for row in ordered if row["id"] not in elsewhere]

@@ -130,6 +130,11 @@ class FeatureStore:
         return self.records[-1].feature_offset + self.records[-1].feature_length if self.records else 0
 
 
+def has_answers(path: Path) -> bool:
+    """Whether there are sequences in a directory, which need not exist."""
+    return bool(_read_index(path / "index.jsonl"))
+
+
 def unique_answers(stores: Iterable[FeatureStore]) -> list[tuple[FeatureStore, SequenceRecord]]:
     """Every answer of `stores`, but one a prompt: where shards answered the same prompt, the first one's.
 
