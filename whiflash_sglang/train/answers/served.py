@@ -136,14 +136,15 @@ class ServedGenerator:
             answer, finished = await self._target.engine.answer(
                 prompt.tokens, **self._sampling(prompt.grammar)
             )
+            loop = first_loop(answer, LOOP_CHECK_EVERY, ended=finished)
+            if loop is not None:
+                finished = finished and loop.seen == len(answer)
+                answer = answer[: loop.seen if self._keep_loops else loop.start]
+            tokens = [*prompt.tokens, *answer]
+            # SGLang takes prompts that are a few tokens shorter than what an answer may fill.
+            states = await self._target.features(tokens[:-1])
         except ValueError as error:
             return _Skipped(prompt, str(error))
-        loop = first_loop(answer, LOOP_CHECK_EVERY, ended=finished)
-        if loop is not None:
-            finished = finished and loop.seen == len(answer)
-            answer = answer[: loop.seen if self._keep_loops else loop.start]
-        tokens = [*prompt.tokens, *answer]
-        states = await self._target.features(tokens[:-1])
         return Answer(prompt, tokens, states, looped=loop is not None, finished=finished)
 
     def _sampling(self, grammar: GrammarSpec | None) -> dict[str, Any]:
