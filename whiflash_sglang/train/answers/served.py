@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.compat.capture import may_capture
 from whiflash_sglang.compat.offline import OfflineEngine, Place
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.train.answers.generate import LOOP_CHECK_EVERY, Answer
 from whiflash_sglang.train.answers.grammar import GrammarSpec, server_parameter
 from whiflash_sglang.train.answers.loops import first_loop
@@ -143,6 +143,8 @@ class ServedGenerator:
             tokens = [*prompt.tokens, *answer]
             # SGLang takes prompts that are a few tokens shorter than what an answer may fill.
             states = await self._target.features(tokens[:-1])
+        except WhiflashError:  # of this package: no refusal of SGLang's
+            raise
         except ValueError as error:
             return _Skipped(prompt, str(error))
         return Answer(prompt, tokens, states, looped=loop is not None, finished=finished)
