@@ -21,6 +21,8 @@ from whiflash_sglang.compat import patching, recorder
 from whiflash_sglang.errors import ConfigError, WhiflashError
 
 R = TypeVar("R")
+TERMINATED = 143
+"""Exit code of a command that was sent SIGTERM."""
 _NOT_OURS = ("pp_size", "dp_size", "attn_dp_size", "skip_tokenizer_init", "return_hidden_states_mode")
 """Arguments under which a scheduler has not every layer's output of every text, or grammars have no tokenizer."""
 
@@ -75,8 +77,7 @@ class OfflineEngine:
         for directory in place:
             directory.mkdir(parents=True, exist_ok=True)
         self._states, self._names = place.states, count()
-        for left in self._states.glob(f"{recorder.WANTED}*"):
-            left.unlink()
+        self._clear()
         # SGLang's own way of giving an engine another scheduler.
         started = partial(recorder.run, layers, place.origin, self._states)
         kind = type("RecordingEngine", (Engine,), {"run_scheduler_process_func": staticmethod(started)})
@@ -111,7 +112,7 @@ class OfflineEngine:
         return states.view(len(tokens), -1)
 
     def completed(self, requests: Iterator[Coroutine[Any, Any, R]], at_once: int) -> Iterator[R]:
-        """What requests give, as they are done, `at_once` of them under way."""
+        """What requests give, as they are done, `at_once` of them under way. Raises SystemExit after SIGTERM."""
         loop, running = self._engine.loop, set[asyncio.Task[R]]()
         try:
             while True:
@@ -123,10 +124,18 @@ class OfflineEngine:
                     asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 )
                 yield from [task.result() for task in done]
+                if self._engine.tokenizer_manager.gracefully_exit:
+                    # SGLang takes SIGTERM for itself, and would wait until there are no requests any more.
+                    raise SystemExit(TERMINATED)
         finally:
             for task in running:
                 task.cancel()
 
     def close(self) -> None:
-        """End SGLang's processes."""
+        """End SGLang's processes. Features that nobody waited for any more are removed."""
         self._engine.shutdown()
+        self._clear()
+
+    def _clear(self) -> None:
+        for left in self._states.glob(f"{recorder.WANTED}*"):
+            left.unlink()
