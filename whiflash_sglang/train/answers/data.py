@@ -154,8 +154,9 @@ def generate_data(config: TrainConfig) -> DataSummary:
     ]
     shard = f"shard{index}of{count}"
     directory = config.work / "data" / shard
-    # Before the target is started: SGLang's tells what drafters of these data begin with.
-    check_same_run(directory, _facts(config), begun=has_answers(directory))
+    if has_answers(directory):
+        # Before the target is started: SGLang's tells what drafters of these data begin with.
+        check_same_run(directory, _facts(config), begun=True)
     with teacher_of(config, shard) as target:
         store = FeatureStore(
             directory,
@@ -163,6 +164,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
             hidden=target.hidden_size,
             layers=config.capture,
         )
+        check_same_run(store.path, _facts(config), begun=bool(store.records))
         store.truncate_to_index()
         elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}
         mine = [row for row in ordered if row["id"] not in elsewhere]
