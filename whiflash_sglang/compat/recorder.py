@@ -93,7 +93,9 @@ class Recorder:
             )
         place.mkdir(parents=True, exist_ok=True)
         # What is not split is whole in every process (Gemma 3's embedding): the first one's counts.
-        again = {name: parallel.tp_rank > 0 and len(x) == target.shape.vocab_size for name, x in matrices.items()}
+        again = {
+            name: parallel.tp_rank > 0 and len(x) == target.shape.vocab_size for name, x in matrices.items()
+        }
         # Copies: where the head is tied both would be one storage.
         plain = {name: (x[:0] if again[name] else x).detach().cpu().clone() for name, x in matrices.items()}
         file = vocabulary_file(place, parallel.tp_rank)
