@@ -74,7 +74,7 @@ class InProcess:
 def recorded(e: Engine, states: Path, texts: Sequence[list[int]]) -> list[torch.Tensor]:
     """All at once, beside an answer that nobody records: [T, (captured + 1) · H] each."""
     states.mkdir()
-    Recorder(e.scheduler.tp_worker, CAPTURE, states).tell(states.parent / "origin")
+    Recorder(e.scheduler.tp_worker, CAPTURE, states).tell(states.parent / "origin", "tiny")
     for index, text in enumerate(texts):
         e.submit(f"{WANTED}{index}", text, max_new_tokens=1)
         e.submit(f"beside{index}", text, max_new_tokens=4)
@@ -122,7 +122,7 @@ def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
         assert sorted({i for d in e.worker.drafters.values() for i in d.captured_layers}) == CAPTURE
         served = [in_serving(e, text) for text in TEXTS]
         origin = ServedOrigin.read(
-            target, tmp_path / "origin", {"intermediate_size": 96}, torch.ones(64), torch.float32
+            target, "tiny", tmp_path / "origin", {"intermediate_size": 96}, torch.ones(64), torch.float32
         )
         assert torch.equal(origin.embedding, e.worker.target.embedding)
         assert torch.equal(origin.head, e.worker.target.lm_head)
@@ -179,8 +179,8 @@ def test_a_served_target_teaches_what_the_own_generator_does(tmp_path: Path) -> 
         for (key, wanted), (other, found) in zip(own.states(texts), served.states(texts), strict=True):
             assert key == other
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        inside.recorder.tell(tmp_path / "origin")
-    told = ServedOrigin.read(path, tmp_path / "origin", {}, own.model.final_norm, torch.float32)
+        inside.recorder.tell(tmp_path / "origin", "tiny")
+    told = ServedOrigin.read(path, "tiny", tmp_path / "origin", {}, own.model.final_norm, torch.float32)
     for name in ("embedding", "head"):
         assert torch.equal(getattr(told, name), getattr(own.model, name))
     for name in ("attention_shape", "intermediate_size", "rope", "max_positions", "eps", "num_layers"):
@@ -191,13 +191,15 @@ def test_another_targets_vocabulary_is_refused(tmp_path: Path) -> None:
     small, large = (tiny_target(tmp_path / str(size), vocab_size=size) for size in (320, 384))
     origin = tmp_path / "origin"
     with pytest.raises(CheckpointError, match="is missing: run `whiflash train data`"):
-        ServedOrigin.read(small, origin, {}, torch.ones(64), torch.float32)
+        ServedOrigin.read(small, "small", origin, {}, torch.ones(64), torch.float32)
     origin.mkdir()
-    (origin / ORIGIN).write_text('{"ranks": 2, "embedding_scale": 1.0}')
+    (origin / ORIGIN).write_text('{"target": "small", "ranks": 2, "embedding_scale": 1.0}')
     for rank in range(2):
         rows = {name: torch.full((160, 64), float(rank)) for name in ("embedding", "head")}
         save_file(rows, vocabulary_file(origin, rank))
-    read = ServedOrigin.read(small, origin, {}, torch.ones(64), torch.float32)
+    read = ServedOrigin.read(small, "small", origin, {}, torch.ones(64), torch.float32)
     assert read.head[:, 0].tolist() == [0.0] * 160 + [1.0] * 160
     with pytest.raises(CheckpointError, match=r"embedding of \[320, 64\].* says \[384, 64\]"):
-        ServedOrigin.read(large, origin, {}, torch.ones(64), torch.float32)
+        ServedOrigin.read(large, "small", origin, {}, torch.ones(64), torch.float32)
+    with pytest.raises(CheckpointError, match="for small begin with, not for its fine-tune"):
+        ServedOrigin.read(small, "its fine-tune", origin, {}, torch.ones(64), torch.float32)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from fastapi import HTTPException
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from torch import Tensor
@@ -28,8 +29,10 @@ _NOT_OURS = ("pp_size", "dp_size", "attn_dp_size", "skip_tokenizer_init", "retur
 
 
 class Place(NamedTuple):
-    """Directories. origin: for what drafters take over from the target. states: for features on their way."""
+    """target: its name in the configuration. Directories: origin, for what drafters take over from it; states, for
+    features on their way."""
 
+    target: str
     origin: Path
     states: Path
 
@@ -74,12 +77,12 @@ class OfflineEngine:
                 f"data.engine.{taken[0]} is not for you to choose: the engine must run plainly, in replicas of one, "
                 "and compute every text whole"
             )
-        for directory in place:
+        for directory in (place.origin, place.states):
             directory.mkdir(parents=True, exist_ok=True)
         self._states, self._names = place.states, count()
         self._clear()
         # SGLang's own way of giving an engine another scheduler.
-        started = partial(recorder.run, layers, place.origin, self._states)
+        started = partial(recorder.run, layers, *place)
         kind = type("RecordingEngine", (Engine,), {"run_scheduler_process_func": staticmethod(started)})
         try:
             self._engine = kind(**options, **arguments)
@@ -88,7 +91,7 @@ class OfflineEngine:
 
     async def answer(self, tokens: list[int], **sampling: Any) -> Generated:
         """The target's answer to a prompt. Raises ValueError where SGLang refuses the request."""
-        found = await self._engine.async_generate(input_ids=tokens, sampling_params=sampling)
+        found = await self._ask(tokens, sampling)
         reason = found["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
             raise ValueError(reason.get("message", "SGLang aborted it"))
@@ -102,7 +105,7 @@ class OfflineEngine:
         """
         name = f"{recorder.WANTED}{next(self._names)}"
         sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
-        await self._engine.async_generate(input_ids=tokens, sampling_params=sampling, rid=name)
+        await self._ask(tokens, sampling, rid=name)
         file = self._states / name
         try:
             states = torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype)
@@ -110,6 +113,12 @@ class OfflineEngine:
             raise WhiflashError(f"SGLang told no features of a text of {len(tokens)} tokens") from None
         file.unlink()
         return states.view(len(tokens), -1)
+
+    async def _ask(self, tokens: list[int], sampling: dict[str, Any], **options: Any) -> Any:
+        try:
+            return await self._engine.async_generate(input_ids=tokens, sampling_params=sampling, **options)
+        except HTTPException as error:  # it has no room or ends, which another prompt would meet as well
+            raise WhiflashError(f"SGLang gave up a text of {len(tokens)} tokens: {error.detail}") from error
 
     def completed(self, requests: Iterator[Coroutine[Any, Any, R]], at_once: int) -> Iterator[R]:
         """What requests give, as they are done, `at_once` of them under way. Raises SystemExit after SIGTERM."""

@@ -29,14 +29,16 @@ WANTED = "whiflash-features-"
 """What the names of such requests begin with."""
 
 
-def run(layers: Sequence[int], origin: Path, states: Path, *arguments: Any, **options: Any) -> None:
+def run(
+    layers: Sequence[int], name: str, origin: Path, states: Path, *arguments: Any, **options: Any
+) -> None:
     """A scheduler's process, as SGLang starts it, with a `Recorder`. The rest are SGLang's own arguments."""
 
     def recorded(original: Any) -> Any:
         @wraps(original)
         def init(self: Any, *given: Any, **named: Any) -> None:
             original(self, *given, **named)
-            Recorder(self.tp_worker, layers, states).tell(origin)
+            Recorder(self.tp_worker, layers, states).tell(origin, name)
 
         return init
 
@@ -77,9 +79,9 @@ class Recorder:
                     _append(self._states / rid, part.to(self.target.dtype))
         return result
 
-    def tell(self, place: Path) -> None:
-        """Write what drafters take over from the target into a directory: sizes, and this process's rows of the
-        vocabulary.
+    def tell(self, place: Path, name: str) -> None:
+        """Write what drafters take over from the target of that name into a directory: sizes, and this process's rows
+        of the vocabulary.
 
         Raises:
             CheckpointError: embedding or head are quantised.
@@ -103,8 +105,8 @@ class Recorder:
         staged.replace(file)
         if parallel.tp_rank == 0:
             told = {
+                "target": name,
                 "ranks": parallel.tp_size,
-                "dtype": str(target.dtype).removeprefix("torch."),
                 "embedding_scale": target.row_scale,
             }
             (staged := place / f"{ORIGIN}.{os.getpid()}").write_text(json.dumps(told))

@@ -80,10 +80,16 @@ class ServedOrigin:
 
     @classmethod
     def read(
-        cls, target: Path, told: Path, layers: Mapping[str, int], final_norm: Tensor, dtype: torch.dtype
+        cls,
+        target: Path,
+        name: str,
+        told: Path,
+        layers: Mapping[str, int],
+        final_norm: Tensor,
+        dtype: torch.dtype,
     ) -> "ServedOrigin":
         """Args:
-            target: its directory. told: that of `ORIGIN`.
+            target: its directory. name: in the configuration. told: directory of `ORIGIN`.
             layers: `num_attention_heads`, `num_key_value_heads`, `head_dim` and `intermediate_size` of a drafter, in
                 the place of the target's own. final_norm: [H].
 
@@ -91,7 +97,7 @@ class ServedOrigin:
             CheckpointError: something is missing, or does not fit the target.
         """
         config = {**merged(target, read_json_config(target), "text_config"), **layers}
-        embedding, head, scale = _vocabulary(told, dtype)
+        embedding, head, scale = _vocabulary(told, name, dtype)
         hidden, vocab = (integer(config, key, target) for key in ("hidden_size", "vocab_size"))
         for name, matrix in (("embedding", embedding), ("head", head)):
             if matrix.shape != (vocab, hidden):
@@ -131,7 +137,7 @@ class ServedOrigin:
         return self.embedding.dtype
 
 
-def _vocabulary(told: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+def _vocabulary(told: Path, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """Embedding and head [V, H], the rows of all processes together, and the embedding's scale."""
     try:
         said = json.loads((told / ORIGIN).read_text())
@@ -139,6 +145,11 @@ def _vocabulary(told: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         raise CheckpointError(
             f"{told} is missing: run `whiflash train data`, or `train features`, first"
         ) from None
+    if said["target"] != name:
+        raise CheckpointError(
+            f"{told} holds what drafters for {said['target']} begin with, not for {name}: run `whiflash train data` "
+            "for it, with a `work` of its own"
+        )
     parts: dict[str, list[Tensor]] = {"embedding": [], "head": []}
     for rank in range(said["ranks"]):
         with safe_open(vocabulary_file(told, rank), framework="pt") as file:

@@ -181,8 +181,10 @@ def generate_data(config: TrainConfig) -> DataSummary:
 def _facts(config: TrainConfig) -> dict[str, Any]:
     """What decides an answer, rounding apart."""
     template = config.chat_template
+    engine = {"data.engine": config.data.engine} if config.data.engine else {}
     return {
         "configuration": {
+            **engine,
             **config.model_dump(mode="json", include={"target", "seed"}),
             "data": config.data.model_dump(
                 mode="json", include={"temperature", "max_new_tokens", "tool_choice_required"}

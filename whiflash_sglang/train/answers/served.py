@@ -1,4 +1,4 @@
-"""Answers and features of a target that SGLang runs: whatever it serves can be trained for."""
+"""Answers and features of a target that SGLang runs and captures."""
 
 import json
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ def start(config: TrainConfig, path: Path, shard: str) -> ServedTarget:
     engine = OfflineEngine(
         path,
         config.capture,
-        Place(config.origin, config.work / "passing" / shard),
+        Place(config.target, config.origin, config.work / "passing" / shard),
         config.data.engine,
         dtype=config.hardware.dtype,
         device=config.hardware.device,

@@ -38,7 +38,7 @@ def origin_of(
                 "leave draft_layers out"
             )
         return TargetModel(path, device=torch.device(device), dtype=dtype)
-    origin = ServedOrigin.read(path, config.origin, sizes, norm_weight(stores), dtype)
+    origin = ServedOrigin.read(path, config.target, config.origin, sizes, norm_weight(stores), dtype)
     return origin.to(torch.device(device))
 
 
