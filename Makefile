@@ -53,7 +53,7 @@ mutation: install ## Plant faults and ask the tests whether they notice; goes on
 	$(RUN) python tests/mutation/run.py --most 20 --out mutation.jsonl
 
 soak: install ## Load and faults, an hour in all; every answer compared with plain decoding's; counts in results/soak.md
-	$(RUN) python scripts/soak.py --seconds 500 --json results/soak.json --markdown results/soak.md
+	$(RUN) python scripts/soak.py --seconds 690 --json results/soak.json --markdown results/soak.md
 
 upstream-kits: install ## SGLang's own server tests against a plain server and ours; outcomes in results/upstream-kits.md
 	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json --markdown results/upstream-kits.md
