@@ -5,6 +5,7 @@ Run by `test_attention.py` in a child process, as `interpreted_attention.py`. Wi
 on CUDA, but KDA's. Expected is what decoding row by row gives, of each request alone, by the CPU's formulas.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -170,3 +171,10 @@ def test_attention_is_ours_in_a_server_of_ours_alone(
     assert type(made) is (ours if serves_ours else upstreams)
     assert isinstance(made, upstreams)
     assert made.runner == "a runner"
+
+
+def test_sglang_asks_whether_accepted_states_are_found_without_a_commit() -> None:
+    upstreams = RaggedChannelDeltaBackend.__bases__[-1]
+    assert upstreams.__name__ == "KDAAttnBackend"
+    assert "_can_fuse_accept_state" in vars(upstreams)
+    assert "self._can_fuse_accept_state(" in inspect.getsource(upstreams.__init__)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from loaded_scripts import load_script
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -48,12 +49,19 @@ def test_python_blocks_run_as_they_stand(page: Path, monkeypatch: pytest.MonkeyP
             assert said.getvalue().rstrip() == block.prints.rstrip()
 
 
-def test_the_training_configuration_is_one(tmp_path: Path) -> None:
+def test_training_configurations_are_what_they_are_for(tmp_path: Path) -> None:
     from whiflash_sglang.train.config import load_config
 
-    (block,) = (found for found in blocks(ROOT / "docs/how-to/training.md") if found.language == "yaml")
-    (tmp_path / "my.yaml").write_text(block.body, encoding="utf-8")
-    assert load_config(tmp_path / "my.yaml").target == "Qwen/Qwen3-8B"
+    whole, keys = (found for found in blocks(ROOT / "docs/how-to/training.md") if found.language == "yaml")
+    (tmp_path / "my.yaml").write_text(whole.body, encoding="utf-8")
+    dense = load_config(tmp_path / "my.yaml")
+    # The other block has the keys that differ for a target of experts.
+    merged = {**yaml.safe_load(whole.body), **yaml.safe_load(keys.body)}
+    merged["data"] = {**yaml.safe_load(whole.body)["data"], **merged["data"]}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(merged), encoding="utf-8")
+    experts = load_config(tmp_path / "my.yaml")
+    assert (dense.target, experts.target) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B")
+    assert experts.data.source == "sglang"
 
 
 def test_the_least_manifest_is_one() -> None:
