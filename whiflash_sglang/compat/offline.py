@@ -24,7 +24,11 @@ from whiflash_sglang.errors import ConfigError, WhiflashError
 R = TypeVar("R")
 TERMINATED = 143
 """Exit code of a command that was sent SIGTERM."""
-_NOT_OURS = ("pp_size", "dp_size", "attn_dp_size", "skip_tokenizer_init", "return_hidden_states_mode")
+_NOT_OURS = (
+    *("pp_size", "dp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "enable_prefill_cp", "nnodes"),
+    *("enable_pdmux", "disaggregation_mode", "dllm_algorithm", "return_hidden_states_mode"),
+    *("allow_auto_truncate", "skip_tokenizer_init", "tokenizer_path"),
+)
 """Arguments under which a scheduler has not every layer's output of every text, or grammars have no tokenizer."""
 
 

@@ -41,7 +41,10 @@ class ServedTarget:
         """Features and final states [T, captured + 1, H] of texts, with their keys, as they are done."""
 
         async def one(key: int, text: list[int]) -> tuple[int, Tensor]:
-            return key, await self.features(text)
+            try:
+                return key, await self.features(text)
+            except ValueError as error:
+                raise WhiflashError(f"text {key}, of {len(text)} tokens: {error}") from error
 
         yield from self.engine.completed((one(*text) for text in texts), self.at_once)
 
