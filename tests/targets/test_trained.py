@@ -12,6 +12,7 @@ import torch
 import yaml
 from engine import engine
 from families import FAMILIES, HuggingFace, tiny_family
+from patience import at_start
 from reference import Comparison
 from tiny_models import save_tokenizer, tiny_target
 from typer.testing import CliRunner
@@ -45,7 +46,9 @@ def whiflash(*arguments: str | Path) -> dict[str, Any]:
     """In a process of its own: an engine of SGLang's ends its process's children, and leaves its settings behind."""
     script = "from whiflash_sglang.cli import main; main()"
     command = [sys.executable, "-c", script, *map(str, arguments), "--json"]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=os.environ, capture_output=True, text=True, timeout=600 * at_start(), check=False
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
