@@ -99,10 +99,10 @@ class ServedOrigin:
         config = {**merged(target, read_json_config(target), "text_config"), **layers}
         embedding, head, scale = _vocabulary(told, name, dtype)
         hidden, vocab = (integer(config, key, target) for key in ("hidden_size", "vocab_size"))
-        for name, matrix in (("embedding", embedding), ("head", head)):
+        for part, matrix in (("embedding", embedding), ("head", head)):
             if matrix.shape != (vocab, hidden):
                 raise CheckpointError(
-                    f"{told} holds a target's {name} of {list(matrix.shape)}, {target}/config.json says "
+                    f"{told} holds a target's {part} of {list(matrix.shape)}, {target}/config.json says "
                     f"{[vocab, hidden]}: run `whiflash train data` for this target first"
                 )
         return cls(
