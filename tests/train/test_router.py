@@ -19,6 +19,7 @@ from whiflash_sglang.train.router.regression import (
     RouterData,
     calibration_bins,
     fit,
+    inputs_of,
     is_held_out,
     router_data,
     router_quality,
@@ -181,6 +182,16 @@ def test_data_and_choices_follow_the_replay() -> None:
         router.second.bias.fill_(0.4)
     assert set(router_choices(router, one, 0.5).values()) == {"dflash"}
     assert set(router_choices(router, one, 0.3).values()) == {"eagle3"}
+
+
+def test_both_confidences_beside_the_state() -> None:
+    expected = {"eagle3": np.array([0.5, 1.5, 2.5, 3.5]), "dflash": np.array([4.0, 3.0, 2.0, 1.0])}
+    one = answer("a")._replace(expected=expected)
+    found = inputs_of(one, confidences=True)
+    assert torch.equal(found[:, :HIDDEN], one.final)
+    assert found[:, HIDDEN:].tolist() == [[0.5, 4.0], [1.5, 3.0], [2.5, 2.0], [3.5, 1.0]]
+    assert torch.equal(router_data([one], confidences=True).states, found[:3])
+    assert torch.equal(inputs_of(one, confidences=False), one.final)
 
 
 def test_held_out_answers_are_whole_and_the_same_every_time() -> None:

@@ -20,6 +20,7 @@ from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.mtp import MTPDrafter
+from whiflash_sglang.models.packed import pack_modules
 from whiflash_sglang.models.router import Layers, Router
 from whiflash_sglang.round.host_view import HostView
 from whiflash_sglang.round.ranks import Ranks
@@ -49,6 +50,8 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
         ).requires_grad_(False)
         for arm, draft in drafts.items()
     }
+    for model in models.values():
+        pack_modules(model)
     block = block_size_of(settings.dflash, settings.block_size) if settings.dflash else 0
     positions = target.context_len + max(block, settings.eagle_steps)
     drafters: list[Drafter] = []

@@ -12,6 +12,7 @@ from whiflash_sglang.drafters.weights import dflash_weights, rope_table
 from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan
+from whiflash_sglang.models.packed import pack
 
 
 class DFlashArm(PagedArm):
@@ -50,6 +51,7 @@ class DFlashArm(PagedArm):
         self._rows = config.rows(self.max_drafts)
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
         self._head = model.head if vocabulary is None else model.head.within(vocabulary)
+        pack(part for part in (self._head.weight, self._head.matrix) if isinstance(part, torch.Tensor))
         self.tail_width = model.fc.in_features if model.reads_tail else 0
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 

@@ -7,6 +7,7 @@ from whiflash_kernels import DFlashWeights, Eagle3Weights
 
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.packed import pack
 from whiflash_sglang.models.rope import Rotary
 
 
@@ -15,7 +16,7 @@ def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
     layers: list[Any] = list(model.layers)
     attentions = [layer.attention for layer in layers]
     biased = model.config.attention_bias
-    return DFlashWeights(
+    weights = DFlashWeights(
         fc=model.fc.weight.detach(),
         hidden_norm=model.hidden_norm.scale().detach(),
         kv=torch.cat([a.qkv.weight.detach()[a.query_size :] for a in attentions]),
@@ -23,6 +24,8 @@ def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
         eps=model.config.rms_norm_eps,
         kv_bias=torch.cat([a.qkv.bias.detach()[a.query_size :] for a in attentions]) if biased else None,
     )
+    pack([weights.fc, weights.kv])
+    return weights
 
 
 def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
@@ -30,7 +33,7 @@ def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
     layer: Any = model.layers[0]
     attention = layer.attention
     norms: list[Any] = list(model.fc_norm or ())
-    return Eagle3Weights(
+    weights = Eagle3Weights(
         fc=model.fc.weight.detach(),
         embedding=model.target_embedding,
         input_norm=layer.embedding_norm.weight.detach(),
@@ -43,6 +46,8 @@ def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
         chunk_norms=torch.stack([norm.weight.detach() for norm in norms]) if norms else None,
         concat_norm=None if model.input_norm is None else model.input_norm.weight.detach(),
     )
+    pack([weights.fc, weights.kv])
+    return weights
 
 
 def rope_table(rotary: Rotary, positions: int, device: torch.device) -> torch.Tensor:

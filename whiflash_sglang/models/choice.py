@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from whiflash_kernels.packed import linear
 
 
 class Choice(NamedTuple):
@@ -100,14 +101,14 @@ class DraftHead:
         # B times, 88 ms instead of 2 for four requests and 12,288 rows.
         flat = hidden.flatten(0, -2)
         rows = self.weight
-        found = rows.project(flat) if isinstance(rows, Projection) else F.linear(flat, rows)
+        found = rows.project(flat) if isinstance(rows, Projection) else linear(flat, rows)
         return found.view(*hidden.shape[:-1], len(rows))
 
     def second(self, latent: Tensor) -> Tensor:
         """[..., R] → [..., K], by the second matrix. Raises ValueError where there is none."""
         if self.matrix is None:
             raise ValueError("this head has no second matrix")
-        return F.linear(latent, self.matrix)
+        return linear(latent, self.matrix)
 
     def choose(self, logits: Tensor) -> Choice:
         """The first choice for every row of `logits` [N, K]; its tokens are rows of the whole head."""

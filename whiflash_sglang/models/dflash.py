@@ -23,6 +23,7 @@ from whiflash_sglang.models.dflash_config import ALIASES, ARCHITECTURE, DFlashCo
 from whiflash_sglang.models.dflash_layer import DFlashLayer, fold_variants, layer_weights, norm_of
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.models.packed import Linear
 from whiflash_sglang.models.rope import Rotary, rotate
 from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
@@ -61,7 +62,7 @@ class DFlashDrafter(nn.Module):
         self.config = config
         size, eps = config.hidden_size, config.rms_norm_eps
         norm = norm_of(config)
-        self.fc = nn.Linear(config.num_features * size, size, bias=False)
+        self.fc = Linear(config.num_features * size, size, bias=False)
         self.hidden_norm = norm(size, eps)
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
         self.norm = norm(size, eps)

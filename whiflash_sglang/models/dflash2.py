@@ -23,6 +23,7 @@ from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat, merged
+from whiflash_sglang.models.packed import Linear
 
 ARCHITECTURES = ("DFlash2DraftModel", "DFlash2BeamDraftModel", "MiniMaxDFlash2DraftModel")
 _READ_HERE = ("selector_rank", "output_multiplier", "final_logit_softcapping")
@@ -63,7 +64,7 @@ class CandidateSelector(nn.Module):
         super().__init__()
         self.predecessor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
         self.successor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
-        self.hidden_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
+        self.hidden_projection = Linear(config.hidden_size, config.selector_rank, bias=False)
 
     def scores(self, previous: Tensor, projected: Tensor, candidates: Tensor) -> Tensor:
         """[B, K]: of `candidates` [B, K] behind tokens `previous` [B], in rows projected to [B, R]."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from whiflash_sglang.models.checkpoint import WeightReader, attention_weights, mlp_weights
 from whiflash_sglang.models.dflash_config import BlockConvolution, DFlashConfig
 from whiflash_sglang.models.layers import Attend, Attention, GemmaRMSNorm, RMSNorm, SwiGLU
+from whiflash_sglang.models.packed import Linear
 from whiflash_sglang.models.rope import Angles, half_split, rotary_width
 
 
@@ -29,7 +30,7 @@ class BlockConv(nn.Module):
         base = torch.zeros(2, shape.taps, size)
         base[:, 0] = 1.0  # untrained: the sublayer alone
         self.base_kernel = nn.Parameter(base)
-        self.kernel_projection = nn.Linear(size, 2 * shape.taps * (size // shape.group), bias=False)
+        self.kernel_projection = Linear(size, 2 * shape.taps * (size // shape.group), bias=False)
 
     def kernels(self, x: Tensor) -> Tensor:
         """`x` [T, H] → [2, T, taps, H], of the input and of the output."""

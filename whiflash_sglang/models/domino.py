@@ -22,6 +22,7 @@ from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat, merged
+from whiflash_sglang.models.packed import Linear
 
 _PARAMETERS = {
     "prefix_gru.weight_ih": "prefix_gru.weight_ih_l0",
@@ -78,9 +79,9 @@ class DominoDrafter(DFlashDrafter):
         size, state = config.hidden_size, config.state_size
         self.prefix_gru = nn.GRUCell(size, state, bias=False)
         self.embed_proj = nn.Sequential(
-            nn.Linear(size + state, config.rank, bias=False),
+            Linear(size + state, config.rank, bias=False),
             nn.SiLU(),
-            nn.Linear(config.rank, config.vocab_size, bias=False),
+            Linear(config.rank, config.vocab_size, bias=False),
         )
 
     @property

@@ -22,6 +22,7 @@ from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat, merged
+from whiflash_sglang.models.packed import Linear
 
 ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel", "LingDSparkModel")
 HEAD_TYPES = ("vanilla", "gated", "rnn")
@@ -110,13 +111,13 @@ class DSparkDrafter(DFlashDrafter):
         if rank:
             self.markov_head["markov_w1"] = nn.Embedding(config.vocab_size, rank)
             rows = config.draft_vocab_size or config.vocab_size
-            self.markov_head["markov_w2"] = nn.Linear(rank, rows, bias=False)
+            self.markov_head["markov_w2"] = Linear(rank, rows, bias=False)
         if config.markov_head == "gated":
-            self.markov_head["gate_proj"] = nn.Linear(size + rank, rank)
+            self.markov_head["gate_proj"] = Linear(size + rank, rank)
         elif config.markov_head == "rnn":
-            self.markov_head["joint_proj"] = nn.Linear(size + 2 * rank, 3 * rank)
+            self.markov_head["joint_proj"] = Linear(size + 2 * rank, 3 * rank)
         width = size + (rank if config.confidence_with_markov else 0)
-        self.confidence_head = nn.ModuleDict({"proj": nn.Linear(width, 1)} if config.confidence else {})
+        self.confidence_head = nn.ModuleDict({"proj": Linear(width, 1)} if config.confidence else {})
 
     @property
     def head(self) -> DraftHead:

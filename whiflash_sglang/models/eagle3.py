@@ -27,6 +27,7 @@ from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.eagle3_config import ARCHITECTURE, LAYERS_KEY, Eagle3Config, parse, parse_deepspec
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
+from whiflash_sglang.models.packed import Linear
 from whiflash_sglang.models.rope import Angles, Rotary
 from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
@@ -84,7 +85,7 @@ class Eagle3Drafter(nn.Module):
         self.input_norm = RMSNorm(width, eps) if config.norm_before_fc else None
         norms = config.num_features if config.fc_norm else 0
         self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, eps) for _ in range(norms))
-        self.fc = nn.Linear(width, config.hidden_size, bias=config.fc_bias)
+        self.fc = Linear(width, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(_Layer(config, first=index == 0) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
@@ -98,7 +99,7 @@ class Eagle3Drafter(nn.Module):
             self.register_buffer("target_lm_head", target_lm_head, persistent=False)
             self.register_buffer("d2t", None)
         else:
-            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.draft_vocab_size, bias=False)
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
 
     @property

@@ -24,6 +24,7 @@ from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.dflash_layer import DFlashLayer, norm_of
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import Attention, RMSNorm
+from whiflash_sglang.models.packed import Linear
 
 ARCHITECTURE = "DFlashLagunaForCausalLM"
 _GATES = {
@@ -63,7 +64,7 @@ class _GatedAttention(Attention):
             norm=norm_of(config),
         )
         width = shape.heads if config.gate == "head" else self.query_size
-        self.gate = None if config.gate is None else nn.Linear(size, width, bias=False)
+        self.gate = None if config.gate is None else Linear(size, width, bias=False)
 
     def mixed(self, attended: Tensor, x: Tensor) -> Tensor:
         """`attended` [T, Hq, D] times the gates of `x` [T, width], as [T, Hq · D]."""

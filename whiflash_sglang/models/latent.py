@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from whiflash_sglang.models.checkpoint import WeightReader, integer
 from whiflash_sglang.models.layers import Attend, AttentionShape, RMSNorm
+from whiflash_sglang.models.packed import Linear
 from whiflash_sglang.models.rope import Angles, half_split, rotate
 
 
@@ -65,13 +66,13 @@ class LatentAttention(nn.Module):
         self.latent, self.shape = latent, latent.kept
         heads, query = latent.heads, latent.heads * (latent.plain + latent.rotated)
         rank = latent.query_rank
-        self.query_down = None if rank is None else nn.Linear(hidden, rank, bias=False)
+        self.query_down = None if rank is None else Linear(hidden, rank, bias=False)
         self.query_norm = None if rank is None else RMSNorm(rank, eps)
-        self.query = nn.Linear(rank or hidden, query, bias=False)
-        self.down = nn.Linear(hidden, latent.rank + latent.rotated, bias=False)
+        self.query = Linear(rank or hidden, query, bias=False)
+        self.down = Linear(hidden, latent.rank + latent.rotated, bias=False)
         self.norm = RMSNorm(latent.rank, eps)
         self.up = nn.Parameter(torch.empty(heads, latent.plain + latent.value, latent.rank))
-        self.out = nn.Linear(heads * latent.value, hidden, bias=False)
+        self.out = Linear(heads * latent.value, hidden, bias=False)
 
     def forward(self, x: Tensor, angles: Angles, layer: int, attend: Attend) -> Tensor:
         """`x` [T, H] → [T, H]."""

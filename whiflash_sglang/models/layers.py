@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from whiflash_kernels.layers import add_rms_norm, rms_norm, silu_and_mul
 
+from whiflash_sglang.models.packed import Linear
 from whiflash_sglang.models.rope import Angles, rotate, rotate_both, rotates_at_once
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -83,8 +84,8 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = shape
         self.query_size = shape.heads * shape.head_dim
-        self.qkv = nn.Linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, bias=bias)
-        self.out = nn.Linear(self.query_size, hidden, bias=bias if out_bias is None else out_bias)
+        self.qkv = Linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, bias=bias)
+        self.out = Linear(self.query_size, hidden, bias=bias if out_bias is None else out_bias)
         self.q_norm = self.k_norm = None
         if head_norm_eps is not None:
             self.q_norm = norm(shape.head_dim, head_norm_eps)
@@ -130,8 +131,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, clamped: Clamped | None = None) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
-        self.down = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_up = Linear(hidden, 2 * intermediate, bias=False)
+        self.down = Linear(intermediate, hidden, bias=False)
         self.clamped = clamped
 
     def forward(self, x: Tensor) -> Tensor:

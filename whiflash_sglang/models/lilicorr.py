@@ -26,6 +26,7 @@ from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat, merged
 from whiflash_sglang.models.layers import RMSNorm
+from whiflash_sglang.models.packed import Linear
 
 ARCHITECTURE = "LiLiCorrDraftModel"
 FEATURES = 5
@@ -80,7 +81,7 @@ def read_lilicorr(path: Path, config: Mapping[str, Any]) -> LiLiCorrConfig:
 class _MLP(nn.Module):
     def __init__(self, size: int, inner: int, out: int) -> None:
         super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(size, inner), nn.Linear(inner, out)
+        self.up_proj, self.down_proj = Linear(size, inner), Linear(inner, out)
 
     def forward(self, x: Tensor) -> Tensor:
         mixed: Tensor = self.down_proj(F.silu(self.up_proj(x)))
@@ -95,7 +96,7 @@ class _Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.zeros(3 * size, size))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * size))
-        self.out_proj = nn.Linear(size, size)
+        self.out_proj = Linear(size, size)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """`x` [B, N, h], `bias` [heads, N, N] → [B, N, h]."""
@@ -128,8 +129,8 @@ class LatticeHead(nn.Module):
         super().__init__()
         self.config = config
         hidden, width, slots = config.hidden_size, config.width, config.block_size - 1
-        self.token_proj = None if width == hidden else nn.Linear(hidden, width)
-        self.pass_hidden_proj, self.context_proj = nn.Linear(hidden, width), nn.Linear(hidden, width)
+        self.token_proj = None if width == hidden else Linear(hidden, width)
+        self.pass_hidden_proj, self.context_proj = Linear(hidden, width), Linear(hidden, width)
         self.feature_norm = nn.LayerNorm(FEATURES)
         self.feature_mlp = _MLP(FEATURES, width, width)
         self.slot_embedding = nn.Parameter(torch.zeros(1, 1, slots, 1, width))
@@ -138,10 +139,8 @@ class LatticeHead(nn.Module):
         self.same_slot_bias = nn.Parameter(torch.zeros(config.heads))
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.output_norm, self.anchor_norm = (RMSNorm(width, config.rms_norm_eps) for _ in range(2))
-        self.factor_input_proj = nn.Linear(3 * width, width)
-        self.out_head, self.in_head, self.anchor_out_head = (
-            nn.Linear(width, config.factor) for _ in range(3)
-        )
+        self.factor_input_proj = Linear(3 * width, width)
+        self.out_head, self.in_head, self.anchor_out_head = (Linear(width, config.factor) for _ in range(3))
 
     def forward(
         self, embedded: Tensor, chances: Tensor, rows: Tensor, anchor: Tensor

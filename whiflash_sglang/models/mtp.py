@@ -20,6 +20,7 @@ from whiflash_sglang.models.experts import Experts
 from whiflash_sglang.models.latent import LatentAttention
 from whiflash_sglang.models.layers import Attend, Attention, RMSNorm, SwiGLU
 from whiflash_sglang.models.mtp_config import MTPConfig, parse_glm, parse_latent, parse_mimo
+from whiflash_sglang.models.packed import Linear
 from whiflash_sglang.models.rope import Rotary
 from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
@@ -47,7 +48,7 @@ class MTPDrafter(nn.Module):
         self.config, self.shared = config, shared
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
-        self.projection = nn.Linear(2 * size, size, bias=False)
+        self.projection = Linear(2 * size, size, bias=False)
         self.input_norm = RMSNorm(size, eps)
         self.attention = _attention(config)
         self.mlp_norm = RMSNorm(size, eps)

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
+from whiflash_kernels.packed import linear
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.models.layers import Attend, AttentionShape
+from whiflash_sglang.models.packed import pack
 from whiflash_sglang.models.rope import Angles, Rotary, rope_parameters, rotate
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -79,6 +81,12 @@ class TargetModel:
         self.head = weights.get("lm_head.weight", self.embedding)
         self.final_norm = weights["model.norm.weight"]
         self.layers = [self._layer(weights, f"model.layers.{index}.") for index in range(self.num_layers)]
+        pack(
+            [
+                self.head,
+                *(w for layer in self.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)),
+            ]
+        )
         self.rope = rope_parameters(self.config)
         self.attention_shape = AttentionShape(self.num_heads, self.num_kv_heads, self.head_dim)
         self.rotary = Rotary(self.rope, self.head_dim, self.max_positions)
@@ -123,23 +131,23 @@ class TargetModel:
 
     def logits(self, final: Tensor) -> Tensor:
         """`final` [..., H] → [..., V] in the model's dtype."""
-        return F.linear(final, self.head)
+        return linear(final, self.head)
 
     def _attention(self, index: int, layer: _Layer, hidden: Tensor, angles: Angles, attend: Attend) -> Tensor:
         normed = F.rms_norm(hidden, (self.hidden_size,), layer.input_norm, self.eps)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, self.head_dim)
+        qkv = linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, self.head_dim)
         q, k, v = torch.split(qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = F.rms_norm(q, (self.head_dim,), layer.q_norm, self.eps)
             k = F.rms_norm(k, (self.head_dim,), layer.k_norm, self.eps)
         rotated = rotate(torch.cat([q, k], dim=1), angles)
         mixed = attend(index, rotated[:, : self.num_heads], rotated[:, self.num_heads :], v)
-        return F.linear(mixed.reshape(len(hidden), -1), layer.out)
+        return linear(mixed.reshape(len(hidden), -1), layer.out)
 
     def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
         normed = F.rms_norm(hidden, (self.hidden_size,), layer.post_norm, self.eps)
-        gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down)
+        gate, up = linear(normed, layer.gate_up).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, layer.down)
 
 
 def _read_weights(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from whiflash_sglang.platform import recurrent_ops, spec_ops, spec_trees, target_ops
+from whiflash_sglang.platform import packed_weights, recurrent_ops, spec_ops, spec_trees, target_ops
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 from whiflash_sglang.platform.kv_pool import CpuKVPool
@@ -17,6 +17,7 @@ _SPEC_TREE = "sglang.kernels.ops.speculative.spec_tree"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
 _ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
+_WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 _CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
 
 
@@ -181,6 +182,35 @@ METHOD_SEAMS: tuple[MethodSeam, ...] = (
         "ModelRunner",
         "_extend_forward_kwargs",
         _keep_embedding_dtype,
+    ),
+    MethodSeam(
+        "sglang.srt.layers.quantization.unquant", "UnquantizedLinearMethod", "apply", packed_weights.apply
+    ),
+    MethodSeam(
+        "sglang.srt.layers.logits_processor",
+        "LogitsProcessor",
+        "_compute_lm_head",
+        packed_weights.compute_lm_head,
+    ),
+    *(
+        MethodSeam(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.around_updates)
+        for name in (
+            "update_weights_from_disk",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+            "load_weights_from_distributed",
+            "begin_weight_update",
+            "end_weight_update",
+        )
+    ),
+    MethodSeam(
+        "sglang.srt.utils.weight_checker", "WeightChecker", "_reset_tensors", packed_weights.around_updates
+    ),
+    MethodSeam(
+        "sglang.srt.model_executor.model_runner",
+        "ModelRunner",
+        "finalize_startup_weight_load",
+        packed_weights.around_updates,
     ),
 )
 

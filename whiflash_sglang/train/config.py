@@ -212,6 +212,8 @@ class RouterTraining(_Strict):
         held_out: share of the answers (by their id) that choose the epoch, give the report and calibrate.
         width: of the MLP's hidden layer. batch: positions in a step.
         dropout: of inputs and hidden units, while training.
+        judge_confidences: report beside it what a router is worth that reads both drafters' confidences as well, which
+            no server knows before a round; none is written.
         eagle_steps: drafts of an EAGLE-3 round, as in the server.
     """
 
@@ -224,6 +226,7 @@ class RouterTraining(_Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.35
+    judge_confidences: bool = False
 
 
 class TrainConfig(_Strict):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whiflash_kernels.packed import linear
 from whiflash_kernels.structs import DFlashWeights, Eagle3Weights, KVPools
 
 
@@ -54,8 +55,8 @@ def dflash_catch_up(
     pools: KVPools,
 ) -> Tensor:
     """See `whiflash_kernels.catch_up.dflash_catch_up`."""
-    fused = rms_norm(F.linear(features, weights.fc, weights.fc_bias), weights.hidden_norm, weights.eps)
-    kv = F.linear(fused, weights.kv, weights.kv_bias)
+    fused = rms_norm(linear(features, weights.fc, weights.fc_bias), weights.hidden_norm, weights.eps)
+    kv = linear(fused, weights.kv, weights.kv_bias)
     write_kv(kv, weights.k_norm, weights.eps, positions, cache_slots, rope_table, pools)
     return fused
 
@@ -67,7 +68,7 @@ def eagle3_fuse(features: Tensor, weights: Eagle3Weights) -> Tensor:
     if weights.chunk_norms is not None:
         chunks = features.reshape(-1, *weights.chunk_norms.shape)
         features = rms_norm(chunks, weights.chunk_norms, weights.eps).flatten(1)
-    return F.linear(features, weights.fc, weights.fc_bias)
+    return linear(features, weights.fc, weights.fc_bias)
 
 
 def eagle3_catch_up(
@@ -83,6 +84,6 @@ def eagle3_catch_up(
     fused = eagle3_fuse(features, weights)
     embedded = rms_norm(F.embedding(next_tokens, weights.embedding), weights.input_norm, weights.eps)
     layer_input = torch.cat([embedded, rms_norm(fused, weights.hidden_norm, weights.eps)], dim=-1)
-    kv = F.linear(layer_input, weights.kv, weights.kv_bias)
+    kv = linear(layer_input, weights.kv, weights.kv_bias)
     write_kv(kv, weights.k_norm, weights.eps, positions, cache_slots, rope_table, pools)
     return fused

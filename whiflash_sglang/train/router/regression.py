@@ -27,7 +27,8 @@ from whiflash_sglang.train.judging.replay import Replay
 
 
 class RouterData(NamedTuple):
-    """`states` [N, H] fp32; `accepted` [N, 2] fp32: drafts accepted of EAGLE-3 and of DFlash."""
+    """`states` [N, H or H + 2] fp32, of :func:`inputs_of`; `accepted` [N, 2] fp32: drafts accepted of EAGLE-3 and of
+    DFlash."""
 
     states: Tensor
     accepted: Tensor
@@ -65,11 +66,24 @@ def split(answers: Sequence[Replay], share: float) -> Split:
     return parts
 
 
-def router_data(answers: Sequence[Replay]) -> RouterData:
-    """All positions before a loop."""
+def inputs_of(answer: Replay, confidences: bool) -> Tensor:
+    """What a router reads at every position of an answer, [P, H] fp32: the target's state.
+
+    With `confidences` [P, H + 2]: beside it the drafts that EAGLE-3 and the block drafter expect to be accepted, which
+    a server knows behind both draft passes only.
+    """
+    state = answer.final.float()
+    if not confidences:
+        return state
+    expected = [torch.from_numpy(answer.expected[arm]).float() for arm in ARMS]
+    return torch.cat([state, torch.stack(expected, dim=1)], dim=1)
+
+
+def router_data(answers: Sequence[Replay], confidences: bool = False) -> RouterData:
+    """All positions before a loop; `confidences` as of :func:`inputs_of`."""
     states, accepted = [], []
     for answer in answers:
-        states.append(answer.final[: answer.loop_from].float())
+        states.append(inputs_of(answer, confidences)[: answer.loop_from])
         lengths = [torch.from_numpy(answer.accepted[arm][: answer.loop_from]) for arm in ARMS]
         accepted.append(torch.stack(lengths, dim=1).float())
     return RouterData(torch.cat(states), torch.cat(accepted))

@@ -25,6 +25,7 @@ from whiflash_sglang.train.router.regression import (
     RouterData,
     calibration_bins,
     fit,
+    inputs_of,
     router_data,
     router_quality,
     run_key,
@@ -86,11 +87,16 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     learn, held_out = router_data(parts.learn), router_data(parts.held_out)
     run = work / "runs" / run_key(pair.digest, parts, settings, config.seed)
     router = fit(learn, held_out, run, settings, config.seed)
+    entropy = entropy_of(held_out.states, target.head)
     report = {
         "answers": {"learn": len(parts.learn), "held_out": len(parts.held_out)},
         "positions": {"learn": len(learn.states), "held_out": len(held_out.states)},
-        **_judge(router, parts.held_out, held_out, target.head),
+        **_judge(router, parts.held_out, held_out, entropy),
     }
+    if settings.judge_confidences:
+        informed = [router_data(answers, confidences=True) for answers in (parts.learn, parts.held_out)]
+        beside = fit(*informed, run.with_name(f"{run.name}-confidences"), settings, config.seed)
+        report["with_confidences"] = _judge(beside, parts.held_out, informed[1], entropy, confidences=True)
     out = work / "checkpoint"
     out.mkdir(parents=True, exist_ok=True)
     router.save(out / ROUTER_FILE)
@@ -101,10 +107,16 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     return TrainedRouter(out, report)
 
 
-def _judge(router: Router, answers: Sequence[Replay], data: RouterData, head: Tensor) -> dict[str, Any]:
+def _judge(
+    router: Router,
+    answers: Sequence[Replay],
+    data: RouterData,
+    entropy: Tensor,
+    confidences: bool = False,
+) -> dict[str, Any]:
     """Quality of the regression, and what routing by it is worth at threshold 0, without dwell."""
-    quality = router_quality(router, data, entropy_of(data.states, head))
-    walks = {"neural": RouterWalk([_choices(router, answer) for answer in answers])}
+    quality = router_quality(router, data, entropy)
+    walks = {"neural": RouterWalk([_choices(router, inputs_of(one, confidences)) for one in answers])}
     figures: Mapping[str, Any] = tabulate(answers, walks)
     keys = ("acceptance_length", "rounds_won", "oracle_gain_share")
     return {
@@ -116,8 +128,8 @@ def _judge(router: Router, answers: Sequence[Replay], data: RouterData, head: Te
 
 
 @torch.inference_mode()
-def _choices(router: Router, answer: Replay) -> dict[int, str]:
-    return {i: ARMS[0] if value > 0 else ARMS[1] for i, value in enumerate(router(answer.final).tolist())}
+def _choices(router: Router, inputs: Tensor) -> dict[int, str]:
+    return {i: ARMS[0] if value > 0 else ARMS[1] for i, value in enumerate(router(inputs).tolist())}
 
 
 @torch.inference_mode()

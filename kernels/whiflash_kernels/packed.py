@@ -1,0 +1,81 @@
+"""Products with weights that are laid out for a CPU's matrix kernels once, instead of at every product.
+
+oneDNN, which runs torch's bfloat16 products on CPUs, reads a weight in blocks. Given rows, as torch keeps them, it
+copies them into blocks at every call, which takes as long as the product itself where that has a dozen rows or fewer:
+decoding, verifying, drafting. A second copy, in blocks, costs the weight's size in memory and saves that. The kernels
+are the same, and so are their results.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_COPY = "_whiflash_packed"
+
+
+def packable(weight: Tensor) -> bool:
+    """Whether products with `weight` [N, K] gain from a copy in blocks: bfloat16 on a CPU, multiplied by oneDNN."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.ndim == 2
+        and weight.numel() > 0
+        and weight.is_contiguous()
+        and not weight.requires_grad
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def pack(weights: Iterable[Tensor], at_most: float) -> int:
+    """Keep a copy in blocks beside each `packable` weight that has none yet, for :func:`linear`.
+
+    The copy stays with the tensor object, not with views of it. Who writes into a weight calls :func:`unpack` before.
+
+    Args:
+        weights: [N, K] each. at_most: bytes that the copies may take; should they take more, none is made.
+
+    Returns:
+        Bytes of the copies that were made.
+    """
+    wanted = {id(weight): weight for weight in weights if packable(weight) and not is_packed(weight)}
+    size = sum(weight.nbytes for weight in wanted.values())
+    if size > at_most:
+        return 0
+    with torch.inference_mode(False), torch.no_grad():
+        for weight in wanted.values():
+            setattr(weight, _COPY, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
+    return size
+
+
+def unpack(weights: Iterable[Tensor]) -> None:
+    """Forget the copies of these weights, where they have any."""
+    for weight in weights:
+        if is_packed(weight):
+            delattr(weight, _COPY)
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether :func:`pack` has made a copy of this tensor."""
+    return hasattr(weight, _COPY)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, from the weight's copy in blocks where it has one.
+
+    Numerics: oneDNN's sums in float32, rounded once; bit by bit those of `torch.nn.functional.linear`.
+    Fallback: that function, for a weight without a copy, other dtypes than bfloat16 and where gradients are wanted.
+
+    Args:
+        x: [..., K]. weight: [N, K]. bias: [N].
+
+    Returns:
+        [..., N] in the dtype of `x`.
+    """
+    packed = getattr(weight, _COPY, None)
+    if packed is None or x.dtype != torch.bfloat16 or (x.requires_grad and torch.is_grad_enabled()):
+        return F.linear(x, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return product

@@ -1,0 +1,149 @@
+"""A bfloat16 target with packed weights writes what it writes without, also after its weights have become others."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine import Engine, engine
+from safetensors.torch import load_file
+from tiny_models import tiny_target
+from whiflash_kernels.packed import is_packed, linear, packable
+
+from whiflash_sglang.models import packed
+
+from .conftest import Checkpoints
+
+PROMPTS = [[7, 8, 9, 10], [50, 60, 70], list(range(100, 130))]
+
+Texts = list[list[int]]
+
+pytestmark = pytest.mark.skipif(
+    not packable(torch.zeros(8, 8, dtype=torch.bfloat16)),
+    reason="oneDNN multiplies no bfloat16 on this processor",
+)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_target(tmp_path_factory.mktemp("other"), seed=5, peaked=True)
+
+
+@contextmanager
+def without_copies() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "MEMORY_SHARE", 0.0)
+        yield
+
+
+def model_of(e: Engine) -> Any:
+    return e.scheduler.tp_worker.model_runner.model
+
+
+def stale(e: Engine) -> list[str]:
+    """Packed weights whose copy is of other numbers."""
+    found = []
+    for name, weight in model_of(e).named_parameters():
+        x = torch.ones(2, weight.shape[-1], dtype=torch.bfloat16)
+        if is_packed(weight) and not torch.equal(linear(x, weight), F.linear(x, weight)):
+            found.append(name)
+    return found
+
+
+def texts(e: Engine) -> Texts:
+    return e.generate(PROMPTS, max_new_tokens=24)
+
+
+def started(target: Path) -> Any:
+    return engine(target, dtype="bfloat16", disable_radix_cache=True)
+
+
+def asked(target: Path) -> Texts:
+    with started(target) as e:
+        return texts(e)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoints: Checkpoints, other: Path) -> tuple[Texts, Texts]:
+    """Without copies: the texts of either target."""
+    with without_copies():
+        return asked(checkpoints.target), asked(other)
+
+
+def test_no_room_is_said_and_nothing_is_packed(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "whiflash_sglang"), without_copies(), started(checkpoints.target) as e:
+        assert not any(is_packed(weight) for weight in model_of(e).parameters())
+    assert "weights are not laid out for this CPU's matrix kernels" in caplog.text
+
+
+def test_texts_before_and_after_every_kind_of_update(
+    checkpoints: Checkpoints,
+    other: Path,
+    plain: tuple[Texts, Texts],
+) -> None:
+    first, second = plain
+    assert first != second
+    with started(checkpoints.target) as e:
+        layer = model_of(e).model.layers[0]
+        held = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
+        for module in (*held, model_of(e).lm_head):
+            assert is_packed(module.weight), module
+        assert texts(e) == first
+        updater = e.scheduler.tp_worker.model_runner.weight_updater
+        assert updater.update_weights_from_disk(str(other), "auto")[0]
+        assert texts(e) == second
+        assert updater.update_weights_from_tensor(tensors_of(checkpoints.target))[0]
+        assert texts(e) == first
+        updater.begin_weight_update()
+        assert updater.load_weights_from_distributed(tensors_of(other))[0]
+        assert stale(e) == []
+        updater.end_weight_update(run_post_load=True)
+        assert texts(e) == second
+        assert is_packed(held[0].weight)
+
+
+def tensors_of(target: Path) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.bfloat16()) for name, tensor in load_file(target / "model.safetensors").items()]
+
+
+def test_weights_that_are_checked_by_overwriting_them(
+    checkpoints: Checkpoints, plain: tuple[Texts, Texts]
+) -> None:
+    """SGLang's `/weights_checker` writes random numbers over them, and an update brings them back."""
+    from sglang.srt.utils.weight_checker import WeightChecker
+
+    with started(checkpoints.target) as e:
+        WeightChecker(get_model=lambda: model_of(e)).handle("reset_tensors", role="target")
+        assert texts(e) != plain[0]
+        assert stale(e) == []
+        updater = e.scheduler.tp_worker.model_runner.weight_updater
+        assert updater.update_weights_from_disk(str(checkpoints.target), "auto")[0]
+        assert texts(e) == plain[0]
+
+
+@pytest.mark.parametrize("router", ["ar", "diffusion"])
+def test_drafters_are_packed_and_the_text_is_plain_decodings(
+    checkpoints: Checkpoints,
+    router: str,
+    plain: tuple[Texts, Texts],
+) -> None:
+    flags = {
+        "draft": checkpoints.dflash,
+        "whiflash_eagle_draft": str(checkpoints.eagle3),
+        "whiflash_router": router,
+        "whiflash_lookup": "off",
+    }
+    with engine(checkpoints.target, dtype="bfloat16", whiflash=flags) as e:
+        for arm in e.worker.drafters:
+            model = getattr(arm, "model", None)
+            if model is not None:
+                matrices = [m.weight for m in model.modules() if isinstance(m, packed.Linear)]
+                assert matrices
+                assert all(is_packed(weight) for weight in matrices)
+        assert texts(e) == plain[0]

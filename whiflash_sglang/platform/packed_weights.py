@@ -1,0 +1,105 @@
+"""The target's matrices in the layout of a CPU's matrix kernels (`whiflash_kernels.packed`).
+
+Every method here wraps one of SGLang's (`platform/seam_tables.py`). Copies are made when a model is loaded and made
+anew whenever its weights are updated; what other code does with a layer's weight sees the weight itself.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from whiflash_kernels.packed import is_packed, linear, packable, unpack
+
+from whiflash_sglang.models import packed
+
+logger = logging.getLogger(__name__)
+
+
+def pack_model(model: nn.Module) -> None:
+    """Pack the matrices that SGLang multiplies by unquantised, and say what it takes or why it was left."""
+    weights = list(_weights(model))
+    wanted = sum(weight.nbytes for weight in weights if packable(weight))
+    taken = packed.pack(weights)
+    if taken:
+        logger.info("weights laid out for this CPU's matrix kernels: %.2f GB more memory", taken / 1e9)
+    elif wanted:
+        share = f"{packed.MEMORY_SHARE:.0%}"
+        logger.info(
+            "weights are not laid out for this CPU's matrix kernels: the copies' %.2f GB would be more than %s of the "
+            "free memory; small batches take up to twice as long without",
+            wanted / 1e9,
+            share,
+        )
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        plain = type(getattr(module, "quant_method", None)) is UnquantizedLinearMethod
+        if isinstance(weight, Tensor) and (plain or name.rpartition(".")[2] == "lm_head"):
+            yield weight
+
+
+def apply(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of `UnquantizedLinearMethod`: the product with a layer's weight."""
+
+    def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight = layer.weight
+        if isinstance(weight, Tensor) and is_packed(weight):
+            return linear(x, weight, bias)
+        return upstream(self, layer, x, bias)
+
+    return apply
+
+
+def compute_lm_head(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of `LogitsProcessor`: hidden states [T, H] → logits [T, V]."""
+
+    def compute(
+        self: Any,
+        hidden_states: Tensor,
+        lm_head: nn.Module,
+        embedding_bias: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        weight = getattr(lm_head, "weight", None)
+        otherwise = (
+            embedding_bias is not None
+            or self.use_fp32_lm_head
+            or self.rl_on_policy_target is not None
+            or hasattr(lm_head, "set_lora")
+        )
+        if otherwise or not isinstance(weight, Tensor) or not is_packed(weight):
+            return upstream(self, hidden_states, lm_head, embedding_bias, out=out)
+        return linear(hidden_states.to(torch.bfloat16), weight)
+
+    return compute
+
+
+def _model_of(holder: Any) -> nn.Module:
+    """The model of what updates or checks its weights, or of a model runner."""
+    for getter in ("get_model", "_get_model"):
+        if hasattr(holder, getter):
+            return getattr(holder, getter)()
+    return holder.model
+
+
+def around_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what writes into a loaded model's weights: copies are forgotten before it and made anew behind it."""
+
+    @functools.wraps(upstream)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = _model_of(self)
+        unpack(_weights(model))
+        try:
+            return upstream(self, *args, **kwargs)
+        finally:
+            pack_model(model)
+
+    return update
