@@ -13,7 +13,7 @@ from torch import Tensor
 from whiflash_sglang.checkpoints.drafter_set import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
 from whiflash_sglang.train.answers.store import FeatureStore
-from whiflash_sglang.train.config import TrainConfig
+from whiflash_sglang.train.config import RouterTraining, TrainConfig
 from whiflash_sglang.train.drafters.beginnings import origin_of
 from whiflash_sglang.train.drafters.runner import open_stores
 from whiflash_sglang.train.judging.evaluate import RouterWalk, tabulate
@@ -23,6 +23,7 @@ from whiflash_sglang.train.provenance import Provenance, trained_on
 from whiflash_sglang.train.router.plots import plot_calibration
 from whiflash_sglang.train.router.regression import (
     RouterData,
+    Split,
     calibration_bins,
     fit,
     inputs_of,
@@ -94,9 +95,7 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
         **_judge(router, parts.held_out, held_out, entropy),
     }
     if settings.judge_confidences:
-        informed = [router_data(answers, confidences=True) for answers in (parts.learn, parts.held_out)]
-        beside = fit(*informed, run.with_name(f"{run.name}-confidences"), settings, config.seed)
-        report["with_confidences"] = _judge(beside, parts.held_out, informed[1], entropy, confidences=True)
+        report["with_confidences"] = _with_confidences(parts, entropy, run, settings, config.seed)
     out = work / "checkpoint"
     out.mkdir(parents=True, exist_ok=True)
     router.save(out / ROUTER_FILE)
@@ -105,6 +104,15 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     log = json.loads((run / "log.json").read_text())
     provenance.finish(out, {"log": log, "drafters": pair.digest})
     return TrainedRouter(out, report)
+
+
+def _with_confidences(
+    parts: Split, entropy: Tensor, run: Path, settings: RouterTraining, seed: int
+) -> dict[str, Any]:
+    """What the same training makes of both drafters' confidences beside the state."""
+    learn, held_out = (router_data(part, confidences=True) for part in (parts.learn, parts.held_out))
+    router = fit(learn, held_out, run.with_name(f"{run.name}-confidences"), settings, seed)
+    return _judge(router, parts.held_out, held_out, entropy, confidences=True)
 
 
 def _judge(
