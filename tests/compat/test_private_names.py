@@ -1,13 +1,16 @@
 """Only `compat/` and `platform/` import SGLang, and what `compat/` imports is on the checked list."""
 
 import ast
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import whiflash_sglang
 from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.names import PRIVATE_NAMES, PrivateName
+from whiflash_sglang.platform import seams
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
 
@@ -65,3 +68,23 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "SGLANG_VERSION", "9.9.9")
     with pytest.raises(patching.IncompatibleEngineError, match=r"needs sglang==9\.9\.9"):
         patching.require_names()
+
+
+def test_a_name_is_looked_for_behind_what_stands_in_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A platform's replacement need not have what the check asks SGLang's own for, nor may it hide that it is gone."""
+    module = ModuleType("sglang_stand_in")
+
+    class Own:
+        def asked(self, a: int) -> None: ...
+
+    class Replacement:
+        def ours(self) -> None: ...
+
+    module.Backend = Replacement  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang_stand_in", module)
+    monkeypatch.setitem(seams._originals, "sglang_stand_in.Backend", Own)
+    names = ("Backend.asked", "Backend.ours", "Backend")
+    monkeypatch.setattr(
+        patching, "PRIVATE_NAMES", [PrivateName(f"sglang_stand_in:{name}", ()) for name in names]
+    )
+    assert [finding.ok for finding in patching.verify_names()[1:]] == [True, False, True]

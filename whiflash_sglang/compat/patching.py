@@ -6,7 +6,8 @@ loaded, every name when WHIFLASH is asked for, and findings stop the start.
 
 import importlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -94,10 +95,15 @@ def _check_version() -> Finding:
 
 def _check_name(name: PrivateName) -> Finding:
     module_name, _, attribute = name.path.partition(":")
+    # Where the CPU platform stands in for a name, what is asked for is SGLang's own.
+    seams = sys.modules.get("whiflash_sglang.platform.seams")
+    originals: Mapping[str, Any] = {} if seams is None else seams.originals()
     try:
         value: Any = importlib.import_module(module_name)
+        full_name = module_name
         for part in attribute.split("."):
-            value = getattr(value, part)
+            full_name = f"{full_name}.{part}"
+            value = originals[full_name] if full_name in originals else getattr(value, part)
     except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
         return Finding(name.path, False, f"missing ({error})")
     if name.parameters:

@@ -61,11 +61,6 @@ class CpuChannelDeltaBackend(CpuDeltaBackend):
         *_, taps, width = self.conv_states_shape
         self.conv_states_shape = (*_, width, taps)
 
-    @staticmethod
-    def _can_fuse_accept_state(verify_backend: Any) -> bool:
-        """Whether a verification finds the accepted state by itself: here every state is committed."""
-        return False
-
     def cache_of(self, layer_id: int) -> Any:
         return turned(super().cache_of(layer_id))
 

@@ -19,7 +19,7 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -50,6 +50,11 @@ _originals: dict[str, Any] = {}
 """What each installed seam replaced; empty before :func:`install_seams`."""
 _early: dict[str, Any] = {}
 """The same of :func:`install_early_seams`."""
+
+
+def originals() -> Mapping[str, Any]:
+    """SGLang's own values of the names that are replaced in this process, by their full names."""
+    return {**_early, **_originals}
 
 
 def install_early_seams() -> None:
