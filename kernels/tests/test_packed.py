@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from whiflash_kernels import packed
 from whiflash_kernels.packed import is_packed, linear, pack, packable, unpack
 
 
@@ -117,3 +118,15 @@ def test_what_is_left_alone(weight: Tensor) -> None:
 def test_memory_is_asked_for_all_weights_together() -> None:
     weights = [matrix(8, 8) for _ in range(4)]
     assert pack(weights, 3 * weights[0].nbytes) == 0
+
+
+def test_a_processor_whose_products_differ_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = F.linear
+    packed._same_bits.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(packed.F, "linear", lambda *given: own(*given) + 1)
+            assert not packable(matrix(8, 8))
+            assert pack([matrix(8, 8)], 1e9) == 0
+    finally:
+        packed._same_bits.cache_clear()

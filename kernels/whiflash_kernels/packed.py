@@ -7,6 +7,7 @@ are the same, and so are their results.
 """
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ _COPY = "_whiflash_packed"
 
 
 def packable(weight: Tensor) -> bool:
-    """Whether products with `weight` [N, K] gain from a copy in blocks: bfloat16 on a CPU, multiplied by oneDNN."""
+    """Whether products with `weight` [N, K] gain from a copy in blocks, and stay the same bit by bit: bfloat16 on a CPU
+    whose oneDNN kernels were seen to."""
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
@@ -24,9 +26,30 @@ def packable(weight: Tensor) -> bool:
         and weight.numel() > 0
         and weight.is_contiguous()
         and not weight.requires_grad
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and _same_bits()
     )
+
+
+@cache
+def _same_bits() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor, and packed weights give what torch's own products give.
+
+    Which kernel it takes depends on the processor, and no table of them promises that: so a few products are compared.
+    """
+    supported = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not supported or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad():
+        for inner, outer in ((7, 3), (100, 65), (576, 960), (1536, 576)):
+            weight = torch.randn(outer, inner, generator=generator).bfloat16()
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            for rows in (1, 2, 5, 17, 64):
+                x = torch.randn(rows, inner, generator=generator).bfloat16()
+                product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+                if not torch.equal(product, F.linear(x, weight)):
+                    return False
+    return True
 
 
 def pack(weights: Iterable[Tensor], at_most: float) -> int:
