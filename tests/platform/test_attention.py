@@ -1,5 +1,7 @@
 """The attention backend's lengths and masks in every forward mode, against the paged attention itself."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +10,14 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+from whiflash_kernels.cpu.paged_attention import CompiledPlan
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
-from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
+from whiflash_sglang.platform.attention import (
+    CpuAttentionBackend,
+    CpuMultiStepDraftBackend,
+    attention_kernel,
+)
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 256
 SCALE = DIM**-0.5
@@ -19,10 +26,10 @@ SCALE = DIM**-0.5
 class Pool:
     """A one-layer KV pool of random entries that records what is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.k = torch.randn(SLOTS, KV_HEADS, DIM, generator=generator)
-        self.v = torch.randn(SLOTS, KV_HEADS, DIM, generator=generator)
+        self.k = torch.randn(SLOTS, KV_HEADS, DIM, generator=generator).to(dtype)
+        self.v = torch.randn(SLOTS, KV_HEADS, DIM, generator=generator).to(dtype)
 
     def set_kv_buffer(self, layer: Any, where: Any, k: torch.Tensor, v: torch.Tensor) -> None:
         self.k[where.loc] = k
@@ -35,10 +42,15 @@ class Pool:
         return self.v
 
 
-@pytest.fixture
-def runner() -> SimpleNamespace:
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def runner(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """Of a pool in float32, which runs in torch, and in bfloat16, which is compiled."""
+    if request.param == torch.bfloat16 and attention_kernel() is None:
+        pytest.skip("no C++ compiler here")
     table = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1)).view(4, 64).to(torch.int32)
-    return SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool())
+    return SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool(request.param)
+    )
 
 
 def layer(attn_type: AttentionType = AttentionType.DECODER, **changes: Any) -> Any:
@@ -71,6 +83,7 @@ def batch(mode: ForwardMode, seq_lens: list[int], **fields: Any) -> Any:
 
 def attend(backend: CpuAttentionBackend, rows: int, forward_batch: Any, of: Any) -> torch.Tensor:
     query = torch.randn(rows, HEADS * DIM, generator=torch.Generator().manual_seed(3))
+    query = query.to(backend.token_to_kv_pool.k.dtype)
     return backend.forward(query, None, None, of, forward_batch, save_kv_cache=False)
 
 
@@ -81,7 +94,8 @@ def expected(
     table = runner.req_to_token_pool.req_to_token[rows]
     plan = PagedAttentionPlan.build(table, q_lens, kv_lens, causal=causal, dtype=torch.float32)
     pool = runner.token_to_kv_pool
-    return plan.run(query, pool.k, pool.v, SCALE).reshape(sum(q_lens), HEADS * DIM)
+    query = query.to(pool.k.dtype).float()
+    return plan.run(query, pool.k.float(), pool.v.float(), SCALE).reshape(sum(q_lens), HEADS * DIM)
 
 
 def check(runner: Any, forward_batch: Any, q_lens: list[int], kv_lens: list[int], **kind: Any) -> None:
@@ -90,7 +104,11 @@ def check(runner: Any, forward_batch: Any, q_lens: list[int], kv_lens: list[int]
     backend.init_forward_metadata(forward_batch)
     found = attend(backend, sum(q_lens), forward_batch, of)
     causal = of.attn_type == AttentionType.DECODER
-    assert torch.equal(found, expected(runner, q_lens, kv_lens, forward_batch.req_pool_indices, causal))
+    wanted = expected(runner, q_lens, kv_lens, forward_batch.req_pool_indices, causal)
+    exact = found.dtype == torch.float32
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0 if exact else 2**-7)
+    (plan,) = backend._plans.values()
+    assert isinstance(plan, PagedAttentionPlan if exact else CompiledPlan)
 
 
 def test_decoding(runner: Any) -> None:
@@ -142,9 +160,10 @@ def test_own_keys_are_written_before_they_are_read(runner: Any) -> None:
     forward_batch.out_cache_loc = slot.view(1)
     backend = CpuAttentionBackend(runner)
     backend.init_forward_metadata(forward_batch)
-    query = torch.zeros(1, HEADS * DIM)
-    value = torch.full((1, KV_HEADS, DIM), 1e6)
-    out = backend.forward(query, torch.zeros(1, KV_HEADS, DIM), value, layer(), forward_batch)
+    dtype = runner.token_to_kv_pool.k.dtype
+    query = torch.zeros(1, HEADS * DIM, dtype=dtype)
+    value = torch.full((1, KV_HEADS, DIM), 1e6, dtype=dtype)
+    out = backend.forward(query, torch.zeros(1, KV_HEADS, DIM, dtype=dtype), value, layer(), forward_batch)
     assert bool((out > 1e4).all())
 
 
@@ -172,3 +191,26 @@ def test_what_it_does_not_serve_is_refused(runner: Any, changes: dict[str, Any],
 def test_trees_are_refused(runner: Any) -> None:
     with pytest.raises(ValueError, match="speculative-eagle-topk 1"):
         CpuMultiStepDraftBackend(runner, 2, 4)
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    attention_kernel.cache_clear()
+    yield
+    attention_kernel.cache_clear()
+
+
+def test_torch_can_be_forced(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
+    assert attention_kernel() is None
+
+
+def test_without_a_compiler_torch_goes_on(
+    asked_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
+    assert attention_kernel() is None
+    assert attention_kernel() is None
+    (record,) = caplog.records  # Said once, with the cause.
+    assert record.getMessage().endswith("there is no C++ compiler (c++, g++ or clang++) on the PATH")

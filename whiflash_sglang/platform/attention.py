@@ -1,10 +1,17 @@
-"""SGLang's attention on the CPU: one backend for every forward mode, on :mod:`.paged_attention`.
+"""SGLang's attention on the CPU: one backend for every forward mode.
+
+bfloat16 runs in a compiled kernel (:mod:`whiflash_kernels.cpu.paged_attention`) where this machine can compile it;
+other dtypes, trees of drafts and machines without a compiler run in torch
+(:mod:`whiflash_kernels.reference.paged_attention`).
 
 The plan of a forward (slots, masks) is built at its first layer and shared by all others; a model that
 mixes causal, non-causal and sliding-window layers gets one plan per kind.
 """
 
+import logging
+import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,9 +20,13 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan, compiled_attention, fits
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+
+logger = logging.getLogger(__name__)
 
 
 class CpuAttentionBackend(AttentionBackend):
@@ -36,7 +47,7 @@ class CpuAttentionBackend(AttentionBackend):
         self._kv_lens: Sequence[int] = ()
         self._rows: torch.Tensor | None = None
         self._trees: Sequence[torch.Tensor] | None = None
-        self._plans: dict[tuple[bool, int | None, torch.dtype], PagedAttentionPlan] = {}
+        self._plans: dict[tuple[bool, int | None, torch.dtype | None], PagedAttentionPlan | CompiledPlan] = {}
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Read the batch's lengths once; plans are built from them as layers ask for them."""
@@ -57,22 +68,33 @@ class CpuAttentionBackend(AttentionBackend):
             self._q_lens = forward_batch.extend_seq_lens.tolist()
             self._kv_lens = seq_lens
 
-    def _plan(self, layer: RadixAttention, dtype: torch.dtype) -> PagedAttentionPlan:
+    def _plan(
+        self, layer: RadixAttention, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> PagedAttentionPlan | CompiledPlan:
         causal = not (layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY)
         window = layer.sliding_window_size if layer.sliding_window_size not in (None, -1) else None
-        key = (causal, window if causal else None, dtype)
+        compiled = attention_kernel() if self._trees is None and fits(q, k_cache, v_cache) else None
+        key = (causal, window if causal else None, None if compiled else q.dtype)
         plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = PagedAttentionPlan.build(
-                self.req_to_token_pool.req_to_token,
-                self._q_lens,
-                self._kv_lens,
+        if plan is not None:
+            return plan
+        table, q_lens, kv_lens = self.req_to_token_pool.req_to_token, self._q_lens, self._kv_lens
+        if compiled:
+            plan = compiled.plan(
+                table, q_lens, kv_lens, causal=causal, request_rows=self._rows, window=key[1]
+            )
+        else:
+            plan = PagedAttentionPlan.build(
+                table,
+                q_lens,
+                kv_lens,
                 causal=causal,
-                dtype=dtype,
+                dtype=q.dtype,
                 request_rows=self._rows,
                 window=key[1],
                 trees=self._trees,
             )
+        self._plans[key] = plan
         return plan
 
     def _attend(
@@ -90,15 +112,12 @@ class CpuAttentionBackend(AttentionBackend):
         if save_kv_cache and k is not None and v is not None:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        plan = self._plan(layer, query.dtype)
+        k_cache, v_cache = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        plan = self._plan(layer, query, k_cache, v_cache)
         rows = plan.num_rows
         padded = query.shape[0]
         out = plan.run(
-            query if padded == rows else query[:rows],
-            pool.get_key_buffer(layer.layer_id),
-            pool.get_value_buffer(layer.layer_id),
-            layer.scaling,
-            sinks,
+            query if padded == rows else query[:rows], k_cache, v_cache, layer.scaling, sinks
         ).reshape(rows, layer.tp_q_head_num * layer.v_head_dim)
         if padded == rows:
             return out
@@ -130,6 +149,20 @@ class CpuAttentionBackend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return False
+
+
+@cache
+def attention_kernel() -> CompiledAttention | None:
+    """The compiled kernel, or None: with ``WHIFLASH_KERNELS=torch``, and, said in the log, where it cannot be had."""
+    if os.environ.get("WHIFLASH_KERNELS") == "torch":
+        return None
+    try:
+        return compiled_attention(cache_root() / "compiled")
+    except OSError as error:
+        logger.warning(
+            "attention runs in torch, which takes two to four times as long for bfloat16: %s", error
+        )
+        return None
 
 
 class CpuMultiStepDraftBackend:

@@ -69,7 +69,7 @@ class PagedAttentionPlan:
         Raises:
             ValueError: lengths that do not fit each other or the slot table.
         """
-        _check_lengths(slot_table, q_lens, kv_lens, causal)
+        check_lengths(slot_table, q_lens, kv_lens, causal)
         if request_rows is not None:
             slot_table = slot_table[:, : max(kv_lens, default=0)].index_select(0, request_rows)
         if not causal:
@@ -126,7 +126,7 @@ class PagedAttentionPlan:
         return out
 
 
-def _check_lengths(
+def check_lengths(
     slot_table: torch.Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], causal: bool
 ) -> None:
     if len(q_lens) != len(kv_lens):

@@ -5,26 +5,21 @@ Products of torch read every slot up to the longest one's end and copy what they
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
 import subprocess
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from whiflash_kernels.cpu import compiler
 
 from whiflash_sglang.embedded import cache_root
 
 _SOURCE = Path(__file__).with_name("decode_attention.cpp")
-_FLAGS = ["-O3", "-march=native", "-ffast-math", "-fPIC"]
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, ends: Tensor, bias: Tensor) -> Tensor:
@@ -76,39 +71,8 @@ def _threads(count: int) -> ThreadPoolExecutor:
 @cache
 def _compiled() -> Any:
     """The compiled function, or None where it cannot be had."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None
-    key = hashlib.sha256(
-        _SOURCE.read_bytes() + " ".join([compiler, *_FLAGS, _processor()]).encode()
-    ).hexdigest()[:12]
-    library = cache_root() / "compiled" / f"decode-attention-{key}.so"
     try:
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            _build(compiler, library)
-        return ctypes.CDLL(str(library)).decode_attention
+        library = compiler.load(_SOURCE, cache_root() / "compiled", ["-ffast-math"])
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _build(compiler: str, library: Path) -> None:
-    """Compile and link in two steps: linked with -ffast-math, a library makes its process flush subnormal numbers."""
-    with TemporaryDirectory(dir=library.parent) as staged:
-        parts, whole = Path(staged) / "parts.o", Path(staged) / "whole.so"
-        for command in (
-            [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(parts)],
-            [compiler, "-shared", str(parts), "-o", str(whole)],
-        ):
-            subprocess.run(command, check=True, capture_output=True)
-        os.replace(whole, library)
-
-
-def _processor() -> str:
-    """What tells this processor's instructions from another's that shares the directory."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = ("flags", "Features", "CPU part")  # x86's, and Arm's
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))
+    return library.decode_attention

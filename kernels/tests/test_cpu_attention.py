@@ -1,0 +1,309 @@
+"""Attention compiled for a CPU against the formula in float64, alone and beside others; machines without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from whiflash_kernels.cpu import compiler
+from whiflash_kernels.cpu import paged_attention as module
+from whiflash_kernels.cpu.paged_attention import CompiledAttention, compiled_attention, fits
+
+SLOTS = 1600
+KERNELS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", params=["this processor", "x86-64-v3"])
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CompiledAttention:
+    """Compiled for this processor, and for one without instructions for bfloat16."""
+    directory = tmp_path_factory.getbasetemp().parent / "compiled"
+    try:
+        if request.param == "this processor":
+            return compiled_attention(directory)
+        flags = ["-fopenmp", f"-march={request.param}"]
+        return CompiledAttention(compiler.load(module._SOURCE, directory, flags))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(str(error))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch, and which of the kernel's ways it takes: head sizes, who is seen, how tensors lie."""
+
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    kv_heads: int = 2
+    share: int = 3
+    size: int = 64
+    v_size: int = 64
+    causal: bool = True
+    window: int | None = None
+    sinks: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tensors:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    rows: Tensor
+    sinks: Tensor | None
+
+
+def tensors_of(case: Case) -> Tensors:
+    """Queries that are part of a wider tensor, as a model's are; rows of the slot table in any order; slots that nobody
+    sees hold rubbish."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    bs, heads = len(case.q_lens), case.kv_heads * case.share
+    slots = torch.randperm(SLOTS, generator=generator)
+    table = torch.zeros(bs + 2, max(case.kv_lens), dtype=torch.int32)
+    rows = torch.randperm(bs + 2, generator=generator)[:bs]
+    k = torch.full((SLOTS, case.kv_heads, case.size), float("nan")).bfloat16()
+    v = torch.full((SLOTS, case.kv_heads, case.v_size), float("nan")).bfloat16()
+    used = 0
+    for row, length in zip(rows.tolist(), case.kv_lens, strict=True):
+        own = slots[used : used + length]
+        table[row, :length] = own
+        k[own], v[own] = normal(length, *k.shape[1:]), normal(length, *v.shape[1:])
+        used += length
+    wide = normal(sum(case.q_lens), heads * case.size + 40)
+    return Tensors(
+        q=wide[:, 8 : 8 + heads * case.size].view(-1, heads, case.size),
+        k=k,
+        v=v,
+        table=table,
+        rows=rows,
+        sinks=2 * normal(heads) if case.sinks else None,
+    )
+
+
+def run(kernel: CompiledAttention, case: Case, x: Tensors) -> Tensor:
+    plan = kernel.plan(
+        x.table, case.q_lens, case.kv_lens, causal=case.causal, request_rows=x.rows, window=case.window
+    )
+    assert fits(x.q, x.k, x.v)
+    return plan.run(x.q, x.k, x.v, case.size**-0.5, x.sinks)
+
+
+def by_formula(case: Case, x: Tensors) -> Tensor:
+    out, row = torch.empty(*x.q.shape[:2], case.v_size, dtype=torch.float64), 0
+    for request, m, n in zip(x.rows.tolist(), case.q_lens, case.kv_lens, strict=True):
+        slots = x.table[request, :n].long()
+        k = x.k[slots].double().repeat_interleave(case.share, 1)
+        v = x.v[slots].double().repeat_interleave(case.share, 1)
+        scores = torch.einsum("thd,jhd->htj", x.q[row : row + m].double(), k) * case.size**-0.5
+        last = torch.arange(n - m, n)[:, None] if case.causal else torch.full((m, 1), n - 1)
+        entry = torch.arange(n)
+        hidden = entry > last
+        if case.causal and case.window is not None:
+            hidden |= entry < last - case.window
+        weights = scores.masked_fill(hidden, float("-inf")).exp()
+        beside = 0.0 if x.sinks is None else x.sinks.double().exp()[:, None]
+        mixed = torch.einsum("htj,jhd->htd", weights, v) / (weights.sum(-1) + beside)[..., None]
+        out[row : row + m] = mixed.transpose(0, 1)
+        row += m
+    return out
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    causal = draw(st.booleans())
+    q_lens = draw(st.lists(st.sampled_from([0, 1, 1, 2, 5, 17, 64, 65, 130]), min_size=1, max_size=4))
+    extra = st.sampled_from([0, 1, 14, 63, 64, 200])
+    return Case(
+        q_lens=tuple(q_lens),
+        kv_lens=tuple((max(m, 1) if causal else 1) + draw(extra) for m in q_lens),
+        kv_heads=draw(st.sampled_from([1, 2, 3])),
+        share=draw(st.sampled_from([1, 2, 3, 7])),
+        size=draw(st.sampled_from([2, 16, 64, 80, 128])),
+        v_size=draw(st.sampled_from([16, 64, 80, 128])),
+        causal=causal,
+        window=draw(st.sampled_from([None, None, 0, 1, 63, 100])),
+        sinks=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+def agrees(kernel: CompiledAttention, case: Case) -> None:
+    x = tensors_of(case)
+    found = run(kernel, case, x)
+    assert found.dtype == torch.bfloat16
+    # Weights and the result are rounded to 8 bits each.
+    torch.testing.assert_close(found.double(), by_formula(case, x), rtol=2**-7, atol=2**-7)
+
+
+@settings(deadline=None, max_examples=120)
+@given(case=cases())
+def test_it_is_the_formula(kernel: CompiledAttention, case: Case) -> None:
+    agrees(kernel, case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1,), (1500,)),
+        Case((3, 1), (1100, 490)),
+        Case((3,), (1500,), window=700),
+        Case((3,), (1500,), sinks=True),
+        Case((600,), (1500,), kv_heads=1, window=300),
+        Case((64,), (1025,), causal=False),
+        Case((4,), (513,), kv_heads=1, share=16, size=576, v_size=512),
+    ],
+    ids=["decode", "verify", "window", "sinks", "prefix", "block", "latent"],
+)
+def test_it_is_the_formula_over_several_chunks(kernel: CompiledAttention, case: Case) -> None:
+    agrees(kernel, case)
+
+
+def test_values_may_be_a_part_of_keys(kernel: CompiledAttention) -> None:
+    """As in latent attention, where the pool has one tensor for both."""
+    case = Case((2, 9), (70, 9), kv_heads=1, share=4, size=80, v_size=64)
+    x = tensors_of(case)
+    shared = Tensors(x.q, x.k, x.k[..., :64], x.table, x.rows, None)
+    torch.testing.assert_close(
+        run(kernel, case, shared).double(), by_formula(case, shared), rtol=2**-7, atol=2**-7
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases(), others=st.integers(1, 3), threads=st.sampled_from([1, 3]))
+def test_a_request_does_not_depend_on_others_or_on_threads(
+    kernel: CompiledAttention, case: Case, others: int, threads: int
+) -> None:
+    """Bit by bit: alone as beside any others, on any number of threads."""
+    x = tensors_of(case)
+    together = run(kernel, case, x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        row = 0
+        for request, (m, n) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+            plan = kernel.plan(
+                x.table,
+                [m],
+                [n],
+                causal=case.causal,
+                request_rows=x.rows[request : request + 1],
+                window=case.window,
+            )
+            alone = plan.run(x.q[row : row + m], x.k, x.v, case.size**-0.5, x.sinks)
+            assert torch.equal(alone, together[row : row + m])
+            row += m
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_verified_row_is_the_decoded_one(kernel: CompiledAttention, window: int | None) -> None:
+    """Bit by bit: a token's row in a verification is that of decoding it alone."""
+    m, n = 9, 1030
+    case = Case((m,), (n,), window=window)
+    x = tensors_of(case)
+    verified = run(kernel, case, x)
+    for i in range(m):
+        plan = kernel.plan(x.table, [1], [n - m + i + 1], causal=True, request_rows=x.rows, window=window)
+        assert torch.equal(plan.run(x.q[i : i + 1], x.k, x.v, case.size**-0.5), verified[i : i + 1])
+
+
+def test_what_it_does_not_take() -> None:
+    q, k = torch.zeros(1, 2, 64).bfloat16(), torch.zeros(4, 2, 64).bfloat16()
+    assert fits(q, k, k)
+    assert not fits(q.float(), k, k)
+    assert not fits(q, k.half(), k)
+    assert not fits(q, k, k[..., :24])
+    assert not fits(q[..., :63], k[..., :63], k)
+    assert not fits(q, k.transpose(1, 2), k)
+
+
+def test_lengths_are_checked(kernel: CompiledAttention) -> None:
+    table = torch.zeros(1, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match="request 0: 5 query rows do not fit 4 KV entries"):
+        kernel.plan(table, [5], [4], causal=True)
+    with pytest.raises(ValueError, match="9 KV entries, the slot table 8"):
+        kernel.plan(table, [1], [9], causal=True)
+
+
+def test_no_rows_are_no_work(kernel: CompiledAttention) -> None:
+    x = tensors_of(Case((1,), (5,)))
+    for widths, lengths in (((), ()), ((0,), (5,))):
+        plan = kernel.plan(x.table, widths, lengths, causal=True)
+        assert plan.run(x.q[:0], x.k, x.v, 1.0).shape == (0, 6, 64)
+
+
+def test_several_processes_compile_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from whiflash_kernels.cpu.paged_attention import compiled_attention\n"
+        "compiled_attention(Path(sys.argv[1]))\n"
+        "print(5e-324 * 1.0 > 0, sum('gomp' in line and 'r-xp' in line for line in open('/proc/self/maps')))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(KERNELS)}
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in started:
+        said, error = process.communicate()
+        if "no C++ compiler" in error:
+            pytest.skip("no C++ compiler here")
+        assert said == "True 1\n", error  # Subnormal numbers stay, and torch's OpenMP is the only one.
+    assert [x.suffix for x in tmp_path.iterdir()] == [".so"]
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match=r"no C\+\+ compiler"):
+        compiled_attention(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_compiler_that_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refusing = tmp_path / "c++"
+    refusing.write_text("#!/bin/sh\necho 'error: this processor is not known' >&2; exit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(OSError, match=r"refuses paged_attention.cpp: .*not known"):
+        compiled_attention(tmp_path / "refused")
+    assert list((tmp_path / "refused").iterdir()) == []
+
+
+def test_a_library_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    compiler.load(module._SOURCE, tmp_path / "whole", ["-fopenmp"])
+    (whole,) = (tmp_path / "whole").iterdir()
+    content = whole.read_bytes()
+    for index, left in enumerate((b"", content[:1000], content[:-1] + b"?")):
+        damaged = tmp_path / str(index) / whole.name
+        damaged.parent.mkdir()
+        damaged.write_bytes(left)
+        compiled_attention(damaged.parent)
+        assert damaged.stat().st_size == len(content)
+
+
+def test_a_kernel_that_computes_something_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    source = module._SOURCE.read_text()
+    other = tmp_path / "paged_attention.cpp"
+    for header in module._SOURCE.parent.glob("*.h"):
+        (tmp_path / header.name).write_bytes(header.read_bytes())
+    assert "position + 1}" in source
+    other.write_text(source.replace("position + 1}", "position + 2}"))
+    monkeypatch.setattr(module, "_SOURCE", other)
+    with pytest.raises(OSError, match="computes something else"):
+        compiled_attention(tmp_path / "compiled")
