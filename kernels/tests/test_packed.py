@@ -60,6 +60,22 @@ def test_strided_rows() -> None:
 
 
 @needs_onednn
+def test_a_bias_that_does_not_lie_together() -> None:
+    weight, x, bias = matrix(32, 64), matrix(3, 64), matrix(1, 64)[0, ::2]
+    pack([weight], weight.nbytes)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [torch.zeros(32), torch.zeros(31).bfloat16()])
+def test_a_bias_that_torch_refuses_is_refused(bias: Tensor) -> None:
+    weight = matrix(32, 64)
+    pack([weight], weight.nbytes)
+    with pytest.raises(RuntimeError, match=r"dtype|expanded size"):  # torch's own refusals
+        linear(matrix(3, 64), weight, bias)
+
+
+@needs_onednn
 def test_other_states_than_bfloat16_are_for_torch() -> None:
     weight = matrix(32, 64)
     pack([weight], weight.nbytes)

@@ -88,8 +88,10 @@ def is_packed(weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, from the weight's copy in blocks where it has one.
 
-    Numerics: oneDNN's sums in float32, rounded once; bit by bit those of `torch.nn.functional.linear`.
-    Fallback: that function, for a weight without a copy, other dtypes than bfloat16 and where gradients are wanted.
+    Numerics: oneDNN's sums in float32, rounded once; bit by bit those of `torch.nn.functional.linear`, which rounds
+    once more before it adds a bias to rows of more than two dimensions that do not lie together.
+    Fallback: that function, for a weight without a copy, other dtypes than bfloat16, a bias that is not N numbers in a
+    row (oneDNN's operator reads the memory behind it all the same), and where gradients are wanted.
 
     Args:
         x: [..., K]. weight: [N, K]. bias: [N].
@@ -99,6 +101,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     packed = getattr(weight, _COPY, None)
     if packed is None or x.dtype != torch.bfloat16 or (x.requires_grad and torch.is_grad_enabled()):
+        return F.linear(x, weight, bias)
+    if bias is not None and not (
+        bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    ):
         return F.linear(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
