@@ -127,6 +127,22 @@ def test_weights_that_are_checked_by_overwriting_them(
         assert texts(e) == plain[0]
 
 
+def test_a_head_that_drafters_borrow_is_the_targets_after_an_update(
+    checkpoints: Checkpoints, other: Path
+) -> None:
+    flags = {"draft": checkpoints.dflash, "whiflash_router": "diffusion", "whiflash_lookup": "off"}
+    with engine(checkpoints.target, dtype="bfloat16", whiflash=flags) as e:
+        own = model_of(e).lm_head.weight
+        head = e.worker.drafters["diffusion"].model.head
+        x = torch.ones(2, own.shape[1], dtype=torch.bfloat16)
+        before = head.logits(x)
+        assert e.scheduler.tp_worker.model_runner.weight_updater.update_weights_from_disk(str(other), "auto")[
+            0
+        ]
+        assert not torch.equal(head.logits(x), before)
+        assert torch.equal(head.logits(x), F.linear(x, own)[:, : before.shape[1]])
+
+
 @pytest.mark.parametrize("router", ["ar", "diffusion"])
 def test_drafters_are_packed_and_the_text_is_plain_decodings(
     checkpoints: Checkpoints,
@@ -140,10 +156,9 @@ def test_drafters_are_packed_and_the_text_is_plain_decodings(
         "whiflash_lookup": "off",
     }
     with engine(checkpoints.target, dtype="bfloat16", whiflash=flags) as e:
-        for arm in e.worker.drafters:
-            model = getattr(arm, "model", None)
-            if model is not None:
-                matrices = [m.weight for m in model.modules() if isinstance(m, packed.Linear)]
-                assert matrices
-                assert all(is_packed(weight) for weight in matrices)
+        for arm in ("ar", "diffusion"):
+            modules = e.worker.drafters[arm].model.modules()
+            matrices = [module.weight for module in modules if isinstance(module, packed.Linear)]
+            assert matrices
+            assert all(is_packed(weight) for weight in matrices)
         assert texts(e) == plain[0]

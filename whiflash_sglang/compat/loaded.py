@@ -60,4 +60,6 @@ class LoadedTarget:
                 f"the target's {what} is {weight.dtype} {list(weight.shape)}, no matrix of 16 or 32 bits over "
                 f"{hidden_size}; use another checkpoint"
             )
-        return weight[: rows_here(module, self.shape.vocab_size)]
+        rows = rows_here(module, self.shape.vocab_size)
+        # Itself where there is no padding: a packed copy stays with the tensor object, and so serves drafters too.
+        return weight if rows == len(weight) else weight[:rows]

@@ -51,7 +51,9 @@ class DFlashArm(PagedArm):
         self._rows = config.rows(self.max_drafts)
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
         self._head = model.head if vocabulary is None else model.head.within(vocabulary)
-        pack(part for part in (self._head.weight, self._head.matrix) if isinstance(part, torch.Tensor))
+        # Not the target's, which is packed with the target, and anew when its weights are updated.
+        own = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
+        pack(part for part in own if isinstance(part, torch.Tensor))
         self.tail_width = model.fc.in_features if model.reads_tail else 0
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
