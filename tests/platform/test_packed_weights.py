@@ -15,6 +15,7 @@ from tiny_models import tiny_target
 from whiflash_kernels.packed import is_packed, linear, packable
 
 from whiflash_sglang.models import packed
+from whiflash_sglang.platform import packed_weights
 
 from .conftest import Checkpoints
 
@@ -125,6 +126,40 @@ def test_weights_that_are_checked_by_overwriting_them(
         updater = e.scheduler.tp_worker.model_runner.weight_updater
         assert updater.update_weights_from_disk(str(checkpoints.target), "auto")[0]
         assert texts(e) == plain[0]
+
+
+def test_a_session_of_updates_packs_at_its_end_alone(
+    checkpoints: Checkpoints, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights come in many parts, or are written from outside (RDMA): no copy is right before the end."""
+    with started(checkpoints.target) as e:
+        updater = e.scheduler.tp_worker.model_runner.weight_updater
+        packings: list[Any] = []
+        pack = packed_weights.pack_model
+        monkeypatch.setattr(packed_weights, "pack_model", lambda model: (packings.append(model), pack(model)))
+        updater.begin_weight_update()
+        assert not any(is_packed(weight) for weight in model_of(e).parameters())
+        for name, tensor in tensors_of(other):
+            assert updater.load_weights_from_distributed([(name, tensor)])[0]
+        assert packings == []
+        updater.end_weight_update(run_post_load=True)
+        assert packings == [model_of(e)]
+        assert is_packed(model_of(e).lm_head.weight)
+        assert stale(e) == []
+
+
+def test_layers_in_the_layout_of_other_kernels_are_left() -> None:
+    """SGLang's own AMX kernels keep a layer's weight in blocks of theirs, under the shape of rows."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    layer, head = torch.nn.Module(), torch.nn.Module()
+    for module in (layer, head):
+        module.weight = torch.nn.Parameter(torch.zeros(32, 64, dtype=torch.bfloat16), requires_grad=False)
+        module.use_intel_amx_backend = True  # type: ignore[assignment]
+    layer.quant_method = UnquantizedLinearMethod()
+    packed_weights.pack_model(torch.nn.ModuleDict({"layer": layer, "lm_head": head}))
+    assert not is_packed(layer.weight)
+    assert not is_packed(head.weight)
 
 
 def test_a_head_that_drafters_borrow_is_the_targets_after_an_update(

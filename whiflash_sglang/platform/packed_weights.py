@@ -37,9 +37,12 @@ def pack_model(model: nn.Module) -> None:
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+    from sglang.srt.utils import use_intel_amx_backend
 
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
+        if use_intel_amx_backend(module):  # the shape of rows, but blocks of SGLang's own kernels
+            continue
         plain = type(getattr(module, "quant_method", None)) is UnquantizedLinearMethod
         if isinstance(weight, Tensor) and (plain or name.rpartition(".")[2] == "lm_head"):
             yield weight
@@ -88,6 +91,21 @@ def _model_of(holder: Any) -> nn.Module:
         if hasattr(holder, getter):
             return getattr(holder, getter)()
     return holder.model
+
+
+def before_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what begins a session of updates, or writes some of the weights in one: copies are forgotten.
+
+    Only the session's end makes them anew (:func:`around_updates`): until then more parts may come, and SGLang lets
+    others write into the weights' memory directly.
+    """
+
+    @functools.wraps(upstream)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unpack(_weights(_model_of(self)))
+        return upstream(self, *args, **kwargs)
+
+    return update
 
 
 def around_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:

@@ -193,15 +193,12 @@ METHOD_SEAMS: tuple[MethodSeam, ...] = (
         packed_weights.compute_lm_head,
     ),
     *(
+        MethodSeam(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.before_updates)
+        for name in ("begin_weight_update", "update_weights_from_tensor", "load_weights_from_distributed")
+    ),
+    *(
         MethodSeam(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.around_updates)
-        for name in (
-            "update_weights_from_disk",
-            "update_weights_from_tensor",
-            "update_weights_from_ipc",
-            "load_weights_from_distributed",
-            "begin_weight_update",
-            "end_weight_update",
-        )
+        for name in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
     ),
     MethodSeam(
         "sglang.srt.utils.weight_checker", "WeightChecker", "_reset_tensors", packed_weights.around_updates
