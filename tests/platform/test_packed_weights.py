@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_target
 from whiflash_kernels.packed import is_packed, linear, packable
 
+from whiflash_sglang.drafters.weights import dflash_weights, eagle3_weights
 from whiflash_sglang.models import packed
 from whiflash_sglang.platform import packed_weights
 
@@ -162,6 +163,22 @@ def test_layers_in_the_layout_of_other_kernels_are_left() -> None:
     assert not is_packed(head.weight)
 
 
+def test_what_the_log_says_is_of_weights_without_a_copy(caplog: pytest.LogCaptureFixture) -> None:
+    """A matrix under two names (a tied head) counts once, and one that has its copy not at all."""
+    head = torch.nn.Module()
+    head.weight = torch.nn.Parameter(torch.zeros(1000, 10_000, dtype=torch.bfloat16), requires_grad=False)
+    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"lm_head": head}), "lm_head": head})
+    with caplog.at_level(logging.INFO, "whiflash_sglang"), without_copies():
+        packed_weights.pack_model(model)
+    assert "the copies' 0.02 GB" in caplog.text
+    packed_weights.pack_model(model)
+    assert is_packed(head.weight)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "whiflash_sglang"):
+        packed_weights.pack_model(model)
+    assert caplog.text == ""
+
+
 def test_a_head_that_drafters_borrow_is_the_targets_after_an_update(
     checkpoints: Checkpoints, other: Path
 ) -> None:
@@ -196,4 +213,7 @@ def test_drafters_are_packed_and_the_text_is_plain_decodings(
             matrices = [module.weight for module in modules if isinstance(module, packed.Linear)]
             assert matrices
             assert all(is_packed(weight) for weight in matrices)
+        for read, arm in ((dflash_weights, "diffusion"), (eagle3_weights, "ar")):
+            model = e.worker.drafters[arm].model
+            assert read(model).fc is model.fc.weight, "a second copy of one matrix"
         assert texts(e) == plain[0]

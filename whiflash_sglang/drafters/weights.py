@@ -11,13 +11,18 @@ from whiflash_sglang.models.packed import pack
 from whiflash_sglang.models.rope import Rotary
 
 
+def _without_gradients(weight: torch.Tensor) -> torch.Tensor:
+    """Itself where it wants none: a packed copy stays with the tensor object, and one is enough."""
+    return weight.detach() if weight.requires_grad else weight
+
+
 def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
     """K and V projections of all layers stacked, so that one product serves the whole catch-up."""
     layers: list[Any] = list(model.layers)
     attentions = [layer.attention for layer in layers]
     biased = model.config.attention_bias
     weights = DFlashWeights(
-        fc=model.fc.weight.detach(),
+        fc=_without_gradients(model.fc.weight),
         hidden_norm=model.hidden_norm.scale().detach(),
         kv=torch.cat([a.qkv.weight.detach()[a.query_size :] for a in attentions]),
         k_norm=torch.stack([a.k_norm.scale().detach() for a in attentions]),
@@ -34,7 +39,7 @@ def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
     attention = layer.attention
     norms: list[Any] = list(model.fc_norm or ())
     weights = Eagle3Weights(
-        fc=model.fc.weight.detach(),
+        fc=_without_gradients(model.fc.weight),
         embedding=model.target_embedding,
         input_norm=layer.embedding_norm.weight.detach(),
         hidden_norm=layer.hidden_norm.weight.detach(),

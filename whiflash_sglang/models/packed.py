@@ -1,6 +1,7 @@
 """Matrices of drafters and targets with a copy for a CPU's matrix kernels (`whiflash_kernels.packed`)."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from whiflash_kernels import packed
 
 MEMORY_SHARE = 0.25
 """Of the memory that is free when copies are made, what they may take."""
+
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 class Linear(nn.Linear):
@@ -18,9 +21,24 @@ class Linear(nn.Linear):
         return packed.linear(x, self.weight, self.bias)
 
 
+def free_memory() -> int:
+    """Bytes that may still be taken: of the machine, or of the container (cgroup v2) where that has less.
+
+    Pages of files count as a container's own, though the kernel takes back what is not in use of them: and the weights
+    have just been read from files.
+    """
+    free = psutil.virtual_memory().available
+    try:
+        limit, taken = (int((_CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return min(free, max(0, limit - taken + int(stat.get("inactive_file", 0))))
+
+
 def pack(weights: Iterable[Tensor]) -> int:
     """Pack what gains from it, unless that would take more than `MEMORY_SHARE` of the free memory: bytes taken."""
-    return packed.pack(weights, MEMORY_SHARE * psutil.virtual_memory().available)
+    return packed.pack(weights, MEMORY_SHARE * free_memory())
 
 
 def pack_modules(model: nn.Module) -> int:

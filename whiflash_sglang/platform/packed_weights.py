@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 def pack_model(model: nn.Module) -> None:
     """Pack the matrices that SGLang multiplies by unquantised, and say what it takes or why it was left."""
-    weights = list(_weights(model))
-    wanted = sum(weight.nbytes for weight in weights if packable(weight))
-    taken = packed.pack(weights)
+    missing = {id(weight): weight for weight in _weights(model) if packable(weight) and not is_packed(weight)}
+    wanted = sum(weight.nbytes for weight in missing.values())
+    taken = packed.pack(missing.values())
     if taken:
         logger.info("weights laid out for this CPU's matrix kernels: %.2f GB more memory", taken / 1e9)
     elif wanted:
