@@ -23,6 +23,7 @@ from whiflash_sglang.train.router.regression import (
     is_held_out,
     router_data,
     router_quality,
+    run_key,
     split,
 )
 
@@ -192,6 +193,13 @@ def test_both_confidences_beside_the_state() -> None:
     assert found[:, HIDDEN:].tolist() == [[0.5, 4.0], [1.5, 3.0], [2.5, 2.0], [3.5, 1.0]]
     assert torch.equal(router_data([one], confidences=True).states, found[:3])
     assert torch.equal(inputs_of(one, confidences=False), one.final)
+
+
+def test_what_is_judged_beside_it_leaves_a_training_the_same() -> None:
+    parts = split([answer(f"r{i}") for i in range(40)], 0.2)
+    plain, judged, wider = RouterTraining(), RouterTraining(judge_confidences=True), RouterTraining(width=7)
+    keys = [run_key("pair", parts, settings, seed=0) for settings in (plain, judged, wider)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_held_out_answers_are_whole_and_the_same_every_time() -> None:

@@ -165,9 +165,12 @@ def fit(learn: RouterData, held_out: RouterData, run: Path, settings: RouterTrai
 
 
 def run_key(digest: str, parts: Split, settings: RouterTraining, seed: int) -> str:
-    """Names a training run: another pair of drafters, other answers or other settings are another run."""
+    """Names a training run: another pair of drafters, other answers or other settings are another run.
+
+    `judge_confidences` is none of them: it trains another router beside this one.
+    """
     ids = [[one.id for one in answers] for answers in (parts.learn, parts.held_out)]
-    text = json.dumps([digest, ids, settings.model_dump(), seed])
+    text = json.dumps([digest, ids, settings.model_dump(exclude={"judge_confidences"}), seed])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
