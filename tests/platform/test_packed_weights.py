@@ -149,6 +149,19 @@ def test_a_session_of_updates_packs_at_its_end_alone(
         assert stale(e) == []
 
 
+def test_copies_are_made_anew_though_memory_went_elsewhere_since(
+    checkpoints: Checkpoints, other: Path
+) -> None:
+    """To the KV pool, say: what the copies took is given back before an update, so they have room behind it."""
+    with started(checkpoints.target) as e, without_copies():
+        updater = e.scheduler.tp_worker.model_runner.weight_updater
+        assert updater.update_weights_from_disk(str(other), "auto")[0]
+        assert is_packed(model_of(e).lm_head.weight)
+        updater.begin_weight_update()
+        updater.end_weight_update(run_post_load=True)
+        assert is_packed(model_of(e).lm_head.weight)
+
+
 def test_layers_in_the_layout_of_other_kernels_are_left() -> None:
     """SGLang's own AMX kernels keep a layer's weight in blocks of theirs, under the shape of rows."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod

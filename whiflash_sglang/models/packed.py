@@ -36,9 +36,10 @@ def free_memory() -> int:
     return min(free, max(0, limit - taken + int(stat.get("inactive_file", 0))))
 
 
-def pack(weights: Iterable[Tensor]) -> int:
-    """Pack what gains from it, unless that would take more than `MEMORY_SHARE` of the free memory: bytes taken."""
-    return packed.pack(weights, MEMORY_SHARE * free_memory())
+def pack(weights: Iterable[Tensor], at_most: float | None = None) -> int:
+    """Pack what gains from it, unless that would take more than `at_most` bytes, or where none are named more than
+    `MEMORY_SHARE` of the free memory: bytes taken."""
+    return packed.pack(weights, MEMORY_SHARE * free_memory() if at_most is None else at_most)
 
 
 def pack_modules(model: nn.Module) -> int:

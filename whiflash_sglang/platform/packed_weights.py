@@ -8,6 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,17 @@ from whiflash_sglang.models import packed
 
 logger = logging.getLogger(__name__)
 
+_had_room: WeakSet[nn.Module] = WeakSet()
+"""Models that were packed once: what their copies took is given back before an update, and so is there behind it."""
+
 
 def pack_model(model: nn.Module) -> None:
     """Pack the matrices that SGLang multiplies by unquantised, and say what it takes or why it was left."""
     missing = {id(weight): weight for weight in _weights(model) if packable(weight) and not is_packed(weight)}
     wanted = sum(weight.nbytes for weight in missing.values())
-    taken = packed.pack(missing.values())
+    taken = packed.pack(missing.values(), at_most=wanted if model in _had_room else None)
     if taken:
+        _had_room.add(model)
         logger.info("weights laid out for this CPU's matrix kernels: %.2f GB more memory", taken / 1e9)
     elif wanted:
         share = f"{packed.MEMORY_SHARE:.0%}"
