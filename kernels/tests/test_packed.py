@@ -95,6 +95,16 @@ def test_gradients_reach_what_wants_them() -> None:
 
 
 @needs_onednn
+def test_gradients_reach_a_bias_and_a_weight_that_wants_them_later() -> None:
+    weight, bias = matrix(32, 64), torch.zeros(32).bfloat16().requires_grad_()
+    pack([weight], weight.nbytes)
+    linear(matrix(3, 64), weight, bias).sum().backward()
+    assert bias.grad is not None
+    linear(matrix(3, 64), weight.requires_grad_()).sum().backward()
+    assert weight.grad is not None
+
+
+@needs_onednn
 def test_nothing_is_packed_beyond_the_limit_and_nothing_twice() -> None:
     first, second = matrix(32, 64), matrix(16, 64)
     both = first.nbytes + second.nbytes

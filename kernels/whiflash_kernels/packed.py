@@ -100,7 +100,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., N] in the dtype of `x`.
     """
     packed = getattr(weight, _COPY, None)
-    if packed is None or x.dtype != torch.bfloat16 or (x.requires_grad and torch.is_grad_enabled()):
+    if packed is None or x.dtype != torch.bfloat16:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return F.linear(x, weight, bias)
     if bias is not None and not (
         bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
