@@ -1,5 +1,6 @@
 """Attention compiled for a CPU against the formula in float64, alone and beside others; machines without a compiler."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -86,7 +87,7 @@ def tensors_of(case: Case) -> Tensors:
         v=v,
         table=table,
         rows=rows,
-        sinks=2 * normal(heads) if case.sinks else None,
+        sinks=2 * normal(heads) + math.log(max(case.kv_lens)) if case.sinks else None,
     )
 
 
