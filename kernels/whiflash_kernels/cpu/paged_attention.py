@@ -63,7 +63,7 @@ class CompiledAttention:
         )
         return CompiledPlan(
             self.library,
-            slot_table if slot_table.dtype == torch.int32 and slot_table.stride(1) == 1 else slot_table.int(),
+            slot_table.int().contiguous(),
             torch.tensor([0, *accumulate(q_lens)], dtype=torch.int32),
             torch.tensor(list(kv_lens), dtype=torch.int32),
             rows,
@@ -93,7 +93,11 @@ class CompiledPlan:
 
         q: [T, Hq, D], heads and dimensions contiguous, or it is copied. k_cache, v_cache: [S, Hkv, D or Dv], dimensions
         contiguous. Returns [T, Hq, Dv] bfloat16, a new tensor.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the plan; the kernel would read beyond them.
         """
+        self._check(q, k_cache, v_cache, sinks)
         if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
             q = q.contiguous()
         out = q.new_empty(self.num_rows, q.shape[1], v_cache.shape[2])
@@ -129,6 +133,17 @@ class CompiledPlan:
         self.library.whiflash_paged_attention(ctypes.byref(layout), ctypes.byref(tensors))
         return out
 
+    def _check(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> None:
+        (rows, heads, size), (slots, kv_heads, k_size) = q.shape, k_cache.shape
+        if rows != self.num_rows or size != k_size or v_cache.shape[:2] != (slots, kv_heads):
+            raise ValueError(
+                f"q {tuple(q.shape)}, keys {tuple(k_cache.shape)} and values {tuple(v_cache.shape)} do not fit "
+                f"each other or {self.num_rows} rows"
+            )
+        if heads % kv_heads or (sinks is not None and sinks.shape != (heads,)):
+            beside = "" if sinks is None else f" or sinks {tuple(sinks.shape)}"
+            raise ValueError(f"{heads} heads do not fit {kv_heads} KV heads{beside}")
+
 
 def fits(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether the kernel takes these: bfloat16 on a CPU, even head sizes, values' a multiple of 16."""
@@ -153,7 +168,8 @@ def compiled_attention(directory: Path) -> CompiledAttention:
         last = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise OSError(f"the C++ compiler refuses {_SOURCE.name}: {''.join(last)}") from error
     library.whiflash_paged_attention.restype = None
-    if library.whiflash_threads() != torch.get_num_threads():
+    # Torch is asked first: it is what tells a thread of Python's how many threads to use.
+    if torch.get_num_threads() != library.whiflash_threads():
         raise OSError("the compiled kernel does not run on torch's threads")
     attention = CompiledAttention(library)
     if not _agrees(attention):
