@@ -1,6 +1,7 @@
-"""Attention compiled for a CPU: what lies otherwise than a pool does, and what is asked of threads."""
+"""Attention compiled for a CPU: what lies otherwise than in a pool, what it keeps, what it asks of threads."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, compiled_attention
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 SLOTS, KV_HEADS, HEADS, SIZE = 256, 2, 4, 32
 
@@ -42,6 +44,31 @@ def test_entries_of_the_slot_table_may_lie_apart(kernel: CompiledAttention, dtyp
     apart = kernel.plan(table, [1, 2], [50, 40], causal=True).run(q, k, v, 0.2)
     together = kernel.plan(table.contiguous(), [1, 2], [50, 40], causal=True).run(q, k, v, 0.2)
     assert torch.equal(apart, together)
+
+
+@pytest.mark.parametrize(("rows", "entries"), [(1, 50), (1, 250), (5, 250), (70, 250)])
+def test_what_lies_before_every_window_is_not_read(
+    kernel: CompiledAttention, rows: int, entries: int
+) -> None:
+    window, table = 10, slots_of(1, SLOTS)
+    q, k, v = normal(rows, HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE)
+    plan = kernel.plan(table, [rows], [entries], causal=True, window=window)
+    expected = plan.run(q, k, v, 0.2)
+    before = table[0, : entries - rows - window].long()
+    k[before] = v[before] = float("nan")
+    assert torch.equal(plan.run(q, k, v, 0.2), expected)
+
+
+@pytest.mark.parametrize("entry", [0, 7, 70])
+def test_what_is_no_number_is_seen(kernel: CompiledAttention, entry: int) -> None:
+    """A key that is none, of a value that is one, must not be passed over: every entry weighs."""
+    table, entries = slots_of(1, SLOTS), 100
+    q, k, v = normal(1, HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE)
+    k[table[0, entry].long(), 0, 3] = float("nan")
+    found = kernel.plan(table, [1], [entries], causal=True).run(q, k, v, 0.2)
+    plain = PagedAttentionPlan.build(table, [1], [entries], causal=True, dtype=q.dtype).run(q, k, v, 0.2)
+    assert torch.equal(found.isnan(), plain.isnan())
+    assert found[:, :2].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -91,3 +118,21 @@ def test_threads_of_pythons_run_at_once(kernel: CompiledAttention) -> None:
         thread.join()
     assert len(found) == 3
     assert all(torch.equal(a, b) for each in found for a, b in zip(each, 5 * expected, strict=True))
+
+
+def test_room_for_many_chunks_is_given_back(kernel: CompiledAttention) -> None:
+    """64 rows over a long context need 130 MB for the sums of chunks, which nothing after them does."""
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) // 1024
+
+    if sys.platform != "linux":
+        pytest.skip("no /proc here")
+    entries, heads = 32768, 64
+    k = normal(SLOTS, 1, 128)
+    q, table = normal(64, heads, 128), torch.arange(entries, dtype=torch.int32)[None] % SLOTS
+    plan = kernel.plan(table, [64], [entries], causal=True)
+    before = resident()
+    assert plan.run(q, k, k, 0.1).shape == q.shape
+    assert resident() - before < 40

@@ -31,6 +31,7 @@ namespace {
 constexpr int NARROW = 64;  // widest request, in rows, whose entries are cut into chunks
 constexpr int CHUNK = 512;  // entries of a narrow request's chunk
 constexpr int BLOCK = 192;  // rows times query heads of a KV head, of one block of rows
+constexpr size_t KEPT = 1 << 24;  // chunks' sums, in floats, that a thread keeps room for from call to call
 
 // One piece of work: rows [row, row + rows) of a request over entries [first, end), for KV heads [head, head_end).
 struct Piece {
@@ -125,8 +126,9 @@ void attend_piece(const Layout& at, const Tensors& x, const Piece& piece, Scratc
         const int row = r % count / share, head = (piece.head + r / count) * share + r % share;
         own.rows[r] = row_of(at, of, piece.row + row, x.q + (start + row) * at.q_row + int64_t(head) * at.size);
     }
-    for (int entry = piece.first; entry < piece.end; entry += KEYS) {
-        own.block.gather(at, x, slots + entry, piece.end - entry, piece.head, heads);
+    const int seen = std::max(piece.first, own.rows[0].first);  // No row sees an entry before this one.
+    for (int entry = piece.first + (seen - piece.first) / KEYS * KEYS; entry < piece.end; entry += KEYS) {
+        own.block.gather(at, x, slots + entry, seen - entry, piece.end - entry, piece.head, heads);
         for (int head = 0; head < heads; ++head) {
             const int64_t r = int64_t(head) * count;
             const Sums sums{&own.top[r], &own.total[r], &own.mixed[r * at.v_size]};
@@ -197,4 +199,5 @@ extern "C" void whiflash_paged_attention(const Layout* layout, const Tensors* te
             join(at, x, &pieces[i], chunks, partials);
         }
     }
+    if (memory.capacity() > KEPT) std::vector<float>().swap(memory);
 }

@@ -32,8 +32,8 @@ struct Tensors {
 };
 
 // Entries of one block, laid out for `dot_pairs`: keys as [heads][size / 2][KEYS] pairs of dimensions, values as
-// [heads][KEYS / 2][v_size] pairs of entries. Those behind the last entry are zero. All heads of an entry are read at
-// once, since they lie together.
+// [heads][KEYS / 2][v_size] pairs of entries. Those before the first and behind the last entry are zero: what nobody
+// sees may be no number, and weighs nothing. All heads of an entry are read at once, since they lie together.
 struct Block {
     std::vector<uint32_t> keys, values;
 
@@ -42,8 +42,8 @@ struct Block {
         values.resize(int64_t(heads) * (KEYS / 2) * at.v_size);
     }
 
-    // `slots` of `count` entries, of which up to KEYS belong to this block; the ones behind are asked for.
-    void gather(const Layout& at, const Tensors& x, const int32_t* slots, int count, int head, int heads) {
+    // `slots` of entries [begin, count), of which those up to KEYS belong to this block; the ones behind are asked for.
+    void gather(const Layout& at, const Tensors& x, const int32_t* slots, int begin, int count, int head, int heads) {
         const int pairs = at.size / 2;
         for (int first = 0; first < KEYS; first += LANES)
             for (int h = 0; h < heads; ++h)
@@ -51,7 +51,7 @@ struct Block {
                     const uint16_t* at_head = x.k + (head + h) * at.k_head + 2 * p;
                     const int width = std::min(LANES, pairs - p), filled = std::min(LANES, count - first);
                     words tile[LANES] = {};
-                    for (int i = 0; i < filled; ++i) {
+                    for (int i = std::max(0, begin - first); i < filled; ++i) {
                         const uint16_t* row = at_head + slots[first + i] * at.k_slot;
                         if (width == LANES) tile[i] = load<words>(row);
                         else std::memcpy(&tile[i], row, 4 * width);
@@ -66,8 +66,8 @@ struct Block {
             for (int h = 0; h < heads; ++h) {
                 uint32_t* to = &values[(int64_t(h) * (KEYS / 2) + i / 2) * at.v_size];
                 const uint16_t* at_head = x.v + (head + h) * at.v_head;
-                const uint16_t* even = i < count ? at_head + slots[i] * at.v_slot : nullptr;
-                const uint16_t* odd = i + 1 < count ? at_head + slots[i + 1] * at.v_slot : nullptr;
+                const uint16_t* even = i >= begin && i < count ? at_head + slots[i] * at.v_slot : nullptr;
+                const uint16_t* odd = i + 1 >= begin && i + 1 < count ? at_head + slots[i + 1] * at.v_slot : nullptr;
                 for (int d = 0; d < at.v_size; d += LANES) {
                     words pair{};
                     if (even) pair = __builtin_convertvector(load<halves>(even + d), words);
@@ -115,8 +115,8 @@ inline void score(float (&scores)[R][KEYS], const Layout& at, const uint32_t* ke
     }
 }
 
-// Scores become weights relative to the largest one so far, in pairs of bfloat16; earlier sums count keep[r] of what they
-// did.
+// Scores become weights relative to the largest one so far, in pairs of bfloat16; earlier sums count keep[r] of what
+// they did.
 template <int R>
 inline void weigh(uint32_t (&weights)[R][KEYS / 2], float (&keep)[R], const float (&scores)[R][KEYS], Sums sums) {
     for (int r = 0; r < R; ++r) {

@@ -67,7 +67,7 @@ inline halves narrow(floats x) {  // to the nearest bfloat16, ties to even
     return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, halves);
 }
 
-// 2^x for x <= 0, to 2e-7 of it; 0 below the normal numbers.
+// 2^x for x <= 0, to 2e-7 of it; 0 below the normal numbers. What is no number stays none.
 inline floats power_of_two(floats x) {
     const floats shift = all(12582912.0f);  // adding it rounds to an integer
     const floats nearest = (x + shift) - shift;
@@ -82,10 +82,10 @@ inline floats power_of_two(floats x) {
     const floats safe = x > -126.0f ? nearest : floats{};
     const ints exponent = __builtin_convertvector(safe, ints) << 23;
     ints bits = load<ints>(&y) + exponent;
-    return x > -126.0f ? load<floats>(&bits) : floats{};
+    return x <= -126.0f ? floats{} : load<floats>(&bits);
 }
 
-inline float power_of_two(float x) { return x > -126.0f ? std::exp2(x) : 0.0f; }
+inline float power_of_two(float x) { return x <= -126.0f ? 0.0f : std::exp2(x); }
 
 // r[i][j] becomes r[j][i]: at every step, pairs of rows a power of two apart exchange half of every group of columns.
 inline void transpose(words (&r)[LANES]) {
