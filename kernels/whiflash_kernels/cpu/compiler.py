@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+_PATIENCE = 120
+"""Seconds after which a compiler is given up. It takes two."""
+
 _DIGEST = hashlib.sha256().digest_size
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17")
 
@@ -28,7 +31,7 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
 
     Raises:
         OSError: there is no compiler, the directory cannot be written, or the library does not fit the process.
-        subprocess.CalledProcessError: it does not compile.
+        subprocess.SubprocessError: it does not compile, or not in two minutes.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -38,9 +41,13 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
     files = (source, *sorted(source.parent.glob("*.h")))
     key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + words.encode()).hexdigest()[:12]
     library = directory / f"{source.stem.replace('_', '-')}-{key}.so"
-    if not _is_whole(library):
-        directory.mkdir(parents=True, exist_ok=True)
-        _build(compiler, options, source, library)
+    if _is_whole(library):
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # Another system's, which shares the directory and has a newer C++ library.
+            pass
+    directory.mkdir(parents=True, exist_ok=True)
+    _build(compiler, options, source, library)
     return ctypes.CDLL(str(library))
 
 
@@ -57,7 +64,7 @@ def _build(compiler: str, options: Sequence[str], source: Path, library: Path) -
             [compiler, *options, "-c", str(source), "-o", str(parts)],
             [compiler, "-shared", str(parts), "-o", str(whole)],
         ):
-            subprocess.run(command, check=True, capture_output=True)
+            subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
         content = whole.read_bytes()
         whole.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(whole, library)

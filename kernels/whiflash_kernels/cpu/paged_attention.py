@@ -167,6 +167,8 @@ def compiled_attention(directory: Path) -> CompiledAttention:
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise OSError(f"the C++ compiler refuses {_SOURCE.name}: {''.join(last)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"the C++ compiler did not end with {_SOURCE.name} in {error.timeout:.0f} s") from error
     library.whiflash_paged_attention.restype = None
     # Torch is asked first: it is what tells a thread of Python's how many threads to use.
     if torch.get_num_threads() != library.whiflash_threads():

@@ -73,6 +73,6 @@ def _compiled() -> Any:
     """The compiled function, or None where it cannot be had."""
     try:
         library = compiler.load(_SOURCE, cache_root() / "compiled", ["-ffast-math"])
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return library.decode_attention
