@@ -21,7 +21,7 @@ from tiny_models import SPECIAL_TOKENS, tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sdk import Trace, routing, wrap
 
 from whiflash_sglang.cli.trace import turns_of
-from whiflash_sglang.jsonl import read_json_lines
+from whiflash_sglang.jsonl import parse_json_lines
 from whiflash_sglang.top.reading import Watch, Watched
 from whiflash_sglang.top.view import screen
 
@@ -316,8 +316,9 @@ def sampled(directory: Path, rid: str) -> dict[str, Any]:
 
     def found() -> list[dict[str, Any]]:
         path = directory / "traces.jsonl"
-        values = [value for _, value in read_json_lines(path)] if path.exists() else []
-        return [value for value in values if value["id"] == rid]
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # Of a line that is being written a reader may see the beginning.
+        return [value for _, value in parse_json_lines(whole, path) if value["id"] == rid]
 
     wait_until(lambda: bool(found()))
     (sample,) = found()
