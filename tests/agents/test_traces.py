@@ -317,7 +317,9 @@ def sampled(directory: Path, rid: str) -> dict[str, Any]:
     def found() -> list[dict[str, Any]]:
         path = directory / "traces.jsonl"
         text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # Of a line that is being written a reader may see the beginning.
+        whole = text[
+            : text.rfind("\n") + 1
+        ]  # Of a line that is being written a reader may see the beginning.
         return [value for _, value in parse_json_lines(whole, path) if value["id"] == rid]
 
     wait_until(lambda: bool(found()))
