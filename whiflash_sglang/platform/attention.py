@@ -160,7 +160,7 @@ def attention_kernel() -> CompiledAttention | None:
         return compiled_attention(cache_root() / "compiled")
     except OSError as error:
         logger.warning(
-            "attention runs in torch, which takes two to four times as long for bfloat16: %s", error
+            "attention runs in torch, which takes two to three times as long for bfloat16: %s", error
         )
         return None
 
