@@ -30,8 +30,8 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
             torch's, whose symbols every library of the process sees.
 
     Raises:
-        OSError: there is no compiler, the directory cannot be written, or the library does not fit the process.
-        subprocess.SubprocessError: it does not compile, or not in two minutes.
+        OSError: there is no compiler, it refuses the source or does not end in two minutes, the directory cannot be
+            written, or the library does not fit the process.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -47,7 +47,13 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
         except OSError:  # Another system's, which shares the directory and has a newer C++ library.
             pass
     directory.mkdir(parents=True, exist_ok=True)
-    _build(compiler, options, source, library)
+    try:
+        _build(compiler, options, source, library)
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr or b"").decode(errors="replace").strip().splitlines()[-1:]
+        raise OSError(f"the C++ compiler refuses {source.name}: {''.join(last)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"the C++ compiler did not end with {source.name} in {error.timeout:.0f} s") from error
     return ctypes.CDLL(str(library))
 
 

@@ -5,7 +5,6 @@ Products of torch read every slot up to the longest one's end and copy what they
 """
 
 import ctypes
-import subprocess
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -73,6 +72,6 @@ def _compiled() -> Any:
     """The compiled function, or None where it cannot be had."""
     try:
         library = compiler.load(_SOURCE, cache_root() / "compiled", ["-ffast-math"])
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return None
     return library.decode_attention
