@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "results" / "benchmark" / "structure.jsonl"
-SHIPPED = ROOT / "whiflash_sglang" / "bench" / "prompts.jsonl"
+SHIPPED = ROOT / "whiflash_sglang" / "lab" / "bench" / "prompts.jsonl"
 EACH = 12
 MAX_CHARS = 1800
 """Of a prompt with its tools: some 500 tokens."""

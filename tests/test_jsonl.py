@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whiflash_sglang.bench.cells import Answer, Cell, Journal, Load
-from whiflash_sglang.bench.load import Asker
-from whiflash_sglang.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import parse_json_lines, read_json_lines, stream_lines
+from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
+from whiflash_sglang.lab.bench.load import Asker
+from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.train.answers.prompts import read_rows
 
 ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"

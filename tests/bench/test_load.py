@@ -8,9 +8,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from whiflash_sglang.bench.cells import Load
-from whiflash_sglang.bench.load import Asker, RequestError, parse_stream
-from whiflash_sglang.bench.prompts import Prompt
+from whiflash_sglang.lab.bench.cells import Load
+from whiflash_sglang.lab.bench.load import Asker, RequestError, parse_stream
+from whiflash_sglang.lab.bench.prompts import Prompt
 
 PROMPTS = [Prompt(f"p{i}", "chat", ({"role": "user", "content": str(i)},)) for i in range(6)]
 

@@ -12,10 +12,10 @@ import pytest
 from patience import wait_until
 from rich.console import Console
 
-from whiflash_sglang.bench.arms import Arm
-from whiflash_sglang.bench.fleet import Fleet
-from whiflash_sglang.bench.runner import Plan, Runner
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.lab.bench.arms import Arm
+from whiflash_sglang.lab.bench.fleet import Fleet
+from whiflash_sglang.lab.bench.runner import Plan, Runner
 from whiflash_sglang.progress import Lines
 from whiflash_sglang.serving.server import ServerError
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from rich.progress import Progress
 
-from whiflash_sglang.bench import runner
-from whiflash_sglang.bench.arms import Subject, build_arms
-from whiflash_sglang.bench.cells import Answer, Cell, Journal, Load
-from whiflash_sglang.bench.prompts import Prompt
-from whiflash_sglang.bench.reference import Reference, differences, plain_of
+from whiflash_sglang.lab.bench import runner
+from whiflash_sglang.lab.bench.arms import Subject, build_arms
+from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
+from whiflash_sglang.lab.bench.prompts import Prompt
+from whiflash_sglang.lab.bench.reference import Reference, differences, plain_of
 
 ALONE = Load(kind="closed", value=1)
 

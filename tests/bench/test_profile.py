@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from whiflash_sglang.bench.profile import own_times, profile
 from whiflash_sglang.cli.profile import table
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.lab.bench.profile import own_times, profile
 
 
 def op(name: str, ts: float, dur: float, tid: int = 1, **more: Any) -> dict[str, Any]:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_sglang.bench.prompts import digest_of, load_prompts, prompt_of, sample, shipped
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.bench.prompts import digest_of, load_prompts, prompt_of, sample, shipped
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 

@@ -16,18 +16,18 @@ from server_host import Forked, ServerHost
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
-from whiflash_sglang.bench.arms import Subject
-from whiflash_sglang.bench.cells import Journal, PlayedCell
-from whiflash_sglang.bench.fleet import Fleet
-from whiflash_sglang.bench.recorded import Talk, play, recorded_arms, talks_of
-from whiflash_sglang.bench.recorded_figures import figures, recorded_page, recorded_tables
-from whiflash_sglang.bench.recorded_run import measure, start
-from whiflash_sglang.bench.subject import build_subject
 from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.recorded.benchmark import renderer_of
-from whiflash_sglang.recorded.conversation import Conversation, RecordError
-from whiflash_sglang.recorded.files import read_recorded
+from whiflash_sglang.lab.bench.arms import Subject
+from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
+from whiflash_sglang.lab.bench.fleet import Fleet
+from whiflash_sglang.lab.bench.recorded import Talk, play, recorded_arms, talks_of
+from whiflash_sglang.lab.bench.recorded_figures import figures, recorded_page, recorded_tables
+from whiflash_sglang.lab.bench.recorded_run import measure, start
+from whiflash_sglang.lab.bench.subject import build_subject
+from whiflash_sglang.lab.recorded.benchmark import renderer_of
+from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
+from whiflash_sglang.lab.recorded.files import read_recorded
 
 SHIPPED = Path(__file__).parents[2] / "results" / "benchmark"
 EDITS = {"edits.jsonl": True, "edits-unseen.jsonl": False}

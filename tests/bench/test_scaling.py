@@ -5,10 +5,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from whiflash_sglang.bench.plots import draw
-from whiflash_sglang.bench.report import Report
-from whiflash_sglang.bench.rounds import RoundMs, round_ms_of, switch_share_of
-from whiflash_sglang.bench.scaling import (
+from whiflash_sglang.lab.bench.plots import draw
+from whiflash_sglang.lab.bench.report import Report
+from whiflash_sglang.lab.bench.rounds import RoundMs, round_ms_of, switch_share_of
+from whiflash_sglang.lab.bench.scaling import (
     BATCHES,
     CONTEXTS,
     NEW_TOKENS,

@@ -12,9 +12,9 @@ from typing import Any, Self
 import pytest
 from rich.console import Console
 
-from whiflash_sglang.bench import command
-from whiflash_sglang.bench.fleet import Fleet
 from whiflash_sglang.demo import asking
+from whiflash_sglang.lab.bench import command
+from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.progress import Lines
 
 WANTED: dict[str, list[str]] = {"plain": ["--served-model-name", "a"], "ours": ["--served-model-name", "b"]}

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.bench.statistics import paired_ratio, percentiles_ms, rate
+from whiflash_sglang.lab.statistics import paired_ratio, percentiles_ms, rate
 
 
 def test_percentiles() -> None:

@@ -103,7 +103,7 @@ def tokenised(target: Path, scale: Scale) -> list[list[int]]:
     """The shipped prompts' words, as ids."""
     from transformers import AutoTokenizer
 
-    from whiflash_sglang.bench.prompts import load_prompts, shipped
+    from whiflash_sglang.lab.bench.prompts import load_prompts, shipped
 
     tokenizer = AutoTokenizer.from_pretrained(str(target))
     texts = [

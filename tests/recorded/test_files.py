@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_samples import ANSWER, ASK, FORMATS, MESSAGES, RESULT, TOOLS
 
-from whiflash_sglang.recorded import conversation as bounds
-from whiflash_sglang.recorded import files
-from whiflash_sglang.recorded.conversation import Conversation, RecordError
-from whiflash_sglang.recorded.files import read_recorded
+from whiflash_sglang.lab.recorded import conversation as bounds
+from whiflash_sglang.lab.recorded import files
+from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
+from whiflash_sglang.lab.recorded.files import read_recorded
 
 Write = Callable[..., Path]
 

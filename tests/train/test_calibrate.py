@@ -9,10 +9,10 @@ import torch
 
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.judging.calibrate import choices_above, frame, sweep
+from whiflash_sglang.lab.judging.round_costs import parse_round_costs
 from whiflash_sglang.train.bundle import install_router, update_manifest
-from whiflash_sglang.train.judging.calibrate import choices_above, frame, sweep
-from whiflash_sglang.train.judging.replay import Replay
-from whiflash_sglang.train.judging.round_costs import parse_round_costs
+from whiflash_sglang.train.replay.replay import Replay
 
 SECONDS = {"eagle3": 2.0, "dflash": 1.0}
 

@@ -20,6 +20,8 @@ from whiflash_sglang import train
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.judging.evaluation import EvaluationSettings, Hardware, evaluate_bundle
+from whiflash_sglang.lab.judging.signals import ALWAYS
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
@@ -31,10 +33,8 @@ from whiflash_sglang.train.config import DSpark, TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import Batch, unpack
 from whiflash_sglang.train.drafters.dspark import DSparkTraining, dynamic_weights, go_on_from, initialise
 from whiflash_sglang.train.drafters.runner import train_dspark, train_eagle3
-from whiflash_sglang.train.judging.evaluation import EvaluationSettings, Hardware, evaluate_bundle
-from whiflash_sglang.train.judging.pair import Pair, Parts
-from whiflash_sglang.train.judging.replay import replay_drafters
-from whiflash_sglang.train.judging.signals import ALWAYS
+from whiflash_sglang.train.replay.pair import Pair, Parts
+from whiflash_sglang.train.replay.replay import replay_drafters
 
 SETTINGS = DSpark(
     target_layers=[1, 3, 4],

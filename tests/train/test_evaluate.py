@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.judging.evaluate import (
+from whiflash_sglang.train.replay.pair import ARMS
+from whiflash_sglang.train.replay.replay import ALL_ARMS, LOOKUP, Replay
+from whiflash_sglang.train.replay.walk import (
     ORACLE,
     ORACLE_OF_THREE,
     RouterWalk,
@@ -16,8 +18,6 @@ from whiflash_sglang.train.judging.evaluate import (
     tabulate,
     walk,
 )
-from whiflash_sglang.train.judging.pair import ARMS
-from whiflash_sglang.train.judging.replay import ALL_ARMS, LOOKUP, Replay
 
 
 def answer(

@@ -10,12 +10,12 @@ import pytest
 from server_host import Server, ServerHost
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.bench.load import RequestError
-from whiflash_sglang.bench.profile import profile
-from whiflash_sglang.bench.prompts import Prompt
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.lab.bench.load import RequestError
+from whiflash_sglang.lab.bench.profile import profile
+from whiflash_sglang.lab.bench.prompts import Prompt
+from whiflash_sglang.lab.judging.round_costs import measure
 from whiflash_sglang.models.router import Router
-from whiflash_sglang.train.judging.round_costs import measure
 
 pytestmark = pytest.mark.server
 

@@ -10,10 +10,10 @@ from transformers import Trainer
 from whiflash_kernels import router_mlp
 
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.lab.judging.evaluation import router_choices
 from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 from whiflash_sglang.train.config import RouterTraining
-from whiflash_sglang.train.judging.evaluation import router_choices
-from whiflash_sglang.train.judging.replay import Replay
+from whiflash_sglang.train.replay.replay import Replay
 from whiflash_sglang.train.router.plots import plot_calibration
 from whiflash_sglang.train.router.regression import (
     RouterData,

@@ -18,6 +18,13 @@ from typer.testing import CliRunner
 from whiflash_sglang import train
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.judging.evaluation import (
+    EvaluationSettings,
+    Hardware,
+    evaluate_bundle,
+    figures_table,
+    write_picture,
+)
 from whiflash_sglang.train.answers import store
 from whiflash_sglang.train.answers.copies import next_logits
 from whiflash_sglang.train.answers.data import generate_data, load_target
@@ -26,13 +33,6 @@ from whiflash_sglang.train.answers.tokens import Exported, export_tokens, rebuil
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.drafters.runner import open_stores, train_dflash, train_dspark, train_eagle3
-from whiflash_sglang.train.judging.evaluation import (
-    EvaluationSettings,
-    Hardware,
-    evaluate_bundle,
-    figures_table,
-    write_picture,
-)
 from whiflash_sglang.train.provenance import digest_of
 from whiflash_sglang.train.router.run import choose_answers
 

@@ -13,20 +13,20 @@ from reference import ReferenceTarget
 from tiny_models import tiny_target
 from transformers import AutoTokenizer
 
-from whiflash_sglang.bench.arms import block_arm
-from whiflash_sglang.bench.prompts import load_prompts, shipped
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.train import resolve_config
 from whiflash_sglang.embedded import ensure_target
+from whiflash_sglang.lab.bench.arms import block_arm
+from whiflash_sglang.lab.bench.prompts import load_prompts, shipped
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.train.answers.data import generate_data
 from whiflash_sglang.train.answers.store import Sequence as Stored
 from whiflash_sglang.train.answers.store import SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.runner import train_dflash, train_eagle3
-from whiflash_sglang.train.judging.pair import ARMS, Pair, Parts
-from whiflash_sglang.train.judging.replay import Rounds, replay_drafters
+from whiflash_sglang.train.replay.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.replay.replay import Rounds, replay_drafters
 
 STEPS = 5
 

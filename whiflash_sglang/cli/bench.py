@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from whiflash_sglang.bench.arms import KNOWN
 from whiflash_sglang.cli.options import JsonFlag, OutOption
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.bench.arms import KNOWN
 
 
 def register(app: typer.Typer) -> None:
@@ -63,18 +63,18 @@ def register(app: typer.Typer) -> None:
         import shlex
         import tempfile
 
-        from whiflash_sglang.bench.arms import build_arms, those_with_drafters
-        from whiflash_sglang.bench.command import Outputs, judge, loads_of, run, scale_of
-        from whiflash_sglang.bench.prompts import load_prompts, sample, shipped
-        from whiflash_sglang.bench.runner import Plan
-        from whiflash_sglang.bench.subject import build_subject
+        from whiflash_sglang.lab.bench.arms import build_arms, those_with_drafters
+        from whiflash_sglang.lab.bench.command import Outputs, judge, loads_of, run, scale_of
+        from whiflash_sglang.lab.bench.prompts import load_prompts, sample, shipped
+        from whiflash_sglang.lab.bench.runner import Plan
+        from whiflash_sglang.lab.bench.subject import build_subject
 
         if dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
         if resume and out is None:
             raise ConfigError("--resume goes on with the run that writes to --out FILE; name it")
         if recorded:
-            from whiflash_sglang.bench.recorded_run import RecordedOutputs, RecordedRun, run_recorded
+            from whiflash_sglang.lab.bench.recorded_run import RecordedOutputs, RecordedRun, run_recorded
 
             others = {
                 "--quick": quick,

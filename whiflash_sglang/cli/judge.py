@@ -83,16 +83,16 @@ def evaluate_command(
         raise typer.BadParameter("--arm and --tools are for --recorded", ctx=ctx)
     with readable_errors():
         load_manifest(bundle)
-        from whiflash_sglang.train.config import Hardware
-        from whiflash_sglang.train.judging.by_span import spans_table
-        from whiflash_sglang.train.judging.evaluation import (
+        from whiflash_sglang.lab.judging.by_span import spans_table
+        from whiflash_sglang.lab.judging.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
             figures_table,
             write_json,
             write_picture,
         )
-        from whiflash_sglang.train.judging.signals import signals_table
+        from whiflash_sglang.lab.judging.signals import signals_table
+        from whiflash_sglang.train.config import Hardware
 
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = EvaluationSettings(
@@ -123,8 +123,8 @@ def _evaluate_recorded(
     out: Path | None,
 ) -> None:
     with readable_errors():
-        from whiflash_sglang.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
-        from whiflash_sglang.train.judging.evaluation import write_json
+        from whiflash_sglang.lab.judging.evaluation import write_json
+        from whiflash_sglang.lab.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
 
         result = evaluate_recorded(files, RecordedSettings(bundle, limit, about, arms, tools))
         if out is not None:
@@ -165,9 +165,9 @@ def calibrate_command(
 
     with readable_errors():
         load_manifest(bundle)
+        from whiflash_sglang.lab.judging.calibration import CalibrationSettings, calibrate
+        from whiflash_sglang.lab.judging.evaluation import EvaluationSettings, write_json
         from whiflash_sglang.train.config import Hardware
-        from whiflash_sglang.train.judging.calibration import CalibrationSettings, calibrate
-        from whiflash_sglang.train.judging.evaluation import EvaluationSettings, write_json
 
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = CalibrationSettings(

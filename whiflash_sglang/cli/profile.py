@@ -11,7 +11,7 @@ from whiflash_sglang.errors import WhiflashError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from whiflash_sglang.bench.profile import Profile
+    from whiflash_sglang.lab.bench.profile import Profile
 
 
 def register(app: typer.Typer) -> None:
@@ -37,9 +37,9 @@ def register(app: typer.Typer) -> None:
         """
         import httpx
 
-        from whiflash_sglang.bench.load import ANSWER_SECONDS
-        from whiflash_sglang.bench.profile import profile
-        from whiflash_sglang.bench.prompts import load_prompts, sample, shipped
+        from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
+        from whiflash_sglang.lab.bench.profile import profile
+        from whiflash_sglang.lab.bench.prompts import load_prompts, sample, shipped
         from whiflash_sglang.progress import progress
 
         if keep is not None:

@@ -16,10 +16,10 @@ from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import RouterTraining, TrainConfig
 from whiflash_sglang.train.drafters.beginnings import origin_of
 from whiflash_sglang.train.drafters.runner import open_stores
-from whiflash_sglang.train.judging.evaluate import RouterWalk, tabulate
-from whiflash_sglang.train.judging.pair import ARMS, Pair, Parts
-from whiflash_sglang.train.judging.replay import Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.provenance import Provenance, trained_on
+from whiflash_sglang.train.replay.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.replay.replay import Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay.walk import RouterWalk, tabulate
 from whiflash_sglang.train.router.plots import plot_calibration
 from whiflash_sglang.train.router.regression import (
     RouterData,

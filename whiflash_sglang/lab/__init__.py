@@ -1,0 +1,1 @@
+"""Measuring: benchmarks of servers, recorded conversations, judges of drafters. Serving imports none of it."""

@@ -1,0 +1,143 @@
+"""What `whiflash bench` is asked for, carried out and published."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.lab.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS
+from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
+from whiflash_sglang.lab.bench.fleet import Fleet, launcher, threads
+from whiflash_sglang.lab.bench.markdown import render
+from whiflash_sglang.lab.bench.plots import draw
+from whiflash_sglang.lab.bench.report import Report
+from whiflash_sglang.lab.bench.runner import Plan, Runner
+from whiflash_sglang.progress import progress
+from whiflash_sglang.serving.server_host import ServerHost, shares_imports
+
+QUICK_MINUTES = 4.5
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured. per_category: prompts, None for all."""
+
+    arms: list[str]
+    per_category: int | None
+    max_tokens: int
+    minutes: float | None
+
+
+def scale_of(
+    quick: bool, arms: str | None, per_category: int | None, max_tokens: int | None, minutes: float | None
+) -> Scale:
+    """What was asked for, completed by what `--quick` or a full run means."""
+    names = [name.strip() for name in arms.split(",") if name.strip()] if arms else None
+    if quick:
+        return Scale(
+            names or list(QUICK),
+            per_category or 1,
+            max_tokens or 64,
+            QUICK_MINUTES if minutes is None else minutes,
+        )
+    everything = [name for name in KNOWN if name not in (NO_HINTS, *VARIANTS)]
+    return Scale(names or everything, per_category, max_tokens or 160, minutes)
+
+
+def loads_of(concurrency: str, rates: str) -> list[Load]:
+    """Raises ConfigError naming the option that is wrong."""
+    loads = [Load(kind="closed", value=value) for value in _numbers("--concurrency", concurrency)]
+    if any(load.value != int(load.value) for load in loads):
+        raise ConfigError(f"--concurrency {concurrency}: whole numbers")
+    loads += [Load(kind="open", value=value) for value in _numbers("--rates", rates)]
+    if not loads:
+        raise ConfigError("nothing to measure: give --concurrency or --rates")
+    return loads
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: numbers, separated by commas") from None
+    if any(not 0 < value < float("inf") for value in values):
+        raise ConfigError(f"{option} {text}: every number must be above zero")
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the report goes. as_json: to stdout as JSON instead of tables; files: where wanted, plots a directory."""
+
+    as_json: bool
+    out: Path | None
+    markdown: Path | None
+    plots: Path | None
+
+    def prepare(self) -> None:
+        """Make the directories. Raises ConfigError where pictures cannot be drawn."""
+        if self.plots is not None and find_spec("matplotlib") is None:
+            raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[train]'")
+        for file in (self.out, self.markdown):
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+
+    def publish(self, report: Report) -> None:
+        """Show it and write it."""
+        text, as_json = render(report), report.model_dump_json(indent=1)
+        if self.as_json:
+            print(as_json)
+        else:
+            console = Console()
+            # A pipe has no width to fit tables into.
+            console.print(Markdown(text)) if console.is_terminal else print(text)
+        if self.out is not None:
+            write_whole(self.out, as_json + "\n")
+        if self.markdown is not None:
+            write_whole(self.markdown, text)
+        if self.plots is not None:
+            draw(report, self.plots)
+
+
+def open_fleet(stack: ExitStack, bar: Progress, log_dir: Path | None) -> Fleet:
+    """Where servers are started, from one process that has imported SGLang if they can share it; `stack` ends them."""
+    host = None
+    if shares_imports():
+        importing = bar.add_task("importing SGLang, once for all servers", total=None)
+        host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
+        host.wait()
+        bar.remove_task(importing)
+    return stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
+
+
+def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Report:
+    """Carry out `plan` and show how far it is; the servers end with it."""
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress())
+        fleet = open_fleet(stack, bar, log_dir)
+        return Runner(plan, fleet, Journal(cells, plan.fingerprint, Cell), bar).run(resume=resume)
+
+
+def judge(report: Report) -> None:
+    """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding."""
+    ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
+    differs = sorted(
+        {d["arm"] for d in report.differences if d["arm"] in ours and d["verdict"] == "different"}
+    )
+    problems = [f"{arm}: {reason}" for arm, reason in report.unavailable.items()]
+    problems += [f"{arm}: answers differ from plain decoding's" for arm in differs]
+    if problems:
+        raise WhiflashError("; ".join(problems))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was."""
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)

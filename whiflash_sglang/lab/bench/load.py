@@ -1,0 +1,121 @@
+"""Asking a server and timing it: closed loop and open loop, streamed as a user would."""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.jsonl import stream_lines
+from whiflash_sglang.lab.bench.cells import Answer, Load, Round
+from whiflash_sglang.lab.bench.prompts import Prompt
+
+MODEL = "bench"
+ANSWER_SECONDS = 3600.0
+"""For an answer that never comes: a server that ends breaks its connections at once."""
+
+
+class RequestError(WhiflashError):
+    """A server refused or broke off a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """One server's streaming chat client. max_tokens: longest answer, in tokens. request: fields of every request."""
+
+    client: httpx.AsyncClient
+    max_tokens: int
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    async def ask(self, prompt: Prompt) -> Answer:
+        """One greedy answer.
+
+        Raises:
+            RequestError: the server answered with an error.
+        """
+        body = {
+            "model": MODEL,
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+            "stream": True,
+            "return_output_ids_in_sglext": True,
+            "return_spec_tokens_details": True,
+            **self.request,
+            **prompt.request(),
+        }
+        began = time.perf_counter()
+        try:
+            async with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    raise RequestError(f"prompt {prompt.id}: {(await response.aread()).decode()[:500]}")
+                arrived = [
+                    (time.perf_counter() - began, line) async for line in stream_lines(response.aiter_bytes())
+                ]
+        except httpx.HTTPError as error:
+            raise RequestError(f"prompt {prompt.id}: {type(error).__name__} {error}") from None
+        # Parsed only now, so that parsing takes no time from the server that is measured on the same cores.
+        return parse_stream(prompt.id, arrived)
+
+    async def run(self, load: Load, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answers in the order of `prompts`, asked under `load`. Raises RequestError for the first that failed."""
+        try:
+            if load.kind == "open":
+                return await self._open_loop(prompts, load.value)
+            return await self._closed_loop(prompts, int(load.value))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _closed_loop(self, prompts: Sequence[Prompt], concurrency: int) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        queue = iter(enumerate(prompts))
+
+        async def user() -> None:
+            for index, prompt in queue:
+                answers[index] = await self.ask(prompt)
+
+        async with asyncio.TaskGroup() as users:
+            for _ in range(min(concurrency, len(prompts))):
+                users.create_task(user())
+        return [answers[index] for index in range(len(prompts))]
+
+    async def _open_loop(self, prompts: Sequence[Prompt], rate: float) -> list[Answer]:
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as arrivals:
+            tasks = []
+            for prompt, due in zip(prompts, itertools.count(0.0, 1 / rate), strict=False):
+                await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+                tasks.append(arrivals.create_task(self.ask(prompt)))
+        return [task.result() for task in tasks]
+
+
+def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
+    """An answer from the lines of an event stream and when they came, in seconds after the request.
+
+    Raises:
+        RequestError: the stream holds an error, or ends without the tokens that were asked for.
+    """
+    first = last = None
+    extension: dict[str, Any] = {}
+    for at, line in arrived:
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            raise RequestError(f"prompt {prompt}: {event['error']}")
+        extension |= {key: value for key, value in (event.get("sglext") or {}).items() if value is not None}
+        if event.get("choices"):
+            first, last = (at if first is None else first), at
+    if first is None or last is None or "output_ids" not in extension:
+        raise RequestError(f"prompt {prompt}: the stream ended without output tokens")
+    tokens = tuple(extension["output_ids"][0])
+    details = extension.get("spec_tokens_details") or {}
+    # Plain decoding reports no verifications: every token after the first is a forward.
+    forwards = details.get("spec_verify_ct") or len(tokens) - 1
+    trace = extension.get("whiflash") or {"stretches": ()}
+    rounds = tuple(Round(count, s["span"]) for s in trace["stretches"] for count in s["round_tokens"])
+    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards, rounds=rounds)

@@ -1,0 +1,229 @@
+"""The report as a Markdown page. Needs no server."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+
+from whiflash_sglang.lab.bench.hints import Acceptance
+from whiflash_sglang.lab.bench.report import Figures, LoadReport, Report
+from whiflash_sglang.lab.bench.rounds import RoundMs
+from whiflash_sglang.lab.bench.selection import OVERALL
+from whiflash_sglang.lab.bench.turns import TurnFigures
+from whiflash_sglang.lab.statistics import Interval, Percentiles
+
+
+def render(report: Report) -> str:
+    """Every load: an overview of the arms, then rates by category; then rounds, differences and provenance."""
+    parts = ["# Benchmark", _setting(report)]
+    for load in report.loads:
+        parts += [f"## {_title(load)}", _overview(load)]
+        if load.load.is_alone:
+            parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
+            parts += ["### Acceptance length", _acceptance(load)]
+        parts += [_over(load, report.over)]
+        parts += [_turns(load), _hints(load), _rounds(load)]
+    parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(report: Report) -> str:
+    p = report.provenance
+    prompts = ", ".join(f"{count} {name}" for name, count in report.categories.items())
+    repetitions = "1 repetition" if p["repetitions"] == 1 else f"{p['repetitions']} repetitions"
+    order = "interleaved" if p["interleaved"] else "one arm after the other"
+    order += ", new servers for each" if p.get("restarted") else ""
+    return (
+        f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, {p['dtype']}, "
+        f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
+        f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
+        f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}.\n\n"
+        "Rates count the whole exchange, prefill included; medians of the repetitions per prompt. In brackets: 95 % "
+        "paired bootstrap intervals over prompts and repetitions. *loops*: prompts whose plain answer ends in a "
+        "greedy repetition loop; they are in no other figure. Acceptance length: tokens per target forward."
+    )
+
+
+def _title(load: LoadReport) -> str:
+    if load.load.kind == "open":
+        return f"Open loop, {load.load.value:g} arrivals per second"
+    return f"Closed loop, concurrency {load.load.value:g}"
+
+
+def _overview(load: LoadReport) -> str:
+    header = ["arm", "tokens/s", "over none", "over faster static", "acceptance length", "target forwards"]
+    header += ["TTFT ms p50/p95/p99", "TPOT ms p50/p95/p99", "switches/100", "mismatches", "ties"]
+    rows = []
+    for arm, groups in load.arms.items():
+        figures = groups.get(OVERALL)
+        if figures is None:
+            continue
+        ratios = load.ratios.get(arm)
+        rows.append(
+            (
+                arm,
+                _number(figures.output_tokens_per_s),
+                _interval(ratios.none.get(OVERALL) if ratios else None),
+                _interval(ratios.static.get(OVERALL) if ratios else None),
+                f"{figures.acceptance_length:.2f}",
+                str(figures.target_forwards),
+                _percentiles(figures.ttft_ms, 0),
+                _percentiles(figures.tpot_ms, 1),
+                _number(figures.switches_per_100_tokens),
+                str(figures.mismatches),
+                str(figures.ties),
+            )
+        )
+    return _table(header, rows)
+
+
+def _by_category(load: LoadReport) -> str:
+    names = _categories(load)
+    rows = [
+        (arm, *(_interval(ratios.none.get(name)) for name in names)) for arm, ratios in load.ratios.items()
+    ]
+    return _table(("arm", *names), rows)
+
+
+def _over(load: LoadReport, over: str | None) -> str:
+    compared = {arm: ratios.over for arm, ratios in load.ratios.items() if ratios.over}
+    if not compared:
+        return ""
+    names = [name for name in _categories(load) if any(name in own for own in compared.values())]
+    rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
+    return f"### Output tokens per second, over `{over}`\n\n{_table(('arm', *names), rows)}"
+
+
+def _acceptance(load: LoadReport) -> str:
+    names = _categories(load)
+    rows = [
+        (arm, *(f"{groups[name].acceptance_length:.2f}" if name in groups else "" for name in names))
+        for arm, groups in load.arms.items()
+    ]
+    return _table(("arm", *names), rows)
+
+
+def _turns(load: LoadReport) -> str:
+    if not load.turns:
+        return ""
+    plain = next(iter(load.turns.values()))
+    rows = [(arm, *(_turn(figures[turn]) for turn in plain)) for arm, figures in load.turns.items()]
+    header = ("arm", *(f"turn {turn} ({figures.prompts} prompts)" for turn, figures in plain.items()))
+    explained = (
+        "Output tokens per second over plain decoding, and acceptance length, by the turn that is asked for. Few "
+        "prompts a turn, and other ones at every turn: read it for what grows with a conversation, not for its digits."
+    )
+    return f"### Conversations by turn\n\n{explained}\n\n{_table(header, rows)}"
+
+
+def _turn(figures: TurnFigures) -> str:
+    ratio = "1.00" if figures.over_none is None else f"{figures.over_none.ratio:.2f}"
+    return f"{ratio}; {figures.acceptance_length:.2f}"
+
+
+def _hints(load: LoadReport) -> str:
+    if not load.hints:
+        return ""
+    rows = [
+        (name, _interval(gain.speed), *_sides(gain.inside), *_sides(gain.outside), str(gain.unequal))
+        for name, gain in load.hints.items()
+    ]
+    sides = [f"{side}, {what}" for side in ("inside", "outside") for what in ("with", "without", "ratio")]
+    explained = (
+        "`auto` over `auto-no-hints`: tokens per second, and acceptance length inside and outside the spans that "
+        "hints named. Answers that differ between the two count for speed only."
+    )
+    table = _table(("category", "tokens/s", *sides, "answers that differ"), rows)
+    return f"### Hints on against hints off\n\n{explained}\n\n{table}"
+
+
+def _sides(acceptance: Acceptance | None) -> tuple[str, str, str]:
+    if acceptance is None:
+        return "", "", ""
+    lengths = (f"{acceptance.with_hints:.2f}", f"{acceptance.without_hints:.2f}")
+    return (*lengths, _interval(acceptance.ratio))
+
+
+def _rounds(load: LoadReport) -> str:
+    rows = []
+    for arm, groups in load.arms.items():
+        figures: Figures | None = groups.get(OVERALL)
+        if figures is None or figures.round_ms is None or figures.switch_share is None:
+            continue
+        stages = figures.round_ms.model_dump()
+        whole = sum(stages.values())
+        shares = [f"{value:.2f}" for value in stages.values()]
+        rows.append((arm, *shares, f"{whole:.2f}", f"{100 * figures.switch_share:.1f} %"))
+    if not rows:
+        return ""
+    header = (*(name.replace("_", "-") for name in stages), "round")
+    page = "### A round, in ms\n\n" + _table(("arm", *header, "switching"), rows)
+    idle = load.arms.get("pinned-none", {}).get(OVERALL)
+    if idle is not None and idle.round_ms is not None:
+        kept = 100 * (idle.round_ms.catch_up + idle.round_ms.park) / idle.round_ms.total
+        page += f"\n\nKeeping both drafters' KV while `none` decodes takes {kept:.1f} % of the round."
+    return page
+
+
+def _scaling(report: Report) -> str:
+    if not report.scaling:
+        return ""
+    rows = []
+    for point in report.scaling:
+        shown = (*point.round_ms.model_dump().values(), point.round_ms.total, point.round_ms.overhead)
+        rows.append((str(point.batch), str(point.context), *(f"{value:.2f}" for value in shown)))
+    stages = (name.replace("_", "-") for name in RoundMs.model_fields)
+    header = ("batch", "prompt tokens", *stages, "round", "neither draft nor verify")
+    return "## A round of auto against batch and context, in ms\n\n" + _table(header, rows)
+
+
+def _differences(report: Report) -> str:
+    if not report.differences:
+        return "Every answer of every arm equals plain decoding's, token for token."
+    rows = [
+        (d["arm"], d["load"], d["prompt"], d["verdict"], str(d["position"]), _number(d["gap"], 4))
+        for d in report.differences
+    ]
+    header = ("arm", "load", "prompt", "verdict", "first difference", "plain decoding's gap")
+    return "## Answers that differ from plain decoding's\n\n" + _table(header, rows)
+
+
+def _unavailable(report: Report) -> str:
+    lines = [f"- {arm}: {reason}" for arm, reason in report.unavailable.items()]
+    return "## Not available\n\n" + "\n".join(lines) if lines else ""
+
+
+def _reproduce(report: Report) -> str:
+    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`; each arm alone:", ""]
+    for arm, server in report.provenance["servers"].items():
+        # Older reports have the same environment for all.
+        set_to = server.get("environment", {"OMP_NUM_THREADS": str(report.provenance["threads"])})
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in set_to.items())
+        lines.append(
+            f"- {arm}: `{variables} python -m sglang.launch_server {' '.join(server['arguments'])}` "
+            f"(attention backend {server['attention_backend']})"
+        )
+    return "\n".join(lines)
+
+
+def _categories(load: LoadReport) -> list[str]:
+    return list(dict.fromkeys(name for groups in load.arms.values() for name in groups))
+
+
+def _interval(interval: Interval | None) -> str:
+    """An interval without width comes of a single measurement: it would claim a certainty that is not there."""
+    if interval is None:
+        return ""
+    width = f" [{interval.low:.2f}, {interval.high:.2f}]" if interval.low < interval.high else ""
+    return f"{interval.ratio:.2f}{width}"
+
+
+def _percentiles(values: Percentiles | None, digits: int) -> str:
+    return " / ".join(f"{v:.{digits}f}" for v in (values.p50, values.p95, values.p99)) if values else ""
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

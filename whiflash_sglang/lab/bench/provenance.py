@@ -1,0 +1,79 @@
+"""What a result was measured with: command, revision, versions, hardware, load of the machine."""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from whiflash_sglang.lab.bench.fleet import threads
+
+_PACKAGES = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transformers", "triton", "openai")
+
+
+def environment(bundle: Path) -> dict[str, Any]:
+    """Everything that does not depend on the plan. Names no directory of this machine."""
+    return {
+        "command": [Path(sys.argv[0]).name, *_without_directories(sys.argv[1:])],
+        **checkout(Path(__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        },
+        "threads": threads(),
+        "bundle_sha256": {
+            str(path.relative_to(bundle)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(bundle.rglob("*.safetensors"))
+        },
+    }
+
+
+def checkout(directory: Path) -> dict[str, Any]:
+    """Revision of the checkout that `directory` lies in."""
+    return {
+        "revision": _git("rev-parse", "HEAD", here=directory),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", here=directory)),
+    }
+
+
+def busy() -> dict[str, float]:
+    """How busy the machine is: load averages of 1 and 5 minutes, free memory in GB."""
+    one, five, _ = os.getloadavg()
+    return {
+        "load_1min": one,
+        "load_5min": five,
+        "free_memory_gb": round(psutil.virtual_memory().available / 2**30, 1),
+    }
+
+
+def _without_directories(arguments: list[str]) -> list[str]:
+    return [Path(argument).name if argument.startswith("/") else argument for argument in arguments]
+
+
+def _git(*arguments: str, here: Path) -> str:
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

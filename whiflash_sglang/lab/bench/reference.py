@@ -1,0 +1,147 @@
+"""Plain decoding's own answers: what every arm's output is compared with, which prompts loop, who follows up.
+
+Ranks round otherwise than one device does, so an arm on several of them is compared with plain decoding on as many.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from whiflash_sglang.equality import TopTwo, Verdict, compare
+from whiflash_sglang.lab.bench.arms import BESIDE, NONE, RANKS
+from whiflash_sglang.lab.bench.cells import Cell
+from whiflash_sglang.lab.bench.load import MODEL, RequestError
+from whiflash_sglang.lab.bench.prompts import Prompt
+from whiflash_sglang.train.answers.loops import loop_start
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Plain decoding's answer to one prompt.
+
+    input_ids, tokens: of the prompt and the answer. gaps: best minus second-best log-probability per token, which
+    is the gap of their logits. text: the answer's content.
+    """
+
+    prompt: Prompt
+    input_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    gaps: tuple[float, ...]
+    text: str
+
+    @property
+    def loops(self) -> bool:
+        """Whether the answer ends in a greedy repetition loop, which flatters every drafter."""
+        return loop_start(self.tokens) is not None
+
+
+def ask_reference(client: httpx.Client, prompt: Prompt, max_tokens: int) -> Reference:
+    """Plain decoding's answer with the gaps between its two best tokens. Raises RequestError."""
+    body = {
+        "model": MODEL,
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "return_output_ids_in_sglext": True,
+        "return_input_ids_in_sglext": True,
+        **prompt.request(),
+    }
+    response = client.post("/v1/chat/completions", json=body)
+    if response.status_code != 200:
+        raise RequestError(f"prompt {prompt.id}: {response.text[:500]}")
+    answer = response.json()
+    choice = answer["choices"][0]
+    return Reference(
+        prompt=prompt,
+        input_ids=tuple(answer["sglext"]["input_ids"]),
+        tokens=tuple(answer["sglext"]["output_ids"][0]),
+        gaps=tuple(_gap(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]),
+        text=choice["message"].get("content") or "",
+    )
+
+
+def _gap(best: Sequence[Mapping[str, Any]]) -> float:
+    """A token that a grammar left alone has no rival."""
+    return float(best[0]["logprob"] - best[1]["logprob"]) if len(best) > 1 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An answer that is not plain decoding's, token for token. position: of the first difference."""
+
+    arm: str
+    load: str
+    prompt: str
+    verdict: Verdict
+    position: int
+    gap: float | None
+
+
+def plain_of(arm: str) -> str:
+    """The arm of plain decoding with as many ranks as `arm` has: `none`, or `none@tp2` for `auto@tp2`."""
+    _, at, several = arm.removesuffix(BESIDE).partition(RANKS)
+    return f"{NONE}{at}{several}"
+
+
+def differences(
+    cells: Sequence[Cell],
+    references: Mapping[str, Mapping[str, Reference]],
+    best_logit: Callable[[Reference, int], float],
+    dtype: str,
+) -> list[Difference]:
+    """Compare every measured answer; each distinct answer of an arm under a load is judged once and counted once.
+
+    Args:
+        references: by arm of plain decoding (`plain_of`), then by prompt. `none` stands in for one that is missing.
+        best_logit: of a reference's own token at a position. dtype: whose tie rule holds.
+    """
+    found: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
+    for cell in cells:
+        plain = references.get(plain_of(cell.arm), references[NONE])
+        for answer in cell.answers:
+            reference = plain[answer.prompt]
+            key = (cell.arm, cell.load.label, answer.prompt, answer.tokens)
+            if key in found or answer.tokens == reference.tokens:
+                continue
+
+            def top_two_at(position: int, reference: Reference = reference) -> TopTwo:
+                return TopTwo(best_logit(reference, position), reference.gaps[position])
+
+            judged = compare(reference.tokens, answer.tokens, top_two_at, dtype)
+            if judged.position is None:
+                raise AssertionError("the tokens differ")
+            gap = None if judged.top_two is None else judged.top_two.gap
+            found[key] = Difference(*key[:3], judged.verdict, judged.position, gap)
+    return list(found.values())
+
+
+class BestLogit:
+    """The logit of plain decoding's own token, which log-probabilities lack, from a forward of the same weights."""
+
+    def __init__(self, target: Path, dtype: str) -> None:
+        self._target, self._dtype = target, dtype
+        self._model: Any = None
+        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+
+    def __call__(self, reference: Reference, position: int) -> float:
+        key = (reference.prompt.id, reference.tokens[: position + 1])
+        if key not in self._known:
+            self._known[key] = self._forward(reference, position)
+        return self._known[key]
+
+    def _forward(self, reference: Reference, position: int) -> float:
+        import torch
+
+        from whiflash_sglang.models.target import TargetModel, causal_attention
+
+        if self._model is None:
+            dtype = getattr(torch, self._dtype)
+            self._model = TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)
+        tokens = torch.tensor([*reference.input_ids, *reference.tokens[:position]])
+        attend = causal_attention(len(tokens), self._model.device, self._model.dtype)
+        final = self._model.forward(tokens, torch.arange(len(tokens)), attend, ()).final
+        return float(self._model.logits(final[-1])[reference.tokens[position]])

@@ -1,0 +1,265 @@
+"""The result: its schema, and how it follows from the cells. Needs no server.
+
+`Report.arms` and `Report.ratios` are those of the first load; every load is under `Report.loads`.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from whiflash_sglang.equality import Verdict
+from whiflash_sglang.lab.bench.arms import AUTO, BESIDE, NO_HINTS, NONE, PINNED, STATIC
+from whiflash_sglang.lab.bench.cells import Cell, Load
+from whiflash_sglang.lab.bench.hints import HintGain, hint_gain
+from whiflash_sglang.lab.bench.reference import Difference
+from whiflash_sglang.lab.bench.rounds import RoundMs, round_ms_of, switch_share_of
+from whiflash_sglang.lab.bench.scaling import ScalePoint
+from whiflash_sglang.lab.bench.selection import LOOPS, OVERALL, Belongs, paired, samples, selections, within
+from whiflash_sglang.lab.bench.turns import TurnFigures, by_turn
+from whiflash_sglang.lab.statistics import Interval, Percentiles, percentiles_ms, rate
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Figures(_Schema):
+    """One arm in one category.
+
+    answers: timed ones, over all repetitions. output_tokens_per_s: of the whole exchange, prefill included; None
+    where requests of several categories ran at the same time. acceptance_length: tokens per target forward.
+    target_forwards: of one repetition. switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, where its
+    clock can be told apart by category. switch_share: route, park and the catch-up beyond one round's tokens, of the
+    round. mismatches: distinct answers that are not plain decoding's; ties: those where rounding decided.
+    """
+
+    answers: int
+    output_tokens: int
+    target_forwards: int
+    output_tokens_per_s: float | None
+    acceptance_length: float
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles | None
+    switches_per_100_tokens: float | None
+    mismatches: int
+    ties: int
+    round_ms: RoundMs | None
+    switch_share: float | None
+
+
+class Ratios(_Schema):
+    """Rates over those of another arm, by category. static: the fastest arm of one drafter there,
+    upstream's EAGLE3 and DFLASH or WHIFLASH pinned to it.
+
+    static_by_category: overall only, against whichever of the two is faster in each category. over: rates over those of
+    the arm that was asked for (`Report.over`).
+    """
+
+    none: dict[str, Interval]
+    static: dict[str, Interval]
+    static_arm: dict[str, str]
+    static_by_category: Interval | None
+    acceptance_over_static: dict[str, float]
+    over: dict[str, Interval] = {}
+
+
+class LoadReport(_Schema):
+    """hints: what they bought, by category, where `auto` and `auto-no-hints` were both measured.
+
+    turns: arm → turn of a conversation → figures, where conversations have several turns and were asked alone.
+    """
+
+    load: Load
+    arms: dict[str, dict[str, Figures]]
+    ratios: dict[str, Ratios]
+    hints: dict[str, HintGain] = {}
+    turns: dict[str, dict[int, TurnFigures]] = {}
+
+
+class Report(_Schema):
+    """What `--json` prints and `--out` writes.
+
+    unavailable: arms that did not start, and why. differences: every mismatch and tie. scaling: a round of `auto`
+    against batch and context, where it was asked for. over: the arm that all others are compared with besides.
+    """
+
+    schema_version: Literal[1] = 1
+    provenance: dict[str, Any]
+    arms: dict[str, dict[str, Figures]]
+    ratios: dict[str, Ratios]
+    loads: list[LoadReport]
+    unavailable: dict[str, str]
+    differences: list[dict[str, Any]]
+    categories: dict[str, int]
+    scaling: list[ScalePoint] = []
+    over: str | None = None
+
+
+def build_report(
+    cells: Sequence[Cell],
+    groups: Mapping[str, str],
+    found: Sequence[Difference],
+    provenance: dict[str, Any],
+    unavailable: Mapping[str, str],
+    scaling: Sequence[ScalePoint] = (),
+    turns: Mapping[str, int] | None = None,
+    over: str | None = None,
+) -> Report:
+    """The report of all cells.
+
+    Args:
+        groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
+        turns: prompt id → turn of its conversation, from 1; None: nothing is reported by turn.
+        over: an arm to compare all others with, besides plain decoding and the static drafters.
+    """
+    by_load: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_load[cell.load.label].append(cell)
+    loads = [_load_report(own, groups, found, turns, over) for own in by_load.values()]
+    counts: dict[str, int] = defaultdict(int)
+    for group in groups.values():
+        counts[group] += 1
+    return Report(
+        provenance=provenance,
+        arms=loads[0].arms,
+        ratios=loads[0].ratios,
+        loads=loads,
+        unavailable=dict(unavailable),
+        differences=[
+            {"arm": d.arm, "load": d.load, "prompt": d.prompt, "verdict": d.verdict.value}
+            | {"position": d.position, "gap": d.gap}
+            for d in found
+        ],
+        categories=dict(counts),
+        scaling=list(scaling),
+        over=over,
+    )
+
+
+def _load_report(
+    cells: Sequence[Cell],
+    groups: Mapping[str, str],
+    found: Sequence[Difference],
+    turns: Mapping[str, int] | None,
+    over: str | None,
+) -> LoadReport:
+    load = cells[0].load
+    arms: dict[str, dict[str, Figures]] = {}
+    own: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        own[cell.arm].append(cell)
+    differing = [d for d in found if d.load == load.label]
+    for arm, mine in own.items():
+        mismatched = [d for d in differing if d.arm == arm]
+        arms[arm] = {
+            name: _figures(mine, belongs, [d for d in mismatched if belongs(d.prompt)], load, name)
+            for name, belongs in selections(mine, groups)
+        }
+    ratios = {arm: _ratios(arm, own, groups, load, arms, over) for arm in own if NONE in own and arm != NONE}
+    hints = _hint_gains(own, groups, load) if own.keys() >= {AUTO, NO_HINTS} else {}
+    talks = by_turn(own, groups, turns) if turns is not None and load.is_alone else {}
+    return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints, turns=talks)
+
+
+def _hint_gains(
+    own: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], load: Load
+) -> dict[str, HintGain]:
+    gains = {}
+    for name, belongs in selections(own[AUTO], groups):
+        if load.is_alone or name == OVERALL:
+            hinted, unhinted = within(own[AUTO], belongs), within(own[NO_HINTS], belongs)
+            gains[name] = hint_gain(hinted, unhinted, groups, paired(hinted, unhinted, groups))
+    return gains
+
+
+def _figures(
+    cells: Sequence[Cell],
+    belongs: Belongs,
+    differing: Sequence[Difference],
+    load: Load,
+    name: str,
+) -> Figures:
+    answers = [answer for cell in cells for answer in cell.answers if belongs(answer.prompt)]
+    repetitions = len({cell.repetition for cell in cells})
+    forwards = sum(answer.forwards for answer in answers)
+    drafted = sum(len(answer.tokens) - 1 for answer in answers)
+    whole = [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+    rounds = _rounds(whole)
+    tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
+    per_second = None
+    if load.is_alone or name == OVERALL:
+        per_second = rate(*samples(whole))
+    return Figures(
+        answers=len(answers),
+        output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
+        target_forwards=forwards // repetitions,
+        output_tokens_per_s=per_second,
+        acceptance_length=drafted / forwards if forwards else 1.0,
+        ttft_ms=percentiles_ms([a.ttft for a in answers]) or Percentiles(p50=0, p95=0, p99=0),
+        tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
+        switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
+        mismatches=sum(d.verdict is Verdict.DIFFERENT for d in differing),
+        ties=sum(d.verdict is Verdict.TIE for d in differing),
+        round_ms=round_ms_of(rounds) if rounds else None,
+        switch_share=switch_share_of(rounds) if rounds else None,
+    )
+
+
+def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
+    """WHIFLASH's clock over `cells`; empty where no round was drafted there."""
+    total: dict[str, float] = defaultdict(float)
+    for cell in cells:
+        for key, value in (cell.rounds or {}).items():
+            total[key] += value
+    return total if total.get("rounds") else {}
+
+
+def _ratios(
+    arm: str,
+    cells: Mapping[str, Sequence[Cell]],
+    groups: Mapping[str, str],
+    load: Load,
+    figures: Mapping[str, Mapping[str, Figures]],
+    over: str | None,
+) -> Ratios:
+    against_none: dict[str, Interval] = {}
+    against_static: dict[str, Interval] = {}
+    static_arm: dict[str, str] = {}
+    against_asked: dict[str, Interval] = {}
+    accepted: dict[str, float] = {}
+    statics = [
+        name for name in cells if name.split(":")[0] in (*STATIC, *PINNED) and not name.endswith(BESIDE)
+    ]
+    for name, belongs in selections(cells[arm], groups):
+        if not load.is_alone and name != OVERALL:
+            continue
+        chosen = {key: within(own, belongs) for key, own in cells.items()}
+        against_none[name] = paired(chosen[arm], chosen[NONE], groups)
+        if over is not None and over in cells and over != arm:
+            against_asked[name] = paired(chosen[arm], chosen[over], groups)
+        if statics and arm not in statics:
+            best = max(statics, key=lambda key: rate(*samples(chosen[key])))
+            static_arm[name] = best
+            against_static[name] = paired(chosen[arm], chosen[best], groups)
+            widest = max(figures[key][name].acceptance_length for key in statics)
+            accepted[name] = figures[arm][name].acceptance_length / widest
+    by_category = None
+    if load.is_alone and static_arm.get(OVERALL):
+        overall = [c for c in cells[arm] if all(groups[a.prompt] != LOOPS for a in c.answers)]
+        mixed = [
+            c
+            for key, own in cells.items()
+            for c in own
+            if static_arm.get(groups[c.answers[0].prompt]) == key and groups[c.answers[0].prompt] != LOOPS
+        ]
+        by_category = paired(overall, mixed, groups)
+    return Ratios(
+        none=against_none,
+        static=against_static,
+        static_arm=static_arm,
+        static_by_category=by_category,
+        acceptance_over_static=accepted,
+        over=against_asked,
+    )

@@ -1,0 +1,60 @@
+"""Which answers a figure is made of, and rates over them. Needs no server."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from whiflash_sglang.lab.bench.cells import Answer, Cell
+from whiflash_sglang.lab.statistics import Floats, Interval, paired_ratio
+
+Belongs = Callable[[str], bool]
+"""Whether a prompt counts."""
+OVERALL, LOOPS = "overall", "loops"
+
+
+def selections(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[tuple[str, Belongs]]:
+    """Categories that occur, loops last, and what belongs to each; overall is everything but loops."""
+    occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}
+    names = sorted(occurring - {LOOPS})
+    chosen: list[tuple[str, Belongs]] = [(name, _member(groups, name)) for name in names]
+    if names:
+        chosen.append((OVERALL, lambda prompt: groups[prompt] != LOOPS))
+    if LOOPS in occurring:
+        chosen.append((LOOPS, _member(groups, LOOPS)))
+    return chosen
+
+
+def _member(groups: Mapping[str, str], name: str) -> Belongs:
+    return lambda prompt: groups[prompt] == name
+
+
+def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
+    """Tokens and seconds, [units, repetitions]: a unit is the prompts of one cell, asked in every repetition."""
+    units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
+    for cell in cells:
+        units[cell.key[3]][cell.repetition] = cell
+    rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
+
+    def tokens_of(cell: Cell) -> int:
+        return sum(len(answer.tokens) for answer in cell.answers)
+
+    def seconds_of(cell: Cell) -> float:
+        answers: tuple[Answer, ...] = cell.answers
+        return answers[0].seconds if len(answers) == 1 else cell.seconds
+
+    return (
+        np.array([[tokens_of(cell) for cell in row] for row in rows], dtype=np.float64),
+        np.array([[seconds_of(cell) for cell in row] for row in rows], dtype=np.float64),
+    )
+
+
+def within(cells: Sequence[Cell], belongs: Belongs) -> list[Cell]:
+    """Cells whose prompts all count."""
+    return [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+
+
+def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
+    """Rate of `cells` over that of `others`, which were asked the same; prompts are drawn within their group."""
+    strata = [groups[key[0]] for key in sorted({cell.key[3] for cell in cells})]
+    return paired_ratio(*samples(cells), *samples(others), strata)

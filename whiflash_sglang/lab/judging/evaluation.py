@@ -1,0 +1,314 @@
+"""`whiflash evaluate`: a bundle against held-out prompts; answers in, table, picture and JSON out."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from whiflash_sglang.checkpoints.fit import block_size_of
+from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.checkpoints.members import member
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.lab.judging.by_span import by_span, kinds_of
+from whiflash_sglang.lab.judging.calibrate import Signal
+from whiflash_sglang.lab.judging.controlled import Known, Lag, Prices, auto_choices
+from whiflash_sglang.lab.judging.signals import judge, signals_of
+from whiflash_sglang.models.router import Router
+from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
+from whiflash_sglang.train.answers.prompts import balanced, read_rows
+from whiflash_sglang.train.answers.store import FeatureStore
+from whiflash_sglang.train.config import Data, Hardware, Slots
+from whiflash_sglang.train.replay.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.replay.replay import Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay.walk import (
+    LOOP,
+    ORACLE,
+    ORACLE_OF_THREE,
+    RouterWalk,
+    copy_rule,
+    tabulate,
+)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a bundle is evaluated.
+
+    Attributes:
+        limit: prompts used, balanced over the categories; None takes all.
+        work: where answers and replays are kept for the next evaluation; None keeps nothing.
+        lags: rounds behind the device at which `auto` is walked too (`controlled.Lag`).
+    """
+
+    limit: int | None = None
+    max_new_tokens: int = 160
+    eagle_steps: int = 5
+    seed: int = 1
+    work: Path | None = None
+    hardware: Hardware = field(default_factory=Hardware)
+    lags: tuple[int, ...] = ()
+
+
+LATE = (("all", True, True), ("signals", True, False), ("copies", False, True), ("learning", False, False))
+"""What a walk behind the device knows late, beside what rounds accepted: the target's signals, what copies expect."""
+
+SLOTS = (Slots(rows=24, capacity=512), Slots(rows=6, capacity=1152), Slots(rows=3, capacity=4096))
+
+
+@dataclass(frozen=True)
+class AnsweredBundle:
+    """A bundle's replays over the target's own answers to some prompts."""
+
+    target: LoadedTarget
+    answers: list[Replay]
+    prompts: int
+    skipped: int
+    kinds: dict[str, list[str]] = field(default_factory=dict)
+    """An answer's id → the kind of span that each of its tokens is written into."""
+
+
+def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
+    """The figures of `tabulate`, with what they were measured on, and beside two drafters those of `signals.judge` and
+    `by_span`.
+
+    Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
+    """
+    done = answer_and_replay(bundle, read_rows(prompts), settings)
+    manifest = load_manifest(bundle)
+    judged = {}
+    if len(manifest.drafters) == 2:
+        judged["signals"] = judge(done.answers, bundle_signals(bundle, done, settings.eagle_steps))
+        judged["spans"] = by_span(done.answers, done.kinds)
+    return {
+        "bundle": manifest.name,
+        "prompts": done.prompts,
+        "skipped": done.skipped,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": settings.hardware.dtype,
+        **tabulate(
+            done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps, settings.lags)
+        ),
+        **judged,
+    }
+
+
+def bundle_signals(bundle: Path, done: AnsweredBundle, eagle_steps: int) -> dict[str, list[Signal]]:
+    """`signals.signals_of` what a bundle of two drafters has."""
+    manifest = load_manifest(bundle)
+    deltas = None
+    if manifest.router is not None:
+        router = load_router(bundle, done.target)
+        with torch.inference_mode():
+            deltas = [router(answer.final).tolist() for answer in done.answers]
+    nats = [entropies(answer, done.target).tolist() for answer in done.answers]
+    longest = max(eagle_steps, block_size_of(member(bundle, manifest, "dflash"), None) - 1)
+    return signals_of(done.answers, nats, deltas, longest)
+
+
+def answer_and_replay(
+    bundle: Path, rows: Sequence[dict[str, Any]], settings: EvaluationSettings
+) -> AnsweredBundle:
+    """The target answers `rows` (the first `limit`, balanced), and the bundle's drafters are replayed."""
+    manifest = load_manifest(bundle)
+    capture = Parts.of_bundle(bundle).captured
+    template = None if manifest.chat_template is None else bundle / manifest.chat_template
+    if settings.hardware.threads:
+        torch.set_num_threads(settings.hardware.threads)
+    target = load_target(manifest.target, template, capture, settings.hardware)
+    chosen = list(balanced(rows, {}, settings.seed))[: settings.limit]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = settings.work or Path(scratch)
+        store = FeatureStore(
+            work / "answers", vectors=len(capture) + 1, hidden=target.model.hidden_size, layers=capture
+        )
+        store.truncate_to_index()
+        data = Data(
+            prompts=[],
+            tool_choice_required=1.0,
+            max_new_tokens=settings.max_new_tokens,
+            slots=list(SLOTS),
+        )
+        summary = answer_rows(chosen, target, data, store, keep_loops=True)
+        wanted = {row["id"] for row in chosen}
+        answers = replay_store(bundle, target, store, settings.eagle_steps, wanted, work / "replays")
+        two = len(manifest.drafters) == 2
+        kinds = _kinds(chosen, store, target, manifest.tool_call_parser) if two else {}
+    return AnsweredBundle(target, answers, len(chosen), summary.skipped, kinds)
+
+
+def _kinds(
+    rows: Sequence[dict[str, Any]], store: FeatureStore, target: LoadedTarget, tool_parser: str | None
+) -> dict[str, list[str]]:
+    """`by_span.kinds_of` every stored answer to `rows`, by its id."""
+    table = token_bytes(target.tokenizer)
+    by_id = {row["id"]: row for row in rows}
+    return {
+        record.id: kinds_of(
+            by_id[record.id], store.read_tokens(record)[record.prompt_length :].tolist(), tool_parser, table
+        )
+        for record in store.records
+        if record.id in by_id
+    }
+
+
+def replay_store(
+    bundle: Path,
+    target: LoadedTarget,
+    store: FeatureStore,
+    eagle_steps: int,
+    wanted: set[str] | None = None,
+    log: Path | None = None,
+) -> list[Replay]:
+    """Replay all arms over the stored answers (those with an id in `wanted`); `log`: where replays are kept."""
+    pair = Pair.load(Parts.of_bundle(bundle, eagle_steps), target.model)
+    sources = [Source(store, record) for record in store.records if wanted is None or record.id in wanted]
+    return replay_answers(pair, sources, None if log is None else ReplayLog(log, pair))
+
+
+def routers_of(
+    bundle: Path,
+    answers: Sequence[Replay],
+    target: LoadedTarget,
+    eagle_steps: int,
+    lags: Sequence[int] = (),
+) -> dict[str, RouterWalk]:
+    """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`: unpriced, and for the
+    embedded target, whose prices are known, priced. Unpriced also `lags` rounds behind the device, by what is late.
+    Beside one drafter alone there are no routers that choose between two.
+    """
+    manifest = load_manifest(bundle)
+    tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
+    nats = [entropies(answer, target).tolist() for answer in answers]
+    walks = {}
+    if len(manifest.drafters) == 2:
+        walks["entropy"] = RouterWalk([entropy_choices(one, tau) for one in nats], dwell)
+    router = None
+    if manifest.router is not None:
+        router = load_router(bundle, target)
+        threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
+        walks["neural"] = RouterWalk([router_choices(router, one, threshold) for one in answers], dwell)
+    if manifest.eagle3:
+        walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
+    known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
+    walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
+    for lag in lags:
+        for name, signals, copies in LATE:
+            choices = auto_choices(answers, known, None, Lag(lag, signals=signals, copies=copies))
+            walks[f"lag-{lag}-{name}"] = RouterWalk(choices, copies=True)
+    if is_embedded(manifest.target):
+        block_size = block_size_of(member(bundle, manifest, "dflash"), None) if manifest.dflash else 1
+        prices = Prices.of_two_cores(eagle_steps, block_size)
+        walks["auto"] = RouterWalk(auto_choices(answers, known, prices), copies=True, priced=True)
+    return walks
+
+
+def load_router(bundle: Path, target: LoadedTarget) -> Router:
+    """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
+    manifest = load_manifest(bundle)
+    if manifest.router is None:
+        raise CheckpointError(f"{bundle} has no router: run `whiflash train router --bundle {bundle}` first")
+    return Router.load(
+        bundle / manifest.router.path,
+        hidden_size=target.model.hidden_size,
+        device=target.model.device,
+        dtype=torch.float32,
+        delta_sign=manifest.router.delta_sign,
+    )
+
+
+@torch.inference_mode()
+def router_choices(router: Router, answer: Replay, threshold: float) -> dict[int, str]:
+    """The arm of every position: EAGLE-3 where the predicted ΔAL exceeds `threshold`."""
+    eagle3, dflash = ARMS
+    predicted = router(answer.final).tolist()
+    return {position: eagle3 if value > threshold else dflash for position, value in enumerate(predicted)}
+
+
+@torch.inference_mode()
+def entropies(answer: Replay, target: LoadedTarget) -> torch.Tensor:
+    """The target's entropy in nats at the start of every possible round: [P] fp32."""
+    head = target.model.head
+    log = F.linear(answer.final.to(head.dtype), head).float().log_softmax(-1)
+    return -(log.exp() * log).sum(-1)
+
+
+def entropy_choices(entropies: Sequence[float], tau: float) -> dict[int, str]:
+    """The published entropy rule: DFlash up to `tau` nats, EAGLE-3 above. entropies: of every position, in nats."""
+    eagle3, dflash = ARMS
+    return {position: eagle3 if value > tau else dflash for position, value in enumerate(entropies)}
+
+
+@torch.inference_mode()
+def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
+    """ΔAL and both heads at every position [P][3]; empty where there is no router, or one without heads."""
+    if router is None or router.heads is None:
+        return []
+    found = router.predict(answer.final)
+    rows: list[list[float]] = torch.cat([found.delta[:, None], found.accepted], dim=1).tolist()
+    return rows
+
+
+def figures_table(result: Mapping[str, Any]) -> Table:
+    """The result for a terminal."""
+    names = list(result["overall"]["acceptance_length"])
+    table = Table(title=f"acceptance length, {result['bundle']}, {result['prompts']} prompts")
+    table.add_column("category")
+    for name in names:
+        table.add_column(name, justify="right")
+    compared = list(result["overall"]["rounds_won"])
+    for arm in compared:
+        table.add_column(f"{arm} better", justify="right")
+    groups = [*result["categories"].items(), ("overall", result["overall"]), (LOOP, result[LOOP])]
+    for category, figures in groups:
+        if figures is None:
+            continue
+        lengths = [f"{figures['acceptance_length'][name]:.2f}" for name in names]
+        shares = [f"{figures['rounds_won'][arm]:.0%}" for arm in compared]
+        table.add_row(category, *lengths, *shares)
+    return table
+
+
+def write_picture(result: Mapping[str, Any], path: Path) -> None:
+    """Grouped bars of the acceptance lengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    categories: Sequence[str] = [*result["categories"], "overall"]
+    oracles = {ORACLE: "dotted", ORACLE_OF_THREE: "dashed"}
+    names = [name for name in result["overall"]["acceptance_length"] if name not in oracles]
+    figure, axes = pyplot.subplots(figsize=(1.4 * len(categories) + 2, 4))
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        values = [
+            {**result["categories"], "overall": result["overall"]}[c]["acceptance_length"][name]
+            for c in categories
+        ]
+        axes.bar([place + index * width for place in range(len(categories))], values, width, label=name)
+    for place, category in enumerate(categories):
+        group = {**result["categories"], "overall": result["overall"]}[category]
+        for oracle, style in oracles.items():
+            level = group["acceptance_length"][oracle]
+            axes.hlines(level, place - width / 2, place + 0.8 - width / 2, colors="black", linestyles=style)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(categories))], categories)
+    axes.set_ylabel("tokens per round (dotted: oracle of two, dashed: of three)")
+    axes.set_ylim(bottom=1)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def write_json(result: Mapping[str, Any], path: Path) -> None:
+    """Write the result, complete or not at all."""
+    staged = path.with_suffix(".partial")
+    staged.write_text(json.dumps(result, indent=1) + "\n")
+    staged.replace(path)

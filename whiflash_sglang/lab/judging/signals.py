@@ -1,0 +1,112 @@
+"""What could tell before a round which drafter will accept more: signals, judged on the same positions of an answer.
+
+A signal speaks for EAGLE-3 the larger it is. Each is judged at the threshold that suits it best on these very answers,
+so that what differs is how much it knows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from whiflash_sglang.lab.judging.calibrate import Signal, frame, sweep
+from whiflash_sglang.routing.mean import Mean
+from whiflash_sglang.train.replay.pair import ARMS
+from whiflash_sglang.train.replay.replay import Replay
+from whiflash_sglang.train.router.regression import best_accuracy
+
+MEMORY = 16.0
+"""Positions that the running means remember."""
+
+ALWAYS = "always the same"
+EQUAL = dict.fromkeys(ARMS, 1.0)
+"""Rounds cost the same, so that rates are acceptance lengths."""
+
+
+def signals_of(
+    answers: Sequence[Replay],
+    entropies: Sequence[Sequence[float]],
+    deltas: Sequence[Sequence[float]] | None,
+    longest: int,
+) -> dict[str, list[Signal]]:
+    """Signal → its values [P] in every answer.
+
+    The drafters' own confidences are what a round would see behind both draft passes and before the verification.
+
+    Args:
+        entropies: the target's, in nats. deltas: ΔAL as the router predicts it, None without one. longest: drafts of a
+            round, of either drafter, at most.
+    """
+    eagle3, dflash = ARMS
+    found: dict[str, list[Signal]] = {"entropy": [np.asarray(one, np.float64) for one in entropies]}
+    if deltas is not None:
+        found["neural"] = [np.asarray(one, np.float64) for one in deltas]
+    found["running means"] = [running_means(answer, longest) for answer in answers]
+    found[f"confidence of {eagle3}"] = [answer.expected[eagle3] for answer in answers]
+    found[f"confidence of {dflash}"] = [-answer.expected[dflash] for answer in answers]
+    found["both confidences"] = [answer.expected[eagle3] - answer.expected[dflash] for answer in answers]
+    return found
+
+
+def running_means(answer: Replay, longest: int) -> Signal:
+    """[P]: mean ΔAL of the rounds that could have begun before and are known by now, decayed; 0 where there are none.
+
+    It knows both drafters' rounds at every position, which no server does: a bound of what means can tell.
+    """
+    delta = answer.accepted[ARMS[0]] - answer.accepted[ARMS[1]]
+    mean, values = Mean(), np.zeros(len(delta))
+    for position in range(len(delta)):
+        known = position - 1 - longest  # the last round whose drafts all lie in the text so far
+        if known >= 0:
+            mean.add(float(delta[known]), MEMORY)
+            values[position] = mean.value
+    return values
+
+
+def judge(answers: Sequence[Replay], signals: Mapping[str, Sequence[Signal]]) -> dict[str, dict[str, float]]:
+    """Signal → figures, before loops; `ALWAYS` names the drafter that is better more often, or is longer.
+
+    sign_accuracy: where one drafter accepts more, how often the signal names it. acceptance_length: routed by it,
+    categories weighted alike. oracle_gain_share: of the best of two's gain over the better drafter. nan where nothing
+    differs.
+
+    Raises:
+        ValueError: there is no answer before a loop.
+    """
+    around = frame(answers, EQUAL)
+    static, gain = max(around.eagle3, around.dflash), around.oracle - max(around.eagle3, around.dflash)
+    delta = _before_loops(answers, [one.accepted[ARMS[0]] - one.accepted[ARMS[1]] for one in answers])
+    decided, positive = delta != 0, delta[delta != 0] > 0
+    share = positive.double().mean().item()
+    figures = {ALWAYS: _figures(max(share, 1 - share), static, static, gain)}
+    for name, values in signals.items():
+        signal = _before_loops(answers, values)[decided]
+        accuracy = best_accuracy(signal, positive) if len(signal) else float("nan")
+        lowest = min(float(one.min()) for one in values) - 1.0
+        curve = sweep(answers, values, EQUAL, lowest=lowest, min_dwell=0)
+        figures[name] = _figures(accuracy, max(curve.rates.values()), static, gain)
+    return figures
+
+
+def _figures(accuracy: float, length: float, static: float, gain: float) -> dict[str, float]:
+    share = (length - static) / gain if gain > 0 else float("nan")
+    return {"sign_accuracy": accuracy, "acceptance_length": length, "oracle_gain_share": share}
+
+
+def _before_loops(answers: Sequence[Replay], values: Sequence[Any]) -> torch.Tensor:
+    return torch.from_numpy(
+        np.concatenate([one[: answer.loop_from] for answer, one in zip(answers, values, strict=True)])
+    )
+
+
+def signals_table(result: Mapping[str, Mapping[str, float]]) -> Table:
+    """For a terminal."""
+    table = Table(title="what could tell which drafter accepts more, each at its best threshold")
+    for column in ("signal", "names the better one", "tokens per round", "share of the oracle's gain"):
+        table.add_column(column, justify="left" if column == "signal" else "right")
+    for name, one in result.items():
+        length, share = one["acceptance_length"], one["oracle_gain_share"]
+        table.add_row(name, f"{one['sign_accuracy']:.1%}", f"{length:.3f}", f"{share:.0%}")
+    return table
