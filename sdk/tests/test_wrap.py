@@ -124,6 +124,54 @@ def test_another_wrapper_around_create_stays(client: OpenAI, server: FakeServer)
     assert server.hints()["trace"]
 
 
+@pytest.mark.parametrize("wrapped_first", [True, False])
+def test_tracers_that_patch_the_class_see_wrapped_calls_in_either_order(
+    client: OpenAI,
+    async_client: AsyncOpenAI,
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    wrapped_first: bool,
+) -> None:
+    """OpenInference's `instrument` replaces `request` on `OpenAI` and `AsyncOpenAI`."""
+    seen: list[Any] = []
+
+    def patch(kind: Any) -> None:
+        request = kind.request
+
+        def traced(self: Any, cast_to: Any, options: Any, **named: Any) -> Any:
+            seen.append((self, options.url))
+            return request(self, cast_to, options, **named)
+
+        monkeypatch.setattr(kind, "request", traced)
+
+    async def ask() -> None:
+        await async_client.chat.completions.create(model="m", messages=MESSAGES)
+        await async_client.close()
+
+    if wrapped_first:
+        wrap(client), wrap(async_client)
+    patch(OpenAI), patch(AsyncOpenAI)
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES)
+    wrap(async_client)
+    asyncio.run(ask())
+    assert [one for one, url in seen if url == "/chat/completions"] == [client, async_client]
+    assert all(server.hints(index)["trace"] for index in (0, 1))
+
+
+def test_a_request_method_of_the_clients_own_stays(client: OpenAI, server: FakeServer) -> None:
+    seen: list[str] = []
+    inner = client.request
+
+    def recording(cast_to: Any, options: Any, **named: Any) -> Any:
+        seen.append(options.url)
+        return inner(cast_to, options, **named)
+
+    client.request = recording  # type: ignore[method-assign]
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES)
+    assert "/chat/completions" in seen
+    assert server.hints()["trace"]
+
+
 def test_the_innermost_level_wins(client: OpenAI, server: FakeServer) -> None:
     wrap(client, hints=Hints(off=True, spans=(Span(kind="prose", begin="client"),)), trace=False)
     asked: dict[str, Any] = {"model": "m", "messages": MESSAGES}

@@ -119,13 +119,21 @@ def _install(
     open_scope(client, origin)
     vars(client)["request"] = _sync_request(client) if isinstance(client, OpenAI) else _async_request(client)
     for name in ("copy", "with_options"):
-        vars(client)[name] = _wrapping_copy(client, getattr(client, name))
+        vars(client)[name] = _wrapping_copy(client, name)
 
 
-def _wrapping_copy(client: OpenAI | AsyncOpenAI, copy: Callable[..., ClientT]) -> Callable[..., ClientT]:
-    @functools.wraps(copy)
-    def copied(*args: Any, **kwargs: Any) -> ClientT:
-        made = copy(*args, **kwargs)
+def _inherited(client: OpenAI | AsyncOpenAI, name: str) -> Callable[[], Callable[..., Any]]:
+    """Finds the method that a wrapped one goes on to, at every call: tracers replace it on the class at any time."""
+    own = vars(client).get(name)
+    return lambda: own or functools.partial(getattr(type(client), name), client)
+
+
+def _wrapping_copy(client: OpenAI | AsyncOpenAI, name: str) -> Callable[..., Any]:
+    inherited = _inherited(client, name)
+
+    @functools.wraps(getattr(client, name))
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        made = inherited()(*args, **kwargs)
         _install(made, vars(client)[_WRAPPED], client)
         return made
 
@@ -134,22 +142,22 @@ def _wrapping_copy(client: OpenAI | AsyncOpenAI, copy: Callable[..., ClientT]) -
 
 def _sync_request(client: Any) -> Callable[..., Any]:
     """The client's one door to the network, with hints put in and traces taken out."""
-    inherited = client.request
+    inherited = _inherited(client, "request")
 
-    @functools.wraps(inherited)
+    @functools.wraps(client.request)
     def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
         if not _is_routed(options):
-            return inherited(cast_to, options, **kwargs)
+            return inherited()(cast_to, options, **kwargs)
         settings: _Settings = vars(client)[_WRAPPED]
         found = settings.capabilities
         if found is None:
             found = ask(client, options.timeout).require(strict=settings.strict)
         if not _takes_hints(found, options.url):
-            return inherited(cast_to, options, **kwargs)
+            return inherited()(cast_to, options, **kwargs)
         enclosing = collectors(client)
         if found and options.url in _ROUTED_PATHS:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
-        result = inherited(cast_to, _with_hints(options, settings, found), **kwargs)
+        result = inherited()(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
         return result
 
@@ -157,22 +165,22 @@ def _sync_request(client: Any) -> Callable[..., Any]:
 
 
 def _async_request(client: Any) -> Callable[..., Any]:
-    inherited = client.request
+    inherited = _inherited(client, "request")
 
-    @functools.wraps(inherited)
+    @functools.wraps(client.request)
     async def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
         if not _is_routed(options):
-            return await inherited(cast_to, options, **kwargs)
+            return await inherited()(cast_to, options, **kwargs)
         settings: _Settings = vars(client)[_WRAPPED]
         found = settings.capabilities
         if found is None:
             found = (await async_ask(client, options.timeout)).require(strict=settings.strict)
         if not _takes_hints(found, options.url):
-            return await inherited(cast_to, options, **kwargs)
+            return await inherited()(cast_to, options, **kwargs)
         enclosing = collectors(client)
         if found and options.url in _ROUTED_PATHS:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
-        result = await inherited(cast_to, _with_hints(options, settings, found), **kwargs)
+        result = await inherited()(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
         return result
 
