@@ -143,6 +143,22 @@ def _completion(server: FakeServer, body: dict[str, Any], *, chat: bool) -> dict
     return answer
 
 
+def _response(server: FakeServer, body: dict[str, Any], status: str = "completed") -> dict[str, Any]:
+    content = [{"type": "output_text", "text": server.content, "annotations": []}]
+    message = {"id": "m0", "type": "message", "role": "assistant", "status": status, "content": content}
+    answer = {"id": "r0", "object": "response", "created_at": 1, "model": body["model"], "status": status}
+    answer |= {"output": [message] if status == "completed" else [], "tools": [], "tool_choice": "auto"}
+    if status == "completed" and server.trace is not None:
+        answer["sglext"] = {"whiflash": server.trace}
+    return answer
+
+
+def _response_events(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for number, (name, status) in enumerate((("created", "in_progress"), ("completed", "completed"))):
+        response = _response(server, body, status)
+        yield {"type": f"response.{name}", "sequence_number": number, "response": response}
+
+
 def _text_chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "text_completion"}
     for piece in server.content.split(" "):
@@ -214,11 +230,15 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 server.failures -= 1
                 self._send(503, b'{"error": {"message": "busy"}}')
             elif body.get("stream"):
-                chunks = _chunks if self.path.endswith("/chat/completions") else _text_chunks
-                lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(server, body)]
+                chunks = {"/v1/chat/completions": _chunks, "/v1/responses": _response_events}
+                found = chunks.get(self.path, _text_chunks)(server, body)
+                lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in found]
                 self._send(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
             else:
-                answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))
+                if self.path.endswith("/responses"):
+                    answer = _response(server, body)
+                else:
+                    answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))
                 self._send(200, json.dumps(answer).encode())
 
     return Handler

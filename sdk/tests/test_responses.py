@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from fake_server import CAPABILITIES, FakeServer
+from fake_server import CAPABILITIES, TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Hints, agent, predict, wrap
+from whiflash_sdk import Hints, Trace, agent, collect, predict, routing, wrap
 
 TOOL: Any = {
     "type": "function",
@@ -16,6 +16,7 @@ TOOL: Any = {
     "strict": False,
 }
 ASKED: dict[str, Any] = {"model": "m", "input": "Rename x.", "tools": [TOOL]}
+EXPECTED = Trace.model_validate(TRACE)
 
 
 @pytest.fixture
@@ -32,16 +33,42 @@ def test_what_is_said_goes_out_and_the_server_derives_the_rest(client: OpenAI, r
     first, second = reading.bodies
     assert first["prediction"] == {"type": "content", "content": "x = 1"}
     assert first["top_k"] == 3
-    assert reading.wire(0) == {"agent": "a", "lookup": "context", "spans": []}
-    assert reading.wire(1) == {"agent": "a", "spans": []}
+    assert reading.wire(0) == {"agent": "a", "lookup": "context", "spans": [], "trace": "full"}
+    assert reading.wire(1) == {"agent": "a", "spans": [], "trace": "full"}
     assert "prediction" not in second
+
+
+def test_traces_are_asked_for_and_read_as_of_chats(client: OpenAI, reading: FakeServer) -> None:
+    wrap(client)
+    with collect() as collected:
+        response = client.responses.create(**ASKED)
+        stream = client.responses.create(**ASKED, stream=True)
+        events = list(stream)
+        with client.responses.stream(**ASKED) as helper:
+            helper.get_final_response()
+        raw = client.responses.with_raw_response.create(**ASKED)
+    assert [event.type for event in events] == ["response.created", "response.completed"]
+    for answer in (response, stream, events[-1], helper, raw):
+        assert routing(answer) == EXPECTED
+    assert collected.traces == [EXPECTED] * 4
+    assert all(reading.wire(index)["trace"] is True for index in range(4))
+    wrap(client, trace=False).responses.create(**ASKED)
+    assert "trace" not in reading.hints()
 
 
 def test_asynchronously_too(async_client: AsyncOpenAI, reading: FakeServer) -> None:
     wrap(async_client)
-    with agent("b"):
-        asyncio.run(async_client.responses.create(**ASKED))
-    assert reading.wire()["agent"] == "b"
+
+    async def ask() -> Any:
+        with agent("b"), collect() as collected:
+            response = await async_client.responses.create(**ASKED)
+            stream = await async_client.responses.create(**ASKED, stream=True)
+            assert [event.type async for event in stream][-1] == "response.completed"
+        await async_client.close()
+        return routing(response), routing(stream), *collected.traces
+
+    assert asyncio.run(ask()) == (EXPECTED,) * 4
+    assert reading.wire(0)["agent"] == reading.wire(1)["agent"] == "b"
 
 
 @pytest.mark.filterwarnings("ignore::whiflash_sdk.UnsupportedServerWarning")

@@ -23,7 +23,7 @@ ClientT = TypeVar("ClientT", bound="OpenAI | AsyncOpenAI")
 
 _ROUTED_PATHS: Final = ("/chat/completions", "/completions")
 _CONVERTED_PATHS: Final = ("/responses",)
-"""Requests that a server converts: it derives their spans, and sends no traces with their answers."""
+"""Requests that a server converts: it derives their spans itself."""
 _WRAPPED: Final = "_whiflash_settings"
 _FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("", "0", "false", "no", "off"), False
@@ -155,7 +155,7 @@ def _sync_request(client: Any) -> Callable[..., Any]:
         if not _takes_hints(found, options.url):
             return inherited()(cast_to, options, **kwargs)
         enclosing = collectors(client)
-        if found and options.url in _ROUTED_PATHS:
+        if found:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
         result = inherited()(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
@@ -178,7 +178,7 @@ def _async_request(client: Any) -> Callable[..., Any]:
         if not _takes_hints(found, options.url):
             return await inherited()(cast_to, options, **kwargs)
         enclosing = collectors(client)
-        if found and options.url in _ROUTED_PATHS:
+        if found:
             kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
         result = await inherited()(cast_to, _with_hints(options, settings, found), **kwargs)
         note(result, enclosing)
@@ -214,9 +214,7 @@ def _with_hints(options: Any, settings: _Settings, found: Capabilities | bool | 
         derived: tuple[Span, ...] = ()
         if isinstance(found, Capabilities):
             hints = _understood(_named(hints, settings.agent), found)
-            if options.url in _CONVERTED_PATHS:
-                hints = hints.without(["trace"])
-            else:
+            if options.url in _ROUTED_PATHS:
                 body = options.json_data if isinstance(options.json_data, Mapping) else {}
                 derived = derive_spans({**body, **extra}, found.tool_call_parser, found.reasoning_parser)
         elif isinstance(settings.agent, str):

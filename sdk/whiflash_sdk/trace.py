@@ -164,8 +164,8 @@ class Trace(BaseModel):
 def routing(response: object, choice: int = 0) -> Trace | None:
     """The trace that came with a response; None if it carries none.
 
-    response: a chat or text completion, parsed or raw, a stream of a wrapped client once it has ended, a stream
-        chunk, or the JSON of any of them, the native route's included.
+    response: a chat or text completion or a response of the Responses API, parsed or raw, a stream of a wrapped
+        client once it has ended, a stream's chunk or event, or the JSON of any of them, the native route's included.
     choice: index of the choice, for requests with `n` above 1.
 
     Raises:
@@ -208,13 +208,14 @@ def raw_traces(response: Any) -> list[Any]:
 
 
 def sent_traces(body: Any) -> list[Any]:
-    """The traces in a response's or chunk's own body, as they were sent."""
-    fields = body if isinstance(body, Mapping) else getattr(body, "model_extra", None) or {}
-    for name in ("sglext", "meta_info"):
-        extension = fields.get(name)
-        found = extension.get("whiflash") if isinstance(extension, Mapping) else None
-        if found is not None:
-            return found if isinstance(found, list) else [found]
+    """The traces in a response's, a chunk's or an event's own body, as they were sent."""
+    for holder in (body, _field(body, "response")):  # the last event of a Responses stream holds the response
+        fields = holder if isinstance(holder, Mapping) else getattr(holder, "model_extra", None) or {}
+        for name in ("sglext", "meta_info"):
+            extension = fields.get(name)
+            found = extension.get("whiflash") if isinstance(extension, Mapping) else None
+            if found is not None:
+                return found if isinstance(found, list) else [found]
     return []
 
 

@@ -1,6 +1,7 @@
 """Hints over HTTP, on a real server with a tiny model: refused by name, bounded, never in the text."""
 
 import ast
+import asyncio
 import json
 import random
 import re
@@ -8,14 +9,17 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
-from openai import OpenAI
+from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, set_tracing_disabled
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
-from whiflash_sdk import Hints, Span, Trace, capabilities, routing, wrap
+from whiflash_sdk import Hints, Span, Trace, capabilities, collect, routing, wrap
+from whiflash_sdk.adapters.openai_agents import wrap_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 
@@ -529,6 +533,44 @@ def test_a_converted_answer_tells_who_wrote_it_and_what_of_its_prediction_appear
     assert read.tokens == tokens
     alone = post(server, route, converted(route, stream=stream, **Hints(trace=True).extra_body()))
     assert told(route, alone, stream)[1].keys() == {"whiflash"}
+
+
+class Choice(BaseModel):
+    """An answer that ends by itself: the Agents SDK and `responses.stream` take no other."""
+
+    chosen: Literal["a", "b"]
+
+
+def test_a_wrapped_client_gets_the_traces_of_its_responses(client: OpenAI) -> None:
+    choice = {"type": "json_schema", "name": "c", "schema": Choice.model_json_schema(), "strict": True}
+    asked: Any = {"model": "tiny", "temperature": 0, "input": PROMPT, "text": {"format": choice}}
+    with collect() as collected:
+        response = client.responses.create(**asked)
+        stream = client.responses.create(**asked, stream=True)
+        last = list(stream)[-1]
+        with client.responses.stream(**asked) as events:
+            text = events.get_final_response().output_text
+    found = [routing(answer) for answer in (response, stream, last, events)]
+    assert [trace.text for trace in found if trace is not None] == [text] * 4
+    assert [trace.text for trace in collected.traces] == [text] * 3
+    assert text
+
+
+def test_the_agents_sdks_default_route_is_collected(server: Server) -> None:
+    async def run() -> None:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as mine:
+            model = wrap_model(OpenAIResponsesModel("tiny", mine), strict=True)
+            settings = ModelSettings(temperature=0, max_tokens=64)
+            agent = Agent[None](name="A", model=model, model_settings=settings, output_type=Choice)
+            with collect() as collected:
+                await Runner.run(agent, PROMPT)
+                streamed = Runner.run_streamed(agent, PROMPT)
+                async for _ in streamed.stream_events():
+                    pass
+            assert [trace.rounds > 0 for trace in collected.traces] == [True, True]
+
+    set_tracing_disabled(True)
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
