@@ -31,8 +31,8 @@ from whiflash_sglang.checkpoints.manifest import (
 from whiflash_sglang.cli import app
 from whiflash_sglang.config import PolicyChange
 from whiflash_sglang.flags import flags
+from whiflash_sglang.metrics.series import SERIES
 from whiflash_sglang.telemetry.round_clock import RoundClock
-from whiflash_sglang.telemetry.series import SERIES
 from whiflash_sglang.telemetry.tally import Tally
 
 ROOT = Path(__file__).parents[1]

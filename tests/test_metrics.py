@@ -2,7 +2,7 @@
 
 import pytest
 
-from whiflash_sglang.telemetry import clock as clocks
+from whiflash_sglang.device import clock as clocks
 from whiflash_sglang.telemetry.round_clock import RoundClock, RoundWork
 
 

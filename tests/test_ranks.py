@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.round.ranks import DivergedError, Message, Ranks
+from whiflash_sglang.device.ranks import DivergedError, Message, Ranks
 
 
 def pair() -> tuple[Ranks, Ranks]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from host_reads import Launches
 
-from whiflash_sglang.drafters.paged import PADDING, PassInput
-from whiflash_sglang.round.graphs import load
+from whiflash_sglang.core import PADDING, PassInput
+from whiflash_sglang.device.capture import load
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.round.transfers import Download, Upload
+from whiflash_sglang.device.transfers import Download, Upload
 
 int32 = st.integers(-(2**31), 2**31 - 1)
 float32 = st.floats(width=32, allow_nan=False)

@@ -6,46 +6,48 @@ from typing import Any
 
 import torch
 
+from whiflash_sglang.assemble import build_drafters, build_policy, load_router
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.stops import StopTable
-from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import graphs, late, memory, pricing, records, release, step
 from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.lifecycle import Lifecycle
 from whiflash_sglang.compat.parallel import ranks_of_model
 from whiflash_sglang.compat.rehearsal import rehearse_sampling
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
-    Done,
     DraftInput,
-    RoundBatch,
+    any_ended,
+    any_tracked,
     idle_result,
     max_running_requests,
+    next_round,
     prefill_rows,
+    round_batch,
     step_result,
 )
 from whiflash_sglang.compat.target import Target
+from whiflash_sglang.compat.verification import VerifyStage
 from whiflash_sglang.config import Settings, changed
+from whiflash_sglang.core import Done, RoundBatch
+from whiflash_sglang.device.clock import clock_of
+from whiflash_sglang.device.host_view import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
-from whiflash_sglang.drafters.build import build_drafters, load_router
-from whiflash_sglang.drafters.stage import DraftStage
+from whiflash_sglang.metrics import announce
+from whiflash_sglang.metrics.publisher import Publisher, Sink
+from whiflash_sglang.metrics.state import state_of
+from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.forcing import Forcing
-from whiflash_sglang.round.host_view import HostView
 from whiflash_sglang.round.learning import Learner, results_of
-from whiflash_sglang.round.lifecycle import Lifecycle
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.verification import VerifyStage
-from whiflash_sglang.routing.build import build_policy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
-from whiflash_sglang.telemetry import announce
-from whiflash_sglang.telemetry.clock import clock_of
-from whiflash_sglang.telemetry.publisher import Publisher, Sink
 from whiflash_sglang.telemetry.round_clock import RoundClock
-from whiflash_sglang.telemetry.state import state_of
 from whiflash_sglang.telemetry.tally import Tally
 
 STEP_ROUNDS, STEP_SECONDS = 4, 0.1
@@ -212,7 +214,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
         """
         began = time.perf_counter()
-        requests = RoundBatch.of(batch, self.target.context_len, self.planner.under_way)
+        requests = round_batch(batch, self.target.context_len, self.planner.under_way)
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or step.needs_scheduler(batch):
             most = 1
@@ -220,11 +222,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         while (
             len(rounds) < most
             and not rounds[-1].drafted
-            and not requests.any_ended(rounds[-1])
-            and not requests.any_tracked(batch, rounds[-1])
+            and not any_ended(requests, rounds[-1])
+            and not any_tracked(batch, requests, rounds[-1])
             and self.ranks.told(lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail())
         ):
-            requests = requests.after(batch, rounds[-1])
+            requests = next_round(batch, requests, rounds[-1])
             rounds.append(self._round(batch, requests, on_publish, grammar_barrier))
         self.publisher.tick()
         return step_result(rounds)

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.cache.backlog import FeatureRows, Lengths, Owners
-from whiflash_sglang.cache.sync import DraftSync
+from whiflash_sglang.cache.backlog import FeatureRows, Owners
 from whiflash_sglang.checkpoints.fit import target_layers
-from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.core import DraftBatch, Lengths, PassInput
+from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
-from whiflash_sglang.drafters.paged import PagedArm, PassInput
+from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.round.graphs import Recorder
+from whiflash_sglang.round.catch_up import DraftSync
 
 torch.set_num_threads(1)
 

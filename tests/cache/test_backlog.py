@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import CONTEXT, RING, ROWS, Arms, Replay
 
-from whiflash_sglang.cache.backlog import Due, Lengths, Watermarks
+from whiflash_sglang.cache.backlog import Due, Watermarks
+from whiflash_sglang.core import Lengths
 
 WIDEST = 8
 EVENTS = ("finish", "abort", "retract", "remap")

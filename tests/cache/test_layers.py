@@ -11,10 +11,11 @@ from replay import ROWS, Arms, Replay, load_arms
 from test_backlog import History, live, rounds
 
 from whiflash_sglang.cache import backlog
-from whiflash_sglang.cache.backlog import Lengths, Owners
+from whiflash_sglang.cache.backlog import Owners
 from whiflash_sglang.cache.draft_kv import DraftKV
+from whiflash_sglang.core import Lengths, PassInput
 from whiflash_sglang.drafters import paged
-from whiflash_sglang.drafters.paged import MOST_ROWS, PassInput, blocks_of
+from whiflash_sglang.drafters.paged import MOST_ROWS, blocks_of
 from whiflash_sglang.models.choice import Choice
 
 LAYERS = 3

@@ -10,7 +10,8 @@ from replay import CONTEXT, SLOTS, VOCAB, Arms
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from whiflash_sglang.drafters.paged import PADDING, PagedArm, PassInput
+from whiflash_sglang.core import PADDING, PassInput
+from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models import choice as choices
 
 Drafted = tuple[torch.Tensor, torch.Tensor]

@@ -60,7 +60,7 @@ def test_families_of_targets_are_served(
 
 
 def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.round.verification import VerifyStage
+    from whiflash_sglang.compat.verification import VerifyStage
 
     verify = VerifyStage.verify
 
@@ -79,7 +79,7 @@ def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_plan_on_the_host_may_wait_and_nothing_else() -> None:
-    found = {"round/transfers.py:4": 3, "flashinfer/prefill.py:9": 6}
+    found = {"device/transfers.py:4": 3, "flashinfer/prefill.py:9": 6}
     assert serving.told_apart(found, "flashinfer/") == (3, {})
     assert serving.told_apart(found, None) == (3, {"flashinfer/prefill.py:9": 6})
     planted = found | {"whiflash_sglang/worker.py:1": 3}

@@ -140,7 +140,7 @@ def recording(launches: bool = False) -> Iterator[Tape]:
 
 
 class TapeRecorder:
-    """Captures passes of drafters as tapes (`whiflash_sglang.round.graphs.Recorder`). replays: of all of them."""
+    """Captures passes of drafters as tapes (`whiflash_sglang.device.capture.Recorder`). replays: of all of them."""
 
     def __init__(self) -> None:
         self.replays = 0

@@ -12,14 +12,14 @@ from replay import CONTEXT, VOCAB, Arms, Replay
 from test_backlog import History, live, rounds
 from test_passes import ARMS, prepared, requests
 
-from whiflash_sglang.cache.sync import DraftSync
+from whiflash_sglang.core import DraftBatch, PassInput
+from whiflash_sglang.device.capture import StaticInput, doubling
 from whiflash_sglang.drafters import paged
-from whiflash_sglang.drafters.base import DraftBatch
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
-from whiflash_sglang.drafters.paged import PagedArm, PassInput
+from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models import choice as choices
-from whiflash_sglang.round.graphs import StaticInput, doubling
+from whiflash_sglang.round.catch_up import DraftSync
 
 __all__ = ["prepared"]
 

@@ -102,7 +102,7 @@ def record_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
 def results_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """What SGLang reads, as the end of a graph leaves it."""
     from whiflash_sglang import worker
-    from whiflash_sglang.round.transfers import Download
+    from whiflash_sglang.device.transfers import Download
 
     class Uncopied(Download):
         def __getitem__(self, name: str) -> torch.Tensor:

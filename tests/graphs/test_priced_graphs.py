@@ -15,9 +15,9 @@ from model_set import Models
 
 from whiflash_sglang.compat import pricing
 from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets
-from whiflash_sglang.round.graphs import CapturedPass, doubling
+from whiflash_sglang.device.capture import CapturedPass, doubling
+from whiflash_sglang.device.clock import Clock
 from whiflash_sglang.routing.tables import CostTables
-from whiflash_sglang.telemetry.clock import Clock
 
 REQUESTS, WIDEST, CONTEXT = 3, 17, 256
 SMALL: dict[str, Any] = {

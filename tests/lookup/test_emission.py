@@ -10,12 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.device.host_view import HostView
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.lookup.emission import OPENING, Emission
 from whiflash_sglang.lookup.forms import NEEDLE, Forms, escaped
-from whiflash_sglang.round.host_view import HostView
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, vocabulary_of

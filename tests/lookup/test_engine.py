@@ -12,7 +12,7 @@ import torch
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.drafters.base import Drafts
+from whiflash_sglang.core import Drafts
 from whiflash_sglang.lookup.calibration import Agreement
 from whiflash_sglang.lookup.copier import Copied, Proposal
 from whiflash_sglang.lookup.memory import handle_of, tenant_of

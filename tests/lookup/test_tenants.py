@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement, Calibrations
 from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_fit, target_layers
-from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.models.formats import Draft, read_draft
 

@@ -8,10 +8,10 @@ from served_blocks import BONUS, CONTEXT, LENGTHS
 from torch import Tensor
 
 from whiflash_sglang import arms
+from whiflash_sglang.assemble import chain_arm
 from whiflash_sglang.cache.backlog import FeatureRows, Owners
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
-from whiflash_sglang.drafters.base import DraftBatch
-from whiflash_sglang.drafters.build import chain_arm
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.models.formats import read_draft
 
 STEPS = 5

@@ -12,7 +12,7 @@ from engine import engine
 from oracle_arm import OracleArm
 from traffic import Arrival, mixed, play
 
-from whiflash_sglang.drafters.stage import DraftStage, Proposal
+from whiflash_sglang.round.draft import DraftStage, Proposal
 
 RANKS = 2
 BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"}

@@ -2,9 +2,9 @@
 
 import pytest
 
+from whiflash_sglang.device.clock import HostClock, clock_of, measure
 from whiflash_sglang.routing.tables import Correction, CostTables, Sizes, Verifications
 from whiflash_sglang.routing.watch import WINDOW
-from whiflash_sglang.telemetry.clock import HostClock, clock_of, measure
 
 
 class Moved:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.telemetry import publisher
-from whiflash_sglang.telemetry.publisher import INTERVAL, Publisher
-from whiflash_sglang.telemetry.series import SERIES, Labels, Points, Series
+from whiflash_sglang.metrics import publisher
+from whiflash_sglang.metrics.publisher import INTERVAL, Publisher
+from whiflash_sglang.metrics.series import SERIES, Labels, Points, Series
 from whiflash_sglang.telemetry.tally import MOST_PENDING, ArmCounts, Tally
 
 

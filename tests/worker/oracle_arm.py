@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, History
+from whiflash_sglang.core import DraftBatch, Drafts, History
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.routing.costs import Worth
 
 ARM = "oracle"

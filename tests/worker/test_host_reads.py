@@ -113,8 +113,8 @@ def test_a_steady_round_reads_nothing_before_its_end(models: Models, monkeypatch
     kernels = watched.kernels - Counter({"_draft_attention": watched.kernels["_draft_attention"]})
     print(f"kernels {kernels.total()}: {dict(sorted(watched.kernels.items()))}")
     assert 0 < kernels.total() <= MOST_KERNELS
-    assert [site.split(":")[0] for site in reads.elements()] == ["whiflash_sglang/round/transfers.py"]
-    assert [site.split(":")[0] for site in uploads.elements()] == ["whiflash_sglang/round/transfers.py"]
+    assert [site.split(":")[0] for site in reads.elements()] == ["whiflash_sglang/device/transfers.py"]
+    assert [site.split(":")[0] for site in uploads.elements()] == ["whiflash_sglang/device/transfers.py"]
     assert 0 < between.total() <= MOST_BETWEEN
 
 
@@ -126,7 +126,7 @@ def test_where_reading_is_free_the_plan_is_one_buffer_too(
     sites = [site.split(":")[0] for site in watched.reads.uploads.elements()]
     # Copies are the host's own there: they go up as they are found, if any are.
     copies = "whiflash_sglang/drafters/padding.py"
-    assert [site for site in sites if site != copies] == ["whiflash_sglang/round/transfers.py"]
+    assert [site for site in sites if site != copies] == ["whiflash_sglang/device/transfers.py"]
     for site, count in sorted(watched.launches.between.items()):
         print(f"launch {count} x {site}")
     print(f"launches {watched.launches.count}, between kernels and models {watched.launches.between.total()}")

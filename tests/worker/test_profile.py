@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.core import DraftBatch, Drafts
 from whiflash_sglang.drafters import profile
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.routing.costs import MeasuredCosts
 
 SLOW, QUICK = 0.2, 0.002

@@ -14,8 +14,8 @@ from engine import Engine, engine
 from model_set import Models
 from reference import Comparison
 
+from whiflash_sglang.metrics.series import Labels, Series
 from whiflash_sglang.round.quarantine import MOST_FAULTS, Quarantine
-from whiflash_sglang.telemetry.series import Labels, Series
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
 TOKENS = 40

@@ -13,9 +13,9 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_gr
 
 from whiflash_sglang.cache.stops import FEW
 from whiflash_sglang.compat import attention, graphs, memory, rehearsal
+from whiflash_sglang.device.capture import CapturedPass
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
-from whiflash_sglang.round.graphs import CapturedPass
 
 
 def peak_bytes(body: Any, trace: Path) -> int:

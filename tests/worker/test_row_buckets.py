@@ -1,6 +1,6 @@
 """Sizes of verifications whose rows the host may not count."""
 
-from whiflash_sglang.round.graphs import bucket_of
+from whiflash_sglang.device.capture import bucket_of
 
 
 def test_buckets_hold_what_they_are_for_and_are_few() -> None:

@@ -12,13 +12,7 @@ import torch
 from whiflash_kernels import BacklogRings, DraftInputs, claim_backlogs, draft_inputs, park, unpark
 
 from whiflash_sglang.cache.features import FeatureSlice
-
-
-class Lengths(NamedTuple):
-    """What the host knows of n, per request: at least, and at most. The same where nothing is under way."""
-
-    least: Sequence[int]
-    most: Sequence[int]
+from whiflash_sglang.core import Lengths
 
 
 class Due(NamedTuple):

@@ -38,7 +38,7 @@ from sglang.srt.speculative.ragged_verify import (
 )
 
 from whiflash_sglang.compat.launch import rows_counted
-from whiflash_sglang.round.graphs import Recorder
+from whiflash_sglang.device.capture import Recorder
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.lookup.memory import nameless
+from whiflash_sglang.metrics import announce
 from whiflash_sglang.serving.replicas import SilentReplicaError, together
 from whiflash_sglang.spans.capabilities import capabilities
-from whiflash_sglang.telemetry import announce
 
 
 def install(server_args: Any) -> None:

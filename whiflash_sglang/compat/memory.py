@@ -18,13 +18,13 @@ from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
 
 from whiflash_sglang.cache.stops import StopTable
-from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import attention, graphs, rehearsal, windows
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
 
 logger = logging.getLogger("whiflash_sglang")

@@ -2,7 +2,7 @@
 
 Everything is issued as it will be while serving, by the same functions, from graphs where they were captured: a
 verification for every number of rows at two contexts, a draft of every arm for every size of a group, a catch-up for
-every number of tokens. A clock times it (:mod:`whiflash_sglang.telemetry.clock`): events on a GPU, or the host's.
+every number of tokens. A clock times it (:mod:`whiflash_sglang.device.clock`): events on a GPU, or the host's.
 
 Nothing is cached yet, so the slot table and the KV slots are free to be used: verified rows read distinct slots, as
 contexts do while serving, and drafts write to the padding slot.
@@ -18,17 +18,17 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.cache.sync import FEWEST_ROWS, DraftSync
 from whiflash_sglang.compat.graphs import VerifyGraphs
 from whiflash_sglang.compat.target import Target
+from whiflash_sglang.device.capture import bucket_of, doubling
+from whiflash_sglang.device.clock import Clock, measure
+from whiflash_sglang.device.host_view import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.profile import idle_batch, profile_drafts
-from whiflash_sglang.round.graphs import bucket_of, doubling
-from whiflash_sglang.round.host_view import HostView
+from whiflash_sglang.round.catch_up import FEWEST_ROWS, DraftSync
 from whiflash_sglang.routing.costs import MeasuredCosts, WorkerCosts
 from whiflash_sglang.routing.looked_up import LookedUpCosts
 from whiflash_sglang.routing.tables import CostTables, Sizes, Verifications
-from whiflash_sglang.telemetry.clock import Clock, measure
 
 LONGEST = 16384
 """Tokens of context that verifications are timed with at most."""

@@ -10,17 +10,19 @@ from sglang.srt.runtime_context import get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
-from whiflash_sglang.cache.backlog import Lengths
 from whiflash_sglang.compat import recurrent, sampling
-from whiflash_sglang.round.transfers import Download
+from whiflash_sglang.core import Done, Lengths, RoundBatch
 
 __all__ = [
     "BaseSpecWorker",
-    "Done",
     "DraftInput",
-    "RoundBatch",
+    "any_ended",
+    "any_tracked",
+    "idle_result",
     "max_running_requests",
+    "next_round",
     "prefill_rows",
+    "round_batch",
     "step_result",
 ]
 
@@ -60,103 +62,65 @@ class DraftInput(SpecInput):  # type: ignore[misc]
         self.new_seq_lens = torch.cat([self.new_seq_lens, other.new_seq_lens])
 
 
-@dataclass(frozen=True, slots=True)
-class RoundBatch:
-    """A decode batch in this package's terms.
+def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -> RoundBatch:
+    """A decode batch of SGLang's. `under_way`: rows that earlier rounds verify for the request in a row."""
+    row_ids = _row_ids(batch)
+    lengths = _lengths(batch, row_ids, under_way)
+    budgets = [
+        1
+        if sampling.takes_single_tokens(r)
+        else min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
+        for r, n in zip(batch.reqs, lengths.most, strict=True)
+    ]
+    return RoundBatch(
+        batch.req_pool_indices.to(torch.int64),
+        row_ids,
+        batch.seq_lens.to(torch.int64),
+        lengths,
+        batch.spec_info.bonus_tokens.to(torch.int64),
+        list(batch.reqs),
+        [max(budget, 1) for budget in budgets],
+        [[] for _ in batch.reqs],
+    )
 
-    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request;
-    lengths: what the host knows of them. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
-    budgets: tokens that each request may commit in one round: what is left of its own max_new_tokens and of the
-    context, and one where its next token cannot be judged before the scheduler has seen this one.
-    ahead: tokens that each request committed in earlier rounds of this step.
-    """
 
-    rows: torch.Tensor
-    row_ids: list[int]
-    starts: torch.Tensor
-    lengths: Lengths
-    bonus: torch.Tensor
-    reqs: list[Any]
-    budgets: list[int]
-    ahead: list[list[int]]
+def next_round(batch: Any, requests: RoundBatch, done: Done) -> RoundBatch:
+    """The same requests a round later, in the same step of the scheduler; `batch` follows."""
+    lengths = [n + len(tokens) for n, tokens in zip(requests.lengths.most, done.tokens, strict=True)]
+    starts = done.results["seq_lens"]
+    batch.seq_lens, batch.seq_lens_cpu = starts, torch.tensor(lengths)
+    batch.seq_lens_sum = sum(lengths)
+    for req in requests.reqs:
+        # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
+        req.spec_verify_ct += 1
+        req.update_spec_correct_drafts_histogram(0)
+        req.spec_num_cap_tokens += 1
+        req.update_spec_cap_lens_histogram(1)
+    return replace(
+        requests,
+        starts=starts,
+        lengths=Lengths(lengths, lengths),
+        bonus=done.results["bonus"],
+        budgets=[left - len(tokens) for left, tokens in zip(requests.budgets, done.tokens, strict=True)],
+        ahead=[known + tokens for known, tokens in zip(requests.ahead, done.tokens, strict=True)],
+    )
 
-    @classmethod
-    def of(cls, batch: Any, context_len: int, under_way: Callable[[int], int]) -> "RoundBatch":
-        """`under_way`: rows that earlier rounds verify for the request in a row, whose results are not known yet."""
-        row_ids = _row_ids(batch)
-        lengths = _lengths(batch, row_ids, under_way)
-        budgets = [
-            1
-            if sampling.takes_single_tokens(r)
-            else min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
-            for r, n in zip(batch.reqs, lengths.most, strict=True)
-        ]
-        return cls(
-            batch.req_pool_indices.to(torch.int64),
-            row_ids,
-            batch.seq_lens.to(torch.int64),
-            lengths,
-            batch.spec_info.bonus_tokens.to(torch.int64),
-            list(batch.reqs),
-            [max(budget, 1) for budget in budgets],
-            [[] for _ in batch.reqs],
-        )
 
-    @property
-    def names(self) -> list[tuple[int, str]]:
-        """Row and id of each request: a row alone may be another's by the time that its round's results are known."""
-        return [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]
+def any_ended(requests: RoundBatch, done: Done) -> bool:
+    """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
+    return any(
+        left <= len(tokens) or tokens[-1] in sampling.ending_ids(req)
+        for req, left, tokens in zip(requests.reqs, requests.budgets, done.tokens, strict=True)
+    )
 
-    def after(self, batch: Any, done: "Done") -> "RoundBatch":
-        """The same requests a round later, in the same step of the scheduler; `batch` follows."""
-        lengths = [n + len(tokens) for n, tokens in zip(self.lengths.most, done.tokens, strict=True)]
-        starts = done.results["seq_lens"]
-        batch.seq_lens, batch.seq_lens_cpu = starts, torch.tensor(lengths)
-        batch.seq_lens_sum = sum(lengths)
-        for req in self.reqs:
-            # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
-            req.spec_verify_ct += 1
-            req.update_spec_correct_drafts_histogram(0)
-            req.spec_num_cap_tokens += 1
-            req.update_spec_cap_lens_histogram(1)
-        return replace(
-            self,
-            starts=starts,
-            lengths=Lengths(lengths, lengths),
-            bonus=done.results["bonus"],
-            budgets=[left - len(tokens) for left, tokens in zip(self.budgets, done.tokens, strict=True)],
-            ahead=[known + tokens for known, tokens in zip(self.ahead, done.tokens, strict=True)],
-        )
 
-    def any_ended(self, done: "Done") -> bool:
-        """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
-        return any(
-            left <= len(tokens) or tokens[-1] in sampling.ending_ids(req)
-            for req, left, tokens in zip(self.reqs, self.budgets, done.tokens, strict=True)
-        )
-
-    def any_tracked(self, batch: Any, done: "Done") -> bool:
-        """Whether `done` kept a state for the tree: the scheduler looks for that at the end of a step's last round."""
-        every = recurrent.tracks_every(batch)
-        return every is not None and any(
-            n // every != (n + len(tokens)) // every
-            for n, tokens in zip(self.lengths.most, done.tokens, strict=True)
-        )
-
-    def history(self, index: int, start: int) -> Sequence[int]:
-        """Committed tokens from position `start` to n of a request, from the host's lists.
-
-        The newest are missing while a round is under way.
-        """
-        req, ahead = self.reqs[index], self.ahead[index]
-        output = start - len(req.origin_input_ids)
-        if output < 0:
-            return [*req.origin_input_ids[start:], *req.output_ids, *ahead]
-        return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
-
-    def answer(self, index: int, start: int) -> Sequence[int]:
-        """The same of its output, from output token `start` on."""
-        return self.history(index, len(self.reqs[index].origin_input_ids) + start)
+def any_tracked(batch: Any, requests: RoundBatch, done: Done) -> bool:
+    """Whether `done` kept a state for the tree: the scheduler looks for that at the end of a step's last round."""
+    every = recurrent.tracks_every(batch)
+    return every is not None and any(
+        n // every != (n + len(tokens)) // every
+        for n, tokens in zip(requests.lengths.most, done.tokens, strict=True)
+    )
 
 
 def _lengths(batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]) -> Lengths:
@@ -227,21 +191,6 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
         batch.out_cache_loc.to(torch.int64),
         next_tokens,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What a round brought.
-
-    output: SGLang's record of the forward. results: of `learning.results_of`. drafted: whether the round verified more
-    than each request's bonus token. tokens: committed per request, on the host; empty where it has not waited for them.
-    """
-
-    output: Any
-    results: Download
-    drafted: bool
-    can_run_cuda_graph: bool
-    tokens: list[list[int]]
 
 
 def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:

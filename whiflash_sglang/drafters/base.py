@@ -1,91 +1,18 @@
 """What a drafter is to the worker."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.features import FeatureSlice
+from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, PassInput
+from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.lookup.memory import Tenant
-from whiflash_sglang.round.graphs import Recorder
-from whiflash_sglang.round.host_view import EXACT, HostView
-from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
+from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
-
-if TYPE_CHECKING:
-    from whiflash_sglang.drafters.paged import PassInput
-
-History = Callable[[int], Sequence[int]]
-"""`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftBatch:
-    """The requests of one round that one arm drafts for.
-
-    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request; lengths:
-    on the host, the most that each n can be, n itself where `host.exact`. bonus: [B] int64, token n. tail: [B, F]
-    its columns of feature n-1, F = `Drafter.tail_width`. slot_table: [request rows, ctx] int32.
-    limits: drafts wanted per request at most, each at least 1, on the host; caps: [B] int64, the same on the device.
-    calibration: float32, what `Drafter.calibration` was
-    when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts. text:
-    [request rows, ctx or more] int64, token at every position up to n; None where nobody looks anything up.
-    """
-
-    rows: torch.Tensor
-    row_ids: Sequence[int]
-    lengths: Sequence[int]
-    starts: torch.Tensor
-    bonus: torch.Tensor
-    tail: torch.Tensor
-    slot_table: torch.Tensor
-    limits: Sequence[int]
-    caps: torch.Tensor
-    calibration: torch.Tensor
-    worth: Worth = FULL_LENGTH
-    host: HostView = EXACT
-    text: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.row_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """What an arm drafted; all of it stays on the device.
-
-    tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding. counts: [B]
-    int64. alive: [B, W] float32, chance that a draft and all before it are accepted; None where the arm cannot say.
-    confidences: [B, W] float32, what `observe` is given back; None where it needs none. passes: forward passes of the
-    drafter's model that they took; 0: there is none, and no price but that of rows. after: [B] int64, of drafts that
-    prolong another arm's, how many of those they follow; None: all.
-    """
-
-    tokens: torch.Tensor
-    counts: torch.Tensor
-    alive: torch.Tensor | None = None
-    confidences: torch.Tensor | None = None
-    passes: int = 1
-    after: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """Drafts of a whole batch that another arm may prolong.
-
-    batch: as that arm's own, with all requests. rooms: tokens per request at most, its `drafts` included, on the host,
-    0 where nothing may follow them; caps: [B] int64, the same on the device.
-    """
-
-    batch: DraftBatch
-    drafts: Drafts
-    rooms: Sequence[int]
-    caps: torch.Tensor
 
 
 class Drafter(ABC):
@@ -133,7 +60,7 @@ class Drafter(ABC):
         """Allocate KV for `slots` target slots."""
 
     def capture(  # noqa: B027 - a drafter without a model has no pass to capture
-        self, recorder: Recorder, given: "PassInput"
+        self, recorder: Recorder, given: PassInput
     ) -> None:
         """Have `draft` captured for groups of up to as many requests as `given` has, whose memory captures read.
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.features import FeatureSlice
-from whiflash_sglang.drafters.base import DraftBatch, Drafts
-from whiflash_sglang.drafters.paged import PagedArm, PassInput
+from whiflash_sglang.core import DraftBatch, Drafts, PassInput
+from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.choice import Choice, DraftStep
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.layers import Attend, AttentionShape

@@ -7,7 +7,7 @@ the device finds and judges the copies of a round (`propose_copies`).
 import torch
 from whiflash_kernels import Copies, propose_copies
 
-from whiflash_sglang.drafters.base import DraftBatch, Grown
+from whiflash_sglang.core import DraftBatch, Grown
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
 
 

@@ -8,13 +8,12 @@ more token is expected to bring; `Worth` says what it costs. Imports no SGLang.
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from whiflash_kernels import cut_drafts
 
-if TYPE_CHECKING:
-    from whiflash_sglang.drafters.base import DraftBatch
+from whiflash_sglang.core import DraftBatch
 
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Top-1 probabilities that separate the bins of confidence."""
@@ -75,7 +74,7 @@ class DraftLength:
         """Chance of every bin of confidence, then their mean: what a round's plan uploads."""
         return [*self.chances.of_bins, self.chances.mean]
 
-    def cut(self, confidences: torch.Tensor, batch: "DraftBatch") -> Cut:
+    def cut(self, confidences: torch.Tensor, batch: DraftBatch) -> Cut:
         """The drafts that are worth their rows, of those with `confidences` [B, W] float32.
 
         Always the first, so that a drafter that was wrong for a while is not forgotten.
@@ -84,7 +83,7 @@ class DraftLength:
             *cut_drafts(confidences, batch.calibration, self._edges, batch.caps, worth=batch.worth.row)
         )
 
-    def goes_on(self, confidences: Sequence[torch.Tensor], batch: "DraftBatch") -> bool:
+    def goes_on(self, confidences: Sequence[torch.Tensor], batch: DraftBatch) -> bool:
         """Whether another pass pays after drafts with these `confidences`, [B] each. Reads the device."""
         depth, worth = len(confidences), batch.worth
         counts, alive = self.cut(torch.stack(list(confidences), 1), batch)

@@ -14,7 +14,9 @@ from whiflash_kernels import Copies
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, History
+from whiflash_sglang.core import DraftBatch, Drafts, Grown, History
+from whiflash_sglang.device.host_view import EXACT, HostView
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
@@ -24,7 +26,6 @@ from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
-from whiflash_sglang.round.host_view import EXACT, HostView
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
 from whiflash_sglang.spans.hints import RequestHints

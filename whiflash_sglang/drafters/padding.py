@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from whiflash_sglang.drafters.base import Drafts
+from whiflash_sglang.core import Drafts
 
 
 def padded(tokens: Sequence[Sequence[int]], alive: Sequence[Sequence[float]], device: torch.device) -> Drafts:

@@ -2,94 +2,25 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
-from whiflash_kernels import PassRows, draft_attention, pass_rows
+from whiflash_kernels import draft_attention
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.draft_kv import DraftKV
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts
+from whiflash_sglang.core import DraftBatch, Drafts, PassInput
+from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.layers import Attend, AttentionShape
-from whiflash_sglang.round.graphs import CapturedPass, Recorder, StaticInput, doubling
-
-
-class PassInput(NamedTuple):
-    """All that a draft pass reads, beside weights and KV: device tensors, and one host bound that sizes launches.
-
-    A pass is a function of these and of shapes. It reads no value of them on the host, so a capture of G requests stays
-    right when the tensors are refilled in place: a padding request has row 0 and `starts` of at most `PADDING`, sees
-    nothing, and writes to slot 0, which belongs to nobody.
-
-    rows: [G] int64 rows of `slot_table`. starts: [G] int64, n per request. bonus: [G] int64, token n.
-    tail: [G, F] the drafter's columns of feature n-1, F its `tail_width`. slot_table: [request rows, ctx] int32.
-    longest: the largest n at most.
-    """
-
-    rows: torch.Tensor
-    starts: torch.Tensor
-    bonus: torch.Tensor
-    tail: torch.Tensor
-    slot_table: torch.Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, batch: DraftBatch) -> "PassInput":
-        """The device's part of a batch."""
-        return cls(batch.rows, batch.starts, batch.bonus, batch.tail, batch.slot_table, max(batch.lengths))
-
-    @classmethod
-    def of_padding(cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor) -> "PassInput":
-        """So many requests that are none, at a place that no round writes over: the inputs of captured passes.
-
-        tail: [..., F], of which only width, dtype and device matter.
-        """
-        device = slot_table.device
-        rows = torch.zeros(requests, dtype=torch.int64, device=device)
-        return cls(
-            rows,
-            torch.full_like(rows, PADDING),
-            torch.zeros_like(rows),
-            tail.new_zeros((requests, tail.shape[-1])),
-            slot_table,
-            int(slot_table.shape[1]),
-        )
-
-    @property
-    def static(self) -> list[StaticInput]:
-        """What is loaded before a replay: `rows`, `starts`, `bonus` and `tail`."""
-        return [
-            StaticInput(self.rows, torch.zeros_like(self.rows)),
-            StaticInput(self.starts, torch.full_like(self.starts, PADDING)),
-            StaticInput(self.bonus),
-            StaticInput(self.tail),
-        ]
-
-    def first(self, requests: int) -> "PassInput":
-        """The first so many requests, in the same memory."""
-        rows, starts, bonus, tail, slot_table, longest = self
-        return PassInput(
-            rows[:requests], starts[:requests], bonus[:requests], tail[:requests], slot_table, longest
-        )
-
-    def rows_from(self, offset: int, width: int, fill: int | None = None) -> PassRows:
-        """Rows at n+offset … n+offset+width-1 of every request: positions and KV slots; ids where there is a `fill`."""
-        return pass_rows(
-            self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill
-        )
-
 
 LOGIT_BYTES = 11
 """Bytes that choosing takes at its peak for one logit of 16 bits, itself included: most of what a pass takes.
 
 Held to it by `tests/worker/test_memory.py`.
 """
-
-PADDING = -(1 << 20)
-"""`starts` of a padding request: before position 0 at whatever step."""
 
 MOST_ROWS = 128
 """Ingested rows that attend at once: on a CPU each copies what it sees."""

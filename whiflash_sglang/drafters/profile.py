@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings
-from whiflash_sglang.drafters.base import DraftBatch, Drafter
-from whiflash_sglang.round.host_view import EXACT, HostView
+from whiflash_sglang.core import DraftBatch
+from whiflash_sglang.device.host_view import EXACT, HostView
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.routing.costs import MeasuredCosts
 
 BATCHES = (1, 2, 4, 8)

@@ -9,13 +9,13 @@ import torch
 from whiflash_kernels import Committed
 
 from whiflash_sglang import arms
+from whiflash_sglang.device.ranks import Ranks
+from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.drafters.stage import Proposal
+from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import drafts_nothing
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.ranks import Ranks
-from whiflash_sglang.round.transfers import Download
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
@@ -43,9 +43,10 @@ class Learner:
 
     def timed(self, previous: PreviousRound) -> None:
         """What an earlier round took."""
-        costs, seconds = self.controller.costs, previous.seconds + previous.gap
+        costs, requests = self.controller.costs, previous.work.requests
         costs.ended(previous)
-        self.tally.compare(previous.tokens, previous.work.requests, seconds, costs)
+        plain_seconds = previous.tokens / requests * costs.verify(requests, requests)
+        self.tally.timed(previous.seconds + previous.gap, plain_seconds)
 
     def needs(self, plan: Plan) -> Collection[str]:
         """Signals that the policy goes by after a round."""

@@ -7,13 +7,13 @@ from functools import partial
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import Due
-from whiflash_sglang.cache.sync import DraftSync
-from whiflash_sglang.compat.spec_worker import RoundBatch
+from whiflash_sglang.core import RoundBatch
+from whiflash_sglang.device.ranks import Ranks
+from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Decided, OnDevice, Plan
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.ranks import Ranks
-from whiflash_sglang.round.transfers import Upload
 from whiflash_sglang.routing.controller import Controller, Outlooks
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import Outlook

@@ -19,12 +19,8 @@ RANKS = 1.5
 """The same where a policy measures nothing and only orders its arms: one rank up, and past a tie."""
 
 
-REASONS = ("score", "policy", "span", "pin", "off")
-"""What may have decided a round's route."""
-
-
 class Hinted(NamedTuple):
-    """Scores after the hints, and what decided, one of `REASONS` (docs/reference/hints.md)."""
+    """Scores after the hints, and what decided, one of `telemetry.tally.REASONS` (docs/reference/hints.md)."""
 
     scores: Mapping[str, float]
     reason: str

@@ -2,7 +2,7 @@
 
 On a CPU these are the same. On a GPU, where launches return before the work is done, a stage's seconds are those of
 launching it; a device-side breakdown needs the profiler. Whole rounds are timed there by events in the stream
-(:mod:`whiflash_sglang.telemetry.clock`), which are read when they have come: nobody waits for one.
+(:mod:`whiflash_sglang.device.clock`), which are read when they have come: nobody waits for one.
 """
 
 import time
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from whiflash_sglang.telemetry.clock import Clock, HostClock
+from whiflash_sglang.device.clock import Clock, HostClock
 
 STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 

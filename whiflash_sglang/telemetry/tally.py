@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from whiflash_sglang import arms
-from whiflash_sglang.routing.assign import Costs
-from whiflash_sglang.routing.hinted import REASONS
 from whiflash_sglang.spans.hints import HINT_SOURCES, HintSource
+
+REASONS = ("score", "policy", "span", "pin", "off")
+"""What may have decided a round's route."""
 
 MOST_PENDING = 4096
 """Observations that wait to be published at most; where nobody publishes, the oldest are dropped."""
@@ -70,10 +71,10 @@ class Tally:
         request.setdefault(arm, ArmCounts()).add(tokens, proposed, own)
         self.reasons[reason] += 1
 
-    def compare(self, tokens: int, requests: int, seconds: float, costs: Costs) -> None:
-        """A round of `requests` requests and the pause behind it took `seconds`, in which `tokens` were committed."""
+    def timed(self, seconds: float, plain_seconds: float) -> None:
+        """A round and the pause after it took `seconds`; plain decoding would have taken `plain_seconds`."""
         self.timed_seconds += seconds
-        self.plain_seconds += tokens / requests * costs.verify(requests, requests)
+        self.plain_seconds += plain_seconds
 
     def snapshot(self) -> dict[str, Any]:
         """Totals for `GET /whiflash/state`."""

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from whiflash_sglang.telemetry.series import SERIES, Labels, Series
-from whiflash_sglang.telemetry.state import Observed
+from whiflash_sglang.metrics.series import SERIES, Labels, Series
+from whiflash_sglang.metrics.state import Observed
 
 INTERVAL = 1.0
 """Seconds between two writings while rounds run; when the last request has ended what is left is written at once."""

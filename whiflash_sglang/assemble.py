@@ -1,4 +1,4 @@
-"""The arms that the settings ask for, and the router between them."""
+"""Turns settings into drafters, router and policy."""
 
 from pathlib import Path
 
@@ -9,7 +9,9 @@ from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.checkpoints.members import verify
 from whiflash_sglang.compat.target import Target
-from whiflash_sglang.config import Settings
+from whiflash_sglang.config import NO_ROUTER, Settings
+from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.chain import ChainArm
 from whiflash_sglang.drafters.dflash import DFlashArm
@@ -17,13 +19,14 @@ from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.drafters.mtp import MTPArm
 from whiflash_sglang.drafters.structure import StructureArm
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.mtp import MTPDrafter
 from whiflash_sglang.models.packed import pack_modules
 from whiflash_sglang.models.router import Layers, Router
-from whiflash_sglang.round.host_view import HostView
-from whiflash_sglang.round.ranks import Ranks
+from whiflash_sglang.routing.neural import NeuralPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, Policy, RandomPolicy
 from whiflash_sglang.spans.vocabulary import vocabulary_of
 
 
@@ -106,3 +109,22 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
         delta_sign=settings.delta_sign,
     )
     return router.layers()
+
+
+def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
+    """`heads`: whether the loaded router predicts acceptance lengths. Raises ConfigError where a router is missing."""
+    match settings.router:
+        case "auto":
+            return AutoPolicy(heads=heads)
+        case "entropy":
+            return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
+        case "random":
+            return RandomPolicy()
+        case "ar" | "diffusion" | "lookup" | "none":
+            return Pinned(settings.router)
+        case "copy-rule":
+            return CopyRule()
+        case "neural":
+            if settings.neural is None:
+                raise ConfigError(NO_ROUTER)
+            return NeuralPolicy(settings.neural.threshold, settings.neural.min_dwell)

@@ -8,12 +8,11 @@ from itertools import product
 import torch
 from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_drafts
 
-from whiflash_sglang.cache.sync import DraftSync
-from whiflash_sglang.compat.spec_worker import RoundBatch
-from whiflash_sglang.drafters.base import DraftBatch, Drafter, Drafts, Grown, widest_of
-from whiflash_sglang.drafters.paged import PassInput
-from whiflash_sglang.round.graphs import Recorder, bucket_of
-from whiflash_sglang.round.host_view import HostView
+from whiflash_sglang.core import DraftBatch, Drafts, Grown, PassInput, RoundBatch
+from whiflash_sglang.device.capture import Recorder, bucket_of
+from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.drafters.base import Drafter, widest_of
+from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.costs import WorkerCosts

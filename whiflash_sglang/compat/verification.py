@@ -6,12 +6,12 @@ from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import sampling
-from whiflash_sglang.compat.spec_worker import RoundBatch
 from whiflash_sglang.compat.target import Target, Verified, packed
-from whiflash_sglang.drafters.stage import Proposal
+from whiflash_sglang.core import RoundBatch
+from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.epilogue import Epilogue, VerifiedRows
 from whiflash_sglang.round.forcing import Forcing
-from whiflash_sglang.round.host_view import HostView
 
 
 class VerifyStage:

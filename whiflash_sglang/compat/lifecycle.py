@@ -5,20 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whiflash_sglang.cache.stops import StopTable
-from whiflash_sglang.cache.sync import DraftSync
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.grammars import grammar_of
 from whiflash_sglang.compat.streamer import recording_of
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.lookup.memory import tenant_of
+from whiflash_sglang.metrics.publisher import Publisher
+from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import RequestHints, parse_hints
 from whiflash_sglang.spans.prediction import ReadPrediction
-from whiflash_sglang.telemetry.publisher import Publisher
 from whiflash_sglang.telemetry.tally import Tally
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from whiflash_kernels import DraftInputs
 
-from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Lengths, Owners, Watermarks
+from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Owners, Watermarks
+from whiflash_sglang.core import Lengths
+from whiflash_sglang.device.capture import CapturedPass, Recorder, StaticInput, doubling
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.round.graphs import CapturedPass, Recorder, StaticInput, doubling
 from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4

@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 from whiflash_sglang.config import Settings
 
 if TYPE_CHECKING:
-    from whiflash_sglang.cache.sync import DraftSync
+    import torch
+
     from whiflash_sglang.cache.tokens import TokenTable
-    from whiflash_sglang.compat.target import Target
     from whiflash_sglang.drafters.base import Drafter
+    from whiflash_sglang.round.catch_up import DraftSync
     from whiflash_sglang.round.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
     from whiflash_sglang.telemetry.round_clock import RoundClock
     from whiflash_sglang.telemetry.tally import Tally
+
+
+class Cached(Protocol):
+    """A target's KV cache: its slots, and the slot table [request rows, ctx] int32."""
+
+    @property
+    def kv_slots(self) -> int: ...
+    @property
+    def slot_table(self) -> "torch.Tensor": ...
 
 
 class Observed(Protocol):
@@ -34,7 +44,7 @@ class Observed(Protocol):
     @property
     def drafters(self) -> Mapping[str, "Drafter"]: ...
     @property
-    def target(self) -> "Target": ...
+    def target(self) -> Cached: ...
     @property
     def tokens(self) -> "TokenTable": ...
 

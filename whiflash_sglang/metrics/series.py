@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from whiflash_sglang import __version__
 from whiflash_sglang.config import RouterName
-from whiflash_sglang.telemetry.state import Observed, memory_of
+from whiflash_sglang.metrics.state import Observed, memory_of
 
 PREFIX = "sglang:whiflash_"
 

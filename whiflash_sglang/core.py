@@ -1,0 +1,218 @@
+"""The records that a round passes on, and the words for lengths. Imports no SGLang.
+
+At the start of a round a request has n committed tokens *with* target KV and features, 0…n-1. Token n is the bonus
+token: known, emitted, without KV. Intervals are half-open. What a drafter writes at positions >= n is provisional.
+B is the number of requests, W a padded width, T a number of packed rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from whiflash_kernels import PassRows, pass_rows
+
+from whiflash_sglang.device.capture import StaticInput
+from whiflash_sglang.device.host_view import EXACT, HostView
+from whiflash_sglang.device.transfers import Download
+from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
+
+
+class Lengths(NamedTuple):
+    """What the host knows of n, per request: at least, and at most. The same where nothing is under way."""
+
+    least: Sequence[int]
+    most: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundBatch:
+    """A decode batch in this package's terms.
+
+    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request;
+    lengths: what the host knows of them. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
+    budgets: tokens that each request may commit in one round: what is left of its own max_new_tokens and of the
+    context, and one where its next token cannot be judged before the scheduler has seen this one.
+    ahead: tokens that each request committed in earlier rounds of this step.
+    """
+
+    rows: torch.Tensor
+    row_ids: list[int]
+    starts: torch.Tensor
+    lengths: Lengths
+    bonus: torch.Tensor
+    reqs: list[Any]
+    budgets: list[int]
+    ahead: list[list[int]]
+
+    @property
+    def names(self) -> list[tuple[int, str]]:
+        """Row and id of each request: a row alone may be another's by the time that its round's results are known."""
+        return [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]
+
+    def history(self, index: int, start: int) -> Sequence[int]:
+        """Committed tokens from position `start` to n of a request, from the host's lists.
+
+        The newest are missing while a round is under way.
+        """
+        req, ahead = self.reqs[index], self.ahead[index]
+        output = start - len(req.origin_input_ids)
+        if output < 0:
+            return [*req.origin_input_ids[start:], *req.output_ids, *ahead]
+        return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
+
+    def answer(self, index: int, start: int) -> Sequence[int]:
+        """The same of its output, from output token `start` on."""
+        return self.history(index, len(self.reqs[index].origin_input_ids) + start)
+
+
+History = Callable[[int], Sequence[int]]
+"""`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """The requests of one round that one arm drafts for.
+
+    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request; lengths:
+    on the host, the most that each n can be, n itself where `host.exact`. bonus: [B] int64, token n. tail: [B, F]
+    its columns of feature n-1, F = `Drafter.tail_width`. slot_table: [request rows, ctx] int32.
+    limits: drafts wanted per request at most, each at least 1, on the host; caps: [B] int64, the same on the device.
+    calibration: float32, what `Drafter.calibration` was
+    when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts. text:
+    [request rows, ctx or more] int64, token at every position up to n; None where nobody looks anything up.
+    """
+
+    rows: torch.Tensor
+    row_ids: Sequence[int]
+    lengths: Sequence[int]
+    starts: torch.Tensor
+    bonus: torch.Tensor
+    tail: torch.Tensor
+    slot_table: torch.Tensor
+    limits: Sequence[int]
+    caps: torch.Tensor
+    calibration: torch.Tensor
+    worth: Worth = FULL_LENGTH
+    host: HostView = EXACT
+    text: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """What an arm drafted; all of it stays on the device.
+
+    tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding. counts: [B]
+    int64. alive: [B, W] float32, chance that a draft and all before it are accepted; None where the arm cannot say.
+    confidences: [B, W] float32, what `observe` is given back; None where it needs none. passes: forward passes of the
+    drafter's model that they took; 0: there is none, and no price but that of rows. after: [B] int64, of drafts that
+    prolong another arm's, how many of those they follow; None: all.
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    alive: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
+    passes: int = 1
+    after: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Drafts of a whole batch that another arm may prolong.
+
+    batch: as that arm's own, with all requests. rooms: tokens per request at most, its `drafts` included, on the host,
+    0 where nothing may follow them; caps: [B] int64, the same on the device.
+    """
+
+    batch: DraftBatch
+    drafts: Drafts
+    rooms: Sequence[int]
+    caps: torch.Tensor
+
+
+PADDING = -(1 << 20)
+"""`starts` of a padding request: before position 0 at whatever step."""
+
+
+class PassInput(NamedTuple):
+    """All that a draft pass reads, beside weights and KV: device tensors, and one host bound that sizes launches.
+
+    A pass is a function of these and of shapes. It reads no value of them on the host, so a capture of G requests stays
+    right when the tensors are refilled in place: a padding request has row 0 and `starts` of at most `PADDING`, sees
+    nothing, and writes to slot 0, which belongs to nobody.
+
+    rows: [G] int64 rows of `slot_table`. starts: [G] int64, n per request. bonus: [G] int64, token n.
+    tail: [G, F] the drafter's columns of feature n-1, F its `tail_width`. slot_table: [request rows, ctx] int32.
+    longest: the largest n at most.
+    """
+
+    rows: torch.Tensor
+    starts: torch.Tensor
+    bonus: torch.Tensor
+    tail: torch.Tensor
+    slot_table: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, batch: DraftBatch) -> "PassInput":
+        """The device's part of a batch."""
+        return cls(batch.rows, batch.starts, batch.bonus, batch.tail, batch.slot_table, max(batch.lengths))
+
+    @classmethod
+    def of_padding(cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor) -> "PassInput":
+        """So many requests that are none, at a place that no round writes over: the inputs of captured passes.
+
+        tail: [..., F], of which only width, dtype and device matter.
+        """
+        device = slot_table.device
+        rows = torch.zeros(requests, dtype=torch.int64, device=device)
+        return cls(
+            rows,
+            torch.full_like(rows, PADDING),
+            torch.zeros_like(rows),
+            tail.new_zeros((requests, tail.shape[-1])),
+            slot_table,
+            int(slot_table.shape[1]),
+        )
+
+    @property
+    def static(self) -> list[StaticInput]:
+        """What is loaded before a replay: `rows`, `starts`, `bonus` and `tail`."""
+        return [
+            StaticInput(self.rows, torch.zeros_like(self.rows)),
+            StaticInput(self.starts, torch.full_like(self.starts, PADDING)),
+            StaticInput(self.bonus),
+            StaticInput(self.tail),
+        ]
+
+    def first(self, requests: int) -> "PassInput":
+        """The first so many requests, in the same memory."""
+        rows, starts, bonus, tail, slot_table, longest = self
+        return PassInput(
+            rows[:requests], starts[:requests], bonus[:requests], tail[:requests], slot_table, longest
+        )
+
+    def rows_from(self, offset: int, width: int, fill: int | None = None) -> PassRows:
+        """Rows at n+offset … n+offset+width-1 of every request: positions and KV slots; ids where there is a `fill`."""
+        return pass_rows(
+            self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a round brought.
+
+    output: SGLang's record of the forward. results: of `learning.results_of`. drafted: whether the round verified more
+    than each request's bonus token. tokens: committed per request, on the host; empty where it has not waited for them.
+    """
+
+    output: Any
+    results: Download
+    drafted: bool
+    can_run_cuda_graph: bool
+    tokens: list[list[int]]

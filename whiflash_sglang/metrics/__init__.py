@@ -1,0 +1,1 @@
+"""A running worker as its operators see it: series, the state route, log lines."""
