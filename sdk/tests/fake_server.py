@@ -73,6 +73,7 @@ class FakeServer:
 
     capabilities: the document, or its bytes as they are.
     capabilities_key: who does not send it is answered 401; empty takes everybody.
+    capabilities_moved_to: where the route redirects to; empty answers itself.
     silent: while set, the capabilities route does not answer.
     """
 
@@ -82,6 +83,7 @@ class FakeServer:
     capabilities_seconds: float = 0.0
     capabilities_kind: str = "application/json"
     capabilities_key: str = ""
+    capabilities_moved_to: str = ""
     silent: threading.Event = field(default_factory=threading.Event)
     trace: Any = field(default_factory=lambda: dict(TRACE))
     failures: int = 0
@@ -203,6 +205,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body)
 
         def do_GET(self) -> None:
+            self.path = self.path.partition("?")[0]
             server.paths.append(self.path)
             if self.path == "/whiflash/capabilities":
                 time.sleep(server.capabilities_seconds)
@@ -211,6 +214,11 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 key = f"Bearer {server.capabilities_key}"
                 if server.capabilities_key and self.headers.get("Authorization") != key:
                     return self._send(401, b"{}")
+                if server.capabilities_moved_to:
+                    self.send_response(307)
+                    self.send_header("Location", server.capabilities_moved_to)
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
             if self.path == "/whiflash/capabilities" and server.capabilities_status == 200:
                 found = server.capabilities
                 body = found if isinstance(found, bytes) else json.dumps(found).encode()
@@ -222,6 +230,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             return None
 
         def do_POST(self) -> None:
+            self.path = self.path.partition("?")[0]
             server.paths.append(self.path)
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.bodies.append(body)

@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_server import Clock, FakeServer
+from fake_server import Clock, FakeServer, serving
 from openai import AsyncOpenAI, OpenAI
 
 import whiflash_sdk
@@ -110,14 +110,65 @@ def test_one_clients_401_is_not_anothers(server: FakeServer, clock: Clock) -> No
     assert routed(server) == [False, True]
 
 
-def test_headers_that_authenticate_count_and_cookies_do_not(server: FakeServer) -> None:
+@pytest.mark.parametrize(
+    ("name", "probes"),
+    [
+        ("Authorization", 2),
+        ("X-Api-Key", 2),
+        ("api-key", 2),
+        ("apikey", 2),
+        ("Ocp-Apim-Subscription-Key", 2),
+        ("X-Auth-Token", 2),
+        ("CF-Access-Client-Secret", 2),
+        ("Cookie", 2),
+        ("OpenAI-Organization", 2),
+        ("X-Request-ID", 1),
+        ("traceparent", 1),
+        ("Idempotency-Key", 1),
+        ("X-Author", 1),
+    ],
+)
+def test_headers_that_authenticate_count_and_others_do_not(
+    server: FakeServer, name: str, probes: int
+) -> None:
     with OpenAI(base_url=server.base_url, api_key="k") as client:
         wrap(client)
-        for name in ("a", "a", "b"):
-            ask(client.with_options(default_headers={"X-Api-Key": name}))
-        client._client.cookies.set("sticky", "1")
-        ask(client.with_options(default_headers={"X-Api-Key": "b"}))
+        for value in ("a", "a", "b"):
+            ask(client.with_options(default_headers={name: value}))
+        assert server.paths.count(ROUTE) == probes
+        client._client.cookies.set("sticky", "1")  # balancers do
+        ask(client.with_options(default_headers={name: "b"}))
+    assert server.paths.count(ROUTE) == probes
+
+
+def test_a_key_in_the_query_counts_and_a_version_does_not(server: FakeServer) -> None:
+    with OpenAI(base_url=server.base_url, api_key="k") as client:
+        for query in ({"api-version": "1"}, {"api-version": "2"}, {"subscription-key": "a"}):
+            ask(wrap(client.with_options(default_query=query)))
     assert server.paths.count(ROUTE) == 2
+
+
+@pytest.mark.parametrize("path", ["https://elsewhere.example/whiflash/capabilities", "/moved"])
+def test_a_probe_follows_no_redirect(
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, path: str
+) -> None:
+    """Another host would get the keys: `httpx` takes `Authorization` off by itself, and nothing else."""
+    with serving() as other:
+        server.capabilities_moved_to = path.replace("https://elsewhere.example", other.url)
+        keys = {"api-key": "sk-azure", "Ocp-Apim-Subscription-Key": "sk-gateway"}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            ask(wrap(client).with_options(default_headers=keys))
+
+        async def main() -> None:
+            await wrap(async_client).with_options(default_headers=keys).chat.completions.create(**ASKED)
+            await async_client.close()
+
+        asyncio.run(main())
+        assert other.paths == []
+    assert "/moved" not in server.paths
+    assert routed(server) == [False, False]
+    assert "answered 307" in str(said[0].message)
 
 
 def test_keys_that_are_made_anew_for_every_request_are_one_clients(server: FakeServer) -> None:
@@ -147,7 +198,7 @@ def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(cl
     bound: float = vars(sys.modules["whiflash_sdk.capabilities"])["PROBE_SECONDS"]
     limits = [50.0, openai.Timeout(None, connect=40.0), 2 * bound, None]
     for number, timeout in enumerate(limits):
-        ask(client.with_options(default_headers={"X": f"client {number}"}, timeout=timeout))
+        ask(client.with_options(default_headers={"X-Api-Key": f"client {number}"}, timeout=timeout))
     client.chat.completions.create(**ASKED, timeout=30.0)
     phases = ("connect", "read", "write", "pool")
     whole = dict.fromkeys(phases, bound)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ KEPT_SECONDS: Final = 300.0
 FIRST_RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 60.0
 MOST_SERVERS: Final = 256
+
+_SECRET_WORDS: Final = frozenset(
+    "apikey auth authorization cookie credential jwt key organization password project secret token".split()
+)
+"""Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 
 _LOG: Final = logging.getLogger("whiflash_sdk")
 _SALT: Final = os.urandom(16)
@@ -249,18 +255,25 @@ def _server(client: OpenAI | AsyncOpenAI) -> tuple[str, Server]:
 def _fingerprint(client: OpenAI | AsyncOpenAI, url: str) -> bytes:
     """Address and authentication as a digest, so that no secret is kept.
 
-    Cookies are left out: balancers set new ones as they please. So is a key that is made for every request: its
-    maker stands for it.
+    The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every request:
+    its maker stands for it. Two clients that differ only in their TLS certificates share an answer.
     """
     http: Any = client._client
     maker = getattr(client, "_api_key_provider", None)
-    headers = {**http.headers, **client.default_headers}
-    sent = sorted((name.lower(), value) for name, value in headers.items() if isinstance(value, str))
+    sent = {**http.headers, **client.default_headers, **client.default_query}
+    secrets = {
+        name.lower(): value for name, value in sent.items() if isinstance(value, str) and _authenticates(name)
+    }
     if maker is not None:
-        sent = [(name, value) for name, value in sent if name != "authorization"]
+        secrets.pop("authorization", None)
     key = client.api_key if maker is None else id(maker)
-    identity = (url, key, sent, sorted(map(repr, client.default_query.items())), id(http.auth))
+    identity = (url, key, sorted(secrets.items()), id(http.auth))
     return hashlib.blake2b(repr(identity).encode(), key=_SALT, digest_size=16).digest()
+
+
+def _authenticates(name: str) -> bool:
+    """Whether a header or query field may decide who asks. Others change from request to request, as request ids do."""
+    return not _SECRET_WORDS.isdisjoint(re.split("[-_]", name.lower())) and name.lower() != "idempotency-key"
 
 
 def _limits(client: OpenAI | AsyncOpenAI, timeout: float | Timeout | NotGiven | None) -> Timeout:
@@ -274,7 +287,8 @@ def _longest(limits: Timeout) -> float:
 
 
 def _options(limits: Timeout) -> Any:
-    return {"max_retries": 0, "timeout": limits}
+    # Another host would be sent the client's keys, all but `Authorization`.
+    return {"max_retries": 0, "timeout": limits, "follow_redirects": False}
 
 
 def _read(body: object) -> Capabilities | None:
