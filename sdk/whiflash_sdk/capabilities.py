@@ -35,7 +35,20 @@ LONGEST_RETRY_SECONDS: Final = 60.0
 MOST_SERVERS: Final = 256
 
 _SECRET_WORDS: Final = frozenset(
-    "apikey auth authorization cookie credential jwt key organization password project secret token".split()
+    [
+        "apikey",
+        "auth",
+        "authorization",
+        "cookie",
+        "credential",
+        "jwt",
+        "key",
+        "organization",
+        "password",
+        "project",
+        "secret",
+        "token",
+    ]
 )
 """Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 
