@@ -5,13 +5,6 @@ from torch import Tensor
 from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.structs import Copies
 
-PLACES = 8
-"""Earlier occurrences that are compared, the newest of them."""
-MOST_MATCHED = 32
-"""Longest match that is told apart from longer ones."""
-SURE = 0.995
-"""No token's chance is higher: even a long run ends."""
-
 
 def propose_copies(
     tokens: Tensor,

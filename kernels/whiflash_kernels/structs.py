@@ -103,6 +103,14 @@ class PassRows(NamedTuple):
     """[G, W] int64: the bonus token, then the fill; None where no fill was given."""
 
 
+PLACES = 8
+"""Earlier occurrences that are compared, the newest of them."""
+MOST_MATCHED = 32
+"""Longest match that is told apart from longer ones."""
+SURE = 0.995
+"""No token's chance is higher: even a long run ends."""
+
+
 class Copies(NamedTuple):
     """Proposed copies, one row a request."""
 

@@ -25,9 +25,9 @@ from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.cli.serve import COMPACT_JSON, STRICT_TOOLS
 from whiflash_sglang.demo.view import recording, write_recorded
 from whiflash_sglang.embedded import TARGET_NAME, ensure_target
+from whiflash_sglang.embedded.serving import COMPACT_JSON, STRICT_TOOLS
 from whiflash_sglang.top.reading import Watch, Watched
 from whiflash_sglang.top.view import screen
 

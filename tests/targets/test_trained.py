@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from whiflash_sglang import train
 from whiflash_sglang.cli.train import train_app
-from whiflash_sglang.train.answers.store import FeatureStore
+from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.answers.tokens import export_tokens
 from whiflash_sglang.train.config import TrainConfig, load_config
-from whiflash_sglang.train.drafters.runner import open_stores, train_dflash, train_dspark, train_eagle3
+from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
 
 FAMILY = "Qwen3MoeForCausalLM"
 PROMPTS = 24

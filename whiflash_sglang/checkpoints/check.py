@@ -7,8 +7,8 @@ from typing import NamedTuple
 from whiflash_sglang.checkpoints.drafter_set import PARTS
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.checkpoints.hub import look_up
-from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
-from whiflash_sglang.checkpoints.members import HUB, checksums, parts_of, verify
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, load_manifest
+from whiflash_sglang.checkpoints.members import checksums, parts_of, verify
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.models.checkpoint import attention_shape, integer, read_json_config
 from whiflash_sglang.models.draft_format import merged

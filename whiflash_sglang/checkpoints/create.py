@@ -10,8 +10,8 @@ from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
 from whiflash_sglang.checkpoints.hub import Found, look_up
-from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
-from whiflash_sglang.checkpoints.members import HUB, sha256
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, load_manifest
+from whiflash_sglang.checkpoints.members import sha256
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.formats import read_draft
 

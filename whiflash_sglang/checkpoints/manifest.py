@@ -9,13 +9,14 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms
-from whiflash_sglang.checkpoints.members import HUB
 from whiflash_sglang.checkpoints.paths import check_members
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 
 MANIFEST = "whiflash.json"
 EMBEDDED_BUNDLE = "smollm2-135m-instruct"
+HUB = "hub:"
+"""Prefix of a part's path if the rest is a hub id."""
 
 Positive = Annotated[int, Field(gt=0)]
 DraftVocabulary = Literal["full", "eagle3"]

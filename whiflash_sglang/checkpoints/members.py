@@ -3,26 +3,19 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from whiflash_sglang.checkpoints.hub import fetch
+from whiflash_sglang.checkpoints.manifest import HUB, Manifest
 from whiflash_sglang.errors import ConfigError
 
-if TYPE_CHECKING:
-    from whiflash_sglang.checkpoints.manifest import Manifest
 
-HUB = "hub:"
-"""What a part's path begins with where the rest is a hub id."""
-
-
-def member(bundle: Path, manifest: "Manifest", part: str, *, download_dir: str | None = None) -> Path:
+def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | None = None) -> Path:
     """The local directory (or file) of `part` ("eagle3", "dflash", "router"), fetched where it lies on the hub.
 
     Raises:
         ConfigError: the bundle has no such part, the hub gave nothing, or `config.json` is not the one that the
             manifest was made with.
     """
-    from whiflash_sglang.checkpoints.hub import fetch
-
     value = parts_of(manifest)[part]
     if value is None:
         raise ConfigError(f"{bundle}/whiflash.json names no {part}")
@@ -36,13 +29,13 @@ def member(bundle: Path, manifest: "Manifest", part: str, *, download_dir: str |
     return found
 
 
-def parts_of(manifest: "Manifest") -> dict[str, str | None]:
+def parts_of(manifest: Manifest) -> dict[str, str | None]:
     """What the manifest says of where each part is."""
     router = manifest.router.path if manifest.router else None
     return {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "router": router}
 
 
-def checksums(bundle: Path, manifest: "Manifest", served: Iterable[str]) -> dict[str, str]:
+def checksums(bundle: Path, manifest: Manifest, served: Iterable[str]) -> dict[str, str]:
     """SHA-256 by file, of those of the parts `served` that lie in the bundle and whose files its manifest tells."""
     found: dict[str, str] = {}
     for part in served:

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from whiflash_sglang.embedded.serving import STRICT_TOOLS, embedded_arguments
 from whiflash_sglang.errors import ConfigError
 
-COMPACT_JSON = "--constrained-json-disable-any-whitespace"
-STRICT_TOOLS = {"SGLANG_TOOL_STRICT_LEVEL": "2"}
 MODEL = ("--model-path", "--model")
 
 
@@ -34,19 +33,6 @@ def server_arguments(arguments: list[str]) -> list[str]:
 def server_environment(arguments: list[str]) -> dict[str, str]:
     """Variables to set where the user did not: the embedded target writes valid arguments only under a grammar."""
     return STRICT_TOOLS if is_embedded(arguments) else {}
-
-
-def embedded_arguments(given: set[str]) -> list[str]:
-    """What the embedded target is served with, beside what the command line names."""
-    from whiflash_sglang.embedded import TARGET_NAME, ensure_target
-
-    added = ["--model-path", str(ensure_target())]
-    if "--served-model-name" not in given:
-        added += ["--served-model-name", TARGET_NAME]
-    if not any(name.startswith("--constrained-json") for name in given):
-        # So small a model goes on with whitespace wherever a grammar allows it.
-        added.append(COMPACT_JSON)
-    return added
 
 
 def is_embedded(arguments: list[str]) -> bool:

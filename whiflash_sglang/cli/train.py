@@ -124,8 +124,8 @@ def export_command(
     """
     with readable_errors():
         settings = resolve_config(config)
+        from whiflash_sglang.train.answers.store import open_stores
         from whiflash_sglang.train.answers.tokens import export_tokens
-        from whiflash_sglang.train.drafters.runner import open_stores
 
         stores = open_stores(settings)
         if not stores:

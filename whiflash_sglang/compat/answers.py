@@ -15,9 +15,9 @@ from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
 from whiflash_sglang.compat import predictions, traces
+from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.converted import serving_of_responses
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.compat.streamer import META_KEY
 
 EXTENSION = "sglext"
 PREDICTION = "prediction"

@@ -7,6 +7,8 @@ from sglang.srt.runtime_context import get_spec
 from whiflash_sglang.config import Settings
 
 ALGORITHM = "WHIFLASH"
+META_KEY = "whiflash"
+"""Where an answer's `meta_info` carries its trace."""
 
 
 def settings_of(server_args: Any) -> Settings:

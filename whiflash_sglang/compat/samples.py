@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from whiflash_sglang.compat import traces
-from whiflash_sglang.compat.carried import settings_of
-from whiflash_sglang.compat.streamer import META_KEY
+from whiflash_sglang.compat.carried import META_KEY, settings_of
 from whiflash_sglang.spans.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Recording, build_trace
 from whiflash_sglang.telemetry.trace_samples import SampleFiles, Sampler

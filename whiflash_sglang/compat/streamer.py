@@ -11,12 +11,11 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.carried import META_KEY, settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.spans.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Recording, build_trace, span_attributes
 
-META_KEY = "whiflash"
 _RECORDING = "_whiflash_recording"
 _ATTRIBUTES = "_whiflash_attributes"
 

@@ -13,8 +13,8 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
 from whiflash_sglang.compat import predictions
+from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.compat.streamer import META_KEY
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes

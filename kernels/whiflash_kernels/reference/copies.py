@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from whiflash_kernels.copies import MOST_MATCHED, PLACES, SURE
-from whiflash_kernels.structs import Copies
+from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Copies
 
 
 def propose_copies(

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.copies import MOST_MATCHED, PLACES, SURE
-from whiflash_kernels.structs import Copies
+from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Copies
 from whiflash_kernels.triton_kernels.launch import power_of_two
 
 TILE = 1024

@@ -28,9 +28,9 @@ from whiflash_sglang.lab.judging.round_costs import (
 )
 from whiflash_sglang.train.answers.data import LoadedTarget, load_target, target_path
 from whiflash_sglang.train.answers.prompts import read_rows
+from whiflash_sglang.train.answers.store import open_stores
 from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.config import TrainConfig
-from whiflash_sglang.train.drafters.runner import open_stores
 from whiflash_sglang.train.replay.pair import Pair, Parts
 from whiflash_sglang.train.replay.replay import Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.replay.walk import RouterWalk, tabulate

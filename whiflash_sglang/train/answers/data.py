@@ -17,11 +17,10 @@ from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.generate import Answer, Generator, GroupShape
 from whiflash_sglang.train.answers.grammar import GrammarMasks
 from whiflash_sglang.train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
-from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, has_answers
+from whiflash_sglang.train.answers.resume import check_same_run
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, has_answers, open_stores
 from whiflash_sglang.train.answers.teacher import Teacher
 from whiflash_sglang.train.config import Data, Hardware, TrainConfig
-from whiflash_sglang.train.drafters.resume import check_same_run
-from whiflash_sglang.train.drafters.runner import open_stores
 
 _MIN_ANSWER = 4
 _RESERVE = 2**30  # bytes left free on the disk

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from whiflash_sglang.jsonl import lines_of
+from whiflash_sglang.train.config import TrainConfig
 
 
 class SequenceRecord(NamedTuple):
@@ -165,3 +166,16 @@ def _read_index(path: Path) -> list[SequenceRecord]:
         except (json.JSONDecodeError, TypeError):
             break  # a half-written last line of a killed run
     return records
+
+
+def open_stores(config: TrainConfig) -> list[FeatureStore]:
+    """Every shard that `whiflash train data` has written so far under the work directory.
+
+    Raises `ValueError` where a shard holds other layers than the configuration captures.
+    """
+    stores = []
+    for path in sorted((config.work / "data").glob("shard*")):
+        meta = json.loads((path / "meta.json").read_text())
+        shape = {"vectors": len(config.capture) + 1, "hidden": int(meta["hidden"])}
+        stores.append(FeatureStore(path, **shape, layers=config.capture))
+    return stores

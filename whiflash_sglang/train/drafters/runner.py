@@ -13,7 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.origin import Origin
-from whiflash_sglang.train.answers.store import FeatureStore
+from whiflash_sglang.train.answers.resume import check_same_run, checkpoint_digest, data_digest
+from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
 from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
@@ -22,7 +23,6 @@ from whiflash_sglang.train.drafters.batches import SequenceBatches, token_freque
 from whiflash_sglang.train.drafters.beginnings import origin_of
 from whiflash_sglang.train.drafters.even_rows import EvenRows
 from whiflash_sglang.train.drafters.growth import choose_draft_vocabulary, go_on_from
-from whiflash_sglang.train.drafters.resume import check_same_run, checkpoint_digest, data_digest
 from whiflash_sglang.train.provenance import Provenance
 
 
@@ -40,19 +40,6 @@ class _LoggingTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         model: Any = self.model
         super().log({**logs, **model.metrics}, *args, **kwargs)
-
-
-def open_stores(config: TrainConfig) -> list[FeatureStore]:
-    """Every shard that `whiflash train data` has written so far under the work directory.
-
-    Raises `ValueError` where a shard holds other layers than the configuration captures.
-    """
-    stores = []
-    for path in sorted((config.work / "data").glob("shard*")):
-        meta = json.loads((path / "meta.json").read_text())
-        shape = {"vectors": len(config.capture) + 1, "hidden": int(meta["hidden"])}
-        stores.append(FeatureStore(path, **shape, layers=config.capture))
-    return stores
 
 
 def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from whiflash_sglang.checkpoints.drafter_set import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
-from whiflash_sglang.train.answers.store import FeatureStore
+from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import RouterTraining, TrainConfig
 from whiflash_sglang.train.drafters.beginnings import origin_of
-from whiflash_sglang.train.drafters.runner import open_stores
 from whiflash_sglang.train.provenance import Provenance, trained_on
 from whiflash_sglang.train.replay.pair import ARMS, Pair, Parts
 from whiflash_sglang.train.replay.replay import Replay, ReplayLog, Source, replay_answers
