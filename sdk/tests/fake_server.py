@@ -75,6 +75,9 @@ class FakeServer:
     capabilities_key: who does not send it is answered 401; empty takes everybody.
     capabilities_moved_to: where the route redirects to; empty answers itself.
     silent: while set, the capabilities route does not answer.
+    models: names that `/v1/models` lists.
+    refuses: fields of which the server knows nothing; a request that has one is refused.
+    refusal: its status and message.
     """
 
     url: str = ""
@@ -86,6 +89,9 @@ class FakeServer:
     capabilities_moved_to: str = ""
     silent: threading.Event = field(default_factory=threading.Event)
     trace: Any = field(default_factory=lambda: dict(TRACE))
+    models: list[str] = field(default_factory=lambda: ["tiny"])
+    refuses: set[str] = field(default_factory=set)
+    refusal: tuple[int, str] = (400, "Unrecognized request argument supplied: {field}")
     failures: int = 0
     usage_chunk: bool = False
     content: str = '{"city": "Zürich"}'
@@ -224,7 +230,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 body = found if isinstance(found, bytes) else json.dumps(found).encode()
                 self._send(200, body, server.capabilities_kind)
             elif self.path == "/v1/models":
-                self._send(200, b'{"object": "list", "data": []}')
+                listed = {"object": "list", "data": [{"id": name} for name in server.models]}
+                self._send(200, json.dumps(listed).encode())
             else:
                 self._send(server.capabilities_status if server.capabilities_status != 200 else 404, b"{}")
             return None
@@ -235,7 +242,11 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.bodies.append(body)
             server.headers.append(dict(self.headers))
-            if server.failures:
+            if refused := server.refuses & body.keys():
+                status, message = server.refusal
+                told = {"error": {"message": message.format(field=", ".join(sorted(refused)))}}
+                self._send(status, json.dumps(told).encode())
+            elif server.failures:
                 server.failures -= 1
                 self._send(503, b'{"error": {"message": "busy"}}')
             elif body.get("stream"):

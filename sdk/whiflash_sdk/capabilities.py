@@ -97,6 +97,7 @@ class Server:
     its own loop would wait for ever.
 
     url: the route that was asked, without a password.
+    alone: whether `/v1/models` lists the model of `found` and no other; None: it was not asked.
     trouble: why `found` is None.
     failures: in a row.
     next_probe: nobody asks before, by `now`.
@@ -104,17 +105,33 @@ class Server:
 
     url: str
     found: Capabilities | None = None
+    alone: bool | None = None
     trouble: str = "has not been asked"
     failures: int = 0
     next_probe: float = -inf
     threads: Lock = field(default_factory=Lock)
 
-    def is_due(self) -> bool:
-        return now() >= self.next_probe
+    def is_due(self, model: str | None) -> bool:
+        """Whether something has to be asked before a request for this model; None: for any."""
+        return now() >= self.next_probe or self.needs_list(model)
+
+    def needs_list(self, model: str | None) -> bool:
+        """Whether only the list of models tells if a request for this one is for the server that answered.
+
+        SGLang answers to any name. A gateway with several models sends other names to other servers, which may refuse
+        fields that they do not know, and need not read what an agent says about its work.
+        """
+        return self.found is not None and self.alone is None and not _names(self.found, model)
+
+    def listed(self, models: object) -> None:
+        """Take the answer of `/v1/models`; None: there was none, so other names are taken for other servers."""
+        entries = models.get("data") if isinstance(models, dict) else None
+        ids = [entry.get("id") for entry in entries or () if isinstance(entry, dict)]
+        self.alone = self.found is not None and ids == [self.found.model]
 
     def answered(self, body: object) -> None:
         """Take the body of a 200."""
-        self.found = _read(body)
+        self.found, self.alone = _read(body), None
         if self.found is None:
             self._ask_again("answered with something else than this SDK reads")
         else:
@@ -134,22 +151,30 @@ class Server:
         else:
             self._ask_again(f"could not be asked ({type(error).__name__})")
 
-    def require(self, *, strict: bool) -> Capabilities | None:
-        """`found`; without it an error under `strict`, else one warning per URL and trouble.
+    def refused(self, name: str) -> None:
+        """Take that a request was refused for a field of ours, and served without it: another server answers now."""
+        self.found = None
+        self._keep(f"answered, but {name} was refused")
+
+    def require(self, model: str | None, *, strict: bool) -> Capabilities | None:
+        """`found`, if it is of this model; else an error under `strict`, or one warning per URL and trouble.
 
         Raises: UnsupportedServerError under `strict`.
         """
+        trouble = self.trouble
         if self.found is not None:
-            return self.found
+            if self.alone or _names(self.found, model):
+                return self.found
+            trouble = f"answers for the model {self.found.model!r}, and this request is for {model!r}"
         wait = max(0.0, self.next_probe - now())
-        reason = f"{self.url} {self.trouble}; asked again in {wait:.0f} s"
+        reason = f"{self.url} {trouble}; asked again in {wait:.0f} s"
         if strict:
             raise UnsupportedServerError(
                 f"{reason}. Start the server with `whiflash serve`, wrap with strict=False, or say what it can "
                 "do with wrap(client, capabilities=…)"
             )
-        said = (self.url, self.trouble)
-        if self.trouble != "could not be reached" and said not in _warned:  # the request will say that itself
+        said = (self.url, trouble)
+        if trouble != "could not be reached" and said not in _warned:  # the request will say that itself
             _warned.add(said)
             warnings.warn(f"{reason}. Requests go out without hints", UnsupportedServerWarning, stacklevel=3)
         return None
@@ -186,57 +211,72 @@ async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
     return (await async_ask(client)).found
 
 
-def ask(client: OpenAI, timeout: float | Timeout | NotGiven | None = None) -> Server:
+def ask(
+    client: OpenAI, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
+) -> Server:
     """What is known of the client's server, asked anew if it is time.
 
     timeout: of the request that wants to know, which the probe does not outlast; not given, the client's.
+    model: that the request is for.
     """
     url, server = _server(client)
-    if server.is_due():
+    if server.is_due(model):
         limits = _limits(client, timeout)
-        if server.threads.acquire(timeout=0 if server.found else _longest(limits)):
+        is_known = server.found is not None and not server.needs_list(model)
+        if server.threads.acquire(timeout=0 if is_known else _longest(limits)):
             try:
-                if server.is_due():
-                    _probe(client, url, server, limits)
+                _probe(client, url, server, limits, model)
             finally:
                 server.threads.release()
     return server
 
 
-def _probe(client: OpenAI, url: str, server: Server, limits: Timeout) -> None:
-    try:
-        body = client.get(url, cast_to=object, options=_options(limits))
-    except Exception as error:  # hooks and key providers are the user's; a probe breaks no request
-        server.failed(error)
-    else:
-        server.answered(body)
+def _probe(client: OpenAI, url: str, server: Server, limits: Timeout, model: str | None) -> None:
+    if server.is_due(None):
+        try:
+            server.answered(client.get(url, cast_to=object, options=_options(limits)))
+        except Exception as error:  # hooks and key providers are the user's; a probe breaks no request
+            server.failed(error)
+    if server.needs_list(model):
+        try:
+            server.listed(client.get("/models", cast_to=object, options=_options(limits)))
+        except Exception:
+            server.listed(None)
 
 
-async def async_ask(client: AsyncOpenAI, timeout: float | Timeout | NotGiven | None = None) -> Server:
+async def async_ask(
+    client: AsyncOpenAI, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
+) -> Server:
     """`ask` for an async client."""
     url, server = _server(client)
-    lock = _lock(server) if server.is_due() else None
-    if lock is not None and not (server.found and lock.locked()):
+    lock = _lock(server) if server.is_due(model) else None
+    is_known = server.found is not None and not server.needs_list(model)
+    if lock is not None and not (is_known and lock.locked()):
         limits = _limits(client, timeout)
         is_asking = False
         with anyio.move_on_after(_longest(limits)) as scope:
             async with lock:
-                if server.is_due():
-                    is_asking = True
-                    await _async_probe(client, url, server, limits)
-                    is_asking = False
+                is_asking = True
+                await _async_probe(client, url, server, limits, model)
+                is_asking = False
         if is_asking and scope.cancel_called:
             server.failed(TimeoutError())
     return server
 
 
-async def _async_probe(client: AsyncOpenAI, url: str, server: Server, limits: Timeout) -> None:
-    try:
-        body = await client.get(url, cast_to=object, options=_options(limits))
-    except Exception as error:
-        server.failed(error)
-    else:
-        server.answered(body)
+async def _async_probe(
+    client: AsyncOpenAI, url: str, server: Server, limits: Timeout, model: str | None
+) -> None:
+    if server.is_due(None):
+        try:
+            server.answered(await client.get(url, cast_to=object, options=_options(limits)))
+        except Exception as error:
+            server.failed(error)
+    if server.needs_list(model):
+        try:
+            server.listed(await client.get("/models", cast_to=object, options=_options(limits)))
+        except Exception:
+            server.listed(None)
 
 
 def _lock(server: Server) -> anyio.Lock:
@@ -302,6 +342,11 @@ def _longest(limits: Timeout) -> float:
 def _options(limits: Timeout) -> Any:
     # Another host would be sent the client's keys, all but `Authorization`.
     return {"max_retries": 0, "timeout": limits, "follow_redirects": False}
+
+
+def _names(found: Capabilities, model: str | None) -> bool:
+    """Whether the document is of this model by name; a request without a name goes to whoever answers."""
+    return model is None or found.model in ("", model)
 
 
 def _read(body: object) -> Capabilities | None:

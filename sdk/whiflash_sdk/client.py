@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypedDict, TypeVar, get_args
 
+import openai
 from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk.agents import Agent, name_of
-from whiflash_sdk.capabilities import Capabilities, ask, async_ask
+from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
 from whiflash_sdk.collecting import collectors, note, open_scope
 from whiflash_sdk.derive import complete, derive_spans
+from whiflash_sdk.errors import UnsupportedServerWarning
 from whiflash_sdk.hints import SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.spans import block_hints, opened_span
@@ -24,6 +27,9 @@ ClientT = TypeVar("ClientT", bound="OpenAI | AsyncOpenAI")
 _ROUTED_PATHS: Final = ("/chat/completions", "/completions")
 _CONVERTED_PATHS: Final = ("/responses",)
 """Requests that a server converts: it derives their spans itself."""
+_ADDED: Final = ("custom_params", "prediction")
+"""Fields of a request that the SDK may add or extend."""
+_REFUSALS: Final = (openai.BadRequestError, openai.UnprocessableEntityError)
 _WRAPPED: Final = "_whiflash_settings"
 _FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("", "0", "false", "no", "off"), False
@@ -75,8 +81,8 @@ def wrap(
     trace: ask for the routing trace with every response; read it with `routing`. True, the default, is "summary":
         sums by drafter. "full" has the stretches too, for `whiflash_sdk.render`.
     capabilities: None asks the server. Where something in front of it hides the answer, the `Capabilities`
-        that it has, or True: it routes, and derives spans itself. False: it does not route; no hints go out, nobody
-        is asked or told.
+        that it has, which hold for requests for their `model` if they name one; or True: it routes, and derives spans
+        itself. False: it does not route; no hints go out, nobody is asked or told.
     agent: who asks with this client, a name or a function that tells it at every call; `hints` here, blocks and calls
         that name one win. The adapters' models ask their framework.
 
@@ -146,19 +152,21 @@ def _sync_request(client: Any) -> Callable[..., Any]:
 
     @functools.wraps(client.request)
     def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        send = functools.partial(inherited(), cast_to)
         if not _is_routed(options):
-            return inherited()(cast_to, options, **kwargs)
+            return send(options, **kwargs)
         settings: _Settings = vars(client)[_WRAPPED]
-        found = settings.capabilities
-        if found is None:
-            found = ask(client, options.timeout).require(strict=settings.strict)
-        if not _takes_hints(found, options.url):
-            return inherited()(cast_to, options, **kwargs)
-        enclosing = collectors(client)
-        if found:
-            kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
-        result = inherited()(cast_to, _with_hints(options, settings, found), **kwargs)
-        note(result, enclosing)
+        server = ask(client, options.timeout, _model(options)) if settings.capabilities is None else None
+        call = _Call(client, options, kwargs, settings, server)
+        try:
+            result = send(call.options, **call.kwargs)
+        except _REFUSALS as error:
+            refused = call.refused(error)
+            if refused is None:
+                raise
+            result = send(call.plain, **kwargs)
+            call.served_without(refused)
+        note(result, call.collectors)
         return result
 
     return request
@@ -169,22 +177,89 @@ def _async_request(client: Any) -> Callable[..., Any]:
 
     @functools.wraps(client.request)
     async def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        send = functools.partial(inherited(), cast_to)
         if not _is_routed(options):
-            return await inherited()(cast_to, options, **kwargs)
+            return await send(options, **kwargs)
         settings: _Settings = vars(client)[_WRAPPED]
-        found = settings.capabilities
-        if found is None:
-            found = (await async_ask(client, options.timeout)).require(strict=settings.strict)
-        if not _takes_hints(found, options.url):
-            return await inherited()(cast_to, options, **kwargs)
-        enclosing = collectors(client)
-        if found:
-            kwargs["stream_cls"] = traced_class(kwargs.get("stream_cls"))
-        result = await inherited()(cast_to, _with_hints(options, settings, found), **kwargs)
-        note(result, enclosing)
+        server = (
+            await async_ask(client, options.timeout, _model(options))
+            if settings.capabilities is None
+            else None
+        )
+        call = _Call(client, options, kwargs, settings, server)
+        try:
+            result = await send(call.options, **call.kwargs)
+        except _REFUSALS as error:
+            refused = call.refused(error)
+            if refused is None:
+                raise
+            result = await send(call.plain, **kwargs)
+            call.served_without(refused)
+        note(result, call.collectors)
         return result
 
     return request
+
+
+class _Call:
+    """One request: as it goes out, and as it would without `wrap`, in case the server refuses what was added.
+
+    server: what is known of it; None if the settings say what it can do.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        options: Any,
+        kwargs: dict[str, Any],
+        settings: _Settings,
+        server: Server | None,
+    ) -> None:
+        found = _found(settings, server, _model(options))
+        self.options = self.plain = options
+        self.kwargs = kwargs
+        self.collectors = collectors(client)
+        self._strict, self._server = settings.strict, server
+        if _takes_hints(found, options.url):
+            self.options = _with_hints(options, settings, found)
+            self.plain = _with_hints(options, settings, None)
+            if found:
+                self.kwargs = {**kwargs, "stream_cls": traced_class(kwargs.get("stream_cls"))}
+
+    def refused(self, error: openai.APIStatusError) -> str | None:
+        """Which field of ours the server names as it refuses the request; None: it names none, or `strict` is set."""
+        ours, plain = self.options.extra_json or {}, self.plain.extra_json or {}
+        added = (name for name in _ADDED if ours.get(name) != plain.get(name))
+        return None if self._strict else next((name for name in added if name in error.response.text), None)
+
+    def served_without(self, name: str) -> None:
+        """The same request was served without our fields: hints rest, with a warning."""
+        if self._server is not None:
+            self._server.refused(name)
+            self._server.require(None, strict=False)
+        else:
+            warnings.warn(
+                f"the server refuses {name}, though the capabilities given to `wrap` allow it. The request was "
+                "repeated without hints",
+                UnsupportedServerWarning,
+                stacklevel=3,
+            )
+
+
+def _found(settings: _Settings, server: Server | None, model: str | None) -> Capabilities | bool | None:
+    """What may go out with a request for this model."""
+    given = settings.capabilities
+    if server is not None:
+        return server.require(model, strict=settings.strict)
+    if isinstance(given, Capabilities) and given.model not in ("", model):
+        return None
+    return given
+
+
+def _model(options: Any) -> str | None:
+    body = options.json_data if isinstance(options.json_data, Mapping) else {}
+    model = {**body, **(options.extra_json or {})}.get("model")
+    return model if isinstance(model, str) else None
 
 
 def _is_routed(options: Any) -> bool:

@@ -5,8 +5,8 @@ WhiFlashError
 ├── UnsupportedServerError  `strict=True`, and the server does not route (plain SGLang, vLLM, OpenAI)
 └── TraceError              the response carries a trace that cannot be read
 
-Errors of the OpenAI client pass through as they are: a hint that the server refuses is its
-`openai.BadRequestError`, whose message names the field.
+Errors of the OpenAI client pass through as they are. A request that is refused for its hints is repeated without
+them; under `strict=True` it is the client's `openai.BadRequestError`, whose message names the field.
 """
 
 
@@ -27,4 +27,4 @@ class TraceError(WhiFlashError, ValueError):
 
 
 class UnsupportedServerWarning(UserWarning):
-    """Said once per base URL: requests go out without hints, because the server does not route."""
+    """Once per base URL and reason: requests go out without hints, which the server does not read or has refused."""
