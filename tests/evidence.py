@@ -11,7 +11,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -24,10 +23,18 @@ RESULTS = ROOT / "results" / "evidence" / "records"
 SUMMARY = ROOT / "results" / "evidence" / "README.md"
 
 RELEVANT = (
-    *("worker.py", "verification.py", "penalties.py", "checkpoints.py"),
-    *("cache", "compat", "drafters", "models", "platform", "routing"),
+    *("worker.py", "core.py", "assemble.py", "cache", "checkpoints", "compat", "device", "drafters"),
+    *("lookup", "models", "platform", "round", "routing", "structure"),
 )
 """Parts of `whiflash_sglang` that decide what is generated; `whiflash_kernels` is the rest of it."""
+
+AREAS = {
+    "greedy-embedded": "Greedy losslessness, embedded target, fp32",
+    "greedy-tiny": "Greedy losslessness, tiny target, fp32",
+    "sampling": "Sampling, joint distribution of four tokens",
+    "plain-embedded": "Plain decoding, embedded target, fp32: what its cells are compared with",
+}
+"""Directories of `records/`, and their titles in the summary, in its order."""
 
 PACKAGES = ("sglang", "torch", "transformers", "xgrammar", "whiflash-sglang", "whiflash-kernels")
 
@@ -51,7 +58,10 @@ def _sources(paths: Iterable[Path]) -> Iterable[Path]:
 
 
 def cell(area: str, name: str, measure: Callable[[], Result]) -> Result:
-    """The result of `measure`, from the record where the code is still the same; otherwise it is measured now."""
+    """The result of `measure`, from the record where the code is still the same; otherwise it is measured now.
+
+    `area` is a key of `AREAS`.
+    """
     path = RESULTS / area / f"{name}.json"
     if path.exists():
         record = json.loads(path.read_text())
@@ -112,11 +122,15 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_summary() -> None:
+    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
+    SUMMARY.write_text(summary())
+
+
+def summary() -> str:
     """`results/evidence/README.md`: a table per area, a row per cell, and what the rows were measured on."""
-    areas: dict[str, list[Result]] = defaultdict(list)
-    for path in sorted(RESULTS.glob("*/*.json")):
-        record = json.loads(path.read_text())
-        areas[record["area"]].append(record)
+    areas = {
+        area: [json.loads(p.read_text()) for p in sorted((RESULTS / area).glob("*.json"))] for area in AREAS
+    }
     lines = [
         "# Evidence",
         "",
@@ -126,7 +140,7 @@ def write_summary() -> None:
     for area, records in areas.items():
         shown = (key for r in records for key, value in r["result"].items() if not isinstance(value, dict))
         columns = list(dict.fromkeys(shown))
-        lines += ["", f"## {area}", "", _row(["cell", *columns, "seconds", "commit"])]
+        lines += ["", f"## {AREAS[area]}", "", _row(["cell", *columns, "seconds", "commit"])]
         lines.append(_row(["---"] * (len(columns) + 3)))
         for r in records:
             values = [_shown(r["result"].get(column, "")) for column in columns]
@@ -136,8 +150,7 @@ def write_summary() -> None:
     lines += ["", "## Made on", ""]
     for hardware, python, *versions in sorted(made):
         lines.append(f"- {hardware}; Python {python}; " + ", ".join(f"{name} {v}" for name, v in versions))
-    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
-    SUMMARY.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _row(values: Iterable[str]) -> str:

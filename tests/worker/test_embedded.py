@@ -82,7 +82,7 @@ def plain(target: Path) -> dict[str, list[int]]:
         with embedded_engine(target, None, 6) as e:
             return {"prompts": 40, "outputs": play(e, arrivals(per_kind(target, 8), 128))}
 
-    outputs: dict[str, list[int]] = cell("embedded-plain", "plain", measure)["outputs"]
+    outputs: dict[str, list[int]] = cell("plain-embedded", "plain", measure)["outputs"]
     return outputs
 
 
@@ -109,5 +109,5 @@ def test_forty_prompts(target: Path, plain: dict[str, list[int]], policy: str, b
             "acceptance length": 1 + accepted / rounds,
         }
 
-    result = cell("Greedy losslessness, embedded target, fp32", f"{policy}-batch{batch}", measure)
+    result = cell("greedy-embedded", f"{policy}-batch{batch}", measure)
     assert result["identical"] + result["ties"] == 40

@@ -39,7 +39,7 @@ def test_losslessness_matrix(models: Models, policy: str, case: str) -> None:
             tokens += sum(len(output) for output in found.values())
         return {"requests": compared, "tokens": tokens, "ties": ties, "retractions": retractions}
 
-    result = cell("Greedy losslessness, tiny target, fp32", f"{policy}-{case}", measure)
+    result = cell("greedy-tiny", f"{policy}-{case}", measure)
     assert result["requests"] == 20 * len(SEEDS)
 
 
@@ -65,7 +65,7 @@ def test_twenty_thousand_sequences(models: Models, policy: str) -> None:
             },
         }
 
-    result = cell("Sampling, joint distribution of four tokens", policy, measure)
+    result = cell("sampling", policy, measure)
     # Ten tests for each of four policies: one of the forty falls below 1e-4 by chance in 4 of 1000 evidence runs.
     assert result["sequences"] >= 20_000
     assert result["smallest p"] > 1e-4
