@@ -207,7 +207,10 @@ def test_the_page_says_everything(report: Report) -> None:
     page = render(report)
     assert "| auto | 24.0 | 2.40" in page
     assert "Closed loop, concurrency 4" in page
-    assert "| DFLASH | closed-1 | t1 | different | 5 | 3.0000 |" in page
+    assert "| DFLASH | closed-1 | t1 | 5 | 3.0000 |" in page
+    assert "| auto | closed-4 | t1 | 5 |  |" in page
+    assert "Ties: 1, listed in the JSON. Plain decoding's widest gap at one is 0.0100." in page
+    assert "| c1 |" not in page, "ties are listed in the JSON only"
     assert "NGRAM: the server did not start: no kernel" in page
     assert "OMP_NUM_THREADS=2 python -m sglang.launch_server --dtype bfloat16" in page
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterable, Sequence
 
+from whiflash_sglang.equality import Verdict
 from whiflash_sglang.lab.bench.hints import Acceptance
 from whiflash_sglang.lab.bench.report import Figures, LoadReport, Report
 from whiflash_sglang.lab.bench.rounds import RoundMs
@@ -176,14 +177,26 @@ def _scaling(report: Report) -> str:
 
 
 def _differences(report: Report) -> str:
+    """Mismatches one by one, ties counted; the JSON lists both."""
     if not report.differences:
         return "Every answer of every arm equals plain decoding's, token for token."
-    rows = [
-        (d["arm"], d["load"], d["prompt"], d["verdict"], str(d["position"]), _number(d["gap"], 4))
+    ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]
+    parts = ["## Answers that differ from plain decoding's"]
+    if ties:
+        widest = max(d["gap"] for d in ties)
+        parts.append(
+            f"Ties: {len(ties)}, listed in the JSON. Plain decoding's widest gap at one is {widest:.4f}."
+        )
+    mismatches = [
+        (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4))
         for d in report.differences
+        if d["verdict"] != Verdict.TIE
     ]
-    header = ("arm", "load", "prompt", "verdict", "first difference", "plain decoding's gap")
-    return "## Answers that differ from plain decoding's\n\n" + _table(header, rows)
+    if mismatches:
+        parts.append(
+            _table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)
+        )
+    return "\n\n".join(parts)
 
 
 def _unavailable(report: Report) -> str:
