@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import evidence
 import pytest
 from loaded_scripts import load_script
 
 ROOT = Path(__file__).parents[2]
-FIGURE = re.compile(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]")
+FIGURE = re.compile(r"(?<![\d.])\d\.\d\d(?!\d)(?: \[\d\.\d\d, \d+\.\d\d\])?")
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +70,36 @@ def test_every_route_and_state_is_on_the_page_of_routes() -> None:
         assert f"## `{method.upper()} {path}`" in page
 
 
-def ratios(report: Any) -> Iterator[str]:
-    """Every ratio with its interval, as the documentation writes it."""
+def figures(report: Any) -> Iterator[str]:
+    """Every ratio, with its interval and without, and every acceptance length, as the documentation writes them."""
     if isinstance(report, dict):
         if report.keys() >= {"ratio", "low", "high"}:
+            yield f"{report['ratio']:.2f}"
             yield f"{report['ratio']:.2f} [{report['low']:.2f}, {report['high']:.2f}]"
+        if report.get("acceptance_length"):
+            yield f"{report['acceptance_length']:.2f}"
         for value in report.values():
-            yield from ratios(value)
+            yield from figures(value)
     elif isinstance(report, list):
         for value in report:
-            yield from ratios(value)
+            yield from figures(value)
 
 
-@pytest.mark.parametrize("page", ["docs/index.md", "docs/results-in-summary.md", "docs/lookup.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results-in-summary.md"])
 def test_every_ratio_that_readers_see_is_in_a_report(page: str) -> None:
-    reports = sorted((ROOT / "results" / "benchmark").glob("*.json"))
-    printed = {ratio for report in reports for ratio in ratios(json.loads(report.read_text("utf-8")))}
+    """Figures with intervals are of any report; those without are of the main run."""
+    benchmark = ROOT / "results" / "benchmark"
+    reports = {path.name: set(figures(json.loads(path.read_text("utf-8")))) for path in benchmark.glob("*.json")}
+    reports["recorded"] = set(FIGURE.findall((ROOT / "results" / "recorded-agents.md").read_text("utf-8")))
+    printed = reports["report.json"].union(f for found in reports.values() for f in found if "[" in f)
     text = " ".join((ROOT / page).read_text(encoding="utf-8").replace("**", "").split())
     shown = set(FIGURE.findall(text))
     assert shown
     assert shown <= printed, shown - printed
+
+
+def test_the_evidence_is_what_its_records_show() -> None:
+    records = [json.loads(path.read_text("utf-8")) for path in evidence.RESULTS.glob("*/*.json")]
+    assert {record["area"] for record in records} == set(evidence.AREAS)
+    assert evidence.SUMMARY.read_text(encoding="utf-8") == evidence.summary()
+    assert len(evidence.code_digest()) == 16, "every part that it names exists"
