@@ -28,7 +28,7 @@ MEANING = {
     "lookup": "The copying arm: on or off. Default: as the bundle says, else on.",
     "lookup_memory_mib": "MiB of recent outputs to copy from in later requests of the same cache salt and extra key; "
     "0 keeps none. Default: the bundle's, else 0.",
-    "lookup_prediction_tokens": "Tokens of the longest prediction (predicted outputs) that a request may bring. "
+    "lookup_prediction_tokens": "Tokens of a prediction (predicted outputs) that are read; the rest is left out. "
     "Default: the bundle's, else 16384.",
     "lookup_form_tokens": "Tokens of emission forms (the prompt as it would be quoted in JSON or code) that are made "
     "for one request at most; 0 for none. Default: the bundle's, else 32768.",

@@ -69,7 +69,7 @@ class Capabilities(BaseModel):
     traces: levels that a request may ask for.
     scopes: which of the hints agent, query and structure it understands.
     routes: whose requests may say anything to it, below `/v1`.
-    prediction_tokens: longest prediction that a request may bring; 0 where it takes none.
+    prediction_tokens: tokens of a prediction that are read, the rest is left out; 0 if it takes none.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
     """
 

@@ -119,6 +119,7 @@ class Trace(BaseModel):
     seconds: from the request's first token to its last, where the server tells.
     gain: estimate of how many times as fast as plain decoding its rounds were, by what rounds cost that server, where
         it tells.
+    notes: what of the request the server did not follow, and why, in words.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -137,6 +138,7 @@ class Trace(BaseModel):
     prefill_text: str | None = None
     seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     gain: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def acceptance_length(self) -> float:

@@ -55,9 +55,9 @@ class Lookup(Strict):
     enabled: whether it is there. max_width: drafts at most. min_match: shortest suffix match worth copying from.
     seed: chances that a copied token is right before anything was seen, as `whiflash lookup-seed` measures them
     (default: the embedded bundle's). memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0
-    for none. memory_minutes: how old they may get. prediction_tokens: longest prediction that a request may bring.
-    form_tokens: most tokens of emission forms (the prompt as it would be quoted in JSON or code) that are made for one
-    request, 0 for none.
+    for none. memory_minutes: how old they may get. prediction_tokens: tokens of a prediction that are read, the rest
+    is left out. form_tokens: most tokens of emission forms (the prompt as it would be quoted in JSON or code) that are
+    made for one request, 0 for none.
     """
 
     enabled: bool = True

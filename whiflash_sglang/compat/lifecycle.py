@@ -98,11 +98,11 @@ class Lifecycle:
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """What the request's caller expects back. Malformed: as of `_hints_of`."""
         try:
-            tokens = self._read_prediction(req.sampling_params.custom_params)
+            read = self._read_prediction(req.sampling_params.custom_params)
         except HintError as error:
             logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
             return None
-        return tokens or None
+        return read.tokens if read is not None and read.tokens else None
 
     def _forget(self, row: int) -> None:
         self._sync.forget(row)

@@ -19,6 +19,8 @@ from whiflash_sglang.spans.prediction import prediction_reader
 
 ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
 _COUNTS = "_whiflash_predicted"
+_NOTES = "_whiflash_prediction_notes"
+_FLAG = "--whiflash-lookup-prediction-tokens"
 _CARRIERS = (
     "UsageInfo",
     "ChatCompletionResponse",
@@ -40,25 +42,37 @@ async def encoded(manager: Any, obj: Any) -> None:
     """Put token ids in the place of predicted texts, beside the event loop.
 
     Raises:
-        ValueError: one is malformed or too long; SGLang answers it with 400.
+        ValueError: one is malformed; SGLang answers it with 400.
     """
     given = getattr(obj, "sampling_params", None)
-    found = [await _encoded(manager, one) for one in (given if isinstance(given, list) else [given])]
+    read = [await _encoded(manager, one) for one in (given if isinstance(given, list) else [given])]
+    found = [parameters for parameters, _ in read]
     if any(found):
         obj.sampling_params = found if isinstance(given, list) else found[0]
+    if any(notes for _, notes in read):
+        obj.__dict__[_NOTES] = [notes for _, notes in read]
 
 
-async def _encoded(manager: Any, parameters: Any) -> Any:
+def notes_of(obj: Any, choice: int) -> list[str]:
+    """What a choice's trace has to say about its prediction."""
+    notes: list[list[str]] = getattr(obj, _NOTES, None) or [[]]
+    return notes[choice % len(notes)]
+
+
+async def _encoded(manager: Any, parameters: Any) -> tuple[Any, list[str]]:
+    """The parameters with token ids, and what their choices' traces have to say about it."""
     params = parameters.get("custom_params") if isinstance(parameters, dict) else None
     if not isinstance(params, dict) or params.get(CARRIED_PREDICTION) is None:
-        return parameters
+        return parameters, []
     longest = settings_of(manager.server_args).lookup.prediction_tokens
     read = prediction_reader(manager.tokenizer, longest, manager.model_config.vocab_size)
     try:
-        tokens = await asyncio.get_running_loop().run_in_executor(None, read, params)
+        found = await asyncio.get_running_loop().run_in_executor(None, read, params)
     except HintError as error:
         raise ValueError(str(error)) from None
-    return {**parameters, "custom_params": {**params, CARRIED_PREDICTION: tokens}}
+    assert found is not None
+    notes = [f"the prediction was cut to its first {longest} tokens ({_FLAG})"] if found.is_cut else []
+    return {**parameters, "custom_params": {**params, CARRIED_PREDICTION: found.tokens}}, notes
 
 
 async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -90,6 +90,8 @@ class _Arrived:
         if self._earlier is not None:
             tokens, text = before[0], "".join(before[1])
         trace["choice"] = choice
+        if notes := predictions.notes_of(self._obj, choice):
+            trace["notes"] = notes
         is_whole = len(tokens) == item["meta_info"]["completion_tokens"]
         if "stretches" in trace and is_whole and self._manager.tokenizer is not None:
             place_text(self._manager, self._obj, choice, trace, tokens, text)

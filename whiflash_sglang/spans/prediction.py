@@ -6,7 +6,7 @@ before it is scheduled; ids are taken too, as SGLang takes `input_ids`.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION
@@ -14,13 +14,21 @@ from whiflash_sglang.spans.hints import CARRIED_PREDICTION
 FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
 
 MAX_TOKEN_CHARS: Final = 16
-"""Characters that a token of a prediction holds on average at most: a longer text is not even encoded."""
+"""Characters that a token of a prediction holds on average at most: what is behind them is not even encoded."""
 
 Encode = Callable[[str], Sequence[int]]
 """Text → token ids, without special tokens."""
 
-ReadPrediction = Callable[[object], Sequence[int] | None]
-"""Token ids of what `custom_params` carry, None where they carry none. Raises HintError."""
+
+class Read(NamedTuple):
+    """Token ids of a prediction. is_cut: whether it had more than are read."""
+
+    tokens: Sequence[int]
+    is_cut: bool
+
+
+ReadPrediction = Callable[[object], Read | None]
+"""What `custom_params` carry, None where they carry none. Raises HintError."""
 
 
 def body_prediction(body: object) -> str | None:
@@ -77,13 +85,15 @@ def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPredict
 
 def prediction_tokens(
     custom_params: object, encode: Encode | None, most: int, vocabulary: int
-) -> Sequence[int] | None:
-    """Token ids of what `custom_params` carry; None where they carry none.
+) -> Read | None:
+    """The first `most` tokens of what `custom_params` carry; None where they carry none.
+
+    A prediction changes no text, so one that is too long is cut and not refused: the beginning is worth copying from.
 
     Args:
-        encode: None where there is no tokenizer. most: tokens that are allowed. vocabulary: ids that the target has.
+        encode: None where there is no tokenizer. most: tokens that are read. vocabulary: ids that the target has.
 
-    Raises: HintError, and nothing else, naming the field that is wrong or the bound.
+    Raises: HintError, and nothing else, naming the field that is wrong.
     """
     carried = carried_prediction(custom_params)
     if carried is None:
@@ -91,25 +101,17 @@ def prediction_tokens(
     if isinstance(carried, str):
         if encode is None:
             raise HintError(FIELD, "must be token ids: this server has no tokenizer")
-        if len(carried) > most * MAX_TOKEN_CHARS:
-            raise _too_long(f"{len(carried)} characters", most)
-        carried = list(encode(carried))
-    if len(carried) > most:
-        raise _too_long(f"{len(carried)} tokens", most)
-    return [_token(i, token, vocabulary) for i, token in enumerate(carried)]
+        text, carried = carried, list(encode(carried[: most * MAX_TOKEN_CHARS]))
+        is_cut = len(carried) > most or len(text) > most * MAX_TOKEN_CHARS
+    else:
+        is_cut = len(carried) > most
+    return Read([_token(i, token, vocabulary) for i, token in enumerate(carried[:most])], is_cut)
 
 
 def _token(index: int, token: object, vocabulary: int) -> int:
     if type(token) is not int or not 0 <= token < vocabulary:
         raise HintError(f"{FIELD}[{index}]", f"must be a token id below {vocabulary}")
     return token
-
-
-def _too_long(found: str, most: int) -> HintError:
-    return HintError(
-        "prediction",
-        f"is {found} long; at most {most} tokens are allowed (--whiflash-lookup-prediction-tokens)",
-    )
 
 
 def _part(field: str, part: object) -> str:

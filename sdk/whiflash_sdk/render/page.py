@@ -144,7 +144,8 @@ def _facts(turn: Turn) -> str:
     switches = "switch" if trace.switches == 1 else "switches"
     found.append((f"{trace.switches}", f"{switches} of drafter"))
     cells = "".join(f"<div><dt>{meaning}</dt><dd>{value}</dd></div>" for value, meaning in found)
-    return f'<p class="note">{named}policy {safe(trace.policy)}</p><dl class="facts">{cells}</dl>'
+    notes = "".join(f'<p class="note">{safe(note)}</p>' for note in trace.notes)
+    return f'<p class="note">{named}policy {safe(trace.policy)}</p>{notes}<dl class="facts">{cells}</dl>'
 
 
 def _text(turn: Turn, parts: Sequence[Piece], prefix: str, numbers: dict[int, int]) -> str:

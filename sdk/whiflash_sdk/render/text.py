@@ -40,7 +40,7 @@ def conversation_terminal(turns: Sequence[Turn], *, colour: bool = True) -> str:
 
 def figures(trace: Trace) -> str:
     """What a trace counts, without the text that it is about."""
-    lines = (summary(trace), reasons(trace), *_totals(trace), *_sources(trace))
+    lines = (summary(trace), reasons(trace), *map(printable, trace.notes), *_totals(trace), *_sources(trace))
     return "\n".join(line for line in lines if line)
 
 
@@ -51,6 +51,7 @@ def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
     used = {stretch.arm for stretch in turn.trace.stretches}
     if not used and turn.trace.reasons:
         yield reasons(turn.trace)
+    yield from map(printable, turn.trace.notes)
     if colour and used:
         yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in in_order(used))
     yield "".join(_text(pieces(turn), colour))
