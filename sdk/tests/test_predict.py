@@ -34,6 +34,13 @@ def test_a_block_predicts_for_every_route(client: OpenAI, server: FakeServer) ->
     assert found == [BLOCK, BLOCK, BLOCK, {**BLOCK, "content": "inner"}, None, None]
 
 
+def test_bytes_that_are_no_text_end_no_step(client: OpenAI, server: FakeServer) -> None:
+    wrap(client)
+    with predict(b"caf\xe9 = 1".decode(errors="surrogateescape")):
+        ask(client)
+    assert server.bodies[0]["prediction"]["content"] == "caf? = 1"
+
+
 def test_a_calls_own_prediction_is_left_as_it_is(client: OpenAI, server: FakeServer) -> None:
     wrap(client)
     with predict("block"):

@@ -7,10 +7,8 @@ after a minute at last, and leaves a server that was known to route what it was.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from openai import AsyncOpenAI, NotGiven, OpenAI, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, UnsupportedServerWarning
+from whiflash_sdk.identity import fingerprint
 
 PROBE_SECONDS: Final = 2.0
 KEPT_SECONDS: Final = 300.0
@@ -34,26 +33,7 @@ FIRST_RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 60.0
 MOST_SERVERS: Final = 256
 
-_SECRET_WORDS: Final = frozenset(
-    [
-        "apikey",
-        "auth",
-        "authorization",
-        "cookie",
-        "credential",
-        "jwt",
-        "key",
-        "organization",
-        "password",
-        "project",
-        "secret",
-        "token",
-    ]
-)
-"""Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
-
 _LOG: Final = logging.getLogger("whiflash_sdk")
-_SALT: Final = os.urandom(16)
 
 now = time.monotonic
 
@@ -126,8 +106,8 @@ class Server:
     def listed(self, models: object) -> None:
         """Take the answer of `/v1/models`; None: there was none, so other names are taken for other servers."""
         entries = models.get("data") if isinstance(models, dict) else None
-        ids = [entry.get("id") for entry in entries or () if isinstance(entry, dict)]
-        self.alone = self.found is not None and ids == [self.found.model]
+        ids = {entry.get("id") for entry in entries or () if isinstance(entry, dict)}
+        self.alone = self.found is not None and ids == {self.found.model}
 
     def answered(self, body: object) -> None:
         """Take the body of a 200."""
@@ -299,34 +279,10 @@ def _server(client: OpenAI | AsyncOpenAI) -> tuple[str, Server]:
         for netloc in (base.netloc, base.netloc.rpartition("@")[2])
     )
     # A fork has locks of its own: nobody there will release those that its parent's threads held.
-    server = _servers.setdefault((os.getpid(), _fingerprint(client, url)), Server(shown))
+    server = _servers.setdefault((os.getpid(), fingerprint(client, url)), Server(shown))
     for oldest in list(_servers)[:-MOST_SERVERS]:
         _servers.pop(oldest, None)
     return url, server
-
-
-def _fingerprint(client: OpenAI | AsyncOpenAI, url: str) -> bytes:
-    """Address and authentication as a digest, so that no secret is kept.
-
-    The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every request:
-    its maker stands for it. Two clients that differ only in their TLS certificates share an answer.
-    """
-    http: Any = client._client
-    maker = getattr(client, "_api_key_provider", None)
-    sent = {**http.headers, **client.default_headers, **client.default_query}
-    secrets = {
-        name.lower(): value for name, value in sent.items() if isinstance(value, str) and _authenticates(name)
-    }
-    if maker is not None:
-        secrets.pop("authorization", None)
-    key = client.api_key if maker is None else id(maker)
-    identity = (url, key, sorted(secrets.items()), id(http.auth))
-    return hashlib.blake2b(repr(identity).encode(), key=_SALT, digest_size=16).digest()
-
-
-def _authenticates(name: str) -> bool:
-    """Whether a header or query field may decide who asks. Others change from request to request, as request ids do."""
-    return not _SECRET_WORDS.isdisjoint(re.split("[-_]", name.lower())) and name.lower() != "idempotency-key"
 
 
 def _limits(client: OpenAI | AsyncOpenAI, timeout: float | Timeout | NotGiven | None) -> Timeout:

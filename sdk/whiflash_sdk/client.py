@@ -321,4 +321,5 @@ def _predicted(options: Any, found: Capabilities | bool) -> dict[str, Any]:
     understood = found is True or (isinstance(found, Capabilities) and found.prediction_tokens > 0)
     if text is None or "prediction" in body or not understood:
         return {}
-    return {"prediction": {"type": "content", "content": text}}
+    # A file may have been read with surrogates for bytes that are no text: no request can carry these.
+    return {"prediction": {"type": "content", "content": text.encode(errors="replace").decode()}}

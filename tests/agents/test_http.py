@@ -138,6 +138,12 @@ def test_hints_steer_drafting_and_leave_the_text(client: OpenAI, arm: Any) -> No
     assert {(s.arm, s.reason, s.span) for s in steered_part} == {(arm, "pin", "prose")}
 
 
+def test_a_server_alone_gets_hints_under_any_name(client: OpenAI) -> None:
+    """SGLang answers to any, and `/v1/models` says that there is no other model."""
+    for model in ("default", "Tiny", "tiny"):
+        assert routing(client.completions.create(**{**ASKED, "model": model}, prompt=PROMPT)) is not None
+
+
 def test_off_decodes_without_drafting(client: OpenAI) -> None:
     body = {**ASKED["extra_body"], **Hints(off=True, trace="full").extra_body()}
     response = client.completions.create(**{**ASKED, "extra_body": body}, prompt=PROMPT)
