@@ -55,7 +55,7 @@ def test_a_compiler_that_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_a_compiler_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hanging = tmp_path / "c++"
-    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\nexec sleep 60\n')
     hanging.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(compiler, "_PATIENCE", 0.2)
@@ -76,6 +76,88 @@ def test_a_library_that_does_not_load_here_is_made_anew(tmp_path: Path) -> None:
     foreign.write_bytes(content + hashlib.sha256(content).digest())
     compiled_attention(foreign.parent)
     assert foreign.stat().st_size == own.stat().st_size
+
+
+def planted(folder: Path, tmp_path: Path) -> Path:
+    """A library under the kernel's name in `folder`, whose loading writes the file that is returned."""
+    compiler.load(module._SOURCE, tmp_path / "own", ["-fopenmp"])
+    (own,) = (tmp_path / "own").iterdir()
+    trace, source = tmp_path / "loaded", tmp_path / "planted.c"
+    source.write_text(
+        "#include <stdio.h>\n__attribute__((constructor)) void here(void)"
+        f' {{ fclose(fopen("{trace}", "w")); }}\n'
+    )
+    folder.mkdir()
+    library = folder / own.name
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    return trace
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    folder = tmp_path / "shared"
+    trace = planted(folder, tmp_path)
+    folder.chmod(mode)
+    with pytest.raises(OSError, match="another user could put a library there"):
+        compiler.load(module._SOURCE, folder, ["-fopenmp"])
+    assert not trace.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("what", ["directory", "library"])
+def test_what_another_user_owns_is_not_loaded(tmp_path: Path, what: str) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    folder = tmp_path / "shared"
+    trace = planted(folder, tmp_path)
+    folder.chmod(0o700)
+    (library,) = folder.iterdir()
+    os.chown(folder if what == "directory" else library, 65534, 65534)
+    if what == "directory":
+        with pytest.raises(OSError, match="belongs to user 65534"):
+            compiler.load(module._SOURCE, folder, ["-fopenmp"])
+    else:  # its directory is ours, so it is compiled again
+        assert compiler.load(module._SOURCE, folder, ["-fopenmp"]).whiflash_threads
+        assert library.stat().st_uid == os.geteuid()
+    assert not trace.exists()
+
+
+def test_a_directory_that_is_exchanged_after_its_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As by another user who may rename it: the library comes from the directory that was checked."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    trace = planted(tmp_path / "shared", tmp_path)
+    folder, private = tmp_path / "cache", compiler._is_private
+
+    def exchanged(found: os.stat_result) -> bool:
+        if folder.exists():
+            folder.rename(tmp_path / "before")
+            (tmp_path / "shared").rename(folder)
+        return private(found)
+
+    monkeypatch.setattr(compiler, "_is_private", exchanged)
+    assert compiler.load(module._SOURCE, folder, ["-fopenmp"]).whiflash_threads
+    assert not trace.exists()
+    assert len(list((tmp_path / "before").iterdir())) == 1
+
+
+def test_a_new_compiler_compiles_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = shutil.which("c++")
+    if real is None:
+        pytest.skip("no C++ compiler here")
+    newer = tmp_path / "c++"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for version in ("13.1", "13.2"):
+        newer.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\nexec {real} "$@"\n')
+        newer.chmod(0o755)
+        compiler.load(module._SOURCE, tmp_path / "made", ["-fopenmp"])
+    assert len(list((tmp_path / "made").iterdir())) == 2
 
 
 def test_a_library_that_is_damaged_is_made_anew(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The attention backend's lengths and masks in every forward mode, against the paged attention itself."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
-from whiflash_kernels.cpu.paged_attention import CompiledPlan
+from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
+from whiflash_sglang.platform import attention
 from whiflash_sglang.platform.attention import (
     CpuAttentionBackend,
     CpuMultiStepDraftBackend,
@@ -42,11 +44,22 @@ class Pool:
         return self.v
 
 
+@cache
+def ensured_kernel() -> CompiledAttention | None:
+    """The compiled kernel, also without AVX-512; None without a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "has_avx512", lambda: True)
+        return attention_kernel.__wrapped__()
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def runner(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """Of a pool in float32, which runs in torch, and in bfloat16, which is compiled."""
-    if request.param == torch.bfloat16 and attention_kernel() is None:
-        pytest.skip("no C++ compiler here")
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Of a pool in float32, which runs in torch, and in bfloat16, which is compiled, on whatever processor."""
+    if request.param == torch.bfloat16:
+        kernel = ensured_kernel()
+        if kernel is None:
+            pytest.skip("no C++ compiler here")
+        monkeypatch.setattr(attention, "attention_kernel", lambda: kernel)
     table = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1)).view(4, 64).to(torch.int32)
     return SimpleNamespace(
         req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=Pool(request.param)
@@ -205,9 +218,19 @@ def test_torch_can_be_forced(asked_anew: None, monkeypatch: pytest.MonkeyPatch) 
     assert attention_kernel() is None
 
 
+def test_torch_is_chosen_without_avx512(
+    asked_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(attention, "has_avx512", lambda: False)
+    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
+    assert attention_kernel() is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_compiler_torch_goes_on(
     asked_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(attention, "has_avx512", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
     assert attention_kernel() is None

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Mapping
 from functools import wraps
 from typing import Annotated, Any
 
+import torch
 from fastapi import Query, Request
 from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints import http_server
@@ -15,7 +16,8 @@ from whiflash_sglang.compat import answers, converted, figures, predictions, req
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.config import changed
+from whiflash_sglang.config import Settings, changed
+from whiflash_sglang.device.host_view import HostView
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.forget import parse_forget
 from whiflash_sglang.lookup.memory import nameless
@@ -76,12 +78,18 @@ def _capabilities_of(server_args: Any) -> Any:
                 "none",
             ),
             routes=converted.routes(http_server.app.state),
-            prediction_tokens=settings.lookup.prediction_tokens,
+            prediction_tokens=_prediction_tokens(settings, server_args),
             tool_call_parser=manager.config_value("tool_call_parser"),
             reasoning_parser=manager.config_value("reasoning_parser"),
         )
 
     return get_capabilities
+
+
+def _prediction_tokens(settings: Settings, server_args: Any) -> int:
+    """The longest prediction that drafts are made from; 0 if none are: on a device that the host may not read."""
+    drafts = settings.lookup.enabled and HostView.of(torch.device(server_args.device)).exact
+    return settings.lookup.prediction_tokens if drafts else 0
 
 
 Seconds = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]

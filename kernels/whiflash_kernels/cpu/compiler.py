@@ -5,8 +5,10 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,36 +20,38 @@ _FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17")
 
 
 def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library of one C++ source and the headers beside it, compiled into `directory` unless it lies there already.
+    """The library of one C++ source and the headers beside it, compiled into `directory` unless it is there already.
 
-    A library's name tells its source, compiler, flags and processor apart, so that machines may share the directory. It
-    is written beside and renamed, so that processes may start together, and ends with a digest of itself, so that what
-    a failing machine left is made anew. Compiling takes some seconds.
+    The library's name depends on source, compiler, compiler version, flags and processor, so machines may share the
+    directory. The library is written beside and renamed, so processes may start together. It ends with a digest of
+    itself, so a library that a failing machine left is compiled again. Compiling takes some seconds.
+
+    A library is code, so nobody else may be able to put one there: see `_own_directory`.
 
     Args:
-        flags: for compiling, behind those for speed. None of them is for linking: linked with -ffast-math a library
+        flags: for compiling, after those for speed. None of them is for linking: linked with -ffast-math a library
             makes its process flush subnormal numbers, linked with -fopenmp it would bring a second OpenMP beside
             torch's, whose symbols every library of the process sees.
 
     Raises:
-        OSError: there is no compiler, it refuses the source or does not end in two minutes, the directory cannot be
-            written, or the library does not fit the process.
+        OSError: there is no compiler, it refuses the source or does not end in two minutes; the directory cannot be
+            written, or another user owns it or may write to it; or the library does not fit the process.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler (c++, g++ or clang++) on the PATH")
     options = (*_FLAGS, *flags)
-    words = " ".join([compiler, *options, _processor()])
-    files = (source, *sorted(source.parent.glob("*.h")))
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + words.encode()).hexdigest()[:12]
-    library = directory / f"{source.stem.replace('_', '-')}-{key}.so"
-    if _is_whole(library):
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # Another system's, which shares the directory and has a newer C++ library.
-            pass
-    directory.mkdir(parents=True, exist_ok=True)
     try:
+        version = _run([compiler, "--version"], check=False).stdout
+        words = " ".join([compiler, *options, _processor()]).encode()
+        files = (source, *sorted(source.parent.glob("*.h")))
+        key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + words + version).hexdigest()[:12]
+        library = _own_directory(directory) / f"{source.stem.replace('_', '-')}-{key}.so"
+        if _is_ours(library):
+            try:
+                return ctypes.CDLL(str(library))
+            except OSError:  # Another system's, which shares the directory and has a newer C++ library.
+                pass
         _build(compiler, options, source, library)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or b"").decode(errors="replace").strip().splitlines()[-1:]
@@ -57,10 +61,46 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
     return ctypes.CDLL(str(library))
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether the file ends with the digest of the rest. Loading half a library would end the process."""
-    content = library.read_bytes() if library.exists() else b""
+def has_avx512() -> bool:
+    """Whether this processor has AVX-512, whose 32 registers of 16 floats the kernels are written for."""
+    return " avx512f " in _processor() + " "
+
+
+@cache
+def _own_directory(directory: Path) -> Path:
+    """`directory`, as a path that stays the same directory whoever renames it or a parent of it.
+
+    It is this process's user's alone (0700), or OSError is raised. The path leads through an open file descriptor, so
+    what was checked is what libraries are loaded from. The descriptor stays open: its number is part of the path, and
+    the loader takes equal paths for one library.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    found = os.fstat(descriptor)
+    if not _is_private(found):
+        os.close(descriptor)
+        raise OSError(
+            f"{directory} belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: another user "
+            "could put a library there; remove it, or make it yours alone (chmod 700)"
+        )
+    return Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+
+
+def _is_private(found: os.stat_result) -> bool:
+    """Whether this process's user owns a file and nobody else may write to it."""
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_ours(library: Path) -> bool:
+    """Whether the file is this user's and ends with the digest of the rest: half a library would end the process."""
+    if not library.exists() or not _is_private(library.lstat()):
+        return False
+    content = library.read_bytes()
     return content[-_DIGEST:] == hashlib.sha256(content[:-_DIGEST]).digest()
+
+
+def _run(command: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, check=check, capture_output=True, timeout=_PATIENCE)
 
 
 def _build(compiler: str, options: Sequence[str], source: Path, library: Path) -> None:
@@ -70,9 +110,10 @@ def _build(compiler: str, options: Sequence[str], source: Path, library: Path) -
             [compiler, *options, "-c", str(source), "-o", str(parts)],
             [compiler, "-shared", str(parts), "-o", str(whole)],
         ):
-            subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
+            _run(command)
         content = whole.read_bytes()
         whole.write_bytes(content + hashlib.sha256(content).digest())
+        whole.chmod(0o700)
         os.replace(whole, library)
 
 
