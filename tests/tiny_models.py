@@ -6,6 +6,7 @@ tokens, so that random drafters, which share that preference, are right now and 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,46 @@ def tiny_target(
     _save(path, config, tensors, dtype)
     save_tokenizer(path)
     return path
+
+
+def scripted_target(directory: Path | str, script: str) -> list[int]:
+    """Write a target that answers every chat with `script`, whoever serves it: a token's successor is its own.
+
+    Args:
+        directory: created if missing.
+        script: at least two bytes; cut into tokens of two bytes and more, none of which occurs twice.
+
+    Returns:
+        Token ids of the answer, without the end of text.
+    """
+    pieces = unique_pieces(script.encode())
+    ids = [256 + len(SPECIAL_TOKENS) + i for i in range(len(pieces))]
+    path = tiny_target(directory, vocab_size=256 + len(SPECIAL_TOKENS) + len(pieces))
+    save_tokenizer(path, pieces)
+    tensors = load_file(path / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = torch.zeros_like(tensors[name])  # what remains of a layer is its residual
+    embedding = torch.nn.functional.normalize(tensors["model.embed_tokens.weight"], dim=-1)
+    head = torch.zeros_like(embedding)
+    line_end = sorted(_byte_symbols()).index(
+        _byte_symbols()[ord("\n")]
+    )  # which the template's prompts end with
+    head[[*ids, 256]] = embedding[[line_end, *ids]]
+    tensors |= {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return ids
+
+
+def unique_pieces(text: bytes) -> list[bytes]:
+    """`text` in pieces of two bytes and more, none twice, each as short as it may be; the last one takes the rest."""
+    pieces: list[bytes] = []
+    begin = 0
+    for end in range(1, len(text) + 1):
+        if end - begin > 1 and text[begin:end] not in pieces:
+            pieces.append(text[begin:end])
+            begin = end
+    return [*pieces[:-1], pieces[-1] + text[begin:]]
 
 
 def tiny_eagle3(
@@ -249,13 +290,22 @@ def _save(path: Path, config: dict[str, object], tensors: dict[str, torch.Tensor
     (path / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def save_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer: 256 bytes, no merges, then the special tokens."""
+def _byte_symbols() -> list[str]:
+    """What stands for each byte in the vocabulary of a byte-level tokenizer."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return [bytes_to_unicode()[byte] for byte in range(256)]
+
+
+def save_tokenizer(path: Path, pieces: Sequence[bytes] = ()) -> None:
+    """A byte-level tokenizer: 256 bytes, the special tokens, and `pieces` that no text is encoded with."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    symbols = _byte_symbols()
+    written = ["".join(symbols[byte] for byte in piece) for piece in pieces]
+    vocabulary = {symbol: i for i, symbol in enumerate([*sorted(symbols), *SPECIAL_TOKENS, *written])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

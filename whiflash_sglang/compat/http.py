@@ -12,7 +12,16 @@ from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from whiflash_sglang import __version__
-from whiflash_sglang.compat import answers, converted, figures, predictions, requests, streamer, traces
+from whiflash_sglang.compat import (
+    answers,
+    converted,
+    figures,
+    pieces,
+    predictions,
+    requests,
+    streamer,
+    traces,
+)
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.control import encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import replace
@@ -36,6 +45,7 @@ def install(server_args: Any) -> None:
     requests.install()
     converted.install()
     answers.install()
+    pieces.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
@@ -48,7 +58,7 @@ def install(server_args: Any) -> None:
 
 
 def _accepting(original: Any) -> Any:
-    """Refuse malformed hints of the native route, and follow the answers of those that want a full trace."""
+    """Refuse malformed hints of the native route, follow answers for full traces, and cut those that are parsed."""
 
     @wraps(original)
     async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
@@ -57,7 +67,7 @@ def _accepting(original: Any) -> Any:
             requests.check_native(self, obj)
             await predictions.encoded(self, obj)
             outputs = predictions.followed(self, obj, outputs)
-        async for output in traces.followed(self, obj, outputs):
+        async for output in pieces.single_tokens(self, obj, traces.followed(self, obj, outputs)):
             yield output
 
     return generate_request

@@ -310,6 +310,14 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         f"{_SERVING}.serving_chat:OpenAIServingChat._generate_chat_stream", ("adapted_request", "request")
     ),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._validate_request", ("request",)),
+    # parsers of tool calls and reasoning, fed token by token
+    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._convert_to_internal_request", ("request",)),
+    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._tool_call_parsing_active", ("request",)),
+    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._encoding_output"),
+    PrivateName(
+        "sglang.srt.managers.detokenizer_manager:DetokenizerManager._decode_batch_token_id_output",
+        ("recv_obj",),
+    ),
     PrivateName(
         f"{_SERVING}.serving_completions:OpenAIServingCompletion._build_completion_response", ("ret",)
     ),
