@@ -90,7 +90,7 @@ class OneByOne(DetokenizerManager):
     def __init__(self, manager: Any, context: list[int], parameters: dict[str, Any]) -> None:
         self.tokenizer = manager.tokenizer
         self.vocab_size = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else None
-        self.decode_status = {}
+        self.decode_status: dict[str, Any] = {}
         self.disable_tokenizer_batch_decode = manager.server_args.disable_tokenizer_batch_decode
         self._context: list[int] | None = list(context)
         self._output = SimpleNamespace(
