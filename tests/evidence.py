@@ -33,6 +33,7 @@ AREAS = {
     "greedy-tiny": "Greedy losslessness, tiny target, fp32",
     "sampling": "Sampling, joint distribution of four tokens",
     "plain-embedded": "Plain decoding, embedded target, fp32: what its cells are compared with",
+    "streamed-parsers": "Streams by parser of SGLang: cases whose deltas add up to another answer",
 }
 """Directories of `records/`, and their titles in the summary, in its order."""
 
