@@ -19,8 +19,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from tensor_parallel import BIND
-
 from whiflash_sglang.serving.server import free_port
 
 Work = Callable[[int, int], Any]
@@ -134,7 +132,6 @@ def _forked(size: int, work: Work) -> list[Any]:
 def _child(writing: int, work: Callable[[], Any]) -> None:
     """Does not return: what a test runner does at its end is not to be done twice."""
     try:
-        os.environ.update(BIND)
         answer = (True, work())
     except BaseException:
         answer = (False, traceback.format_exc())

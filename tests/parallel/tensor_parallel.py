@@ -15,8 +15,6 @@ from traffic import Arrival, mixed, play
 from whiflash_sglang.round.draft import DraftStage, Proposal
 
 RANKS = 2
-BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"}
-"""SGLang wants cores named for each rank where they are more than the memory's nodes; here it binds nothing."""
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 """Else a server of SGLang's that loses a process waits 65 s for what could be found out about its GPU."""
 ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=14)

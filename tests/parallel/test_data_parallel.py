@@ -11,7 +11,7 @@ from openai import OpenAI
 from patience import wait_until
 from scrape import scraped, total, values
 from server_host import Server, ServerHost
-from tensor_parallel import BIND, ENDS_AT_ONCE, Checkpoints
+from tensor_parallel import ENDS_AT_ONCE, Checkpoints
 
 from whiflash_sglang.serving.server import runs
 
@@ -45,7 +45,7 @@ def texts(server: Server) -> list[list[int]]:
 
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
     flags = ("--dp-size", "2", "--enable-metrics")
-    with host.running(*arguments(checkpoints, "none"), *flags, env={**BIND, **ENDS_AT_ONCE}) as server:
+    with host.running(*arguments(checkpoints, "none"), *flags, env=ENDS_AT_ONCE) as server:
         plain = texts(server)
         assert all(own["rounds"] for own in server.get("/whiflash/state")["replicas"])
         for router in ("random", "lookup"):

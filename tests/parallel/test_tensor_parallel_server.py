@@ -14,7 +14,7 @@ from reference import Comparison, ReferenceTarget
 from scrape import scraped, total, values
 from server_host import Server, ServerHost
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
-from tensor_parallel import ARRIVALS, BIND, ENDS_AT_ONCE, RANKS, Checkpoints, Outputs
+from tensor_parallel import ARRIVALS, ENDS_AT_ONCE, RANKS, Checkpoints, Outputs
 from traffic import Arrival
 
 from whiflash_sglang.serving.server import runs
@@ -33,7 +33,7 @@ def arguments(checkpoints: Checkpoints) -> list[str]:
 
 @pytest.fixture
 def server(host: ServerHost, checkpoints: Checkpoints) -> Iterator[Server]:
-    with host.running(*arguments(checkpoints), env={**BIND, **ENDS_AT_ONCE}) as running:
+    with host.running(*arguments(checkpoints), env=ENDS_AT_ONCE) as running:
         yield running
 
 

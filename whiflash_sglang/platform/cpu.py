@@ -9,7 +9,7 @@ SGLang imports this module by its name while it is itself being imported; nothin
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,33 @@ def _seeds_without_batch_invariance(enable_bmm: bool = True) -> None:
 def chosen(server_args: Any, field: str) -> Any:
     """What the user gave, before SGLang's own rules filled it in."""
     return getattr(server_args, "_raw_input", {}).get(field)
+
+
+def shared_cores(ranks: int, cores: Sequence[int]) -> dict[str, str]:
+    """Environment in which `ranks` processes share `cores`: neighbouring cores for each, and as many threads.
+
+    Ranks beyond the number of cores share them, too. SGLang starts no more ranks than there are memory nodes unless
+    the cores of each are named.
+    """
+    each = max(len(cores) // ranks, 1)
+    own = [[cores[(rank * each + n) % len(cores)] for n in range(each)] for rank in range(ranks)]
+    named = "|".join(",".join(map(str, some)) for some in own)
+    return {"SGLANG_CPU_OMP_THREADS_BIND": named, "OMP_NUM_THREADS": str(each)}
+
+
+_shared: dict[str, str] = {}
+"""Environment that `share_cores` has set in this process."""
+
+
+def share_cores(ranks: int) -> None:
+    """Set what `shared_cores` gives, unless the user has set it; an engine before may have had other ranks."""
+    wanted = shared_cores(ranks, sorted(os.sched_getaffinity(0))) if ranks > 1 else {}
+    for name in {**_shared, **wanted}:
+        if os.environ.get(name) != _shared.pop(name, None):
+            continue
+        os.environ.pop(name, None)
+        if name in wanted:
+            os.environ[name] = _shared[name] = wanted[name]
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -97,6 +124,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.sampling_backend = "pytorch"
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = DEFAULT_KV_TOKENS
+        share_cores(server_args.tp_size * server_args.dp_size * server_args.pp_size)
         # Without it the idle scheduler spins one of the cores that the next request needs.
         server_args.sleep_on_idle = True
 
