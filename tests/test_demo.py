@@ -13,7 +13,16 @@ from whiflash_sglang.equality import Comparison, Verdict
 
 ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
 TRACE = Trace.model_validate(
-    {"version": 1, "policy": "auto", "rounds": 3, "tokens": 12, "switches": 1, "arms": ARMS}
+    {
+        "version": 1,
+        "policy": "auto",
+        "rounds": 3,
+        "tokens": 12,
+        "switches": 1,
+        "arms": ARMS,
+        "seconds": 0.75,
+        "gain": 1.7,
+    }
 )
 ANSWERS = [
     Answer("chat", "Hello [bold]world", [], TRACE, 10.0, 25.0, Comparison(Verdict.IDENTICAL)),
@@ -30,6 +39,15 @@ def test_answers_calls_and_figures_are_shown() -> None:
     assert "2.50" in said
     assert "1.25" in said
     assert "\x1b" not in said
+
+
+def test_speeds_are_those_of_one_measurement() -> None:
+    """The trace's own clock has another answer's, and would disagree with the table."""
+    out = io.StringIO()
+    show(ANSWERS, Console(file=out, width=120))
+    assert "25.0" in out.getvalue()
+    for other in ("16.0", "tokens a second", "1.70"):
+        assert other not in out.getvalue()
 
 
 def test_the_picture_loads_nothing(tmp_path: Path) -> None:

@@ -46,8 +46,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
         "messages": [
             {
                 "role": "user",
-                "content": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips "
-                "in May. How many clips did she sell altogether in April and May?",
+                "content": "Write a Python function that checks whether a number is even.",
             }
         ]
     },

@@ -57,7 +57,9 @@ def _show_answers(answers: Sequence[Answer], console: Console) -> None:
     colour = console.color_system is not None and not console.no_color
     for answer in answers:
         console.rule(f"[bold]{answer.question}[/]")
-        said = terminal(answer.trace, answer.text, title=answer.question, colour=colour)
+        # The trace clocks one answer, the table repeated ones beside plain decoding: only the table shows speeds.
+        trace = answer.trace.model_copy(update={"seconds": None, "gain": None})
+        said = terminal(trace, answer.text, title=answer.question, colour=colour)
         console.print(Text.from_ansi(said))
         for call in answer.calls:
             console.print(f"call: {call}\n", markup=False, highlight=False)
