@@ -174,9 +174,9 @@ def commands() -> Mapping[str, Any]:
 
 
 def _command(name: str, command: Any) -> str:
-    text, _, example = (command.help or "").partition("Example")
+    text, _, example = (command.help or "").replace("\b", "").partition("Example")
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
-    calls = [call.strip() for call in re.sub(r"^s?:", "", example).replace("|\n", "\n").split("\n")]
+    calls = [call.strip() for call in re.sub(r"^s?:", "", example).split("\n")]
     parts = [f"## {name}", *paragraphs]
     if any(calls):
         parts.append("```console\n" + "\n".join(filter(None, calls)) + "\n```")

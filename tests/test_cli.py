@@ -50,7 +50,7 @@ def launch(checkpoints: dict[str, Path]) -> Arguments:
         (["--whiflash-router", "fastest"], "whiflash: error: --whiflash-router: .*'fastest'"),
         (["--whiflash-entropy-threshold", "warm"], "whiflash: error: --whiflash-entropy-threshold: .*'warm'"),
         (["--whiflash-block-size", "1"], "whiflash: error: --whiflash-block-size: .*2"),
-        (["--whiflash-drafters", "ddt-e3"], "whiflash: error: --whiflash-drafters ddt-e3 .*use df-e3"),
+        (["--whiflash-drafters", "ddt-e3"], "whiflash: error: --whiflash-drafters: .*'df-e3'"),
         (
             ["--whiflash-neural-router-threshold", "nan"],
             "whiflash: error: --whiflash-neural-router-threshold: ",

@@ -42,8 +42,6 @@ def write(bundle: Path, manifest: Any) -> Path:
         ({"min_dwell": "-2"}, r"--whiflash-min-dwell: "),
         ({"backlog_tokens": "8"}, r"--whiflash-backlog-tokens: .*32"),
         ({"drafters": "e3"}, r"--whiflash-drafters: .*'df-e3'"),
-        ({"drafters": "ddt-e3"}, r"--whiflash-drafters ddt-e3 .*does not exist yet; use df-e3"),
-        ({"tree_budget": "32"}, r"--ddtree-tree-budget .*does not exist yet; remove it"),
     ],
 )
 def test_wrong_flags_are_named(given: dict[str, str], message: str) -> None:

@@ -42,16 +42,15 @@ NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a b
 class Flags(Strict):
     """What the user said on the command line or to `Engine(...)`; None where nothing was said.
 
-    Names and meanings of the first six are the published release's (arXiv 2606.07710).
+    Names and meanings of the first five are the published release's (arXiv 2606.07710).
     """
 
     eagle_draft: str | None = None
-    drafters: Literal["df-e3", "ddt-e3"] = "df-e3"
+    drafters: Literal["df-e3"] = "df-e3"
     router: RouterName | None = None
     neural_router_path: str | None = None
     neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
     neural_router_sign: DeltaSign | None = None
-    tree_budget: int | None = None
     entropy_threshold: Nats | None = None
     min_dwell: Rounds | None = None
     eagle_steps: Positive = 5
@@ -107,23 +106,14 @@ def parse_flags(given: dict[str, Any]) -> Flags:
         ConfigError: naming the flag and what it takes.
     """
     try:
-        flags = Flags(**{key: value for key, value in given.items() if value is not None})
+        return Flags(**{key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
         raise ConfigError(first_problem(error, Flags, flag_of)) from None
-    if flags.drafters == "ddt-e3":
-        raise ConfigError(
-            "--whiflash-drafters ddt-e3 needs the tree drafter, which does not exist yet; use df-e3"
-        )
-    if flags.tree_budget is not None:
-        raise ConfigError(
-            "--ddtree-tree-budget belongs to the tree drafter, which does not exist yet; remove it"
-        )
-    return flags
 
 
 def flag_of(field: str) -> str:
     """The command-line spelling of a `Flags` field."""
-    return "--ddtree-tree-budget" if field == "tree_budget" else "--whiflash-" + field.replace("_", "-")
+    return "--whiflash-" + field.replace("_", "-")
 
 
 def resolve(

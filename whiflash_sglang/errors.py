@@ -9,6 +9,10 @@ class ConfigError(WhiflashError):
     """A flag, a manifest or a combination of them cannot work."""
 
 
+class UsageError(ConfigError):
+    """An option has a value that it does not take, or does not go with another: the command line ends with 2."""
+
+
 class CheckpointError(WhiflashError):
     """A drafter or router checkpoint is missing, damaged or does not fit the target."""
 

@@ -10,7 +10,7 @@ from whiflash_sglang.config import Flags, flag_of
 MEANING = {
     "eagle_draft": "EAGLE-3 checkpoint (directory or hub id) beside the draft path's DFlash checkpoint, or in place of "
     "the bundle's.",
-    "drafters": "Drafter pair: df-e3 (DFlash and EAGLE-3). ddt-e3 (tree) is reserved.",
+    "drafters": "Drafter pair: df-e3, DFlash and EAGLE-3.",
     "router": "How rounds are routed: auto (expected tokens per second of the batch), entropy or neural (the "
     "paper's, per request), or one arm pinned: ar, diffusion, lookup, none. copy-rule (copy where possible, "
     "else EAGLE-3) is a baseline, random exists for tests.",
@@ -18,7 +18,6 @@ MEANING = {
     "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
     "neural_router_sign": "What the router file predicts, where it does not say: ar-minus-diffusion or "
     "diffusion-minus-ar.",
-    "tree_budget": "Reserved for the tree drafter.",
     "entropy_threshold": "Entropy router: leave the diffusion drafter above this many nats.",
     "min_dwell": "Rounds a request keeps its drafter at least before switching.",
     "eagle_steps": "Length of the EAGLE-3 chain, at most.",

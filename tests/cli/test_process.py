@@ -39,6 +39,22 @@ def said_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
         (["bench", "--repetitions", "many"], "--repetitions"),
         (["train", "export", "--config", "tiny"], "'out'"),
         (["train", "dta"], "'dta'"),
+        (["policy", "nonee"], "'nonee'"),
+        (["demo", "--router", "atuo"], "'atuo'"),
+        (["bench", "--arms", "autoo"], "'autoo'"),
+        (["bench", "--arms", "auto@tpp2"], "'auto@tpp2'"),
+        (["bench", "--arms", "auto,auto"], "--arms"),
+        (["bench", "--recorded", "log.jsonl", "--arms", "atuo"], "'atuo'"),
+        (["bench", "--dtype", "float3"], "'float3'"),
+        (["bench", "--concurrency", "0"], "--concurrency"),
+        (["bench", "--resume"], "--resume"),
+        (["evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"], "'float3'"),
+        (["train", "data", "--config", "tiny", "--shard", "2/2"], "--shard"),
+        (["serve", "--whiflash-router", "atuo"], "'atuo'"),
+        (["serve", "--whiflash-router=atuo"], "'atuo'"),
+        (["serve", "--whiflash-routr", "auto"], "'--whiflash-routr'"),
+        (["serve", "--whiflash-block-size", "1"], "--whiflash-block-size"),
+        (["serve", "--whiflash-router"], "--whiflash-router"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2(arguments: list[str], named: str) -> None:
@@ -56,17 +72,37 @@ def test_a_wrong_command_line_ends_with_2(arguments: list[str], named: str) -> N
         (["train", "export", "out.npz", "--config", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
         (["calibrate", "--bundle", "/nowhere/b", "--round-ms", "eagle3=1"], "/nowhere/b"),
         (["trace", "/nowhere/answers.json"], "/nowhere/answers.json"),
-        (["policy", "nonne"], "nonne"),
         (["policy", "none", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
         (["lookup-seed", "/nowhere/tokens.npz"], "/nowhere/tokens.npz"),
         (["profile", "--prompts", "/nowhere/prompts.jsonl"], "/nowhere/prompts.jsonl"),
-        (["bench", "--concurrency", "0"], "--concurrency"),
+        (["serve", "/nowhere/target"], "/nowhere/target: no such directory"),
+        (["serve", "--model-path=/nowhere/target"], "/nowhere/target: no such directory"),
     ],
 )
 def test_a_failure_ends_with_1_and_names_the_thing(arguments: list[str], named: str) -> None:
     done = whiflash(*arguments)
     assert done.returncode == 1
     assert named in said_in_one_line(done)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["policy", "nonee"], "none"),
+        (["demo", "--router", "atuo"], "auto"),
+        (["bench", "--arms", "none,autoo"], "auto"),
+        (["serve", "--whiflash-router", "atuo"], "auto"),
+        (["serve", "--whiflash-routr", "auto"], "--whiflash-router"),
+    ],
+)
+def test_a_misspelt_value_comes_with_the_one_that_is_meant(arguments: list[str], meant: str) -> None:
+    assert f"did you mean {meant}?" in said_in_one_line(whiflash(*arguments))
+
+
+def test_a_missing_drafter_is_named_once() -> None:
+    done = whiflash("check", "--draft", "/nowhere/draft")
+    assert done.returncode == 1
+    assert done.stdout.count("/nowhere/draft") == 1, done.stdout
 
 
 def test_a_traceback_is_there_for_whoever_asks() -> None:
@@ -148,16 +184,50 @@ def test_help_imports_nothing_heavy() -> None:
 from whiflash_sglang.cli import main
 found = list(commands(get_command(app)))
 for path, _ in found:
-    sys.argv = ["whiflash", *path, "--help"]
-    try:
-        main()
-    except SystemExit as left:
-        assert left.code == 0, path
+    for asked in ("--help", "-h"):
+        sys.argv = ["whiflash", *path, asked]
+        try:
+            main()
+        except SystemExit as left:
+            assert left.code == 0, (path, asked)
 assert len(found) > 15
 print("loaded:", [name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.endswith("loaded: []\n"), done.stdout[-500:] + done.stderr[-2000:]
+
+
+def test_nothing_heavy_is_imported_for_a_value_that_no_option_takes() -> None:
+    lines = (
+        ("policy", "nonee"),
+        ("demo", "--router", "atuo"),
+        ("bench", "--arms", "autoo"),
+        ("bench", "--recorded", "log.jsonl", "--arms", "atuo"),
+        ("bench", "--concurrency", "0"),
+        ("evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
+        ("serve", "--whiflash-router", "atuo"),
+    )
+    script = f"""
+import sys
+from whiflash_sglang.cli import main
+for line in {lines!r}:
+    sys.argv = ["whiflash", *line]
+    try:
+        main()
+    except SystemExit as left:
+        assert left.code == 2, line
+    print(line[0], [name for name in ("torch", "sglang", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{line[0]} []" for line in lines]
+
+
+def test_examples_are_one_a_line() -> None:
+    """A reader copies a line into a shell, where a bar would be a pipe."""
+    done = whiflash("bench", "--help", env={"COLUMNS": "200", "TERM": "dumb"})
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert "whiflash bench --quick" in lines
+    assert not [line for line in lines if "whiflash" in line and "|" in line]
 
 
 def test_json_means_one_thing_everywhere() -> None:

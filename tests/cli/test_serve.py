@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
-LAUNCHER = [sys.executable, "-m", "sglang.launch_server"]
+LAUNCHER = [str(Path(sys.executable).with_name("sglang")), "serve"]
 
 
 def printed(*arguments: str) -> list[str]:
@@ -29,7 +29,7 @@ def given_model(words: list[str]) -> str:
 
 def test_a_model_given_as_first_argument_is_served() -> None:
     words = printed("Qwen/Qwen3-8B", "--port", "30001")
-    assert words[:3] == LAUNCHER, "nothing is set up for the embedded target"
+    assert words[:2] == LAUNCHER, "nothing is set up for the embedded target"
     assert given_model(words) == "Qwen/Qwen3-8B"
     assert words[-2:] == ["--port", "30001"]
     assert words[words.index("--speculative-algorithm") + 1] == "WHIFLASH"
@@ -41,7 +41,9 @@ def test_a_model_of_the_configuration_file_is_served(tmp_path: Path, spelled: st
     config = tmp_path / "my.yaml"
     config.write_text(f"{spelled}: Qwen/Qwen3-8B\nspeculative-algorithm: EAGLE3\n")
     words = printed(*([f"--config={config}"] if joined else ["--config", str(config)]))
-    assert words == [*LAUNCHER, "--config", str(config)], "the file says everything, and SGLang must see it"
+    # `sglang serve` looks for the model on its command line only.
+    asked = ["--model-path", "Qwen/Qwen3-8B", "--model-type", "llm", "--config", str(config)]
+    assert words == [*LAUNCHER, *asked], "the file says everything, and SGLang must see it"
 
 
 def test_a_configuration_file_without_a_model_leaves_the_target_open(tmp_path: Path) -> None:
@@ -64,10 +66,16 @@ def test_a_configuration_file_that_cannot_be_read_is_named(tmp_path: Path) -> No
 
 
 def test_flags_of_the_model_are_recognised_as_the_launcher_recognises_them() -> None:
-    for model in (["--model", "a/b"], ["--model=a/b"], ["--model-path=a/b"], ["--model-p", "a/b"]):
+    spellings = {
+        ("--model", "a/b"): ["--model", "a/b"],
+        ("--model=a/b",): ["--model=a/b"],
+        ("--model-path=a/b",): ["--model-path=a/b"],
+        ("--model-p", "a/b"): ["--model-path", "a/b"],
+    }
+    for model, read in spellings.items():
         words = printed(*model)
-        assert words[:3] == LAUNCHER
-        assert words[-len(model) :] == model
+        assert words[:2] == LAUNCHER
+        assert words[-len(read) :] == read
         assert "--served-model-name" not in words
 
 
@@ -81,7 +89,7 @@ def test_the_command_is_quoted_for_a_shell() -> None:
 def test_the_embedded_target_comes_with_what_keeps_its_calls_valid() -> None:
     words = printed()
     assert words[:2] == ["env", "SGLANG_TOOL_STRICT_LEVEL=2"]
-    assert words[2:5] == LAUNCHER
+    assert words[2:4] == LAUNCHER
     assert "--constrained-json-disable-any-whitespace" in words
     assert "--constrained-json-disable-any-whitespace" not in printed(
         "--constrained-json-max-whitespace-cnt=3"

@@ -54,13 +54,18 @@ def judge(said: str, target: Target | None) -> Iterator[Judged]:
     try:
         parts = _parts(said)
     except WhiflashError as error:
-        yield Judged(said, False, str(error))
+        yield Judged(said, False, _reason(error, said))
         return
     for name, place in parts.items():
         try:
             yield Judged(name, True, _describe(read_draft(look_up(place).config.parent), target))
         except WhiflashError as error:
-            yield Judged(name, False, str(error))
+            yield Judged(name, False, _reason(error, place))
+
+
+def _reason(error: WhiflashError, place: str) -> str:
+    """What `error` says of `place`, which the line names already."""
+    return str(error).removeprefix(f"{place}: ")
 
 
 def _parts(said: str) -> dict[str, str]:

@@ -4,21 +4,24 @@ Modules of this package import what they need when they are called: help and err
 """
 
 import os
+import re
 import signal
 import sys
 import traceback
 import warnings
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.errors import UsageError, WhiflashError
 
 DEBUG = "WHIFLASH_DEBUG"
 """Environment variable: with any value, an error comes with its traceback."""
 INTERRUPTED = 130
+_NOT_AMONG = re.compile(r"(?:Value error, )?('([^'\n]*)' is not one of (.+))", re.DOTALL)
 
 app = typer.Typer(
     name="whiflash",
@@ -26,6 +29,7 @@ app = typer.Typer(
     epilog=f"Exit codes: 0 done, 1 failed, 2 wrong command line, {INTERRUPTED} interrupted. {DEBUG}=1 shows "
     "tracebacks, NO_COLOR=1 leaves colours out.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -76,14 +80,25 @@ def main() -> None:
     except typer.TyperException as error:  # a wrong command line
         context = getattr(error, "ctx", None)
         more = "" if context is None else f" (see {context.command_path} --help)"
-        code = _complain(f"{error.format_message().rstrip('.')}{more}", error.exit_code)
+        code = _complain(f"{_with_guess(error.format_message().rstrip('.'))}{more}", error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+    except UsageError as error:
+        code = _complain(f"{_with_guess(str(error))} (see whiflash {sys.argv[1]} --help)", 2)
     except WhiflashError as error:
         code = _complain(str(error), 1)
     except OSError as error:
         code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     sys.exit(code)
+
+
+def _with_guess(message: str) -> str:
+    """`message`, with the nearest choice when it names a value that is none of the choices it lists."""
+    found = _NOT_AMONG.search(message)
+    if found is None:
+        return message
+    near = get_close_matches(found[2], re.findall(r"[^\s',]+", found[3]), n=1)
+    return message[: found.start()] + found[1] + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _complain(message: str, code: int) -> int:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from whiflash_sglang.cli.options import JsonFlag, OutOption
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption
+from whiflash_sglang.errors import UsageError
 from whiflash_sglang.lab.bench.arms import KNOWN
 
 
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         model_path: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
         bundle: Annotated[str | None, typer.Option(help="Drafters: directory or hub id.")] = None,
-        dtype: Annotated[str, typer.Option(help="Of every arm: bfloat16 or float32.")] = "bfloat16",
+        dtype: Annotated[Dtype, typer.Option(help="Number format of every arm.")] = "bfloat16",
         server_args: Annotated[str, typer.Option(help="More arguments for every server.")] = "",
         beside: Annotated[
             Path | None,
@@ -55,27 +55,27 @@ def register(app: typer.Typer) -> None:
 
         Every answer is compared with plain decoding's. Without --prompts a sample of 42 prompts is used.
 
-        Examples: whiflash bench --quick |
-        whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures |
-        whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside |
+        \b
+        Examples:
+        whiflash bench --quick
+        whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures
+        whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
         whiflash bench --recorded log.jsonl --arms auto,auto+prediction,auto+useless --concurrency 1,8
         """
         import shlex
         import tempfile
 
-        from whiflash_sglang.lab.bench.arms import build_arms, those_with_drafters
+        from whiflash_sglang.lab.bench.arms import build_arms, check_names, those_with_drafters
         from whiflash_sglang.lab.bench.command import Outputs, judge, loads_of, run, scale_of
         from whiflash_sglang.lab.bench.prompts import load_prompts, sample, shipped
         from whiflash_sglang.lab.bench.runner import Plan
-        from whiflash_sglang.lab.bench.subject import build_subject
 
-        if dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"--dtype {dtype}: bfloat16 or float32")
+        loads = loads_of(concurrency, rates)
+        names = [name.strip() for name in (arms or "").split(",") if name.strip()]
+        check_names(names, recorded=bool(recorded))
         if resume and out is None:
-            raise ConfigError("--resume goes on with the run that writes to --out FILE; name it")
+            raise UsageError("--resume goes on with the run that writes to --out FILE; name it")
         if recorded:
-            from whiflash_sglang.lab.bench.recorded_run import RecordedOutputs, RecordedRun, run_recorded
-
             others = {
                 "--quick": quick,
                 "--prompts": prompts,
@@ -90,10 +90,11 @@ def register(app: typer.Typer) -> None:
             }
             given = [name for name, value in others.items() if value]
             if given:
-                raise ConfigError(
+                raise UsageError(
                     f"{', '.join(given)}: not with --recorded, which compares every arm with every other"
                 )
-            names = [name.strip() for name in (arms or "").split(",") if name.strip()]
+            from whiflash_sglang.lab.bench.recorded_run import RecordedOutputs, RecordedRun, run_recorded
+
             run_recorded(
                 RecordedRun(
                     paths=tuple(recorded),
@@ -113,13 +114,12 @@ def register(app: typer.Typer) -> None:
             return
         scale = scale_of(quick, arms, per_category, max_tokens, minutes)
         if scaling and not (interleave and "auto" in scale.arms):
-            raise ConfigError(
-                "--scaling measures the arm auto while all servers are up: drop --no-interleave"
-            )
+            raise UsageError("--scaling measures the arm auto while all servers are up: drop --no-interleave")
         if restart and not interleave:
-            raise ConfigError("--restart is for interleaved runs: drop --no-interleave")
+            raise UsageError("--restart is for interleaved runs: drop --no-interleave")
+        from whiflash_sglang.lab.bench.subject import build_subject
+
         chosen = sample(load_prompts(prompts or str(shipped())), scale.per_category)
-        loads = loads_of(concurrency, rates)
         outputs = Outputs(as_json, out, markdown, plots)
         outputs.prepare()
         if log_dir is not None:
@@ -129,7 +129,7 @@ def register(app: typer.Typer) -> None:
             subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
             wanted = scale.arms if arms else those_with_drafters(scale.arms, subject)
             if over is not None and over not in wanted:
-                raise ConfigError(f"--over {over} is not among the arms {','.join(wanted)}")
+                raise UsageError(f"--over {over} is not among the arms {','.join(wanted)}")
             plan = Plan(
                 subject=subject,
                 arms=tuple(build_arms(wanted, subject)),

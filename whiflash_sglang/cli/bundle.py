@@ -45,7 +45,9 @@ def register(app: typer.Typer) -> None:
         Hub ids are pinned to the commit they are at and fetched when the bundle is served; directories are copied. One
         drafter alone will do; routers that choose between two are then refused by name.
 
-        Example: whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --diffusion OWNER/DF --out my-bundle
+        \b
+        Example:
+        whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --diffusion OWNER/DF --out my-bundle
         """
         from whiflash_sglang.checkpoints.create import Parts, create
 

@@ -79,7 +79,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Check versions, the plugin, the platform and every private SGLang name. Exit code 1 on any failure.
 
-        Examples: whiflash check -v |
+        \b
+        Examples:
+        whiflash check -v
         whiflash check --model-path Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
         """
         from rich.console import Console

@@ -7,13 +7,16 @@ from typing import Annotated
 import typer
 
 from whiflash_sglang.cli.options import JsonFlag
+from whiflash_sglang.config import RouterName
 
 
 def register(app: typer.Typer) -> None:
     @app.command()
     def demo(
         as_json: JsonFlag = False,
-        router: Annotated[str, typer.Option(help="Router to show, as --whiflash-router takes it.")] = "auto",
+        router: Annotated[
+            RouterName, typer.Option(help="Router to show, as --whiflash-router takes it.")
+        ] = "auto",
         svg: Annotated[
             Path | None, typer.Option(help="Also write what is shown, in colour, to this file.")
         ] = None,
@@ -25,7 +28,9 @@ def register(app: typer.Typer) -> None:
 
         A second server decodes plainly beside it: its answers must be the same, and its speed is the comparison.
 
-        Example: whiflash demo
+        \b
+        Example:
+        whiflash demo
         """
         from rich.console import Console
 

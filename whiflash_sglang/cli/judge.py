@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from whiflash_sglang.cli.options import JsonFlag, OutOption, for_tables
+from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
 from whiflash_sglang.cli.train import readable_errors, resolve_config
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle directory (with whiflash.json).")]
 PictureOption = Annotated[Path | None, typer.Option(help="Write a picture (.png) to this file.")]
 TokensOption = Annotated[int, typer.Option(min=3, help="Answer tokens per prompt.")]
 WorkOption = Annotated[Path | None, typer.Option(help="Keep answers and replays here for the next time.")]
-DtypeOption = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of target and drafters.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch.")]
 
 
@@ -66,9 +66,10 @@ def evaluate_command(
 ) -> None:
     """Acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
 
-    Example: whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
-
-    Example: whiflash evaluate --recorded trajectories.json --recorded requests.jsonl
+    \b
+    Examples:
+    whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
+    whiflash evaluate --recorded trajectories.json --recorded requests.jsonl
     """
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
@@ -159,7 +160,9 @@ def calibrate_command(
 ) -> None:
     """Choose the routers' thresholds for the most tokens per second and write them into the bundle.
 
-    Example: whiflash calibrate --bundle my-bundle --config smollm2-135m-instruct --picture thresholds.png
+    \b
+    Example:
+    whiflash calibrate --bundle my-bundle --config smollm2-135m-instruct --picture thresholds.png
     """
     from whiflash_sglang.checkpoints.manifest import load_manifest
 

@@ -55,7 +55,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Measure on a target's own answers how often a copied token is right, per match length and agreement.
 
-        Example: whiflash lookup-seed training_data/smollm2-135m-instruct/tokens.npz --bundle my-bundle
+        \b
+        Example:
+        whiflash lookup-seed training_data/smollm2-135m-instruct/tokens.npz --bundle my-bundle
         """
         import json
 

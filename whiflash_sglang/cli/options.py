@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ AdminKeyOption = Annotated[
         show_default=False,
     ),
 ]
+Dtype = Literal["bfloat16", "float32"]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result, as JSON, to this file.")]
 
 

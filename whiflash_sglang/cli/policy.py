@@ -1,6 +1,6 @@
 """`whiflash policy`: the policy of running servers, `none` among them, which stops drafting."""
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,8 @@ from whiflash_sglang.cli.options import (
     authorization,
     report,
 )
-from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.config import RouterName
+from whiflash_sglang.errors import WhiflashError
 
 PATIENCE = 60.0
 """Seconds that a server may take to answer: it does between two steps of its scheduler."""
@@ -58,7 +59,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def policy(
         router: Annotated[
-            str | None,
+            RouterName | None,
             typer.Argument(
                 help="Policy from now on, none to stop drafting. Left out: say which is in force."
             ),
@@ -71,12 +72,10 @@ def register(app: typer.Typer) -> None:
 
         Every server is asked, also where one before it has failed: then the exit code is 1.
 
-        Example: whiflash policy none --url http://127.0.0.1:30000
+        \b
+        Example:
+        whiflash policy none --url http://127.0.0.1:30000
         """
-        from whiflash_sglang.config import RouterName
-
-        if router is not None and router not in get_args(RouterName):
-            raise ConfigError(f"policy {router!r} is none of {', '.join(get_args(RouterName))}")
         found, failed = {}, []
         for one in dict.fromkeys(url or [DEFAULT_URL]):
             try:

@@ -33,7 +33,9 @@ def register(app: typer.Typer) -> None:
 
         The server answers a few prompts under torch's profiler, which slows it down: compare shares, not milliseconds.
 
-        Example: whiflash profile --server http://127.0.0.1:30000 --keep traces
+        \b
+        Example:
+        whiflash profile --server http://127.0.0.1:30000 --keep traces
         """
         import httpx
 

@@ -25,7 +25,9 @@ def split_command(
 ) -> None:
     """Leave out of the training prompts what shares a user, conversation, tool or schema with an evaluation prompt.
 
-    Example: whiflash train split train_prompts.jsonl eval_prompts.jsonl kept.jsonl
+    \b
+    Example:
+    whiflash train split train_prompts.jsonl eval_prompts.jsonl kept.jsonl
     """
     from whiflash_sglang.train.answers.held_out import split
     from whiflash_sglang.train.answers.prompts import read_rows
@@ -66,7 +68,9 @@ def audit_command(
 ) -> None:
     """Count prompts that were answered more than once, and say where their answers part.
 
-    Example: whiflash train audit training_data/smollm2-135m-instruct/tokens.npz --target embedded
+    \b
+    Example:
+    whiflash train audit training_data/smollm2-135m-instruct/tokens.npz --target embedded
     """
     import torch
 

@@ -3,6 +3,8 @@
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +12,10 @@ import typer
 from typer.core import TyperCommand
 
 from whiflash_sglang.embedded.serving import STRICT_TOOLS, embedded_arguments
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.errors import ConfigError, UsageError
 
 MODEL = ("--model-path", "--model")
+PREFIX = "--whiflash-"
 
 
 def server_arguments(arguments: list[str]) -> list[str]:
@@ -27,7 +30,50 @@ def server_arguments(arguments: list[str]) -> list[str]:
     added = embedded_arguments(given) if is_embedded(arguments) else []
     if "--speculative-algorithm" not in given:
         added += ["--speculative-algorithm", "WHIFLASH"]
-    return [*added, *_with_flags_only(arguments)]
+    flags = _with_flags_only(arguments)
+    configured = _configured(flags)
+    if not any(name in MODEL for name, _ in _pairs(flags)):
+        # `sglang serve` looks for the model on the command line only.
+        added += [word for key in MODEL if key in configured for word in (MODEL[0], str(configured[key]))]
+    if "--model-type" not in given:
+        # Else `sglang serve` asks the hub whether the model is a diffusion model.
+        added += ["--model-type", "llm"]
+    return [*added, *flags]
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what SGLang would refuse as well, before the half minute that importing it takes.
+
+    Raises:
+        UsageError: no such flag of WHIFLASH, or a value that it does not take.
+        ConfigError: the model is a path that does not exist.
+    """
+    from whiflash_sglang.config import Flags, flag_of, parse_flags
+
+    fields = {flag_of(field): field for field in Flags.model_fields}
+    for name, value in _pairs(_with_flags_only(arguments)):
+        if name in MODEL and value is not None and value.startswith(("/", ".", "~")):
+            if not Path(value).expanduser().exists():
+                raise ConfigError(f"{name} {value}: no such directory")
+        elif name.startswith(PREFIX):
+            # SGLang's parser takes unambiguous beginnings.
+            meant = [name] if name in fields else [flag for flag in fields if flag.startswith(name)]
+            if len(meant) != 1:
+                raise UsageError(f"{name!r} is not one of {', '.join(meant or fields)}")
+            if value is None:
+                raise UsageError(f"{meant[0]} needs a value")
+            try:
+                parse_flags({fields[meant[0]]: value})
+            except ConfigError as error:
+                raise UsageError(str(error)) from None
+
+
+def _pairs(flags: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Each flag with the word after it; None when the next flag, or nothing, follows."""
+    for flag, following in pairwise([*flags, "--"]):
+        if flag.startswith("--"):
+            name, joined, value = flag.partition("=")
+            yield name, value if joined else None if following.startswith("--") else following
 
 
 def server_environment(arguments: list[str]) -> dict[str, str]:
@@ -37,39 +83,39 @@ def server_environment(arguments: list[str]) -> dict[str, str]:
 
 def is_embedded(arguments: list[str]) -> bool:
     """Whether command line and configuration file leave the target open."""
-    # SGLang's parser takes unambiguous beginnings: `--model-p` is `--model-path`.
-    return not any(
-        name in MODEL or (name.startswith("--model-p") and MODEL[0].startswith(name))
-        for name in _names(arguments)
-    )
+    return _names(arguments).isdisjoint(MODEL)
 
 
 def _names(arguments: list[str]) -> set[str]:
     """Flags that are given, on the command line or in the file of `--config`."""
     flags = _with_flags_only(arguments)
-    names = {argument.split("=", 1)[0] for argument in flags if argument.startswith("--")}
-    if "--config" in flags:
-        place = flags.index("--config") + 1
-        if place == len(flags):
-            raise ConfigError("--config needs a YAML file")
-        names |= {f"--{key.replace('_', '-')}" for key in _configured(Path(flags[place]))}
-    return names
+    return {name for name, _ in _pairs(flags)} | _configured(flags).keys()
 
 
 def _with_flags_only(arguments: list[str]) -> list[str]:
-    """`arguments` as SGLang's launcher takes them: the model behind a flag, `--config FILE` in two words."""
+    """`arguments` as `sglang serve` reads them: the model after `--model-path`, `--config FILE` in two words."""
     if arguments and not arguments[0].startswith("-"):
         arguments = [MODEL[0], *arguments]
     flags = []
     for argument in arguments:
-        flags += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+        name, joined, value = argument.partition("=")
+        # SGLang's parser takes unambiguous beginnings: `--model-p` is `--model-path`.
+        if name.startswith("--model-p") and MODEL[0].startswith(name):
+            argument = MODEL[0] + joined + value
+        flags += [name, value] if name == "--config" and joined else [argument]
     return flags
 
 
-def _configured(path: Path) -> list[str]:
-    """Keys of SGLang's configuration file."""
+def _configured(flags: list[str]) -> dict[str, Any]:
+    """Flags of SGLang's configuration file, with their values; empty without one."""
+    if "--config" not in flags:
+        return {}
     import yaml  # type: ignore[import-untyped]
 
+    place = flags.index("--config") + 1
+    if place == len(flags):
+        raise UsageError("--config needs a YAML file")
+    path = Path(flags[place])
     try:
         settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,7 +124,7 @@ def _configured(path: Path) -> list[str]:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings or {}, dict):
         raise ConfigError(f"--config {path}: keys and values expected, such as `model-path: OWNER/NAME`")
-    return [str(key) for key in settings or {}]
+    return {f"--{str(key).replace('_', '-')}": value for key, value in (settings or {}).items()}
 
 
 class ServeCommand(TyperCommand):
@@ -115,10 +161,14 @@ def register(app: typer.Typer) -> None:
         Without a model, here or in the file of --config, the embedded SmolLM2-135M-Instruct is served with the drafters
         shipped for it, with JSON kept compact and every tool's arguments held to their schema.
 
-        Examples: whiflash serve --port 30000 |
+        \b
+        Examples:
+        whiflash serve --port 30000
         whiflash serve Qwen/Qwen3-8B --speculative-draft-model-path OWNER/BUNDLE --whiflash-router ar
         """
-        command = [sys.executable, "-m", "sglang.launch_server", *server_arguments(ctx.args)]
+        check_arguments(ctx.args)
+        # The environment that has this command has that one, too.
+        command = [str(Path(sys.executable).with_name("sglang")), "serve", *server_arguments(ctx.args)]
         environment = {
             name: os.environ.get(name, value) for name, value in server_environment(ctx.args).items()
         }
@@ -127,4 +177,4 @@ def register(app: typer.Typer) -> None:
             typer.echo(shlex.join([*(["env", *variables] if variables else []), *command]))
             return
         # Replacing this process leaves signals, exit code and children to SGLang itself.
-        os.execve(sys.executable, command, {**os.environ, **environment})
+        os.execve(command[0], command, {**os.environ, **environment})

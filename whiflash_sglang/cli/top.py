@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
         Where standard output is no terminal one reading is shown; with --json there is a line for each. Exit code 1 if
         a server could not be read: with --once any, else all of them at the first reading.
 
-        Example: whiflash top --url http://127.0.0.1:30000 --url http://127.0.0.1:30001
+        \b
+        Example:
+        whiflash top --url http://127.0.0.1:30000 --url http://127.0.0.1:30001
         """
         import httpx
         from rich.live import Live

@@ -86,7 +86,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show which drafter wrote what in recorded responses.
 
-        Example: whiflash trace answers.jsonl --html answers.html
+        \b
+        Example:
+        whiflash trace answers.jsonl --html answers.html
         """
         from rich.console import Console
         from whiflash_sdk.render import conversation_html, conversation_terminal

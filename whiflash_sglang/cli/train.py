@@ -13,7 +13,7 @@ import typer
 
 from whiflash_sglang.cli import prompts
 from whiflash_sglang.cli.options import JsonFlag, report
-from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 
 if TYPE_CHECKING:
     from whiflash_sglang.train.config import TrainConfig
@@ -57,7 +57,9 @@ def data_command(
     Dense Llama, Qwen2 and Qwen3 are run by this package's generator, other targets by SGLang's offline engine;
     `data.source` of the configuration says otherwise.
 
-    Example: whiflash train data --config smollm2-135m-instruct --shard 0/2
+    \b
+    Example:
+    whiflash train data --config smollm2-135m-instruct --shard 0/2
     """
     from dataclasses import asdict
 
@@ -89,7 +91,9 @@ def features_command(
 
     By whom the target is run is chosen as by `whiflash train data`.
 
-    Example: whiflash train features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
+    \b
+    Example:
+    whiflash train features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
     """
     with readable_errors():
         settings = resolve_config(config)
@@ -120,7 +124,9 @@ def export_command(
 ) -> None:
     """Write the token ids of all generated answers to one small file.
 
-    Example: whiflash train export tokens.npz --config smollm2-135m-instruct
+    \b
+    Example:
+    whiflash train export tokens.npz --config smollm2-135m-instruct
     """
     with readable_errors():
         settings = resolve_config(config)
@@ -160,7 +166,7 @@ for _name, _what in _DRAFTERS.items():
     train_app.command(
         _name,
         help=f"Train the {_what}; killed runs go on where they stopped.\n\n"
-        f"Example: whiflash train {_name} --config smollm2-135m-instruct",
+        f"\b\nExample:\nwhiflash train {_name} --config smollm2-135m-instruct",
     )(_drafter_command(_name))
 
 
@@ -176,7 +182,9 @@ def router_command(
 ) -> None:
     """Replay both drafters over the stored answers and train the router; killed runs go on where they stopped.
 
-    Example: whiflash train router --config smollm2-135m-instruct --bundle my-bundle
+    \b
+    Example:
+    whiflash train router --config smollm2-135m-instruct --bundle my-bundle
     """
     with readable_errors():
         settings = resolve_config(config)
@@ -212,7 +220,9 @@ def bundle_command(
 ) -> None:
     """Put the trained drafters, and the router where there is one, together with a manifest.
 
-    Example: whiflash train bundle my-bundle --config smollm2-135m-instruct
+    \b
+    Example:
+    whiflash train bundle my-bundle --config smollm2-135m-instruct
     """
     with readable_errors():
         settings = resolve_config(config)
@@ -240,7 +250,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
     try:
         index, count = (int(part) for part in text.split("/"))
     except ValueError:
-        raise ConfigError(f"--shard {text!r} is not of the form index/count, e.g. 0/2") from None
+        raise UsageError(f"--shard {text!r} is not of the form index/count, e.g. 0/2") from None
     if not 0 <= index < count:
-        raise ConfigError(f"--shard {text}: the index must be from 0 to {count - 1}")
+        raise UsageError(f"--shard {text}: the index must be from 0 to {count - 1}")
     return index, count

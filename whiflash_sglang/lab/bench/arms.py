@@ -4,6 +4,7 @@ WHIFLASH's routers can be changed while serving, so those that learn nothing sha
 it serves and keeps a server of its own: what other routers do must not teach it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Any
 
 from whiflash_sglang.arms import AR, DIFFUSION
 from whiflash_sglang.checkpoints.drafter_set import NEEDED, PARTS, check_arms
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.errors import ConfigError, UsageError
 
 NONE = "none"
 STATIC = ("EAGLE3", "DFLASH", "DSPARK")
@@ -44,6 +45,12 @@ BESIDE = "@beside"
 """Ends the name of an arm that another checkout of this project serves."""
 SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
 """`auto@tp2` is served by two ranks, `auto@dp2` by two replicas: the flags that ask for them."""
+PREDICTION, USELESS = "prediction", "useless"
+"""What requests of a recorded run bring along, after a plus: the recorded prediction, or another conversation's."""
+_SPELLED = re.compile(
+    rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)"
+    rf"(?:@(?:{'|'.join(SEVERAL)})(?:[2-9]|[1-9]\d+))?(?:{BESIDE})?"
+)
 RANKS = "@tp"
 """In the name of an arm on several ranks, whose sums are rounded otherwise than those of one device."""
 
@@ -115,6 +122,31 @@ class Arm:
     checkout: Path | None = field(default=None, repr=False)
 
 
+def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
+    """Refuse names that no arm has, before anything is loaded.
+
+    Args:
+        recorded: with --recorded, only routers and variants are played; each may bring a prediction.
+
+    Raises:
+        UsageError: a name is unknown or given twice.
+    """
+    if len(set(names)) != len(names):
+        raise UsageError(f"--arms names an arm twice: {', '.join(names)}")
+    for name in names:
+        if recorded:
+            kind, _, brings = name.partition("+")
+            known: tuple[str, ...] = (*ROUTERS, *VARIANTS)
+            right = kind in known and brings in ("", PREDICTION, USELESS)
+            more = f"; each also with +{PREDICTION} or +{USELESS}"
+        else:
+            known = KNOWN
+            right = _SPELLED.fullmatch(name) is not None
+            more = f"; also EAGLE3:STEPS, DFLASH:BLOCK, and each with @tpN, @dpN or {BESIDE}"
+        if not right:
+            raise UsageError(f"--arms: {name!r} is not one of {', '.join(known)}{more}")
+
+
 def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     """Arms by name; `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@beside` what the other checkout
     does. Plain decoding is always among them.
@@ -124,8 +156,7 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
             where there is none.
     """
     wanted = list(names) if NONE in names else [NONE, *names]
-    if len(set(wanted)) != len(wanted):
-        raise ConfigError(f"--arms names an arm twice: {', '.join(wanted)}")
+    check_names(wanted)
     arms = [_arm(name, subject) for name in wanted]
     if NO_HINTS not in wanted:
         return arms
@@ -158,16 +189,11 @@ def _arm(name: str, subject: Subject) -> Arm:
         arm = _arm(name.removesuffix(BESIDE), subject)
         return replace(arm, name=name, server=arm.server + BESIDE, checkout=subject.beside)
     kind, at, several = name.partition("@")
-    if at and several[:2] in SEVERAL and several[2:].isdigit() and int(several[2:]) > 1:
+    if at:
         arm = _arm(kind, subject)
         arguments = (*arm.arguments, SEVERAL[several[:2]], several[2:])
         return replace(arm, name=name, server=f"{arm.server}@{several}", arguments=arguments)
     kind, _, width = name.partition(":")
-    if kind not in KNOWN or (width and (kind not in WITH_WIDTH or not width.isdigit() or int(width) < 1)):
-        raise ConfigError(
-            f"--arms: {name!r} is unknown; known: {', '.join(KNOWN)}, EAGLE3:STEPS, DFLASH:BLOCK, "
-            f"and each with {BESIDE}, @tpN or @dpN"
-        )
     check_arms(f"--arms {kind}", _needed(kind), subject.drafters)
     common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)
     if kind == NONE:

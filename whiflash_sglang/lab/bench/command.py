@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
-from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.lab.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, launcher, threads
@@ -51,13 +51,13 @@ def scale_of(
 
 
 def loads_of(concurrency: str, rates: str) -> list[Load]:
-    """Raises ConfigError naming the option that is wrong."""
+    """Raises UsageError naming the option that is wrong."""
     loads = [Load(kind="closed", value=value) for value in _numbers("--concurrency", concurrency)]
     if any(load.value != int(load.value) for load in loads):
-        raise ConfigError(f"--concurrency {concurrency}: whole numbers")
+        raise UsageError(f"--concurrency {concurrency}: whole numbers")
     loads += [Load(kind="open", value=value) for value in _numbers("--rates", rates)]
     if not loads:
-        raise ConfigError("nothing to measure: give --concurrency or --rates")
+        raise UsageError("nothing to measure: give --concurrency or --rates")
     return loads
 
 
@@ -65,9 +65,9 @@ def _numbers(option: str, text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"{option} {text}: numbers, separated by commas") from None
+        raise UsageError(f"{option} {text}: numbers, separated by commas") from None
     if any(not 0 < value < float("inf") for value in values):
-        raise ConfigError(f"{option} {text}: every number must be above zero")
+        raise UsageError(f"{option} {text}: every number must be above zero")
     return values
 
 

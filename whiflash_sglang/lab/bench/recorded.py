@@ -13,16 +13,13 @@ from typing import Any
 import httpx
 
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.lab.bench.arms import ROUTERS, VARIANTS, Arm, Subject, build_arms
+from whiflash_sglang.lab.bench.arms import PREDICTION, USELESS, Arm, Subject, build_arms, check_names
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
 from whiflash_sglang.lab.recorded.conversation import Conversation
 from whiflash_sglang.lab.recorded.turns import Renderer
 
 BASE = "pinned-none"
 """The arm that others are measured against: the same server, which drafts nothing."""
-
-PREDICTION, USELESS = "prediction", "useless"
-"""What an arm's requests bring along, behind a plus: the recorded prediction, or another conversation's."""
 
 DEFAULT = (BASE, "auto")
 FLUSHES = 500
@@ -79,18 +76,11 @@ def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk])
         ConfigError: a name is unknown or given twice, or asks for predictions that nobody recorded.
     """
     wanted = [BASE, *(name for name in names if name != BASE)]
-    if len(set(wanted)) != len(wanted):
-        raise ConfigError(f"--arms names an arm twice: {', '.join(wanted)}")
+    check_names(wanted, recorded=True)
     predicted = any(task.predictions for talk in talks for task in talk.tasks)
     arms = []
     for name in wanted:
         kind, _, brings = name.partition("+")
-        if kind not in {*ROUTERS, *VARIANTS} or brings not in ("", PREDICTION, USELESS):
-            known = ", ".join((*ROUTERS, *VARIANTS))
-            raise ConfigError(
-                f"--arms: {name!r} is unknown with --recorded; known: {known}, and each with "
-                f"+{PREDICTION} or +{USELESS}"
-            )
         if brings and not predicted:
             raise ConfigError(f"--arms {name}: no record has a prediction")
         arm = build_arms([kind], subject)[-1]
