@@ -30,7 +30,7 @@ def write(bundle: Path, manifest: Any) -> Path:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"router": "fastest"}, r"--whiflash-router: .*'ar'.*'fastest'"),
+        ({"router": "fastest"}, r"--whiflash-router: 'fastest' .*'ar'"),
         ({"entropy_threshold": "warm"}, r"--whiflash-entropy-threshold: .*number.*'warm'"),
         ({"entropy_threshold": "nan"}, r"--whiflash-entropy-threshold: .*nan"),
         ({"entropy_threshold": "-1"}, r"--whiflash-entropy-threshold: .*greater than or equal to 0"),
@@ -67,7 +67,7 @@ def test_flags_as_text_are_read() -> None:
         ({"temperature": 1}, r"whiflash\.json: key 'temperature' is unknown; known: .*dflash.*eagle3"),
         ({"entropy": {"tau": "warm"}}, r"whiflash\.json: key 'entropy'\.tau: .*number.*'warm'"),
         ({"entropy": {"taus": 1}}, r"whiflash\.json: key 'entropy'\.taus is unknown; known: min_dwell, tau$"),
-        ({"schema_version": 2}, r"whiflash\.json: key 'schema_version': .*1.*got 2"),
+        ({"schema_version": 2}, r"whiflash\.json: key 'schema_version': 2 is not one of 1"),
         ({"dflash": 3}, r"whiflash\.json: key 'dflash': "),
         ({"lookup": {"max_width": 0}}, r"whiflash\.json: key 'lookup'\.max_width: .*greater than 0"),
     ],

@@ -100,8 +100,8 @@ def test_conversations_become_tasks(
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["EAGLE3"], "'EAGLE3' is unknown with --recorded"),
-        (["auto+guess"], r"'auto\+guess' is unknown"),
+        (["EAGLE3"], "'EAGLE3' is not one of auto, neural"),
+        (["auto+guess"], r"'auto\+guess' is not one of"),
         (["auto", "auto"], "twice"),
     ],
 )

@@ -190,8 +190,10 @@ def first_problem(error: ValidationError, model: type[BaseModel], spell: Callabl
         nested = "".join(f".{part}" for part in problem["loc"][1:])
         known = ", ".join(sorted(_known_keys(model, problem["loc"])))
         return f"{spell(name)}{nested} is unknown; known: {known}"
-    where = ".".join(str(part) for part in problem["loc"][1:])
-    return f"{spell(name)}{'.' + where if where else ''}: {problem['msg']} (got {problem['input']!r})"
+    where = ".".join([spell(name), *(str(part) for part in problem["loc"][1:])])
+    if problem["type"] == "literal_error":
+        return f"{where}: {problem['input']!r} is not one of {problem['ctx']['expected']}"
+    return f"{where}: {problem['msg']} (got {problem['input']!r})"
 
 
 def _known_keys(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
