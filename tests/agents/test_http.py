@@ -191,6 +191,54 @@ def test_a_malformed_hint_is_a_400_that_names_the_field(server: Server, route: s
     assert "custom_params.whiflash.spans[1].begin: is empty" in answer.text
 
 
+@pytest.mark.parametrize("key", ["whiflash_tools", "whiflash_inferred"])
+@pytest.mark.parametrize("route", [*ROUTES, "/v1/responses", "/v1/messages"])
+def test_what_the_server_tells_its_scheduler_is_no_clients_to_write(
+    server: Server, route: str, key: str
+) -> None:
+    params = {key: json.dumps(["arguments", [["\ud800", None]]])}
+    body = request(route, params) if route in ROUTES else {"model": "tiny", "custom_params": params}
+    if route == "/v1/responses":
+        body |= {"input": PROMPT, "max_output_tokens": 1}
+    elif route == "/v1/messages":
+        body |= {"messages": MESSAGES, "max_tokens": 1}
+    answer = httpx.post(server.url + route, json=body, timeout=None)
+    assert answer.status_code == 400, answer.text
+    assert f"custom_params.{key}: is written by the server alone" in answer.text
+
+
+SURROGATES = ["\U0001f600", "\ud83d", "\ude00\ud83d"]
+"""An emoji, which JSON writes as two escapes, and halves of one."""
+
+
+@pytest.mark.parametrize("text", SURROGATES, ids=["emoji", "half", "halves"])
+@pytest.mark.parametrize("where", ["tool result", "tool", "schema", "prediction"])
+def test_no_text_of_a_request_ends_an_arm_for_everybody(server: Server, text: str, where: str) -> None:
+    said = json.dumps({"found": [f"{text} a file\n{text}", "another file of many words\n" * 8]})
+    arguments: dict[str, Any] = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}},
+        "required": ["name"],
+    }
+    if where in ("tool", "schema"):
+        arguments["properties"]["name"]["enum"] = [f"{text}", "a"]
+    tool = {"type": "function", "function": {"name": "find", "parameters": arguments}}
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 40, "temperature": 0}
+    body |= {"messages": [{"role": "user", "content": said if where == "tool result" else PROMPT}]}
+    if where in ("schema", "tool result"):  # in JSON, what was read is copied in the form that JSON needs
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": arguments}}
+    else:
+        body["tools"] = [tool]
+    if where == "prediction":
+        body["prediction"] = predict(said + text)
+    # httpx would refuse a lone surrogate, which JSON can write.
+    sent, headers = json.dumps(body), {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=sent, headers=headers, timeout=None)
+    assert answer.status_code in (200, 400), answer.text
+    state = httpx.get(f"{server.url}/whiflash/state", timeout=None).json()
+    assert state["quarantined"] == {}
+
+
 IMAGE = "data:image/png;base64,iVBORw0KGgo="
 
 
@@ -221,6 +269,16 @@ FATAL: list[tuple[str, dict[str, Any], str]] = [
     ("/generate", {"input_ids": [1, OUTSIDE], "stream": True}, "input_ids"),
     ("/generate", {"input_ids": [[1, OUTSIDE], [1]], "stream": True}, "input_ids"),
     ("/generate", {"input_ids": [OUTSIDE], "sampling_params": {"n": 3}}, "input_ids"),
+    ("/generate", {"text": ""}, "text"),
+    ("/generate", {"text": "", "stream": True}, "text"),
+    ("/generate", {"text": ["a", ""]}, "text"),
+    ("/generate", {"text": "", "sampling_params": {"n": 2}}, "text"),
+    ("/generate", {"input_ids": []}, "input_ids"),
+    ("/generate", {"input_ids": [[1], []]}, "input_ids"),
+    ("/v1/completions", {**COMPLETION, "prompt": ""}, "empty"),
+    ("/v1/completions", {**COMPLETION, "prompt": ["a", ""]}, "empty"),
+    ("/v1/completions", {**COMPLETION, "prompt": "", "stream": True}, "empty"),
+    ("/v1/completions", {**COMPLETION, "prompt": []}, "empty"),
     (
         "/generate",
         {"text": PROMPT, "return_logprob": True, "top_logprobs_num": OUTSIDE + 1},
@@ -390,6 +448,18 @@ def test_parts_of_a_prediction_are_one_text_and_choices_are_summed(server: Serve
         "accepted_prediction_tokens": 48,
         "rejected_prediction_tokens": 2,
     }
+
+
+def test_choices_of_several_prompts_have_their_own_predictions(server: Server) -> None:
+    """SGLang numbers choices prompt by prompt: 0 and 1 are the first prompt's."""
+    plain, _ = answer_of("/generate", post(server, "/generate", asked_of("/generate", None)).json())
+    given = [asked_of("/generate", predicted)["sampling_params"] for predicted in (plain, "~" * 24)]
+    for params in given:
+        params["n"] = 2
+    answers = post(server, "/generate", {"text": [PROMPT, PROMPT], "sampling_params": given}).json()
+    assert [answer["text"] for answer in answers] == [plain] * 4
+    accepted = [answer["meta_info"]["accepted_prediction_tokens"] for answer in answers]
+    assert accepted == [24, 24, 0, 0]
 
 
 @pytest.mark.parametrize("route", ROUTES[:2])

@@ -83,6 +83,22 @@ def test_what_is_said_in_another_dress_is_read_without_it_first() -> None:
     assert [reading.stands(inside_json=False) for reading in readings(told)] == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("quoted", "said"),
+    [
+        (r"\ud83d\ude00!", "\U0001f600!"),
+        (r"\ud83d", r"\ud83d"),
+        (r"\ude00 \u00e9", "\\ude00 \u00e9"),
+        (r"\ud83d\n", "\\ud83d\n"),
+    ],
+)
+def test_an_emoji_is_two_escapes(quoted: str, said: str) -> None:
+    assert meant(quoted) == said
+    text = unescaped(f'{{"a": "{quoted}\\n"}}')
+    assert text is not None
+    text.encode()
+
+
 @given(st.text(), st.text(alphabet='ab"\\\n\tu0é'))
 def test_what_is_quoted_means_what_it_was(text: str, more: str) -> None:
     """A backslash before an n is no end of a line."""

@@ -11,12 +11,12 @@ from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompl
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.spans.agent_spec import add_body_scope
-from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
+from whiflash_sglang.spans.carrier import Own, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import INFERRED_KEY, TOOLS_KEY, SpanHint
 from whiflash_sglang.spans.infer import infer_spans
-from whiflash_sglang.spans.prediction import add_body_prediction, carried_prediction
+from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
 from whiflash_sglang.structure.tools import carried_tools
 
 
@@ -39,6 +39,7 @@ def check_native(manager: Any, obj: Any) -> None:
             try:
                 validate_custom_params(entry["custom_params"])
                 _check_long(manager, entry["custom_params"])
+                entry["custom_params"] = as_carried(entry["custom_params"])
             except HintError as error:
                 raise ValueError(str(error)) from None
 
@@ -88,14 +89,15 @@ def completed(manager: Any, request: Any, custom_params: Any) -> Any:
         return custom_params
     if not hints.spans and (spans := _inferred(manager, request)):
         told = add_hints(custom_params, {"spans": [_span_fields(span) for span in spans]})
-        custom_params = custom_params if told is None else {**told, INFERRED_KEY: True}
+        custom_params = custom_params if told is None else {**told, INFERRED_KEY: Own("1")}
     tools = _tools(manager, request)
-    return custom_params if tools is None else {**(custom_params or {}), TOOLS_KEY: tools}
+    return custom_params if tools is None else {**(custom_params or {}), TOOLS_KEY: Own(tools)}
 
 
 def _check_long(manager: Any, custom_params: Any) -> None:
     """What of a request's parameters may be long: the form of a prediction, and a forced answer. Raises HintError."""
-    carried_prediction(custom_params)
+    if isinstance(carried_prediction(custom_params), str) and manager.tokenizer is None:
+        raise HintError(FIELD, "must be token ids: this server has no tokenizer")
     allowed = settings_of(manager.server_args).force_recorded
     check_forced(custom_params, manager.model_config.vocab_size, allowed=allowed)
 

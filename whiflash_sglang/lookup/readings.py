@@ -17,7 +17,10 @@ _NUMBERED = re.compile(r"^[ \t]*\d+[:|\t→-]\t?", re.MULTILINE)
 _DIFFED = re.compile(r"^[+ -](?![+-]{2} )", re.MULTILINE)
 _HUNK = re.compile(r"^@@ .* @@", re.MULTILINE)
 _ESCAPED = re.compile(r'\\[n"\\t]')
-_ESCAPE = re.compile(r'\\(?:(["\\/bfnrt])|u([0-9a-fA-F]{4}))')
+_ESCAPE = re.compile(
+    r'\\(?:(["\\/bfnrt])|u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})'
+    r"|u(?![dD][89a-fA-F])([0-9a-fA-F]{4}))"
+)
 _MEANT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -53,10 +56,15 @@ def readings(piece: str) -> list[Reading]:
 
 
 def meant(quoted: str) -> str:
-    """What text inside a JSON string stands for; an escape that is not complete stays as it is."""
-    return _ESCAPE.sub(
-        lambda found: chr(int(found[2], 16)) if found[2] else _MEANT.get(found[1], found[1]), quoted
-    )
+    """What text inside a JSON string stands for. An escape that is not complete, such as half of an emoji, stays."""
+    return _ESCAPE.sub(_character, quoted)
+
+
+def _character(escape: re.Match[str]) -> str:
+    short, high, low, other = escape.groups()
+    if high:  # two escapes of UTF-16, one character
+        return bytes.fromhex(high + low).decode("utf-16-be")
+    return chr(int(other, 16)) if other else _MEANT.get(short, short)
 
 
 def unescaped(text: str) -> str | None:
@@ -74,7 +82,8 @@ def unescaped(text: str) -> str | None:
             strings.append(value)
         elif isinstance(value, dict | list):
             values += reversed(list(value.values()) if isinstance(value, dict) else value)
-    return "\n".join(strings)
+    # No tokenizer takes a lone surrogate, which JSON can say.
+    return "\n".join(strings).encode(errors="replace").decode()
 
 
 def unnumbered(text: str) -> str | None:

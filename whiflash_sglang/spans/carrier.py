@@ -10,15 +10,23 @@ from whiflash_sglang.spans.hints import (
     CARRIED_PREDICTION,
     INFERRED_KEY,
     MAX_BYTES,
-    MAX_TOOLS_CHARS,
     TOOLS_KEY,
     WIRE_KEY,
     RequestHints,
     parse_hints,
 )
 
+
+class Own(str):
+    """Text that this process wrote for the scheduler; a client's is never one."""
+
+    __slots__ = ()
+
+
 _MAX_VALUES: Final = 1024
 _MAX_CHARS: Final = 16384
+OWN_KEYS: Final = (INFERRED_KEY, TOOLS_KEY)
+"""What the process that serves HTTP writes for the scheduler's."""
 
 
 def validate_custom_params(custom_params: object) -> RequestHints:
@@ -33,6 +41,11 @@ def validate_custom_params(custom_params: object) -> RequestHints:
     if isinstance(custom_params, dict):
         _check_carrier(custom_params)
     return hints
+
+
+def as_carried(custom_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters that were validated, as SGLang can send them: without types of ours."""
+    return {key: str(value) if isinstance(value, Own) else value for key, value in custom_params.items()}
 
 
 def add_hints(custom_params: Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any] | None:
@@ -51,10 +64,10 @@ def _check_carrier(params: dict[object, object]) -> None:
             raise HintError("custom_params", "has a name that is not a string")
         if key in (CARRIED_PREDICTION, CARRIED_FORCED):
             continue  # They have bounds of their own.
-        if key == INFERRED_KEY and value is True:
-            continue
-        if key == TOOLS_KEY and isinstance(value, str) and value.isascii() and len(value) <= MAX_TOOLS_CHARS:
-            continue
+        if key in OWN_KEYS:
+            if isinstance(value, Own):
+                continue
+            raise _carrier_error(key, "is written by the server alone; leave it out")
         values -= len(value) if isinstance(value, dict | list) else 1
         if values < 0:
             raise _carrier_error(key, f"makes custom_params hold more than {_MAX_VALUES} values")

@@ -1,7 +1,8 @@
 """Reading one field of a hint: its value, or an error that names it. Raises nothing but `HintError`."""
 
+import json
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Word = TypeVar("Word", bound=str)
 
@@ -68,6 +69,17 @@ def utf8(field: str, text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         raise HintError(field, "holds a lone surrogate, which is not text") from None
+
+
+def json_of(text: str) -> Any:
+    """`json.loads`, but a lone surrogate is refused: no tokenizer takes one.
+
+    Raises: ValueError, RecursionError.
+    """
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
 
 
 def printable(name: str) -> str:

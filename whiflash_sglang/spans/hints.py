@@ -152,7 +152,7 @@ def parse_hints(custom_params: object) -> RequestHints:
     payload, tools = custom_params.get(WIRE_KEY), custom_params.get(TOOLS_KEY)
     hints = RequestHints() if payload is None else _request(_decode(payload))
     hints = replace(hints, tools=tools) if isinstance(tools, str) else hints
-    return replace(hints, inferred=True) if custom_params.get(INFERRED_KEY) is True else hints
+    return replace(hints, inferred=True) if INFERRED_KEY in custom_params else hints
 
 
 def resolve(explicit: RequestHints, inferred: RequestHints) -> RequestHints:

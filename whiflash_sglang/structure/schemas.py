@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from whiflash_sglang.spans.fields import json_of
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames
 
 MOST_WORDS = 128
@@ -75,7 +76,7 @@ def _parts(text: str) -> Iterator[dict[str, Any]]:
 def _read(text: str) -> Any:
     """None where it is no JSON, or too long."""
     try:
-        return json.loads(text) if len(text) <= MOST_CHARS else None
+        return json_of(text) if len(text) <= MOST_CHARS else None
     except (ValueError, RecursionError):
         return None
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+from whiflash_sglang.spans.fields import json_of
 from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS
 from whiflash_sglang.structure.forms import PARSERS
 from whiflash_sglang.structure.schemas import MOST_WORDS, canonical, forced_contents, words_of
@@ -49,7 +50,7 @@ def read_tools(text: str) -> Tools | None:
     if len(text) > MAX_TOOLS_CHARS:
         return None
     try:
-        form, functions = json.loads(text)
+        form, functions = json_of(text)
         return Tools(str(form), tuple((str(name), parameters) for name, parameters in functions))
     except (ValueError, TypeError, RecursionError):
         return None
