@@ -1,5 +1,6 @@
 """What would end SGLang's scheduler is refused before it is scheduled, and nothing beside it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from whiflash_sglang.compat.admission import check_bounds
+from whiflash_sglang.compat.requests import check_native
 
 TOKENS = 320
 OVERRIDES = PositionalEmbeds(embeds=torch.zeros(1, 8), positions=[0])
@@ -67,3 +69,20 @@ def test_what_would_end_it_is_refused_by_name(given: dict[str, Any], said: str) 
     with pytest.raises(ValueError) as refused:  # noqa: PT011 -- the text is compared below
         check(**given)
     assert said in str(refused.value)
+
+
+def test_an_empty_prompt_is_refused_unless_a_session_has_text() -> None:
+    obj = GenerateReqInput(text="", sampling_params={})
+    with pytest.raises(ValueError, match=r"text \(prompt, input_ids\): is empty; give at least one token"):
+        check_bounds(obj, [], TOKENS)
+    check_bounds(GenerateReqInput(text="", sampling_params={}, session_params={"id": "a"}), [], TOKENS)
+
+
+def test_a_text_prediction_needs_a_tokenizer() -> None:
+    """Refused while the request is validated, so before a stream has begun."""
+    manager: Any = SimpleNamespace(tokenizer=None)
+    obj = GenerateReqInput(
+        input_ids=[1], sampling_params={"custom_params": {"whiflash_prediction": "text"}}, stream=True
+    )
+    with pytest.raises(ValueError, match="must be token ids: this server has no tokenizer"):
+        check_native(manager, obj)

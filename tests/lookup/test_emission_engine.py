@@ -96,7 +96,7 @@ def test_a_quoted_file_takes_fewer_rounds(running: Engine, monkeypatch: pytest.M
 @pytest.mark.parametrize("text", ["\U0001f600", "\ud83d", "\ude00\ud83d"], ids=["emoji", "half", "halves"])
 @pytest.mark.parametrize("begin", ["", "It says "], ids=["JSON", "JSON in text"])
 def test_an_emoji_in_a_tool_result_leaves_the_arm(running: Engine, text: str, begin: str) -> None:
-    """JSON writes it as two escapes, which are no text one by one. An agent's listing has numbers, the call has none."""
+    """JSON writes it as two escapes, no text one by one. An agent's listing has numbers, the call has none."""
     lines = FILE.replace("part_3", f"part_{text}").splitlines()
     result = json.dumps({"output": "\n".join(f"{i}\t{line}" for i, line in enumerate(lines))})
     assert ask(running, begin + result) < 0.7 * ask(running, "Write it.")

@@ -53,6 +53,9 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
     Raises:
         ValueError: it would end the scheduler; the message names the field.
     """
+    # A session's own text may be all that a request goes on from; SGLang ends it there if there is none.
+    if not obj.session_params and obj.input_embeds is None and (input_ids is None or not len(input_ids)):
+        raise ValueError("text (prompt, input_ids): is empty; give at least one token")
     _check_ids("input_ids (prompt)", input_ids, vocabulary)
     # Also where no log-probabilities are asked for: the likeliest of a batch are taken for all of its requests.
     _check_range("top_logprobs_num (logprobs, top_logprobs)", obj.top_logprobs_num, most=vocabulary)

@@ -7,7 +7,7 @@ requests without a prediction are SGLang's own.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang.srt.entrypoints.openai import protocol
 
@@ -17,6 +17,7 @@ from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION
 from whiflash_sglang.spans.prediction import prediction_reader
 
+T = TypeVar("T")
 ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
 _COUNTS = "_whiflash_predicted"
 _NOTES = "_whiflash_prediction_notes"
@@ -53,10 +54,18 @@ async def encoded(manager: Any, obj: Any) -> None:
         obj.__dict__[_NOTES] = [notes for _, notes in read]
 
 
+def of_choice(values: Sequence[T], obj: Any, choice: int) -> T:
+    """The value of the prompt that `choice` answers: SGLang numbers the choices of a batch prompt by prompt.
+
+    values: one for all prompts, or one for each, repeated or not.
+    """
+    return values[choice // getattr(obj, "parallel_sample_num", 1)] if len(values) > 1 else values[0]
+
+
 def notes_of(obj: Any, choice: int) -> list[str]:
     """What a choice's trace has to say about its prediction."""
     notes: list[list[str]] = getattr(obj, _NOTES, None) or [[]]
-    return notes[choice % len(notes)]
+    return of_choice(notes, obj, choice)
 
 
 async def _encoded(manager: Any, parameters: Any) -> tuple[Any, list[str]]:
@@ -89,7 +98,7 @@ async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> Async
         for number, item in enumerate(output if isinstance(output, list) else [output]):
             if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
                 choice = item.get("index", number)
-                tokens = predicted[choice % len(predicted)]
+                tokens = of_choice(predicted, obj, choice)
                 if tokens is not None:
                     answer = item.get("output_ids") or []
                     written[choice] = written.get(choice, []) + answer if increments else answer

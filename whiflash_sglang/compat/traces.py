@@ -127,8 +127,7 @@ def asks_text(obj: Any) -> bool:
 
 
 def _skips_special_tokens(obj: Any, choice: int) -> bool:
-    parameters = _parameters(obj)
-    own = parameters[choice % len(parameters)]
+    own = predictions.of_choice(_parameters(obj), obj, choice)
     return bool(own.get("skip_special_tokens", True)) if isinstance(own, dict) else True
 
 
