@@ -88,6 +88,23 @@ def test_grammars_follow_rounds_that_share_a_step(models: Models, router: str, s
     assert max(steps) > 1
 
 
+@pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
+def test_a_grammars_end_is_the_end(models: Models, backend: str) -> None:
+    """Also if a request says `ignore_eos`. Plain decoding goes on: SGLang looks at the grammar a token late there, or
+    never with llguidance. SGLang's own speculative decoding ends where WHIFLASH does.
+    """
+    prompts = [[90, 91, 92, 93], [40, 41, 42]]
+    params = {"ignore_eos": True, "regex": "(red|green)( blue)?", "max_new_tokens": 40}
+    options = {**OPTIONS, "grammar_backend": backend}
+    with engine(models.target, **options) as e:
+        plain = e.generate(prompts, **params)
+    with engine(models.target, whiflash=models.whiflash("random"), **options) as e:
+        found = e.generate(prompts, **params)
+    for ours, longer in zip(found, plain, strict=True):
+        assert longer[: len(ours)] == ours
+        assert len(longer) == (len(ours) + 1 if backend == "xgrammar" else 40)
+
+
 STOPS: dict[str, dict[str, Any]] = {
     "later-listed-first": {"stop": ["Z", "N", "G", "J", "R"]},
     "token-before-string": {"ignore_eos": False, "stop_token_ids": [70, 77], "stop": ["I", "L", "Q"]},
