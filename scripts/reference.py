@@ -8,7 +8,7 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -230,6 +230,8 @@ def _type(annotation: Any) -> str:
         return (
             f"list of {_type(inside[0])}" if inside[1:] == (...,) else f"{len(inside)} × {_type(inside[0])}"
         )
+    if origin is Sequence:
+        return f"list of {_type(inside[0])}"
     if origin is dict:
         return f"object: {_type(inside[0])} → {_type(inside[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

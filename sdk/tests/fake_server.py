@@ -121,7 +121,8 @@ def _message(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
     answered = body["messages"][-1]["role"] == "tool"
     if tools and not answered and body.get("tool_choice") != "none":
         named = body.get("tool_choice")
-        function = named["function"]["name"] if isinstance(named, dict) else tools[0]["function"]["name"]
+        chosen = named if isinstance(named, dict) and "function" in named else tools[0]
+        function = chosen["function"]["name"]
         properties = tools[0]["function"]["parameters"]["properties"]
         arguments = {
             name: 2 if spec.get("type") in ("integer", "number") else "2+2"

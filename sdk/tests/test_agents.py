@@ -88,16 +88,14 @@ def test_a_server_that_does_not_route_gets_nothing(client: OpenAI, server: FakeS
     assert "custom_params" not in server.bodies[0]
 
 
-def test_where_nothing_is_known_of_the_server_only_what_was_said_goes_out(
-    client: OpenAI, server: FakeServer
-) -> None:
+def test_a_server_that_is_assumed_to_route_gets_every_name(client: OpenAI, server: FakeServer) -> None:
     wrap(client, capabilities=True, agent=lambda: "framework")
     ask(client)
     with agent("said"):
         ask(client)
     wrap(client, capabilities=True, agent="said too")
     ask(client)
-    assert sent(server) == [None, "said", "said too"]
+    assert sent(server) == ["framework", "said", "said too"]
 
 
 @pytest.mark.parametrize(

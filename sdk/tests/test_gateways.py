@@ -147,3 +147,17 @@ def test_strict_repeats_nothing(client: OpenAI, server: FakeServer) -> None:
     with pytest.raises(openai.BadRequestError, match="custom_params"):
         ask(wrap(client, strict=True))
     assert routed(server) == [True]
+
+
+def test_capabilities_that_are_given_need_no_more_than_what_differs(
+    client: OpenAI, server: FakeServer
+) -> None:
+    """Names and predictions go out as they do to a server that answers; fields that are set hold."""
+    wrap(client, agent=lambda: "mine", capabilities=Capabilities(version=1, tool_call_parser="hermes"))
+    with predict("text"):
+        ask(client)
+    none = Capabilities(version=1, scopes=(), prediction_tokens=0)
+    with predict("text"):
+        ask(wrap(client, agent="mine", capabilities=none))
+    assert [server.wire(index).get("agent") for index in range(2)] == ["mine", None]
+    assert ["prediction" in body for body in server.bodies] == [True, False]

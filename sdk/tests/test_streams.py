@@ -68,6 +68,7 @@ def test_raw_and_streaming_views_and_the_event_helper(client: OpenAI, server: Fa
     with client.chat.completions.stream(**ASKED) as events:
         chunks = [event.chunk for event in events if event.type == "chunk"]
         assert events.get_final_completion().choices[0].message.content
+        assert routing(events.get_final_completion()) == EXPECTED
     assert all(chunk.choices for chunk in chunks)
     assert routing(events) == EXPECTED
 

@@ -416,3 +416,65 @@ def test_misuse_says_what_to_give(client: OpenAI) -> None:
     params = {"whiflash": '{"spans":[{"kind":"poem","open":true}]}'}
     with pytest.raises(whiflash_sdk.HintError, match=r"whiflash\.spans\.0\.kind"):
         client.chat.completions.create(**asked, extra_body={"custom_params": params})
+
+
+@pytest.mark.parametrize("parsers", [("of_a_later_release", None), ("hermes", "of_a_later_release")])
+def test_an_unknown_parser_leaves_the_spans_to_the_server(
+    client: OpenAI, server: FakeServer, parsers: tuple[str, str | None]
+) -> None:
+    """The server may know the markers, and infers spans only for a request that has none."""
+    server.capabilities |= dict(zip(("tool_call_parser", "reasoning_parser"), parsers, strict=True))
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
+    with spans.json():
+        client.chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
+    assert server.wire(0)["spans"] == []
+    assert server.wire(1)["spans"] == [{"kind": "json", "open": True}]
+
+
+def test_derived_spans_are_marked_as_a_guess(client: OpenAI, server: FakeServer) -> None:
+    """So that the server does not count them as the caller's; what anybody said is the caller's."""
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES)
+    with spans.json():
+        client.chat.completions.create(model="m", messages=MESSAGES)
+    mine = Hints(spans=(Span(kind="code", open=True),))
+    client.chat.completions.create(model="m", messages=MESSAGES, extra_body=mine.extra_body())
+    client.chat.completions.create(model="m", messages=MESSAGES, extra_body=Hints(infer=False).extra_body())
+    marked = [body["custom_params"].get("whiflash_inferred") for body in server.bodies]
+    assert marked == [True, None, None, None]
+
+
+@pytest.mark.parametrize(("mode", "is_open"), [("auto", None), ("required", True)])
+def test_allowed_tools_are_forced_by_their_mode(
+    client: OpenAI, server: FakeServer, mode: Any, is_open: bool | None
+) -> None:
+    allowed: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": []}}
+    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL], tool_choice=allowed)
+    assert server.wire()["spans"][0].get("open") is is_open
+
+
+@pytest.mark.parametrize("way", ["create", "raw", "async"])
+def test_warnings_point_at_the_users_call(
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, way: str
+) -> None:
+    server.capabilities_status = 404
+
+    async def main() -> None:
+        await wrap(async_client).chat.completions.create(model="m", messages=MESSAGES)
+        await async_client.close()
+
+    ways = {
+        "create": lambda: wrap(client).chat.completions.create(model="m", messages=MESSAGES),
+        "raw": lambda: wrap(client).with_raw_response.completions.create(model="m", prompt="x"),
+        "async": lambda: asyncio.run(main()),
+    }
+    with pytest.warns(UnsupportedServerWarning) as said:
+        ways[way]()
+    assert [one.filename for one in said] == [__file__]
+
+
+def test_warnings_of_repeated_requests_point_at_the_users_call(client: OpenAI, server: FakeServer) -> None:
+    server.refuses = {"custom_params"}
+    for given in (None, True):
+        with pytest.warns(UnsupportedServerWarning, match="custom_params") as said:
+            wrap(client, capabilities=given).chat.completions.create(model="m", messages=MESSAGES)
+        assert [one.filename for one in said] == [__file__]

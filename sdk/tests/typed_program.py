@@ -20,7 +20,10 @@ class Mine(OpenAI):
 
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Where?"}]
-HINTS = Hints(spans=(Span(kind="json", begin="<answer>", end="</answer>", bias={"lookup": 1.5}),))
+HINTS = Hints(
+    spans=[Span(kind="json", begin="<answer>", end="</answer>", bias={"structure": 1.5})],
+    structure=[("<a>", None)],
+)
 
 
 def mean(trace: Trace | None) -> float:

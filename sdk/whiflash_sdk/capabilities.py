@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from dataclasses import dataclass, field
 from math import inf
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, get_args
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
@@ -24,7 +23,8 @@ from anyio.lowlevel import RunVar
 from openai import AsyncOpenAI, NotGiven, OpenAI, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from whiflash_sdk.errors import UnsupportedServerError, UnsupportedServerWarning
+from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
+from whiflash_sdk.hints import SCOPES, TraceLevel
 from whiflash_sdk.identity import fingerprint
 
 PROBE_SECONDS: Final = 2.0
@@ -32,6 +32,8 @@ KEPT_SECONDS: Final = 300.0
 FIRST_RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 60.0
 MOST_SERVERS: Final = 256
+PREDICTION_TOKENS: Final = 16384
+"""Of a server that does not set `--whiflash-lookup-prediction-tokens`."""
 
 _LOG: Final = logging.getLogger("whiflash_sdk")
 
@@ -66,6 +68,11 @@ class Capabilities(BaseModel):
     prediction_tokens: int = 0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+
+    def assumed(self) -> Capabilities:
+        """Capabilities that a caller wrote: what they leave open, a server of this release understands."""
+        latest = {"traces": get_args(TraceLevel), "scopes": SCOPES, "prediction_tokens": PREDICTION_TOKENS}
+        return self.model_copy(update={k: v for k, v in latest.items() if k not in self.model_fields_set})
 
 
 @dataclass(eq=False)
@@ -156,7 +163,7 @@ class Server:
         said = (self.url, trouble)
         if trouble != "could not be reached" and said not in _warned:  # the request will say that itself
             _warned.add(said)
-            warnings.warn(f"{reason}. Requests go out without hints", UnsupportedServerWarning, stacklevel=3)
+            warn_unsupported(f"{reason}. Requests go out without hints")
         return None
 
     def _keep(self, trouble: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypedDict, TypeVar, get_args
@@ -16,8 +15,8 @@ from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
 from whiflash_sdk.collecting import collectors, note, open_scope
 from whiflash_sdk.derive import complete, derive_spans
-from whiflash_sdk.errors import UnsupportedServerWarning
-from whiflash_sdk.hints import SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.errors import warn_unsupported
+from whiflash_sdk.hints import INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.spans import block_hints, opened_span
 from whiflash_sdk.streaming import traced_class
@@ -100,6 +99,8 @@ def wrap(
         capabilities = False
     elif capabilities is None and _environment("ASSUME", default=False):
         capabilities = True
+    elif isinstance(capabilities, Capabilities):
+        capabilities = capabilities.assumed()
     asked = (hints or Hints()).over(Hints(trace=trace))
     _install(client, _Settings(asked, strict, capabilities, agent))
     return client
@@ -238,11 +239,9 @@ class _Call:
             self._server.refused(name)
             self._server.require(None, strict=False)
         else:
-            warnings.warn(
+            warn_unsupported(
                 f"the server refuses {name}, though the capabilities given to `wrap` allow it. The request was "
-                "repeated without hints",
-                UnsupportedServerWarning,
-                stacklevel=3,
+                "repeated without hints"
             )
 
 
@@ -286,15 +285,18 @@ def _with_hints(options: Any, settings: _Settings, found: Capabilities | bool | 
         hints = block_hints().over(settings.hints)
         if carried is not None:
             hints = decode(carried).over(hints)
+        hints = _named(hints, settings.agent)
         derived: tuple[Span, ...] = ()
         if isinstance(found, Capabilities):
-            hints = _understood(_named(hints, settings.agent), found)
+            hints = _understood(hints, found)
             if options.url in _ROUTED_PATHS:
                 body = options.json_data if isinstance(options.json_data, Mapping) else {}
                 derived = derive_spans({**body, **extra}, found.tool_call_parser, found.reasoning_parser)
-        elif isinstance(settings.agent, str):
-            hints = _named(hints, settings.agent)
-        params[WIRE_KEY] = complete(hints, derived, opened_span()).encode()
+        opened = opened_span()
+        whole = complete(hints, derived, opened)
+        params[WIRE_KEY] = whole.encode()
+        if whole.spans and not hints.spans and opened is None:
+            params[INFERRED_KEY] = True
         extra = {**_predicted(options, found), **extra}
     if params:
         extra["custom_params"] = params

@@ -9,6 +9,19 @@ Errors of the OpenAI client pass through as they are. A request that is refused 
 them; under `strict=True` it is the client's `openai.BadRequestError`, whose message names the field.
 """
 
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import openai
+
+_SKIPPED: Final = tuple(str(Path(name).parent) for name in (__file__, str(openai.__file__)))
+"""Packages between a user's call and a warning about it."""
+
 
 class WhiFlashError(Exception):
     """Base of everything this package raises itself."""
@@ -28,3 +41,12 @@ class TraceError(WhiFlashError, ValueError):
 
 class UnsupportedServerWarning(UserWarning):
     """Once per base URL and reason: requests go out without hints, which the server does not read or has refused."""
+
+
+def warn_unsupported(message: str) -> None:
+    """Warn with `UnsupportedServerWarning` at the line that called the client."""
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UnsupportedServerWarning, stacklevel=level)

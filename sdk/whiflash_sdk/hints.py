@@ -7,23 +7,25 @@ carries one JSON string in SGLang's `custom_params`, which nests two levels at m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from whiflash_sdk.errors import HintError
 
 Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
 """What is written inside a span."""
-Arm = Literal["ar", "diffusion", "lookup", "none"]
-"""What may draft: EAGLE-3, DFlash, copying, nothing."""
+Arm = Literal["ar", "diffusion", "lookup", "structure", "none"]
+"""What may draft: EAGLE-3, DFlash, copying, what a grammar forces, nothing."""
 LookupScope = Literal["memory", "context", "off"]
 """What may be copied into an answer."""
 TraceLevel = Literal["summary", "full"]
 """How much of the routing comes back: sums by drafter, or every stretch."""
 
 WIRE_KEY: Final = "whiflash"
+INFERRED_KEY: Final = "whiflash_inferred"
+"""Beside it: the spans are the SDK's guess, which the server does not count as the caller's."""
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
 MAX_BYTES: Final = 8192
@@ -94,14 +96,14 @@ class Hints(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     version: Literal[1] = 1
-    spans: Annotated[tuple[Span, ...], Field(max_length=MAX_SPANS, strict=False)] = ()
+    spans: Annotated[Sequence[Span], Field(max_length=MAX_SPANS), AfterValidator(tuple)] = ()
     off: bool = False
     infer: bool = True
     trace: bool | TraceLevel = False
     lookup: LookupScope = "memory"
     agent: Name | None = None
     query: Name | QueryNumber | None = None
-    structure: Annotated[tuple[Block, ...], Field(max_length=MAX_BLOCKS, strict=False)] = ()
+    structure: Annotated[Sequence[Block], Field(max_length=MAX_BLOCKS), AfterValidator(tuple)] = ()
 
     def encode(self) -> str:
         """The JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.

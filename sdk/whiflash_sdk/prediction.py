@@ -18,9 +18,10 @@ def predicted_text() -> str | None:
 def predict(text: str | None) -> Iterator[None]:
     """Calls inside the block expect `text` back, or something like it: the file to edit, the document to correct.
 
-    The server copies from it, so an answer that follows it takes a fraction of the time. Every copied token is verified:
-    in fp32 the answer is the same with any prediction, in bf16 another token may win a near tie. It goes out with chat and text completions, in this thread or task, to servers that say that they
-    understand it. A call's own `prediction=` is left as it is, on every server. None: nothing is expected after all.
+    The server copies from it, so an answer that follows it takes a fraction of the time. Every copied token is
+    verified: in fp32 the answer is the same with any prediction, in bf16 another token may win a near tie. It goes out
+    with chat and text completions, in this thread or task, to servers that say that they understand it. A call's own
+    `prediction=` is left as it is, on every server. None: nothing is expected after all.
     """
     token = _PREDICTED.set(text)
     try:

@@ -17,7 +17,7 @@ from openai import AsyncStream, Stream
 from pydantic import BaseModel
 
 from whiflash_sdk.collecting import Collected, collectors
-from whiflash_sdk.trace import sent_traces, text_of, with_text
+from whiflash_sdk.trace import STREAMS, sent_traces, text_of, with_text
 
 ItemT = TypeVar("ItemT")
 
@@ -37,6 +37,8 @@ class _Kept:
 
     def takes(self, item: Any) -> bool:
         """Keep what an item tells. True if that is traces and nothing else."""
+        if isinstance(name := getattr(item, "id", None), str):
+            STREAMS[name] = self
         for choice in getattr(item, "choices", None) or ():
             self._texts.setdefault(choice.index, []).append(text_of(choice))
         found = sent_traces(item)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from whiflash_sdk.errors import TraceError
 
 Offset = Annotated[int, Field(ge=0)]
+
+STREAMS: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
+"""What streams keep of their traces, by the response's id, while somebody refers to the stream."""
 
 
 def _ratio(tokens: int, rounds: int) -> float:
@@ -206,7 +210,12 @@ def raw_traces(response: Any) -> list[Any]:
         if (kept := getattr(stream, "raw_traces", None)) is not None:
             return list(kept)
     texts = _texts(response)
-    return [with_text(raw, texts) for raw in sent_traces(response)]
+    sent = [with_text(raw, texts) for raw in sent_traces(response)]
+    if not sent and _field(response, "object") == "chat.completion":
+        # `stream.get_final_completion()` puts it together from chunks: the trace is with the stream.
+        stream = STREAMS.get(_field(response, "id"))
+        return [] if stream is None else list(stream.raw_traces)
+    return sent
 
 
 def sent_traces(body: Any) -> list[Any]:

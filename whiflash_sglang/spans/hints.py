@@ -36,7 +36,7 @@ CARRIED_FORCED: Final = "whiflash_forced"
 """The same for an answer that a benchmark forces (`spans.forced`)."""
 
 KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
-ARMS: Final = ("ar", "diffusion", "lookup", "none")
+ARMS: Final = ("ar", "diffusion", "lookup", "structure", "none")
 
 TraceLevel = Literal["summary", "full"]
 TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = ("summary", "full")
