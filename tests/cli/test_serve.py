@@ -42,8 +42,10 @@ def test_a_model_of_the_configuration_file_is_served(tmp_path: Path, spelled: st
     config.write_text(f"{spelled}: Qwen/Qwen3-8B\nspeculative-algorithm: EAGLE3\n")
     words = printed(*([f"--config={config}"] if joined else ["--config", str(config)]))
     # `sglang serve` looks for the model on its command line only.
-    asked = ["--model-path", "Qwen/Qwen3-8B", "--model-type", "llm", "--config", str(config)]
-    assert words == [*LAUNCHER, *asked], "the file says everything, and SGLang must see it"
+    asked = ["--model-path", "Qwen/Qwen3-8B", "--config", str(config)]
+    assert words == [*LAUNCHER, "--model-type", "llm", *asked], (
+        "the file says everything, and SGLang must see it"
+    )
 
 
 def test_a_configuration_file_without_a_model_leaves_the_target_open(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from whiflash_sglang.errors import ConfigError, UsageError
 
 MODEL = ("--model-path", "--model")
 PREFIX = "--whiflash-"
+LANGUAGE_MODEL = ("--model-type", "llm")
+"""Else `sglang serve` asks the hub whether the model is a diffusion model."""
 
 
 def server_arguments(arguments: list[str]) -> list[str]:
@@ -35,9 +37,6 @@ def server_arguments(arguments: list[str]) -> list[str]:
     if not any(name in MODEL for name, _ in _pairs(flags)):
         # `sglang serve` looks for the model on the command line only.
         added += [word for key in MODEL if key in configured for word in (MODEL[0], str(configured[key]))]
-    if "--model-type" not in given:
-        # Else `sglang serve` asks the hub whether the model is a diffusion model.
-        added += ["--model-type", "llm"]
     return [*added, *flags]
 
 
@@ -168,7 +167,12 @@ def register(app: typer.Typer) -> None:
         """
         check_arguments(ctx.args)
         # The environment that has this command has that one, too.
-        command = [str(Path(sys.executable).with_name("sglang")), "serve", *server_arguments(ctx.args)]
+        command = [
+            str(Path(sys.executable).with_name("sglang")),
+            "serve",
+            *LANGUAGE_MODEL,
+            *server_arguments(ctx.args),
+        ]
         environment = {
             name: os.environ.get(name, value) for name, value in server_environment(ctx.args).items()
         }
