@@ -1,6 +1,7 @@
 """Tool calls that no grammar constrains: what their tools tell, and silence where something else is written."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.json_calls import compiled
+from whiflash_sglang.structure.schemas import MOST_NODES, Essence
 from whiflash_sglang.structure.sketch import sketch, text_of
 from whiflash_sglang.structure.tools import KEPT, carried_tools, words_of_tools
 
@@ -236,6 +238,56 @@ def test_what_nobody_of_ours_wrote_is_silently_left(vocabulary: Vocabulary, tool
     hints = parse_hints({TOOLS_KEY: tools})
     assert hints.tools == tools
     assert parse_hints({TOOLS_KEY: 3}).tools == ""
+
+
+def optional(count: int, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(count)}, **more}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return optional(0, properties={"a": nested(levels - 1)}) if levels else {"type": "string"}
+
+
+def doubled(levels: int) -> dict[str, Any]:
+    part = {"type": "string"} if not levels else doubled(levels - 1)
+    return {"anyOf": [part, {"type": "array", "items": part}]} if levels else part
+
+
+WORST: dict[str, dict[str, Any]] = {
+    "minProperties": optional(240, minProperties=3),
+    "maxProperties": optional(120, maxProperties=7),
+    "many": optional(1000),
+    "nested": nested(400),
+    "alternatives": doubled(9),
+    "pattern": optional(0, properties={"a": {"type": "string", "pattern": "^(a|b|ab){1,20000}$"}}),
+    "listed": optional(0, properties={"a": {"enum": [f"{i}" * 50 for i in range(300)]}}),
+    "items": optional(0, properties={"a": {"type": "array", "minItems": 10**6, "items": {"type": "string"}}}),
+    "lengths": optional(0, properties={"a": {"type": "string", "minLength": 10**6, "maxLength": 10**9}}),
+    "all of": {"allOf": [optional(60, minProperties=i) for i in range(9)]},
+}
+"""Parameters whose whole grammar takes xgrammar seconds to hours, or gigabytes."""
+
+
+def size(schema: object) -> int:
+    """Schemas and listed values in a schema."""
+    if not isinstance(schema, dict):
+        return 0
+    parts = [*schema.get("properties", {}).values(), *schema.get("anyOf", []), schema.get("items")]
+    return 1 + len(schema.get("enum", [])) + sum(map(size, parts))
+
+
+@pytest.mark.parametrize("parameters", WORST.values(), ids=WORST.keys())
+def test_a_clients_schema_does_not_decide_how_long_its_grammar_takes(parameters: dict[str, Any]) -> None:
+    essence = Essence()
+    found = [essence.of(parameters) for _ in range(9)]
+    assert sum(map(size, found)) <= 2 * MOST_NODES
+    assert not {"pattern", "minProperties", "allOf", "minItems"} & set(
+        re.findall(r'"(\w+)":', json.dumps(found))
+    )
+    tools = json.dumps(["arguments", [["find", parameters], ["other", {}]]])
+    assert compiled(tools) is not None
+    calls = Calls(tools, SPANS)
+    calls.follow('<tool_call>{"name": "ot')
 
 
 def test_equal_tools_share_one_grammar_and_few_are_kept() -> None:

@@ -16,6 +16,7 @@ from whiflash_sglang.structure.layout import BLANKS, Layout
 from whiflash_sglang.structure.likely import Likelihood, likely
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
 from whiflash_sglang.structure.pieces import Piece
+from whiflash_sglang.structure.schemas import Essence
 from whiflash_sglang.structure.tools import ARGUMENTS, KEPT, read_tools
 
 NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -34,23 +35,30 @@ _NO_VOCABULARY = ("a", "</s>")
 def compiled(tools: str) -> xgrammar.CompiledGrammar | None:
     """The grammar of a call; None where its calls are no JSON, or xgrammar refuses a schema in it.
 
+    It is compiled in the scheduler's thread, alike in every rank, so schemas are cut to their essence: a client's
+    text must not decide how long everybody waits.
+
     Args:
         tools: what `carried_tools` wrote, or anything.
     """
     read = read_tools(tools)
     if read is None or read.form not in ARGUMENTS.values():
         return None
-    calls = [_call(read.form, function, parameters) for function, parameters in read.functions]
+    essence = Essence()
+    calls = [
+        _call(read.form, function, essence.of(parameters) if parameters else NO_ARGUMENTS)
+        for function, parameters in read.functions
+    ]
     try:
         return _compiler().compile_json_schema(json.dumps({"anyOf": calls}), any_whitespace=True)
     except (ValueError, TypeError, RecursionError, RuntimeError):
         return None
 
 
-def _call(name: str, function: str, parameters: object) -> dict[str, Any]:
+def _call(name: str, function: str, parameters: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"name": {"const": function}, name: parameters or NO_ARGUMENTS},
+        "properties": {"name": {"const": function}, name: parameters},
         "required": ["name", name],
         "additionalProperties": False,
     }

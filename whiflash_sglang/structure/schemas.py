@@ -20,6 +20,63 @@ CONTENTS = ("schema", "json_schema")
 LISTED = ("enum", "const")
 
 
+MOST_NODES = 256
+"""Schemas and listed values of all tools together that a guessed call knows."""
+
+MOST_LISTED_CHARS = 4096
+"""Characters of listed values that it knows."""
+
+DEEPEST = 8
+"""Levels that it knows."""
+
+
+class Essence:
+    """Copies of schemas with types, names and listed values alone, so that their grammar compiles in milliseconds.
+
+    xgrammar takes seconds to hours for others: many optional properties with `minProperties`, repeats in a `pattern`,
+    hundreds of levels, long lists. A guess needs none of that. All schemas of one object share its bounds.
+    """
+
+    def __init__(self) -> None:
+        self._nodes, self._chars = MOST_NODES, MOST_LISTED_CHARS
+
+    def of(self, schema: object, level: int = 0) -> dict[str, Any]:
+        """What is beyond the bounds may be anything."""
+        self._nodes -= 1
+        if not isinstance(schema, dict) or self._nodes < 0 or level > DEEPEST:
+            return {}
+        found: dict[str, Any] = {}
+        if isinstance(schema.get("type"), str | list):
+            found["type"] = schema["type"]
+        if "const" in schema or isinstance(schema.get("enum"), list):
+            listed = schema.get("enum", []) if "const" not in schema else [schema["const"]]
+            return {"enum": listed} if self._takes(listed) else found
+        if isinstance(schema.get("properties"), dict):
+            found |= self._object(schema, level)
+        if isinstance(schema.get("items"), dict):
+            found["items"] = self.of(schema["items"], level + 1)
+        alternatives = schema.get("anyOf")
+        if isinstance(alternatives, list) and 0 < len(alternatives) <= self._nodes:
+            found["anyOf"] = [self.of(part, level + 1) for part in alternatives]
+        return found
+
+    def _object(self, schema: dict[str, Any], level: int) -> dict[str, Any]:
+        known = {}
+        for name, part in schema["properties"].items():
+            if self._nodes <= 0:
+                return {"properties": known}  # others may follow
+            known[name] = self.of(part, level + 1)
+        asked = schema.get("required")
+        required = [name for name in known if name in asked] if isinstance(asked, list) else []
+        closed = {"additionalProperties": False} if schema.get("additionalProperties") is False else {}
+        return {"properties": known, "required": required, **closed}
+
+    def _takes(self, listed: list[Any]) -> bool:
+        self._nodes -= len(listed)
+        self._chars -= len(json.dumps(listed))
+        return bool(listed) and self._nodes >= 0 and self._chars >= 0
+
+
 @lru_cache(maxsize=256)
 def words_of(text: str) -> tuple[str, ...]:
     """As they stand inside JSON strings, in the schema's order, none twice; none where it is no JSON.
