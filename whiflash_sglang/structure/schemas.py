@@ -61,7 +61,7 @@ class Essence:
         return found
 
     def _object(self, schema: dict[str, Any], level: int) -> dict[str, Any]:
-        known = {}
+        known: dict[str, Any] = {}
         for name, part in schema["properties"].items():
             if self._nodes <= 0:
                 return {"properties": known}  # others may follow
