@@ -5,16 +5,22 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
 from fake_server import TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Trace, TraceError, collect, wrap
+from whiflash_sdk import Collected, Hints, Trace, TraceError, agent, collect, wrap
 
 ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
 EXPECTED = Trace.model_validate(TRACE)
+
+
+def seen(collected: Collected) -> list[Trace]:
+    """The traces without the calls that they are of."""
+    return [Trace.model_validate(trace.model_dump()) for trace in collected.traces]
 
 
 def test_every_kind_of_response_is_seen(client: OpenAI) -> None:
@@ -30,16 +36,16 @@ def test_every_kind_of_response_is_seen(client: OpenAI) -> None:
         with collect() as inner:
             client.with_options(max_retries=1).beta.chat.completions.parse(**ASKED)
     client.chat.completions.create(**ASKED)
-    assert collected.traces == [EXPECTED] * 6
-    assert inner.traces == [EXPECTED]
+    assert seen(collected) == [EXPECTED] * 6
+    assert seen(inner) == [EXPECTED]
 
 
 def test_a_stream_left_open_is_seen_when_it_ends(client: OpenAI) -> None:
     with collect() as collected:
         stream = wrap(client).chat.completions.create(**ASKED, stream=True)
-    assert collected.traces == []
+    assert seen(collected) == []
     assert len(list(stream)) == 3
-    assert collected.traces == [EXPECTED]
+    assert seen(collected) == [EXPECTED]
 
 
 def test_raw_streams_are_seen_too(client: OpenAI) -> None:
@@ -49,7 +55,7 @@ def test_raw_streams_are_seen_too(client: OpenAI) -> None:
         with client.chat.completions.with_streaming_response.create(**ASKED) as streamed:
             body = streamed.json()
     assert len(list(stream)) == 3
-    assert collected.traces == [EXPECTED]
+    assert seen(collected) == [EXPECTED]
     assert body["object"] == "chat.completion"  # type: ignore[index]
 
 
@@ -61,7 +67,7 @@ def test_async_calls_are_seen(async_client: AsyncOpenAI) -> None:
             async for _ in await async_client.chat.completions.create(**ASKED, stream=True):
                 pass
         await async_client.close()
-        return collected.traces
+        return seen(collected)
 
     assert asyncio.run(main()) == [EXPECTED] * 3
 
@@ -94,14 +100,14 @@ def test_every_thread_of_a_client_is_seen(client: OpenAI, server: FakeServer) ->
             before.submit(ask, wrap(other)).result()
             ask(other)
         before.submit(ask, client).result()
-    assert collected.traces == [EXPECTED] * (asked + 1)
+    assert seen(collected) == [EXPECTED] * (asked + 1)
 
 
 def test_a_call_counts_once(client: OpenAI, async_client: AsyncOpenAI) -> None:
     with collect(wrap(client), client, wrap(async_client)) as collected, collect() as around:
         ask(client)
         asyncio.run(async_client.completions.create(model="m", prompt="x"))  # type: ignore[arg-type]
-    assert collected.traces == around.traces == [EXPECTED] * 2
+    assert seen(collected) == seen(around) == [EXPECTED] * 2
 
 
 @pytest.mark.parametrize("by_client", [True, False])
@@ -148,7 +154,7 @@ def test_tasks_started_inside_are_seen_and_to_thread_too(client: OpenAI) -> None
             task = asyncio.create_task(asyncio.to_thread(ask, client))
             await asyncio.to_thread(ask, client)
         await task
-        return collected.traces
+        return seen(collected)
 
     assert asyncio.run(main()) == [EXPECTED] * 2
 
@@ -161,7 +167,7 @@ def test_threads_started_with_the_context_are_seen_and_others_as_python_has_it(c
             thread.start()
             thread.join()
     inherits = getattr(sys.flags, "thread_inherit_context", 0)
-    assert collected.traces == [EXPECTED] * (2 if inherits else 1)
+    assert seen(collected) == [EXPECTED] * (2 if inherits else 1)
 
 
 def test_collecting_of_an_unwrapped_client_says_what_to_do(client: OpenAI) -> None:
@@ -173,7 +179,7 @@ def test_a_client_forgets_its_blocks(client: OpenAI) -> None:
     with pytest.raises(ZeroDivisionError), collect(wrap(client)) as collected:
         raise ZeroDivisionError
     ask(client)
-    assert collected.traces == []
+    assert seen(collected) == []
 
 
 def test_a_broken_trace_never_breaks_the_call(client: OpenAI, server: FakeServer) -> None:
@@ -182,3 +188,43 @@ def test_a_broken_trace_never_breaks_the_call(client: OpenAI, server: FakeServer
         assert wrap(client).chat.completions.create(**ASKED).choices
     with pytest.raises(TraceError, match=r"trace\.version"):
         collected.traces  # noqa: B018
+
+
+def test_a_trace_names_its_call(client: OpenAI) -> None:
+    """Of every kind of response; what begins first is first, though it ends last."""
+    before = datetime.now(timezone.utc)
+    wrap(client, agent="planner")
+    with collect() as collected:
+        stream = client.chat.completions.create(**ASKED, stream=True)
+        with agent("coder"):
+            client.chat.completions.with_raw_response.create(**{**ASKED, "model": "second"})
+            raw = client.completions.with_raw_response.create(model="third", prompt="x", stream=True)
+        client.completions.create(model="fourth", prompt="x", extra_body=Hints(agent=None).extra_body())
+        for items in (raw.parse(), stream):
+            list(items)
+    traces = collected.traces
+    assert [(trace.model, trace.agent, trace.response_id) for trace in traces] == [
+        ("m", "planner", "r0"),
+        ("second", "coder", "r0"),
+        ("third", "coder", "r0"),
+        ("fourth", None, "r0"),
+    ]
+    times = [before, *(trace.started for trace in traces), *sorted(trace.ended for trace in traces)]
+    assert times == sorted(times)
+    assert traces[0].ended == max(trace.ended for trace in traces)
+    assert "policy auto" in str(traces[0])
+
+
+def test_concurrent_calls_come_in_the_order_they_started(async_client: AsyncOpenAI) -> None:
+    async def main() -> list[str | None]:
+        create = wrap(async_client, agent=lambda: "a", capabilities=True).chat.completions.create
+        with collect() as collected:
+            streams = [await create(**{**ASKED, "model": name}, stream=True) for name in "abc"]
+            for stream in reversed(streams):
+                async for _ in stream:
+                    pass
+        await async_client.close()
+        assert {trace.agent for trace in collected.traces} == {"a"}
+        return [trace.model for trace in collected.traces]
+
+    assert asyncio.run(main()) == ["a", "b", "c"]

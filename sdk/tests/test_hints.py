@@ -124,6 +124,7 @@ def test_public_names_are_pinned() -> None:
         "AsyncTracedStream",
         "Capabilities",
         "Collected",
+        "CollectedTrace",
         "HintError",
         "Hints",
         "Kind",

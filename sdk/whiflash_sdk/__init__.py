@@ -6,7 +6,7 @@ from whiflash_sdk import presets, spans
 from whiflash_sdk.agents import agent
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
-from whiflash_sdk.collecting import Collected, collect
+from whiflash_sdk.collecting import Collected, CollectedTrace, collect
 from whiflash_sdk.errors import (
     HintError,
     TraceError,
@@ -30,6 +30,7 @@ __all__ = [
     "AsyncTracedStream",
     "Capabilities",
     "Collected",
+    "CollectedTrace",
     "HintError",
     "Hints",
     "Kind",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
-from whiflash_sdk.collecting import collectors, note, open_scope
+from whiflash_sdk.collecting import note, open_scope, start
 from whiflash_sdk.derive import complete, derive_spans
 from whiflash_sdk.errors import warn_unsupported
 from whiflash_sdk.hints import INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
@@ -167,7 +168,7 @@ def _sync_request(client: Any) -> Callable[..., Any]:
                 raise
             result = send(call.plain, **kwargs)
             call.served_without(refused)
-        note(result, call.collectors)
+        note(result, call.collected)
         return result
 
     return request
@@ -196,7 +197,7 @@ def _async_request(client: Any) -> Callable[..., Any]:
                 raise
             result = await send(call.plain, **kwargs)
             call.served_without(refused)
-        note(result, call.collectors)
+        note(result, call.collected)
         return result
 
     return request
@@ -219,13 +220,13 @@ class _Call:
         found = _found(settings, server, _model(options))
         self.options = self.plain = options
         self.kwargs = kwargs
-        self.collectors = collectors(client)
         self._strict, self._server = settings.strict, server
         if _takes_hints(found, options.url):
             self.options = _with_hints(options, settings, found)
             self.plain = _with_hints(options, settings, None)
             if found:
                 self.kwargs = {**kwargs, "stream_cls": traced_class(kwargs.get("stream_cls"))}
+        self.collected = start(client, _agent_sent(self.options))
 
     def refused(self, error: openai.APIStatusError) -> str | None:
         """Which field of ours the server names as it refuses the request; None: it names none, or `strict` is set."""
@@ -235,6 +236,7 @@ class _Call:
 
     def served_without(self, name: str) -> None:
         """The same request was served without our fields: hints rest, with a warning."""
+        self.collected.agent = None
         if self._server is not None:
             self._server.refused(name)
             self._server.require(None, strict=False)
@@ -259,6 +261,13 @@ def _model(options: Any) -> str | None:
     body = options.json_data if isinstance(options.json_data, Mapping) else {}
     model = {**body, **(options.extra_json or {})}.get("model")
     return model if isinstance(model, str) else None
+
+
+def _agent_sent(options: Any) -> str | None:
+    """The name that goes out with the request."""
+    params = (options.extra_json or {}).get("custom_params")
+    sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
+    return json.loads(sent).get("agent") if sent else None
 
 
 def _is_routed(options: Any) -> bool:

@@ -6,9 +6,11 @@ use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any, Final
 
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
@@ -16,26 +18,69 @@ from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 from whiflash_sdk.trace import Trace, parse_trace, raw_traces
 
 
+class CollectedTrace(Trace):
+    """A trace of a `collect` block, with the call that it is of.
+
+    response_id, model: as the response says them.
+    agent: the name that went out with the request.
+    started, ended: when the request began and its answer was complete, in UTC by this machine's clock.
+    """
+
+    response_id: str | None
+    model: str | None
+    agent: str | None
+    started: datetime
+    ended: datetime
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a wrapped client. raw: its traces as the server sent them, once it has ended."""
+
+    started: datetime
+    agent: str | None = None
+    ended: datetime | None = None
+    response_id: str | None = None
+    model: str | None = None
+    raw: list[Any] = field(default_factory=list)
+
+    def end(self, raw: list[Any], response: Any) -> None:
+        """Take the traces, and the response or one of its chunks, which names the response and its model."""
+        self.ended, self.raw = _now(), raw
+        self.response_id, self.model = (_text(response, name) for name in ("id", "model"))
+
+    def traces(self) -> Iterator[CollectedTrace]:
+        """One a choice. Raises: TraceError for a broken one."""
+        names = ("response_id", "model", "agent", "started", "ended")
+        known = {name: getattr(self, name) for name in names}
+        for raw in self.raw:
+            yield CollectedTrace.model_construct(**dict(parse_trace(raw)), **known)
+
+
 class Collected:
     """The traces of the calls that wrapped clients made inside one `collect` block."""
 
     def __init__(self) -> None:
-        self._raw: list[Any] = []
+        self._calls: list[Call] = []
 
-    def add(self, raw: list[Any]) -> None:
-        """Keep the traces of one response, as the server sent them."""
-        self._raw.extend(raw)
+    def add(self, call: Call) -> None:
+        """Keep a call that starts."""
+        self._calls.append(call)
 
     @property
-    def traces(self) -> list[Trace]:
-        """One trace a choice, in the order the responses ended. Raises: TraceError for a broken one."""
-        return [parse_trace(raw) for raw in list(self._raw)]
+    def traces(self) -> list[CollectedTrace]:
+        """One trace a choice of every call that has ended, in the order the calls started.
+
+        Raises: TraceError for a broken one.
+        """
+        return [trace for call in list(self._calls) for trace in call.traces()]
 
 
 _COLLECTING: ContextVar[tuple[Collected, ...]] = ContextVar("whiflash_collecting", default=())
 
 
 _SCOPES: Final = "_whiflash_scopes"
+_CALL: Final = "whiflash_call"
 
 
 @contextmanager
@@ -83,27 +128,42 @@ def _scope(client: OpenAI | AsyncOpenAI) -> list[Collected]:
     return scopes[-1]
 
 
-def collectors(client: Any) -> tuple[Collected, ...]:
-    """The blocks that a call of this client, made now and here, belongs to."""
+def start(client: Any, agent: str | None) -> Call:
+    """A call of this client, made now and here, in every block that it belongs to."""
+    call = Call(_now(), agent)
     by_client = (collected for scope in vars(client)[_SCOPES] for collected in scope)
-    return tuple(dict.fromkeys((*_COLLECTING.get(), *by_client)))
+    for collected in dict.fromkeys((*_COLLECTING.get(), *by_client)):
+        collected.add(call)
+    return call
 
 
-def note(result: Any, collectors: tuple[Collected, ...]) -> None:
-    """Hand the trace of a client's result to the blocks that its call belongs to; streams do so when they end."""
-    if not collectors or isinstance(result, Stream | AsyncStream):
-        return
-    if hasattr(result, "http_response"):  # a raw response: its body is there unless it is a stream
-        if result.http_response.is_stream_consumed and _is_json(result):
-            _add(collectors, raw_traces(result.http_response.json()))
+def note(result: Any, call: Call) -> None:
+    """Take the trace of a client's result; a stream hands over its own when it ends (`call_of`)."""
+    if isinstance(result, Stream | AsyncStream):
+        result.response.extensions[_CALL] = call
+    elif not hasattr(result, "http_response"):
+        call.end(raw_traces(result), result)
+    elif result.http_response.is_stream_consumed and _is_json(result):  # a raw response
+        body = result.http_response.json()
+        call.end(raw_traces(body), body)
     else:
-        _add(collectors, raw_traces(result))
+        result.http_response.extensions[_CALL] = call
+
+
+def call_of(response: Any) -> Call | None:
+    """The call that an HTTP response answers, if `note` saw its stream or raw response."""
+    call: Call | None = response.extensions.get(_CALL)
+    return call
 
 
 def _is_json(raw: Any) -> bool:
     return "application/json" in raw.http_response.headers.get("content-type", "")
 
 
-def _add(collectors: tuple[Collected, ...], raw: list[Any]) -> None:
-    for collected in collectors:
-        collected.add(raw)
+def _text(response: Any, name: str) -> str | None:
+    found = response.get(name) if isinstance(response, Mapping) else getattr(response, name, None)
+    return found if isinstance(found, str) else None
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from openai import AsyncStream, Stream
 from pydantic import BaseModel
 
-from whiflash_sdk.collecting import Collected, collectors
+from whiflash_sdk.collecting import call_of
 from whiflash_sdk.trace import STREAMS, sent_traces, text_of, with_text
 
 ItemT = TypeVar("ItemT")
@@ -25,10 +25,11 @@ ItemT = TypeVar("ItemT")
 class _Kept:
     """The traces of a stream, one a choice, as the server sent them; handed to `collect` blocks when it ends."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, response: Any) -> None:
         self._by_choice: dict[int, Any] = {}
         self._texts: dict[int, list[str]] = {}
-        self._collectors: tuple[Collected, ...] = collectors(client)
+        self._response = response
+        self._first: Any = None
 
     @property
     def raw_traces(self) -> list[Any]:
@@ -37,8 +38,10 @@ class _Kept:
 
     def takes(self, item: Any) -> bool:
         """Keep what an item tells. True if that is traces and nothing else."""
-        if isinstance(name := getattr(item, "id", None), str):
-            STREAMS[name] = self
+        if self._first is None:
+            self._first = getattr(item, "response", item)  # events of the Responses API hold theirs
+            if isinstance(name := getattr(self._first, "id", None), str):
+                STREAMS[name] = self
         for choice in getattr(item, "choices", None) or ():
             self._texts.setdefault(choice.index, []).append(text_of(choice))
         found = sent_traces(item)
@@ -47,8 +50,9 @@ class _Kept:
         return bool(found) and _holds_nothing_else(item)
 
     def ended(self) -> None:
-        for collected in self._collectors:
-            collected.add(self.raw_traces)
+        call = call_of(self._response)
+        if call is not None:
+            call.end(self.raw_traces, self._first)
 
 
 def _holds_nothing_else(item: Any) -> bool:
@@ -62,7 +66,7 @@ class TracedStream(Stream[ItemT]):
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
-        kept = self._kept = _Kept(named["client"])
+        kept = self._kept = _Kept(named["response"])
         # The client's iterator refers to its stream. It gets a copy for that, so that this stream is in no cycle, is
         # missed as soon as a loop over it was left, and can be closed then.
         del self._iterator
@@ -81,7 +85,7 @@ class AsyncTracedStream(AsyncStream[ItemT]):
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
-        kept = self._kept = _Kept(named["client"])
+        kept = self._kept = _Kept(named["response"])
         del self._iterator
         self._iterator = _async_without_traces(copy.copy(self).__stream__(), kept)
 
