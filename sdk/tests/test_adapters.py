@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk import Capabilities, collect
 
@@ -152,6 +152,70 @@ def test_langgraph_nodes_are_named_by_their_path(server: FakeServer) -> None:
     wrap_model(model, agent="mine")
     model.invoke("Outside.")
     assert agents_of(server)[5:] == [None, "mine"]
+
+
+def shared(framework: str, server: FakeServer) -> tuple[Any, list[Any]]:
+    """Two models of a framework on one client, wrapped in turn; and how to ask one."""
+    if framework.startswith("agents"):
+        agents = pytest.importorskip("agents")
+        from whiflash_sdk.adapters.openai_agents import wrap_model as wrap_agents
+
+        agents.set_tracing_disabled(True)
+        client = AsyncOpenAI(base_url=server.base_url, api_key="key")
+        model_class = getattr(agents, framework.partition(".")[2])
+        made = [wrap_agents(model_class(model="tiny", openai_client=client), agent=name) for name in "ab"]
+        return lambda model: agents.Runner.run(agents.Agent(name="x", model=model), "Hello."), made
+    if framework == "langchain":
+        langchain = pytest.importorskip("langchain_openai")
+        from whiflash_sdk.adapters.langchain import wrap_model as wrap_langchain
+
+        one = langchain.ChatOpenAI(model="tiny", base_url=server.base_url, api_key="key")
+        made = [wrap_langchain(model, agent=name) for model, name in ((one, "a"), (one.model_copy(), "b"))]
+        return lambda model: model.ainvoke("Hello."), made
+    if framework == "smolagents":
+        smolagents = pytest.importorskip("smolagents")
+        from whiflash_sdk.adapters.smolagents import wrap_model as wrap_smolagents
+
+        sync_client = OpenAI(base_url=server.base_url, api_key="key")
+        both = [smolagents.OpenAIModel("tiny", api_key="key") for _ in "ab"]
+        for model in both:
+            model.client = sync_client
+        made = [wrap_smolagents(model, agent=name) for model, name in zip(both, "ab", strict=True)]
+        message = smolagents.ChatMessage(role="user", content="Hello.")
+        return lambda model: asyncio.to_thread(model.generate, [message]), made
+    pydantic_ai = pytest.importorskip("pydantic_ai")
+    from pydantic_ai.models import openai
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    from whiflash_sdk.adapters.pydantic_ai import wrap_model as wrap_pydantic
+
+    provider = OpenAIProvider(openai_client=AsyncOpenAI(base_url=server.base_url, api_key="key"))
+    model_class = getattr(openai, framework.partition(".")[2])
+    made = [wrap_pydantic(model_class("tiny", provider=provider), agent=name) for name in "ab"]
+    return lambda model: pydantic_ai.Agent(model).run("Hello."), made
+
+
+@pytest.mark.parametrize(
+    "framework",
+    [
+        "agents.OpenAIChatCompletionsModel",
+        "agents.OpenAIResponsesModel",
+        "langchain",
+        "smolagents",
+        "pydantic_ai.OpenAIChatModel",
+        "pydantic_ai.OpenAIResponsesModel",
+    ],
+)
+def test_models_of_one_client_keep_their_settings(framework: str, server: FakeServer) -> None:
+    server.capabilities["routes"] = ["chat/completions", "completions", "responses"]
+    ask, models = shared(framework, server)
+
+    async def both() -> None:
+        for model in models:
+            await ask(model)
+
+    asyncio.run(both())
+    assert agents_of(server) == ["a", "b"]
 
 
 def test_langchain_async(server: FakeServer) -> None:

@@ -79,6 +79,19 @@ def test_servers_of_before_get_nothing_that_they_refuse(client: OpenAI, server: 
     assert server.hints(1)["off"] is True
 
 
+def test_a_call_that_names_its_agent_in_the_body_is_given_no_other(
+    client: OpenAI, server: FakeServer
+) -> None:
+    """AgentSpec's field and the hint name the same thing, and a server refuses a request with both."""
+    wrap(client, agent=lambda: "framework", hints=Hints(query=1, structure=[("a", "b")]))
+    ask(client, extra_body={"agent-id": "own", "query-id": 2})
+    with agent("block"):
+        ask(client, extra_body={"agent-id": "own"})
+    ask(client, extra_body=Hints(agent="call").extra_body())
+    assert not any(SCOPE & set(server.wire(index)) for index in range(2))
+    assert server.wire(2)["agent"] == "call"
+
+
 @pytest.mark.filterwarnings("ignore::whiflash_sdk.UnsupportedServerWarning")
 def test_a_server_that_does_not_route_gets_nothing(client: OpenAI, server: FakeServer) -> None:
     server.capabilities_status = 404

@@ -209,9 +209,9 @@ def test_a_trace_names_its_call(client: OpenAI) -> None:
         ("third", "coder", "r0"),
         ("fourth", None, "r0"),
     ]
-    times = [before, *(trace.started for trace in traces), *sorted(trace.ended for trace in traces)]
-    assert times == sorted(times)
-    assert traces[0].ended == max(trace.ended for trace in traces)
+    assert before <= traces[0].started
+    assert [trace.started for trace in traces] == sorted(trace.started for trace in traces)
+    assert all(trace.started <= trace.ended <= traces[0].ended for trace in traces)
     assert "policy auto" in str(traces[0])
 
 

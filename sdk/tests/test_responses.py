@@ -50,7 +50,9 @@ def test_traces_are_asked_for_and_read_as_of_chats(client: OpenAI, reading: Fake
     assert [event.type for event in events] == ["response.created", "response.completed"]
     for answer in (response, stream, events[-1], helper, raw):
         assert routing(answer) == EXPECTED
-    assert collected.traces == [EXPECTED] * 4
+    assert [(trace.model, trace.response_id, trace.arms) for trace in collected.traces] == [
+        ("m", "r0", EXPECTED.arms)
+    ] * 4
     assert all(reading.wire(index)["trace"] is True for index in range(4))
     wrap(client, trace=False).responses.create(**ASKED)
     assert "trace" not in reading.hints()
@@ -65,9 +67,9 @@ def test_asynchronously_too(async_client: AsyncOpenAI, reading: FakeServer) -> N
             stream = await async_client.responses.create(**ASKED, stream=True)
             assert [event.type async for event in stream][-1] == "response.completed"
         await async_client.close()
-        return routing(response), routing(stream), *collected.traces
+        return routing(response), routing(stream), *(trace.arms for trace in collected.traces)
 
-    assert asyncio.run(ask()) == (EXPECTED,) * 4
+    assert asyncio.run(ask()) == (EXPECTED, EXPECTED, EXPECTED.arms, EXPECTED.arms)
     assert reading.wire(0)["agent"] == reading.wire(1)["agent"] == "b"
 
 

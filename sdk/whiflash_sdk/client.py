@@ -17,7 +17,7 @@ from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
 from whiflash_sdk.collecting import note, open_scope, start
 from whiflash_sdk.derive import complete, derive_spans
 from whiflash_sdk.errors import warn_unsupported
-from whiflash_sdk.hints import INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.hints import AGENT_FIELD, INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.spans import block_hints, opened_span
 from whiflash_sdk.streaming import traced_class
@@ -292,9 +292,13 @@ def _with_hints(options: Any, settings: _Settings, found: Capabilities | bool | 
     carried = params.pop(WIRE_KEY, None)
     if found:
         hints = block_hints().over(settings.hints)
+        names_agent = AGENT_FIELD in extra  # a server takes the name once: in the body or in the hints
+        if names_agent:
+            hints = hints.without(SCOPES)
         if carried is not None:
             hints = decode(carried).over(hints)
-        hints = _named(hints, settings.agent)
+        if not names_agent:
+            hints = _named(hints, settings.agent)
         derived: tuple[Span, ...] = ()
         if isinstance(found, Capabilities):
             hints = _understood(hints, found)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Final
 
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
+from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.trace import Trace, parse_trace, raw_traces
 
 
@@ -76,9 +76,7 @@ class Collected:
         return [trace for call in list(self._calls) for trace in call.traces()]
 
 
-_COLLECTING: ContextVar[tuple[Collected, ...]] = ContextVar("whiflash_collecting", default=())
-
-
+_COLLECTING: BlockValue[tuple[Collected, ...]] = BlockValue("whiflash_collecting", ())
 _SCOPES: Final = "_whiflash_scopes"
 _CALL: Final = "whiflash_call"
 
@@ -98,11 +96,8 @@ def collect(*clients: OpenAI | AsyncOpenAI) -> Iterator[Collected]:
     """
     collected = Collected()
     if not clients:
-        token = _COLLECTING.set((*_COLLECTING.get(), collected))
-        try:
+        with _COLLECTING.holding((*_COLLECTING.get(), collected)):
             yield collected
-        finally:
-            _COLLECTING.reset(token)
         return
     scopes = [_scope(client) for client in clients]
     for scope in scopes:

@@ -26,6 +26,8 @@ TraceLevel = Literal["summary", "full"]
 WIRE_KEY: Final = "whiflash"
 INFERRED_KEY: Final = "whiflash_inferred"
 """Beside it: the spans are the SDK's guess, which the server does not count as the caller's."""
+AGENT_FIELD: Final = "agent-id"
+"""AgentSpec's field of a request's body for the hint `agent` (arXiv 2608.24004)."""
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
 MAX_BYTES: Final = 8192

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 
-_PREDICTED: ContextVar[str | None] = ContextVar("whiflash_predicted", default=None)
+from whiflash_sdk.blocks import BlockValue
+
+_PREDICTED: BlockValue[str | None] = BlockValue("whiflash_predicted", None)
 
 
 def predicted_text() -> str | None:
@@ -14,8 +14,7 @@ def predicted_text() -> str | None:
     return _PREDICTED.get()
 
 
-@contextmanager
-def predict(text: str | None) -> Iterator[None]:
+def predict(text: str | None) -> AbstractContextManager[str | None]:
     """Calls inside the block expect `text` back, or something like it: the file to edit, the document to correct.
 
     The server copies from it, so an answer that follows it takes a fraction of the time. Every copied token is
@@ -23,8 +22,4 @@ def predict(text: str | None) -> Iterator[None]:
     with chat and text completions, in this thread or task, to servers that say that they understand it. A call's own
     `prediction=` is left as it is, on every server. None: nothing is expected after all.
     """
-    token = _PREDICTED.set(text)
-    try:
-        yield
-    finally:
-        _PREDICTED.reset(token)
+    return _PREDICTED.holding(text)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 
+from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.hints import Arm, Hints, Kind, Span
 
 __all__ = ["code", "hinted", "json", "prose", "reasoning", "tool_call"]
 
-_BLOCK: ContextVar[Hints | None] = ContextVar("whiflash_block", default=None)
-_OPENED: ContextVar[Span | None] = ContextVar("whiflash_opened", default=None)
+_BLOCK: BlockValue[Hints] = BlockValue("whiflash_block", Hints())
+_OPENED: BlockValue[Span | None] = BlockValue("whiflash_opened", None)
 
 
 def block_hints() -> Hints:
     """The hints of the enclosing `hinted` blocks; empty outside."""
-    return _BLOCK.get() or Hints()
+    return _BLOCK.get()
 
 
 def opened_span() -> Span | None:
@@ -31,22 +31,15 @@ def opened_span() -> Span | None:
 @contextmanager
 def hinted(hints: Hints) -> Iterator[Hints]:
     """Calls inside the block carry these hints, over those of outer blocks and of the client."""
-    merged = hints.over(block_hints())
-    token = _BLOCK.set(merged)
-    try:
+    with _BLOCK.holding(hints.over(block_hints())) as merged:
         yield merged
-    finally:
-        _BLOCK.reset(token)
 
 
 @contextmanager
 def _opened(kind: Kind, prefer: Arm | None, pin: bool, bias: Mapping[Arm, float] | None) -> Iterator[Span]:
     span = Span(kind=kind, open=True, prefer=prefer, pin=pin, bias=dict(bias or {}))
-    token = _OPENED.set(span)
-    try:
+    with _OPENED.holding(span):
         yield span
-    finally:
-        _OPENED.reset(token)
 
 
 def tool_call(

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from langchain_core.runnables.config import var_child_runnable_config
-from langchain_openai import ChatOpenAI
+from langchain_openai.chat_models.base import BaseChatOpenAI
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import Settings, wrap
 
+ModelT = TypeVar("ModelT", bound=BaseChatOpenAI)
 
-def wrap_model(model: ChatOpenAI, **settings: Unpack[Settings]) -> ChatOpenAI:
-    """Wrap the model's clients, sync and async, with the settings of `whiflash_sdk.wrap`, and return the model.
+
+def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
+    """Give the model wrapped clients of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls from a graph carry its node's name as `agent`, unless something else is said.
 
     Hints for one runnable alone: `model.bind(extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", node)
-    for client in (model.root_client, model.root_async_client):
-        if client is not None:  # without a key there is no sync client
-            wrap(client, **settings)
+    if model.root_client is not None:  # where the key is an async function there is none
+        model.root_client = wrap(model.root_client.with_options(), **settings)
+        model.client = model.root_client.chat.completions
+    if model.root_async_client is not None:
+        model.root_async_client = wrap(model.root_async_client.with_options(), **settings)
+        model.async_client = model.root_async_client.chat.completions
     return model
 
 

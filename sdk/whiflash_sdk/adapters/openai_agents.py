@@ -14,13 +14,13 @@ ModelT = TypeVar("ModelT", OpenAIChatCompletionsModel, OpenAIResponsesModel)
 
 
 def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
-    """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
+    """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the running agent's name, unless something else is said. Hints for one agent alone go into its
     `ModelSettings(extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
-    wrap(model._client, **settings)
+    model._client = wrap(model._client.with_options(), **settings)
     return model
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic_ai.models.openai import OpenAIChatModel  # type: ignore[import-not-found]
+import copy
+from typing import TypeVar
+
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel  # type: ignore[import-not-found]
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import Settings, wrap
@@ -12,16 +15,32 @@ try:
 except ImportError:  # versions of before
     get_current_run_context = None
 
+ModelT = TypeVar("ModelT", OpenAIChatModel, OpenAIResponsesModel)
 
-def wrap_model(model: OpenAIChatModel, **settings: Unpack[Settings]) -> OpenAIChatModel:
-    """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
+
+def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
+    """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the running agent's name, unless something else is said. Hints for one run alone:
     `model_settings={"extra_body": Hints(…).extra_body()}`.
     """
     settings.setdefault("agent", running_agent)
-    wrap(model.client, **settings)
+    client = wrap(model.client.with_options(), **settings)
+    if "client" in vars(model):
+        model.client = client
+    else:  # newer versions read it from the provider, which several models may share
+        model._provider = _with_client(model._provider, client)
     return model
+
+
+def _with_client(provider: object, client: object) -> object:
+    """A copy of the provider for this client; with HTTP connections of its own if closing it closes them."""
+    made = copy.copy(provider)
+    vars(made)["_client"] = client
+    if getattr(made, "_own_http_client", None) is not None:
+        http = vars(made)["_own_http_client"] = made._http_client_factory()  # type: ignore[attr-defined]
+        made._set_http_client(http)  # type: ignore[attr-defined]
+    return made
 
 
 def running_agent() -> str | None:

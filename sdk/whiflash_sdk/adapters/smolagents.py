@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
+from typing import TypeVar
 
 from smolagents import MultiStepAgent, OpenAIModel  # type: ignore[import-untyped]
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import Settings, wrap
 
+ModelT = TypeVar("ModelT", bound=OpenAIModel)
 
-def wrap_model(model: OpenAIModel, **settings: Unpack[Settings]) -> OpenAIModel:
-    """Wrap the model's client, with the settings of `whiflash_sdk.wrap`, and return the model.
+
+def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
+    """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the running agent's name, of one without a name its class's, unless something else is said. Hints for
     every call of this model: `OpenAIModel(…, extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
-    wrap(model.client, **settings)
+    model.client = wrap(model.client.with_options(), **settings)
     return model
 
 

@@ -1,0 +1,101 @@
+"""Blocks whose two halves run in different contexts, as frameworks run the halves of a generator."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import anyio.to_thread
+import pytest
+from fake_server import FakeServer
+from openai import AsyncOpenAI
+
+from whiflash_sdk import Hints, agent, collect, hinted, predict, spans, wrap
+
+ASKED: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Where?"}]}
+BLOCKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "hinted": lambda: hinted(Hints(off=True)),
+    "agent": lambda: agent("planner"),
+    "predict": lambda: predict("a text"),
+    "spans": spans.code,
+    "collect": collect,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_halves_of_a_generator_run_in_two_threads(block: Callable[[], Any]) -> None:
+    """So FastAPI runs a `yield` dependency that is no coroutine."""
+
+    def dependency() -> Iterator[None]:
+        with block():
+            yield
+
+    async def request() -> None:
+        halves = dependency()
+        await anyio.to_thread.run_sync(next, halves)
+        await anyio.to_thread.run_sync(next, halves, None)
+
+    asyncio.run(request())
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_halves_of_an_async_generator_run_in_two_tasks(
+    block: Callable[[], Any], async_client: AsyncOpenAI, server: FakeServer
+) -> None:
+    """So pytest-asyncio runs a fixture. What runs in the first half's context later is outside the block."""
+    wrap(async_client)
+
+    async def fixture() -> AsyncIterator[Any]:
+        with block() as given:
+            yield given
+
+    async def ask() -> None:
+        await async_client.chat.completions.create(**ASKED)
+
+    async def main() -> Any:
+        halves, ended, first = fixture(), asyncio.Event(), asyncio.Event()
+        given: list[Any] = []
+
+        async def setup() -> None:
+            given.append(await anext(halves))
+            await ask()
+            first.set()
+            await ended.wait()
+            await ask()
+
+        begun = asyncio.create_task(setup())
+        await first.wait()
+        await asyncio.create_task(anext(halves, None))  # type: ignore[arg-type]
+        ended.set()
+        await begun
+        await ask()
+        return given[0]
+
+    given = asyncio.run(main())
+    inside, behind, outside = server.bodies
+    assert behind == outside
+    if block is BLOCKS["collect"]:
+        assert len(given.traces) == 1
+    else:
+        assert inside != outside
+
+
+def test_what_outlives_a_block_keeps_it(async_client: AsyncOpenAI, server: FakeServer) -> None:
+    """A task that was started inside, where the block ends as it began; the blocks around it hold on."""
+    wrap(async_client)
+
+    async def ask(go: asyncio.Event) -> None:
+        await go.wait()
+        await async_client.chat.completions.create(**ASKED)
+
+    async def main() -> None:
+        go = asyncio.Event()
+        with agent("outer"):
+            with agent("inner"):
+                begun = asyncio.create_task(ask(go))
+            go.set()
+            await begun
+            await ask(go)
+
+    asyncio.run(main())
+    assert [server.hints(index)["agent"] for index in range(2)] == ["inner", "outer"]

@@ -1,0 +1,55 @@
+"""Values that hold inside a `with` block, for its thread or task and the tasks that it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(eq=False)
+class _Block(Generic[ValueT]):
+    value: ValueT
+    outer: _Block[ValueT] | None
+    ended: bool = False
+
+
+class BlockValue(Generic[ValueT]):
+    """A context variable that blocks set.
+
+    A block may end in another context than it began in: frameworks run the two halves of a generator in two threads
+    or tasks (FastAPI's `yield` dependencies, fixtures of pytest-asyncio). Such a block ends for every context, since
+    nothing can reset the one that it began in.
+    """
+
+    def __init__(self, name: str, default: ValueT) -> None:
+        self._blocks: ContextVar[_Block[ValueT] | None] = ContextVar(name, default=None)
+        self._default = default
+
+    def get(self) -> ValueT:
+        """The innermost block's value; the default outside."""
+        block = self._block()
+        return self._default if block is None else block.value
+
+    def _block(self) -> _Block[ValueT] | None:
+        block = self._blocks.get()
+        while block is not None and block.ended:
+            block = block.outer
+        return block
+
+    @contextmanager
+    def holding(self, value: ValueT) -> Iterator[ValueT]:
+        """Set the value until the block ends."""
+        block = _Block(value, self._block())
+        token = self._blocks.set(block)
+        try:
+            yield value
+        finally:
+            try:
+                self._blocks.reset(token)
+            except ValueError:  # another context
+                block.ended = True
