@@ -166,11 +166,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Drafts that were none",
-            "With ids of no token, or NaN: damaged files, or a fault. Above 0 the drafter is as good as off; 1 says "
-            "which is quarantined until the server is started again.",
+            "With ids of no token, or NaN: damaged files, or a fault. Requests left out went on without the drafter; 1 "
+            "says which drafter is quarantined, left out for everybody until it is tried again.",
             "none",
             (
                 (rate("faulty_drafts_total", "arm"), "{{arm}}"),
+                (rate("left_out_requests_total", "arm"), "requests left out: {{arm}}"),
                 (
                     f"max by (arm, instance) ({whole('quarantined')})",
                     "quarantined: {{arm}} on {{instance}}",

@@ -43,7 +43,8 @@ STATE = {
     "policy": "the policy in force",
     "arms": "drafters that are loaded",
     "requests": "running now",
-    "quarantined": "why, of each arm that drafts no more until the server is started again",
+    "quarantined": "why, of each arm that is left out for everybody",
+    "left_out": "of each arm, requests that went on without it",
     "faulty_drafts": "of each arm, drafts of a request in a round that were none: ids of no token, or NaN",
     "rounds": "rounds of the batch",
     "rows": "rows verified, over all rounds",
@@ -135,7 +136,7 @@ def targets_table() -> str:
 def state_table() -> str:
     """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
     known = (
-        *("policy", "arms", "requests", "quarantined", "faulty_drafts"),
+        *("policy", "arms", "requests", "quarantined", "left_out", "faulty_drafts"),
         *RoundClock().snapshot(),
         *Tally.of(()).snapshot(),
         "costs",

@@ -83,7 +83,7 @@ async def settle(run: Run) -> None:
         run.found.leaks += state["requests"]
         await asyncio.sleep(2)  # SGLang's own check, in the scheduler's idle loop
         run.found.leaks += state["memory"].get("lookup_index", 0) > 0
-        run.found.leaks += len(state["quarantined"])
+        run.found.leaks += len(state["quarantined"]) + sum(state["left_out"].values())
         (await run.client.get("/health")).raise_for_status()
     except httpx.HTTPError:
         run.found.crashes += 1

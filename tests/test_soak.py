@@ -48,8 +48,9 @@ def test_what_is_kept_of_requests_that_are_gone_is_a_leak(
     def answer(request: httpx.Request) -> httpx.Response:
         nonlocal asked
         asked += request.url.path == "/whiflash/state"
+        requests = 2 if asked <= busy else 0
         return httpx.Response(
-            200, json={"requests": 2 if asked <= busy else 0, "memory": {}, "quarantined": []}
+            200, json={"requests": requests, "memory": {}, "quarantined": [], "left_out": {}}
         )
 
     async def settled() -> Any:

@@ -65,7 +65,7 @@ def verified(
     object.__setattr__(stage, "drafters", dict(arms))
     object.__setattr__(stage, "quarantine", Quarantine(["ar", *dict(arms)]))
     monkeypatch.setattr(DraftStage, "_whole_batch", lambda *_: None)
-    requests: Any = SimpleNamespace(rows=one, starts=one)
+    requests: Any = SimpleNamespace(rows=one, starts=one, reqs=[SimpleNamespace(rid="r")])
     laid, behind, _ = stage._prolonged(requests, plan, laid, None, None)
     found = list(laid.tokens[0, : int(laid.counts[0])].tolist())
     return [*found, *(behind.tokens[0, : int(behind.counts[0])].tolist() if behind is not None else [])]

@@ -62,9 +62,10 @@ class Lifecycle:
         if not req.output_ids:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         predicted = self._predicted(req)
+        self._quarantine.begin(req.rid, tenant)
         for arm, drafter in self._drafters.items():
-            if arm not in self._quarantine:
-                with self._quarantine.guard(arm):
+            if self._quarantine.serves(arm, req.rid):
+                with self._quarantine.guard(arm, req.rid):
                     drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
         recording = recording_of(req, hints.trace, self._sample_rate)
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
@@ -82,8 +83,8 @@ class Lifecycle:
             self._sync.flush(row, req.owned_kv_len())
         if kept and req.finished():
             for arm, drafter in self._drafters.items():
-                if arm not in self._quarantine:
-                    with self._quarantine.guard(arm):
+                if self._quarantine.serves(arm, req.rid):
+                    with self._quarantine.guard(arm, req.rid):
                         drafter.finish(row, req.output_ids_through_stop)
         self._tally.ended(self._controller.lanes[row].counts)
         self._forget(row)
@@ -105,11 +106,13 @@ class Lifecycle:
         return read.tokens if read is not None and read.tokens else None
 
     def _forget(self, row: int) -> None:
+        rid = self._controller.lanes[row].rid
         self._sync.forget(row)
         self._controller.forget(row)
         for arm, drafter in self._drafters.items():
-            with self._quarantine.guard(arm):
+            with self._quarantine.guard(arm, rid):
                 drafter.release(row)
+        self._quarantine.end(rid)
 
 
 def _hints_of(req: Any) -> RequestHints:

@@ -97,10 +97,18 @@ SERIES = (
         ("arm",),
     ),
     Series(
+        "left_out_requests_total",
+        "counter",
+        "requests that went on without an arm, since it raised an error for them or its drafts were none; the "
+        "server's log names them",
+        _each(lambda w: w.quarantine.left_out),
+        ("arm",),
+    ),
+    Series(
         "quarantined",
         "gauge",
-        "1 for an arm that drafts no more until the server is started again, since it raised an error or its drafts "
-        "were none too often; the server's log says why",
+        "1 for an arm that is left out for everybody, since it raised an error or its drafts were none for several "
+        "requests in a row; it is tried again after a minute or more; the server's log says why",
         lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
         ("arm",),
     ),

@@ -56,6 +56,7 @@ def state_of(worker: Observed) -> dict[str, Any]:
         "arms": sorted(worker.drafters),
         "requests": len(worker.controller.lanes),
         "quarantined": dict(worker.quarantine.reasons),
+        "left_out": dict(worker.quarantine.left_out),
         "faulty_drafts": dict(worker.quarantine.faults),
         **worker.clock.snapshot(),
         **worker.tally.snapshot(),

@@ -27,7 +27,7 @@ class DraftSync:
     Args:
         drafters: by arm; those that keep KV are synchronised.
         capacity: tokens of a ring. width: columns of one captured row. dtype: of the captured features.
-        quarantine: whoever is in it ingests nothing any more: nobody will draft from it. Default: nobody ever is.
+        quarantine: knows whose KV has holes, who ingests nothing any more. Default: nobody's ever has.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class DraftSync:
             owners = Owners(rows[torch.searchsorted(last_rows, packed)], self._slot_table, runs)
             prompt = replace(prompt, owners=owners)
         for arm, drafter in self._drafters.items():
-            if arm not in self._quarantine:
-                with self._quarantine.guard(arm):
+            if self._quarantine.ingests(arm):
+                with self._quarantine.guard_ingestion(arm):
                     drafter.catch_up(prompt.of(drafter.features))
         tails = prompt.positions[last_rows]
         one = torch.ones_like(tails)
@@ -231,11 +231,11 @@ class DraftSync:
         self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
     ) -> None:
         """What the requests in `rows` [B] parked between the watermarks of `arm`, of [arms, B] each."""
-        if arm in self._quarantine:
+        if not self._quarantine.ingests(arm):
             return
         self.caught_up[arm] += most
         i = self.arms.index(arm)
-        with self._quarantine.guard(arm):
+        with self._quarantine.guard_ingestion(arm):
             self._issue(arm, rows, begins[i], ends[i], most)
 
     def _issue(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -87,25 +87,42 @@ class DraftStage:
         taken = _Taken(self.drafters, requests.row_ids) if self._traces(plan) else None
         for arm, members in plan.members.items():
             began = time.perf_counter()
-            own: Drafts | None = None
-            if arm not in self.quarantine:
-                batch = self._batch(requests, plan, arm)
-                with self.quarantine.guard(arm):
-                    own = self.drafters[arm].draft(batch)
+            drafted_for, own = self._drafted(requests, plan, arm, members)
             if own is None:
                 continue  # its requests verify their bonus tokens
             if own.passes:  # what only looks did so before; what is left is the round's, whoever drafts
                 seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
-                self.costs.drafted(arm, len(members), passes=own.passes, seconds=seconds, catch_up=catch_up)
+                self.costs.drafted(
+                    arm, len(drafted_for), passes=own.passes, seconds=seconds, catch_up=catch_up
+                )
                 self.clock.drafted(seconds + catch_up)
             index = plan.on_device.members[arm]
+            if len(drafted_for) < len(members):
+                index = torch.tensor(drafted_for, device=device)
             parts.append(Drafted(index, own.tokens, own.counts, own.alive, own.confidences))
             if taken is not None:
-                taken.first(arm, members, own)
+                taken.first(arm, drafted_for, own)
         began = time.perf_counter()
         proposal = self._proposal(requests, plan, parts, taken)
         self.clock.drafted(time.perf_counter() - began)
         return proposal
+
+    def _drafted(
+        self, requests: RoundBatch, plan: Plan, arm: str, members: Sequence[int]
+    ) -> tuple[Sequence[int], Drafts | None]:
+        """What `arm` drafts for `members` of the batch, and for which of them."""
+        if arm in self.quarantine:
+            return (), None
+        drafter, all_of_them = self.drafters[arm], plan.on_device.members[arm]
+
+        def draft(chosen: Sequence[int]) -> Drafts:
+            own = [members[i] for i in chosen]
+            index = all_of_them if len(own) == len(members) else torch.tensor(own, device=all_of_them.device)
+            return drafter.draft(self._batch(requests, plan, arm, own, index))
+
+        rids = [requests.reqs[i].rid for i in members]
+        chosen, drafts = self.quarantine.attempt(arm, rids, draft)
+        return [members[i] for i in chosen], drafts
 
     def _traces(self, plan: Plan) -> bool:
         """Whether somebody wants to know what drafts are taken from, and may."""
@@ -193,16 +210,15 @@ class DraftStage:
             if seen.get(arm) == grown or (again and (not grown or drafter.late)):
                 continue  # nothing is behind the drafts that it has not seen
             rooms = [
-                0 if route == arm and not again else room
-                for route, room in zip(plan.routes, plan.joined, strict=True)
+                0 if (route == arm and not again) or not self.quarantine.serves(arm, req.rid) else room
+                for route, room, req in zip(plan.routes, plan.joined, requests.reqs, strict=True)
             ]
             if not any(rooms):
                 continue
             laid, more = _joined(requests, laid, more, text), None
             batch = self._whole_batch(requests, plan, arm)
             drafts = Drafts(laid.tokens, laid.counts, laid.alive)
-            with self.quarantine.guard(arm):
-                more = drafter.prolong(Grown(batch, drafts, rooms, plan.on_device.joined))
+            more = self._behind(arm, Grown(batch, drafts, rooms, plan.on_device.joined), requests)
             if more is not None:
                 grown += not drafter.forbids or bool(more.counts.any())
                 if taken is not None:
@@ -213,12 +229,25 @@ class DraftStage:
             return _joined(requests, laid, more, text), None, own
         return laid, Drafted(requests.rows, more.tokens, more.counts, more.alive, None), own
 
-    def _batch(self, requests: RoundBatch, plan: Plan, arm: str) -> DraftBatch:
-        """The requests that `arm` drafts for."""
-        members = plan.members[arm]
+    def _behind(self, arm: str, grown: Grown, requests: RoundBatch) -> Drafts | None:
+        """What `arm` has to follow the drafts of those requests that have room for it."""
+        asked = [i for i, room in enumerate(grown.rooms) if room]
+
+        def prolong(chosen: Sequence[int]) -> Drafts | None:
+            own = {asked[i] for i in chosen}
+            rooms = [room if i in own else 0 for i, room in enumerate(grown.rooms)]
+            return self.drafters[arm].prolong(replace(grown, rooms=rooms))
+
+        rids = [requests.reqs[i].rid for i in asked]
+        return self.quarantine.attempt(arm, rids, prolong)[1]
+
+    def _batch(
+        self, requests: RoundBatch, plan: Plan, arm: str, members: Sequence[int], index: torch.Tensor
+    ) -> DraftBatch:
+        """The requests that `arm` drafts for: `members` of the batch, and the same on the device."""
         inputs = self.sync.inputs(
             arm,
-            plan.on_device.members[arm] if len(members) < len(plan.routes) else None,
+            index if len(members) < len(plan.routes) else None,
             requests.rows,
             requests.starts,
             requests.bonus,

@@ -79,7 +79,7 @@ class Learner:
         for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
             lane.under_way.pop(0)
             if plan.limits[i]:
-                self.quarantine.judge(arm, faulty=bool(found["faults"][i]))
+                self.quarantine.judge(arm, lane.rid, faulty=bool(found["faults"][i]))
             if not tokens[i] or not self.ranks.leads:
                 continue
             width, row = found["widths"][i], lane.row
@@ -98,7 +98,7 @@ class Learner:
             # A request's last round ends what drafters keep of it.
             if evidence and arm in self.drafters and self.controller.keeps(lane):
                 confidences = found["confidences"][i][: found["own"][i]]
-                with self.quarantine.guard(arm):
+                with self.quarantine.guard(arm, lane.rid):
                     self.drafters[arm].observe(row, width - 1, len(tokens[i]) - 1, confidences)
             if "entropy" in found:
                 lane.entropy = found["entropy"][i]

@@ -33,6 +33,7 @@ class Planner:
 
     def plan(self, requests: RoundBatch) -> Plan:
         """Route every request, and say what the round takes for it; what catches up counts as done from now on."""
+        self.quarantine.tick()
         self.ranks.note(requests.names, requests.lengths)
         decided = self.ranks.told(lambda: self._decide(requests))
         if not self.ranks.leads:
@@ -84,7 +85,7 @@ class Planner:
         ]
         must_beat = [
             self.controller.must_beat(row, route, late)
-            if late and budget > 1 and self.controller.holds(row, rid) and self.drafters[late].serves(row)
+            if late and budget > 1 and self._takes(late, row, rid)
             else math.inf
             for (row, rid), route, budget in zip(requests.names, routes, requests.budgets, strict=True)
         ]
@@ -97,6 +98,11 @@ class Planner:
             worth,
             self._calibrations(requests.row_ids, routes),
         )
+
+    def _takes(self, late: str, row: int, rid: str) -> bool:
+        """Whether the request takes drafts of the late arm."""
+        serves = self.quarantine.serves(late, rid) and self.drafters[late].serves(row)
+        return serves and self.controller.holds(row, rid)
 
     def _calibrations(self, row_ids: Sequence[int], routes: Sequence[str]) -> dict[str, list[float]]:
         """What drafts of the round are judged by, of every arm that may make some."""
@@ -128,22 +134,22 @@ class Planner:
         # The last token a request may commit needs no draft: it is the bonus token.
         if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
             return []
-        row = requests.row_ids[index]
-        serving = [arm for arm in self.drafters if arm not in self.quarantine]
+        row, rid = requests.names[index]
+        serving = [arm for arm in self.drafters if self.quarantine.serves(arm, rid)]
         return [arm for arm in serving if self.controller.may_name(row, arm)]
 
     def _outlook(
         self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
     ) -> Outlooks:
         """Those of `asked` that propose something, with what they say of it."""
-        row, n = requests.row_ids[index], requests.lengths.most[index]
+        (row, rid), n = requests.names[index], requests.lengths.most[index]
         history = partial(requests.history, index)
         found: dict[str, Outlook | None] = {}
         for arm in asked:
             try:
                 found[arm] = self.drafters[arm].outlook(row, n, history, worth[arm])
             except Exception as error:
-                self.quarantine.raised(arm, error)
+                self.quarantine.raised(arm, error, rid)
         return {arm: outlook for arm, outlook in found.items() if outlook is None or outlook.length > 1}
 
     def _ask_too(
@@ -180,12 +186,15 @@ class Planner:
         """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may prolong them."""
         if not self.controller.may_join(requests.row_ids[index]):
             return 0
-        row = requests.row_ids[index]
+        row, rid = requests.names[index]
         longest = max(
             (
                 drafter.max_drafts
                 for other, drafter in self.drafters.items()
-                if drafter.prolongs and other != arm and other not in self.quarantine and drafter.serves(row)
+                if drafter.prolongs
+                and other != arm
+                and self.quarantine.serves(other, rid)
+                and drafter.serves(row)
             ),
             default=0,
         )

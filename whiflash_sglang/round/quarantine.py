@@ -3,73 +3,238 @@
 What an arm drafts is only ever a proposal, so nothing it does can make a text wrong; it can only stop the server (an id
 that no embedding has, an exception) or spoil what is learned from it (NaN). `lay_drafts` leaves out on the device what
 cannot be a draft, and says so with the round's results; what is raised is caught where an arm is called.
+
+An arm is everybody's, and what makes it raise is mostly one request's text. So an arm that raises for a request is left
+out for that request. It is quarantined, left out for everybody, if it raised for several requests of several callers
+and for no request in between it went well.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
 
 logger = logging.getLogger("whiflash_sglang")
 
 MOST_FAULTS = 4
-"""Faulty drafts of an arm in a row, of whatever requests, after which it is out. Not one: what spoils a draft may lie
-in one request's text, and arms are everybody's."""
+"""Faulty drafts in a row of an arm for one request, after which it is left out for that request."""
+SEVERAL_REQUESTS, SEVERAL_CALLERS = 3, 2
+"""Requests in a row, and callers among them, for which an arm is left out before it is quarantined."""
+FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0
+"""Of a quarantine: the first, and the longest. Each is twice as long as the one before it."""
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(slots=True)
+class _Request:
+    """A running request. caller: who sent it. without: arms that are left out for it. sound: arms that drafted for it.
+    in_a_row: faulty drafts since the last sound one, by arm.
+    """
+
+    caller: object
+    without: set[str]
+    sound: set[str] = field(default_factory=set)
+    in_a_row: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Streak:
+    """Requests in a row for which an arm was left out, and who sent them."""
+
+    requests: int = 0
+    callers: set[object] = field(default_factory=set)
+
+    @property
+    def is_everybodys(self) -> bool:
+        return self.requests >= SEVERAL_REQUESTS and len(self.callers) >= SEVERAL_CALLERS
 
 
 class Quarantine:
-    """Who is out until the server is started again.
+    """Which arms are left out, for one request or for everybody.
 
     Every rank of those that serve a model together judges the same results, so all leave out the same arms. What one of
-    them raises the others may not have: there it is not caught.
+    them raises the others may not have: there it is not caught. Nor do clocks agree: there no quarantine ends.
 
     Args:
-        arms: all there are. alone: whether no other process serves the model with this one.
+        arms: all there are. alone: whether no other process serves the model with this one. clock: seconds.
 
     Attributes:
-        reasons: why, of every arm that is out. faults: of every arm, drafts that were none.
+        reasons: why, of every arm that is quarantined. faults: of every arm, drafts that were none. left_out: of every
+            arm, requests that went on without it.
     """
 
-    def __init__(self, arms: Iterable[str], *, alone: bool = True) -> None:
+    def __init__(
+        self, arms: Iterable[str], *, alone: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.faults = dict.fromkeys(arms, 0)
+        self.left_out = dict.fromkeys(self.faults, 0)
         self.reasons: dict[str, str] = {}
-        self._in_a_row = dict.fromkeys(self.faults, 0)
-        self._alone = alone
+        self._alone, self._clock = alone, clock
+        self._requests: dict[str, _Request] = {}
+        self._streaks = {arm: _Streak() for arm in self.faults}
+        self._seconds = dict.fromkeys(self.faults, FIRST_SECONDS)
+        self._until: dict[str, float] = {}
+        self._without_kv: set[str] = set()
 
     def __contains__(self, arm: str) -> bool:
         return arm in self.reasons
 
-    def judge(self, arm: str, *, faulty: bool) -> None:
-        """`arm` drafted for a request: token ids of the target and numbers, or something else."""
-        self._in_a_row[arm] = self._in_a_row[arm] + 1 if faulty else 0
-        if not faulty:
-            return
-        self.faults[arm] += 1
-        if self._in_a_row[arm] == MOST_FAULTS:
-            self._leave_out(arm, f"{MOST_FAULTS} drafts in a row with ids of no token, or NaN")
+    def serves(self, arm: str, rid: str) -> bool:
+        """Whether `arm` may be asked for the request `rid`."""
+        request = self._requests.get(rid)
+        return arm not in self.reasons and (request is None or arm not in request.without)
 
-    def raised(self, arm: str, error: Exception) -> None:
-        """`arm` raised an error, which puts it out at once: what it keeps may be half written. Raises it again where
-        this process is not alone.
+    def ingests(self, arm: str) -> bool:
+        """Whether the KV of `arm` is whole. It is kept so while the arm is quarantined, for the time after."""
+        return arm not in self._without_kv
+
+    def begin(self, rid: str, caller: object) -> None:
+        """A request begins. Arms that are quarantined now know nothing of it, so they stay out for it.
+
+        caller: equal for requests of one caller; None: nobody knows who sent it, so it counts as a caller of its own.
         """
-        if not self._alone:
-            raise error
-        self._leave_out(arm, f"raised {type(error).__name__}", error)
+        self._requests[rid] = _Request(rid if caller is None else caller, set(self.reasons))
+
+    def end(self, rid: str) -> None:
+        """A request ends. An arm that served it well owes its earlier faults to other requests."""
+        request = self._requests.pop(rid, None)
+        if request is not None:
+            for arm in request.sound - request.without - self.reasons.keys():
+                self._streaks[arm] = _Streak()
+                self._seconds[arm] = FIRST_SECONDS
+
+    def tick(self) -> None:
+        """A round begins: arms whose time is over are asked again, for the requests that begin from now on too."""
+        for arm in [arm for arm, until in self._until.items() if self._clock() >= until]:
+            del self._until[arm], self.reasons[arm]
+            logger.warning("WHIFLASH: the quarantine of drafter %r is over; it is asked again.", arm)
+
+    def judge(self, arm: str, rid: str, *, faulty: bool) -> None:
+        """`arm` drafted for `rid`: token ids of the target and numbers, or something else."""
+        self.faults[arm] += faulty
+        request = self._requests.get(rid)
+        if request is None:
+            return
+        if not faulty:
+            request.sound.add(arm)
+            request.in_a_row.pop(arm, None)
+            return
+        request.in_a_row[arm] = request.in_a_row.get(arm, 0) + 1
+        if request.in_a_row[arm] == MOST_FAULTS:
+            self._leave_out(arm, rid, f"{MOST_FAULTS} drafts in a row with ids of no token, or NaN")
+
+    def raised(self, arm: str, error: Exception, rid: str | None = None) -> None:
+        """`arm` raised an error for the request `rid`; None: for whatever it is asked.
+
+        Raises it again where this process is not alone, and where it is the machine's and no arm's.
+        """
+        self._reraise(error)
+        if rid is None:
+            self._quarantine(arm, _said(error), error)
+        else:
+            self._leave_out(arm, rid, _said(error), error)
 
     @contextmanager
-    def guard(self, arm: str) -> Iterator[None]:
+    def guard(self, arm: str, rid: str | None = None) -> Iterator[None]:
         """What `arm` raises in here is `raised`."""
         try:
             yield
         except Exception as error:
-            self.raised(arm, error)
+            self.raised(arm, error, rid)
 
-    def _leave_out(self, arm: str, reason: str, error: Exception | None = None) -> None:
+    @contextmanager
+    def guard_ingestion(self, arm: str) -> Iterator[None]:
+        """What `arm` raises in here leaves its KV with holes that later requests may share: it is out for good."""
+        try:
+            yield
+        except Exception as error:
+            self._reraise(error)
+            self._without_kv.add(arm)
+            self._quarantine(arm, f"{_said(error)} while it ingested", error)
+
+    def attempt(
+        self, arm: str, rids: Sequence[str], call: Callable[[Sequence[int]], ResultT]
+    ) -> tuple[Sequence[int], ResultT | None]:
+        """What `call` returns for the requests of these indices into `rids`, and which they are: all; if that raises,
+        those for which `arm` does not raise alone. None: it returns nothing for any of them.
+        """
+        everyone = range(len(rids))
+        try:
+            return everyone, call(everyone)
+        except Exception as error:
+            if len(rids) == 1:
+                self.raised(arm, error, rids[0])
+                return (), None
+            self._reraise(error)
+        sound = [i for i in everyone if self._succeeds(arm, rids[i], call, i)]
+        if not sound:
+            return (), None
+        with self.guard(arm):
+            return sound, call(sound)
+        return (), None
+
+    def _succeeds(self, arm: str, rid: str, call: Callable[[Sequence[int]], object], index: int) -> bool:
+        try:
+            call([index])
+        except Exception as error:
+            self.raised(arm, error, rid)
+            return False
+        return True
+
+    def _reraise(self, error: Exception) -> None:
+        if not self._alone or _is_the_machines(error):
+            raise error
+
+    def _leave_out(self, arm: str, rid: str, reason: str, error: Exception | None = None) -> None:
+        request = self._requests.get(rid)
+        if request is None or arm in request.without:
+            return
+        request.without.add(arm)
+        first = not self.left_out[arm]
+        self.left_out[arm] += 1
+        logger.warning(
+            "WHIFLASH: drafter %r is left out for request %s: %s. The request goes on without it.",
+            arm,
+            rid,
+            reason,
+            exc_info=error if first else None,
+        )
+        streak = self._streaks[arm]
+        streak.requests += 1
+        streak.callers.add(request.caller)
+        if streak.is_everybodys:
+            self._quarantine(arm, f"{reason}, for {streak.requests} requests in a row", error)
+
+    def _quarantine(self, arm: str, reason: str, error: Exception | None) -> None:
         if arm in self.reasons:
             return
         self.reasons[arm] = reason
+        self._streaks[arm] = _Streak()
+        ends = self._alone and arm not in self._without_kv
+        seconds = self._seconds[arm]
+        if ends:
+            self._until[arm] = self._clock() + seconds
+            self._seconds[arm] = min(2 * seconds, LONGEST_SECONDS)
         logger.error(
-            "WHIFLASH: drafter %r is quarantined until the server is started again: %s. Requests go on without it.",
+            "WHIFLASH: drafter %r is quarantined %s: %s. Requests go on without it.",
             arm,
+            f"for {seconds:.0f} s" if ends else "until the server is started again",
             reason,
             exc_info=error,
         )
+
+
+def _said(error: Exception) -> str:
+    return f"raised {type(error).__name__}"
+
+
+def _is_the_machines(error: Exception) -> bool:
+    """Whether memory or a device failed: every later call would fail too, and the scheduler has to know."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "cuda runtime error"))
