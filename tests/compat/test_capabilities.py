@@ -19,4 +19,4 @@ def test_predictions_are_advertised_where_they_draft(
 ) -> None:
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", resident)
     settings: Any = SimpleNamespace(lookup=Lookup(enabled=enabled, prediction_tokens=500))
-    assert _prediction_tokens(settings, SimpleNamespace(device=device)) == expected
+    assert _prediction_tokens(settings, device) == expected

@@ -9,7 +9,7 @@ import pytest
 from work import lines_run
 
 from whiflash_sglang.spans.capabilities import capabilities
-from whiflash_sglang.spans.carrier import Own, add_hints, validate_custom_params
+from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import (
     MAX_BLOCKS,
@@ -433,7 +433,4 @@ def test_who_said_how_a_request_is_drafted(
     payload: dict[str, object] | None, inferred: bool, source: str
 ) -> None:
     params = {} if payload is None else {"whiflash": json.dumps(payload)}
-    assert (
-        validate_custom_params(params | ({"whiflash_inferred": Own("1")} if inferred else {})).source
-        == source
-    )
+    assert validate_custom_params(params | ({"whiflash_inferred": True} if inferred else {})).source == source

@@ -88,7 +88,7 @@ def _capabilities_of(server_args: Any) -> Any:
                 "none",
             ),
             routes=converted.routes(http_server.app.state),
-            prediction_tokens=_prediction_tokens(settings, server_args),
+            prediction_tokens=_prediction_tokens(settings, manager.config_value("device")),
             tool_call_parser=manager.config_value("tool_call_parser"),
             reasoning_parser=manager.config_value("reasoning_parser"),
         )
@@ -96,9 +96,9 @@ def _capabilities_of(server_args: Any) -> Any:
     return get_capabilities
 
 
-def _prediction_tokens(settings: Settings, server_args: Any) -> int:
+def _prediction_tokens(settings: Settings, device: str) -> int:
     """The longest prediction that drafts are made from; 0 if none are: on a device that the host may not read."""
-    drafts = settings.lookup.enabled and HostView.of(torch.device(server_args.device)).exact
+    drafts = settings.lookup.enabled and HostView.of(torch.device(device)).exact
     return settings.lookup.prediction_tokens if drafts else 0
 
 

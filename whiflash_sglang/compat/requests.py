@@ -89,7 +89,7 @@ def completed(manager: Any, request: Any, custom_params: Any) -> Any:
         return custom_params
     if not hints.spans and (spans := _inferred(manager, request)):
         told = add_hints(custom_params, {"spans": [_span_fields(span) for span in spans]})
-        custom_params = custom_params if told is None else {**told, INFERRED_KEY: Own("1")}
+        custom_params = custom_params if told is None else {**told, INFERRED_KEY: True}
     tools = _tools(manager, request)
     return custom_params if tools is None else {**(custom_params or {}), TOOLS_KEY: Own(tools)}
 

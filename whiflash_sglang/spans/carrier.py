@@ -25,8 +25,6 @@ class Own(str):
 
 _MAX_VALUES: Final = 1024
 _MAX_CHARS: Final = 16384
-OWN_KEYS: Final = (INFERRED_KEY, TOOLS_KEY)
-"""What the process that serves HTTP writes for the scheduler's."""
 
 
 def validate_custom_params(custom_params: object) -> RequestHints:
@@ -64,10 +62,12 @@ def _check_carrier(params: dict[object, object]) -> None:
             raise HintError("custom_params", "has a name that is not a string")
         if key in (CARRIED_PREDICTION, CARRIED_FORCED):
             continue  # They have bounds of their own.
-        if key in OWN_KEYS:
+        if key == TOOLS_KEY:
             if isinstance(value, Own):
                 continue
             raise _carrier_error(key, "is written by the server alone; leave it out")
+        if key == INFERRED_KEY and value is not True:
+            raise _carrier_error(key, "must be true; leave it out if the spans are the caller's own")
         values -= len(value) if isinstance(value, dict | list) else 1
         if values < 0:
             raise _carrier_error(key, f"makes custom_params hold more than {_MAX_VALUES} values")

@@ -27,7 +27,7 @@ WIRE_KEY: Final = "whiflash"
 TOOLS_KEY: Final = "whiflash_tools"
 """What the HTTP process tells the scheduler of a request's tools (`structure.tools`)."""
 INFERRED_KEY: Final = "whiflash_inferred"
-"""With it the HTTP process says that the spans are not the caller's but its own guess. It only counts."""
+"""True where the spans are a guess of the HTTP process or of the SDK, and not the caller's. It only counts."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
 WIRE_VERSION: Final = 1
 CARRIED_PREDICTION: Final = "whiflash_prediction"
