@@ -4,12 +4,14 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from engine import engine
 from oracle_arm import OracleArm
+from ranks_at_work import on_ranks
 from traffic import Arrival, mixed, play
 
 from whiflash_sglang.round.draft import DraftStage, Proposal
@@ -17,6 +19,8 @@ from whiflash_sglang.round.draft import DraftStage, Proposal
 RANKS = 2
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 """Else a server of SGLang's that loses a process waits 65 s for what could be found out about its GPU."""
+SAMPLE = 60
+"""Of the arrivals, in `make test`."""
 ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=14)
 
 Outputs = dict[str, list[int]]
@@ -68,6 +72,13 @@ def play_plain(
     """Without drafts and aborts."""
     with engine(checkpoints.target, **of_rank(rank, port, **arguments)) as e:
         return play(e, [replace(arrival, abort_after=None) for arrival in arrivals])
+
+
+def plainly(checkpoints: Checkpoints, count: int) -> Outputs:
+    """Plain decoding of so many arrivals."""
+    first, second = on_ranks(RANKS, partial(play_plain, checkpoints, ARRIVALS[:count]))
+    assert first == second
+    return first
 
 
 def play_ours(

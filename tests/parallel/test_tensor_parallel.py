@@ -4,15 +4,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from matrix import sampled
 from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison, ReferenceTarget
 from tensor_parallel import (
     ARRIVALS,
     RANKS,
+    SAMPLE,
     Checkpoints,
     Outputs,
     Played,
     goes_astray,
+    plainly,
     play_ours,
     play_plain,
     wild,
@@ -35,10 +38,14 @@ def check(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, pla
     return first
 
 
-def test_200_requests(checkpoints: Checkpoints, plain: Outputs) -> None:
+@pytest.mark.parametrize("count", sampled([SAMPLE, 200], SAMPLE))
+def test_many_requests(checkpoints: Checkpoints, plain: Outputs, count: int) -> None:
     """All arms, shared prefixes, aborts and stops, in a pool too small for all: what does not fit is retracted."""
-    work = partial(play_ours, checkpoints, "random", ARRIVALS, plain, max_total_tokens=320)
-    found = check(checkpoints, ARRIVALS, plain, on_ranks(RANKS, work))
+    arrivals = ARRIVALS[:count]
+    if count != SAMPLE:
+        plain = plainly(checkpoints, count)
+    work = partial(play_ours, checkpoints, "random", arrivals, plain, max_total_tokens=320)
+    found = check(checkpoints, arrivals, plain, on_ranks(RANKS, work))
     assert found.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
     assert found.retracted
     assert found.cached
@@ -63,6 +70,7 @@ SAMPLED = [
 """None with top-p: where one request of a batch has it, SGLang keys the noise of all by rank instead of by token."""
 
 
+@pytest.mark.evidence
 def test_seeded_sampling(checkpoints: Checkpoints) -> None:
     """Noise is keyed by seed and position, so that tokens are those of plain decoding with as many ranks."""
     plainly = partial(play_plain, checkpoints, SAMPLED, enable_deterministic_inference=True)

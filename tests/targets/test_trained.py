@@ -12,6 +12,7 @@ import torch
 import yaml
 from engine import engine
 from families import FAMILIES, HuggingFace, tiny_family
+from matrix import sampled
 from patience import at_start
 from reference import Comparison
 from tiny_models import save_tokenizer, tiny_target
@@ -110,7 +111,7 @@ def test_answers_and_features_are_the_targets(
     check(again, model, config.capture)
 
 
-@pytest.mark.parametrize("block", ["dflash", "dspark"])
+@pytest.mark.parametrize("block", sampled(["dflash", "dspark"], "dspark"))
 def test_what_was_learned_is_served(
     block: str, root: Path, model: HuggingFace, config: TrainConfig, tmp_path: Path
 ) -> None:

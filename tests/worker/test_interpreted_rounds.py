@@ -5,13 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from matrix import sampled
+
 HERE = Path(__file__).parent
 
 
-def test_rounds_on_sglangs_triton_attention_and_our_kernels() -> None:
+@pytest.mark.parametrize("options", sampled(["", "--evidence -m evidence"], ""))
+def test_rounds_on_sglangs_triton_attention_and_our_kernels(options: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    selection = [str(HERE / "interpreted_rounds.py"), "-p", "no:cacheprovider", "-x", *options.split()]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE / "interpreted_rounds.py"), "-p", "no:cacheprovider", "-x"],
+        [sys.executable, "-m", "pytest", *selection],
         env=environment,
         cwd=HERE.parents[1],
         capture_output=True,
