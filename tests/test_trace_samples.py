@@ -57,11 +57,13 @@ def test_processes_share_a_directory(tmp_path: Path) -> None:
     assert lines(tmp_path) == [LINE] * 400
 
 
-@pytest.mark.parametrize("torn", [b'{"numb', b'{"number": 12345}\n{"nu', b'{"number": 12345}'])
-def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+@pytest.mark.parametrize(
+    ("torn", "whole"), [(b'{"numb', 1), (b'{"number": 12345}\n{"nu', 2), (b'{"number": 12345}', 1)]
+)
+def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path, torn: bytes, whole: int) -> None:
     (tmp_path / "traces.jsonl").write_bytes(LINE + torn)
     SampleFiles(tmp_path, 1 << 20).append(LINE)
-    assert set(lines(tmp_path)) == {LINE}
+    assert lines(tmp_path) == [LINE] * (whole + 1)
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,3 +171,18 @@ def test_the_command_line_reads_what_was_sampled(tmp_path: Path) -> None:
     SampleFiles(tmp_path, 1 << 20).append(json.dumps(sample).encode() + b"\n")
     (turn,) = turns_of(tmp_path / "traces.jsonl")
     assert (turn.title, turn.model, turn.text) == ("2023-11-14 22:13:20 UTC, abc", "m", "")
+
+
+def test_a_torn_last_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    """A server that ended while it wrote leaves one; a line in the middle that is no JSON is named."""
+    trace = {"version": 1, "policy": "auto", "rounds": 1, "tokens": 2, "arms": {}}
+    line = json.dumps({"id": "abc", "sglext": {"whiflash": trace}}) + "\n"
+    file = tmp_path / "traces.jsonl"
+    file.write_text(line * 2 + line[:40])
+    assert len(turns_of(file)) == 2
+    file.write_text(line + line[:40] + "\n" + line)
+    with pytest.raises(ConfigError, match=r"traces\.jsonl, line 2: not JSON"):
+        turns_of(file)
+    file.write_text(line[:40])
+    with pytest.raises(ConfigError, match=r"traces\.jsonl, line 1: not JSON"):
+        turns_of(file)

@@ -20,17 +20,21 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
             yield number, line.removesuffix("\r")
 
 
-def parse_json_lines(text: str, source: object) -> list[tuple[int, Any]]:
+def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) -> list[tuple[int, Any]]:
     """The value of every line that is not blank, with its number.
+
+    may_be_torn: whoever wrote the text may have been ended in its last line, which then counts for nothing.
 
     Raises:
         ConfigError: naming `source` and the line that is not JSON.
     """
-    found = []
+    found: list[tuple[int, Any]] = []
     for number, line in lines_of(text):
         try:
             found.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
+            if may_be_torn and found and text.endswith(line):
+                break
             raise ConfigError(f"{source}, line {number}: not JSON ({error})") from None
     return found
 

@@ -50,6 +50,8 @@ def test_what_the_scheduler_can_serve_is_admitted(given: dict[str, Any]) -> None
             "input_ids (prompt): token 320 is not in the vocabulary, whose ids are 0 to 319",
         ),
         ({"ids": [-1, 1]}, "input_ids (prompt): token -1"),
+        ({"ids": [1, TOKENS, 2]}, "input_ids (prompt): token 320"),
+        ({"sampling": {"stop_token_ids": [TOKENS, 5], "min_new_tokens": 1}}, "stop_token_ids: token 320"),
         ({"top_logprobs_num": TOKENS + 1}, "top_logprobs_num (logprobs, top_logprobs): is 321; at most 320"),
         ({"logprob_start_len": -2}, "logprob_start_len: is -2; at least -1"),
         ({"sampling": {"top_k": 2**31}}, "top_k: is 2147483648; at most 2147483647"),

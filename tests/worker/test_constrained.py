@@ -112,6 +112,7 @@ STOPS: dict[str, dict[str, Any]] = {
     "regex-at-the-end": {"stop_regex": ["[G-I]$", "^[D-F][D-S][G-J]"]},
     "kept": {"stop": ["H", "M"], "no_stop_trim": True},
     "in-a-grammar": {"ignore_eos": False, "regex": "[D-S]{20}", "stop": ["N", "GE", "H"]},
+    "behind-a-grammar": {"ignore_eos": False, "regex": "[D-S]{9}", "stop": ["ZZ"]},
     "at-least": {"ignore_eos": False, "stop_token_ids": [70, 74, 77, 80], "min_new_tokens": 9},
     "ignored": {"ignore_eos": True, "stop_token_ids": [70, 74, 77, 80], "max_new_tokens": 13},
 }

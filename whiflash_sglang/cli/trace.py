@@ -31,7 +31,7 @@ def turns_of(path: Path) -> "list[Turn]":
         recorded: Any = json.loads(text)
     except json.JSONDecodeError:
         try:
-            recorded = [response for _, response in parse_json_lines(text, path)]
+            recorded = [response for _, response in parse_json_lines(text, path, may_be_torn=True)]
         except ConfigError as error:
             raise ConfigError(f"{path} is neither JSON nor JSON lines: {error}") from None
     responses = recorded if isinstance(recorded, list) else [recorded]
