@@ -52,7 +52,7 @@ class Manager:
         self.sent: list[Any] = []
 
     def config_value(self, name: str) -> Any:
-        return getattr(self.server_args, name, None)
+        return "cpu" if name == "device" else getattr(self.server_args, name, None)
 
     def auto_create_handle_loop(self) -> None:
         return

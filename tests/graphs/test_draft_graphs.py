@@ -12,9 +12,8 @@ from replay import CONTEXT, VOCAB, Arms, Replay
 from test_backlog import History, live, rounds
 from test_passes import ARMS, prepared, requests
 
-from whiflash_sglang.core import DraftBatch, PassInput
+from whiflash_sglang.core import PADDING, DraftBatch, PassInput
 from whiflash_sglang.device.capture import StaticInput, doubling
-from whiflash_sglang.drafters import paged
 from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
@@ -176,7 +175,7 @@ def loads_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = StaticInput.copies
 
     def without_lengths(self: StaticInput, live: torch.Tensor) -> Any:
-        lengths = self.padding is not None and (self.padding == paged.PADDING).all()
+        lengths = self.padding is not None and (self.padding == PADDING).all()
         return [] if lengths else copies(self, live)
 
     monkeypatch.setattr(StaticInput, "copies", without_lengths)
