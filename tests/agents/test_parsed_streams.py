@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from matrix import sampled
 from server_host import Server, ServerHost
 from tiny_models import scripted_target, tiny_dflash
 
@@ -61,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*ANSWERS, "hermes-incremental"])
+@pytest.fixture(scope="module", params=sampled([*ANSWERS, "hermes-incremental"], "hermes"))
 def servers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, host: ServerHost
 ) -> Iterator[tuple[Server, Server, list[int]]]:

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from matrix import sampled
+
 HERE = Path(__file__).parent
 FILES = (
     "interpreted_attention.py",
@@ -14,10 +17,11 @@ FILES = (
 )
 
 
-def test_what_attention_backends_plan_for_a_verification() -> None:
+@pytest.mark.parametrize("file", sampled(FILES, "interpreted_attention.py"))
+def test_what_attention_backends_plan_for_a_verification(file: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *(str(HERE / name) for name in FILES), "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(HERE / file), "-p", "no:cacheprovider"],
         env=environment,
         cwd=HERE.parents[1],
         capture_output=True,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrix import sampled
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -44,9 +45,10 @@ def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytes
     assert not found["checks"]["waits"]["waits"]
 
 
-@pytest.mark.parametrize(
-    "part", [part for part in run.PARTS if part.name.startswith("target-") and part.rehearsal is not None]
-)
+FAMILIES = [p for p in run.PARTS if p.name.startswith("target-") and p.rehearsal is not None]
+
+
+@pytest.mark.parametrize("part", sampled(FAMILIES, FAMILIES[0]))
 def test_families_of_targets_are_served(
     part: run.Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from captured_attention import CapturedAttention
 from emulated import emulated_graphs
 from engine import Engine, engine
 from families import FAMILIES, LAYERS, Family, tiny_family
+from matrix import sampled
 from overlap import overlapped
 from reference import Comparison
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import Mamba2AttnBackend
@@ -177,12 +178,15 @@ def serving(target: Path, lag: int, **options: Any) -> Iterator[Engine]:
 
 @pytest.mark.parametrize(
     ("case", "lag"),
-    [
+    sampled(
+        [
+            ("convolutions", 0),
+            ("delta rule, intervals", 1),
+            ("delta rule by channel, intervals", 0),
+            ("Mamba 2, intervals", 1),
+        ],
         ("convolutions", 0),
-        ("delta rule, intervals", 1),
-        ("delta rule by channel, intervals", 0),
-        ("Mamba 2, intervals", 1),
-    ],
+    ),
 )
 def test_replayed_rounds_leave_the_states_of_one_pass(
     case: str, lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

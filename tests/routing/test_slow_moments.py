@@ -9,6 +9,7 @@ import random
 from collections import Counter
 
 import pytest
+from matrix import sampled
 
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
@@ -74,7 +75,7 @@ class Machine:
         return {arm: self.costs.draft(arm, requests) for arm in ("ar", "diffusion")}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 @pytest.mark.parametrize("stall", ["draft", "verify", "catch_up", "gap"])
 @pytest.mark.parametrize("before", [0, 1, 200])
 def test_ten_seconds_once(stall: str, before: int, seed: int) -> None:
@@ -96,7 +97,7 @@ def settled_worth(seed: int) -> float:
     return machine.costs.worth("ar").draft
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 def test_ten_seconds_at_the_start_of_an_arm(seed: int) -> None:
     """Without a profile, and in the arm's very first draft."""
     machine = Machine(seed=seed)
@@ -106,7 +107,7 @@ def test_ten_seconds_at_the_start_of_an_arm(seed: int) -> None:
     assert machine.rounds(300)["ar"] >= 280
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 @pytest.mark.parametrize("stall", ["look", "verify", "gap"])
 @pytest.mark.parametrize("before", [0, 5, 200])
 def test_ten_seconds_of_a_copy(before: int, stall: str, seed: int) -> None:
@@ -122,7 +123,7 @@ def test_ten_seconds_of_a_copy(before: int, stall: str, seed: int) -> None:
     assert machine.costs.timings("lookup") == 0
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 def test_copies_that_bring_little_are_never_tried(seed: int) -> None:
     """Ten thousand rounds: what they would have brought is known from each of them."""
     machine = Machine(seed=seed)
@@ -133,7 +134,7 @@ def test_copies_that_bring_little_are_never_tried(seed: int) -> None:
     assert machine.rounds(20)["lookup"] >= 18, "the first round that promises much is theirs"
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 @pytest.mark.parametrize("longest", [0, 300])
 def test_a_short_copy_is_priced_by_its_own_rows(longest: int, seed: int) -> None:
     """Before any copy, and after hundreds of the widest: three tokens in four rows beat three in six and a draft."""
@@ -145,7 +146,7 @@ def test_a_short_copy_is_priced_by_its_own_rows(longest: int, seed: int) -> None
     assert machine.rounds(300)["lookup"] >= 285
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 @pytest.mark.parametrize(
     "factors", [{"ar": 5.0, "diffusion": 1.0}, {"ar": 1.0, "diffusion": 5.0}, {"ar": 5.0, "diffusion": 5.0}]
 )
@@ -158,7 +159,7 @@ def test_a_start_up_on_a_busy_machine(factors: dict[str, float], seed: int) -> N
     assert machine.prices()["ar"] == pytest.approx(0.006, rel=0.25)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_machine_that_stays_slower_or_faster(factor: float, seed: int) -> None:
     machine = Machine(seed=seed)
@@ -171,7 +172,7 @@ def test_a_machine_that_stays_slower_or_faster(factor: float, seed: int) -> None
     assert machine.rounds(300)["ar"] >= 280
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 def test_an_arm_that_stays_dearer_is_left(seed: int) -> None:
     machine = Machine(seed=seed)
     machine.profile({"ar": 1.0, "diffusion": 1.0})
@@ -181,7 +182,7 @@ def test_an_arm_that_stays_dearer_is_left(seed: int) -> None:
     assert machine.rounds(300)["diffusion"] >= 280
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), 0))
 def test_a_busy_while_is_forgotten_soon(seed: int) -> None:
     """A hundred rounds in which the drafter took five times as long; then all is as it was."""
     machine = Machine(seed=seed)

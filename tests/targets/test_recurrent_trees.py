@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine import Engine, engine
 from families import FAMILIES, Family, HuggingFace, tiny_family
+from matrix import sampled
 from oracle_arm import OracleArm
 from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
@@ -170,7 +171,7 @@ def kept_of(s: Served, rid: str) -> int:
     return n if s.every is None else n // s.every * s.every
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, "delta rule, intervals"))
 def test_turns_go_on_from_kept_states(case: str, tmp_path: Path) -> None:
     """Under random routing, then under every policy; each turn that continues another one finds its state."""
     with serving(case, tmp_path) as s:
@@ -206,7 +207,7 @@ def test_plain_decoding_keeps_states_at_intervals(tmp_path: Path) -> None:
         assert check_states(e, model) > 4
 
 
-@pytest.mark.parametrize("case", ["delta rule", "delta rule, intervals"])
+@pytest.mark.parametrize("case", sampled(["delta rule", "delta rule, intervals"], "delta rule, intervals"))
 def test_few_states_chunks_aborts_and_retractions(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
