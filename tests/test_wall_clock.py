@@ -11,7 +11,11 @@ WALL = re.compile(
     r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(|\bdate\.today\(|\btime\.(localtime|gmtime)\("
 )
 
-DATES = {"whiflash_sglang/compat/samples.py", "whiflash_sglang/train/provenance.py"}
+DATES = {
+    "sdk/whiflash_sdk/collecting.py",
+    "whiflash_sglang/compat/samples.py",
+    "whiflash_sglang/train/provenance.py",
+}
 """Say when something was; nothing is computed from it but the seconds that a training is said to have taken."""
 
 

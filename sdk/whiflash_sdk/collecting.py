@@ -6,10 +6,11 @@ use.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
@@ -35,10 +36,11 @@ class CollectedTrace(Trace):
 
 @dataclass(eq=False)
 class Call:
-    """One call of a wrapped client. raw: its traces as the server sent them, once it has ended."""
+    """One call of a wrapped client. began: by a clock that never jumps. raw: its traces as the server sent them."""
 
-    started: datetime
-    agent: str | None = None
+    agent: str | None
+    started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    began: float = field(default_factory=time.monotonic)
     ended: datetime | None = None
     response_id: str | None = None
     model: str | None = None
@@ -46,7 +48,9 @@ class Call:
 
     def end(self, raw: list[Any], response: Any) -> None:
         """Take the traces, and the response or one of its chunks, which names the response and its model."""
-        self.ended, self.raw = _now(), raw
+        # The wall clock may jump in between.
+        self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
+        self.raw = raw
         self.response_id, self.model = (_text(response, name) for name in ("id", "model"))
 
     def traces(self) -> Iterator[CollectedTrace]:
@@ -125,7 +129,7 @@ def _scope(client: OpenAI | AsyncOpenAI) -> list[Collected]:
 
 def start(client: Any, agent: str | None) -> Call:
     """A call of this client, made now and here, in every block that it belongs to."""
-    call = Call(_now(), agent)
+    call = Call(agent)
     by_client = (collected for scope in vars(client)[_SCOPES] for collected in scope)
     for collected in dict.fromkeys((*_COLLECTING.get(), *by_client)):
         collected.add(call)
@@ -158,7 +162,3 @@ def _is_json(raw: Any) -> bool:
 def _text(response: Any, name: str) -> str | None:
     found = response.get(name) if isinstance(response, Mapping) else getattr(response, name, None)
     return found if isinstance(found, str) else None
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc)
