@@ -33,14 +33,16 @@ def _stats(logits: Tensor) -> RoutingStats:
     largest, argmax = relative.max(dim=-1, keepdim=True)
     live = (largest > MASKED).float()
     relative.sub_(largest.clamp_min_(MASKED)).clamp_min_(_FAR)
-    probabilities = torch.softmax(relative, dim=-1)
-    top1 = probabilities.gather(1, argmax)
-    mean = torch.linalg.vecdot(probabilities, relative, dim=-1).unsqueeze(1)
+    # Not torch.softmax: on some processors it adds a row's weights one after another, and half of float32's
+    # digits are gone at 256 k words. `sum` adds pairwise.
+    weights = relative.exp()
+    total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # below 1 only where all is masked
+    mean = relative.mul_(weights).sum(dim=-1, keepdim=True) / total
     # With the first maximum struck out, the largest of the rest is the runner-up, ties included.
-    runner_up = probabilities.scatter_(1, argmax, 0.0).amax(dim=-1, keepdim=True)
+    runner_up = weights.scatter_(1, argmax, 0.0).amax(dim=-1, keepdim=True)
     return RoutingStats(
-        entropy=(live * (top1.log() + mean).neg_().clamp_min_(0.0)).squeeze(1),
-        top1=(live * top1).squeeze(1),
-        margin=(live * (top1 - runner_up)).squeeze(1),
+        entropy=(live * (total.log() - mean).clamp_min_(0.0)).squeeze(1),
+        top1=(live / total).squeeze(1),
+        margin=(live * (1.0 - runner_up) / total).squeeze(1),
         argmax=(argmax * live.long()).squeeze(1),
     )
