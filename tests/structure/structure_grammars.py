@@ -62,7 +62,7 @@ class Grammars:
     def matcher(self, raw: Any, vocabulary: Vocabulary) -> Matcher:
         """As the arm sees it."""
         if self.engine == "xgrammar":
-            return XGrammarMatcher(raw)
+            return XGrammarMatcher(raw, vocabulary, self.size)
         return GuidanceMatcher(raw, vocabulary.encode)
 
     def allowed(self, raw: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -14,7 +14,7 @@ from whiflash_sglang.routing.signals import NOTHING_AHEAD
 from whiflash_sglang.spans.hints import LookupScope, RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.matchers import Encode, Matcher
+from whiflash_sglang.structure.matchers import Matcher
 from whiflash_sglang.structure.tools import carried_tools
 
 SCHEMA: dict[str, Any] = {
@@ -32,8 +32,8 @@ class Told:
 
     end, prompt, schema = None, len(PROMPT), ""
 
-    def __init__(self, grammars: Grammars, vocabulary: Vocabulary) -> None:
-        self._raw, self._grammars, self._vocabulary = grammars.raw(SCHEMA, blanks=False), grammars, vocabulary
+    def __init__(self, grammars: Grammars) -> None:
+        self._raw, self._grammars = grammars.raw(SCHEMA, blanks=False), grammars
         self.text = list(PROMPT)
 
     def tell(self, tokens: Sequence[int]) -> None:
@@ -45,8 +45,8 @@ class Told:
     def known(self) -> int:
         return len(self.text)
 
-    def matcher(self, encode: Encode) -> Matcher:
-        return self._grammars.matcher(self._raw, self._vocabulary)
+    def matcher(self, vocabulary: Vocabulary) -> Matcher:
+        return self._grammars.matcher(self._raw, vocabulary)
 
     def history(self, start: int) -> Sequence[int]:
         return self.text[start:]
@@ -62,9 +62,9 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
     """Requests that are written one token a round by somebody else, the arm looking on; what it expected at first."""
 
     def write(tenant: Any, lookup: LookupScope = "memory", row: int = 1) -> float:
-        told = Told(grammars, vocabulary)
+        told = Told(grammars)
         arm.begin(row, RequestHints(lookup=lookup), tenant, None, told)
-        document = told.matcher(vocabulary.encode).forced()
+        document = told.matcher(vocabulary).forced()
         tokens = vocabulary.encode(document)
         told.tell(tokens[:1])
         expected = []
@@ -110,9 +110,9 @@ def test_nothing_is_proposed_while_rounds_are_under_way(
     arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     """Their tokens are missing in the history: what is forced behind what is known may not be what follows."""
-    told = Told(grammars, vocabulary)
+    told = Told(grammars)
     arm.begin(1, RequestHints(), MINE, None, told)
-    told.tell(vocabulary.encode(told.matcher(vocabulary.encode).forced())[:1])
+    told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
     assert arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH).length > 1
     assert arm.outlook(1, len(told.text) + 2, told.history, FULL_LENGTH) == NOTHING_AHEAD
 
@@ -130,7 +130,7 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
     arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
-    arm.begin(1, tools, MINE, None, Told(grammars, vocabulary))
+    arm.begin(1, tools, MINE, None, Told(grammars))
     arm.begin(2, tools, MINE)
     assert (arm.source(1), arm.source(2)) == ("grammar", "tools")
 
@@ -171,9 +171,9 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
     """Here a target that writes character by character, whoever drafts."""
 
     def first_of_an_answer(tenant: Any) -> int:
-        told = Told(grammars, vocabulary)
+        told = Told(grammars)
         arm.begin(1, RequestHints(), tenant, None, told)
-        text = told.matcher(vocabulary.encode).forced()
+        text = told.matcher(vocabulary).forced()
         arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH)
         found = arm.proposed(1, 8, FULL_LENGTH).tokens
         for character in text[:6]:

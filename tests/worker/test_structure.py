@@ -92,7 +92,7 @@ def forbidden(e: Engine, requests: Any, plan: Any, proposal: Any) -> int:
     arm, found = e.worker.drafters["structure"], 0
     for index, row in enumerate(requests.row_ids):
         own = arm._requests.get(row)
-        matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary.encode)
+        matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
         if not matcher or not plan.joined[index] or own.length != requests.lengths.most[index]:
             continue
         drafts = proposal.tokens[index, : int(proposal.widths[index]) - 1].tolist()

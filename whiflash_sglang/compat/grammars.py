@@ -6,7 +6,9 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
 from whiflash_sglang.compat import sampling
-from whiflash_sglang.structure.matchers import Encode, Grammar, GuidanceMatcher, Matcher, XGrammarMatcher
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.matchers import Grammar, GuidanceMatcher, Matcher, XGrammarMatcher
+from whiflash_sglang.structure.schemas import is_plain
 
 
 class RequestGrammar:
@@ -35,12 +37,14 @@ class RequestGrammar:
     def end(self) -> int | None:
         return self._end
 
-    def matcher(self, encode: Encode) -> Matcher | None:
+    def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
         grammar = self._req.grammar
         if isinstance(grammar, ReasonerGrammarObject):
             # While the model thinks nothing is constrained, and it stops whenever it likes.
             grammar = grammar.grammar if grammar._grammar_active() else None
-        return None if grammar is None or grammar.is_terminated() else _matcher_of(grammar, encode)
+        if grammar is None or grammar.is_terminated():
+            return None
+        return _matcher_of(grammar, vocabulary, plain=is_plain(self.schema))
 
 
 def grammar_of(req: Any) -> Grammar | None:
@@ -48,9 +52,9 @@ def grammar_of(req: Any) -> Grammar | None:
     return None if req.grammar is None else RequestGrammar(req)
 
 
-def _matcher_of(grammar: Any, encode: Encode) -> Matcher | None:
+def _matcher_of(grammar: Any, vocabulary: Vocabulary, *, plain: bool) -> Matcher | None:
     """None: of another backend (outlines), which cannot be asked token by token."""
     if isinstance(grammar, XGrammarGrammar):
-        return XGrammarMatcher(grammar.matcher)
+        return XGrammarMatcher(grammar.matcher, None if plain else vocabulary, grammar.vocab_size)
     guidance = getattr(grammar, "ll_matcher", None)  # its module is imported only where it serves
-    return None if guidance is None else GuidanceMatcher(guidance, encode)
+    return None if guidance is None else GuidanceMatcher(guidance, vocabulary.encode)

@@ -26,14 +26,14 @@ from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import StructureChances
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
 from whiflash_sglang.structure.schemas import frames_of, words_of
-from whiflash_sglang.structure.sketch import TAIL, Token, is_text, sketch, text_of
+from whiflash_sglang.structure.sketch import TAIL, Token, sketch, text_of
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
 WORTH = 0.1
@@ -232,7 +232,7 @@ class StructureArm(Drafter):
 
     def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> "Found":
         """What follows `drafts`, of which only what the grammar allows counts."""
-        matcher = request.grammar.matcher(self._vocabulary.encode) if request.grammar else None
+        matcher = request.grammar.matcher(self._vocabulary) if request.grammar else None
         calls = request.calls
         if matcher is None and calls is None:
             return Found(after=len(drafts))

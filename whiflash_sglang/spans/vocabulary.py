@@ -45,6 +45,12 @@ def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
     return b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
 
 
+def is_text(vocabulary: Vocabulary, token: int) -> bool:
+    """Whether a token stands for text, of which alone grammars speak; xgrammar complains of others aloud."""
+    table = vocabulary.token_bytes
+    return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
+
+
 def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
     """Tokens of `text` where it is cut together with what stands before it; None: no token begins with it."""
     tokens, table = vocabulary.encode(written + text), vocabulary.token_bytes

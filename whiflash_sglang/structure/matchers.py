@@ -6,10 +6,25 @@ Nothing here moves a request's own grammar: what is accepted to look ahead is ta
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
+
+import numpy as np
+
+from whiflash_sglang.spans.vocabulary import Vocabulary, is_text
 
 Encode = Callable[[str], Sequence[int]]
 """Text → token ids, without special tokens added."""
+
+FORCED_TOKENS = 64
+"""Tokens without a choice after which forced text counts as endless. xgrammar's own search for forced text ends where
+there is a choice. A schema that requires itself, or `root ::= "a" root`, has none: that search would never end.
+"""
+
+MOST_WORDS = 512
+"""Words of a mask whose tokens are compared. More of them hold a choice: no vocabulary has as many tokens of which each
+begins the next.
+"""
 
 
 class Matcher(ABC):
@@ -74,11 +89,17 @@ class Matcher(ABC):
 
 
 class XGrammarMatcher(Matcher):
-    """Over an `xgrammar.GrammarMatcher`."""
+    """Over an `xgrammar.GrammarMatcher`.
 
-    def __init__(self, matcher: Any) -> None:
+    Args:
+        vocabulary: of the target; forced text is then searched token by token, `FORCED_TOKENS` at most. None: xgrammar
+            searches, without a bound.
+        size: token ids in the grammar's masks.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: Vocabulary | None = None, size: int = 0) -> None:
         super().__init__()
-        self._matcher = matcher
+        self._matcher, self._vocabulary, self._size = matcher, vocabulary, size
 
     @property
     def ended(self) -> bool:
@@ -91,10 +112,46 @@ class XGrammarMatcher(Matcher):
     def forced(self) -> str:
         if self.ended:
             return ""
+        endless = self._endless()
+        if endless is not None:
+            return endless.decode(errors="ignore")
         try:
             return str(self._matcher.find_jump_forward_string())
         except UnicodeDecodeError:
             return ""
+
+    def _endless(self) -> bytes | None:
+        """`FORCED_TOKENS` tokens of text that must follow; None: there is a choice before, where a search ends."""
+        if self._vocabulary is None:
+            return None
+        found = b""
+        with self.trying():
+            for _ in range(FORCED_TOKENS):
+                token = None if self.may_end else self._only(self._vocabulary)
+                if token is None or not self.accept_token(token):
+                    return None
+                found += self._vocabulary.token_bytes[token]
+        return found
+
+    def _only(self, vocabulary: Vocabulary) -> int | None:
+        """The longest token that may follow, where all others are its beginnings; None: there is a choice."""
+        mask = _scratch(self._size)
+        self._matcher.fill_next_token_bitmask(mask)
+        words = mask[0]
+        used = words.nonzero()[0]
+        if len(used) > MOST_WORDS:
+            return None
+        found, longest = None, b""
+        for place, word in zip(used.tolist(), words.view(np.uint32)[used].tolist(), strict=True):
+            for token in _bits(word, 32 * place):
+                if not is_text(vocabulary, token):
+                    continue
+                text = vocabulary.token_bytes[token]
+                if text.startswith(longest):
+                    found, longest = token, text
+                elif not longest.startswith(text):
+                    return None
+        return found
 
     def _accept_token(self, token: int) -> int:
         return int(self._matcher.accept_token(token))
@@ -104,6 +161,19 @@ class XGrammarMatcher(Matcher):
 
     def _rollback(self, steps: int) -> None:
         self._matcher.rollback(steps)
+
+
+@lru_cache(maxsize=1)
+def _scratch(size: int) -> "np.ndarray[Any, np.dtype[np.int32]]":
+    """A bit for each of `size` token ids, [1, words] int32. Each use overwrites it."""
+    return np.zeros((1, -(-size // 32)), np.int32)
+
+
+def _bits(word: int, first: int) -> Iterator[int]:
+    """`first` and the number of each bit that is set."""
+    while word:
+        yield first + (word & -word).bit_length() - 1
+        word &= word - 1
 
 
 class GuidanceMatcher(Matcher):
@@ -165,10 +235,10 @@ class Grammar(Protocol):
     @property
     def end(self) -> int | None: ...
 
-    def matcher(self, encode: Encode) -> Matcher | None:
+    def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
         """The matcher, as far as it was told; None where nothing is constrained now.
 
         Args:
-            encode: of the target's tokenizer, for engines that take tokens only.
+            vocabulary: of the target.
         """
         ...

@@ -77,6 +77,44 @@ class Essence:
         return bool(listed) and self._nodes >= 0 and self._chars >= 0
 
 
+MOST_PLAIN_CHARS = 8192
+"""Of a schema in whose grammar xgrammar may search for forced text without a bound: that takes milliseconds."""
+
+TYPES = frozenset(
+    ("object", "array", "string", "number", "integer", "boolean", "null")
+    + ("structural_tag", "triggered_tags", "tag", "json_schema", "const_string", "any_text")
+)
+"""Of schemas and parts of a structural tag that force no more text than they hold."""
+
+REPEATING = frozenset({"$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties"})
+
+COUNTS = ("minItems", "minContains", "minProperties")
+
+
+@lru_cache(maxsize=256)
+def is_plain(text: str) -> bool:
+    """Whether a grammar forces no more text than its schema has: nothing in it refers to itself or is repeated.
+
+    Args:
+        text: as of `words_of`; empty where the grammar is made of none.
+    """
+    open_ = [_read(text)] if len(text) <= MOST_PLAIN_CHARS else [None]
+    if not isinstance(open_[0], dict):
+        return False
+    while open_:
+        part = open_.pop()
+        if isinstance(part, list):
+            open_ += part
+        elif isinstance(part, dict):
+            types = part.get("type", [])
+            if not TYPES.issuperset(types if isinstance(types, list) else [str(types)]):
+                return False
+            if not REPEATING.isdisjoint(part) or any(part.get(name, 0) not in (0, 1) for name in COUNTS):
+                return False
+            open_ += part.values()
+    return True
+
+
 @lru_cache(maxsize=256)
 def words_of(text: str) -> tuple[str, ...]:
     """As they stand inside JSON strings, in the schema's order, none twice; none where it is no JSON.

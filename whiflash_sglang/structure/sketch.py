@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind, is_text
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.cuts import Cuts
@@ -138,12 +138,6 @@ def cut(
         found.append(Token(token, min(kinds, key=likelihood), None if usual == token else usual))
         begin = stop
     return found
-
-
-def is_text(vocabulary: Vocabulary, token: int) -> bool:
-    """Whether a token stands for text, of which alone grammars speak; xgrammar complains of others aloud."""
-    table = vocabulary.token_bytes
-    return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
