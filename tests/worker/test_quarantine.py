@@ -6,7 +6,9 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, NoReturn
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +17,17 @@ from model_set import Models
 from reference import Comparison
 
 from whiflash_sglang.metrics.series import Labels, Series
-from whiflash_sglang.round.quarantine import FIRST_SECONDS, LONGEST_SECONDS, MOST_FAULTS, Quarantine
+from whiflash_sglang.round.learning import Learner
+from whiflash_sglang.round.planning import Planner
+from whiflash_sglang.round.quarantine import (
+    FIRST_SECONDS,
+    LONGEST_SECONDS,
+    MOST_FAULTS,
+    SEVERAL_REQUESTS,
+    Quarantine,
+)
+from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_sglang.routing.lane import Lane
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
 TOKENS = 40
@@ -277,13 +289,63 @@ def test_a_request_that_an_arm_served_well_excuses_it() -> None:
     assert "ar" in held, "nobody knows the callers of requests without a salt, so each is one"
 
 
-def failing(held: Quarantine, *callers: str | None) -> None:
-    """A request of each caller, for which the arm `ar` raises."""
+def test_holes_in_its_kv_end_no_more_than_the_server_does() -> None:
+    """An arm goes on ingesting while it is quarantined, and may fail at that, too."""
+    now = [0.0]
+    held = Quarantine(["ar"], clock=lambda: now[0])
+    failing(held, "one", "one", "two")
+    with held.guard_ingestion("ar"):
+        fails(None)
+    now[0] += 2 * LONGEST_SECONDS
+    held.tick()
+    assert not held.ingests("ar")
+    assert held.reasons == {"ar": "raised RuntimeError while it ingested"}
+
+
+def test_what_fails_behind_a_quarantine_counts_for_no_other_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Results of rounds that were under way, and a batch of which others had decided already."""
+    now = [0.0]
+    held = Quarantine(["ar"], clock=lambda: now[0])
+    rids = [f"r{i}" for i in range(9)]
+    for rid in rids:
+        held.begin(rid, rid)
+    for rid in rids:
+        for _ in range(MOST_FAULTS):
+            held.judge("ar", rid, faulty=True)
+    assert "ar" in held
+    assert sum("is left out" in r.getMessage() for r in caplog.records) == SEVERAL_REQUESTS
+    now[0] += FIRST_SECONDS
+    held.tick()
+    assert not any(held.serves("ar", rid) for rid in rids)
+    failing(held, "another")
+    assert not held.reasons, "the next one request is one again"
+
+
+def test_what_was_sound_before_a_quarantine_does_not_excuse_what_comes_behind() -> None:
+    now = [0.0]
+    held = Quarantine(["ar"], clock=lambda: now[0])
+    for rid in ("before", "planned"):
+        held.begin(rid, None)
+    held.judge("ar", "before", faulty=False)
+    failing(held, "one", "one", "two")
+    held.judge("ar", "planned", faulty=False)  # routed to it, and not asked any more
+    now[0] += FIRST_SECONDS
+    held.tick()
+    for rid in ("before", "planned"):
+        held.end(rid)
+    failing(held, "one", "one", "two")
+    now[0] += FIRST_SECONDS
+    held.tick()
+    assert "ar" in held, "it is out again, for twice as long"
+
+
+def failing(held: Quarantine, *callers: str | None, arm: str = "ar") -> None:
+    """A request of each caller, for which the arm raises."""
     for caller in callers:
         held.begin("r", caller if caller is not None else object())
-        with held.guard("ar", "r"):
+        with held.guard(arm, "r"):
             fails(None)
-        assert not held.serves("ar", "r")
+        assert not held.serves(arm, "r")
         held.end("r")
 
 
@@ -325,7 +387,63 @@ def test_a_batch_that_raises_is_asked_request_by_request() -> None:
             raise RuntimeError("planted")
 
     assert held.attempt("ar", rids, together) == ((), None)
-    assert "ar" in held, "it is no request's"
+    assert held.reasons == {"ar": "raised RuntimeError for a batch and for no request of it"}
+
+
+def test_nobody_is_asked_behind_the_request_that_decided() -> None:
+    held = Quarantine(["ar"])
+    rids = [f"r{i}" for i in range(64)]
+    for rid in rids:
+        held.begin(rid, rid)
+    calls: list[Any] = []
+
+    def call(chosen: Any) -> None:
+        calls.append(chosen)
+        fails(None)
+
+    assert held.attempt("ar", rids, call) == ((), None)
+    assert "ar" in held
+    assert len(calls) == 1 + SEVERAL_REQUESTS
+
+
+def test_the_rest_of_a_batch_is_not_asked_for_an_outlook() -> None:
+    rids = [f"r{i}" for i in range(64)]
+    held, asked = Quarantine(["lookup"]), list[int]()
+
+    def outlook(row: int, *_: Any) -> NoReturn:
+        asked.append(row)
+        fails(None)
+
+    drafters: Any = {"lookup": SimpleNamespace(outlook=outlook)}
+    nothing: Any = None
+    planner = Planner(drafters, nothing, nothing, nothing, held)
+    requests: Any = SimpleNamespace(
+        names=list(enumerate(rids)), lengths=SimpleNamespace(most=[9] * 64), history=lambda *_: []
+    )
+    for index, rid in enumerate(rids):
+        held.begin(rid, rid)
+        assert planner._outlook(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == {}
+    assert asked == [*range(SEVERAL_REQUESTS)]
+
+
+def test_drafts_that_the_device_took_were_sound() -> None:
+    """No plan names a late arm, so only the device's results show that it serves well."""
+    held = Quarantine(["ar", "lookup"])
+    held.begin("sound", None)
+    learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held)
+    plan: Any = SimpleNamespace(
+        routes=["none"] * 2,
+        lanes=[Lane(rid, under_way=[3]) for rid in ("sound", "gone")],
+        decisions=[None] * 2,
+        limits=[0] * 2,
+        late="lookup",
+    )
+    failing(held, "one", "one", arm="lookup")
+    found = {"starts": [9] * 2, "widths": [3] * 2, "faults": [0] * 2, "late": [1, 0]}
+    learner.learn(plan, found, kept=[[], []])
+    held.end("sound")
+    failing(held, "two", arm="lookup")
+    assert not held.reasons
 
 
 @pytest.mark.parametrize(

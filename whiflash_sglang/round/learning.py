@@ -80,6 +80,8 @@ class Learner:
             lane.under_way.pop(0)
             if plan.limits[i]:
                 self.quarantine.judge(arm, lane.rid, faulty=bool(found["faults"][i]))
+            if plan.late is not None and found["late"][i]:
+                self.quarantine.judge(plan.late, lane.rid, faulty=False)
             if not tokens[i] or not self.ranks.leads:
                 continue
             width, row = found["widths"][i], lane.row

@@ -146,6 +146,8 @@ class Planner:
         history = partial(requests.history, index)
         found: dict[str, Outlook | None] = {}
         for arm in asked:
+            if arm in self.quarantine:
+                continue  # since an earlier request of the batch was asked
             try:
                 found[arm] = self.drafters[arm].outlook(row, n, history, worth[arm])
             except Exception as error:

@@ -6,7 +6,7 @@ cannot be a draft, and says so with the round's results; what is raised is caugh
 
 An arm is everybody's, and what makes it raise is mostly one request's text. So an arm that raises for a request is left
 out for that request. It is quarantined, left out for everybody, if it raised for several requests of several callers
-and for no request in between it went well.
+and served none well in between, or if it raised for a batch and then for no request of it.
 """
 
 import logging
@@ -121,7 +121,10 @@ class Quarantine:
         if request is None:
             return
         if not faulty:
-            request.sound.add(arm)
+            if self.serves(
+                arm, rid
+            ):  # else it was left out behind the plan of the round, and drafted nothing
+                request.sound.add(arm)
             request.in_a_row.pop(arm, None)
             return
         request.in_a_row[arm] = request.in_a_row.get(arm, 0) + 1
@@ -171,8 +174,11 @@ class Quarantine:
                 self.raised(arm, error, rids[0])
                 return (), None
             self._reraise(error)
-        sound = [i for i in everyone if self._succeeds(arm, rids[i], call, i)]
-        if not sound:
+            raised = error
+        sound = [i for i in everyone if arm not in self.reasons and self._succeeds(arm, rids[i], call, i)]
+        if len(sound) == len(rids):  # no request to leave out, and it may raise every round
+            self._quarantine(arm, f"{_said(raised)} for a batch and for no request of it", raised)
+        if not sound or arm in self.reasons:
             return (), None
         with self.guard(arm):
             return sound, call(sound)
@@ -195,6 +201,8 @@ class Quarantine:
         if request is None or arm in request.without:
             return
         request.without.add(arm)
+        if arm in self.reasons:
+            return  # that it fails is known: a result of a round that was under way, or the rest of a batch
         first = not self.left_out[arm]
         self.left_out[arm] += 1
         logger.warning(
@@ -211,11 +219,14 @@ class Quarantine:
             self._quarantine(arm, f"{reason}, for {streak.requests} requests in a row", error)
 
     def _quarantine(self, arm: str, reason: str, error: Exception | None) -> None:
-        if arm in self.reasons:
-            return
-        self.reasons[arm] = reason
-        self._streaks[arm] = _Streak()
         ends = self._alone and arm not in self._without_kv
+        if arm in self.reasons and (ends or arm not in self._until):
+            return  # it is out for as long already
+        self.reasons[arm] = reason
+        self._until.pop(arm, None)
+        self._streaks[arm] = _Streak()
+        for request in self._requests.values():
+            request.sound.discard(arm)
         seconds = self._seconds[arm]
         if ends:
             self._until[arm] = self._clock() + seconds
