@@ -19,8 +19,8 @@ from typing import Any
 
 import httpx
 
-from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.cli.serve import server_arguments, server_environment
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
+from whiflash_sglang.cli.serve import server_arguments
 from whiflash_sglang.lab.bench import provenance
 from whiflash_sglang.serving.server import Server
 
@@ -75,6 +75,8 @@ async def pauses(url: str, schemas: dict[str, dict[str, Any]]) -> dict[str, floa
             for messages in ([ASK], [ASK, BEGUN]):
                 answer = await client.post("/v1/chat/completions", json=request(messages, schema))
                 refused |= answer.status_code == 400
+                if not refused:
+                    answer.raise_for_status()
             await asyncio.sleep(SECONDS)
             found[name] = None if refused else neighbour.longest(since)
             print(f"{name}: {'refused' if refused else f'{found[name]:.2f} s'}", file=sys.stderr, flush=True)
@@ -138,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if ours
             else plainly(server_arguments(flags))
         )
-        with Server(line, env=server_environment(flags) if ours else {}) as server:
+        with Server(line) as server:
             found.append(asyncio.run(pauses(server.base_url, schemas)))
     report = table(*found, provenance.environment(embedded_bundle()))
     print(report)
@@ -147,9 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plainly(line: Sequence[str]) -> list[str]:
-    """The command line of a server without WHIFLASH."""
+    """The command line of a server without WHIFLASH, which shows tools to its model in the same words."""
     at = line.index("--speculative-algorithm")
-    return [*line[:at], *line[at + 2 :]]
+    template = load_manifest(embedded_bundle()).chat_template
+    return [*line[:at], *line[at + 2 :], "--chat-template", str(embedded_bundle() / str(template))]
 
 
 if __name__ == "__main__":

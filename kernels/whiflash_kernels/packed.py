@@ -1,33 +1,57 @@
-"""Products with weights that are laid out for a CPU's matrix kernels once, instead of at every product.
+"""Products of bfloat16 on a CPU: with weights that are laid out for its matrix kernels once, or by a kernel of ours.
 
 oneDNN, which runs torch's bfloat16 products on CPUs, reads a weight in blocks. Given rows, as torch keeps them, it
 copies them into blocks at every call, which takes as long as the product itself where that has a dozen rows or fewer:
 decoding, verifying, drafting. A second copy, in blocks, costs the weight's size in memory and saves that. The kernels
 are the same, and so are their results.
+
+On processors for which oneDNN has no bfloat16 (AVX2 alone) torch's products are slow. There a compiled kernel
+(`whiflash_kernels.cpu.products`) takes weights as they are, once a process has set it with :func:`use`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whiflash_kernels.processor import onednn_has_bfloat16
+
 _COPY = "_whiflash_packed"
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""As `torch.nn.functional.linear` of bfloat16 on a CPU."""
 
-def packable(weight: Tensor) -> bool:
-    """Whether products with `weight` [N, K] gain from a copy in blocks, and stay the same bit by bit: bfloat16 on a CPU
-    whose oneDNN kernels were seen to."""
+_compiled: Product | None = None
+
+
+def use(products: Product | None) -> None:
+    """Multiply weights that have no copy by `products`; None: by torch."""
+    global _compiled
+    _compiled = products
+
+
+def has_kernel(weight: Tensor) -> bool:
+    """Whether :func:`linear` multiplies `weight` by something else than torch's own product."""
+    return is_packed(weight) or (_compiled is not None and _is_matrix(weight))
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    """Whether `weight` [N, K] is one that kernels take."""
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.numel() > 0
         and weight.is_contiguous()
-        and not weight.requires_grad
-        and _same_bits()
     )
+
+
+def packable(weight: Tensor) -> bool:
+    """Whether products with `weight` [N, K] gain from a copy in blocks, and stay the same bit by bit: bfloat16 on a CPU
+    whose oneDNN kernels were seen to."""
+    return _is_matrix(weight) and not weight.requires_grad and _same_bits()
 
 
 @cache
@@ -36,8 +60,7 @@ def _same_bits() -> bool:
 
     Which kernel it takes depends on the processor, and no table of them promises that: so a few products are compared.
     """
-    supported = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not supported or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not onednn_has_bfloat16():
         return False
     try:
         return _products_agree()
@@ -93,12 +116,12 @@ def is_packed(weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, from the weight's copy in blocks where it has one.
+    """`torch.nn.functional.linear`, by the weight's copy in blocks, or by the kernel that is in :func:`use`.
 
-    Numerics: oneDNN's sums in float32, rounded once; bit by bit those of `torch.nn.functional.linear`, which rounds
-    once more before it adds a bias to rows of more than two dimensions that do not lie together.
-    Fallback: that function, for a weight without a copy, other dtypes than bfloat16, a bias that is not N numbers in a
-    row (oneDNN's operator reads the memory behind it all the same), and where gradients are wanted.
+    Numerics of a copy: oneDNN's sums in float32, rounded once; bit by bit those of `torch.nn.functional.linear`, which
+    rounds once more before it adds a bias to rows of more than two dimensions that do not lie together.
+    Fallback: that function, for other dtypes than bfloat16, a bias that is not N numbers in a row (kernels read the
+    memory behind it all the same), where gradients are wanted, and for a weight without a copy where no kernel is set.
 
     Args:
         x: [..., K]. weight: [N, K]. bias: [N].
@@ -106,8 +129,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N] in the dtype of `x`.
     """
-    packed = getattr(weight, _COPY, None)
-    if packed is None or x.dtype != torch.bfloat16:
+    if x.dtype != torch.bfloat16 or not has_kernel(weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return F.linear(x, weight, bias)
@@ -115,5 +137,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
     ):
         return F.linear(x, weight, bias)
+    packed = getattr(weight, _COPY, None)
+    if packed is None:
+        assert _compiled is not None
+        return _compiled(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product

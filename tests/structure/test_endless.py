@@ -69,7 +69,8 @@ def test_a_grammar_without_a_choice_is_followed_so_far_and_no_further(
     raw = watched(compiler, grammar)
     matcher = XGrammarMatcher(raw, vocabulary, len(tokenizer))
     forced = matcher.forced()
-    assert 64 <= len(forced) and raw.masks == FORCED_TOKENS
+    assert len(forced) >= 64
+    assert raw.masks == FORCED_TOKENS
     with matcher.trying():
         assert matcher.accept_text(forced)
     assert matcher.forced() == forced, "nothing of it is left behind"
@@ -89,7 +90,9 @@ def tag(content: dict[str, Any]) -> dict[str, Any]:
     return {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": ["<"], "tags": [form]}}
 
 
-@pytest.mark.parametrize("schema", [PLAIN, {"anyOf": [PLAIN, True]}, tag({"type": "json_schema", "json_schema": PLAIN})])
+@pytest.mark.parametrize(
+    "schema", [PLAIN, {"anyOf": [PLAIN, True]}, tag({"type": "json_schema", "json_schema": PLAIN})]
+)
 def test_of_what_is_plain_the_engine_searches_by_itself(schema: dict[str, Any]) -> None:
     assert is_plain(json.dumps(schema))
 
@@ -112,4 +115,5 @@ def test_of_what_is_plain_the_engine_searches_by_itself(schema: dict[str, Any]) 
 )
 def test_of_nothing_else(schema: Any) -> None:
     assert not is_plain(json.dumps(schema))
-    assert not is_plain("") and not is_plain("{")
+    assert not is_plain("")
+    assert not is_plain("{")

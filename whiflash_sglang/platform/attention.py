@@ -20,8 +20,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from whiflash_kernels.cpu.compiler import has_avx512
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan, compiled_attention, fits
+from whiflash_kernels.processor import has_avx512
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.embedded import cache_root

@@ -1,4 +1,4 @@
-"""The target's matrices in the layout of a CPU's matrix kernels (`whiflash_kernels.packed`).
+"""The target's products by a CPU's matrix kernels (`whiflash_kernels.packed`).
 
 Every method here wraps one of SGLang's (`platform/seam_tables.py`). Copies are made when a model is loaded and made
 anew whenever its weights are updated; what other code does with a layer's weight sees the weight itself.
@@ -6,20 +6,39 @@ anew whenever its weights are updated; what other code does with a layer's weigh
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from whiflash_kernels.packed import is_packed, linear, packable, unpack
+from whiflash_kernels.cpu.products import compiled_products
+from whiflash_kernels.packed import has_kernel, is_packed, linear, packable, unpack, use
+from whiflash_kernels.processor import has_avx2, onednn_has_bfloat16
 
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.models import packed
 
 logger = logging.getLogger(__name__)
 
 _had_room: WeakSet[nn.Module] = WeakSet()
 """Models that were packed once: what their copies took is given back before an update, and so is there behind it."""
+
+
+def use_compiled_products() -> None:
+    """Multiply bfloat16 by a compiled kernel where oneDNN cannot: with AVX2 alone torch takes 4 to 7 times as long.
+
+    ``WHIFLASH_KERNELS=torch`` leaves torch's. A log line says if the kernel cannot be had.
+    """
+    if os.environ.get("WHIFLASH_KERNELS") == "torch" or onednn_has_bfloat16() or not has_avx2():
+        return
+    try:
+        use(compiled_products(cache_root() / "compiled"))
+    except OSError as error:
+        logger.warning(
+            "compiled CPU products are unavailable, torch's are used, which are slow here: %s", error
+        )
 
 
 def pack_model(model: nn.Module) -> None:
@@ -58,7 +77,7 @@ def apply(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = layer.weight
-        if isinstance(weight, Tensor) and is_packed(weight):
+        if isinstance(weight, Tensor) and has_kernel(weight):
             return linear(x, weight, bias)
         return upstream(self, layer, x, bias)
 
@@ -83,7 +102,7 @@ def compute_lm_head(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
             or self.rl_on_policy_target is not None
             or hasattr(lm_head, "set_lora")
         )
-        if otherwise or not isinstance(weight, Tensor) or not is_packed(weight):
+        if otherwise or not isinstance(weight, Tensor) or not has_kernel(weight):
             return upstream(self, hidden_states, lm_head, embedding_bias, out=out)
         return linear(hidden_states.to(torch.bfloat16), weight)
 

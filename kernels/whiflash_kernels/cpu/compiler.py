@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from whiflash_kernels.processor import instructions
 
 _PATIENCE = 120
 """Seconds after which a compiler is given up. It takes two."""
@@ -43,7 +44,7 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
     options = (*_FLAGS, *flags)
     try:
         version = _run([compiler, "--version"], check=False).stdout
-        words = " ".join([compiler, *options, _processor()]).encode()
+        words = " ".join([compiler, *options, instructions()]).encode()
         files = (source, *sorted(source.parent.glob("*.h")))
         key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + words + version).hexdigest()[:12]
         library = _own_directory(directory) / f"{source.stem.replace('_', '-')}-{key}.so"
@@ -59,11 +60,6 @@ def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDL
     except subprocess.TimeoutExpired as error:
         raise OSError(f"the C++ compiler did not end with {source.name} in {error.timeout:.0f} s") from error
     return ctypes.CDLL(str(library))
-
-
-def has_avx512() -> bool:
-    """Whether this processor has AVX-512, whose 32 registers of 16 floats the kernels are written for."""
-    return " avx512f " in _processor() + " "
 
 
 @cache
@@ -115,13 +111,3 @@ def _build(compiler: str, options: Sequence[str], source: Path, library: Path) -
         whole.write_bytes(content + hashlib.sha256(content).digest())
         whole.chmod(0o700)
         os.replace(whole, library)
-
-
-def _processor() -> str:
-    """What tells this processor's instructions from another's that shares the directory."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = ("flags", "Features", "CPU part")  # x86's, and Arm's
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))

@@ -1,0 +1,36 @@
+"""What this machine's processor can do."""
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def has_avx512() -> bool:
+    """Whether this processor has AVX-512, whose 32 registers of 16 floats the kernels are written for."""
+    return " avx512f " in instructions() + " "
+
+
+def has_avx2() -> bool:
+    """Whether this processor has AVX2 and fused multiply-add."""
+    return {"avx2", "fma"} <= set(instructions().split())
+
+
+@cache
+def onednn_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor."""
+    return bool(
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def instructions() -> str:
+    """What tells this processor's instructions from another's that shares the directory."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("flags", "Features", "CPU part")  # x86's, and Arm's
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))
