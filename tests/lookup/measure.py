@@ -58,7 +58,7 @@ def routing(lookup: bool) -> float:
     copier.extend(rng.sample(range(49152), 4000))
     fresh = rng.sample(range(50_000, 60_000), ROUNDS)
     took = []
-    for length, token in enumerate(fresh, 4000):
+    for token in fresh:
         began = time.perf_counter()
         outlook: dict[str, Outlook | None] = {"ar": None, "diffusion": None}
         if lookup:
@@ -66,7 +66,7 @@ def routing(lookup: bool) -> float:
             proposal = copier.look(16, 0.05)
             if proposal.tokens:
                 outlook["lookup"] = Outlook(1.0 + proposal.expected(16), 1 + proposal.width(16, 0.05))
-        routes = controller.route([0], [length], [outlook])
+        routes = controller.route([0], [outlook])
         took.append(time.perf_counter() - began)
         lane = controller.lanes[0]
         controller.committed(lane, lane.decision, routes[0], [token], 1)

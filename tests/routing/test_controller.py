@@ -63,7 +63,7 @@ def test_what_a_copy_must_bring_where_nothing_is_priced(
 ) -> None:
     controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
     controller.open(ROW, "r", hints, [0, 1])
-    [route] = controller.route([ROW], [10], [{arms.AR: None, arms.DIFFUSION: None}])
+    [route] = controller.route([ROW], [{arms.AR: None, arms.DIFFUSION: None}])
     assert controller.must_beat(ROW, route, arms.LOOKUP) == expected
     assert controller.must_beat(ROW, arms.LOOKUP, arms.LOOKUP) == -math.inf, "it has the place already"
 

@@ -53,7 +53,7 @@ class Server:
 
     def round(self, rows: Sequence[int]) -> dict[int, str]:
         """The arm of every row."""
-        routes = self.controller.route(rows, [10] * len(rows), [{"ar": None, "diffusion": None}] * len(rows))
+        routes = self.controller.route(rows, [{"ar": None, "diffusion": None}] * len(rows))
         for arm in set(routes) & SECONDS.keys():
             self.costs.drafted(arm, routes.count(arm), passes=1, seconds=SECONDS[arm], catch_up=0.0)
         verified = sum(WIDTHS[arm] for arm in routes)

@@ -85,7 +85,7 @@ def tokens_per_second(
             left = length
             while left > 0:
                 controller.lanes[0].entropy = rng.choice(ENTROPIES)
-                (arm,) = controller.route([0], [length], [dict.fromkeys(world.prose)])
+                (arm,) = controller.route([0], [dict.fromkeys(world.prose)])
                 accepted = world.accepted(rng, piece, arm)
                 lane = controller.lanes[0]
                 controller.committed(lane, lane.decision, arm, [0] * accepted, WIDTHS[arm])
@@ -158,6 +158,6 @@ def test_a_lane_measures_every_kind_of_span_by_itself() -> None:
     controller.open(0, "r", SPANS, ())
     lane: Lane = controller.lanes[0]
     lane.committed("ar", [0, 0, 0, 1])
-    assert lane.signals(4, {"ar": None}).recent == {}
+    assert lane.signals({"ar": None}).recent == {}
     lane.committed("ar", [0, 2])
-    assert lane.signals(6, {"ar": None}).recent == {"ar": Mean(4.0, 1.0)}
+    assert lane.signals({"ar": None}).recent == {"ar": Mean(4.0, 1.0)}

@@ -18,7 +18,7 @@ BOTH = frozenset({"ar", "diffusion"})
 
 
 def best(policy: NeuralPolicy, **known: object) -> str:
-    scores = policy.score(Signals(10, BOTH, **known))  # type: ignore[arg-type]
+    scores = policy.score(Signals(BOTH, **known))  # type: ignore[arg-type]
     return max(scores, key=lambda arm: scores[arm])
 
 
@@ -43,7 +43,7 @@ def test_dwell_keeps_an_arm() -> None:
 
 
 def test_an_arm_that_may_not_draft_is_not_offered() -> None:
-    assert NeuralPolicy(0.0).score(Signals(10, frozenset({"ar"}), delta=-1.0)).keys() == {"ar", "none"}
+    assert NeuralPolicy(0.0).score(Signals(frozenset({"ar"}), delta=-1.0)).keys() == {"ar", "none"}
 
 
 def test_a_routers_outputs_reach_the_policy() -> None:
@@ -53,7 +53,7 @@ def test_a_routers_outputs_reach_the_policy() -> None:
     assert lane.predicted == {"ar": 2.5, "diffusion": 1.0}
     note(lane, [0.5])
     assert lane.predicted == {}
-    assert lane.signals(10, dict.fromkeys(BOTH)).delta == 0.5
+    assert lane.signals(dict.fromkeys(BOTH)).delta == 0.5
 
 
 def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
@@ -61,15 +61,15 @@ def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
     assert "delta" in policy.needs
     assert "delta" not in AutoPolicy().needs
     for _ in range(50):
-        policy.observe("ar", Signals(10, BOTH), 5)
+        policy.observe("ar", Signals(BOTH), 5)
     predicted = {"ar": 1.5, "diffusion": 3.0}
-    scores = policy.score(Signals(10, BOTH, predicted=predicted))
+    scores = policy.score(Signals(BOTH, predicted=predicted))
     assert scores["ar"] == 1.5
     assert scores["diffusion"] == 3.0
     recent = Mean()
     for _ in range(8):
         recent.add(1.0, 8.0)
-    lower = policy.score(Signals(10, BOTH, predicted=predicted, recent={"diffusion": recent}))["diffusion"]
+    lower = policy.score(Signals(BOTH, predicted=predicted, recent={"diffusion": recent}))["diffusion"]
     assert 2.0 < lower < 3.0
 
 
@@ -78,11 +78,9 @@ def test_a_round_is_judged_by_the_predictions_that_it_was_decided_on() -> None:
     controller = Controller(policy, MeasuredCosts(lambda arm: 6), ())
     controller.open(0, "r", RequestHints(), [])
     note(controller.lanes[0], [0.0, 3.0, 1.0])
-    controller.route([0], [10], [dict.fromkeys(BOTH)])
+    controller.route([0], [dict.fromkeys(BOTH)])
     note(controller.lanes[0], [0.0, 9.0, 9.0])  # of the round's end, before it is learned from
     lane = controller.lanes[0]
     controller.committed(lane, lane.decision, "ar", [5, 6], 6)
     level = (1 + LEVEL_PRIOR) / (3 + LEVEL_PRIOR)
-    assert policy.estimator.expect("ar", Signals(10, BOTH, predicted={"ar": 5.0})) == pytest.approx(
-        1 + 4 * level
-    )
+    assert policy.estimator.expect("ar", Signals(BOTH, predicted={"ar": 5.0})) == pytest.approx(1 + 4 * level)

@@ -20,7 +20,7 @@ def best(scores: dict[str, float]) -> str:
     ("entropy", "arm"), [(0.2, "diffusion"), (1.0, "diffusion"), (1.5, "ar"), (math.nan, "diffusion")]
 )
 def test_entropy_threshold(entropy: float, arm: str) -> None:
-    scores = EntropyPolicy(tau=1.0).score(Signals(10, BOTH, entropy=entropy))
+    scores = EntropyPolicy(tau=1.0).score(Signals(BOTH, entropy=entropy))
     assert best(scores) == arm
     assert sorted(scores.values())[-1] > sorted(scores.values())[-2], (
         "no tie that the order of names would settle"
@@ -29,8 +29,8 @@ def test_entropy_threshold(entropy: float, arm: str) -> None:
 
 def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     policy = EntropyPolicy(tau=1.0, min_dwell=2)
-    assert best(policy.score(Signals(10, BOTH, entropy=3.0, previous="diffusion", dwell=1))) == "diffusion"
-    assert best(policy.score(Signals(10, BOTH, entropy=3.0, previous="diffusion", dwell=2))) == "ar"
+    assert best(policy.score(Signals(BOTH, entropy=3.0, previous="diffusion", dwell=1))) == "diffusion"
+    assert best(policy.score(Signals(BOTH, entropy=3.0, previous="diffusion", dwell=2))) == "ar"
 
 
 @pytest.mark.parametrize(
@@ -48,27 +48,25 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     ],
 )
 def test_hints_move_scores(span: OpenSpan | None, off: bool, arm: str, reason: str) -> None:
-    scores = EntropyPolicy(tau=1.0).score(Signals(10, BOTH, entropy=0.0))
+    scores = EntropyPolicy(tau=1.0).score(Signals(BOTH, entropy=0.0))
     hinted = apply_hints(scores, span, BOTH, off=off)
     assert (best(hinted.scores), hinted.reason) == (arm, reason)
 
 
 def test_a_pin_overrides_a_pinned_policy() -> None:
     span = OpenSpan("json", prefer="diffusion", pin=True)
-    assert (
-        best(apply_hints(Pinned("ar").score(Signals(10, BOTH)), span, BOTH, off=False).scores) == "diffusion"
-    )
+    assert best(apply_hints(Pinned("ar").score(Signals(BOTH)), span, BOTH, off=False).scores) == "diffusion"
 
 
 def test_pinned_falls_back_to_plain_decoding() -> None:
-    assert best(Pinned("ar").score(Signals(10, BOTH))) == "ar"
-    assert best(Pinned("ar").score(Signals(10, frozenset({"diffusion"})))) == "none"
-    assert best(Pinned("none").score(Signals(10, BOTH))) == "none"
+    assert best(Pinned("ar").score(Signals(BOTH))) == "ar"
+    assert best(Pinned("ar").score(Signals(frozenset({"diffusion"})))) == "none"
+    assert best(Pinned("none").score(Signals(BOTH))) == "none"
 
 
 def test_random_reaches_every_arm() -> None:
     policy = RandomPolicy(seed=1)
-    assert {best(policy.score(Signals(10, BOTH))) for _ in range(200)} == {"ar", "diffusion", "none"}
+    assert {best(policy.score(Signals(BOTH))) for _ in range(200)} == {"ar", "diffusion", "none"}
 
 
 def test_lane_counts_dwell_and_remembers_acceptance() -> None:
@@ -78,7 +76,7 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     assert (lane.previous, lane.dwell) == ("diffusion", 1)
     lane.committed("diffusion", [1, 2, 3, 4])
     lane.committed("diffusion", [1, 2])
-    recent = lane.signals(10, {}).recent["diffusion"]
+    recent = lane.signals({}).recent["diffusion"]
     assert 2.0 < recent.total / recent.weight < 4.0
 
 
@@ -87,7 +85,7 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     [({"ar", "diffusion", "lookup"}, "lookup"), ({"ar", "diffusion"}, "ar"), (set(), "none")],
 )
 def test_the_plain_rule_copies_where_it_can(allowed: set[str], arm: str) -> None:
-    assert best(CopyRule().score(Signals(10, frozenset(allowed)))) == arm
+    assert best(CopyRule().score(Signals(frozenset(allowed)))) == arm
 
 
 def test_auto_asks_for_one_pass_over_the_round_whichever_signal_it_has() -> None:

@@ -50,7 +50,7 @@ class Machine:
         outlook: dict[str, Outlook | None] = {"ar": None, "diffusion": None}
         if self.copies is not None:
             outlook["lookup"] = self.copies
-        (arm,) = self.controller.route([0], [10], [outlook])
+        (arm,) = self.controller.route([0], [outlook])
         drafting = 0.0
         if arm in self.seconds:
             drafting = self.took(self.seconds[arm]) + late["draft"]

@@ -21,7 +21,6 @@ from whiflash_sglang.spans.hints import (
     RequestHints,
     SpanHint,
     parse_hints,
-    resolve,
 )
 
 
@@ -268,16 +267,6 @@ def test_other_users_of_custom_params_are_left_alone() -> None:
     params = {"thinking_budget": 64, "ids": [1, 2.5, None, "x", True], "map": {"a": math.nan, "b": -(2**63)}}
     assert validate_custom_params(params) == RequestHints()
     assert parse_hints({"__req__": object(), "whiflash": '{"off": true}'}).off
-
-
-def test_resolve_prefers_the_requests_own_spans() -> None:
-    own, found = (SpanHint("json", open=True),), (SpanHint("code", begin="```"),)
-    inferred = RequestHints(spans=found)
-    assert resolve(RequestHints(spans=own, trace="full"), inferred) == RequestHints(spans=own, trace="full")
-    assert resolve(RequestHints(lookup="off"), inferred) == replace(inferred, lookup="off")
-    assert resolve(RequestHints(), inferred).spans == found
-    assert resolve(RequestHints(infer=False), inferred).spans == ()
-    assert resolve(RequestHints(off=True), inferred).off
 
 
 def test_capabilities_are_json() -> None:

@@ -88,8 +88,8 @@ def speculate(models: Models, **options: Any) -> Rounds:
         turns, target, controller = count(), e.worker.target, e.worker.controller
         verify, plan = target.verify, controller.route
 
-        def route(row_ids: Sequence[int], lengths: Any, outlooks: Sequence[Any]) -> list[str]:
-            plan(row_ids, lengths, outlooks)
+        def route(row_ids: Sequence[int], outlooks: Sequence[Any]) -> list[str]:
+            plan(row_ids, outlooks)
             turn = next(turns)
             wanted = [ARMS[(turn + i) % len(ARMS)] for i in range(len(row_ids))]
             return [arm if arm in may else "none" for arm, may in zip(wanted, outlooks, strict=True)]

@@ -69,8 +69,8 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     controller = running.worker.controller
     route = controller.route
 
-    def to_ar(rows: Any, lengths: Any, outlooks: Any) -> list[str]:
-        route(rows, lengths, outlooks)
+    def to_ar(rows: Any, outlooks: Any) -> list[str]:
+        route(rows, outlooks)
         return ["ar" if "ar" in may else "none" for may in outlooks]
 
     monkeypatch.setattr(controller, "route", to_ar)

@@ -79,8 +79,8 @@ def steady(e: Any, monkeypatch: pytest.MonkeyPatch) -> Steady:
     worker = e.worker
     plan = worker.controller.route
 
-    def route(rows: Any, lengths: Any, outlooks: Any) -> list[str]:
-        plan(rows, lengths, outlooks)
+    def route(rows: Any, outlooks: Any) -> list[str]:
+        plan(rows, outlooks)
         # The last token is never drafted for.
         return [arm if arm in may else "none" for arm, may in zip(ROUTES, outlooks, strict=False)]
 

@@ -26,7 +26,7 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
     monkeypatch.setattr(epilogue, "routing_stats", counted)
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         # The last token is never drafted for.
-        route = lambda rows, lengths, outlooks: [arm if outlook else "none" for outlook in outlooks]  # noqa: E731
+        route = lambda rows, outlooks: [arm if outlook else "none" for outlook in outlooks]  # noqa: E731
         monkeypatch.setattr(e.worker.controller, "route", route)
         e.submit("a", [1, 2, 3], max_new_tokens=1 + ROUNDS)
         while not e.requests["a"].finished():

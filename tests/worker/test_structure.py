@@ -135,7 +135,7 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
 
 
 def only(arm: str) -> Any:
-    def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:
+    def route(rows: Any, outlooks: Sequence[Any]) -> list[str]:
         return [arm if arm in outlook else "none" for outlook in outlooks]
 
     return route
@@ -164,8 +164,8 @@ def test_behind_rounds_that_share_a_step(
     """The grammar has not been told what they committed; what it forces behind that is what is proposed."""
     turns = iter(range(10_000))
 
-    def route(rows: Any, lengths: Any, outlooks: Sequence[Any]) -> list[str]:
-        return only("structure" if next(turns) % 2 else "none")(rows, lengths, outlooks)
+    def route(rows: Any, outlooks: Sequence[Any]) -> list[str]:
+        return only("structure" if next(turns) % 2 else "none")(rows, outlooks)
 
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
         monkeypatch.setattr(e.worker.controller, "route", route)

@@ -175,7 +175,6 @@ class Planner:
         if running:
             found = self.controller.route(
                 [rows[i] for i in running],
-                [lengths[i] for i in running],
                 [self._outlook(requests, i, asked[i], worth) for i in running],
             )
             for i, old, new in zip(running, before, found, strict=True):

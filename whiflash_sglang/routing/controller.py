@@ -58,9 +58,9 @@ class Controller:
         """Whether the request of `lane` still runs: it has not ended, nor been retracted and begun again."""
         return self.lanes.get(lane.row) is lane
 
-    def route(self, rows: Sequence[int], lengths: Sequence[int], outlooks: Sequence[Outlooks]) -> list[str]:
+    def route(self, rows: Sequence[int], outlooks: Sequence[Outlooks]) -> list[str]:
         """One arm per request."""
-        return route(self.policy, [self.lanes[row] for row in rows], lengths, outlooks, self.costs)
+        return route(self.policy, [self.lanes[row] for row in rows], outlooks, self.costs)
 
     def may_name(self, row: int, arm: str) -> bool:
         """Whether the next round of the request in `row` may be routed to `arm`; others need not be asked."""
@@ -121,14 +121,11 @@ class Controller:
 def route(
     policy: Policy,
     lanes: Sequence[Lane],
-    lengths: Sequence[int],
     outlooks: Sequence[Outlooks],
     costs: Costs | None,
 ) -> list[str]:
     """One arm per request; every lane is told its own. costs: None where nothing costs."""
-    scores = [
-        lane.score(policy, n, outlook) for lane, n, outlook in zip(lanes, lengths, outlooks, strict=True)
-    ]
+    scores = [lane.score(policy, outlook) for lane, outlook in zip(lanes, outlooks, strict=True)]
     scores = [_ordered(lane, own, costs) for lane, own in zip(lanes, scores, strict=True)]
     free = [lane.decision.signals if lane.decision.free else None for lane in lanes]
     for index, arm in policy.probe(free, costs.timings if costs else lambda _: PROBE_ROUNDS).items():

@@ -21,7 +21,7 @@ RECENT_ROUNDS = 8.0
 class Decision:
     """What a round of a request was decided on. reason: why it was routed as it was (`Hinted`)."""
 
-    signals: Signals = field(default_factory=lambda: Signals(0, frozenset()))
+    signals: Signals = field(default_factory=lambda: Signals(frozenset()))
     reason: str = "score"
 
     @property
@@ -40,7 +40,7 @@ class Decision:
 class Lane:
     """Host-side state of a request, from its prefill to its end. row: of the request table.
 
-    entropy, top1, margin, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
+    entropy, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
     `Signals`. expected: acceptance length that the newest round promised; decision: what it was decided on. under_way:
     rows, at most, of each round whose results are not known yet. recording: of a request that asked for its trace.
@@ -58,8 +58,6 @@ class Lane:
     previous: str | None = None
     dwell: int = 0
     entropy: float = math.nan
-    top1: float = math.nan
-    margin: float = math.nan
     delta: float = math.nan
     predicted: dict[str, float] = field(default_factory=dict)
     recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
@@ -80,16 +78,13 @@ class Lane:
             return None
         return OpenSpan(state.kind, state.prefer, state.pin, dict(state.bias))
 
-    def signals(self, length: int, outlook: Mapping[str, Outlook | None]) -> Signals:
+    def signals(self, outlook: Mapping[str, Outlook | None]) -> Signals:
         """What a policy may know; `outlook`: arms that may draft, with what they say of the round or None."""
         span = self.span
         known = {arm: expected for arm, expected in outlook.items() if expected is not None}
         return Signals(
-            length=length,
             allowed=frozenset(outlook),
             entropy=self.entropy,
-            top1=self.top1,
-            margin=self.margin,
             recent=self.recent_by_kind.get(span.kind if span else None, {}),
             expected=known,
             predicted=self.predicted,
@@ -102,9 +97,9 @@ class Lane:
             dwell=self.dwell,
         )
 
-    def score(self, policy: Policy, length: int, outlook: Mapping[str, Outlook | None]) -> Scores:
+    def score(self, policy: Policy, outlook: Mapping[str, Outlook | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
-        signals = self.signals(length, outlook)
+        signals = self.signals(outlook)
         hinted = apply_hints(
             policy.score(signals),
             signals.span,

@@ -38,11 +38,10 @@ class OpenSpan:
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """Per-request signals. Host-side ones may lag one round (overlap scheduling) and say for which length they hold.
+    """Per-request signals. Host-side ones may lag one round (overlap scheduling).
 
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
         verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
-        top1, margin: probabilities of the same distribution.
     recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
         outside spans (bonus token included).
     expected: what arms that look before they draft say of the next round. predicted: arm → its acceptance length, where
@@ -54,11 +53,8 @@ class Signals:
     allowed: arms that may draft for this request.
     """
 
-    length: int
     allowed: frozenset[str]
     entropy: float = math.nan
-    top1: float = math.nan
-    margin: float = math.nan
     recent: Mapping[str, Mean] = field(default_factory=dict)
     expected: Mapping[str, Outlook] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)

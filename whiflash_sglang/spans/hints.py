@@ -155,12 +155,6 @@ def parse_hints(custom_params: object) -> RequestHints:
     return replace(hints, inferred=True) if INFERRED_KEY in custom_params else hints
 
 
-def resolve(explicit: RequestHints, inferred: RequestHints) -> RequestHints:
-    """The hints to route by: the request's own spans, else the inferred ones where it allows them."""
-    spans = explicit.spans or (inferred.spans if explicit.infer else ())
-    return replace(explicit, spans=spans)
-
-
 def read_scope(field: str, raw: dict[str, object], names: tuple[str, str, str] = SCOPES) -> RequestHints:
     """Agent, query and structure alone, of an object that may have them under other `names`.
 

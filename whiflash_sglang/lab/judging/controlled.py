@@ -125,7 +125,7 @@ def _walk(
         }
         if answer.copies[looked] > 0:
             outlook[arms.LOOKUP] = Outlook(1 + float(answer.copies[looked]), 1 + int(answer.proposed[looked]))
-        (arm,) = route(policy, [lane], [position], [outlook], costs)
+        (arm,) = route(policy, [lane], [outlook], costs)
         choices[position] = REPLAYED[arm]
         emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
         position += emitted
