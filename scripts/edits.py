@@ -25,7 +25,7 @@ FILES = {
         "whiflash_sglang/routing/assign.py",
         "whiflash_sglang/cache/backlog.py",
         "whiflash_sglang/jsonl.py",
-        "whiflash_sglang/lab/bench/schedule.py",
+        "whiflash_sglang/lab/bench/runner.py",
         "sdk/whiflash_sdk/spans.py",
     ),
     "document": (

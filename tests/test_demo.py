@@ -7,8 +7,7 @@ from xml.etree import ElementTree
 from rich.console import Console
 from whiflash_sdk.trace import Trace
 
-from whiflash_sglang.demo.asking import QUESTIONS, Answer
-from whiflash_sglang.demo.view import show, write_picture
+from whiflash_sglang.cli.demo import QUESTIONS, Answer, show, write_picture
 from whiflash_sglang.equality import Comparison, Verdict
 
 ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}

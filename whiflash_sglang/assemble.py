@@ -10,14 +10,12 @@ from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.checkpoints.members import verify
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.config import NO_ROUTER, Settings
-from whiflash_sglang.device.host_view import HostView
 from whiflash_sglang.device.ranks import Ranks
+from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.drafters.chain import ChainArm
+from whiflash_sglang.drafters.chain import ChainArm, Eagle3Arm, MTPArm
 from whiflash_sglang.drafters.dflash import DFlashArm
-from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.lookup import LookupArm
-from whiflash_sglang.drafters.mtp import MTPArm
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.eagle3 import Eagle3Drafter

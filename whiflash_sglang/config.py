@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from whiflash_sglang import arms
-from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms, check_router
 from whiflash_sglang.checkpoints.manifest import (
     MANIFEST,
+    NAMES,
+    PARTS,
     DeltaSign,
     DraftVocabulary,
     EntropyRouter,
@@ -26,6 +27,8 @@ from whiflash_sglang.checkpoints.manifest import (
     Rounds,
     Strict,
     Structure,
+    check_arms,
+    check_router,
     first_problem,
     load_manifest,
     lookup_of,

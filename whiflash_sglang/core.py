@@ -13,8 +13,7 @@ import torch
 from whiflash_kernels import PassRows, pass_rows
 
 from whiflash_sglang.device.capture import StaticInput
-from whiflash_sglang.device.host_view import EXACT, HostView
-from whiflash_sglang.device.transfers import Download
+from whiflash_sglang.device.transfers import EXACT, Download, HostView
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 
 

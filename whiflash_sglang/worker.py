@@ -8,13 +8,12 @@ import torch
 
 from whiflash_sglang.assemble import build_drafters, build_policy, load_router
 from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.cache.stops import StopTable
-from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import graphs, late, memory, pricing, records, release, step
+from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.compat import graphs, late, lifecycle, memory, pricing, step
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.lifecycle import Lifecycle
+from whiflash_sglang.compat.memory import rehearse_sampling
 from whiflash_sglang.compat.parallel import ranks_of_model
-from whiflash_sglang.compat.rehearsal import rehearse_sampling
 from whiflash_sglang.compat.spec_worker import (
     BaseSpecWorker,
     DraftInput,
@@ -27,14 +26,13 @@ from whiflash_sglang.compat.spec_worker import (
     round_batch,
     step_result,
 )
-from whiflash_sglang.compat.target import Target
-from whiflash_sglang.compat.verification import VerifyStage
+from whiflash_sglang.compat.target import Target, VerifyStage
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.core import Done, RoundBatch
 from whiflash_sglang.device.clock import clock_of
-from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
-from whiflash_sglang.metrics import announce
+from whiflash_sglang.metrics import publisher
 from whiflash_sglang.metrics.publisher import Publisher, Sink
 from whiflash_sglang.metrics.state import state_of
 from whiflash_sglang.round.catch_up import DraftSync
@@ -148,7 +146,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.target.end_graphs_with(self.epilogue)
         self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.forcing)
         self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, quarantine, self.ranks)
-        release.notify(self.lifecycle, self.target.runner)
+        lifecycle.notify(self.lifecycle, self.target.runner)
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:
@@ -159,7 +157,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if self.ranks.leads:
             draft, whole = memory.bytes_of_token()
             policy = self.controller.policy.name
-            announce.started(policy, self.drafters, costs, draft_bytes=draft, token_bytes=whole)
+            publisher.started(policy, self.drafters, costs, draft_bytes=draft, token_bytes=whole)
 
     def prewarm_sampling(self) -> Any:
         """Called by the scheduler when everything is allocated and captured."""
@@ -247,7 +245,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("commit"):
             committed = self.epilogue.commit(rows, proposal.stride)
             self.target.commit(batch, requests.starts, committed.accept_lens)
-            records.attach(batch, verified, rows.indptr, committed.tokens.shape[1])
+            late.attach(batch, verified, rows.indptr, committed.tokens.shape[1])
         with clock.stage("park"):
             self.epilogue.park(rows, committed)
             signals = self.epilogue.signals(rows, committed, self.learner.needs(plan))

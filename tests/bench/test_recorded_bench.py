@@ -18,13 +18,19 @@ from typer.testing import CliRunner
 
 from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.lab.bench.arms import Subject
+from whiflash_sglang.lab.bench.arms import Subject, build_subject
 from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
 from whiflash_sglang.lab.bench.fleet import Fleet
-from whiflash_sglang.lab.bench.recorded import Talk, play, recorded_arms, talks_of
-from whiflash_sglang.lab.bench.recorded_figures import figures, recorded_page, recorded_tables
+from whiflash_sglang.lab.bench.recorded import (
+    Talk,
+    figures,
+    play,
+    recorded_arms,
+    recorded_page,
+    recorded_tables,
+    talks_of,
+)
 from whiflash_sglang.lab.bench.recorded_run import measure, start
-from whiflash_sglang.lab.bench.subject import build_subject
 from whiflash_sglang.lab.recorded.benchmark import renderer_of
 from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
 from whiflash_sglang.lab.recorded.files import read_recorded

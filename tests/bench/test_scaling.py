@@ -5,9 +5,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from whiflash_sglang.lab.bench.cells import RoundMs, round_ms_of, switch_share_of
 from whiflash_sglang.lab.bench.plots import draw
 from whiflash_sglang.lab.bench.report import Report
-from whiflash_sglang.lab.bench.rounds import RoundMs, round_ms_of, switch_share_of
 from whiflash_sglang.lab.bench.scaling import (
     BATCHES,
     CONTEXTS,

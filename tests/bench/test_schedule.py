@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
-from whiflash_sglang.lab.bench.schedule import Step, in_turn, remaining, sweep
+from whiflash_sglang.lab.bench.runner import Step, in_turn, remaining, sweep
 
 ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
 

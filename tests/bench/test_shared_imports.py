@@ -12,7 +12,7 @@ from typing import Any, Self
 import pytest
 from rich.console import Console
 
-from whiflash_sglang.demo import asking
+from whiflash_sglang.cli import demo
 from whiflash_sglang.lab.bench import command
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.progress import Lines
@@ -61,7 +61,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
         made.append(Host(*given))
         return made[-1]
 
-    for module in (command, asking):
+    for module in (command, demo):
         monkeypatch.setattr(module, "ServerHost", make)
         monkeypatch.setattr(module, "shares_imports", lambda: True)
     return made
@@ -96,6 +96,6 @@ def test_a_benchmarks(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_demos(hosts: list[Host], tmp_path: Path) -> None:
     out = io.StringIO()
     with Lines(Console(file=out, width=200)) as progress, ExitStack() as stack:
-        servers = asking._started(WANTED, tmp_path, progress, stack)
+        servers = demo._started(WANTED, tmp_path, progress, stack)
         assert [server.pids != [] for server in servers] == [True, True]
     check(hosts, out.getvalue())

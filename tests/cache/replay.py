@@ -13,8 +13,8 @@ from whiflash_sglang.cache.backlog import FeatureRows, Owners
 from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.core import DraftBatch, Lengths, PassInput
 from whiflash_sglang.device.capture import Recorder
+from whiflash_sglang.drafters.chain import Eagle3Arm
 from whiflash_sglang.drafters.dflash import DFlashArm
-from whiflash_sglang.drafters.eagle3 import Eagle3Arm
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter

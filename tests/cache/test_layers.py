@@ -12,7 +12,7 @@ from test_backlog import History, live, rounds
 
 from whiflash_sglang.cache import backlog
 from whiflash_sglang.cache.backlog import Owners
-from whiflash_sglang.cache.draft_kv import DraftKV
+from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.core import Lengths, PassInput
 from whiflash_sglang.drafters import paged
 from whiflash_sglang.drafters.paged import MOST_ROWS, blocks_of

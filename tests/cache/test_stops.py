@@ -5,7 +5,7 @@ import random
 import torch
 from whiflash_kernels import Committed, accept_and_commit
 
-from whiflash_sglang.cache.stops import FEW, StopTable
+from whiflash_sglang.cache.tokens import FEW, StopTable
 
 
 def commit(table: StopTable, texts: list[list[int]], rows: list[int]) -> Committed:

@@ -3,8 +3,7 @@
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows
-from whiflash_sglang.cache.draft_kv import DraftKV
-from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.cache.tokens import DraftKV, TokenTable
 
 ROWS, CONTEXT, MARGIN = 3, 10, 4
 

@@ -32,7 +32,7 @@ from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from whiflash_sglang.compat import windows
+from whiflash_sglang.compat import refusals
 from whiflash_sglang.compat.graphs import row_buckets
 from whiflash_sglang.compat.triton_backend import RaggedTritonBackend, widest_window
 
@@ -277,5 +277,5 @@ def test_flashinfer_plans_no_window_for_rows_behind_the_first() -> None:
     assert whole.keys == case.ends
     assert windowed.named.get("window_left", -1) == -1
     assert windowed.named["custom_mask"] is None
-    assert "flashinfer" not in windows.ATTENTIONS
-    assert set(BACKENDS) == set(windows.ATTENTIONS)
+    assert "flashinfer" not in refusals.ATTENTIONS
+    assert set(BACKENDS) == set(refusals.ATTENTIONS)

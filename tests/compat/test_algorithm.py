@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
-from whiflash_sglang.compat import algorithm, attention, carried
+from whiflash_sglang.compat import algorithm, carried, triton_backend
 from whiflash_sglang.errors import ConfigError
 
 
@@ -57,15 +57,15 @@ def test_lengths_come_to_the_host_where_the_attention_asks_for_them(asked: bool)
 
 
 @pytest.mark.parametrize("algorithm_served", ["WHIFLASH", "EAGLE3", None])
-@pytest.mark.parametrize("name", attention.OURS)
+@pytest.mark.parametrize("name", triton_backend.OURS)
 def test_attention_is_ours_in_a_server_of_ours(
     monkeypatch: pytest.MonkeyPatch, name: str, algorithm_served: str | None
 ) -> None:
-    monkeypatch.setitem(attention.ATTENTION_BACKENDS, name, None)
+    monkeypatch.setitem(triton_backend.ATTENTION_BACKENDS, name, None)
     served = SimpleNamespace(speculative_algorithm=algorithm_served)
     monkeypatch.setattr(carried, "get_spec", lambda: served)
-    monkeypatch.setattr(import_module(attention.OURS[name]), "backend_of", lambda _: "ours")
-    monkeypatch.setitem(attention._upstreams, name, lambda _: "upstream's")
-    attention.install()
-    made = attention.ATTENTION_BACKENDS[name](object())
+    monkeypatch.setattr(import_module(triton_backend.OURS[name]), "backend_of", lambda _: "ours")
+    monkeypatch.setitem(triton_backend._upstreams, name, lambda _: "upstream's")
+    triton_backend.install()
+    made = triton_backend.ATTENTION_BACKENDS[name](object())
     assert made == ("ours" if algorithm_served == "WHIFLASH" else "upstream's")

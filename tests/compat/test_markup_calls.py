@@ -10,8 +10,7 @@ from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.forms import PARSERS
-from whiflash_sglang.structure.tools import carried_tools
+from whiflash_sglang.structure.tools import PARSERS, carried_tools
 
 WEATHER: dict[str, Any] = {
     "type": "object",

@@ -12,7 +12,7 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.compat import http
 from whiflash_sglang.config import Flags, resolve
-from whiflash_sglang.lookup.forget import parse_forget
+from whiflash_sglang.lookup.memory import parse_forget
 from whiflash_sglang.serving.replicas import SilentReplicaError
 
 KEYS = {"none": None, "user": "the-user", "admin": "the-admin", "wrong": "guess"}

@@ -62,7 +62,7 @@ def test_families_of_targets_are_served(
 
 
 def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.compat.verification import VerifyStage
+    from whiflash_sglang.compat.target import VerifyStage
 
     verify = VerifyStage.verify
 

@@ -33,7 +33,7 @@ KERNELS = (
     "whiflash_sglang.cache.backlog.park",
     "whiflash_sglang.cache.backlog.unpark",
     "whiflash_sglang.drafters.dflash.dflash_catch_up",
-    "whiflash_sglang.drafters.eagle3.eagle3_catch_up",
+    "whiflash_sglang.drafters.chain.eagle3_catch_up",
     "whiflash_sglang.round.epilogue.accept_and_commit",
 )
 """Functions of `whiflash_kernels` in captured passes, by where they are called; `draft_attention` is an operator."""

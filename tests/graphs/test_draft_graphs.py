@@ -14,7 +14,7 @@ from test_passes import ARMS, prepared, requests
 
 from whiflash_sglang.core import PADDING, DraftBatch, PassInput
 from whiflash_sglang.device.capture import StaticInput, doubling
-from whiflash_sglang.drafters.eagle3 import Eagle3Arm
+from whiflash_sglang.drafters.chain import Eagle3Arm
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models import choice as choices

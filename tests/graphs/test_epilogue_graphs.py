@@ -13,7 +13,7 @@ from op_tape import NotCapturableError
 from test_verify_graphs import REQUESTS, WIDEST, Bench, Stopped, decoding, layouts
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.cache.stops import FEW, NO_TOKEN, StopTable
+from whiflash_sglang.cache.tokens import FEW, NO_TOKEN, StopTable
 from whiflash_sglang.models.router import Layers
 from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
 

@@ -14,12 +14,11 @@ from test_passes import prepared, requests
 from tiny_models import tiny_dflash, tiny_target
 
 from whiflash_sglang.checkpoints.fit import target_layers
+from whiflash_sglang.drafters.chain import MTPArm
 from whiflash_sglang.drafters.dflash import DFlashArm
-from whiflash_sglang.drafters.mtp import MTPArm
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.mtp import MTPDrafter
-from whiflash_sglang.models.mtp_config import MTPConfig, parse_glm
+from whiflash_sglang.models.mtp import MTPConfig, MTPDrafter, parse_glm
 from whiflash_sglang.models.target import TargetModel
 
 __all__ = ["captured", "prepared"]

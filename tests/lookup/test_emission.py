@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import MatchCalibration
 from whiflash_sglang.lookup.copier import Copier

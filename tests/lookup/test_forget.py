@@ -4,8 +4,7 @@ import pytest
 
 from whiflash_sglang.compat.control import EVERYBODY, FORGET, encode_forget
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lookup.forget import parse_forget
-from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_sglang.lookup.memory import handle_of, parse_forget, tenant_of
 
 
 def handle(extra_key: str | None, cache_salt: str | None, *scope: str | None) -> int:

@@ -28,7 +28,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
 from whiflash_sglang.checkpoints.check import judge, read_target
 from whiflash_sglang.checkpoints.create import Parts, create
-from whiflash_sglang.checkpoints.own_head import own_head
+from whiflash_sglang.checkpoints.fit import own_head
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.models.checkpoint import WeightReader
 from whiflash_sglang.models.experts import Experts, read_routed

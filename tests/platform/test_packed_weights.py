@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_target
 from whiflash_kernels.packed import is_packed, linear, packable
 
-from whiflash_sglang.drafters.weights import dflash_weights, eagle3_weights
+from whiflash_sglang.drafters.paged import dflash_weights, eagle3_weights
 from whiflash_sglang.models import packed
 from whiflash_sglang.platform import packed_weights
 

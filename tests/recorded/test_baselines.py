@@ -7,8 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.lab.recorded.prompt_lookup import PromptLookup
-from whiflash_sglang.lab.recorded.suffix_decoding import SuffixDecoding
+from whiflash_sglang.lab.recorded.peers import PromptLookup, SuffixDecoding
 
 TEXT = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 

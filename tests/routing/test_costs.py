@@ -7,8 +7,7 @@ import pytest
 from whiflash_sglang.routing.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCosts
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 from whiflash_sglang.routing.fits import Line, Plane
-from whiflash_sglang.routing.mean import Mean
-from whiflash_sglang.routing.signals import OpenSpan, Signals
+from whiflash_sglang.routing.signals import Mean, OpenSpan, Signals
 
 BOTH = frozenset({"ar", "diffusion"})
 

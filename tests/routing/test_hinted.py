@@ -13,11 +13,9 @@ import pytest
 from matrix import sampled
 
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.hinted import PREFERENCE, RANKS, apply_hints
 from whiflash_sglang.routing.lane import Lane
-from whiflash_sglang.routing.mean import Mean
-from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.signals import OpenSpan
+from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, apply_hints
+from whiflash_sglang.routing.signals import Mean, OpenSpan
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 
 VOCABULARY = (b"x", b"<t>", b"</t>")

@@ -4,8 +4,7 @@ import pytest
 
 from whiflash_sglang.routing.assign import assign
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.routing.looked_up import LookedUpCosts
-from whiflash_sglang.routing.tables import HEADROOM, CostTables, Sizes, Verifications
+from whiflash_sglang.routing.tables import HEADROOM, CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundWork
 
 ROWS = (1, 2, 4, 8, 16)

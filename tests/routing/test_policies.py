@@ -4,9 +4,15 @@ import math
 
 import pytest
 
-from whiflash_sglang.routing.hinted import apply_hints
 from whiflash_sglang.routing.lane import Lane
-from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, RandomPolicy
+from whiflash_sglang.routing.policies import (
+    AutoPolicy,
+    CopyRule,
+    EntropyPolicy,
+    Pinned,
+    RandomPolicy,
+    apply_hints,
+)
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 
 BOTH = frozenset({"ar", "diffusion"})

@@ -5,8 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.probes import FIRST_PROBE, HOPELESS, PROBE_ROUNDS
+from whiflash_sglang.routing.policies import FIRST_PROBE, HOPELESS, PROBE_ROUNDS, AutoPolicy
 from whiflash_sglang.routing.signals import Outlook, Signals
 
 BOTH = frozenset({"ar", "diffusion"})

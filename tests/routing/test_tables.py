@@ -3,8 +3,8 @@
 import pytest
 
 from whiflash_sglang.device.clock import HostClock, clock_of, measure
+from whiflash_sglang.routing.fits import WINDOW
 from whiflash_sglang.routing.tables import Correction, CostTables, Sizes, Verifications
-from whiflash_sglang.routing.watch import WINDOW
 
 
 class Moved:

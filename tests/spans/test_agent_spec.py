@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.spans.agent_spec import add_body_scope
-from whiflash_sglang.spans.fields import HintError
-from whiflash_sglang.spans.hints import Block, RequestHints, parse_hints
+from whiflash_sglang.spans.carrier import add_body_scope
+from whiflash_sglang.spans.hints import Block, HintError, RequestHints, parse_hints
 
 SENT = {"agent-id": "coder", "query-id": 2, "structure": [["<code>", "</code>"]]}
 OURS = {"whiflash": '{"trace":true}'}

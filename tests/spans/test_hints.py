@@ -10,7 +10,6 @@ from work import lines_run
 
 from whiflash_sglang.spans.capabilities import capabilities
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
-from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.hints import (
     MAX_BLOCKS,
     MAX_BYTES,
@@ -18,6 +17,7 @@ from whiflash_sglang.spans.hints import (
     MAX_NAME_CHARS,
     MAX_SPANS,
     Block,
+    HintError,
     RequestHints,
     SpanHint,
     parse_hints,

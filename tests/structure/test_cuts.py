@@ -4,9 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
-from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.cuts import KEPT, MOST, Cuts
-from whiflash_sglang.structure.pieces import Piece
+from whiflash_sglang.structure.chances import KEPT, MOST, Cuts, Kind, Piece
 from whiflash_sglang.structure.sketch import cut
 
 

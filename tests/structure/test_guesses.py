@@ -11,12 +11,10 @@ from structure_grammars import SCHEMAS, Case, Grammars
 
 from whiflash_sglang.compat.whitespace import bounded_tag
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.chances import Kind, StructureChances
-from whiflash_sglang.structure.guesses import Guesses, parted
+from whiflash_sglang.structure.chances import Kind, Piece, StructureChances
+from whiflash_sglang.structure.guesses import STEPS, Guesses, likely, parted
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
-from whiflash_sglang.structure.likely import STEPS, likely
 from whiflash_sglang.structure.matchers import XGrammarMatcher
-from whiflash_sglang.structure.pieces import Piece
 from whiflash_sglang.structure.schemas import MOST_WORDS, frames_of, words_of
 from whiflash_sglang.structure.sketch import sketch, text_of
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.likely import STEPS
-from whiflash_sglang.structure.pieces import Piece
+from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.guesses import STEPS
 from whiflash_sglang.structure.sketch import sketch, text_of
 from whiflash_sglang.structure.tools import carried_tools
 

@@ -17,7 +17,7 @@ from tiny_models import tiny_dflash
 from traffic import mixed, play
 
 from whiflash_sglang.checkpoints.create import Parts, create
-from whiflash_sglang.drafters.mtp import MTPArm
+from whiflash_sglang.drafters.chain import MTPArm
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from whiflash_sglang.train.drafters.even_rows import ROWS, EvenRows
+from whiflash_sglang.train.drafters.batches import ROWS, EvenRows
 
 
 @pytest.mark.parametrize("shape", [(1,), (ROWS,), (ROWS + 1,), (3, 50), (0,)])

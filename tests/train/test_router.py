@@ -14,7 +14,6 @@ from whiflash_sglang.lab.judging.evaluation import router_choices
 from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 from whiflash_sglang.train.config import RouterTraining
 from whiflash_sglang.train.replay.replay import Replay
-from whiflash_sglang.train.router.plots import plot_calibration
 from whiflash_sglang.train.router.regression import (
     RouterData,
     calibration_bins,
@@ -26,6 +25,7 @@ from whiflash_sglang.train.router.regression import (
     run_key,
     split,
 )
+from whiflash_sglang.train.router.run import plot_calibration
 
 HIDDEN = 8
 

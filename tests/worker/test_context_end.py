@@ -11,7 +11,7 @@ from oracle_arm import OracleArm
 
 from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.spec_worker import round_batch
-from whiflash_sglang.compat.verification import VerifyStage
+from whiflash_sglang.compat.target import VerifyStage
 
 CONTEXT = 96
 PROMPTS = [[1, 2, 3], list(range(40))]

@@ -11,7 +11,7 @@ from model_set import Models
 from reference import Comparison
 
 from whiflash_sglang.compat import pricing
-from whiflash_sglang.routing.looked_up import LookedUpCosts
+from whiflash_sglang.routing.tables import LookedUpCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 96, "max_total_tokens": 512}
 PROMPTS = [[1, 2, 3, 4] * 4, [7] * 9]

@@ -11,8 +11,8 @@ from engine import engine
 from model_set import Models
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
-from whiflash_sglang.cache.stops import FEW
-from whiflash_sglang.compat import attention, graphs, memory, rehearsal
+from whiflash_sglang.cache.tokens import FEW
+from whiflash_sglang.compat import graphs, memory, triton_backend
 from whiflash_sglang.device.capture import CapturedPass
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
@@ -37,12 +37,12 @@ def test_the_pool_leaves_room_for_sampling_at_its_peak(models: Models, tmp_path:
         vocabulary = runner.model_config.vocab_size
 
         def sampled() -> None:
-            rehearsal.rehearse_sampling(runner, rows)
+            memory.rehearse_sampling(runner, rows)
 
         sampled()
         peak = peak_bytes(sampled, tmp_path / "trace.json")
         print(f"{peak / (rows * vocabulary):.1f} bytes a logit")
-        assert 0.8 * rehearsal.LOGIT_BYTES < peak / (rows * vocabulary) <= rehearsal.LOGIT_BYTES
+        assert 0.8 * memory.LOGIT_BYTES < peak / (rows * vocabulary) <= memory.LOGIT_BYTES
 
 
 def test_a_card_that_has_no_room_for_it_ends_the_start_with_a_sentence() -> None:
@@ -51,7 +51,7 @@ def test_a_card_that_has_no_room_for_it_ends_the_start_with_a_sentence() -> None
 
     runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=8), device="cpu", sampler=full)
     with pytest.raises(ConfigError, match="16 rows of 8 logits"):
-        rehearsal.rehearse_sampling(runner, 16)
+        memory.rehearse_sampling(runner, 16)
 
 
 def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(graphs, "get_exec", lambda: execution)
     monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 6)
 
-    monkeypatch.setattr(attention, "resolved_view", lambda args: args)
+    monkeypatch.setattr(triton_backend, "resolved_view", lambda args: args)
 
     def reserved(device: str, backend: str = "fa3", latent: bool = False) -> int:
         shape, runner = SimpleNamespace(vocab_size=1000), SimpleNamespace(use_mla_backend=latent)
@@ -72,14 +72,14 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
         return memory.for_requests(target, 2, 4)
 
     table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8 + GATE_BYTES
-    sampled = 8 * 1000 * rehearsal.LOGIT_BYTES
+    sampled = 8 * 1000 * memory.LOGIT_BYTES
     assert reserved("cpu") == table
     row = 10 + Epilogue.bytes_for(4)
     captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * row
     assert reserved("cuda") == captured
     slots = 3 * 90 * 4  # of the two requests, and of the rows that are nobody's
-    assert reserved("cuda", "flashinfer") == captured + attention.PLAN + slots
-    assert reserved("cuda", "flashinfer", latent=True) == captured + 6 * attention.PLAN + slots
+    assert reserved("cuda", "flashinfer") == captured + triton_backend.PLAN + slots
+    assert reserved("cuda", "flashinfer", latent=True) == captured + 6 * triton_backend.PLAN + slots
     config.decode.backend = Backend.DISABLED
     assert reserved("cuda") == table + sampled
 

@@ -9,7 +9,7 @@ import torch
 from whiflash_kernels import Drafted, lay_drafts
 
 from whiflash_sglang.core import Drafts, Grown
-from whiflash_sglang.drafters.padding import padded
+from whiflash_sglang.drafters.base import padded
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.quarantine import Quarantine
 

@@ -3,10 +3,11 @@
 The host's lists lag behind rounds that are still running, this table does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from whiflash_kernels import KVPools
 
 
 class TokenTable:
@@ -35,3 +36,79 @@ class TokenTable:
             return
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         self.data[rows[:, None], starts[:, None] + offsets] = tokens
+
+
+FEW = 8
+"""Tokens that may end a request for which there is room from the start."""
+
+NO_TOKEN = -1
+
+
+class StopTable:
+    """The tokens that end the request of each row, `NO_TOKEN` where a request has fewer than there are columns.
+
+    Plain decoding never comes to what lies behind such a token: neither the engine nor anything of ours may learn of
+    it, so `accept_and_commit` cuts there.
+
+    few: `[request rows, FEW]` int64, the first of each, always in the same place. data: `[request rows, FEW or more]`
+    int64, all of them; the same tensor until a request has more.
+    """
+
+    def __init__(self, rows: int, device: torch.device | str) -> None:
+        self.few = self.data = torch.full((rows, FEW), NO_TOKEN, dtype=torch.int64, device=device)
+        self._exceeding: set[int] = set()
+
+    @staticmethod
+    def bytes_for(rows: int) -> int:
+        """What such a table takes, until a request has more than `FEW` stops."""
+        return rows * FEW * torch.int64.itemsize
+
+    def begin(self, row: int, stops: Sequence[int]) -> None:
+        """A request begins in `row` that each of `stops` ends; empty: none does."""
+        missing = len(stops) - self.data.shape[1]
+        if missing > 0:
+            with torch.inference_mode(False):  # else it could not be written outside of it
+                self.data = torch.nn.functional.pad(self.data, (0, missing), value=NO_TOKEN)
+        own = [*stops, *[NO_TOKEN] * (self.data.shape[1] - len(stops))]
+        self.data[row] = torch.tensor(own, device=self.data.device)
+        if self.data is not self.few:
+            self.few[row] = self.data[row, :FEW]
+        if len(stops) > FEW:
+            self._exceeding.add(row)
+        else:
+            self._exceeding.discard(row)
+
+    def exceed_few(self, rows: Iterable[int]) -> bool:
+        """Whether a request in one of `rows` has more stops than `few` holds."""
+        return not self._exceeding.isdisjoint(rows)
+
+
+class DraftKV:
+    """K and V of every draft layer, `[layers, slots, Hkv, D]` each.
+
+    The slots are the target's: whoever owns a target slot owns the drafter's entry beside it. `pools` are the
+    same tensors layer by layer, as the catch-up kernels take them.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (layers, slots, kv_heads, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.pools = KVPools(self.k.unbind(0), self.v.unbind(0))
+
+    @staticmethod
+    def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return 2 * layers * kv_heads * head_dim * dtype.itemsize
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store k, v `[N, Hkv, D]` of one layer at `slots` [N] int64."""
+        self.k[layer].index_copy_(0, slots, k.to(self.k.dtype))
+        self.v[layer].index_copy_(0, slots, v.to(self.v.dtype))

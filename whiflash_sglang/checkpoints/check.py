@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from whiflash_sglang.checkpoints.drafter_set import PARTS
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.checkpoints.hub import look_up
-from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, load_manifest
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, PARTS, load_manifest
 from whiflash_sglang.checkpoints.members import checksums, parts_of, verify
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.models.checkpoint import attention_shape, integer, read_json_config

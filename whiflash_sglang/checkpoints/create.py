@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from whiflash_sglang import arms
-from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
 from whiflash_sglang.checkpoints.hub import Found, look_up
-from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, load_manifest
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, NAMES, PARTS, check_arms, load_manifest
 from whiflash_sglang.checkpoints.members import sha256
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.formats import read_draft

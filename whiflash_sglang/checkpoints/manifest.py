@@ -1,17 +1,90 @@
 """The manifest of a bundle: what `whiflash.json` says, and what it may say. Imports no SGLang."""
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import resources
-from pathlib import Path
-from typing import Annotated, Literal, get_args
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from whiflash_sglang.checkpoints.drafter_set import NAMES, PARTS, check_arms
-from whiflash_sglang.checkpoints.paths import check_members
+from whiflash_sglang import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
+
+PARTS: Final[Mapping[str, str]] = {arms.AR: "eagle3", arms.DIFFUSION: "dflash"}
+"""Arm → key of its checkpoint in a manifest."""
+
+NAMES: Final[Mapping[str, str]] = {arms.AR: "EAGLE-3", arms.DIFFUSION: "DFlash"}
+"""Arm → what its checkpoint is called in sentences."""
+
+NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
+    "entropy": (arms.AR, arms.DIFFUSION),
+    "neural": (arms.AR, arms.DIFFUSION),
+    "ar": (arms.AR,),
+    "diffusion": (arms.DIFFUSION,),
+    "copy-rule": (arms.AR,),
+}
+"""Router → arms that it cannot do without; others route between those that are there."""
+
+
+def check_router(router: str, there: Collection[str]) -> None:
+    """Raise ConfigError where `router` needs an arm that is not among those that are `there`."""
+    check_arms(f"router {router!r}", NEEDED.get(router, ()), there)
+
+
+def check_arms(what: str, needed: Collection[str], there: Collection[str]) -> None:
+    """Raise ConfigError naming the drafter that `what` needs and that is not `there`."""
+    missing = [NAMES[arm] for arm in needed if arm not in there]
+    if missing:
+        has = " and ".join(NAMES[arm] for arm in NAMES if arm in there) or "none"
+        raise ConfigError(
+            f"{what} needs {' and '.join(NAMES[arm] for arm in needed)}; the drafters here are: {has}"
+        )
+
+
+def check_members(bundle: Path, named: Mapping[str, str | None]) -> None:
+    """Check what a manifest's keys name, by key; None is nothing.
+
+    A path is relative, climbs nowhere, and neither it nor a file in the directory that it names is a link out of the
+    bundle. A snapshot of the hub's cache consists of links, into the `blobs` of its own repository.
+
+    Raises:
+        ConfigError: naming the key and the path.
+    """
+    roots = _roots(bundle)
+    for key, value in named.items():
+        if value is None:
+            continue
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts:
+            raise _leaves(bundle, key, value)
+        for member in _reached(bundle / value):
+            if not any(member.is_relative_to(root) for root in roots):
+                raise _leaves(bundle, key, value, f", a link to {member}")
+
+
+def _reached(path: Path) -> Iterator[Path]:
+    """Where a path leads, and everything below it if it is a directory."""
+    yield path.resolve()
+    for directory, directories, files in os.walk(path):
+        yield from (Path(directory, name).resolve() for name in (*directories, *files))
+
+
+def _roots(bundle: Path) -> tuple[Path, ...]:
+    bundle = bundle.resolve()
+    if bundle.parent.name != "snapshots":
+        return (bundle,)
+    return (bundle, bundle.parent.parent / "blobs")
+
+
+def _leaves(bundle: Path, key: str, value: str, how: str = "") -> ConfigError:
+    return ConfigError(
+        f"{bundle}/whiflash.json: key {key!r}: {value!r}{how} lies outside the bundle; a bundle names its own files, "
+        "relative to it"
+    )
+
 
 MANIFEST = "whiflash.json"
 EMBEDDED_BUNDLE = "smollm2-135m-instruct"

@@ -1,13 +1,57 @@
-"""What a loaded target's forwards give of its layers: one capture, in serving and where training data are made."""
+"""What a loaded target's forwards give of its layers: one capture, in serving and where training data are made.
 
+Which of SGLang's model classes let their layers' outputs be captured.
+
+Read from their sources: it is asked when the arguments are read, and importing a model's class takes seconds.
+"""
+
+import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from whiflash_sglang.compat.capture import SETTERS
+from whiflash_sglang.checkpoints.fit import TargetShape
+from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.choice import SharedVocabulary
+
+SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture", "set_dspark_layers_to_capture")
+"""Methods that say which layers, in the order in which a loaded model is asked for them."""
+_DSPARK_ALONE = ("KimiLinearForCausalLM",)
+"""Classes that have the last one alone, and capture layers' outputs by it: DeepSeek-V4's are no layer's output."""
+
+
+def may_capture(architecture: str) -> bool:
+    """Whether a class has a setter, its own or an inherited one. Of what is not SGLang's only the loaded model can
+    tell: it may."""
+    return _has_setter(architecture) is not False
+
+
+def _has_setter(name: str) -> bool | None:
+    """None where the class is not among SGLang's models."""
+    if name not in _classes():
+        return None
+    bases, body = _classes()[name]
+    # MiniCPM-V's classes hand them on to another one, which they choose by version.
+    setters = SETTERS if name in _DSPARK_ALONE else (*SETTERS[:2], "__getattr__")
+    own = any(f"def {setter}(" in body for setter in setters)
+    return own or any(_has_setter(base) for base in re.findall(r"\w+", bases) if base != name)
+
+
+@cache
+def _classes() -> dict[str, tuple[str, str]]:
+    """Bases and body of every class in the modules of SGLang's models."""
+    found: dict[str, tuple[str, str]] = {}
+    for file in (Path(str(files("sglang"))) / "srt" / "models").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for one in re.finditer(r"^class (\w+)(?:\(([^)]*)\))?:\n((?:[ \t].*\n|\n)*)", text, re.MULTILINE):
+            found[one[1]] = one[2] or "", one[3]
+    return found
 
 
 class Captured:
@@ -67,3 +111,57 @@ def _set_layers(model: Any, layers: list[int]) -> None:
     raise CheckpointError(
         f"{type(model).__name__} has no hidden-state capture in SGLang, so no drafter can read it"
     )
+
+
+class LoadedTarget:
+    """What a worker of SGLang's serves with."""
+
+    def __init__(self, target_worker: Any) -> None:
+        self.worker = target_worker
+        self.runner = target_worker.model_runner
+        self.model = self.runner.model
+        self._text = language_model(self.model)
+        self.shape = TargetShape.of(target_worker.model_config)
+        self.dtype: torch.dtype = self.runner.dtype
+        self.device = torch.device(self.runner.device)
+
+    @property
+    def shared(self) -> SharedVocabulary | None:
+        """The vocabulary where several processes have parts of it, or it is quantised; else None."""
+        return shared_vocabulary(self._text, self.shape.vocab_size)
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[V, H] input embedding, without padding rows; those of this process where it is split, none if quantised."""
+        return self._matrix("input embedding", input_embedding(self._text))
+
+    @property
+    def embedding_scale(self) -> float:
+        """What rows of `embedding` are multiplied by before the first layer; what is `shared` is multiplied already."""
+        return 1.0 if self.shared and self.shared.embed else self.row_scale
+
+    @property
+    def row_scale(self) -> float:
+        """What the embedding's own module multiplies its rows by (Gemma)."""
+        return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
+
+    @property
+    def lm_head(self) -> torch.Tensor:
+        """[V, H] output projection, as `embedding`."""
+        return self._matrix("output head", self._text.lm_head)
+
+    def _matrix(self, what: str, module: Any) -> torch.Tensor:
+        """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though
+        SGLang has no quantisation for it."""
+        hidden_size = self.shape.hidden_size
+        if is_quantised(module):
+            return torch.empty(0, hidden_size, dtype=self.dtype, device=self.device)
+        weight: torch.Tensor = module.weight
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.shape[1] != hidden_size:
+            raise CheckpointError(
+                f"the target's {what} is {weight.dtype} {list(weight.shape)}, no matrix of 16 or 32 bits over "
+                f"{hidden_size}; use another checkpoint"
+            )
+        rows = rows_here(module, self.shape.vocab_size)
+        # Itself where there is no padding: a packed copy stays with the tensor object, and so serves drafters too.
+        return weight if rows == len(weight) else weight[:rows]

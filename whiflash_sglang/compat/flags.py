@@ -97,7 +97,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         IncompatibleEngineError: a private name of SGLang is missing or has changed.
     """
     patching.require_names()
-    from whiflash_sglang.checkpoints.own_head import own_head
+    from whiflash_sglang.checkpoints.fit import own_head
     from whiflash_sglang.compat.launch import choose
 
     flags = parse_flags(given)

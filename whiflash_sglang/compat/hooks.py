@@ -43,27 +43,27 @@ def in_scheduler() -> None:
     """
     patching.require_names()
     from whiflash_sglang.compat import (
-        attention,
         control,
         figures,
+        lifecycle,
         memory,
         parallel,
-        positions,
         prometheus,
         radix,
-        release,
         step,
         stops,
         streamer,
+        target,
+        triton_backend,
         whitespace,
     )
 
     parts = (
         memory,
         parallel,
-        positions,
+        target,
         radix,
-        release,
+        lifecycle,
         step,
         stops,
         figures,
@@ -71,7 +71,7 @@ def in_scheduler() -> None:
         control,
         prometheus,
         whitespace,
-        attention,
+        triton_backend,
     )
     for part in parts:
         part.install()

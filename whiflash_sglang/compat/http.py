@@ -26,11 +26,10 @@ from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, sett
 from whiflash_sglang.compat.control import encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lookup.forget import parse_forget
-from whiflash_sglang.lookup.memory import nameless
-from whiflash_sglang.metrics import announce
+from whiflash_sglang.lookup.memory import nameless, parse_forget
+from whiflash_sglang.metrics import publisher
 from whiflash_sglang.serving.replicas import SilentReplicaError, together
 from whiflash_sglang.spans.capabilities import capabilities
 
@@ -131,7 +130,7 @@ async def _states(timeout: float | None = None) -> list[dict[str, Any]]:
 async def _set_policy(change: dict[str, Any], request: Request) -> JSONResponse:
     """Change router, thresholds or dwell while serving."""
     answer = await _changed(change)
-    announce.steered(_client(request), "policy", announce.loggable(change), answer.status_code)
+    publisher.steered(_client(request), "policy", publisher.loggable(change), answer.status_code)
     return answer
 
 
@@ -160,7 +159,7 @@ async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
         whose = "tenant" if who.get("agent") is None and who.get("block") is None else "part"
         told = {"all": True} if handle is None else {whose: f"{handle:016x}"}
         answer = await _send(encode_forget(handle))
-    announce.steered(_client(request), "forget", told, answer.status_code)
+    publisher.steered(_client(request), "forget", told, answer.status_code)
     return answer
 
 

@@ -9,6 +9,7 @@ import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxiliary_output
 from sglang.srt.runtime_context import get_schedule
 
+from whiflash_sglang.compat.target import Verified
 from whiflash_sglang.device.transfers import Download
 
 
@@ -77,3 +78,37 @@ def behind_forward(runner: Any) -> Iterator[None]:
         yield
     # It read the slot table, which the next batch writes to.
     scheduling.wait_stream(forward)
+
+
+_LISTS = (
+    "next_token_top_logprobs_val",
+    "next_token_top_logprobs_idx",
+    "next_token_token_ids_logprobs_val",
+    "next_token_token_ids_logprobs_idx",
+)
+"""SGLang's records that have one entry a row."""
+
+
+def attach(batch: Any, verified: Verified, indptr: torch.Tensor, stride: int) -> None:
+    """Lay out the records of the packed rows as those of the tokens: `stride` columns a request.
+
+    Rows of request b begin at `indptr[b]`, [B + 1] int32.
+
+    Where a request has fewer rows its last one fills the columns: nobody reads them.
+    """
+    if not (batch.return_logprob or batch.return_hidden_states):
+        return
+    output = verified.output
+    columns = torch.arange(stride, device=indptr.device)
+    last = indptr[1:, None].to(torch.int64) - 1
+    index = torch.minimum(indptr[:-1, None].to(torch.int64) + columns, last)
+    if batch.return_logprob:
+        output.next_token_logprobs = output.next_token_logprobs[index]
+        flat = index.flatten().tolist()
+        for name in _LISTS:
+            if rows := getattr(output, name):
+                setattr(output, name, [rows[row] for row in flat])
+    if batch.return_hidden_states:
+        if verified.final_hidden is None:
+            raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
+        output.hidden_states = verified.final_hidden[index.flatten()]

@@ -14,8 +14,8 @@ from sglang.srt.runtime_context import get_platform, get_spec
 from whiflash_sglang.compat import recurrent
 
 CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "flashinfer")
-"""What plans a verification of several widths rightly both eagerly and for a captured graph (shown on CPU tensors; no
-GPU has run any of them): of `triton` and `flashinfer` subclasses of ours (:mod:`whiflash_sglang.compat.attention`)."""
+"""Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
+no GPU has run any of them). `triton` and `flashinfer` are replaced (`compat/triton_backend.py`)."""
 PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
 """What lays the rows of every request out to one width (see `rows_counted`)."""
 

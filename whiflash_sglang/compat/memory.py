@@ -5,6 +5,13 @@ slot, and the rings are allocated up front, so both numbers grow by what the wor
 
 A decoding request holds slots for two blocks beyond its text, but with pages of one token a row of the request table
 has room for little more than one behind the context's end: near it the write would leave the row.
+
+The largest sampled verification, once at the start.
+
+Greedy verifications need little beside the graph that they replay. A sampled one copies the logits of all its rows and
+sorts probabilities: at the largest batch that is more memory than anything else that serving asks for, and it may come
+first when the KV pool has taken the rest. So the pool leaves it room (`sampling_bytes`), and the scheduler lets the
+worker run it before the first request: what does not fit ends the start, not a request.
 """
 
 import logging
@@ -13,19 +20,62 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from whiflash_sglang.cache.stops import StopTable
-from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import attention, graphs, rehearsal, windows
+from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.compat import graphs, memory, refusals, triton_backend
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
+
+LOGIT_BYTES = 26
+"""Bytes that sampling may take at its peak for one logit, the copy that it works in included. The way that sorts,
+torch's own top-k and top-p, is held to it by `tests/worker/test_rehearsal.py`; FlashInfer's sorts nothing.
+"""
+
+
+def sampling_bytes(rows: int, vocabulary: int) -> int:
+    """What sampling `rows` rows takes at its peak."""
+    return rows * vocabulary * LOGIT_BYTES
+
+
+def rehearse_sampling(runner: Any, rows: int) -> None:
+    """Sample `rows` rows with everything on that takes memory, on the runner's device.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    vocabulary, device = runner.model_config.vocab_size, runner.device
+    info = SamplingBatchInfo(
+        temperatures=torch.ones((rows, 1), device=device),
+        top_ps=torch.full((rows,), 0.95, device=device),
+        top_ks=torch.full((rows,), vocabulary // 2, dtype=torch.int32, device=device),
+        min_ps=torch.full((rows,), 0.01, device=device),
+        is_all_greedy=False,
+        is_any_greedy=False,
+        need_top_p_sampling=True,
+        need_top_k_sampling=True,
+        need_min_p_sampling=True,
+        vocab_size=vocabulary,
+    )
+    positions = torch.zeros(rows, dtype=torch.int64, device=device)
+    try:
+        logits = torch.zeros((rows, vocabulary), device=device)
+        runner.sampler(LogitsProcessorOutput(next_token_logits=logits), info, False, [], [], positions)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"no memory is left to sample {rows} rows of {vocabulary} logits, as the largest batch does; lower "
+            "--mem-fraction-static or --max-running-requests"
+        ) from error
+
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -84,8 +134,8 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
         kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
         sizes = graphs.row_buckets(requests * widest)
         slots = requests + graphs.spare_slots(sizes, widest)
-        kept += attention.bytes_for(target.runner, len(sizes), slots, target.context_len)
-    return table + kept + rehearsal.sampling_bytes(requests * widest, vocabulary)
+        kept += triton_backend.bytes_for(target.runner, len(sizes), slots, target.context_len)
+    return table + kept + memory.sampling_bytes(requests * widest, vocabulary)
 
 
 def install() -> None:
@@ -117,7 +167,7 @@ def _accounting(original: Any) -> Any:
             configurator._cell_size += _reservation.per_token
             configurator._fixed_overhead_bytes += _reservation.fixed
             _reservation.whole = int(configurator._cell_size)
-            if windows.has_windows(kvc.model_config):
+            if refusals.has_windows(kvc.model_config):
                 logger.info(
                     "WHIFLASH keeps the KV of windowed layers for the whole context, as with "
                     "--disable-hybrid-swa-memory: %d bytes a token with the drafters'",

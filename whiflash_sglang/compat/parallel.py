@@ -12,8 +12,7 @@ from sglang.srt.utils import broadcast_pyobj
 
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.device.ranks import DivergedError, Message, Ranks
-from whiflash_sglang.models.choice import Projection, Shard
-from whiflash_sglang.models.vocabulary import SharedVocabulary
+from whiflash_sglang.models.choice import Projection, Shard, SharedVocabulary
 
 
 def install() -> None:

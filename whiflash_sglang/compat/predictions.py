@@ -13,8 +13,7 @@ from sglang.srt.entrypoints.openai import protocol
 
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.lookup.prediction import Prediction
-from whiflash_sglang.spans.fields import HintError
-from whiflash_sglang.spans.hints import CARRIED_PREDICTION
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
 from whiflash_sglang.spans.prediction import prediction_reader
 
 T = TypeVar("T")

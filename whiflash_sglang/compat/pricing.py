@@ -22,13 +22,12 @@ from whiflash_sglang.compat.graphs import VerifyGraphs
 from whiflash_sglang.compat.target import Target
 from whiflash_sglang.device.capture import bucket_of, doubling
 from whiflash_sglang.device.clock import Clock, measure
-from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.drafters.profile import idle_batch, profile_drafts
 from whiflash_sglang.round.catch_up import FEWEST_ROWS, DraftSync
 from whiflash_sglang.routing.costs import MeasuredCosts, WorkerCosts
-from whiflash_sglang.routing.looked_up import LookedUpCosts
-from whiflash_sglang.routing.tables import CostTables, Sizes, Verifications
+from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 
 LONGEST = 16384
 """Tokens of context that verifications are timed with at most."""

@@ -19,8 +19,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.runtime_context import get_parallel
 
-from whiflash_sglang.compat.captured import Captured
-from whiflash_sglang.compat.loaded import LoadedTarget
+from whiflash_sglang.compat.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import ORIGIN, vocabulary_file

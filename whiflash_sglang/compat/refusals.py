@@ -2,17 +2,50 @@
 
 What is refused here starts in SGLang and then serves wrong text, crashes later or silently does something else. Each
 sentence names the flag or the model and says what to do.
+
+Targets whose layers attend through a sliding window: which attention backends verify drafts in them on CUDA.
+
+A verification is a plain causal block at the end of each request, so a backend is right where every row of it, not the
+request as a whole, sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. K and V of all
+layers lie in one pool for the whole context (:func:`whiflash_sglang.compat.launch.choose`): draft KV lies at the
+target's slots, and a pool of their own for windowed layers would give up slots that are still drafted from.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
-from whiflash_sglang.compat import recurrent, windows
+from whiflash_sglang.compat import recurrent, refusals
 from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+
+ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
+"""Of those that CUDA may have. `triton` runs under Triton's interpreter as a formula says; the others are handed what
+their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any). `flashinfer` clips a request's
+keys to the window of its first row, plans no mask for the others, and takes no sinks."""
+
+
+def has_windows(model: Any) -> bool:
+    """Whether layers of a target (SGLang's `ModelConfig`) have one, also where SGLang itself keeps their KV whole
+    (Gemma 2 and 3, OLMo 3)."""
+    text = model.hf_text_config
+    return bool(
+        model.is_hybrid_swa
+        or is_hybrid_swa_model(model.hf_config.architectures, text)
+        or "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    )
+
+
+def has_heads_of_two_shapes(model: Any) -> bool:
+    """Whether windowed layers have other heads of K and V than the others (Gemma 4, MiMo-V2), so that one pool does not
+    hold both."""
+    if not has_windows(model):
+        return False
+    windowed = (model.swa_head_dim, model.swa_v_head_dim, model.get_swa_num_kv_heads(1))
+    return bool(windowed != (model.head_dim, model.v_head_dim, model.get_num_kv_heads(1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +97,9 @@ def _captures(launch: Launch, phase: str) -> bool:
 
 
 def _foreign_windowed_attention(launch: Launch) -> str | None:
-    if launch.device != "cuda" or not windows.has_windows(launch.model):
+    if launch.device != "cuda" or not refusals.has_windows(launch.model):
         return None
-    return next(iter(sorted(launch.attention_backends.difference(windows.ATTENTIONS))), None)
+    return next(iter(sorted(launch.attention_backends.difference(refusals.ATTENTIONS))), None)
 
 
 def _has_chunks(launch: Launch) -> bool:
@@ -202,17 +235,17 @@ REFUSALS: tuple[Refusal, ...] = (
         "windows",
         _foreign_windowed_attention,
         "the target has layers with a sliding window, whose rows of a verification {} is not known to mask one by one; "
-        f"give --attention-backend {', '.join(windows.ATTENTIONS[:-1])} or {windows.ATTENTIONS[-1]}",
+        f"give --attention-backend {', '.join(refusals.ATTENTIONS[:-1])} or {refusals.ATTENTIONS[-1]}",
     ),
     Refusal(
         "window_heads",
-        _architecture(lambda x: windows.has_heads_of_two_shapes(x.model)),
+        _architecture(lambda x: refusals.has_heads_of_two_shapes(x.model)),
         "{} has heads of another shape in its windowed layers than in the others, and WHIFLASH keeps the KV of all "
         "layers in one pool; serve this one without it",
     ),
     Refusal(
         "window_pool",
-        lambda x: windows.has_windows(x.model) and x.given.get("swa_full_tokens_ratio") is not None,
+        lambda x: refusals.has_windows(x.model) and x.given.get("swa_full_tokens_ratio") is not None,
         "--swa-full-tokens-ratio sizes a pool for windowed layers, whose KV WHIFLASH keeps for the whole context "
         "beside the others'; remove it",
     ),

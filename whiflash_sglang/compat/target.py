@@ -1,24 +1,37 @@
-"""The target model as the worker sees it: one capture, a prefill, a packed verification."""
+"""The target model as the worker sees it: one capture, a prefill, a packed verification.
+
+Positions in three dimensions (M-RoPE) of the rows of a verification.
+
+A target that takes images counts a token's time, height and width. Those of text are equal, and WHIFLASH serves text
+alone (:mod:`whiflash_sglang.compat.admission`). SGLang lays them out for drafts of one length.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
+    ForwardBatch,
     get_server_return_hidden_states_mode,
 )
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
-from whiflash_kernels import MixedBlock
+from whiflash_kernels import MixedBlock, prepare_mixed_block
 
-from whiflash_sglang.compat import graphs, recurrent
-from whiflash_sglang.compat.captured import Captured
+from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.compat import graphs, recurrent, sampling
+from whiflash_sglang.compat.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.launch import rows_counted
-from whiflash_sglang.compat.loaded import LoadedTarget
+from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.compat.sampling import count_earlier_output
+from whiflash_sglang.core import RoundBatch
+from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
+from whiflash_sglang.round.forcing import Forcing
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,3 +213,102 @@ def verify_input(
         capture_hidden_mode=CaptureHiddenMode.FULL,
         ragged_verify_layout=layout,
     )
+
+
+def install() -> None:
+    """Idempotent."""
+    replace(ForwardBatch, "compute_spec_mrope_positions", _of_packed_rows)
+
+
+def _of_packed_rows(original: Any) -> Any:
+    """`mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded behind."""
+
+    @wraps(original)
+    def compute(self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any) -> None:
+        if getattr(batch.spec_info, "ragged_verify_layout", None) is None:
+            original(self, model_runner, batch, *args, **named)
+            return
+        self.mrope_positions = batch.spec_info.positions.to(torch.int64).repeat(3, 1)
+
+    return compute
+
+
+class VerifyStage:
+    """What the target says of drafts.
+
+    Args:
+        tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
+        forcing: replaces what was sampled, for benchmarks; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        tokens: TokenTable,
+        host: HostView,
+        epilogue: Epilogue,
+        forcing: Forcing | None,
+    ) -> None:
+        self._target, self._tokens, self._host = target, tokens, host
+        self._epilogue, self._forcing = epilogue, forcing
+
+    def verify(
+        self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
+    ) -> tuple[VerifiedRows, Verified]:
+        """Run the target over bonus tokens and drafts.
+
+        Args:
+            barrier: of SGLang: what a grammar needs before its masks are made.
+
+        Returns:
+            The packed rows, and what the target said of them.
+        """
+        padded = prepare_mixed_block(
+            requests.bonus,
+            proposal.tokens,
+            proposal.widths,
+            requests.starts,
+            requests.rows,
+            self._target.slot_table,
+            rows=self._target.rows_for(proposal.rows, len(requests.row_ids)),
+        )
+        # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
+        by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
+        widths = proposal.widths.tolist() if self._host.exact or by_request else None
+        block = padded if widths is None else packed(padded, sum(widths))
+        chains = None
+        if widths is not None and batch.has_grammar:
+            chains = sampling.grammar_chains(block, widths, requests.ahead)
+        greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
+        self._epilogue.let_graphs_commit(greedy, requests.row_ids)
+        verified = self._target.verify(batch, padded, proposal.widths, widths, proposal.stride)
+        predictions = None
+        if greedy and verified.outcome is None:
+            predictions = verified.logits.argmax(-1)
+        elif not greedy:
+            # Sampling works in place; the controller reads the raw distribution.
+            verified.output.next_token_logits = verified.logits.clone()
+            predictions = sampling.sample_rows(
+                self._target.runner,
+                batch,
+                verified.output,
+                block,
+                widths,
+                chains,
+                self._tokens.data,
+                barrier,
+            )
+        if self._forcing is not None and predictions is not None:
+            predictions = self._forcing.over(predictions, block, requests.rows)
+        rows = VerifiedRows(
+            verified.logits,
+            verified.features,
+            verified.final_hidden,
+            block.input_ids,
+            block.qo_indptr,
+            requests.starts,
+            requests.rows,
+            predictions,
+            verified.outcome,
+        )
+        return rows, verified

@@ -15,8 +15,7 @@ from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompl
 from whiflash_sglang.compat import predictions
 from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.spans.fields import HintError
-from whiflash_sglang.spans.hints import parse_hints
+from whiflash_sglang.spans.hints import HintError, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.trace import pieces_of, place
 

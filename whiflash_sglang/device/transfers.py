@@ -1,6 +1,8 @@
 """What crosses between host and device in a round: one buffer up, one down. Imports no SGLang."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -95,3 +97,23 @@ def _sent(dtype: torch.dtype) -> torch.dtype:
 
 def _as_int32(field: torch.Tensor) -> torch.Tensor:
     return field.reshape(-1).to(_sent(field.dtype)).view(torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """Whether the host may read the device's values at any time.
+
+    exact: reading costs nothing (a CPU), so everything has the size that it needs. Where it is not, reading would wait
+    for the device: sizes are bounds that the host knows, and what runs is padded to them.
+    """
+
+    exact: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> "HostView":
+        """As `device` allows. `WHIFLASH_DEVICE_RESIDENT=1` treats a CPU as if it were one that must not be read."""
+        resident = os.environ.get("WHIFLASH_DEVICE_RESIDENT") == "1"
+        return cls(device.type == "cpu" and not resident)
+
+
+EXACT = HostView(exact=True)

@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.cache.features import FeatureSlice
+import torch
+
+from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, PassInput
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.lookup.memory import Tenant
@@ -153,3 +154,24 @@ class Drafter(ABC):
 def widest_of(drafters: Mapping[str, Drafter]) -> int:
     """Most drafts of a round, whoever drafts them."""
     return max((drafter.max_drafts for drafter in drafters.values()), default=0)
+
+
+def padded(tokens: Sequence[Sequence[int]], alive: Sequence[Sequence[float]], device: torch.device) -> Drafts:
+    """Drafts of different lengths side by side, for which no model ran.
+
+    Args:
+        tokens: per request. alive: the chance that each of them and all before it are right.
+    """
+    counts = [len(own) for own in tokens]
+    widest = max(counts, default=0)
+
+    def rows(values: Sequence[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
+        laid = [[*own, *[0] * (widest - len(own))] for own in values]
+        return torch.tensor(laid, dtype=dtype).view(len(counts), widest).to(device)
+
+    return Drafts(
+        rows(tokens, torch.int64),
+        torch.tensor(counts, device=device),
+        alive=rows(alive, torch.float32),
+        passes=0,
+    )

@@ -1,18 +1,22 @@
 """The autoregressive arm: a chain that drafts a token a step (EAGLE-3, arXiv 2503.01840, section 3)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from whiflash_kernels import eagle3_catch_up
 
 from whiflash_sglang import arms
-from whiflash_sglang.cache.features import FeatureSlice
+from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch, Drafts, PassInput
-from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.drafters.paged import PagedArm, eagle3_weights, rope_table
 from whiflash_sglang.models.choice import Choice, DraftStep
 from whiflash_sglang.models.dflash_config import LayerSpan
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.layers import Attend, AttentionShape
+from whiflash_sglang.models.mtp import MTPDrafter
 
 
 class ChainModel(Protocol):
@@ -96,3 +100,66 @@ class ChainArm(PagedArm):
             if not self.length.goes_on(confidences, batch):
                 break
         return self.cut(torch.stack(tokens, 1), torch.stack(confidences, 1), batch, passes=len(tokens))
+
+
+class Eagle3Arm(ChainArm):
+    """A chain whose features are fused outputs of several layers of the target.
+
+    One layer ingests by products alone. K and V of a layer above it come from what the layers below put out, so these
+    attend over the request's text.
+
+    Args:
+        model: loaded checkpoint. captured, layers, steps: as of `ChainArm`. positions: rotary positions that may occur.
+    """
+
+    def __init__(
+        self,
+        model: Eagle3Drafter,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        steps: int,
+        positions: int,
+    ) -> None:
+        heads, fc, depth = model.config.attention, model.fc, model.num_layers
+        super().__init__(model, depth, heads, fc.weight, captured, layers, fc.in_features, steps)
+        self.model = model
+        self.attends_text = depth > 1
+        self._weights = None if self.attends_text else eagle3_weights(model)
+        self._rope = rope_table(model.rotary, positions, fc.weight.device)
+
+    def catch_up(self, rows: FeatureRows) -> None:
+        features, tokens, weights = rows.features, rows.next_tokens, self._weights
+        if weights is None:
+            fused = self.model.fuse(features)
+            k, v = self.model.keys_values(tokens, fused, rows.positions, self.attend_text(rows))
+            # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
+            self.kv.write(self.model.num_layers - 1, rows.slots.clamp(min=0), k, v)
+            return
+        if not self.model.embeds_alone:
+            # What the processes looked up together takes the matrix's place, a row a token.
+            weights = replace(weights, embedding=self.model.embed(tokens))
+            tokens = torch.arange(len(tokens), device=tokens.device)
+        eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)
+
+
+class MTPArm(ChainArm):
+    """A chain whose feature is the target's state behind the final norm.
+
+    Args:
+        model: loaded from the target's files. captured, layers, steps: as of `ChainArm`.
+    """
+
+    def __init__(
+        self, model: MTPDrafter, captured: tuple[int, ...], layers: tuple[int, ...], steps: int
+    ) -> None:
+        config, weight = model.config, model.projection.weight
+        super().__init__(model, 1, config.attention, weight, captured, layers, config.hidden_size, steps)
+        self.model = model
+
+    def catch_up(self, rows: FeatureRows) -> None:
+        k, v = self.model.keys_values(rows.next_tokens, rows.features, rows.positions)
+        # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
+        self.kv.write(0, rows.slots.clamp(min=0), k, v)
+
+    def captured_bytes(self, requests: int) -> int:
+        return super().captured_bytes(requests) + self.model.peak_bytes(requests)

@@ -4,11 +4,9 @@ import torch
 from whiflash_kernels import dflash_catch_up
 
 from whiflash_sglang import arms
-from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.cache.features import FeatureSlice
+from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch, Drafts, PassInput
-from whiflash_sglang.drafters.paged import PagedArm
-from whiflash_sglang.drafters.weights import dflash_weights, rope_table
+from whiflash_sglang.drafters.paged import PagedArm, dflash_weights, rope_table
 from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan

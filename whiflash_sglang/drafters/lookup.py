@@ -15,10 +15,9 @@ from whiflash_kernels import Copies
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, History
-from whiflash_sglang.device.host_view import EXACT, HostView
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.device.transfers import EXACT, HostView
+from whiflash_sglang.drafters.base import Drafter, padded
 from whiflash_sglang.drafters.copying import DeviceCopies
-from whiflash_sglang.drafters.padding import padded
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
 from whiflash_sglang.lookup.copier import CONTEXT, MEMORY, OWN_TEXT_ONLY, Copier, Proposal
 from whiflash_sglang.lookup.emission import Emission, has_forms

@@ -2,19 +2,23 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from whiflash_kernels import draft_attention
+from whiflash_kernels import DFlashWeights, Eagle3Weights, draft_attention
 
 from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.cache.draft_kv import DraftKV
+from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.core import DraftBatch, Drafts, PassInput
 from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.models.choice import Choice
+from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan
-from whiflash_sglang.models.layers import Attend, AttentionShape
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.layers import Attend, AttentionShape, Rotary
+from whiflash_sglang.models.packed import pack
 
 LOGIT_BYTES = 11
 """Bytes that choosing takes at its peak for one logit of 16 bits, itself included: most of what a pass takes.
@@ -184,3 +188,52 @@ def blocks_of(rows: int, runs: Sequence[int] | None) -> Iterator[tuple[int, int,
             width = min(1 << (stop - begin).bit_length() - 1, MOST_ROWS)
             yield begin, begin + width, width
             begin += width
+
+
+def _without_gradients(weight: torch.Tensor) -> torch.Tensor:
+    """Itself where it wants none: a packed copy stays with the tensor object, and one is enough."""
+    return weight.detach() if weight.requires_grad else weight
+
+
+def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
+    """K and V projections of all layers stacked, so that one product serves the whole catch-up."""
+    layers: list[Any] = list(model.layers)
+    attentions = [layer.attention for layer in layers]
+    biased = model.config.attention_bias
+    weights = DFlashWeights(
+        fc=_without_gradients(model.fc.weight),
+        hidden_norm=model.hidden_norm.scale().detach(),
+        kv=torch.cat([a.qkv.weight.detach()[a.query_size :] for a in attentions]),
+        k_norm=torch.stack([a.k_norm.scale().detach() for a in attentions]),
+        eps=model.config.rms_norm_eps,
+        kv_bias=torch.cat([a.qkv.bias.detach()[a.query_size :] for a in attentions]) if biased else None,
+    )
+    pack([weights.fc, weights.kv])
+    return weights
+
+
+def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
+    """Of a one-layer drafter; the norm variants before `fc` included."""
+    layer: Any = model.layers[0]
+    attention = layer.attention
+    norms: list[Any] = list(model.fc_norm or ())
+    weights = Eagle3Weights(
+        fc=_without_gradients(model.fc.weight),
+        embedding=model.target_embedding,
+        input_norm=layer.embedding_norm.weight.detach(),
+        hidden_norm=layer.hidden_norm.weight.detach(),
+        kv=attention.qkv.weight.detach()[attention.query_size :],
+        kv_bias=None if attention.qkv.bias is None else attention.qkv.bias.detach()[attention.query_size :],
+        k_norm=None if attention.k_norm is None else attention.k_norm.weight.detach()[None],
+        eps=model.config.rms_norm_eps,
+        fc_bias=None if model.fc.bias is None else model.fc.bias.detach(),
+        chunk_norms=torch.stack([norm.weight.detach() for norm in norms]) if norms else None,
+        concat_norm=None if model.input_norm is None else model.input_norm.weight.detach(),
+    )
+    pack([weights.fc, weights.kv])
+    return weights
+
+
+def rope_table(rotary: Rotary, positions: int, device: torch.device) -> torch.Tensor:
+    """[positions, head_dim] float32: cosines in the first half, sines in the second."""
+    return rotary.angles(torch.arange(positions, device=device)).table

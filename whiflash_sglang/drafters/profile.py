@@ -7,7 +7,7 @@ import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.device.host_view import EXACT, HostView
+from whiflash_sglang.device.transfers import EXACT, HostView
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.routing.costs import MeasuredCosts
 

@@ -18,9 +18,8 @@ import torch
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, History
-from whiflash_sglang.device.host_view import EXACT, HostView
-from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.drafters.padding import padded
+from whiflash_sglang.device.transfers import EXACT, HostView
+from whiflash_sglang.drafters.base import Drafter, padded
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import WeightReader, read_weights, write_checkpoint
-from whiflash_sglang.models.choice import Choice, DraftHead
+from whiflash_sglang.models.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
 from whiflash_sglang.models.dflash_config import ALIASES, ARCHITECTURE, DFlashConfig, parse
 from whiflash_sglang.models.dflash_layer import DFlashLayer, fold_variants, layer_weights, norm_of
 from whiflash_sglang.models.draft_format import DraftFormat
-from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.models.layers import Attend, Rotary, rotate
 from whiflash_sglang.models.packed import Linear
-from whiflash_sglang.models.rope import Rotary, rotate
-from whiflash_sglang.models.vocabulary import SharedVocabulary, borrowed_head
 
 _NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Tensor names of other exporters."""

@@ -18,8 +18,7 @@ from whiflash_sglang.models.checkpoint import (
     read_config_of,
 )
 from whiflash_sglang.models.draft_format import merged
-from whiflash_sglang.models.layers import AttentionShape, Clamped
-from whiflash_sglang.models.rope import rope_parameters
+from whiflash_sglang.models.layers import AttentionShape, Clamped, rope_parameters
 
 ARCHITECTURE = "DFlashDraftModel"
 ALIASES = ("MuseGlimmerAssistantModel",)

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from whiflash_sglang.models.checkpoint import WeightReader, attention_weights, mlp_weights
 from whiflash_sglang.models.dflash_config import BlockConvolution, DFlashConfig
-from whiflash_sglang.models.layers import Attend, Attention, GemmaRMSNorm, RMSNorm, SwiGLU
+from whiflash_sglang.models.layers import (
+    Angles,
+    Attend,
+    Attention,
+    GemmaRMSNorm,
+    RMSNorm,
+    SwiGLU,
+    half_split,
+    rotary_width,
+)
 from whiflash_sglang.models.packed import Linear
-from whiflash_sglang.models.rope import Angles, half_split, rotary_width
 
 
 class BlockConv(nn.Module):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from whiflash_sglang.models.checkpoint import WeightReader, integer
-from whiflash_sglang.models.layers import Attend, AttentionShape, RMSNorm
+from whiflash_sglang.models.layers import Angles, Attend, AttentionShape, RMSNorm, half_split, rotate
 from whiflash_sglang.models.packed import Linear
-from whiflash_sglang.models.rope import Angles, half_split, rotate
 
 
 class LatentShape(NamedTuple):

@@ -13,8 +13,7 @@ from torch import Tensor
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import attention_shape, integer, number, read_json_config
 from whiflash_sglang.models.draft_format import merged
-from whiflash_sglang.models.layers import AttentionShape
-from whiflash_sglang.models.rope import rope_parameters
+from whiflash_sglang.models.layers import AttentionShape, rope_parameters
 
 ORIGIN = "target.json"
 """Of a directory that SGLang's scheduler wrote (`compat/recorder.py`)."""

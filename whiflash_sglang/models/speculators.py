@@ -14,14 +14,13 @@ from transformers import AutoConfig
 
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models import eagle3_config
+from whiflash_sglang.models import eagle3
 from whiflash_sglang.models.checkpoint import integer, layer_ids
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, parse
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.dspark import DSparkConfig, DSparkDrafter, read_heads
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.eagle3_config import Eagle3Config
+from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
 
 _WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window")
 
@@ -42,7 +41,7 @@ def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
 def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     """An `Eagle3Speculator`'s. Raises CheckpointError naming the field that does not fit."""
     layer = _decoder(path, config)
-    key = eagle3_config.LAYERS_KEY
+    key = eagle3.LAYERS_KEY
     named = _outputs(path, config, key) if config.get(key) else ()
     before = config.get("norm_before_residual")
     if not isinstance(before, bool):
@@ -54,11 +53,11 @@ def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
             f"{path}/config.json: layer_types of an EAGLE-3 drafter must be full_attention; windows are not supported"
         )
     flags = {name: bool(config.get(name, False)) for name in ("norm_before_fc", "fc_norm", "norm_output")}
-    read = eagle3_config.parse(
+    read = eagle3.parse(
         path,
         {**layer, **flags, "draft_vocab_size": _reduced(path, config, layer), "tie_word_embeddings": False},
     )
-    eagle3_config.check_one_layer(path, read)
+    eagle3.check_one_layer(path, read)
     return replace(
         read,
         target_layer_ids=named,
@@ -145,7 +144,7 @@ FORMATS = (
         name="speculators EAGLE-3",
         arm=arms.AR,
         keys=("speculators/eagle3",),
-        layers_key=eagle3_config.LAYERS_KEY,
+        layers_key=eagle3.LAYERS_KEY,
         read=read_eagle3,
         model=Eagle3Drafter,
         published="RedHatAI",

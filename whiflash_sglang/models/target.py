@@ -16,9 +16,8 @@ from torch import Tensor
 from whiflash_kernels.packed import linear
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
-from whiflash_sglang.models.layers import Attend, AttentionShape
+from whiflash_sglang.models.layers import Angles, Attend, AttentionShape, Rotary, rope_parameters, rotate
 from whiflash_sglang.models.packed import pack
-from whiflash_sglang.models.rope import Angles, Rotary, rope_parameters, rotate
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

@@ -150,7 +150,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
         if kind != "mha":
             return None
-        from whiflash_sglang.platform.kv_pool import CpuKVPool
+        from whiflash_sglang.platform.attention import CpuKVPool
 
         return CpuKVPool
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_sglang.platform import packed_weights, recurrent_ops, spec_ops, spec_trees, target_ops
-from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
+from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
-from whiflash_sglang.platform.kv_pool import CpuKVPool
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
 _EAGLE = "sglang.kernels.ops.speculative.eagle"

@@ -10,7 +10,7 @@ from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_draf
 
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, PassInput, RoundBatch
 from whiflash_sglang.device.capture import Recorder, bucket_of
-from whiflash_sglang.device.host_view import HostView
+from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan

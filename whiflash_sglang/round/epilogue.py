@@ -16,7 +16,7 @@ import torch
 from whiflash_kernels import Committed, accept_and_commit, router_mlp, routing_stats
 
 from whiflash_sglang.cache.backlog import FeatureRings
-from whiflash_sglang.cache.stops import StopTable
+from whiflash_sglang.cache.tokens import StopTable
 from whiflash_sglang.models.router import Layers
 
 

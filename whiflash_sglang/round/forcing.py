@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.spans.fields import HintError
 from whiflash_sglang.spans.forced import forced_tokens
+from whiflash_sglang.spans.hints import HintError
 
 logger = logging.getLogger(__name__)
 

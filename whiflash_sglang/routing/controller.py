@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from whiflash_sglang.routing.assign import Costs, Dwell, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.lane import Decision, Lane
-from whiflash_sglang.routing.policies import Policy, Scores
-from whiflash_sglang.routing.probes import PROBE_ROUNDS
+from whiflash_sglang.routing.policies import PROBE_ROUNDS, Policy, Scores
 from whiflash_sglang.routing.signals import Outlook
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker

@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from whiflash_sglang.routing.fits import MEMORY, Line, Plane
-from whiflash_sglang.routing.mean import Mean
-from whiflash_sglang.routing.watch import LIMIT, WINDOW, median
+from whiflash_sglang.routing.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
+from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.telemetry.round_clock import PreviousRound
 
 DRAFTS_MEMORY = 32.0

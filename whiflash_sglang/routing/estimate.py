@@ -11,8 +11,7 @@ request's later rounds with an arm ever less (`REQUEST_ROUNDS`), so that one tha
 import math
 from bisect import bisect_right
 
-from whiflash_sglang.routing.mean import Mean
-from whiflash_sglang.routing.signals import Signals
+from whiflash_sglang.routing.signals import Mean, Signals
 
 ENTROPY_EDGES = (0.05, 0.5, 1.5, 3.0)
 """Nats that separate the entropy bins."""

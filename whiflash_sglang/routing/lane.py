@@ -4,10 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from whiflash_sglang.routing.hinted import apply_hints
-from whiflash_sglang.routing.mean import Mean
-from whiflash_sglang.routing.policies import Policy, Scores
-from whiflash_sglang.routing.signals import OpenSpan, Outlook, Signals
+from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
+from whiflash_sglang.routing.signals import Mean, OpenSpan, Outlook, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts

@@ -6,8 +6,7 @@ the sampled tokens are replaced by those, so that rounds cost what they cost and
 
 from typing import Final
 
-from whiflash_sglang.spans.fields import HintError
-from whiflash_sglang.spans.hints import CARRIED_FORCED
+from whiflash_sglang.spans.hints import CARRIED_FORCED, HintError
 
 FIELD: Final = f"custom_params.{CARRIED_FORCED}"
 FLAG: Final = "--whiflash-force-recorded on"

@@ -10,18 +10,95 @@ it is decoded, and decoding stops at the first object too many.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple, NoReturn, get_args
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
-from whiflash_sglang.spans.fields import (
-    HintError,
-    choice,
-    flag,
-    refuse_unknown,
-    short_list,
-    short_text,
-    utf8,
-)
+from whiflash_sdk.presets import likely_spans
+
+Word = TypeVar("Word", bound=str)
+
+
+class HintError(ValueError):
+    """A hint that cannot be used: `field` is its path in the payload, `reason` says what to change."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+def refuse_unknown(field: str, raw: Iterable[str], known: frozenset[str]) -> None:
+    """Raise for the first name that is not `known`."""
+    for name in raw:
+        if name not in known:
+            raise HintError(f"{field}.{printable(name)}", f"is unknown; known are {', '.join(sorted(known))}")
+
+
+def flag(field: str, value: object) -> bool:
+    """A boolean."""
+    if not isinstance(value, bool):
+        raise HintError(field, "must be true or false")
+    return value
+
+
+def choice(field: str, value: object, allowed: tuple[Word, ...]) -> Word | None:
+    """One of the words `allowed`; None: not given."""
+    if value is None:
+        return None
+    for word in allowed:
+        if value == word:
+            return word
+    raise HintError(field, f"must be one of {', '.join(allowed)}")
+
+
+def short_text(field: str, value: object, most: int) -> str | None:
+    """A text of 1 to `most` characters; None: not given."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise HintError(field, "must be a string")
+    if not value:
+        raise HintError(field, "is empty; leave it out instead")
+    if len(value) > most:
+        raise HintError(field, f"is {len(value)} characters long; at most {most} are allowed")
+    utf8(field, value)
+    return value
+
+
+def short_list(field: str, value: object, what: str, most: int) -> list[object]:
+    """A list of at most `most`; what: its entries are, in an error."""
+    if not isinstance(value, list):
+        raise HintError(field, "must be a list")
+    if len(value) > most:
+        raise HintError(field, f"holds {len(value)} {what}; at most {most} are allowed")
+    return value
+
+
+def utf8(field: str, text: str) -> bytes:
+    """The text's bytes."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise HintError(field, "holds a lone surrogate, which is not text") from None
+
+
+def json_of(text: str) -> Any:
+    """`json.loads`, but a lone surrogate is refused: no tokenizer takes one.
+
+    Raises: ValueError, RecursionError.
+    """
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def printable(name: str) -> str:
+    """A name that may be anything, as it may stand in an error."""
+    return ascii(name[:32])[1:-1]
+
 
 WIRE_KEY: Final = "whiflash"
 TOOLS_KEY: Final = "whiflash_tools"
@@ -293,3 +370,31 @@ def _bias(field: str, value: object) -> Bias:
             raise HintError(f"{field}.{arm}", f"must lie between {-MAX_BIAS:g} and {MAX_BIAS:g}")
         pairs.append((arm, float(amount)))
     return tuple(pairs)
+
+
+@lru_cache(maxsize=256)
+def infer_spans(
+    tool_parser: str | None,
+    reasoning_parser: str | None,
+    has_tools: bool,
+    response_format: str | None,
+    forced: bool,
+    reasoning_open: bool | None = None,
+) -> RequestHints:
+    """Default hints; parser names that are not known add no spans of their own.
+
+    tool_parser, reasoning_parser: `--tool-call-parser` and `--reasoning-parser` of the server.
+    has_tools: the request offers tools and its `tool_choice` is not `none`.
+    response_format: the request's `response_format.type`, or None.
+    forced: `tool_choice` is `required` or names a function, so the grammar starts inside the call.
+    reasoning_open: the rendered prompt ends inside the reasoning; None takes the parser's habit.
+    """
+    spans = likely_spans(
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        has_tools=has_tools,
+        response_format=response_format,
+        forced=forced,
+        reasoning_open=reasoning_open,
+    )
+    return RequestHints(spans=tuple(SpanHint(s.kind, s.begin, s.end, s.open) for s in spans))

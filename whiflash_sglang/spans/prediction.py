@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from whiflash_sglang.spans.fields import HintError
-from whiflash_sglang.spans.hints import CARRIED_PREDICTION
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
 
 FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
 

@@ -12,15 +12,12 @@ from copy import copy
 from typing import Protocol
 
 from whiflash_sglang.spans.hints import SpanHint
-from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.forms import PARSERS
-from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.guesses import Guesses, Likelihood
 from whiflash_sglang.structure.json_calls import LEAD, JsonCall, matcher_of
 from whiflash_sglang.structure.layout import BLANKS
-from whiflash_sglang.structure.likely import Likelihood
 from whiflash_sglang.structure.markup import MarkupCall
-from whiflash_sglang.structure.pieces import Piece
-from whiflash_sglang.structure.tools import read_tools
+from whiflash_sglang.structure.tools import PARSERS, read_tools
 
 USUAL_BLANKS = "\n\n"
 """Between the end of reasoning and a call, as templates show it."""

@@ -10,12 +10,10 @@ from typing import Any, Final
 
 import xgrammar
 
-from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.guesses import Guesses, Likelihood, likely
 from whiflash_sglang.structure.layout import BLANKS, Layout
-from whiflash_sglang.structure.likely import Likelihood, likely
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
-from whiflash_sglang.structure.pieces import Piece
 from whiflash_sglang.structure.schemas import Essence
 from whiflash_sglang.structure.tools import ARGUMENTS, KEPT, read_tools
 

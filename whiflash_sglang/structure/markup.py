@@ -10,14 +10,11 @@ from copy import copy
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.forms import Form
-from whiflash_sglang.structure.guesses import Guesses, parted
+from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.guesses import Guesses, Likelihood, gather, parted
 from whiflash_sglang.structure.layout import BLANKS
-from whiflash_sglang.structure.likely import Likelihood, gather
-from whiflash_sglang.structure.pieces import Piece
 from whiflash_sglang.structure.schemas import MOST_WORDS
-from whiflash_sglang.structure.tools import Tools, listed_of, properties_of, required_of
+from whiflash_sglang.structure.tools import Form, Tools, listed_of, properties_of, required_of
 
 LONGEST = 256
 """Characters of a value that are kept: its end is looked for in them."""

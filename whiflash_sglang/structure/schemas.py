@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from whiflash_sglang.spans.fields import json_of
+from whiflash_sglang.spans.hints import json_of
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames
 
 MOST_WORDS = 128

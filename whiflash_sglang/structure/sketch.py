@@ -7,13 +7,10 @@ from typing import NamedTuple
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind, is_text
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.cuts import Cuts
-from whiflash_sglang.structure.guesses import FREE, Guesses, allows
+from whiflash_sglang.structure.chances import Cuts, Kind, Piece
+from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, allows, likely
 from whiflash_sglang.structure.layout import Layout
-from whiflash_sglang.structure.likely import Likelihood, likely
 from whiflash_sglang.structure.matchers import Matcher
-from whiflash_sglang.structure.pieces import Piece
 
 NOTHING = -1
 """Before the first token of a text."""

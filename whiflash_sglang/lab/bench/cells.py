@@ -1,7 +1,7 @@
 """What was measured, and the journal that keeps it. Needs no server."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import lines_of
+from whiflash_sglang.telemetry.round_clock import STAGES
 
 
 class _Frozen(BaseModel):
@@ -147,3 +148,37 @@ class Journal(Generic[Kept]):
             except ValidationError:
                 if number != len(lines):
                     raise
+
+
+class RoundMs(BaseModel):
+    """Mean milliseconds of a WHIFLASH round per stage; other: of the round, but in no stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    route: float
+    catch_up: float
+    draft: float
+    verify: float
+    commit: float
+    park: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(self.model_dump().values()))
+
+    @property
+    def overhead(self) -> float:
+        """What is neither drafting nor verifying."""
+        return self.total - self.draft - self.verify
+
+
+def round_ms_of(gained: Mapping[str, float]) -> RoundMs:
+    """gained: differences of `RoundClock.snapshot`, with at least one round."""
+    stages = {name: 1000 * gained[f"{name}_seconds"] / gained["rounds"] for name in STAGES}
+    return RoundMs(**stages, other=1000 * gained["round_seconds"] / gained["rounds"] - sum(stages.values()))
+
+
+def switch_share_of(gained: Mapping[str, float]) -> float:
+    """Route, park and the catch-up beyond one round's tokens, as a share of the round."""
+    spent = gained["route_seconds"] + gained["park_seconds"] + gained["extra_catch_up_seconds"]
+    return spent / gained["round_seconds"]

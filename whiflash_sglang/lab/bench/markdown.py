@@ -4,11 +4,10 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from whiflash_sglang.equality import Verdict
+from whiflash_sglang.lab.bench.cells import RoundMs
 from whiflash_sglang.lab.bench.hints import Acceptance
 from whiflash_sglang.lab.bench.report import Figures, LoadReport, Report
-from whiflash_sglang.lab.bench.rounds import RoundMs
-from whiflash_sglang.lab.bench.selection import OVERALL
-from whiflash_sglang.lab.bench.turns import TurnFigures
+from whiflash_sglang.lab.bench.selection import OVERALL, TurnFigures
 from whiflash_sglang.lab.statistics import Interval, Percentiles
 
 

@@ -11,13 +11,21 @@ from pydantic import BaseModel, ConfigDict
 
 from whiflash_sglang.equality import Verdict
 from whiflash_sglang.lab.bench.arms import AUTO, BESIDE, NO_HINTS, NONE, PINNED, STATIC
-from whiflash_sglang.lab.bench.cells import Cell, Load
+from whiflash_sglang.lab.bench.cells import Cell, Load, RoundMs, round_ms_of, switch_share_of
 from whiflash_sglang.lab.bench.hints import HintGain, hint_gain
 from whiflash_sglang.lab.bench.reference import Difference
-from whiflash_sglang.lab.bench.rounds import RoundMs, round_ms_of, switch_share_of
 from whiflash_sglang.lab.bench.scaling import ScalePoint
-from whiflash_sglang.lab.bench.selection import LOOPS, OVERALL, Belongs, paired, samples, selections, within
-from whiflash_sglang.lab.bench.turns import TurnFigures, by_turn
+from whiflash_sglang.lab.bench.selection import (
+    LOOPS,
+    OVERALL,
+    Belongs,
+    TurnFigures,
+    by_turn,
+    paired,
+    samples,
+    selections,
+    within,
+)
 from whiflash_sglang.lab.statistics import Interval, Percentiles, percentiles_ms, rate
 
 

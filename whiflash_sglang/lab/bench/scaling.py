@@ -8,7 +8,7 @@ from typing import NamedTuple
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sglang.lab.bench.rounds import RoundMs, round_ms_of
+from whiflash_sglang.lab.bench.cells import RoundMs, round_ms_of
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (128, 512, 1024, 2048, 4096)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from whiflash_sglang.checkpoints.drafter_set import NAMES, check_arms
-from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.checkpoints.manifest import NAMES, check_arms, load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.judging.calibrate import choices_above, frame, sweep
 from whiflash_sglang.lab.judging.evaluation import (
@@ -34,9 +33,8 @@ from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.replay.pair import Pair, Parts
 from whiflash_sglang.train.replay.replay import Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.replay.walk import RouterWalk, tabulate
-from whiflash_sglang.train.router.plots import plot_thresholds
 from whiflash_sglang.train.router.regression import is_held_out
-from whiflash_sglang.train.router.run import choose_answers
+from whiflash_sglang.train.router.run import choose_answers, plot_thresholds
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import route
 from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.neural import note
-from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.probes import PROBE_ROUNDS
+from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
 from whiflash_sglang.routing.signals import Outlook, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.train.replay.pair import ARMS

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from whiflash_sglang.lab.judging.calibrate import Signal, frame, sweep
-from whiflash_sglang.routing.mean import Mean
+from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.train.replay.pair import ARMS
 from whiflash_sglang.train.replay.replay import Replay
 from whiflash_sglang.train.router.regression import best_accuracy

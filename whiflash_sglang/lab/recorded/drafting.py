@@ -7,8 +7,7 @@ from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lab.recorded.bounds import Bound
-from whiflash_sglang.lab.recorded.prompt_lookup import PromptLookup
-from whiflash_sglang.lab.recorded.suffix_decoding import CACHED_REQUESTS, SuffixDecoding
+from whiflash_sglang.lab.recorded.peers import CACHED_REQUESTS, PromptLookup, SuffixDecoding
 from whiflash_sglang.lab.recorded.turns import Turn
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration, TenantCalibration
 from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal, Shared
@@ -17,8 +16,7 @@ from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.hints import RequestHints, infer_spans
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.tools import carried_tools
 

@@ -17,7 +17,7 @@ from whiflash_sglang.lab.recorded.conversation import (
     object_of,
     text_of,
 )
-from whiflash_sglang.spans.fields import HintError
+from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
 
 CATEGORY = "log"

@@ -1,12 +1,14 @@
 """Sequences packed into batches of about equal work, in an order fixed by the seed."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
@@ -125,3 +127,27 @@ def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tens
         answer = store.read_tokens(record)[record.prompt_length :]
         counts += torch.bincount(answer, minlength=vocab_size)
     return counts
+
+
+ROWS = 64
+"""A batch's rows are filled up to a multiple of this, so that a training meets a few dozen sizes, not thousands."""
+
+
+class EvenRows(TorchFunctionMode):
+    """Inside, `torch.nn.functional.linear` fills a CPU tensor [..., H] up with rows of zeros that its result lacks."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.linear or not args or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        given: Tensor = args[0]
+        flat = given.reshape(-1, given.shape[-1])
+        rows = len(flat)
+        filled = F.pad(flat, (0, 0, 0, -rows % ROWS))
+        product: Tensor = F.linear(filled, *args[1:], **(kwargs or {}))
+        return product[:rows].view(*given.shape[:-1], product.shape[-1])

@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.eagle3_config import Eagle3Config
+from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import Eagle3
 from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
-from whiflash_sglang.train.drafters.beginnings import blank, source_layer
-from whiflash_sglang.train.drafters.growth import grown
+from whiflash_sglang.train.drafters.beginnings import blank, grown, source_layer
 from whiflash_sglang.train.drafters.labels import cross_entropy, first_choice, index_map, make_labels
 
 

@@ -19,10 +19,8 @@ from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
 from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
-from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
-from whiflash_sglang.train.drafters.beginnings import origin_of
-from whiflash_sglang.train.drafters.even_rows import EvenRows
-from whiflash_sglang.train.drafters.growth import choose_draft_vocabulary, go_on_from
+from whiflash_sglang.train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.beginnings import choose_draft_vocabulary, go_on_from, origin_of
 from whiflash_sglang.train.provenance import Provenance
 
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from whiflash_sglang import arms
-from whiflash_sglang.checkpoints.drafter_set import PARTS
-from whiflash_sglang.checkpoints.manifest import Lookup, load_manifest, lookup_of
+from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
 from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.models.choice import DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter

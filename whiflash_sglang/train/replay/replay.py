@@ -7,6 +7,7 @@ arXiv 2606.07710), which is what routers learn from and what oracles are made of
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.jsonl import lines_of
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.lookup.copier import RULE_MATCH, Copier
 from whiflash_sglang.models.choice import DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -27,8 +31,51 @@ from whiflash_sglang.train.answers.store import Sequence as Stored
 from whiflash_sglang.train.drafters.batches import Batch, unpack
 from whiflash_sglang.train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.drafters.eagle3 import plan_chains, unroll
-from whiflash_sglang.train.replay.copying import replay_lookup
 from whiflash_sglang.train.replay.pair import ARMS, Pair
+
+
+class Copied(NamedTuple):
+    """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
+    the arm expected; `matched` [P] bool: whether the plain rule would copy; `proposed` [P]: tokens that were copied.
+    """
+
+    accepted: NDArray[np.int64]
+    expected: NDArray[np.float64]
+    matched: NDArray[np.bool_]
+    proposed: NDArray[np.int64]
+
+
+def replay_lookup(
+    tokens: Sequence[int], prompt_length: int, settings: Lookup, calibration: MatchCalibration
+) -> Copied:
+    """Replay the arm at every position of an answer, without memory across requests. Switched off it copies nothing.
+
+    `calibration` and the request's own learn as it goes, a token at a time: from the first token of every proposal.
+
+    Args:
+        tokens: prompt and answer. prompt_length: tokens of the prompt.
+    """
+    positions = len(tokens) - prompt_length - 1
+    accepted, proposed = (np.zeros(positions, dtype=np.int64) for _ in range(2))
+    expected = np.zeros(positions)
+    matched = np.zeros(positions, dtype=np.bool_)
+    if not settings.enabled:
+        return Copied(accepted, expected, matched, proposed)
+    copier = Copier(calibration, settings.min_match)
+    copier.extend(tokens[:prompt_length])
+    for position in range(positions):
+        known = prompt_length + position + 1  # the bonus token is known, its KV is not
+        copier.extend(tokens[known - 1 : known])
+        limit = min(settings.max_width, positions - position)
+        proposal = copier.look(limit, WORTH)
+        width = proposal.width(limit, WORTH)
+        drafts, expected[position] = proposal.tokens[:width], proposal.expected(width)
+        proposed[position] = width
+        matched[position] = bool(drafts) and drafts[0].length >= RULE_MATCH
+        pairs = zip(drafts, tokens[known : known + len(drafts)], strict=False)
+        accepted[position] = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
+    return Copied(accepted, expected, matched, proposed)
+
 
 LOOKUP = "lookup"
 JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}
