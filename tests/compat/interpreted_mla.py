@@ -29,7 +29,7 @@ from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 
 from whiflash_sglang.compat import launch
 from whiflash_sglang.compat.graphs import row_buckets
-from whiflash_sglang.compat.launch import rows_counted
+from whiflash_sglang.compat.recurrent import rows_counted
 from whiflash_sglang.compat.target import verify_input
 
 PAGE, HEADS, LATENT, ROPE = 32, 2, 512, 64

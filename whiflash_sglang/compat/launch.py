@@ -9,15 +9,11 @@ import torch
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_platform, get_spec
-
-from whiflash_sglang.compat import recurrent
+from sglang.srt.runtime_context import get_platform
 
 CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "flashinfer")
 """Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
 no GPU has run any of them). `triton` and `flashinfer` are replaced (`compat/triton_backend.py`)."""
-PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
-"""What lays the rows of every request out to one width (see `rows_counted`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +55,6 @@ class Launch:
     def is_set(self, variable: str) -> bool:
         """Whether a switch of SGLang's environment is on."""
         return self.environment.get(variable, "").lower() in ("1", "true", "yes", "y", "t", "on")
-
-
-def rows_counted(runner: Any, widest: int) -> int:
-    """Rows of each request as the attention of `runner` is to count them, where none has more than `widest`.
-
-    TRT-LLM's MLA ends the keys of every request as many positions behind its context as the server's widest block has,
-    and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
-    Where layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor those that take what a
-    batch leaves of it.
-    """
-    names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
-    if names & PADDED_ATTENTIONS or recurrent.has_state(runner.model_config):
-        return int(get_spec().speculative_num_draft_tokens)
-    return widest
 
 
 def choose(server_args: Any) -> None:

@@ -25,7 +25,7 @@ from sglang.srt.configs.model_config import is_kimi_k3
 from sglang.srt.configs.nemotron_h import NemotronHConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig
-from sglang.srt.runtime_context import mamba_track_grid
+from sglang.srt.runtime_context import get_spec, mamba_track_grid
 
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.platform.recurrent_ops import Rows, packed_verification
@@ -127,3 +127,21 @@ def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, a
     return packed_verification(
         x, conv.conv_weight, conv.conv_bias, meta.layer_cache, meta.cache_indices, rows
     )
+
+
+PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
+"""What lays the rows of every request out to one width (see `rows_counted`)."""
+
+
+def rows_counted(runner: Any, widest: int) -> int:
+    """Rows of each request as the attention of `runner` is to count them, where none has more than `widest`.
+
+    TRT-LLM's MLA ends the keys of every request as many positions behind its context as the server's widest block has,
+    and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
+    Where layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor those that take what a
+    batch leaves of it.
+    """
+    names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
+    if names & PADDED_ATTENTIONS or has_state(runner.model_config):
+        return int(get_spec().speculative_num_draft_tokens)
+    return widest

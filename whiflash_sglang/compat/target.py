@@ -24,8 +24,8 @@ from whiflash_kernels import MixedBlock, prepare_mixed_block
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat import graphs, recurrent, sampling
 from whiflash_sglang.compat.captured import Captured, LoadedTarget
-from whiflash_sglang.compat.launch import rows_counted
 from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.recurrent import rows_counted
 from whiflash_sglang.compat.sampling import count_earlier_output
 from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.transfers import HostView
