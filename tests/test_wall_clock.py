@@ -13,7 +13,7 @@ WALL = re.compile(
 
 DATES = {
     "sdk/whiflash_sdk/collecting.py",
-    "whiflash_sglang/compat/samples.py",
+    "whiflash_sglang/compat/http/samples.py",
     "whiflash_sglang/train/provenance.py",
 }
 """Say when something was; nothing is computed from it but the seconds that a training is said to have taken."""

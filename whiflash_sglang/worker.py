@@ -9,12 +9,14 @@ import torch
 from whiflash_sglang.assemble import build_drafters, build_policy, load_router
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
-from whiflash_sglang.compat import graphs, late, lifecycle, memory, pricing, step
 from whiflash_sglang.compat.carried import settings_of
-from whiflash_sglang.compat.lifecycle import Lifecycle
-from whiflash_sglang.compat.memory import rehearse_sampling
-from whiflash_sglang.compat.parallel import ranks_of_model
-from whiflash_sglang.compat.spec_worker import (
+from whiflash_sglang.compat.forward import graphs
+from whiflash_sglang.compat.forward.parallel import ranks_of_model
+from whiflash_sglang.compat.forward.target import Target, VerifyStage
+from whiflash_sglang.compat.scheduler import lifecycle, memory, overlap, pricing, step
+from whiflash_sglang.compat.scheduler.lifecycle import Lifecycle
+from whiflash_sglang.compat.scheduler.memory import rehearse_sampling
+from whiflash_sglang.compat.scheduler.spec_worker import (
     BaseSpecWorker,
     DraftInput,
     any_ended,
@@ -26,7 +28,6 @@ from whiflash_sglang.compat.spec_worker import (
     round_batch,
     step_result,
 )
-from whiflash_sglang.compat.target import Target, VerifyStage
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.core import Done, RoundBatch
 from whiflash_sglang.device.clock import clock_of
@@ -245,7 +246,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("commit"):
             committed = self.epilogue.commit(rows, proposal.stride)
             self.target.commit(batch, requests.starts, committed.accept_lens)
-            late.attach(batch, verified, rows.indptr, committed.tokens.shape[1])
+            overlap.attach(batch, verified, rows.indptr, committed.tokens.shape[1])
         with clock.stage("park"):
             self.epilogue.park(rows, committed)
             signals = self.epilogue.signals(rows, committed, self.learner.needs(plan))
@@ -253,7 +254,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             if on_publish is not None:
                 on_publish(results["seq_lens"])
             learn = partial(self.learner.learn, plan, parts=proposal.parts)
-            tokens = late.learned(verified.output, results, learn, later=on_publish is not None)
+            tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
         self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
         drafted = proposal.stride > 1
         return Done(verified.output, results, drafted, verified.can_run_cuda_graph, tokens)

@@ -27,10 +27,10 @@ from interpreted_attention import (
 from sglang.srt.layers.attention import flashinfer_mla_backend, trtllm_mla_backend
 from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 
-from whiflash_sglang.compat import launch
-from whiflash_sglang.compat.graphs import row_buckets
-from whiflash_sglang.compat.recurrent import rows_counted
-from whiflash_sglang.compat.target import verify_input
+from whiflash_sglang.compat.forward.graphs import row_buckets
+from whiflash_sglang.compat.forward.recurrent import rows_counted
+from whiflash_sglang.compat.forward.target import verify_input
+from whiflash_sglang.compat.launch import arguments
 
 PAGE, HEADS, LATENT, ROPE = 32, 2, 512, 64
 SIZE = LATENT + ROPE
@@ -77,7 +77,9 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a server with our widest block, without context parallelism; its parent's graphs need FlashInfer."""
     for module in (trtllm_mla_backend, flashinfer_mla_backend):
         monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
-    monkeypatch.setattr(launch, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=CONFIGURED))
+    monkeypatch.setattr(
+        arguments, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=CONFIGURED)
+    )
     parent = flashinfer_mla_backend.FlashInferMLAAttnBackend
     monkeypatch.setattr(parent, "init_cuda_graph_state", lambda *_: None)
 

@@ -19,14 +19,14 @@ from sglang.kernels.ops.mamba.mamba_state_scatter_triton import scatter_mamba_st
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 from sglang.srt.mem_cache.memory_pool import MambaPool
 
-from whiflash_sglang.compat import ragged_recurrent
-from whiflash_sglang.compat.ragged_recurrent import (
+from whiflash_sglang.compat.forward import ragged_recurrent
+from whiflash_sglang.compat.forward.ragged_recurrent import (
     RaggedChannelDeltaBackend,
     RaggedConvBackend,
     RaggedDeltaBackend,
     RaggedMamba2Backend,
 )
-from whiflash_sglang.compat.recurrent import tracked_rows
+from whiflash_sglang.compat.forward.recurrent import tracked_rows
 from whiflash_sglang.platform.recurrent_ops import causal_conv1d_update
 
 SLOTS = 8

@@ -32,9 +32,9 @@ from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from whiflash_sglang.compat import refusals
-from whiflash_sglang.compat.graphs import row_buckets
-from whiflash_sglang.compat.triton_backend import RaggedTritonBackend, widest_window
+from whiflash_sglang.compat.forward.graphs import row_buckets
+from whiflash_sglang.compat.forward.triton_backend import RaggedTritonBackend, widest_window
+from whiflash_sglang.compat.launch import refusals
 
 SGLANG = "sglang.srt.layers.attention"
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 16, 0.3

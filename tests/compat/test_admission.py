@@ -8,8 +8,8 @@ import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from whiflash_sglang.compat.admission import check_bounds
-from whiflash_sglang.compat.requests import check_native
+from whiflash_sglang.compat.http.admission import check_bounds
+from whiflash_sglang.compat.http.requests import check_native
 
 TOKENS = 320
 OVERRIDES = PositionalEmbeds(embeds=torch.zeros(1, 8), positions=[0])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
-from whiflash_sglang.compat import algorithm, carried, triton_backend
+from whiflash_sglang.compat import algorithm, carried
+from whiflash_sglang.compat.forward import triton_backend
 from whiflash_sglang.errors import ConfigError
 
 

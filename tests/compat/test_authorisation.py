@@ -13,7 +13,8 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.compat import http, keys
+from whiflash_sglang.compat.http.routes import install
+from whiflash_sglang.compat.launch import keys
 from whiflash_sglang.config import Flags, resolve
 
 PROBES = {"/health", "/health_generate", "/ready", "/metrics"}
@@ -89,7 +90,7 @@ def routes() -> list[tuple[str, str]]:
     arguments = SimpleNamespace(
         _whiflash=resolve(Flags(), embedded_bundle()), served_model_name="tiny", model_path="tiny"
     )
-    http.install(arguments)
+    install(arguments)
     every = [*http_server.app.routes, *v1_loads.router.routes, *elastic_ep.router.routes]
     found = [(m, r.path) for r in every for m in sorted(getattr(r, "methods", None) or ())]
     assert len(found) > 100
@@ -162,14 +163,14 @@ def test_the_state_names_agents_to_operators_alone(
         return [{"replica": n, "costs": {}, "lookup": {"scopes": dict(scopes)}} for n in range(replicas)]
 
     serving(monkeypatch, admin_api_key=admin)
-    monkeypatch.setattr(http, "_states", states)
-    told = asyncio.run(http._state()).body.decode()
+    monkeypatch.setattr(routes, "_states", states)
+    told = asyncio.run(routes._state()).body.decode()
     assert told.count("tokens") == (replicas + 1 if replicas > 1 else 1)
     assert told.count("planner") == (0 if admin is None else told.count("tokens"))
 
 
 def test_sglangs_log_would_tell_them() -> None:
-    """Else there is nothing to cut out any more, and `compat/keys.py` can go."""
+    """Else there is nothing to cut out any more, and `compat/launch/keys.py` can go."""
     keys.install()
     given = ServerArgs(model_path="unused", api_key="user-key", admin_api_key="boss-user-key")
     assert "user-key" in str(engine._server_args_for_logging.__wrapped__(given))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.compat.http import _prediction_tokens
+from whiflash_sglang.compat.http.routes import _prediction_tokens
 
 
 @pytest.mark.parametrize(

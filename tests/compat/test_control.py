@@ -11,7 +11,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReqOutput, SetInternal
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.compat import control
+from whiflash_sglang.compat.http import control
 from whiflash_sglang.config import Flags, PolicyChange, Settings, changed, resolve
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import HANDLES

@@ -7,8 +7,8 @@ import pytest
 from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 
-from whiflash_sglang.compat.converted import _as_chat
-from whiflash_sglang.compat.requests import completed
+from whiflash_sglang.compat.http.converted import _as_chat
+from whiflash_sglang.compat.http.requests import completed
 from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
 
 TOOL = {

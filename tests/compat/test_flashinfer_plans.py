@@ -21,7 +21,7 @@ from paged_wrapper import SMS, PagedWrapper
 from sglang.kernels.ops.speculative.ragged_verify_kernels import pad_verify_lens_to_bucket
 from sglang.srt.speculative.ragged_verify import build_capture_verify_lens
 
-from whiflash_sglang.compat.graphs import row_buckets, spare_slots
+from whiflash_sglang.compat.forward.graphs import row_buckets, spare_slots
 
 REQUESTS, WIDEST = 48, 17
 BUCKETS = row_buckets(REQUESTS * WIDEST)

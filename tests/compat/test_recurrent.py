@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from whiflash_sglang.compat import recurrent
-from whiflash_sglang.compat.recurrent import commit, tracked_rows, verify_packed
+from whiflash_sglang.compat.forward import recurrent
+from whiflash_sglang.compat.forward.recurrent import commit, tracked_rows, verify_packed
 from whiflash_sglang.platform.recurrent_ops import (
     causal_conv1d_update,
     scatter_mamba_states_after_mtp_verify,

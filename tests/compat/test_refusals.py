@@ -13,9 +13,9 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 from sglang.srt.server_args import ServerArgs
 
-from whiflash_sglang.compat import launch as launches
-from whiflash_sglang.compat.launch import Launch, choose_for_cuda
-from whiflash_sglang.compat.refusals import REFUSALS, refusal_of
+from whiflash_sglang.compat.launch import arguments as launches
+from whiflash_sglang.compat.launch.arguments import Launch, choose_for_cuda
+from whiflash_sglang.compat.launch.refusals import REFUSALS, refusal_of
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

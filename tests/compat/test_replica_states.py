@@ -11,7 +11,7 @@ from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
-from whiflash_sglang.compat import control
+from whiflash_sglang.compat.http import control
 from whiflash_sglang.serving.replicas import SilentReplicaError
 
 

@@ -10,7 +10,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.compat import http
+from whiflash_sglang.compat.http import routes
 from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.lookup.memory import parse_forget
 from whiflash_sglang.serving.replicas import SilentReplicaError
@@ -92,7 +92,7 @@ def client_of(manager: Manager, server: str) -> TestClient:
         tool_call_parser=None,
         reasoning_parser=None,
     )
-    http.install(arguments)
+    routes.install(arguments)
     app = FastAPI(routes=our_routes())
     user, admin = SERVERS[server]
     manager.server_args.admin_api_key = admin
@@ -216,7 +216,7 @@ def test_what_a_scheduler_refuses_is_no_done(manager: Manager, caplog: pytest.Lo
 def test_nothing_is_changed_where_a_replica_is_silent(
     manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "states_of", _nobody_answers)
+    monkeypatch.setattr(routes, "states_of", _nobody_answers)
     client = client_of(manager, "open")
     for method, path in FOR:
         answer = client.request(method, path, json=BODIES.get(path), params={"timeout": 3})

@@ -22,7 +22,7 @@ from sglang.srt.parser.reasoning_parser import ReasoningParser
 from tiny_models import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from whiflash_sglang.compat.pieces import Cutter, OneByOne
+from whiflash_sglang.compat.http.pieces import Cutter, OneByOne
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 TOOLS = [Tool(type="function", function={"name": "get_weather", "parameters": PARAMETERS})]

@@ -7,7 +7,7 @@ import pytest
 import xgrammar
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
-from whiflash_sglang.compat import whitespace
+from whiflash_sglang.compat.scheduler import whitespace
 
 SCHEMA = {
     "type": "object",

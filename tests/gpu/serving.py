@@ -189,7 +189,7 @@ def told_apart(waits: Mapping[str, int], plans: str | None) -> tuple[int, dict[s
 
 def memory(case: Case, e: Any, figures: dict[str, Any]) -> None:
     """The largest batch, sampled. Raises AssertionError where a round takes more than was kept for it."""
-    from whiflash_sglang.compat.memory import sampling_bytes
+    from whiflash_sglang.compat.scheduler.memory import sampling_bytes
 
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "min_p": 0.01}
     used, largest = Memory(case.device), min(case.scale.running, len(case.prompts))

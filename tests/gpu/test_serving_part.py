@@ -62,7 +62,7 @@ def test_families_of_targets_are_served(
 
 
 def test_a_wait_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.compat.target import VerifyStage
+    from whiflash_sglang.compat.forward.target import VerifyStage
 
     verify = VerifyStage.verify
 
@@ -109,7 +109,7 @@ def test_what_whiflash_refuses_is_left_out_and_what_fails_to_start_is_a_failure(
 
 
 def test_every_backend_that_is_allowed_has_its_part() -> None:
-    from whiflash_sglang.compat.launch import CUDA_ATTENTIONS
+    from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS
 
     served = {part.name.removeprefix("serving-") for part in run.PARTS if part.name.startswith("serving-")}
     # TRT-LLM's latent attention needs a target that has it, which no pair of `make gpu` does.

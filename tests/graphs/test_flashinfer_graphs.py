@@ -21,7 +21,7 @@ from test_replayed_text import SMALL
 from test_verify_graphs import REQUESTS, WIDEST, Stopped, bench, decoding, layouts
 from traffic import mixed, play
 
-from whiflash_sglang.compat.graphs import row_buckets
+from whiflash_sglang.compat.forward.graphs import row_buckets
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
 
 ARRIVALS = mixed(23, 5, shared=12, longest=30, stops=0.3)

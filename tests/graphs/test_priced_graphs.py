@@ -13,8 +13,8 @@ from emulated import TapeBackend, emulated_graphs
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.compat import pricing
-from whiflash_sglang.compat.graphs import VerifyGraphs, row_buckets
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs, row_buckets
+from whiflash_sglang.compat.scheduler import pricing
 from whiflash_sglang.device.capture import CapturedPass, doubling
 from whiflash_sglang.device.clock import Clock
 from whiflash_sglang.routing.tables import CostTables

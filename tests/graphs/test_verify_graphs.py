@@ -17,7 +17,7 @@ from op_tape import NotCapturableError
 from tiny_models import tiny_dflash
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.graphs import VerifyGraphs, bytes_for, row_buckets, spare_slots
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs, bytes_for, row_buckets, spare_slots
 
 REQUESTS, WIDEST = 5, 17
 Stopped = tuple[Engine, Any]

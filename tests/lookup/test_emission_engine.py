@@ -9,7 +9,7 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.compat.streamer import recording_of
+from whiflash_sglang.compat.http.streamer import recording_of
 from whiflash_sglang.lookup.forms import escaped
 from whiflash_sglang.telemetry.trace import build_trace
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from whiflash_sglang.compat.control import EVERYBODY, FORGET, encode_forget
+from whiflash_sglang.compat.http.control import EVERYBODY, FORGET, encode_forget
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import handle_of, parse_forget, tenant_of
 

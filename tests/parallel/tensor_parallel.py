@@ -130,7 +130,7 @@ def play_ours(
 
 def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
     """On every rank but the first clocks jump and mail comes and goes."""
-    from whiflash_sglang.compat import step
+    from whiflash_sglang.compat.scheduler import step
 
     rng = random.Random(rank)
     clock = [0.0]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import SCHEMAS, Case, Grammars
 
-from whiflash_sglang.compat.whitespace import bounded_tag
+from whiflash_sglang.compat.scheduler.whitespace import bounded_tag
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind, Piece, StructureChances
 from whiflash_sglang.structure.guesses import STEPS, Guesses, likely, parted

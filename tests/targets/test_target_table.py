@@ -9,7 +9,7 @@ from families import FAMILIES
 
 from whiflash_sglang.checkpoints import targets
 from whiflash_sglang.checkpoints.targets import Shown
-from whiflash_sglang.compat.captured import may_capture
+from whiflash_sglang.compat.forward.captured import may_capture
 
 NO_TARGETS = {"EmbeddingGemmaModel", "Lfm2BidirectionalModel", "MindSporeForCausalLM"}
 """Classes that no server decodes with, and another framework's."""

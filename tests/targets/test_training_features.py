@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from transformers import AutoTokenizer
 
-from whiflash_sglang.compat.offline import Generated
-from whiflash_sglang.compat.recorder import WANTED, Recorder
+from whiflash_sglang.compat.training.offline import Generated
+from whiflash_sglang.compat.training.recorder import WANTED, Recorder
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import ORIGIN, ServedOrigin, vocabulary_file
 from whiflash_sglang.train.answers.data import load_target

@@ -29,8 +29,8 @@ from whiflash_kernels import MixedBlock
 from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, drafts, passes, routing
 
 from whiflash_sglang import worker
-from whiflash_sglang.compat import pricing
-from whiflash_sglang.compat.triton_backend import RaggedTritonBackend
+from whiflash_sglang.compat.forward.triton_backend import RaggedTritonBackend
+from whiflash_sglang.compat.scheduler import pricing
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
 ARMS = ("ar", "diffusion", "lookup", "none")

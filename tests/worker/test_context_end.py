@@ -9,9 +9,9 @@ from engine import engine
 from model_set import Models
 from oracle_arm import OracleArm
 
-from whiflash_sglang.compat import sampling
-from whiflash_sglang.compat.spec_worker import round_batch
-from whiflash_sglang.compat.target import VerifyStage
+from whiflash_sglang.compat.forward import sampling
+from whiflash_sglang.compat.forward.target import VerifyStage
+from whiflash_sglang.compat.scheduler.spec_worker import round_batch
 
 CONTEXT = 96
 PROMPTS = [[1, 2, 3], list(range(40))]

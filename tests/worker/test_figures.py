@@ -10,7 +10,7 @@ import pytest
 from engine import engine
 from model_set import Models
 
-from whiflash_sglang.compat import figures
+from whiflash_sglang.compat.http import figures
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) for i in range(4)]
 

@@ -10,7 +10,7 @@ from engine import Engine, engine
 from model_set import Models
 from test_rehearsal import peak_bytes
 
-from whiflash_sglang.compat import memory
+from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.drafters.paged import LOGIT_BYTES
 from whiflash_sglang.models.choice import choose
 from whiflash_sglang.worker import WhiFlashWorker

@@ -68,7 +68,7 @@ def check_learned(e: Engine, learned: Learned) -> None:
 @pytest.fixture(autouse=True)
 def as_with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured verification lets the next batch write to the slot table when it has read it, as early as it can."""
-    from whiflash_sglang.compat.target import Target
+    from whiflash_sglang.compat.forward.target import Target
 
     verify = Target.verify
 
@@ -129,7 +129,7 @@ def test_a_flush_that_does_not_follow_the_forward_is_found(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a request parked goes into the tree's slots when it ends, while a round of it is under way."""
-    from whiflash_sglang.compat import lifecycle
+    from whiflash_sglang.compat.scheduler import lifecycle
 
     monkeypatch.setattr(lifecycle, "behind_forward", lambda _: nullcontext())
     with overlapped(models.target, whiflash=models.whiflash("none"), host_lengths=False) as e:

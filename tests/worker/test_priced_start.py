@@ -10,7 +10,7 @@ from engine import engine
 from model_set import Models
 from reference import Comparison
 
-from whiflash_sglang.compat import pricing
+from whiflash_sglang.compat.scheduler import pricing
 from whiflash_sglang.routing.tables import LookedUpCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 96, "max_total_tokens": 512}

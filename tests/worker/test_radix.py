@@ -20,8 +20,8 @@ from test_structure import SCHEMA
 from test_structure import requests as structured
 from traffic import Arrival, mixed, play
 
-from whiflash_sglang.compat import lifecycle
-from whiflash_sglang.compat.streamer import recording_of
+from whiflash_sglang.compat.http.streamer import recording_of
+from whiflash_sglang.compat.scheduler import lifecycle
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY
 from whiflash_sglang.structure.tools import carried_tools
 

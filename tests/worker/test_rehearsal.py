@@ -12,7 +12,8 @@ from model_set import Models
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
 from whiflash_sglang.cache.tokens import FEW
-from whiflash_sglang.compat import graphs, memory, triton_backend
+from whiflash_sglang.compat.forward import graphs, triton_backend
+from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.device.capture import CapturedPass
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue

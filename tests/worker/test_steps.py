@@ -15,7 +15,7 @@ from model_set import Models
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from whiflash_sglang import worker
-from whiflash_sglang.compat import step
+from whiflash_sglang.compat.scheduler import step
 from whiflash_sglang.drafters.base import widest_of
 
 PROMPT, TOKENS = [1, 2, 3], 30

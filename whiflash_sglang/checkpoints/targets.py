@@ -1,7 +1,7 @@
 """Which targets WHIFLASH serves, and what shows it: the classes of SGLang 0.5.23 whose layers' outputs can be captured.
 
 A table for readers and for tests. Nothing goes by it when a server starts: what stops a target are conditions on its
-configuration (:mod:`whiflash_sglang.compat.refusals`). Imports no SGLang.
+configuration (:mod:`whiflash_sglang.compat.launch.refusals`). Imports no SGLang.
 """
 
 from dataclasses import dataclass

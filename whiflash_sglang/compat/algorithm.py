@@ -86,9 +86,9 @@ def _judge(server_args: Any) -> None:
         raise ConfigError(
             "WHIFLASH was chosen after the arguments were parsed; pass it to the launcher or to Engine"
         )
-    from whiflash_sglang.compat.captured import may_capture
-    from whiflash_sglang.compat.launch import Launch
-    from whiflash_sglang.compat.refusals import refusal_of
+    from whiflash_sglang.compat.forward.captured import may_capture
+    from whiflash_sglang.compat.launch.arguments import Launch
+    from whiflash_sglang.compat.launch.refusals import refusal_of
 
     launch = Launch.of(server_args)
     refusal = refusal_of(launch)

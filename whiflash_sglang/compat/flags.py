@@ -98,7 +98,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     """
     patching.require_names()
     from whiflash_sglang.checkpoints.fit import own_head
-    from whiflash_sglang.compat.launch import choose
+    from whiflash_sglang.compat.launch.arguments import choose
 
     flags = parse_flags(given)
     path, download_dir = server_args.speculative_draft_model_path, server_args.download_dir

@@ -16,20 +16,22 @@ def in_launcher(server_args: Any) -> None:
     """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself; the controller's
     watch. Idempotent.
     """
-    from whiflash_sglang.compat import admission, controller, http, keys
+    from whiflash_sglang.compat.http import admission, routes
+    from whiflash_sglang.compat.launch import keys, replicas
 
-    controller.install()
+    replicas.install()
     keys.install()
     admission.install()
-    http.install(server_args)
+    routes.install(server_args)
 
 
 def in_engine() -> None:
     """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`; the
     controller's watch. Idempotent."""
-    from whiflash_sglang.compat import admission, controller, figures, streamer
+    from whiflash_sglang.compat.http import admission, figures, streamer
+    from whiflash_sglang.compat.launch import replicas
 
-    controller.install()
+    replicas.install()
     admission.install()
     figures.install_answers()
     streamer.install_answers()
@@ -42,21 +44,9 @@ def in_scheduler() -> None:
         IncompatibleEngineError: a private name is missing or has changed.
     """
     patching.require_names()
-    from whiflash_sglang.compat import (
-        control,
-        figures,
-        lifecycle,
-        memory,
-        parallel,
-        prometheus,
-        radix,
-        step,
-        stops,
-        streamer,
-        target,
-        triton_backend,
-        whitespace,
-    )
+    from whiflash_sglang.compat.forward import parallel, target, triton_backend
+    from whiflash_sglang.compat.http import control, figures, streamer
+    from whiflash_sglang.compat.scheduler import lifecycle, memory, prometheus, radix, step, stops, whitespace
 
     parts = (
         memory,

@@ -2,8 +2,8 @@
 
 A pass is a function of tensors that reads no value of them on the host. Captured, it reads its inputs where they were
 when it was captured, so they have a place of their own: the live ones are copied there, and what a size has more is
-padding. Who captures is a :class:`Recorder`: CUDA graphs on a GPU (`compat/graphs.py`), nobody on a CPU, where every
-pass runs as it is written, and in tests a tape of operators. The pass is the same function for all of them.
+padding. A :class:`Recorder` captures: CUDA graphs on a GPU (`compat/forward/graphs.py`), a tape of operators in tests,
+and none on a CPU, where every pass runs as it is written. The pass is the same function for all of them.
 """
 
 from collections.abc import Callable, Sequence

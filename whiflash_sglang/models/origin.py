@@ -16,7 +16,7 @@ from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.layers import AttentionShape, rope_parameters
 
 ORIGIN = "target.json"
-"""Of a directory that SGLang's scheduler wrote (`compat/recorder.py`)."""
+"""Of a directory that SGLang's scheduler wrote (`compat/training/recorder.py`)."""
 
 
 def vocabulary_file(directory: Path, rank: int) -> Path:

@@ -53,7 +53,7 @@ AUTO, NO_HINTS = "auto", "auto-no-hints"
 COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
 NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
 VARIANTS = {COPY_RULE: COPY_RULE, **dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)}
-"""Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
+"""Arms that serve a changed bundle (`bench/arms.py`), and their routers."""
 KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
 DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """Upstream's arms, and the drafters of a bundle that they serve."""

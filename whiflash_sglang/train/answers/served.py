@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from whiflash_sglang.checkpoints.fit import TargetShape
-from whiflash_sglang.compat.captured import may_capture
-from whiflash_sglang.compat.offline import OfflineEngine, Place
+from whiflash_sglang.compat.forward.captured import may_capture
+from whiflash_sglang.compat.training.offline import OfflineEngine, Place
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.train.answers.generate import LOOP_CHECK_EVERY, Answer
 from whiflash_sglang.train.answers.grammar import GrammarSpec, server_parameter

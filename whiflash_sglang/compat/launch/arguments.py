@@ -70,7 +70,7 @@ def choose(server_args: Any) -> None:
 
 def choose_for_cuda(server_args: Any) -> None:
     """On CUDA, fill in what works where the user left the choice open; what he chose is judged by
-    :mod:`whiflash_sglang.compat.refusals`."""
+    :mod:`whiflash_sglang.compat.launch.refusals`."""
     if not torch.cuda.is_available() or torch.version.hip or server_args.device not in (None, "cuda"):
         return
     if server_args.attention_backend is None:

@@ -16,7 +16,12 @@ from typing import Any
 import torch
 
 from whiflash_sglang.checkpoints.fit import TargetShape
-from whiflash_sglang.compat.parallel import input_embedding, is_quantised, rows_here, shared_vocabulary
+from whiflash_sglang.compat.forward.parallel import (
+    input_embedding,
+    is_quantised,
+    rows_here,
+    shared_vocabulary,
+)
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.choice import SharedVocabulary
 

@@ -37,7 +37,7 @@ from sglang.srt.speculative.ragged_verify import (
     round_up_grid,
 )
 
-from whiflash_sglang.compat.recurrent import rows_counted
+from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.device.capture import Recorder
 
 T = TypeVar("T")

@@ -14,9 +14,9 @@ from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
-from whiflash_sglang.compat import pieces, predictions, traces
 from whiflash_sglang.compat.carried import META_KEY
-from whiflash_sglang.compat.converted import serving_of_responses
+from whiflash_sglang.compat.http import pieces, predictions, traces
+from whiflash_sglang.compat.http.converted import serving_of_responses
 from whiflash_sglang.compat.patching import replace
 
 EXTENSION = "sglext"

@@ -1,6 +1,6 @@
 """SGLang's offline engine for training data: it answers by plain decoding, and tells the features of texts.
 
-The engine is SGLang's own; its schedulers have a `Recorder` (:mod:`whiflash_sglang.compat.recorder`). Of what a text's
+The engine is SGLang's own; its schedulers have a `Recorder` (`compat/training/recorder.py`). Of what a text's
 prefill computes nothing is left out: prefixes are not cached, and prompts run without graphs.
 """
 
@@ -18,7 +18,8 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from torch import Tensor
 
-from whiflash_sglang.compat import patching, recorder
+from whiflash_sglang.compat import patching
+from whiflash_sglang.compat.training import recorder
 from whiflash_sglang.errors import ConfigError, WhiflashError
 
 R = TypeVar("R")

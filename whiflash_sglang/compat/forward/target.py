@@ -3,7 +3,7 @@
 Positions in three dimensions (M-RoPE) of the rows of a verification.
 
 A target that takes images counts a token's time, height and width. Those of text are equal, and WHIFLASH serves text
-alone (:mod:`whiflash_sglang.compat.admission`). SGLang lays them out for drafts of one length.
+alone (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for drafts of one length.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import MixedBlock, prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat import graphs, recurrent, sampling
-from whiflash_sglang.compat.captured import Captured, LoadedTarget
+from whiflash_sglang.compat.forward import graphs, recurrent, sampling
+from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
+from whiflash_sglang.compat.forward.recurrent import rows_counted
+from whiflash_sglang.compat.forward.sampling import count_earlier_output
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.compat.recurrent import rows_counted
-from whiflash_sglang.compat.sampling import count_earlier_output
 from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.round.draft import Proposal

@@ -18,8 +18,8 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.graphs import VerifyGraphs
-from whiflash_sglang.compat.target import Target
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs
+from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.device.capture import bucket_of, doubling
 from whiflash_sglang.device.clock import Clock, measure
 from whiflash_sglang.device.transfers import HostView

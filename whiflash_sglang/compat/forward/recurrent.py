@@ -63,7 +63,7 @@ def install(model: Any, model_config: Any, device: torch.device) -> None:
     Called before SGLang makes the target's attention. The CPU platform has made its own of those with a matrix.
     """
     if device.type == "cuda" and has_state(model_config):
-        from whiflash_sglang.compat import ragged_recurrent
+        from whiflash_sglang.compat.forward import ragged_recurrent
 
         ragged_recurrent.install()
     for name in {type(part).__module__ for part in model.modules()}:

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.constrained.grammar_manager import GrammarManager
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
-from whiflash_sglang.compat import sampling
+from whiflash_sglang.compat.forward import sampling
 from whiflash_sglang.compat.patching import replace
 
 _sockets: tuple[Any, ...] = ()

@@ -10,7 +10,7 @@ from sglang.srt.runtime_context import get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
-from whiflash_sglang.compat import recurrent, sampling
+from whiflash_sglang.compat.forward import recurrent, sampling
 from whiflash_sglang.core import Done, Lengths, RoundBatch
 
 __all__ = [

@@ -7,7 +7,7 @@ Targets whose layers attend through a sliding window: which attention backends v
 
 A verification is a plain causal block at the end of each request, so a backend is right where every row of it, not the
 request as a whole, sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. K and V of all
-layers lie in one pool for the whole context (:func:`whiflash_sglang.compat.launch.choose`): draft KV lies at the
+layers lie in one pool for the whole context (`launch.arguments.choose`): draft KV lies at the
 target's slots, and a pool of their own for windowed layers would give up slots that are still drafted from.
 """
 
@@ -18,8 +18,9 @@ from typing import Any
 from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
-from whiflash_sglang.compat import recurrent, refusals
-from whiflash_sglang.compat.launch import CUDA_ATTENTIONS, Launch
+from whiflash_sglang.compat.forward import recurrent
+from whiflash_sglang.compat.launch import refusals
+from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
 ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")

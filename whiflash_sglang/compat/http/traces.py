@@ -12,8 +12,8 @@ from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
-from whiflash_sglang.compat import predictions
 from whiflash_sglang.compat.carried import META_KEY
+from whiflash_sglang.compat.http import predictions
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.spans.hints import HintError, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes

@@ -12,7 +12,8 @@ from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from whiflash_sglang import __version__
-from whiflash_sglang.compat import (
+from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
+from whiflash_sglang.compat.http import (
     answers,
     converted,
     figures,
@@ -22,8 +23,7 @@ from whiflash_sglang.compat import (
     streamer,
     traces,
 )
-from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
-from whiflash_sglang.compat.control import encode, encode_forget, states_of
+from whiflash_sglang.compat.http.control import encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.device.transfers import HostView

@@ -17,12 +17,12 @@ from sglang.srt.mem_cache import common
 from sglang.srt.session.streaming_session import StreamingSession
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
-from whiflash_sglang.compat import sampling
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.grammars import grammar_of
-from whiflash_sglang.compat.late import behind_forward
+from whiflash_sglang.compat.forward import sampling
+from whiflash_sglang.compat.http.streamer import recording_of
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.compat.streamer import recording_of
+from whiflash_sglang.compat.scheduler.grammars import grammar_of
+from whiflash_sglang.compat.scheduler.overlap import behind_forward
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.metrics.publisher import Publisher

@@ -28,9 +28,11 @@ from sglang.srt.model_executor import pool_configurator
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
-from whiflash_sglang.compat import graphs, memory, refusals, triton_backend
 from whiflash_sglang.compat.carried import serves_ours
+from whiflash_sglang.compat.forward import graphs, triton_backend
+from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.catch_up import DraftSync

@@ -71,7 +71,7 @@ def _taking_recordings(original: Any) -> Any:
                 policy = settings_of(self.server_args).router
                 meta_info[META_KEY] = build_trace(recording, policy, meta_info["completion_tokens"])
             if recording.sampled:
-                from whiflash_sglang.compat import samples  # which imports what serves HTTP
+                from whiflash_sglang.compat.http import samples  # which imports what serves HTTP
 
                 samples.take(self, state, meta_info, recording)
             if recording.spanned:

@@ -5,7 +5,7 @@ from typing import Any
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
-from whiflash_sglang.compat import sampling
+from whiflash_sglang.compat.forward import sampling
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar, GuidanceMatcher, Matcher, XGrammarMatcher
 from whiflash_sglang.structure.schemas import is_plain

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxiliary_output
 from sglang.srt.runtime_context import get_schedule
 
-from whiflash_sglang.compat.target import Verified
+from whiflash_sglang.compat.forward.target import Verified
 from whiflash_sglang.device.transfers import Download
 
 

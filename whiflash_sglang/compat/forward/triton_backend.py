@@ -101,8 +101,8 @@ def widest_window(model: Any) -> int | None:
 
 
 OURS = {
-    "triton": "whiflash_sglang.compat.triton_backend",
-    "flashinfer": "whiflash_sglang.compat.flashinfer_backend",
+    "triton": "whiflash_sglang.compat.forward.triton_backend",
+    "flashinfer": "whiflash_sglang.compat.forward.flashinfer_backend",
 }
 """Modules whose `backend_of(model_runner)` makes the backend of a server of ours."""
 

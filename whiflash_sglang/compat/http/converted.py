@@ -16,8 +16,8 @@ from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 
 from whiflash_sglang.compat.carried import asks_for_ours
+from whiflash_sglang.compat.http.requests import completed, from_body
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.compat.requests import completed, from_body
 from whiflash_sglang.spans.hints import HintError
 
 _SAID: ContextVar[dict[str, Any] | None] = ContextVar("whiflash_said", default=None)

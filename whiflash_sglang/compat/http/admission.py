@@ -1,6 +1,6 @@
 """Requests that are refused before they are scheduled: images and sound, and what would end the scheduler.
 
-A server of this algorithm is one for text whatever its target takes (:func:`whiflash_sglang.compat.launch.choose`).
+A server of this algorithm is one for text whatever its target takes (`launch.arguments.choose`).
 SGLang refuses images and sound in chat messages there, but drops them without a word where `/generate` or
 `Engine.generate` brings them.
 

@@ -1,0 +1,1 @@
+"""Between SGLang's scheduler and the worker: requests' lives, memory, prices, stops, metrics."""

@@ -1,0 +1,1 @@
+"""SGLang's offline engine, which writes training data."""

@@ -1,1 +1,0 @@
-"""What servers do, live, from their routes: `reading` asks them, `view` shows it."""
