@@ -155,9 +155,9 @@ class Engine:
         return [self.output(name) for name in names]
 
     @property
-    def lanes(self) -> dict[int, Any]:
+    def states(self) -> dict[int, Any]:
         """What the controller remembers of running requests, by request row."""
-        return self.worker.controller.lanes
+        return self.worker.controller.states
 
     def rounds(self, rid: str) -> tuple[int, int]:
         """Verified rounds of a request, and the drafts they accepted."""

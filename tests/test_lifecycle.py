@@ -29,7 +29,7 @@ def test_hints_that_are_right_are_taken(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_flushing_forgets_every_request() -> None:
-    sync, controller, drafter = Mock(), Mock(lanes={3: Mock(), 5: Mock()}), Mock()
+    sync, controller, drafter = Mock(), Mock(states={3: Mock(), 5: Mock()}), Mock()
     told_only = {"quarantine": Quarantine(["ar"]), "tally": Mock(), "publisher": Mock()}
     lifecycle.Lifecycle({"ar": drafter}, sync, controller, Mock(), Mock(), Mock(), **told_only).forget_all()
     for told in (sync.forget, controller.forget, drafter.release):

@@ -34,15 +34,15 @@ def test_the_first_decides() -> None:
     for value in (3, None, ["a", 0.5]):
         first.note("round", [1, 2])
         second.note("round", [1, 2])
-        assert first.told(lambda value=value: value) == value
-        assert second.told(never) == value
+        assert first.broadcast(lambda value=value: value) == value
+        assert second.broadcast(never) == value
         assert first.now() == second.now() > 0
 
 
 def test_alone_there_is_nobody_to_tell() -> None:
     alone = Ranks()
     assert alone.leads
-    assert alone.told(lambda: 5) == 5
+    assert alone.broadcast(lambda: 5) == 5
     assert alone.now() < alone.now() + 1
 
 
@@ -58,22 +58,22 @@ def test_other_notes(astray: Callable[[Ranks], Any]) -> None:
     first, second = pair()
     first.note("round", [1, 2])
     astray(second)
-    first.told(lambda: 0)
+    first.broadcast(lambda: 0)
     with pytest.raises(
         DivergedError, match="rank 1 of 2 did not commit what rank 0 did: before message 0 of rank 0"
     ):
-        second.told(never)
+        second.broadcast(never)
 
 
 def test_messages_of_another_place() -> None:
     first, second = pair()
-    first.told(lambda: 0)
-    first.told(lambda: 0)
-    second.told(never)
-    second.told(never)
+    first.broadcast(lambda: 0)
+    first.broadcast(lambda: 0)
+    second.broadcast(never)
+    second.broadcast(never)
     stranger = Ranks(1, 2, lambda _: [])
     with pytest.raises(DivergedError, match="rank 0 sent something else"):
-        stranger.told(never)
+        stranger.broadcast(never)
 
 
 def test_ranks_need_a_way_to_talk() -> None:

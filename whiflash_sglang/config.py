@@ -123,12 +123,12 @@ def resolve(
     flags: Flags,
     draft_path: Path | None,
     download_dir: str | None = None,
-    own_head: Callable[[], Path | None] = lambda: None,
+    target_mtp: Callable[[], Path | None] = lambda: None,
 ) -> Settings:
     """Turn flags and a local draft path into settings; fetch what a bundle names on the hub.
 
     Args:
-        draft_path: a bundle or a checkpoint, already on disk. download_dir: where downloads are kept. own_head: gives
+        draft_path: a bundle or a checkpoint, already on disk. download_dir: where downloads are kept. target_mtp: gives
             the target's directory if it can draft by itself; asked where no autoregressive drafter is named.
 
     Raises:
@@ -142,7 +142,7 @@ def resolve(
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
     manifest = load_manifest(draft_path) if (draft_path / MANIFEST).exists() else None
     drafters = _drafters(flags, manifest, draft_path, download_dir)
-    if arms.AR not in drafters and (own := own_head()) is not None:
+    if arms.AR not in drafters and (own := target_mtp()) is not None:
         drafters[arms.AR] = own
     for arm, path in drafters.items():
         if not (path / "config.json").is_file():

@@ -203,7 +203,7 @@ class PassInput(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class RoundResult:
     """What a round brought.
 
     output: SGLang's record of the forward. results: of `learning.results_of`. drafted: whether the round verified more

@@ -29,7 +29,7 @@ from whiflash_sglang.compat.scheduler.spec_worker import (
     step_result,
 )
 from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.core import Done, RoundBatch
+from whiflash_sglang.core import RoundBatch, RoundResult
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
@@ -223,14 +223,16 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             and not rounds[-1].drafted
             and not any_ended(requests, rounds[-1])
             and not any_tracked(batch, requests, rounds[-1])
-            and self.ranks.told(lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail())
+            and self.ranks.broadcast(
+                lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
+            )
         ):
             requests = next_round(batch, requests, rounds[-1])
             rounds.append(self._round(batch, requests, on_publish, grammar_barrier))
         self.publisher.tick()
         return step_result(rounds)
 
-    def _round(self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any) -> Done:
+    def _round(self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any) -> RoundResult:
         clock = self.clock
         for previous in clock.begin():
             self.learner.timed(previous)
@@ -257,13 +259,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
         self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
         drafted = proposal.stride > 1
-        return Done(verified.output, results, drafted, verified.can_run_cuda_graph, tokens)
+        return RoundResult(verified.output, results, drafted, verified.can_run_cuda_graph, tokens)
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
         self.clock.interrupt()
         self.ranks.note([req.rid for req in batch.reqs], batch.extend_lens)
-        self.ranks.told(lambda: None)  # Whoever is not here would be waited for in the forward.
+        self.ranks.broadcast(lambda: None)  # Whoever is not here would be waited for in the forward.
         input_ids = batch.input_ids
         result, features = self.target.prefill(batch)
         result.new_seq_lens = batch.seq_lens

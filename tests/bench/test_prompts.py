@@ -46,7 +46,7 @@ def test_spec_bench_and_speed_bench_rows(tmp_path: Path) -> None:
     assert turn.id == "81#2"
     assert [m["role"] for m in turn.messages] == ["user", "assistant", "user"]
     assert [m["content"] for m in turn.messages] == ["Write.", "Written.", "Rewrite."]
-    assert turn.next_turn("Done.") is None
+    assert turn.next_turn("RoundResult.") is None
 
 
 def test_three_turns_are_counted() -> None:

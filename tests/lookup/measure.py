@@ -15,7 +15,7 @@ from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.signals import Outlook
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 
 ROUNDS = 400
@@ -60,16 +60,16 @@ def routing(lookup: bool) -> float:
     took = []
     for token in fresh:
         began = time.perf_counter()
-        outlook: dict[str, Outlook | None] = {"ar": None, "diffusion": None}
+        forecast: dict[str, Forecast | None] = {"ar": None, "diffusion": None}
         if lookup:
             copier.extend([token])
             proposal = copier.look(16, 0.05)
             if proposal.tokens:
-                outlook["lookup"] = Outlook(1.0 + proposal.expected(16), 1 + proposal.width(16, 0.05))
-        routes = controller.route([0], [outlook])
+                forecast["lookup"] = Forecast(1.0 + proposal.expected(16), 1 + proposal.width(16, 0.05))
+        routes = controller.route([0], [forecast])
         took.append(time.perf_counter() - began)
-        lane = controller.lanes[0]
-        controller.committed(lane, lane.decision, routes[0], [token], 1)
+        state = controller.states[0]
+        controller.committed(state, state.decision, routes[0], [token], 1)
     return microseconds(took, 0.5)
 
 

@@ -62,12 +62,12 @@ def record(running: Engine, tokens: int) -> list[Round]:
     def note() -> None:
         request: Any = running.requests["records"]
         row = request.kv.req_pool_idx if request.kv is not None else None
-        lane = worker.controller.lanes.get(row)
-        if lane is None or lane.previous is None:
+        state = worker.controller.states.get(row)
+        if state is None or state.previous is None:
             return
         length = len(request.origin_input_ids) + len(request.output_ids)
         synced = {arm: worker.sync.watermarks.synced(row, arm) for arm in NEURAL}
-        rounds.append(Round(lane.previous, length, synced))
+        rounds.append(Round(state.previous, length, synced))
 
     running.run(on_step=note)
     return rounds

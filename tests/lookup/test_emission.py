@@ -278,7 +278,7 @@ def test_forms_are_of_the_request_s_own_prompt(vocabulary: Vocabulary) -> None:
         text, found = list(prompt), 0.0
         for token in answer:
             text.append(token)
-            found = arm.outlook(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH).length
+            found = arm.forecast(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH).length
         return found
 
     alone = play(2, prompts[2])

@@ -106,7 +106,7 @@ def test_an_emoji_in_a_tool_result_leaves_the_arm(running: Engine, text: str, be
 def test_a_marker_that_the_prefill_begins_opens_its_span(running: Engine) -> None:
     """Its first token is sampled before any round, and no round commits it."""
     name, spans = submit(running, FILE), []
-    running.run(lambda: spans.extend(lane.span for lane in running.lanes.values() if lane.rid == name))
+    running.run(lambda: spans.extend(state.span for state in running.states.values() if state.rid == name))
     kinds = [span.kind if span else None for span in spans]
     assert "tool_call" in kinds[:12]
     assert kinds.count("tool_call") > len(kinds) / 2

@@ -52,7 +52,7 @@ class Client:
             self.arm.begin(self.row, hints, self.tenant)
         self.text += tokens
         text = self.text
-        expected = self.arm.outlook(self.row, len(text), lambda start: text[start:], FULL_LENGTH).length
+        expected = self.arm.forecast(self.row, len(text), lambda start: text[start:], FULL_LENGTH).length
         self.seen.append((expected, drafted(self.arm, self.row)))
 
 
@@ -173,7 +173,7 @@ def test_it_learns_from_rounds_that_others_draft() -> None:
         own = arm()
         own.begin(0, RequestHints(), tenant_of(None, "a"))
         found = [
-            own.outlook(0, at, lambda start, at=at: text[start:at], FULL_LENGTH)  # type: ignore[misc]
+            own.forecast(0, at, lambda start, at=at: text[start:at], FULL_LENGTH)  # type: ignore[misc]
             for at in range(8, 100, 2)
         ]
         assert all(1 <= look.length <= look.rows <= 1 + WIDTH for look in found)

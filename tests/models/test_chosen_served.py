@@ -93,7 +93,7 @@ def _of(policy: str, arrival: Arrival) -> Arrival:
 
 
 def _arms(e: Any) -> set[str | None]:
-    return {lane.previous for lane in e.lanes.values()}
+    return {state.previous for state in e.states.values()}
 
 
 @pytest.mark.parametrize("name", sampled(FORMATS, "Domino"))

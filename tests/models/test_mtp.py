@@ -28,7 +28,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
 from whiflash_sglang.checkpoints.check import judge, read_target
 from whiflash_sglang.checkpoints.create import Parts, create
-from whiflash_sglang.checkpoints.fit import own_head
+from whiflash_sglang.checkpoints.fit import target_mtp
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.models.checkpoint import WeightReader
 from whiflash_sglang.models.experts import Experts, read_routed
@@ -180,19 +180,19 @@ def test_a_head_that_cannot_draft(
     with pytest.raises(CheckpointError, match=rf"{path}/config\.json: {message}"):
         read_draft(path)
     with caplog.at_level(logging.WARNING, "whiflash_sglang"):
-        assert own_head(str(path)) is None
+        assert target_mtp(str(path)) is None
     assert bool(caplog.records) == bool(changes.get("num_nextn_predict_layers", 1))
 
 
 def test_a_head_is_taken_from_where_its_tensors_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = mimo_tensors()
     path = write(tmp_path / "target", MIMO, weights, files="sharded")
-    assert own_head(str(path)) == path
+    assert target_mtp(str(path)) == path
     bare = {name: value for name, value in weights.items() if "mtp_layers" not in name}
     without = write(tmp_path / "without", MIMO, bare)
-    assert own_head(str(without)) is None
+    assert target_mtp(str(without)) is None
     assert "has no tensors model.mtp_layers.0." in caplog.text
-    assert own_head(str(tmp_path / "nowhere")) is None
+    assert target_mtp(str(tmp_path / "nowhere")) is None
     with pytest.raises(CheckpointError, match=r"lack model\.mtp_layers\.0\."):
         serve(without)
 

@@ -67,7 +67,7 @@ FORMATS: dict[str, Any] = {
                     {
                         "role": "assistant",
                         "content": "You are on flight HAT136.",
-                        "reasoning_content": "Done.",
+                        "reasoning_content": "RoundResult.",
                     },
                     {"role": "handler_log", "content": "Error decoding the model response.", "error": "x"},
                 ],

@@ -91,7 +91,7 @@ def test_thoughts_are_kept_and_steps_come_in_their_order(write: Write) -> None:
     )
     assert [m["content"] for m in recorded.messages[1:]] == ["step 1", "step 2", "step 10"]
     (recorded,) = read_recorded(write(json.dumps(FORMATS["bfcl"])))
-    assert recorded.messages[-1]["reasoning_content"] == "Done."
+    assert recorded.messages[-1]["reasoning_content"] == "RoundResult."
 
 
 def test_a_response_with_two_calls_is_read_once(write: Write) -> None:

@@ -76,7 +76,7 @@ def spoken(name: str = "one", tools: object = None) -> Conversation:
         {"role": "user", "content": "Write it."},
         {"role": "assistant", "content": "I will.", "tool_calls": [WRITE, call("done", "{}")]},
         {"role": "tool", "content": "written"},
-        {"role": "assistant", "content": "Done. I will."},
+        {"role": "assistant", "content": "RoundResult. I will."},
     ]
     return conversation("here", name, "agents", messages, tools)
 
@@ -93,7 +93,7 @@ def test_turns_are_the_template_s(renderer: Renderer, tokenizer: PreTrainedToken
     turns = list(renderer.turns(spoken()))
     assert [turn.number for turn in turns] == [1, 2, 3]
     assert tokenizer.decode(turns[0].prompt).endswith(f"{SOURCE}<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(turns[2].answer) == "Done. I will.<|im_end|>"
+    assert tokenizer.decode(turns[2].answer) == "RoundResult. I will.<|im_end|>"
     assert tokenizer.decode(turns[2].prompt).endswith("</tool_response><|im_end|>\n<|im_start|>assistant\n")
     for turn in turns:
         whole = tokenizer.encode(tokenizer.decode(turn.prompt), add_special_tokens=False)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.routing.assign import Dwell, assign, expected_rate
-from whiflash_sglang.routing.signals import Outlook
+from whiflash_sglang.routing.signals import Forecast
 
 ARMS = ("ar", "diffusion", "lookup")
-NOTHING_TOLD: list[dict[str, Outlook]] = [{}]
+NOTHING_TOLD: list[dict[str, Forecast]] = [{}]
 
 
 @dataclass
@@ -63,10 +63,10 @@ def test_an_arm_that_says_how_many_rows_it_would_verify_is_charged_for_these() -
     """Whatever its requests verified before: 12 rows would not pay here."""
     scores = [{"lookup": 1.2, "none": 1.0}]
     assert assign(scores, FixedCosts()) == ["none"]
-    assert assign(scores, FixedCosts(), told=[{"lookup": Outlook(1.2, 2)}]) == ["lookup"]
-    assert assign(scores, FixedCosts(), ["none"], Dwell(), [{"lookup": Outlook(1.2, 2)}]) == ["lookup"]
+    assert assign(scores, FixedCosts(), told=[{"lookup": Forecast(1.2, 2)}]) == ["lookup"]
+    assert assign(scores, FixedCosts(), ["none"], Dwell(), [{"lookup": Forecast(1.2, 2)}]) == ["lookup"]
     both = [{"ar": 2.0, "lookup": 2.0, "none": 1.0}] * 2
-    told = [{"lookup": Outlook(2.0, 3)}, {"lookup": Outlook(2.0, 40)}]
+    told = [{"lookup": Forecast(2.0, 3)}, {"lookup": Forecast(2.0, 40)}]
     assert assign(both, FixedCosts(draft_seconds={"ar": 0.0, "lookup": 0.0}), told=told) == ["lookup", "ar"]
 
 
@@ -81,7 +81,7 @@ def test_margin_keeps_the_previous_routes() -> None:
 
 
 def test_a_margin_reckons_with_the_rows_that_an_arm_says_too() -> None:
-    scores, told = [{"ar": 2.41, "lookup": 1.5, "none": 1.0}], [{"lookup": Outlook(1.5, 2)}]
+    scores, told = [{"ar": 2.41, "lookup": 1.5, "none": 1.0}], [{"lookup": Forecast(1.5, 2)}]
     assert assign(scores, FixedCosts(), told=told) == ["ar"]
     assert assign(scores, FixedCosts(), ["lookup"], Dwell(), told) == ["lookup"]
 

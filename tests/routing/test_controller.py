@@ -7,8 +7,8 @@ import pytest
 from whiflash_sglang import arms
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
-from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, Policy, RandomPolicy
+from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 
 EVERY = {arms.AR, arms.DIFFUSION, arms.LOOKUP}
@@ -73,35 +73,35 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
     hints = RequestHints(spans=(SpanHint("tool_call", "<c>", "</c>"),))
     controller = Controller(RandomPolicy(), MeasuredCosts(lambda arm: 4), [b"<c", b">", b"x"])
 
-    def kind(lane: Lane) -> str | None:
-        return lane.span.kind if lane.span else None
+    def kind(state: RequestState) -> str | None:
+        return state.span.kind if state.span else None
 
     for before in ([], [2, 2]):
         known = list(before)
         controller.open(ROW, "r", hints, before)
-        lane = controller.lanes[ROW]
-        lane.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
+        state = controller.states[ROW]
+        state.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
         for token in (0, 1):
             known.append(token)
             for _ in range(2):
-                lane.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
+                state.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
             if token:
-                lane.committed("ar", [token])
-            assert kind(lane) == (None, "tool_call")[token]
+                state.committed("ar", [token])
+            assert kind(state) == (None, "tool_call")[token]
     controller.open(ROW, "r", hints, [])
-    lane = controller.lanes[ROW]
-    lane.committed("ar", [1, 2])
-    lane.begin(lambda start: [0, 1, 2, 1][start:])
-    assert lane.tracker is not None
-    assert lane.tracker.length == 2, (
+    state = controller.states[ROW]
+    state.committed("ar", [1, 2])
+    state.begin(lambda start: [0, 1, 2, 1][start:])
+    assert state.tracker is not None
+    assert state.tracker.length == 2, (
         "a round was learned first, so what it began behind has no place any more"
     )
 
 
 def test_dwell_counts_the_rounds_of_an_arm_in_a_row() -> None:
-    lane = Lane("r")
+    state = RequestState("r")
     found = []
     for arm in ("ar", "ar", "ar", "none", "ar"):
-        lane.chose(arm)
-        found.append(lane.dwell)
+        state.chose(arm)
+        found.append(state.dwell)
     assert found == [1, 2, 3, 1, 1]

@@ -60,8 +60,10 @@ class Server:
         self.costs.verified(verified, len(rows), 0.03 + 0.0006 * verified)
         self.costs.committed(2 * len(rows), 0.045)
         for row, arm in zip(rows, routes, strict=True):
-            lane = self.controller.lanes[row]
-            self.controller.committed(lane, lane.decision, arm, [0] * self.text[row].get(arm, 1), WIDTHS[arm])
+            state = self.controller.states[row]
+            self.controller.committed(
+                state, state.decision, arm, [0] * self.text[row].get(arm, 1), WIDTHS[arm]
+            )
         return dict(zip(rows, routes, strict=True))
 
 

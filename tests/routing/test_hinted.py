@@ -13,8 +13,8 @@ import pytest
 from matrix import sampled
 
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, apply_hints
+from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Mean, OpenSpan
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 
@@ -78,15 +78,15 @@ def tokens_per_second(
         own = hints if number >= warm else RequestHints(spans=(TOOL,) if hints.spans else ())
         controller.open(0, str(number), own, ())
         for piece, length in PIECES:
-            lane = controller.lanes[0]
-            controller.committed(lane, lane.decision, "none", [1 if piece == "tool" else 2], 1)
+            state = controller.states[0]
+            controller.committed(state, state.decision, "none", [1 if piece == "tool" else 2], 1)
             left = length
             while left > 0:
-                controller.lanes[0].entropy = rng.choice(ENTROPIES)
+                controller.states[0].entropy = rng.choice(ENTROPIES)
                 (arm,) = controller.route([0], [dict.fromkeys(world.prose)])
                 accepted = world.accepted(rng, piece, arm)
-                lane = controller.lanes[0]
-                controller.committed(lane, lane.decision, arm, [0] * accepted, WIDTHS[arm])
+                state = controller.states[0]
+                controller.committed(state, state.decision, arm, [0] * accepted, WIDTHS[arm])
                 left -= accepted
                 if number >= warm:
                     tokens += accepted
@@ -154,8 +154,8 @@ def test_the_reason_tells_measurement_from_order() -> None:
 def test_a_lane_measures_every_kind_of_span_by_itself() -> None:
     controller = Controller(AutoPolicy(), Machine(), VOCABULARY)  # type: ignore[arg-type]
     controller.open(0, "r", SPANS, ())
-    lane: Lane = controller.lanes[0]
-    lane.committed("ar", [0, 0, 0, 1])
-    assert lane.signals({"ar": None}).recent == {}
-    lane.committed("ar", [0, 2])
-    assert lane.signals({"ar": None}).recent == {"ar": Mean(4.0, 1.0)}
+    state: RequestState = controller.states[0]
+    state.committed("ar", [0, 0, 0, 1])
+    assert state.signals({"ar": None}).recent == {}
+    state.committed("ar", [0, 2])
+    assert state.signals({"ar": None}).recent == {"ar": Mean(4.0, 1.0)}

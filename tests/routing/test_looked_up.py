@@ -45,9 +45,9 @@ def test_a_verification_is_looked_up_by_the_rows_that_a_round_makes_room_for() -
 
 def test_a_context_is_priced_as_that_of_the_batch() -> None:
     found = costs(context=2.0)
-    found.facing([300, 200])
+    found.set_contexts([300, 200])
     assert found.verify(1, 1) == pytest.approx(11.1)
-    found.facing([2000])
+    found.set_contexts([2000])
     assert found.verify(1, 1) == pytest.approx(14.1)
 
 

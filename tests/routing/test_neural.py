@@ -7,9 +7,9 @@ import pytest
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.estimate import LEVEL_PRIOR
-from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.neural import NeuralPolicy, note
 from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Mean, Signals
 from whiflash_sglang.spans.hints import RequestHints
 
@@ -46,13 +46,13 @@ def test_an_arm_that_may_not_draft_is_not_offered() -> None:
 
 
 def test_a_routers_outputs_reach_the_policy() -> None:
-    lane = Lane("r")
-    note(lane, [0.25, 1.5, -0.1])
-    assert lane.delta == 0.25
-    assert lane.predicted == {"ar": 2.5, "diffusion": 1.0}
-    note(lane, [0.5])
-    assert lane.predicted == {}
-    assert lane.signals(dict.fromkeys(BOTH)).delta == 0.5
+    state = RequestState("r")
+    note(state, [0.25, 1.5, -0.1])
+    assert state.delta == 0.25
+    assert state.predicted == {"ar": 2.5, "diffusion": 1.0}
+    note(state, [0.5])
+    assert state.predicted == {}
+    assert state.signals(dict.fromkeys(BOTH)).delta == 0.5
 
 
 def test_auto_believes_the_heads_and_recent_rounds_correct_them() -> None:
@@ -76,10 +76,10 @@ def test_a_round_is_judged_by_the_predictions_that_it_was_decided_on() -> None:
     policy = AutoPolicy(heads=True)
     controller = Controller(policy, MeasuredCosts(lambda arm: 6), ())
     controller.open(0, "r", RequestHints(), [])
-    note(controller.lanes[0], [0.0, 3.0, 1.0])
+    note(controller.states[0], [0.0, 3.0, 1.0])
     controller.route([0], [dict.fromkeys(BOTH)])
-    note(controller.lanes[0], [0.0, 9.0, 9.0])  # of the round's end, before it is learned from
-    lane = controller.lanes[0]
-    controller.committed(lane, lane.decision, "ar", [5, 6], 6)
+    note(controller.states[0], [0.0, 9.0, 9.0])  # of the round's end, before it is learned from
+    state = controller.states[0]
+    controller.committed(state, state.decision, "ar", [5, 6], 6)
     level = (1 + LEVEL_PRIOR) / (3 + LEVEL_PRIOR)
     assert policy.estimator.expect("ar", Signals(BOTH, predicted={"ar": 5.0})) == pytest.approx(1 + 4 * level)

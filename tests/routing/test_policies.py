@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.policies import (
     AutoPolicy,
     CopyRule,
@@ -13,6 +12,7 @@ from whiflash_sglang.routing.policies import (
     RandomPolicy,
     apply_hints,
 )
+from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import OpenSpan, Signals
 
 BOTH = frozenset({"ar", "diffusion"})
@@ -76,13 +76,13 @@ def test_random_reaches_every_arm() -> None:
 
 
 def test_lane_counts_dwell_and_remembers_acceptance() -> None:
-    lane = Lane("r")
+    state = RequestState("r")
     for arm in ("ar", "ar", "diffusion"):
-        lane.chose(arm)
-    assert (lane.previous, lane.dwell) == ("diffusion", 1)
-    lane.committed("diffusion", [1, 2, 3, 4])
-    lane.committed("diffusion", [1, 2])
-    recent = lane.signals({}).recent["diffusion"]
+        state.chose(arm)
+    assert (state.previous, state.dwell) == ("diffusion", 1)
+    state.committed("diffusion", [1, 2, 3, 4])
+    state.committed("diffusion", [1, 2])
+    recent = state.signals({}).recent["diffusion"]
     assert 2.0 < recent.total / recent.weight < 4.0
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from whiflash_sglang.routing.policies import FIRST_PROBE, HOPELESS, PROBE_ROUNDS, AutoPolicy
-from whiflash_sglang.routing.signals import Outlook, Signals
+from whiflash_sglang.routing.signals import Forecast, Signals
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -88,7 +88,7 @@ def test_whoever_went_without_it_longest_tries_it() -> None:
 
 def test_what_says_what_it_expects_is_never_tried() -> None:
     """It learns from every round. Another request's arm of that name, which says nothing yet, is tried like any."""
-    policy, tells = AutoPolicy(), {"diffusion": Outlook(1.1, 2)}
+    policy, tells = AutoPolicy(), {"diffusion": Forecast(1.1, 2)}
     for number in range(1, 3000):
         signals = Signals(BOTH, rounds=number, last={"ar": number - 1}, expected=tells)
         assert not policy.probe([signals], lambda _: 0)

@@ -14,7 +14,7 @@ from matrix import sampled
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.signals import Outlook
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 
 WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
@@ -29,7 +29,7 @@ class Machine:
     def __init__(self, noise: float = NOISE, seed: int = 0) -> None:
         self.seconds = {"ar": 0.005, "diffusion": 0.012}
         self.slower = 1.0
-        self.copies: Outlook | None = None
+        self.copies: Forecast | None = None
         self.costs = MeasuredCosts(lambda arm: WIDTHS.get(arm, 17))
         self.controller = Controller(AutoPolicy(), self.costs, [b"a"])
         self.controller.open(0, "r", RequestHints(), [0])
@@ -47,10 +47,10 @@ class Machine:
     def round(self, stall: str | None = None) -> str:
         """One round; `stall`: the stage that takes ten seconds longer."""
         late = {stage: 10.0 * (stage == stall) for stage in STAGES}
-        outlook: dict[str, Outlook | None] = {"ar": None, "diffusion": None}
+        forecast: dict[str, Forecast | None] = {"ar": None, "diffusion": None}
         if self.copies is not None:
-            outlook["lookup"] = self.copies
-        (arm,) = self.controller.route([0], [outlook])
+            forecast["lookup"] = self.copies
+        (arm,) = self.controller.route([0], [forecast])
         drafting = 0.0
         if arm in self.seconds:
             drafting = self.took(self.seconds[arm]) + late["draft"]
@@ -58,14 +58,14 @@ class Machine:
             self.costs.drafted(arm, 1, passes=5, seconds=drafting, catch_up=catch_up)
             drafting += catch_up
         # Who copies looked before, as in every round, whoever drafts: that is no drafting, but the rest of the round.
-        copied = self.copies or Outlook(1, 1)
+        copied = self.copies or Forecast(1, 1)
         rows = WIDTHS.get(arm, copied.rows)
         verifying = self.took(0.030 + 0.0006 * rows) + 0.0001 * self.slower + late["verify"] + late["look"]
         self.costs.verified(rows, 1, verifying)
         tokens = ACCEPTED.get(arm) or round(copied.length)
         self.costs.committed(tokens, drafting + verifying, gap=self.took(0.004) + late["gap"])
-        lane = self.controller.lanes[0]
-        self.controller.committed(lane, lane.decision, arm, [0] * tokens, rows)
+        state = self.controller.states[0]
+        self.controller.committed(state, state.decision, arm, [0] * tokens, rows)
         return arm
 
     def rounds(self, count: int) -> Counter[str]:
@@ -113,7 +113,7 @@ def test_ten_seconds_at_the_start_of_an_arm(seed: int) -> None:
 def test_ten_seconds_of_a_copy(before: int, stall: str, seed: int) -> None:
     """Nothing that a copy takes is its own price, so nothing can make it look dear: it needs no probe."""
     machine = Machine(seed=seed)
-    machine.copies = Outlook(9.0, 9)
+    machine.copies = Forecast(9.0, 9)
     machine.rounds(before)
     while machine.round(stall) != "lookup":
         pass
@@ -128,9 +128,9 @@ def test_copies_that_bring_little_are_never_tried(seed: int) -> None:
     """Ten thousand rounds: what they would have brought is known from each of them."""
     machine = Machine(seed=seed)
     machine.profile({"ar": 1.0, "diffusion": 1.0})
-    machine.copies = Outlook(1.2, 12)
+    machine.copies = Forecast(1.2, 12)
     assert machine.rounds(10_000)["lookup"] == 0
-    machine.copies = Outlook(9.0, 12)
+    machine.copies = Forecast(9.0, 12)
     assert machine.rounds(20)["lookup"] >= 18, "the first round that promises much is theirs"
 
 
@@ -140,9 +140,9 @@ def test_a_short_copy_is_priced_by_its_own_rows(longest: int, seed: int) -> None
     """Before any copy, and after hundreds of the widest: three tokens in four rows beat three in six and a draft."""
     machine = Machine(seed=seed)
     machine.profile({"ar": 1.0, "diffusion": 1.0})
-    machine.copies = Outlook(9.0, 17)
+    machine.copies = Forecast(9.0, 17)
     machine.rounds(longest)
-    machine.copies = Outlook(2.9, 4)
+    machine.copies = Forecast(2.9, 4)
     assert machine.rounds(300)["lookup"] >= 285
 
 

@@ -69,7 +69,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
         told.tell(tokens[:1])
         expected = []
         for token in [*tokens[1:], *vocabulary.encode("k")]:
-            expected.append(arm.outlook(row, len(told.text) - 1, told.history, FULL_LENGTH).length)
+            expected.append(arm.forecast(row, len(told.text) - 1, told.history, FULL_LENGTH).length)
             told.tell([token])
         arm.release(row)
         return expected[0]
@@ -103,7 +103,7 @@ def test_a_released_request_leaves_nothing(arm: StructureArm, play: Any) -> None
     play(MINE)
     assert not arm._requests
     assert not arm.serves(1)
-    assert arm.outlook(1, 3, lambda start: [], FULL_LENGTH) == NOTHING_AHEAD
+    assert arm.forecast(1, 3, lambda start: [], FULL_LENGTH) == NOTHING_AHEAD
 
 
 def test_nothing_is_proposed_while_rounds_are_under_way(
@@ -113,8 +113,8 @@ def test_nothing_is_proposed_while_rounds_are_under_way(
     told = Told(grammars)
     arm.begin(1, RequestHints(), MINE, None, told)
     told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
-    assert arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH).length > 1
-    assert arm.outlook(1, len(told.text) + 2, told.history, FULL_LENGTH) == NOTHING_AHEAD
+    assert arm.forecast(1, len(told.text) - 1, told.history, FULL_LENGTH).length > 1
+    assert arm.forecast(1, len(told.text) + 2, told.history, FULL_LENGTH) == NOTHING_AHEAD
 
 
 def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
@@ -147,10 +147,10 @@ def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Voc
     def answer(tenant: Any, text: str) -> float:
         arm.begin(1, hints, tenant)
         written = [*PROMPT, *vocabulary.encode("<think>So</think>\n\n")]
-        arm.outlook(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
-        expected = arm.outlook(1, len(written) - 1, lambda start: written[start:], worth).length
+        arm.forecast(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
+        expected = arm.forecast(1, len(written) - 1, lambda start: written[start:], worth).length
         written += vocabulary.encode(text)
-        arm.outlook(1, len(written) - 1, lambda start: written[start:], worth)
+        arm.forecast(1, len(written) - 1, lambda start: written[start:], worth)
         arm.release(1)
         return expected
 
@@ -174,11 +174,11 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
         told = Told(grammars)
         arm.begin(1, RequestHints(), tenant, None, told)
         text = told.matcher(vocabulary).forced()
-        arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        arm.forecast(1, len(told.text) - 1, told.history, FULL_LENGTH)
         found = arm.proposed(1, 8, FULL_LENGTH).tokens
         for character in text[:6]:
             told.tell(vocabulary.encode(character))
-            arm.outlook(1, len(told.text) - 1, told.history, FULL_LENGTH)
+            arm.forecast(1, len(told.text) - 1, told.history, FULL_LENGTH)
         arm.release(1)
         return found[0].token
 

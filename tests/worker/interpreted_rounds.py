@@ -88,11 +88,11 @@ def speculate(models: Models, **options: Any) -> Rounds:
         turns, target, controller = count(), e.worker.target, e.worker.controller
         verify, plan = target.verify, controller.route
 
-        def route(row_ids: Sequence[int], outlooks: Sequence[Any]) -> list[str]:
-            plan(row_ids, outlooks)
+        def route(row_ids: Sequence[int], forecasts: Sequence[Any]) -> list[str]:
+            plan(row_ids, forecasts)
             turn = next(turns)
             wanted = [ARMS[(turn + i) % len(ARMS)] for i in range(len(row_ids))]
-            return [arm if arm in may else "none" for arm, may in zip(wanted, outlooks, strict=True)]
+            return [arm if arm in may else "none" for arm, may in zip(wanted, forecasts, strict=True)]
 
         def noted(*args: Any) -> Any:
             rows = next(arg for arg in args if isinstance(arg, MixedBlock))

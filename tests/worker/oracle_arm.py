@@ -47,7 +47,7 @@ class OracleArm(Drafter):
         """`output` may follow `prompt`; where several texts do, one of them is drafted."""
         self._texts.append([*prompt, *output])
 
-    def outlook(self, row: int, length: int, history: History, worth: Worth) -> None:
+    def forecast(self, row: int, length: int, history: History, worth: Worth) -> None:
         known = list(history(0))
         texts = [text for text in self._texts if text[: len(known)] == known]
         self._ahead[row] = self._random.choice(texts)[len(known) :] if texts else []

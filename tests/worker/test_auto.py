@@ -60,7 +60,7 @@ def test_nothing_that_the_worker_keeps_is_on_a_graph(running: Engine) -> None:
 
 
 def arms_of(running: Engine, rid: str) -> set[str | None]:
-    return {lane.previous for lane in running.lanes.values() if lane.rid == rid}
+    return {state.previous for state in running.states.values() if state.rid == rid}
 
 
 @pytest.mark.parametrize("arm", ["ar", "diffusion"])

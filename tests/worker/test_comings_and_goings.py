@@ -67,7 +67,7 @@ def test_text_is_plain_decodings_and_nothing_is_kept(
 
         monkeypatch.setattr(e, "abort", noted)
         found = play(e, asked)  # ends with SGLang's own leak check
-        assert not e.lanes
+        assert not e.states
         assert not any(e.worker.quarantine.left_out.values())
     comparison = Comparison(models.reference.target)
     for a in asked:

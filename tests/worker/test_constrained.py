@@ -134,8 +134,8 @@ def test_the_first_stop_in_a_block_ends_the_request(models: Models, monkeypatch:
     for a, text in zip(arrivals, beyond, strict=True):
         oracle.learn(a.prompt, expected[a.rid] if "regex" in a.params else text)
 
-    def route(rows: Any, outlooks: Sequence[Any]) -> list[str]:
-        return [ARM if ARM in outlook else "none" for outlook in outlooks]
+    def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
+        return [ARM if ARM in forecast else "none" for forecast in forecasts]
 
     with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **OPTIONS) as e:
         monkeypatch.setattr(e.worker.controller, "route", route)

@@ -69,9 +69,9 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     controller = running.worker.controller
     route = controller.route
 
-    def to_ar(rows: Any, outlooks: Any) -> list[str]:
-        route(rows, outlooks)
-        return ["ar" if "ar" in may else "none" for may in outlooks]
+    def to_ar(rows: Any, forecasts: Any) -> list[str]:
+        route(rows, forecasts)
+        return ["ar" if "ar" in may else "none" for may in forecasts]
 
     monkeypatch.setattr(controller, "route", to_ar)
     assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain

@@ -79,10 +79,10 @@ def steady(e: Any, monkeypatch: pytest.MonkeyPatch) -> Steady:
     worker = e.worker
     plan = worker.controller.route
 
-    def route(rows: Any, outlooks: Any) -> list[str]:
-        plan(rows, outlooks)
+    def route(rows: Any, forecasts: Any) -> list[str]:
+        plan(rows, forecasts)
         # The last token is never drafted for.
-        return [arm if arm in may else "none" for arm, may in zip(ROUTES, outlooks, strict=False)]
+        return [arm if arm in may else "none" for arm, may in zip(ROUTES, forecasts, strict=False)]
 
     monkeypatch.setattr(worker.controller, "route", route)
     watched = Steady(worker)

@@ -1,4 +1,4 @@
-"""Two hundred requests with random aborts leave nothing behind: no slot, no lane, no object, no tensor.
+"""Two hundred requests with random aborts leave nothing behind: no slot, no state, no object, no tensor.
 
 Objects are counted, because the size of a process says little: allocators keep what was freed, and modules that are
 imported late take more than a thousand requests would.
@@ -123,7 +123,7 @@ def after(half: int, e: Engine) -> tuple[Counter[str], int]:
     """What lives when a hundred requests have ended and are forgotten, and the tree is empty."""
     outputs = play(e, requests(half))  # ends with SGLang's own leak check
     assert len(outputs) == HALF
-    assert e.lanes == {}
+    assert e.states == {}
     assert not e.worker.drafters["structure"]._requests
     e.worker.forget(None)  # what tenants left, and taught: bounded, and kept on purpose
     assert not any(e.worker.sync.watermarks.known(row) for row in range(64))

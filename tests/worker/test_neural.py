@@ -46,7 +46,7 @@ def test_a_router_changes_no_text(models: Models, router: Path, policy: str) -> 
         used: set[str | None] = set()
         for i, prompt in enumerate(prompts()):
             e.submit(f"n{i}", prompt, max_new_tokens=60)
-        e.run(lambda: used.update(lane.previous for lane in e.lanes.values()))
+        e.run(lambda: used.update(state.previous for state in e.states.values()))
         assert [e.output(f"n{i}") for i in range(4)] == expected
         e.check_leaks()
     if policy == "neural":
@@ -63,15 +63,15 @@ def test_predictions_are_those_of_the_state_before_the_bonus_token(models: Model
 
         def check() -> None:
             nonlocal checked
-            for lane in e.lanes.values():
-                if lane.delta == lane.delta:
+            for state in e.states.values():
+                if state.delta == state.delta:
                     committed = [*prompt, *e.requests["p"].output_ids]
                     final = models.reference.target.forward(committed[:-1]).final[-1:]
                     found = module.predict(final)
-                    assert lane.delta == pytest.approx(found.delta.item(), rel=1e-3, abs=1e-4)
+                    assert state.delta == pytest.approx(found.delta.item(), rel=1e-3, abs=1e-4)
                     eagle3, dflash = found.accepted[0].tolist()
-                    assert lane.predicted["ar"] == pytest.approx(1 + max(eagle3, 0), rel=1e-3, abs=1e-4)
-                    assert lane.predicted["diffusion"] == pytest.approx(
+                    assert state.predicted["ar"] == pytest.approx(1 + max(eagle3, 0), rel=1e-3, abs=1e-4)
+                    assert state.predicted["diffusion"] == pytest.approx(
                         1 + max(dflash, 0), rel=1e-3, abs=1e-4
                     )
                     checked += 1
@@ -86,7 +86,7 @@ def test_the_threshold_moves_at_run_time(models: Models, router: Path) -> None:
             e.worker.reconfigure({"neural_router_threshold": threshold})
             used: set[str | None] = set()
             e.submit(f"t{arm}", prompts()[1], max_new_tokens=20)
-            e.run(lambda used=used: used.update(lane.previous for lane in e.lanes.values()))  # type: ignore[misc]
+            e.run(lambda used=used: used.update(state.previous for state in e.states.values()))  # type: ignore[misc]
             assert used <= {arm, None}
             assert arm in used
         assert "delta" in e.worker.controller.policy.needs

@@ -42,10 +42,10 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> Learned:
     committed = Controller.committed
 
     def noting(
-        self: Controller, lane: Any, decision: Any, arm: str, tokens: Any, width: int, start: int
+        self: Controller, state: Any, decision: Any, arm: str, tokens: Any, width: int, start: int
     ) -> bool:
-        found[lane.rid].append((start, list(tokens)))
-        return committed(self, lane, decision, arm, tokens, width, start)
+        found[state.rid].append((start, list(tokens)))
+        return committed(self, state, decision, arm, tokens, width, start)
 
     monkeypatch.setattr(Controller, "committed", noting)
     return found
@@ -107,7 +107,7 @@ def test_text_is_plain_decodings_and_nothing_races(
         found = play(e, ARRIVALS)
         races, stalls = e.streams.races, e.streams.stalls
         requests = list(e.requests.values())
-        assert not e.lanes, "something is kept of requests that have ended"
+        assert not e.states, "something is kept of requests that have ended"
         check_learned(e, learned)
     for race, count in races.most_common():
         print(f"race {count} x {race}")

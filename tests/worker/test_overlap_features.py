@@ -31,7 +31,7 @@ def serving(
     with overlapped(models.target, whiflash=flags, arms=[oracle], host_lengths=False, **options) as e:
         yield e
         assert not e.streams.races
-        assert not e.lanes
+        assert not e.states
 
 
 def test_turns_of_sessions(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from whiflash_sglang.round.quarantine import (
     Quarantine,
 )
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.routing.lane import Lane
+from whiflash_sglang.routing.request_state import RequestState
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
 TOKENS = 40
@@ -52,7 +52,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "draft raises": ("ar", "draft", fails),
     "draft of a copy raises": ("lookup", "draft", fails),
     "catch-up raises": ("diffusion", "catch_up", fails),
-    "outlook raises": ("lookup", "outlook", fails),
+    "forecast raises": ("lookup", "forecast", fails),
     "prolong raises": ("lookup", "prolong", fails),
     "begin raises": ("lookup", "begin", fails),
     "calibration raises": ("ar", "calibration", fails),
@@ -89,7 +89,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, drafter: Any, method: str, made: Call
 def watch(monkeypatch: pytest.MonkeyPatch, drafter: Any) -> list[str]:
     """What a drafter is asked from now on, but for what it is to drop."""
     asked: list[str] = []
-    for method in ("begin", "catch_up", "calibration", "outlook", "draft", "prolong", "observe", "finish"):
+    for method in ("begin", "catch_up", "calibration", "forecast", "draft", "prolong", "observe", "finish"):
         original = getattr(drafter, method)
 
         def noted(*args: Any, original: Any = original, method: str = method) -> Any:
@@ -165,7 +165,7 @@ def rounds_of(e: Engine) -> dict[str, int]:
         ("ar", "draft"),
         ("lookup", "draft"),
         ("lookup", "prolong"),
-        ("lookup", "outlook"),
+        ("lookup", "forecast"),
         ("lookup", "begin"),
         ("ar", "observe"),
         ("lookup", "finish"),
@@ -215,7 +215,7 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
         return getattr(given, "row_ids", [given])
 
     def spoiled(given: Any, *more: Any, **named: Any) -> Any:
-        rids = [begun[-1]] if method == "begin" else [e.lanes[row].rid for row in rows_of(given)]
+        rids = [begun[-1]] if method == "begin" else [e.states[row].rid for row in rows_of(given)]
         if name in rids:
             raised.append(name)
             raise RuntimeError("planted")
@@ -236,7 +236,7 @@ def test_faulty_drafts_of_one_request_take_the_arm_from_nobody(
 
         def spoiled(batch: Any) -> Any:
             drafts = original(batch)
-            drafts.tokens[[e.lanes[row].rid == "spoiled" for row in batch.row_ids]] = 1 << 40
+            drafts.tokens[[e.states[row].rid == "spoiled" for row in batch.row_ids]] = 1 << 40
             return drafts
 
         monkeypatch.setattr(drafter, "draft", spoiled)
@@ -410,11 +410,11 @@ def test_the_rest_of_a_batch_is_not_asked_for_an_outlook() -> None:
     rids = [f"r{i}" for i in range(64)]
     held, asked = Quarantine(["lookup"]), list[int]()
 
-    def outlook(row: int, *_: Any) -> NoReturn:
+    def forecast(row: int, *_: Any) -> NoReturn:
         asked.append(row)
         fails(None)
 
-    drafters: Any = {"lookup": SimpleNamespace(outlook=outlook)}
+    drafters: Any = {"lookup": SimpleNamespace(forecast=forecast)}
     nothing: Any = None
     planner = Planner(drafters, nothing, nothing, nothing, held)
     requests: Any = SimpleNamespace(
@@ -422,7 +422,7 @@ def test_the_rest_of_a_batch_is_not_asked_for_an_outlook() -> None:
     )
     for index, rid in enumerate(rids):
         held.begin(rid, rid)
-        assert planner._outlook(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == {}
+        assert planner._forecast(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == {}
     assert asked == [*range(SEVERAL_REQUESTS)]
 
 
@@ -433,7 +433,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held)
     plan: Any = SimpleNamespace(
         routes=["none"] * 2,
-        lanes=[Lane(rid, under_way=[3]) for rid in ("sound", "gone")],
+        states=[RequestState(rid, under_way=[3]) for rid in ("sound", "gone")],
         decisions=[None] * 2,
         limits=[0] * 2,
         late="lookup",

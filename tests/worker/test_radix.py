@@ -126,7 +126,7 @@ def test_after_traffic(models: Models, case: str) -> None:
         if case == "full-pool":
             assert sum(req.retraction_count for req in e.requests.values()) > 0
         assert assert_tree_is_true(e, models) > 100
-        assert not e.lanes
+        assert not e.states
         assert not any(e.worker.sync.watermarks.known(row) for row in range(16))
 
 

@@ -110,7 +110,7 @@ def test_turns(models: Models, plain: Texts, oracle: OracleArm, router: str) -> 
     arms = [oracle] if router == "random" else []
     with engine(models.target, whiflash=models.whiflash(router), arms=arms, **OPTIONS) as e:
         assert converse(e, sessions()) == plain
-        assert not e.lanes
+        assert not e.states
     assert router != "random" or max(oracle.accepted) == oracle.max_drafts
 
 

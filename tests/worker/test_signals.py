@@ -26,12 +26,12 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
     monkeypatch.setattr(epilogue, "routing_stats", counted)
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         # The last token is never drafted for.
-        route = lambda rows, outlooks: [arm if outlook else "none" for outlook in outlooks]  # noqa: E731
+        route = lambda rows, forecasts: [arm if forecast else "none" for forecast in forecasts]  # noqa: E731
         monkeypatch.setattr(e.worker.controller, "route", route)
         e.submit("a", [1, 2, 3], max_new_tokens=1 + ROUNDS)
         while not e.requests["a"].finished():
             e.step()
-            known = [lane.entropy for lane in e.worker.controller.lanes.values()]
+            known = [state.entropy for state in e.worker.controller.states.values()]
             assert len(read) < learning.PLAIN_ENTROPY_ROUNDS or not any(math.isnan(x) for x in known)
     rounds = e.worker.clock.rounds
     if arm == "ar":

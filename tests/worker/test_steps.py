@@ -44,9 +44,9 @@ def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest
         plain_rounds = widest_of(e.worker.drafters)
         monkeypatch.setattr(worker, "STEP_ROUNDS", plain_rounds + 1)
 
-        def route(rows: Any, outlooks: Sequence[Any]) -> list[str]:
+        def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
             drafts = e.worker.clock.rounds % (plain_rounds + 1) == plain_rounds
-            return ["diffusion" if drafts and outlook else "none" for outlook in outlooks]
+            return ["diffusion" if drafts and forecast else "none" for forecast in forecasts]
 
         monkeypatch.setattr(e.worker.controller, "route", route)
         e.submit("a", PROMPT, max_new_tokens=TOKENS)

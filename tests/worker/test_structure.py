@@ -127,7 +127,7 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
     monkeypatch.setattr(DraftStage, "draft", drafted)
     monkeypatch.setattr(oracle, "judges", True, raising=False)
     with engine(models.target, whiflash=flags, arms=[oracle], grammar_backend=backend, **OPTIONS) as e:
-        assert play(e, arrivals, lambda: used.update(lane.previous for lane in e.lanes.values())) == plain
+        assert play(e, arrivals, lambda: used.update(state.previous for state in e.states.values())) == plain
         assert e.worker.drafters["structure"]._requests == {}
     assert {"structure", "lookup", "ar", "diffusion", "oracle", "none"} <= used
     assert len(wrong) > 20
@@ -135,8 +135,8 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
 
 
 def only(arm: str) -> Any:
-    def route(rows: Any, outlooks: Sequence[Any]) -> list[str]:
-        return [arm if arm in outlook else "none" for outlook in outlooks]
+    def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
+        return [arm if arm in forecast else "none" for forecast in forecasts]
 
     return route
 
@@ -164,8 +164,8 @@ def test_behind_rounds_that_share_a_step(
     """The grammar has not been told what they committed; what it forces behind that is what is proposed."""
     turns = iter(range(10_000))
 
-    def route(rows: Any, outlooks: Sequence[Any]) -> list[str]:
-        return only("structure" if next(turns) % 2 else "none")(rows, outlooks)
+    def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
+        return only("structure" if next(turns) % 2 else "none")(rows, forecasts)
 
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
         monkeypatch.setattr(e.worker.controller, "route", route)

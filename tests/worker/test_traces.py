@@ -89,7 +89,7 @@ def test_an_abort_in_a_chunked_prefill_leaves_nothing(traced: Engine, sent: Sent
     traced.run()
     traced.submit("after", prompt(23), max_new_tokens=20)
     traced.run()
-    assert traced.lanes == {}
+    assert traced.states == {}
     assert not any(sent.recordings().get("after", []))
     assert all(p.customized_info is None for p in sent.payloads if "gone" not in p.rids)
 

@@ -110,7 +110,7 @@ _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"
 """Keys of `config.json` that say of how many layers a head is."""
 
 
-def own_head(target: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
+def target_mtp(target: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
     """Where the head of a target can be read from: the target's own directory, as of any drafter.
 
     None where it has none, or one that is not served: then the log says why.

@@ -97,7 +97,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         IncompatibleEngineError: a private name of SGLang is missing or has changed.
     """
     patching.require_names()
-    from whiflash_sglang.checkpoints.fit import own_head
+    from whiflash_sglang.checkpoints.fit import target_mtp
     from whiflash_sglang.compat.launch.arguments import choose
 
     flags = parse_flags(given)
@@ -114,7 +114,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     if flags.neural_router_path and not Path(flags.neural_router_path).is_file():
         router = hub.fetch(flags.neural_router_path, download_dir=download_dir)
         flags = flags.model_copy(update={"neural_router_path": str(router)})
-    head = partial(own_head, server_args.model_path, server_args.revision, download_dir)
+    head = partial(target_mtp, server_args.model_path, server_args.revision, download_dir)
     settings = resolve(flags, local, download_dir, head)
     server_args._whiflash = settings
     choose(server_args)

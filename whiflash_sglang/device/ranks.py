@@ -52,7 +52,7 @@ class Ranks:
         """Whether this process decides."""
         return self.rank == 0
 
-    def told(self, decide: Callable[[], T]) -> T:
+    def broadcast(self, decide: Callable[[], T]) -> T:
         """What the first rank decides, in all of them; `decide` is called there alone.
 
         Raises:

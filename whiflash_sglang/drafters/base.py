@@ -11,7 +11,7 @@ from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, PassInput
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import Outlook
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
 
@@ -74,7 +74,7 @@ class Drafter(ABC):
         rows: with the columns of `features` only, and with their owners where it `attends_text`.
         """
 
-    def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook | None:
+    def forecast(self, row: int, length: int, history: History, worth: Worth) -> Forecast | None:
         """What it says of the next round, asked in every round that may be its own, whoever drafts it then.
 
         None: it cannot say before it drafts. Who says it has looked by then: `draft` takes no pass and no time to speak

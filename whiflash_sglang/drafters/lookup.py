@@ -26,7 +26,7 @@ from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
+from whiflash_sglang.routing.signals import NOTHING_AHEAD, Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar
@@ -114,7 +114,7 @@ class LookupArm(Drafter):
     def serves(self, row: int) -> bool:
         return row not in self._off
 
-    def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook:
+    def forecast(self, row: int, length: int, history: History, worth: Worth) -> Forecast:
         if row in self._off:
             return NOTHING_AHEAD
         copier, emission = self._copiers.get(row), self._emissions.get(row)
@@ -137,7 +137,7 @@ class LookupArm(Drafter):
         least = worth.row or WORTH
         proposal = self._proposals[row] = copier.look(self.max_drafts, least)
         width = proposal.width(self.max_drafts, least)
-        return Outlook(1 + proposal.expected(width), 1 + width)
+        return Forecast(1 + proposal.expected(width), 1 + width)
 
     def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
         """Where the device copies: how each request's copies begin, and its table of chances."""

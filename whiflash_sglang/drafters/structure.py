@@ -23,7 +23,7 @@ from whiflash_sglang.drafters.base import Drafter, padded
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import NOTHING_AHEAD, Outlook
+from whiflash_sglang.routing.signals import NOTHING_AHEAD, Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
@@ -111,7 +111,7 @@ class StructureArm(Drafter):
     def serves(self, row: int) -> bool:
         return row in self._requests
 
-    def outlook(self, row: int, length: int, history: History, worth: Worth) -> Outlook:
+    def forecast(self, row: int, length: int, history: History, worth: Worth) -> Forecast:
         request = self._requests.get(row)
         if request is None:
             return NOTHING_AHEAD
@@ -126,7 +126,7 @@ class StructureArm(Drafter):
         found = self._sketch(request, (), self.max_drafts)
         request.tokens, request.alive = found.tokens, found.alive
         width = _width(request.alive, self.max_drafts, worth)
-        return Outlook(1 + sum(request.alive[:width]), 1 + width)
+        return Forecast(1 + sum(request.alive[:width]), 1 + width)
 
     def draft(self, batch: DraftBatch) -> Drafts:
         pairs = zip(batch.row_ids, batch.limits, strict=True)

@@ -54,7 +54,7 @@ def state_of(worker: Observed) -> dict[str, Any]:
     return {
         "policy": worker.controller.policy.name,
         "arms": sorted(worker.drafters),
-        "requests": len(worker.controller.lanes),
+        "requests": len(worker.controller.states),
         "quarantined": dict(worker.quarantine.reasons),
         "left_out": dict(worker.quarantine.left_out),
         "faulty_drafts": dict(worker.quarantine.faults),

@@ -48,7 +48,7 @@ class DFlashDrafter(nn.Module):
     target_embedding: Tensor
     embedding_scale: float = 1.0
     target_lm_head: Tensor
-    own_head: Tensor | None
+    target_mtp: Tensor | None
     own_ids: Tensor | None
     mask_embedding: Tensor | None
     shared: SharedVocabulary | None = None
@@ -67,7 +67,7 @@ class DFlashDrafter(nn.Module):
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
         self.register_buffer("target_embedding", target_embedding, persistent=False)
         self.register_buffer("target_lm_head", target_lm_head, persistent=False)
-        for name in ("own_head", "own_ids", "mask_embedding"):
+        for name in ("target_mtp", "own_ids", "mask_embedding"):
             self.register_buffer(name, None, persistent=False)
         self._context: tuple[Tensor, Tensor | None, Tensor] | None = None
 
@@ -94,8 +94,8 @@ class DFlashDrafter(nn.Module):
     @property
     def head(self) -> DraftHead:
         """What it chooses from: a head of its own, over the target ids that it drafts, or the target's."""
-        if self.own_head is not None:
-            return DraftHead(self.own_head, self.own_ids)
+        if self.target_mtp is not None:
+            return DraftHead(self.target_mtp, self.own_ids)
         return borrowed_head(self.target_lm_head, self.shared)
 
     def fuse(self, features: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class DFlashDrafter(nn.Module):
             layer.fill(reader, f"layers.{index}.")
             fold_variants(self.config, layer.attention)
         if self.config.draft_vocab_size is not None:
-            self.own_head, self.own_ids = reader.reduced_head(
+            self.target_mtp, self.own_ids = reader.reduced_head(
                 self.config.draft_vocab_size, self.config.vocab_size
             )
 

@@ -126,7 +126,7 @@ class DraftStage:
 
     def _traces(self, plan: Plan) -> bool:
         """Whether somebody wants to know what drafts are taken from, and may."""
-        return self.host.exact and any(lane.recording is not None for lane in plan.lanes)
+        return self.host.exact and any(state.recording is not None for state in plan.states)
 
     def _proposal(
         self, requests: RoundBatch, plan: Plan, parts: Sequence[Drafted], taken: "_Taken | None"

@@ -74,38 +74,40 @@ class Learner:
         tokens = [list(run) for run in kept]
         self.ranks.note(found["starts"], found["widths"], found["faults"], tokens)
         costs = self.controller.costs
-        priced = costs.knows_plain and any(lane.recording for lane in plan.lanes)
+        priced = costs.knows_plain and any(state.recording for state in plan.states)
         prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
-        for i, (lane, decision, arm) in enumerate(zip(plan.lanes, plan.decisions, plan.routes, strict=True)):
-            lane.under_way.pop(0)
+        for i, (state, decision, arm) in enumerate(
+            zip(plan.states, plan.decisions, plan.routes, strict=True)
+        ):
+            state.under_way.pop(0)
             if plan.limits[i]:
-                self.quarantine.judge(arm, lane.rid, faulty=bool(found["faults"][i]))
+                self.quarantine.judge(arm, state.rid, faulty=bool(found["faults"][i]))
             if plan.late is not None and found["late"][i]:
-                self.quarantine.judge(plan.late, lane.rid, faulty=False)
+                self.quarantine.judge(plan.late, state.rid, faulty=False)
             if not tokens[i] or not self.ranks.leads:
                 continue
-            width, row = found["widths"][i], lane.row
+            width, row = found["widths"][i], state.row
             if "wanted" in found:
                 costs.wanted(arm, found["wanted"][i])
             own = found["own"][i]
             if plan.late is not None and found["late"][i]:
                 arm, own = plan.late, width - 1
-            evidence = self.controller.committed(lane, decision, arm, tokens[i], width, found["starts"][i])
+            evidence = self.controller.committed(state, decision, arm, tokens[i], width, found["starts"][i])
             self.tally.committed(
-                lane.counts, arm, decision.reason, tokens=len(tokens[i]), proposed=width - 1, own=own
+                state.counts, arm, decision.reason, tokens=len(tokens[i]), proposed=width - 1, own=own
             )
-            if lane.recording is not None:
+            if state.recording is not None:
                 drafts = parts[i] if parts is not None else ()
-                _record(lane.recording, arm, len(tokens[i]), width - 1, prices, drafts)
+                _record(state.recording, arm, len(tokens[i]), width - 1, prices, drafts)
             # A request's last round ends what drafters keep of it.
-            if evidence and arm in self.drafters and self.controller.keeps(lane):
+            if evidence and arm in self.drafters and self.controller.keeps(state):
                 confidences = found["confidences"][i][: found["own"][i]]
-                with self.quarantine.guard(arm, lane.rid):
+                with self.quarantine.guard(arm, state.rid):
                     self.drafters[arm].observe(row, width - 1, len(tokens[i]) - 1, confidences)
             if "entropy" in found:
-                lane.entropy = found["entropy"][i]
+                state.entropy = found["entropy"][i]
             if "outputs" in found:
-                note(lane, found["outputs"][i])
+                note(state, found["outputs"][i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
 

@@ -8,7 +8,7 @@ import torch
 
 from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.lane import Decision, Lane
+from whiflash_sglang.routing.request_state import Decision, RequestState
 from whiflash_sglang.routing.tables import HEADROOM
 from whiflash_sglang.telemetry.round_clock import RoundWork
 
@@ -35,7 +35,7 @@ class OnDevice:
 class Plan:
     """One round as it was decided, for B requests.
 
-    routes: arm of each. lanes: what the controller kept of each, by which a later request in the same row is told from
+    routes: arm of each. states: what the controller kept of each, by which a later request in the same row is told from
     it; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches
     up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with those
     that another arm may put behind them, 0 where none may. late: the arm whose drafts the device may put in any
@@ -45,7 +45,7 @@ class Plan:
     """
 
     routes: list[str]
-    lanes: list[Lane]
+    states: list[RequestState]
     decisions: list[Decision]
     members: dict[str, list[int]]
     due: dict[str, Due]

@@ -14,9 +14,9 @@ from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Decided, OnDevice, Plan
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.routing.controller import Controller, Outlooks
+from whiflash_sglang.routing.controller import Controller, Forecasts
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import Outlook
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
@@ -35,7 +35,7 @@ class Planner:
         """Route every request, and say what the round takes for it; what catches up counts as done from now on."""
         self.quarantine.tick()
         self.ranks.note(requests.names, requests.lengths)
-        decided = self.ranks.told(lambda: self._decide(requests))
+        decided = self.ranks.broadcast(lambda: self._decide(requests))
         if not self.ranks.leads:
             self._ask_too(requests, decided.asked, decided.worth)
         routes, late = decided.routes, self._late
@@ -45,14 +45,14 @@ class Planner:
         members = {arm: [i for i, route in enumerate(routes) if route == arm] for arm in self.drafters}
         members = {arm: indices for arm, indices in members.items() if indices and arm != late}
         due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
-        lanes = [self.controller.lane(row, rid) for row, rid in requests.names]
-        for lane, width in zip(lanes, widths, strict=True):
-            lane.under_way.append(width)
+        states = [self.controller.state(row, rid) for row, rid in requests.names]
+        for state, width in zip(states, widths, strict=True):
+            state.under_way.append(width)
         self.ranks.note(due)
         return Plan(
             routes,
-            lanes,
-            [lane.decision for lane in lanes],
+            states,
+            [state.decision for state in states],
             members,
             due,
             limits,
@@ -66,8 +66,8 @@ class Planner:
 
     def under_way(self, row: int) -> int:
         """Rows that are being verified for the request in `row`, at most."""
-        lane = self.controller.lanes.get(row)
-        return 0 if lane is None else sum(lane.under_way)
+        state = self.controller.states.get(row)
+        return 0 if state is None else sum(state.under_way)
 
     @property
     def _late(self) -> str | None:
@@ -138,28 +138,28 @@ class Planner:
         serving = [arm for arm in self.drafters if self.quarantine.serves(arm, rid)]
         return [arm for arm in serving if self.controller.may_name(row, arm)]
 
-    def _outlook(
+    def _forecast(
         self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
-    ) -> Outlooks:
+    ) -> Forecasts:
         """Those of `asked` that propose something, with what they say of it."""
         (row, rid), n = requests.names[index], requests.lengths.most[index]
         history = partial(requests.history, index)
-        found: dict[str, Outlook | None] = {}
+        found: dict[str, Forecast | None] = {}
         for arm in asked:
             if arm in self.quarantine:
                 continue  # since an earlier request of the batch was asked
             try:
-                found[arm] = self.drafters[arm].outlook(row, n, history, worth[arm])
+                found[arm] = self.drafters[arm].forecast(row, n, history, worth[arm])
             except Exception as error:
                 self.quarantine.raised(arm, error, rid)
-        return {arm: outlook for arm, outlook in found.items() if outlook is None or outlook.length > 1}
+        return {arm: forecast for arm, forecast in found.items() if forecast is None or forecast.length > 1}
 
     def _ask_too(
         self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
     ) -> None:
         """Where another rank decides: what drafters find while they are asked is what they draft later."""
         for index, names in enumerate(asked):
-            self._outlook(requests, index, names, worth)
+            self._forecast(requests, index, names, worth)
 
     def _route(
         self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
@@ -167,15 +167,15 @@ class Planner:
         """An arm for each request; none for one that ended after the scheduler had put it into the batch."""
         running = [i for i, name in enumerate(requests.names) if self.controller.holds(*name)]
         rows, lengths = requests.row_ids, requests.lengths.most
-        before = [self.controller.lanes[rows[i]].previous for i in running]
+        before = [self.controller.states[rows[i]].previous for i in running]
         routes = [arms.NONE] * len(rows)
-        self.controller.costs.facing(lengths)
+        self.controller.costs.set_contexts(lengths)
         for i in running:
-            self.controller.lanes[rows[i]].begin(partial(requests.answer, i))
+            self.controller.states[rows[i]].begin(partial(requests.answer, i))
         if running:
             found = self.controller.route(
                 [rows[i] for i in running],
-                [self._outlook(requests, i, asked[i], worth) for i in running],
+                [self._forecast(requests, i, asked[i], worth) for i in running],
             )
             for i, old, new in zip(running, before, found, strict=True):
                 routes[i] = new

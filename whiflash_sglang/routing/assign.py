@@ -11,11 +11,11 @@ from itertools import combinations
 from typing import Protocol
 
 from whiflash_sglang import arms
-from whiflash_sglang.routing.signals import Outlook
+from whiflash_sglang.routing.signals import Forecast
 
 Scores = Mapping[str, float]
 
-Told = Mapping[str, Outlook]
+Told = Mapping[str, Forecast]
 """What arms say of a request's round: how many rows they would verify, for one."""
 
 

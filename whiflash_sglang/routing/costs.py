@@ -97,7 +97,7 @@ class WorkerCosts(ABC):
     def ended(self, previous: PreviousRound) -> None:
         """A round and the pause behind it were timed."""
 
-    def facing(self, contexts: Sequence[int]) -> None:  # noqa: B027 - only what a context costs needs it
+    def set_contexts(self, contexts: Sequence[int]) -> None:  # noqa: B027 - only what a context costs needs it
         """The round that is planned next is for requests that have so many tokens, at most."""
 
     def drafted(  # noqa: B027 - only what is timed as it runs needs it

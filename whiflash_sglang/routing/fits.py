@@ -26,7 +26,7 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2]
 
 
-class Watch:
+class DriftDetector:
     """Observations over what was expected of them, the last `WINDOW`.
 
     A first observation agrees with itself, so a second one that took far less corrects it, and one that took far longer
@@ -71,7 +71,7 @@ class Line:
     _y: float = 0.0
     _xx: float = 0.0
     _xy: float = 0.0
-    _watch: Watch = field(default_factory=Watch)
+    _watch: DriftDetector = field(default_factory=DriftDetector)
 
     def add(self, x: float, seconds: float) -> bool:
         """Returns whether what was expected turned out wrong: most of the last ones differ, or this took far less."""
@@ -113,7 +113,7 @@ class Plane:
     def __init__(self, first: float, share: float) -> None:
         self._first, self._share = first, share
         self._sums = [0.0] * 9
-        self._watch = Watch()
+        self._watch = DriftDetector()
 
     def add(self, drafts: float, requests: float, seconds: float) -> None:
         expected = self.at(drafts, requests) if self._sums[0] else seconds

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from whiflash_sglang import arms
-from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.policies import Blind, Scores, order_pair
+from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Signals
 
 HEAD_ARMS = (arms.AR, arms.DIFFUSION)
@@ -31,11 +31,11 @@ class NeuralPolicy(Blind):
         return order_pair(signals, ar_first=delta > self.threshold, min_dwell=self.min_dwell)
 
 
-def note(lane: Lane, outputs: Sequence[float]) -> None:
+def note(state: RequestState, outputs: Sequence[float]) -> None:
     """Keep a router's outputs for a request's next round: ΔAL, and the accepted drafts of `HEAD_ARMS` from its heads.
 
-    A router without heads leaves `lane.predicted` empty.
+    A router without heads leaves `state.predicted` empty.
     """
     delta, *accepted = outputs
-    lane.delta = delta
-    lane.predicted = {arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(HEAD_ARMS, accepted, strict=False)}
+    state.delta = delta
+    state.predicted = {arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(HEAD_ARMS, accepted, strict=False)}

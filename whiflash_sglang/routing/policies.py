@@ -33,7 +33,7 @@ class Probes:
     - may draft with the arm, and was not routed to it for as many rounds itself; what other requests use says little of
       it. Of several, the one that has gone without it longest, so that none takes all probes.
 
-    An arm that says what it expects (`Outlook`) is never probed: it learns from every round, and costs nothing but its
+    An arm that says what it expects (`Forecast`) is never probed: it learns from every round, and costs nothing but its
     rows, which verification prices whoever drafted them.
     """
 

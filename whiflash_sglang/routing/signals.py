@@ -25,7 +25,7 @@ class Mean:
         return self.total / self.weight
 
 
-class Outlook(NamedTuple):
+class Forecast(NamedTuple):
     """What an arm that looks before it drafts says of its next round, in every round, whoever drafts it then.
 
     length: expected acceptance length, bonus token included; 1: it has nothing to propose. rows: that it would verify.
@@ -35,7 +35,7 @@ class Outlook(NamedTuple):
     rows: int
 
 
-NOTHING_AHEAD = Outlook(1.0, 1)
+NOTHING_AHEAD = Forecast(1.0, 1)
 """It has nothing to propose."""
 
 
@@ -73,7 +73,7 @@ class Signals:
     allowed: frozenset[str]
     entropy: float = math.nan
     recent: Mapping[str, Mean] = field(default_factory=dict)
-    expected: Mapping[str, Outlook] = field(default_factory=dict)
+    expected: Mapping[str, Forecast] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
     span: OpenSpan | None = None

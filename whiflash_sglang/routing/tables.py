@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
-from whiflash_sglang.routing.fits import MEMORY, Watch, within
+from whiflash_sglang.routing.fits import MEMORY, DriftDetector, within
 from whiflash_sglang.routing.policies import PROBE_ROUNDS
 from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.telemetry.round_clock import PreviousRound
@@ -95,7 +95,7 @@ class Correction:
 
     factor: float = 1.0
     _weight: float = 0.0
-    _watch: Watch = field(default_factory=Watch)
+    _watch: DriftDetector = field(default_factory=DriftDetector)
 
     def add(self, expected: float, seconds: float) -> None:
         """A round that the tables, uncorrected, priced at `expected` took `seconds`."""
@@ -175,7 +175,7 @@ class LookedUpCosts(WorkerCosts):
         self._context = self._verified = 0
         self._behind: dict[str, Mean] = {}
 
-    def facing(self, contexts: Sequence[int]) -> None:
+    def set_contexts(self, contexts: Sequence[int]) -> None:
         self._context = sum(contexts)
 
     def ended(self, previous: PreviousRound) -> None:

@@ -99,14 +99,14 @@ class Lifecycle:
                 if self._quarantine.serves(arm, req.rid):
                     with self._quarantine.guard(arm, req.rid):
                         drafter.finish(row, req.output_ids_through_stop)
-        self._tally.ended(self._controller.lanes[row].counts)
+        self._tally.ended(self._controller.states[row].counts)
         self._forget(row)
-        if not self._controller.lanes:
+        if not self._controller.states:
             self._publisher.flush()
 
     def forget_all(self) -> None:
         """Every slot is free, so nothing that was parked has a home."""
-        for row in list(self._controller.lanes):
+        for row in list(self._controller.states):
             self._forget(row)
 
     def _predicted(self, req: Any) -> Sequence[int] | None:
@@ -119,7 +119,7 @@ class Lifecycle:
         return read.tokens if read is not None and read.tokens else None
 
     def _forget(self, row: int) -> None:
-        rid = self._controller.lanes[row].rid
+        rid = self._controller.states[row].rid
         self._sync.forget(row)
         self._controller.forget(row)
         for arm, drafter in self._drafters.items():

@@ -11,7 +11,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
 from whiflash_sglang.compat.forward import recurrent, sampling
-from whiflash_sglang.core import Done, Lengths, RoundBatch
+from whiflash_sglang.core import Lengths, RoundBatch, RoundResult
 
 __all__ = [
     "BaseSpecWorker",
@@ -84,7 +84,7 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
     )
 
 
-def next_round(batch: Any, requests: RoundBatch, done: Done) -> RoundBatch:
+def next_round(batch: Any, requests: RoundBatch, done: RoundResult) -> RoundBatch:
     """The same requests a round later, in the same step of the scheduler; `batch` follows."""
     lengths = [n + len(tokens) for n, tokens in zip(requests.lengths.most, done.tokens, strict=True)]
     starts = done.results["seq_lens"]
@@ -106,7 +106,7 @@ def next_round(batch: Any, requests: RoundBatch, done: Done) -> RoundBatch:
     )
 
 
-def any_ended(requests: RoundBatch, done: Done) -> bool:
+def any_ended(requests: RoundBatch, done: RoundResult) -> bool:
     """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
     return any(
         left <= len(tokens) or tokens[-1] in sampling.ending_ids(req)
@@ -114,7 +114,7 @@ def any_ended(requests: RoundBatch, done: Done) -> bool:
     )
 
 
-def any_tracked(batch: Any, requests: RoundBatch, done: Done) -> bool:
+def any_tracked(batch: Any, requests: RoundBatch, done: RoundResult) -> bool:
     """Whether `done` kept a state for the tree: the scheduler looks for that at the end of a step's last round."""
     every = recurrent.tracks_every(batch)
     return every is not None and any(
@@ -193,7 +193,7 @@ def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tens
     )
 
 
-def step_result(rounds: Sequence[Done]) -> GenerationBatchResult:
+def step_result(rounds: Sequence[RoundResult]) -> GenerationBatchResult:
     """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count.
 
     Only the last of the rounds may have drafted, so the others have a column each. What is proposed differs from

@@ -1,4 +1,4 @@
-"""`auto` walked through replays: the server's own policy, lanes and assignment, without a server."""
+"""`auto` walked through replays: the server's own policy, states and assignment, without a server."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ from typing import NamedTuple
 from whiflash_sglang import arms
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import route
-from whiflash_sglang.routing.lane import Lane
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
-from whiflash_sglang.routing.signals import Outlook, Signals
+from whiflash_sglang.routing.request_state import RequestState
+from whiflash_sglang.routing.signals import Forecast, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.train.replay.pair import ARMS
 from whiflash_sglang.train.replay.replay import JOINED, LOOKUP, Replay
@@ -110,38 +110,40 @@ def _walk(
     lag: Lag,
 ) -> None:
     """Rounds from the first position of `span` on; where they begin is what `evaluate.walk` comes to as well."""
-    lane = Lane(answer.id, RequestHints())
+    state = RequestState(answer.id, RequestHints())
     position, end = span
     missing: deque[tuple[str, Signals, int, int]] = (
         deque()
     )  # arm, what it was decided on, tokens, where it ended
     while position < end:
         looked = position - sum(one[2] for one in missing) if lag.copies else position
-        outlook: dict[str, Outlook | None] = {
+        forecast: dict[str, Forecast | None] = {
             arm: None
             for arm, replayed in REPLAYED.items()
             if replayed in JOINED.values() and replayed in answer.accepted
         }
         if answer.copies[looked] > 0:
-            outlook[arms.LOOKUP] = Outlook(1 + float(answer.copies[looked]), 1 + int(answer.proposed[looked]))
-        (arm,) = route(policy, [lane], [outlook], costs)
+            forecast[arms.LOOKUP] = Forecast(
+                1 + float(answer.copies[looked]), 1 + int(answer.proposed[looked])
+            )
+        (arm,) = route(policy, [state], [forecast], costs)
         choices[position] = REPLAYED[arm]
         emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
         position += emitted
-        missing.append((arm, lane.decision.signals, emitted, position))
+        missing.append((arm, state.decision.signals, emitted, position))
         if not lag.signals and position < end:
-            _signal(lane, policy, known, position)
+            _signal(state, policy, known, position)
         if len(missing) > lag.rounds:
             arm, decided_on, tokens, ended = missing.popleft()
             policy.observe(arm, decided_on, tokens)
-            lane.committed(arm, [0] * tokens)
+            state.committed(arm, [0] * tokens)
             if lag.signals and ended < end:
-                _signal(lane, policy, known, ended)
+                _signal(state, policy, known, ended)
 
 
-def _signal(lane: Lane, policy: AutoPolicy, known: Known, position: int) -> None:
+def _signal(state: RequestState, policy: AutoPolicy, known: Known, position: int) -> None:
     """What the device read where a round ended."""
     if "entropy" in policy.needs:
-        lane.entropy = known.entropy[position]
+        state.entropy = known.entropy[position]
     if known.predicted:
-        note(lane, known.predicted[position])
+        note(state, known.predicted[position])

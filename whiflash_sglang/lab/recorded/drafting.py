@@ -245,7 +245,7 @@ class ToolsArm:
         drafts, alive = self._copies.look(limit)
         if not self._calls.serves(0):
             return drafts
-        looked = self._calls.outlook(0, len(self._text) - 1, lambda start: self._text[start:], FULL_LENGTH)
+        looked = self._calls.forecast(0, len(self._text) - 1, lambda start: self._text[start:], FULL_LENGTH)
         if sum(alive) >= looked.length - 1:
             found = self._calls.behind(0, drafts, alive, limit, FULL_LENGTH)
             return [*drafts, *(token.token for token in found.tokens)][:limit]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
-from whiflash_sglang.routing.signals import Mean, OpenSpan, Outlook, Signals
+from whiflash_sglang.routing.signals import Forecast, Mean, OpenSpan, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
@@ -35,7 +35,7 @@ class Decision:
 
 
 @dataclass(slots=True)
-class Lane:
+class RequestState:
     """Host-side state of a request, from its prefill to its end. row: of the request table.
 
     entropy, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
@@ -76,12 +76,12 @@ class Lane:
             return None
         return OpenSpan(state.kind, state.prefer, state.pin, dict(state.bias))
 
-    def signals(self, outlook: Mapping[str, Outlook | None]) -> Signals:
-        """What a policy may know; `outlook`: arms that may draft, with what they say of the round or None."""
+    def signals(self, forecast: Mapping[str, Forecast | None]) -> Signals:
+        """What a policy may know; `forecast`: arms that may draft, with what they say of the round or None."""
         span = self.span
-        known = {arm: expected for arm, expected in outlook.items() if expected is not None}
+        known = {arm: expected for arm, expected in forecast.items() if expected is not None}
         return Signals(
-            allowed=frozenset(outlook),
+            allowed=frozenset(forecast),
             entropy=self.entropy,
             recent=self.recent_by_kind.get(span.kind if span else None, {}),
             expected=known,
@@ -95,9 +95,9 @@ class Lane:
             dwell=self.dwell,
         )
 
-    def score(self, policy: Policy, outlook: Mapping[str, Outlook | None]) -> Scores:
+    def score(self, policy: Policy, forecast: Mapping[str, Forecast | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
-        signals = self.signals(outlook)
+        signals = self.signals(forecast)
         hinted = apply_hints(
             policy.score(signals),
             signals.span,
