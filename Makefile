@@ -10,7 +10,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test evidence mutation soak upstream-kits fuzz audit check format docs prometheus site dist bench bench-several gpu gpu-evidence clean
+.PHONY: help install demo test fast evidence mutation soak upstream-kits fuzz audit check format docs prometheus site dist bench bench-several gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -44,6 +44,9 @@ demo: .venv/.for-demo ## Start the server on the embedded model, ask it two ques
 # Two processes, each of which runs whole files: what a file starts (a server, an engine) it starts once.
 test: install ## All tests with seeded samples (a quarter of an hour on 2 quiet cores)
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fast: install ## Tests that need neither SGLang nor a server
+	$(RUN) pytest -n 2 --dist loadfile --fast -q
 
 evidence: install ## The full matrices; resumable; results go to results/evidence/
 	$(RUN) pytest --evidence -m evidence

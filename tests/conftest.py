@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -42,8 +43,24 @@ LONGEST = (
 last is waited for by all others. Only the time of a whole run depends on this list."""
 
 
+STARTS_PROCESSES = ("import subprocess", "from engine import", "from server_host import", "CliRunner")
+NOT_FAST = ("tests/routing/test_hinted.py", "tests/routing/test_slow_moments.py")
+"""Simulations of thousands of rounds, and whatever starts processes: `make fast` leaves them out."""
+
+
+class NoSGLang:
+    """Skips what imports SGLang, which takes half a minute."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        """As of `importlib.abc.MetaPathFinder`."""
+        if name.partition(".")[0] == "sglang":
+            pytest.skip("imports SGLang", allow_module_level=True)
+
+
 @pytest.fixture(scope="session")
-def host() -> Iterator[ServerHost]:
+def host(request: pytest.FixtureRequest) -> Iterator[ServerHost]:
+    if request.config.getoption("--fast"):
+        pytest.skip("starts a server")
     with ServerHost() as running:
         yield running
 
@@ -52,6 +69,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--evidence", action="store_true", help="run the full matrices and write results/evidence/"
     )
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="run what needs neither SGLang nor a server, with few examples each",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        sys.meta_path.insert(0, NoSGLang())  # type: ignore[arg-type]
+        hypothesis.settings.register_profile("fast", max_examples=10)
+        hypothesis.settings.load_profile("fast")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not config.getoption("--fast") or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text("utf-8")
+    name = str(collection_path.relative_to(config.rootpath))
+    return name in NOT_FAST or any(word in text for word in STARTS_PROCESSES) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

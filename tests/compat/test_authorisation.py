@@ -13,7 +13,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.compat.http.routes import install
+from whiflash_sglang.compat.http import routes as http_routes
 from whiflash_sglang.compat.launch import keys
 from whiflash_sglang.config import Flags, resolve
 
@@ -90,7 +90,7 @@ def routes() -> list[tuple[str, str]]:
     arguments = SimpleNamespace(
         _whiflash=resolve(Flags(), embedded_bundle()), served_model_name="tiny", model_path="tiny"
     )
-    install(arguments)
+    http_routes.install(arguments)
     every = [*http_server.app.routes, *v1_loads.router.routes, *elastic_ep.router.routes]
     found = [(m, r.path) for r in every for m in sorted(getattr(r, "methods", None) or ())]
     assert len(found) > 100
@@ -163,8 +163,8 @@ def test_the_state_names_agents_to_operators_alone(
         return [{"replica": n, "costs": {}, "lookup": {"scopes": dict(scopes)}} for n in range(replicas)]
 
     serving(monkeypatch, admin_api_key=admin)
-    monkeypatch.setattr(routes, "_states", states)
-    told = asyncio.run(routes._state()).body.decode()
+    monkeypatch.setattr(http_routes, "_states", states)
+    told = asyncio.run(http_routes._state()).body.decode()
     assert told.count("tokens") == (replicas + 1 if replicas > 1 else 1)
     assert told.count("planner") == (0 if admin is None else told.count("tokens"))
 
