@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 from rich.console import Console
 from whiflash_sdk.trace import Trace
 
-from whiflash_sglang.cli.demo import QUESTIONS, Answer, show, write_picture
 from whiflash_sglang.equality import Comparison, Verdict
+from whiflash_sglang.lab.demo import QUESTIONS, Answer, show, write_picture
 
 ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
 TRACE = Trace.model_validate(

@@ -25,10 +25,10 @@ from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.cli.demo import recording, write_recorded
-from whiflash_sglang.cli.top import Watch, Watched, screen
 from whiflash_sglang.embedded import TARGET_NAME, ensure_target
 from whiflash_sglang.embedded.serving import COMPACT_JSON, STRICT_TOOLS
+from whiflash_sglang.lab.demo import recording, write_recorded
+from whiflash_sglang.lab.top import Watch, Watched, screen
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 QUESTION = "Find a flight from Paris to Rome on 2026-05-01 for two passengers."

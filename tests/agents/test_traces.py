@@ -20,9 +20,9 @@ from sse import ask, comparable
 from tiny_models import SPECIAL_TOKENS, tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sdk import Trace, routing, wrap
 
-from whiflash_sglang.cli.top import Watch, Watched, screen
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.jsonl import parse_json_lines
+from whiflash_sglang.lab.top import Watch, Watched, screen
 
 pytestmark = pytest.mark.server
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.lab.bench.arms import Subject, build_subject
+from whiflash_sglang.lab.bench.arms import Subject
 from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.recorded import (
@@ -31,6 +31,7 @@ from whiflash_sglang.lab.bench.recorded import (
     talks_of,
 )
 from whiflash_sglang.lab.bench.recorded_run import measure, start
+from whiflash_sglang.lab.bench.subject import build_subject
 from whiflash_sglang.lab.recorded.benchmark import renderer_of
 from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
 from whiflash_sglang.lab.recorded.files import read_recorded

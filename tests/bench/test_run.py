@@ -12,13 +12,14 @@ from server_host import Forked, ServerHost
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.lab.bench.arms import build_arms, build_subject
+from whiflash_sglang.lab.bench.arms import build_arms
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.markdown import render
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.report import Report
 from whiflash_sglang.lab.bench.runner import Plan, Runner
+from whiflash_sglang.lab.bench.subject import build_subject
 
 pytestmark = pytest.mark.server
 

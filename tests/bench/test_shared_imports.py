@@ -12,7 +12,7 @@ from typing import Any, Self
 import pytest
 from rich.console import Console
 
-from whiflash_sglang.cli import demo
+from whiflash_sglang.lab import demo
 from whiflash_sglang.lab.bench import command
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.progress import Lines

@@ -8,7 +8,8 @@ from whiflash_sdk import Hints, Span
 from whiflash_sdk import hints as sdk_hints
 
 from whiflash_sglang.spans import hints as server_hints
-from whiflash_sglang.spans.hints import ARMS, KINDS, HintError, SpanHint, infer_spans, parse_hints
+from whiflash_sglang.spans.hints import ARMS, KINDS, HintError, SpanHint, parse_hints
+from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.tracker import SpanTracker
 
 

@@ -117,7 +117,7 @@ def register(app: typer.Typer) -> None:
             raise UsageError("--scaling measures the arm auto while all servers are up: drop --no-interleave")
         if restart and not interleave:
             raise UsageError("--restart is for interleaved runs: drop --no-interleave")
-        from whiflash_sglang.lab.bench.arms import build_subject
+        from whiflash_sglang.lab.bench.subject import build_subject
 
         chosen = sample(load_prompts(prompts or str(shipped())), scale.per_category)
         outputs = Outputs(as_json, out, markdown, plots)

@@ -12,10 +12,7 @@ it is decoded, and decoding stops at the first object too many.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar, get_args
-
-from whiflash_sdk.presets import likely_spans
 
 Word = TypeVar("Word", bound=str)
 
@@ -370,31 +367,3 @@ def _bias(field: str, value: object) -> Bias:
             raise HintError(f"{field}.{arm}", f"must lie between {-MAX_BIAS:g} and {MAX_BIAS:g}")
         pairs.append((arm, float(amount)))
     return tuple(pairs)
-
-
-@lru_cache(maxsize=256)
-def infer_spans(
-    tool_parser: str | None,
-    reasoning_parser: str | None,
-    has_tools: bool,
-    response_format: str | None,
-    forced: bool,
-    reasoning_open: bool | None = None,
-) -> RequestHints:
-    """Default hints; parser names that are not known add no spans of their own.
-
-    tool_parser, reasoning_parser: `--tool-call-parser` and `--reasoning-parser` of the server.
-    has_tools: the request offers tools and its `tool_choice` is not `none`.
-    response_format: the request's `response_format.type`, or None.
-    forced: `tool_choice` is `required` or names a function, so the grammar starts inside the call.
-    reasoning_open: the rendered prompt ends inside the reasoning; None takes the parser's habit.
-    """
-    spans = likely_spans(
-        tool_parser=tool_parser,
-        reasoning_parser=reasoning_parser,
-        has_tools=has_tools,
-        response_format=response_format,
-        forced=forced,
-        reasoning_open=reasoning_open,
-    )
-    return RequestHints(spans=tuple(SpanHint(s.kind, s.begin, s.end, s.open) for s in spans))

@@ -12,7 +12,8 @@ from whiflash_sglang.compat.carried import asks_for_ours, settings_of
 from whiflash_sglang.compat.patching import replace
 from whiflash_sglang.spans.carrier import Own, add_body_scope, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
-from whiflash_sglang.spans.hints import INFERRED_KEY, TOOLS_KEY, HintError, SpanHint, infer_spans
+from whiflash_sglang.spans.hints import INFERRED_KEY, TOOLS_KEY, HintError, SpanHint
+from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
 from whiflash_sglang.structure.tools import carried_tools
 

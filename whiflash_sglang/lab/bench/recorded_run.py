@@ -19,7 +19,7 @@ from rich.progress import Progress
 from whiflash_sglang import __version__
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.lab.bench import provenance
-from whiflash_sglang.lab.bench.arms import CPU_KV_TOKENS, Arm, build_subject
+from whiflash_sglang.lab.bench.arms import Arm
 from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
 from whiflash_sglang.lab.bench.command import loads_of, open_fleet, write_whole
 from whiflash_sglang.lab.bench.fleet import Fleet
@@ -33,6 +33,7 @@ from whiflash_sglang.lab.bench.recorded import (
     recorded_tables,
     talks_of,
 )
+from whiflash_sglang.lab.bench.subject import CPU_KV_TOKENS, build_subject
 from whiflash_sglang.lab.recorded.benchmark import renderer_of
 from whiflash_sglang.lab.recorded.files import read_recorded
 from whiflash_sglang.progress import progress

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from whiflash_sglang.spans.hints import infer_spans
+from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.train.replay.pair import ARMS
 from whiflash_sglang.train.replay.replay import Replay

@@ -14,10 +14,10 @@ import httpx
 
 from whiflash_sglang import arms
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.lab.bench.arms import build_subject
 from whiflash_sglang.lab.bench.fleet import launcher
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker
 from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts, shipped
+from whiflash_sglang.lab.bench.subject import build_subject
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.replay.pair import ARMS
 

@@ -16,7 +16,8 @@ from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.spans.hints import RequestHints, infer_spans
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.tools import carried_tools
 

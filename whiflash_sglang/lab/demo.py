@@ -1,0 +1,305 @@
+"""Two real questions to the embedded target: who drafted what, and how fast that was against plain decoding."""
+
+import io
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from whiflash_sdk.hints import Hints
+from whiflash_sdk.render import terminal
+from whiflash_sdk.trace import Trace, routing
+
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
+from whiflash_sglang.embedded import TARGET_NAME, ensure_target
+from whiflash_sglang.embedded.serving import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.serving.server import Server
+from whiflash_sglang.serving.server_host import ServerHost, shares_imports
+
+TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"
+REPEATS = 3
+MAX_TOKENS = 160
+
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather of a city.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the city"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+        },
+    },
+}
+
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "chat": {
+        "messages": [
+            {
+                "role": "user",
+                "content": "Write a Python function that checks whether a number is even.",
+            }
+        ]
+    },
+    "tool call": {
+        "messages": [{"role": "user", "content": "What is the weather in Paris, in celsius?"}],
+        "tools": [WEATHER_TOOL],
+        "tool_choice": "required",
+        # The call is the answer; the grammar would let so small a model invent what the tool said.
+        "stop": ["</tool_call>"],
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question, asked of both servers.
+
+    calls: of tools, as a program would run them. Speeds are medians of interleaved runs, output tokens per second.
+    """
+
+    question: str
+    text: str
+    calls: list[str]
+    trace: Trace
+    plain_tokens_per_s: float
+    whiflash_tokens_per_s: float
+    comparison: Comparison
+
+    @property
+    def speedup(self) -> float:
+        return self.whiflash_tokens_per_s / self.plain_tokens_per_s
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "target": TARGET,
+            "text": self.text,
+            "calls": self.calls,
+            "trace": self.trace.model_dump(),
+            "plain_tokens_per_s": self.plain_tokens_per_s,
+            "whiflash_tokens_per_s": self.whiflash_tokens_per_s,
+            "comparison": asdict(self.comparison),
+        }
+
+
+def run(router: str, log_dir: Path | None, progress: Progress) -> list[Answer]:
+    """Start both servers, as `whiflash serve` starts one, ask every question of both, stop them."""
+    model = ensure_target()
+    common = [*embedded_arguments(set()), "--dtype", "bfloat16", "--max-total-tokens", "16384"]
+    bundle = embedded_bundle()
+    manifest = load_manifest(bundle)  # WHIFLASH reads it by itself; plain decoding has no bundle.
+    common += ["--chat-template", str(bundle / str(manifest.chat_template))]
+    common += ["--tool-call-parser", str(manifest.tool_call_parser)]
+    wanted = {
+        "plain": common,
+        "whiflash": [*common, "--speculative-algorithm", "WHIFLASH", "--whiflash-router", router],
+    }
+    with ExitStack() as stack:
+        plain, ours = _started(wanted, log_dir, progress, stack)
+        task = progress.add_task("asking both servers, in turn", total=len(QUESTIONS) * (REPEATS + 1))
+        answers = [
+            ask(name, question, plain, ours, model, lambda: progress.advance(task))
+            for name, question in QUESTIONS.items()
+        ]
+        progress.remove_task(task)
+    return answers
+
+
+def _started(
+    wanted: Mapping[str, Sequence[str]], log_dir: Path | None, progress: Progress, stack: ExitStack
+) -> list[Server]:
+    """Running servers, in order; `stack` ends them."""
+    host = None
+    if shares_imports():
+        task = progress.add_task("importing SGLang, once for both servers", total=None)
+        host = stack.enter_context(ServerHost())
+        host.wait()
+        progress.remove_task(task)
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    servers = []
+    for name, arguments in wanted.items():
+        task = progress.add_task(f"starting {name}", total=None)
+        log = None if log_dir is None else log_dir / f"{name}.log"
+        server = Server(arguments, host=host, env=STRICT_TOOLS, log=log)
+        servers.append(stack.enter_context(server))
+        progress.remove_task(task)
+    return servers
+
+
+def ask(
+    name: str,
+    question: dict[str, Any],
+    plain: Server,
+    ours: Server,
+    model: Path,
+    on_step: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Warm up, compare, then time both servers in turn."""
+    request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
+    clients = {
+        server: OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+        for server in (plain, ours)
+    }
+    asked = {"return_output_ids_in_sglext": True, "return_input_ids_in_sglext": True, "no_stop_trim": True}
+    reference = clients[plain].chat.completions.create(
+        **request, logprobs=True, top_logprobs=2, extra_body=asked
+    )
+    answer = clients[ours].chat.completions.create(
+        **request, extra_body={**asked, **Hints(trace="full").extra_body()}
+    )
+    trace = routing(answer)
+    if trace is None:
+        raise WhiflashError("the server's answer carries no routing trace")
+    plain_ids, our_ids = _output_ids(reference), _output_ids(answer)
+    comparison = compare(plain_ids, our_ids, _top_two(reference, model), "bfloat16")
+    on_step()
+    seconds: dict[Server, list[float]] = {plain: [], ours: []}
+    for _ in range(REPEATS):
+        for server in (plain, ours):
+            began = time.perf_counter()
+            clients[server].chat.completions.create(**request)
+            seconds[server].append(time.perf_counter() - began)
+        on_step()
+    speeds = [len(plain_ids) / sorted(seconds[server])[REPEATS // 2] for server in (plain, ours)]
+    message = answer.choices[0].message
+    calls = [f"{call.function.name}({call.function.arguments})" for call in message.tool_calls or ()]
+    return Answer(name, message.content or "", calls, trace, speeds[0], speeds[1], comparison)
+
+
+def _output_ids(response: Any) -> list[int]:
+    return list(response.sglext["output_ids"][0])
+
+
+def _top_two(reference: Any, model: Path) -> Callable[[int], TopTwo]:
+    """Plain decoding's own gap from its log-probabilities; the logit's size, which a log-probability lacks, from a
+    forward of the same weights."""
+
+    def at(position: int) -> TopTwo:
+        import torch
+
+        from whiflash_sglang.models.target import TargetModel, causal_attention
+
+        first, second = reference.choices[0].logprobs.content[position].top_logprobs[:2]
+        tokens = [*reference.sglext["input_ids"], *_output_ids(reference)[:position]]
+        target = TargetModel(model, device=torch.device("cpu"), dtype=torch.bfloat16)
+        ids, positions = torch.tensor(tokens), torch.arange(len(tokens))
+        attend = causal_attention(len(ids), target.device, target.dtype)
+        final = target.forward(ids, positions, attend, ()).final
+        return TopTwo(float(target.logits(final[-1]).max()), first.logprob - second.logprob)
+
+    return at
+
+
+def judge(answers: list[Answer]) -> None:
+    """Raise WhiflashError when an answer differs from plain decoding's."""
+    different = [a.question for a in answers if a.comparison.verdict is Verdict.DIFFERENT]
+    if different:
+        raise WhiflashError(f"answers differ from plain decoding's: {', '.join(different)}")
+
+
+PICTURE_WIDTH = 100
+"""Columns."""
+_FONTS = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+
+
+def show(answers: Sequence[Answer], console: Console) -> None:
+    """Answers and tables; where `console` has no colours, drafters' names stand before their text."""
+    console.print(f"Target: {TARGET}")
+    _show_answers(answers, console)
+    console.print(_speeds(answers))
+    console.print(_drafters(answers))
+    ties = sum(a.comparison.verdict is Verdict.TIE for a in answers)
+    console.print(
+        f"{len(answers)} answers compared with plain decoding, {ties} ties (rounding decided between two tokens)."
+    )
+
+
+def write_picture(answers: Sequence[Answer], path: Path) -> None:
+    """The answers and their speeds, as an SVG file that loads nothing."""
+    console = recording(PICTURE_WIDTH)
+    _show_answers(answers, console)
+    console.print(_speeds(answers))
+    write_recorded(console, "demo", path)
+
+
+def recording(width: int) -> Console:
+    """A terminal of so many columns that nobody sees, for `write_recorded`."""
+    return Console(
+        file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor"
+    )
+
+
+def write_recorded(console: Console, command: str, path: Path) -> None:
+    """What was printed, as an SVG file that loads nothing, titled `whiflash COMMAND`."""
+    drawn = console.export_svg(title=f"whiflash {command}", unique_id=command)
+    # Rich names a font from the web, which pages that show pictures do not let them load.
+    drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
+    path.write_text(drawn.replace("Fira Code, monospace", _FONTS), encoding="utf-8")
+
+
+def _show_answers(answers: Sequence[Answer], console: Console) -> None:
+    colour = console.color_system is not None and not console.no_color
+    for answer in answers:
+        console.rule(f"[bold]{answer.question}[/]")
+        # The trace clocks one answer, the table repeated ones beside plain decoding: only the table shows speeds.
+        trace = answer.trace.model_copy(update={"seconds": None, "gain": None})
+        said = terminal(trace, answer.text, title=answer.question, colour=colour)
+        console.print(Text.from_ansi(said))
+        for call in answer.calls:
+            console.print(f"call: {call}\n", markup=False, highlight=False)
+
+
+def _speeds(answers: Sequence[Answer]) -> Table:
+    table = Table(title="Against plain decoding, interleaved in this run (output tokens per second, medians)")
+    for column in ("question", "plain", "WHIFLASH", "ratio", "acceptance length", "switches", "answer"):
+        table.add_column(column, justify="left" if column in ("question", "answer") else "right")
+    for a in answers:
+        table.add_row(
+            a.question,
+            f"{a.plain_tokens_per_s:.1f}",
+            f"{a.whiflash_tokens_per_s:.1f}",
+            f"{a.speedup:.2f}",
+            f"{a.trace.acceptance_length:.2f}",
+            str(a.trace.switches),
+            _verdict(a.comparison),
+        )
+    return table
+
+
+def _drafters(answers: Sequence[Answer]) -> Table:
+    table = Table(title="Acceptance length per drafter (tokens per target forward, bonus token included)")
+    for column in ("drafter", "rounds", "tokens", "acceptance length"):
+        table.add_column(column, justify="left" if column == "drafter" else "right")
+    totals: dict[str, list[int]] = {}
+    for a in answers:
+        for arm, total in a.trace.arms.items():
+            entry = totals.setdefault(arm, [0, 0])
+            entry[0] += total.rounds
+            entry[1] += total.tokens
+    for arm, (rounds, tokens) in sorted(totals.items()):
+        table.add_row(arm, str(rounds), str(tokens), f"{tokens / rounds:.2f}")
+    return table
+
+
+def _verdict(comparison: Comparison) -> str:
+    if comparison.verdict is Verdict.IDENTICAL:
+        return "identical"
+    gap = "" if comparison.top_two is None else f", gap {comparison.top_two.gap:.3f}"
+    return f"{comparison.verdict.value} at token {comparison.position}{gap}"

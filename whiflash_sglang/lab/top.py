@@ -1,0 +1,277 @@
+"""States of servers, read over HTTP, and happenings between two of them, as tables of a terminal."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from whiflash_sdk.render.aligned import printable
+
+from whiflash_sglang.errors import WhiflashError
+
+_COLOURS = {
+    "ar": "blue",
+    "diffusion": "yellow",
+    "lookup": "green",
+    "structure": "cyan",
+    "none": "bright_black",
+}
+
+
+def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """All servers as `Watch.look` found them, one below the other."""
+    return Group(*map(_server, records))
+
+
+def _server(found: Mapping[str, Any]) -> RenderableType:
+    if "error" in found:
+        return Panel(
+            Text(printable(found["error"])),
+            title=_plain(found["url"]),
+            border_style="red",
+            title_align="left",
+        )
+    state, now, total = found["state"], found["now"] or {}, found["total"]
+    title = f"[bold]{_plain(found['model'])}[/] {_plain(found['url'])}"
+    lines: list[RenderableType] = [_headline(state, now, total)]
+    if "arms" in total:
+        lines += ["", _arms(state, now, total), ""]
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(style="dim", width=8)
+    for name, words in _facts(state, total):
+        facts.add_row(name, Text(printable(words)))
+    lines.append(facts)
+    return Panel(Group(*lines), title=title, title_align="left")
+
+
+def _headline(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]) -> RenderableType:
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    cells = {
+        "policy": str(state.get("policy", "")),
+        "running": str(state.get("requests", "")),
+        "tokens a second": _both(now, total, "tokens_per_second", "{:.1f}"),
+        "tokens a round": _both(now, total, "acceptance_length", "{:.2f}"),
+        "gain": _both(now, total, "gain", "{:.2f}×"),
+        "switches a second": _both(now, total, "switches_per_second", "{:.1f}"),
+        "tokens": f"{state.get('tokens', 0):,}",
+    }
+    for name in cells:
+        table.add_column(name)
+    table.add_row(*map(_plain, cells.values()))
+    return table
+
+
+def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]) -> RenderableType:
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for name in ("drafter", "share", "", "tokens a round", "drafts accepted", "a draft costs"):
+        table.add_column(name, justify="left" if name in ("drafter", "") else "right")
+    lately, drafts = now.get("arms") or {}, (state.get("costs") or {}).get("draft") or {}
+    for arm, always in sorted(total["arms"].items(), key=lambda entry: -(entry[1]["share"] or 0)):
+        recent = lately.get(arm) or {}
+        share = recent.get("share") if recent.get("share") is not None else always["share"]
+        colour = _COLOURS.get(arm, "magenta")
+        table.add_row(
+            Text(printable(arm), style=colour),
+            _both(recent, always, "share", "{:.0%}"),
+            Text("█" * round(20 * (share or 0)), style=colour),
+            _both(recent, always, "acceptance_length", "{:.2f}"),
+            _both(recent, always, "drafts_accepted", "{:.0%}"),
+            _milliseconds(drafts[arm]) if drafts.get(arm) else "",
+        )
+    return table
+
+
+def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if out := state.get("quarantined"):
+        yield "out", " · ".join(f"{arm} is quarantined: {reason}" for arm, reason in sorted(out.items()))
+    reasons = {reason: share for reason, share in (total.get("reasons") or {}).items() if share}
+    if reasons:
+        ordered = sorted(reasons.items(), key=lambda entry: -entry[1])
+        yield "reasons", " · ".join(f"{reason} {share:.0%}" for reason, share in ordered)
+    costs = state.get("costs") or {}
+    named = {
+        "verify": "a plain round of one request",
+        "verify_draft": "one more draft verified",
+        "verify_request": "one more request",
+        "between": "between rounds",
+    }
+    told = [f"{_milliseconds(costs[name])} {meaning}" for name, meaning in named.items() if costs.get(name)]
+    if told:
+        yield "costs", " · ".join(told)
+    if memory := state.get("memory"):
+        held = sorted(memory.items(), key=lambda entry: -entry[1])
+        yield "memory", " · ".join(f"{scope.replace('_', ' ')} {_bytes(size)}" for scope, size in held)
+    if replicas := state.get("replicas"):
+        parts = (f"{one['replica']}: {one['requests']} running, {one['tokens']} tokens" for one in replicas)
+        yield "replicas", " · ".join(parts)
+
+
+def _both(now: Mapping[str, Any], total: Mapping[str, Any], name: str, form: str) -> str:
+    """What was last, and in brackets what was in all."""
+    lately, always = now.get(name), total.get(name)
+    if always is None:
+        return "–"
+    return f"{'–' if lately is None else form.format(lately)} ({form.format(always)})"
+
+
+def _plain(text: str) -> str:
+    """What a server says, as text: neither markup nor a terminal's commands."""
+    return escape(printable(text))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+TIMEOUT = 5.0
+"""Seconds until a server that does not answer counts as gone."""
+
+
+class ServerUnreadableError(WhiflashError):
+    """A server does not tell its state; the message names it and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A server's state (`GET /whiflash/state`) at `at`, in seconds of a clock that does not jump."""
+
+    at: float
+    state: Mapping[str, Any]
+
+
+class Watched:
+    """One server. url: of its root. model: what it serves, known from the first reading on."""
+
+    def __init__(self, url: str, client: httpx.Client) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model = ""
+        self._client = client
+
+    def read(self) -> Reading:
+        """Its state now. Raises: ServerUnreadableError."""
+        if not self.model:
+            self.model = str(self._get("/whiflash/capabilities").get("model", ""))
+        state = self._get("/whiflash/state")
+        return Reading(time.monotonic(), state)
+
+    def _get(self, path: str) -> Mapping[str, Any]:
+        try:
+            answer = self._client.get(f"{self.url}{path}")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerUnreadableError(f"{self.url} does not answer: {error}") from None
+        if answer.status_code in (401, 403):
+            raise ServerUnreadableError(
+                f"{self.url} wants a key for {path}: --api-key, or WHIFLASH_API_KEY in the environment"
+            )
+        if answer.status_code == 404:
+            raise ServerUnreadableError(
+                f"{self.url} has no {path}: it is no SGLang server with --speculative-algorithm WHIFLASH"
+            )
+        try:
+            found = answer.json() if answer.status_code == 200 else None
+        except ValueError:
+            found = None
+        if not isinstance(found, Mapping):
+            raise ServerUnreadableError(f"{self.url}{path} answers {answer.status_code}, not what it should")
+        return found
+
+
+class Watch:
+    """Several servers, read together, each against its last reading."""
+
+    def __init__(self, servers: Sequence[Watched]) -> None:
+        self._servers = servers
+        self._before: list[Reading | None] = [None] * len(servers)
+
+    def look(self) -> list[dict[str, Any]]:
+        """Of each server `url` and `error`, or `model`, `state`, and `figures` since the last look and the start."""
+
+        def read(server: Watched) -> Reading | ServerUnreadableError:
+            try:
+                return server.read()
+            except ServerUnreadableError as error:
+                return error
+
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            found = list(pool.map(read, self._servers))
+        told: list[dict[str, Any]] = []
+        for place, (server, now) in enumerate(zip(self._servers, found, strict=True)):
+            if isinstance(now, ServerUnreadableError):
+                told.append({"url": server.url, "error": str(now)})
+                continue
+            # Seconds of rounds, not of the clock on the wall: a server that waits for requests is not slow.
+            total = figures(now.state, now.state.get("round_seconds", 0))
+            lately = since(self._before[place], now)
+            told.append(
+                {"url": server.url, "model": server.model, "state": now.state, "now": lately, "total": total}
+            )
+            self._before[place] = now
+        return told
+
+
+def since(before: Reading | None, after: Reading) -> dict[str, Any] | None:
+    """What happened between two readings (`figures`), with its `seconds`; None where the server began anew."""
+    if before is None or after.state.get("rounds", 0) < before.state.get("rounds", 0):
+        return None
+    seconds = after.at - before.at
+    if seconds <= 0:
+        return None
+    return {"seconds": seconds, **figures(_less(after.state, before.state), seconds)}
+
+
+def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Rates and shares of what a state counts; None where nothing happened, nothing where the server does not tell.
+
+    counts: a state's, of some time. seconds: how long that was.
+    """
+    tokens, by_arm = counts.get("tokens", 0), counts.get("by_arm") or {}
+    rounds = sum(arm["rounds"] for arm in by_arm.values())
+    made = sum(arm["tokens"] for arm in by_arm.values())
+    found: dict[str, Any] = {
+        "tokens_per_second": _ratio(tokens, seconds),
+        "switches_per_second": _ratio(counts.get("switches", 0), seconds),
+    }
+    if by_arm:
+        found["acceptance_length"] = _ratio(made, rounds)
+        found["arms"] = {
+            arm: {
+                "share": _ratio(one["tokens"], made),
+                "acceptance_length": _ratio(one["tokens"], one["rounds"]),
+                "drafts_accepted": _ratio(one["accepted"], one["proposed"]),
+            }
+            for arm, one in by_arm.items()
+        }
+    if "plain_seconds" in counts:
+        found["gain"] = _ratio(counts["plain_seconds"], counts.get("timed_seconds", 0))
+    if reasons := counts.get("reasons"):
+        found["reasons"] = {reason: _ratio(count, sum(reasons.values())) for reason, count in reasons.items()}
+    return found
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
+
+
+def _less(after: Any, before: Any) -> Any:
+    """Numbers of `after` less those of `before`, also those inside; what is no number as it is."""
+    if isinstance(after, Mapping):
+        known = before if isinstance(before, Mapping) else {}
+        return {key: _less(value, known.get(key, 0)) for key, value in after.items()}
+    if isinstance(after, int | float) and isinstance(before, int | float):
+        return after - before
+    return after
