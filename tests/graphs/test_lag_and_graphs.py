@@ -130,7 +130,7 @@ def states_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         if batch.return_hidden_states:
             verified.output.hidden_states = verified.final_hidden[: len(batch.reqs) * stride]
 
-    monkeypatch.setattr(worker.records, "attach", attach)
+    monkeypatch.setattr(worker.overlap, "attach", attach)
 
 
 FAULTS = [record_in_one_place, results_of_the_graph, states_of_the_graph]
