@@ -10,10 +10,11 @@ from transformers import Trainer
 from whiflash_kernels import router_mlp
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.lab.judging.evaluation import router_choices
+from whiflash_sglang.lab.judging.evaluation import deltas_of
 from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 from whiflash_sglang.train.config import RouterTraining
 from whiflash_sglang.train.replay.replay import Replay
+from whiflash_sglang.train.replay.walk import choices_above
 from whiflash_sglang.train.router.regression import (
     RouterData,
     calibration_bins,
@@ -181,8 +182,9 @@ def test_data_and_choices_follow_the_replay() -> None:
     with torch.no_grad():
         router.second.weight.zero_()
         router.second.bias.fill_(0.4)
-    assert set(router_choices(router, one, 0.5).values()) == {"dflash"}
-    assert set(router_choices(router, one, 0.3).values()) == {"eagle3"}
+    (deltas,) = deltas_of(router, [one])
+    assert set(choices_above(deltas, 0.5).values()) == {"dflash"}
+    assert set(choices_above(deltas, 0.3).values()) == {"eagle3"}
 
 
 def test_both_confidences_beside_the_state() -> None:

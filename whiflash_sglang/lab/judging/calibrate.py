@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from whiflash_sglang.lab.judging.round_costs import RoundSeconds
 from whiflash_sglang.train.replay.pair import ARMS
 from whiflash_sglang.train.replay.replay import Replay
-from whiflash_sglang.train.replay.walk import Choices, Tally, walk
+from whiflash_sglang.train.replay.walk import Choices, Tally, choices_above, walk
 
 GRID = 41
 PLATEAU = 0.002
@@ -75,12 +75,6 @@ def frame(answers: Sequence[Replay], seconds: RoundSeconds) -> Frame:
         best = _rate(answers, [_by_gain(answer, seconds, best, max) for answer in answers], seconds)
         worst = _rate(answers, [_by_gain(answer, seconds, worst, min) for answer in answers], seconds)
     return Frame(static["eagle3"], static["dflash"], best, worst)
-
-
-def choices_above(signal: Signal, threshold: float) -> dict[int, str]:
-    """EAGLE-3 where the signal exceeds the threshold, else DFlash."""
-    eagle3, dflash = ARMS
-    return {i: eagle3 if above else dflash for i, above in enumerate((signal > threshold).tolist())}
 
 
 def _by_gain(

@@ -11,11 +11,10 @@ from rich.console import Console
 
 from whiflash_sglang.checkpoints.manifest import NAMES, check_arms, load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.judging.calibrate import choices_above, frame, sweep
+from whiflash_sglang.lab.judging.calibrate import frame, sweep
 from whiflash_sglang.lab.judging.evaluation import (
     EvaluationSettings,
     answer_and_replay,
-    entropies,
     load_router,
 )
 from whiflash_sglang.lab.judging.round_costs import (
@@ -32,9 +31,9 @@ from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.replay.pair import Pair, Parts
 from whiflash_sglang.train.replay.replay import Replay, ReplayLog, replay_answers, replay_name
-from whiflash_sglang.train.replay.walk import RouterWalk, tabulate
+from whiflash_sglang.train.replay.walk import RouterWalk, choices_above, tabulate
 from whiflash_sglang.train.router.regression import is_held_out
-from whiflash_sglang.train.router.run import choose_answers, plot_thresholds
+from whiflash_sglang.train.router.run import choose_answers, entropy_of, plot_thresholds
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,8 @@ def calibrate_bundle(
         choice is worth in acceptance length.
     """
     manifest = load_manifest(bundle)
-    entropy = [entropies(answer, target).double().clamp(min=0).cpu().numpy() for answer in answers]
+    head = target.model.head
+    entropy = [entropy_of(answer.final, head).double().clamp(min=0).numpy() for answer in answers]
     dwell = manifest.entropy.min_dwell
     curves = {"entropy": sweep(answers, entropy, seconds, lowest=0.0, min_dwell=dwell)}
     signals, dwells = {"entropy": entropy}, {"entropy": dwell}

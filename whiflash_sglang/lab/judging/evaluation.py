@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 
 from whiflash_sglang.checkpoints.fit import block_size_of
@@ -25,16 +24,18 @@ from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_emb
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware, Slots
-from whiflash_sglang.train.replay.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.replay.pair import Pair, Parts
 from whiflash_sglang.train.replay.replay import Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.replay.walk import (
     LOOP,
     ORACLE,
     ORACLE_OF_THREE,
     RouterWalk,
+    choices_above,
     copy_rule,
     tabulate,
 )
+from whiflash_sglang.train.router.run import entropy_of
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,8 @@ def bundle_signals(bundle: Path, done: AnsweredBundle, eagle_steps: int) -> dict
     manifest = load_manifest(bundle)
     deltas = None
     if manifest.router is not None:
-        router = load_router(bundle, done.target)
-        with torch.inference_mode():
-            deltas = [router(answer.final).tolist() for answer in done.answers]
-    nats = [entropies(answer, done.target).tolist() for answer in done.answers]
+        deltas = deltas_of(load_router(bundle, done.target), done.answers)
+    nats = [entropy_of(answer.final, done.target.model.head).tolist() for answer in done.answers]
     longest = max(eagle_steps, block_size_of(member(bundle, manifest, "dflash"), None) - 1)
     return signals_of(done.answers, nats, deltas, longest)
 
@@ -185,15 +184,16 @@ def routers_of(
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
-    nats = [entropies(answer, target).tolist() for answer in answers]
+    nats = [entropy_of(answer.final, target.model.head).tolist() for answer in answers]
     walks = {}
     if len(manifest.drafters) == 2:
-        walks["entropy"] = RouterWalk([entropy_choices(one, tau) for one in nats], dwell)
+        walks["entropy"] = RouterWalk([choices_above(one, tau) for one in nats], dwell)
     router = None
     if manifest.router is not None:
         router = load_router(bundle, target)
         threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
-        walks["neural"] = RouterWalk([router_choices(router, one, threshold) for one in answers], dwell)
+        deltas = deltas_of(router, answers)
+        walks["neural"] = RouterWalk([choices_above(one, threshold) for one in deltas], dwell)
     if manifest.eagle3:
         walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
@@ -224,25 +224,9 @@ def load_router(bundle: Path, target: LoadedTarget) -> Router:
 
 
 @torch.inference_mode()
-def router_choices(router: Router, answer: Replay, threshold: float) -> dict[int, str]:
-    """The arm of every position: EAGLE-3 where the predicted ΔAL exceeds `threshold`."""
-    eagle3, dflash = ARMS
-    predicted = router(answer.final).tolist()
-    return {position: eagle3 if value > threshold else dflash for position, value in enumerate(predicted)}
-
-
-@torch.inference_mode()
-def entropies(answer: Replay, target: LoadedTarget) -> torch.Tensor:
-    """The target's entropy in nats at the start of every possible round: [P] fp32."""
-    head = target.model.head
-    log = F.linear(answer.final.to(head.dtype), head).float().log_softmax(-1)
-    return -(log.exp() * log).sum(-1)
-
-
-def entropy_choices(entropies: Sequence[float], tau: float) -> dict[int, str]:
-    """The published entropy rule: DFlash up to `tau` nats, EAGLE-3 above. entropies: of every position, in nats."""
-    eagle3, dflash = ARMS
-    return {position: eagle3 if value > tau else dflash for position, value in enumerate(entropies)}
+def deltas_of(router: Router, answers: Sequence[Replay]) -> list[list[float]]:
+    """ΔAL as the router predicts it: [P] for every answer."""
+    return [router(answer.final).tolist() for answer in answers]
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from whiflash_sglang.train.replay.pair import ARMS
 from whiflash_sglang.train.replay.replay import ALL_ARMS, LOOKUP, Replay
@@ -77,6 +78,14 @@ def best_arms(answer: Replay, among: Sequence[str] = ARMS) -> dict[int, str]:
     among = [arm for arm in among if arm in answer.accepted]
     lengths = np.stack([answer.accepted[arm] for arm in among])
     return {position: among[arm] for position, arm in enumerate(lengths.argmax(0).tolist())}
+
+
+def choices_above(values: Sequence[float] | NDArray[np.float64], threshold: float) -> dict[int, str]:
+    """EAGLE-3 where the value of a position exceeds the threshold, else DFlash."""
+    eagle3, dflash = ARMS
+    return {
+        i: eagle3 if above else dflash for i, above in enumerate((np.asarray(values) > threshold).tolist())
+    }
 
 
 def copy_rule(answer: Replay) -> dict[int, str]:

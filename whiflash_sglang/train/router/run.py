@@ -16,9 +16,9 @@ from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import RouterTraining, TrainConfig
 from whiflash_sglang.train.drafters.beginnings import origin_of
 from whiflash_sglang.train.provenance import Provenance, trained_on
-from whiflash_sglang.train.replay.pair import ARMS, Pair, Parts
+from whiflash_sglang.train.replay.pair import Pair, Parts
 from whiflash_sglang.train.replay.replay import Replay, ReplayLog, Source, replay_answers
-from whiflash_sglang.train.replay.walk import RouterWalk, tabulate
+from whiflash_sglang.train.replay.walk import RouterWalk, choices_above, tabulate
 from whiflash_sglang.train.router.regression import (
     Bin,
     RouterData,
@@ -172,6 +172,7 @@ def _with_confidences(
     return _judge(router, parts.held_out, held_out, entropy, confidences=True)
 
 
+@torch.inference_mode()
 def _judge(
     router: Router,
     answers: Sequence[Replay],
@@ -181,7 +182,8 @@ def _judge(
 ) -> dict[str, Any]:
     """Quality of the regression, and what routing by it is worth at threshold 0, without dwell."""
     quality = router_quality(router, data, entropy)
-    walks = {"neural": RouterWalk([_choices(router, inputs_of(one, confidences)) for one in answers])}
+    deltas = [router(inputs_of(one, confidences)).tolist() for one in answers]
+    walks = {"neural": RouterWalk([choices_above(one, 0) for one in deltas])}
     figures: Mapping[str, Any] = tabulate(answers, walks)
     keys = ("acceptance_length", "rounds_won", "oracle_gain_share")
     return {
@@ -190,11 +192,6 @@ def _judge(
         "overall": {key: figures["overall"][key] for key in keys},
         "categories": {name: part["acceptance_length"] for name, part in figures["categories"].items()},
     }
-
-
-@torch.inference_mode()
-def _choices(router: Router, inputs: Tensor) -> dict[int, str]:
-    return {i: ARMS[0] if value > 0 else ARMS[1] for i, value in enumerate(router(inputs).tolist())}
 
 
 @torch.inference_mode()
