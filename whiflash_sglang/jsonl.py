@@ -1,4 +1,4 @@
-"""Reading JSON lines: values divided by line feeds, and by nothing else.
+"""Reading JSON lines (values divided by line feeds, and by nothing else), and writing files.
 
 `str.splitlines`, and what HTTP clients call lines, also ends at U+2028, U+0085 and others, which a JSON string may hold
 as they are.
@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import ConfigError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that a killed process leaves it whole, or as it was."""
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:

@@ -1,13 +1,13 @@
 """`whiflash train split` and `audit`: what may be learned from, and what the answers hold."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from whiflash_sglang.cli.options import JsonFlag, report
+from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.train.answers.held_out import USERS
 
 
@@ -34,10 +34,7 @@ def split_command(
 
     rows, evaluated = read_rows(train), read_rows(held_out)
     done = split(rows, evaluated, users)
-    staged = out.with_name(out.name + ".part")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in done.kept)
-    staged.write_text("".join(lines), encoding="utf-8")
-    os.replace(staged, out)
+    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.kept))
     reasons = {f"dropped, {source}, {kind}": count for (source, kind), count in sorted(done.dropped.items())}
     report(
         {

@@ -8,7 +8,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import lines_of
+from whiflash_sglang.jsonl import lines_of, write_whole
 from whiflash_sglang.telemetry.round_clock import STAGES
 
 
@@ -113,9 +113,7 @@ class Journal(Generic[Kept]):
     def begin(self, cells: Iterable[Kept] = ()) -> None:
         """Hold `cells` and nothing else that an earlier run left."""
         lines = [json.dumps({"fingerprint": self._fingerprint}), *(cell.model_dump_json() for cell in cells)]
-        staged = self.path.with_name(self.path.name + ".part")
-        staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        staged.replace(self.path)
+        write_whole(self.path, "\n".join(lines) + "\n")
 
     def append(self, cell: Kept) -> None:
         with self.path.open("a", encoding="utf-8") as lines:

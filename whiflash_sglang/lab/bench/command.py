@@ -11,6 +11,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
+from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, launcher, threads
@@ -134,10 +135,3 @@ def judge(report: Report) -> None:
     problems += [f"{arm}: answers differ from plain decoding's" for arm in differs]
     if problems:
         raise WhiflashError("; ".join(problems))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was."""
-    staged = path.with_name(path.name + ".part")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)

@@ -18,10 +18,11 @@ from rich.progress import Progress
 
 from whiflash_sglang import __version__
 from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.bench import provenance
 from whiflash_sglang.lab.bench.arms import Arm
 from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
-from whiflash_sglang.lab.bench.command import loads_of, open_fleet, write_whole
+from whiflash_sglang.lab.bench.command import loads_of, open_fleet
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.recorded import (
     DEFAULT,

@@ -14,6 +14,7 @@ from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.judging.by_span import by_span, kinds_of
 from whiflash_sglang.lab.judging.calibrate import Signal
 from whiflash_sglang.lab.judging.controlled import Known, Lag, Prices, auto_choices
@@ -293,6 +294,4 @@ def write_picture(result: Mapping[str, Any], path: Path) -> None:
 
 def write_json(result: Mapping[str, Any], path: Path) -> None:
     """Write the result, complete or not at all."""
-    staged = path.with_suffix(".partial")
-    staged.write_text(json.dumps(result, indent=1) + "\n")
-    staged.replace(path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")

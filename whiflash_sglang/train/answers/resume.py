@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.train.answers.store import FeatureStore
 
 RECORD = "run.json"
@@ -26,9 +27,7 @@ def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) ->
     now = _flat(json.loads(json.dumps(facts)))
     if not begun:
         directory.mkdir(parents=True, exist_ok=True)
-        staged = record.with_suffix(".partial")
-        staged.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        staged.replace(record)
+        write_whole(record, json.dumps(now, indent=1) + "\n")
         return
     if not record.exists():
         raise ConfigError(

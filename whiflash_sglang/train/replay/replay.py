@@ -18,7 +18,7 @@ from torch import Tensor
 
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.drafters.lookup import WORTH
-from whiflash_sglang.jsonl import lines_of
+from whiflash_sglang.jsonl import lines_of, write_whole
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.lookup.copier import RULE_MATCH, Copier
 from whiflash_sglang.models.choice import DraftHead, choose
@@ -162,9 +162,7 @@ class ReplayLog:
                 break
             self.known[row["id"]] = Rounds(accepted, expected)
         if len(self.known) < len(lines):
-            staged = self._path.with_suffix(".partial")
-            staged.write_text("".join(_line(name, rounds) for name, rounds in self.known.items()))
-            staged.replace(self._path)
+            write_whole(self._path, "".join(_line(name, rounds) for name, rounds in self.known.items()))
 
     def add(self, name: str, rounds: Rounds) -> None:
         """Append one answer."""
