@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -41,6 +42,19 @@ def replace(owner: Any, attribute: str, build: Callable[[Any], Any]) -> None:
     original = inspect.getattr_static(owner, attribute)
     _replaced[key] = original
     setattr(owner, attribute, build(original))
+
+
+def around(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """For `replace`: `function(original, ...)` is called with what it replaces, and with the call's arguments."""
+
+    def build(original: Any) -> Any:
+        @wraps(original)
+        def replaced(*args: Any, **named: Any) -> Any:
+            return function(original, *args, **named)
+
+        return replaced
+
+    return build
 
 
 def replaced_names() -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """Tensor parallelism: SGLang's own groups and its vocabulary-parallel modules, as this package sees them."""
 
-from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -10,7 +9,7 @@ from sglang.srt.managers.scheduler_components.request_receiver import SchedulerR
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
 
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.device.ranks import DivergedError, Message, Ranks
 from whiflash_sglang.models.choice import Projection, Shard, SharedVocabulary
 
@@ -98,15 +97,12 @@ def _gather(own: torch.Tensor) -> torch.Tensor:
     return found.view(group.world_size, *own.shape)
 
 
-def _expecting_requests(original: Any) -> Any:
-    @wraps(original)
-    def broadcast(self: SchedulerRequestReceiver, *args: Any, **kwargs: Any) -> Any:
-        received = original(self, *args, **kwargs)
-        if any(isinstance(item, Message) for item in received or ()):
-            raise DivergedError(
-                f"rank {get_parallel().tp_rank} of {get_parallel().tp_size} has no request that runs, rank 0 plans a "
-                "round: they do not serve the same requests any more"
-            )
-        return received
-
-    return broadcast
+@around
+def _expecting_requests(original: Any, self: SchedulerRequestReceiver, *args: Any, **kwargs: Any) -> Any:
+    received = original(self, *args, **kwargs)
+    if any(isinstance(item, Message) for item in received or ()):
+        raise DivergedError(
+            f"rank {get_parallel().tp_rank} of {get_parallel().tp_size} has no request that runs, rank 0 plans a "
+            "round: they do not serve the same requests any more"
+        )
+    return received

@@ -8,7 +8,6 @@ alone (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from whiflash_sglang.compat.forward import graphs, recurrent, sampling
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.round.draft import Proposal
@@ -220,17 +219,15 @@ def install() -> None:
     replace(ForwardBatch, "compute_spec_mrope_positions", _of_packed_rows)
 
 
-def _of_packed_rows(original: Any) -> Any:
+@around
+def _of_packed_rows(
+    original: Any, self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any
+) -> None:
     """`mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded behind."""
-
-    @wraps(original)
-    def compute(self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any) -> None:
-        if getattr(batch.spec_info, "ragged_verify_layout", None) is None:
-            original(self, model_runner, batch, *args, **named)
-            return
-        self.mrope_positions = batch.spec_info.positions.to(torch.int64).repeat(3, 1)
-
-    return compute
+    if getattr(batch.spec_info, "ragged_verify_layout", None) is None:
+        original(self, model_runner, batch, *args, **named)
+        return
+    self.mrope_positions = batch.spec_info.positions.to(torch.int64).repeat(3, 1)
 
 
 class VerifyStage:

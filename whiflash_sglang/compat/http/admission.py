@@ -9,7 +9,6 @@ with the answers of everybody. Every route and `Engine` come through here, a bat
 """
 
 from collections.abc import Mapping, Sequence
-from functools import wraps
 from typing import Any
 
 from sglang.srt.managers.embed_types import PositionalEmbeds
@@ -17,7 +16,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from whiflash_sglang.compat.carried import asks_for_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 
 INT32_MAX = 2**31 - 1
 SESSION_FIELDS: dict[str, type] = {"id": str, "rid": str, "offset": int}
@@ -28,22 +27,18 @@ def install() -> None:
     replace(TokenizerManager, "_validate_one_request", _refusing)
 
 
-def _refusing(original: Any) -> Any:
+@around
+def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
     """Raises ValueError, which SGLang answers with 400."""
-
-    @wraps(original)
-    def validate(self: Any, obj: Any, input_ids: Any) -> None:
-        ours = asks_for_ours(self.server_args)
-        if ours and obj.contains_mm_input():
-            raise ValueError(
-                "image_data, video_data and audio_data: WHIFLASH serves text alone, its drafters cannot read them; "
-                "leave them out, or ask a server without WHIFLASH"
-            )
-        original(self, obj, input_ids)
-        if ours and isinstance(obj, GenerateReqInput):
-            check_bounds(obj, input_ids, self.model_config.vocab_size)
-
-    return validate
+    ours = asks_for_ours(self.server_args)
+    if ours and obj.contains_mm_input():
+        raise ValueError(
+            "image_data, video_data and audio_data: WHIFLASH serves text alone, its drafters cannot read them; "
+            "leave them out, or ask a server without WHIFLASH"
+        )
+    original(self, obj, input_ids)
+    if ours and isinstance(obj, GenerateReqInput):
+        check_bounds(obj, input_ids, self.model_config.vocab_size)
 
 
 def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabulary: int) -> None:

@@ -7,7 +7,6 @@ are SGLang's own. In the process that serves HTTP.
 
 import json
 from collections.abc import AsyncIterator, Callable
-from functools import wraps
 from typing import Any
 
 from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
@@ -17,7 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.http import pieces, predictions, traces
 from whiflash_sglang.compat.http.converted import serving_of_responses
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 
 EXTENSION = "sglext"
 PREDICTION = "prediction"
@@ -53,33 +52,29 @@ def extension_of(obj: Any) -> dict[str, Any]:
     return {**found, PREDICTION: counts} if counts else found
 
 
-def _with_extension(original: Any) -> Any:
-    @wraps(original)
-    def convert(self: Any, response: Any) -> Any:
-        converted = original(self, response)
-        found: dict[str, Any] = {}
-        trace = getattr(response.sglext, META_KEY, None)
-        if trace is not None:
-            shown = response.choices[0].message.content or ""
-            found[META_KEY] = {"text": shown, **trace} if "stretches" in trace else trace
-        details = getattr(response.usage, "completion_tokens_details", None)
-        counts = predictions.counts_in(details)
-        if counts:
-            found[PREDICTION] = counts
-        if found:
-            setattr(converted, EXTENSION, found)
-        return converted
-
-    return convert
+@around
+def _with_extension(original: Any, self: Any, response: Any) -> Any:
+    converted = original(self, response)
+    found: dict[str, Any] = {}
+    trace = getattr(response.sglext, META_KEY, None)
+    if trace is not None:
+        shown = response.choices[0].message.content or ""
+        found[META_KEY] = {"text": shown, **trace} if "stretches" in trace else trace
+    details = getattr(response.usage, "completion_tokens_details", None)
+    counts = predictions.counts_in(details)
+    if counts:
+        found[PREDICTION] = counts
+    if found:
+        setattr(converted, EXTENSION, found)
+    return converted
 
 
-def _extending_messages(original: Any) -> Any:
-    @wraps(original)
-    async def stream(self: Any, adapted: Any, *rest: Any, **named: Any) -> AsyncIterator[str]:
-        async for event in original(self, adapted, *rest, **named):
-            yield _extended(event, adapted, lambda data: data if data["type"] == "message_delta" else None)
-
-    return stream
+@around
+async def _extending_messages(
+    original: Any, self: Any, adapted: Any, *rest: Any, **named: Any
+) -> AsyncIterator[str]:
+    async for event in original(self, adapted, *rest, **named):
+        yield _extended(event, adapted, lambda data: data if data["type"] == "message_delta" else None)
 
 
 class _Named:
@@ -92,39 +87,32 @@ class _Named:
         return self._outputs
 
 
-def _naming_request(original: Any) -> Any:
-    @wraps(original)
-    def generate(self: Any, request_id: Any, prompt: Any, adapted: Any, *rest: Any, **named: Any) -> _Named:
-        pieces.mark(adapted)
-        return _Named(original(self, request_id, prompt, adapted, *rest, **named), adapted)
-
-    return generate
-
-
-def _extending_response(original: Any) -> Any:
-    @wraps(original)
-    async def respond(
-        self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
-    ) -> Any:
-        response = await original(self, request, sampling_params, outputs, *rest, **named)
-        found = extension_of(getattr(outputs, "obj", None))
-        if found and isinstance(response, ResponsesResponse):
-            setattr(response, EXTENSION, found)
-        return response
-
-    return respond
+@around
+def _naming_request(
+    original: Any, self: Any, request_id: Any, prompt: Any, adapted: Any, *rest: Any, **named: Any
+) -> _Named:
+    pieces.mark(adapted)
+    return _Named(original(self, request_id, prompt, adapted, *rest, **named), adapted)
 
 
-def _extending_responses(original: Any) -> Any:
-    @wraps(original)
-    async def stream(
-        self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
-    ) -> AsyncIterator[str]:
-        obj = getattr(outputs, "obj", None)
-        async for event in original(self, request, sampling_params, outputs, *rest, **named):
-            yield _extended(event, obj, lambda data: data["response"] if data["type"] in _ENDED else None)
+@around
+async def _extending_response(
+    original: Any, self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
+) -> Any:
+    response = await original(self, request, sampling_params, outputs, *rest, **named)
+    found = extension_of(getattr(outputs, "obj", None))
+    if found and isinstance(response, ResponsesResponse):
+        setattr(response, EXTENSION, found)
+    return response
 
-    return stream
+
+@around
+async def _extending_responses(
+    original: Any, self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
+) -> AsyncIterator[str]:
+    obj = getattr(outputs, "obj", None)
+    async for event in original(self, request, sampling_params, outputs, *rest, **named):
+        yield _extended(event, obj, lambda data: data["response"] if data["type"] in _ENDED else None)
 
 
 def _extended(event: str, obj: Any, place: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:

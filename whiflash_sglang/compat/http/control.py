@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-from functools import wraps
 from typing import Any, get_args
 
 from sglang.srt.managers.io_struct import GetInternalStateReq
@@ -11,7 +10,7 @@ from sglang.srt.managers.scheduler_components.internal_state import SchedulerInt
 from sglang.srt.runtime_context import get_parallel
 
 from whiflash_sglang.compat.carried import is_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import HANDLES
@@ -73,19 +72,16 @@ def state_request() -> GetInternalStateReq:
     return GetInternalStateReq(rid=f"{KEY}.{next(_questions)}")
 
 
-def reporting(original: Any) -> Any:
-    @wraps(original)
-    def get(self: Any, request: Any) -> Any:
-        answer = original(self, request)
-        if is_ours(self.scheduler):
-            replica = get_parallel().dp_rank
-            answer.rid = str(replica or 0)
-            if str(request.rid).startswith(f"{KEY}."):
-                own = self.scheduler.draft_worker.snapshot()
-                answer.internal_state[KEY] = {**own, "replica": replica, "question": request.rid}
-        return answer
-
-    return get
+@around
+def reporting(original: Any, self: Any, request: Any) -> Any:
+    answer = original(self, request)
+    if is_ours(self.scheduler):
+        replica = get_parallel().dp_rank
+        answer.rid = str(replica or 0)
+        if str(request.rid).startswith(f"{KEY}."):
+            own = self.scheduler.draft_worker.snapshot()
+            answer.internal_state[KEY] = {**own, "replica": replica, "question": request.rid}
+    return answer
 
 
 def encode(change: dict[str, Any]) -> dict[str, float]:
@@ -113,31 +109,28 @@ def encode_forget(handle: int | None) -> dict[str, int]:
     return {FORGET: EVERYBODY if handle is None else handle}
 
 
-def _updating(original: Any) -> Any:
-    @wraps(original)
-    def handlers(self: Any) -> dict[str, Any]:
-        found: dict[str, Any] = original(self)
-        if is_ours(self.scheduler):
-            worker = self.scheduler.draft_worker
+@around
+def _updating(original: Any, self: Any) -> dict[str, Any]:
+    found: dict[str, Any] = original(self)
+    if is_ours(self.scheduler):
+        worker = self.scheduler.draft_worker
 
-            def validate(key: str, value: Any) -> None:
-                try:
-                    worker.settings_with(_decoded(key, value))
-                except ConfigError as error:
-                    raise internal_state.UpdateRejected(f"{key}: {error}") from None
+        def validate(key: str, value: Any) -> None:
+            try:
+                worker.settings_with(_decoded(key, value))
+            except ConfigError as error:
+                raise internal_state.UpdateRejected(f"{key}: {error}") from None
 
-            def apply(key: str, value: Any) -> None:
-                worker.reconfigure(_decoded(key, value))
+        def apply(key: str, value: Any) -> None:
+            worker.reconfigure(_decoded(key, value))
 
-            def forget(key: str, value: Any) -> None:
-                worker.forget(None if value == EVERYBODY else value)
+        def forget(key: str, value: Any) -> None:
+            worker.forget(None if value == EVERYBODY else value)
 
-            handler = internal_state._UpdateHandler(validate, apply)
-            found |= {f"{KEY}.{field}": handler for field in PolicyChange.model_fields}
-            found[FORGET] = internal_state._UpdateHandler(_is_handle, forget)
-        return found
-
-    return handlers
+        handler = internal_state._UpdateHandler(validate, apply)
+        found |= {f"{KEY}.{field}": handler for field in PolicyChange.model_fields}
+        found[FORGET] = internal_state._UpdateHandler(_is_handle, forget)
+    return found
 
 
 def _is_handle(key: str, value: Any) -> None:

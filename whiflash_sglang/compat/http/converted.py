@@ -8,7 +8,6 @@ process that serves HTTP.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.http.requests import completed, from_body
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.hints import HintError
 
 _SAID: ContextVar[dict[str, Any] | None] = ContextVar("whiflash_said", default=None)
@@ -67,49 +66,39 @@ async def _said(raw_request: Any) -> dict[str, Any] | None:
     return from_body(params, body)
 
 
-def _reading_messages(original: Any) -> Any:
-    @wraps(original)
-    async def handle_messages(self: Any, request: Any, raw_request: Any) -> Any:
-        if not asks_for_ours(self.openai_serving_chat.tokenizer_manager.server_args):
-            return await original(self, request, raw_request)
-        try:
-            said = await _said(raw_request)
-        except HintError as error:
-            return self._error_response(400, "invalid_request_error", str(error))
-        with _saying(said):
-            return await original(self, request, raw_request)
-
-    return handle_messages
+@around
+async def _reading_messages(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
+    if not asks_for_ours(self.openai_serving_chat.tokenizer_manager.server_args):
+        return await original(self, request, raw_request)
+    try:
+        said = await _said(raw_request)
+    except HintError as error:
+        return self._error_response(400, "invalid_request_error", str(error))
+    with _saying(said):
+        return await original(self, request, raw_request)
 
 
-def _carrying_on(original: Any) -> Any:
+@around
+def _carrying_on(original: Any, self: Any, anthropic_request: Any) -> Any:
     """What was said goes with the chat request that a message becomes, which is validated as every chat request is."""
-
-    @wraps(original)
-    def convert(self: Any, anthropic_request: Any) -> Any:
-        chat_request = original(self, anthropic_request)
-        said = _SAID.get()
-        if said is not None:
-            chat_request.custom_params = said
-        return chat_request
-
-    return convert
+    chat_request = original(self, anthropic_request)
+    said = _SAID.get()
+    if said is not None:
+        chat_request.custom_params = said
+    return chat_request
 
 
-def _reading_responses(original: Any) -> Any:
-    @wraps(original)
-    async def create_responses(self: Any, request: Any, raw_request: Any = None) -> Any:
-        manager = self.tokenizer_manager
-        if raw_request is None or not manager or not asks_for_ours(manager.server_args):
-            return await original(self, request, raw_request)
-        try:
-            said = completed(manager, _as_chat(self, request), await _said(raw_request))
-        except HintError as error:
-            return self.create_error_response(str(error), param=error.field)
-        with _saying(said):
-            return await original(self, request, raw_request)
-
-    return create_responses
+@around
+async def _reading_responses(original: Any, self: Any, request: Any, raw_request: Any = None) -> Any:
+    manager = self.tokenizer_manager
+    if raw_request is None or not manager or not asks_for_ours(manager.server_args):
+        return await original(self, request, raw_request)
+    try:
+        said = completed(manager, _as_chat(self, request), await _said(raw_request))
+    except HintError as error:
+        return self.create_error_response(str(error), param=error.field)
+    with _saying(said):
+        return await original(self, request, raw_request)
 
 
 def _as_chat(serving: Any, request: Any) -> SimpleNamespace:
@@ -128,11 +117,8 @@ def _as_chat(serving: Any, request: Any) -> SimpleNamespace:
     )
 
 
-def _sampling(original: Any) -> Any:
-    @wraps(original)
-    def to_sampling_params(self: Any, *args: Any, **named: Any) -> Any:
-        params = original(self, *args, **named)
-        said = _SAID.get()
-        return params if said is None else {**params, "custom_params": said}
-
-    return to_sampling_params
+@around
+def _sampling(original: Any, self: Any, *args: Any, **named: Any) -> Any:
+    params = original(self, *args, **named)
+    said = _SAID.get()
+    return params if said is None else {**params, "custom_params": said}

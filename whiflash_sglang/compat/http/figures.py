@@ -6,14 +6,13 @@ drafter sets it from request to request: its `cap` figures (the bonus token's ro
 Rows less forwards are the drafts, and the acceptance rates are put on them.
 """
 
-from functools import wraps
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 from sglang.srt.runtime_context import get_spec
 
 from whiflash_sglang.compat.carried import asks_for_ours, is_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 
 
 def install() -> None:
@@ -34,60 +33,48 @@ def accept_rate(accepted: int, proposed: int) -> float:
     return accepted / proposed if proposed else 0.0
 
 
-def _counting_forwards(original: Any) -> Any:
+@around
+def _counting_forwards(
+    original: Any,
+    self: SchedulerMetricsReporter,
+    bs: int,
+    num_correct_drafts: int,
+    num_accept_tokens: int,
+    *args: Any,
+    num_cap_tokens: int = 0,
+    **named: Any,
+) -> None:
     """Upstream counts one forward of every request a step; each forward commits one token that is no draft.
 
     All but the last of a step verify one row of every request.
     """
-
-    @wraps(original)
-    def update(
-        self: SchedulerMetricsReporter,
-        bs: int,
-        num_correct_drafts: int,
-        num_accept_tokens: int,
-        *args: Any,
-        num_cap_tokens: int = 0,
-        **named: Any,
-    ) -> None:
-        if is_ours(self.scheduler):
-            forwards = num_accept_tokens - num_correct_drafts
-            num_cap_tokens += forwards - bs
-            bs = forwards
-        original(
-            self, bs, num_correct_drafts, num_accept_tokens, *args, num_cap_tokens=num_cap_tokens, **named
-        )
-
-    return update
+    if is_ours(self.scheduler):
+        forwards = num_accept_tokens - num_correct_drafts
+        num_cap_tokens += forwards - bs
+        bs = forwards
+    original(self, bs, num_correct_drafts, num_accept_tokens, *args, num_cap_tokens=num_cap_tokens, **named)
 
 
-def _rating_proposals(original: Any) -> Any:
+@around
+def _rating_proposals(original: Any, self: SchedulerMetricsReporter, *args: Any, **named: Any) -> None:
     """Upstream divides accepted drafts by forwards times the widest block, in the middle of its report: the dividend
     is scaled for as long as it takes, so that the quotient is the rate.
     """
-
-    @wraps(original)
-    def report(self: SchedulerMetricsReporter, *args: Any, **named: Any) -> None:
-        if not is_ours(self.scheduler):
-            original(self, *args, **named)
-            return
-        accepted, forwards = self.spec_num_correct_drafts, self.spec_num_forward_ct
-        rate = accept_rate(accepted, self.spec_num_cap_tokens - forwards)
-        self.spec_num_correct_drafts = rate * forwards * (get_spec().speculative_num_draft_tokens - 1)
+    if not is_ours(self.scheduler):
         original(self, *args, **named)
-        if self.spec_num_forward_ct:  # it was not time to report, and counting goes on
-            self.spec_num_correct_drafts = accepted
+        return
+    accepted, forwards = self.spec_num_correct_drafts, self.spec_num_forward_ct
+    rate = accept_rate(accepted, self.spec_num_cap_tokens - forwards)
+    self.spec_num_correct_drafts = rate * forwards * (get_spec().speculative_num_draft_tokens - 1)
+    original(self, *args, **named)
+    if self.spec_num_forward_ct:  # it was not time to report, and counting goes on
+        self.spec_num_correct_drafts = accepted
 
-    return report
 
-
-def _of_an_answer(original: Any) -> Any:
-    @wraps(original)
-    def calculate(self: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
-        original(self, meta_info, recv_obj, i)
-        if asks_for_ours(self.server_args) and "spec_num_proposed_drafts" in meta_info:
-            proposed = recv_obj.spec_num_cap_tokens[i] - recv_obj.spec_verify_ct[i]
-            meta_info["spec_num_proposed_drafts"] = proposed
-            meta_info["spec_accept_rate"] = accept_rate(meta_info["spec_num_correct_drafts"], proposed)
-
-    return calculate
+@around
+def _of_an_answer(original: Any, self: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
+    original(self, meta_info, recv_obj, i)
+    if asks_for_ours(self.server_args) and "spec_num_proposed_drafts" in meta_info:
+        proposed = recv_obj.spec_num_cap_tokens[i] - recv_obj.spec_verify_ct[i]
+        meta_info["spec_num_proposed_drafts"] = proposed
+        meta_info["spec_accept_rate"] = accept_rate(meta_info["spec_num_correct_drafts"], proposed)

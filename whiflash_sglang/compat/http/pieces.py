@@ -7,7 +7,6 @@ serves HTTP.
 
 from collections import deque
 from collections.abc import AsyncIterator
-from functools import wraps
 from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 
 _PARSED = "_whiflash_parsed"
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
@@ -39,21 +38,17 @@ def mark(obj: Any) -> None:
     setattr(obj, _PARSED, True)
 
 
-def _marking(original: Any) -> Any:
+@around
+def _marking(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
     """Chat completions, and Anthropic's Messages, which SGLang serves as chat completions."""
-
-    @wraps(original)
-    def convert(self: Any, request: Any, *rest: Any, **named: Any) -> Any:
-        adapted, request = original(self, request, *rest, **named)
-        if (
-            self._tool_call_parsing_active(request)
-            or (self.reasoning_parser and request.separate_reasoning)
-            or self._encoding_output() is not None
-        ):
-            mark(adapted)
-        return adapted, request
-
-    return convert
+    adapted, request = original(self, request, *rest, **named)
+    if (
+        self._tool_call_parsing_active(request)
+        or (self.reasoning_parser and request.separate_reasoning)
+        or self._encoding_output() is not None
+    ):
+        mark(adapted)
+    return adapted, request
 
 
 async def single_tokens(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:

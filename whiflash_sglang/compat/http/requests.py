@@ -2,14 +2,13 @@
 they imply. In the process that serves HTTP.
 """
 
-from functools import wraps
 from typing import Any
 
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.carrier import Own, add_body_scope, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import INFERRED_KEY, TOOLS_KEY, HintError, SpanHint
@@ -42,19 +41,15 @@ def check_native(manager: Any, obj: Any) -> None:
                 raise ValueError(str(error)) from None
 
 
-def _reading_body(original: Any) -> Any:
+@around
+async def _reading_body(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
     """SGLang's models drop fields that they do not know: ours are read from the body, which is parsed already."""
-
-    @wraps(original)
-    async def handle(self: Any, request: Any, raw_request: Any) -> Any:
-        if asks_for_ours(self.tokenizer_manager.server_args):
-            try:
-                request.custom_params = from_body(request.custom_params, await raw_request.json())
-            except HintError as error:
-                return self.create_error_response(str(error), param=error.field)
-        return await original(self, request, raw_request)
-
-    return handle
+    if asks_for_ours(self.tokenizer_manager.server_args):
+        try:
+            request.custom_params = from_body(request.custom_params, await raw_request.json())
+        except HintError as error:
+            return self.create_error_response(str(error), param=error.field)
+    return await original(self, request, raw_request)
 
 
 def from_body(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:
@@ -62,18 +57,15 @@ def from_body(custom_params: dict[str, Any] | None, body: object) -> dict[str, A
     return add_body_prediction(add_body_scope(custom_params, body), body)
 
 
-def _validating(original: Any) -> Any:
-    @wraps(original)
-    def validate(self: Any, request: Any) -> str | None:
-        if asks_for_ours(self.tokenizer_manager.server_args):
-            try:
-                request.custom_params = completed(self.tokenizer_manager, request, request.custom_params)
-            except HintError as error:
-                return str(error)
-        result: str | None = original(self, request)
-        return result
-
-    return validate
+@around
+def _validating(original: Any, self: Any, request: Any) -> str | None:
+    if asks_for_ours(self.tokenizer_manager.server_args):
+        try:
+            request.custom_params = completed(self.tokenizer_manager, request, request.custom_params)
+        except HintError as error:
+            return str(error)
+    result: str | None = original(self, request)
+    return result
 
 
 def completed(manager: Any, request: Any, custom_params: Any) -> Any:

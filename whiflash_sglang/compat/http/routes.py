@@ -1,7 +1,6 @@
 """What WHIFLASH adds to SGLang's HTTP process: routes of its own. Hints: `requests`; traces: `traces`."""
 
 from collections.abc import AsyncIterator, Mapping
-from functools import wraps
 from typing import Annotated, Any
 
 import torch
@@ -24,7 +23,7 @@ from whiflash_sglang.compat.http import (
     traces,
 )
 from whiflash_sglang.compat.http.control import encode, encode_forget, states_of
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.errors import ConfigError
@@ -56,20 +55,16 @@ def install(server_args: Any) -> None:
         http_server.app.post("/whiflash/forget")(admin_only(_forget))
 
 
-def _accepting(original: Any) -> Any:
+@around
+async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
     """Refuse malformed hints of the native route, follow answers for full traces, and cut those that are parsed."""
-
-    @wraps(original)
-    async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-        outputs = original(self, obj, request)
-        if asks_for_ours(self.server_args):
-            requests.check_native(self, obj)
-            await predictions.encoded(self, obj)
-            outputs = predictions.followed(self, obj, outputs)
-        async for output in pieces.single_tokens(self, obj, traces.followed(self, obj, outputs)):
-            yield output
-
-    return generate_request
+    outputs = original(self, obj, request)
+    if asks_for_ours(self.server_args):
+        requests.check_native(self, obj)
+        await predictions.encoded(self, obj)
+        outputs = predictions.followed(self, obj, outputs)
+    async for output in pieces.single_tokens(self, obj, traces.followed(self, obj, outputs)):
+        yield output
 
 
 def _capabilities_of(server_args: Any) -> Any:

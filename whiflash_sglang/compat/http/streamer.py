@@ -6,13 +6,12 @@ that did not ask is the one that SGLang sends without us.
 """
 
 import random
-from functools import wraps
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from whiflash_sglang.compat.carried import META_KEY, settings_of
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Recording, build_trace, span_attributes
 
@@ -57,36 +56,28 @@ def _ended(_: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any]]:
     return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}
 
 
-def _taking_recordings(original: Any) -> Any:
+@around
+def _taking_recordings(
+    original: Any, self: Any, meta_info: Any, state: Any, customized_info: Any, index: int, finish_reason: Any
+) -> None:
     """Keep recordings out of what SGLang cuts by token offsets and repeats with every output."""
+    others = {key: values for key, values in customized_info.items() if key != META_KEY}
+    original(self, meta_info, state, others, index, finish_reason)
+    for recording in customized_info[META_KEY][index] if META_KEY in customized_info else ():
+        if recording.level is not None:
+            policy = settings_of(self.server_args).router
+            meta_info[META_KEY] = build_trace(recording, policy, meta_info["completion_tokens"])
+        if recording.sampled:
+            from whiflash_sglang.compat.http import samples  # which imports what serves HTTP
 
-    @wraps(original)
-    def update(
-        self: Any, meta_info: Any, state: Any, customized_info: Any, index: int, finish_reason: Any
-    ) -> None:
-        others = {key: values for key, values in customized_info.items() if key != META_KEY}
-        original(self, meta_info, state, others, index, finish_reason)
-        for recording in customized_info[META_KEY][index] if META_KEY in customized_info else ():
-            if recording.level is not None:
-                policy = settings_of(self.server_args).router
-                meta_info[META_KEY] = build_trace(recording, policy, meta_info["completion_tokens"])
-            if recording.sampled:
-                from whiflash_sglang.compat.http import samples  # which imports what serves HTTP
-
-                samples.take(self, state, meta_info, recording)
-            if recording.spanned:
-                policy = settings_of(self.server_args).router
-                attributes = span_attributes(recording, policy, meta_info["completion_tokens"])
-                setattr(state, _ATTRIBUTES, attributes)
-
-    return update
+            samples.take(self, state, meta_info, recording)
+        if recording.spanned:
+            policy = settings_of(self.server_args).router
+            attributes = span_attributes(recording, policy, meta_info["completion_tokens"])
+            setattr(state, _ATTRIBUTES, attributes)
 
 
-def _telling_spans(original: Any) -> Any:
+@around
+def _telling_spans(original: Any, self: Any, state: Any, *args: Any) -> dict[str, Any]:
     """The span of a request (`--enable-trace`) says who drafted it."""
-
-    @wraps(original)
-    def attributes(self: Any, state: Any, *args: Any) -> dict[str, Any]:
-        return {**original(self, state, *args), **getattr(state, _ATTRIBUTES, {})}
-
-    return attributes
+    return {**original(self, state, *args), **getattr(state, _ATTRIBUTES, {})}

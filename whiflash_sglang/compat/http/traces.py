@@ -5,7 +5,6 @@ A trace arrives in the `meta_info` of its request's last output; the OpenAI rout
 
 import json
 from collections.abc import AsyncIterator
-from functools import wraps
 from typing import Any
 
 from sglang.srt.entrypoints.openai import protocol
@@ -14,7 +13,7 @@ from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompl
 
 from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.http import predictions
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.hints import HintError, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.trace import pieces_of, place
@@ -144,43 +143,41 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 
 
-def _with_trace(original: Any) -> Any:
-    @wraps(original)
-    def build(self: Any, request: Any, ret: list[dict[str, Any]], *rest: Any, **named: Any) -> Any:
-        # Taken out first: with `return_meta_info` the response would carry it twice.
-        traces = [item["meta_info"].pop(META_KEY, None) for item in ret]
-        response = original(self, request, ret, *rest, **named)
-        predictions.add_to_usage(response, ret)
-        found = []
-        for item, trace, choice in zip(ret, traces, getattr(response, "choices", ()), strict=False):
-            if trace is not None:
-                message = getattr(choice, "message", None)
-                shown = choice.text if message is None else message.content
-                found.append(_with_text(trace, item.get("text"), shown))
-        if found:
-            extension = response.sglext or protocol.SglExt()
-            setattr(extension, META_KEY, found[0] if len(found) == 1 else found)
-            response.sglext = extension
-        return response
+@around
+def _with_trace(
+    original: Any, self: Any, request: Any, ret: list[dict[str, Any]], *rest: Any, **named: Any
+) -> Any:
+    # Taken out first: with `return_meta_info` the response would carry it twice.
+    traces = [item["meta_info"].pop(META_KEY, None) for item in ret]
+    response = original(self, request, ret, *rest, **named)
+    predictions.add_to_usage(response, ret)
+    found = []
+    for item, trace, choice in zip(ret, traces, getattr(response, "choices", ()), strict=False):
+        if trace is not None:
+            message = getattr(choice, "message", None)
+            shown = choice.text if message is None else message.content
+            found.append(_with_text(trace, item.get("text"), shown))
+    if found:
+        extension = response.sglext or protocol.SglExt()
+        setattr(extension, META_KEY, found[0] if len(found) == 1 else found)
+        response.sglext = extension
+    return response
 
-    return build
 
-
-def _with_trace_chunk(original: Any) -> Any:
-    @wraps(original)
-    async def stream(self: Any, adapted: Any, request: Any, *rest: Any, **named: Any) -> AsyncIterator[str]:
-        shown: dict[int, str] | None = {} if asks_text(adapted) else None
-        async for line in original(self, adapted, request, *rest, **named):
-            if shown is not None:
-                _note_shown(shown, line)
-            found = getattr(adapted, _FOUND, None)
-            if found and line.startswith("data: [DONE]"):
-                texts = shown or {}
-                traces = [_with_text(trace, text, texts.get(trace["choice"])) for trace, text in found]
-                yield f"data: {json.dumps(_trace_chunk(request, traces))}\n\n"
-            yield predictions.with_usage(adapted, line)
-
-    return stream
+@around
+async def _with_trace_chunk(
+    original: Any, self: Any, adapted: Any, request: Any, *rest: Any, **named: Any
+) -> AsyncIterator[str]:
+    shown: dict[int, str] | None = {} if asks_text(adapted) else None
+    async for line in original(self, adapted, request, *rest, **named):
+        if shown is not None:
+            _note_shown(shown, line)
+        found = getattr(adapted, _FOUND, None)
+        if found and line.startswith("data: [DONE]"):
+            texts = shown or {}
+            traces = [_with_text(trace, text, texts.get(trace["choice"])) for trace, text in found]
+            yield f"data: {json.dumps(_trace_chunk(request, traces))}\n\n"
+        yield predictions.with_usage(adapted, line)
 
 
 def _with_text(trace: dict[str, Any], text: str | None, shown: str | None) -> dict[str, Any]:

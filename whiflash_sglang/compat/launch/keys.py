@@ -4,14 +4,12 @@ The route is open to every holder of the API key, and to everybody where there i
 read the key that opens what steers the server.
 """
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from sglang.srt.entrypoints import engine, http_server
 
 from whiflash_sglang.compat.carried import asks_for_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 
 CUT_OUT = "<redacted>"
 
@@ -22,24 +20,15 @@ def install() -> None:
     replace(http_server, "redact_watermark_secrets", _told)
 
 
-def _logged(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def for_logging(server_args: Any) -> Any:
-        return without_keys(original(server_args), server_args)
-
-    return for_logging
+@around
+def _logged(original: Any, server_args: Any) -> Any:
+    return without_keys(original(server_args), server_args)
 
 
-def _told(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def _told(original: Any, value: Any, **options: Any) -> Any:
     """Upstream's module calls it for the answer of `/server_info` alone."""
-
-    @wraps(original)
-    def redacted(value: Any, **options: Any) -> Any:
-        return without_keys(
-            original(value, **options), http_server._global_state.tokenizer_manager.server_args
-        )
-
-    return redacted
+    return without_keys(original(value, **options), http_server._global_state.tokenizer_manager.server_args)
 
 
 def without_keys(value: Any, server_args: Any) -> Any:

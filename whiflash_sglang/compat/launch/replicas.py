@@ -9,7 +9,6 @@ tells the HTTP process, which ends the server.
 import re
 import signal
 from collections.abc import Sequence
-from functools import wraps
 from typing import Any
 
 import psutil
@@ -19,7 +18,7 @@ from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.utils.watchdog import SubprocessWatchdog
 
 from whiflash_sglang.compat.carried import asks_for_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.serving.replicas import Ended, ReplicaDiedError
 
 
@@ -35,21 +34,18 @@ def run(server_args: Any, **others: Any) -> None:
     data_parallel_controller.run_data_parallel_controller_process(server_args, **others)
 
 
-def _watching(original: Any) -> Any:
-    @wraps(original)
-    def event_loop(self: Any) -> None:
-        processes = list(self.scheduler_procs)
-        titles = [_title(process.pid) for process in processes]
+@around
+def _watching(original: Any, self: Any) -> None:
+    processes = list(self.scheduler_procs)
+    titles = [_title(process.pid) for process in processes]
 
-        def ended(*_: Any) -> None:
-            raise ReplicaDiedError(_crashed(processes, titles), len(self.workers))
+    def ended(*_: Any) -> None:
+        raise ReplicaDiedError(_crashed(processes, titles), len(self.workers))
 
-        # Sent by the watchdog, and by a replica that has raised an error: that one may not have ended yet.
-        signal.signal(signal.SIGQUIT, ended)
-        SubprocessWatchdog(processes, titles).start()
-        original(self)
-
-    return event_loop
+    # Sent by the watchdog, and by a replica that has raised an error: that one may not have ended yet.
+    signal.signal(signal.SIGQUIT, ended)
+    SubprocessWatchdog(processes, titles).start()
+    original(self)
 
 
 def _title(pid: int) -> str:

@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import wraps
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
@@ -20,7 +19,7 @@ from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.forward import sampling
 from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler.grammars import grammar_of
 from whiflash_sglang.compat.scheduler.overlap import behind_forward
 from whiflash_sglang.drafters.base import Drafter
@@ -164,35 +163,28 @@ def install() -> None:
             module.release_kv_cache = common.release_kv_cache  # type: ignore[attr-defined]
 
 
-def _noting(original: Any) -> Any:
-    @wraps(original)
-    def release_kv_cache(req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
-        owner = _owner() if _owner is not None else None
-        runner = _runner() if _runner is not None else None
-        if owner is not None and runner is not None and serves_ours():
-            # A session keeps the slots of a turn that is retracted, too.
-            kept = checkpoint or (req.session is not None and req.session.streaming)
-            with behind_forward(runner) if kept else nullcontext():
-                owner.released(req, kept=kept)
-        original(req, tree_cache, checkpoint=checkpoint)
-
-    return release_kv_cache
+@around
+def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
+    owner = _owner() if _owner is not None else None
+    runner = _runner() if _runner is not None else None
+    if owner is not None and runner is not None and serves_ours():
+        # A session keeps the slots of a turn that is retracted, too.
+        kept = checkpoint or (req.session is not None and req.session.streaming)
+        with behind_forward(runner) if kept else nullcontext():
+            owner.released(req, kept=kept)
+    original(req, tree_cache, checkpoint=checkpoint)
 
 
-def _keeping_what_was_computed(original: Any) -> Any:
+@around
+def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) -> bool:
     """A session keeps a turn's slots up to its last token, which no forward has seen.
 
     Upstream takes what is allocated for computed: true of plain decoding, which allocates no slot before it needs it.
     """
-
-    @wraps(original)
-    def try_cache_finished_req(self: StreamingSession, req: Any) -> bool:
-        session = req.session
-        known = len(req.origin_input_ids) + len(req.output_ids_through_stop)
-        kept: bool = original(self, req)
-        if kept and serves_ours():
-            kv = self.slots[session.session_id].kv
-            kv.kv_committed_len = min(kv.kv_committed_len, known - 1)
-        return kept
-
-    return try_cache_finished_req
+    session = req.session
+    known = len(req.origin_input_ids) + len(req.output_ids_through_stop)
+    kept: bool = original(self, req)
+    if kept and serves_ours():
+        kv = self.slots[session.session_id].kv
+        kv.kv_committed_len = min(kv.kv_committed_len, known - 1)
+    return kept

@@ -17,7 +17,6 @@ worker run it before the first request: what does not fit ends the start, not a 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.forward import graphs, triton_backend
 from whiflash_sglang.compat.launch import refusals
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.errors import ConfigError
@@ -146,35 +145,29 @@ def install() -> None:
     replace(kv_cache_configurator, "get_req_to_token_extra_context_len", _holding_the_reserve)
 
 
-def _holding_the_reserve(original: Any) -> Any:
-    @wraps(original)
-    def columns() -> int:
-        """Columns of a request's row beyond the context."""
-        reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
-        return max(int(original()), reserve)
-
-    return columns
+@around
+def _holding_the_reserve(original: Any) -> int:
+    """Columns of a request's row beyond the context."""
+    reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
+    return max(int(original()), reserve)
 
 
-def _accounting(original: Any) -> Any:
-    @wraps(original)
-    def create(kvc: Any, *args: Any, **kwargs: Any) -> Any:
-        configurator = original(kvc, *args, **kwargs)
-        if serves_ours() and not kvc.is_draft_worker:
-            if type(configurator) is not pool_configurator.DefaultPoolConfigurator:
-                raise ConfigError(
-                    f"WHIFLASH cannot size draft KV for this target's cache ({type(configurator).__name__}); "
-                    "full-attention targets only for now"
-                )
-            configurator._cell_size += _reservation.per_token
-            configurator._fixed_overhead_bytes += _reservation.fixed
-            _reservation.whole = int(configurator._cell_size)
-            if refusals.has_windows(kvc.model_config):
-                logger.info(
-                    "WHIFLASH keeps the KV of windowed layers for the whole context, as with "
-                    "--disable-hybrid-swa-memory: %d bytes a token with the drafters'",
-                    _reservation.whole,
-                )
-        return configurator
-
-    return create
+@around
+def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
+    configurator = original(kvc, *args, **kwargs)
+    if serves_ours() and not kvc.is_draft_worker:
+        if type(configurator) is not pool_configurator.DefaultPoolConfigurator:
+            raise ConfigError(
+                f"WHIFLASH cannot size draft KV for this target's cache ({type(configurator).__name__}); "
+                "full-attention targets only for now"
+            )
+        configurator._cell_size += _reservation.per_token
+        configurator._fixed_overhead_bytes += _reservation.fixed
+        _reservation.whole = int(configurator._cell_size)
+        if refusals.has_windows(kvc.model_config):
+            logger.info(
+                "WHIFLASH keeps the KV of windowed layers for the whole context, as with "
+                "--disable-hybrid-swa-memory: %d bytes a token with the drafters'",
+                _reservation.whole,
+            )
+    return configurator

@@ -1,12 +1,11 @@
 """Our series among SGLang's own: in its `/metrics`, with its labels, where `--enable-metrics` asks for them."""
 
-from functools import wraps
 from typing import Any
 
 from sglang.srt.managers.scheduler import Scheduler
 
 from whiflash_sglang.compat.carried import is_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.metrics.series import SERIES, Labels, Series
 
 
@@ -15,16 +14,12 @@ def install() -> None:
     replace(Scheduler, "emit_metrics_constants", _publishing)
 
 
-def _publishing(original: Any) -> Any:
+@around
+def _publishing(original: Any, self: Any) -> None:
     """Upstream calls it once, when its collector has its labels and the worker its memory."""
-
-    @wraps(original)
-    def emit(self: Any) -> None:
-        original(self)
-        if self.metrics_collector is not None and is_ours(self):
-            self.draft_worker.publish_to(Prometheus(self.metrics_collector))
-
-    return emit
+    original(self)
+    if self.metrics_collector is not None and is_ours(self):
+        self.draft_worker.publish_to(Prometheus(self.metrics_collector))
 
 
 class Prometheus:

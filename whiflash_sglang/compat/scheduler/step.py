@@ -4,14 +4,13 @@ Between two rounds the scheduler takes its mail, rebuilds the batch, copies it a
 decoding pays less for that than a speculative round does, so rounds that draft nothing go on without it.
 """
 
-from functools import wraps
 from typing import Any
 
 from sglang.srt.constrained.grammar_manager import GrammarManager
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
 from whiflash_sglang.compat.forward import sampling
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 
 _sockets: tuple[Any, ...] = ()
 """Where this process's scheduler gets its mail, known from its first look; empty without a scheduler's loop."""
@@ -50,21 +49,15 @@ def _may_end_anywhere(req: Any) -> bool:
     return bool(params.stop_strs or params.stop_regex_strs) or req.to_finish is not None
 
 
-def _noting_sockets(original: Any) -> Any:
-    @wraps(original)
-    def pull(self: SchedulerRequestReceiver) -> Any:
-        global _sockets
-        _sockets = tuple(s for s in (self.recv_from_tokenizer, self.recv_from_rpc) if s is not None)
-        return original(self)
-
-    return pull
+@around
+def _noting_sockets(original: Any, self: SchedulerRequestReceiver) -> Any:
+    global _sockets
+    _sockets = tuple(s for s in (self.recv_from_tokenizer, self.recv_from_rpc) if s is not None)
+    return original(self)
 
 
-def _noting_grammars(original: Any) -> Any:
-    @wraps(original)
-    def waiting(self: GrammarManager) -> bool:
-        global _compiling
-        _compiling = bool(original(self))
-        return _compiling
-
-    return waiting
+@around
+def _noting_grammars(original: Any, self: GrammarManager) -> bool:
+    global _compiling
+    _compiling = bool(original(self))
+    return _compiling

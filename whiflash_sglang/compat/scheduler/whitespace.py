@@ -5,13 +5,12 @@ grammar lets whitespace repeat without end, and a small greedy model then writes
 """
 
 import json
-from functools import wraps
 from typing import Any
 
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, replace
 
 COMPACT = 1
 """Consecutive whitespace characters where the user asked for a compact form; the grammar's least."""
@@ -22,15 +21,12 @@ def install() -> None:
     replace(XGrammarGrammarBackend, "dispatch_structural_tag", _bounding)
 
 
-def _bounding(original: Any) -> Any:
-    @wraps(original)
-    def dispatch_structural_tag(self: Any, key_string: str) -> Any:
-        if not serves_ours():
-            return original(self, key_string)
-        limit = self.max_whitespace_cnt or (None if self.any_whitespace else COMPACT)
-        return original(self, key_string if limit is None else bounded_tag(key_string, limit))
-
-    return dispatch_structural_tag
+@around
+def _bounding(original: Any, self: Any, key_string: str) -> Any:
+    if not serves_ours():
+        return original(self, key_string)
+    limit = self.max_whitespace_cnt or (None if self.any_whitespace else COMPACT)
+    return original(self, key_string if limit is None else bounded_tag(key_string, limit))
 
 
 def bounded_tag(text: str, limit: int) -> str:
