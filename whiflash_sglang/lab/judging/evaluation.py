@@ -36,7 +36,7 @@ from whiflash_sglang.train.replay.walk import (
     copy_rule,
     tabulate,
 )
-from whiflash_sglang.train.router.run import entropy_of
+from whiflash_sglang.train.router.run import entropy_of, pyplot, save_picture
 
 
 @dataclass(frozen=True)
@@ -262,34 +262,23 @@ def figures_table(result: Mapping[str, Any]) -> Table:
 
 def write_picture(result: Mapping[str, Any], path: Path) -> None:
     """Grouped bars of the acceptance lengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    categories: Sequence[str] = [*result["categories"], "overall"]
+    groups = {**result["categories"], "overall": result["overall"]}
     oracles = {ORACLE: "dotted", ORACLE_OF_THREE: "dashed"}
     names = [name for name in result["overall"]["acceptance_length"] if name not in oracles]
-    figure, axes = pyplot.subplots(figsize=(1.4 * len(categories) + 2, 4))
+    figure, axes = pyplot().subplots(figsize=(1.4 * len(groups) + 2, 4))
     width = 0.8 / len(names)
     for index, name in enumerate(names):
-        values = [
-            {**result["categories"], "overall": result["overall"]}[c]["acceptance_length"][name]
-            for c in categories
-        ]
-        axes.bar([place + index * width for place in range(len(categories))], values, width, label=name)
-    for place, category in enumerate(categories):
-        group = {**result["categories"], "overall": result["overall"]}[category]
+        values = [group["acceptance_length"][name] for group in groups.values()]
+        axes.bar([place + index * width for place in range(len(groups))], values, width, label=name)
+    for place, group in enumerate(groups.values()):
         for oracle, style in oracles.items():
             level = group["acceptance_length"][oracle]
             axes.hlines(level, place - width / 2, place + 0.8 - width / 2, colors="black", linestyles=style)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(categories))], categories)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], list(groups))
     axes.set_ylabel("tokens per round (dotted: oracle of two, dashed: of three)")
     axes.set_ylim(bottom=1)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_picture(figure, path)
 
 
 def write_json(result: Mapping[str, Any], path: Path) -> None:

@@ -35,13 +35,12 @@ from whiflash_sglang.train.router.regression import (
 
 def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
     """Predicted against measured ΔAL, the mean of each tenth of the predictions."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(4, 4))
+    figure, axes = pyplot().subplots(figsize=(4, 4))
     axes.plot([part.predicted for part in bins], [part.measured for part in bins], "o-")
     axes.axline((0, 0), slope=1, linestyle="dotted", color="black")
     axes.set_xlabel("predicted ΔAL (EAGLE-3 - DFlash)")
     axes.set_ylabel("measured ΔAL")
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def plot_thresholds(
@@ -56,8 +55,7 @@ def plot_thresholds(
         curves: router → threshold → tokens per second. chosen: router → threshold.
         frame: name → tokens per second of what does not depend on a threshold.
     """
-    pyplot = _pyplot()
-    figure, rows = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), sharey=True, squeeze=False)
+    figure, rows = pyplot().subplots(1, len(curves), figsize=(5 * len(curves), 4), sharey=True, squeeze=False)
     for axes, (name, curve) in zip(rows[0], curves.items(), strict=True):
         axes.plot(list(curve), list(curve.values()), ".-", label=name)
         axes.axvline(chosen[name], color="tab:green", label=f"chosen: {chosen[name]:.3g}")
@@ -70,24 +68,26 @@ def plot_thresholds(
         )
         axes.legend(fontsize="small")
     rows[0][0].set_ylabel("tokens per second")
-    _save(figure, path)
+    save_picture(figure, path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib without a display; imported when a picture is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as drawn
 
-    return pyplot
+    return drawn
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a figure whole, in the format that the file's name ends with, and close it."""
     figure.tight_layout()
     staged = path.with_name(f".{path.name}")
     figure.savefig(staged, dpi=120, format=path.suffix.lstrip(".") or "png")
     staged.replace(path)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 REPORT = "report.json"
