@@ -114,18 +114,27 @@ class Eagle3(_Strict):
 
 
 class _Block(_Strict):
-    """What block drafters begin as.
+    """What block drafters begin as, and what of their training is alike.
 
     Attributes:
         target_layers: outputs that it reads, a subset of the captured ones.
         source_layers: the target's layers that its own start as, in their order.
         num_layers: how many it has, where that is more than `source_layers`; the others add nothing at first. Where the
             target's layers are not Llama's or Qwen's, all do.
+        frequent, sampled: how many tokens the loss's softmax runs over.
+        vocabulary: what the bundle lets it choose from: the target's whole vocabulary, or EAGLE-3's reduced one.
     """
 
     target_layers: list[int]
     source_layers: list[int] = []
     num_layers: Positive | None = None
+    mask_token_id: Annotated[int, Field(ge=0)]
+    anchors_per_token: Annotated[float, Field(gt=0, le=1)] = 0.25
+    gamma: Annotated[float, Field(gt=0)] = 4.0
+    frequent: Positive = 8192
+    sampled: Annotated[int, Field(ge=0)] = 2048
+    vocabulary: Literal["full", "eagle3"] = "full"
+    loop: Loop = Loop()
 
     @property
     def depth(self) -> int:
@@ -143,21 +152,9 @@ class _Block(_Strict):
 
 
 class DFlash(_Block):
-    """The block drafter.
-
-    Attributes:
-        frequent, sampled: how many tokens the loss's softmax runs over.
-        vocabulary: what the bundle lets it choose from: the target's whole vocabulary, or EAGLE-3's reduced one.
-    """
+    """The block drafter."""
 
     block_size: Annotated[int, Field(ge=2)] = 8
-    mask_token_id: Annotated[int, Field(ge=0)]
-    anchors_per_token: Annotated[float, Field(gt=0, le=1)] = 0.25
-    gamma: Annotated[float, Field(gt=0)] = 4.0
-    frequent: Positive = 8192
-    sampled: Annotated[int, Field(ge=0)] = 2048
-    vocabulary: Literal["full", "eagle3"] = "full"
-    loop: Loop = Loop()
 
 
 class DSpark(_Block):
@@ -172,27 +169,19 @@ class DSpark(_Block):
             `overlap`, which is how often a sampled token accepts a draft, or whether the first `choice` is right.
         cross_entropy, distance, confidence: weights of the loss's terms. distance: L1 of the distributions.
         weights: of a block's positions: exp(-(k-1)/`gamma`), or D-PACE's, `smoothing` the chances by that much.
-        frequent, sampled, vocabulary, anchors_per_token: as of `dflash`.
     """
 
     block_size: Annotated[int, Field(ge=3)] = 8
-    mask_token_id: Annotated[int, Field(ge=0)]
     sample_from_anchor: bool | None = None
     markov_rank: Annotated[int, Field(ge=0)] = 256
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     confidence_head: bool = True
     confidence_of: Literal["overlap", "choice"] = "overlap"
-    anchors_per_token: Annotated[float, Field(gt=0, le=1)] = 0.25
     weights: Literal["exponential", "dpace"] = "exponential"
-    gamma: Annotated[float, Field(gt=0)] = 4.0
     smoothing: Share = 0.5
     cross_entropy: Annotated[float, Field(ge=0)] = 0.1
     distance: Annotated[float, Field(ge=0)] = 0.9
     confidence: Annotated[float, Field(ge=0)] = 1.0
-    frequent: Positive = 8192
-    sampled: Annotated[int, Field(ge=0)] = 2048
-    vocabulary: Literal["full", "eagle3"] = "full"
-    loop: Loop = Loop()
 
 
 class DraftLayers(_Strict):
