@@ -17,6 +17,7 @@ from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import DFlashConfig, LayerSpan
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.origin import Origin
+from whiflash_sglang.train.config import DFlash, DSpark
 from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
 from whiflash_sglang.train.drafters.beginnings import blank, source_layer
 from whiflash_sglang.train.drafters.labels import Labels, cross_entropy, first_choice, index_map, make_labels
@@ -247,32 +248,23 @@ def _hidden(behind: Tensor, seen: LayerSpan) -> Tensor:
     return hidden if seen.window is None else hidden | (behind < -seen.window)
 
 
-def initialise(
-    target: Origin,
-    *,
-    target_layers: Sequence[int],
-    source_layers: Sequence[int],
-    num_layers: int,
-    block_size: int,
-    mask_token_id: int,
-    section: str = "dflash",
-) -> DFlashDrafter:
-    """A drafter of `num_layers`, which start as the target's `source_layers`, those beyond them as layers that add
-    nothing yet. It reads the last captured feature unfused.
+def initialise(target: Origin, settings: DFlash | DSpark, *, block_size: int, section: str) -> DFlashDrafter:
+    """A drafter whose first layers start as the target's `source_layers`, those beyond them as layers that add nothing
+    yet. It reads the last captured feature unfused.
 
     Raises:
         ConfigError: naming the key of the configuration's `section`, where the target has no such layer.
     """
-    sources = [source_layer(target, index, f"{section}.source_layers") for index in source_layers]
+    sources = [source_layer(target, index, f"{section}.source_layers") for index in settings.source_layers]
     config = DFlashConfig(
         hidden_size=target.hidden_size,
         intermediate_size=target.intermediate_size,
         attention=target.attention_shape,
-        num_layers=num_layers,
+        num_layers=settings.depth,
         vocab_size=target.vocab_size,
         block_size=block_size,
-        mask_token_id=mask_token_id,
-        target_layer_ids=tuple(target_layers),
+        mask_token_id=settings.mask_token_id,
+        target_layer_ids=tuple(settings.target_layers),
         num_target_layers=target.num_layers,
         rope=target.rope,
         max_position_embeddings=target.max_positions,

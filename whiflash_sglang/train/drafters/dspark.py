@@ -111,15 +111,7 @@ def dynamic_weights(chances: Tensor, counted: Tensor, smoothing: float) -> Tenso
 def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:
     """A drafter whose trunk begins as `dflash.initialise` makes it, with new heads."""
     from_anchor = settings.sample_from_anchor is not False
-    trunk = initialise_trunk(
-        target,
-        target_layers=settings.target_layers,
-        source_layers=settings.source_layers,
-        num_layers=settings.depth,
-        block_size=settings.block_size - from_anchor,
-        mask_token_id=settings.mask_token_id,
-        section="dspark",
-    )
+    trunk = initialise_trunk(target, settings, block_size=settings.block_size - from_anchor, section="dspark")
     return with_heads(trunk, settings, from_anchor)
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +22,6 @@ from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
 from whiflash_sglang.train.drafters.beginnings import choose_draft_vocabulary, go_on_from, origin_of
 from whiflash_sglang.train.provenance import Provenance
-
-
-class _Measured(Protocol):
-    metrics: dict[str, float]
 
 
 class _LoggingTrainer(Trainer):  # type: ignore[misc]
@@ -77,12 +73,7 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
     def build() -> dflash_training.DFlashTraining:
         if start_from is None:
             drafter = dflash_training.initialise(
-                target,
-                target_layers=settings.target_layers,
-                source_layers=settings.source_layers,
-                num_layers=settings.depth,
-                block_size=settings.block_size,
-                mask_token_id=settings.mask_token_id,
+                target, settings, block_size=settings.block_size, section="dflash"
             )
         else:
             drafter = DFlashDrafter.load(
