@@ -53,7 +53,7 @@ def test_the_oracle_takes_the_longer_draft_and_the_first_arm_on_a_tie() -> None:
 def test_one_drafter_alone_has_figures_of_its_own(arm: str) -> None:
     one = answer([2, 0, 1, 0], [2, 0, 1, 0], lookup=[0, 3, 0, 0])
     del one.accepted[next(other for other in ARMS if other != arm)]
-    result = tabulate([one], {"wish": [best_arms(one)]})
+    result = tabulate([one], {"wish": RouterWalk([best_arms(one)])})
     lengths = result["overall"]["acceptance_length"]
     assert set(lengths) == {arm, LOOKUP, "wish", ORACLE, ORACLE_OF_THREE}
     assert lengths[ORACLE] == lengths[arm] == lengths["wish"]
@@ -75,10 +75,9 @@ def test_categories_weigh_the_same_overall() -> None:
 
 def test_a_perfect_router_recovers_the_whole_gain() -> None:
     answers = [answer([1, 1, 0, 0] * 6, [0, 0, 3, 3] * 6)]
-    result = tabulate(
-        answers,
-        {"perfect": [best_arms(one) for one in answers], "fixed": [dict.fromkeys(range(24), "dflash")]},
-    )
+    perfect = RouterWalk([best_arms(one) for one in answers])
+    fixed = RouterWalk([dict.fromkeys(range(24), "dflash")])
+    result = tabulate(answers, {"perfect": perfect, "fixed": fixed})
     share = result["overall"]["oracle_gain_share"]
     assert share["perfect"] == pytest.approx(1.0)
     assert share["fixed"] == pytest.approx(0.0)

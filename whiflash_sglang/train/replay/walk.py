@@ -93,13 +93,8 @@ def copy_rule(answer: Replay) -> dict[int, str]:
     return {position: LOOKUP if found else ARMS[0] for position, found in enumerate(answer.matched.tolist())}
 
 
-def tabulate(
-    answers: Sequence[Replay], routers: Mapping[str, RouterWalk | Sequence[Choices]]
-) -> dict[str, Any]:
+def tabulate(answers: Sequence[Replay], routers: Mapping[str, RouterWalk]) -> dict[str, Any]:
     """Per category and overall figures.
-
-    Args:
-        routers: name → its wishes; a plain sequence has no dwell and chooses between the trained drafters.
 
     Returns:
         {"categories": {category: figures}, "overall": figures, "loop": figures}; `overall` weighs every
@@ -108,18 +103,15 @@ def tabulate(
         are two);
         oracle_gain_share by router, of the gain of its oracle over the better static arm.
     """
-    walks = {
-        name: given if isinstance(given, RouterWalk) else RouterWalk(given) for name, given in routers.items()
-    }
     groups: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for index, answer in enumerate(answers):
         if answer.loop_from:
             groups[answer.category].append((index, 0, answer.loop_from))
         if answer.loop_from < answer.positions:
             groups[LOOP].append((index, answer.loop_from, answer.positions))
-    figures = {name: _figures(answers, parts, walks) for name, parts in sorted(groups.items())}
+    figures = {name: _figures(answers, parts, routers) for name, parts in sorted(groups.items())}
     loop = figures.pop(LOOP, None)
-    return {"categories": figures, "overall": _mean_figures(list(figures.values()), walks), LOOP: loop}
+    return {"categories": figures, "overall": _mean_figures(list(figures.values()), routers), LOOP: loop}
 
 
 def _figures(
