@@ -32,7 +32,8 @@ class RoundBatch:
     lengths: what the host knows of them. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
     budgets: tokens that each request may commit in one round: what is left of its own max_new_tokens and of the
     context, and one where its next token cannot be judged before the scheduler has seen this one.
-    ahead: tokens that each request committed in earlier rounds of this step.
+    ahead: tokens that each request committed in earlier rounds of this step. spare: rows of the request table that
+    nobody has, for strands. chain_only: requests that take none.
     """
 
     rows: torch.Tensor
@@ -43,6 +44,8 @@ class RoundBatch:
     reqs: list[Any]
     budgets: list[int]
     ahead: list[list[int]]
+    spare: Sequence[int] = ()
+    chain_only: Sequence[bool] = ()
 
     @property
     def names(self) -> list[tuple[int, str]]:
@@ -117,6 +120,16 @@ class Drafts:
     confidences: torch.Tensor | None = None
     passes: int = 1
     after: torch.Tensor | None = None
+
+
+class Voice(NamedTuple):
+    """What an arm would go on with behind a request's text. alive: for each token, the chance that it and all before
+    it are accepted. source: what they were taken from, as traces call it.
+    """
+
+    tokens: Sequence[int]
+    alive: Sequence[float]
+    source: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ MEANING = {
     "for one request at most; 0 for none. Default: the bundle's, else 32768.",
     "structure": "The arm that drafts what grammars force: on or off. Default: as the bundle says, else on.",
     "backlog_tokens": "Features parked per request for the idle drafter before they are flushed into its KV.",
+    "branches": "Chains of one request that a round verifies at most, from 1 to 4. Beyond the first are what other "
+    "arms would go on with at no pass of a model. On CUDA devices: 1.",
     "force_recorded": "For benchmarks only: requests may force the tokens of their answers, which then are not the "
     "target's.",
     "trace_sample": "Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0.",

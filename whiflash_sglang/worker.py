@@ -134,6 +134,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.host,
             vocabulary,
             quarantine,
+            self.settings.branches,
         )
         self.epilogue = Epilogue(
             self.sync.rings,
@@ -255,7 +256,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             results = results_of(proposal, requests.starts, committed, signals)
             if on_publish is not None:
                 on_publish(results["seq_lens"])
-            learn = partial(self.learner.learn, plan, parts=proposal.parts)
+            learn = partial(self.learner.learn, plan, parts=proposal.parts, folded=verified.folded)
             tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
         self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
         drafted = proposal.stride > 1

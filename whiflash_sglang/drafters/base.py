@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
-from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, PassInput
+from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, PassInput, Voice
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
@@ -114,6 +114,15 @@ class Drafter(ABC):
     def prolong(self, grown: Grown) -> Drafts | None:
         """Tokens to verify behind another arm's drafts, at no pass of a model; asked if it `prolongs`. None: none, and
         those stay as they are.
+        """
+        return None
+
+    def voice(self, row: int, length: int, limit: int, worth: Worth) -> Voice | None:
+        """Tokens that it would draft behind the text of the request in `row`, by its look in this round, at no pass of
+        a model; asked if it `prolongs`, whoever else drafts. None: it has not looked, or there are none.
+
+        Args:
+            length: n. limit: tokens at most. worth: what each must bring.
         """
         return None
 

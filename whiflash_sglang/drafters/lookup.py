@@ -14,7 +14,7 @@ from whiflash_kernels import Copies
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import DraftBatch, Drafts, Grown, History
+from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, Voice
 from whiflash_sglang.device.transfers import EXACT, HostView
 from whiflash_sglang.drafters.base import Drafter, padded
 from whiflash_sglang.drafters.copying import DeviceCopies
@@ -177,6 +177,16 @@ class LookupArm(Drafter):
         if not any(copy.tokens for copy in copies):
             return None
         return _side_by_side(copies, batch.bonus.device)
+
+    def voice(self, row: int, length: int, limit: int, worth: Worth) -> Voice | None:
+        copier, proposal = self._copiers.get(row), self._proposals.get(row)
+        if copier is None or proposal is None or len(copier.text) != length + 1:
+            return None
+        width = proposal.width(limit, worth.row or WORTH)
+        if not width:
+            return None
+        tokens = [copied.token for copied in proposal.tokens[:width]]
+        return Voice(tokens, proposal.alive[:width], self.source(row))
 
     def copy_behind(
         self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth

@@ -17,7 +17,7 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.core import DraftBatch, Drafts, Grown, History
+from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, Voice
 from whiflash_sglang.device.transfers import EXACT, HostView
 from whiflash_sglang.drafters.base import Drafter, padded
 from whiflash_sglang.lookup.calibration import PerTenant
@@ -272,6 +272,13 @@ class StructureArm(Drafter):
             if not (is_text(self._vocabulary, draft) and matcher.accept_token(draft)):
                 return number
         return len(drafts)
+
+    def voice(self, row: int, length: int, limit: int, worth: Worth) -> Voice | None:
+        if not self._looked_at(row, length):
+            return None
+        found = self.proposed(row, limit, worth)
+        tokens = [token.token for token in found.tokens]
+        return Voice(tokens, found.alive, self.source(row)) if tokens else None
 
     def behind(
         self, row: int, drafts: Sequence[int], chances: Sequence[float], room: int, worth: Worth

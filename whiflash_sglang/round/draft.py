@@ -8,16 +8,20 @@ from itertools import product
 import torch
 from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_drafts
 
-from whiflash_sglang.core import DraftBatch, Drafts, Grown, PassInput, RoundBatch
+from whiflash_sglang.core import DraftBatch, Drafts, Grown, PassInput, RoundBatch, Voice
 from whiflash_sglang.device.capture import Recorder, bucket_of
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.strands import Strand, chosen_strands, strand_of
 from whiflash_sglang.routing.costs import WorkerCosts
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.trace import Part, first_of
+
+LEAST_CHANCE = 0.1
+"""Of a strand's token that is verified, where costs are not priced."""
 
 TURNS = 3
 """In which arms are asked to go on behind the drafts of a round."""
@@ -32,7 +36,8 @@ class Proposal:
     drafts are those of `Plan.late` instead. faults: [B] int32, 1 where what the request's own arm gave was no draft.
     rows: of the verification; stride: of its widest request, W + 1. Both are what the widths come to where the host may
     know them, else bounds. wanted: [B] int32, drafts that there were before the bound was kept to, where there is one.
-    parts: of each request what its drafts were taken from, where somebody traces and the host knows.
+    parts: of each request what its drafts were taken from, where somebody traces and the host knows. strands: further
+    chains of requests; `rows` and `stride` count them.
     """
 
     tokens: torch.Tensor
@@ -45,13 +50,25 @@ class Proposal:
     stride: int
     wanted: torch.Tensor | None = None
     parts: Sequence[Sequence[Part]] | None = None
+    strands: Sequence[Strand] = ()
+
+    @property
+    def rows_each(self) -> torch.Tensor:
+        """[B] int32, rows that each request verifies, its strands' among them."""
+        if not self.strands:
+            return self.widths
+        rows = self.widths.clone()
+        for strand in self.strands:
+            rows[strand.owner] += len(strand.tokens)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
 class DraftStage:
     """The arms of a worker as its round sees them.
 
-    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. vocabulary: ids that the target has.
+    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. vocabulary: ids that the target has. branches:
+    chains of a request that one round verifies at most.
     """
 
     drafters: Mapping[str, Drafter]
@@ -63,6 +80,7 @@ class DraftStage:
     host: HostView
     vocabulary: int
     quarantine: Quarantine
+    branches: int = 1
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
@@ -168,9 +186,12 @@ class DraftStage:
             room=None if self.host.exact else most,
         )
         stride, rows = widest + 1, size + most
+        strands: Sequence[Strand] = ()
         if self.host.exact:
             widths = chosen.widths.tolist()
-            stride, rows = max(widths), sum(widths)
+            strands = self._strands(requests, plan, laid, behind, widths)
+            stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
+            rows = sum(widths) + sum(len(strand.tokens) for strand in strands)
         tokens = chosen.tokens[:, : stride - 1]
         wanted = None if self.host.exact else chosen.wanted
         return Proposal(
@@ -184,7 +205,42 @@ class DraftStage:
             stride,
             wanted,
             None if taken is None else taken.parts,
+            strands,
         )
+
+    def _strands(
+        self, requests: RoundBatch, plan: Plan, laid: Laid, behind: Drafted | None, widths: Sequence[int]
+    ) -> list[Strand]:
+        """What free voices say beside the first chains: copies and forced text from the end of the text."""
+        widest = widest_of(self.drafters) + 1
+        rooms = [min(widest, budget) for budget in requests.budgets]
+        voices = [drafter for drafter in self.drafters.values() if drafter.prolongs]
+        open_to = [
+            i
+            for i, (route, joined, width) in enumerate(zip(plan.routes, plan.joined, widths, strict=True))
+            if self.branches > 1
+            and requests.spare
+            and joined
+            and 1 < width < rooms[i]
+            and not requests.chain_only[i]
+        ]
+        if not open_to or not voices:
+            return []
+        found, chains = [], _chains(laid, behind)
+        for i in open_to:
+            row, rid = requests.names[i]
+            for drafter in voices:
+                if drafter.arm == plan.routes[i] or not self.quarantine.serves(drafter.arm, rid):
+                    continue
+                with self.quarantine.guard(drafter.arm, rid):
+                    worth = plan.worth[drafter.arm]
+                    voice = drafter.voice(row, requests.lengths.most[i], rooms[i] - 1, worth)
+                    strand = voice and strand_of(
+                        i, chains[i], voice, rooms[i] - widths[i], worth.row or LEAST_CHANCE
+                    )
+                    if strand:
+                        found.append(strand)
+        return chosen_strands(found, widths, rooms, self.branches - 1, len(requests.spare))
 
     def _prolonged(
         self,
@@ -285,6 +341,19 @@ class DraftStage:
             host=self.host,
             text=self.text,
         )
+
+
+def _chains(laid: Laid, behind: Drafted | None) -> list[Voice]:
+    """The first chain of every request, read from the device."""
+    tokens, alive, counts = laid.tokens.tolist(), laid.alive.tolist(), laid.counts.tolist()
+    chains = [Voice(own[:n], sure[:n], "") for own, sure, n in zip(tokens, alive, counts, strict=True)]
+    if behind is None or behind.alive is None:
+        return chains
+    more = zip(behind.tokens.tolist(), behind.alive.tolist(), behind.counts.tolist(), strict=True)
+    return [
+        Voice([*chain.tokens, *own[:n]], [*chain.alive, *sure[:n]], "")
+        for chain, (own, sure, n) in zip(chains, more, strict=True)
+    ]
 
 
 class _Taken:

@@ -16,12 +16,13 @@ from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import drafts_nothing
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.strands import Folded
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.telemetry.trace import Part, Recording
+from whiflash_sglang.telemetry.trace import Part, Recording, first_of
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
@@ -61,11 +62,12 @@ class Learner:
         kept: Sequence[Sequence[int]] | None = None,
         *,
         parts: Sequence[Sequence[Part]] | None = None,
+        folded: Folded | None = None,
     ) -> list[list[int]]:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
         Args:
-            parts: as of `Proposal`.
+            parts: as of `Proposal`. folded: how its strands came out, None where it had none.
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
@@ -76,6 +78,7 @@ class Learner:
         costs = self.controller.costs
         priced = costs.knows_plain and any(state.recording for state in plan.states)
         prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
+        won = {} if folded is None else {strand.owner: strand for strand, _ in folded.won}
         for i, (state, decision, arm) in enumerate(
             zip(plan.states, plan.decisions, plan.routes, strict=True)
         ):
@@ -92,18 +95,27 @@ class Learner:
             own = found["own"][i]
             if plan.late is not None and found["late"][i]:
                 arm, own = plan.late, width - 1
+            right = len(tokens[i]) - 1 if folded is None else min(folded.first[i], len(tokens[i]) - 1)
             evidence = self.controller.committed(state, decision, arm, tokens[i], width, found["starts"][i])
             self.tally.committed(
-                state.counts, arm, decision.reason, tokens=len(tokens[i]), proposed=width - 1, own=own
+                state.counts,
+                arm,
+                decision.reason,
+                tokens=len(tokens[i]),
+                proposed=width - 1,
+                own=own,
+                right=right,
             )
             if state.recording is not None:
                 drafts = parts[i] if parts is not None else ()
+                if (strand := won.get(i)) is not None:
+                    drafts = [*first_of(drafts, strand.fork), Part(strand.source, len(strand.tokens))]
                 _record(state.recording, arm, len(tokens[i]), width - 1, prices, drafts)
             # A request's last round ends what drafters keep of it.
             if evidence and arm in self.drafters and self.controller.keeps(state):
                 confidences = found["confidences"][i][: found["own"][i]]
                 with self.quarantine.guard(arm, state.rid):
-                    self.drafters[arm].observe(row, width - 1, len(tokens[i]) - 1, confidences)
+                    self.drafters[arm].observe(row, width - 1, right, confidences)
             if "entropy" in found:
                 state.entropy = found["entropy"][i]
             if "outputs" in found:
@@ -148,7 +160,7 @@ def results_of(
     wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
     return Download(
         starts=starts,
-        widths=proposal.widths,
+        widths=proposal.rows_each,
         own=proposal.own,
         late=proposal.late,
         bonus=committed.bonus,

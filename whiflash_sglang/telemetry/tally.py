@@ -30,14 +30,17 @@ class ArmCounts:
     joined: int = 0
     joined_accepted: int = 0
 
-    def add(self, tokens: int, proposed: int, own: int) -> None:
-        """A round committed `tokens`, of `proposed` drafts, of which `own` were the arm's own."""
+    def add(self, tokens: int, proposed: int, own: int, right: int) -> None:
+        """A round committed `tokens`, of `proposed` drafts, of which `own` were the arm's own.
+
+        right: drafts of the chain that its own began which were right.
+        """
         self.rounds += 1
         self.tokens += tokens
         self.proposed += proposed
         self.accepted += tokens - 1
         self.joined += proposed - own
-        self.joined_accepted += max(tokens - 1 - own, 0)
+        self.joined_accepted += tokens - 1 - min(own, right)
 
 
 @dataclass(slots=True)
@@ -64,11 +67,19 @@ class Tally:
         return cls({arm: ArmCounts() for arm in (*drafters, arms.NONE)})
 
     def committed(
-        self, request: dict[str, ArmCounts], arm: str, reason: str, *, tokens: int, proposed: int, own: int
+        self,
+        request: dict[str, ArmCounts],
+        arm: str,
+        reason: str,
+        *,
+        tokens: int,
+        proposed: int,
+        own: int,
+        right: int,
     ) -> None:
         """A round of `arm` committed `tokens` of a request, whose own counts are `request` (`ArmCounts.add`)."""
-        self.by_arm[arm].add(tokens, proposed, own)
-        request.setdefault(arm, ArmCounts()).add(tokens, proposed, own)
+        self.by_arm[arm].add(tokens, proposed, own, right)
+        request.setdefault(arm, ArmCounts()).add(tokens, proposed, own, right)
         self.reasons[reason] += 1
 
     def timed(self, seconds: float, plain_seconds: float) -> None:

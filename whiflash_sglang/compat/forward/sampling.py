@@ -17,6 +17,7 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.round.penalties import PenaltyRequest, penalties_at
+from whiflash_sglang.round.strands import Strand
 
 
 def is_plain_greedy(info: SamplingBatchInfo, has_grammar: bool) -> bool:
@@ -59,27 +60,56 @@ class Chains:
     rows: torch.Tensor
 
 
-def grammar_chains(block: MixedBlock, widths: Sequence[int], ahead: Sequence[Sequence[int]]) -> Chains:
-    """One chain a request, padded to the widest; start it before the target forward.
+def grammar_chains(
+    block: MixedBlock,
+    widths: Sequence[int],
+    ahead: Sequence[Sequence[int]],
+    strands: Sequence[Strand] = (),
+) -> Chains:
+    """One tree a request, padded to the widest; start it before the target forward.
 
     Args:
+        block: whose rows say which request of the batch they belong to. widths: rows of each first chain.
         ahead: per request, equally many tokens that were committed and that its grammar has not seen, the bonus
-            token last; they go before its rows.
+            token last; they go before its rows. strands: whose rows are behind those of the first chains.
     """
-    behind, size = len(ahead[0]), len(widths)
-    widest = behind + max(widths)
-    columns, device = torch.arange(widest), block.input_ids.device
+    behind, size, device = len(ahead[0]), len(widths), block.input_ids.device
+    nodes = list(widths)
+    for strand in strands:
+        nodes[strand.owner] = strand.first_row + len(strand.tokens)
+    widest = behind + max(nodes)
+    columns = torch.arange(widest)
     last = torch.tensor(widths)[:, None] + behind - 1
     next_token = torch.where(columns[None, :] < last, columns[None, :] + 1, -1)
     sibling = torch.full((size, widest), -1, dtype=torch.int64)
+    places = [torch.arange(width) for width in widths]
+    for strand in strands:
+        first, count = behind + strand.first_row, len(strand.tokens)
+        own = next_token[strand.owner]
+        own[first : first + count - 1] = torch.arange(first + 1, first + count)
+        parent = behind + strand.fork
+        if own[parent] < 0:
+            own[parent] = first
+        else:
+            _last_sibling(sibling[strand.owner], int(own[parent]), first)
+        places.append(torch.arange(strand.first_row, strand.first_row + count))
     ids = torch.zeros((size, widest), dtype=torch.int64, device=device)
     ids[:, 1 : behind + 1] = torch.tensor(ahead, dtype=torch.int64, device=device).view(size, behind)
-    column = _column_of_row(block) + behind
-    total = sum(widths)  # what is behind these rows is padding, to which any mask will do
-    ids[block.request_of_row[:total], column[:total]] = block.input_ids[:total]
+    column = torch.cat(places).to(device) + behind
+    total = len(column)  # what is behind these rows is padding, to which any mask will do
+    owner = block.request_of_row[:total]
+    ids[owner, column] = block.input_ids[:total]
     tree = GrammarTree.from_device(next_token, sibling, ids)
-    rows = block.request_of_row * widest + column
-    return Chains(tree, rows.clamp(max=size * widest - 1))
+    rows = torch.zeros_like(block.request_of_row)
+    rows[:total] = owner * widest + column
+    return Chains(tree, rows)
+
+
+def _last_sibling(sibling: torch.Tensor, node: int, added: int) -> None:
+    """Put `added` behind the last sibling of `node`."""
+    while sibling[node] >= 0:
+        node = int(sibling[node])
+    sibling[node] = added
 
 
 def sample_rows(
@@ -139,6 +169,25 @@ def sample_rows(
     return predictions.to(torch.int64)
 
 
+LISTS = (
+    "next_token_top_logprobs_val",
+    "next_token_top_logprobs_idx",
+    "next_token_token_ids_logprobs_val",
+    "next_token_token_ids_logprobs_idx",
+)
+"""SGLang's records of log-probabilities that have one entry a row."""
+
+
+def keep_rows(output: Any, index: torch.Tensor) -> None:
+    """Lay out the log-probabilities of `output`, if it has any: those of the rows in `index`, of any shape."""
+    if output.next_token_logprobs is not None:
+        output.next_token_logprobs = output.next_token_logprobs[index]
+    flat = index.flatten().tolist()
+    for name in LISTS:
+        if rows := getattr(output, name):
+            setattr(output, name, [rows[row] for row in flat])
+
+
 def count_earlier_output(batch: Any) -> None:
     """Before a prefill: requests that were retracted are penalised for the answer that they had, too.
 
@@ -161,11 +210,6 @@ def count_earlier_output(batch: Any) -> None:
     penalties = penalties_at(requests, output.to(info.temperatures.device), len(reqs), info.vocab_size)
     assert penalties is not None
     info.acc_additive_penalties, info.acc_scaling_penalties = penalties.additive, penalties.scaling
-
-
-def _column_of_row(block: MixedBlock) -> torch.Tensor:
-    rows = torch.arange(block.input_ids.shape[0], device=block.input_ids.device)
-    return rows - block.qo_indptr[block.request_of_row].to(torch.int64)
 
 
 def _expand(info: SamplingBatchInfo, reqs: Sequence[Any], owner: torch.Tensor) -> SamplingBatchInfo:

@@ -6,8 +6,10 @@ A target that takes images counts a token's time, height and width. Those of tex
 alone (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for drafts of one length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -24,13 +26,14 @@ from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat.forward import graphs, recurrent, sampling
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
-from whiflash_sglang.compat.forward.sampling import count_earlier_output
+from whiflash_sglang.compat.forward.sampling import count_earlier_output, keep_rows
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
 from whiflash_sglang.round.forcing import Forcing
+from whiflash_sglang.round.strands import Folded, Packed, fold, moves, of_rows, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Verified:
     logits: [T, V], the target's raw logits. features: [T, F], captured layer outputs.
     final_hidden: [T, H] after the final norm, None unless a router or the server's clients may ask for it. output:
     SGLang's own record, which carries log-probabilities back to the scheduler. outcome: what the end of its graph
-    committed, until the next replay; None where there was none, or it might not.
+    committed, until the next replay; None where there was none, or it might not. folded: how strands came out, None
+    where there were none.
     """
 
     logits: torch.Tensor
@@ -49,6 +53,15 @@ class Verified:
     output: Any
     can_run_cuda_graph: bool
     outcome: Outcome | None = None
+    folded: Folded | None = None
+
+    def of(self, folded: Folded) -> "Verified":
+        """Of the paths that were accepted; SGLang's record keeps the log-probabilities of these rows alone."""
+        final, kept = self.final_hidden, folded.kept
+        if kept is not None:
+            keep_rows(self.output, kept)
+            final = None if final is None else final[kept]
+        return replace_fields(self, final_hidden=final, folded=folded)
 
 
 class Target(LoadedTarget):
@@ -260,25 +273,30 @@ class VerifyStage:
         Returns:
             The packed rows, and what the target said of them.
         """
+        strands, size = proposal.strands, len(requests.row_ids)
+        packed_up = self._packed(requests, proposal)
         padded = prepare_mixed_block(
-            requests.bonus,
-            proposal.tokens,
-            proposal.widths,
-            requests.starts,
-            requests.rows,
+            packed_up.bonus,
+            packed_up.drafts,
+            packed_up.widths,
+            packed_up.starts,
+            packed_up.rows,
             self._target.slot_table,
-            rows=self._target.rows_for(proposal.rows, len(requests.row_ids)),
+            rows=self._target.rows_for(proposal.rows, len(packed_up.rows)),
         )
         # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
         by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
-        widths = proposal.widths.tolist() if self._host.exact or by_request else None
+        widths = packed_up.widths.tolist() if self._host.exact or by_request else None
         block = padded if widths is None else packed(padded, sum(widths))
+        if strands:
+            block = block._replace(request_of_row=packed_up.owners[block.request_of_row])
         chains = None
         if widths is not None and batch.has_grammar:
-            chains = sampling.grammar_chains(block, widths, requests.ahead)
+            chains = sampling.grammar_chains(block, widths[:size], requests.ahead, strands)
         greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
         self._epilogue.let_graphs_commit(greedy, requests.row_ids)
-        verified = self._target.verify(batch, padded, proposal.widths, widths, proposal.stride)
+        with _strands_as_requests(batch, packed_up) if strands else nullcontext():
+            verified = self._target.verify(batch, padded, packed_up.widths, widths, proposal.stride)
         predictions = None
         if greedy and verified.outcome is None:
             predictions = verified.logits.argmax(-1)
@@ -290,7 +308,7 @@ class VerifyStage:
                 batch,
                 verified.output,
                 block,
-                widths,
+                None if widths is None else widths[:size],
                 chains,
                 self._tokens.data,
                 barrier,
@@ -308,4 +326,54 @@ class VerifyStage:
             predictions,
             verified.outcome,
         )
-        return rows, verified
+        if not strands or predictions is None:
+            return rows, verified
+        return self._folded(requests, proposal, block, rows, verified)
+
+    def _packed(self, requests: RoundBatch, proposal: Proposal) -> Packed:
+        """The requests of the forward: those of the batch, and the strands of the proposal behind them."""
+        owners = requests.rows.new_empty(0)
+        if proposal.strands:
+            owners = torch.arange(len(requests.row_ids), device=requests.rows.device)
+        alone = Packed(
+            requests.bonus, proposal.tokens, proposal.widths, requests.starts, requests.rows, owners
+        )
+        if not proposal.strands:
+            return alone
+        lengths, table = requests.lengths.most, self._target.slot_table
+        return pack(alone, lengths, proposal.strands, requests.spare, table)
+
+    def _folded(
+        self,
+        requests: RoundBatch,
+        proposal: Proposal,
+        block: MixedBlock,
+        rows: VerifiedRows,
+        verified: Verified,
+    ) -> tuple[VerifiedRows, Verified]:
+        """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""
+        assert rows.predictions is not None
+        folded = fold(block, rows.predictions, len(requests.row_ids), proposal.strands)
+        if folded.won:
+            targets, sources = moves(folded, requests.row_ids, requests.lengths.most, self._target.slot_table)
+            self._target.runner.token_to_kv_pool.move_kv_cache(targets, sources)
+        return of_rows(rows, folded), verified.of(folded)
+
+
+@contextmanager
+def _strands_as_requests(batch: Any, packed_up: Packed) -> Iterator[None]:
+    """`batch` as a forward with strands takes it, for whom each is one more request."""
+    lengths = packed_up.starts.tolist()
+    known = {name: getattr(batch, name) for name in _PER_REQUEST}
+    batch.seq_lens = batch.orig_seq_lens = packed_up.starts
+    batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(lengths), sum(lengths)
+    batch.req_pool_indices = packed_up.rows
+    try:
+        yield
+    finally:
+        for name, value in known.items():
+            setattr(batch, name, value)
+
+
+_PER_REQUEST = ("seq_lens", "orig_seq_lens", "seq_lens_cpu", "seq_lens_sum", "req_pool_indices")
+"""What a forward reads of a batch's requests."""

@@ -9,6 +9,7 @@ import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxiliary_output
 from sglang.srt.runtime_context import get_schedule
 
+from whiflash_sglang.compat.forward.sampling import keep_rows
 from whiflash_sglang.compat.forward.target import Verified
 from whiflash_sglang.device.transfers import Download
 
@@ -80,15 +81,6 @@ def behind_forward(runner: Any) -> Iterator[None]:
     scheduling.wait_stream(forward)
 
 
-_LISTS = (
-    "next_token_top_logprobs_val",
-    "next_token_top_logprobs_idx",
-    "next_token_token_ids_logprobs_val",
-    "next_token_token_ids_logprobs_idx",
-)
-"""SGLang's records that have one entry a row."""
-
-
 def attach(batch: Any, verified: Verified, indptr: torch.Tensor, stride: int) -> None:
     """Lay out the records of the packed rows as those of the tokens: `stride` columns a request.
 
@@ -103,11 +95,7 @@ def attach(batch: Any, verified: Verified, indptr: torch.Tensor, stride: int) ->
     last = indptr[1:, None].to(torch.int64) - 1
     index = torch.minimum(indptr[:-1, None].to(torch.int64) + columns, last)
     if batch.return_logprob:
-        output.next_token_logprobs = output.next_token_logprobs[index]
-        flat = index.flatten().tolist()
-        for name in _LISTS:
-            if rows := getattr(output, name):
-                setattr(output, name, [rows[row] for row in flat])
+        keep_rows(output, index)
     if batch.return_hidden_states:
         if verified.final_hidden is None:
             raise AssertionError("SGLang admits such requests only where the server keeps hidden states")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.runtime_context import get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
@@ -81,7 +82,20 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
         list(batch.reqs),
         [max(budget, 1) for budget in budgets],
         [[] for _ in batch.reqs],
+        _spare_rows(batch),
+        [sampling.is_penalised(r) for r in batch.reqs],
     )
+
+
+def _spare_rows(batch: Any) -> list[int]:
+    """Free rows of the request table that a forward of this batch may borrow until it ends; none where states beside
+    KV go by request.
+    """
+    pool = batch.req_to_token_pool
+    if isinstance(pool, HybridReqToTokenPool):
+        return []
+    room = max_running_requests() - len(batch.reqs)
+    return list(pool.free_slots[-room:]) if room > 0 else []
 
 
 def next_round(batch: Any, requests: RoundBatch, done: RoundResult) -> RoundBatch:

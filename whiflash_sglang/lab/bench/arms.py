@@ -32,12 +32,12 @@ ROUTERS = {
     "lookup": "lookup",
     "pinned-none": "none",
 }
-AUTO, NO_HINTS = "auto", "auto-no-hints"
+AUTO, NO_HINTS, BRANCHES = "auto", "auto-no-hints", "auto-branches"
 COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
 NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
 VARIANTS = {COPY_RULE: COPY_RULE, **dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)}
 """Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
-KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS)
+KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS, BRANCHES)
 DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """Upstream's arms, and the drafters of a bundle that they serve."""
 QUICK = (NONE, "EAGLE3", "DFLASH", "auto")
@@ -208,6 +208,9 @@ def _arm(name: str, subject: Subject) -> Arm:
         )
     if kind in VARIANTS:
         return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.variants[kind])), VARIANTS[kind])
+    if kind == BRANCHES:
+        branches = (*common, *_whiflash(subject.bundle), "--whiflash-branches", "3")
+        return Arm(name, f"WHIFLASH {kind}", branches, ROUTERS[AUTO])
     if kind == NO_HINTS:
         unhinted, whiflash = _hints({"infer": False, "trace": "full"}), _whiflash(subject.bundle)
         return Arm(name, f"WHIFLASH {kind}", (*common, *whiflash), ROUTERS[AUTO], unhinted)

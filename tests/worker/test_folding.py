@@ -1,0 +1,122 @@
+"""Strands without a server: what voices add, which of them fit, and what a verification folds to."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from whiflash_kernels import prepare_mixed_block
+
+from whiflash_sglang.core import Voice
+from whiflash_sglang.round.strands import Folded, Packed, Strand, chosen_strands, fold, moves, pack, strand_of
+
+CHAIN = Voice([5, 6, 7], [0.8, 0.4, 0.2], "chain")
+
+
+def strand(owner: int = 0, fork: int = 0, *tokens: int, chance: float = 0.5) -> Strand:
+    return Strand(owner, fork, list(tokens), 0, chance, "free")
+
+
+def test_a_voice_adds_what_follows_the_common_prefix() -> None:
+    found = strand_of(3, CHAIN, Voice([5, 9, 8], [0.9, 0.81, 0.729], "free"), room=5, worth=0.01)
+    assert found is not None
+    assert (found.owner, found.fork, found.tokens, found.source) == (3, 1, [9, 8], "free")
+
+
+def test_a_contested_token_is_less_likely_than_its_voice_says() -> None:
+    found = strand_of(0, CHAIN, Voice([4], [0.6], "free"), room=5, worth=0.0)
+    assert found is not None
+    assert abs(found.chance - 0.6 * 0.2 / (1 - 0.6 * 0.8)) < 1e-9
+
+
+def test_tokens_that_are_not_worth_a_row_are_left_out() -> None:
+    voice = Voice([4, 3, 2], [0.6, 0.3, 0.01], "free")
+    found = strand_of(0, CHAIN, voice, room=5, worth=0.1)
+    assert found is not None
+    assert found.tokens == [4, 3]
+    assert strand_of(0, CHAIN, voice, room=5, worth=0.5) is None
+    assert strand_of(0, CHAIN, voice, room=0, worth=0.0) is None
+
+
+def test_a_voice_that_says_the_same_adds_nothing() -> None:
+    assert strand_of(0, CHAIN, Voice([5, 6], [0.9, 0.8], "free"), room=5, worth=0.0) is None
+    assert strand_of(0, CHAIN, Voice([5, 6, 7, 8], [0.9] * 4, "free"), room=5, worth=0.0) is None
+
+
+def test_the_likeliest_strands_fit() -> None:
+    found = [
+        strand(0, 0, 1, 2, chance=0.2),
+        strand(0, 0, 1, 3, chance=0.3),  # begins like the one before it
+        strand(0, 1, 4, 4, 4, chance=0.4),
+        strand(1, 0, 1, chance=0.9),
+    ]
+    taken = chosen_strands(found, widths=[3, 4], rooms=[7, 4], most=2, spare=5)
+    assert [(one.owner, one.tokens, one.first_row) for one in taken] == [(0, [4, 4, 4], 3), (0, [1], 6)]
+    assert [one.tokens for one in chosen_strands(found, [3, 4], [9, 8], most=2, spare=1)] == [[1]]
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=4)
+
+
+@given(
+    chains=st.lists(TOKENS, min_size=1, max_size=3),
+    voices=st.lists(st.tuples(st.integers(0, 2), TOKENS), max_size=6),
+    truth=st.lists(st.integers(0, 2), min_size=40, max_size=40),
+)
+def test_folding_finds_the_longest_path(
+    chains: list[list[int]], voices: list[tuple[int, list[int]]], truth: list[int]
+) -> None:
+    """The target says the next token of `truth` on every path that agrees with it, and no token elsewhere."""
+    size, lengths = len(chains), [10 * i + 3 for i in range(len(chains))]
+    found = []
+    for owner, tokens in voices:
+        chain = Voice(chains[owner % size], [0.5] * len(chains[owner % size]), "chain")
+        one = strand_of(owner % size, chain, Voice(tokens, [0.5] * len(tokens), "free"), room=9, worth=0.0)
+        found += [one] if one is not None else []
+    widths = [1 + len(chain) for chain in chains]
+    taken = chosen_strands(found, widths, [30] * size, most=3, spare=9)
+    table = torch.arange(20 * 60, dtype=torch.int32).view(20, 60)
+    tokens = torch.zeros((size, 4), dtype=torch.int64)
+    for row, chain_ids in zip(tokens, chains, strict=True):
+        row[: len(chain_ids)] = torch.tensor(chain_ids)
+    every = torch.arange(size)
+    packed = Packed(
+        every + 50, tokens, torch.tensor(widths, dtype=torch.int32), torch.tensor(lengths), every, every
+    )
+    if taken:
+        packed = pack(packed, lengths, taken, range(10, 19), table)
+    block = prepare_mixed_block(packed.bonus, packed.drafts, packed.widths, packed.starts, packed.rows, table)
+    paths = [list(chain_ids) for chain_ids in chains] + [
+        [*chains[one.owner][: one.fork], *one.tokens] for one in taken
+    ]
+    ends = block.qo_indptr.tolist()
+    said = torch.full_like(block.input_ids, 99)
+    for path, (begin, end), n in zip(paths, pairwise(ends), packed.starts.tolist(), strict=True):
+        owner = int(packed.owners[ends.index(begin)])
+        skipped = n - lengths[owner]  # rows of the path that lie in the first chain
+        for row in range(begin, end):
+            known = skipped + row - begin
+            if path[:known] == truth[:known]:
+                said[row] = truth[known]
+    folded = fold(block, said, size, taken)
+    indptr = folded.indptr.tolist()
+    kept = torch.arange(indptr[-1]) if folded.kept is None else folded.kept
+    for owner in range(size):
+        ids = block.input_ids[kept[indptr[owner] : indptr[owner + 1]]].tolist()[1:]
+        own = [path for path, belongs in zip(paths, packed.owners.tolist(), strict=True) if belongs == owner]
+        best = max(agreement(path, truth) for path in own)
+        assert agreement(ids, truth) == best
+    if folded.won:
+        check_moves(folded, lengths, table)
+
+
+def agreement(path: list[int], truth: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(path, truth, strict=False)) if a != b), len(path))
+
+
+def check_moves(folded: Folded, lengths: list[int], table: torch.Tensor) -> None:
+    """Each accepted token's slot is its request's own, behind the fork; it comes from the strand's."""
+    targets, sources = moves(folded, range(len(lengths)), lengths, table)
+    places = [(one, lengths[one.owner] + i) for one, right in folded.won for i in range(right)]
+    assert targets.tolist() == [int(table[one.owner, n + 1 + one.fork]) for one, n in places]
+    assert sources.tolist() == [int(table[one.owner, n + one.first_row]) for one, n in places]

@@ -1,0 +1,168 @@
+"""Strands: texts are plain decoding's whichever path of a request wins (fp32), in the real scheduler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import pytest
+import torch
+from engine import engine
+from model_set import Models
+from oracle_arm import OracleArm
+from records import all_logprobs, assert_same_logprobs
+from test_constrained import SCHEMA
+from test_logprobs import CASES as LOGPROB_CASES
+from test_logprobs import OPTIONS as LOGPROB_OPTIONS
+from test_logprobs import requests as logprob_requests
+from test_losslessness import CASES, Plain, compare, plain
+from test_radix import assert_tree_is_true
+from test_sampling import PARAMETERS, judge, sample
+from traffic import Arrival, mixed, play
+
+from whiflash_sglang.compat.forward import target
+from whiflash_sglang.core import DraftBatch, Drafts, Voice
+from whiflash_sglang.round.strands import Folded
+from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.policies import RandomPolicy, Scores
+from whiflash_sglang.routing.signals import Signals
+
+__all__ = ["plain"]
+
+
+class Chain(OracleArm):
+    """Says how likely its drafts are, so that others may speak beside them."""
+
+    arm, judges = "chain", True
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        drafts = super().draft(batch)
+        return replace(
+            drafts, alive=(0.7 ** torch.arange(1, drafts.tokens.shape[1] + 1)).expand(drafts.tokens.shape)
+        )
+
+
+class Free(OracleArm):
+    """Speaks beside the chain, right where the chain may be wrong."""
+
+    prolongs = True
+
+    def __init__(self, arm: str, accuracy: float, seed: int) -> None:
+        super().__init__(accuracy, seed=seed)
+        self.arm = arm
+
+    def voice(self, row: int, length: int, limit: int, worth: Worth) -> Voice | None:
+        ahead = self._ahead[row][:limit]
+        tokens = [
+            a if self._random.random() < self._accuracy else self._random.choice(self._alphabet)
+            for a in ahead
+        ]
+        chances = list(accumulate([0.8] * len(tokens), mul))
+        return Voice(tokens, chances, self.arm) if tokens else None
+
+
+class ChainFirst(RandomPolicy):
+    """Routes most rounds to the chain, and some to whoever may draft."""
+
+    def score(self, signals: Signals) -> Scores:
+        scores = super().score(signals)
+        return {**scores, "chain": 0.9} if "chain" in scores else scores
+
+
+@dataclass
+class Seen:
+    """What strands came to."""
+
+    strands: int = 0
+    won: int = 0
+    forks: set[int] = field(default_factory=set)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    found, fold = Seen(), target.fold
+
+    def recorded(*args: Any) -> Folded:
+        folded = fold(*args)
+        found.strands += len(args[3])
+        found.won += len(folded.won)
+        found.forks |= {strand.fork for strand, _ in folded.won}
+        return folded
+
+    monkeypatch.setattr(target, "fold", recorded)
+    return found
+
+
+def with_voices(arrivals: Sequence[Arrival], expected: dict[str, list[int]]) -> list[OracleArm]:
+    arms = [Chain(0.5, seed=3), Free("free", 0.85, 4), Free("freer", 0.85, 5)]
+    for arm in arms:
+        for a in arrivals:
+            arm.learn(a.prompt, expected[a.rid])
+    return arms
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "alone"])
+def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case: str) -> None:
+    arrivals = mixed(seed=2, count=18, shared=40, aborts=0.15, stops=0.1, tokens=80)
+    expected = plain(arrivals)
+    flags = models.whiflash("random", whiflash_branches=3)
+    with engine(
+        models.target,
+        whiflash=flags,
+        arms=with_voices(arrivals, expected),
+        **{**CASES[case], "max_running_requests": 9},
+    ) as e:
+        e.worker.controller.policy = ChainFirst()
+        found = play(e, arrivals)
+        assert case not in ("batch", "full-pool") or assert_tree_is_true(e, models) > 100
+    compare(models, arrivals, expected, found)
+    print(seen)
+    assert seen.strands > seen.won > 10, "hardly any strand won, so nothing was tried"
+    assert len(seen.forks) > 1
+
+
+@pytest.mark.parametrize("case", ["greedy", "sampled"])
+def test_records_are_plain_decodings(models: Models, seen: Seen, case: str) -> None:
+    """Log-probabilities, grammars with branches, stop strings; seeds by position where it is sampled."""
+    kinds, options, _ = LOGPROB_CASES[case]
+    schema = {"json_schema": SCHEMA, "ignore_eos": False, "max_new_tokens": 60}
+    if case == "sampled":
+        schema["temperature"] = 0.8  # SGLang draws otherwise where a request of the batch is greedy
+    kinds = {**kinds, "schema": schema}
+    options = {**LOGPROB_OPTIONS, **options, "constrained_json_disable_any_whitespace": True}
+    arrivals = [replace(a, step=3 * a.step) for a in logprob_requests(kinds)]
+    compared = [a.rid for a in arrivals if a.params["return_logprob"]]
+    with engine(models.target, **options) as e:
+        expected = play(e, arrivals)
+        wanted = all_logprobs(e, compared)
+    flags, arms = models.whiflash("random", whiflash_branches=4), with_voices(arrivals, expected)
+    with engine(models.target, whiflash=flags, arms=arms, **options) as e:
+        e.worker.controller.policy = ChainFirst()
+        assert play(e, arrivals) == expected
+        found = all_logprobs(e, compared)
+    for rid in compared:
+        assert_same_logprobs(found[rid], wanted[rid], rid)
+    assert seen.won > 10
+
+
+def test_joint_distribution(models: Models, seen: Seen) -> None:
+    """Tokens that siblings split keep their frequencies."""
+    torch.manual_seed(0)
+    parameters = {name: PARAMETERS[name] for name in ("temperature", "top-k", "logit-bias")}
+    arms = [Chain(0.9, seed=4), Free("free", 0.9, 5), Free("freer", 0.9, 6)]
+
+    class All(OracleArm):
+        def learn(self, prompt: Sequence[int], output: Sequence[int]) -> None:
+            for arm in arms:
+                arm.learn(prompt, output)
+
+    options = {"max_running_requests": 48, "max_total_tokens": 8192, "skip_tokenizer_init": False}
+    flags = models.whiflash("random", whiflash_branches=4)
+    with engine(models.target, whiflash=flags, arms=arms, **options) as e:
+        e.worker.controller.policy = ChainFirst()
+        found = sample(e, All(0.9), parameters, each=400)
+    for result in judge(models, found):
+        assert result.test.p_value > 1e-4, result
+        assert result.test.freedom >= 5, result
+    assert seen.won > 100

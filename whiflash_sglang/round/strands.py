@@ -1,0 +1,220 @@
+"""Strands: further chains of a request, verified beside its first chain in one forward.
+
+A strand leaves the first chain behind `fork` drafts and goes on with tokens of its own. The forward takes it for one
+more request: a row of the slot table whose first entries are the path to the fork, and packed rows of its own behind
+it. So attention needs no mask, and a batch without strands is what it was. At most one child of a node is the target's
+own token, so at most one path of a request is accepted; `fold` hands that path on as a chain. Imports no SGLang.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+
+import torch
+from whiflash_kernels import MixedBlock
+
+from whiflash_sglang.core import Voice
+from whiflash_sglang.round.epilogue import VerifiedRows
+
+
+@dataclass(frozen=True, slots=True)
+class Strand:
+    """One further chain.
+
+    owner: its request, an index of the batch. fork: drafts of the first chain that it shares. tokens: its own, whose
+    first is not the first chain's next draft. first_row: its rows' place behind the first row of its request. chance:
+    that its first token is accepted. source: what it was taken from.
+    """
+
+    owner: int
+    fork: int
+    tokens: Sequence[int]
+    first_row: int
+    chance: float
+    source: str
+
+
+def strand_of(owner: int, chain: Voice, voice: Voice, room: int, worth: float) -> Strand | None:
+    """What `voice` adds to a request's first chain: the tokens behind the longest common prefix that are worth a row.
+
+    Two voices that disagree cannot both be right. With a and c, the chances of the two tokens at the fork given the
+    path to it, the voice's is right with c (1 - a) / (1 - a c): the chance that c alone is, given that not both are.
+
+    Args:
+        room: rows that are left for the request. worth: chance below which a token is not verified.
+
+    Returns:
+        None where the voice says what the chain says, or nothing that is worth its row.
+    """
+    fork = next(
+        (i for i, pair in enumerate(zip(chain.tokens, voice.tokens, strict=False)) if pair[0] != pair[1]), -1
+    )
+    if fork < 0:
+        return None
+    before = voice.alive[fork - 1] if fork else 1.0
+    path = chain.alive[fork - 1] if fork else 1.0
+    if not before or not path:
+        return None
+    ours, theirs = voice.alive[fork] / before, chain.alive[fork] / path
+    contested = path * ours * (1 - theirs) / max(1 - ours * theirs, 1e-6)
+    scale = contested / voice.alive[fork] if voice.alive[fork] else 0.0
+    kept = [
+        token
+        for token, alive in zip(voice.tokens[fork:], voice.alive[fork:], strict=True)
+        if alive * scale >= worth
+    ][:room]
+    return Strand(owner, fork, kept, 0, contested, voice.source) if kept else None
+
+
+def chosen_strands(
+    found: Sequence[Strand], widths: Sequence[int], rooms: Sequence[int], most: int, spare: int
+) -> list[Strand]:
+    """The likeliest strands, in the order of their requests: at most `most` of a request, and `spare` of the batch.
+
+    Args:
+        widths: rows of each request's first chain. rooms: rows that each request may verify.
+    """
+    taken: list[list[Strand]] = [[] for _ in widths]
+    for strand in sorted(found, key=lambda strand: -strand.chance):
+        own = taken[strand.owner]
+        first_row = widths[strand.owner] + sum(len(other.tokens) for other in own)
+        tokens = strand.tokens[: rooms[strand.owner] - first_row]
+        same = any((other.fork, other.tokens[0]) == (strand.fork, strand.tokens[0]) for other in own)
+        if tokens and not same and len(own) < most and spare:
+            own.append(replace(strand, tokens=tokens, first_row=first_row))
+            spare -= 1
+    return [strand for own in taken for strand in own]
+
+
+class Packed(NamedTuple):
+    """The forward's requests: those of the batch, then a strand each.
+
+    bonus: [R] int64. drafts: [R, W] int64. widths: [R] int32. starts: [R] int64. rows: [R] int64, rows of the slot
+    table. owners: [R] int64, the request of each.
+    """
+
+    bonus: torch.Tensor
+    drafts: torch.Tensor
+    widths: torch.Tensor
+    starts: torch.Tensor
+    rows: torch.Tensor
+    owners: torch.Tensor
+
+
+def pack(
+    batch: Packed,
+    lengths: Sequence[int],
+    strands: Sequence[Strand],
+    spare: Sequence[int],
+    slot_table: torch.Tensor,
+) -> Packed:
+    """`batch`, of B requests, with its strands behind them; their rows of the slot table are written.
+
+    A strand's own KV slots are its request's, from `first_row` behind n: the scheduler keeps slots for the widest block
+    there.
+
+    Args:
+        lengths: n of each request, on the host. spare: rows of `slot_table` [rows, ctx] int32 that nobody has.
+    """
+    rows = list(spare[: len(strands)])
+    starts = []
+    for strand, row in zip(strands, rows, strict=True):
+        n = lengths[strand.owner]
+        begin, slots = n + 1 + strand.fork, slot_table[batch.rows[strand.owner]]
+        slot_table[row, :begin] = slots[:begin]
+        own = slots[n + strand.first_row : n + strand.first_row + len(strand.tokens)]
+        slot_table[row, begin : begin + len(strand.tokens)] = own
+        starts.append(begin)
+    width = max(batch.drafts.shape[1], *(len(strand.tokens) - 1 for strand in strands))
+    drafts = batch.drafts.new_zeros((len(batch.rows) + len(strands), width))
+    drafts[: len(batch.rows), : batch.drafts.shape[1]] = batch.drafts
+    for index, strand in enumerate(strands, len(batch.rows)):
+        drafts[index, : len(strand.tokens) - 1] = torch.tensor(strand.tokens[1:], dtype=torch.int64)
+
+    def behind(own: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
+        return torch.cat([own, torch.tensor(more, dtype=own.dtype, device=own.device)])
+
+    return Packed(
+        behind(batch.bonus, [strand.tokens[0] for strand in strands]),
+        drafts,
+        behind(batch.widths, [len(strand.tokens) for strand in strands]),
+        behind(batch.starts, starts),
+        behind(batch.rows, rows),
+        behind(batch.owners, [strand.owner for strand in strands]),
+    )
+
+
+class Folded(NamedTuple):
+    """The path of every request that was accepted furthest.
+
+    kept: [T'] int64, its packed rows, request after request; None: the batch's own rows. indptr: [B + 1] int32.
+    first: drafts of each first chain that were right. won: strands that won, with how many of their tokens were right.
+    """
+
+    kept: torch.Tensor | None
+    indptr: torch.Tensor
+    first: Sequence[int]
+    won: Sequence[tuple[Strand, int]]
+
+
+def fold(block: MixedBlock, predictions: torch.Tensor, size: int, strands: Sequence[Strand]) -> Folded:
+    """Fold a verification of `size` requests and their strands to one chain a request.
+
+    Args:
+        predictions: [T] int64, the target's token at each row of `block`.
+    """
+    ends, ids, said = block.qo_indptr.tolist(), block.input_ids.tolist(), predictions.tolist()
+
+    def right(first: int, end: int) -> int:
+        """Rows behind `first` that hold what the target said before them."""
+        row = first
+        while row + 1 < end and ids[row + 1] == said[row]:
+            row += 1
+        return row - first
+
+    paths: list[Sequence[int]] = [range(*pair) for pair in pairwise(ends[: size + 1])]
+    first, won = [right(path[0], path[-1] + 1) for path in paths], []
+    for strand, (begin, end) in zip(strands, pairwise(ends[size:]), strict=True):
+        path = paths[strand.owner]
+        if first[strand.owner] == strand.fork and said[path[strand.fork]] == strand.tokens[0]:
+            won.append((strand, 1 + right(begin, end)))
+            paths[strand.owner] = [*path[: strand.fork + 1], *range(begin, end)]
+    indptr = block.qo_indptr[: size + 1]
+    if not won:
+        return Folded(None, indptr, first, won)
+    indptr = torch.tensor(
+        list(accumulate(map(len, paths), initial=0)), dtype=indptr.dtype, device=indptr.device
+    )
+    kept = torch.tensor(list(chain.from_iterable(paths)), device=indptr.device)
+    return Folded(kept, indptr, first, won)
+
+
+def moves(
+    folded: Folded, row_ids: Sequence[int], lengths: Sequence[int], slot_table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KV slots to copy to and from, [M] int64 each: what was right of a strand that won goes behind its fork.
+
+    Args:
+        row_ids: of each request in `slot_table`. lengths: n of each.
+    """
+    targets, sources = [], []
+    for strand, right in folded.won:
+        slots, n = slot_table[row_ids[strand.owner]].to(torch.int64), lengths[strand.owner]
+        targets.append(slots[n + 1 + strand.fork :][:right])
+        sources.append(slots[n + strand.first_row :][:right])
+    return torch.cat(targets), torch.cat(sources)
+
+
+def of_rows(rows: VerifiedRows, folded: Folded) -> VerifiedRows:
+    """`rows` of the accepted paths alone."""
+    index = slice(int(folded.indptr[-1])) if folded.kept is None else folded.kept
+    assert rows.predictions is not None
+    return rows._replace(
+        logits=rows.logits[index],
+        features=rows.features[index],
+        final_hidden=None if rows.final_hidden is None else rows.final_hidden[index],
+        input_ids=rows.input_ids[index],
+        indptr=folded.indptr,
+        predictions=rows.predictions[index],
+    )
