@@ -18,6 +18,11 @@ BACKENDS = ["torch", "triton"] if DEVICE.type == "cuda" or INTERPRETING else ["t
 GUARD = 64
 
 
+def examples(number: int) -> int:
+    """Of a hypothesis test: fewer under the interpreter, whose programs take milliseconds each, but for evidence."""
+    return number if not INTERPRETING or os.environ.get("WHIFLASH_ALL_EXAMPLES") else max(number // 5, 6)
+
+
 @contextmanager
 def running(backend: str) -> Iterator[None]:
     """Force one implementation.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from kernel_tolerances import assert_close
 from whiflash_kernels import draft_attention
 from whiflash_kernels.reference import attention as reference
@@ -182,7 +182,7 @@ def test_splits_do_not_show(backend: str, splits: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     seq_lens=st.lists(st.integers(-9, 120), min_size=1, max_size=4),
     width=st.integers(1, 9),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from whiflash_kernels import BacklogRings, park, unpark
 
 SENTINEL = -77
@@ -80,7 +80,7 @@ def check_park(backend: str, batch: Ragged, capacity: int, width: int, index: to
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(batch=batches(longest=12), capacity=st.integers(1, 9), width=st.sampled_from([1, 8, 33]))
 def test_park_any_batch(backend: str, batch: Ragged, capacity: int, width: int) -> None:
     check_park(backend, batch, capacity, width, torch.int64)
@@ -190,7 +190,7 @@ def check_unpark(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(batch=batches(longest=7), capacity=st.integers(1, 9), padding=st.one_of(st.none(), st.integers(0, 3)))
 def test_unpark_any_batch(backend: str, batch: Ragged, capacity: int, padding: int | None) -> None:
     check_unpark(backend, batch, capacity, padding=padding, index=torch.int64)

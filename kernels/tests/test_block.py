@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from whiflash_kernels import MixedBlock, accept_and_commit, prepare_mixed_block
 
 SLOTS, CONTEXT = 300, 96
@@ -101,7 +101,7 @@ def check_round(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     widths=st.lists(st.integers(0, 17), max_size=9),
     seed=st.integers(0, 1000),
@@ -112,7 +112,7 @@ def test_any_round(backend: str, widths: list[int], seed: int, padding: int | No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), widths=st.lists(st.integers(0, 9), max_size=6), seed=st.integers(0, 1000))
 def test_any_round_that_may_end(backend: str, data: st.DataObject, widths: list[int], seed: int) -> None:
     """Predictions are of 0…4; -1 stands for no token."""

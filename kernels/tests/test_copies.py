@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from whiflash_kernels import propose_copies
 
 BOUNDARIES = (1, 2, 3, 4, 6, 9, 14, 22)
@@ -158,7 +158,7 @@ def test_no_requests(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     texts=st.lists(st.lists(st.integers(0, 3), max_size=60), min_size=1, max_size=3),
     source=st.integers(-2, 61),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from whiflash_kernels import BacklogRings, claim_backlogs, draft_inputs, pass_rows
 
 SLOTS, CONTEXT, CAPACITY = 12, 40, 7
@@ -18,7 +18,7 @@ def integers(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     arms=st.integers(1, 3),
     slots=st.lists(st.integers(0, SLOTS - 1), unique=True, max_size=SLOTS),
@@ -53,7 +53,7 @@ def test_more_claims_than_a_program_takes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), requests=st.integers(1, 9), seed=st.integers(0, 1000), dtype=dtypes)
 def test_any_members(backend: str, data: st.DataObject, requests: int, seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def test_a_wide_feature_is_whole(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     lengths=st.lists(st.integers(-9, CONTEXT - 8), max_size=6),
     offset=st.integers(-1, 1),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from whiflash_kernels import Drafted, Laid, choose_drafts, cut_drafts, join_drafts, lay_drafts
 
 SLOTS, CONTEXT = 12, 40
@@ -22,7 +22,7 @@ def floats(values: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     data=st.data(),
     members=st.integers(0, 5),
@@ -65,7 +65,7 @@ def test_a_cut_of_a_part_of_wider_rows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), size=st.integers(1, 7), width=st.integers(1, 6), columns=st.integers(0, 6))
 def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, columns: int) -> None:
     order = data.draw(st.permutations(range(size)))
@@ -138,7 +138,7 @@ def padded(rows: list[list[Draft]], width: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), size=st.integers(0, 6), width=st.integers(1, 7))
 def test_any_choice(backend: str, data: st.DataObject, size: int, width: int) -> None:
     has_behind, has_late = data.draw(st.booleans()), data.draw(st.booleans())
@@ -264,7 +264,7 @@ WRONG = st.sampled_from(["id below", "id above", "chance", "confidence"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), size=st.integers(1, 4), width=st.integers(1, 7))
 def test_what_is_no_draft_is_left_out(backend: str, data: st.DataObject, size: int, width: int) -> None:
     """From the first wrong id, chance or confidence on; of what lies past the counts nobody is accused."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from kernel_tolerances import assert_close
 from whiflash_kernels import RoutingStats, routing_stats
 
@@ -161,7 +161,7 @@ def test_rejects_a_strided_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     values=st.lists(
         st.one_of(st.just(-float("inf")), st.integers(-6, 6).map(float), st.floats(-80, 80, width=16)),
