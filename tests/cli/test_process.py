@@ -29,74 +29,124 @@ def said_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["bench", "--quik"], "--quik"),
-        (["bnech"], "'bnech'"),
-        (["trace"], "'file'"),
-        (["evaluate", "--bundle", "b"], "--prompts"),
-        (["bench", "--repetitions", "many"], "--repetitions"),
-        (["train", "export", "--config", "tiny"], "'out'"),
-        (["train", "dta"], "'dta'"),
-        (["policy", "nonee"], "'nonee'"),
-        (["demo", "--router", "atuo"], "'atuo'"),
-        (["bench", "--arms", "autoo"], "'autoo'"),
-        (["bench", "--arms", "auto@tpp2"], "'auto@tpp2'"),
-        (["bench", "--arms", "auto,auto"], "--arms"),
-        (["bench", "--recorded", "log.jsonl", "--arms", "atuo"], "'atuo'"),
-        (["bench", "--dtype", "float3"], "'float3'"),
-        (["bench", "--concurrency", "0"], "--concurrency"),
-        (["bench", "--resume"], "--resume"),
-        (["evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"], "'float3'"),
-        (["train", "data", "--config", "tiny", "--shard", "2/2"], "--shard"),
-        (["serve", "--whiflash-router", "atuo"], "'atuo'"),
-        (["serve", "--whiflash-router=atuo"], "'atuo'"),
-        (["serve", "--whiflash-routr", "auto"], "'--whiflash-routr'"),
-        (["serve", "--whiflash-block-size", "1"], "--whiflash-block-size"),
-        (["serve", "--whiflash-router"], "--whiflash-router"),
-    ],
-)
-def test_a_wrong_command_line_ends_with_2(arguments: list[str], named: str) -> None:
-    done = whiflash(*arguments)
+WRONG = [
+    (("bench", "--quik"), "--quik"),
+    (("bnech",), "'bnech'"),
+    (("trace",), "'file'"),
+    (("evaluate", "--bundle", "b"), "--prompts"),
+    (("bench", "--repetitions", "many"), "--repetitions"),
+    (("train", "export", "--config", "tiny"), "'out'"),
+    (("train", "dta"), "'dta'"),
+    (("policy", "nonee"), "'nonee'"),
+    (("demo", "--router", "atuo"), "'atuo'"),
+    (("bench", "--arms", "autoo"), "'autoo'"),
+    (("bench", "--arms", "auto@tpp2"), "'auto@tpp2'"),
+    (("bench", "--arms", "auto,auto"), "--arms"),
+    (("bench", "--recorded", "log.jsonl", "--arms", "atuo"), "'atuo'"),
+    (("bench", "--dtype", "float3"), "'float3'"),
+    (("bench", "--concurrency", "0"), "--concurrency"),
+    (("bench", "--resume"), "--resume"),
+    (("evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
+    (("train", "data", "--config", "tiny", "--shard", "2/2"), "--shard"),
+    (("serve", "--whiflash-router", "atuo"), "'atuo'"),
+    (("serve", "--whiflash-router=atuo"), "'atuo'"),
+    (("serve", "--whiflash-routr", "auto"), "'--whiflash-routr'"),
+    (("serve", "--whiflash-block-size", "1"), "--whiflash-block-size"),
+    (("serve", "--whiflash-router"), "--whiflash-router"),
+]
+FAILING = [
+    (("train", "data", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
+    (("train", "export", "out.npz", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
+    (("calibrate", "--bundle", "/nowhere/b", "--round-ms", "eagle3=1"), "/nowhere/b"),
+    (("trace", "/nowhere/answers.json"), "/nowhere/answers.json"),
+    (("policy", "none", "--url", "http://127.0.0.1:1"), "http://127.0.0.1:1"),
+    (("lookup-seed", "/nowhere/tokens.npz"), "/nowhere/tokens.npz"),
+    (("profile", "--prompts", "/nowhere/prompts.jsonl"), "/nowhere/prompts.jsonl"),
+    (("serve", "/nowhere/target"), "/nowhere/target: no such directory"),
+    (("serve", "--model-path=/nowhere/target"), "/nowhere/target: no such directory"),
+]
+MISSPELT = [
+    (("policy", "nonee"), "none"),
+    (("demo", "--router", "atuo"), "auto"),
+    (("bench", "--arms", "none,autoo"), "auto"),
+    (("serve", "--whiflash-router", "atuo"), "auto"),
+    (("serve", "--whiflash-routr", "auto"), "--whiflash-router"),
+]
+
+
+ALL_IN_ONE = """
+import contextlib, json, os, sys, tempfile
+from whiflash_sglang.cli import main
+
+def outcome(line):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        kept = os.dup(1), os.dup(2)
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        sys.argv, code = ["whiflash", *line], 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        out.seek(0), err.seek(0)
+        return code, out.read().decode(), err.read().decode()
+
+print(json.dumps([outcome(line) for line in json.load(sys.stdin)]))
+"""
+Outcomes = dict[tuple[str, ...], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Outcomes:
+    """Of all command lines that fail, in one process: what a process of its own shows is shown by others below."""
+    lines = list(dict.fromkeys(arguments for arguments, _ in WRONG + FAILING + MISSPELT))
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_IN_ONE],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {
+        line: subprocess.CompletedProcess(line, *outcome) for line, outcome in zip(lines, found, strict=True)
+    }
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG)
+def test_a_wrong_command_line_ends_with_2(outcomes: Outcomes, arguments: tuple[str, ...], named: str) -> None:
+    done = outcomes[arguments]
     line = said_in_one_line(done)
     assert done.returncode == 2
     assert named in line
     assert "--help" in line, "says where to read on"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["train", "data", "--config", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
-        (["train", "export", "out.npz", "--config", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
-        (["calibrate", "--bundle", "/nowhere/b", "--round-ms", "eagle3=1"], "/nowhere/b"),
-        (["trace", "/nowhere/answers.json"], "/nowhere/answers.json"),
-        (["policy", "none", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
-        (["lookup-seed", "/nowhere/tokens.npz"], "/nowhere/tokens.npz"),
-        (["profile", "--prompts", "/nowhere/prompts.jsonl"], "/nowhere/prompts.jsonl"),
-        (["serve", "/nowhere/target"], "/nowhere/target: no such directory"),
-        (["serve", "--model-path=/nowhere/target"], "/nowhere/target: no such directory"),
-    ],
-)
-def test_a_failure_ends_with_1_and_names_the_thing(arguments: list[str], named: str) -> None:
-    done = whiflash(*arguments)
+@pytest.mark.parametrize(("arguments", "named"), FAILING)
+def test_a_failure_ends_with_1_and_names_the_thing(
+    outcomes: Outcomes, arguments: tuple[str, ...], named: str
+) -> None:
+    done = outcomes[arguments]
     assert done.returncode == 1
     assert named in said_in_one_line(done)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "meant"),
-    [
-        (["policy", "nonee"], "none"),
-        (["demo", "--router", "atuo"], "auto"),
-        (["bench", "--arms", "none,autoo"], "auto"),
-        (["serve", "--whiflash-router", "atuo"], "auto"),
-        (["serve", "--whiflash-routr", "auto"], "--whiflash-router"),
-    ],
-)
-def test_a_misspelt_value_comes_with_the_one_that_is_meant(arguments: list[str], meant: str) -> None:
-    assert f"did you mean {meant}?" in said_in_one_line(whiflash(*arguments))
+@pytest.mark.parametrize(("arguments", "meant"), MISSPELT)
+def test_a_misspelt_value_comes_with_the_one_that_is_meant(
+    outcomes: Outcomes, arguments: tuple[str, ...], meant: str
+) -> None:
+    assert f"did you mean {meant}?" in said_in_one_line(outcomes[arguments])
+
+
+def test_a_process_ends_as_its_command_does() -> None:
+    (wrong, _), (failing, _) = WRONG[0], FAILING[3]
+    for arguments, code in ((wrong, 2), (failing, 1)):
+        done = whiflash(*arguments)
+        assert done.returncode == code
+        said_in_one_line(done)
 
 
 def test_a_missing_drafter_is_named_once() -> None:
