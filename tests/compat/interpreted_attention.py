@@ -53,13 +53,13 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from transformers import PretrainedConfig
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.forward.flashinfer_backend import (
-    RaggedFlashInferBackend,
-    RaggedFlashInferMLABackend,
-)
 from whiflash_sglang.compat.forward.graphs import VerifyGraphs, row_buckets, spare_slots
 from whiflash_sglang.compat.forward.target import verify_input
 from whiflash_sglang.compat.forward.triton_backend import RaggedTritonBackend
+from whiflash_sglang.compat.forward.untried.flashinfer import (
+    RaggedFlashInferBackend,
+    RaggedFlashInferMLABackend,
+)
 
 CONFIGURED = 17
 """`speculative_num_draft_tokens` of a server with lookup: its widest block."""

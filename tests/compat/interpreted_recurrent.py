@@ -1,4 +1,4 @@
-"""SGLang's kernels of recurrent layers on our verifications, as the backends of `ragged_recurrent` call them, and its
+"""SGLang's kernels of recurrent layers on our verifications, as the backends of `untried.recurrent` call them, and its
 commit.
 
 Run by `test_attention.py` in a child process, as `interpreted_attention.py`. Windows overlap, as SGLang lays them out
@@ -19,14 +19,14 @@ from sglang.kernels.ops.mamba.mamba_state_scatter_triton import scatter_mamba_st
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 from sglang.srt.mem_cache.memory_pool import MambaPool
 
-from whiflash_sglang.compat.forward import ragged_recurrent
-from whiflash_sglang.compat.forward.ragged_recurrent import (
+from whiflash_sglang.compat.forward.recurrent import tracked_rows
+from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
+from whiflash_sglang.compat.forward.untried.recurrent import (
     RaggedChannelDeltaBackend,
     RaggedConvBackend,
     RaggedDeltaBackend,
     RaggedMamba2Backend,
 )
-from whiflash_sglang.compat.forward.recurrent import tracked_rows
 from whiflash_sglang.platform.recurrent_ops import causal_conv1d_update
 
 SLOTS = 8

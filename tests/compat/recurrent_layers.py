@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from whiflash_sglang.compat.forward.ragged_recurrent import (
+from whiflash_sglang.compat.forward.untried.recurrent import (
     RaggedChannelDeltaBackend,
     RaggedDeltaBackend,
     RaggedMamba2Backend,

@@ -14,7 +14,7 @@ from sglang.srt.layers.attention import flashinfer_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache import kv_index_translator
 
-from whiflash_sglang.compat.forward.flashinfer_backend import RaggedFlashInferBackend
+from whiflash_sglang.compat.forward.untried.flashinfer import RaggedFlashInferBackend
 
 
 class FlashInferOnTape(RaggedFlashInferBackend):

@@ -28,8 +28,8 @@ from test_recurrent_trees import CASES, POOL, check_states, conversations, with_
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import play
 
-from whiflash_sglang.compat.forward import ragged_recurrent
-from whiflash_sglang.compat.forward.ragged_recurrent import RaggedConvBackend, RaggedDelta, RaggedMamba2
+from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
+from whiflash_sglang.compat.forward.untried.recurrent import RaggedConvBackend, RaggedDelta, RaggedMamba2
 from whiflash_sglang.platform.gated_delta import CpuChannelDeltaBackend, CpuDeltaBackend
 from whiflash_sglang.platform.mamba2 import CpuMamba2Backend
 from whiflash_sglang.platform.recurrent_ops import Rows, gated_delta_rule, selective_scan

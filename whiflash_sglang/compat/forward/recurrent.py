@@ -63,9 +63,9 @@ def install(model: Any, model_config: Any, device: torch.device) -> None:
     Called before SGLang makes the target's attention. The CPU platform has made its own of those with a matrix.
     """
     if device.type == "cuda" and has_state(model_config):
-        from whiflash_sglang.compat.forward import ragged_recurrent
+        from whiflash_sglang.compat.forward.untried import recurrent as untried
 
-        ragged_recurrent.install()
+        untried.install()
     for name in {type(part).__module__ for part in model.modules()}:
         if hasattr(sys.modules[name], VERIFY):
             replace(sys.modules[name], VERIFY, lambda _: verify_packed)

@@ -102,7 +102,7 @@ def widest_window(model: Any) -> int | None:
 
 OURS = {
     "triton": "whiflash_sglang.compat.forward.triton_backend",
-    "flashinfer": "whiflash_sglang.compat.forward.flashinfer_backend",
+    "flashinfer": "whiflash_sglang.compat.forward.untried.flashinfer",
 }
 """Modules whose `backend_of(model_runner)` makes the backend of a server of ours."""
 
