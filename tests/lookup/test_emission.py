@@ -258,12 +258,12 @@ def test_device_resident_rounds_do_without(vocabulary: Vocabulary) -> None:
     for exact in (True, False):
         arm = LookupArm(Lookup(), HostView(exact=exact), vocabulary=vocabulary)
         arm.begin(1, hints, None, prompt=4)
-        assert bool(arm._emissions) == exact
+        assert bool(list(arm._emissions())) == exact
         arm.release(1)
-        assert not arm._emissions
+        assert not list(arm._emissions())
         arm.begin(1, RequestHints(spans=(CALL,), lookup="off"), None, prompt=4)
         arm.begin(2, RequestHints(spans=(SpanHint("reasoning", open=True),)), None, prompt=4)
-        assert not arm._emissions
+        assert not list(arm._emissions())
 
 
 def test_forms_are_of_the_request_s_own_prompt(vocabulary: Vocabulary) -> None:

@@ -133,7 +133,7 @@ def test_nothing_is_made_where_no_span_opens(running: Engine, monkeypatch: pytes
     drafter, read = running.worker.drafters["lookup"], []
     prose = f"So I wrote: {escaped(FILE[:80])}"
     name = submit(running, FILE, prose)
-    running.run(lambda: read.extend(e._forms for e in drafter._emissions.values()))
+    running.run(lambda: read.extend(e._forms for e in drafter._emissions()))
     assert read
     assert not any(read)
     monkeypatch.setattr(drafter, "_form_tokens", 0)

@@ -122,7 +122,7 @@ def asked(
     text = ids(prompt + answer[:1])
     server.begin(row, hints, tenant(salt))
     server.forecast(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
-    found = [copied.token for copied in server._proposals[row].tokens]
+    found = [copied.token for copied in server._requests[row].proposal.tokens]
     for token in ids(answer[1:]):
         text.append(token)
         server.forecast(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
@@ -150,7 +150,7 @@ def test_the_same_block_of_the_same_agent_is_copied_first(server: LookupArm) -> 
         text = ids(opening + "pqrs")
         server.begin(1, hints, tenant())
         server.forecast(1, 0, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
-        found.append(server._proposals[1].tokens[0].token)
+        found.append(server._requests[1].proposal.tokens[0].token)
     assert found == list(range(len(places)))
 
 
@@ -295,8 +295,8 @@ def test_a_request_learns_in_the_block_that_its_answer_is_in(server: LookupArm) 
     for more, block in (("d", None), ("x", "x"), ("e", "x"), ("y", None)):
         text += ids(more)
         server.forecast(0, len(text) - 1, partial(since, text), FULL_LENGTH)
-        assert server._blocks[0].scope == Scope("a", block=block)
-        assert server._copiers[0].calibration is server._learns[0].of("a", block)
+        assert server._requests[0].blocks.scope == Scope("a", block=block)
+        assert server._requests[0].copier.calibration is server._requests[0].learns.of("a", block)
 
 
 def test_what_says_nothing_learns_for_the_tenant_as_before(server: LookupArm) -> None:

@@ -5,7 +5,8 @@ batch when one of them is chosen again.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,32 @@ SCOPE = "scope"
 """What is copied from a tenant's memory by a request that says which agent asks, or which blocks it writes."""
 
 
+@dataclass(slots=True)
+class _Request:
+    """What is kept of one.
+
+    learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. blocks: that it
+    writes, if it names them. prediction: what its caller expects back. emission: its prompt as it would be written.
+    copier: made when it is looked at first. proposal: of its newest look.
+    """
+
+    learns: TenantCalibration
+    tenant: Tenant | None = None
+    blocks: Blocks | None = None
+    prediction: Prediction | None = None
+    emission: Emission | None = None
+    copier: Copier | None = None
+    proposal: Proposal = field(default_factory=Proposal)
+
+    def enter(self, written: Sequence[int]) -> None:
+        """Follow what was written since, and learn in the scope that it ends in."""
+        assert self.copier is not None
+        if self.blocks is not None:
+            self.blocks.follow(written)
+            scope = self.blocks.scope
+            self.copier.calibration = self.learns.of(scope.agent, scope.block)
+
+
 class LookupArm(Drafter):
     """Proposes what followed the longest earlier occurrence of the text's end.
 
@@ -70,15 +97,8 @@ class LookupArm(Drafter):
         if settings.memory_mib:
             self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0, clock)
         self._min_match = settings.min_match
-        self._copiers: dict[int, Copier] = {}
-        self._proposals: dict[int, Proposal] = {}
-        self._tenants: dict[int, Tenant] = {}
-        self._learns: dict[int, TenantCalibration] = {}
-        self._blocks: dict[int, Blocks] = {}
         self._token_bytes = token_bytes
-        self._predictions: dict[int, Prediction] = {}
-        self._emissions: dict[int, Emission] = {}
-        self._off: set[int] = set()
+        self._requests: dict[int, _Request] = {}
 
     def bytes_for(self, rows: int) -> int:
         return DeviceCopies.bytes_for(rows) if self.late else 0
@@ -96,46 +116,45 @@ class LookupArm(Drafter):
         self.release(row)
         self._device_copies.begin(row)
         if hints.lookup == "off":
-            self._off.add(row)
             return
-        keeps_nothing = hints.lookup == "context"
-        self._learns[row] = self._calibrations.fresh() if keeps_nothing else self._calibrations.of(tenant)
-        if not keeps_nothing and tenant is not None:
-            self._tenants[row] = tenant
-        if not keeps_nothing and (blocks := blocks_of(hints, self._token_bytes)) is not None:
-            self._blocks[row] = blocks
+        if hints.lookup == "context":
+            request = _Request(self._calibrations.fresh())
+        else:
+            blocks = blocks_of(hints, self._token_bytes)
+            request = _Request(self._calibrations.of(tenant), tenant, blocks)
+        self._requests[row] = request
         if self.late:
             return  # the device copies from prompt and answer alone
         if predicted is not None:
-            self._predictions[row] = Prediction(predicted, prompt, self._calibrations.fresh())
+            request.prediction = Prediction(predicted, prompt, self._calibrations.fresh())
         if self._vocabulary is not None and self._form_tokens and has_forms(hints.spans):
-            self._emissions[row] = Emission(self._vocabulary, hints.spans, prompt, self._form_tokens)
+            request.emission = Emission(self._vocabulary, hints.spans, prompt, self._form_tokens)
 
     def serves(self, row: int) -> bool:
-        return row not in self._off
+        return row in self._requests
 
     def forecast(self, row: int, length: int, history: History, worth: Worth) -> Forecast:
-        if row in self._off:
+        request = self._requests.get(row)
+        if request is None:
             return NOTHING_AHEAD
-        copier, emission = self._copiers.get(row), self._emissions.get(row)
+        copier, emission = request.copier, request.emission
         if copier is None:
-            copier = self._copiers[row] = Copier(
-                self._learns[row],
+            copier = request.copier = Copier(
+                request.learns,
                 self._min_match,
-                partial(self._texts, row),
+                partial(self._texts, request),
                 OWN_TEXT_ONLY if emission is None else emission.texts,
-                self._predictions.get(row),
+                request.prediction,
             )
         known = len(copier.text)
         written = history(known)
         copier.extend(written)
-        if row in self._blocks:
-            # What is there when a request is looked at first, but for the last token, is its prompt.
-            self._enter(row, copier, written if known else written[length:])
+        # What is there when a request is looked at first, but for the last token, is its prompt.
+        request.enter(written if known else written[length:])
         if emission is not None:
             emission.follow(copier.text)
         least = worth.row or WORTH
-        proposal = self._proposals[row] = copier.look(self.max_drafts, least)
+        proposal = request.proposal = copier.look(self.max_drafts, least)
         width = proposal.width(self.max_drafts, least)
         return Forecast(1 + proposal.expected(width), 1 + width)
 
@@ -143,7 +162,7 @@ class LookupArm(Drafter):
         """Where the device copies: how each request's copies begin, and its table of chances."""
         if not self.late:
             return ()
-        copiers = [self._copiers.get(row) for row in row_ids]
+        copiers = [self._copier(row) for row in row_ids]
         factors = [1.0 if copier is None else copier.factor for copier in copiers]
         known = [self._unlearned if copier is None else copier.calibration for copier in copiers]
         return [*factors, *(chance for table in known for chance in table.chances)]
@@ -154,7 +173,8 @@ class LookupArm(Drafter):
             return _drafts(self._device_copies.draft(batch, worth))
         found = []
         for row, limit in zip(batch.row_ids, batch.limits, strict=True):
-            proposal = self._proposals.get(row, Proposal())
+            request = self._requests.get(row)
+            proposal = Proposal() if request is None else request.proposal
             width = proposal.width(limit, worth)
             found.append(Proposal(proposal.tokens[:width], proposal.alive[:width]))
         return _side_by_side(found, batch.bonus.device)
@@ -179,9 +199,10 @@ class LookupArm(Drafter):
         return _side_by_side(copies, batch.bonus.device)
 
     def voice(self, row: int, length: int, limit: int, worth: Worth) -> Voice | None:
-        copier, proposal = self._copiers.get(row), self._proposals.get(row)
-        if copier is None or proposal is None or len(copier.text) != length + 1:
+        request = self._requests.get(row)
+        if request is None or request.copier is None or len(request.copier.text) != length + 1:
             return None
+        proposal = request.proposal
         width = proposal.width(limit, worth.row or WORTH)
         if not width:
             return None
@@ -192,23 +213,25 @@ class LookupArm(Drafter):
         self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
     ) -> Proposal:
         """Up to `limit` tokens to copy behind a request's drafts, which are accepted with a chance of `alive`."""
-        copier = self._copiers.get(row)
+        copier = self._copier(row)
         if copier is None or limit <= 0:
             return Proposal()
         return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
 
     def source(self, row: int) -> str:
-        origin = self._copiers[row].origin if row in self._copiers else CONTEXT
-        return SCOPE if origin == MEMORY and row in self._blocks else origin
+        copier = self._copier(row)
+        origin = CONTEXT if copier is None else copier.origin
+        return SCOPE if origin == MEMORY and self._requests[row].blocks is not None else origin
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """Remember a finished request's output for its tenant, every block of it in its scope."""
-        tenant, blocks = self._tenants.get(row), self._blocks.get(row)
-        if tenant is None or self.memory is None or not output:
+        request = self._requests.get(row)
+        if request is None or request.tenant is None or self.memory is None or not output:
             return
+        blocks = request.blocks
         texts: Mapping[Scope, Sequence[int]] = {WHOLE: output} if blocks is None else blocks.texts(output)
         for scope, text in texts.items():
-            self.memory.remember(tenant, text, scope)
+            self.memory.remember(request.tenant, text, scope)
 
     def forget(self, handle: int | None) -> None:
         """Drop what is known of a tenant, of a scope in it, or of all; requests that run now and may write what is to
@@ -217,31 +240,29 @@ class LookupArm(Drafter):
         self._calibrations.forget(handle)
         if self.memory is not None:
             self.memory.forget(handle)
-        for row, owner in list(self._tenants.items()):
-            blocks = self._blocks.get(row)
+        for request in self._requests.values():
+            if request.tenant is None:
+                continue
+            blocks = request.blocks
             agent, names = (None, ()) if blocks is None else (blocks.scope.agent, blocks.names)
-            if handle is None or handle in handles_of(owner, agent, names):
-                del self._tenants[row]
-                self._blocks.pop(row, None)
-                learns = self._learns[row] = self._calibrations.fresh()
-                if row in self._copiers:
-                    self._copiers[row].calibration = learns
+            if handle is None or handle in handles_of(request.tenant, agent, names):
+                request.tenant = request.blocks = None
+                request.learns = self._calibrations.fresh()
+                if request.copier is not None:
+                    request.copier.calibration = request.learns
 
     def release(self, row: int) -> None:
-        self._copiers.pop(row, None)
-        self._proposals.pop(row, None)
-        self._tenants.pop(row, None)
-        self._learns.pop(row, None)
-        self._blocks.pop(row, None)
-        self._predictions.pop(row, None)
-        self._emissions.pop(row, None)
-        self._off.discard(row)
+        self._requests.pop(row, None)
 
     def host_bytes(self) -> Mapping[str, int]:
         """Of the running requests' indexes, and of the memory across requests."""
         return {
-            "index": sum(copier.text.nbytes for copier in self._copiers.values())
-            + sum(emission.nbytes for emission in self._emissions.values()),
+            "index": sum(
+                request.copier.text.nbytes
+                for request in self._requests.values()
+                if request.copier is not None
+            )
+            + sum(emission.nbytes for emission in self._emissions()),
             "memory": self.memory.nbytes if self.memory is not None else 0,
         }
 
@@ -251,23 +272,22 @@ class LookupArm(Drafter):
         """
         return {
             **{f"{scope}_bytes": size for scope, size in self.host_bytes().items()},
-            "form_tokens": sum(emission.tokens for emission in self._emissions.values()),
+            "form_tokens": sum(emission.tokens for emission in self._emissions()),
             "tenants": len(self.memory) if self.memory is not None else 0,
             "scopes": self.memory.held() if self.memory is not None else {},
         }
 
-    def _texts(self, row: int) -> Iterable[SuffixIndex]:
-        tenant = self._tenants.get(row)
-        if tenant is None or self.memory is None:
-            return ()
-        blocks = self._blocks.get(row)
-        return self.memory.texts(tenant, WHOLE if blocks is None else blocks.scope)
+    def _copier(self, row: int) -> Copier | None:
+        request = self._requests.get(row)
+        return None if request is None else request.copier
 
-    def _enter(self, row: int, copier: Copier, written: Sequence[int]) -> None:
-        """Follow what was written since, and learn in the scope that it ends in."""
-        blocks = self._blocks[row]
-        blocks.follow(written)
-        copier.calibration = self._learns[row].of(blocks.scope.agent, blocks.scope.block)
+    def _emissions(self) -> Iterator[Emission]:
+        return (request.emission for request in self._requests.values() if request.emission is not None)
+
+    def _texts(self, request: _Request) -> Iterable[SuffixIndex]:
+        if request.tenant is None or self.memory is None:
+            return ()
+        return self.memory.texts(request.tenant, WHOLE if request.blocks is None else request.blocks.scope)
 
 
 def _drafts(copies: Copies) -> Drafts:
