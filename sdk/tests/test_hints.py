@@ -128,6 +128,8 @@ def test_public_names_are_pinned() -> None:
         "HintError",
         "Hints",
         "Kind",
+        "Report",
+        "Share",
         "SourceTotals",
         "Span",
         "Stretch",

@@ -16,6 +16,7 @@ from whiflash_sdk.errors import (
 )
 from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
 from whiflash_sdk.prediction import predict
+from whiflash_sdk.report import Report, Share
 from whiflash_sdk.spans import hinted
 from whiflash_sdk.streaming import AsyncTracedStream, TracedStream
 from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace, routing
@@ -34,6 +35,8 @@ __all__ = [
     "HintError",
     "Hints",
     "Kind",
+    "Report",
+    "Share",
     "SourceTotals",
     "Span",
     "Stretch",

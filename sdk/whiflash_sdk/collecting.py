@@ -16,7 +16,8 @@ from typing import Any, Final
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
 from whiflash_sdk.blocks import BlockValue
-from whiflash_sdk.trace import Trace, parse_trace, raw_traces
+from whiflash_sdk.report import Report
+from whiflash_sdk.trace import Trace, parse_trace, raw_traces, tools_called
 
 
 class CollectedTrace(Trace):
@@ -25,6 +26,7 @@ class CollectedTrace(Trace):
     response_id, model: as the response says them.
     agent: the name that went out with the request.
     started, ended: when the request began and its answer was complete, in UTC by this machine's clock.
+    tools: names of the tools that the answer calls, in their order.
     """
 
     response_id: str | None
@@ -32,6 +34,7 @@ class CollectedTrace(Trace):
     agent: str | None
     started: datetime
     ended: datetime
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -45,12 +48,15 @@ class Call:
     response_id: str | None = None
     model: str | None = None
     raw: list[Any] = field(default_factory=list)
+    tools: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
-    def end(self, raw: list[Any], response: Any) -> None:
-        """Take the traces, and the response or one of its chunks, which names the response and its model."""
+    def end(self, raw: list[Any], response: Any, tools: dict[int, tuple[str, ...]]) -> None:
+        """Take the traces, the response or one of its chunks, which names the response and its model, and the tools
+        that each choice calls.
+        """
         # The wall clock may jump in between.
         self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
-        self.raw = raw
+        self.raw, self.tools = raw, tools
         self.response_id, self.model = (_text(response, name) for name in ("id", "model"))
 
     def traces(self) -> Iterator[CollectedTrace]:
@@ -58,7 +64,9 @@ class Call:
         names = ("response_id", "model", "agent", "started", "ended")
         known = {name: getattr(self, name) for name in names}
         for raw in self.raw:
-            yield CollectedTrace.model_construct(**dict(parse_trace(raw)), **known)
+            trace = parse_trace(raw)
+            tools = self.tools.get(trace.choice, ())
+            yield CollectedTrace.model_construct(**dict(trace), **known, tools=tools)
 
 
 class Collected:
@@ -78,6 +86,13 @@ class Collected:
         Raises: TraceError for a broken one.
         """
         return [trace for call in list(self._calls) for trace in call.traces()]
+
+    def report(self) -> Report:
+        """What the calls that have ended came to: by agent, tool, turn and drafter.
+
+        Raises: TraceError for a broken trace.
+        """
+        return Report.of(self.traces)
 
 
 _COLLECTING: BlockValue[tuple[Collected, ...]] = BlockValue("whiflash_collecting", ())
@@ -141,10 +156,10 @@ def note(result: Any, call: Call) -> None:
     if isinstance(result, Stream | AsyncStream):
         result.response.extensions[_CALL] = call
     elif not hasattr(result, "http_response"):
-        call.end(raw_traces(result), result)
+        call.end(raw_traces(result), result, tools_called(result))
     elif result.http_response.is_stream_consumed and _is_json(result):  # a raw response
         body = result.http_response.json()
-        call.end(raw_traces(body), body)
+        call.end(raw_traces(body), body, tools_called(body))
     else:
         result.http_response.extensions[_CALL] = call
 

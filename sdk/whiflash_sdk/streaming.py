@@ -17,7 +17,7 @@ from openai import AsyncStream, Stream
 from pydantic import BaseModel
 
 from whiflash_sdk.collecting import call_of
-from whiflash_sdk.trace import STREAMS, sent_traces, text_of, with_text
+from whiflash_sdk.trace import STREAMS, sent_traces, text_of, tools_called, with_text
 
 ItemT = TypeVar("ItemT")
 
@@ -30,6 +30,7 @@ class _Kept:
         self._texts: dict[int, list[str]] = {}
         self._response = response
         self._first: Any = None
+        self._tools: dict[int, list[str]] = {}
 
     @property
     def raw_traces(self) -> list[Any]:
@@ -44,6 +45,8 @@ class _Kept:
                 STREAMS[name] = self
         for choice in getattr(item, "choices", None) or ():
             self._texts.setdefault(choice.index, []).append(text_of(choice))
+        for index, names in tools_called(item).items():
+            self._tools.setdefault(index, []).extend(names)
         found = sent_traces(item)
         for raw in found:
             self._by_choice[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
@@ -52,7 +55,9 @@ class _Kept:
     def ended(self) -> None:
         call = call_of(self._response)
         if call is not None:
-            call.end(self.raw_traces, self._first)
+            call.end(
+                self.raw_traces, self._first, {index: tuple(names) for index, names in self._tools.items()}
+            )
 
 
 def _holds_nothing_else(item: Any) -> bool:

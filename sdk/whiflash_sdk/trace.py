@@ -249,6 +249,23 @@ def text_of(choice: Any) -> str:
     return _field(holder, "content") or _field(choice, "text") or ""
 
 
+def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
+    """Names of the tools that a response, a chunk or an event calls, by choice; a chunk names each once.
+
+    Of the Responses API the event that ends a response holds all of it.
+    """
+    found = {}
+    for choice in _field(response, "choices") or ():
+        holder = _field(choice, "message") or _field(choice, "delta")
+        names = [_field(_field(call, "function"), "name") for call in _field(holder, "tool_calls") or ()]
+        found[_field(choice, "index") or 0] = tuple(name for name in names if name)
+    output = _field(_field(response, "response") or response, "output")
+    if isinstance(output, list):
+        calls = [item for item in output if _field(item, "type") == "function_call"]
+        found[0] = tuple(name for call in calls if (name := _field(call, "name")))
+    return {index: names for index, names in found.items() if names}
+
+
 def _texts(response: Any) -> dict[int, str]:
     if isinstance(response, Mapping) and isinstance(response.get("text"), str):
         return {response.get("index") or 0: response["text"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import groupby
 from zlib import crc32
@@ -23,6 +23,7 @@ from whiflash_sdk.render.aligned import (
 )
 from whiflash_sdk.render.markup import class_of, safe
 from whiflash_sdk.render.timeline import text_id, timeline
+from whiflash_sdk.report import Report, Share
 from whiflash_sdk.trace import ArmTotals, Trace
 
 # No script may run and nothing may be fetched, whatever the text says.
@@ -58,6 +59,39 @@ def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -
     Works without network and script, by keyboard (Tab walks the timeline), in light and dark, wide and narrow.
     """
     sections = "\n".join(_section(turn, f"turn-{number}", number) for number, turn in enumerate(turns, 1))
+    legend = _legend([arm for turn in turns for arm in turn.trace.arms])
+    return _page(title, f"{legend}\n{_contents(turns)}\n{sections}")
+
+
+def report_html(found: Report, *, title: str = "WhiFlash report") -> str:
+    """A self-contained page: what several answers came to, by agent, tool, turn and drafter."""
+    total = found.total
+    facts = [(f"{total.acceptance_length:.2f}", "acceptance length"), (f"{total.tokens}", "tokens")]
+    facts.append((f"{total.answers}", "answer" if total.answers == 1 else "answers"))
+    if total.seconds is not None:
+        facts.append((f"{total.seconds:.2f} s", "from first token to last"))
+    if total.saved is not None:
+        facts.append((seconds(total.saved), "saved against plain decoding, an estimate"))
+    tables = "\n".join(
+        f"<section>{_shares(name, rows, None if name == 'Drafter' else total)}</section>"
+        for name, rows in found.groups
+    )
+    return _page(title, f"{_legend(total.arms)}\n<section>{_cells(facts)}</section>\n{tables}")
+
+
+def _shares(title: str, rows: Sequence[Share], total: Share | None) -> str:
+    heads = [title, "Answers", "Tokens", "Rounds", "Acceptance length", "Seconds", _SAVED]
+    foot = "" if total is None else f"<tfoot>{_share(total)}</tfoot>"
+    return _table(f"By {title.lower()}", heads, f"<tbody>{''.join(map(_share, rows))}</tbody>{foot}")
+
+
+def _share(row: Share) -> str:
+    taken = "" if row.seconds is None else f"{row.seconds:.2f} s"
+    cells = (row.answers, row.tokens, row.rounds, f"{row.acceptance_length:.2f}", taken, seconds(row.saved))
+    return f'<tr><th scope="row">{safe(row.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def _page(title: str, body: str) -> str:
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -71,9 +105,7 @@ def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -
 <main>
 <h1>{safe(title)}</h1>
 <p class="note">{_INTRODUCTION}</p>
-{_legend([turn.trace for turn in turns])}
-{_contents(turns)}
-{sections}
+{body}
 </main>
 </body>
 </html>
@@ -84,18 +116,19 @@ def fragment(trace: Trace) -> str:
     """The same of one trace as a part of somebody else's page, such as a notebook's: no script, nothing loaded."""
     turn = Turn("", "", trace)
     prefix = f"trace-{crc32(repr(trace).encode('utf-8', 'replace')):08x}"
-    return f'<div class="whiflash"><style>{_style()}</style>{_legend([trace])}{_section(turn, prefix)}</div>'
+    return (
+        f'<div class="whiflash"><style>{_style()}</style>{_legend(trace.arms)}{_section(turn, prefix)}</div>'
+    )
 
 
 def _style() -> str:
     return files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
 
 
-def _legend(traces: Sequence[Trace]) -> str:
-    names = in_order(arm for trace in traces for arm in trace.arms)
+def _legend(arms: Iterable[str]) -> str:
     entries = (
         f'<li><span class="stretch {class_of(arm)}">{safe(arm)}</span> {_ARMS.get(arm, "")}</li>'
-        for arm in names
+        for arm in in_order(arms)
     )
     return f'<ul class="legend" aria-label="Drafters">{"".join(entries)}</ul>'
 
@@ -143,9 +176,13 @@ def _facts(turn: Turn) -> str:
         )
     switches = "switch" if trace.switches == 1 else "switches"
     found.append((f"{trace.switches}", f"{switches} of drafter"))
-    cells = "".join(f"<div><dt>{meaning}</dt><dd>{value}</dd></div>" for value, meaning in found)
     notes = "".join(f'<p class="note">{safe(note)}</p>' for note in trace.notes)
-    return f'<p class="note">{named}policy {safe(trace.policy)}</p>{notes}<dl class="facts">{cells}</dl>'
+    return f'<p class="note">{named}policy {safe(trace.policy)}</p>{notes}{_cells(found)}'
+
+
+def _cells(facts: Sequence[tuple[str, str]]) -> str:
+    cells = "".join(f"<div><dt>{meaning}</dt><dd>{value}</dd></div>" for value, meaning in facts)
+    return f'<dl class="facts">{cells}</dl>'
 
 
 def _text(turn: Turn, parts: Sequence[Piece], prefix: str, numbers: dict[int, int]) -> str:

@@ -8,6 +8,7 @@ from typing import Final
 from whiflash_sdk.render.aligned import (
     Piece,
     Turn,
+    count,
     everything,
     in_order,
     pieces,
@@ -17,6 +18,7 @@ from whiflash_sdk.render.aligned import (
     seconds,
     summary,
 )
+from whiflash_sdk.report import Report
 from whiflash_sdk.trace import Trace
 
 _COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "structure": "36", "none": "90"}
@@ -42,6 +44,27 @@ def figures(trace: Trace) -> str:
     """What a trace counts, without the text that it is about."""
     lines = (summary(trace), reasons(trace), *map(printable, trace.notes), *_totals(trace), *_sources(trace))
     return "\n".join(line for line in lines if line)
+
+
+def report(found: Report) -> str:
+    """Tables of what several answers came to."""
+    return "\n".join(_report(found))
+
+
+def _report(found: Report) -> Iterator[str]:
+    yield f"{count(found.total.answers, 'answer')}; {SAVED} by the server's own prices"
+    for title, rows in found.groups:
+        wide = max(len(printable(row.name)) for row in (*rows, found.total)) if rows else 0
+        yield ""
+        heads = (
+            f"{'answers':>9}{'tokens':>8}{'rounds':>8}{'acceptance length':>19}{'seconds':>10}{'saved':>10}"
+        )
+        yield f"{title:<{max(wide, len(title))}}{heads}"
+        for row in rows if title == "Drafter" else (*rows, found.total):
+            name = f"{printable(row.name):<{max(wide, len(title))}}"
+            taken = "" if row.seconds is None else f"{row.seconds:.2f} s"
+            figures = f"{row.answers:>9}{row.tokens:>8}{row.rounds:>8}{row.acceptance_length:>19.2f}"
+            yield f"{name}{figures}{taken:>10}{seconds(row.saved):>10}".rstrip()
 
 
 def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:

@@ -1,0 +1,108 @@
+"""`Collected.report`: sums by agent, tool, turn and drafter, as objects, text and page."""
+
+from typing import Any
+
+import pytest
+from fake_server import TRACE, FakeServer
+from openai import OpenAI
+
+from whiflash_sdk import Report, Share, agent, collect, wrap
+
+QUESTION: Any = {"model": "m", "messages": [{"role": "user", "content": "2+2?"}]}
+SCHEMA = {"type": "object", "properties": {"expression": {"type": "string"}}}
+TOOLS: Any = [{"type": "function", "function": {"name": "calculator", "parameters": SCHEMA}}]
+PRICED = {
+    **TRACE,
+    "seconds": 0.5,
+    "arms": {name: {**arm, "saved": 0.25} for name, arm in TRACE["arms"].items()},
+}
+
+
+@pytest.fixture
+def report(client: OpenAI, server: FakeServer) -> Report:
+    """Of five turns of two agents: the planner calls a tool twice, once in a stream, and answers three times."""
+    server.trace = PRICED
+    wrap(client)
+    with collect() as collected:
+        with agent("planner"):
+            client.chat.completions.create(**QUESTION, tools=TOOLS)
+            list(client.chat.completions.create(**QUESTION, tools=TOOLS, stream=True))
+        client.chat.completions.create(**QUESTION)
+        with agent("<b>writer</b>"):
+            for _ in range(2):
+                client.completions.create(model="m", prompt="x")
+    return collected.report()
+
+
+def rows(shares: tuple[Share, ...]) -> dict[str, int]:
+    return {share.name: share.answers for share in shares}
+
+
+def test_every_answer_is_in_one_row_of_each_table(report: Report) -> None:
+    assert rows(report.agents) == {"planner": 2, "<b>writer</b>": 2, "no agent": 1}
+    assert rows(report.tools) == {"text alone": 3, "calculator": 2}
+    assert [turn.name for turn in report.turns][::3] == [
+        "1. planner: calculator",
+        "4. <b>writer</b>: text alone",
+    ]
+    for shares in (report.agents, report.tools, report.turns):
+        for name in ("answers", "rounds", "tokens", "seconds", "saved"):
+            assert sum(getattr(share, name) for share in shares) == getattr(report.total, name)
+
+
+def test_sums_are_those_of_the_traces(report: Report) -> None:
+    total = report.total
+    assert (total.answers, total.rounds, total.tokens) == (5, 15, 70)
+    assert (total.seconds, total.saved) == (2.5, 2.5)
+    assert total.acceptance_length == pytest.approx(70 / 15)
+    lookup = total.arms["lookup"]
+    assert (lookup.rounds, lookup.tokens, lookup.proposed, lookup.accepted, lookup.saved) == (
+        5,
+        40,
+        45,
+        35,
+        1.25,
+    )
+
+
+def test_a_report_is_data(report: Report) -> None:
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_report_prints_as_tables(report: Report) -> None:
+    text = str(report)
+    assert "5 answers; estimated time saved by the server's own prices" in text
+    assert "calculator        2      28       6               4.67    1.00 s    1.00 s" in text
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("saved")] == [
+        "Agent",
+        "Tool",
+        "Turn",
+        "Drafter",
+    ]
+
+
+def test_a_report_is_a_page_that_runs_nothing(report: Report) -> None:
+    page = report.html()
+    assert "&lt;b&gt;writer" in page
+    assert "<b>writer" not in page
+    assert "<script" not in page
+    assert "saved against plain decoding, an estimate" in page
+
+
+def test_what_no_server_tells_is_left_out(client: OpenAI) -> None:
+    wrap(client)
+    with collect() as collected:
+        client.chat.completions.create(**QUESTION)
+    report = collected.report()
+    assert (report.total.seconds, report.total.saved) == (None, None)
+    assert " s\n" not in str(report)
+    assert "an estimate" not in report.html()
+
+
+def test_a_report_of_nothing(client: OpenAI) -> None:
+    with collect(wrap(client)) as collected:
+        pass
+    report = collected.report()
+    assert report.total.answers == 0
+    assert "0 answers" in str(report)
+    assert "</html>" in report.html()

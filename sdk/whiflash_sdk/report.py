@@ -1,0 +1,152 @@
+"""What routing bought over several calls: by agent, by tool, by turn and by drafter.
+
+`print(collected.report())`; `collected.report().model_dump()` for machines; `.html()` for a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from whiflash_sdk.trace import ArmTotals, Trace
+
+if TYPE_CHECKING:
+    from whiflash_sdk.collecting import CollectedTrace
+
+NO_AGENT, NO_TOOL = "no agent", "text alone"
+"""Rows of answers whose request named no agent, and of those that call no tool."""
+
+
+class Share(BaseModel):
+    """What some of the answers came to.
+
+    name: of the agent, the tools, the turn or the drafter.
+    answers: how many, each choice of a response being one.
+    rounds: verification passes of the target.
+    tokens: committed by them, the bonus token of each round counted.
+    seconds: from each answer's first token to its last, added up; None where no server tells.
+    saved: estimate of the seconds that drafts saved against plain decoding, by what rounds cost the server; below 0
+        where they cost more; None where no server tells.
+    arms: the same answers by drafter.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    answers: int
+    rounds: int
+    tokens: int
+    seconds: float | None = None
+    saved: float | None = None
+    arms: dict[str, ArmTotals] = {}
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per round, the bonus token counted."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @classmethod
+    def of(cls, name: str, traces: Sequence[Trace]) -> Share:
+        """The sums of these traces."""
+        names = dict.fromkeys(arm for trace in traces for arm in trace.arms)
+        arms = {arm: _sum([trace.arms[arm] for trace in traces if arm in trace.arms]) for arm in names}
+        return cls(
+            name=name,
+            answers=len(traces),
+            rounds=sum(trace.rounds for trace in traces),
+            tokens=sum(trace.tokens for trace in traces),
+            seconds=_known(trace.seconds for trace in traces),
+            saved=_known(totals.saved for totals in arms.values()),
+            arms=arms,
+        )
+
+
+class Report(BaseModel):
+    """What the calls of a `collect` block came to.
+
+    total: all of it. agents: by the name that went out. tools: by the tools that an answer calls. turns: one by one, in
+    the order they started. Every answer is in one row of each.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    total: Share
+    agents: tuple[Share, ...]
+    tools: tuple[Share, ...]
+    turns: tuple[Share, ...]
+
+    @classmethod
+    def of(cls, traces: Sequence[CollectedTrace]) -> Report:
+        """The report of these traces, in their order."""
+        turns = tuple(
+            Share.of(f"{number}. {agent_of(trace)}: {tools_of(trace)}", [trace])
+            for number, trace in enumerate(traces, 1)
+        )
+        return cls(
+            total=Share.of("all", traces),
+            agents=_by(agent_of, traces),
+            tools=_by(tools_of, traces),
+            turns=turns,
+        )
+
+    @property
+    def groups(self) -> Iterator[tuple[str, tuple[Share, ...]]]:
+        """Every table's title and rows; the drafters' rows are answers' in which they drafted."""
+        drafters = tuple(
+            Share(name=arm, answers=self._answers(arm), **dict(totals))
+            for arm, totals in sorted(self.total.arms.items(), key=lambda item: -item[1].tokens)
+        )
+        yield from (("Agent", self.agents), ("Tool", self.tools), ("Turn", self.turns), ("Drafter", drafters))
+
+    def html(self) -> str:
+        """A page of its own: no script, nothing loaded."""
+        from whiflash_sdk.render.page import report_html
+
+        return report_html(self)
+
+    def __str__(self) -> str:
+        """Tables for `print`."""
+        from whiflash_sdk.render.text import report
+
+        return report(self)
+
+    def _answers(self, arm: str) -> int:
+        return sum(arm in turn.arms for turn in self.turns)
+
+
+def agent_of(trace: CollectedTrace) -> str:
+    """The agent's row."""
+    return trace.agent or NO_AGENT
+
+
+def tools_of(trace: CollectedTrace) -> str:
+    """The tools' row."""
+    return ", ".join(trace.tools) or NO_TOOL
+
+
+def _by(key: Callable[[CollectedTrace], str], traces: Sequence[CollectedTrace]) -> tuple[Share, ...]:
+    """A row for every key, the one with the most tokens first."""
+    names = dict.fromkeys(map(key, traces))
+    rows = [Share.of(name, [trace for trace in traces if key(trace) == name]) for name in names]
+    return tuple(sorted(rows, key=lambda row: -row.tokens))
+
+
+def _sum(totals: Sequence[ArmTotals]) -> ArmTotals:
+    told = [one for one in totals if one.proposed is not None and one.accepted is not None]
+    drafts = {}
+    if len(told) == len(totals):
+        drafts = {name: sum(getattr(one, name) for one in told) for name in ("proposed", "accepted")}
+    return ArmTotals(
+        rounds=sum(one.rounds for one in totals),
+        tokens=sum(one.tokens for one in totals),
+        saved=_known(one.saved for one in totals),
+        **drafts,
+    )
+
+
+def _known(values: Iterable[float | None]) -> float | None:
+    """The sum of those that are known; None: none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
