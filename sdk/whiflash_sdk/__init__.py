@@ -7,6 +7,7 @@ from whiflash_sdk.agents import agent
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
 from whiflash_sdk.collecting import Collected, CollectedTrace, collect
+from whiflash_sdk.doctor import Finding, async_doctor, doctor
 from whiflash_sdk.errors import (
     HintError,
     TraceError,
@@ -32,6 +33,7 @@ __all__ = [
     "Capabilities",
     "Collected",
     "CollectedTrace",
+    "Finding",
     "HintError",
     "Hints",
     "Kind",
@@ -49,8 +51,10 @@ __all__ = [
     "WhiFlashError",
     "agent",
     "async_capabilities",
+    "async_doctor",
     "capabilities",
     "collect",
+    "doctor",
     "hinted",
     "predict",
     "presets",

@@ -107,6 +107,12 @@ def wrap(
     return client
 
 
+def settings_of(client: Any) -> _Settings | None:
+    """What a wrapped client was told; None of one that is not wrapped."""
+    settings: _Settings | None = vars(client).get(_WRAPPED)
+    return settings
+
+
 def _environment(name: str, *, default: bool) -> bool:
     variable = f"WHIFLASH_SDK_{name}"
     text = os.environ.get(variable)

@@ -1,0 +1,76 @@
+"""`doctor`: every reason for which hints have no effect has a finding that names it and what would help."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from fake_server import CAPABILITIES, FakeServer
+from openai import AsyncOpenAI, OpenAI
+
+from whiflash_sdk import Hints, async_doctor, doctor, wrap
+
+
+def failing(client: OpenAI, model: str | None = None) -> dict[str, str]:
+    return {finding.name: finding.detail for finding in doctor(client, model) if not finding.ok}
+
+
+def test_nothing_is_wrong(client: OpenAI, server: FakeServer) -> None:
+    server.capabilities["arms"] = ["ar", "lookup", "structure", "none"]
+    found = doctor(wrap(client))
+    assert all(finding.ok for finding in found)
+    assert [str(finding) for finding in found][:2] == [
+        "ok   client: it sends hints",
+        "ok   server: whiflash-sglang 0.1.0, policy auto",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "said"),
+    [
+        ("arms", ["ar", "structure", "none"], "copies", "--whiflash-lookup off"),
+        ("arms", ["ar", "lookup", "none"], "structure", "--whiflash-structure off"),
+        ("arms", ["lookup", "structure", "none"], "drafters", "loaded none"),
+        ("prediction_tokens", 0, "predictions", "leave them out"),
+        ("tool_call_parser", None, "tool calls", "--tool-call-parser"),
+        ("tool_call_parser", "of_tomorrow", "tool calls", "Hints(spans=…)"),
+    ],
+)
+def test_what_the_server_lacks_is_named(
+    client: OpenAI, server: FakeServer, field: str, value: Any, name: str, said: str
+) -> None:
+    server.capabilities = {**CAPABILITIES, "arms": ["ar", "lookup", "structure", "none"], field: value}
+    found = failing(wrap(client))
+    assert list(found) == [name]
+    assert said in found[name]
+
+
+def test_a_client_that_sends_none_is_named(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "wrap(client)" in failing(client)["client"]
+    assert "off=True" in failing(wrap(client.with_options(), hints=Hints(off=True)))["client"]
+    monkeypatch.setenv("WHIFLASH_SDK_DISABLE", "1")
+    assert "WHIFLASH_SDK_DISABLE" in failing(wrap(client))["client"]
+
+
+def test_a_server_that_does_not_route_is_named(client: OpenAI, server: FakeServer) -> None:
+    server.capabilities_status = 404
+    found = failing(wrap(client))
+    assert list(found) == ["server"]
+    assert "answered 404" in found["server"]
+    assert "whiflash serve" in found["server"]
+
+
+def test_another_model_behind_a_gateway_is_named(client: OpenAI, server: FakeServer) -> None:
+    server.models = ["tiny", "other"]
+    assert "model" not in failing(wrap(client), "tiny")
+    assert failing(wrap(client), "other")["model"] == (
+        "the server answers for 'tiny', and requests for 'other' go elsewhere: ask for 'tiny'"
+    )
+
+
+def test_async_clients_too(async_client: AsyncOpenAI) -> None:
+    async def names() -> list[str]:
+        found = await async_doctor(wrap(async_client))
+        await async_client.close()
+        return [finding.name for finding in found if not finding.ok]
+
+    assert asyncio.run(names()) == ["structure"]
