@@ -1,6 +1,7 @@
 """What all tests share: the host that real servers are forked from, the limits on time, the option for evidence."""
 
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -43,9 +44,8 @@ LONGEST = (
 last is waited for by all others. Only the time of a whole run depends on this list."""
 
 
-STARTS_PROCESSES = ("import subprocess", "from engine import", "from server_host import", "CliRunner")
 NOT_FAST = ("tests/routing/test_hinted.py", "tests/routing/test_slow_moments.py")
-"""Simulations of thousands of rounds, and whatever starts processes: `make fast` leaves them out."""
+"""Simulations of thousands of rounds. `make fast` leaves them out, and what imports SGLang or starts a process."""
 
 
 class NoSGLang:
@@ -55,6 +55,11 @@ class NoSGLang:
         """As of `importlib.abc.MetaPathFinder`."""
         if name.partition(".")[0] == "sglang":
             pytest.skip("imports SGLang", allow_module_level=True)
+
+
+def no_process(*_: object, **__: object) -> None:
+    """In place of `subprocess.Popen.__init__`."""
+    pytest.skip("starts a process")
 
 
 @pytest.fixture(scope="session")
@@ -84,11 +89,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if not config.getoption("--fast") or collection_path.suffix != ".py":
-        return None
-    text = collection_path.read_text("utf-8")
-    name = str(collection_path.relative_to(config.rootpath))
-    return name in NOT_FAST or any(word in text for word in STARTS_PROCESSES) or None
+    left_out = {config.rootpath / name for name in NOT_FAST}
+    return (config.getoption("--fast") and collection_path in left_out) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -100,6 +102,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "evidence" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.getoption("--fast"):
+        subprocess.Popen.__init__ = no_process  # type: ignore[method-assign,assignment]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

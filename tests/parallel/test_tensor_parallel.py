@@ -53,7 +53,7 @@ def test_many_requests(checkpoints: Checkpoints, plain: Outputs, count: int) -> 
 
 
 def test_no_rank_but_the_first_looks_at_a_clock_or_its_mail(checkpoints: Checkpoints, plain: Outputs) -> None:
-    arrivals = ARRIVALS[:40]
+    arrivals = ARRIVALS[:16]
     found = check(checkpoints, arrivals, plain, on_ranks(RANKS, partial(wild, checkpoints, arrivals, plain)))
     assert found.accepted
 
@@ -87,7 +87,7 @@ def test_seeded_sampling(checkpoints: Checkpoints) -> None:
 def test_sampling_draws_alike(checkpoints: Checkpoints) -> None:
     """Without seeds of their own requests draw from a generator that goes on alike in every rank."""
     arrivals = [
-        Arrival(a.rid, a.step, a.prompt, {"max_new_tokens": 16, "temperature": 1.0}) for a in ARRIVALS[:20]
+        Arrival(a.rid, a.step, a.prompt, {"max_new_tokens": 16, "temperature": 1.0}) for a in ARRIVALS[:8]
     ]
     first, second = on_ranks(RANKS, partial(play_ours, checkpoints, "random", arrivals, {}))
     assert first == second

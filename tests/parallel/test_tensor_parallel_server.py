@@ -14,7 +14,7 @@ from reference import Comparison, ReferenceTarget
 from scrape import scraped, total, values
 from server_host import Server, ServerHost
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
-from tensor_parallel import ARRIVALS, ENDS_AT_ONCE, RANKS, Checkpoints, Outputs
+from tensor_parallel import ARRIVALS, ENDS_AT_ONCE, RANKS, SAMPLE, Checkpoints, Outputs
 from traffic import Arrival
 
 from whiflash_sglang.serving.server import runs
@@ -44,7 +44,7 @@ def until_it_ends(server: Server) -> str:
 
 
 def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints, plain: Outputs) -> None:
-    arrivals = [a for a in ARRIVALS[:60] if a.abort_after is None]
+    arrivals = [a for a in ARRIVALS[:SAMPLE] if a.abort_after is None]
 
     def compare(some: list[Arrival]) -> None:
         comparison = Comparison(ReferenceTarget(checkpoints.target))
