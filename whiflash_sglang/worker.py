@@ -21,6 +21,7 @@ from whiflash_sglang.compat.scheduler.spec_worker import (
     DraftInput,
     any_ended,
     any_tracked,
+    branches_of,
     idle_result,
     max_running_requests,
     next_round,
@@ -134,7 +135,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.host,
             vocabulary,
             quarantine,
-            self.settings.branches,
+            branches_of(
+                self.settings.branches,
+                self.target.runner.req_to_token_pool,
+                ranks=self.ranks.size,
+                exact=self.host.exact,
+            ),
         )
         self.epilogue = Epilogue(
             self.sync.rings,

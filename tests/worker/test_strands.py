@@ -12,6 +12,7 @@ from engine import engine
 from model_set import Models
 from oracle_arm import OracleArm
 from records import all_logprobs, assert_same_logprobs
+from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from test_constrained import SCHEMA
 from test_logprobs import CASES as LOGPROB_CASES
 from test_logprobs import OPTIONS as LOGPROB_OPTIONS
@@ -22,6 +23,7 @@ from test_sampling import PARAMETERS, judge, sample
 from traffic import Arrival, mixed, play
 
 from whiflash_sglang.compat.forward import target
+from whiflash_sglang.compat.scheduler.spec_worker import branches_of
 from whiflash_sglang.core import DraftBatch, Drafts, Voice
 from whiflash_sglang.round.strands import Folded
 from whiflash_sglang.routing.costs import Worth
@@ -144,6 +146,24 @@ def test_records_are_plain_decodings(models: Models, seen: Seen, case: str) -> N
     for rid in compared:
         assert_same_logprobs(found[rid], wanted[rid], rid)
     assert seen.won > 10
+
+
+@pytest.mark.parametrize(
+    ("pool", "ranks", "exact", "branches"),
+    [
+        (object(), 1, True, 3),
+        (object(), 2, True, 1),
+        (object(), 1, False, 1),
+        (object.__new__(HybridReqToTokenPool), 1, True, 1),
+    ],
+    ids=["alone", "ranks", "device", "states"],
+)
+def test_where_strands_are_not_made_the_log_says_so(
+    pool: object, ranks: int, exact: bool, branches: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert branches_of(3, pool, ranks=ranks, exact=exact) == branches
+    assert branches_of(1, pool, ranks=ranks, exact=exact) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (branches == 1)
 
 
 def test_joint_distribution(models: Models, seen: Seen) -> None:

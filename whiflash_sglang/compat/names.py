@@ -29,6 +29,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
     PrivateName("sglang.srt.entrypoints.engine:Engine.server_args_class"),
     # algorithm and worker
+    PrivateName("sglang.srt.mem_cache.memory_pool:HybridReqToTokenPool"),
+    PrivateName("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.move_kv_cache", ("tgt_loc", "src_loc")),
+    PrivateName("sglang.srt.mem_cache.memory_pool:MLATokenToKVPool.move_kv_cache", ("tgt_loc", "src_loc")),
     PrivateName("sglang.srt.arg_groups.overrides:resolving_view"),
     PrivateName("sglang.srt.arg_groups.overrides:model_config_of"),
     PrivateName("sglang.srt.configs.hybrid_arch:mambaish_config", ("model_config",)),

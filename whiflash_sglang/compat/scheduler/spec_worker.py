@@ -1,5 +1,6 @@
 """The scheduler's contract with a speculative worker (spec v2)."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,14 @@ from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from whiflash_sglang.compat.forward import recurrent, sampling
 from whiflash_sglang.core import Lengths, RoundBatch, RoundResult
 
+logger = logging.getLogger("whiflash_sglang")
+
 __all__ = [
     "BaseSpecWorker",
     "DraftInput",
     "any_ended",
     "any_tracked",
+    "branches_of",
     "idle_result",
     "max_running_requests",
     "next_round",
@@ -87,15 +91,28 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
     )
 
 
-def _spare_rows(batch: Any) -> list[int]:
-    """Free rows of the request table that a forward of this batch may borrow until it ends; none where states beside
-    KV go by request.
+def branches_of(wanted: int, pool: Any, *, ranks: int, exact: bool) -> int:
+    """Chains of a request that a round may verify: `wanted`, or one, said in the log, where strands are not made.
+
+    Args:
+        pool: SGLang's table of requests. ranks: that serve the model. exact: whether the host may read the device.
     """
-    pool = batch.req_to_token_pool
-    if isinstance(pool, HybridReqToTokenPool):
-        return []
+    reasons = {
+        "the host may not read the device": not exact,
+        "several ranks serve the model": ranks > 1,
+        "the target keeps states beside KV": isinstance(pool, HybridReqToTokenPool),
+    }
+    reason = next((said for said, holds in reasons.items() if holds), None)
+    if wanted > 1 and reason is not None:
+        logger.warning("WHIFLASH: --whiflash-branches %d is served as 1, since %s.", wanted, reason)
+        return 1
+    return wanted
+
+
+def _spare_rows(batch: Any) -> list[int]:
+    """Free rows of the request table, which a forward of this batch may borrow until it ends."""
     room = max_running_requests() - len(batch.reqs)
-    return list(pool.free_slots[-room:]) if room > 0 else []
+    return list(batch.req_to_token_pool.free_slots[-room:]) if room > 0 else []
 
 
 def next_round(batch: Any, requests: RoundBatch, done: RoundResult) -> RoundBatch:
