@@ -220,7 +220,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
         """
         began = time.perf_counter()
-        requests = round_batch(batch, self.target.context_len, self.planner.under_way)
+        requests = round_batch(batch, self.target.context_len, self.planner.under_way, self.stage.branches)
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or step.needs_scheduler(batch):
             most = 1

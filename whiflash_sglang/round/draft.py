@@ -218,11 +218,7 @@ class DraftStage:
         open_to = [
             i
             for i, (route, joined, width) in enumerate(zip(plan.routes, plan.joined, widths, strict=True))
-            if self.branches > 1
-            and requests.spare
-            and joined
-            and 1 < width < rooms[i]
-            and not requests.chain_only[i]
+            if requests.spare and joined and 1 < width < rooms[i] and not requests.chain_only[i]
         ]
         if not open_to or not voices:
             return []

@@ -67,8 +67,14 @@ class DraftInput(SpecInput):  # type: ignore[misc]
         self.new_seq_lens = torch.cat([self.new_seq_lens, other.new_seq_lens])
 
 
-def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -> RoundBatch:
-    """A decode batch of SGLang's. `under_way`: rows that earlier rounds verify for the request in a row."""
+def round_batch(
+    batch: Any, context_len: int, under_way: Callable[[int], int], branches: int = 1
+) -> RoundBatch:
+    """A decode batch of SGLang's.
+
+    Args:
+        under_way: rows that earlier rounds verify for the request in a row. branches: chains of a request at most.
+    """
     row_ids = _row_ids(batch)
     lengths = _lengths(batch, row_ids, under_way)
     budgets = [
@@ -86,8 +92,8 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
         list(batch.reqs),
         [max(budget, 1) for budget in budgets],
         [[] for _ in batch.reqs],
-        _spare_rows(batch),
-        [sampling.is_penalised(r) for r in batch.reqs],
+        _spare_rows(batch) if branches > 1 else (),
+        [branches == 1 or sampling.is_penalised(r) for r in batch.reqs],
     )
 
 
