@@ -478,3 +478,33 @@ def test_warnings_of_repeated_requests_point_at_the_users_call(client: OpenAI, s
         with pytest.warns(UnsupportedServerWarning, match="custom_params") as said:
             wrap(client, capabilities=given).chat.completions.create(model="m", messages=MESSAGES)
         assert [one.filename for one in said] == [__file__]
+
+
+ASKED_OF_TENANTS: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
+
+
+def test_a_tenant_is_sent_as_a_salt(client: OpenAI, server: FakeServer) -> None:
+    wrap(client, tenant="acme")
+    client.chat.completions.create(**ASKED_OF_TENANTS)
+    client.completions.create(model="m", prompt="x")
+    client.chat.completions.create(**ASKED_OF_TENANTS, extra_body={"cache_salt": "own"})
+    assert [body.get("cache_salt") for body in server.bodies] == ["acme", "acme", "own"]
+
+
+def test_no_tenant_goes_to_a_server_that_does_not_route(client: OpenAI, server: FakeServer) -> None:
+    server.capabilities_status = 404
+    wrap(client, tenant="acme", capabilities=False)
+    client.chat.completions.create(**ASKED_OF_TENANTS)
+    assert "cache_salt" not in server.bodies[0]
+
+
+def test_a_tenant_that_is_refused_is_left_out(client: OpenAI, server: FakeServer) -> None:
+    server.refuses = {"cache_salt"}
+    with pytest.warns(UnsupportedServerWarning, match="cache_salt"):
+        wrap(client, tenant="acme").chat.completions.create(**ASKED_OF_TENANTS)
+    assert "cache_salt" not in server.bodies[-1]
+
+
+def test_an_empty_tenant_is_refused(client: OpenAI) -> None:
+    with pytest.raises(ValueError, match="tenant"):
+        wrap(client, tenant="")

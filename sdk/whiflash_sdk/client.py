@@ -27,7 +27,7 @@ ClientT = TypeVar("ClientT", bound="OpenAI | AsyncOpenAI")
 _ROUTED_PATHS: Final = ("/chat/completions", "/completions")
 _CONVERTED_PATHS: Final = ("/responses",)
 """Requests that a server converts: it derives their spans itself."""
-_ADDED: Final = ("custom_params", "prediction")
+_ADDED: Final = ("custom_params", "prediction", "cache_salt")
 """Fields of a request that the SDK may add or extend."""
 _REFUSALS: Final = (openai.BadRequestError, openai.UnprocessableEntityError)
 _WRAPPED: Final = "_whiflash_settings"
@@ -45,6 +45,7 @@ class _Settings:
     strict: bool
     capabilities: Capabilities | bool | None
     agent: Agent | None
+    tenant: str | None
 
 
 class Settings(TypedDict, total=False):
@@ -55,6 +56,7 @@ class Settings(TypedDict, total=False):
     trace: bool | TraceLevel | None
     capabilities: Capabilities | bool | None
     agent: Agent | None
+    tenant: str | None
 
 
 def wrap(
@@ -65,6 +67,7 @@ def wrap(
     trace: bool | TraceLevel | None = None,
     capabilities: Capabilities | bool | None = None,
     agent: Agent | None = None,
+    tenant: str | None = None,
 ) -> ClientT:
     """Make `client` send routing hints, and return it: the same object, of the same type.
 
@@ -85,14 +88,20 @@ def wrap(
         itself. False: it does not route; no hints go out, nobody is asked or told.
     agent: who asks with this client, a name or a function that tells it at every call; `hints` here, blocks and calls
         that name one win. The adapters' models ask their framework.
+    tenant: whose text the answers are: sent as SGLang's `cache_salt` with chat and text completions that have none, to
+        a server that routes. Cached prompts and, where the server keeps outputs to copy from, these are shared under
+        one salt alone; without one no output is kept.
 
     Environment, read here: `WHIFLASH_SDK_TRACE` (0, 1 or a level) and `WHIFLASH_SDK_ASSUME` (1: `capabilities=True`)
     where the argument is not given; `WHIFLASH_SDK_DISABLE` (1: `capabilities=False`) in any case.
 
-    Raises: TypeError if `client` is something else; ValueError for a variable that says neither yes nor no.
+    Raises: TypeError if `client` is something else; ValueError for an empty tenant, which would be no salt, and for a
+    variable that says neither yes nor no.
     """
     if not isinstance(client, OpenAI | AsyncOpenAI):
         raise TypeError(f"wrap takes an OpenAI or AsyncOpenAI client, not {type(client).__name__}")
+    if tenant == "":
+        raise ValueError("tenant: give a name, or None where no text is to be shared")
     if trace is None:
         level = os.environ.get("WHIFLASH_SDK_TRACE", "").lower()
         trace = _LEVELS[level] if level in _LEVELS else _environment("TRACE", default=True)
@@ -103,7 +112,7 @@ def wrap(
     elif isinstance(capabilities, Capabilities):
         capabilities = capabilities.assumed()
     asked = (hints or Hints()).over(Hints(trace=trace))
-    _install(client, _Settings(asked, strict, capabilities, agent))
+    _install(client, _Settings(asked, strict, capabilities, agent, tenant))
     return client
 
 
@@ -316,7 +325,7 @@ def _with_hints(options: Any, settings: _Settings, found: Capabilities | bool | 
         params[WIRE_KEY] = whole.encode()
         if whole.spans and not hints.spans and opened is None:
             params[INFERRED_KEY] = True
-        extra = {**_predicted(options, found), **extra}
+        extra = {**_predicted(options, found), **_salted(options, settings.tenant), **extra}
     if params:
         extra["custom_params"] = params
     return options.model_copy(update={"extra_json": extra or None})
@@ -333,6 +342,13 @@ def _understood(hints: Hints, found: Capabilities) -> Hints:
     if hints.trace not in (False, *found.traces):  # those have one level, the full one
         hints = hints.model_copy(update={"trace": True})
     return hints.without(name for name in SCOPES if name not in found.scopes)
+
+
+def _salted(options: Any, tenant: str | None) -> dict[str, Any]:
+    """The tenant as a salt, where the call has none of its own and its route reads one."""
+    body = options.json_data if isinstance(options.json_data, Mapping) else {}
+    takes = tenant is not None and options.url in _ROUTED_PATHS and "cache_salt" not in body
+    return {"cache_salt": tenant} if takes else {}
 
 
 def _predicted(options: Any, found: Capabilities | bool) -> dict[str, Any]:
