@@ -6,7 +6,7 @@ from whiflash_sdk import presets, spans
 from whiflash_sdk.agents import agent
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
-from whiflash_sdk.collecting import Collected, CollectedTrace, collect
+from whiflash_sdk.collecting import Collected, collect
 from whiflash_sdk.doctor import Finding, async_doctor, doctor
 from whiflash_sdk.errors import (
     HintError,
@@ -20,7 +20,7 @@ from whiflash_sdk.prediction import predict
 from whiflash_sdk.report import Report, Share
 from whiflash_sdk.spans import hinted
 from whiflash_sdk.streaming import AsyncTracedStream, TracedStream
-from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace, routing
+from whiflash_sdk.trace import ArmTotals, CollectedTrace, SourceTotals, Stretch, Trace, routing
 
 __version__ = "0.1.0"
 

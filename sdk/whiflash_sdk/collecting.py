@@ -17,24 +17,7 @@ from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.report import Report
-from whiflash_sdk.trace import Trace, parse_trace, raw_traces, tools_called
-
-
-class CollectedTrace(Trace):
-    """A trace of a `collect` block, with the call that it is of.
-
-    response_id, model: as the response says them.
-    agent: the name that went out with the request.
-    started, ended: when the request began and its answer was complete, in UTC by this machine's clock.
-    tools: names of the tools that the answer calls, in their order.
-    """
-
-    response_id: str | None
-    model: str | None
-    agent: str | None
-    started: datetime
-    ended: datetime
-    tools: tuple[str, ...] = ()
+from whiflash_sdk.trace import CollectedTrace, parse_trace, raw_traces, tools_called
 
 
 @dataclass(eq=False)

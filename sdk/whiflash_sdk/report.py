@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sdk.trace import ArmTotals, Trace
-
-if TYPE_CHECKING:
-    from whiflash_sdk.collecting import CollectedTrace
+from whiflash_sdk.trace import ArmTotals, CollectedTrace, Trace
 
 NO_AGENT, NO_TOOL = "no agent", "text alone"
 """Rows of answers whose request named no agent, and of those that call no tool."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any, Final
 from weakref import WeakValueDictionary
 
@@ -165,6 +166,23 @@ class Trace(BaseModel):
         from whiflash_sdk.render.page import fragment
 
         return fragment(self)
+
+
+class CollectedTrace(Trace):
+    """A trace of a `collect` block, with the call that it is of.
+
+    response_id, model: as the response says them.
+    agent: the name that went out with the request.
+    started, ended: when the request began and its answer was complete, in UTC by this machine's clock.
+    tools: names of the tools that the answer calls, in their order.
+    """
+
+    response_id: str | None
+    model: str | None
+    agent: str | None
+    started: datetime
+    ended: datetime
+    tools: tuple[str, ...] = ()
 
 
 def routing(response: object, choice: int = 0) -> Trace | None:
