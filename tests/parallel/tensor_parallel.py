@@ -19,7 +19,7 @@ from whiflash_sglang.round.draft import DraftStage, Proposal
 RANKS = 2
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 """Else a server of SGLang's that loses a process waits 65 s for what could be found out about its GPU."""
-SAMPLE = 24
+SAMPLE = 60
 """Of the arrivals, in `make test`."""
 ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=14)
 
