@@ -83,6 +83,8 @@ def judge(models: Models, found: Mapping[str, Sequence[Sequence[int]]]) -> list[
         params = {**BASE, **PARAMETERS[name]}
         cells = joint(models.reference.target, PROMPT, params, WINDOW, rare=5 / len(samples))
         results.append(Sampled(name, goodness_of_fit(samples, cells)))
+        test = results[-1].test
+        print(f"{name}: chi² {test.statistic:.1f} at {test.freedom} degrees, p {test.p_value:.2g}")
     return results
 
 
@@ -99,24 +101,24 @@ def sampling_engine(models: Models, router: str, oracle: OracleArm | None = None
 
 
 def test_joint_distribution(models: Models) -> None:
-    """A sample of the evidence: 160 sequences of each parameter set, arms switching at random every round."""
-    torch.manual_seed(0)
+    """A sample of the evidence: 160 sequences of each parameter set, arms switching at random every round.
+
+    Rounds are grouped by a clock, so no seed repeats a run: one run in fifty has a set below 1e-3 by chance. Such a set
+    is drawn once more, three times as often.
+    """
     oracle = OracleArm(0.9, seed=4)
     with sampling_engine(models, "random", oracle) as e:
-        found = sample(e, oracle, PARAMETERS, each=160)
+        results = judge(models, sample(e, oracle, PARAMETERS, each=160))
         accepted = sum(oracle.accepted) / len(oracle.accepted)
-    results = judge(models, found)
-    for r in results:
-        print(f"{r.name}: chi² {r.test.statistic:.1f} at {r.test.freedom} degrees, p {r.test.p_value:.3f}")
+        unlikely = {r.name: PARAMETERS[r.name] for r in results if r.test.p_value < 1e-3}
+        again = judge(models, sample(e, oracle, unlikely, each=480)) if unlikely else []
     assert accepted > 0.3, "hardly any draft was accepted, so nothing was verified"
-    # Ten tests: one of them falls below 1e-4 by chance in a thousandth of all runs; this run is seeded.
-    assert min(r.test.p_value for r in results) > 1e-4
     assert all(r.test.freedom >= 5 for r in results)
+    assert not [r for r in again if r.test.p_value < 1e-4]
 
 
 def test_the_test_can_fail(models: Models) -> None:
     """The same samples against slightly other parameters: the chi-square must notice."""
-    torch.manual_seed(0)
     wrong: dict[str, dict[str, Any]] = {"min-p": {"temperature": 0.4}, "logit-bias": {}}
     oracle = OracleArm(0.9, seed=4)
     with sampling_engine(models, "random", oracle) as e:
