@@ -15,7 +15,8 @@ from whiflash_sglang.spans.hints import LookupScope, RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.matchers import Matcher
-from whiflash_sglang.structure.tools import carried_tools
+from whiflash_sglang.structure.sketch import text_of
+from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -189,3 +190,23 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
     assert MINE is not None
     arm.forget(handle_of(MINE))
     assert first_of_an_answer(MINE) == usual
+
+
+def test_a_prompt_is_decoded_once_however_many_tools_there_are(
+    arm: StructureArm, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+
+    def counting(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
+        decoded.append(len(tokens))
+        return text_of(vocabulary, tokens)
+
+    monkeypatch.setattr("whiflash_sglang.drafters.structure.text_of", counting)
+    tools = carried_tools([(f"find_{i}", SCHEMA) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
+    spans = (SpanHint("tool_call", "<tool_call>", "</tool_call>"),)
+    arm.begin(1, RequestHints(tools=tools, spans=spans), MINE)
+    prompt = vocabulary.encode("find_1 or find_2?" * 20)
+    text = [*prompt, *vocabulary.encode("<tool_call>")]
+    for length in (len(prompt), len(text)):
+        arm.forecast(1, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
+    assert sum(length > len(prompt) // 2 for length in decoded) == 1

@@ -20,9 +20,9 @@ from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.json_calls import compiled
-from whiflash_sglang.structure.schemas import MOST_NODES, Essence
+from whiflash_sglang.structure.schemas import MOST_NAMED_CHARS, MOST_NODES, Essence
 from whiflash_sglang.structure.sketch import sketch, text_of
-from whiflash_sglang.structure.tools import KEPT, carried_tools, words_of_tools
+from whiflash_sglang.structure.tools import KEPT, MOST_FUNCTIONS, carried_tools, words_of_tools
 
 SPANS = (SpanHint("tool_call", "<tool_call>", "</tool_call>"),)
 WEATHER = {
@@ -261,6 +261,15 @@ def test_a_clients_schema_does_not_decide_how_long_its_grammar_takes(parameters:
     assert compiled(tools) is not None
     calls = Calls(tools, SPANS)
     calls.follow('<tool_call>{"name": "ot')
+
+
+def test_neither_many_tools_nor_long_names_are_compiled() -> None:
+    many: list[tuple[str | None, Any]] = [(f"f{i}", None) for i in range(MOST_FUNCTIONS + 1)]
+    assert carried_tools(many, "hermes") is None
+    assert carried_tools(many[1:], "hermes")
+    long = "x" * MOST_NAMED_CHARS
+    assert Essence().of({"properties": {"city": {}, long: {}, "unit": {}}}) == {"properties": {"city": {}}}
+    assert compiled(json.dumps(["arguments", [[f"{long}x", None]]])) is None
 
 
 def test_equal_tools_share_one_grammar_and_few_are_kept() -> None:

@@ -9,7 +9,7 @@ import codecs
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from operator import mul
 
@@ -216,7 +216,7 @@ class StructureArm(Drafter):
             prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
             request.guesses = Guesses(words, partial(self._used, prompt))
             if request.calls is not None:
-                request.calls.prompt = partial(text_of, self._vocabulary, prompt)
+                request.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
         written = history(request.followed)
         request.followed += len(written)
         text = request.decoder.decode(bytes_of(self._vocabulary, written))

@@ -31,7 +31,7 @@ _NO_VOCABULARY = ("a", "</s>")
 
 @lru_cache(maxsize=KEPT)
 def compiled(tools: str) -> xgrammar.CompiledGrammar | None:
-    """The grammar of a call; None where its calls are no JSON, or xgrammar refuses a schema in it.
+    """The grammar of a call; None where its calls are no JSON, their names too long, or xgrammar refuses a schema.
 
     It is compiled in the scheduler's thread, alike in every rank, so schemas are cut to their essence: a client's
     text must not decide how long everybody waits.
@@ -43,6 +43,8 @@ def compiled(tools: str) -> xgrammar.CompiledGrammar | None:
     if read is None or read.form not in ARGUMENTS.values():
         return None
     essence = Essence()
+    if not all(essence.knows(name) for name, _ in read.functions):
+        return None
     calls = [
         _call(read.form, function, essence.of(parameters) if parameters else NO_ARGUMENTS)
         for function, parameters in read.functions
