@@ -274,6 +274,8 @@ FATAL: list[tuple[str, dict[str, Any], str]] = [
     ("/generate", {"input_ids": [OUTSIDE], "sampling_params": {"n": 3}}, "input_ids"),
     ("/generate", {"text": ""}, "text"),
     ("/generate", {"text": "", "stream": True}, "text"),
+    ("/generate", {"text": "", "session_params": {"offset": 0}}, "text"),
+    ("/generate", {"text": "", "session_params": {"id": None}}, "text"),
     ("/generate", {"text": ["a", ""]}, "text"),
     ("/generate", {"text": "", "sampling_params": {"n": 2}}, "text"),
     ("/generate", {"input_ids": []}, "input_ids"),

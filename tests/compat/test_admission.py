@@ -10,6 +10,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from whiflash_sglang.compat.http.admission import check_bounds
 from whiflash_sglang.compat.http.requests import check_native
+from whiflash_sglang.spans.carrier import Own
+from whiflash_sglang.spans.hints import TOOLS_KEY
 
 TOKENS = 320
 OVERRIDES = PositionalEmbeds(embeds=torch.zeros(1, 8), positions=[0])
@@ -74,17 +76,31 @@ def test_what_would_end_it_is_refused_by_name(given: dict[str, Any], said: str) 
 
 
 def test_an_empty_prompt_is_refused_unless_a_session_has_text() -> None:
-    obj = GenerateReqInput(text="", sampling_params={})
-    with pytest.raises(ValueError, match=r"text \(prompt, input_ids\): is empty; give at least one token"):
-        check_bounds(obj, [], TOKENS)
+    for session in (None, {}, {"offset": 0}, {"id": None}, {"rid": None}):
+        obj = GenerateReqInput(text="", sampling_params={}, session_params=session)
+        with pytest.raises(
+            ValueError, match=r"text \(prompt, input_ids\): is empty; give at least one token"
+        ):
+            check_bounds(obj, [], TOKENS)
     check_bounds(GenerateReqInput(text="", sampling_params={}, session_params={"id": "a"}), [], TOKENS)
 
 
 def test_a_text_prediction_needs_a_tokenizer() -> None:
-    """Refused while the request is validated, so before a stream has begun."""
+    """A stream of the native route has its status by then, and brings the error as an event."""
     manager: Any = SimpleNamespace(tokenizer=None)
     obj = GenerateReqInput(
         input_ids=[1], sampling_params={"custom_params": {"whiflash_prediction": "text"}}, stream=True
     )
     with pytest.raises(ValueError, match="must be token ids: this server has no tokenizer"):
         check_native(manager, obj)
+
+
+def test_parameters_may_be_served_twice() -> None:
+    """Built-in tools of the Responses API send a conversation's parameters again with every turn."""
+    manager: Any = SimpleNamespace(tokenizer=None, model_config=SimpleNamespace(vocab_size=TOKENS))
+    manager.server_args = SimpleNamespace(_whiflash=SimpleNamespace(force_recorded=False))
+    shared = {"custom_params": {TOOLS_KEY: Own("[]")}}
+    for _ in range(2):
+        obj = GenerateReqInput(input_ids=[1], sampling_params=shared)
+        check_native(manager, obj)
+        assert type(obj.sampling_params["custom_params"][TOOLS_KEY]) is str

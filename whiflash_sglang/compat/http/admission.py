@@ -48,8 +48,10 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
     Raises:
         ValueError: it would end the scheduler; the message names the field.
     """
+    session: Mapping[str, Any] = obj.session_params or {}
     # A session's own text may be all that a request goes on from; SGLang ends it there if there is none.
-    if not obj.session_params and obj.input_embeds is None and (input_ids is None or not len(input_ids)):
+    empty = obj.input_embeds is None and (input_ids is None or not len(input_ids))
+    if empty and session.get("id") is None:
         raise ValueError("text (prompt, input_ids): is empty; give at least one token")
     _check_ids("input_ids (prompt)", input_ids, vocabulary)
     # Also where no log-probabilities are asked for: the likeliest of a batch are taken for all of its requests.
@@ -62,7 +64,7 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
         stops = [int(token) for token in params.get("stop_token_ids") or () if token is not None]
         _check_ids("stop_token_ids", stops, vocabulary)
     for name, kind in SESSION_FIELDS.items():
-        value = (obj.session_params or {}).get(name)
+        value = session.get(name)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"session_params.{name}: is {value!r}; must be of the type {kind.__name__}")
     if obj.positional_embed_overrides is not None and not isinstance(

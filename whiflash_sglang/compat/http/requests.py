@@ -31,14 +31,23 @@ def check_native(manager: Any, obj: Any) -> None:
         ValueError: they are malformed; SGLang answers it with 400.
     """
     params = getattr(obj, "sampling_params", None)
-    for entry in params if isinstance(params, list) else [params]:
-        if isinstance(entry, dict) and entry.get("custom_params") is not None:
-            try:
-                validate_custom_params(entry["custom_params"])
-                _check_long(manager, entry["custom_params"])
-                entry["custom_params"] = as_carried(entry["custom_params"])
-            except HintError as error:
-                raise ValueError(str(error)) from None
+    if isinstance(params, list):
+        obj.sampling_params = [_carried(manager, entry) for entry in params]
+    elif params is not None:
+        obj.sampling_params = _carried(manager, params)
+
+
+def _carried(manager: Any, params: Any) -> Any:
+    """One request's parameters as SGLang can send them. The given ones stay: SGLang may serve them again."""
+    custom_params = params.get("custom_params") if isinstance(params, dict) else None
+    if custom_params is None:
+        return params
+    try:
+        validate_custom_params(custom_params)
+        _check_long(manager, custom_params)
+        return {**params, "custom_params": as_carried(custom_params)}
+    except HintError as error:
+        raise ValueError(str(error)) from None
 
 
 @around
