@@ -11,6 +11,7 @@ from fake_server import FakeServer
 from openai import AsyncOpenAI
 
 from whiflash_sdk import Hints, agent, collect, hinted, predict, spans, wrap
+from whiflash_sdk.prediction import predicted_text
 
 ASKED: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Where?"}]}
 BLOCKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -99,3 +100,17 @@ def test_what_outlives_a_block_keeps_it(async_client: AsyncOpenAI, server: FakeS
 
     asyncio.run(main())
     assert [server.hints(index)["agent"] for index in range(2)] == ["inner", "outer"]
+
+
+def test_blocks_may_end_in_the_order_they_began() -> None:
+    def text(name: str) -> Iterator[None]:
+        with predict(name):
+            yield
+
+    first, second = text("first"), text("second")
+    next(first)
+    next(second)
+    first.close()
+    assert predicted_text() == "second"
+    second.close()
+    assert predicted_text() is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,7 +23,7 @@ class BlockValue(Generic[ValueT]):
 
     A block may end in another context than it began in: frameworks run the two halves of a generator in two threads
     or tasks (FastAPI's `yield` dependencies, fixtures of pytest-asyncio). Such a block ends for every context, since
-    nothing can reset the one that it began in.
+    nothing can reset the one that it began in. So does one that ends before a block inside it.
     """
 
     def __init__(self, name: str, default: ValueT) -> None:
@@ -49,7 +49,14 @@ class BlockValue(Generic[ValueT]):
         try:
             yield value
         finally:
-            try:
-                self._blocks.reset(token)
-            except ValueError:  # another context
-                block.ended = True
+            block.ended = not self._is_reset(block, token)
+
+    def _is_reset(self, block: _Block[ValueT], token: Token[_Block[ValueT] | None]) -> bool:
+        """Leave the block, unless this is another context or a block inside it is still open."""
+        if self._blocks.get() is not block:
+            return False
+        try:
+            self._blocks.reset(token)
+        except ValueError:
+            return False
+        return True
