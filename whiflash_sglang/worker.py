@@ -73,7 +73,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.capture(captured, final_hidden=self.router is not None)
         self.host = HostView.of(self.target.device)
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
-        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1)
+        from_text = [arm for arm, d in self.drafters.items() if not (d.captured_layers or d.tail_width)]
+        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=from_text)
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         costs = pricing.costs_of(self.target.device, partial(rows_of, self.drafters))

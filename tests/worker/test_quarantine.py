@@ -22,6 +22,7 @@ from whiflash_sglang.round.planning import Planner
 from whiflash_sglang.round.quarantine import (
     FIRST_SECONDS,
     LONGEST_SECONDS,
+    MANY_REQUESTS,
     MOST_FAULTS,
     SEVERAL_REQUESTS,
     Quarantine,
@@ -114,12 +115,14 @@ def test_requests_go_on_without_it(
         gauges = Gauges()
         e.worker.publish_to(gauges)
         for name, (arm, method, made) in FAULTS.items():
+            if resident and method != "draft":
+                continue  # the same calls on the host
             before = dict(e.worker.quarantine.faults)
             caplog.clear()
             with monkeypatch.context() as m:
                 spoil(m, e.worker.drafters[arm], method, made)
                 for _ in range(5):  # until it was faulty for several requests
-                    found = e.generate(PROMPTS, max_new_tokens=TOKENS)
+                    found = ask(e)
                     comparison = Comparison(models.reference.target)
                     for prompt, own, text in zip(PROMPTS, plain, found, strict=True):
                         comparison.check(prompt, own, text, f"{name}, {comparison.summary()}")
@@ -152,6 +155,15 @@ def test_requests_go_on_without_it(
             e.start_over("random")
         for arm in ("ar", "diffusion"):
             assert all(map(math.isfinite, e.worker.drafters[arm].calibration([])))
+
+
+def ask(e: Engine) -> list[list[int]]:
+    """Answers to `PROMPTS`, which two callers send."""
+    rids = [f"a{len(e.requests):06d}-{i}" for i in range(len(PROMPTS))]
+    for i, (rid, prompt) in enumerate(zip(rids, PROMPTS, strict=True)):
+        e.submit(rid, prompt, max_new_tokens=TOKENS, cache_salt="ab"[i % 2])
+    e.run()
+    return [e.output(rid) for rid in rids]
 
 
 def rounds_of(e: Engine) -> dict[str, int]:
@@ -285,8 +297,14 @@ def test_a_request_that_an_arm_served_well_excuses_it() -> None:
         held.end(f"sound {number}")
     assert held.left_out == {"ar": 18}
     assert not held.reasons
-    failing(held, None, None, None)
-    assert "ar" in held, "nobody knows the callers of requests without a salt, so each is one"
+
+
+def test_requests_without_a_salt_are_one_callers() -> None:
+    held = Quarantine(["ar"])
+    failing(held, *[None] * (MANY_REQUESTS - 1))
+    assert not held.reasons
+    failing(held, None)
+    assert "ar" in held, "so many in a row are the arm's fault, whoever sent them"
 
 
 def test_holes_in_its_kv_end_no_more_than_the_server_does() -> None:
@@ -342,7 +360,7 @@ def test_what_was_sound_before_a_quarantine_does_not_excuse_what_comes_behind() 
 def failing(held: Quarantine, *callers: str | None, arm: str = "ar") -> None:
     """A request of each caller, for which the arm raises."""
     for caller in callers:
-        held.begin("r", caller if caller is not None else object())
+        held.begin("r", caller)
         with held.guard(arm, "r"):
             fails(None)
         assert not held.serves(arm, "r")
@@ -452,6 +470,8 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         torch.OutOfMemoryError("CUDA out of memory"),
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling ..."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         MemoryError(),
     ],
     ids=lambda error: type(error).__name__,
@@ -474,8 +494,14 @@ def test_what_the_machine_raises_is_no_arms(error: Exception) -> None:
 
 def test_several_ranks_agree() -> None:
     """Another rank may have drafted, so to go on without would leave it waiting in a collective call. Clocks differ."""
-    held = Quarantine(["ar"], alone=False, clock=lambda: pytest.fail("a rank's clock is its own"))
+    clock: Any = lambda: pytest.fail("a rank's clock is its own")  # noqa: E731
+    held = Quarantine(["ar", "lookup"], alone=False, from_text=["lookup"], clock=clock)
     held.begin("r", None)
+    with held.guard("lookup", "r"):
+        fails(None)
+    assert not held.serves("lookup", "r"), "it raises in every rank alike"
+    with pytest.raises(RuntimeError, match="planted"), held.guard("lookup"):
+        fails(None)
     with pytest.raises(RuntimeError, match="planted"), held.guard("ar", "r"):
         fails(None)
     with pytest.raises(RuntimeError, match="planted"):

@@ -5,8 +5,8 @@ that no embedding has, an exception) or spoil what is learned from it (NaN). `la
 cannot be a draft, and says so with the round's results; what is raised is caught where an arm is called.
 
 An arm is everybody's, and what makes it raise is mostly one request's text. So an arm that raises for a request is left
-out for that request. It is quarantined, left out for everybody, if it raised for several requests of several callers
-and served none well in between, or if it raised for a batch and then for no request of it.
+out for that request. It is quarantined, left out for everybody, if it raised for several requests of several callers,
+or for many of one, and served none well in between, or if it raised for a batch and then for no request of it.
 """
 
 import logging
@@ -24,6 +24,8 @@ MOST_FAULTS = 4
 """Faulty drafts in a row of an arm for one request, after which it is left out for that request."""
 SEVERAL_REQUESTS, SEVERAL_CALLERS = 3, 2
 """Requests in a row, and callers among them, for which an arm is left out before it is quarantined."""
+MANY_REQUESTS = 16
+"""The same, whoever sent them: requests without a salt are one caller's, as nobody knows who sent them."""
 FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0
 """Of a quarantine: the first, and the longest. Each is twice as long as the one before it."""
 
@@ -51,17 +53,20 @@ class _Streak:
 
     @property
     def is_everybodys(self) -> bool:
-        return self.requests >= SEVERAL_REQUESTS and len(self.callers) >= SEVERAL_CALLERS
+        several = self.requests >= SEVERAL_REQUESTS and len(self.callers) >= SEVERAL_CALLERS
+        return several or self.requests >= MANY_REQUESTS
 
 
 class Quarantine:
     """Which arms are left out, for one request or for everybody.
 
-    Every rank of those that serve a model together judges the same results, so all leave out the same arms. What one of
-    them raises the others may not have: there it is not caught. Nor do clocks agree: there no quarantine ends.
+    Every rank of those that serve a model together judges the same results, so all leave out the same arms. Clocks of
+    ranks do not agree, so there no quarantine ends. What a model raises in one rank the others may not have: it is not
+    caught there. Arms that draft from text raise in every rank or in none.
 
     Args:
-        arms: all there are. alone: whether no other process serves the model with this one. clock: seconds.
+        arms: all there are. alone: whether no other process serves the model with this one. from_text: arms that draft
+            from a request's text and run no model. clock: seconds.
 
     Attributes:
         reasons: why, of every arm that is quarantined. faults: of every arm, drafts that were none. left_out: of every
@@ -69,12 +74,17 @@ class Quarantine:
     """
 
     def __init__(
-        self, arms: Iterable[str], *, alone: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        arms: Iterable[str],
+        *,
+        alone: bool = True,
+        from_text: Iterable[str] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.faults = dict.fromkeys(arms, 0)
         self.left_out = dict.fromkeys(self.faults, 0)
         self.reasons: dict[str, str] = {}
-        self._alone, self._clock = alone, clock
+        self._alone, self._from_text, self._clock = alone, frozenset(from_text), clock
         self._requests: dict[str, _Request] = {}
         self._streaks = {arm: _Streak() for arm in self.faults}
         self._seconds = dict.fromkeys(self.faults, FIRST_SECONDS)
@@ -96,9 +106,9 @@ class Quarantine:
     def begin(self, rid: str, caller: object) -> None:
         """A request begins. Arms that are quarantined now know nothing of it, so they stay out for it.
 
-        caller: equal for requests of one caller; None: nobody knows who sent it, so it counts as a caller of its own.
+        caller: equal for requests of one caller; None for all whose caller nobody knows.
         """
-        self._requests[rid] = _Request(rid if caller is None else caller, set(self.reasons))
+        self._requests[rid] = _Request(caller, set(self.reasons))
 
     def end(self, rid: str) -> None:
         """A request ends. An arm that served it well owes its earlier faults to other requests."""
@@ -134,9 +144,9 @@ class Quarantine:
     def raised(self, arm: str, error: Exception, rid: str | None = None) -> None:
         """`arm` raised an error for the request `rid`; None: for whatever it is asked.
 
-        Raises it again where this process is not alone, and where it is the machine's and no arm's.
+        Raises it again if it is the machine's and no arm's, or if other ranks may not have it.
         """
-        self._reraise(error)
+        self._reraise(arm, error, rid)
         if rid is None:
             self._quarantine(arm, _said(error), error)
         else:
@@ -156,7 +166,7 @@ class Quarantine:
         try:
             yield
         except Exception as error:
-            self._reraise(error)
+            self._reraise(arm, error)
             self._without_kv.add(arm)
             self._quarantine(arm, f"{_said(error)} while it ingested", error)
 
@@ -173,7 +183,7 @@ class Quarantine:
             if len(rids) == 1:
                 self.raised(arm, error, rids[0])
                 return (), None
-            self._reraise(error)
+            self._reraise(arm, error, rids[0])
             raised = error
         sound = [i for i in everyone if arm not in self.reasons and self._succeeds(arm, rids[i], call, i)]
         if len(sound) == len(rids):  # no request to leave out, and it may raise every round
@@ -192,8 +202,10 @@ class Quarantine:
             return False
         return True
 
-    def _reraise(self, error: Exception) -> None:
-        if not self._alone or _is_the_machines(error):
+    def _reraise(self, arm: str, error: Exception, rid: str | None = None) -> None:
+        # The first rank alone asks what is nobody's request.
+        alike = self._alone or (rid is not None and arm in self._from_text)
+        if not alike or _is_the_machines(error):
             raise error
 
     def _leave_out(self, arm: str, rid: str, reason: str, error: Exception | None = None) -> None:
@@ -244,8 +256,21 @@ def _said(error: Exception) -> str:
     return f"raised {type(error).__name__}"
 
 
+_MACHINES = (
+    "CUDA error",
+    "cuda runtime error",
+    "Triton Error [CUDA]",
+    "cuDNN error",
+    "NCCL error",
+    "HIP error",
+    "DefaultCPUAllocator",
+    "bad allocation",
+)
+"""In the messages of errors that torch and Triton raise as plain RuntimeErrors."""
+
+
 def _is_the_machines(error: Exception) -> bool:
     """Whether memory or a device failed: every later call would fail too, and the scheduler has to know."""
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "cuda runtime error"))
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in _MACHINES)
