@@ -9,6 +9,8 @@ RUN := $(UV) run --no-sync
 PYTHON := $(shell command -v python3.11 || command -v python3)
 export UV_PYTHON_DOWNLOADS := never
 export TOKENIZERS_PARALLELISM := false
+# Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo test fast evidence mutation soak upstream-kits fuzz audit check format docs prometheus site dist bench bench-several gpu gpu-evidence clean
 
@@ -22,18 +24,14 @@ help: ## Show this help
 # With CPU_ONLY=1: without packages that a server on a CPU never imports.
 LEAVE_OUT := $(addprefix --no-install-package ,$(shell cat docs/cpu-leaves-out.txt))
 DISTRIBUTIONS := $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock sdk/pyproject.toml kernels/pyproject.toml
-# What every process imports by the thousand modules. Uncompiled, each would compile it anew where PYTHONDONTWRITEBYTECODE is set.
-COMPILE = .venv/bin/python -m compileall -qq -j 0 .venv/lib/python3*/site-packages/{sglang,transformers,torch} || true
 
 .venv/.installed: $(DISTRIBUTIONS)
 	$(UV) sync --frozen --all-packages $(if $(CPU_ONLY),$(LEAVE_OUT))
-	$(COMPILE)
 	@touch $@
 
 # Enough for the demo: everything where a card is, or where everything is installed already; else what a CPU needs.
 .venv/.for-demo: $(DISTRIBUTIONS)
 	$(UV) sync --frozen --all-packages $(if $(or $(wildcard .venv/.installed),$(shell command -v nvidia-smi)),,$(LEAVE_OUT))
-	$(COMPILE)
 	@touch $@
 
 install: .venv/.installed ## Install everything into .venv
