@@ -65,7 +65,7 @@ def test_training_configurations_are_what_they_are_for(tmp_path: Path) -> None:
 
 
 def test_the_least_manifest_is_one() -> None:
-    (block,) = (found for found in blocks(ROOT / "docs/how-to/bundles.md") if found.language == "json")
+    (block,) = (found for found in blocks(ROOT / "docs/how-to/serve-your-model.md") if found.language == "json")
     assert Manifest.model_validate_json(block.body).name == "my-bundle"
 
 

@@ -1,4 +1,4 @@
-"""The picture of lazy catch-up in docs/lookup.md: `python tests/lookup/picture.py docs/pictures/catch-up.svg`.
+"""The picture of lazy catch-up in docs/dev/lookup.md: `python tests/lookup/picture.py docs/pictures/catch-up.svg`.
 
 The embedded target copies three records and comments on each, under the policy `auto`; every round's arm, the
 request's length and both drafters' watermarks are recorded from the running scheduler.
