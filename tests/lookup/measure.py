@@ -1,4 +1,4 @@
-"""Time and memory of the copying arm's host work, as docs/dev/lookup.md gives them: `python tests/lookup/measure.py`."""
+"""Time and memory of the copying arm's host work (docs/dev/lookup.md): `python tests/lookup/measure.py`."""
 
 import random
 import sys

@@ -19,7 +19,7 @@ from whiflash_sglang.round.draft import DraftStage, Proposal
 RANKS = 2
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 """Else a server of SGLang's that loses a process waits 65 s for what could be found out about its GPU."""
-SAMPLE = 60
+SAMPLE = 16
 """Of the arrivals, in `make test`."""
 ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=14)
 
@@ -88,9 +88,16 @@ def play_ours(
     known: Outputs,
     rank: int,
     port: int,
+    *,
+    retract: bool = False,
     **arguments: Any,
 ) -> Played:
-    """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost."""
+    """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost.
+
+    retract: SGLang retracts a request every fifth step.
+    """
+    from sglang.srt.managers import scheduler
+
     rounds: list[tuple[Any, ...]] = []
     original = DraftStage.draft
 
@@ -109,6 +116,7 @@ def play_ours(
             oracle.learn(arrival.prompt, known[arrival.rid])
     with (
         patch.object(DraftStage, "draft", noting),
+        patch.multiple(scheduler, TEST_RETRACT=retract, TEST_RETRACT_INTERVAL=5),
         engine(
             checkpoints.target,
             whiflash=checkpoints.whiflash(router),
