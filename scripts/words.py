@@ -1,0 +1,51 @@
+"""Words and openings that users' pages do without: `python scripts/words.py [FILE …]`. Exits with 1 if it finds one.
+
+The rules are those of CONTRIBUTING.md. Code, tables of code and quotations in backticks are not looked at.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BANNED = re.compile(
+    r"\b(tells?|told|lies?|lay|lying|stands?|stood|mends?|mended|goes? by|anew|(?:by|at) hand|of before)\b",
+    re.IGNORECASE,
+)
+OPENING = re.compile(
+    r"(?:^|(?<=[.!?:] )|(?<=[.!?:]\*\* ))(What|Who|Of|Where|Whoever|Whatever)\b(?![^.!?]*\?)"
+)
+CODE = re.compile(
+    r"^```.*?^```|^<!-- (\w+): written.*?<!-- end of \1 -->|`[^`\n]+`", re.MULTILINE | re.DOTALL
+)
+
+
+def pages() -> list[Path]:
+    """Pages that are written for users, without those of developers."""
+    docs = sorted((ROOT / "docs").rglob("*.md"))
+    return [ROOT / "README.md", ROOT / "CHANGELOG.md", *(page for page in docs if "dev" not in page.parts)]
+
+
+def found(text: str) -> list[tuple[int, str]]:
+    """Line numbers, from 1 on, and what is wrong there."""
+    prose = CODE.sub(lambda match: re.sub(r"[^\n]", "x", match[0]), text)
+    wrong = []
+    for number, line in enumerate(prose.splitlines(), 1):
+        if not line.startswith("#"):
+            wrong += [(number, f"{match[0]!r}") for match in BANNED.finditer(line)]
+            wrong += [(number, f"a sentence opens with {match[1]!r}") for match in OPENING.finditer(line)]
+    return wrong
+
+
+def main(arguments: list[str]) -> int:
+    wrong = [
+        f"{page}:{number}: {reason}"
+        for page in ([Path(name) for name in arguments] or pages())
+        for number, reason in found(page.read_text(encoding="utf-8"))
+    ]
+    print("\n".join(wrong) or "no banned word and no banned opening")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
