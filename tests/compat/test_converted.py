@@ -1,13 +1,15 @@
-"""What a Responses request implies is inferred as of the chat request that it would be."""
+"""What converted requests say and imply is read as of the chat requests that they would be."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 
-from whiflash_sglang.compat.http.converted import _as_chat
+from whiflash_sglang.compat.http.converted import _as_chat, _carrying_on, _reading_messages
 from whiflash_sglang.compat.http.requests import completed
 from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
 
@@ -17,6 +19,7 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
 }
 OTHER = {**TOOL, "name": "g"}
+MESSAGE: dict[str, Any] = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
 
 
 def implied(**asked: Any) -> tuple[list[tuple[str, bool]], str | None]:
@@ -56,3 +59,34 @@ def test_a_named_tool_is_the_only_one_that_is_told(named: str) -> None:
     assert spans == [("tool_call", True)]
     assert tools is not None
     assert [name for name in ("f", "g") if f'"{name}"' in tools] == [named]
+
+
+def converted(body: dict[str, Any]) -> Any:
+    """The chat request that a message becomes, or the error that it is refused with."""
+    plain = SimpleNamespace(cache_salt=None, extra_key=None, custom_params=None)
+    serving = SimpleNamespace(
+        openai_serving_chat=SimpleNamespace(
+            tokenizer_manager=SimpleNamespace(server_args=SimpleNamespace(_whiflash=object()))
+        ),
+        _error_response=lambda status, kind, message: (status, message),
+    )
+
+    async def handle(_serving: Any, request: Any, _raw: Any) -> Any:
+        return _carrying_on(lambda *_: plain)(serving, request)
+
+    async def sent() -> dict[str, Any]:
+        return body
+
+    request = AnthropicMessagesRequest.model_validate(body)
+    return asyncio.run(_reading_messages(handle)(serving, request, SimpleNamespace(json=sent)))
+
+
+def test_a_message_carries_hints_and_salts() -> None:
+    said = {"custom_params": {"whiflash": "{}"}, "cache_salt": "acme", "extra_key": "k"}
+    request = converted({**MESSAGE, **said})
+    assert {name: getattr(request, name) for name in said} == said
+    assert converted(MESSAGE).cache_salt is None
+
+
+def test_a_salt_that_is_no_text_is_refused() -> None:
+    assert converted({**MESSAGE, "cache_salt": ["a"]}) == (400, "cache_salt: must be text")

@@ -1,8 +1,8 @@
 """Requests that SGLang converts before it serves them: OpenAI's Responses and Anthropic's Messages.
 
 Neither has a field for hints, so they are read from the body, as on chat completions: `custom_params`, `prediction` and
-AgentSpec's fields. Servers that did not ask for this algorithm, and requests that say nothing, are SGLang's own. In the
-process that serves HTTP.
+AgentSpec's fields; of Messages `cache_salt` and `extra_key` too, which SGLang reads on the other routes. Servers that
+did not ask for this algorithm, and requests that say nothing, are SGLang's own. In the process that serves HTTP.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,8 @@ from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.hints import HintError
 
 _SAID: ContextVar[dict[str, Any] | None] = ContextVar("whiflash_said", default=None)
-"""`custom_params` of the request that is being converted."""
+"""Fields of chat completions that the request has which is being converted; no entry for those that say nothing."""
+_KEYS = ("cache_salt", "extra_key")
 
 
 def install() -> None:
@@ -49,29 +50,42 @@ def routes(state: Any) -> tuple[str, ...]:
 
 
 @contextmanager
-def _saying(params: dict[str, Any] | None) -> Iterator[None]:
-    token = _SAID.set(params)
+def _saying(fields: dict[str, Any]) -> Iterator[None]:
+    token = _SAID.set(fields)
     try:
         yield
     finally:
         _SAID.reset(token)
 
 
-async def _said(raw_request: Any) -> dict[str, Any] | None:
+def _said(body: object) -> dict[str, Any] | None:
     """What a body says to WHIFLASH. Raises HintError."""
-    body = await raw_request.json()
     params = body.get("custom_params") if isinstance(body, Mapping) else None
     if params is not None and not isinstance(params, dict):
         raise HintError("custom_params", "must be an object")
     return from_body(params, body)
 
 
+def _keys(body: object) -> dict[str, str]:
+    """Whose text it is. Raises HintError."""
+    given = {name: body.get(name) for name in _KEYS} if isinstance(body, Mapping) else {}
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise HintError(name, "must be text")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _fields(params: dict[str, Any] | None) -> dict[str, Any]:
+    return {} if params is None else {"custom_params": params}
+
+
 @around
 async def _reading_messages(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
     if not asks_for_ours(self.openai_serving_chat.tokenizer_manager.server_args):
         return await original(self, request, raw_request)
+    body = await raw_request.json()
     try:
-        said = await _said(raw_request)
+        said = {**_fields(_said(body)), **_keys(body)}
     except HintError as error:
         return self._error_response(400, "invalid_request_error", str(error))
     with _saying(said):
@@ -82,9 +96,8 @@ async def _reading_messages(original: Any, self: Any, request: Any, raw_request:
 def _carrying_on(original: Any, self: Any, anthropic_request: Any) -> Any:
     """What was said goes with the chat request that a message becomes, which is validated as every chat request is."""
     chat_request = original(self, anthropic_request)
-    said = _SAID.get()
-    if said is not None:
-        chat_request.custom_params = said
+    for name, value in (_SAID.get() or {}).items():
+        setattr(chat_request, name, value)
     return chat_request
 
 
@@ -94,10 +107,10 @@ async def _reading_responses(original: Any, self: Any, request: Any, raw_request
     if raw_request is None or not manager or not asks_for_ours(manager.server_args):
         return await original(self, request, raw_request)
     try:
-        said = completed(manager, _as_chat(self, request), await _said(raw_request))
+        said = completed(manager, _as_chat(self, request), _said(await raw_request.json()))
     except HintError as error:
         return self.create_error_response(str(error), param=error.field)
-    with _saying(said):
+    with _saying(_fields(said)):
         return await original(self, request, raw_request)
 
 
@@ -120,5 +133,4 @@ def _as_chat(serving: Any, request: Any) -> SimpleNamespace:
 @around
 def _sampling(original: Any, self: Any, *args: Any, **named: Any) -> Any:
     params = original(self, *args, **named)
-    said = _SAID.get()
-    return params if said is None else {**params, "custom_params": said}
+    return {**params, **(_SAID.get() or {})}
