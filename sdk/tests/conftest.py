@@ -30,6 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     Nothing is known of any server at first: ports come again.
     """
     made = Clock()
+    sys.modules["whiflash_sdk.trace"].STREAMS.clear()
     module = sys.modules["whiflash_sdk.capabilities"]
     for name, value in {
         "now": made,

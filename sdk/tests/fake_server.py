@@ -1,5 +1,6 @@
 """A small HTTP server that answers as OpenAI's and SGLang's routes do, and keeps what it was asked."""
 
+import gzip
 import json
 import threading
 import time
@@ -94,6 +95,7 @@ class FakeServer:
     refusal: tuple[int, str] = (400, "Unrecognized request argument supplied: {field}")
     failures: int = 0
     usage_chunk: bool = False
+    zipped: bool = False
     content: str = '{"city": "Zürich"}'
     paths: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -168,6 +170,34 @@ def _response_events(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[
         yield {"type": f"response.{name}", "sequence_number": number, "response": response}
 
 
+def _anthropic(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
+    """As SGLang converts a chat completion: a tool is called if one is offered."""
+    called = {"type": "tool_use", "id": "c0", "name": "f", "input": {}}
+    content = [called] if body.get("tools") else [{"type": "text", "text": server.content}]
+    answer = {"id": "r0", "type": "message", "role": "assistant", "model": body["model"], "content": content}
+    answer |= {"stop_reason": "end_turn", "usage": {"input_tokens": 5, "output_tokens": 15}}
+    return answer | ({} if server.trace is None else {"sglext": {"whiflash": server.trace}})
+
+
+def _anthropic_events(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    whole = _anthropic(server, body)
+    extension = {name: whole.pop(name) for name in ("sglext",) if name in whole}
+    (block,) = whole["content"]
+    yield {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
+    yield {
+        "type": "content_block_start",
+        "index": 0,
+        "content_block": {**block, **({"text": ""} if "text" in block else {})},
+    }
+    if "text" in block:
+        delta = {"type": "text_delta", "text": block["text"]}
+        yield {"type": "content_block_delta", "index": 0, "delta": delta}
+    yield {"type": "content_block_stop", "index": 0}
+    delta = {"stop_reason": "end_turn", "stop_sequence": None}
+    yield {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 15}, **extension}
+    yield {"type": "message_stop"}
+
+
 def _text_chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "text_completion"}
     for piece in server.content.split(" "):
@@ -196,6 +226,10 @@ def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]
         yield {**head, "choices": [], "sglext": {"whiflash": server.trace}}
 
 
+def _named(event: dict[str, Any]) -> str:
+    return f"event: {event['type']}\n" if "type" in event else ""
+
+
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -205,6 +239,9 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
 
         def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
             self.send_response(status)
+            if server.zipped:
+                body = gzip.compress(body)
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             with suppress(ConnectionError):  # the client did not wait
@@ -251,13 +288,20 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 server.failures -= 1
                 self._send(503, b'{"error": {"message": "busy"}}')
             elif body.get("stream"):
-                chunks = {"/v1/chat/completions": _chunks, "/v1/responses": _response_events}
-                found = chunks.get(self.path, _text_chunks)(server, body)
-                lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in found]
-                self._send(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
+                chunks = {
+                    "/v1/chat/completions": _chunks,
+                    "/v1/responses": _response_events,
+                    "/v1/messages": _anthropic_events,
+                }
+                found = list(chunks.get(self.path, _text_chunks)(server, body))
+                lines = [_named(chunk) + f"data: {json.dumps(chunk)}\n\n" for chunk in found]
+                end = "" if self.path == "/v1/messages" else "data: [DONE]\n\n"
+                self._send(200, "".join([*lines, end]).encode(), "text/event-stream")
             else:
                 if self.path.endswith("/responses"):
                     answer = _response(server, body)
+                elif self.path.endswith("/messages"):
+                    answer = _anthropic(server, body)
                 else:
                     answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))
                 self._send(200, json.dumps(answer).encode())

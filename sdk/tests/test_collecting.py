@@ -55,7 +55,7 @@ def test_raw_streams_are_seen_too(client: OpenAI) -> None:
         with client.chat.completions.with_streaming_response.create(**ASKED) as streamed:
             body = streamed.json()
     assert len(list(stream)) == 3
-    assert seen(collected) == [EXPECTED]
+    assert seen(collected) == [EXPECTED] * 2
     assert body["object"] == "chat.completion"  # type: ignore[index]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic import BaseModel
@@ -59,6 +60,13 @@ def main() -> list[float]:
     return [mean(routing(text)), *(mean(trace) for trace in collected.traces)]
 
 
+def below() -> ChatCompletion:
+    http: httpx.Client = whiflash_sdk.http_client(agent="a", strict=True)
+    given: httpx.AsyncClient = whiflash_sdk.async_http_client(httpx.AsyncClient(timeout=9), tenant="t")
+    print(AsyncOpenAI(http_client=given))
+    return ask(OpenAI(http_client=http))
+
+
 async def asynchronous() -> str | None:
     client: AsyncOpenAI = wrap(AsyncOpenAI(), trace=False)
     with collect() as collected:
@@ -70,4 +78,4 @@ async def asynchronous() -> str | None:
 
 
 if __name__ == "__main__":
-    print(main(), asyncio.run(asynchronous()))
+    print(below(), main(), asyncio.run(asynchronous()))

@@ -19,8 +19,8 @@ from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
 from whiflash_sdk.prediction import predict
 from whiflash_sdk.report import Report, Share
 from whiflash_sdk.spans import hinted
-from whiflash_sdk.streaming import AsyncTracedStream, TracedStream
 from whiflash_sdk.trace import ArmTotals, CollectedTrace, SourceTotals, Stretch, Trace, routing
+from whiflash_sdk.transport import async_http_client, http_client
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,6 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 __all__ = [
     "Arm",
     "ArmTotals",
-    "AsyncTracedStream",
     "Capabilities",
     "Collected",
     "CollectedTrace",
@@ -45,17 +44,18 @@ __all__ = [
     "Trace",
     "TraceError",
     "TraceLevel",
-    "TracedStream",
     "UnsupportedServerError",
     "UnsupportedServerWarning",
     "WhiFlashError",
     "agent",
     "async_capabilities",
     "async_doctor",
+    "async_http_client",
     "capabilities",
     "collect",
     "doctor",
     "hinted",
+    "http_client",
     "predict",
     "presets",
     "routing",

@@ -18,14 +18,13 @@ from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 import anyio
-import openai
 from anyio.lowlevel import RunVar
 from openai import AsyncOpenAI, NotGiven, OpenAI, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
 from whiflash_sdk.hints import SCOPES, TraceLevel
-from whiflash_sdk.identity import fingerprint
+from whiflash_sdk.identity import Asker, OfClient
 
 PROBE_SECONDS: Final = 2.0
 KEPT_SECONDS: Final = 300.0
@@ -126,14 +125,16 @@ class Server:
 
     def failed(self, error: Exception) -> None:
         """Take what was raised instead. Its message may quote a key: only its kind is kept."""
-        if isinstance(error, openai.NotFoundError):
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # four libraries have such classes
+        if status == 404:
             self.found = None
             self._keep("answered 404")
-        elif isinstance(error, openai.APIStatusError):
-            self._ask_again(f"answered {error.status_code}")
-        elif isinstance(error, openai.APITimeoutError | TimeoutError):
+        elif status is not None:
+            self._ask_again(f"answered {status}")
+        elif kinds & {"APITimeoutError", "TimeoutException", "TimeoutError"}:
             self._ask_again("gave no answer in time")
-        elif isinstance(error, openai.APIConnectionError):
+        elif kinds & {"APIConnectionError", "TransportError"}:
             self._ask_again("could not be reached")
         else:
             self._ask_again(f"could not be asked ({type(error).__name__})")
@@ -190,61 +191,59 @@ def capabilities(client: OpenAI) -> Capabilities | None:
 
     Takes the client's own timeout at most, and never more than two seconds a phase (connect, read).
     """
-    return ask(client).found
+    return ask(OfClient(client)).found
 
 
 async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
     """`capabilities` for an async client; never more than two seconds in all."""
-    return (await async_ask(client)).found
+    return (await async_ask(OfClient(client))).found
 
 
-def ask(
-    client: OpenAI, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
-) -> Server:
-    """What is known of the client's server, asked anew if it is time.
+def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None) -> Server:
+    """What is known of the asker's server, asked anew if it is time.
 
-    timeout: of the request that wants to know, which the probe does not outlast; not given, the client's.
+    timeout: of the request that wants to know, which the probe does not outlast; not given, the asker's.
     model: that the request is for.
     """
-    url, server = _server(client)
+    url, server = _server(asker)
     if server.is_due(model):
-        limits = _limits(client, timeout)
+        limits = _limits(asker, timeout)
         is_known = server.found is not None and not server.needs_list(model)
         if server.threads.acquire(timeout=0 if is_known else _longest(limits)):
             try:
-                _probe(client, url, server, limits, model)
+                _probe(asker, url, server, limits, model)
             finally:
                 server.threads.release()
     return server
 
 
-def _probe(client: OpenAI, url: str, server: Server, limits: Timeout, model: str | None) -> None:
+def _probe(asker: Asker, url: str, server: Server, limits: dict[str, float], model: str | None) -> None:
     if server.is_due(None):
         try:
-            server.answered(client.get(url, cast_to=object, options=_options(limits)))
+            server.answered(asker.get(url, limits))
         except Exception as error:  # hooks and key providers are the user's; a probe breaks no request
             server.failed(error)
     if server.needs_list(model):
         try:
-            server.listed(client.get("/models", cast_to=object, options=_options(limits)))
+            server.listed(asker.get(f"{asker.base}/models", limits))
         except Exception:
             server.listed(None)
 
 
 async def async_ask(
-    client: AsyncOpenAI, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
+    asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
 ) -> Server:
-    """`ask` for an async client."""
-    url, server = _server(client)
+    """`ask` for an asynchronous asker."""
+    url, server = _server(asker)
     lock = _lock(server) if server.is_due(model) else None
     is_known = server.found is not None and not server.needs_list(model)
     if lock is not None and not (is_known and lock.locked()):
-        limits = _limits(client, timeout)
+        limits = _limits(asker, timeout)
         is_asking = False
         with anyio.move_on_after(_longest(limits)) as scope:
             async with lock:
                 is_asking = True
-                await _async_probe(client, url, server, limits, model)
+                await _async_probe(asker, url, server, limits, model)
                 is_asking = False
         if is_asking and scope.cancel_called:
             server.failed(TimeoutError())
@@ -252,16 +251,16 @@ async def async_ask(
 
 
 async def _async_probe(
-    client: AsyncOpenAI, url: str, server: Server, limits: Timeout, model: str | None
+    asker: Asker, url: str, server: Server, limits: dict[str, float], model: str | None
 ) -> None:
     if server.is_due(None):
         try:
-            server.answered(await client.get(url, cast_to=object, options=_options(limits)))
+            server.answered(await asker.get(url, limits))
         except Exception as error:
             server.failed(error)
     if server.needs_list(model):
         try:
-            server.listed(await client.get("/models", cast_to=object, options=_options(limits)))
+            server.listed(await asker.get(f"{asker.base}/models", limits))
         except Exception:
             server.listed(None)
 
@@ -276,9 +275,9 @@ def _lock(server: Server) -> anyio.Lock:
     return locks.setdefault(server, anyio.Lock())
 
 
-def _server(client: OpenAI | AsyncOpenAI) -> tuple[str, Server]:
-    """The address to ask, and what is known of it under the client's key in this process."""
-    base = urlsplit(str(client.base_url))
+def _server(asker: Asker) -> tuple[str, Server]:
+    """The address to ask, and what is known of it under the asker's key in this process."""
+    base = urlsplit(asker.base)
     # The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live.
     route = base.path.rstrip("/").removesuffix("/v1") + "/whiflash/capabilities"
     url, shown = (
@@ -286,25 +285,21 @@ def _server(client: OpenAI | AsyncOpenAI) -> tuple[str, Server]:
         for netloc in (base.netloc, base.netloc.rpartition("@")[2])
     )
     # A fork has locks of its own: nobody there will release those that its parent's threads held.
-    server = _servers.setdefault((os.getpid(), fingerprint(client, url)), Server(shown))
+    server = _servers.setdefault((os.getpid(), asker.fingerprint(url)), Server(shown))
     for oldest in list(_servers)[:-MOST_SERVERS]:
         _servers.pop(oldest, None)
     return url, server
 
 
-def _limits(client: OpenAI | AsyncOpenAI, timeout: float | Timeout | NotGiven | None) -> Timeout:
-    asked: Any = client.timeout if timeout is None or isinstance(timeout, NotGiven) else timeout
-    phases = (asked if hasattr(asked, "as_dict") else Timeout(asked)).as_dict()
-    return Timeout(**{name: min(PROBE_SECONDS, inf if s is None else s) for name, s in phases.items()})
+def _limits(asker: Asker, timeout: float | Timeout | NotGiven | None) -> dict[str, float]:
+    asked: Any = asker.timeout if timeout is None or type(timeout).__name__ == "NotGiven" else timeout
+    if not isinstance(asked, dict):
+        asked = (asked if hasattr(asked, "as_dict") else Timeout(asked)).as_dict()
+    return {name: min(PROBE_SECONDS, inf if s is None else s) for name, s in asked.items()}
 
 
-def _longest(limits: Timeout) -> float:
-    return max(limits.read or 0.0, limits.connect or 0.0)
-
-
-def _options(limits: Timeout) -> Any:
-    # Another host would be sent the client's keys, all but `Authorization`.
-    return {"max_retries": 0, "timeout": limits, "follow_redirects": False}
+def _longest(limits: dict[str, float]) -> float:
+    return max(limits.get("read", 0.0), limits.get("connect", 0.0))
 
 
 def _names(found: Capabilities, model: str | None) -> bool:

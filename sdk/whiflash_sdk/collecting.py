@@ -7,22 +7,29 @@ use.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
-from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
-
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.report import Report
-from whiflash_sdk.trace import CollectedTrace, parse_trace, raw_traces, tools_called
+from whiflash_sdk.trace import (
+    CollectedTrace,
+    answer_in,
+    field_of,
+    parse_trace,
+    sent_traces,
+    texts_of,
+    tools_called,
+    with_text,
+)
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a wrapped client. began: by a clock that never jumps. raw: its traces as the server sent them."""
+    """One call of a wrapped client. began: by a clock that never jumps."""
 
     agent: str | None
     started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -30,26 +37,49 @@ class Call:
     ended: datetime | None = None
     response_id: str | None = None
     model: str | None = None
-    raw: list[Any] = field(default_factory=list)
     tools: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    _sent: dict[int, Any] = field(default_factory=dict)
+    _texts: dict[int, list[str]] = field(default_factory=dict)
 
-    def end(self, raw: list[Any], response: Any, tools: dict[int, tuple[str, ...]]) -> None:
-        """Take the traces, the response or one of its chunks, which names the response and its model, and the tools
-        that each choice calls.
-        """
-        # The wall clock may jump in between.
-        self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
-        self.raw, self.tools = raw, tools
-        self.response_id, self.model = (_text(response, name) for name in ("id", "model"))
+    def take(self, body: Any) -> bool:
+        """Keep what an answer, or a chunk or an event of one, tells: JSON or an object. True if it brings traces."""
+        if self.response_id is None:
+            answer = answer_in(body)
+            self.response_id, self.model = (text_in(answer, name) for name in ("id", "model"))
+        for choice, text in texts_of(body).items():
+            self._texts.setdefault(choice, []).append(text)
+        for choice, names in tools_called(body).items():
+            self.tools[choice] = (*self.tools.get(choice, ()), *names)
+        found = sent_traces(body)
+        for raw in found:
+            self._sent[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
+        return bool(found)
+
+    def end(self) -> None:
+        """The answer is complete, or nobody reads on."""
+        if self.ended is None:  # The wall clock may jump in between.
+            self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
+
+    @property
+    def raw_traces(self) -> list[Any]:
+        """The traces that came so far, one a choice, as the server sent them."""
+        texts = {choice: "".join(parts) for choice, parts in self._texts.items()}
+        return [with_text(raw, texts) for raw in self._sent.values()]
 
     def traces(self) -> Iterator[CollectedTrace]:
-        """One a choice. Raises: TraceError for a broken one."""
+        """One a choice, once the answer has ended. Raises: TraceError for a broken one."""
         names = ("response_id", "model", "agent", "started", "ended")
         known = {name: getattr(self, name) for name in names}
-        for raw in self.raw:
+        for raw in self.raw_traces if self.ended else ():
             trace = parse_trace(raw)
             tools = self.tools.get(trace.choice, ())
             yield CollectedTrace.model_construct(**dict(trace), **known, tools=tools)
+
+
+def text_in(holder: Any, name: str) -> str | None:
+    """A field of an answer, if it is text."""
+    found = field_of(holder, name)
+    return found if isinstance(found, str) else None
 
 
 class Collected:
@@ -80,19 +110,19 @@ class Collected:
 
 _COLLECTING: BlockValue[tuple[Collected, ...]] = BlockValue("whiflash_collecting", ())
 _SCOPES: Final = "_whiflash_scopes"
-_CALL: Final = "whiflash_call"
 
 
 @contextmanager
-def collect(*clients: OpenAI | AsyncOpenAI) -> Iterator[Collected]:
+def collect(*clients: Any) -> Iterator[Collected]:
     """Collect the traces of the calls made until the block ends; a stream's when it is read to its end.
 
     Without clients: the calls of every wrapped client in this thread or task, in tasks started inside and in
     `asyncio.to_thread`. Threads that one starts oneself, and pools of them, do not know of the block (they do where
     Python is told to, by `-X thread_inherit_context` from 3.14 on, and where one gives them `copy_context().run`).
 
-    With clients: every call of these, and of clients made from them, in whatever thread or task, and no others. For
-    blocks at the same time that are not to mix, give each a client of its own: `client.with_options()`.
+    With clients, wrapped ones or those of `http_client`: every call of these, and of clients made from them, in
+    whatever thread or task, and no others. For blocks at the same time that are not to mix, give each a client of its
+    own: `client.with_options()`.
 
     Raises: TypeError for a client that is not wrapped.
     """
@@ -111,13 +141,13 @@ def collect(*clients: OpenAI | AsyncOpenAI) -> Iterator[Collected]:
             scope.remove(collected)
 
 
-def open_scope(client: OpenAI | AsyncOpenAI, origin: OpenAI | AsyncOpenAI | None = None) -> None:
+def open_scope(client: Any, origin: Any = None) -> None:
     """Let `collect(client)` see this client's calls, and blocks on the client that it was made from see them too."""
     outer = vars(origin)[_SCOPES] if origin is not None else ()
     vars(client)[_SCOPES] = (*outer, [])
 
 
-def _scope(client: OpenAI | AsyncOpenAI) -> list[Collected]:
+def _scope(client: Any) -> list[Collected]:
     try:
         scopes: tuple[list[Collected], ...] = vars(client)[_SCOPES]
     except (TypeError, KeyError):
@@ -132,31 +162,3 @@ def start(client: Any, agent: str | None) -> Call:
     for collected in dict.fromkeys((*_COLLECTING.get(), *by_client)):
         collected.add(call)
     return call
-
-
-def note(result: Any, call: Call) -> None:
-    """Take the trace of a client's result; a stream hands over its own when it ends (`call_of`)."""
-    if isinstance(result, Stream | AsyncStream):
-        result.response.extensions[_CALL] = call
-    elif not hasattr(result, "http_response"):
-        call.end(raw_traces(result), result, tools_called(result))
-    elif result.http_response.is_stream_consumed and _is_json(result):  # a raw response
-        body = result.http_response.json()
-        call.end(raw_traces(body), body, tools_called(body))
-    else:
-        result.http_response.extensions[_CALL] = call
-
-
-def call_of(response: Any) -> Call | None:
-    """The call that an HTTP response answers, if `note` saw its stream or raw response."""
-    call: Call | None = response.extensions.get(_CALL)
-    return call
-
-
-def _is_json(raw: Any) -> bool:
-    return "application/json" in raw.http_response.headers.get("content-type", "")
-
-
-def _text(response: Any, name: str) -> str | None:
-    found = response.get(name) if isinstance(response, Mapping) else getattr(response, name, None)
-    return found if isinstance(found, str) else None

@@ -15,6 +15,7 @@ from openai import AsyncOpenAI, OpenAI
 from whiflash_sdk import presets
 from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
 from whiflash_sdk.client import settings_of
+from whiflash_sdk.identity import OfClient
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ def doctor(client: OpenAI, model: str | None = None) -> list[Finding]:
 
     Returns: findings in the order in which a request meets them; those behind one that fails may be missing.
     """
-    return list(_findings(client, ask(client, model=model), model))
+    return list(_findings(client, ask(OfClient(client), model=model), model))
 
 
 async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Finding]:
     """`doctor` for an async client."""
-    return list(_findings(client, await async_ask(client, model=model), model))
+    return list(_findings(client, await async_ask(OfClient(client), model=model), model))
 
 
 def _findings(client: Any, server: Server, model: str | None) -> Iterator[Finding]:

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 from types import FrameType
 from typing import Final
 
-import openai
-
-_SKIPPED: Final = tuple(str(Path(name).parent) for name in (__file__, str(openai.__file__)))
+_SKIPPED: Final = frozenset(["whiflash_sdk", "openai", "anthropic", "httpx", "httpx2"])
 """Packages between a user's call and a warning about it."""
 
 
@@ -47,6 +44,6 @@ def warn_unsupported(message: str) -> None:
     """Warn with `UnsupportedServerWarning` at the line that called the client."""
     frame: FrameType | None = sys._getframe()
     level = 1
-    while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _SKIPPED:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UnsupportedServerWarning, stacklevel=level)

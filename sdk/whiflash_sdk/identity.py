@@ -1,11 +1,18 @@
-"""Who asks a server: which of a client's settings authenticate it, so that one key's answer is not another's."""
+"""Who asks a server: an OpenAI or Anthropic client, or one HTTP request of anybody's.
+
+Each knows how to ask with the credentials of the request that wants to know, and has a digest of these, so that the
+answer to one key is not another's.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from typing import Any, Final
+import sys
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, OpenAI
 
@@ -27,25 +34,99 @@ _SECRET_WORDS: Final = frozenset(
     ]
 )
 """Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
+_OF_BODIES: Final = frozenset(["content-length", "content-type", "transfer-encoding", "idempotency-key"])
 
 
-def fingerprint(client: OpenAI | AsyncOpenAI, url: str) -> bytes:
-    """Address and authentication as a digest, so that no secret is kept.
+class Asker(Protocol):
+    """base: the URL that `/chat/completions` or `/messages` follows. timeout: of its requests, as HTTPX takes it."""
 
-    The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every request:
-    its maker stands for it. Two clients that differ only in their TLS certificates share an answer.
-    """
-    http: Any = client._client
-    maker = getattr(client, "_api_key_provider", None)
-    sent = {**http.headers, **client.default_headers, **client.default_query}
-    secrets = {
-        name.lower(): value for name, value in sent.items() if isinstance(value, str) and _authenticates(name)
-    }
-    if maker is not None:
-        secrets.pop("authorization", None)
-    key = client.api_key if maker is None else id(maker)
-    identity = (url, key, sorted(secrets.items()), id(http.auth))
-    return hashlib.blake2b(repr(identity).encode(), key=_SALT, digest_size=16).digest()
+    base: str
+    timeout: Any
+
+    def fingerprint(self, url: str) -> bytes:
+        """Address and authentication as a digest, so that no secret is kept."""
+
+    def get(self, url: str, limits: Mapping[str, float]) -> Any:
+        """The JSON body of a 200, or an awaitable of it; follows no redirect, which would get the keys.
+
+        limits: seconds by phase. Raises: whatever the client raises.
+        """
+
+
+def base_classes(name: str) -> tuple[type, ...]:
+    """The classes of a name that Anthropic's and both of OpenAI's HTTP libraries have, of those that are imported."""
+    return tuple(getattr(sys.modules[of], name) for of in ("httpx", "httpx2") if of in sys.modules)
+
+
+def api_clients(*, asynchronous: bool) -> tuple[type, ...]:
+    """The classes of the clients that `wrap` takes; Anthropic's if somebody imported it."""
+    prefix = "Async" if asynchronous else ""
+    ours: type = AsyncOpenAI if asynchronous else OpenAI
+    theirs = getattr(sys.modules.get("anthropic"), f"{prefix}Anthropic", None)
+    return (ours,) if theirs is None else (ours, theirs)
+
+
+class OfClient:
+    """An OpenAI or Anthropic client."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        is_openai = isinstance(client, OpenAI | AsyncOpenAI)
+        self._library = sys.modules["openai" if is_openai else "anthropic"]
+        self.base = str(client.base_url).rstrip("/") + ("" if is_openai else "/v1")
+        self.timeout = client.timeout
+
+    def get(self, url: str, limits: Mapping[str, float]) -> Any:
+        options = {"max_retries": 0, "timeout": self._library.Timeout(**limits), "follow_redirects": False}
+        return self._client.get(url, cast_to=object, options=options)
+
+    def fingerprint(self, url: str) -> bytes:
+        """The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every
+        request: its maker identifies it. Two clients that differ only in their TLS certificates share an answer.
+        """
+        client = self._client
+        http: Any = client._client
+        maker = getattr(client, "_api_key_provider", None)
+        sent = {**http.headers, **client.default_headers, **client.default_query}
+        if maker is not None:
+            sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
+        return _digest(url, sent, client.api_key if maker is None else id(maker), id(http.auth))
+
+
+class OfRequest:
+    """One HTTP request, and the client that is to send it."""
+
+    def __init__(self, http: Any, request: Any, base: str) -> None:
+        self._http, self._request, self.base = http, request, base
+        self.timeout = request.extensions.get("timeout")
+
+    def get(self, url: str, limits: Mapping[str, float]) -> Any:
+        headers = {name: value for name, value in self._request.headers.items() if name not in _OF_BODIES}
+        asked = type(self._request)(
+            "GET",
+            self._request.url.copy_with(path=urlsplit(url).path),
+            headers=headers,
+            extensions={"timeout": dict(limits)},
+        )
+        answer = self._http.send(asked, follow_redirects=False)
+        return answer.raise_for_status().json() if hasattr(answer, "json") else _body(answer)
+
+    def fingerprint(self, url: str) -> bytes:
+        sent = {**self._request.headers, **self._request.url.params}
+        return _digest(url, sent, None, id(self._http.auth))
+
+
+async def _body(answer: Any) -> Any:
+    return (await answer).raise_for_status().json()
+
+
+def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:
+    secrets = sorted(
+        (name.lower(), value)
+        for name, value in sent.items()
+        if isinstance(value, str) and _authenticates(name)
+    )
+    return hashlib.blake2b(repr((url, secrets, *more)).encode(), key=_SALT, digest_size=16).digest()
 
 
 def _authenticates(name: str) -> bool:

@@ -1,154 +1,191 @@
-"""Streams of a wrapped client: the client's own, without the server's trace chunk among their items.
+"""Answers as they pass: read for their traces, whoever sent the request, and without what only traces need.
 
-The server sends a stream's trace in a last chunk of its own, without choices. It is taken out and kept, so that every
-chunk has a first choice as it does elsewhere, and `routing(stream)` gives the trace once the stream has ended.
+A server sends the trace of a streamed completion in a last chunk of its own, without choices. It is taken out, so that
+every chunk has a first choice as it does elsewhere. Everything else passes byte for byte.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
+import json
 import queue
+import re
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Final
 
-from openai import AsyncStream, Stream
 from pydantic import BaseModel
 
-from whiflash_sdk.collecting import call_of
-from whiflash_sdk.trace import STREAMS, sent_traces, text_of, tools_called, with_text
+from whiflash_sdk.collecting import Call
+from whiflash_sdk.identity import base_classes
+from whiflash_sdk.trace import CALL, STREAMS
 
-ItemT = TypeVar("ItemT")
-
-
-class _Kept:
-    """The traces of a stream, one a choice, as the server sent them; handed to `collect` blocks when it ends."""
-
-    def __init__(self, response: Any) -> None:
-        self._by_choice: dict[int, Any] = {}
-        self._texts: dict[int, list[str]] = {}
-        self._response = response
-        self._first: Any = None
-        self._tools: dict[int, list[str]] = {}
-
-    @property
-    def raw_traces(self) -> list[Any]:
-        texts = {choice: "".join(parts) for choice, parts in self._texts.items()}
-        return [with_text(raw, texts) for raw in self._by_choice.values()]
-
-    def takes(self, item: Any) -> bool:
-        """Keep what an item tells. True if that is traces and nothing else."""
-        if self._first is None:
-            self._first = getattr(item, "response", item)  # events of the Responses API hold theirs
-            if isinstance(name := getattr(self._first, "id", None), str):
-                STREAMS[name] = self
-        for choice in getattr(item, "choices", None) or ():
-            self._texts.setdefault(choice.index, []).append(text_of(choice))
-        for index, names in tools_called(item).items():
-            self._tools.setdefault(index, []).extend(names)
-        found = sent_traces(item)
-        for raw in found:
-            self._by_choice[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
-        return bool(found) and _holds_nothing_else(item)
-
-    def ended(self) -> None:
-        call = call_of(self._response)
-        if call is not None:
-            call.end(
-                self.raw_traces, self._first, {index: tuple(names) for index, names in self._tools.items()}
-            )
+_EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_TELLS: Final = re.compile(rb'"sglext"|"tool_calls"\s*:\s*\[|"tool_use"')
+_DATA: Final = re.compile(rb"^data: ?(.*?)\r?$", re.MULTILINE)
 
 
-def _holds_nothing_else(item: Any) -> bool:
-    if not isinstance(item, BaseModel) or getattr(item, "choices", None) or getattr(item, "usage", None):
-        return False
-    return set((item.model_extra or {}).get("sglext") or ()) == {"whiflash"}
+class Passing:
+    """The bytes of one answer, on their way to who asked.
+
+    call: takes what they tell. is_stream: server-sent events, else one JSON document. whole_text: the trace may count
+    in the answer's text, so all of it is read.
+    """
+
+    def __init__(self, call: Call, *, is_stream: bool, whole_text: bool) -> None:
+        self._call, self._is_stream, self._whole_text = call, is_stream, whole_text
+        self._waiting = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes that arrived; return those to pass on. Of a stream these are whole events."""
+        if not self._is_stream:
+            self._waiting += data
+            return data
+        searched = max(len(self._waiting) - 3, 0)
+        self._waiting += data
+        end = 0
+        passed = []
+        while found := _EVENT_END.search(self._waiting, max(end, searched)):
+            event, end = self._waiting[end : found.end()], found.end()
+            if not self._takes(event):
+                passed.append(event)
+        self._waiting = self._waiting[end:]
+        return b"".join(passed)
+
+    def end(self) -> bytes:
+        """The answer is complete or nobody reads on: the bytes that are left."""
+        rest, self._waiting = self._waiting, b""
+        if rest and not self._is_stream:
+            self._call.take(_parsed(rest))
+            rest = b""
+        self._call.end()
+        return rest
+
+    def _takes(self, event: bytes) -> bool:
+        """Keep what an event tells. True if that is traces and nothing else."""
+        first = self._call.response_id is None
+        if not (first or self._whole_text or _TELLS.search(event)):
+            return False
+        body = _parsed(b"\n".join(_DATA.findall(event)))
+        found = self._call.take(body)
+        if first and self._call.response_id is not None:
+            STREAMS[self._call.response_id] = self._call
+        return found and _holds_nothing_else(body)
 
 
-class TracedStream(Stream[ItemT]):
-    """The client's stream without the trace chunk. It is closed when nobody refers to it any more."""
-
-    def __init__(self, **named: Any) -> None:
-        super().__init__(**named)
-        kept = self._kept = _Kept(named["response"])
-        # The client's iterator refers to its stream. It gets a copy for that, so that this stream is in no cycle, is
-        # missed as soon as a loop over it was left, and can be closed then.
-        del self._iterator
-        items = copy.copy(self).__stream__()
-        self._iterator = _without_traces(items, kept)
-        _close_when_lost(self._iterator, items, self.response.close)
-
-    @property
-    def raw_traces(self) -> list[Any]:
-        """Traces seen so far, one a choice, as the server sent them."""
-        return self._kept.raw_traces
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:  # `[DONE]`, a comment, an error page
+        return None
 
 
-class AsyncTracedStream(AsyncStream[ItemT]):
-    """The client's asynchronous stream without the trace chunk. Event loops close what is lost themselves."""
-
-    def __init__(self, **named: Any) -> None:
-        super().__init__(**named)
-        kept = self._kept = _Kept(named["response"])
-        del self._iterator
-        self._iterator = _async_without_traces(copy.copy(self).__stream__(), kept)
-
-    @property
-    def raw_traces(self) -> list[Any]:
-        """Traces seen so far, one a choice, as the server sent them."""
-        return self._kept.raw_traces
+def _holds_nothing_else(body: dict[str, Any]) -> bool:
+    return body.get("choices") == [] and not body.get("usage") and set(body["sglext"]) == {"whiflash"}
 
 
-def _without_traces(items: Iterator[ItemT], kept: _Kept) -> Iterator[ItemT]:
-    for item in items:
-        if not kept.takes(item):
-            yield item
-    kept.ended()
+@functools.cache
+def _streams(library: Any) -> tuple[type, type]:
+    """The byte streams of an HTTP library (HTTPX, or HTTPX 2), with `Passing` in between."""
+
+    class Shared:
+        def __init__(self, stream: Any, items: Any, passing: Passing) -> None:
+            self._stream, self._items, self._passing = stream, items, passing
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._stream, name)  # what others keep there
+
+    class Sync(Shared, library.SyncByteStream):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[bytes]:
+            for data in self._items:
+                if passed := self._passing.feed(data):
+                    yield passed
+            if rest := self._passing.end():
+                yield rest
+
+        def close(self) -> None:
+            self._passing.end()
+            self._stream.close()
+
+    class Async(Shared, library.AsyncByteStream):  # type: ignore[misc]
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for data in self._items:
+                if passed := self._passing.feed(data):
+                    yield passed
+            if rest := self._passing.end():
+                yield rest
+
+        async def aclose(self) -> None:
+            self._passing.end()
+            await self._stream.aclose()
+
+    return Sync, Async
 
 
-async def _async_without_traces(items: AsyncIterator[ItemT], kept: _Kept) -> AsyncIterator[ItemT]:
-    async for item in items:
-        if not kept.takes(item):
-            yield item
-    kept.ended()
+def watch(response: Any, call: Call, *, whole_text: bool) -> None:
+    """Have an HTTP response read as it passes. Its stream is replaced, or read where that has happened."""
+    kind = response.headers.get("content-type", "").partition(";")[0]
+    response.extensions[CALL] = call
+    if response.is_closed:
+        call.take(_parsed(response.content) if kind == "application/json" else None)
+        call.end()
+        return
+    base = next(base for base in base_classes("Response") if isinstance(response, base))
+    library: Any = sys.modules[base.__module__.partition(".")[0]]
+    stream = response.stream
+    is_async = isinstance(stream, library.AsyncByteStream) and not isinstance(stream, library.SyncByteStream)
+    items = stream
+    if response.headers.get("content-encoding"):
+        inner = library.Response(response.status_code, headers=response.headers, stream=stream)
+        items = inner.aiter_bytes() if is_async else inner.iter_bytes()
+        del response.headers["content-encoding"]
+    response.headers.pop("content-length", None)
+    passing = Passing(call, is_stream=kind == "text/event-stream", whole_text=whole_text)
+    # The collector must find none of the iterators below: closing takes a lock that it may have been called under.
+    response.stream = _streams(library)[is_async](stream, items if is_async else iter(items), passing)
 
 
-def traced_class(stream_cls: Any) -> Any:
-    """The class to build a stream of, in place of the client's own; another one is left as it is."""
-    origin, items = get_origin(stream_cls) or stream_cls, get_args(stream_cls)
-    ours: Any = {Stream: TracedStream, AsyncStream: AsyncTracedStream}.get(origin)
-    if ours is None:
-        return stream_cls
-    return ours[items] if items else ours
+def note(result: Any, call: Call, *, whole_text: bool) -> None:
+    """Take the trace of a client's result: a parsed answer, a raw one, or a stream, which brings it when it ends."""
+    if isinstance(result, BaseModel):
+        call.take(result)
+        call.end()
+        return
+    raw = getattr(result, "http_response", None)
+    response: Any = raw or getattr(result, "response", None)
+    is_answer = isinstance(response, base_classes("Response"))
+    if not is_answer:
+        return
+    watch(response, call, whole_text=whole_text)
+    if raw is None and not hasattr(result, "__aiter__"):
+        _close_when_lost(result, response.close)
 
 
-_lost: queue.SimpleQueue[tuple[Any, Callable[[], None]]] = queue.SimpleQueue()
+_lost: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 _closer: threading.Thread | None = None
 _starting = threading.Lock()
 
 
-def _close_when_lost(reader: Any, items: Any, close: Callable[[], None]) -> None:
-    """Close a response in a thread of its own when `reader` is gone, wherever that is noticed.
+def _close_when_lost(stream: Any, close: Callable[[], None]) -> None:
+    """Close a response in a thread of its own when `stream` is gone, wherever that is noticed.
 
     The garbage collector may notice it inside httpcore, under the lock of the connection pool, which closing a
-    response takes too: there it may only be noted, and `SimpleQueue.put` is made for that. `items` hold the response,
-    and are held here so that they are not collected along with the reader.
+    response takes too: there it may only be noted, and `SimpleQueue.put` is made for that.
     """
     global _closer
     with _starting:
         if _closer is None or not _closer.is_alive():
             _closer = threading.Thread(target=_close_lost, name="whiflash-closes-streams", daemon=True)
             _closer.start()
-    weakref.finalize(reader, _lost.put, (items, close)).atexit = False
+    weakref.finalize(stream, _lost.put, close).atexit = False
 
 
 def _close_lost() -> None:
     while True:
-        items, close = _lost.get()
-        try:
-            items.close()
+        close = _lost.get()
+        with contextlib.suppress(Exception):  # the connection is gone already, in whatever way
             close()
-        except Exception:  # the connection is gone already, in whatever way
-            pass
-        del items, close
+        del close

@@ -19,8 +19,10 @@ from whiflash_sdk.errors import TraceError
 
 Offset = Annotated[int, Field(ge=0)]
 
+CALL: Final = "whiflash_call"
+"""Where an HTTP response of ours holds its call, among its extensions."""
 STREAMS: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
-"""What streams keep of their traces, by the response's id, while somebody refers to the stream."""
+"""Calls whose answer is a stream, by the response's id, while somebody refers to the stream."""
 
 
 def _ratio(tokens: int, rounds: int) -> float:
@@ -217,28 +219,39 @@ def parse_trace(raw: object) -> Trace:
 
 def raw_traces(response: Any) -> list[Any]:
     """The traces a response carries, one a choice, unread; full ones with the text that they count in."""
-    if not isinstance(response, Mapping):
-        if not isinstance(response, BaseModel) and hasattr(response, "parse"):
+    if not isinstance(response, Mapping | BaseModel):
+        # The client's event streams hold the stream that they read, and streams and raw responses their HTTP response.
+        holder = getattr(response, "_raw_stream", response)
+        answer = getattr(holder, "http_response", None) or getattr(holder, "response", None)
+        call = getattr(answer, "extensions", {}).get(CALL)
+        if call is not None:
+            return list(call.raw_traces)
+        if hasattr(response, "parse"):
             response = response.parse()  # a raw response
             if inspect.iscoroutine(response):
                 response.close()
                 raise TypeError("routing takes what `await response.parse()` gives, not the response itself")
-        # The client's event streams hold the stream that they read.
-        stream = getattr(response, "_raw_stream", response)
-        if (kept := getattr(stream, "raw_traces", None)) is not None:
-            return list(kept)
-    texts = _texts(response)
+    texts = texts_of(response)
     sent = [with_text(raw, texts) for raw in sent_traces(response)]
-    if not sent and _field(response, "object") == "chat.completion":
+    whole = field_of(response, "object") == "chat.completion" or field_of(response, "type") == "message"
+    if whole and not sent:
         # `stream.get_final_completion()` puts it together from chunks: the trace is with the stream.
-        stream = STREAMS.get(_field(response, "id"))
-        return [] if stream is None else list(stream.raw_traces)
+        call = STREAMS.get(field_of(response, "id"))
+        return [] if call is None else list(call.raw_traces)
     return sent
+
+
+def answer_in(body: Any) -> Any:
+    """The answer that an event is about: events of Responses and of Messages hold it."""
+    return field_of(body, "response") or field_of(body, "message") or body
 
 
 def sent_traces(body: Any) -> list[Any]:
     """The traces in a response's, a chunk's or an event's own body, as they were sent."""
-    for holder in (body, _field(body, "response")):  # the last event of a Responses stream holds the response
+    for holder in (
+        body,
+        field_of(body, "response"),
+    ):  # the last event of a Responses stream holds the response
         fields = holder if isinstance(holder, Mapping) else getattr(holder, "model_extra", None) or {}
         for name in ("sglext", "meta_info"):
             extension = fields.get(name)
@@ -263,32 +276,37 @@ def _has_offsets(stretches: Any) -> bool:
 
 def text_of(choice: Any) -> str:
     """The text of one choice of a response or chunk, as an object or as JSON."""
-    holder = _field(choice, "message") or _field(choice, "delta") or choice
-    return _field(holder, "content") or _field(choice, "text") or ""
+    holder = field_of(choice, "message") or field_of(choice, "delta") or choice
+    return field_of(holder, "content") or field_of(choice, "text") or ""
 
 
 def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
     """Names of the tools that a response, a chunk or an event calls, by choice; a chunk names each once.
 
-    Of the Responses API the event that ends a response holds all of it.
+    Of the Responses API the event that ends a response holds all of it; Messages begin a block for each call.
     """
     found = {}
-    for choice in _field(response, "choices") or ():
-        holder = _field(choice, "message") or _field(choice, "delta")
-        names = [_field(_field(call, "function"), "name") for call in _field(holder, "tool_calls") or ()]
-        found[_field(choice, "index") or 0] = tuple(name for name in names if name)
-    output = _field(_field(response, "response") or response, "output")
-    if isinstance(output, list):
-        calls = [item for item in output if _field(item, "type") == "function_call"]
-        found[0] = tuple(name for call in calls if (name := _field(call, "name")))
+    for choice in field_of(response, "choices") or ():
+        holder = field_of(choice, "message") or field_of(choice, "delta")
+        names = [
+            field_of(field_of(call, "function"), "name") for call in field_of(holder, "tool_calls") or ()
+        ]
+        found[field_of(choice, "index") or 0] = tuple(name for name in names if name)
+    blocks = field_of(answer_in(response), "output") or field_of(response, "content")
+    block = field_of(response, "content_block")
+    for called in blocks if isinstance(blocks, list) else [block]:
+        if field_of(called, "type") in ("function_call", "tool_use") and (name := field_of(called, "name")):
+            found[0] = (*found.get(0, ()), name)
     return {index: names for index, names in found.items() if names}
 
 
-def _texts(response: Any) -> dict[int, str]:
+def texts_of(response: Any) -> dict[int, str]:
+    """The text that a response or a chunk brings, by choice."""
     if isinstance(response, Mapping) and isinstance(response.get("text"), str):
         return {response.get("index") or 0: response["text"]}
-    return {_field(choice, "index") or 0: text_of(choice) for choice in _field(response, "choices") or ()}
+    return {field_of(choice, "index") or 0: text_of(choice) for choice in field_of(response, "choices") or ()}
 
 
-def _field(holder: Any, name: str) -> Any:
+def field_of(holder: Any, name: str) -> Any:
+    """A field of an object or of JSON; None where there is none."""
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)

@@ -8,7 +8,8 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import Settings, wrap
+from whiflash_sdk.client import wrap
+from whiflash_sdk.outgoing import Settings
 
 ModelT = TypeVar("ModelT", bound=BaseChatOpenAI)
 

@@ -8,7 +8,8 @@ from agents import OpenAIChatCompletionsModel, OpenAIResponsesModel, get_current
 from agents.tracing import AgentSpanData
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import Settings, wrap
+from whiflash_sdk.client import wrap
+from whiflash_sdk.outgoing import Settings
 
 ModelT = TypeVar("ModelT", OpenAIChatCompletionsModel, OpenAIResponsesModel)
 

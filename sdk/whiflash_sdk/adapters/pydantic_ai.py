@@ -8,7 +8,8 @@ from typing import TypeVar
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel  # type: ignore[import-not-found]
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import Settings, wrap
+from whiflash_sdk.client import wrap
+from whiflash_sdk.outgoing import Settings
 
 try:
     from pydantic_ai._run_context import get_current_run_context  # type: ignore[import-not-found]

@@ -9,7 +9,8 @@ from typing import TypeVar
 from smolagents import MultiStepAgent, OpenAIModel  # type: ignore[import-untyped]
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import Settings, wrap
+from whiflash_sdk.client import wrap
+from whiflash_sdk.outgoing import Settings
 
 ModelT = TypeVar("ModelT", bound=OpenAIModel)
 

@@ -1,0 +1,259 @@
+"""Hints below the client: what `http_client` adds and takes out is what `wrap` does, for whoever takes one."""
+
+import asyncio
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fake_server import CAPABILITIES, FULL, TRACE, FakeServer
+from openai import AsyncOpenAI, OpenAI
+
+import whiflash_sdk
+from whiflash_sdk import Hints, Trace, UnsupportedServerWarning, agent, collect, predict, routing, spans, wrap
+
+anthropic: Any = pytest.importorskip("anthropic")
+httpx2: Any = sys.modules.get("httpx2", httpx)
+
+ROUTE = "/whiflash/capabilities"
+ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Wo?  é"}]}
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+}
+EXPECTED = Trace.model_validate(TRACE)
+WAYS = ["wrap", "http_client"]
+
+
+@pytest.fixture(autouse=True)
+def _reads_everything(server: FakeServer) -> None:
+    server.capabilities = {
+        **CAPABILITIES,
+        "routes": ["chat/completions", "completions", "messages", "responses"],
+    }
+
+
+def hinting(way: str, server: FakeServer, **settings: Any) -> OpenAI:
+    """A client that sends hints, in one of the two ways."""
+    told: dict[str, Any] = {"base_url": server.base_url, "api_key": "key"}
+    if way == "wrap":
+        return wrap(OpenAI(**told), **settings)
+    return OpenAI(**told, http_client=whiflash_sdk.http_client(**settings))
+
+
+def talk(client: OpenAI) -> Iterator[Any]:
+    """Every kind of request and block that changes what goes out."""
+    create = client.chat.completions.create
+    yield create(**ASKED, tools=[TOOL])
+    yield create(**ASKED, extra_body=Hints(agent="own", off=True).extra_body({"top_k": 3}))
+    yield create(**ASKED, extra_body={"custom_params": {"a": 1}, "cache_salt": "own"})
+    with agent("planner", query=2), predict("text"), spans.json():
+        yield create(**ASKED)
+        yield client.completions.create(model="m", prompt="x")
+        yield client.responses.create(model="m", input="x")
+    stream = create(**ASKED, stream=True)
+    assert all(chunk.choices for chunk in stream)
+    yield stream
+
+
+def test_both_ways_send_and_read_the_same(server: FakeServer) -> None:
+    found = []
+    for way in WAYS:
+        server.bodies.clear()
+        with hinting(way, server, agent="client", tenant="acme") as client, collect() as collected:
+            told = [routing(answer) for answer in talk(client)]
+        assert told == [EXPECTED] * 7
+        traces = [(one.agent, one.model, one.tools, one.response_id) for one in collected.traces]
+        found.append((list(server.bodies), traces))
+    assert found[0] == found[1]
+    assert found[0][1][0] == ("client", "m", ("f",), "r0")
+    assert [body["cache_salt"] for body in server.bodies].count("acme") == 6
+    assert server.paths.count(ROUTE) == 2  # once for each way: their headers differ
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_stream_loses_its_trace_chunk_and_nothing_else(server: FakeServer, zipped: bool) -> None:
+    server.zipped, server.usage_chunk, server.trace = zipped, True, FULL
+    asked = {**ASKED, "stream": True, "custom_params": Hints(trace="full").custom_params()}
+    with httpx.Client() as plain, whiflash_sdk.http_client() as client, collect() as collected:
+        url = f"{server.base_url}/chat/completions"
+        sent = plain.post(url, json=asked).text.split("\n\n")
+        with client.stream("POST", url, json=asked) as answer:
+            passed = "".join(answer.iter_text()).split("\n\n")
+    assert passed == [event for event in sent if "sglext" not in event]
+    assert len(passed) == len(sent) - 1
+    (trace,) = collected.traces
+    assert trace.text == "".join(
+        json.loads(e[6:])["choices"][0]["delta"].get("content", "") for e in passed[:2]
+    )
+
+
+def test_events_cut_anywhere_are_whole_again() -> None:
+    events = b'data: {"id":"r","model":"m","choices":[{"index":0}]}\r\n\r\n: comment\r\n\r\n'
+    trace = b'data: {"choices":[],"sglext":{"whiflash":%s}}\r\n\r\n' % json.dumps(TRACE).encode()
+    streaming, collecting = (sys.modules[f"whiflash_sdk.{name}"] for name in ("streaming", "collecting"))
+    for size in (1, 2, 3, 7, 4096):
+        call = collecting.Call(None)
+        passing = streaming.Passing(call, is_stream=True, whole_text=False)
+        whole = events + trace + b"data: [DONE]\r\n\r\nrest"
+        parts = [passing.feed(whole[at : at + size]) for at in range(0, len(whole), size)]
+        assert b"".join(parts) + passing.end() == events + b"data: [DONE]\r\n\r\nrest"
+        assert call.raw_traces == [TRACE]
+
+
+def test_a_server_that_does_not_route_gets_the_request_byte_for_byte(server: FakeServer) -> None:
+    server.capabilities_status = 404
+    sent: list[bytes] = []
+    inner = httpx.Client(event_hooks={"request": [lambda request: sent.append(request.content)]})
+    body = b'{ "model":"m", "messages" : [], "x": 1.0e1, "y": "\\ud800" }'
+    with whiflash_sdk.http_client(inner) as client:
+        with pytest.warns(UnsupportedServerWarning, match="404"):
+            client.post(f"{server.base_url}/completions", content=body)
+        client.post(f"{server.base_url}/embeddings", content=body)
+    assert sent[-2:] == [body, body]
+
+
+def test_what_is_refused_is_repeated_without_our_field(server: FakeServer) -> None:
+    server.refuses = {"custom_params"}
+    with hinting("http_client", server) as client:
+        with pytest.warns(UnsupportedServerWarning, match="custom_params") as said:
+            answer = client.chat.completions.create(**ASKED)
+        assert [one.filename for one in said] == [__file__]
+        client.chat.completions.create(**ASKED)  # hints rest
+    assert answer.choices[0].message.content
+    assert ["custom_params" in body for body in server.bodies] == [True, False, False]
+    server.refuses, server.refusal = {"messages"}, (400, "the prompt is too long")
+    with hinting("http_client", server) as client, pytest.raises(openai.BadRequestError, match="too long"):
+        client.chat.completions.create(**ASKED)
+
+
+def test_malformed_hints_are_left_for_the_server_to_refuse(server: FakeServer) -> None:
+    with hinting("http_client", server) as client:
+        client.chat.completions.create(**ASKED, extra_body={"custom_params": {"whiflash": "{"}, "a": 1})
+    assert server.bodies[0] == {**ASKED, "custom_params": {"whiflash": "{"}, "a": 1}
+
+
+def test_probes_go_by_origin_and_authentication(server: FakeServer) -> None:
+    server.capabilities_key = "right"
+    with whiflash_sdk.http_client() as http, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for key in ("right", "wrong", "right"):
+            OpenAI(base_url=server.base_url, api_key=key, http_client=http).chat.completions.create(**ASKED)
+    assert ["custom_params" in body for body in server.bodies] == [True, False, True]
+    assert server.paths.count(ROUTE) == 2
+
+
+def test_strict_is_the_cause_of_the_librarys_error(server: FakeServer) -> None:
+    server.capabilities_status = 404
+    with (
+        hinting("http_client", server, strict=True) as client,
+        pytest.raises(openai.APIConnectionError) as raised,
+    ):
+        client.with_options(max_retries=0).chat.completions.create(**ASKED)
+    assert isinstance(raised.value.__cause__, whiflash_sdk.UnsupportedServerError)
+
+
+def test_settings_of_the_inner_client_hold(server: FakeServer) -> None:
+    inner = httpx.Client(headers={"x-mine": "1"}, timeout=77, base_url=server.base_url)
+    with whiflash_sdk.http_client(inner) as client:
+        assert client.timeout == httpx.Timeout(77)
+        client.post("completions", json={"model": "m", "prompt": "x"})
+    assert inner.is_closed
+    assert server.headers[0]["x-mine"] == "1"
+    with pytest.raises(TypeError, match="httpx2"):
+        whiflash_sdk.http_client(OpenAI(api_key="x"))  # type: ignore[type-var]
+
+
+def test_a_block_of_one_http_client_sees_its_calls_alone(server: FakeServer) -> None:
+    http = whiflash_sdk.http_client()
+    mine = OpenAI(base_url=server.base_url, api_key="key", http_client=http)
+    with collect(http) as collected, hinting("http_client", server) as other:
+        mine.chat.completions.create(**ASKED)
+        other.chat.completions.create(**ASKED)
+    assert len(collected.traces) == 1
+
+
+def test_asynchronous_clients_do_the_same(server: FakeServer) -> None:
+    async def main() -> list[Any]:
+        http = whiflash_sdk.async_http_client(agent="a")
+        client = AsyncOpenAI(base_url=server.base_url, api_key="key", http_client=http)
+        with collect() as collected:
+            answers = await asyncio.gather(*(client.chat.completions.create(**ASKED) for _ in range(3)))
+            stream = await client.chat.completions.create(**ASKED, stream=True)
+            assert [chunk.choices[0].index async for chunk in stream] == [0, 0, 0]
+            server.refuses = {"custom_params"}
+            with pytest.warns(UnsupportedServerWarning, match="custom_params"):
+                await client.chat.completions.create(**ASKED)
+        await client.close()
+        return [*map(routing, answers), routing(stream), *(trace.arms for trace in collected.traces)]
+
+    assert asyncio.run(main()) == [EXPECTED] * 4 + [EXPECTED.arms] * 4
+    assert server.paths.count(ROUTE) == 1
+    assert server.wire(0) == {"agent": "a", "spans": server.wire(0)["spans"], "trace": True}
+
+
+def of_anthropic(way: str, server: FakeServer, **settings: Any) -> Any:
+    told: dict[str, Any] = {"base_url": server.url, "api_key": "key"}
+    if way == "wrap":
+        return wrap(anthropic.Anthropic(**told), **settings)
+    return anthropic.Anthropic(**told, http_client=whiflash_sdk.http_client(httpx2.Client(), **settings))
+
+
+MESSAGE: Any = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "Where?"}]}
+CALLABLE: Any = [{"name": "f", "input_schema": {"type": "object", "properties": {}}}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_anthropics_own_client(server: FakeServer, way: str) -> None:
+    with of_anthropic(way, server, agent="coder", tenant="acme") as client, collect() as collected:
+        message = client.messages.create(**MESSAGE, tools=CALLABLE)
+        with predict("x = 1"), client.messages.stream(**MESSAGE) as stream:
+            assert stream.get_final_text() == server.content
+        events = client.messages.create(**MESSAGE, stream=True, tools=CALLABLE)
+        kinds = [event.type for event in events]
+    assert kinds == [
+        "message_start",
+        "content_block_start",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert [routing(answer) for answer in (message, stream, stream.get_final_message(), events)] == [
+        EXPECTED
+    ] * 4
+    assert [(one.agent, one.tools, one.response_id, one.model) for one in collected.traces] == [
+        ("coder", tools, "r0", "tiny") for tools in (("f",), (), ("f",))
+    ]
+    assert [server.wire(index) for index in range(3)] == [{"agent": "coder", "spans": [], "trace": True}] * 3
+    assert {body["cache_salt"] for body in server.bodies} == {"acme"}
+    assert server.bodies[1]["prediction"] == {"type": "content", "content": "x = 1"}
+    assert server.paths.count(ROUTE) == 1
+
+
+def test_anthropics_asynchronous_client(server: FakeServer) -> None:
+    async def ask(make: Callable[[], Any]) -> Any:
+        async with make() as client:
+            message = await client.messages.create(**MESSAGE)
+            stream = await client.messages.create(**MESSAGE, stream=True)
+            assert [event.type async for event in stream][-1] == "message_stop"
+        return routing(message), routing(stream)
+
+    told: dict[str, Any] = {"base_url": server.url, "api_key": "key"}
+    for make in (
+        lambda: wrap(anthropic.AsyncAnthropic(**told)),
+        lambda: anthropic.AsyncAnthropic(
+            **told, http_client=whiflash_sdk.async_http_client(httpx2.AsyncClient())
+        ),
+    ):
+        assert asyncio.run(ask(make)) == (EXPECTED, EXPECTED)
+
+
+def test_messages_of_a_server_that_does_not_read_them_go_out_as_they_are(server: FakeServer) -> None:
+    server.capabilities = dict(CAPABILITIES)
+    with of_anthropic("wrap", server, tenant="acme") as client:
+        client.messages.create(**MESSAGE)
+    assert server.bodies == [MESSAGE]

@@ -1,0 +1,224 @@
+"""What goes out: the fields that hints add to the JSON body of a request, for clients and for HTTP transports alike."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypedDict, get_args
+
+from whiflash_sdk.agents import Agent, name_of
+from whiflash_sdk.capabilities import Capabilities, Server
+from whiflash_sdk.derive import complete, derive_spans
+from whiflash_sdk.errors import warn_unsupported
+from whiflash_sdk.hints import AGENT_FIELD, INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.prediction import predicted_text
+from whiflash_sdk.spans import block_hints, opened_span
+
+_DERIVED: Final = ("chat/completions", "completions")
+_CONVERTED: Final = ("responses", "v1/messages")
+"""Requests that a server converts: it derives their spans itself."""
+REFUSALS: Final = (400, 422)
+_ADDED: Final = ("custom_params", "prediction", "cache_salt")
+"""Fields of a request that the SDK may add or extend."""
+_FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+    ("", "0", "false", "no", "off"), False
+)
+_LEVELS: Final[dict[str, TraceLevel]] = {level: level for level in get_args(TraceLevel)}
+
+
+class Settings(TypedDict, total=False):
+    """The arguments of `wrap`, as the adapters and `http_client` pass them on."""
+
+    hints: Hints | None
+    strict: bool
+    trace: bool | TraceLevel | None
+    capabilities: Capabilities | bool | None
+    agent: Agent | None
+    tenant: str | None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one wrapped client was told."""
+
+    hints: Hints
+    strict: bool
+    capabilities: Capabilities | bool | None
+    agent: Agent | None
+    tenant: str | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        hints: Hints | None = None,
+        strict: bool = False,
+        trace: bool | TraceLevel | None = None,
+        capabilities: Capabilities | bool | None = None,
+        agent: Agent | None = None,
+        tenant: str | None = None,
+    ) -> Told:
+        """The settings of `wrap`, completed by the environment.
+
+        Raises: ValueError for an empty tenant, and for a variable that says neither yes nor no.
+        """
+        if tenant == "":
+            raise ValueError("tenant: give a name, or None where no text is to be shared")
+        if trace is None:
+            level = os.environ.get("WHIFLASH_SDK_TRACE", "").lower()
+            trace = _LEVELS[level] if level in _LEVELS else _environment("TRACE", default=True)
+        if _environment("DISABLE", default=False):
+            capabilities = False
+        elif capabilities is None and _environment("ASSUME", default=False):
+            capabilities = True
+        elif isinstance(capabilities, Capabilities):
+            capabilities = capabilities.assumed()
+        return cls((hints or Hints()).over(Hints(trace=trace)), strict, capabilities, agent, tenant)
+
+
+def _environment(name: str, *, default: bool) -> bool:
+    variable = f"WHIFLASH_SDK_{name}"
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if text.lower() not in _FLAGS:
+        raise ValueError(f"{variable}: give 1 or 0, not {text!r}")
+    return _FLAGS[text.lower()]
+
+
+def route_of(path: str) -> str | None:
+    """Which route that may take hints a POST to this path asks for; None: another one. It is the end of the path."""
+    path = path.partition("?")[0]
+    return next((route for route in (*_DERIVED, *_CONVERTED) if path.endswith(f"/{route}")), None)
+
+
+def model_of(body: Mapping[str, Any]) -> str | None:
+    """The model that a request is for."""
+    model = body.get("model")
+    return model if isinstance(model, str) else None
+
+
+class Outgoing:
+    """One request's body: as it goes out, and as it would without hints, in case the server refuses what was added.
+
+    server: what is known of it; None if `told` says what it can do.
+
+    Raises: HintError for hints of the call's own that are malformed; UnsupportedServerError if told to be strict.
+    """
+
+    def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: Server | None) -> None:
+        found = _found(told, server, model_of(body))
+        self.body = self.plain = body
+        self._strict, self._server = told.strict, server
+        if route in _DERIVED or (
+            isinstance(found, Capabilities) and route.removeprefix("v1/") in found.routes
+        ):
+            self.body = _with_hints(body, route, told, found)
+            self.plain = _with_hints(body, route, told, None)
+        params = self.body.get("custom_params")
+        sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
+        said = json.loads(sent) if sent else {}
+        self.agent: str | None = said.get("agent")
+        """The name that goes out."""
+        self.traced = bool(said.get("trace"))
+        self.whole_text = said.get("trace") == "full" or not _knows_summaries(found)
+        """Whether the trace may count in the answer's text."""
+
+    def refused(self, status: int, text: str) -> str | None:
+        """Which field of ours the server names as it refuses the request; None: it names none, or `strict` is set."""
+        if status not in REFUSALS or self._strict:
+            return None
+        added = (name for name in _ADDED if self.body.get(name) != self.plain.get(name))
+        return next((name for name in added if name in text), None)
+
+    def served_without(self, name: str) -> None:
+        """The same request was served without our fields: hints rest, with a warning."""
+        self.traced = False
+        if self._server is not None:
+            self._server.refused(name)
+            self._server.require(None, strict=False)
+        else:
+            warn_unsupported(
+                f"the server refuses {name}, though the capabilities given to `wrap` allow it. The request was "
+                "repeated without hints"
+            )
+
+
+def _found(told: Told, server: Server | None, model: str | None) -> Capabilities | bool | None:
+    """What may go out with a request for this model."""
+    given = told.capabilities
+    if server is not None:
+        return server.require(model, strict=told.strict)
+    if isinstance(given, Capabilities) and given.model not in ("", model):
+        return None
+    return given
+
+
+def _knows_summaries(found: Capabilities | bool | None) -> bool:
+    return not isinstance(found, Capabilities) or "summary" in found.traces
+
+
+def _with_hints(
+    body: Mapping[str, Any], route: str, told: Told, found: Capabilities | bool | None
+) -> Mapping[str, Any]:
+    """The body with its final hints; without any where the server has no use for them.
+
+    found: True where the server's parsers are not known: it derives what it can, which no span may preclude.
+    """
+    params = body.get("custom_params")
+    if params is not None and not isinstance(params, Mapping):
+        return body  # not ours to judge: the server will
+    rest = {name: value for name, value in body.items() if name != "custom_params"}
+    params = dict(params or {})
+    carried = params.pop(WIRE_KEY, None)
+    if found:
+        hints = block_hints().over(told.hints)
+        names_agent = AGENT_FIELD in body  # a server takes the name once: in the body or in the hints
+        if names_agent:
+            hints = hints.without(SCOPES)
+        if carried is not None:
+            hints = decode(carried).over(hints)
+        if not names_agent:
+            hints = _named(hints, told.agent)
+        derived: tuple[Span, ...] = ()
+        if isinstance(found, Capabilities):
+            hints = _understood(hints, found)
+            if route in _DERIVED:
+                derived = derive_spans(rest, found.tool_call_parser, found.reasoning_parser)
+        opened = opened_span()
+        whole = complete(hints, derived, opened)
+        params[WIRE_KEY] = whole.encode()
+        if whole.spans and not hints.spans and opened is None:
+            params[INFERRED_KEY] = True
+        rest = {**_predicted(found), **_salted(told.tenant), **rest}
+    return {**rest, "custom_params": params} if params else rest
+
+
+def _named(hints: Hints, agent: Agent | None) -> Hints:
+    """The hints, with the name of who asks where they say nothing of it."""
+    name = None if "agent" in hints.model_fields_set else name_of(agent)
+    return hints if name is None else Hints(agent=name).over(hints)
+
+
+def _understood(hints: Hints, found: Capabilities) -> Hints:
+    """The hints, without what an older server would refuse."""
+    if hints.trace not in (False, *found.traces):  # those have one level, the full one
+        hints = hints.model_copy(update={"trace": True})
+    return hints.without(name for name in SCOPES if name not in found.scopes)
+
+
+def _salted(tenant: str | None) -> dict[str, Any]:
+    """The tenant as a salt; the request's own one wins."""
+    return {} if tenant is None else {"cache_salt": tenant}
+
+
+def _predicted(found: Capabilities | bool) -> dict[str, Any]:
+    """The enclosing block's prediction, if the server understands it; the request's own one wins."""
+    text = predicted_text()
+    understood = found is True or (isinstance(found, Capabilities) and found.prediction_tokens > 0)
+    if text is None or not understood:
+        return {}
+    # A file may have been read with surrogates for bytes that are no text: no request can carry these.
+    return {"prediction": {"type": "content", "content": text.encode(errors="replace").decode()}}
