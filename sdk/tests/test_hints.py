@@ -129,6 +129,7 @@ def test_public_names_are_pinned() -> None:
         "Hints",
         "Kind",
         "Report",
+        "Session",
         "Share",
         "SourceTotals",
         "Span",

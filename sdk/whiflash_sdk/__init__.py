@@ -18,6 +18,7 @@ from whiflash_sdk.errors import (
 from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
 from whiflash_sdk.prediction import predict
 from whiflash_sdk.report import Report, Share
+from whiflash_sdk.session import Session
 from whiflash_sdk.spans import hinted
 from whiflash_sdk.trace import ArmTotals, CollectedTrace, SourceTotals, Stretch, Trace, routing
 from whiflash_sdk.transport import async_http_client, http_client
@@ -37,6 +38,7 @@ __all__ = [
     "Hints",
     "Kind",
     "Report",
+    "Session",
     "Share",
     "SourceTotals",
     "Span",

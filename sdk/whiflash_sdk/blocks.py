@@ -41,6 +41,18 @@ class BlockValue(Generic[ValueT]):
             block = block.outer
         return block
 
+    def enter(self, value: ValueT) -> None:
+        """Set the value until `leave`, for what may be entered in several tasks at once."""
+        self._blocks.set(_Block(value, self._block()))
+
+    def leave(self, value: ValueT) -> None:
+        """End the innermost block of this value."""
+        block = self._block()
+        while block is not None and (block.ended or block.value is not value):
+            block = block.outer
+        if block is not None:
+            block.ended = True
+
     @contextmanager
     def holding(self, value: ValueT) -> Iterator[ValueT]:
         """Set the value until the block ends."""

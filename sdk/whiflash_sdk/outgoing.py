@@ -14,6 +14,7 @@ from whiflash_sdk.derive import complete, derive_spans
 from whiflash_sdk.errors import warn_unsupported
 from whiflash_sdk.hints import AGENT_FIELD, INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
+from whiflash_sdk.session import session
 from whiflash_sdk.spans import block_hints, opened_span
 
 _DERIVED: Final = ("chat/completions", "completions")
@@ -174,7 +175,7 @@ def _with_hints(
     params = dict(params or {})
     carried = params.pop(WIRE_KEY, None)
     if found:
-        hints = block_hints().over(told.hints)
+        hints = block_hints().over(session().hints(body)).over(told.hints)
         names_agent = AGENT_FIELD in body  # a server takes the name once: in the body or in the hints
         if names_agent:
             hints = hints.without(SCOPES)
@@ -192,7 +193,7 @@ def _with_hints(
         params[WIRE_KEY] = whole.encode()
         if whole.spans and not hints.spans and opened is None:
             params[INFERRED_KEY] = True
-        rest = {**_predicted(found), **_salted(told.tenant), **rest}
+        rest = {**_predicted(found, body), **_salted(session().tenant or told.tenant), **rest}
     return {**rest, "custom_params": params} if params else rest
 
 
@@ -214,11 +215,14 @@ def _salted(tenant: str | None) -> dict[str, Any]:
     return {} if tenant is None else {"cache_salt": tenant}
 
 
-def _predicted(found: Capabilities | bool) -> dict[str, Any]:
-    """The enclosing block's prediction, if the server understands it; the request's own one wins."""
-    text = predicted_text()
-    understood = found is True or (isinstance(found, Capabilities) and found.prediction_tokens > 0)
-    if text is None or not understood:
+def _predicted(found: Capabilities | bool, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The enclosing block's prediction, or its session's, if the server understands it; the request's own one wins."""
+    known = found if isinstance(found, Capabilities) else Capabilities(version=1).assumed()
+    if "prediction" in body or known.prediction_tokens == 0:
+        return {}
+    parser = known.tool_call_parser
+    text = predicted_text(lambda: session().prediction(body, parser))
+    if text is None:
         return {}
     # A file may have been read with surrogates for bytes that are no text: no request can carry these.
     return {"prediction": {"type": "content", "content": text.encode(errors="replace").decode()}}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
-from whiflash_sdk.presets import TOOL_CALL_PARSERS
+from whiflash_sdk.presets import MARKUP_ARGUMENTS, TOOL_CALL_PARSERS
 
 from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.structure.calls import Calls
@@ -68,3 +68,7 @@ def test_a_call_as_it_is_expected_is_read_as_that_call(parser: str) -> None:
 
 def test_no_parser_is_known_that_sglang_has_not() -> None:
     assert PARSERS.keys() <= FunctionCallParser.ToolCallParserEnum.keys()
+
+
+def test_the_sdk_knows_who_writes_markup() -> None:
+    assert set(PARSERS) == MARKUP_ARGUMENTS

@@ -1,0 +1,64 @@
+"""One tenant's conversation with one agent: `with Session(tenant="acme", agent="coder"): agent.run(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import Self
+
+from whiflash_sdk.blocks import BlockValue
+from whiflash_sdk.edits import file_to_edit, turn_of
+from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
+
+
+@dataclass(frozen=True)
+class Session:
+    """Calls inside the block are of this tenant and agent, in this thread or task. Their turn is read from them.
+
+    The turn is the number of the user's prompts in the conversation. It goes out as the hint `query` if an agent is
+    named. If a request offers a tool that edits files, the file that the conversation read or wrote last is sent as its
+    prediction. What a call, an inner block or `predict` says wins.
+
+    tenant: whose text the answers are, as `wrap(tenant=)` has it.
+    agent: who asks.
+    predicts: whether files are predicted.
+
+    Raises: ValueError for an empty tenant.
+    """
+
+    tenant: str | None = None
+    agent: str | None = None
+    predicts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tenant == "":
+            raise ValueError("tenant: is empty, which is no salt. Give a name, or None")
+
+    def __enter__(self) -> Self:
+        _SESSION.enter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _SESSION.leave(self)
+
+    def hints(self, body: Mapping[str, Any]) -> Hints:
+        """Who asks in this request, and which of its prompts it is."""
+        if not self.agent:
+            return Hints()
+        turn = turn_of(body)
+        named = Hints(agent=self.agent[-MAX_NAME_CHARS:])
+        return named if turn is None else Hints(query=turn).over(named)
+
+    def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
+        """The file that this request may edit. parser: the server's, of tool calls."""
+        return file_to_edit(body, parser) if self.predicts else None
+
+
+_SESSION: BlockValue[Session] = BlockValue("whiflash_session", Session(predicts=False))
+
+
+def session() -> Session:
+    """The innermost enclosing session; one that says nothing outside."""
+    return _SESSION.get()
