@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from fake_server import CAPABILITIES, FakeServer
+from fake_server import CAPABILITIES, TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Hints, async_doctor, doctor, wrap
+from whiflash_sdk import Hints, async_doctor, doctor, explain, wrap
 
 
 def failing(client: OpenAI, model: str | None = None) -> dict[str, str]:
@@ -74,3 +74,52 @@ def test_async_clients_too(async_client: AsyncOpenAI) -> None:
         return [finding.name for finding in found if not finding.ok]
 
     assert asyncio.run(names()) == ["structure"]
+
+
+TOLD: dict[str, Any] = {
+    **TRACE,
+    "sources": {
+        "ar": {"proposed": 8, "accepted": 4},
+        "prediction": {"proposed": 9, "accepted": 7, "saved": 0.25},
+        "tools": {"proposed": 3, "accepted": 0},
+    },
+}
+
+
+def explained(trace: Any) -> dict[str, str]:
+    return {finding.name: str(finding) for finding in explain({"sglext": {"whiflash": trace}})}
+
+
+def test_an_answer_shows_what_each_hint_brought() -> None:
+    found = explained(TOLD)
+    assert found["trace"] == "ok   trace: policy auto, acceptance length 4.67"
+    assert found["drafts"] == "ok   drafts: 3 of 3 rounds drafted"
+    assert found["spans"].startswith("ok   spans: 1 of 3")
+    assert found["prediction"] == "ok   prediction: 7 of 9 drafts accepted, 0.250 s saved by estimate"
+    assert found["tools"] == "FAIL tools: 0 of 3 drafts accepted"
+    assert "--whiflash-lookup-memory-mib" in found["memory"]
+    scoped = {**TOLD, "sources": {"scope": {"proposed": 2, "accepted": 1}}}
+    assert "memory" not in explained(scoped)
+    assert explained(scoped)["prediction"].startswith("FAIL")
+
+
+@pytest.mark.parametrize(
+    ("trace", "name", "said"),
+    [
+        ({**TOLD, "notes": ["the prediction was cut"]}, "request", "was cut"),
+        ({**TOLD, "sources": {}}, "sources", "device"),
+        ({**TOLD, "arms": {"none": {"rounds": 3, "tokens": 3}}}, "drafts", "0 of 3 rounds"),
+        ({**TOLD, "arms": {"none": {"rounds": 3, "tokens": 3}}, "reasons": {"off": 3}}, "drafts", "off=True"),
+    ],
+)
+def test_an_answer_shows_why_nothing_came(trace: Any, name: str, said: str) -> None:
+    assert explained(trace)[name].startswith("FAIL")
+    assert said in explained(trace)[name]
+
+
+def test_an_answer_without_a_trace_is_explained(client: OpenAI, server: FakeServer) -> None:
+    server.trace = None
+    response = wrap(client).completions.create(model="m", prompt="x")
+    (finding,) = explain(response)
+    assert not finding.ok
+    assert "sglext" in finding.detail

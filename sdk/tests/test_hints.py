@@ -147,6 +147,7 @@ def test_public_names_are_pinned() -> None:
         "capabilities",
         "collect",
         "doctor",
+        "explain",
         "hinted",
         "http_client",
         "predict",

@@ -7,7 +7,7 @@ from whiflash_sdk.agents import agent
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
 from whiflash_sdk.collecting import Collected, collect
-from whiflash_sdk.doctor import Finding, async_doctor, doctor
+from whiflash_sdk.doctor import Finding, async_doctor, doctor, explain
 from whiflash_sdk.errors import (
     HintError,
     TraceError,
@@ -56,6 +56,7 @@ __all__ = [
     "capabilities",
     "collect",
     "doctor",
+    "explain",
     "hinted",
     "http_client",
     "predict",

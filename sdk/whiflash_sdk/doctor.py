@@ -1,14 +1,14 @@
-"""Why hints may have no effect: what a client, its server and the way between them allow.
+"""Why hints may have no effect: what a client, its server and the way between them allow, and what an answer shows.
 
-for finding in whiflash_sdk.doctor(client):
-    print(finding)
+print(*whiflash_sdk.doctor(client), sep="\\n")
+print(*whiflash_sdk.explain(response), sep="\\n")
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from openai import AsyncOpenAI, OpenAI
 
@@ -16,6 +16,15 @@ from whiflash_sdk import presets
 from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
 from whiflash_sdk.client import settings_of
 from whiflash_sdk.identity import OfClient
+from whiflash_sdk.trace import SourceTotals, Trace, routing
+
+_UNUSED: Final = {
+    "prediction": "no draft was taken from one: send it with predict(…) or a Session; the answer may not follow it",
+    "memory": "no draft was taken from earlier answers: send a tenant and an agent with every request, and start the "
+    "server with --whiflash-lookup-memory-mib",
+    "tools": "no draft was taken from calls: offer tools, and start the server with their --tool-call-parser",
+}
+"""By source of drafts, what would help if nothing was taken from it."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +115,51 @@ def _parsers(found: Capabilities) -> Iterator[Finding]:
     else:
         detail = parser
     yield Finding("tool calls", parser in presets.TOOL_CALL_PARSERS, detail)
+
+
+def explain(response: object, choice: int = 0) -> list[Finding]:
+    """What each hint brought to an answer, by its trace, and what would help where one brought nothing.
+
+    response: what `routing` takes. choice: index of the choice.
+
+    Returns: findings; one that fails names a hint without effect. A hint that was not sent is among these.
+
+    Raises: TraceError, TypeError as `routing` does.
+    """
+    trace = routing(response, choice)
+    if trace is None:
+        help_ = "Wrap the client with trace=True, let gateways pass custom_params and sglext, and try doctor(client)"
+        return [Finding("trace", False, f"the answer carries none. {help_}")]
+    return list(_brought(trace))
+
+
+def _brought(trace: Trace) -> Iterator[Finding]:
+    yield Finding("trace", True, f"policy {trace.policy}, acceptance length {trace.acceptance_length:.2f}")
+    for note in trace.notes:
+        yield Finding("request", False, note)
+    off, pinned, spans = (trace.reasons.get(reason, 0) for reason in ("off", "pin", "span"))
+    plain = trace.arms["none"].rounds if "none" in trace.arms else 0
+    detail = f"{trace.rounds - plain} of {trace.rounds} rounds drafted"
+    if off:
+        detail = f"{off} rounds did not draft, because the hints say off=True"
+    elif plain == trace.rounds:
+        detail += ": no drafter was worth its time, or none is loaded. doctor(client) looks at the server"
+    yield Finding("drafts", plain < trace.rounds, detail)
+    if pinned or spans:
+        yield Finding(
+            "spans", True, f"{pinned + spans} of {trace.rounds} rounds were routed by a pin or preference"
+        )
+    if not trace.sources:
+        yield Finding("sources", False, "the server does not report them: its device makes drafts by itself")
+        return
+    for name in dict.fromkeys((*trace.sources, *_UNUSED)):
+        told = trace.sources.get(name)
+        if told is not None:
+            yield Finding(name, told.accepted > 0, _accepted(told))
+        elif name != "memory" or "scope" not in trace.sources:
+            yield Finding(name, False, _UNUSED[name])
+
+
+def _accepted(told: SourceTotals) -> str:
+    saved = "" if told.saved is None else f", {told.saved:.3f} s saved by estimate"
+    return f"{told.accepted} of {told.proposed} drafts accepted{saved}"
