@@ -106,3 +106,44 @@ def test_a_report_of_nothing(client: OpenAI) -> None:
     assert report.total.answers == 0
     assert "0 answers" in str(report)
     assert "</html>" in report.html()
+
+
+def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> None:
+    """The span that is current as the call begins, a stream's once it was read; those that do not record get none."""
+    sdk, memory = (
+        pytest.importorskip(f"opentelemetry.sdk.trace{name}")
+        for name in ("", ".export.in_memory_span_exporter")
+    )
+    exporting = pytest.importorskip("opentelemetry.sdk.trace.export")
+    exporter = memory.InMemorySpanExporter()
+    provider = sdk.TracerProvider()
+    provider.add_span_processor(exporting.SimpleSpanProcessor(exporter))
+    server.trace = PRICED
+    tracer = provider.get_tracer("test")
+    wrap(client, agent="planner")
+    client.chat.completions.create(**QUESTION)
+    with tracer.start_as_current_span("chat m"):
+        client.chat.completions.create(**QUESTION)
+    with tracer.start_as_current_span("stream"):
+        list(client.chat.completions.create(**QUESTION, stream=True))
+    server.trace = {"version": "x"}
+    with tracer.start_as_current_span("broken"):
+        client.chat.completions.create(**QUESTION)
+    whole, stream, broken = (dict(span.attributes) for span in exporter.get_finished_spans())
+    assert whole == stream
+    assert broken == {}
+    assert whole == {
+        "gen_ai.response.id": "r0",
+        "gen_ai.response.model": "m",
+        "gen_ai.agent.name": "planner",
+        "whiflash.rounds": 3,
+        "whiflash.tokens": 14,
+        "whiflash.acceptance_length": pytest.approx(14 / 3),
+        "whiflash.seconds": 0.5,
+        "whiflash.seconds_saved_estimate": 0.5,
+        **{
+            f"whiflash.arm.{arm}.{name}": value
+            for arm, totals in TRACE["arms"].items()
+            for name, value in totals.items()
+        },
+    }

@@ -6,6 +6,7 @@ use.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
 from whiflash_sdk.blocks import BlockValue
-from whiflash_sdk.report import Report
+from whiflash_sdk.errors import TraceError
+from whiflash_sdk.otel import attributes, current_span
+from whiflash_sdk.report import Report, Share
 from whiflash_sdk.trace import (
     CollectedTrace,
     answer_in,
@@ -29,7 +32,7 @@ from whiflash_sdk.trace import (
 
 @dataclass(eq=False)
 class Call:
-    """One call of a wrapped client. began: by a clock that never jumps."""
+    """One call of a wrapped client. began: by a clock that never jumps. span: OpenTelemetry's, if one records."""
 
     agent: str | None
     started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -38,6 +41,7 @@ class Call:
     response_id: str | None = None
     model: str | None = None
     tools: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    span: Any = field(default_factory=current_span)
     _sent: dict[int, Any] = field(default_factory=dict)
     _texts: dict[int, list[str]] = field(default_factory=dict)
 
@@ -57,8 +61,15 @@ class Call:
 
     def end(self) -> None:
         """The answer is complete, or nobody reads on."""
-        if self.ended is None:  # The wall clock may jump in between.
-            self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
+        if self.ended is not None:
+            return
+        # The wall clock may jump in between.
+        self.ended = self.started + timedelta(seconds=time.monotonic() - self.began)
+        if self.span is not None and self._sent:
+            with contextlib.suppress(TraceError):  # whoever asks for the trace gets it
+                share = Share.of("", list(self.traces()))
+                named = {name: getattr(self, name) for name in ("response_id", "model", "agent")}
+                self.span.set_attributes(attributes(share, named))
 
     @property
     def raw_traces(self) -> list[Any]:
