@@ -14,7 +14,7 @@ from whiflash_sdk.derive import complete, derive_spans
 from whiflash_sdk.errors import warn_unsupported
 from whiflash_sdk.hints import AGENT_FIELD, INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
-from whiflash_sdk.session import session
+from whiflash_sdk.session import Session, session
 from whiflash_sdk.spans import block_hints, opened_span
 
 _DERIVED: Final = ("chat/completions", "completions")
@@ -175,7 +175,8 @@ def _with_hints(
     params = dict(params or {})
     carried = params.pop(WIRE_KEY, None)
     if found:
-        hints = block_hints().over(session().hints(body)).over(told.hints)
+        inside = session()
+        hints = block_hints().over(inside.hints() if inside else Hints()).over(told.hints)
         names_agent = AGENT_FIELD in body  # a server takes the name once: in the body or in the hints
         if names_agent:
             hints = hints.without(SCOPES)
@@ -183,6 +184,7 @@ def _with_hints(
             hints = decode(carried).over(hints)
         if not names_agent:
             hints = _named(hints, told.agent)
+            hints = inside.counted(hints, body) if inside else hints
         derived: tuple[Span, ...] = ()
         if isinstance(found, Capabilities):
             hints = _understood(hints, found)
@@ -193,7 +195,7 @@ def _with_hints(
         params[WIRE_KEY] = whole.encode()
         if whole.spans and not hints.spans and opened is None:
             params[INFERRED_KEY] = True
-        rest = {**_predicted(found, body), **_salted(session().tenant or told.tenant), **rest}
+        rest = {**_predicted(found, body, inside), **_salted(inside, told), **rest}
     return {**rest, "custom_params": params} if params else rest
 
 
@@ -210,18 +212,19 @@ def _understood(hints: Hints, found: Capabilities) -> Hints:
     return hints.without(name for name in SCOPES if name not in found.scopes)
 
 
-def _salted(tenant: str | None) -> dict[str, Any]:
+def _salted(inside: Session | None, told: Told) -> dict[str, Any]:
     """The tenant as a salt; the request's own one wins."""
+    tenant = (inside.tenant if inside else None) or told.tenant
     return {} if tenant is None else {"cache_salt": tenant}
 
 
-def _predicted(found: Capabilities | bool, body: Mapping[str, Any]) -> dict[str, Any]:
+def _predicted(found: Capabilities | bool, body: Mapping[str, Any], inside: Session | None) -> dict[str, Any]:
     """The enclosing block's prediction, or its session's, if the server understands it; the request's own one wins."""
     known = found if isinstance(found, Capabilities) else Capabilities(version=1).assumed()
     if "prediction" in body or known.prediction_tokens == 0:
         return {}
     parser = known.tool_call_parser
-    text = predicted_text(lambda: session().prediction(body, parser))
+    text = predicted_text(lambda: inside.prediction(body, parser) if inside else None)
     if text is None:
         return {}
     # A file may have been read with surrogates for bytes that are no text: no request can carry these.

@@ -18,8 +18,8 @@ class Session:
     """Calls inside the block are of this tenant and agent, in this thread or task. Their turn is read from them.
 
     The turn is the number of the user's prompts in the conversation. It goes out as the hint `query` if an agent is
-    named. If a request offers a tool that edits files, the file that the conversation read or wrote last is sent as its
-    prediction. What a call, an inner block or `predict` says wins.
+    named, here or by the client. If a request offers a tool that edits files, the file that the conversation read or
+    wrote last is sent as its prediction. What a call, an inner block or `predict` says wins.
 
     tenant: whose text the answers are, as `wrap(tenant=)` has it.
     agent: who asks.
@@ -43,22 +43,23 @@ class Session:
     def __exit__(self, *_: object) -> None:
         _SESSION.leave(self)
 
-    def hints(self, body: Mapping[str, Any]) -> Hints:
-        """Who asks in this request, and which of its prompts it is."""
-        if not self.agent:
-            return Hints()
-        turn = turn_of(body)
-        named = Hints(agent=self.agent[-MAX_NAME_CHARS:])
-        return named if turn is None else Hints(query=turn).over(named)
+    def hints(self) -> Hints:
+        """Who asks."""
+        return Hints(agent=self.agent[-MAX_NAME_CHARS:]) if self.agent else Hints()
+
+    def counted(self, hints: Hints, body: Mapping[str, Any]) -> Hints:
+        """The hints with the request's turn, if they name an agent and no query."""
+        turn = turn_of(body) if hints.agent and "query" not in hints.model_fields_set else None
+        return hints if turn is None else Hints(query=turn).over(hints)
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
         """The file that this request may edit. parser: the server's, of tool calls."""
         return file_to_edit(body, parser) if self.predicts else None
 
 
-_SESSION: BlockValue[Session] = BlockValue("whiflash_session", Session(predicts=False))
+_SESSION: BlockValue[Session | None] = BlockValue("whiflash_session", None)
 
 
-def session() -> Session:
-    """The innermost enclosing session; one that says nothing outside."""
+def session() -> Session | None:
+    """The innermost enclosing session."""
     return _SESSION.get()

@@ -66,12 +66,17 @@ def async_http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
     return _above(inner or DefaultAsyncHttpxClient(), "AsyncClient", settings)
 
 
-def _above(inner: Any, name: str, settings: Settings) -> Any:
+def passing_client(inner: Any, settings: Settings) -> Any:
+    """`async_http_client` for a proxy: answers pass unread, traces included."""
+    return _above(inner, "AsyncClient", settings, reads=False)
+
+
+def _above(inner: Any, name: str, settings: Settings, *, reads: bool = True) -> Any:
     base = next((base for base in base_classes(name) if isinstance(inner, base)), None)
     if base is None:
         raise TypeError(f"inner: give {name} of httpx or httpx2, not {type(inner).__name__}")
     library = sys.modules[base.__module__.partition(".")[0]]
-    transport = _transports(library)[name == "AsyncClient"](inner, Told.of(**settings))
+    transport = _transports(library)[name == "AsyncClient"](inner, Told.of(**settings), reads)
     names = ("headers", "params", "cookies", "base_url", "timeout", "follow_redirects")
     transport.owner = base(transport=transport, **{name: getattr(inner, name) for name in names})
     open_scope(transport.owner)
@@ -85,8 +90,8 @@ def _transports(library: Any) -> tuple[type, type]:
     class Sync(library.BaseTransport):  # type: ignore[misc]
         owner: Any
 
-        def __init__(self, inner: Any, told: Told) -> None:
-            self._inner, self._told = inner, told
+        def __init__(self, inner: Any, told: Told, reads: bool) -> None:
+            self._inner, self._told, self._reads = inner, told, reads
 
         def handle_request(self, request: Any) -> Any:
             send = functools.partial(self._inner.send, stream=True, follow_redirects=False)
@@ -110,7 +115,7 @@ def _transports(library: Any) -> tuple[type, type]:
                 response = send(_carrying(request, body, going.plain))
                 if response.is_success:
                     going.served_without(refused)
-            if going.traced and response.is_success:
+            if self._reads and going.traced and response.is_success:
                 watch(response, call, whole_text=going.whole_text)
             return response
 
@@ -120,8 +125,8 @@ def _transports(library: Any) -> tuple[type, type]:
     class Async(library.AsyncBaseTransport):  # type: ignore[misc]
         owner: Any
 
-        def __init__(self, inner: Any, told: Told) -> None:
-            self._inner, self._told = inner, told
+        def __init__(self, inner: Any, told: Told, reads: bool) -> None:
+            self._inner, self._told, self._reads = inner, told, reads
 
         async def handle_async_request(self, request: Any) -> Any:
             send = functools.partial(self._inner.send, stream=True, follow_redirects=False)
@@ -145,7 +150,7 @@ def _transports(library: Any) -> tuple[type, type]:
                 response = await send(_carrying(request, body, going.plain))
                 if response.is_success:
                     going.served_without(refused)
-            if going.traced and response.is_success:
+            if self._reads and going.traced and response.is_success:
                 watch(response, call, whole_text=going.whole_text)
             return response
 

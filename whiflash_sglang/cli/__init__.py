@@ -60,6 +60,7 @@ for _command in (
     "policy",
     "profile",
     "top",
+    "proxy",
     "trace",
     "lookup",
     "train",

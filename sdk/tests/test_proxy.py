@@ -1,0 +1,274 @@
+"""The proxy: what it adds, and that answers, clients and keys are left as they are. Its upstream is in process."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+import pytest
+from fake_server import CAPABILITIES, TRACE
+
+from whiflash_sdk import Hints
+from whiflash_sdk.hints import decode
+from whiflash_sdk.proxy import Proxy
+
+ASKED: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Where?"}], "stream": True}
+SECRET = "sk-secret"
+EVENTS = [
+    *(b'data: {"id":"r","choices":[{"index":0,"delta":{"content":"%d"}}]}\n\n' % n for n in range(20)),
+    b'data: {"choices":[],"sglext":{"whiflash":%s}}\n\n' % json.dumps(TRACE).encode(),
+    b"data: [DONE]\n\n",
+]
+
+
+class Body(httpx.AsyncByteStream):
+    """A stream that notes how far it was read, and that it was closed."""
+
+    def __init__(self, breaks: bool = False) -> None:
+        self.read, self.breaks, self.closed = 0, breaks, asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for event in EVENTS:
+            await asyncio.sleep(0)
+            self.read += 1
+            yield event
+            if self.breaks:
+                raise httpx.RemoteProtocolError("gone")
+
+    async def aclose(self) -> None:
+        self.closed.set()
+
+
+class Upstream(httpx.AsyncBaseTransport):
+    def __init__(self) -> None:
+        self.requests: list[httpx.Request] = []
+        self.bodies: list[Body] = []
+        self.error: type[httpx.TransportError] | None = None
+        self.status, self.breaks = 200, False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.error is not None:
+            raise self.error("no")
+        if request.url.path == "/whiflash/capabilities":
+            routes = ["chat/completions", "completions", "messages"]
+            return httpx.Response(200, json={**CAPABILITIES, "routes": routes})
+        self.requests.append(request)
+        self.bodies.append(Body(self.breaks))
+        headers = {"content-type": "text/event-stream", "x-theirs": "1", "connection": "close"}
+        return httpx.Response(self.status, headers=headers, stream=self.bodies[-1])
+
+    def sent(self, index: int = -1) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(self.requests[index].content)
+        return body
+
+    def hints(self, index: int = -1) -> Hints:
+        return decode(self.sent(index)["custom_params"]["whiflash"])
+
+
+class Client:
+    """One ASGI connection. reads: how many messages it takes before it takes no more; None: all."""
+
+    def __init__(self, reads: int | None = None) -> None:
+        self.messages: list[Mapping[str, Any]] = []
+        self.reads, self.full, self.gone = reads, asyncio.Event(), asyncio.Event()
+
+    async def ask(
+        self, app: Any, path: str = "/v1/chat/completions", body: Any = ASKED, **headers: str
+    ) -> "Client":
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        pending = [content[:10], content[10:]]
+
+        async def receive() -> dict[str, Any]:
+            if pending:
+                return {"type": "http.request", "body": pending.pop(0), "more_body": bool(pending)}
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Mapping[str, Any]) -> None:
+            self.messages.append(message)
+            if self.reads is not None and len(self.messages) >= self.reads:
+                self.full.set()
+                await asyncio.Event().wait()
+
+        named = {"authorization": f"Bearer {SECRET}", "host": "proxy", **headers}
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"api-version=1"}
+        scope |= {"headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in named.items()]}
+        await app(scope, receive, send)
+        return self
+
+    @property
+    def status(self) -> int:
+        found: int = self.messages[0]["status"]
+        return found
+
+    @property
+    def content(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages[1:])
+
+
+@pytest.fixture
+def upstream() -> Upstream:
+    return Upstream()
+
+
+@pytest.fixture
+def app(upstream: Upstream) -> Proxy:
+    return Proxy(
+        "http://server:1", httpx.AsyncClient(transport=upstream), longest_body=10_000, agent="default"
+    )
+
+
+def test_sixteen_streams_pass_beside_plain_ones(app: Proxy, upstream: Upstream) -> None:
+    async def main() -> list[Client]:
+        plain = httpx.AsyncClient(transport=upstream)
+        asking = [Client().ask(app, x_whiflash_agent=f"a{number}") for number in range(16)]
+        *clients, answer = await asyncio.gather(
+            *asking, plain.post("http://server:1/v1/chat/completions", json=ASKED)
+        )
+        assert answer.content == b"".join(EVENTS)
+        return clients
+
+    clients = asyncio.run(main())
+    assert {client.content for client in clients} == {b"".join(EVENTS)}
+    assert all(body.closed.is_set() for body in upstream.bodies)
+    told = [n for n in range(17) if "custom_params" in upstream.sent(n)]
+    assert {upstream.hints(n).agent for n in told} == {f"a{number}" for number in range(16)}
+    assert all({**upstream.sent(n), "custom_params": 0} == {**ASKED, "custom_params": 0} for n in told)
+    headers = dict(clients[0].messages[0]["headers"])
+    assert (headers[b"x-theirs"], b"connection" in headers) == (b"1", False)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "expected"),
+    [
+        ("/v1/chat/completions", {}, (None, "default")),
+        (
+            "/v1/chat/completions",
+            {"X_WhiFlash_Tenant": "acme", "X_WhiFlash_Agent": "coder"},
+            ("acme", "coder"),
+        ),
+        ("/v1/chat/completions", {"X_WhiFlash_Session": "s1"}, ("s1", "default")),
+        ("/agent=my%20coder/tenant=acme/v1/messages", {}, ("acme", "my coder")),
+        ("/agent=path/v1/completions", {"x_whiflash_agent": "header"}, (None, "header")),
+    ],
+)
+def test_headers_and_the_path_say_who_asks(
+    app: Proxy, upstream: Upstream, path: str, headers: dict[str, str], expected: Any
+) -> None:
+    asyncio.run(Client().ask(app, path, **headers))
+    request = upstream.requests[0]
+    assert (upstream.sent().get("cache_salt"), upstream.hints().agent) == expected
+    assert upstream.hints().query == 1
+    assert str(request.url) == f"http://server:1/v1/{path.partition('/v1/')[2]}?api-version=1"
+    assert request.headers["authorization"] == f"Bearer {SECRET}"
+    assert request.headers["host"] == "server:1"
+    assert not [name for name in request.headers if "whiflash" in name]
+
+
+def test_a_coding_agents_request_gets_its_turn_and_its_file(app: Proxy, upstream: Upstream) -> None:
+    """As such agents send them: system, tools, a file that was read, and an edit to come."""
+    read = {"type": "tool_use", "id": "t1", "name": "Read", "input": {"file_path": "/w/a.py"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "     1\tx = 1\n     2\ty = 2\n"}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Rename x in a.py."}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "I read it."}, read]},
+        {"role": "user", "content": [result]},
+    ]
+    tools = [{"name": name, "input_schema": {"type": "object"}} for name in ("Read", "Edit")]
+    body = {
+        "model": "tiny",
+        "max_tokens": 9,
+        "system": "s",
+        "messages": messages,
+        "tools": tools,
+        "stream": True,
+    }
+    client = asyncio.run(Client().ask(app, "/v1/messages", body, x_whiflash_agent="coder"))
+    assert client.content == b"".join(EVENTS)
+    assert (upstream.hints().agent, upstream.hints().query) == ("coder", 1)
+    assert upstream.sent()["prediction"] == {"type": "content", "content": "x = 1\\ny = 2\\n"}
+
+
+def test_a_client_that_goes_ends_its_request(app: Proxy, upstream: Upstream) -> None:
+    async def main() -> None:
+        client = Client(reads=3)
+        asking = asyncio.create_task(client.ask(app))
+        await client.full.wait()
+        client.gone.set()
+        await asking
+        assert upstream.bodies[0].closed.is_set()
+
+    asyncio.run(main())
+    assert upstream.bodies[0].read < len(EVENTS)
+
+
+def test_a_slow_client_holds_up_nobody_and_its_stream_is_not_read_ahead(
+    app: Proxy, upstream: Upstream
+) -> None:
+    async def main() -> None:
+        slow = Client(reads=3)
+        asking = asyncio.create_task(slow.ask(app))
+        await slow.full.wait()
+        quick = await asyncio.gather(*(Client().ask(app) for _ in range(4)))
+        assert {client.content for client in quick} == {b"".join(EVENTS)}
+        assert upstream.bodies[0].read == 2
+        slow.gone.set()
+        await asking
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_breaks_off_is_no_whole_one(app: Proxy, upstream: Upstream) -> None:
+    upstream.breaks = True
+    client = asyncio.run(Client().ask(app))
+    assert client.content == EVENTS[0]
+    assert client.messages[-1]["more_body"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", b"x" * 10_001, 413),
+        ("/whiflash/policy", ASKED, 404),
+        ("/other=x/v1/messages", ASKED, 404),
+        ("/v1/embeddings", b"not json", 200),
+    ],
+)
+def test_what_is_not_passed_on(app: Proxy, upstream: Upstream, path: str, body: Any, status: int) -> None:
+    client = asyncio.run(Client().ask(app, path, body))
+    assert client.status == status
+    assert len(upstream.requests) == (status == 200)
+
+
+def test_a_trace_that_a_client_asks_for_reaches_it(app: Proxy, upstream: Upstream) -> None:
+    client = asyncio.run(Client().ask(app, body={**ASKED, **Hints(trace=True).extra_body()}))
+    assert upstream.hints().trace is True
+    assert client.content == b"".join(EVENTS)
+
+
+def test_refusals_of_the_server_pass(app: Proxy, upstream: Upstream) -> None:
+    upstream.status = 413
+    client = asyncio.run(Client().ask(app))
+    assert (client.status, client.content) == (413, b"".join(EVENTS))
+
+
+@pytest.mark.parametrize(("error", "status"), [(httpx.ConnectError, 502), (httpx.ReadTimeout, 504)])
+@pytest.mark.filterwarnings("ignore::whiflash_sdk.UnsupportedServerWarning")
+def test_keys_are_in_no_log_and_no_error(
+    app: Proxy,
+    upstream: Upstream,
+    error: type[httpx.TransportError],
+    status: int,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(Client().ask(app))
+        upstream.error = error
+        client = asyncio.run(Client().ask(app, x_api_key=SECRET))
+    assert client.status == status
+    written = capfd.readouterr()
+    everything = client.content.decode() + caplog.text + written.out + written.err
+    assert SECRET not in everything
