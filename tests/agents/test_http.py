@@ -18,7 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
-from whiflash_sdk import Hints, Span, Trace, capabilities, collect, routing, wrap
+from whiflash_sdk import Hints, Span, Trace, capabilities, collect, http_client, routing, wrap
 from whiflash_sdk import predict as predicting
 from whiflash_sdk.adapters.openai_agents import wrap_model
 
@@ -668,6 +668,26 @@ def test_a_wrapped_client_gets_the_traces_of_its_responses(client: OpenAI) -> No
     assert [trace.text for trace in found if trace is not None] == [text] * 4
     assert [trace.text for trace in collected.traces] == [text] * 3
     assert text
+
+
+def test_anthropics_client_gets_hints_and_traces_in_both_ways(server: Server) -> None:
+    """The text is the plain client's, and a tenant's memory is its own."""
+    anthropic, httpx2 = pytest.importorskip("anthropic"), pytest.importorskip("httpx2")
+    told: dict[str, Any] = {"base_url": server.url, "api_key": "none"}
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 24, "messages": MESSAGES}
+    asked["extra_body"] = {"temperature": 0}
+    plain = anthropic.Anthropic(**told).messages.create(**asked).content[0].text
+    below = http_client(httpx2.Client(), tenant="acme", agent="coder")
+    for client in (
+        wrap(anthropic.Anthropic(**told), tenant="acme", agent="coder"),
+        anthropic.Anthropic(**told, http_client=below),
+    ):
+        with collect() as collected, client.messages.stream(**asked) as stream:
+            answers = [client.messages.create(**asked), stream.get_final_message()]
+        assert [answer.content[0].text for answer in answers] == [plain] * 2
+        assert all(found is not None and found.rounds > 0 for found in map(routing, answers))
+        assert {trace.agent for trace in collected.traces} == {"coder"}
+        assert len(collected.traces) == 2
 
 
 def test_the_agents_sdks_default_route_is_collected(server: Server) -> None:
