@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from target_families import FAMILIES
 from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace
@@ -124,8 +125,6 @@ def formats_table() -> str:
 
 def targets_table() -> str:
     """Families of targets, each with what shows that it is served."""
-    from whiflash_sglang.checkpoints.targets import FAMILIES
-
     rows = (
         (", ".join(f"`{name}`" for name in one.architectures), one.kind, str(one.shown), one.note)
         for one in FAMILIES

@@ -1,7 +1,7 @@
-"""Which targets WHIFLASH serves, and what shows it: the classes of SGLang 0.5.23 whose layers' outputs can be captured.
+"""Targets that WHIFLASH serves, with the evidence: the classes of SGLang 0.5.23 whose layers' outputs can be captured.
 
-A table for readers and for tests. Nothing goes by it when a server starts: what stops a target are conditions on its
-configuration (:mod:`whiflash_sglang.compat.launch.refusals`). Imports no SGLang.
+`scripts/reference.py` writes it into the documentation, and `tests/targets/` holds it against SGLang. No server reads
+it: conditions on a target's configuration refuse it (:mod:`whiflash_sglang.compat.launch.refusals`).
 """
 
 from dataclasses import dataclass
