@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 
 
 def draft_attention(
@@ -98,13 +98,7 @@ def _draft_attention(
     longest: int,
 ) -> Tensor:
     arguments = (q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window, longest)
-    if backend_for(q) == "triton":
-        from whiflash_kernels.triton_kernels import attention as kernels
-
-        return kernels.draft_attention(*arguments)
-    from whiflash_kernels.reference import attention as reference
-
-    return reference.draft_attention(*arguments)
+    return implementation(q, "attention").draft_attention(*arguments)
 
 
 # `torch.library.custom_op` would do the same and take five times as long a call.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 from whiflash_kernels.structs import BacklogRings, Unparked
 
 
@@ -58,15 +58,9 @@ def park(
             f"features must be [T, {rings.features.shape[2]}] {rings.features.dtype} to fit the rings, "
             f"got {tuple(features.shape)} {features.dtype}"
         )
-    if backend_for(features) == "triton":
-        from whiflash_kernels.triton_kernels import backlog as kernels
-
-        bound = features.shape[0] if max_length is None else max_length
-        kernels.park(rings, features, next_tokens, request_slots, begins, lengths, row_starts, bound)
-        return
-    from whiflash_kernels.reference import backlog as reference
-
-    reference.park(rings, features, next_tokens, request_slots, begins, lengths, row_starts)
+    bound = features.shape[0] if max_length is None else max_length
+    arguments = (rings, features, next_tokens, request_slots, begins, lengths, row_starts, bound)
+    implementation(features, "backlog").park(*arguments)
 
 
 def unpark(
@@ -119,13 +113,8 @@ def unpark(
         raise ValueError(
             f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
         )
-    if backend_for(rings.features) == "triton":
-        from whiflash_kernels.triton_kernels import backlog as kernels
-
-        return kernels.unpark(rings, request_slots, begins, ends, req_to_token, rows, chunks, chunk_width)
-    from whiflash_kernels.reference import backlog as reference
-
-    return reference.unpark(rings, request_slots, begins, ends, req_to_token, rows, chunks, chunk_width)
+    arguments = (rings, request_slots, begins, ends, req_to_token, rows, chunks, chunk_width)
+    return implementation(rings.features, "backlog").unpark(*arguments)
 
 
 def claim_backlogs(
@@ -159,10 +148,4 @@ def claim_backlogs(
         )
     if not watermarks.is_contiguous():
         raise ValueError("watermarks must be contiguous")
-    if backend_for(watermarks) == "triton":
-        from whiflash_kernels.triton_kernels import backlog as kernels
-
-        return kernels.claim_backlogs(watermarks, request_slots, seq_lens, due)
-    from whiflash_kernels.reference import backlog as reference
-
-    return reference.claim_backlogs(watermarks, request_slots, seq_lens, due)
+    return implementation(watermarks, "backlog").claim_backlogs(watermarks, request_slots, seq_lens, due)

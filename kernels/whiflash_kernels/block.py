@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 from whiflash_kernels.structs import Committed, MixedBlock
 
 
@@ -50,17 +50,8 @@ def prepare_mixed_block(
     """
     if drafts.ndim != 2 or drafts.shape[0] != bonus.shape[0]:
         raise ValueError(f"drafts must be [{bonus.shape[0]}, D] to match bonus, got {tuple(drafts.shape)}")
-    if backend_for(bonus) == "triton":
-        from whiflash_kernels.triton_kernels import block as kernels
-
-        return kernels.prepare_mixed_block(
-            bonus, drafts, widths, seq_lens, request_slots, req_to_token, rows, pad_slot
-        )
-    from whiflash_kernels.reference import block as reference
-
-    return reference.prepare_mixed_block(
-        bonus, drafts, widths, seq_lens, request_slots, req_to_token, rows, pad_slot
-    )
+    arguments = (bonus, drafts, widths, seq_lens, request_slots, req_to_token, rows, pad_slot)
+    return implementation(bonus, "block").prepare_mixed_block(*arguments)
 
 
 def accept_and_commit(
@@ -122,10 +113,4 @@ def accept_and_commit(
     if request_slots is None and (stops is not None or text is not None):
         raise ValueError("stops and text need request_slots")
     arguments = (predictions, input_ids, qo_indptr, seq_lens, stride, pad_token, request_slots, stops, text)
-    if backend_for(predictions) == "triton":
-        from whiflash_kernels.triton_kernels import block as kernels
-
-        return kernels.accept_and_commit(*arguments)
-    from whiflash_kernels.reference import block as reference
-
-    return reference.accept_and_commit(*arguments)
+    return implementation(predictions, "block").accept_and_commit(*arguments)

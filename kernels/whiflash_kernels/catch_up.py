@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 from whiflash_kernels.structs import DFlashWeights, Eagle3Weights, KVPools
 
 
@@ -49,13 +49,8 @@ def dflash_catch_up(
     Source: DFlash, arXiv 2602.06036; KV-only Prefill, WhiFlash, arXiv 2606.07710.
     """
     _check(features, positions, cache_slots, weights, rope_table, pools)
-    if backend_for(features) == "triton":
-        from whiflash_kernels.triton_kernels import catch_up as kernels
-
-        return kernels.dflash_catch_up(features, positions, cache_slots, weights, rope_table, pools)
-    from whiflash_kernels.reference import catch_up as reference
-
-    return reference.dflash_catch_up(features, positions, cache_slots, weights, rope_table, pools)
+    arguments = (features, positions, cache_slots, weights, rope_table, pools)
+    return implementation(features, "catch_up").dflash_catch_up(*arguments)
 
 
 @torch.no_grad()
@@ -99,17 +94,8 @@ def eagle3_catch_up(
         raise ValueError(
             f"the KV-only pass is exact for one-layer EAGLE-3 only, got pools of {len(pools.k)} layers"
         )
-    if backend_for(features) == "triton":
-        from whiflash_kernels.triton_kernels import catch_up as kernels
-
-        return kernels.eagle3_catch_up(
-            features, next_tokens, positions, cache_slots, weights, rope_table, pools
-        )
-    from whiflash_kernels.reference import catch_up as reference
-
-    return reference.eagle3_catch_up(
-        features, next_tokens, positions, cache_slots, weights, rope_table, pools
-    )
+    arguments = (features, next_tokens, positions, cache_slots, weights, rope_table, pools)
+    return implementation(features, "catch_up").eagle3_catch_up(*arguments)
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 from whiflash_kernels.structs import Copies
 
 
@@ -71,10 +71,4 @@ def propose_copies(
     if chances.shape != expected:
         raise ValueError(f"chances must be {expected}, got {tuple(chances.shape)}")
     arguments = (tokens, request_slots, seq_lens, back, limits, factors, chances, boundaries)
-    if backend_for(tokens) == "triton":
-        from whiflash_kernels.triton_kernels import copies as kernels
-
-        return kernels.propose_copies(*arguments, width, worth, min_match, behind)
-    from whiflash_kernels.reference import copies as reference
-
-    return reference.propose_copies(*arguments, width, worth, min_match, behind)
+    return implementation(tokens, "copies").propose_copies(*arguments, width, worth, min_match, behind)

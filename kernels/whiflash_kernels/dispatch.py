@@ -1,7 +1,9 @@
 """Which implementation runs: Triton on CUDA tensors, the torch reference elsewhere."""
 
 import os
-from typing import Literal
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 
@@ -33,3 +35,19 @@ def backend_for(tensor: torch.Tensor) -> Backend:
             "unset it, or set TRITON_INTERPRET=1 before Triton is imported to run the interpreter"
         )
     return "triton"
+
+
+def implementation(tensor: torch.Tensor, module: str) -> Any:
+    """The module of that name of the implementation that serves ``tensor``'s device; Triton is imported when needed.
+
+    Functions of both have one signature: an op calls either with its own arguments in their order.
+
+    Raises:
+        ValueError, RuntimeError: as `backend_for`.
+    """
+    return _module("triton_kernels" if backend_for(tensor) == "triton" else "reference", module)
+
+
+@cache
+def _module(package: str, name: str) -> Any:
+    return import_module(f"whiflash_kernels.{package}.{name}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 from whiflash_kernels.structs import Chosen, Drafted, Laid
 
 
@@ -42,13 +42,7 @@ def cut_drafts(
         )
     if calibration.shape[0] <= edges.shape[0]:
         raise ValueError(f"{edges.shape[0]} edges part more bins than {calibration.shape[0]} chances are for")
-    if backend_for(confidences) == "triton":
-        from whiflash_kernels.triton_kernels import drafts as kernels
-
-        return kernels.cut_drafts(confidences, calibration, edges, limits, worth)
-    from whiflash_kernels.reference import drafts as reference
-
-    return reference.cut_drafts(confidences, calibration, edges, limits, worth)
+    return implementation(confidences, "drafts").cut_drafts(confidences, calibration, edges, limits, worth)
 
 
 def lay_drafts(
@@ -90,13 +84,7 @@ def lay_drafts(
     Source: batching of heterogeneous drafters, WhiFlash, arXiv 2606.07710.
     """
     arguments = (parts, request_slots, seq_lens, width, confidences, vocabulary, text)
-    if backend_for(request_slots) == "triton":
-        from whiflash_kernels.triton_kernels import drafts as kernels
-
-        return kernels.lay_drafts(*arguments)
-    from whiflash_kernels.reference import drafts as reference
-
-    return reference.lay_drafts(*arguments)
+    return implementation(request_slots, "drafts").lay_drafts(*arguments)
 
 
 def join_drafts(
@@ -182,10 +170,4 @@ def choose_drafts(
     if late is not None and (must_beat is None or late.alive is None):
         raise ValueError("late drafts need chances and must_beat")
     arguments = (laid, request_slots, seq_lens, text, own, behind, late, must_beat, worth, room)
-    if backend_for(request_slots) == "triton":
-        from whiflash_kernels.triton_kernels import drafts as kernels
-
-        return kernels.choose_drafts(*arguments)
-    from whiflash_kernels.reference import drafts as reference
-
-    return reference.choose_drafts(*arguments)
+    return implementation(request_slots, "drafts").choose_drafts(*arguments)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 from whiflash_kernels.structs import BacklogRings, DraftInputs, PassRows
 
 
@@ -51,13 +51,7 @@ def draft_inputs(
             f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
         )
     arguments = (rings, members, request_slots, seq_lens, bonus, limits, chunks, chunk_width)
-    if backend_for(rings.features) == "triton":
-        from whiflash_kernels.triton_kernels import passes as kernels
-
-        return kernels.draft_inputs(*arguments)
-    from whiflash_kernels.reference import passes as reference
-
-    return reference.draft_inputs(*arguments)
+    return implementation(rings.features, "passes").draft_inputs(*arguments)
 
 
 def pass_rows(
@@ -95,10 +89,4 @@ def pass_rows(
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     arguments = (req_to_token, request_slots, seq_lens, bonus, offset, width, fill)
-    if backend_for(req_to_token) == "triton":
-        from whiflash_kernels.triton_kernels import passes as kernels
-
-        return kernels.pass_rows(*arguments)
-    from whiflash_kernels.reference import passes as reference
-
-    return reference.pass_rows(*arguments)
+    return implementation(req_to_token, "passes").pass_rows(*arguments)

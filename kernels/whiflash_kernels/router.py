@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 
 
 def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -36,10 +36,4 @@ def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
             f"router layers {tuple(w1.shape)} + {tuple(b1.shape)} and {tuple(w2.shape)} + {tuple(b2.shape)} "
             f"do not fit each other and hidden states of size {hidden.shape[1]}"
         )
-    if backend_for(hidden) == "triton":
-        from whiflash_kernels.triton_kernels import router as kernels
-
-        return kernels.router_mlp(hidden, w1, b1, w2, b2)
-    from whiflash_kernels.reference import router as reference
-
-    return reference.router_mlp(hidden, w1, b1, w2, b2)
+    return implementation(hidden, "router").router_mlp(hidden, w1, b1, w2, b2)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 from whiflash_kernels.structs import RoutingStats
 
 
@@ -39,10 +39,4 @@ def routing_stats(logits: Tensor, rows: Tensor | None = None) -> RoutingStats:
             "logits must be [rows, vocabulary], contiguous along the vocabulary, got shape "
             f"{tuple(logits.shape)} and strides {logits.stride()}"
         )
-    if backend_for(logits) == "triton":
-        from whiflash_kernels.triton_kernels import routing as kernels
-
-        return kernels.routing_stats(logits, rows)
-    from whiflash_kernels.reference import routing as reference
-
-    return reference.routing_stats(logits, rows)
+    return implementation(logits, "routing").routing_stats(logits, rows)

@@ -12,7 +12,7 @@ import torch
 from engine import engine
 from host_reads import HostReads, Launches
 from model_set import Models
-from whiflash_kernels.dispatch import backend_for
+from whiflash_kernels.dispatch import implementation
 
 MOST_BETWEEN = 4
 """Operators between kernels and models, of a round with all four routes: launches, where they are no graph.
@@ -54,16 +54,16 @@ def kernels_counted(calls: Counter[str]) -> Iterator[None]:
     ops = [
         m
         for name, m in sys.modules.items()
-        if name.startswith("whiflash_kernels.") and "backend_for" in vars(m)
+        if name.startswith("whiflash_kernels.") and "implementation" in vars(m)
     ]
 
-    def asked(tensor: torch.Tensor) -> Any:
+    def asked(tensor: torch.Tensor, module: str) -> Any:
         calls[sys._getframe(1).f_code.co_name] += 1
-        return backend_for(tensor)
+        return implementation(tensor, module)
 
     with ExitStack() as patched:
         for module in ops:
-            patched.enter_context(mock.patch.object(module, "backend_for", asked))
+            patched.enter_context(mock.patch.object(module, "implementation", asked))
         yield
 
 

@@ -16,8 +16,9 @@ def park(
     begins: Tensor,
     lengths: Tensor,
     row_starts: Tensor,
+    max_length: int,
 ) -> None:
-    """See `whiflash_kernels.backlog.park`."""
+    """See `whiflash_kernels.backlog.park`; `max_length` sizes a grid, and there is none here."""
     if all(length == 1 for length in lengths.tolist()):
         # What a round without drafts leaves; see reference/block.py.
         source, ring_rows = row_starts, request_slots.long() * rings.capacity + begins % rings.capacity
