@@ -28,9 +28,9 @@ ORDERS = {
     "pin-ar": ordered(prefer="ar", pin=True),
     "pin-diffusion": ordered(prefer="diffusion", pin=True),
     "pin-none": ordered(prefer="none", pin=True),
-    "bias-ar": ordered(bias={"ar": 16.0}),
-    "bias-diffusion": ordered(bias={"diffusion": 16.0}),
-    "bias-none": ordered(bias={"none": 16.0}),
+    "bias-ar": ordered(bias=(("ar", 16.0),)),
+    "bias-diffusion": ordered(bias=(("diffusion", 16.0),)),
+    "bias-none": ordered(bias=(("none", 16.0),)),
     "off": RequestHints(off=True),
 }
 

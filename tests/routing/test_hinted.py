@@ -15,7 +15,7 @@ from matrix import sampled
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, apply_hints
 from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Mean, OpenSpan
+from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 
 VOCABULARY = (b"x", b"<t>", b"</t>")
@@ -133,7 +133,7 @@ def test_a_right_preference_costs_nothing_and_is_not_needed_for_long() -> None:
 
 
 def test_a_preference_is_one_round_of_belief() -> None:
-    span, scores = OpenSpan("json", prefer="ar"), {"ar": 2.0, "none": 1.0}
+    span, scores = SpanHint("json", prefer="ar"), {"ar": 2.0, "none": 1.0}
 
     def scored(measured: dict[str, Mean] | None) -> float:
         return apply_hints(scores, span, frozenset({"ar"}), off=False, measured=measured).scores["ar"]

@@ -13,7 +13,8 @@ from whiflash_sglang.routing.policies import (
     apply_hints,
 )
 from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import OpenSpan, Signals
+from whiflash_sglang.routing.signals import Signals
+from whiflash_sglang.spans.hints import SpanHint
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -43,24 +44,24 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     ("span", "off", "arm", "reason"),
     [
         (None, False, "diffusion", "policy"),
-        (OpenSpan("tool_call"), False, "diffusion", "policy"),
-        (OpenSpan("tool_call", prefer="ar"), False, "ar", "span"),
-        (OpenSpan("json", bias={"ar": 3.0}), False, "ar", "span"),
-        (OpenSpan("json", bias={"ar": 0.1}), False, "diffusion", "span"),
-        (OpenSpan("json", prefer="lookup"), False, "diffusion", "policy"),
-        (OpenSpan("json", prefer="none", pin=True), False, "none", "pin"),
-        (OpenSpan("json", prefer="lookup", pin=True), False, "diffusion", "policy"),
-        (OpenSpan("tool_call", prefer="ar"), True, "none", "off"),
+        (SpanHint("tool_call"), False, "diffusion", "policy"),
+        (SpanHint("tool_call", prefer="ar"), False, "ar", "span"),
+        (SpanHint("json", bias=(("ar", 3.0),)), False, "ar", "span"),
+        (SpanHint("json", bias=(("ar", 0.1),)), False, "diffusion", "span"),
+        (SpanHint("json", prefer="lookup"), False, "diffusion", "policy"),
+        (SpanHint("json", prefer="none", pin=True), False, "none", "pin"),
+        (SpanHint("json", prefer="lookup", pin=True), False, "diffusion", "policy"),
+        (SpanHint("tool_call", prefer="ar"), True, "none", "off"),
     ],
 )
-def test_hints_move_scores(span: OpenSpan | None, off: bool, arm: str, reason: str) -> None:
+def test_hints_move_scores(span: SpanHint | None, off: bool, arm: str, reason: str) -> None:
     scores = EntropyPolicy(tau=1.0).score(Signals(BOTH, entropy=0.0))
     hinted = apply_hints(scores, span, BOTH, off=off)
     assert (best(hinted.scores), hinted.reason) == (arm, reason)
 
 
 def test_a_pin_overrides_a_pinned_policy() -> None:
-    span = OpenSpan("json", prefer="diffusion", pin=True)
+    span = SpanHint("json", prefer="diffusion", pin=True)
     assert best(apply_hints(Pinned("ar").score(Signals(BOTH)), span, BOTH, off=False).scores) == "diffusion"
 
 

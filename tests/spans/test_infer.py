@@ -1,5 +1,7 @@
 """Inference, and that the SDK and the server mean the same by the same bytes."""
 
+from itertools import groupby
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,12 +19,11 @@ def walk(hints: server_hints.RequestHints, text: str) -> list[str | None]:
     """Kinds in order of their change, one byte a token."""
     pieces = [bytes((byte,)) for byte in text.encode()]
     tracker = SpanTracker(hints.spans, pieces)
-    kinds = [tracker.state.kind]
+    kinds = [tracker.span.kind if tracker.span else None]
     for index in range(len(pieces)):
         tracker.push([index])
-        if tracker.state.kind != kinds[-1]:
-            kinds.append(tracker.state.kind)
-    return kinds
+        kinds.append(tracker.span.kind if tracker.span else None)
+    return [kind for kind, _ in groupby(kinds)]
 
 
 def test_a_forced_call_starts_inside_the_span() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from work import lines_run
 
 from whiflash_sglang.spans.hints import KINDS, SpanHint
-from whiflash_sglang.spans.tracker import SpanState, SpanTracker
+from whiflash_sglang.spans.tracker import SpanTracker
 
 TOOL = SpanHint("tool_call", "<tool_call>", "</tool_call>", prefer="lookup", bias=(("lookup", 1.0),))
 FENCE = SpanHint("code", "```", "```")
@@ -46,21 +46,27 @@ def intervals_on_whole_text(hint: SpanHint, text: bytes) -> list[Interval]:
     return found
 
 
-def expected_state(hints: list[SpanHint], pieces: list[bytes], length: int) -> SpanState:
-    text = b"".join(pieces)
-    seen = len(b"".join(pieces[:length]))
-    open_now = [
+def open_spans(hints: list[SpanHint], pieces: list[bytes], length: int) -> list[tuple[int, int]]:
+    """Of every span open after `length` tokens: the byte that it opened at, and minus its place among the hints."""
+    text, seen = b"".join(pieces), len(b"".join(pieces[:length]))
+    return [
         (interval.opened, -index)
         for index, hint in enumerate(hints)
         for interval in intervals_on_whole_text(hint, text)
         if interval.opened <= seen < interval.closed
     ]
-    if not open_now:
-        return SpanState(None, 0, length, None, False, (), length)
-    opened, index = max(open_now)
-    hint = hints[-index]
-    since = next(n for n in range(length + 1) if len(b"".join(pieces[:n])) >= opened)
-    return SpanState(hint.kind, len(open_now), since, hint.prefer, hint.pin, hint.bias, length)
+
+
+def check_spans(tracker: SpanTracker, hints: list[SpanHint], pieces: list[bytes], length: int) -> None:
+    open_now = open_spans(hints, pieces, length)
+    assert tracker.span is (hints[-max(open_now)[1]] if open_now else None)
+    since: dict[str, int] = {}
+    for opened, index in open_now:
+        position = next(n for n in range(length + 1) if len(b"".join(pieces[:n])) >= opened)
+        kind = hints[-index].kind
+        since[kind] = min(position, since.get(kind, position))
+    assert tracker.kinds == since.keys()
+    assert {kind: tracker.since(kind) for kind in KINDS} == {kind: since.get(kind) for kind in KINDS}
 
 
 def cut(text: bytes, at: list[int]) -> list[bytes]:
@@ -96,10 +102,10 @@ def check_case(case: tuple[list[SpanHint], list[bytes], list[int]]) -> None:
         step = rounds[turn % len(rounds)]
         tracker.push(range(at, min(at + step, len(pieces))))
         at, turn = min(at + step, len(pieces)), turn + 1
-        assert tracker.state == expected_state(hints, pieces, at)
+        check_spans(tracker, hints, pieces, at)
     replayed = SpanTracker(hints, pieces)
     replayed.push(range(len(pieces)))
-    assert replayed.state == tracker.state
+    assert replayed.span is tracker.span
 
 
 @given(cases())
@@ -124,7 +130,7 @@ def kinds_by_token(hints: list[SpanHint], text: str) -> list[str | None]:
     kinds = []
     for index in range(len(pieces)):
         tracker.push([index])
-        kinds.append(tracker.state.kind)
+        kinds.append(tracker.span.kind if tracker.span else None)
     return kinds
 
 
@@ -140,13 +146,14 @@ def test_a_begin_inside_an_open_span_does_not_keep_it_open() -> None:
 
 def test_equal_markers_toggle_and_spans_overlap() -> None:
     tracker = SpanTracker([TOOL, FENCE], [b"```", b"<tool_call>", b"</tool_call>"])
-    for token, kind, depth, since in [(0, "code", 1, 1), (1, "tool_call", 2, 2), (0, "tool_call", 1, 2)]:
+    for token, span, kinds, since in [
+        (0, FENCE, {"code"}, None),
+        (1, TOOL, {"code", "tool_call"}, 2),
+        (0, TOOL, {"tool_call"}, 2),
+        (2, None, set(), None),
+    ]:
         tracker.push([token])
-        state = tracker.state
-        assert (state.kind, state.depth, state.since_position) == (kind, depth, since)
-    assert (tracker.state.prefer, tracker.state.bias) == ("lookup", (("lookup", 1.0),))
-    tracker.push([2])
-    assert tracker.state == SpanState(None, 0, 4, None, False, (), 4)
+        assert (tracker.span, tracker.kinds, tracker.since("tool_call")) == (span, kinds, since)
 
 
 def test_of_spans_opened_together_the_first_listed_is_active() -> None:
@@ -157,7 +164,7 @@ def test_of_spans_opened_together_the_first_listed_is_active() -> None:
 def test_unknown_token_ids_count_as_tokens_without_bytes() -> None:
     tracker = SpanTracker([FENCE], [b"``", b"`"])
     tracker.push([0, -1, 2, 99, 1])
-    assert (tracker.state.kind, tracker.state.since_position, tracker.length) == ("code", 5, 5)
+    assert (tracker.span, tracker.since("code"), tracker.length) == (FENCE, 5, 5)
 
 
 def test_memory_is_one_marker_and_work_is_linear() -> None:

@@ -77,7 +77,7 @@ def test_a_tracker_follows_real_tokens() -> None:
         'é<tool_call>{"name": "search"}</tool_call>é', add_special_tokens=False
     ).ids:
         tracker.push([token])
-        states.append(tracker.state.kind)
+        states.append(tracker.span.kind if tracker.span else None)
     assert states[0] is None
     assert states[-1] is None
     assert "tool_call" in states

@@ -63,7 +63,7 @@ class Blocks:
         return self._runs[-1][0]
 
     def _open(self) -> Scope:
-        active = self._tracker.open.active
+        active = self._tracker.active
         return self._scope if active is None else self._scope._replace(block=self.names[active])
 
     def follow(self, tokens: Sequence[int]) -> None:

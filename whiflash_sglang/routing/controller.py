@@ -155,4 +155,4 @@ def _ordered(state: RequestState, scores: Scores, costs: Costs | None) -> Scores
     if state.decision.free or span is None or state.decision.reason != "span":
         return scores
     (arm,) = assign([scores], costs, [state.previous], Dwell(), [state.decision.signals.expected])
-    return {arm: max(scores[arm] - span.bias.get(arm, 0.0), 1.0)}
+    return {arm: max(scores[arm] - dict(span.bias).get(arm, 0.0), 1.0)}

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 from whiflash_sglang import arms
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
-from whiflash_sglang.routing.signals import Mean, OpenSpan, Signals
+from whiflash_sglang.routing.signals import Mean, Signals
+from whiflash_sglang.spans.hints import SpanHint
 
 PROBE_ROUNDS = 256
 """Rounds of the batch between two probes of an arm that is well known."""
@@ -276,7 +277,7 @@ class Hinted(NamedTuple):
 
 def apply_hints(
     scores: Mapping[str, float],
-    span: OpenSpan | None,
+    span: SpanHint | None,
     allowed: frozenset[str],
     *,
     off: bool,

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
-from whiflash_sglang.routing.signals import Forecast, Mean, OpenSpan, Signals
-from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.routing.signals import Forecast, Mean, Signals
+from whiflash_sglang.spans.hints import RequestHints, SpanHint
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
 from whiflash_sglang.telemetry.trace import Recording
@@ -31,7 +31,7 @@ class Decision:
         order: it counts for one round.
         """
         span = self.signals.span
-        return self.reason not in ("pin", "off") and not (span and any(span.bias.values()))
+        return self.reason not in ("pin", "off") and not (span and any(added for _, added in span.bias))
 
 
 @dataclass(slots=True)
@@ -67,14 +67,9 @@ class RequestState:
     begun: bool = False
 
     @property
-    def span(self) -> OpenSpan | None:
+    def span(self) -> SpanHint | None:
         """The innermost open span at the end of the committed text."""
-        if self.tracker is None:
-            return None
-        state = self.tracker.state
-        if state.kind is None:
-            return None
-        return OpenSpan(state.kind, state.prefer, state.pin, dict(state.bias))
+        return None if self.tracker is None else self.tracker.span
 
     def signals(self, forecast: Mapping[str, Forecast | None]) -> Signals:
         """What a policy may know; `forecast`: arms that may draft, with what they say of the round or None."""

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from whiflash_sglang.spans.hints import SpanHint
+
 
 @dataclass(slots=True)
 class Mean:
@@ -40,20 +42,6 @@ NOTHING_AHEAD = Forecast(1.0, 1)
 
 
 @dataclass(frozen=True, slots=True)
-class OpenSpan:
-    """The innermost span that is open at the end of the committed text.
-
-    kind: tool_call, json, code, reasoning or prose. prefer: an arm the hint names, or None; pin: it must be used.
-    bias: expected accepted tokens to add to an arm's score.
-    """
-
-    kind: str
-    prefer: str | None = None
-    pin: bool = False
-    bias: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Signals:
     """Per-request signals. Host-side ones may lag one round (overlap scheduling).
 
@@ -64,6 +52,7 @@ class Signals:
     expected: what arms that look before they draft say of the next round. predicted: arm → its acceptance length, where
         a router's heads tell.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
+    span: the innermost open one at the end of the committed text.
     rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the
         last one of them; arms that it was never routed to are absent.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
@@ -76,7 +65,7 @@ class Signals:
     expected: Mapping[str, Forecast] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
-    span: OpenSpan | None = None
+    span: SpanHint | None = None
     rounds: int = 0
     tried: Mapping[str, int] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)

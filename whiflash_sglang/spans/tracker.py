@@ -14,31 +14,10 @@ output, and memory is one marker's length.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from whiflash_sglang.spans.hints import Bias, SpanHint
-
-
-@dataclass(frozen=True, slots=True)
-class SpanState:
-    """The span that output token `length` would be written into.
-
-    kind: kind of the active span; None outside all spans.
-    depth: number of open spans.
-    since_position: output tokens committed when the active span opened; `length` outside all spans.
-    prefer, pin, bias: the active span's wishes, see `SpanHint`.
-    length: committed output tokens this state was true at.
-    """
-
-    kind: str | None
-    depth: int
-    since_position: int
-    prefer: str | None
-    pin: bool
-    bias: Bias
-    length: int
+from whiflash_sglang.spans.hints import SpanHint
 
 
 class Markers(NamedTuple):
@@ -47,18 +26,6 @@ class Markers(NamedTuple):
     begin: str | None
     end: str | None
     open: bool = False
-
-
-class Open(NamedTuple):
-    """The stretch that the next token would be written into.
-
-    active: its number among the markers; None outside all of them. depth: how many are open. since_position: output
-    tokens committed when it opened.
-    """
-
-    active: int | None
-    depth: int
-    since_position: int
 
 
 class _Rule:
@@ -125,17 +92,13 @@ class MarkerTracker:
         return self._length
 
     @property
-    def open(self) -> Open:
-        """What is open after everything pushed so far."""
-        active: int | None = None
-        depth, latest = 0, -1
+    def active(self) -> int | None:
+        """Number of the markers whose stretch the next token would be written into; None outside all of them."""
+        active, latest = None, -1
         for number, rule in enumerate(self._rules):
-            if rule.opened_at is not None:
-                depth += 1
-                if rule.opened_at > latest:  # strictly: of spans opened together the first listed is active
-                    active, latest = number, rule.opened_at
-        since = self._length if active is None else self._rules[active].since_position
-        return Open(active, depth, since)
+            if rule.opened_at is not None and rule.opened_at > latest:
+                active, latest = number, rule.opened_at  # of spans opened together the first listed is active
+        return active
 
 
 class SpanTracker(MarkerTracker):
@@ -160,10 +123,7 @@ class SpanTracker(MarkerTracker):
         return min(found, default=None)
 
     @property
-    def state(self) -> SpanState:
-        """The open span after everything pushed so far."""
-        active, depth, since = self.open
-        if active is None:
-            return SpanState(None, 0, self._length, None, False, (), self._length)
-        hint = self._spans[active]
-        return SpanState(hint.kind, depth, since, hint.prefer, hint.pin, hint.bias, self._length)
+    def span(self) -> SpanHint | None:
+        """The innermost open span after everything pushed so far."""
+        active = self.active
+        return None if active is None else self._spans[active]

@@ -31,7 +31,7 @@ def kinds_of(
     tracker = SpanTracker(hints.spans, token_bytes)
     kinds = []
     for token in answer:
-        kinds.append(tracker.state.kind or PROSE)
+        kinds.append(tracker.span.kind if tracker.span else PROSE)
         tracker.push([token])
     return kinds
 
