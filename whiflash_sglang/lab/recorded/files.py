@@ -1,24 +1,39 @@
-"""Recorded files of any format that is known, as conversations."""
+"""Recorded files of any format that is known, as conversations.
+
+A reader takes a record's place in its file, a name and the record, and raises `RecordError` naming the field that is
+wrong.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.jsonl import lines_of
-from whiflash_sglang.lab.recorded import bfcl, openai_log, openhands, swe_agent, tau_bench
-from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError, tools_of
+from whiflash_sglang.lab.recorded.conversation import (
+    Conversation,
+    Message,
+    RecordError,
+    call,
+    conversation,
+    list_of,
+    object_of,
+    text_of,
+    tools_of,
+)
+from whiflash_sglang.spans.hints import HintError
+from whiflash_sglang.spans.prediction import body_prediction
 
 MAX_BYTES = 1 << 30
 """Of one file."""
-
-FORMATS = (tau_bench, bfcl, openhands, swe_agent, openai_log)
-"""In this order the first one that fits reads a record: the last is the least particular."""
 
 KNOWN = (
     "tau-bench trajectories, BFCL multi-turn results, SWE-agent, mini-swe-agent and OpenHands trajectories, "
     "OpenAI messages"
 )
+
+_STEP = "step_"
 
 
 def read_recorded(path: Path) -> list[Conversation]:
@@ -32,10 +47,10 @@ def read_recorded(path: Path) -> list[Conversation]:
     """
     found = []
     for where, name, record in _records(path):
-        reader = next((form for form in FORMATS if form.fits(record)), None)
+        reader = next((reader for fits, reader in FORMATS if fits(record)), None)
         if reader is None:
             raise RecordError(f"{where}: of no known format ({KNOWN})")
-        read = reader.read(where, name, record)
+        read = reader(where, name, record)
         if read.answers:
             found.append(read)
     if not found:
@@ -61,7 +76,7 @@ def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
             yield f"{path}, line {number}", f"{path.stem}-{number}", _parse(line, f"{path}, line {number}")
         return
     document = _parse(text, str(path))
-    if isinstance(document, list) and not swe_agent.fits(document):
+    if isinstance(document, list) and not _is_swe_agent(document):
         for index, record in enumerate(document):
             yield f"{path}, record {index}", f"{path.stem}-{index}", record
     else:
@@ -98,3 +113,216 @@ def _parse(text: str, where: str) -> Any:
         raise RecordError(f"{where}: nested too deeply") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise RecordError(f"{where}: not JSON ({error})") from None
+
+
+# tau-bench
+
+
+def _tau_bench(where: str, name: str, record: dict[str, Any]) -> Conversation:
+    """A list of `{task_id, trial, reward, info, traj}`, `traj` in OpenAI's form. The tools are not recorded.
+
+    Source: sierra-research/tau-bench, `historical_trajectories/` and what `run.py` writes.
+    """
+    if record.get("task_id") is not None:
+        name = f"{name}/task {record['task_id']} trial {record.get('trial', 0)}"
+    return conversation(where, name, "tau-bench", list_of(f"{where}, traj", record["traj"]))
+
+
+# BFCL's multi-turn results
+
+
+def _bfcl(where: str, name: str, record: dict[str, Any]) -> Conversation:
+    """One task on a line, the conversation in `inference_log`. The tools are not recorded.
+
+        {"id": "multi_turn_base_0", "result": [...], "inference_log": [
+            [{"role": "state_info", ...}],
+            {"begin_of_turn_query": [{"role": "user", ...}],
+             "step_0": [{"role": "assistant", "content": [{"ls": "{\"a\": true}"}]}, {"role": "handler_log", ...},
+                        {"role": "tool", "content": "…"}], "step_1": [...]}, ...]}
+
+    A function-calling model's answer is a list of `{name: arguments}`, a prompted model's is text. Source:
+    ShishirPatil/gorilla, `bfcl_eval/model_handler/base_handler.py` (`inference_multi_turn_FC`,
+    `inference_multi_turn_prompting`).
+    """
+    messages: list[object] = []
+    for index, turn in enumerate(list_of(f"{where}, inference_log", record["inference_log"])):
+        if isinstance(turn, list):  # the environment's state, between turns
+            continue
+        place = f"{where}, inference_log[{index}]"
+        asked = object_of(place, turn).get("begin_of_turn_query")
+        messages += list_of(f"{place}.begin_of_turn_query", asked)
+        for key in sorted((key for key in turn if key.startswith(_STEP)), key=lambda k: _number(place, k)):
+            messages += _step(f"{place}.{key}", turn[key])
+    return conversation(where, text_of(f"{where}, id", record.get("id")) or name, "BFCL multi-turn", messages)
+
+
+def _number(place: str, key: str) -> int:
+    number = key.removeprefix(_STEP)
+    if not (number.isascii() and number.isdigit()):
+        raise RecordError(f"{place}.{ascii(key[:32])[1:-1]}: steps are numbered")
+    return int(number)
+
+
+def _step(place: str, entries: object) -> Iterator[Message]:
+    for index, raw in enumerate(list_of(place, entries)):
+        entry = object_of(f"{place}[{index}]", raw)
+        if entry.get("role") == "tool":
+            yield entry
+        elif entry.get("role") == "assistant":
+            content = entry.get("content")
+            message: Message = {"role": "assistant", "reasoning_content": entry.get("reasoning_content")}
+            if isinstance(content, list):
+                calls = [object_of(f"{place}[{index}].content[{i}]", one) for i, one in enumerate(content)]
+                message["tool_calls"] = [call(name, given) for one in calls for name, given in one.items()]
+            else:
+                message["content"] = content
+            yield message
+
+
+# OpenHands
+
+
+def _is_openhands(record: Any) -> bool:
+    history = record.get("history") if isinstance(record, dict) else None
+    if not isinstance(history, list):
+        return False
+    first = next(iter(history), None)
+    return isinstance(first, list) or (
+        isinstance(first, dict) and bool({"action", "observation"} & set(first))
+    )
+
+
+def _openhands(where: str, name: str, record: dict[str, Any]) -> Conversation:
+    """`history` of events, an action followed by its observation.
+
+        {"instance_id": "…", "history": [
+            {"action": "system", "args": {"content": "…", "tools": [...]}},
+            {"action": "message", "source": "user", "args": {"content": "…"}},
+            {"action": "run", "source": "agent", "tool_call_metadata": {"tool_call_id": "…",
+                "model_response": {"id": "…", "choices": [{"message": {...}}]}}},
+            {"observation": "run", "content": "…", "tool_call_metadata": {"tool_call_id": "…"}}]}
+
+    A response with several calls is recorded with every one of its actions, and read once. Older files hold pairs
+    `[action, observation]`. Source: All-Hands-AI/OpenHands, `openhands/events/serialization/`, and the `output.jsonl`
+    of its evaluations. Events without text of the conversation (states, recalls, condensations) are left out.
+    """
+    messages: list[object] = []
+    tools: object = None
+    answered: set[str] = set()
+    for place, event in _events(f"{where}, history", record["history"]):
+        if event.get("action") == "system":
+            args = object_of(f"{place}.args", event.get("args"))
+            tools = args.get("tools")
+            messages.append({"role": "system", "content": args.get("content")})
+        elif "action" in event:
+            messages += _action(place, event, answered)
+        elif event.get("tool_call_metadata") is not None:
+            called = object_of(f"{place}.tool_call_metadata", event["tool_call_metadata"])
+            content = event.get("content")
+            messages.append({"role": "tool", "content": content, "tool_call_id": called.get("tool_call_id")})
+    name = text_of(f"{where}, instance_id", record.get("instance_id")) or name
+    return conversation(where, name, "OpenHands", messages, tools)
+
+
+def _events(where: str, history: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, entry in enumerate(list_of(where, history)):
+        for event in entry if isinstance(entry, list) else [entry]:
+            yield f"{where}[{index}]", object_of(f"{where}[{index}]", event)
+
+
+def _action(place: str, event: dict[str, Any], answered: set[str]) -> Iterator[Message]:
+    if event.get("tool_call_metadata") is not None:
+        called = object_of(f"{place}.tool_call_metadata", event["tool_call_metadata"])
+        place = f"{place}.tool_call_metadata.model_response"
+        response = object_of(place, called.get("model_response"))
+        response_id = text_of(f"{place}.id", response.get("id"))
+        if response_id in answered:
+            return
+        if response_id:
+            answered.add(response_id)
+        yield {**_message_of(place, response), "role": "assistant"}
+    elif event.get("action") in ("message", "finish"):
+        args = object_of(f"{place}.args", event.get("args"))
+        content = args.get("content") if event["action"] == "message" else args.get("final_thought")
+        if content:
+            yield {"role": "user" if event.get("source") == "user" else "assistant", "content": content}
+
+
+# SWE-agent
+
+
+def _is_swe_agent(record: Any) -> bool:
+    if isinstance(record, list):
+        return bool(record) and all(isinstance(entry, dict) and "role" in entry for entry in record)
+    if not isinstance(record, dict):
+        return False
+    if "trajectory_format" in record and "messages" in record:
+        return True
+    history = record.get("history")
+    return isinstance(history, list) and any(isinstance(entry, dict) and "role" in entry for entry in history)
+
+
+def _swe_agent(where: str, name: str, record: Any) -> Conversation:
+    """Trajectories of SWE-agent (`*.traj`: `history`) and mini-swe-agent (`*.traj.json`: `messages`, or a bare list).
+
+    Source: SWE-agent/SWE-agent, `docs/usage/trajectories.md` and `trajectories/demonstrations/`;
+    SWE-agent/mini-swe-agent, `docs/usage/output_files.md`. Messages are in OpenAI's form; demonstrations that were
+    shown to the model come as one message, and what the agent's driver noted when it ended (`role: exit`) was never
+    sent.
+    """
+    given: dict[str, Any] = {"messages": record} if isinstance(record, list) else record
+    key = "messages" if "messages" in given else "history"
+    messages = [
+        entry
+        for entry in list_of(f"{where}, {key}", given[key])
+        if not (isinstance(entry, dict) and entry.get("role") == "exit")
+    ]
+    name = text_of(f"{where}, instance_id", given.get("instance_id")) or name
+    return conversation(where, name, "SWE-agent", messages)
+
+
+# OpenAI's messages
+
+
+def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
+    """One conversation, or one request with its response, on a line.
+
+        {"messages": [...], "tools": [...], "prediction": {...}, "id": "…", "category": "…"}
+        {"request": {"messages": [...], "tools": [...]}, "response": {"choices": [{"message": {...}}]}}
+
+    Gateways log the second form; the first choice is the recorded answer. A prediction is of the last answer.
+    """
+    if "messages" in record:
+        given, messages = record, list_of(f"{where}, messages", record["messages"])
+    else:
+        given = object_of(f"{where}, request", record["request"])
+        answer = _message_of(f"{where}, response", record.get("response"))
+        messages = [*list_of(f"{where}, request.messages", given.get("messages")), answer]
+    found = conversation(
+        where,
+        text_of(f"{where}, id", record.get("id")) or name,
+        text_of(f"{where}, category", record.get("category")) or "log",
+        messages,
+        given.get("tools"),
+    )
+    try:
+        return replace(found, prediction=body_prediction(given))
+    except HintError as error:
+        raise RecordError(f"{where}, {error}") from None
+
+
+def _message_of(where: str, response: object) -> Message:
+    """The message of a response's first choice."""
+    choices = list_of(f"{where}.choices", object_of(where, response).get("choices"))
+    choice = object_of(f"{where}.choices[0]", choices[0] if choices else None)
+    return object_of(f"{where}.choices[0].message", choice.get("message"))
+
+
+FORMATS: tuple[tuple[Callable[[Any], bool], Callable[[str, str, Any], Conversation]], ...] = (
+    (lambda record: isinstance(record, dict) and "traj" in record, _tau_bench),
+    (lambda record: isinstance(record, dict) and "inference_log" in record, _bfcl),
+    (_is_openhands, _openhands),
+    (_is_swe_agent, _swe_agent),
+    (lambda record: isinstance(record, dict) and ("messages" in record or "request" in record), _openai_log),
+)
+"""Whether a record is of a format, and its reader. The first that fits reads it: the last is the least particular."""
