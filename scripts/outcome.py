@@ -3,8 +3,8 @@
 import shlex
 from pathlib import Path
 
+from whiflash_sglang import provenance
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.lab.bench import provenance
 
 
 def write(path: Path, title: str, *paragraphs: str) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import httpx
 
+from whiflash_sglang import provenance
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.serve import server_arguments
-from whiflash_sglang.lab.bench import provenance
 from whiflash_sglang.serving.server import Server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "structure"))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import attention_shape, integer, number, read_json_config
 from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.layers import AttentionShape, rope_parameters
+from whiflash_sglang.models.target import TargetModel
 
 ORIGIN = "target.json"
 """Of a directory that SGLang's scheduler wrote (`compat/training/recorder.py`)."""
@@ -24,43 +25,18 @@ def vocabulary_file(directory: Path, rank: int) -> Path:
     return directory / f"vocabulary-{rank}.safetensors"
 
 
-class Origin(Protocol):
-    """A target, as drafters begin from it: a `TargetModel`, or a `ServedOrigin`.
-
-    Attributes:
-        embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by.
-        final_norm: [H], weights of a drafter's last norm.
-        attention_shape, intermediate_size, rope, max_positions, eps: of a drafter's layers. device, dtype: of tensors.
-        layers: the target's own, for drafters to begin as; empty where they are of another kind.
-    """
-
-    embedding: Tensor
-    embedding_scale: float
-    head: Tensor
-    final_norm: Tensor
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-    attention_shape: AttentionShape
-    intermediate_size: int
-    rope: dict[str, Any]
-    max_positions: int
-    eps: float
-
-    @property
-    def layers(self) -> Sequence[Any]: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
 @dataclass
 class ServedOrigin:
     """A target that SGLang alone knows: what it told, and its `config.json`.
 
     Where that does not say how a drafter's layers should look (a target of experts or of latent attention), the
     training configuration does. They rotate whole heads by plain RoPE, whatever the target does.
+
+    Attributes:
+        embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by.
+        final_norm: [H], weights of a drafter's last norm.
+        attention_shape, intermediate_size, rope, max_positions, eps: of a drafter's layers.
+        layers: none of the target's own are known, for drafters to begin as.
     """
 
     embedding: Tensor
@@ -134,6 +110,10 @@ class ServedOrigin:
     def dtype(self) -> torch.dtype:
         """Of its tensors."""
         return self.embedding.dtype
+
+
+Origin = TargetModel | ServedOrigin
+"""A target, as drafters begin from it."""
 
 
 def _vocabulary(told: Path, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:

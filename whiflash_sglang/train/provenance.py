@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from whiflash_sglang.provenance import made_by
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
 
@@ -35,16 +31,9 @@ class Provenance:
         return cls(
             time.time(),
             {
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "revision": _revision(),
-                "python": platform.python_version(),
-                "packages": {name: version(name) for name in _PACKAGES},
-                "hardware": {
-                    "machine": platform.machine(),
-                    "cpu_cores": os.cpu_count(),
-                    "threads": torch.get_num_threads(),
-                    "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-                },
+                **made_by(_PACKAGES),
+                "threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
                 "config": settings,
                 "data": [_describe(store) for store in stores],
             },
@@ -54,12 +43,6 @@ class Provenance:
         """Write `provenance.json` into `directory`."""
         record = {**self.record, "wall_seconds": round(time.time() - self.began, 1), **results}
         (directory / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _revision() -> str | None:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 def trained_on(checkpoint: Path, store: FeatureStore) -> int:

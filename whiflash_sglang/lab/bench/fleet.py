@@ -13,6 +13,7 @@ import httpx
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.arms import SEVERAL
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
+from whiflash_sglang.provenance import threads
 from whiflash_sglang.serving.server import Server
 from whiflash_sglang.serving.server_host import ServerHost
 
@@ -32,11 +33,6 @@ class Running(Protocol):
 
 Make = Callable[[Sequence[str], Path | None, Path | None], Running]
 """Arguments, log file and checkout of the project (None: this one) to a server that is not started yet."""
-
-
-def threads() -> int:
-    """Compute threads of every server: the user's OMP_NUM_THREADS, or all cores."""
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def environment(arguments: Sequence[str]) -> dict[str, str]:

@@ -16,10 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from whiflash_sglang import __version__
+from whiflash_sglang import __version__, provenance
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.jsonl import write_whole
-from whiflash_sglang.lab.bench import provenance
 from whiflash_sglang.lab.bench.arms import Arm
 from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
 from whiflash_sglang.lab.bench.command import loads_of, open_fleet

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import httpx
 from rich.progress import Progress
 
-from whiflash_sglang import __version__
+from whiflash_sglang import __version__, provenance
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.lab.bench import provenance, scaling
+from whiflash_sglang.lab.bench import scaling
 from whiflash_sglang.lab.bench.arms import NONE, Arm, Subject
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, environment

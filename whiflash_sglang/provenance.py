@@ -5,30 +5,41 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from whiflash_sglang.lab.bench.fleet import threads
-
-_PACKAGES = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transformers", "triton", "openai")
+_MEASURED = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transformers", "triton", "openai")
 
 
-def environment(bundle: Path) -> dict[str, Any]:
-    """Everything that does not depend on the plan. Names no directory of this machine."""
+def made_by(packages: Sequence[str]) -> dict[str, Any]:
+    """Command, revision, versions and hardware of this process. Names no directory of this machine."""
     return {
         "command": [Path(sys.argv[0]).name, *_without_directories(sys.argv[1:])],
         **checkout(Path(__file__).parent),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in packages},
         "hardware": {
             "machine": platform.machine(),
             "cpu": _cpu(),
             "cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         },
+    }
+
+
+def threads() -> int:
+    """Compute threads of every server that is measured: the user's OMP_NUM_THREADS, or all cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def environment(bundle: Path) -> dict[str, Any]:
+    """Everything of a measurement that does not depend on its plan."""
+    return {
+        **made_by(_MEASURED),
         "threads": threads(),
         "bundle_sha256": {
             str(path.relative_to(bundle)): hashlib.sha256(path.read_bytes()).hexdigest()
