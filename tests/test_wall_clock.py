@@ -14,7 +14,7 @@ WALL = re.compile(
 DATES = {
     "sdk/whiflash_sdk/collecting.py",
     "whiflash_sglang/compat/http/samples.py",
-    "whiflash_sglang/train/provenance.py",
+    "whiflash_sglang/train/answers/provenance.py",
 }
 """Say when something was; nothing is computed from it but the seconds that a training is said to have taken."""
 

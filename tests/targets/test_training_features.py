@@ -18,12 +18,10 @@ from whiflash_sglang.compat.training.offline import Generated
 from whiflash_sglang.compat.training.recorder import WANTED, Recorder
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import ORIGIN, ServedOrigin, vocabulary_file
-from whiflash_sglang.train.answers.data import load_target
+from whiflash_sglang.train.answers.data import Teacher, load_target
 from whiflash_sglang.train.answers.generate import Answer
-from whiflash_sglang.train.answers.grammar import GrammarSpec, tool_call_grammar
-from whiflash_sglang.train.answers.prompts import PromptRow
+from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow, tool_call_grammar
 from whiflash_sglang.train.answers.served import ServedTarget
-from whiflash_sglang.train.answers.teacher import Teacher
 from whiflash_sglang.train.config import Data, Hardware, Slots
 
 CAPTURE = [0, 1, 2, 3, 4]

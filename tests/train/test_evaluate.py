@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.replay.pair import ARMS
-from whiflash_sglang.train.replay.replay import ALL_ARMS, LOOKUP, Replay
+from whiflash_sglang.train.replay.replay import ALL_ARMS, ARMS, LOOKUP, Replay
 from whiflash_sglang.train.replay.walk import (
     ORACLE,
     ORACLE_OF_THREE,

@@ -9,9 +9,8 @@ from tiny_models import tiny_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whiflash_sglang.models.target import TargetModel, causal_attention
-from whiflash_sglang.train.answers.generate import Answer, Generator, GroupShape
-from whiflash_sglang.train.answers.grammar import GrammarMasks, GrammarSpec
-from whiflash_sglang.train.answers.prompts import PromptRow
+from whiflash_sglang.train.answers.generate import Answer, Generator, GrammarMasks, GroupShape
+from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow
 
 CAPTURE = [1, 3]
 NEW = 20

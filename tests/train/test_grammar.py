@@ -8,12 +8,8 @@ import xgrammar
 from tiny_models import tiny_target
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from whiflash_sglang.train.answers.grammar import (
-    GrammarMasks,
-    GrammarSpec,
-    response_format_grammar,
-    tool_call_grammar,
-)
+from whiflash_sglang.train.answers.generate import GrammarMasks
+from whiflash_sglang.train.answers.prompts import GrammarSpec, response_format_grammar, tool_call_grammar
 
 TOOLS = [
     {

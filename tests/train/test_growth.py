@@ -13,8 +13,8 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.config import Eagle3
-from whiflash_sglang.train.drafters.beginnings import go_on_from, grown
 from whiflash_sglang.train.drafters.eagle3 import initialise
+from whiflash_sglang.train.drafters.initialisation import go_on_from, grown
 
 SETTINGS = Eagle3(target_layers=[1, 3, 4], source_layer=5, draft_vocab_size=40)
 

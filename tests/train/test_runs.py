@@ -26,14 +26,13 @@ from whiflash_sglang.lab.judging.evaluation import (
     write_picture,
 )
 from whiflash_sglang.train.answers import store
-from whiflash_sglang.train.answers.copies import next_logits
 from whiflash_sglang.train.answers.data import generate_data, load_target
+from whiflash_sglang.train.answers.provenance import digest_of
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, open_stores
-from whiflash_sglang.train.answers.tokens import Exported, export_tokens, rebuild_features
+from whiflash_sglang.train.answers.tokens import Exported, export_tokens, next_logits, rebuild_features
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
-from whiflash_sglang.train.provenance import digest_of
 from whiflash_sglang.train.router.run import choose_answers
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

@@ -72,10 +72,9 @@ def audit_command(
     import torch
 
     from whiflash_sglang.models.target import TargetModel
-    from whiflash_sglang.train.answers.copies import compare_copies, judge
     from whiflash_sglang.train.answers.data import target_path
     from whiflash_sglang.train.answers.prompts import read_rows
-    from whiflash_sglang.train.answers.tokens import Exported
+    from whiflash_sglang.train.answers.tokens import Exported, compare_copies, judge
 
     exported = Exported(tokens)
     found = compare_copies(exported)

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whiflash_sglang.lab.judging.round_costs import RoundSeconds
-from whiflash_sglang.train.replay.pair import ARMS
-from whiflash_sglang.train.replay.replay import Replay
+from whiflash_sglang.train.replay.replay import ARMS, Replay
 from whiflash_sglang.train.replay.walk import Choices, Tally, choices_above, walk
 
 GRID = 41

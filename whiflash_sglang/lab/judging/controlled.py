@@ -13,8 +13,7 @@ from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Forecast, Signals
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.train.replay.pair import ARMS
-from whiflash_sglang.train.replay.replay import JOINED, LOOKUP, Replay
+from whiflash_sglang.train.replay.replay import ARMS, JOINED, LOOKUP, Replay
 from whiflash_sglang.train.replay.walk import Choices
 
 REPLAYED = {

@@ -25,8 +25,7 @@ from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_emb
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware, Slots
-from whiflash_sglang.train.replay.pair import Pair, Parts
-from whiflash_sglang.train.replay.replay import Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.replay.walk import (
     LOOP,
     ORACLE,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.target import TargetModel, causal_attention, unknown
 from whiflash_sglang.progress import progress
-from whiflash_sglang.train.answers.generate import Answer, Generator, GroupShape
-from whiflash_sglang.train.answers.grammar import GrammarMasks
+from whiflash_sglang.train.answers.generate import Answer, Generator, GrammarMasks, GroupShape
 from whiflash_sglang.train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
-from whiflash_sglang.train.answers.resume import check_same_run
+from whiflash_sglang.train.answers.provenance import check_same_run
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, has_answers, open_stores
-from whiflash_sglang.train.answers.teacher import Teacher
 from whiflash_sglang.train.config import Data, Hardware, TrainConfig
+
+if TYPE_CHECKING:
+    from whiflash_sglang.train.answers.served import ServedTarget
 
 _MIN_ANSWER = 4
 _RESERVE = 2**30  # bytes left free on the disk
@@ -28,7 +29,10 @@ _RESERVE = 2**30  # bytes left free on the disk
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """The target with its tokenizer, template and grammar compiler. It is a `Teacher`."""
+    """The target with its tokenizer, template and grammar compiler, run by this package.
+
+    capture: layers whose outputs are the features, ascending.
+    """
 
     model: TargetModel
     tokenizer: PreTrainedTokenizerBase
@@ -69,6 +73,10 @@ class LoadedTarget:
 
     def close(self) -> None:
         """It holds nothing but memory."""
+
+
+Teacher: TypeAlias = "LoadedTarget | ServedTarget"
+"""The target while data is made: it answers prompts, and gives the features of texts. The second is SGLang's."""
 
 
 @dataclass

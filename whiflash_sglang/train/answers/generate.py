@@ -4,6 +4,7 @@ Rows live in groups of equal capacity, so that attention over a long prompt is n
 finished row's slot is refilled at once. Every decode step is one packed forward over all rows.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,15 +12,63 @@ from typing import NamedTuple
 import torch
 import xgrammar
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel, causal_attention
 from whiflash_sglang.train.answers.attention import decode_attention
-from whiflash_sglang.train.answers.grammar import GrammarMasks
 from whiflash_sglang.train.answers.loops import loop_start
-from whiflash_sglang.train.answers.prompts import PromptRow
+from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow
 
 LOOP_CHECK_EVERY = 16
+
+
+class GrammarMasks:
+    """Compiles grammars for one tokenizer and fills bit masks for rows of logits.
+
+    They are the masks that SGLang 0.5.23 applies, built with the same xgrammar calls and settings.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_id: int) -> None:
+        info = xgrammar.TokenizerInfo.from_huggingface(
+            tokenizer, vocab_size=vocab_size, stop_token_ids=[eos_id]
+        )
+        self._compiler = xgrammar.GrammarCompiler(info)
+        self._vocab_size = vocab_size
+
+    def matcher(self, spec: GrammarSpec) -> xgrammar.GrammarMatcher:
+        """A fresh matcher. Raises `RuntimeError` (xgrammar's) for a schema that it cannot compile."""
+        if spec.kind == "json":
+            compiled = self._compiler.compile_json_schema(
+                spec.text, any_whitespace=True, max_whitespace_cnt=None
+            )
+        else:
+            parts = json.loads(spec.text)
+            items = [
+                xgrammar.StructuralTagItem(
+                    begin=part["begin"], schema=json.dumps(part["schema"]), end=part["end"]
+                )
+                for part in parts["structures"]
+            ]
+            tag = xgrammar.StructuralTag.from_legacy_structural_tag(items, parts["triggers"])
+            tag.format.at_least_one = True
+            compiled = self._compiler.compile_structural_tag(tag)
+        return xgrammar.GrammarMatcher(compiled)
+
+    def apply(self, logits: Tensor, matchers: Sequence[xgrammar.GrammarMatcher | None]) -> None:
+        """Mask `logits` [rows, V] in place: -inf where the row's grammar forbids the token."""
+        constrained = [row for row, matcher in enumerate(matchers) if matcher and not matcher.is_terminated()]
+        if not constrained:
+            return
+        bitmask = xgrammar.allocate_token_bitmask(len(constrained), self._vocab_size)
+        for index, row in enumerate(constrained):
+            matcher = matchers[row]
+            assert matcher is not None
+            matcher.fill_next_token_bitmask(bitmask, index)
+        rows = torch.tensor(constrained, device=logits.device)
+        masked = logits[rows].float()
+        xgrammar.apply_token_bitmask_inplace(masked, bitmask.to(logits.device))
+        logits[rows] = masked.to(logits.dtype)
 
 
 class GroupShape(NamedTuple):

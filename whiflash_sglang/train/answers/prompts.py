@@ -1,18 +1,60 @@
-"""Prompt rows as the server would see them: rendered with the bundle's template, grammar attached."""
+"""Prompt rows as the server would see them: rendered with the bundle's template, grammar attached.
+
+`response_format` is a JSON schema with any whitespace (the server's default); `tool_choice: required` under the
+`hermes` parser is a structural tag whose argument schema is open unless the tool is strict.
+"""
 
 import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import read_json_lines
-from whiflash_sglang.train.answers.grammar import GrammarSpec, response_format_grammar, tool_call_grammar
+
+
+class GrammarSpec(NamedTuple):
+    """What constrains an answer: `kind` says how `text` (a JSON string) is compiled."""
+
+    kind: Literal["json", "structural_tag"]
+    text: str
+
+
+def response_format_grammar(response_format: dict[str, Any]) -> GrammarSpec | None:
+    """The grammar of an OpenAI `response_format`; None for plain text."""
+    kind = response_format["type"]
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return GrammarSpec("json", json.dumps({"type": "object"}))
+    if kind == "json_schema":
+        return GrammarSpec("json", json.dumps(response_format["json_schema"]["schema"]))
+    raise ValueError(f"response_format type {kind!r} is not one of text, json_object, json_schema")
+
+
+def tool_call_grammar(tools: Sequence[dict[str, Any]]) -> GrammarSpec:
+    """At least one Hermes tool call, as `tool_choice: required` asks of SGLang's `hermes` parser."""
+    structures = [
+        {
+            "begin": '<tool_call>{"name":"' + tool["function"]["name"] + '", "arguments":',
+            "schema": (tool["function"].get("parameters") or {}) if tool["function"].get("strict") else {},
+            "end": "}</tool_call>",
+        }
+        for tool in tools
+    ]
+    return GrammarSpec("structural_tag", json.dumps({"structures": structures, "triggers": ["<tool_call>"]}))
+
+
+def server_parameter(spec: GrammarSpec) -> dict[str, str]:
+    """The same as a sampling parameter of SGLang's."""
+    if spec.kind == "json":
+        return {"json_schema": spec.text}
+    return {"structural_tag": json.dumps({**json.loads(spec.text), "at_least_one": True})}
 
 
 class PromptRow(NamedTuple):

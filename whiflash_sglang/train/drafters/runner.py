@@ -13,15 +13,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.origin import Origin
-from whiflash_sglang.train.answers.resume import check_same_run, checkpoint_digest, data_digest
+from whiflash_sglang.train.answers.provenance import (
+    Provenance,
+    check_same_run,
+    checkpoint_digest,
+    data_digest,
+)
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
 from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
-from whiflash_sglang.train.drafters.beginnings import choose_draft_vocabulary, go_on_from, origin_of
-from whiflash_sglang.train.provenance import Provenance
+from whiflash_sglang.train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
 
 
 class _LoggingTrainer(Trainer):  # type: ignore[misc]

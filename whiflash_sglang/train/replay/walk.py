@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from whiflash_sglang.train.replay.pair import ARMS
-from whiflash_sglang.train.replay.replay import ALL_ARMS, LOOKUP, Replay
+from whiflash_sglang.train.replay.replay import ALL_ARMS, ARMS, LOOKUP, Replay
 
 LOOP = "loop"
 ORACLE = "oracle"

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from whiflash_sglang.checkpoints.manifest import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
+from whiflash_sglang.train.answers.provenance import Provenance, trained_on
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import RouterTraining, TrainConfig
-from whiflash_sglang.train.drafters.beginnings import origin_of
-from whiflash_sglang.train.provenance import Provenance, trained_on
-from whiflash_sglang.train.replay.pair import Pair, Parts
-from whiflash_sglang.train.replay.replay import Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.drafters.initialisation import origin_of
+from whiflash_sglang.train.replay.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.replay.walk import RouterWalk, choices_above, tabulate
 from whiflash_sglang.train.router.regression import (
     Bin,
