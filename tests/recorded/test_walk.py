@@ -15,11 +15,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from whiflash_sglang.checkpoints.manifest import Lookup, embedded_bundle
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
+from whiflash_sglang.lab.recorded.benchmark import (
+    BEST,
+    RecordedSettings,
+    evaluate_recorded,
+    recorded_table,
+    walk,
+)
 from whiflash_sglang.lab.recorded.conversation import Conversation, call, conversation
 from whiflash_sglang.lab.recorded.drafting import PLAIN, Arm, ScopesArm, arms_of
 from whiflash_sglang.lab.recorded.turns import ARGUMENTS, CALL, CODE, PROSE, QUOTED, REASONING, Renderer, Turn
-from whiflash_sglang.lab.recorded.walk import BEST, Tally, walk
+from whiflash_sglang.train.rounds import Tally
 
 ARMS = (
     "prompt-lookup",

@@ -12,8 +12,8 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.judging.calibrate import frame, sweep
 from whiflash_sglang.lab.judging.round_costs import parse_round_costs
 from whiflash_sglang.train.bundle import install_router, update_manifest
-from whiflash_sglang.train.replay.replay import Replay
-from whiflash_sglang.train.replay.walk import choices_above
+from whiflash_sglang.train.replay import Replay
+from whiflash_sglang.train.walk import choices_above
 
 SECONDS = {"eagle3": 2.0, "dflash": 1.0}
 

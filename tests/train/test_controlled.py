@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from whiflash_sglang.lab.judging.controlled import Known, Lag, Prices, auto_choices
-from whiflash_sglang.train.replay.replay import JOINED, Replay
-from whiflash_sglang.train.replay.walk import RouterWalk, tabulate
+from whiflash_sglang.train.replay import JOINED, Replay
+from whiflash_sglang.train.walk import RouterWalk, tabulate
 
 PRICES = Prices.of_two_cores(eagle_steps=5, block_size=8)
 SIZE = 240

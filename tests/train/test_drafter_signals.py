@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from whiflash_sglang.lab.judging.signals import ALWAYS, judge, running_means, signals_of, signals_table
-from whiflash_sglang.train.replay.replay import LOOKUP, Replay
+from whiflash_sglang.train.replay import LOOKUP, Replay
 
 SIZE = 24
 

@@ -33,7 +33,7 @@ from whiflash_sglang.train.config import DSpark, TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import Batch, unpack
 from whiflash_sglang.train.drafters.dspark import DSparkTraining, dynamic_weights, go_on_from, initialise
 from whiflash_sglang.train.drafters.runner import train_dspark, train_eagle3
-from whiflash_sglang.train.replay.replay import Pair, Parts, replay_drafters
+from whiflash_sglang.train.replay import Pair, Parts, replay_drafters
 
 SETTINGS = DSpark(
     target_layers=[1, 3, 4],

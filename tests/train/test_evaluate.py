@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.replay.replay import ALL_ARMS, ARMS, LOOKUP, Replay
-from whiflash_sglang.train.replay.walk import (
+from whiflash_sglang.train.replay import ALL_ARMS, ARMS, LOOKUP, Replay
+from whiflash_sglang.train.rounds import Tally
+from whiflash_sglang.train.walk import (
     ORACLE,
     ORACLE_OF_THREE,
     RouterWalk,
-    Tally,
     best_arms,
     copy_rule,
     tabulate,

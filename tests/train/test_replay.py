@@ -18,7 +18,7 @@ from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.drafters.batches import Batch, unpack
 from whiflash_sglang.train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.drafters.eagle3 import plan_chains, unroll
-from whiflash_sglang.train.replay.replay import ReplayLog, Rounds, join_copies
+from whiflash_sglang.train.replay import ReplayLog, Rounds, join_copies
 
 CAPTURE = [0, 1, 2, 3, 4]
 LENGTHS, PROMPTS = [14, 9, 4], [5, 3, 3]

@@ -13,8 +13,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.lab.judging.evaluation import deltas_of
 from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 from whiflash_sglang.train.config import RouterTraining
-from whiflash_sglang.train.replay.replay import Replay
-from whiflash_sglang.train.replay.walk import choices_above
+from whiflash_sglang.train.replay import Replay
 from whiflash_sglang.train.router.regression import (
     RouterData,
     calibration_bins,
@@ -27,6 +26,7 @@ from whiflash_sglang.train.router.regression import (
     split,
 )
 from whiflash_sglang.train.router.run import plot_calibration
+from whiflash_sglang.train.walk import choices_above
 
 HIDDEN = 8
 

@@ -25,7 +25,7 @@ from whiflash_sglang.train.answers.store import Sequence as Stored
 from whiflash_sglang.train.answers.store import SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.runner import train_dflash, train_eagle3
-from whiflash_sglang.train.replay.replay import ARMS, Pair, Parts, Rounds, replay_drafters
+from whiflash_sglang.train.replay import ARMS, Pair, Parts, Rounds, replay_drafters
 
 STEPS = 5
 

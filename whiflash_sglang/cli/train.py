@@ -190,7 +190,7 @@ def router_command(
         settings = resolve_config(config)
         from whiflash_sglang.train.answers.data import target_path
         from whiflash_sglang.train.bundle import install_router
-        from whiflash_sglang.train.replay.replay import Parts
+        from whiflash_sglang.train.replay import Parts
         from whiflash_sglang.train.router.run import train_router
 
         if limit is not None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.tracker import SpanTracker
-from whiflash_sglang.train.replay.replay import ARMS, Replay
+from whiflash_sglang.train.replay import ARMS, Replay
 
 PROSE = "prose"
 """Outside of all spans."""

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whiflash_sglang.lab.judging.round_costs import RoundSeconds
-from whiflash_sglang.train.replay.replay import ARMS, Replay
-from whiflash_sglang.train.replay.walk import Choices, Tally, choices_above, walk
+from whiflash_sglang.train.replay import ARMS, Replay
+from whiflash_sglang.train.rounds import Tally
+from whiflash_sglang.train.walk import Choices, choices_above, walk
 
 GRID = 41
 PLATEAU = 0.002

@@ -13,8 +13,9 @@ from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Forecast, Signals
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.train.replay.replay import ARMS, JOINED, LOOKUP, Replay
-from whiflash_sglang.train.replay.walk import Choices
+from whiflash_sglang.train.replay import ARMS, JOINED, LOOKUP, Replay
+from whiflash_sglang.train.rounds import rounds
+from whiflash_sglang.train.walk import Choices
 
 REPLAYED = {
     arms.AR: JOINED[ARMS[0]],
@@ -110,11 +111,11 @@ def _walk(
 ) -> None:
     """Rounds from the first position of `span` on; where they begin is what `evaluate.walk` comes to as well."""
     state = RequestState(answer.id, RequestHints())
-    position, end = span
-    missing: deque[tuple[str, Signals, int, int]] = (
-        deque()
-    )  # arm, what it was decided on, tokens, where it ended
-    while position < end:
+    begin, end = span
+    # Arm, what it was decided on, tokens, where it ended.
+    missing: deque[tuple[str, Signals, int, int]] = deque()
+
+    def accepted(position: int) -> int:
         looked = position - sum(one[2] for one in missing) if lag.copies else position
         forecast: dict[str, Forecast | None] = {
             arm: None
@@ -127,11 +128,13 @@ def _walk(
             )
         (arm,) = route(policy, [state], [forecast], costs)
         choices[position] = REPLAYED[arm]
-        emitted = min(answer.drafts_accepted(REPLAYED[arm], position) + 1, end - position)
-        position += emitted
-        missing.append((arm, state.decision.signals, emitted, position))
-        if not lag.signals and position < end:
-            _signal(state, policy, known, position)
+        return answer.drafts_accepted(REPLAYED[arm], position)
+
+    for position, emitted in rounds(begin, end, accepted):
+        arm, ended = state.previous or arms.NONE, position + emitted
+        missing.append((arm, state.decision.signals, emitted, ended))
+        if not lag.signals and ended < end:
+            _signal(state, policy, known, ended)
         if len(missing) > lag.rounds:
             arm, decided_on, tokens, ended = missing.popleft()
             policy.observe(arm, decided_on, tokens)

@@ -25,8 +25,9 @@ from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_emb
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware, Slots
-from whiflash_sglang.train.replay.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
-from whiflash_sglang.train.replay.walk import (
+from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.router.run import entropy_of, pyplot, save_picture
+from whiflash_sglang.train.walk import (
     LOOP,
     ORACLE,
     ORACLE_OF_THREE,
@@ -35,7 +36,6 @@ from whiflash_sglang.train.replay.walk import (
     copy_rule,
     tabulate,
 )
-from whiflash_sglang.train.router.run import entropy_of, pyplot, save_picture
 
 
 @dataclass(frozen=True)

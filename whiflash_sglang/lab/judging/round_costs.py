@@ -19,7 +19,7 @@ from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker
 from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts, shipped
 from whiflash_sglang.lab.bench.subject import build_subject
 from whiflash_sglang.progress import progress
-from whiflash_sglang.train.replay.replay import ARMS
+from whiflash_sglang.train.replay import ARMS
 
 SERVER_NAMES = dict(zip(ARMS, (arms.AR, arms.DIFFUSION), strict=True))
 """Arms of a replay → the same arms in a server."""

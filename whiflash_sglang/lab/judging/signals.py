@@ -13,7 +13,7 @@ from rich.table import Table
 
 from whiflash_sglang.lab.judging.calibrate import Signal, frame, sweep
 from whiflash_sglang.routing.signals import Mean
-from whiflash_sglang.train.replay.replay import ARMS, Replay
+from whiflash_sglang.train.replay import ARMS, Replay
 from whiflash_sglang.train.router.regression import best_accuracy
 
 MEMORY = 16.0

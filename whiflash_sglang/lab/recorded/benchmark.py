@@ -1,9 +1,10 @@
 """`whiflash evaluate --recorded`: recorded files in, figures and their table out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -11,12 +12,88 @@ from rich.table import Table
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.recorded.conversation import Conversation
-from whiflash_sglang.lab.recorded.drafting import PLAIN, arms_of, bounds_of
+from whiflash_sglang.lab.recorded.drafting import PLAIN, Arm, arms_of, bounds_of
 from whiflash_sglang.lab.recorded.files import read_recorded, read_tools
 from whiflash_sglang.lab.recorded.turns import ARGUMENTS, CALL, KINDS, QUOTED, Renderer, Turn
-from whiflash_sglang.lab.recorded.walk import Cell, Tally, Walked, walk
 from whiflash_sglang.lab.statistics import paired_ratio
 from whiflash_sglang.progress import progress
+from whiflash_sglang.train.rounds import Tally, agreed, rounds
+
+BEST = "best"
+"""At every round the arm that accepts most, in hindsight."""
+
+WIDEST = 64
+"""Most drafts of a round, whatever an arm proposes."""
+
+STRETCHES = (1, 2, 3, 5, 9, 17, 33)
+"""First turn of each group of turns."""
+
+
+class Cell(NamedTuple):
+    """What rounds are counted by. turns: the first turn of the group."""
+
+    conversation: str
+    category: str
+    kind: str
+    turns: int
+
+
+@dataclass
+class Walked:
+    """Tallies of every arm by cell; answer tokens that were walked through."""
+
+    tallies: dict[str, dict[Cell, Tally]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(Tally))
+    )
+    turns: int = 0
+    tokens: int = 0
+
+
+def walk(turns: Iterable[Turn], arms: Mapping[str, Arm], together: Mapping[str, Arm]) -> Walked:
+    """Walk every arm by itself, and `together` along the path of the best of them.
+
+    A round begins behind a known token, drafts, and commits what agrees with the recorded text and one token more.
+    It is shared out to the kinds of text that its tokens belong to, so that every arm has the same tokens of a kind.
+
+    Args:
+        turns: in the order in which a server would have got them. arms, together: two sets of the same arms, each
+            with a state of its own.
+    """
+    done = Walked()
+    for turn in turns:
+        done.turns += 1
+        done.tokens += len(turn.answer)
+        for name, arm in arms.items():
+            _follow(turn, [arm], done.tallies[name])
+        if together:
+            _follow(turn, list(together.values()), done.tallies[BEST])
+    return done
+
+
+def _follow(turn: Turn, arms: Sequence[Arm], tallies: dict[Cell, Tally]) -> None:
+    for arm in arms:
+        arm.begin(turn)
+        arm.extend(turn.answer[:1])
+    group = max(first for first in STRETCHES if first <= turn.number)
+    drafts = 0
+
+    def accepted(position: int) -> int:
+        nonlocal drafts
+        text = turn.answer[position:]
+        proposed = [arm.propose(min(WIDEST, len(text))) for arm in arms]
+        # Of arms that accept as much the narrower is the better.
+        most, narrowest = max((agreed(one, text), -len(one)) for one in proposed)
+        drafts = -narrowest
+        return most
+
+    for position, emitted in rounds(1, len(turn.answer), accepted):
+        for kind, tokens in Counter(turn.kinds[position : position + emitted]).items():
+            share = tokens / emitted
+            cell = Cell(turn.conversation.id, turn.conversation.category, kind, group)
+            tallies[cell].add(Tally(share, tokens, drafts * share))
+        for arm in arms:
+            arm.extend(turn.answer[position : position + emitted])
+
 
 Keep = Callable[[Cell], bool]
 

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.train.config import RouterTraining
 from whiflash_sglang.train.drafters.runner import last_checkpoint
-from whiflash_sglang.train.replay.replay import ARMS, Replay
+from whiflash_sglang.train.replay import ARMS, Replay
 
 
 class RouterData(NamedTuple):

@@ -2,13 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from whiflash_sglang.train.replay.replay import ALL_ARMS, ARMS, LOOKUP, Replay
+from whiflash_sglang.train.replay import ALL_ARMS, ARMS, LOOKUP, Replay
+from whiflash_sglang.train.rounds import Tally, rounds
 
 LOOP = "loop"
 ORACLE = "oracle"
@@ -32,41 +32,26 @@ class RouterWalk(NamedTuple):
     priced: bool = False
 
 
-@dataclass
-class Tally:
-    """Rounds and tokens of a walk, and how many rounds each arm drafted."""
-
-    rounds: int = 0
-    tokens: int = 0
-    won: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per round, the bonus token included."""
-        return self.tokens / self.rounds if self.rounds else float("nan")
-
-
 def walk(
     answer: Replay, choose: Choices | str, begin: int, end: int, tally: Tally, min_dwell: int = 0
 ) -> None:
     """Go through answer positions [begin, end) with a fixed arm, or with the arm that `choose` names for a round.
 
-    A round at i emits its accepted tokens and one more, but never beyond `end`. A wish to switch is not followed
-    before the arm was used for `min_dwell` rounds.
+    A wish to switch is not followed before the arm was used for `min_dwell` rounds.
     """
-    position, dwell = begin, 0
-    previous: str | None = None
-    while position < end:
+    dwell, previous = 0, None
+
+    def accepted(position: int) -> int:
+        nonlocal dwell, previous
         arm = choose if isinstance(choose, str) else choose[position]
         if previous is not None and dwell < min_dwell:
             arm = previous
-        dwell = dwell + 1 if arm == previous else 1
-        previous = arm
-        emitted = min(answer.drafts_accepted(arm, position) + 1, end - position)
-        tally.rounds += 1
-        tally.tokens += emitted
+        dwell, previous = dwell + 1 if arm == previous else 1, arm
         tally.won[arm] += 1
-        position += emitted
+        return answer.drafts_accepted(arm, position)
+
+    for _, emitted in rounds(begin, end, accepted):
+        tally.add(Tally(1, emitted))
 
 
 def best_arms(answer: Replay, among: Sequence[str] = ARMS) -> dict[int, str]:

@@ -8,7 +8,6 @@ arXiv 2606.07710), which is what routers learn from and what oracles are made of
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +35,7 @@ from whiflash_sglang.train.answers.store import Sequence as Stored
 from whiflash_sglang.train.drafters.batches import Batch, unpack
 from whiflash_sglang.train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.drafters.eagle3 import plan_chains, unroll
+from whiflash_sglang.train.rounds import agreed
 
 ARMS = ("eagle3", "dflash")
 """The trained drafters, between which the paper's routers choose; a bundle may have one of them alone."""
@@ -167,8 +167,7 @@ def replay_lookup(
         drafts, expected[position] = proposal.tokens[:width], proposal.expected(width)
         proposed[position] = width
         matched[position] = bool(drafts) and drafts[0].length >= RULE_MATCH
-        pairs = zip(drafts, tokens[known : known + len(drafts)], strict=False)
-        accepted[position] = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
+        accepted[position] = agreed((draft.token for draft in drafts), tokens[known : known + len(drafts)])
     return Copied(accepted, expected, matched, proposed)
 
 

@@ -1,1 +1,0 @@
-"""Stored answers walked again, drafter by drafter: the router learns from it and judging counts it."""
