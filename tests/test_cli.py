@@ -212,7 +212,7 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(
 
 def test_serve_fills_in_what_is_left_open() -> None:
     from whiflash_sglang.cli.serve import server_arguments, server_environment
-    from whiflash_sglang.embedded.serving import COMPACT_JSON
+    from whiflash_sglang.embedded.cache import COMPACT_JSON
 
     given = server_arguments(["--model-path", "owner/model", "--port", "33001"])
     assert given[:2] == ["--speculative-algorithm", "WHIFLASH"]
@@ -224,7 +224,7 @@ def test_serve_fills_in_what_is_left_open() -> None:
 
 def test_serve_keeps_the_embedded_target_to_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
     from whiflash_sglang.cli.serve import server_arguments, server_environment
-    from whiflash_sglang.embedded.serving import COMPACT_JSON
+    from whiflash_sglang.embedded.cache import COMPACT_JSON
 
     monkeypatch.setattr("whiflash_sglang.embedded.ensure_target", lambda: Path("/models/t"))
     assert COMPACT_JSON in server_arguments([])

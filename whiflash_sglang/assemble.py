@@ -6,8 +6,8 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
+from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
-from whiflash_sglang.checkpoints.members import verify
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.config import NO_ROUTER, Settings
 from whiflash_sglang.device.ranks import Ranks

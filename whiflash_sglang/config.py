@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from whiflash_sglang import arms
+from whiflash_sglang.checkpoints.hub import checksums, member
 from whiflash_sglang.checkpoints.manifest import (
     MANIFEST,
     NAMES,
@@ -33,7 +34,6 @@ from whiflash_sglang.checkpoints.manifest import (
     load_manifest,
     lookup_of,
 )
-from whiflash_sglang.checkpoints.members import checksums, member
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.telemetry.trace_samples import TraceSampling, check_directory
 

@@ -36,7 +36,7 @@ from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.metrics import publisher
 from whiflash_sglang.metrics.publisher import Publisher, Sink
-from whiflash_sglang.metrics.state import state_of
+from whiflash_sglang.metrics.series import state_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.epilogue import Epilogue

@@ -33,7 +33,7 @@ from whiflash_sglang.train.answers.tokens import Exported, export_tokens, next_l
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
-from whiflash_sglang.train.router.run import choose_answers
+from whiflash_sglang.train.router import choose_answers
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
-from whiflash_sglang.checkpoints.hub import Found, look_up
+from whiflash_sglang.checkpoints.hub import Found, look_up, sha256
 from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, NAMES, PARTS, check_arms, load_manifest
-from whiflash_sglang.checkpoints.members import sha256
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models.formats import read_draft
 

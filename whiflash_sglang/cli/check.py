@@ -41,7 +41,7 @@ def findings() -> list[Finding]:
 
 
 def _drafts(drafts: list[str], model_path: str | None) -> list[Finding]:
-    from whiflash_sglang.checkpoints.check import judge, read_target
+    from whiflash_sglang.checkpoints.fit import judge, read_target
 
     target = None if model_path is None else read_target(model_path)
     return [Finding(*judged) for said in drafts for judged in judge(said, target)]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from whiflash_sglang.embedded.serving import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.embedded.cache import STRICT_TOOLS, embedded_arguments
 from whiflash_sglang.errors import ConfigError, UsageError
 
 MODEL = ("--model-path", "--model")

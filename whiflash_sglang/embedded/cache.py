@@ -2,7 +2,7 @@
 
 `<cache>/targets/<name>-<digest>/` is complete or absent: it is written beside, verified and renamed. Its
 `checksums.json` is checked on every use, so a damaged copy is rebuilt rather than served. A lock file lets
-two processes start at once.
+two processes start at once. `embedded_arguments` serves it.
 """
 
 import hashlib
@@ -140,3 +140,18 @@ def _is_complete(directory: Path) -> bool:
 def _progress(enabled: bool) -> Iterator[Progress]:
     with shown_progress() if enabled else Progress(disable=True) as bar:
         yield bar
+
+
+COMPACT_JSON = "--constrained-json-disable-any-whitespace"
+STRICT_TOOLS = {"SGLANG_TOOL_STRICT_LEVEL": "2"}
+
+
+def embedded_arguments(given: set[str]) -> list[str]:
+    """What the embedded target is served with, beside what the command line names."""
+    added = ["--model-path", str(ensure_target())]
+    if "--served-model-name" not in given:
+        added += ["--served-model-name", TARGET_NAME]
+    if not any(name.startswith("--constrained-json") for name in given):
+        # So small a model goes on with whitespace wherever a grammar allows it.
+        added.append(COMPACT_JSON)
+    return added

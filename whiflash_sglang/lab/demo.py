@@ -20,7 +20,7 @@ from whiflash_sdk.trace import Trace, routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import TARGET_NAME, ensure_target
-from whiflash_sglang.embedded.serving import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.embedded.cache import STRICT_TOOLS, embedded_arguments
 from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.serving.server import Server

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from whiflash_sglang.config import PolicyChange
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.metrics.series import SERIES, Labels, Series
-from whiflash_sglang.metrics.state import Observed
+from whiflash_sglang.metrics.series import SERIES, Labels, Observed, Series
 from whiflash_sglang.routing.assign import Costs
 
 INTERVAL = 1.0

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from whiflash_sglang.checkpoints.hub import sha256
 from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, MANIFEST, load_manifest
-from whiflash_sglang.checkpoints.members import sha256
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.train.config import TrainConfig
 

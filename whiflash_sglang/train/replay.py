@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whiflash_sglang import arms
+from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
-from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.jsonl import lines_of, write_whole
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from whiflash_sglang.arms import DIFFUSION
-from whiflash_sglang.checkpoints.hub import fetch
+from whiflash_sglang.checkpoints.hub import fetch, member
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
-from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import VARIANTS, Subject
 from whiflash_sglang.lab.bench.load import MODEL

@@ -29,9 +29,9 @@ from whiflash_sglang.train.answers.prompts import read_rows
 from whiflash_sglang.train.answers.store import open_stores
 from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.config import TrainConfig
+from whiflash_sglang.train.regression import is_held_out
 from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
-from whiflash_sglang.train.router.regression import is_held_out
-from whiflash_sglang.train.router.run import choose_answers, entropy_of, plot_thresholds
+from whiflash_sglang.train.router import choose_answers, entropy_of, plot_thresholds
 from whiflash_sglang.train.walk import RouterWalk, choices_above, tabulate
 
 

@@ -11,8 +11,8 @@ import torch
 from rich.table import Table
 
 from whiflash_sglang.checkpoints.fit import block_size_of
+from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
-from whiflash_sglang.checkpoints.members import member
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.judging.by_span import by_span, kinds_of
@@ -26,7 +26,7 @@ from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware, Slots
 from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
-from whiflash_sglang.train.router.run import entropy_of, pyplot, save_picture
+from whiflash_sglang.train.router import entropy_of, pyplot, save_picture
 from whiflash_sglang.train.walk import (
     LOOP,
     ORACLE,

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from whiflash_sglang.lab.judging.calibrate import Signal, frame, sweep
 from whiflash_sglang.routing.signals import Mean
+from whiflash_sglang.train.regression import best_accuracy
 from whiflash_sglang.train.replay import ARMS, Replay
-from whiflash_sglang.train.router.regression import best_accuracy
 
 MEMORY = 16.0
 """Positions that the running means remember."""

@@ -16,8 +16,7 @@ from whiflash_sglang.train.answers.provenance import Provenance, trained_on
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import RouterTraining, TrainConfig
 from whiflash_sglang.train.drafters.initialisation import origin_of
-from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
-from whiflash_sglang.train.router.regression import (
+from whiflash_sglang.train.regression import (
     Bin,
     RouterData,
     Split,
@@ -29,6 +28,7 @@ from whiflash_sglang.train.router.regression import (
     run_key,
     split,
 )
+from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.walk import RouterWalk, choices_above, tabulate
 
 

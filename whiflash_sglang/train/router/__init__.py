@@ -1,1 +1,0 @@
-"""The neural router: what it learns from replays, its run, and its pictures."""
