@@ -18,7 +18,10 @@ _MEASURED = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transfor
 def made_by(packages: Sequence[str]) -> dict[str, Any]:
     """Command, revision, versions and hardware of this process. Names no directory of this machine."""
     return {
-        "command": [Path(sys.argv[0]).name, *_without_directories(sys.argv[1:])],
+        "command": [
+            Path(sys.argv[0]).name,
+            *(Path(one).name if one.startswith("/") else one for one in sys.argv[1:]),
+        ],
         **checkout(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
@@ -64,10 +67,6 @@ def busy() -> dict[str, float]:
         "load_5min": five,
         "free_memory_gb": round(psutil.virtual_memory().available / 2**30, 1),
     }
-
-
-def _without_directories(arguments: list[str]) -> list[str]:
-    return [Path(argument).name if argument.startswith("/") else argument for argument in arguments]
 
 
 def _git(*arguments: str, here: Path) -> str:

@@ -28,7 +28,7 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.embedded import TARGET_NAME, ensure_target
 from whiflash_sglang.embedded.cache import COMPACT_JSON, STRICT_TOOLS
 from whiflash_sglang.lab.demo import recording, write_recorded
-from whiflash_sglang.lab.top import Watch, Watched, screen
+from whiflash_sglang.lab.top import LiveView, WatchedServer, screen
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 QUESTION = "Find a flight from Paris to Rome on 2026-05-01 for two passengers."
@@ -80,13 +80,13 @@ def ask(server: Server) -> Turn:
 def look(server: Server, path: Path) -> None:
     """What `whiflash top` shows of some seconds in the middle of a load, as it does after its first interval."""
     with ThreadPoolExecutor(4) as users, httpx.Client(timeout=None) as client:
-        watch = Watch([Watched(server.url, client)])
+        view = LiveView([WatchedServer(server.url, client)])
         answers = [users.submit(server.post, "/v1/chat/completions", body) for body in prompts(96)[:16]]
         answers[3].result()
-        watch.look()
+        view.look()
         time.sleep(3)
         console = recording(112)
-        console.print(screen(watch.look()))
+        console.print(screen(view.look()))
         for answer in answers:
             answer.cancel()
     write_recorded(console, "top", path)

@@ -22,7 +22,7 @@ from whiflash_sdk import Trace, routing, wrap
 
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.jsonl import parse_json_lines
-from whiflash_sglang.lab.top import Watch, Watched, screen
+from whiflash_sglang.lab.top import LiveView, WatchedServer, screen
 
 pytestmark = pytest.mark.server
 
@@ -380,12 +380,12 @@ def test_the_log_says_who_may_draft_and_who_steered(server: Server) -> None:
 
 def test_top_shows_what_a_server_did(server: Server) -> None:
     with httpx.Client() as client:
-        watch = Watch([Watched(server.url, client)])
+        view = LiveView([WatchedServer(server.url, client)])
         wait_until(lambda: server.get("/whiflash/state")["requests"] == 0)
-        watch.look()
+        view.look()
         server.generate(text=PROMPT, sampling_params={"max_new_tokens": 24})
         wait_until(lambda: server.get("/whiflash/state")["requests"] == 0)
-        (found,) = watch.look()
+        (found,) = view.look()
     assert found["model"] == "tiny"
     lately, total = found["now"], found["total"]
     assert lately["tokens_per_second"] * lately["seconds"] == pytest.approx(23)

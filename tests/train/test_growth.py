@@ -1,4 +1,4 @@
-"""A grown EAGLE-3 drafter drafts what it drafted, and can then learn more."""
+"""An enlarged EAGLE-3 drafter drafts what it drafted, and can then learn more."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.config import Eagle3
 from whiflash_sglang.train.drafters.eagle3 import initialise
-from whiflash_sglang.train.drafters.initialisation import go_on_from, grown
+from whiflash_sglang.train.drafters.initialisation import enlarged, go_on_from
 
 SETTINGS = Eagle3(target_layers=[1, 3, 4], source_layer=5, draft_vocab_size=40)
 
@@ -60,7 +60,7 @@ def test_it_drafts_what_it_drafted(
     old, new = torch.tensor(sorted(before)), torch.tensor(sorted(after))
     drafter = trained(target, old)
     size = drafter.config.intermediate_size + wider
-    larger = grown(drafter, target, new, size)
+    larger = enlarged(drafter, target, new, size)
     assert (larger.config.intermediate_size, larger.draft_vocab_size) == (size, len(new))
     assert torch.equal(larger.target_ids(torch.arange(len(new))), new)
     hidden, logits = drafts(drafter, target.hidden_size)
@@ -79,7 +79,7 @@ def test_new_tokens_are_chosen_as_the_target_would(target: TargetModel, drift: f
     common = torch.randn(target.hidden_size)
     with torch.no_grad():
         drafter.get_parameter("lm_head.weight").add_(drift * common)
-    larger = grown(drafter, target, torch.arange(200), drafter.config.intermediate_size)
+    larger = enlarged(drafter, target, torch.arange(200), drafter.config.intermediate_size)
     states = torch.randn(64, target.hidden_size)
     found = larger.logits(states)
     wanted = states @ (target.head[:200].float() + drift * common).T
@@ -89,7 +89,7 @@ def test_new_tokens_are_chosen_as_the_target_would(target: TargetModel, drift: f
 def test_new_units_learn(target: TargetModel) -> None:
     drafter = trained(target, torch.arange(50))
     old = drafter.config.intermediate_size
-    larger = grown(drafter, target, torch.arange(50), old + 16)
+    larger = enlarged(drafter, target, torch.arange(50), old + 16)
     drafts(larger, target.hidden_size)[1].square().sum().backward()
     down = larger.get_parameter("layers.0.mlp.down.weight").grad
     assert down is not None
@@ -108,8 +108,8 @@ def test_a_checkpoint_goes_on(target: TargetModel, tmp_path: Path) -> None:
     others = [token for token in range(200) if token % 3 or token >= 120][:20]
     assert other.target_ids(torch.arange(60)).tolist() == sorted(known.tolist() + others)
     assert other.config.intermediate_size == 512
-    other.save(tmp_path / "grown")
-    assert go_on_from(tmp_path / "grown", target, asked, often).config == other.config
+    other.save(tmp_path / "enlarged")
+    assert go_on_from(tmp_path / "enlarged", target, asked, often).config == other.config
     fewer = SETTINGS.model_copy(update={"draft_vocab_size": 10})
     assert go_on_from(tmp_path / "start", target, fewer, often).target_ids(torch.arange(10)).tolist() == [
         *range(0, 30, 3)

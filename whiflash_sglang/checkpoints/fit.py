@@ -121,7 +121,8 @@ def target_mtp(target: str, revision: str | None = None, download_dir: str | Non
     """
     try:
         config = look_up(f"{target}@{revision}" if revision else target).config
-        if not _has_one(config.parent):
+        text = merged(config.parent, read_json_config(config.parent), "text_config")
+        if not any(text.get(key) for key in _COUNTS):
             return None
         head = read_draft(config.parent, arms.AR)
         path = fetch(target, revision=revision, download_dir=download_dir)
@@ -133,11 +134,6 @@ def target_mtp(target: str, revision: str | None = None, download_dir: str | Non
     except ConfigError:
         return None  # No target that we can read: SGLang says so, or knows better.
     return path
-
-
-def _has_one(path: Path) -> bool:
-    text = merged(path, read_json_config(path), "text_config")
-    return any(text.get(key) for key in _COUNTS)
 
 
 BYTES = {"float32": 4, "float": 4}

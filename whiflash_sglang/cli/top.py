@@ -39,14 +39,14 @@ def register(app: typer.Typer) -> None:
         import httpx
         from rich.live import Live
 
-        from whiflash_sglang.lab.top import TIMEOUT, Watch, Watched, screen
+        from whiflash_sglang.lab.top import TIMEOUT, LiveView, WatchedServer, screen
 
         headers = authorization(api_key)
         with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
-            watch = Watch([Watched(one, client) for one in dict.fromkeys(url or [DEFAULT_URL])])
+            view = LiveView([WatchedServer(one, client) for one in dict.fromkeys(url or [DEFAULT_URL])])
             console = for_tables()
             once = once or not (console.is_terminal or as_json)
-            found = watch.look()
+            found = view.look()
             failed = [one["error"] for one in found if "error" in one]
             if len(failed) == len(found) or (once and failed):
                 if once and as_json:
@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
                 typer.echo(json.dumps(found))
                 while not once:
                     time.sleep(interval)
-                    typer.echo(json.dumps(watch.look()))
+                    typer.echo(json.dumps(view.look()))
             elif once:
                 console.print(screen(found))
             else:
@@ -66,4 +66,4 @@ def register(app: typer.Typer) -> None:
                 with Live(screen(found), console=console, screen=True, auto_refresh=False) as live:
                     while True:
                         time.sleep(interval)
-                        live.update(screen(watch.look()), refresh=True)
+                        live.update(screen(view.look()), refresh=True)

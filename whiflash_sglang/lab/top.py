@@ -26,7 +26,7 @@ _COLOURS = {
 
 
 def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """All servers as `Watch.look` found them, one below the other."""
+    """All servers as `LiveView.look` found them, one below the other."""
     return Group(*map(_server, records))
 
 
@@ -102,9 +102,9 @@ def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple
         "verify_request": "one more request",
         "between": "between rounds",
     }
-    told = [f"{_milliseconds(costs[name])} {meaning}" for name, meaning in named.items() if costs.get(name)]
-    if told:
-        yield "costs", " · ".join(told)
+    priced = [f"{_milliseconds(costs[name])} {meaning}" for name, meaning in named.items() if costs.get(name)]
+    if priced:
+        yield "costs", " · ".join(priced)
     if memory := state.get("memory"):
         held = sorted(memory.items(), key=lambda entry: -entry[1])
         yield "memory", " · ".join(f"{scope.replace('_', ' ')} {_bytes(size)}" for scope, size in held)
@@ -154,7 +154,7 @@ class Reading:
     state: Mapping[str, Any]
 
 
-class Watched:
+class WatchedServer:
     """One server. url: of its root. model: what it serves, known from the first reading on."""
 
     def __init__(self, url: str, client: httpx.Client) -> None:
@@ -191,17 +191,17 @@ class Watched:
         return found
 
 
-class Watch:
+class LiveView:
     """Several servers, read together, each against its last reading."""
 
-    def __init__(self, servers: Sequence[Watched]) -> None:
+    def __init__(self, servers: Sequence[WatchedServer]) -> None:
         self._servers = servers
         self._before: list[Reading | None] = [None] * len(servers)
 
     def look(self) -> list[dict[str, Any]]:
         """Of each server `url` and `error`, or `model`, `state`, and `figures` since the last look and the start."""
 
-        def read(server: Watched) -> Reading | ServerUnreadableError:
+        def read(server: WatchedServer) -> Reading | ServerUnreadableError:
             try:
                 return server.read()
             except ServerUnreadableError as error:
@@ -209,19 +209,19 @@ class Watch:
 
         with ThreadPoolExecutor(len(self._servers)) as pool:
             found = list(pool.map(read, self._servers))
-        told: list[dict[str, Any]] = []
+        looked: list[dict[str, Any]] = []
         for place, (server, now) in enumerate(zip(self._servers, found, strict=True)):
             if isinstance(now, ServerUnreadableError):
-                told.append({"url": server.url, "error": str(now)})
+                looked.append({"url": server.url, "error": str(now)})
                 continue
             # Seconds of rounds, not of the clock on the wall: a server that waits for requests is not slow.
             total = figures(now.state, now.state.get("round_seconds", 0))
             lately = since(self._before[place], now)
-            told.append(
+            looked.append(
                 {"url": server.url, "model": server.model, "state": now.state, "now": lately, "total": total}
             )
             self._before[place] = now
-        return told
+        return looked
 
 
 def since(before: Reading | None, after: Reading) -> dict[str, Any] | None:

@@ -59,8 +59,8 @@ def as_carried(custom_params: Mapping[str, Any]) -> dict[str, Any]:
 def add_hints(custom_params: Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any] | None:
     """`custom_params` that were validated, with hints that say `fields` too; None: they would be too long."""
     params = dict(custom_params or {})
-    told = json.loads(params.get(WIRE_KEY) or "{}")
-    text = json.dumps({**told, **fields}, ensure_ascii=False, separators=(",", ":"))
+    carried = json.loads(params.get(WIRE_KEY) or "{}")
+    text = json.dumps({**carried, **fields}, ensure_ascii=False, separators=(",", ":"))
     return {**params, WIRE_KEY: text} if len(text.encode()) <= MAX_BYTES else None
 
 

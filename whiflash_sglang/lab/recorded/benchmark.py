@@ -197,30 +197,23 @@ def tabulate(done: Walked) -> dict[str, Any]:
     interval of a bootstrap over conversations.
     """
     result: dict[str, Any] = {}
+    cells = {cell for tallies in done.tallies.values() for cell in tallies}
     for group, of in GROUPS.items():
-        keys = sorted({of(cell) for cell in _cells(done)}, key=_order)
+        keys = sorted({of(cell) for cell in cells}, key=_order)
         result[group] = {str(key): _figures(done, _where(of, key)) for key in keys}
-    result["overall"] = _figures(done, _everywhere)
+    result["overall"] = _figures(done, lambda _: True)
     if PLAIN in done.tallies:
         parts = {
             key: _ratios(done, _where(GROUPS[group], key))
             for group in ("kinds", "calls")
             for key in result[group]
         }
-        result["ratios"] = {"overall": _ratios(done, _everywhere), **parts}
+        result["ratios"] = {"overall": _ratios(done, lambda _: True), **parts}
     return result
 
 
 def _where(of: Callable[[Cell], object], key: object) -> Keep:
     return lambda cell: of(cell) == key
-
-
-def _everywhere(cell: Cell) -> bool:
-    return True
-
-
-def _cells(done: Walked) -> set[Cell]:
-    return {cell for tallies in done.tallies.values() for cell in tallies}
 
 
 def _order(key: Any) -> tuple[int, Any]:

@@ -1,5 +1,6 @@
 """`whiflash train data`: prompts in, the target's answers and features out, resumable at any sequence."""
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -274,6 +275,6 @@ def _keep(answer: Answer, store: FeatureStore, summary: DataSummary) -> None:
 def _out_of_space(store: FeatureStore, settings: Data) -> str | None:
     if store.bytes_used > settings.max_disk_gb * 1e9:
         return f"data.max_disk_gb ({settings.max_disk_gb}) is reached; everything so far is kept"
-    if store.free_bytes() < _RESERVE:
+    if shutil.disk_usage(store.path).free < _RESERVE:
         return f"less than {_RESERVE >> 30} GiB are free in {store.path}; everything so far is kept"
     return None

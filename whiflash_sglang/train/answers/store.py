@@ -7,7 +7,6 @@ reader or a resumed writer sees whole sequences only.
 
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -119,10 +118,6 @@ class FeatureStore:
             self.path / "tokens.bin", dtype=np.int32, count=record.length, offset=record.token_offset * 4
         )
         return torch.from_numpy(tokens).long()
-
-    def free_bytes(self) -> int:
-        """Free space of the disk that holds the store."""
-        return shutil.disk_usage(self.path).free
 
     def _token_end(self) -> int:
         return self.records[-1].token_offset + self.records[-1].length if self.records else 0

@@ -15,7 +15,7 @@ from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import Eagle3
 from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
-from whiflash_sglang.train.drafters.initialisation import blank, grown, source_layer
+from whiflash_sglang.train.drafters.initialisation import blank, enlarged, source_layer
 from whiflash_sglang.train.drafters.labels import cross_entropy, first_choice, index_map, make_labels
 
 
@@ -208,4 +208,4 @@ def initialise(target: Origin, settings: Eagle3, draft_ids: Tensor) -> Eagle3Dra
         drafter.norm.weight.copy_(target.final_norm)
         head.copy_(target.head[draft_ids])
         drafter.d2t = draft_ids - torch.arange(len(draft_ids))
-    return grown(drafter, target, draft_ids, settings.intermediate_size or target.intermediate_size)
+    return enlarged(drafter, target, draft_ids, settings.intermediate_size or target.intermediate_size)

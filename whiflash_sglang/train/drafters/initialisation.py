@@ -112,7 +112,7 @@ def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor
     preferred = torch.zeros_like(frequencies)
     preferred[known] = frequencies.max() + 1
     ids = choose_draft_vocabulary(frequencies + preferred, settings.draft_vocab_size)
-    return grown(drafter, target, ids, settings.intermediate_size or config.intermediate_size)
+    return enlarged(drafter, target, ids, settings.intermediate_size or config.intermediate_size)
 
 
 def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
@@ -121,7 +121,9 @@ def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
     return order.sort().values
 
 
-def grown(drafter: Eagle3Drafter, target: Origin, draft_ids: Tensor, intermediate_size: int) -> Eagle3Drafter:
+def enlarged(
+    drafter: Eagle3Drafter, target: Origin, draft_ids: Tensor, intermediate_size: int
+) -> Eagle3Drafter:
     """The same drafter over the tokens `draft_ids` [K], ascending, with an MLP of that width.
 
     What it had of them is kept. A new token's row is the target's, moved as the known ones moved on average since they
