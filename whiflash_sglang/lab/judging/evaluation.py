@@ -2,11 +2,13 @@
 
 import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -15,17 +17,18 @@ from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.jsonl import write_whole
-from whiflash_sglang.lab.judging.by_span import by_span, kinds_of
 from whiflash_sglang.lab.judging.calibrate import Signal
 from whiflash_sglang.lab.judging.controlled import Known, Lag, Prices, auto_choices
 from whiflash_sglang.lab.judging.signals import judge, signals_of
 from whiflash_sglang.models.router import Router
+from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware, Slots
-from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.router import entropy_of, pyplot, save_picture
 from whiflash_sglang.train.walk import (
     LOOP,
@@ -36,6 +39,75 @@ from whiflash_sglang.train.walk import (
     copy_rule,
     tabulate,
 )
+
+PROSE = "prose"
+"""Outside of all spans."""
+
+
+def kinds_of(
+    row: Mapping[str, Any], answer: Sequence[int], tool_parser: str | None, token_bytes: Sequence[bytes]
+) -> list[str]:
+    """For every answer token, the kind of the span that it is written into, as a server infers spans without hints.
+
+    Args:
+        row: the prompt; where it offers tools and asks for no format, a call was forced. answer: token ids.
+        token_bytes: of every token id.
+    """
+    has_tools = bool(row.get("tools"))
+    form = (row.get("response_format") or {}).get("type")
+    hints = infer_spans(tool_parser, None, has_tools, form, has_tools and form is None)
+    tracker = SpanTracker(hints.spans, token_bytes)
+    kinds = []
+    for token in answer:
+        kinds.append(tracker.span.kind if tracker.span else PROSE)
+        tracker.push([token])
+    return kinds
+
+
+def by_span(answers: Sequence[Replay], kinds: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Kind → figures of the rounds that begin with a token of it, before loops; the most frequent first.
+
+    Args:
+        answers: replays of two drafters. kinds: an answer's id → the kind of each of its tokens.
+
+    Returns:
+        positions; acceptance_length by drafter, the mean over these positions; rounds_won by drafter, the share of them
+        at which it accepts strictly more than the other. Rounds of a walk begin less often where much is accepted, so
+        lengths are above those of `tabulate`.
+    """
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for answer in answers:
+        pairs = zip(*(answer.accepted[arm][: answer.loop_from].tolist() for arm in ARMS), strict=True)
+        # A round at i has answer token i as its bonus token: its drafts begin with the next one.
+        for kind, pair in zip(kinds[answer.id][1:], pairs, strict=False):
+            found[kind].append(pair)
+    return {
+        kind: _span_figures(np.array(pairs))
+        for kind, pairs in sorted(found.items(), key=lambda item: -len(item[1]))
+    }
+
+
+def _span_figures(pairs: Any) -> dict[str, Any]:
+    """`pairs` [n, 2] accepted drafts."""
+    lengths = 1 + pairs.mean(0)
+    better = (pairs[:, 0] > pairs[:, 1]).mean(), (pairs[:, 1] > pairs[:, 0]).mean()
+    return {
+        "positions": len(pairs),
+        "acceptance_length": dict(zip(ARMS, map(float, lengths), strict=True)),
+        "rounds_won": dict(zip(ARMS, map(float, better), strict=True)),
+    }
+
+
+def spans_table(result: Mapping[str, Mapping[str, Any]]) -> Table:
+    """For a terminal."""
+    table = Table(title="tokens per round at every position, by what is being written")
+    for column in ("span", "positions", *ARMS, *(f"{arm} better" for arm in ARMS)):
+        table.add_column(column, justify="left" if column == "span" else "right")
+    for kind, one in result.items():
+        lengths = [f"{one['acceptance_length'][arm]:.2f}" for arm in ARMS]
+        won = [f"{one['rounds_won'][arm]:.0%}" for arm in ARMS]
+        table.add_row(kind, str(one["positions"]), *lengths, *won)
+    return table
 
 
 @dataclass(frozen=True)
@@ -145,7 +217,7 @@ def answer_and_replay(
 def _kinds(
     rows: Sequence[dict[str, Any]], store: FeatureStore, target: LoadedTarget, tool_parser: str | None
 ) -> dict[str, list[str]]:
-    """`by_span.kinds_of` every stored answer to `rows`, by its id."""
+    """`kinds_of` every stored answer to `rows`, by its id."""
     table = token_bytes(target.tokenizer)
     by_id = {row["id"]: row for row in rows}
     return {
