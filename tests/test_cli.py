@@ -222,16 +222,6 @@ def test_serve_fills_in_what_is_left_open() -> None:
     assert server_environment(["--model-path=x"]) == {}
 
 
-def test_serve_keeps_the_embedded_target_to_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.cli.serve import server_arguments, server_environment
-    from whiflash_sglang.embedded.cache import COMPACT_JSON
-
-    monkeypatch.setattr("whiflash_sglang.embedded.cache.ensure_target", lambda: Path("/models/t"))
-    assert {COMPACT_JSON, "/models/t"} <= set(server_arguments([]))
-    assert COMPACT_JSON not in server_arguments(["--constrained-json-max-whitespace-cnt=3"])
-    assert server_environment(["--port", "1"]) == {"SGLANG_TOOL_STRICT_LEVEL": "2"}
-
-
 def test_every_command_has_help_with_an_example() -> None:
     from typer.testing import CliRunner
 

@@ -283,7 +283,7 @@ class Source(NamedTuple):
     record: SequenceRecord
 
 
-def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None = None) -> list[Replay]:
+def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None) -> list[Replay]:
     """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
 
     The lookup arm's calibration learns from answer to answer, as in one server.

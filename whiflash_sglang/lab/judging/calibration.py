@@ -128,7 +128,7 @@ def calibrate_bundle(
     answers: Sequence[Replay],
     target: LoadedTarget,
     seconds: RoundSeconds,
-    picture: Path | None = None,
+    picture: Path | None,
 ) -> dict[str, Any]:
     """Choose the thresholds of the bundle's routers and write them into its `whiflash.json`.
 

@@ -234,8 +234,8 @@ def replay_store(
     target: LoadedTarget,
     store: FeatureStore,
     eagle_steps: int,
-    wanted: set[str] | None = None,
-    log: Path | None = None,
+    wanted: set[str] | None,
+    log: Path | None,
 ) -> list[Replay]:
     """Replay all arms over the stored answers (those with an id in `wanted`); `log`: where replays are kept."""
     pair = Pair.load(Parts.of_bundle(bundle, eagle_steps), target.model)
@@ -248,7 +248,7 @@ def routers_of(
     answers: Sequence[Replay],
     target: LoadedTarget,
     eagle_steps: int,
-    lags: Sequence[int] = (),
+    lags: Sequence[int],
 ) -> dict[str, RouterWalk]:
     """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`: unpriced, and for the
     embedded target, whose prices are known, priced. Unpriced also `lags` rounds behind the device, by what is late.
