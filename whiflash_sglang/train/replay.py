@@ -283,7 +283,7 @@ class Source(NamedTuple):
     record: SequenceRecord
 
 
-def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None) -> list[Replay]:
+def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog) -> list[Replay]:
     """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
 
     The lookup arm's calibration learns from answer to answer, as in one server.
@@ -298,11 +298,10 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog | None)
             continue
         sequence = store.read(record)
         name = replay_name(store, record)
-        rounds = log.known.get(name) if log is not None else None
+        rounds = log.known.get(name)
         if rounds is None:
             rounds = replay_drafters(pair, sequence, store.layers)
-            if log is not None:
-                log.add(name, rounds)
+            log.add(name, rounds)
         answers.append(_assemble(sequence, rounds, pair, calibration))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")

@@ -208,7 +208,9 @@ def answer_and_replay(
         )
         summary = answer_rows(chosen, target, data, store, keep_loops=True)
         wanted = {row["id"] for row in chosen}
-        answers = replay_store(bundle, target, store, settings.eagle_steps, wanted, work / "replays")
+        pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target.model)
+        sources = [Source(store, record) for record in store.records if record.id in wanted]
+        answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
         two = len(manifest.drafters) == 2
         kinds = _kinds(chosen, store, target, manifest.tool_call_parser) if two else {}
     return AnsweredBundle(target, answers, len(chosen), summary.skipped, kinds)
@@ -227,20 +229,6 @@ def _kinds(
         for record in store.records
         if record.id in by_id
     }
-
-
-def replay_store(
-    bundle: Path,
-    target: LoadedTarget,
-    store: FeatureStore,
-    eagle_steps: int,
-    wanted: set[str] | None,
-    log: Path | None,
-) -> list[Replay]:
-    """Replay all arms over the stored answers (those with an id in `wanted`); `log`: where replays are kept."""
-    pair = Pair.load(Parts.of_bundle(bundle, eagle_steps), target.model)
-    sources = [Source(store, record) for record in store.records if wanted is None or record.id in wanted]
-    return replay_answers(pair, sources, None if log is None else ReplayLog(log, pair))
 
 
 def routers_of(
