@@ -11,7 +11,6 @@ from rich.console import Console
 
 from whiflash_sglang.checkpoints.manifest import NAMES, check_arms, load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.judging.calibrate import frame, sweep
 from whiflash_sglang.lab.judging.evaluation import (
     EvaluationSettings,
     answer_and_replay,
@@ -24,6 +23,7 @@ from whiflash_sglang.lab.judging.round_costs import (
     parse_round_costs,
     sample,
 )
+from whiflash_sglang.lab.judging.thresholds import frame, sweep
 from whiflash_sglang.train.answers.data import LoadedTarget, load_target, target_path
 from whiflash_sglang.train.answers.prompts import read_rows
 from whiflash_sglang.train.answers.store import open_stores

@@ -17,9 +17,9 @@ from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.jsonl import write_whole
-from whiflash_sglang.lab.judging.calibrate import Signal
 from whiflash_sglang.lab.judging.controlled import Known, Lag, Prices, auto_choices
 from whiflash_sglang.lab.judging.signals import judge, signals_of
+from whiflash_sglang.lab.judging.thresholds import Signal
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.tracker import SpanTracker

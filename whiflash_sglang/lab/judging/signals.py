@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from whiflash_sglang.lab.judging.calibrate import Signal, frame, sweep
+from whiflash_sglang.lab.judging.thresholds import Signal, frame, sweep
 from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.train.regression import best_accuracy
 from whiflash_sglang.train.replay import ARMS, Replay
