@@ -1,4 +1,4 @@
-"""What a result was measured with: command, revision, versions, hardware, load of the machine."""
+"""Origin of a result: command, revision, versions, hardware, and load of the machine."""
 
 import hashlib
 import os
