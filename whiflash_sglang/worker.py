@@ -12,6 +12,7 @@ from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
+from whiflash_sglang.compat.forward.sampling import pinned_acceptance
 from whiflash_sglang.compat.forward.target import Target, VerifyStage
 from whiflash_sglang.compat.scheduler import lifecycle, memory, overlap, pricing, step
 from whiflash_sglang.compat.scheduler.lifecycle import Lifecycle
@@ -124,6 +125,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             tally=self.tally,
             publisher=self.publisher,
         )
+        pinned = pinned_acceptance(widest_of(self.drafters) + 1, self.ranks)
         quarantine = self.quarantine
         self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, quarantine, self.ranks)
         self.stage = DraftStage(
@@ -141,6 +143,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 self.target.runner.req_to_token_pool,
                 ranks=self.ranks.size,
                 exact=self.host.exact,
+                pinned=pinned is not None,
             ),
         )
         self.epilogue = Epilogue(
@@ -151,9 +154,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             widest_of(self.drafters) + 1,
             lambda: self.controller.policy.needs,
         )
-        if self.forcing is None:  # else a token is not what the target says
+        if self.forcing is None and pinned is None:  # else a token is not what the target says
             self.target.end_graphs_with(self.epilogue)
-        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.forcing)
+        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.forcing, pinned)
         self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, quarantine, self.ranks)
         lifecycle.notify(self.lifecycle, self.target.runner)
 

@@ -149,20 +149,21 @@ def test_records_are_plain_decodings(models: Models, seen: Seen, case: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("pool", "ranks", "exact", "branches"),
+    ("pool", "ranks", "exact", "pinned", "branches"),
     [
-        (object(), 1, True, 3),
-        (object(), 2, True, 1),
-        (object(), 1, False, 1),
-        (object.__new__(HybridReqToTokenPool), 1, True, 1),
+        (object(), 1, True, False, 3),
+        (object(), 2, True, False, 1),
+        (object(), 1, False, False, 1),
+        (object(), 1, True, True, 1),
+        (object.__new__(HybridReqToTokenPool), 1, True, False, 1),
     ],
-    ids=["alone", "ranks", "device", "states"],
+    ids=["alone", "ranks", "device", "pinned", "states"],
 )
 def test_where_strands_are_not_made_the_log_says_so(
-    pool: object, ranks: int, exact: bool, branches: int, caplog: pytest.LogCaptureFixture
+    pool: object, ranks: int, exact: bool, pinned: bool, branches: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert branches_of(3, pool, ranks=ranks, exact=exact) == branches
-    assert branches_of(1, pool, ranks=ranks, exact=exact) == 1
+    assert branches_of(3, pool, ranks=ranks, exact=exact, pinned=pinned) == branches
+    assert branches_of(1, pool, ranks=ranks, exact=exact, pinned=pinned) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (branches == 1)
 
 

@@ -281,6 +281,14 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask", ("reqs", "tree", "sampling_info")
     ),
+    PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_LEN"),
+    PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_METHOD"),
+    PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_TOKEN_MODE"),
+    PrivateName("sglang.srt.speculative.spec_utils:check_simulate_acc_token_mode"),
+    PrivateName(
+        "sglang.srt.speculative.spec_utils:sample_simulated_acc_len",
+        ("simulate_acc_len", "simulate_acc_method", "max_len"),
+    ),
     PrivateName(
         "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend",
         ("any_whitespace", "max_whitespace_cnt"),

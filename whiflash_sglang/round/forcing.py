@@ -1,15 +1,17 @@
-"""Answers forced along a recorded text, for benchmarks: what the target sampled is replaced once it was sampled.
+"""Answers forced along a recorded text, and acceptance pinned to a length: for benchmarks.
 
-Imports no SGLang. A server has one of these only where its flag says so.
+What the target sampled is replaced once it was sampled. Imports no SGLang. A server has one of these only where its
+flag or its environment says so.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from whiflash_kernels import MixedBlock
 
+from whiflash_sglang.round.epilogue import VerifiedRows
 from whiflash_sglang.spans.forced import forced_tokens
 from whiflash_sglang.spans.hints import HintError
 
@@ -60,3 +62,33 @@ class Forcing:
         except HintError as error:
             logger.warning("request %s: a malformed forced answer is ignored (%s)", req.rid, error)
             return []
+
+
+PLACEHOLDER = 100
+"""SGLang's token where simulated acceptance commits no real ones (`apply_dflash_simulated_acceptance`)."""
+
+
+class Pinned:
+    """A round's acceptance, pinned: the cost of rounds is measured, their text means nothing.
+
+    Args:
+        draw: tokens that every request shall commit this round, the bonus token among them. real: drafts are committed,
+            and the target's own token behind them; else `PLACEHOLDER`.
+    """
+
+    def __init__(self, draw: Callable[[], int], *, real: bool) -> None:
+        self._draw, self._real = draw, real
+
+    def over(self, rows: VerifiedRows) -> VerifiedRows:
+        """`rows` as if the target had agreed with as many drafts; a request with fewer rows commits all of them."""
+        predictions, ids, length = rows.predictions, rows.input_ids, self._draw()
+        assert predictions is not None
+        row = torch.arange(len(ids), device=ids.device)
+        owner = torch.bucketize(row, rows.indptr[1:-1], right=True)
+        place, last = row - rows.indptr[owner], rows.indptr[owner + 1] - 1
+        if self._real:
+            predictions = torch.where((place < length - 1) & (row < last), ids.roll(-1), predictions)
+        else:
+            predictions = torch.full_like(predictions, PLACEHOLDER)
+        agreed = torch.where(place < length, predictions.roll(1), FREE)
+        return rows._replace(predictions=predictions, input_ids=agreed)

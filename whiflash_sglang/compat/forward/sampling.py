@@ -8,14 +8,18 @@ draft agrees leaves the output distribution exactly the target's.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
+from sglang.srt.speculative import spec_utils
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from whiflash_kernels import MixedBlock
 
+from whiflash_sglang.device.ranks import Ranks
+from whiflash_sglang.round.forcing import Pinned
 from whiflash_sglang.round.penalties import PenaltyRequest, penalties_at
 from whiflash_sglang.round.strands import Strand
 
@@ -167,6 +171,25 @@ def sample_rows(
         )
     predictions: torch.Tensor = runner.sampler(output, info, *records, block.positions)
     return predictions.to(torch.int64)
+
+
+def pinned_acceptance(widest: int, ranks: Ranks) -> Pinned | None:
+    """What `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE` ask for, None where nothing is simulated.
+
+    One length is drawn a round for all requests, as upstream's workers do. A request's block is as wide as it was
+    drafted, so one with fewer rows commits them all: upstream's draw for a block of that width.
+
+    Args:
+        widest: most rows of a request. Raises ValueError: a mode or method that upstream does not know.
+    """
+    length, method = spec_utils.SIMULATE_ACC_LEN, spec_utils.SIMULATE_ACC_METHOD
+    if length <= 0:
+        return None
+    spec_utils.check_simulate_acc_token_mode()
+    draw = partial(spec_utils.sample_simulated_acc_len, length, method, widest)
+    draw()  # an unknown method ends the start, not the first round
+    real = spec_utils.SIMULATE_ACC_TOKEN_MODE == "real-draft-token"
+    return Pinned(partial(ranks.broadcast, draw), real=real)
 
 
 LISTS = (

@@ -32,7 +32,7 @@ from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
-from whiflash_sglang.round.forcing import Forcing
+from whiflash_sglang.round.forcing import Forcing, Pinned
 from whiflash_sglang.round.strands import Folded, Packed, fold, moves, of_rows, pack
 
 
@@ -248,7 +248,7 @@ class VerifyStage:
 
     Args:
         tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
-        forcing: replaces what was sampled, for benchmarks; None: nothing does.
+        forcing, pinned: replace what was sampled, for benchmarks; None: nothing does.
     """
 
     def __init__(
@@ -258,9 +258,10 @@ class VerifyStage:
         host: HostView,
         epilogue: Epilogue,
         forcing: Forcing | None,
+        pinned: Pinned | None,
     ) -> None:
         self._target, self._tokens, self._host = target, tokens, host
-        self._epilogue, self._forcing = epilogue, forcing
+        self._epilogue, self._forcing, self._pinned = epilogue, forcing, pinned
 
     def verify(
         self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
@@ -326,6 +327,8 @@ class VerifyStage:
             predictions,
             verified.outcome,
         )
+        if self._pinned is not None:
+            return self._pinned.over(rows), verified
         if not strands or predictions is None:
             return rows, verified
         return self._folded(requests, proposal, block, rows, verified)

@@ -97,16 +97,18 @@ def round_batch(
     )
 
 
-def branches_of(wanted: int, pool: Any, *, ranks: int, exact: bool) -> int:
+def branches_of(wanted: int, pool: Any, *, ranks: int, exact: bool, pinned: bool) -> int:
     """Chains of a request that a round may verify: `wanted`, or one, said in the log, where strands are not made.
 
     Args:
         pool: SGLang's table of requests. ranks: that serve the model. exact: whether the host may read the device.
+        pinned: whether acceptance is simulated.
     """
     reasons = {
         "the host may not read the device": not exact,
         "several ranks serve the model": ranks > 1,
         "the target keeps states beside KV": isinstance(pool, HybridReqToTokenPool),
+        "SGLANG_SIMULATE_ACC_LEN pins acceptance": pinned,
     }
     reason = next((said for said, holds in reasons.items() if holds), None)
     if wanted > 1 and reason is not None:

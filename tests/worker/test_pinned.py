@@ -1,0 +1,80 @@
+"""Acceptance pinned by SGLang's environment: what WHIFLASH commits is what SGLang's DFLASH worker would."""
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from engine import engine
+from model_set import Models
+
+RNG = random.Random(35)
+PROMPTS = [RNG.choices(range(256), k=n) for n in (5, 40, 19)]
+
+
+def upstream(candidates: torch.Tensor, target: torch.Tensor, pin: tuple[float, str, str]) -> list[int]:
+    """What SGLang's DFLASH worker commits of one request: [1, W] bonus token and drafts, [1, W] the target's tokens."""
+    from sglang.srt.speculative.dflash_utils import apply_dflash_simulated_acceptance
+
+    length, method, mode = pin
+    commit, bonus, tokens = torch.zeros(1, dtype=torch.int64), target[:, 0].clone(), candidates.clone()
+    apply_dflash_simulated_acceptance(
+        candidates=candidates,
+        target_predict=target,
+        accept_len=torch.zeros_like(commit),
+        commit_lens=commit,
+        bonus=bonus,
+        out_tokens=tokens,
+        simulate_acc_len=length,
+        simulate_acc_method=method,
+        simulate_acc_token_mode=mode,
+    )
+    assert tokens[0, commit[0] - 1] == bonus[0]
+    return tokens[0, : commit[0]].tolist()
+
+
+@pytest.mark.parametrize(
+    "pin",
+    [
+        (2.5, "match-expected", "real-draft-token"),
+        (1.0, "match-expected", "fixed"),
+        (3.0, "multinomial", "fixed"),
+        (4.0, "multinomial", "real-draft-token"),
+    ],
+)
+def test_rounds_commit_what_upstream_would(
+    models: Models, monkeypatch: pytest.MonkeyPatch, pin: tuple[float, str, str]
+) -> None:
+    from sglang.srt.speculative import spec_utils
+
+    for name, value in zip(("LEN", "METHOD", "TOKEN_MODE"), pin, strict=True):
+        monkeypatch.setattr(spec_utils, f"SIMULATE_ACC_{name}", value)
+    expected: list[list[int]] = []
+    committed: list[list[int]] = []
+    with engine(models.target, whiflash=models.whiflash("random")) as e:
+        pinned, commit = e.worker.verifier._pinned, e.worker.epilogue.commit
+        over = pinned.over
+
+        def watched(rows: Any) -> Any:
+            state = torch.get_rng_state()
+            for begin, end in pairwise(rows.indptr.tolist()):
+                torch.set_rng_state(state)
+                expected.append(
+                    upstream(rows.input_ids[None, begin:end], rows.predictions[None, begin:end], pin)
+                )
+            torch.set_rng_state(state)
+            return over(rows)
+
+        def kept(*args: Any) -> Any:
+            found = commit(*args)
+            for tokens, length in zip(found.tokens.tolist(), found.accept_lens.tolist(), strict=True):
+                committed.append(tokens[:length])
+            return found
+
+        monkeypatch.setattr(pinned, "over", watched)
+        monkeypatch.setattr(e.worker.epilogue, "commit", kept)
+        e.generate(PROMPTS, max_new_tokens=40)
+        e.check_leaks()
+    assert committed == expected
+    assert len({len(tokens) for tokens in committed}) > (pin[0] > 1)
