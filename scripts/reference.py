@@ -10,6 +10,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -32,6 +33,7 @@ from whiflash_sglang.checkpoints.manifest import (
 from whiflash_sglang.cli import app
 from whiflash_sglang.config import PolicyChange
 from whiflash_sglang.flags import flags
+from whiflash_sglang.lab.bench.suites import SUITES, Suite
 from whiflash_sglang.metrics.series import SERIES
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
@@ -257,6 +259,23 @@ def gpu_table(records: Path = ROOT / "results" / "gpu") -> str:
     return table(("part", "passes where", "measured"), rows)
 
 
+def suites_table() -> str:
+    """The sets that `whiflash bench --suite` reads."""
+    rows = (
+        (f"`{name}`", f"`{suite.files}`", _fields(suite), suite.licence, suite.source)
+        for name, suite in SUITES.items()
+    )
+    return table(("suite", "files", "asks", "licence", "the folder"), rows)
+
+
+def _fields(suite: Suite) -> str:
+    """The fields of a row that ask."""
+    if suite.read is not None:
+        return "as recorded" if suite.wheel is None else "`question`, `function`"
+    fields = [name for _, name, _, _ in Formatter().parse(suite.asks) if name]
+    return " or ".join(f"`{name}`" for name in ("turns", *fields))
+
+
 def _measured(record: Path) -> str:
     """How a part ended, on what; with each of its checks where it has some."""
     if not record.exists():
@@ -290,6 +309,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "stretch": lambda: model_table(Stretch),
     "commands": cli_reference,
     "gpu": gpu_table,
+    "suites": suites_table,
 }
 
 

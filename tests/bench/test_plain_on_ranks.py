@@ -1,15 +1,19 @@
 """Whose answers an arm on several ranks is compared with."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from rich.progress import Progress
 
-from whiflash_sglang.lab.bench import runner
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.lab.bench import reference, runner
 from whiflash_sglang.lab.bench.arms import Subject, build_arms
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
+from whiflash_sglang.lab.bench.load import RefusedError
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.reference import Reference, differences, plain_of
 
@@ -63,3 +67,30 @@ def test_plain_decoding_on_ranks_answers_what_plain_decoding_was_asked(
     assert {name: len(own) for name, own in running._apart.items()} == {"none@tp2": 2}
     [_, later] = running._apart["none@tp2"].values()
     assert "by none" in [message["content"] for message in later.prompt.messages]
+
+
+def test_a_prompt_that_the_server_does_not_take_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def answering(client: Any, prompt: Prompt, max_tokens: int) -> Reference:
+        if prompt.id == "long":
+            raise RefusedError("prompt long: longer than the context")
+        return Reference(prompt, (1,), (5,), (9.0,), "short")
+
+    monkeypatch.setattr(runner, "ask_reference", answering)
+    monkeypatch.setattr(runner, "_flush", lambda client: None)
+    subject = Subject(target=tmp_path, bundle=tmp_path, eagle3=None, dflash=None, dtype="float32")
+    prompts = tuple(Prompt(name, "chat", ({"role": "user", "content": "?"},)) for name in ("long", "fits"))
+    fleet, journal = SimpleNamespace(clients={"none": "none"}), Journal(tmp_path / "cells", "plan", Cell)
+    plan = runner.Plan(subject, tuple(build_arms(["none"], subject)), prompts)
+    running = runner.Runner(plan, fleet, journal, Progress(disable=True))
+    running._ask_references()
+    assert list(running._references) == ["fits"]
+    assert running.left_out == {"long": "prompt long: longer than the context"}
+    nothing = runner.Runner(replace(plan, prompts=prompts[:1]), fleet, journal, Progress(disable=True))
+    with pytest.raises(WhiflashError, match="took no prompt: prompt long"):
+        nothing._ask_references()
+    refusing = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(400)), base_url="http://x")
+    monkeypatch.undo()
+    with pytest.raises(RefusedError, match="prompt fits"):
+        reference.ask_reference(refusing, prompts[1], 8)

@@ -307,3 +307,18 @@ def test_conversations_are_reported_by_turn(report: Report) -> None:
     assert talks["none"][3].over_none is None
     page = render(build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns))
     assert "| auto | 2.40; 4.00 | 2.40; 4.00 |" in page
+
+
+def test_suites_are_reported_as_papers_do(report: Report) -> None:
+    """By set: speed-up and acceptance length, and their plain means; no set is weighed by its tokens."""
+    assert "by set" not in render(report)
+    told = {"suites": {"gsm8k": "a folder (MIT)"}, "left_out": {"p": "too long"}}
+    page = render(report.model_copy(update={"provenance": PROVENANCE | told}))
+    assert "Sets: gsm8k from a folder (MIT)." in page
+    assert "did not take them: 1 prompts" in page
+    assert "| arm | chat | tool_call | mean of sets |" in page
+    auto, figures = report.ratios["auto"].none, report.arms["auto"]
+    ratio = (auto["chat"].ratio + auto["tool_call"].ratio) / 2
+    length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2
+    assert f" {ratio:.2f}×, {length:.2f} |" in page
+    assert "| none | 1.00×, 1.00 | 1.00×, 1.00 | 1.00×, 1.00 |" in page

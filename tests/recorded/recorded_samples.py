@@ -51,6 +51,28 @@ FORMATS: dict[str, Any] = {
         "response": {"choices": [{"index": 0, "message": ANSWER, "finish_reason": "stop"}]},
     },
     "tau-bench": {"task_id": 3, "trial": 1, "reward": 1.0, "info": {"task": {}}, "traj": MESSAGES},
+    "tau2": {
+        "info": {"environment_info": {"domain_name": "airline", "policy": "Be kind.", "tool_defs": None}},
+        "tasks": [],
+        "simulations": [
+            {
+                "task_id": "3",
+                "trial": 1,
+                "messages": [
+                    {**ASK, "tool_calls": None, "turn_idx": 0},
+                    {"role": "user", "content": None, "tool_calls": [{"name": "look", "requestor": "user"}]},
+                    {"id": "u1", "role": "tool", "content": "seen", "requestor": "user"},
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": "c1", "name": "find", "arguments": {"user": "mia_li_3668"}}],
+                    },
+                    {"id": "c1", "role": "tool", "content": RESULT["content"], "requestor": "assistant"},
+                    {**ANSWER, "tool_calls": None},
+                ],
+            }
+        ],
+    },
     "bfcl": {
         "id": "multi_turn_base_0",
         "result": [[[{"find": '{"user": "mia_li_3668"}'}], "You are on flight HAT136."]],

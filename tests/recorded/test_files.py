@@ -67,12 +67,15 @@ def test_names_and_categories(write: Write) -> None:
     found = {name: read_recorded(write(json.dumps(FORMATS[name])))[0] for name in FORMATS}
     assert (found["log"].id, found["log"].category) == ("one", "support")
     assert found["tau-bench"].id == "recorded/task 3 trial 1"
+    assert found["tau2"].id == "recorded/task 3 trial 1"
+    assert found["tau2"].messages[0]["content"] == "Be kind."
     assert found["bfcl"].id == "multi_turn_base_0"
     assert found["openhands"].id == "repository__repository-2"
     assert {one.category for one in found.values()} == {
         "support",
         "log",
         "tau-bench",
+        "tau2 airline",
         "BFCL multi-turn",
         "SWE-agent",
         "OpenHands",

@@ -8,6 +8,7 @@ import typer
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption
 from whiflash_sglang.errors import UsageError
 from whiflash_sglang.lab.bench.arms import KNOWN
+from whiflash_sglang.lab.bench.suites import GROUPS, SUITES
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +17,13 @@ def register(app: typer.Typer) -> None:
         quick: Annotated[bool, typer.Option(help="A first answer in under five minutes: four arms.")] = False,
         arms: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(KNOWN)}.")] = None,
         prompts: Annotated[str | None, typer.Option(help="JSONL file, or data set of the hub.")] = None,
+        suite: Annotated[
+            str | None,
+            typer.Option(
+                help=f"Sets that others report on, comma-separated: {', '.join((*SUITES, *GROUPS))}."
+            ),
+        ] = None,
+        suite_dir: Annotated[Path | None, typer.Option(help="Folder with the files of --suite.")] = None,
         per_category: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
         max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer.")] = None,
         concurrency: Annotated[str, typer.Option(help="Closed loops: requests in flight.")] = "1",
@@ -59,6 +67,7 @@ def register(app: typer.Typer) -> None:
         Examples:
         whiflash bench --quick
         whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures
+        whiflash bench --suite spec-bench,gsm8k --suite-dir downloads --per-category 10
         whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
         whiflash bench --recorded log.jsonl --arms auto,auto+prediction,auto+useless --concurrency 1,8
         """
@@ -69,6 +78,7 @@ def register(app: typer.Typer) -> None:
         from whiflash_sglang.lab.bench.command import Outputs, judge, loads_of, run, scale_of
         from whiflash_sglang.lab.bench.prompts import load_prompts, sample, shipped
         from whiflash_sglang.lab.bench.runner import Plan
+        from whiflash_sglang.lab.bench.suites import read_suites, suites_of
 
         loads = loads_of(concurrency, rates)
         names = [name.strip() for name in (arms or "").split(",") if name.strip()]
@@ -79,6 +89,7 @@ def register(app: typer.Typer) -> None:
             others = {
                 "--quick": quick,
                 "--prompts": prompts,
+                "--suite": suite,
                 "--per-category": per_category,
                 "--rates": rates,
                 "--no-interleave": not interleave,
@@ -119,7 +130,11 @@ def register(app: typer.Typer) -> None:
             raise UsageError("--restart is for interleaved runs: drop --no-interleave")
         from whiflash_sglang.lab.bench.subject import build_subject
 
-        chosen = sample(load_prompts(prompts or str(shipped())), scale.per_category)
+        if suite and prompts:
+            raise UsageError("--suite and --prompts both name the prompts: give one of them")
+        suites = suites_of(suite or "")
+        asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
+        chosen = sample(asked, scale.per_category)
         outputs = Outputs(as_json, out, markdown, plots)
         outputs.prepare()
         if log_dir is not None:
@@ -142,6 +157,7 @@ def register(app: typer.Typer) -> None:
                 minutes=scale.minutes,
                 scaling=scaling,
                 over=over,
+                suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
             )
             cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")
             report = run(plan, cells, log_dir, resume=resume)

@@ -24,6 +24,10 @@ class RequestError(WhiflashError):
     """A server refused or broke off a request."""
 
 
+class RefusedError(RequestError):
+    """A request is not one that the server takes: too long for the context, or malformed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asker:
     """One server's streaming chat client. max_tokens: longest answer, in tokens. request: fields of every request."""

@@ -1,13 +1,14 @@
 """The report as a Markdown page. Needs no server."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from whiflash_sglang.equality import Verdict
 from whiflash_sglang.lab.bench.cells import RoundMs
 from whiflash_sglang.lab.bench.hints import Acceptance
 from whiflash_sglang.lab.bench.report import Figures, LoadReport, Report
-from whiflash_sglang.lab.bench.selection import OVERALL, TurnFigures
+from whiflash_sglang.lab.bench.selection import LOOPS, OVERALL, TurnFigures
 from whiflash_sglang.lab.statistics import Interval, Percentiles
 
 
@@ -19,6 +20,7 @@ def render(report: Report) -> str:
         if load.load.is_alone:
             parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
             parts += ["### Acceptance length", _acceptance(load)]
+            parts += [_as_papers(load) if report.provenance.get("suites") else ""]
         parts += [_over(load, report.over)]
         parts += [_turns(load), _hints(load), _rounds(load)]
     parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
@@ -35,11 +37,20 @@ def _setting(report: Report) -> str:
         f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, {p['dtype']}, "
         f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
         f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
-        f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}.\n\n"
+        f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
+        f"{_taken_from(p)}\n\n"
         "Rates count the whole exchange, prefill included; medians of the repetitions per prompt. In brackets: 95 % "
         "paired bootstrap intervals over prompts and repetitions. *loops*: prompts whose plain answer ends in a "
         "greedy repetition loop; they are in no other figure. Acceptance length: tokens per target forward."
     )
+
+
+def _taken_from(provenance: Mapping[str, Any]) -> str:
+    """Where the prompts of suites come from, and what was left out; reports of other prompts have neither."""
+    sources = [f"{name} from {source}" for name, source in provenance.get("suites", {}).items()]
+    said = f" Sets: {'; '.join(sources)}." if sources else ""
+    left_out = len(provenance.get("left_out", ()))
+    return said + (f" Left out, since the server did not take them: {left_out} prompts." if left_out else "")
 
 
 def _title(load: LoadReport) -> str:
@@ -99,6 +110,23 @@ def _acceptance(load: LoadReport) -> str:
         for arm, groups in load.arms.items()
     ]
     return _table(("arm", *names), rows)
+
+
+def _as_papers(load: LoadReport) -> str:
+    """Speed-up and acceptance length of every set, and their plain means over the sets."""
+    names = [name for name in _categories(load) if name not in (OVERALL, LOOPS)]
+    rows = []
+    for arm, groups in load.arms.items():
+        ratios = load.ratios[arm].none if arm in load.ratios else {}
+        sets = [
+            (ratios[name].ratio if name in ratios else 1.0, groups[name].acceptance_length)
+            for name in names
+            if name in groups
+        ]
+        means = tuple(sum(column) / len(sets) for column in zip(*sets, strict=True))
+        rows.append((arm, *(f"{ratio:.2f}×, {length:.2f}" for ratio, length in (*sets, means))))
+    title = "### Speed-up over plain decoding, and acceptance length, by set"
+    return f"{title}\n\n{_table(('arm', *names, 'mean of sets'), rows)}"
 
 
 def _turns(load: LoadReport) -> str:

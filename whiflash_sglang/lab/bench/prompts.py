@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -41,12 +41,13 @@ class Prompt:
             fields["response_format"] = self.response_format
         return fields
 
-    def next_turn(self, answer: str) -> "Prompt | None":
-        """The conversation after `answer` and the first follow-up; None where there is none left."""
+    def next_turn(self, answer: str, calls: Sequence[Mapping[str, Any]] = ()) -> "Prompt | None":
+        """The conversation after `answer`, its tool calls and the first follow-up; None where there is none left."""
         if not self.follow_ups:
             return None
-        user = {"role": "user", "content": self.follow_ups[0]}
-        messages = (*self.messages, {"role": "assistant", "content": answer}, user)
+        called = {"tool_calls": list(calls)} if calls else {}
+        said, user = {"role": "assistant", "content": answer}, {"role": "user", "content": self.follow_ups[0]}
+        messages = (*self.messages, {**said, **called}, user)
         stem, _, turn = self.id.partition("#")
         return replace(
             self, id=f"{stem}#{int(turn or 1) + 1}", messages=messages, follow_ups=self.follow_ups[1:]
@@ -68,7 +69,7 @@ def load_prompts(source: str) -> list[Prompt]:
         ConfigError: naming the file and the row that is wrong.
     """
     path = Path(source).expanduser()
-    rows = _rows_of_file(path) if path.exists() else _rows_of_hub(source)
+    rows = rows_of_file(path) if path.exists() else _rows_of_hub(source)
     prompts = [prompt_of(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
     if not prompts:
         raise ConfigError(f"{source} holds no prompts")
@@ -128,7 +129,8 @@ def _digest(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _rows_of_file(path: Path) -> list[Any]:
+def rows_of_file(path: Path) -> list[Any]:
+    """Rows of JSON lines or of one JSON list. Raises ConfigError naming the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

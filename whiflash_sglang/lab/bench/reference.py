@@ -13,7 +13,7 @@ import httpx
 from whiflash_sglang.equality import TopTwo, Verdict, compare
 from whiflash_sglang.lab.bench.arms import BESIDE, NONE, RANKS
 from whiflash_sglang.lab.bench.cells import Cell
-from whiflash_sglang.lab.bench.load import MODEL, RequestError
+from whiflash_sglang.lab.bench.load import MODEL, RefusedError, RequestError
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.train.answers.loops import loop_start
 
@@ -23,7 +23,7 @@ class Reference:
     """Plain decoding's answer to one prompt.
 
     input_ids, tokens: of the prompt and the answer. gaps: best minus second-best log-probability per token, which
-    is the gap of their logits. text: the answer's content.
+    is the gap of their logits. text, calls: the answer's content and its tool calls.
     """
 
     prompt: Prompt
@@ -31,6 +31,7 @@ class Reference:
     tokens: tuple[int, ...]
     gaps: tuple[float, ...]
     text: str
+    calls: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def loops(self) -> bool:
@@ -39,7 +40,11 @@ class Reference:
 
 
 def ask_reference(client: httpx.Client, prompt: Prompt, max_tokens: int) -> Reference:
-    """Plain decoding's answer with the gaps between its two best tokens. Raises RequestError."""
+    """Plain decoding's answer with the gaps between its two best tokens.
+
+    Raises:
+        RefusedError: the server does not take the request. RequestError: it could not answer it.
+    """
     body = {
         "model": MODEL,
         "temperature": 0,
@@ -52,7 +57,8 @@ def ask_reference(client: httpx.Client, prompt: Prompt, max_tokens: int) -> Refe
     }
     response = client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
-        raise RequestError(f"prompt {prompt.id}: {response.text[:500]}")
+        failed = RefusedError if response.status_code == 400 else RequestError
+        raise failed(f"prompt {prompt.id}: {response.text[:500]}")
     answer = response.json()
     choice = answer["choices"][0]
     return Reference(
@@ -61,6 +67,7 @@ def ask_reference(client: httpx.Client, prompt: Prompt, max_tokens: int) -> Refe
         tokens=tuple(answer["sglext"]["output_ids"][0]),
         gaps=tuple(_gap(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]),
         text=choice["message"].get("content") or "",
+        calls=tuple(choice["message"].get("tool_calls") or ()),
     )
 
 

@@ -10,9 +10,9 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from whiflash_sglang.lab.bench import scaling
 from whiflash_sglang.lab.bench.arms import NONE, Arm, Subject
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, environment
-from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker, RequestError
+from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker, RefusedError, RequestError
 from whiflash_sglang.lab.bench.prompts import Prompt, digest_of
 from whiflash_sglang.lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
 from whiflash_sglang.lab.bench.report import Report, build_report
@@ -104,6 +104,7 @@ class Plan:
     over: the arm that all others are compared with, besides plain decoding.
     scaling: afterwards measure how a round of `auto` grows with batch and context (interleaved runs only).
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
+    suites: where prompts of named sets come from, with their licences, by name.
     restart: start the servers anew for every repetition (interleaved runs only). Two processes that do the same may
         differ by 1 % for as long as they live; without new ones that is taken for the arms'.
     """
@@ -119,6 +120,7 @@ class Plan:
     minutes: float | None = None
     scaling: bool = False
     over: str | None = None
+    suites: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -150,6 +152,7 @@ class Runner:
         self._routers: dict[str, str] = {}
         self._servers: dict[str, dict[str, Any]] = {}
         self.unavailable: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self.cells: list[Cell] = []
         self._scaling: list[ScalePoint] = []
         self._began = time.monotonic()
@@ -298,14 +301,23 @@ class Runner:
         while pending:
             prompt = pending.pop(0)
             _flush(client)  # As before every measured answer: a cached prefix rounds differently.
-            reference = ask_reference(client, prompt, self._plan.max_tokens)
+            self._progress.advance(task)
+            try:
+                reference = ask_reference(client, prompt, self._plan.max_tokens)
+            except RefusedError as refused:
+                self.left_out[prompt.id] = str(refused)
+                self._progress.console.print(f"left out: {refused}", markup=False, highlight=False)
+                continue
             self._references[prompt.id] = replace(reference, prompt=replace(prompt, follow_ups=()))
-            follow_up = prompt.next_turn(reference.text)
+            follow_up = prompt.next_turn(reference.text, reference.calls)
             if follow_up is not None:
                 pending.append(follow_up)
-                self._progress.update(task, total=len(self._references) + len(pending))
-            self._progress.advance(task)
+                self._progress.update(task, total=len(self._references) + len(self.left_out) + len(pending))
         self._progress.remove_task(task)
+        if not self._references:
+            raise WhiflashError(
+                f"plain decoding took no prompt: {next(iter(self.left_out.values()), 'there are none')}"
+            )
 
     def _ask_apart(self, name: str) -> None:
         """Where `name` is plain decoding on several ranks: its answers, to the prompts that `none` has answered."""
@@ -405,6 +417,8 @@ class Runner:
             "repetitions": len({cell.repetition for cell in cells}),
             "max_tokens": plan.max_tokens,
             "prompts_sha256": digest_of(plan.prompts),
+            "left_out": self.left_out,
+            "suites": plan.suites,
             "servers": self._servers,
         }
 

@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 30
 """Of one file."""
 
 KNOWN = (
-    "tau-bench trajectories, BFCL multi-turn results, SWE-agent, mini-swe-agent and OpenHands trajectories, "
+    "tau-bench and tau2 trajectories, BFCL multi-turn results, SWE-agent, mini-swe-agent and OpenHands trajectories, "
     "OpenAI messages"
 )
 
@@ -46,7 +46,8 @@ def read_recorded(path: Path) -> list[Conversation]:
             record, and field. Also where no conversation has an answer.
     """
     found = []
-    for where, name, record in _records(path):
+    records = (part for record in _records(path) for part in _unpacked(*record))
+    for where, name, record in records:
         reader = next((reader for fits, reader in FORMATS if fits(record)), None)
         if reader is None:
             raise RecordError(f"{where}: of no known format ({KNOWN})")
@@ -126,6 +127,58 @@ def _tau_bench(where: str, name: str, record: dict[str, Any]) -> Conversation:
     if record.get("task_id") is not None:
         name = f"{name}/task {record['task_id']} trial {record.get('trial', 0)}"
     return conversation(where, name, "tau-bench", list_of(f"{where}, traj", record["traj"]))
+
+
+# tau2-bench
+
+_ENVIRONMENT = "tau2_environment"
+_USER = "user"
+
+
+def _unpacked(where: str, name: str, document: Any) -> Iterator[tuple[str, str, Any]]:
+    """The simulations of a document of tau2-bench as records, with places and names; other documents as such."""
+    if not isinstance(document, dict) or "simulations" not in document:
+        yield where, name, document
+        return
+    info = object_of(f"{where}, info", document.get("info"))
+    for index, given in enumerate(list_of(f"{where}, simulations", document["simulations"])):
+        place = f"{where}, simulations[{index}]"
+        yield place, name, {**object_of(place, given), _ENVIRONMENT: info.get("environment_info")}
+
+
+def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
+    """One simulation of a document of `{info, tasks, simulations}`.
+
+        {"info": {"environment_info": {"domain_name", "policy", "tool_defs"}},
+         "simulations": [{"task_id", "trial", "messages": [{"role", "content", "requestor",
+                          "tool_calls": [{"id", "name", "arguments", "requestor"}]}, ...]}, ...]}
+
+    The user may call tools, too; neither these calls nor their results are seen by the agent. Nothing else of `info` is
+    read. Source: sierra-research/tau2-bench, `web/leaderboard/public/submissions/*/trajectories`.
+    """
+    environment = object_of(f"{where}, info.environment_info", record[_ENVIRONMENT] or {})
+    policy = text_of(f"{where}, info.environment_info.policy", environment.get("policy"))
+    domain = text_of(f"{where}, info.environment_info.domain_name", environment.get("domain_name"))
+    messages: list[object] = [{"role": "system", "content": policy}] if policy else []
+    for index, given in enumerate(list_of(f"{where}, messages", record.get("messages"))):
+        message = object_of(f"{where}, messages[{index}]", given)
+        if message.get("requestor") != _USER and not _only_calls(message):
+            messages.append(_tau2_message(f"{where}, messages[{index}]", message))
+    found = f"{name}/task {record.get('task_id')} trial {record.get('trial', 0)}"
+    return conversation(where, found, f"tau2 {domain}".strip(), messages, environment.get("tool_defs"))
+
+
+def _only_calls(message: Message) -> bool:
+    """Whether a user calls a tool and says nothing."""
+    return message.get("role") == _USER and bool(message.get("tool_calls")) and not message.get("content")
+
+
+def _tau2_message(where: str, given: Message) -> Message:
+    calls = list_of(f"{where}.tool_calls", given.get("tool_calls") or [])
+    if given.get("role") == "tool":
+        return {**given, "tool_call_id": given.get("id")}
+    made = [object_of(f"{where}.tool_calls[{i}]", one) for i, one in enumerate(calls)]
+    return {**given, "tool_calls": [call(one.get("name", ""), one.get("arguments")) for one in made]}
 
 
 # BFCL's multi-turn results
@@ -320,6 +373,7 @@ def _message_of(where: str, response: object) -> Message:
 
 FORMATS: tuple[tuple[Callable[[Any], bool], Callable[[str, str, Any], Conversation]], ...] = (
     (lambda record: isinstance(record, dict) and "traj" in record, _tau_bench),
+    (lambda record: isinstance(record, dict) and _ENVIRONMENT in record, _tau2),
     (lambda record: isinstance(record, dict) and "inference_log" in record, _bfcl),
     (_is_openhands, _openhands),
     (_is_swe_agent, _swe_agent),
