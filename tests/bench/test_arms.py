@@ -38,6 +38,9 @@ def test_every_arm_gets_the_same_target_dtype_and_common_arguments() -> None:
     by_name = {arm.name: arm for arm in arms}
     assert by_name["none"].arguments == shared
     assert "--speculative-eagle-topk 1" in " ".join(by_name["EAGLE3"].arguments)
+    adaptive = " ".join(by_name["EAGLE3-adaptive"].arguments)
+    assert "--speculative-algorithm EAGLE3 " in adaptive
+    assert adaptive.endswith("--speculative-draft-model-path /models/b/eagle3 --speculative-adaptive")
     assert {arm: by_name[arm].arguments[-1] for arm in VARIANTS} == {
         arm: f"/scratch/{arm}" for arm in VARIANTS
     }
@@ -123,7 +126,15 @@ def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None
 def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
     alone = replace(SUBJECT, eagle3=None)
     names = those_with_drafters(KNOWN, alone)
-    assert set(KNOWN) - set(names) == {"EAGLE3", "DSPARK", "neural", "entropy", "ar", "copy-rule"}
+    assert set(KNOWN) - set(names) == {
+        "EAGLE3",
+        "EAGLE3-adaptive",
+        "DSPARK",
+        "neural",
+        "entropy",
+        "ar",
+        "copy-rule",
+    }
     arms = build_arms(names, alone)
     assert alone.hide_paths(["None", *arms[1].arguments[-1:]]) == ["None", "BUNDLE/dflash"]
     for name in ("EAGLE3", "EAGLE3:3", "entropy"):

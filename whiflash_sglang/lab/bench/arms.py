@@ -37,8 +37,10 @@ COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
 NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
 VARIANTS = {COPY_RULE: COPY_RULE, **dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)}
 """Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
-KNOWN = (NONE, *STATIC, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS, BRANCHES)
-DRAFTERS = {"EAGLE3": (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
+ADAPTIVE = "EAGLE3-adaptive"
+"""Upstream's EAGLE3 whose steps follow what was accepted (`--speculative-adaptive`)."""
+KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS, BRANCHES)
+DRAFTERS = {"EAGLE3": (AR,), ADAPTIVE: (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """Upstream's arms, and the drafters of a bundle that they serve."""
 QUICK = (NONE, "EAGLE3", "DFLASH", "auto")
 BESIDE = "@beside"
@@ -214,7 +216,8 @@ def _arm(name: str, subject: Subject) -> Arm:
     if kind == NO_HINTS:
         unhinted, whiflash = _hints({"infer": False, "trace": "full"}), _whiflash(subject.bundle)
         return Arm(name, f"WHIFLASH {kind}", (*common, *whiflash), ROUTERS[AUTO], unhinted)
-    return Arm(name, name, (*common, "--speculative-algorithm", kind, *_upstream(kind, width, subject)))
+    algorithm = "EAGLE3" if kind == ADAPTIVE else kind
+    return Arm(name, name, (*common, "--speculative-algorithm", algorithm, *_upstream(kind, width, subject)))
 
 
 def _hints(given: Mapping[str, bool | str]) -> dict[str, Any]:
@@ -234,6 +237,8 @@ def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
         chain = ("--speculative-num-steps", steps, "--speculative-eagle-topk", "1")
         drafts = ("--speculative-num-draft-tokens", str(int(steps) + 1))
         return ("--speculative-draft-model-path", str(subject.eagle3), *chain, *drafts)
+    if kind == ADAPTIVE:
+        return ("--speculative-draft-model-path", str(subject.eagle3), "--speculative-adaptive")
     if kind in ("DFLASH", "DSPARK"):
         if ELSEWHERE.get(subject.block_format, "DFLASH") != kind:
             raise ConfigError(
