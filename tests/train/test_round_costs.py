@@ -102,7 +102,8 @@ def test_sglangs_own_figures_are_of_what_was_proposed(server: Server, router: st
         "messages": [{"role": "user", "content": "abc"}],
     }
     asked = body | {"ignore_eos": True, "return_spec_tokens_details": True}
-    found = server.post("/v1/chat/completions", asked)["sglext"]["spec_tokens_details"]
+    answer = server.post("/v1/chat/completions", asked)
+    found, told = answer["sglext"]["spec_tokens_details"], answer["metrics"]["speculative_decoding"]
     after = server.post("/whiflash/policy", {"router": "auto"})
     rounds, rows, tokens = (after[name] - before[name] for name in ("rounds", "rows", "tokens"))
     proposed = rows - rounds
@@ -117,6 +118,17 @@ def test_sglangs_own_figures_are_of_what_was_proposed(server: Server, router: st
     assert found["spec_accept_rate"] == ((tokens - rounds) / proposed if proposed else 0)
     assert found["spec_cap_length"] == rows / rounds
     assert sum(found["spec_cap_lens_histogram"]) == rounds
+    histogram, widest = told.pop("acceptance_histogram"), told.pop("num_spec_tokens")
+    assert len(histogram) == widest + 1
+    assert sum(histogram) == rounds
+    assert sum(n * drafts for drafts, n in enumerate(histogram)) == tokens - rounds
+    assert told == {
+        "mean_acceptance_length": pytest.approx(tokens / rounds),
+        "draft_acceptance_rate": found["spec_accept_rate"],
+        "num_spec_steps": rounds,
+        "num_accepted_draft_tokens": tokens - rounds,
+        "num_draft_tokens": proposed,
+    }
 
     lines = LOGGED.findall(server.log.read_text()[logged:])
     assert lines
@@ -126,3 +138,22 @@ def test_sglangs_own_figures_are_of_what_was_proposed(server: Server, router: st
     gauges = httpx.get(f"{server.url}/metrics", timeout=None).text
     [gauge] = re.findall(r"^sglang:spec_accept_rate\{.*\} (.*)$", gauges, re.MULTILINE)
     assert float(gauge) == pytest.approx(float(lines[-1][1]), abs=0.006)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_acceptance_is_told_as_vllm_tells_it(server: Server, route: str) -> None:
+    """At the root of an answer, and of a stream's chunk without choices; of who asked, and of one choice."""
+    server.post("/whiflash/policy", {"router": "diffusion"})
+    said = {"messages": [{"role": "user", "content": "abc"}]} if "chat" in route else {"prompt": "abc"}
+    body = {"model": "m", "temperature": 0, "max_tokens": 24, "ignore_eos": True, **said}
+    asked = body | {"return_spec_tokens_details": True}
+    told = server.post(route, asked)["metrics"]["speculative_decoding"]
+    assert told["num_draft_tokens"] > 0
+    streamed = httpx.post(f"{server.url}{route}", json=asked | {"stream": True}, timeout=None).text
+    lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
+    (chunk,) = [found for found in map(json.loads, lines) if "metrics" in found]
+    assert chunk["choices"] == []
+    assert set(chunk["metrics"]["speculative_decoding"]) == set(told)
+    assert "metrics" not in server.post(route, body)
+    assert "metrics" not in server.post(route, asked | {"n": 2})
+    server.post("/whiflash/policy", {"router": "auto"})

@@ -4,8 +4,12 @@ Upstream takes every step for one forward that proposes the widest block to ever
 rounds, and a round proposes what was expected to pay. How many rows a forward verified upstream counts where a
 drafter sets it from request to request: its `cap` figures (the bonus token's row among them), which the worker fills.
 Rows less forwards are the drafts, and the acceptance rates are put on them.
+
+Who asks an OpenAI route for them (`return_spec_tokens_details`) gets them in vLLM's shape, too, which harnesses read.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
@@ -78,3 +82,48 @@ def _of_an_answer(original: Any, self: Any, meta_info: dict[str, Any], recv_obj:
         proposed = recv_obj.spec_num_cap_tokens[i] - recv_obj.spec_verify_ct[i]
         meta_info["spec_num_proposed_drafts"] = proposed
         meta_info["spec_accept_rate"] = accept_rate(meta_info["spec_num_correct_drafts"], proposed)
+
+
+METRICS = "metrics"
+_DETAILS = "spec_tokens_details"
+
+
+def acceptance_of(details: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics` of an OpenAI answer as vLLM has it, from SGLang's `spec_tokens_details` of its one choice.
+
+    A round that drafted nothing is a step that accepted nothing. The histogram has a count for every number of drafts
+    that fits a block. Source: github.com/vllm-project/vllm/pull/48915.
+    """
+    rounds, accepted = details["spec_verify_ct"], details["spec_num_correct_drafts"]
+    widest = get_spec().speculative_num_draft_tokens - 1
+    counts = details["spec_correct_drafts_histogram"]
+    return {
+        "speculative_decoding": {
+            "mean_acceptance_length": 1 + accepted / rounds,
+            "draft_acceptance_rate": details["spec_accept_rate"],
+            "acceptance_histogram": [*counts, *[0] * (widest + 1 - len(counts))],
+            "num_spec_steps": rounds,
+            "num_accepted_draft_tokens": accepted,
+            "num_draft_tokens": details["spec_num_proposed_drafts"],
+            "num_spec_tokens": widest,
+        }
+    }
+
+
+def add_acceptance(response: Any) -> None:
+    """Give an OpenAI response with SGLang's details vLLM's `metrics`; without, or of several choices, it stays."""
+    details: Any = getattr(getattr(response, "sglext", None), _DETAILS, None)
+    if details is not None and not isinstance(details, list):
+        setattr(response, METRICS, acceptance_of(details.model_dump()))
+
+
+def with_acceptance(line: str) -> str:
+    """A line of a stream; the one with SGLang's details has vLLM's `metrics` beside them."""
+    if _DETAILS not in line or not line.startswith("data: {"):
+        return line
+    chunk = json.loads(line.removeprefix("data: "))
+    details = (chunk.get("sglext") or {}).get(_DETAILS)
+    if not isinstance(details, dict):
+        return line
+    chunk[METRICS] = acceptance_of(details)
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -12,7 +12,7 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
 from whiflash_sglang.compat.carried import META_KEY
-from whiflash_sglang.compat.http import predictions
+from whiflash_sglang.compat.http import figures, predictions
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.hints import HintError, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
@@ -39,13 +39,12 @@ def install() -> None:
 
 
 def _open_extension() -> None:
-    """Let `sglext` carry a field of ours; the responses around it are rebuilt since they embed its schema."""
+    """Let `sglext` and the responses around it carry a field of ours; these are rebuilt since they embed its schema."""
     if protocol.SglExt.model_config.get("extra") == "allow":
         return
-    protocol.SglExt.model_config["extra"] = "allow"
-    protocol.SglExt.model_rebuild(force=True)
-    for name in _RESPONSES:
-        getattr(protocol, name).model_rebuild(force=True)
+    for model in (protocol.SglExt, *(getattr(protocol, name) for name in _RESPONSES)):
+        model.model_config["extra"] = "allow"
+        model.model_rebuild(force=True)
 
 
 async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -151,6 +150,7 @@ def _with_trace(
     traces = [item["meta_info"].pop(META_KEY, None) for item in ret]
     response = original(self, request, ret, *rest, **named)
     predictions.add_to_usage(response, ret)
+    figures.add_acceptance(response)
     found = []
     for item, trace, choice in zip(ret, traces, getattr(response, "choices", ()), strict=False):
         if trace is not None:
@@ -177,7 +177,7 @@ async def _with_trace_chunk(
             texts = shown or {}
             traces = [_with_text(trace, text, texts.get(trace["choice"])) for trace, text in found]
             yield f"data: {json.dumps(_trace_chunk(request, traces))}\n\n"
-        yield predictions.with_usage(adapted, line)
+        yield figures.with_acceptance(predictions.with_usage(adapted, line))
 
 
 def _with_text(trace: dict[str, Any], text: str | None, shown: str | None) -> dict[str, Any]:
