@@ -56,6 +56,10 @@ def register(app: typer.Typer) -> None:
             list[Path] | None,
             typer.Option(help="Play recorded conversations, forced along their text, instead of prompts."),
         ] = None,
+        dag_jsonl: Annotated[
+            Path | None,
+            typer.Option(help="Write the --recorded conversations here for AIPerf, and measure nothing."),
+        ] = None,
         over: Annotated[str | None, typer.Option(help="Compare every arm with this one, too.")] = None,
         log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs here.")] = None,
     ) -> None:
@@ -70,6 +74,7 @@ def register(app: typer.Typer) -> None:
         whiflash bench --suite spec-bench,gsm8k --suite-dir downloads --per-category 10
         whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
         whiflash bench --recorded log.jsonl --arms auto,auto+prediction,auto+useless --concurrency 1,8
+        whiflash bench --recorded log.jsonl --dag-jsonl agents.jsonl
         """
         import shlex
         import tempfile
@@ -85,6 +90,17 @@ def register(app: typer.Typer) -> None:
         check_names(names, recorded=bool(recorded))
         if resume and out is None:
             raise UsageError("--resume goes on with the run that writes to --out FILE; name it")
+        if dag_jsonl is not None:
+            if not recorded:
+                raise UsageError("--dag-jsonl writes recorded conversations: give them with --recorded")
+            from whiflash_sglang.jsonl import write_whole
+            from whiflash_sglang.lab.recorded.dag_jsonl import dag_lines
+            from whiflash_sglang.lab.recorded.files import read_recorded
+
+            lines = list(dag_lines(talk for path in recorded for talk in read_recorded(path)))
+            write_whole(dag_jsonl, "".join(f"{line}\n" for line in lines))
+            typer.echo(f"{dag_jsonl}: {len(lines)} conversations")
+            return
         if recorded:
             others = {
                 "--quick": quick,
