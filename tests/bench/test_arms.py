@@ -271,3 +271,12 @@ def test_wrong_options_stop_before_any_server(
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
+
+
+def test_rounds_are_asked_of_whiflashs_arms_alone() -> None:
+    names = ["none", "EAGLE3", "ar", "auto", "auto-no-hints"]
+    traced = {arm.name: arm.request for arm in build_arms(names, SUBJECT, traced=True)}
+    assert [name for name, request in traced.items() if "full" in str(request)] == names[2:]
+    assert traced["auto-no-hints"] != traced["auto"]
+    plain = {arm.name: arm.request for arm in build_arms(["none", "ar", "auto"], SUBJECT)}
+    assert not any(plain.values())

@@ -6,13 +6,14 @@ import pytest
 
 from whiflash_sglang.equality import Verdict
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.lab.bench.cells import Answer, Cell, Load
+from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, Round
 from whiflash_sglang.lab.bench.command import Outputs, judge
 from whiflash_sglang.lab.bench.markdown import render
 from whiflash_sglang.lab.bench.plots import draw
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.reference import Difference, Reference, differences
 from whiflash_sglang.lab.bench.report import Report, build_report
+from whiflash_sglang.lab.bench.selection import by_position
 
 ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
 GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}
@@ -322,3 +323,39 @@ def test_suites_are_reported_as_papers_do(report: Report) -> None:
     length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2
     assert f" {ratio:.2f}×, {length:.2f} |" in page
     assert "| none | 1.00×, 1.00 | 1.00×, 1.00 | 1.00×, 1.00 |" in page
+
+
+def test_acceptance_by_position_ends_where_an_answer_loops() -> None:
+    """A round belongs where it began; the prefill's token is no round's. Answers without rounds are in no figure."""
+    rounds = tuple(Round(3, None) for _ in range(30)) + tuple(Round(1, None) for _ in range(100))
+    varied = tuple(range(191))
+    cells = [
+        Cell(
+            load=ALONE,
+            arm=arm,
+            repetition=0,
+            seconds=2,
+            answers=(
+                Answer(
+                    prompt="c1",
+                    seconds=1,
+                    ttft=0.1,
+                    tokens=tokens,
+                    forwards=130,
+                    rounds=rounds * (arm == "auto"),
+                ),
+            ),
+        )
+        for arm, tokens in (("none", varied), ("auto", varied), ("auto", (*varied[:91], *[7] * 100)))
+    ]
+    cells[2] = cells[2].model_copy(update={"repetition": 1})
+    found = by_position({"none": cells[:1], "auto": cells[1:]})
+    assert list(found) == ["auto"]
+    # 21 rounds of three begin before token 64; nine more and 37 of one before 128, or two until the loop's second pass.
+    assert {end: figures.rounds for end, figures in found["auto"].items()} == {64: 42, 128: 46 + 10, 256: 63}
+    assert found["auto"][64].acceptance_length == 3
+    assert found["auto"][128].acceptance_length == pytest.approx((18 * 3 + 38) / 56)
+    report = build_report(cells[1:], GROUPS, [], PROVENANCE, {})
+    page = render(report)
+    assert "| arm | before token 64 | before token 128 | before token 256 |" in page
+    assert "| auto | 3.00 (42) | 1.64 (56) | 1.00 (63) |" in page

@@ -35,6 +35,9 @@ def register(app: typer.Typer) -> None:
         interleave: Annotated[bool, typer.Option(help="All servers up at once, prompts in turn.")] = True,
         restart: Annotated[bool, typer.Option(help="New servers for every repetition.")] = False,
         scaling: Annotated[bool, typer.Option(help="Also a round's cost against batch and context.")] = False,
+        positions: Annotated[
+            bool, typer.Option(help="Trace WHIFLASH's rounds: acceptance by position in the answer.")
+        ] = False,
         as_json: JsonFlag = False,
         out: OutOption = None,
         markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
@@ -112,6 +115,7 @@ def register(app: typer.Typer) -> None:
                 "--restart": restart,
                 "--scaling": scaling,
                 "--plots": plots,
+                "--positions": positions,
                 "--beside": beside,
                 "--over": over,
             }
@@ -163,7 +167,7 @@ def register(app: typer.Typer) -> None:
                 raise UsageError(f"--over {over} is not among the arms {','.join(wanted)}")
             plan = Plan(
                 subject=subject,
-                arms=tuple(build_arms(wanted, subject)),
+                arms=tuple(build_arms(wanted, subject, traced=positions)),
                 prompts=tuple(chosen),
                 loads=tuple(loads),
                 repetitions=repetitions,

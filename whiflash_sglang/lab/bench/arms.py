@@ -149,9 +149,12 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
             raise UsageError(f"--arms: {name!r} is not one of {', '.join(known)}{more}")
 
 
-def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
+def build_arms(names: Sequence[str], subject: Subject, *, traced: bool = False) -> list[Arm]:
     """Arms by name; `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@beside` what the other checkout
     does. Plain decoding is always among them.
+
+    Args:
+        traced: WHIFLASH's arms send their rounds with every answer.
 
     Raises:
         ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout
@@ -160,11 +163,12 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     wanted = list(names) if NONE in names else [NONE, *names]
     check_names(wanted)
     arms = [_arm(name, subject) for name in wanted]
-    if NO_HINTS not in wanted:
+    if not traced and NO_HINTS not in wanted:
         return arms
     # Both sides of the comparison send their rounds with the answer, so that neither has less to do.
-    traced = _hints({"trace": "full"})
-    return [replace(arm, request=traced) if arm.name == AUTO else arm for arm in arms]
+    full = _hints({"trace": "full"})
+    asked = [arm.name for arm in arms if arm.router is not None] if traced else [AUTO]
+    return [replace(arm, request={**full, **arm.request}) if arm.name in asked else arm for arm in arms]
 
 
 def _needed(kind: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from whiflash_sglang.equality import Verdict
 from whiflash_sglang.lab.bench.cells import RoundMs
 from whiflash_sglang.lab.bench.hints import Acceptance
 from whiflash_sglang.lab.bench.report import Figures, LoadReport, Report
-from whiflash_sglang.lab.bench.selection import LOOPS, OVERALL, TurnFigures
+from whiflash_sglang.lab.bench.selection import LOOPS, OVERALL, PositionFigures, TurnFigures
 from whiflash_sglang.lab.statistics import Interval, Percentiles
 
 
@@ -22,7 +22,7 @@ def render(report: Report) -> str:
             parts += ["### Acceptance length", _acceptance(load)]
             parts += [_as_papers(load) if report.provenance.get("suites") else ""]
         parts += [_over(load, report.over)]
-        parts += [_turns(load), _hints(load), _rounds(load)]
+        parts += [_turns(load), _positions(load), _hints(load), _rounds(load)]
     parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -145,6 +145,23 @@ def _turns(load: LoadReport) -> str:
 def _turn(figures: TurnFigures) -> str:
     ratio = "1.00" if figures.over_none is None else f"{figures.over_none.ratio:.2f}"
     return f"{ratio}; {figures.acceptance_length:.2f}"
+
+
+def _positions(load: LoadReport) -> str:
+    if not load.positions:
+        return ""
+    ends = sorted({end for figures in load.positions.values() for end in figures})
+    rows = [(arm, *(_stretch(figures.get(end)) for end in ends)) for arm, figures in load.positions.items()]
+    explained = (
+        "Tokens a round, and rounds in brackets, by where in the answer a round began. An answer counts up to where it "
+        "begins to loop. Longer answers are other prompts' answers, too."
+    )
+    header = ("arm", *(f"before token {end}" for end in ends))
+    return f"### Acceptance length by position in the answer\n\n{explained}\n\n{_table(header, rows)}"
+
+
+def _stretch(figures: PositionFigures | None) -> str:
+    return "" if figures is None else f"{figures.acceptance_length:.2f} ({figures.rounds})"
 
 
 def _hints(load: LoadReport) -> str:

@@ -19,7 +19,9 @@ from whiflash_sglang.lab.bench.selection import (
     LOOPS,
     OVERALL,
     Belongs,
+    PositionFigures,
     TurnFigures,
+    by_position,
     by_turn,
     paired,
     samples,
@@ -77,6 +79,7 @@ class LoadReport(_Schema):
     """hints: what they bought, by category, where `auto` and `auto-no-hints` were both measured.
 
     turns: arm → turn of a conversation → figures, where conversations have several turns and were asked alone.
+    positions: arm → end of a stretch of its answers, in tokens → figures, where rounds were traced.
     """
 
     load: Load
@@ -84,6 +87,7 @@ class LoadReport(_Schema):
     ratios: dict[str, Ratios]
     hints: dict[str, HintGain] = {}
     turns: dict[str, dict[int, TurnFigures]] = {}
+    positions: dict[str, dict[int, PositionFigures]] = {}
 
 
 class Report(_Schema):
@@ -168,7 +172,8 @@ def _load_report(
     ratios = {arm: _ratios(arm, own, groups, load, arms, over) for arm in own if NONE in own and arm != NONE}
     hints = _hint_gains(own, groups, load) if own.keys() >= {AUTO, NO_HINTS} else {}
     talks = by_turn(own, groups, turns) if turns is not None and load.is_alone else {}
-    return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints, turns=talks)
+    positions = by_position(own)
+    return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints, turns=talks, positions=positions)
 
 
 def _hint_gains(

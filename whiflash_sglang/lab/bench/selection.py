@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from whiflash_sglang.lab.bench.arms import NONE
 from whiflash_sglang.lab.bench.cells import Answer, Cell
 from whiflash_sglang.lab.statistics import Floats, Interval, paired_ratio, rate
+from whiflash_sglang.train.answers.loops import loop_start
 
 Belongs = Callable[[str], bool]
 """Whether a prompt counts."""
@@ -106,3 +107,42 @@ def by_turn(
         )
 
     return {arm: {turn: figures(arm, turn) for turn in numbers} for arm in cells} if len(numbers) > 1 else {}
+
+
+FIRST_POSITIONS = 64
+"""Tokens of the first stretch of an answer that is reported by position; every further one ends at twice its start."""
+
+
+class PositionFigures(BaseModel):
+    """One arm in one stretch of its answers. acceptance_length: tokens a round, of rounds that began there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rounds: int
+    acceptance_length: float
+
+
+def by_position(cells: Mapping[str, Sequence[Cell]]) -> dict[str, dict[int, PositionFigures]]:
+    """Figures by arm and by the position that a stretch ends at; of arms whose answers were traced.
+
+    An answer counts up to where it begins to loop, since loops flatter every drafter.
+    """
+    found: dict[str, dict[int, PositionFigures]] = {}
+    for arm, own in cells.items():
+        counts: dict[int, list[int]] = defaultdict(list)
+        for answer in (answer for cell in own for answer in cell.answers):
+            ends, position = loop_start(answer.tokens), 1  # the prefill's token is no round's
+            for written in answer.rounds:
+                if ends is not None and position >= ends:
+                    break
+                end = FIRST_POSITIONS
+                while end <= position:
+                    end *= 2
+                counts[end].append(written.tokens)
+                position += written.tokens
+        if counts:
+            found[arm] = {
+                end: PositionFigures(rounds=len(tokens), acceptance_length=sum(tokens) / len(tokens))
+                for end, tokens in sorted(counts.items())
+            }
+    return found
