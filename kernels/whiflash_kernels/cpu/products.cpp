@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int LANES = 8, ROWS = 3, COLUMNS = 4, BLOCK = 16;
+constexpr int LANES = 8, ROWS = 3, COLUMNS = 4, BLOCK = 16, LINE = 64;
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -103,28 +103,44 @@ void tile(const Product& of, int row, int column, const T* w) {
         }
 }
 
+// Rows of the matrix that come next, asked of the memory a few lines at every tile, while that is multiplied.
+struct Ahead {
+    const char *at, *end;
+    int64_t share;
+
+    void ask() {
+        for (const char* const stop = std::min(at + share, end); at < stop; at += LINE) __builtin_prefetch(at);
+    }
+};
+
 // N columns of the output. w: their rows of the matrix, `padded` numbers each.
 template <int N, typename T>
-void strip(const Product& of, int column, const T* w) {
+void strip(const Product& of, int column, const T* w, Ahead& ahead) {
     int row = 0;
-    for (; row + ROWS <= of.rows; row += ROWS) tile<ROWS, N>(of, row, column, w);
+    for (; row + ROWS <= of.rows; row += ROWS) {
+        ahead.ask();
+        tile<ROWS, N>(of, row, column, w);
+    }
     if (of.rows - row == 2) tile<2, N>(of, row, column, w);
     if (of.rows - row == 1) tile<1, N>(of, row, column, w);
 }
 
 template <typename T>
-void strips(const Product& of, int column, int columns, const T* w) {
+void strips(const Product& of, int column, int columns, const T* w, Ahead ahead) {
     int n = 0;
-    for (; n + COLUMNS <= columns; n += COLUMNS) strip<COLUMNS>(of, column + n, w + int64_t(n) * of.padded);
-    for (; n < columns; ++n) strip<1>(of, column + n, w + int64_t(n) * of.padded);
+    for (; n + COLUMNS <= columns; n += COLUMNS) strip<COLUMNS>(of, column + n, w + int64_t(n) * of.padded, ahead);
+    for (; n < columns; ++n) strip<1>(of, column + n, w + int64_t(n) * of.padded, ahead);
 }
 
 void block(const Product& of, int column, int columns, float* wide) {
     const uint16_t* w = of.w + int64_t(column) * of.size;
-    if (of.rows <= ROWS && of.padded == of.size) return strips(of, column, columns, w);
+    if (of.rows <= ROWS && of.padded == of.size) return strips(of, column, columns, w, {});
     for (int n = 0; n < columns; ++n)
         widen(w + int64_t(n) * of.size, of.size, of.padded, wide + int64_t(n) * of.padded);
-    strips(of, column, columns, wide);
+    const int next = std::min(BLOCK, of.columns - column - columns), tiles = (of.rows / ROWS) * (columns / COLUMNS);
+    const auto begin = reinterpret_cast<const char*>(w + int64_t(columns) * of.size);
+    const int64_t bytes = int64_t(next) * of.size * sizeof *w, lines = bytes / LINE / std::max(1, tiles) + 1;
+    strips(of, column, columns, wide, {begin, begin + bytes, lines * LINE});
 }
 
 }  // namespace
