@@ -10,7 +10,7 @@ import pytest
 
 from whiflash_sglang.cli.profile import table
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.lab.bench.profile import own_times, profile
+from whiflash_sglang.lab.bench.profile import kind_of, own_times, profile
 
 
 def op(name: str, ts: float, dur: float, tid: int = 1, **more: Any) -> dict[str, Any]:
@@ -73,7 +73,19 @@ def test_a_round_operator_by_operator(tmp_path: Path) -> None:
     assert found.operators[0].ms == pytest.approx(0.05)
     assert found.operators[0].calls == 1.0
     assert len(list(tmp_path.iterdir())) == 2, "the trace is kept where it was asked for"
-    assert table(found, top=1).row_count == 3
+    assert table(found, top=1).row_count == 4
+    assert found.kinds == {"small operators": pytest.approx(0.075)}
+
+
+def test_operators_are_sorted_by_kind() -> None:
+    """The compiled kernels' names are those under which torch's profiler finds them."""
+    kinds = {
+        "products": ("aten::addmm", "mkldnn::_linear_pointwise", "whiflash::product"),
+        "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "whiflash::attention"),
+        "small operators": ("aten::copy_", "whiflash::norm"),
+    }
+    for kind, names in kinds.items():
+        assert {kind_of(name) for name in names} == {kind}
 
 
 def test_what_goes_wrong_is_said() -> None:

@@ -23,13 +23,14 @@ def register(app: typer.Typer) -> None:
         prompts: Annotated[str | None, typer.Option(help="JSONL file, or data set of the hub.")] = None,
         per_category: Annotated[int, typer.Option(min=1, help="Prompts of each category.")] = 1,
         max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 32,
+        at_once: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 1,
         top: Annotated[int, typer.Option(min=1, help="Operators to show.")] = 15,
         keep: Annotated[
             Path | None, typer.Option(help="Leave the trace in this directory, for a viewer.")
         ] = None,
         as_json: JsonFlag = False,
     ) -> None:
-        """Profile the rounds of a running server, operator by operator.
+        """Profile the rounds of a running server, by kind and operator by operator.
 
         The server answers a few prompts under torch's profiler, which slows it down: compare shares, not milliseconds.
 
@@ -53,7 +54,11 @@ def register(app: typer.Typer) -> None:
             with httpx.Client(base_url=server, timeout=ANSWER_SECONDS) as client, progress() as bar:
                 task = bar.add_task("asking, then asking under the profiler", total=2 * len(requests))
                 found = profile(
-                    client, requests, keep and keep.resolve(), on_answer=lambda: bar.advance(task)
+                    client,
+                    requests,
+                    keep and keep.resolve(),
+                    at_once=at_once,
+                    on_answer=lambda: bar.advance(task),
                 )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise WhiflashError(f"{server} does not answer: {error}") from None
@@ -64,7 +69,7 @@ def register(app: typer.Typer) -> None:
 
 
 def table(found: "Profile", top: int) -> "Table":
-    """The `top` operators, by round, and what is not among them."""
+    """The `top` operators, by round, what is not among them, and kinds of operators."""
     from rich.table import Table
 
     whole = sum(operator.ms for operator in found.operators) + found.elsewhere_ms
@@ -78,5 +83,7 @@ def table(found: "Profile", top: int) -> "Table":
         )
     rest = sum(operator.ms for operator in found.operators[top:])
     shown.add_row(f"{max(len(found.operators) - top, 0)} more", f"{rest:.2f}", f"{rest / whole:.1%}", "")
-    shown.add_row("Python and waiting", f"{found.elsewhere_ms:.2f}", f"{found.elsewhere_ms / whole:.1%}", "")
+    shown.add_section()
+    for kind, ms in (*found.kinds.items(), ("Python and waiting", found.elsewhere_ms)):
+        shown.add_row(kind, f"{ms:.2f}", f"{ms / whole:.1%}", "")
     return shown

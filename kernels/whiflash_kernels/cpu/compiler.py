@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
 
 from whiflash_kernels.processor import instructions
 
@@ -18,6 +21,12 @@ _PATIENCE = 120
 
 _DIGEST = hashlib.sha256().digest_size
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17")
+
+
+def profiled(name: str) -> Any:
+    """A context that torch's profiler records as the operator `whiflash::NAME`, as it does torch's own; half a
+    microsecond."""
+    return torch._C._profiler._RecordFunctionFast(f"whiflash::{name}")
 
 
 def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:

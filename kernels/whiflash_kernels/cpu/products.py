@@ -16,6 +16,7 @@ from torch import Tensor
 from whiflash_kernels.cpu import compiler
 
 _SOURCE = Path(__file__).with_name("products.cpp")
+_PROFILED = compiler.profiled("product")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,17 @@ class CompiledProducts:
         if rows.stride(1) != 1 and size > 1:
             rows = rows.contiguous()
         out = x.new_empty(*x.shape[:-1], columns)
-        self.library.whiflash_product(
-            rows.data_ptr(),
-            rows.stride(0),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            rows.shape[0],
-            columns,
-            size,
-        )
+        with _PROFILED:
+            self.library.whiflash_product(
+                rows.data_ptr(),
+                rows.stride(0),
+                weight.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                rows.shape[0],
+                columns,
+                size,
+            )
         return out
 
 

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,26 @@ class Operator(BaseModel):
 class Profile(BaseModel):
     """Of `rounds` rounds, with cached prompts between them. round_ms: WHIFLASH's own clock, under the profiler.
 
-    operators: the most expensive first. elsewhere_ms: of a round, outside every operator: Python and waiting.
+    operators: the most expensive first. kinds: ms of a round by kind of operator, as `kind_of` sorts them.
+    elsewhere_ms: of a round, outside every operator: Python and waiting.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rounds: int
     round_ms: float
     operators: list[Operator]
+    kinds: dict[str, float]
     elsewhere_ms: float
+
+
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::linear", "mkldnn::_linear_pointwise", "whiflash::product"}
+
+
+def kind_of(operator: str) -> str:
+    """Products (of matrices), attention, or small operators."""
+    if operator in _PRODUCTS:
+        return "products"
+    return "attention" if "attention" in operator or operator == "aten::bmm" else "small operators"
 
 
 def profile(
@@ -41,9 +54,10 @@ def profile(
     requests: Iterable[Mapping[str, Any]],
     keep: Path | None = None,
     *,
+    at_once: int = 1,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Profile:
-    """Ask chat completions one after the other while the server's scheduler is profiled.
+    """Ask chat completions, so many `at_once`, while the server's scheduler is profiled.
 
     Each is asked once before, so that its prompt is in the prefix cache and rounds are nearly all that is profiled.
 
@@ -57,9 +71,16 @@ def profile(
     """
     bodies = [dict(request) for request in requests]
     _clock(client)
-    for body in bodies:
+
+    def ask(body: dict[str, Any]) -> None:
         _post(client, "/v1/chat/completions", body)
         on_answer()
+
+    def ask_all() -> None:
+        with ThreadPoolExecutor(at_once) as threads:
+            list(threads.map(ask, bodies))
+
+    ask_all()
     before = _clock(client)
     with tempfile.TemporaryDirectory() as scratch:
         directory = keep or Path(scratch)
@@ -72,9 +93,7 @@ def profile(
         }
         _post(client, "/start_profile", wanted)
         try:
-            for body in bodies:
-                _post(client, "/v1/chat/completions", body)
-                on_answer()
+            ask_all()
         finally:
             _post(client, "/stop_profile", {})
         after = _clock(client)
@@ -85,6 +104,9 @@ def profile(
     operators, elsewhere = own_times(events)
     if not operators:
         raise WhiflashError("the server's trace holds no operator")
+    kinds: dict[str, float] = defaultdict(float)
+    for name, (seconds, _) in operators.items():
+        kinds[kind_of(name)] += seconds * 1000 / rounds
     return Profile(
         rounds=rounds,
         round_ms=1000 * (after["round_seconds"] - before["round_seconds"]) / rounds,
@@ -92,6 +114,7 @@ def profile(
             Operator(name=name, ms=seconds * 1000 / rounds, calls=calls / rounds)
             for name, (seconds, calls) in sorted(operators.items(), key=lambda item: -item[1][0])
         ],
+        kinds=dict(kinds),
         elsewhere_ms=elsewhere * 1000 / rounds,
     )
 
