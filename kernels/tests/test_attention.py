@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
 from kernel_tolerances import assert_close
-from whiflash_kernels import draft_attention
+from whiflash_kernels import attention, draft_attention
+from whiflash_kernels.cpu.paged_attention import compiled_attention
 from whiflash_kernels.reference import attention as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -171,13 +172,36 @@ def test_no_requests(backend: str) -> None:
     assert out.shape == (0, 2, 8)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the kernel is a CPU's")
+@pytest.mark.parametrize("window", [None, 0, 63, 500])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_that_targets_attend_by(
+    causal: bool, window: int | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kernel = compiled_attention(tmp_path_factory.getbasetemp().parent / "compiled")
+    calls = []
+
+    class Watched:
+        def draft(self, *arguments):
+            calls.append(arguments)
+            return kernel.draft(*arguments)
+
+    try:
+        attention.use(Watched())
+        Batch((150, 2, -9, 64, 0), 5, 5, causal, window=window, dtype=torch.bfloat16).check("torch")
+        Batch((-4, -9), 4, 4, causal, window=window, dtype=torch.bfloat16).check("torch")
+        assert len(calls) == 2
+    finally:
+        attention.use(None)
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
 @pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("splits", [1, 2, 8, 32])
 def test_splits_do_not_show(backend: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_kernels.triton_kernels import attention
+    from whiflash_kernels.triton_kernels import attention as kernels
 
-    monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
+    monkeypatch.setattr(kernels, "splits_for", lambda *_: splits)
     Batch((1, 64, 190, -4), extra=3, width=3, causal=True).check(backend)
 
 

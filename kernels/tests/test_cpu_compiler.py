@@ -181,8 +181,8 @@ def test_a_kernel_that_computes_something_else(monkeypatch: pytest.MonkeyPatch, 
     other = tmp_path / "paged_attention.cpp"
     for header in module._SOURCE.parent.glob("*.h"):
         (tmp_path / header.name).write_bytes(header.read_bytes())
-    assert "position + 1}" in source
-    other.write_text(source.replace("position + 1}", "position + 2}"))
+    assert "position + 1 :" in source
+    other.write_text(source.replace("position + 1 :", "position + 2 :"))
     monkeypatch.setattr(module, "_SOURCE", other)
     with pytest.raises(OSError, match="computes something else"):
         compiled_attention(tmp_path / "compiled")

@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
+from whiflash_kernels.cpu.paged_attention import CompiledAttention, fits
 from whiflash_kernels.dispatch import implementation
+
+_compiled: CompiledAttention | None = None
+
+
+def use(attention: CompiledAttention | None) -> None:
+    """Let `draft_attention` attend by a kernel compiled for this CPU, where it fits; None: by torch."""
+    global _compiled
+    _compiled = attention
 
 
 def draft_attention(
@@ -54,9 +63,9 @@ def draft_attention(
     graph-capturable: splits depend on the batch's shape and the context's bound alone.
     Numerics: scores, softmax and sums in float32; for 16-bit inputs the weights are rounded to them before the
     second product, as flash attention does.
-    Fallback: torch gathers K and V and runs its scaled-dot-product attention; on a GPU for ``longest`` entries of
-    every request. One operator of torch, ``whiflash::draft_attention``, so that fake tensors and dispatch modes see
-    one call, whatever runs inside.
+    Fallback: on a CPU the kernel that is in :func:`use`; else torch gathers K and V and runs its scaled-dot-product
+    attention; on a GPU for ``longest`` entries of every request. One operator of torch, ``whiflash::draft_attention``,
+    so that fake tensors and dispatch modes see one call, whatever runs inside.
     Compared: SGLang's Triton decode attention takes one row a request, its extend attention host-planned index
     lists; FlashInfer's paged prefill plans on the host.
     Source: flash attention's online softmax, arXiv 2205.14135; splits, arXiv 2311.01282.
@@ -97,6 +106,10 @@ def _draft_attention(
     window: int | None,
     longest: int,
 ) -> Tensor:
+    if _compiled is not None and fits(q, k, v):
+        return _compiled.draft(
+            q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window
+        )
     arguments = (q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window, longest)
     return implementation(q, "attention").draft_attention(*arguments)
 

@@ -16,8 +16,8 @@
 // KV heads as well. Where it is cut depends on the request alone, and a row's sums on its own entries in their order,
 // so a row's output depends neither on what runs beside it nor on the number of threads. Entries are taken in blocks
 // of KEYS with a running maximum (FlashAttention-2, Dao 2023), chunks of a narrow request are joined at the end
-// (Flash-Decoding). Products of bfloat16 with sums in float32 (a processor's own instruction where it has one),
-// softmax in float32, weights rounded to bfloat16 before they are multiplied with values.
+// (Flash-Decoding). Softmax and sums in float32. A processor with an instruction for products of bfloat16 uses it, and
+// rounds weights to bfloat16 before they are multiplied with values; others multiply in float32.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -50,10 +50,9 @@ Bounds bounds_of(const Layout& at, int request) {
     return {length - rows, rows, length, rows <= NARROW};
 }
 
-Row row_of(const Layout& at, const Bounds& of, int row, const uint16_t* q) {
-    if (!at.causal) return {q, 0, of.length};
+Row row_of(const Layout& at, const Bounds& of, int row, const uint32_t* q) {
     const int position = of.prefix + row;
-    return {q, at.window < 0 ? 0 : std::max(0, position - at.window), position + 1};
+    return {q, at.window < 0 ? 0 : std::max(0, position - at.window), at.causal ? position + 1 : of.length};
 }
 
 int chunks_of(const Bounds& of, int first) {
@@ -101,13 +100,14 @@ void write_out(uint16_t* out, const float* mixed, float top, float total, const 
         share = power_of_two(top - now);
         total = total * share + power_of_two(score - now);
     }
-    const float factor = share / total;
+    const float factor = total == 0 ? 0.0f : share / total;  // A row that sees nothing is 0.
     for (int d = 0; d < size; d += LANES) store(out + d, narrow(load<floats>(mixed + d) * factor));
 }
 
 struct Scratch {
     Block block;
     std::vector<Row> rows;
+    std::vector<uint32_t> queries;
     std::vector<float> top, total, mixed;
 };
 
@@ -119,12 +119,18 @@ void attend_piece(const Layout& at, const Tensors& x, const Piece& piece, Scratc
     const int heads = piece.head_end - piece.head;
     own.block.make_room(at, heads);
     own.rows.resize(heads * count);
+    const int size = at.size / PAIR;
+    own.queries.resize(int64_t(heads) * count * size);
     own.top.assign(heads * count, NONE);
     own.total.assign(heads * count, 0.0f);
     own.mixed.assign(int64_t(heads) * count * at.v_size, 0.0f);
     for (int r = 0; r < heads * count; ++r) {
         const int row = r % count / share, head = (piece.head + r / count) * share + r % share;
-        own.rows[r] = row_of(at, of, piece.row + row, x.q + (start + row) * at.q_row + int64_t(head) * at.size);
+        const uint16_t* q = x.q + (start + row) * at.q_row + int64_t(head) * at.size;
+        uint32_t* const query = &own.queries[int64_t(r) * size];
+        if (PAIR == 2) std::memcpy(query, q, 4 * size);
+        else for (int p = 0; p < size; ++p) query[p] = uint32_t(q[p]) << 16;
+        own.rows[r] = row_of(at, of, piece.row + row, query);
     }
     const int seen = std::max(piece.first, own.rows[0].first);  // No row sees an entry before this one.
     for (int entry = piece.first + (seen - piece.first) / KEYS * KEYS; entry < piece.end; entry += KEYS) {

@@ -18,6 +18,7 @@ from whiflash_kernels.cpu import compiler
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan, check_lengths
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
+_PROFILED = compiler.profiled("attention")
 
 
 class _Layout(ctypes.Structure):
@@ -70,6 +71,34 @@ class CompiledAttention:
             causal,
             -1 if window is None or not causal else window,
         )
+
+    def draft(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        req_to_token: Tensor,
+        request_slots: Tensor,
+        seq_lens: Tensor,
+        extra: int,
+        width: int,
+        causal: bool,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """`whiflash_kernels.attention.draft_attention`, of what :func:`fits` takes."""
+        requests = len(request_slots)
+        plan = CompiledPlan(
+            self.library,
+            req_to_token.int(),
+            torch.arange(0, (requests + 1) * width, width, dtype=torch.int32),
+            (seq_lens + extra).int(),
+            request_slots.to(torch.int64).contiguous(),
+            requests * width,
+            causal,
+            -1 if window is None else window,
+        )
+        return plan.run(q, k, v, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +158,8 @@ class CompiledPlan:
             v_cache.data_ptr(),
             None if sinks is None else sinks.data_ptr(),
         )
-        self.library.whiflash_paged_attention(ctypes.byref(layout), ctypes.byref(tensors))
+        with _PROFILED:
+            self.library.whiflash_paged_attention(ctypes.byref(layout), ctypes.byref(tensors))
         return out
 
     def _check(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> None:

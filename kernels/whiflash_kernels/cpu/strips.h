@@ -11,9 +11,14 @@
 
 namespace {
 
-constexpr int KEYS = 64;  // entries of a block: four vectors of scores
+constexpr int KEYS = 64;  // entries of a block
 constexpr int VECTORS = KEYS / LANES;
-constexpr int STRIP = 6;  // rows whose sums stay in registers: 6 x 4 vectors
+#ifdef __AVX512F__
+constexpr int STRIP = 6, ACROSS = 4;  // sums that stay in registers: rows, and vectors of entries or dimensions
+#else
+constexpr int STRIP = 4, ACROSS = 2;
+#endif
+constexpr int SPAN = ACROSS * LANES;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504088896341f;
 
@@ -31,15 +36,16 @@ struct Tensors {
     const float* sinks;
 };
 
-// Entries of one block, laid out for `dot_pairs`: keys as [heads][size / 2][KEYS] pairs of dimensions, values as
-// [heads][KEYS / 2][v_size] pairs of entries. Those before the first and behind the last entry are zero: what nobody
-// sees may be no number, and weighs nothing. All heads of an entry are read at once, since they lie together.
+// Entries of one block, in words: keys as [heads][size / PAIR][KEYS], a word several dimensions of an entry; values as
+// [heads][KEYS / PAIR][v_size], a word several entries' dimension. Those before the first and behind the last entry are
+// zero: what nobody sees may be no number, and weighs nothing. All heads of an entry are read at once, since they lie
+// together.
 struct Block {
     std::vector<uint32_t> keys, values;
 
     void make_room(const Layout& at, int heads) {
-        keys.resize(int64_t(heads) * (at.size / 2) * KEYS);
-        values.resize(int64_t(heads) * (KEYS / 2) * at.v_size);
+        keys.resize(int64_t(heads) * (at.size / PAIR) * KEYS);
+        values.resize(int64_t(heads) * (KEYS / PAIR) * at.v_size);
     }
 
     // `slots` of entries [begin, count), of which those up to KEYS belong to this block; the ones behind are asked for.
@@ -59,24 +65,28 @@ struct Block {
                             __builtin_prefetch(at_head + slots[first + i + KEYS] * at.k_slot);
                     }
                     transpose(tile);
-                    uint32_t* to = &keys[(int64_t(h) * pairs + p) * KEYS + first];
-                    for (int i = 0; i < width; ++i) store(to + i * KEYS, tile[i]);
-                }
-        for (int i = 0; i < KEYS; i += 2)
-            for (int h = 0; h < heads; ++h) {
-                uint32_t* to = &values[(int64_t(h) * (KEYS / 2) + i / 2) * at.v_size];
-                const uint16_t* at_head = x.v + (head + h) * at.v_head;
-                const uint16_t* even = i >= begin && i < count ? at_head + slots[i] * at.v_slot : nullptr;
-                const uint16_t* odd = i + 1 >= begin && i + 1 < count ? at_head + slots[i + 1] * at.v_slot : nullptr;
-                for (int d = 0; d < at.v_size; d += LANES) {
-                    words pair{};
-                    if (even) pair = __builtin_convertvector(load<halves>(even + d), words);
-                    if (odd) pair |= __builtin_convertvector(load<halves>(odd + d), words) << 16;
-                    store(to + d, pair);
-                    if (d % (2 * LANES) == 0) {
-                        if (i + KEYS < count) __builtin_prefetch(at_head + slots[i + KEYS] * at.v_slot + d);
-                        if (i + 1 + KEYS < count) __builtin_prefetch(at_head + slots[i + 1 + KEYS] * at.v_slot + d);
+                    uint32_t* to = &keys[(int64_t(h) * pairs + p) * (2 / PAIR) * KEYS + first];
+                    for (int i = 0; i < width; ++i, to += 2 / PAIR * KEYS) {
+                        store(to, PAIR == 2 ? tile[i] : tile[i] << 16);
+                        if (PAIR == 1) store(to + KEYS, tile[i] & 0xffff0000u);
                     }
+                }
+        for (int i = 0; i < KEYS; i += PAIR)
+            for (int h = 0; h < heads; ++h) {
+                uint32_t* to = &values[(int64_t(h) * KEYS + i) / PAIR * at.v_size];
+                const uint16_t* at_head = x.v + (head + h) * at.v_head;
+                const uint16_t* entry[PAIR] = {};
+                for (int n = 0; n < PAIR; ++n) {
+                    if (i + n >= begin && i + n < count) entry[n] = at_head + slots[i + n] * at.v_slot;
+                    for (int d = 0; d < at.v_size && i + n + KEYS < count; d += 32)
+                        __builtin_prefetch(at_head + slots[i + n + KEYS] * at.v_slot + d);
+                }
+                for (int d = 0; d < at.v_size; d += LANES) {
+                    words word{};
+                    for (int n = 0; n < PAIR; ++n)
+                        if (entry[n])
+                            word |= __builtin_convertvector(load<halves>(entry[n] + d), words) << 16 * (n + 2 - PAIR);
+                    store(to + d, word);
                 }
             }
     }
@@ -88,37 +98,38 @@ struct Sums {
 };
 
 struct Row {
-    const uint16_t* q;
+    const uint32_t* q;  // its query, in words
     int first, end;  // entries that it sees
 };
 
 // scores[r][j] = scale * q[r] . keys[j], in units of log 2; minus infinity where row r does not see entry j.
 template <int R>
 inline void score(float (&scores)[R][KEYS], const Layout& at, const uint32_t* keys, const Row* rows, int at_entry) {
-    floats found[R][VECTORS] = {};
-    for (int p = 0; p < at.size / 2; ++p) {
-        words key[VECTORS];
-        for (int c = 0; c < VECTORS; ++c) key[c] = load<words>(keys + int64_t(p) * KEYS + c * LANES);
-        for (int r = 0; r < R; ++r) {
-            const uint32_t pair = load<uint32_t>(rows[r].q + 2 * p);
-            for (int c = 0; c < VECTORS; ++c) found[r][c] = dot_pairs(found[r][c], pair, key[c]);
+    const uint32_t* q[R];
+    for (int r = 0; r < R; ++r) q[r] = rows[r].q;
+    for (int from = 0; from < KEYS; from += SPAN) {
+        floats found[R][ACROSS] = {};
+        for (int p = 0; p < at.size / PAIR; ++p) {
+            words key[ACROSS];
+            for (int c = 0; c < ACROSS; ++c) key[c] = load<words>(keys + int64_t(p) * KEYS + from + c * LANES);
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < ACROSS; ++c) found[r][c] = multiplied(found[r][c], q[r][p], key[c]);
         }
-    }
-    for (int r = 0; r < R; ++r) {
-        const bool sees_all = rows[r].first <= at_entry && rows[r].end >= at_entry + KEYS;
-        for (int c = 0; c < VECTORS; ++c) {
-            floats x = found[r][c] * (at.scale * LOG2E);
-            const ints entry = ascending() + (at_entry + c * LANES);
-            if (!sees_all) x = (entry < rows[r].end) & (entry >= rows[r].first) ? x : all(NONE);
-            store(&scores[r][c * LANES], x);
+        for (int r = 0; r < R; ++r) {
+            const bool sees_all = rows[r].first <= at_entry + from && rows[r].end >= at_entry + from + SPAN;
+            for (int c = 0; c < ACROSS; ++c) {
+                floats x = found[r][c] * (at.scale * LOG2E);
+                const ints entry = ascending() + (at_entry + from + c * LANES);
+                if (!sees_all) x = (entry < rows[r].end) & (entry >= rows[r].first) ? x : all(NONE);
+                store(&scores[r][from + c * LANES], x);
+            }
         }
     }
 }
 
-// Scores become weights relative to the largest one so far, in pairs of bfloat16; earlier sums count keep[r] of what
-// they did.
+// Scores become weights relative to the largest one so far, in words; earlier sums count keep[r] of what they did.
 template <int R>
-inline void weigh(uint32_t (&weights)[R][KEYS / 2], float (&keep)[R], const float (&scores)[R][KEYS], Sums sums) {
+inline void weigh(uint32_t (&weights)[R][KEYS / PAIR], float (&keep)[R], const float (&scores)[R][KEYS], Sums sums) {
     for (int r = 0; r < R; ++r) {
         floats x[VECTORS], top = all(NONE), total{};
         for (int c = 0; c < VECTORS; ++c) {
@@ -130,7 +141,8 @@ inline void weigh(uint32_t (&weights)[R][KEYS / 2], float (&keep)[R], const floa
         for (int c = 0; c < VECTORS; ++c) {
             const floats weight = power_of_two(x[c] - base);
             total += weight;
-            store(&weights[r][c * LANES / 2], narrow(weight));
+            if constexpr (PAIR == 2) store(&weights[r][c * LANES / 2], narrow(weight));
+            else store(&weights[r][c * LANES], weight);
         }
         keep[r] = power_of_two(before - base);
         sums.top[r] = now;
@@ -140,16 +152,16 @@ inline void weigh(uint32_t (&weights)[R][KEYS / 2], float (&keep)[R], const floa
 
 // mixed[r] = keep[r] * mixed[r] + sum_j weights[r][j] * values[j], of N vectors' dimensions.
 template <int R, int N>
-inline void mix(float* mixed, const float (&keep)[R], const uint32_t (&weights)[R][KEYS / 2], const uint32_t* values,
+inline void mix(float* mixed, const float (&keep)[R], const uint32_t (&weights)[R][KEYS / PAIR], const uint32_t* values,
                 int size) {
     floats sums[R][N];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < N; ++c) sums[r][c] = load<floats>(mixed + int64_t(r) * size + c * LANES) * keep[r];
-    for (int i = 0; i < KEYS / 2; ++i) {
+    for (int i = 0; i < KEYS / PAIR; ++i) {
         words value[N];
         for (int c = 0; c < N; ++c) value[c] = load<words>(values + int64_t(i) * size + c * LANES);
         for (int r = 0; r < R; ++r)
-            for (int c = 0; c < N; ++c) sums[r][c] = dot_pairs(sums[r][c], weights[r][i], value[c]);
+            for (int c = 0; c < N; ++c) sums[r][c] = multiplied(sums[r][c], weights[r][i], value[c]);
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < N; ++c) store(mixed + int64_t(r) * size + c * LANES, sums[r][c]);
@@ -159,12 +171,12 @@ template <int R>
 void attend_strip(const Layout& at, const uint32_t* keys, const uint32_t* values, const Row* rows, Sums sums,
                   int at_entry) {
     alignas(64) float scores[R][KEYS];
-    alignas(64) uint32_t weights[R][KEYS / 2];
+    alignas(64) uint32_t weights[R][KEYS / PAIR];
     float keep[R];
     score<R>(scores, at, keys, rows, at_entry);
     weigh<R>(weights, keep, scores, sums);
     int d = 0;
-    for (; d + KEYS <= at.v_size; d += KEYS) mix<R, VECTORS>(sums.mixed + d, keep, weights, values + d, at.v_size);
+    for (; d + SPAN <= at.v_size; d += SPAN) mix<R, ACROSS>(sums.mixed + d, keep, weights, values + d, at.v_size);
     for (; d < at.v_size; d += LANES) mix<R, 1>(sums.mixed + d, keep, weights, values + d, at.v_size);
 }
 
@@ -172,10 +184,10 @@ void attend_strip(const Layout& at, const uint32_t* keys, const uint32_t* values
 inline void attend_rows(const Layout& at, const Block& block, int head, const Row* rows, int count, Sums sums,
                         int at_entry) {
     using Attend = void (*)(const Layout&, const uint32_t*, const uint32_t*, const Row*, Sums, int);
-    constexpr Attend of_rows[STRIP] = {attend_strip<1>, attend_strip<2>, attend_strip<3>,
-                                       attend_strip<4>, attend_strip<5>, attend_strip<6>};
-    const uint32_t* keys = &block.keys[int64_t(head) * (at.size / 2) * KEYS];
-    const uint32_t* values = &block.values[int64_t(head) * (KEYS / 2) * at.v_size];
+    constexpr Attend of_rows[] = {attend_strip<1>, attend_strip<2>, attend_strip<3>,
+                                  attend_strip<4>, attend_strip<5>, attend_strip<6>};
+    const uint32_t* keys = &block.keys[int64_t(head) * (at.size / PAIR) * KEYS];
+    const uint32_t* values = &block.values[int64_t(head) * (KEYS / PAIR) * at.v_size];
     for (int r = 0; r < count; r += STRIP) {
         const int strip = std::min(STRIP, count - r);
         int first = rows[r].first, end = rows[r].end;

@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, in GCC's and Clang's vectors: what a processor has no instruction for they compose.
+// A register's numbers at a time, in GCC's and Clang's vectors: what a processor has no instruction for they compose.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,11 @@
 
 namespace {
 
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;  // vectors of two registers are slow: conversions and shuffles are taken apart
+#endif
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -32,7 +36,11 @@ inline void store(T* at, V x) {
 }
 
 inline floats all(float x) { return floats{} + x; }
-inline ints ascending() { return ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+inline ints ascending() {
+    ints x;
+    for (int i = 0; i < LANES; ++i) x[i] = i;
+    return x;
+}
 inline floats as_floats(words x) { return load<floats>(&x); }
 
 inline floats larger(floats a, floats b) { return a > b ? a : b; }
@@ -49,18 +57,17 @@ inline float sum(floats x) {
     return total;
 }
 
-// sums[i] += a.low * b[i].low + a.high * b[i].high, where every 32 bits are a pair of bfloat16.
-inline floats dot_pairs(floats sums, uint32_t a, words b) {
+// A word is PAIR numbers that are multiplied at once: two of bfloat16 where there is an instruction for it, else one of
+// float32. `multiplied` adds the products of one word's numbers with those of LANES words.
 #ifdef __AVX512BF16__
+constexpr int PAIR = 2;
+inline floats multiplied(floats sums, uint32_t a, words b) {
     return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
-#else
-    uint32_t low_bits = a << 16, high_bits = a & 0xffff0000u;
-    float low, high;
-    std::memcpy(&low, &low_bits, 4);
-    std::memcpy(&high, &high_bits, 4);
-    return sums + low * as_floats(b << 16) + high * as_floats(b & 0xffff0000u);
-#endif
 }
+#else
+constexpr int PAIR = 1;
+inline floats multiplied(floats sums, uint32_t a, words b) { return sums + load<float>(&a) * as_floats(b); }
+#endif
 
 inline halves narrow(floats x) {  // to the nearest bfloat16, ties to even
     words bits = load<words>(&x);
@@ -98,6 +105,7 @@ inline words pick(words a, words b) {
 }
 
 // r[i][j] becomes r[j][i]: at every step, pairs of rows a power of two apart exchange half of every group of columns.
+#ifdef __AVX512F__
 inline void transpose(words (&r)[LANES]) {
     words s[LANES];
     for (int i = 0; i < LANES; i += 2) {
@@ -123,5 +131,26 @@ inline void transpose(words (&r)[LANES]) {
         r[i + 8] = pick<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(a, b);
     }
 }
+#else
+inline void transpose(words (&r)[LANES]) {
+    words s[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        const words a = r[i], b = r[i + 1];
+        s[i] = pick<0, 8, 2, 10, 4, 12, 6, 14>(a, b);
+        s[i + 1] = pick<1, 9, 3, 11, 5, 13, 7, 15>(a, b);
+    }
+    for (int i = 0; i < LANES; ++i) {
+        if (i & 2) continue;
+        const words a = s[i], b = s[i + 2];
+        r[i] = pick<0, 1, 8, 9, 4, 5, 12, 13>(a, b);
+        r[i + 2] = pick<2, 3, 10, 11, 6, 7, 14, 15>(a, b);
+    }
+    for (int i = 0; i < LANES / 2; ++i) {
+        const words a = r[i], b = r[i + 4];
+        r[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(a, b);
+        r[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(a, b);
+    }
+}
+#endif
 
 }  // namespace
