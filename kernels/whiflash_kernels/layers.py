@@ -1,7 +1,8 @@
-"""Norm, gated activation and rotation of a drafter's layers: FlashInfer's kernels on CUDA, torch elsewhere.
+"""Norm, gated activation and rotation of a decoder layer: FlashInfer's kernels on CUDA, compiled ones on a CPU once a
+process has set them with :func:`use`, torch elsewhere.
 
 Whether FlashInfer is there is found out when this module is imported; it is imported when one of its kernels is first
-needed. Its kernels take 16-bit tensors and know nothing of gradients: for others, and while gradients are recorded,
+needed. Its kernels take 16-bit tensors, a CPU's bfloat16 and float32. None knows of gradients: while they are recorded
 torch runs.
 """
 
@@ -14,12 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whiflash_kernels.cpu.layers import CompiledLayers, fits
 from whiflash_kernels.dispatch import backend_for
 
 AVAILABLE = find_spec("flashinfer") is not None
 ROTATED_HEADS = (64, 128, 256, 512)
 ROTARY_WIDTHS = (16, 32, 64, 128, 256)
 """Sizes of heads, and widths of their rotated part, that FlashInfer's rotation is compiled for."""
+
+_compiled: CompiledLayers | None = None
+
+
+def use(layers: CompiledLayers | None) -> None:
+    """Compute layers on this CPU by `layers`; None: by torch."""
+    global _compiled
+    _compiled = layers
+
+
+def compiled_for(*tensors: Tensor) -> CompiledLayers | None:
+    """What is in :func:`use`, where it takes all of these together; None: torch runs."""
+    if _compiled is None or torch.is_grad_enabled() or not fits(*tensors):
+        return None
+    return _compiled
 
 
 @cache
@@ -49,7 +66,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
     Grid: FlashInfer's, one launch. Numerics: float32 inside; without ``unit_offset`` torch's weight is rounded to x's
     dtype first, which the checkpoint has anyway.
-    Fallback: `torch.nn.functional.rms_norm`.
+    Fallback: a CPU's compiled norm, else `torch.nn.functional.rms_norm`.
     Compared: the same kernels as SGLang's layers use where FlashInfer serves them.
     Source: RMSNorm, arXiv 1910.07467; FlashInfer's ``norm``.
     """
@@ -60,6 +77,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         rows = x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])
         normed: Tensor = kernel(rows, weight.to(x.dtype), eps)
         return normed.view(x.shape)
+    if compiled := compiled_for(x, weight):
+        return compiled.norm(x, weight, eps, float(unit_offset))[1]
     if unit_offset:
         return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
@@ -77,8 +96,8 @@ def add_rms_norm(
     Returns:
         The sum and its norm, [T, size] each.
 
-    Grid: FlashInfer's, one launch. Numerics: float32 inside; FlashInfer norms the sum before rounding it, torch after.
-    Fallback: torch, which leaves the arguments as they are.
+    Grid: FlashInfer's, one launch. Numerics: float32 inside; kernels norm the sum before rounding it, torch after.
+    Fallback: a CPU's compiled norm, else torch; both leave the arguments as they are.
     Source: as of `rms_norm`.
     """
     if runs_fused(x) and x.is_contiguous() and residual.is_contiguous():
@@ -86,6 +105,8 @@ def add_rms_norm(
         kernel = norm.gemma_fused_add_rmsnorm if unit_offset else norm.fused_add_rmsnorm
         kernel(x, residual, weight.to(x.dtype), eps)
         return residual, x
+    if compiled := compiled_for(x, residual, weight):
+        return compiled.norm(x, weight, eps, float(unit_offset), residual)
     total = residual + x
     return total, rms_norm(total, weight, eps, unit_offset=unit_offset)
 
@@ -100,38 +121,64 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         [T, size] in the same dtype, new.
 
     Grid: FlashInfer's, one launch. Numerics: float32 inside; torch rounds silu(gate) before the product.
-    Fallback: torch.
+    Fallback: a CPU's compiled activation, else torch.
     Source: SwiGLU, arXiv 2002.05202; FlashInfer's ``activation``.
     """
     if runs_fused(gate_up):
         activated: Tensor = _flashinfer("activation").silu_and_mul(gate_up.contiguous())
         return activated
+    if compiled := compiled_for(gate_up):
+        return compiled.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def rotates_fused(q: Tensor, width: int) -> bool:
     """Whether `rotate_in_place` serves heads ``q`` [T, H, D] of which ``width`` dimensions rotate."""
+    if compiled_for(q):
+        return True
     return runs_fused(q) and q.shape[-1] in ROTATED_HEADS and width in ROTARY_WIDTHS
 
 
-def rotate_in_place(q: Tensor, k: Tensor, table: Tensor, rows: Tensor) -> None:
+def rotate_in_place(q: Tensor, k: Tensor, table: Tensor, rows: Tensor | None) -> None:
     """Rotate queries and keys in half-split (NeoX) layout: pair i of a head is (i, i + R / 2), i < R / 2.
 
     With (a, b) a pair of row t, and [cosine | sine] = table[rows[t]]: a * cosine[i] - b * sine[i] and
     b * cosine[i] + a * sine[i]; dimensions from R on stay.
 
     Args:
-        q, k: [T, Hq, D] and [T, Hkv, D] of 16 bits, last dimension contiguous; written in place.
-        table: [N, R] float32, contiguous. rows: [T] int64.
+        q, k: [T, Hq, D] and [T, Hkv, D], last dimension contiguous; written in place.
+        table: [N, R] float32, contiguous. rows: [T] int64; None, on a CPU: 0 … T-1.
 
     Raises:
         ValueError: where `rotates_fused` says no; a caller that may go on with torch asks before.
 
-    Grid: FlashInfer's, one launch. Numerics: float32 inside.
+    Grid: FlashInfer's, one launch, or a CPU's compiled rotation. Numerics: float32 inside.
     Fallback: the caller's; torch rotates out of place.
     Source: RoPE, arXiv 2104.09864; FlashInfer's ``rope``.
     """
     if not rotates_fused(q, table.shape[-1]):
         raise ValueError(f"no fused rotation for {q.dtype} heads of {q.shape[-1]} on {q.device}")
+    if compiled := compiled_for(q, k):
+        compiled.rotate(q, k, table, rows)
+        return
     _flashinfer("rope").apply_rope_with_cos_sin_cache_inplace(rows, q, k, q.shape[-1], table, is_neox=True)
+
+
+def write_rows(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor) -> None:
+    """k_pool[slots] = k, v_pool[slots] = v.
+
+    Args:
+        k, v: [T, Hkv, D] each, or as many numbers a row, in the dtype of their pool. k_pool, v_pool: [S, Hkv, D],
+            contiguous.
+        slots: [T] int64, pairwise different but for one that nobody reads.
+
+    Numerics: copies. Fallback: a CPU's compiled copy, else torch.
+    """
+    compiled = compiled_for(k, v, k_pool, v_pool)
+    if compiled and slots.dtype == torch.int64:
+        compiled.keep(k, v, k_pool, v_pool, slots)
+        return
+    # index_copy_ skips the broadcasting machinery of `pool[slots] = rows`.
+    k_pool.index_copy_(0, slots, k.view(-1, *k_pool.shape[1:]))
+    v_pool.index_copy_(0, slots, v.view(-1, *v_pool.shape[1:]))

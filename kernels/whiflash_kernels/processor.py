@@ -7,11 +7,6 @@ from pathlib import Path
 import torch
 
 
-def has_avx512() -> bool:
-    """Whether this processor has AVX-512, whose 32 registers of 16 floats the kernels are written for."""
-    return " avx512f " in instructions() + " "
-
-
 def has_avx2() -> bool:
     """Whether this processor has AVX2 and fused multiply-add."""
     return {"avx2", "fma"} <= set(instructions().split())

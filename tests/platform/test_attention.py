@@ -46,9 +46,9 @@ class Pool:
 
 @cache
 def ensured_kernel() -> CompiledAttention | None:
-    """The compiled kernel, also without AVX-512; None without a compiler."""
+    """The compiled kernel, also without AVX2; None without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_avx512", lambda: True)
+        patch.setattr(attention, "has_avx2", lambda: True)
         return attention_kernel.__wrapped__()
 
 
@@ -218,10 +218,10 @@ def test_torch_can_be_forced(asked_anew: None, monkeypatch: pytest.MonkeyPatch) 
     assert attention_kernel() is None
 
 
-def test_torch_is_chosen_without_avx512(
+def test_torch_is_chosen_without_avx2(
     asked_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(attention, "has_avx512", lambda: False)
+    monkeypatch.setattr(attention, "has_avx2", lambda: False)
     monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
     assert attention_kernel() is None
     assert list(tmp_path.iterdir()) == []
@@ -230,7 +230,7 @@ def test_torch_is_chosen_without_avx512(
 def test_without_a_compiler_torch_goes_on(
     asked_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attention, "has_avx512", lambda: True)
+    monkeypatch.setattr(attention, "has_avx2", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
     assert attention_kernel() is None

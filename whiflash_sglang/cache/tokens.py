@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from whiflash_kernels import KVPools
+from whiflash_kernels.layers import write_rows
 
 
 class TokenTable:
@@ -110,5 +111,4 @@ class DraftKV:
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v `[N, Hkv, D]` of one layer at `slots` [N] int64."""
-        self.k[layer].index_copy_(0, slots, k.to(self.k.dtype))
-        self.v[layer].index_copy_(0, slots, v.to(self.v.dtype))
+        write_rows(k.to(self.k.dtype), v.to(self.v.dtype), self.pools.k[layer], self.pools.v[layer], slots)

@@ -144,7 +144,7 @@ def rotates_at_once(q: Tensor, angles: Angles) -> bool:
 
 def rotate_both(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
     """`rotate` of queries and keys, which nobody else may need unrotated: it may write to them."""
-    if angles.rows is None or not rotates_at_once(q, angles):
+    if not rotates_at_once(q, angles):
         return rotate(q, angles), rotate(k, angles)
     rotate_in_place(q, k, angles.table, angles.rows)
     return q, k

@@ -172,10 +172,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return None  # Upstream's own worker runs once the seams are in place.
 
     def post_load_model(self, model: torch.nn.Module) -> None:
+        from whiflash_kernels import attention
+
+        from whiflash_sglang.platform.attention import attention_kernel
+        from whiflash_sglang.platform.layers import use_compiled_layers
         from whiflash_sglang.platform.packed_weights import pack_model, use_compiled_products
         from whiflash_sglang.platform.seams import install_model_seams, install_seams
 
         install_seams()
         install_model_seams({type(module).__name__ for module in model.modules()})
         use_compiled_products()
+        use_compiled_layers()
+        attention.use(attention_kernel())
         pack_model(model)

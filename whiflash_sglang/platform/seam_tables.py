@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from whiflash_sglang.platform import packed_weights, recurrent_ops, spec_ops, spec_trees, target_ops
+from whiflash_sglang.platform import (
+    decoder_layer,
+    packed_weights,
+    recurrent_ops,
+    spec_ops,
+    spec_trees,
+    target_ops,
+)
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
 from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
@@ -260,9 +267,21 @@ def kimi_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
     )
 
 
+def llama_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+    """Decoder layers of Llama's shape."""
+    return (), (MethodSeam("sglang.srt.models.llama", "LlamaDecoderLayer", "forward", decoder_layer.forward),)
+
+
+def qwen2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+    """Decoder layers of Qwen2's, which are the same."""
+    return (), (MethodSeam("sglang.srt.models.qwen2", "Qwen2DecoderLayer", "forward", decoder_layer.forward),)
+
+
 MODEL_SEAMS: Mapping[str, Callable[[], tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]]] = {
     "RadixLinearAttention": delta_seams,
     "MambaMixer2": mamba2_seams,
     "KimiMoE": kimi_seams,
+    "LlamaDecoderLayer": llama_seams,
+    "Qwen2DecoderLayer": qwen2_seams,
 }
 """What models with such a layer use beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""
