@@ -45,6 +45,8 @@ STAND_INS = ("whiflash_kernels/reference/", "whiflash_sglang/platform/")
 """Where a CPU does what kernels do on a GPU: what these read of their own arguments no host would wait for."""
 
 
+PACKAGES = ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/")
+
 GRAPHS = (*STAND_INS, "whiflash_sglang/models/", "sglang/srt/model_executor/")
 """What is one kernel on a GPU, or may be replayed from a graph: kernels, drafters, the target."""
 
@@ -52,14 +54,17 @@ GRAPHS = (*STAND_INS, "whiflash_sglang/models/", "sglang/srt/model_executor/")
 class HostReads(TorchFunctionMode):
     """Counts reads and uploads by the line of ours, or of SGLang's, that asked for them.
 
-    of_kernels: the same of what stands in for a GPU's kernels.
+    uploads: from memory that was made as pinned, be it so or not. pageable: others, for which the host waits as it does
+    for reads. of_kernels: the same of what stands in for a GPU's kernels.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
+        self.pageable: Counter[str] = Counter()
         self.of_kernels: Counter[str] = Counter()
+        self._pinned: dict[int, torch.Tensor] = {}
 
     def __torch_function__(
         self,
@@ -68,14 +73,24 @@ class HostReads(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        read = name in READS or depends_on_values(name, args)
-        if read or name in UPLOADS:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        found = self._kind(name, args)
+        if found is not None:
             site = _site(name)
-            stands_in = site.startswith(STAND_INS)
-            found = self.of_kernels if stands_in else self.reads if read else self.uploads
+            found = self.of_kernels if site.startswith(STAND_INS) else found
             found[site] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        if "pin_memory" in kwargs:
+            self._pinned[result.data_ptr()] = result
+        return result
+
+    def _kind(self, name: str, args: Sequence[Any]) -> Counter[str] | None:
+        """Where a call of `name` is counted, if anywhere."""
+        if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() in self._pinned:
+            return self.uploads if name == "to" else None
+        if name in READS or depends_on_values(name, args):
+            return None if _says_host() else self.reads
+        return self.pageable if name in UPLOADS else None
 
 
 class Launches(TorchDispatchMode):
@@ -124,6 +139,14 @@ def depends_on_values(name: str, args: Sequence[Any]) -> bool:
     return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in index)
 
 
+def _says_host() -> bool:
+    """Whether the line that asks reads what SGLang calls `..._cpu`: its copies on the host are the CPU's here, too."""
+    for frame in reversed(traceback.extract_stack()):
+        if any(package in frame.filename for package in PACKAGES):
+            return "_cpu." in (frame.line or "")
+    return False
+
+
 def _within(places: Sequence[str]) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -135,7 +158,7 @@ def _within(places: Sequence[str]) -> bool:
 
 def _site(name: str) -> str:
     for frame in reversed(traceback.extract_stack()):
-        for package in ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/"):
+        for package in PACKAGES:
             if package in frame.filename:
                 return f"{package}{frame.filename.split(package)[-1]}:{frame.lineno} {name}"
     return name

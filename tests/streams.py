@@ -16,6 +16,8 @@ What the model takes for what (a CPU tensor does not say where it would be on a 
   stream (`stalls` counts them by line); of host memory they read what is there;
 - what stands in for a kernel on the CPU (`KERNELS`) is one: what it reads is read by the current stream, nobody waits;
 - `.to(device)` of host memory is a copy, as it is on a GPU, and a later write to its source may come too early;
+- a copy from host memory that is not pinned waits for the stream (`pageable` counts these by line): a list that becomes
+  a tensor of the device, `.to(device)` and an assignment are such copies;
 - memory belongs to the stream that first wrote to it. When the last tensor that holds it is gone that stream may write
   to it again at once: whoever else uses it must be done by then as far as that stream has waited, or be a stream that
   `record_stream` has named.
@@ -142,6 +144,7 @@ class Event:
 
 class Streams:
     """The model. `races`: what was not ordered. `stalls`: where the host waited for the device to read from it.
+    `pageable`: where it waited to write to it.
 
     forget: says of a wait, by who waits and for what (`"host"`, a `Stream` or an `Event`), whether to leave it out: a
     planted fault.
@@ -152,6 +155,7 @@ class Streams:
         self.streams: list[Stream] = []
         self.races: Counter[str] = Counter()
         self.stalls: Counter[str] = Counter()
+        self.pageable: Counter[str] = Counter()
         self.forget: Callable[[Any, Any], bool] = lambda waiting, on: False
         self._default: Clock = {}
         self._cells: dict[int, Cell] = {}
@@ -227,6 +231,8 @@ class Streams:
         at_once = [t for t in reads if self.cell(t).place == HOST]
         if at_once:
             self.on_host(at_once, ())
+            if any(t.dim() for t in at_once):  # a number is an argument of the kernel
+                self.sent_pageable()
         later = [t for t in reads if self.cell(t).place != HOST]
         return self._touch(self.name_of(stream), clock, later, writes)
 
@@ -253,6 +259,12 @@ class Streams:
         if not site().startswith(KERNELS):
             cell = self.cell(tensor)
             cell.place, cell.written, cell.read = place, None, {}
+
+    def sent_pageable(self) -> None:
+        """Host memory that is not pinned goes to the device."""
+        sender = site()
+        if not sender.startswith(KERNELS):
+            self.pageable[sender] += 1
 
     def read_by_host(self, tensor: torch.Tensor, reader: str) -> None:
         """The host wants the values."""

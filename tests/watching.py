@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from host_reads import READS, depends_on_values
+from host_reads import READS, UPLOADS, depends_on_values
 from sites import calling_frame, site
 from streams import HOST, PINNED, Streams
 from torch.overrides import TorchFunctionMode
@@ -110,6 +110,8 @@ class _Functions(TorchFunctionMode):
                     self.world.made_by_host(out, PINNED)
                 elif kwargs.get("device") is None or _says_cpu():
                     self.world.made_by_host(out, HOST)
+                elif name in UPLOADS:
+                    self.world.sent_pageable()
             return out
         if name == "cpu" or (name == "to" and _names_device(args, kwargs)):
             return self._moved(func, name, tensor, args, kwargs)

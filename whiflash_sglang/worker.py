@@ -28,12 +28,13 @@ from whiflash_sglang.compat.scheduler.spec_worker import (
     next_round,
     prefill_rows,
     round_batch,
+    row_ids_of,
     step_result,
 )
 from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.core import RoundBatch, RoundResult
 from whiflash_sglang.device.clock import clock_of
-from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.device.transfers import HostView, Upload
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.metrics import publisher
 from whiflash_sglang.metrics.publisher import Publisher, Sink
@@ -290,11 +291,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)
             ]
             result.next_token_ids = self.forcing.first(batch.reqs, behind, result.next_token_ids)
-        rows = prefill_rows(batch, input_ids, result.next_token_ids)
+        upload = Upload()
+        for req, row in zip(batch.reqs, row_ids_of(batch), strict=True):
+            self.lifecycle.begin(row, req, upload)
+        rows = prefill_rows(batch, input_ids, result.next_token_ids, upload)
         prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
         self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.runs, rows.rows, rows.last_rows)
-        for req, row in zip(batch.reqs, rows.row_ids, strict=True):
-            self.lifecycle.begin(row, req)
         ends = rows.positions[rows.last_rows] + 1
         self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
         result.next_draft_input = DraftInput(

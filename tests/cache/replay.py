@@ -234,7 +234,8 @@ class Replay:
     def check(self, row: int) -> None:
         """Flush the row and compare it with one full pass: watermarks, slots and KV."""
         n = self.lengths[row]
-        self.sync.flush(row + 1, n)
+        self.sync.leave(row + 1, n)
+        self.sync.flush()
         slots = self.table[row + 1, :n].long()
         for name, (k, v) in self.arms.full_pass(self.features[row, :n], self.tokens[row]).items():
             assert self.sync.watermarks.synced(row + 1, name) == n

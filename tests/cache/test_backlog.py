@@ -80,6 +80,25 @@ def test_a_switch_costs_one_batch(arms: Arms, monkeypatch: pytest.MonkeyPatch) -
     assert batches == [4 * (1 + 3 + 2)]
 
 
+def test_requests_that_leave_together_are_one_batch(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far each lags, and who of them has nothing to ingest."""
+    replay = Replay(arms, seed=4)
+    for _ in range(3):
+        replay.round(["ar"] * ROWS, [2, 1, 3])
+    batches: list[int] = []
+    diffusion = replay.arms.by_name["diffusion"]
+    ingest = diffusion.catch_up
+    monkeypatch.setattr(diffusion, "catch_up", lambda rows: (batches.append(len(rows)), ingest(rows)))
+    for row in range(2):
+        replay.sync.leave(row + 1, replay.lengths[row])
+    assert not batches
+    replay.sync.flush()
+    assert batches == [3 * (2 + 1)]
+    assert not replay.sync.leaving
+    for row in range(ROWS):
+        replay.check(row)
+
+
 def test_what_is_paid_in_every_round_is_not_extra(arms: Arms) -> None:
     """A drafter that missed four rounds pays for three more than one that is used in each."""
     replay = Replay(arms, seed=3)

@@ -1,11 +1,19 @@
 """A block ends at the first token that ends its request."""
 
 import random
+from collections.abc import Sequence
 
 import torch
 from whiflash_kernels import Committed, accept_and_commit
 
 from whiflash_sglang.cache.tokens import FEW, StopTable
+from whiflash_sglang.device.transfers import Upload
+
+
+def begin(table: StopTable, row: int, stops: Sequence[int]) -> None:
+    upload = Upload()
+    table.begin(upload, row, stops)
+    upload.send(torch.device("cpu"))
 
 
 def commit(table: StopTable, texts: list[list[int]], rows: list[int]) -> Committed:
@@ -30,8 +38,8 @@ def test_a_block_is_cut_behind_its_first_stop() -> None:
         table = StopTable(8, "cpu")
         stops = [rng.sample(range(12), rng.randint(0, FEW + 2)) for _ in range(rows)]
         for row, own in enumerate(stops):
-            table.begin(7, range(100))  # another request's, which needs more room
-            table.begin(row + 2, own)
+            begin(table, 7, range(100))  # another request's, which needs more room
+            begin(table, row + 2, own)
         texts = [[rng.randrange(12) for _ in range(rng.randint(1, width))] for _ in range(rows)]
         cut = commit(table, texts, [2, 3, 4])
         for i, (own, ends) in enumerate(zip(texts, stops, strict=True)):
@@ -42,7 +50,16 @@ def test_a_block_is_cut_behind_its_first_stop() -> None:
 
 def test_a_row_forgets_the_stops_of_the_request_before() -> None:
     table = StopTable(2, "cpu")
-    table.begin(1, [5])
+    begin(table, 1, [5])
     assert commit(table, [[5, 6]], [1]).accept_lens.tolist() == [1]
-    table.begin(1, [])
+    begin(table, 1, [])
     assert commit(table, [[5, 6]], [1]).accept_lens.tolist() == [2]
+
+
+def test_requests_that_begin_together_keep_their_stops() -> None:
+    """One of them needs more room than there was when the other one was put down."""
+    table, upload = StopTable(3, "cpu"), Upload()
+    table.begin(upload, 1, [5])
+    table.begin(upload, 2, range(20, 30))
+    upload.send(torch.device("cpu"))
+    assert commit(table, [[5, 6], [29, 6]], [1, 2]).accept_lens.tolist() == [1, 1]

@@ -4,6 +4,7 @@ import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows
 from whiflash_sglang.cache.tokens import DraftKV, TokenTable
+from whiflash_sglang.device.transfers import Upload
 
 ROWS, CONTEXT, MARGIN = 3, 10, 4
 
@@ -32,7 +33,9 @@ def test_rows_are_as_many_as_their_positions() -> None:
 
 def test_a_block_may_begin_at_the_contexts_end() -> None:
     table = TokenTable(ROWS, CONTEXT, MARGIN, "cpu")
-    table.begin(1, [0] * (CONTEXT - 4), [0, 0, 5, 6])
+    upload = Upload()
+    table.begin(upload, 1, [0] * (CONTEXT - 4), [0, 0, 5, 6])
+    upload.send(torch.device("cpu"))
     table.put_block(torch.tensor([1, 2]), torch.tensor([CONTEXT, 3]), torch.arange(20, 28).view(2, MARGIN))
     assert table.data[1].tolist() == [0] * 8 + [5, 6, 20, 21, 22, 23]
     assert table.data[2].tolist() == [0] * 3 + [24, 25, 26, 27] + [0] * 7

@@ -14,6 +14,7 @@ from test_verify_graphs import REQUESTS, WIDEST, Bench, Stopped, decoding, layou
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import FEW, NO_TOKEN, StopTable
+from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.models.router import Layers
 from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
 
@@ -37,6 +38,12 @@ class Commits(Bench):
         for column in range(WIDEST):
             rows, _ = self._verified([WIDEST] * REQUESTS, self.right[:, :-1], REQUESTS * WIDEST, False)
             self.right[:, column] = rows.logits.argmax(-1).view(REQUESTS, WIDEST)[:, column]
+
+    def stop(self, row: int, stops: Sequence[int]) -> None:
+        """A request with these stops begins in `row`."""
+        upload = Upload()
+        self.stops.begin(upload, row, stops)
+        upload.send(torch.device("cpu"))
 
     def drafts(self, widths: Sequence[int]) -> torch.Tensor:
         """The target's own tokens, each request's up to another place."""
@@ -169,25 +176,25 @@ def test_a_block_ends_at_a_stop_in_a_graph_too(stopped: Stopped, right: torch.Te
         lengths, tokens = b.committed(widths, in_graph=True)[:2]
         cut = int(lengths.argmax())
         assert lengths[cut] > 1
-        b.stops.begin(rows[cut], [int(tokens[cut, 0])])
+        b.stop(rows[cut], [int(tokens[cut, 0])])
         try:
             b.compare(widths)
             assert b.committed(widths, in_graph=True)[0][cut] == 1
-            b.stops.begin(rows[cut - 1], range(300, 300 + FEW + 1))
+            b.stop(rows[cut - 1], range(300, 300 + FEW + 1))
             with pytest.raises(AssertionError):
                 b.committed(widths, in_graph=True)
             assert b.committed(widths, in_graph=False)[0][cut] == 1
-            b.stops.begin(rows[cut - 1], [])
+            b.stop(rows[cut - 1], [])
             b.compare(widths)
             assert b.committed(widths, in_graph=True)[0][cut] == 1
-            b.stops.begin(rows[cut], [])
+            b.stop(rows[cut], [])
             assert torch.equal(b.stops.few, b.stops.data[:, :FEW])
             assert (b.stops.few[rows] == NO_TOKEN).all()
             b.compare(widths)
             assert torch.equal(b.committed(widths, in_graph=True)[0], lengths)
         finally:
             for row in rows:
-                b.stops.begin(row, [])
+                b.stop(row, [])
 
 
 # ------------------------------------------------------------------ faults that a capture would hide

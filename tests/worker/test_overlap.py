@@ -144,14 +144,25 @@ def test_a_flush_that_does_not_follow_the_forward_is_found(
 def test_the_host_waits_for_nothing(
     models: Models, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the first prefill to the last token, but for SGLang's own wait for the results of the round before."""
+    """A whole loop of the scheduler: prefills in chunks and from the tree, rounds, results, releases, an abort.
+
+    SGLang's own wait for the results of the round before is an event's, and no copy is pageable.
+    """
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-    with overlapped(models.target, whiflash=models.whiflash("random"), host_lengths=False) as e:
-        e.generate(
-            [[1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2] for i in range(4)],
-            max_new_tokens=40,
-            temperature=temperature,
-        )
-        stalls, races = dict(e.streams.stalls), dict(e.streams.races)
+    prompts = [(1 + i, 2, 3, 1 + i, 2, 3, *range(40, 70), 1 + i, 2) for i in range(6)]
+    arrivals = [
+        Arrival(f"r{i}", 3 * i, prompt, {"max_new_tokens": 12 + 7 * i, "temperature": temperature}, aborted)
+        for i, (prompt, aborted) in enumerate(zip(prompts, [None, None, 6, None, 5, None], strict=True))
+    ]
+    arrivals.append(Arrival("again", 20, (*prompts[0], 5), {"max_new_tokens": 9, "temperature": temperature}))
+    with overlapped(
+        models.target, whiflash=models.whiflash("random"), host_lengths=False, chunked_prefill_size=24
+    ) as e:
+        play(e, arrivals)
+        stalls, pageable, races = dict(e.streams.stalls), dict(e.streams.pageable), dict(e.streams.races)
+        assert e.requests["again"].cached_tokens
     assert not races
     assert not stalls, stalls
+    print("pageable", pageable)
+    ours = {site: count for site, count in pageable.items() if site.startswith("whiflash")}
+    assert not ours, ours

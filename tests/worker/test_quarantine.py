@@ -217,9 +217,9 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
     begun: list[str] = []
     begin = e.worker.lifecycle.begin
 
-    def noted(row: int, req: Any) -> None:
+    def noted(row: int, req: Any, upload: Any) -> None:
         begun.append(req.rid)
-        begin(row, req)
+        begin(row, req, upload)
 
     def rows_of(given: Any) -> Any:
         if hasattr(given, "rooms"):

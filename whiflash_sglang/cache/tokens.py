@@ -10,6 +10,8 @@ import torch
 from whiflash_kernels import KVPools
 from whiflash_kernels.layers import write_rows
 
+from whiflash_sglang.device.transfers import Upload
+
 
 class TokenTable:
     """`[request rows, context + margin]` int64; entry (r, p) is the token at position p while p <= n.
@@ -26,10 +28,14 @@ class TokenTable:
         """What such a table takes."""
         return rows * (context + margin) * torch.int64.itemsize
 
-    def begin(self, row: int, *texts: Sequence[int]) -> None:
-        """What a request brings along, one text behind the other: its prompt, its output before a retraction."""
+    def begin(self, upload: Upload, row: int, *texts: Sequence[int]) -> None:
+        """What a request brings along, one text behind the other: its prompt, its output before a retraction.
+
+        It is in the table when `upload` has been sent.
+        """
         tokens = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
-        self.data[row, : len(tokens)] = torch.from_numpy(tokens)
+        place = self.data[row, : len(tokens)]
+        upload.then(tokens, lambda text: place.copy_(text))
 
     def put_block(self, rows: torch.Tensor, starts: torch.Tensor, tokens: torch.Tensor) -> None:
         """tokens [B, W] from positions starts [B]; what lies beyond a request's new length is overwritten later."""
@@ -64,16 +70,19 @@ class StopTable:
         """What such a table takes, until a request has more than `FEW` stops."""
         return rows * FEW * torch.int64.itemsize
 
-    def begin(self, row: int, stops: Sequence[int]) -> None:
-        """A request begins in `row` that each of `stops` ends; empty: none does."""
+    def begin(self, upload: Upload, row: int, stops: Sequence[int]) -> None:
+        """A request begins in `row` that each of `stops` ends; empty: none does. So from when `upload` is sent on."""
         missing = len(stops) - self.data.shape[1]
         if missing > 0:
             with torch.inference_mode(False):  # else it could not be written outside of it
                 self.data = torch.nn.functional.pad(self.data, (0, missing), value=NO_TOKEN)
-        own = [*stops, *[NO_TOKEN] * (self.data.shape[1] - len(stops))]
-        self.data[row] = torch.tensor(own, device=self.data.device)
-        if self.data is not self.few:
-            self.few[row] = self.data[row, :FEW]
+
+        def put(own: torch.Tensor) -> None:
+            for table in (self.data,) if self.data is self.few else (self.data, self.few):
+                table[row].fill_(NO_TOKEN)
+                table[row, : len(own)] = own[: table.shape[1]]
+
+        upload.then(stops, put)
         if len(stops) > FEW:
             self._exceeding.add(row)
         else:

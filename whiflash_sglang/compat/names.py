@@ -306,6 +306,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len"),
     PrivateName("sglang.srt.mem_cache.allocation_sizing:get_alloc_reserve_per_decode"),
     PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),
+    PrivateName("sglang.srt.managers.scheduler:Scheduler.process_batch_result", ("batch", "result")),
     PrivateName("sglang.srt.mem_cache.common:release_kv_cache", ("req", "tree_cache", "checkpoint")),
     PrivateName("sglang.srt.session.streaming_session:StreamingSession.try_cache_finished_req", ("req",)),
     # the trace, out of the scheduler and into responses

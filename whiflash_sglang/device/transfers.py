@@ -1,7 +1,7 @@
 """What crosses between host and device in a round: one buffer up, one down. Imports no SGLang."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
+Ints = Sequence[int] | np.ndarray[Any, Any]
+
 
 class Upload:
     """Numbers of the host on their way to the device, all in one transfer.
 
-    Fill it with `ints` and `floats`, each of which says where its numbers will be, then `send`.
+    Fill it with `ints` and `floats`, each of which says where its numbers will be, and with `then`; at last `send`.
     """
 
     def __init__(self) -> None:
-        self._ints: list[Sequence[int]] = []
+        self._ints: list[Ints] = []
         self._floats: list[Sequence[float]] = []
+        self._then: list[tuple[int, Callable[[torch.Tensor], object]]] = []
 
-    def ints(self, values: Sequence[int]) -> int:
+    def ints(self, values: Ints) -> int:
         """Returns their index in the first list of `send`."""
         self._ints.append(values)
         return len(self._ints) - 1
@@ -29,6 +32,10 @@ class Upload:
         """Returns their index in the second list of `send`."""
         self._floats.append(values)
         return len(self._floats) - 1
+
+    def then(self, values: Ints, use: Callable[[torch.Tensor], object]) -> None:
+        """`use` is called with `values` on the device when they are sent, in the order of these calls."""
+        self._then.append((self.ints(values), use))
 
     def send(self, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The numbers on `device`: int64 and float32 views of one buffer.
@@ -40,15 +47,27 @@ class Upload:
         ints, floats = (sum(part) for part in sizes)
         # Indices must be int64, and are so from the start: a conversion would be a launch.
         # One number at least: what is empty cannot be viewed as another type.
-        host = np.empty(max(ints + (floats + 1) // 2, 1), dtype=np.int64)
-        host[:ints] = [value for part in self._ints for value in part]
-        host[ints:].view(np.float32)[:floats] = [value for part in self._floats for value in part]
-        packed = torch.as_tensor(host)
-        if device.type == "cuda":
-            packed = packed.pin_memory()
+        pinned = device.type == "cuda"
+        packed = torch.empty(max(ints + (floats + 1) // 2, 1), dtype=torch.int64, pin_memory=pinned)
+        host = packed.numpy()
+        for parts, place in ((self._ints, host), (self._floats, host[ints:].view(np.float32))):
+            begin = 0
+            for part in parts:
+                place[begin : begin + len(part)] = part
+                begin += len(part)
         packed = packed.to(device, non_blocking=True)
         as_ints, as_floats = packed[:ints], packed[ints:].view(torch.float32)[:floats]
-        return list(torch.split(as_ints, sizes[0])), list(torch.split(as_floats, sizes[1]))
+        found = list(torch.split(as_ints, sizes[0])), list(torch.split(as_floats, sizes[1]))
+        for at, use in self._then:
+            use(found[0][at])
+        return found
+
+
+def sent(values: Ints, device: torch.device) -> torch.Tensor:
+    """`values` on `device`, [N] int64: an `Upload` of their own, which the host does not wait for."""
+    upload = Upload()
+    upload.ints(values)
+    return upload.send(device)[0][0]
 
 
 class Download:

@@ -9,6 +9,7 @@ import torch
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, PassInput, Voice
 from whiflash_sglang.device.capture import Recorder
+from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import Forecast
@@ -174,13 +175,12 @@ def padded(tokens: Sequence[Sequence[int]], alive: Sequence[Sequence[float]], de
     counts = [len(own) for own in tokens]
     widest = max(counts, default=0)
 
-    def rows(values: Sequence[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
-        laid = [[*own, *[0] * (widest - len(own))] for own in values]
-        return torch.tensor(laid, dtype=dtype).view(len(counts), widest).to(device)
+    def laid(values: Sequence[Sequence[Any]]) -> list[Any]:
+        return [value for own in values for value in (*own, *[0] * (widest - len(own)))]
 
-    return Drafts(
-        rows(tokens, torch.int64),
-        torch.tensor(counts, device=device),
-        alive=rows(alive, torch.float32),
-        passes=0,
-    )
+    upload = Upload()
+    tokens_at, counts_at = upload.ints(laid(tokens)), upload.ints(counts)
+    alive_at = upload.floats(laid(alive))
+    ints, floats = upload.send(device)
+    size = (len(counts), widest)
+    return Drafts(ints[tokens_at].view(size), ints[counts_at], alive=floats[alive_at].view(size), passes=0)

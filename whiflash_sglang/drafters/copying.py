@@ -8,6 +8,7 @@ import torch
 from whiflash_kernels import Copies, propose_copies
 
 from whiflash_sglang.core import DraftBatch, Grown
+from whiflash_sglang.device.transfers import sent
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
 
 
@@ -55,7 +56,7 @@ class DeviceCopies:
         if self._back is None or self._buckets is None:
             with torch.inference_mode(False):  # else it could not be written outside of it
                 self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=limits.device)
-                self._buckets = torch.tensor(BUCKETS, dtype=torch.int32, device=limits.device)
+                self._buckets = sent(BUCKETS, limits.device).to(torch.int32)
         size = len(batch)
         return propose_copies(
             batch.text,

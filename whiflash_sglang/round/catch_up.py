@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from whiflash_kernels import DraftInputs
@@ -14,11 +15,22 @@ from whiflash_kernels import DraftInputs
 from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Owners, Watermarks
 from whiflash_sglang.core import Lengths
 from whiflash_sglang.device.capture import CapturedPass, Recorder, StaticInput, doubling
+from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4
 """Of a captured catch-up: a pass over fewer costs what one over so many does."""
+
+
+class Leaving(NamedTuple):
+    """A request that gives its slots up. row: of the request table. end: tokens that keep their slots. missing: most
+    of them that each arm has yet to ingest.
+    """
+
+    row: int
+    end: int
+    missing: Mapping[str, int]
 
 
 class DraftSync:
@@ -46,6 +58,8 @@ class DraftSync:
         """Host seconds of this round's catch-up, per arm."""
         self.caught_up = dict.fromkeys(self.arms, 0)
         """Tokens that each arm has ingested after others had drafted, at most."""
+        self.leaving: list[Leaving] = []
+        """Requests whose slots may be in the tree by now, without what is parked of them."""
         self._captured: dict[str, CapturedPass[None]] = {}
         self._routed: dict[int, int] = {}
         """Length when the last round was planned, per row."""
@@ -175,18 +189,35 @@ class DraftSync:
             extra += self.seconds[arm] * max(ingested - usual, 0) / ingested
         return extra
 
-    def flush(self, row: int, end: int) -> None:
-        """Ingest everything parked before position `end`: the request's slots may enter the tree."""
-        missing = {arm: end - self.watermarks.synced(row, arm) for arm in self.arms}
-        due = {arm: Due([0], min(most, self._capacity)) for arm, most in missing.items() if most > 0}
-        if not due:
-            return
-        numbers = torch.tensor([row, end, *self.flags(due, 1)], device=self.watermarks.device.device)
-        # A round that was under way when its request ended may have gone further already: then nothing is left.
-        begins, ends = self.watermarks.claim(numbers[:1], numbers[1:2], numbers[2:, None])
-        for arm, (_, most) in due.items():
-            self._ingest(arm, numbers[:1], begins, ends, most)
+    def leave(self, row: int, end: int) -> None:
+        """The request's slots up to position `end` may enter the tree: `flush` ingests what is parked of them."""
+        missing = {arm: min(end - self.watermarks.synced(row, arm), self._capacity) for arm in self.arms}
+        missing = {arm: most for arm, most in missing.items() if most > 0}
+        for arm in missing:
             self.watermarks.flushed(row, arm, end)
+        if missing:
+            self.leaving.append(Leaving(row, end, missing))
+
+    def flush(self) -> None:
+        """Ingest everything parked of requests that leave: one upload, and one batch per drafter, for all of them.
+
+        It must be issued before anything is written to their rows of the slot table.
+        """
+        leaving, self.leaving = self.leaving, []
+        due = {}
+        for arm in self.arms:
+            members = [i for i, each in enumerate(leaving) if arm in each.missing]
+            if members:
+                due[arm] = Due(members, sum(leaving[i].missing[arm] for i in members))
+        upload = Upload()
+        at = [upload.ints([each.row for each in leaving]), upload.ints([each.end for each in leaving])]
+        flags_at = upload.ints(self.flags(due, len(leaving)))
+        ints, _ = upload.send(self.watermarks.device.device)
+        rows, ends = (ints[i] for i in at)
+        # A round that was under way when its request ended may have gone further already: then nothing is left.
+        begins, ends = self.watermarks.claim(rows, ends, ints[flags_at].view(len(self.arms), -1))
+        for arm, (_, most) in due.items():
+            self._ingest(arm, rows, begins, ends, most)
 
     def backlog(self) -> dict[str, int]:
         """Tokens of running requests that each arm has yet to ingest, at most."""

@@ -10,7 +10,7 @@ from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_draf
 
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, PassInput, RoundBatch, Voice
 from whiflash_sglang.device.capture import Recorder, bucket_of
-from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan
@@ -116,7 +116,7 @@ class DraftStage:
                 self.clock.drafted(seconds + catch_up)
             index = plan.on_device.members[arm]
             if len(drafted_for) < len(members):
-                index = torch.tensor(drafted_for, device=device)
+                index = sent(drafted_for, device)
             parts.append(Drafted(index, own.tokens, own.counts, own.alive, own.confidences))
             if taken is not None:
                 taken.first(arm, drafted_for, own)
@@ -135,7 +135,7 @@ class DraftStage:
 
         def draft(chosen: Sequence[int]) -> Drafts:
             own = [members[i] for i in chosen]
-            index = all_of_them if len(own) == len(members) else torch.tensor(own, device=all_of_them.device)
+            index = all_of_them if len(own) == len(members) else sent(own, all_of_them.device)
             return drafter.draft(self._batch(requests, plan, arm, own, index))
 
         rids = [requests.reqs[i].rid for i in members]

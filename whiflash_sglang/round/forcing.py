@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from whiflash_kernels import MixedBlock
 
+from whiflash_sglang.device.transfers import Upload, sent
 from whiflash_sglang.round.epilogue import VerifiedRows
 from whiflash_sglang.spans.forced import forced_tokens
 from whiflash_sglang.spans.hints import HintError
@@ -33,14 +34,13 @@ class Forcing:
         self._table = torch.full((rows, width), FREE, dtype=torch.int64, device=device)
         self._vocabulary = vocabulary
 
-    def begin(self, row: int, req: Any) -> None:
-        """A request begins in `row`, or begins again."""
+    def begin(self, upload: Upload, row: int, req: Any) -> None:
+        """A request begins in `row`, or begins again; its answer is forced when `upload` has been sent."""
         tokens, prompt = self._tokens(req), len(req.origin_input_ids)
         self._table[row] = FREE
         room = self._table.shape[1] - prompt
-        self._table[row, prompt : prompt + len(tokens)] = torch.tensor(
-            tokens[:room], dtype=torch.int64, device=self._table.device
-        )
+        place = self._table[row, prompt : prompt + len(tokens)]
+        upload.then(tokens[:room], lambda answer: place.copy_(answer))
 
     def first(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
         """What prefills sampled, [B], for the positions `ends`; forced where it is the answer's."""
@@ -48,7 +48,7 @@ class Forcing:
         for req, end in zip(reqs, ends, strict=True):
             index, tokens = end - len(req.origin_input_ids), self._tokens(req)
             forced.append(tokens[index] if 0 <= index < len(tokens) else FREE)
-        found = torch.tensor(forced, dtype=sampled.dtype, device=sampled.device)
+        found = sent(forced, sampled.device).to(sampled.dtype)
         return torch.where(found != FREE, found, sampled)
 
     def over(self, predictions: torch.Tensor, block: MixedBlock, rows: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output, keep_rows
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.core import RoundBatch
-from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
 from whiflash_sglang.round.forcing import Forcing, Pinned
@@ -111,7 +111,7 @@ class Target(LoadedTarget):
             if final is None:
                 raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
             asked = max(batch.return_hidden_states_mode, get_server_return_hidden_states_mode())
-            ends = torch.tensor(batch.extend_lens, device=final.device).cumsum(0)
+            ends = sent(batch.extend_lens, final.device).cumsum(0)
             output.hidden_states = final if asked.is_full() else final[ends - 1]
         return result, features
 

@@ -8,10 +8,10 @@ Its own hook covers finished requests only; `release_kv_cache` is the one functi
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache import common
 from sglang.srt.session.streaming_session import StreamingSession
 
@@ -22,6 +22,7 @@ from whiflash_sglang.compat.http.streamer import recording_of
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler.grammars import grammar_of
 from whiflash_sglang.compat.scheduler.overlap import behind_forward
+from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.metrics.publisher import Publisher
@@ -65,8 +66,11 @@ class Lifecycle:
         self._tokens, self._stops = tokens, stops
         self._quarantine, self._tally, self._publisher = quarantine, tally, publisher
 
-    def begin(self, row: int, req: Any) -> None:
-        """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk)."""
+    def begin(self, row: int, req: Any, upload: Upload) -> None:
+        """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk).
+
+        What the device keeps of it goes there with `upload`.
+        """
         # With output it was retracted: what its row still holds may be of before an earlier retraction.
         if not req.output_ids and self._controller.holds(row, req.rid):
             return
@@ -81,10 +85,10 @@ class Lifecycle:
                     drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
         recording = recording_of(req, hints.trace, self._sample_rate)
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
-        self._tokens.begin(row, req.origin_input_ids, req.output_ids)
-        self._stops.begin(row, sampling.ending_ids(req))
+        self._tokens.begin(upload, row, req.origin_input_ids, req.output_ids)
+        self._stops.begin(upload, row, sampling.ending_ids(req))
         if self._forcing is not None:
-            self._forcing.begin(row, req)
+            self._forcing.begin(upload, row, req)
 
     def released(self, req: Any, *, kept: bool) -> None:
         """The request gives its slots up. Where the tree or a session keeps them what was parked is flushed first."""
@@ -92,7 +96,7 @@ class Lifecycle:
         if row is None or not self._controller.holds(row, req.rid):
             return
         if kept:
-            self._sync.flush(row, req.owned_kv_len())
+            self._sync.leave(row, req.owned_kv_len())
         if kept and req.finished():
             for arm, drafter in self._drafters.items():
                 if self._quarantine.serves(arm, req.rid):
@@ -102,6 +106,15 @@ class Lifecycle:
         self._forget(row)
         if not self._controller.states:
             self._publisher.flush()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether requests were released whose slots lack what was parked."""
+        return bool(self._sync.leaving)
+
+    def flush(self) -> None:
+        """What was parked of those that are released goes into the slots that they gave up."""
+        self._sync.flush()
 
     def forget_all(self) -> None:
         """Every slot is free, so nothing that was parked has a home."""
@@ -137,13 +150,20 @@ def _hints_of(req: Any) -> RequestHints:
 
 
 class Owner(Protocol):
-    """Who keeps something per request."""
+    """Who keeps something per request. leaving: whether there is something to flush."""
+
+    @property
+    def leaving(self) -> bool: ...
 
     def released(self, req: Any, *, kept: bool) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 _owner: ReferenceType[Any] | None = None
 _runner: ReferenceType[Any] | None = None
+_together = False
+"""Whether releases are flushed together: until the next batch is made nobody writes to the rows that they had."""
 
 
 def notify(owner: Owner, runner: Any) -> None:
@@ -155,6 +175,7 @@ def notify(owner: Owner, runner: Any) -> None:
 def install() -> None:
     """Idempotent."""
     replace(StreamingSession, "try_cache_finished_req", _keeping_what_was_computed)
+    replace(Scheduler, "process_batch_result", _releasing_together)
     original = common.release_kv_cache
     replace(common, "release_kv_cache", _noting)
     for name, module in list(sys.modules.items()):
@@ -166,13 +187,32 @@ def install() -> None:
 @around
 def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
     owner = _owner() if _owner is not None else None
-    runner = _runner() if _runner is not None else None
-    if owner is not None and runner is not None and serves_ours():
+    if owner is not None and serves_ours():
         # A session keeps the slots of a turn that is retracted, too.
         kept = checkpoint or (req.session is not None and req.session.streaming)
-        with behind_forward(runner) if kept else nullcontext():
-            owner.released(req, kept=kept)
+        owner.released(req, kept=kept)
+        if kept and not _together:
+            _flush()
     original(req, tree_cache, checkpoint=checkpoint)
+
+
+@around
+def _releasing_together(original: Any, self: Scheduler, batch: Any, result: Any) -> None:
+    global _together
+    _together = True
+    try:
+        original(self, batch, result)
+    finally:
+        _together = False
+        _flush()
+
+
+def _flush() -> None:
+    owner = _owner() if _owner is not None else None
+    runner = _runner() if _runner is not None else None
+    if owner is not None and runner is not None and owner.leaving:
+        with behind_forward(runner):
+            owner.flush()
 
 
 @around

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
@@ -14,6 +15,7 @@ from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
 from whiflash_sglang.compat.forward import recurrent, sampling
 from whiflash_sglang.core import Lengths, RoundBatch, RoundResult
+from whiflash_sglang.device.transfers import Upload
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -28,6 +30,7 @@ __all__ = [
     "next_round",
     "prefill_rows",
     "round_batch",
+    "row_ids_of",
     "step_result",
 ]
 
@@ -75,7 +78,7 @@ def round_batch(
     Args:
         under_way: rows that earlier rounds verify for the request in a row. branches: chains of a request at most.
     """
-    row_ids = _row_ids(batch)
+    row_ids = row_ids_of(batch)
     lengths = _lengths(batch, row_ids, under_way)
     budgets = [
         1
@@ -175,9 +178,13 @@ def _lengths(batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]
     )
 
 
-def _row_ids(batch: Any) -> list[int]:
-    known = batch.req_pool_indices_cpu
-    found: list[int] = (batch.req_pool_indices if known is None else known).tolist()
+def row_ids_of(batch: Any) -> list[int]:
+    """The requests' rows of the request table."""
+    found: list[int]
+    if batch.req_pool_indices_cpu is None:
+        found = batch.req_pool_indices.tolist()
+    else:
+        found = batch.req_pool_indices_cpu.tolist()
     return found
 
 
@@ -199,33 +206,32 @@ class PrefillRows:
     next_tokens: torch.Tensor
 
 
-def prefill_rows(batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tensor) -> PrefillRows:
-    """Describe an extend batch.
+def prefill_rows(
+    batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tensor, upload: Upload
+) -> PrefillRows:
+    """Describe an extend batch. What the device does not know of it goes there with `upload`, which is sent.
 
     At a chunk's end the next token is the request's own, not the sampled one, which SGLang throws away; it is one of
     the output where a request begins again after a retraction.
     """
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
-    device = input_ids.device
-    ends = torch.tensor(lens, device=device).cumsum(0)
-    tails = next_token_ids.to(torch.int64).clone()
-    for i, (req, prefix, length) in enumerate(zip(batch.reqs, prefixes, lens, strict=True)):
-        known = req.full_untruncated_fill_ids
-        if prefix + length < len(known):
-            tails[i] = known[prefix + length]
+    lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]
+    texts = [req.full_untruncated_fill_ids for req in batch.reqs]
+    own = [text[n] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)]
+    places = np.concatenate([np.arange(n - length, n) for n, length in zip(lengths, lens, strict=True)])
+    at = [upload.ints(values) for values in (np.cumsum(lens) - 1, own, places)]
+    ints, _ = upload.send(input_ids.device)
+    last_rows, known, positions = (ints[i] for i in at)
     next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
     next_tokens[:-1] = input_ids[1:]
-    next_tokens[ends - 1] = tails
-    positions = torch.cat(
-        [torch.arange(p, p + m, device=device) for p, m in zip(prefixes, lens, strict=True)]
-    )
+    next_tokens[last_rows] = torch.where(known < 0, next_token_ids.to(torch.int64), known)
     rows = batch.req_pool_indices.to(torch.int64)
     return PrefillRows(
-        _row_ids(batch),
-        [prefix + length for prefix, length in zip(prefixes, lens, strict=True)],
+        row_ids_of(batch),
+        lengths,
         lens,
         rows,
-        ends - 1,
+        last_rows,
         positions,
         batch.out_cache_loc.to(torch.int64),
         next_tokens,
