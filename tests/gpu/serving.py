@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checks import Checks
 from served import Served
-from watched import Memory, Trace, Waits, watching
+from watched import Memory, Trace, Waits, stepping, watching
 
 
 @dataclass(frozen=True)
@@ -167,17 +167,25 @@ def best_logit(served: Served, tokens: Sequence[int]) -> float:
 
 
 def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:
-    """Steady rounds read their results, and wait for nothing else. Raises AssertionError where they do.
+    """The scheduler's loop reads results, and waits for nothing else. Raises AssertionError where it does.
 
-    FlashInfer plans on the host, for which it reads widths and lengths.
+    Requests come and go at different times, and one is aborted, so every pass may prefill, verify and release. What has
+    to be compiled, or made once, has been by then. FlashInfer plans on the host, for which it reads widths and lengths.
     """
     seen = Waits(case.device)
-    with watching(e.worker, seen) as rounds:
-        e.generate(case.prompts, max_new_tokens=case.scale.tokens)
+    with watching(e.worker) as rounds, stepping(e, seen):
+        for i, prompt in enumerate(case.prompts):
+            e.submit(f"w{i:03}", prompt, max_new_tokens=case.scale.tokens // (1 + i % 3))
+            e.step()
+        e.submit("aborted", case.prompts[0], max_new_tokens=case.scale.tokens)
+        for _ in range(3):
+            e.step()
+        e.abort("aborted")
+        e.run()
     figures |= {**rounds.figures(), "waits": dict(seen.found)}
     results, others = told_apart(seen.found, plans="flashinfer/" if case.attention == "flashinfer" else None)
-    assert not others, f"steady rounds wait at {others}"
-    assert results <= rounds.watched, "more than one wait a round"
+    assert not others, f"the scheduler's loop waits at {others}"
+    assert results <= rounds.seen, "more than one wait a round"
 
 
 def told_apart(waits: Mapping[str, int], plans: str | None) -> tuple[int, dict[str, int]]:

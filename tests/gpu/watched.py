@@ -1,4 +1,4 @@
-"""Rounds of a running engine, watched: what they wait for, what memory they take, what they launch.
+"""Rounds and passes of a running engine, watched: what they wait for, what memory they take, what they launch.
 
 On a CPU each watcher runs the same code with what a CPU has in its place, so that a rehearsal meets every line.
 """
@@ -55,10 +55,24 @@ def watching(
         yield rounds
 
 
+@contextmanager
+def stepping(e: Any, watch: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Whole passes of an engine's scheduler under `watch`: prefills, rounds, results, releases and aborts."""
+    step = e.step
+
+    def watched() -> Any:
+        with watch():
+            return step()
+
+    with patch.object(e, "step", watched):
+        yield
+
+
 class Waits:
     """Where the host waits for the device: by CUDA's own account, which warns; on a CPU by what torch is asked for.
 
-    `set_sync_debug_mode` is `warn` and not `error`, so that all waits of a round are found and not its first.
+    A copy to the device from memory that is not pinned is a wait, too. What SGLang's own lines wait for is not counted.
+    `set_sync_debug_mode` is `warn` and not `error`, so that all waits of a pass are found and not its first.
     """
 
     def __init__(self, device: str) -> None:
@@ -71,7 +85,8 @@ class Waits:
             with HostReads() as seen:
                 yield
             # SGLang's copies of lengths on the host are tensors of this device, too.
-            self.found.update({site: n for site, n in seen.reads.items() if site.startswith("whiflash")})
+            for found in (seen.reads, seen.pageable):
+                self.found.update({site: n for site, n in found.items() if site.startswith("whiflash")})
             return
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -83,7 +98,8 @@ class Waits:
         for warning in caught:
             if "synchroniz" in str(warning.message):
                 path = Path(warning.filename)
-                self.found[f"{path.parent.name}/{path.name}:{warning.lineno}"] += 1
+                if "sglang/srt" not in path.as_posix():
+                    self.found[f"{path.parent.name}/{path.name}:{warning.lineno}"] += 1
 
 
 class Memory:
