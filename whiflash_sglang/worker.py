@@ -139,6 +139,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.host,
             vocabulary,
             quarantine,
+            self.target.rows_for,
             branches_of(
                 self.settings.branches,
                 self.target.runner.req_to_token_pool,
@@ -158,7 +159,15 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if self.forcing is None and pinned is None:  # else a token is not what the target says
             self.target.end_graphs_with(self.epilogue)
         self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.forcing, pinned)
-        self.learner = Learner(self.drafters, self.controller, self.clock, self.tally, quarantine, self.ranks)
+        self.learner = Learner(
+            self.drafters,
+            self.controller,
+            self.clock,
+            self.tally,
+            quarantine,
+            self.ranks,
+            self.sync.verifying,
+        )
         lifecycle.notify(self.lifecycle, self.target.runner)
 
     @torch.no_grad()
@@ -255,6 +264,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             clock.extra_catch_up_seconds += self.sync.beyond_usual(plan.due, requests.row_ids, plan.routes)
         with clock.stage("draft"):
             proposal = self.stage.draft(requests, plan)
+            self.sync.verifying.append(proposal.rows)
         with clock.stage("verify"):
             rows, verified = self.verifier.verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):

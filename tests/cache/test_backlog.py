@@ -124,6 +124,18 @@ def test_watermarks_never_go_back() -> None:
     assert not marks.known(4)
 
 
+def test_no_more_is_due_than_rounds_under_way_verify() -> None:
+    """Every request may have committed its widest block, but all together no more than one verification's rows."""
+    marks, rows = Watermarks(["ar"], 64, rows=32), range(32)
+    for row in rows:
+        marks.reset(row, 100)
+    known = Lengths([101] * 32, [117] * 32)
+    assert marks.due("ar", rows, known, [True] * 32, [17] * 32, 96) == Due(list(rows), 32 + 96)
+    for row in rows:
+        marks.reset(row, 100)
+    assert marks.due("ar", rows, known, [True] * 32, [17] * 32, 600) == Due(list(rows), 32 * 17)
+
+
 def test_what_is_due_follows_choice_and_room() -> None:
     marks = Watermarks(["ar"], 16, rows=1)
     rng = random.Random(0)

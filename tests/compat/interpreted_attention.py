@@ -373,7 +373,7 @@ def graphs_of(buckets: list[int], attention: str = "other") -> Any:
     graphs = object.__new__(VerifyGraphs)
     graphs.__dict__.update(
         widest=CONFIGURED,
-        max_bs=REQUESTS + spare_slots(buckets, CONFIGURED),
+        max_bs=REQUESTS + spare_slots(REQUESTS, CONFIGURED),
         capture_num_tokens=buckets,
         device="cpu",
         model_runner=SimpleNamespace(
@@ -391,8 +391,8 @@ def captured(case: Verification, backend: Any) -> Any:
     buckets = row_buckets(REQUESTS * CONFIGURED)
     bucket = int(case.block.positions.shape[0])
     assert bucket in buckets
-    slots = min(bucket, REQUESTS + spare_slots(buckets, CONFIGURED))
-    backend.init_cuda_graph_state(REQUESTS + spare_slots(buckets, CONFIGURED), buckets[-1])
+    slots = min(bucket, REQUESTS + spare_slots(REQUESTS, CONFIGURED))
+    backend.init_cuda_graph_state(REQUESTS + spare_slots(REQUESTS, CONFIGURED), buckets[-1])
 
     def view(spec_info: Any, rows: torch.Tensor, starts: torch.Tensor) -> Any:
         batch = SimpleNamespace(**vars(case.batch))

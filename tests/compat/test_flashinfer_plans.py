@@ -25,7 +25,7 @@ from whiflash_sglang.compat.forward.graphs import row_buckets, spare_slots
 
 REQUESTS, WIDEST = 48, 17
 BUCKETS = row_buckets(REQUESTS * WIDEST)
-SLOTS = REQUESTS + spare_slots(BUCKETS, WIDEST)
+SLOTS = REQUESTS + spare_slots(REQUESTS, WIDEST)
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CUDA = PACKAGES / "triton" / "backends" / "nvidia" / "include"
 INTS = 1 << 21

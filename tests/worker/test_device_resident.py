@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,14 +103,16 @@ def test_copies_are_verified_again_after_rounds_that_had_none(
     assert req.spec_num_correct_drafts > 0
 
 
-def test_rows_are_bounded_by_the_bucket(
+def test_rows_are_those_of_a_graph(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much is drafted, a verification has the rows that the host picked."""
+    """However much is drafted, a verification has the rows that the host picked, of those that graphs have."""
     from whiflash_sglang.round.plan import Plan
 
     monkeypatch.setattr(Plan, "usual_drafts", property(lambda self: 2))
-    stage, rows = running.worker.stage, []
+    rows, grid = [], (3, 5, 7, 9)
+    stage = replace(running.worker.stage, rows_for=lambda rows, _: next(n for n in grid if n >= rows))
+    monkeypatch.setattr(running.worker, "stage", stage)
     draft = type(stage).draft
 
     def noting(self: Any, requests: Any, plan: Any) -> Any:
@@ -120,5 +123,6 @@ def test_rows_are_bounded_by_the_bucket(
     monkeypatch.setattr(type(stage), "draft", noting)
     running.worker.reconfigure({"router": "random"})
     assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
-    assert all(used <= most <= 1.5 * (size + 2) for most, used, size in rows)
+    assert all(used <= most for most, used, _ in rows)
+    assert {most for most, _, size in rows if most > size} <= {*grid}
     assert any(used == most > size for most, used, size in rows)

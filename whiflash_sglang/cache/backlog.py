@@ -117,15 +117,22 @@ class Watermarks:
         self._lower[row][arm] = length
 
     def due(
-        self, arm: str, rows: Sequence[int], lengths: Lengths, chosen: Sequence[bool], widths: Sequence[int]
+        self,
+        arm: str,
+        rows: Sequence[int],
+        lengths: Lengths,
+        chosen: Sequence[bool],
+        widths: Sequence[int],
+        verifying: int | None = None,
     ) -> Due:
         """What `arm` has to ingest before this round; from now on it counts as done.
 
         Requests that chose the arm catch up to n. Another request catches up only when its ring could
         overflow after this round's verification commits up to `width` more tokens: flushed, never dropped.
-        Feature n-1 stays parked through any flush. Rows of requests that have ended are passed over.
+        Feature n-1 stays parked through any flush. Rows of requests that have ended are passed over. All requests
+        together have committed no more beyond what the host knows than the rows that are being verified, `verifying`.
         """
-        members, total = [], 0
+        members, total, known = [], 0, 0
         for index, (row, least, most) in enumerate(zip(rows, *lengths, strict=True)):
             if not self.known(row):
                 continue
@@ -134,8 +141,9 @@ class Watermarks:
             if begin < most and (chosen[index] or overflows):
                 members.append(index)
                 total += min(most - begin, self.capacity)
+                known += min(max(least - begin, 0), self.capacity)
                 self._lower[row][arm] = max(begin, least)
-        return Due(members, total)
+        return Due(members, total if verifying is None else min(total, known + verifying))
 
     def backlog(self, row: int, length: int) -> int:
         """Tokens parked for the drafter that lags most."""

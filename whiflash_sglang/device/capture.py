@@ -17,6 +17,10 @@ from whiflash_sglang.errors import ConfigError
 
 T = TypeVar("T")
 
+MOST_DRAFTS = 1024
+"""Drafts of a batch that are verified at once where the host may not count them: the likeliest of all. A card computes
+by then, and memory for more rows would be kept from KV."""
+
 
 class Recorder(Protocol):
     """Captures what functions issue."""
@@ -131,9 +135,3 @@ class CapturedPass(Generic[T]):
         load(self._inputs, live)
         again()
         return found
-
-
-def bucket_of(rows: int) -> int:
-    """Rows of a verification that is to hold `rows`: 1, 2, 3, 4, 6, 8, 12, 16, 24, … so that there are few sizes."""
-    power = 1 << max(rows - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power

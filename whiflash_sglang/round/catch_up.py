@@ -4,6 +4,7 @@ Ties the watermarks (what is due), the rings (what was parked) and the drafters 
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -61,6 +62,8 @@ class DraftSync:
         self.leaving: list[Leaving] = []
         """Requests whose slots may be in the tree by now, without what is parked of them."""
         self._captured: dict[str, CapturedPass[None]] = {}
+        self.verifying: deque[int] = deque()
+        """Rows that each round verifies whose results are not known yet."""
         self._routed: dict[int, int] = {}
         """Length when the last round was planned, per row."""
         self._last: dict[int, int] = {}
@@ -131,7 +134,7 @@ class DraftSync:
         found = {}
         for arm in self.arms:
             chosen = [arm == route for route in routes]
-            due = self.watermarks.due(arm, row_ids, lengths, chosen, widths)
+            due = self.watermarks.due(arm, row_ids, lengths, chosen, widths, sum(self.verifying) or None)
             if due.rows:
                 found[arm] = due
         return found

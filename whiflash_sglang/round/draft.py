@@ -1,7 +1,7 @@
 """The draft stage of a round: drafts of the whole batch side by side."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -9,7 +9,7 @@ import torch
 from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_drafts
 
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, PassInput, RoundBatch, Voice
-from whiflash_sglang.device.capture import Recorder, bucket_of
+from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
@@ -67,8 +67,9 @@ class Proposal:
 class DraftStage:
     """The arms of a worker as its round sees them.
 
-    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. vocabulary: ids that the target has. branches:
-    chains of a request that one round verifies at most.
+    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. vocabulary: ids that the target has. rows_for: rows
+    of the verification that holds so many, of so many requests. branches: chains of a request that one round verifies
+    at most.
     """
 
     drafters: Mapping[str, Drafter]
@@ -80,6 +81,7 @@ class DraftStage:
     host: HostView
     vocabulary: int
     quarantine: Quarantine
+    rows_for: Callable[[int, int], int]
     branches: int = 1
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
@@ -172,7 +174,7 @@ class DraftStage:
                 found = self.drafters[plan.late].draft(batch)
                 late = Drafted(requests.rows, found.tokens, found.counts, found.alive, None)
         if not self.host.exact:
-            most = bucket_of(size + min(plan.usual_drafts, most)) - size
+            most = self.rows_for(size + min(plan.usual_drafts, most, MOST_DRAFTS), size) - size
         chosen = choose_drafts(
             laid,
             requests.rows,

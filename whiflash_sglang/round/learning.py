@@ -1,6 +1,6 @@
 """What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ PLAIN_ENTROPY_ROUNDS = 8
 class Learner:
     """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it.
 
-    Whose drafts were none is told the quarantine in every rank.
+    Whose drafts were none is told the quarantine in every rank. verifying: rows of each round that is not learned yet.
     """
 
     drafters: Mapping[str, Drafter]
@@ -41,6 +41,7 @@ class Learner:
     tally: Tally
     quarantine: Quarantine
     ranks: Ranks = field(default_factory=Ranks)
+    verifying: deque[int] = field(default_factory=deque)
 
     def timed(self, previous: PreviousRound) -> None:
         """What an earlier round took."""
@@ -71,6 +72,8 @@ class Learner:
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
+        if self.verifying:
+            self.verifying.popleft()
         if kept is None:
             kept = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
         tokens = [list(run) for run in kept]

@@ -38,7 +38,7 @@ from sglang.srt.speculative.ragged_verify import (
 )
 
 from whiflash_sglang.compat.forward.recurrent import rows_counted
-from whiflash_sglang.device.capture import Recorder
+from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 
 T = TypeVar("T")
 
@@ -100,10 +100,17 @@ def row_buckets(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-def spare_slots(buckets: list[int], widest: int) -> int:
-    """Slots beyond the requests that hold what any batch leaves of its bucket, `widest` rows each."""
-    leftover = max(upper - lower - 1 for lower, upper in zip([0, *buckets], buckets, strict=False))
-    return max(ceil(leftover / widest), 1)
+def most_rows(requests: int, widest: int) -> int:
+    """Rows of the largest verification of up to so many requests, `widest` each at most."""
+    return requests + min(requests * (widest - 1), MOST_DRAFTS)
+
+
+def spare_slots(requests: int, widest: int) -> int:
+    """Slots beyond the requests that hold what any batch leaves of its graph, `widest` rows each.
+
+    The host packs for more drafts than there may be, so a batch may leave all rows but one a request.
+    """
+    return max(ceil((most_rows(requests, widest) - requests) / widest), 1)
 
 
 def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) -> int:
@@ -113,7 +120,7 @@ def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) ->
         vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: of the features and hidden
             states of one row, of which every graph has its own.
     """
-    buckets = row_buckets(requests * widest)
+    buckets = row_buckets(most_rows(requests, widest))
     return buckets[-1] * vocabulary * 4 + sum(buckets) * row_bytes
 
 
@@ -149,8 +156,8 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
 
     def _build_ragged_verify_token_buckets(self) -> list[int]:
         self.requests = max(self.capture_bs)
-        buckets = row_buckets(self.requests * self.widest)
-        self.max_bs = self.requests + spare_slots(buckets, self.widest)
+        buckets = row_buckets(most_rows(self.requests, self.widest))
+        self.max_bs = self.requests + spare_slots(self.requests, self.widest)
         self.capture_bs = buckets
         return buckets
 

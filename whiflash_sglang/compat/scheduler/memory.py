@@ -133,8 +133,8 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
     if graphs.enabled(target.device):
         row_bytes = target.row_bytes + Epilogue.bytes_for(widest)
         kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
-        sizes = graphs.row_buckets(requests * widest)
-        slots = requests + graphs.spare_slots(sizes, widest)
+        sizes = graphs.row_buckets(graphs.most_rows(requests, widest))
+        slots = requests + graphs.spare_slots(requests, widest)
         kept += triton_backend.bytes_for(target.runner, len(sizes), slots, target.context_len)
     return table + kept + memory.sampling_bytes(requests * widest, vocabulary)
 

@@ -18,9 +18,9 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs, most_rows, row_buckets
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.device.capture import bucket_of, doubling
+from whiflash_sglang.device.capture import doubling
 from whiflash_sglang.device.clock import Clock, measure
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, widest_of
@@ -112,8 +112,7 @@ def _sizes(target: Target, requests: int, widest: int) -> tuple[list[int], int]:
     graphs = target.runner.decode_cuda_graph_runner
     if isinstance(graphs, VerifyGraphs):
         return graphs.capture_num_tokens, graphs.requests
-    most = requests * widest
-    return sorted({min(bucket_of(rows), most) for rows in range(1, most + 1)}), requests
+    return row_buckets(most_rows(requests, widest)), requests
 
 
 @contextmanager
