@@ -184,7 +184,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def prewarm_sampling(self) -> Any:
         """Called by the scheduler when everything is allocated and captured."""
         if self.target.device.type == "cuda":
-            rehearse_sampling(self.target.runner, max_running_requests() * (widest_of(self.drafters) + 1))
+            widest = widest_of(self.drafters) + 1
+            rehearse_sampling(self.target.runner, graphs.most_rows(max_running_requests(), widest))
         return super().prewarm_sampling()
 
     def clear_cache_pool(self) -> None:

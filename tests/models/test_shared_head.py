@@ -3,11 +3,14 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from whiflash_kernels import routing_stats
 
+from whiflash_sglang.models import choice
 from whiflash_sglang.models.choice import Choice, DraftHead, Shard, choose
 
 VOCABULARY, SIZE = 23, 5
@@ -45,6 +48,33 @@ def matrices(seed: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     make = torch.Generator().manual_seed(seed)
     weight = torch.randint(-levels, levels + 1, (VOCABULARY, SIZE), generator=make).float()
     return weight, torch.randint(-1, 2, (6, SIZE), generator=make).float()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the statistics that a kernel computes; here its reference does."""
+    monkeypatch.setattr(choice, "backend_for", lambda _: "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_read_gives_the_same_choices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = (4 * torch.randn(40, 700, generator=torch.Generator().manual_seed(1))).to(dtype)
+    shard = Shard(torch.arange(700), lambda own: own[None])
+    wanted = [choose(logits, shard), choose(logits), DraftHead(torch.zeros(700, 1), None).total(logits)]
+    reads = []
+    monkeypatch.setattr(choice, "backend_for", lambda _: "triton")
+    monkeypatch.setattr(choice, "routing_stats", lambda own: (reads.append(own), routing_stats(own))[1])
+    found = [choose(logits, shard), choose(logits), DraftHead(torch.zeros(700, 1), None).total(logits)]
+    assert len(reads) == 3
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_drafter_without_numbers_is_seen(as_on_a_gpu: None) -> None:
+    """What lays its drafts takes NaN for a fault."""
+    logits = torch.randn(3, 50)
+    logits[1] = torch.nan
+    logits[2] = -torch.inf
+    assert choose(logits).confidence.isnan().tolist() == [False, True, True]
 
 
 @settings(max_examples=100, deadline=None)

@@ -54,6 +54,30 @@ def test_sampled_texts_end_where_they_should(running: Engine) -> None:
     assert [len(text) for text in texts] == [TOKENS] * len(PROMPTS)
 
 
+def test_few_rows_are_sampled_at_a_time(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under each request's own parameters, whichever rows are sampled with its own; each leaves one token to draw."""
+    from whiflash_sglang.compat.forward import sampling
+
+    running.worker.reconfigure({"router": "none"})
+
+    def texts() -> list[list[int]]:
+        rids = [f"{len(running.requests)}-{i}" for i in range(len(PROMPTS))]
+        drawn: list[dict[str, Any]] = [
+            {"temperature": 1.0, "top_p": 1e-6},
+            {"temperature": 0.0, "frequency_penalty": 1.5},
+            {"temperature": 1.0, "min_p": 1.0, "logit_bias": {"5": 4.0}},
+            {"temperature": 0.0, "presence_penalty": 1.0},
+        ]
+        for rid, prompt, own in zip(rids, PROMPTS, drawn, strict=True):
+            running.submit(rid, prompt, max_new_tokens=20, **own)
+        running.run()
+        return [running.output(rid) for rid in rids]
+
+    at_once = texts()
+    monkeypatch.setattr(sampling, "SAMPLED_ROWS", 3)
+    assert texts() == at_once
+
+
 def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from test_rehearsal import peak_bytes
 
 from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.drafters.paged import LOGIT_BYTES
-from whiflash_sglang.models.choice import choose
+from whiflash_sglang.models import choice
 from whiflash_sglang.worker import WhiFlashWorker
 
 BUDGET = 8 * 2**20
@@ -99,16 +99,20 @@ def test_the_pool_leaves_room_for_what_the_worker_allocates(
         assert pool_tokens(e) == (BUDGET - fixed) // per_slot
 
 
-def test_a_pass_takes_no_more_for_its_logits_than_is_kept(tmp_path: Path) -> None:
-    """In 16 bits, as on a GPU: there the largest pass is promised, where passes are captured."""
-    hidden, head = (torch.randn(size, 64, dtype=torch.bfloat16) for size in (48, 4096))
+def test_a_pass_takes_no_more_for_its_logits_than_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits, as on a GPU: there the largest pass is promised, where passes are captured. What stands in for the
+    kernel, which keeps nothing of a logit, works in what it needs for a few rows."""
+    hidden, head = (torch.randn(size, 64, dtype=torch.bfloat16) for size in (1024, 4096))
+    monkeypatch.setattr(choice, "backend_for", lambda _: "triton")
 
     def chosen() -> None:
         with torch.no_grad():
-            choose(torch.nn.functional.linear(hidden, head))
+            choice.choose(torch.nn.functional.linear(hidden, head))
 
     chosen()
-    peak = peak_bytes(chosen, tmp_path / "trace.json") / (48 * 4096)
+    peak = peak_bytes(chosen, tmp_path / "trace.json") / (1024 * 4096)
     print(f"{peak:.1f} bytes a logit")
     assert 0.8 * LOGIT_BYTES < peak <= LOGIT_BYTES
 

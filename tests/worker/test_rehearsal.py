@@ -11,10 +11,13 @@ from engine import engine
 from model_set import Models
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
+from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import FEW
 from whiflash_sglang.compat.forward import graphs, triton_backend
+from whiflash_sglang.compat.forward.sampling import SAMPLED_ROWS
 from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.device.capture import CapturedPass
+from whiflash_sglang.drafters.paged import LOGIT_BYTES
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
 
@@ -34,11 +37,11 @@ def peak_bytes(body: Any, trace: Path) -> int:
 
 def test_the_pool_leaves_room_for_sampling_at_its_peak(models: Models, tmp_path: Path) -> None:
     with engine(models.target, whiflash=models.whiflash("none")) as e:
-        runner, rows = e.worker.target.runner, 136
+        runner, rows = e.worker.target.runner, SAMPLED_ROWS
         vocabulary = runner.model_config.vocab_size
 
         def sampled() -> None:
-            memory.rehearse_sampling(runner, rows)
+            memory.rehearse_sampling(runner, 5 * rows)  # no more than are sampled at once
 
         sampled()
         peak = peak_bytes(sampled, tmp_path / "trace.json")
@@ -70,7 +73,7 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
         )
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
         target.runner = runner
-        return memory.for_requests(target, 2, 4)
+        return sum(memory.for_requests(target, 2, 4).values())
 
     table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8 + GATE_BYTES
     sampled = 8 * 1000 * memory.LOGIT_BYTES
@@ -78,11 +81,30 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     row = 10 + Epilogue.bytes_for(4)
     captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * row
     assert reserved("cuda") == captured
-    slots = 3 * 90 * 4  # of the two requests, and of the rows that are nobody's
+    slots = 4 * 90 * 4  # of the two requests, and of the rows that are nobody's
     assert reserved("cuda", "flashinfer") == captured + triton_backend.PLAN + slots
     assert reserved("cuda", "flashinfer", latent=True) == captured + 6 * triton_backend.PLAN + slots
     config.decode.backend = Backend.DISABLED
     assert reserved("cuda") == table + sampled
+
+
+@pytest.mark.parametrize(("requests", "most"), [(48, 2.0), (256, 5.0)])
+def test_a_large_batch_leaves_memory_to_kv(
+    requests: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GB for Qwen3-8B, blocks of 17 rows and eight captured layers, as `docs/how-to/serve-your-model.md` has it."""
+    execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=default_cuda_graph_config()))
+    monkeypatch.setattr(graphs, "get_exec", lambda: execution)
+    monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 34)
+    monkeypatch.setattr(triton_backend, "bytes_for", lambda *_: 0)
+    shape, captured = SimpleNamespace(vocab_size=151_936), 8 * 4096
+    target = SimpleNamespace(device=torch.device("cuda"), shape=shape, context_len=40_960)
+    target.row_bytes, target.runner = captured * 2, None
+    parts = memory.for_requests(target, requests, 17)
+    parts["rings"] = FeatureRings.bytes_for(requests + 1, 64, captured, torch.bfloat16)
+    parts["drafters"] = int(requests * 16 * shape.vocab_size * LOGIT_BYTES)
+    print({name: f"{size / 1e9:.2f}" for name, size in parts.items()}, f"{sum(parts.values()) / 1e9:.2f}")
+    assert sum(parts.values()) / 1e9 <= most
 
 
 def test_where_passes_are_captured_their_memory_is_reckoned_with(

@@ -20,8 +20,8 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.layers import Attend, AttentionShape, Rotary
 from whiflash_sglang.models.packed import pack
 
-LOGIT_BYTES = 11
-"""Bytes that choosing takes at its peak for one logit of 16 bits, itself included: most of what a pass takes.
+LOGIT_BYTES = 2.5
+"""Bytes that choosing takes at its peak for one logit of 16 bits on a GPU, itself included: most of what a pass takes.
 
 Held to it by `tests/worker/test_memory.py`.
 """
@@ -70,7 +70,7 @@ class PagedArm(Drafter):
         """How many logits a pass for so many requests holds at a time."""
 
     def captured_bytes(self, requests: int) -> int:
-        return self.logits_at_once(requests) * LOGIT_BYTES
+        return int(self.logits_at_once(requests) * LOGIT_BYTES)
 
     def captured_for(self, batch: DraftBatch) -> bool:
         """Whether a pass for so many requests was captured."""

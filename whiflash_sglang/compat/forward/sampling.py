@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 from sglang.srt.speculative import spec_utils
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
@@ -22,6 +23,9 @@ from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.round.forcing import Pinned
 from whiflash_sglang.round.penalties import PenaltyRequest, penalties_at
 from whiflash_sglang.round.strands import Strand
+
+SAMPLED_ROWS = 128
+"""Rows that are sampled at once: they fill a card with the vocabularies that there are."""
 
 
 def is_plain_greedy(info: SamplingBatchInfo, has_grammar: bool) -> bool:
@@ -126,9 +130,11 @@ def sample_rows(
     tokens: torch.Tensor,
     barrier: Any,
 ) -> torch.Tensor:
-    """The target's token at each packed row: [T] int64. `output.next_token_logits` is modified in place.
+    """The target's token at each packed row: [T] int64.
 
-    Where the batch asks for log-probabilities `output` gets them row by row, from the logits that were sampled from.
+    A few rows at a time, since a sampler takes much memory for each logit: it works in place, on copies, for the
+    controller reads the raw distribution. Where the batch asks for log-probabilities `output` gets them row by row,
+    from the logits that were sampled from: then, and where a custom processor sees them, it is all rows at a time.
 
     Args:
         runner: the target's model runner (its sampler is used).
@@ -137,30 +143,25 @@ def sample_rows(
         chains: of `grammar_chains`, for a batch with grammars.
         tokens: token table with this round's drafts written, for penalties.
     """
-    owner = block.request_of_row
-    info = _expand(batch.sampling_info, batch.reqs, owner)
+    owner, logits, vocabulary = block.request_of_row, output.next_token_logits, batch.sampling_info.vocab_size
     penalties = penalties_at(
         []
         if widths is None
         else _penalised(batch.reqs, batch.seq_lens.tolist(), batch.req_pool_indices.tolist(), widths),
         tokens,
         int(owner.shape[0]),
-        info.vocab_size,
+        vocabulary,
     )
-    info.acc_additive_penalties = None if penalties is None else penalties.additive
-    info.acc_scaling_penalties = None if penalties is None else penalties.scaling
-    info.grammar_mask = None
+    mask = None
     if chains is not None:
         mask = build_grammar_vocab_mask(
             reqs=batch.reqs,
             tree=chains.tree,
             sampling_info=batch.sampling_info,
-            device=output.next_token_logits.device,
+            device=logits.device,
             barrier=barrier,
         )
-        if mask is not None:
-            info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[chains.rows])
-    info.apply_logits_bias(output.next_token_logits)
+    whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:
         owners = owner.tolist()
@@ -169,8 +170,21 @@ def sample_rows(
             [batch.top_logprobs_nums[i] for i in owners],
             [batch.token_ids_logprobs[i] for i in owners],
         )
-    predictions: torch.Tensor = runner.sampler(output, info, *records, block.positions)
-    return predictions.to(torch.int64)
+    found, step = [], len(owner) if whole else SAMPLED_ROWS
+    for begin in range(0, len(owner), step):
+        rows = slice(begin, begin + step)
+        info = _expand(batch.sampling_info, batch.reqs, owner[rows])
+        if penalties is not None:
+            additive, scaling = penalties.additive, penalties.scaling
+            info.acc_additive_penalties = None if additive is None else additive[rows]
+            info.acc_scaling_penalties = None if scaling is None else scaling[rows]
+        if mask is not None and chains is not None:
+            info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[chains.rows[rows]])
+        part = output if whole else LogitsProcessorOutput(next_token_logits=None)
+        part.next_token_logits = logits[rows].clone()
+        info.apply_logits_bias(part.next_token_logits)
+        found.append(runner.sampler(part, info, *records, block.positions[rows]))
+    return torch.cat(found).to(torch.int64)
 
 
 def pinned_acceptance(widest: int, ranks: Ranks) -> Pinned | None:
@@ -247,6 +261,9 @@ def _expand(info: SamplingBatchInfo, reqs: Sequence[Any], owner: torch.Tensor) -
         logit_bias=None if info.logit_bias is None else info.logit_bias[owner],
         penalizer_orchestrator=None,
         grammars=None,
+        grammar_mask=None,
+        acc_additive_penalties=None,
+        acc_scaling_penalties=None,
     )
     if info.has_custom_logit_processor:
         owners = owner.tolist()

@@ -302,8 +302,6 @@ class VerifyStage:
         if greedy and verified.outcome is None:
             predictions = verified.logits.argmax(-1)
         elif not greedy:
-            # Sampling works in place; the controller reads the raw distribution.
-            verified.output.next_token_logits = verified.logits.clone()
             predictions = sampling.sample_rows(
                 self._target.runner,
                 batch,

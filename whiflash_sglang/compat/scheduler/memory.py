@@ -8,10 +8,10 @@ has room for little more than one behind the context's end: near it the write wo
 
 The largest sampled verification, once at the start.
 
-Greedy verifications need little beside the graph that they replay. A sampled one copies the logits of all its rows and
-sorts probabilities: at the largest batch that is more memory than anything else that serving asks for, and it may come
-first when the KV pool has taken the rest. So the pool leaves it room (`sampling_bytes`), and the scheduler lets the
-worker run it before the first request: what does not fit ends the start, not a request.
+Greedy verifications need little beside the graph that they replay. A sampled one copies logits, a few rows at a time,
+and sorts probabilities, and it may come first when the KV pool has taken the rest. So the pool leaves it room
+(`sampling_bytes`), and the scheduler lets the worker run it before the first request: what does not fit ends the start,
+not a request.
 """
 
 import logging
@@ -28,7 +28,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.forward import graphs, triton_backend
+from whiflash_sglang.compat.forward import graphs, sampling, triton_backend
 from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler import memory
@@ -45,16 +45,17 @@ torch's own top-k and top-p, is held to it by `tests/worker/test_rehearsal.py`; 
 
 def sampling_bytes(rows: int, vocabulary: int) -> int:
     """What sampling `rows` rows takes at its peak."""
-    return rows * vocabulary * LOGIT_BYTES
+    return min(rows, sampling.SAMPLED_ROWS) * vocabulary * LOGIT_BYTES
 
 
 def rehearse_sampling(runner: Any, rows: int) -> None:
-    """Sample `rows` rows with everything on that takes memory, on the runner's device.
+    """Sample `rows` rows, or as many as are sampled at once, with everything on that takes memory, on the runner's
+    device.
 
     Raises:
         ConfigError: there is no room for it.
     """
-    vocabulary, device = runner.model_config.vocab_size, runner.device
+    vocabulary, device, rows = runner.model_config.vocab_size, runner.device, min(rows, sampling.SAMPLED_ROWS)
     info = SamplingBatchInfo(
         temperatures=torch.ones((rows, 1), device=device),
         top_ps=torch.full((rows,), 0.95, device=device),
@@ -98,14 +99,25 @@ _reservation = Reservation()
 
 def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Any, requests: int) -> None:
     """Called by the worker before the pools are sized: what it will allocate for up to so many requests."""
-    fixed = for_requests(target, requests, widest_of(drafters) + 1) + sync.bytes_for(requests + 1)
-    fixed += sum(drafter.bytes_for(requests + 1) for drafter in drafters.values())
+    widest = widest_of(drafters) + 1
+    parts = for_requests(target, requests, widest) | {"rings": sync.bytes_for(requests + 1)}
+    parts["drafters"] = sum(drafter.bytes_for(requests + 1) for drafter in drafters.values())
     if graphs.captures_passes(target.device):
-        fixed += sync.captured_bytes(requests)
+        parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.
-        fixed += max((drafter.captured_bytes(requests) for drafter in drafters.values()), default=0)
+        parts["drafters"] += max(
+            (drafter.captured_bytes(requests) for drafter in drafters.values()), default=0
+        )
     _reservation.per_token = sum(drafter.kv_bytes_per_token() for drafter in drafters.values())
-    _reservation.fixed = fixed
+    _reservation.fixed = sum(parts.values())
+    if target.device.type == "cuda":
+        logger.info(
+            "WHIFLASH keeps %.2f GB beside KV, for %d requests of %d rows: %s",
+            _reservation.fixed / 1e9,
+            requests,
+            widest,
+            ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
+        )
 
 
 def bytes_of_token() -> tuple[int, int]:
@@ -113,7 +125,7 @@ def bytes_of_token() -> tuple[int, int]:
     return _reservation.per_token, _reservation.whole
 
 
-def for_requests(target: Any, requests: int, widest: int) -> int:
+def for_requests(target: Any, requests: int, widest: int) -> dict[str, int]:
     """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
 
     Upstream's reserve for graphs and activations goes by requests and by the prefill's chunk. It does not know of
@@ -128,7 +140,7 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
         TokenTable.bytes_for(requests + 1, columns, widest) + StopTable.bytes_for(requests + 1) + GATE_BYTES
     )
     if target.device.type != "cuda":
-        return table
+        return {"tables": table}
     vocabulary, kept = target.shape.vocab_size, 0
     if graphs.enabled(target.device):
         row_bytes = target.row_bytes + Epilogue.bytes_for(widest)
@@ -136,7 +148,8 @@ def for_requests(target: Any, requests: int, widest: int) -> int:
         sizes = graphs.row_buckets(graphs.most_rows(requests, widest))
         slots = requests + graphs.spare_slots(requests, widest)
         kept += triton_backend.bytes_for(target.runner, len(sizes), slots, target.context_len)
-    return table + kept + memory.sampling_bytes(requests * widest, vocabulary)
+    sampled = memory.sampling_bytes(graphs.most_rows(requests, widest), vocabulary)
+    return {"tables": table, "graphs": kept, "sampling": sampled}
 
 
 def install() -> None:
