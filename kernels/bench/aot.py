@@ -2,6 +2,7 @@
 
     python kernels/bench/aot.py                    # table on stdout
     python kernels/bench/aot.py --write            # also kernels/bench/results/aot.json and aot.md
+    python kernels/bench/aot.py --batches 2000     # how many compilations so many random batches ask for
 
 The launches are not described a second time here: the ops themselves run on meta tensors at the shipped shapes,
 and each launch is compiled instead of run, with the arguments, constants and warps that it would have had.
@@ -13,10 +14,12 @@ import argparse
 import importlib
 import json
 import pkgutil
+import random
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -102,6 +105,24 @@ def compiling_instead_of_launching(capability: int) -> Iterator[list[Any]]:
     driver.set_active(HostlessDriver(capability))  # for good: this process launches nothing
     with mock.patch.object(JITFunction, "__getitem__", launcher):
         yield compiled
+
+
+@contextmanager
+def keying_instead_of_launching(capability: int) -> Iterator[set[Any]]:
+    """Inside, a launch adds what Triton would compile a kernel for to the set, and compiles nothing."""
+    keys: set[Any] = set()
+
+    def launcher(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
+        def bind_only(*args: Any, **options: Any) -> None:
+            binder = kernel.device_caches[capability][4]
+            _, specialization, chosen = binder(*args, debug=False, instrumentation_mode="", **options)
+            keys.add((kernel.fn.__name__, *map(str, specialization), str(chosen)))
+
+        return bind_only
+
+    driver.set_active(HostlessDriver(capability))  # for good: this process launches nothing
+    with mock.patch.object(JITFunction, "__getitem__", launcher):
+        yield keys
 
 
 def meta(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -298,12 +319,53 @@ def kernel_names() -> set[str]:
         importlib.import_module(f"{triton_kernels.__name__}.{found.name}")
         for found in pkgutil.iter_modules(triton_kernels.__path__)
     ]
-    return {
+    names = [
         name
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
-    }
+    ]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(
+            f"kernels of one name: {twice}; a report could not say which is which, so rename one"
+        )
+    return set(names)
+
+
+def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
+    """What a round launches between models for any batch, whoever drafts how much in it."""
+    requests = rng.randint(1, most_requests)
+    widths = [rng.randint(1, widest) for _ in range(rng.randint(1, 3))]
+    members = [rng.randint(1, requests) for _ in widths]
+    width, rows = max(widths), requests + rng.randint(0, 4 * requests)
+    slots, lengths = index(requests), index(requests)
+    for own, count in zip(widths, members, strict=True):
+        drafts.cut_drafts(chances(count, own), chances(12), chances(10), index(count), 0.1)
+        run_inputs(count, 4096, 6, (0, 2, 4))
+    parts = [drafted(count, own) for count, own in zip(members, widths, strict=True)]
+    laid = drafts.lay_drafts(parts, slots, lengths, width, width, 1 << 17, text())
+    late, copied = drafted(requests, 16), drafted(requests, rng.randint(1, widest))
+    beside = (None, copied, late, chances(requests), 0.1, rng.randint(1, 4 * requests))
+    chosen = drafts.choose_drafts(laid, slots, lengths, text(), *beside)
+    prepared = (index(requests), chosen.tokens, chosen.widths, lengths, slots, slot_table())
+    packed = block.prepare_mixed_block(*prepared, rows, 0)
+    kept = (slots, index(257, 8), text())
+    ids = packed.input_ids
+    block.accept_and_commit(ids, ids, packed.qo_indptr, lengths, width + 1, 0, *kept)
+    run_claim(requests)
+    rings = BacklogRings(meta(257, 64, 6 * 4096), index(257, 64))
+    backlog.unpark(rings, slots, slots, slots, slot_table(), rng.randint(1, rows), (0, 2, 4), 4096)
+    for behind in (False, True):
+        run_copies(requests, behind=behind)
+
+
+def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> dict[str, int]:
+    """How many kernels Triton would compile for random batches, by name."""
+    rng = random.Random(0)
+    with keying_instead_of_launching(90) as keys:
+        for _ in range(batches):
+            run_round(rng, most_requests, widest)
+    return dict(sorted(Counter(key[0] for key in keys).items()))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -366,7 +428,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write results/aot.json and results/aot.md")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument(
+        "--batches", type=int, help="count what so many random batches compile, and nothing else"
+    )
     arguments = parser.parse_args()
+    if arguments.batches:
+        print(json.dumps(compilations(arguments.batches)))
+        return 0
     report, origin = compile_everything(), provenance()
     document = json.dumps({"provenance": origin, "kernels": [asdict(entry) for entry in report]}, indent=1)
     if arguments.write:

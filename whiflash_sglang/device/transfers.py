@@ -43,24 +43,36 @@ class Upload:
         One transfer from pinned memory on CUDA, in the order of the current stream, which the host does not wait for:
         the allocator of pinned memory keeps the buffer until it is done.
         """
-        sizes = [[len(part) for part in parts] for parts in (self._ints, self._floats)]
+        # Every list begins at a multiple of 16 bytes: a kernel is compiled anew for a pointer that does not.
+        sizes = [
+            [-(-len(part) // step) * step for part in parts]
+            for parts, step in ((self._ints, 2), (self._floats, 4))
+        ]
         ints, floats = (sum(part) for part in sizes)
         # Indices must be int64, and are so from the start: a conversion would be a launch.
         # One number at least: what is empty cannot be viewed as another type.
         pinned = device.type == "cuda"
         packed = torch.empty(max(ints + (floats + 1) // 2, 1), dtype=torch.int64, pin_memory=pinned)
         host = packed.numpy()
-        for parts, place in ((self._ints, host), (self._floats, host[ints:].view(np.float32))):
+        places = host, host[ints:].view(np.float32)
+        for parts, place, own in zip((self._ints, self._floats), places, sizes, strict=True):
             begin = 0
-            for part in parts:
+            for part, size in zip(parts, own, strict=True):
                 place[begin : begin + len(part)] = part
-                begin += len(part)
+                begin += size
         packed = packed.to(device, non_blocking=True)
         as_ints, as_floats = packed[:ints], packed[ints:].view(torch.float32)[:floats]
-        found = list(torch.split(as_ints, sizes[0])), list(torch.split(as_floats, sizes[1]))
+        found = _firsts(as_ints, self._ints, sizes[0]), _firsts(as_floats, self._floats, sizes[1])
         for at, use in self._then:
             use(found[0][at])
         return found
+
+
+def _firsts(
+    packed: torch.Tensor, parts: Sequence[Sequence[Any] | np.ndarray[Any, Any]], sizes: Sequence[int]
+) -> list[torch.Tensor]:
+    """What `packed` holds of each of `parts`, which lie `sizes` apart."""
+    return [own[: len(part)] for own, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]
 
 
 def sent(values: Ints, device: torch.device) -> torch.Tensor:

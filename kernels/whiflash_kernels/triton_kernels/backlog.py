@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from whiflash_kernels.structs import BacklogRings, Unparked
-from whiflash_kernels.triton_kernels.launch import power_of_two
+from whiflash_kernels.triton_kernels.launch import lanes, power_of_two
 
 COLUMNS = 2048
 WARPS = 4
@@ -200,7 +200,7 @@ def unpark(
         rings.features.stride(1),
         req_to_token.stride(0),
         CHUNKS=tuple(chunks),
-        REQUESTS=power_of_two(requests),
+        REQUESTS=lanes(requests),
         COLUMNS=columns,
         num_warps=warps,
     )

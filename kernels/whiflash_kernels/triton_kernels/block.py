@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from whiflash_kernels.structs import Committed, MixedBlock
-from whiflash_kernels.triton_kernels.launch import power_of_two
+from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 COMPARISONS = 4096
 """Entries of the row-by-request comparison that a program holds: 32 for each of its 128 threads."""
@@ -87,8 +87,8 @@ def prepare_mixed_block(
         request_of_row=torch.empty(rows, dtype=torch.int64, device=device),
         qo_indptr=torch.empty(requests + 1, dtype=torch.int32, device=device),
     )
-    lanes = power_of_two(requests)
-    rows_per_program = min(COMPARISONS // lanes, power_of_two(rows))
+    compared = lanes(requests)
+    rows_per_program = COMPARISONS // compared
     drafts = drafts if drafts.stride(1) == 1 else drafts.contiguous()
     # One program at least, so that qo_indptr is written even when there are no rows.
     _prepare_kernel[(max(triton.cdiv(rows, rows_per_program), 1),)](
@@ -104,7 +104,7 @@ def prepare_mixed_block(
         drafts.stride(0),
         req_to_token.stride(0),
         pad_slot,
-        REQUESTS=lanes,
+        REQUESTS=compared,
         ROWS=rows_per_program,
         num_warps=4,
     )
@@ -194,7 +194,7 @@ def accept_and_commit(
             pad_token,
             0 if stops is None else stops.shape[1],
             0 if text is None else text.stride(0),
-            COLUMNS=power_of_two(stride),
+            COLUMNS=draft_columns(stride),
             HAS_STOPS=stops is not None,
             HAS_TEXT=text is not None,
             num_warps=1,

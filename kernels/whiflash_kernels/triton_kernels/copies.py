@@ -61,7 +61,10 @@ def _find_places_kernel(
         newest -= TILE
 
 
-@triton.jit(do_not_specialize=["min_match"])
+@triton.jit(
+    do_not_specialize=["min_match", "alive_row"],
+    do_not_specialize_on_alignment=["factors", "chances", "alive"],
+)
 def _judge_places_kernel(
     tokens,
     request_slots,

@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from whiflash_kernels.structs import Chosen, Drafted, Laid
-from whiflash_kernels.triton_kernels.launch import power_of_two
+from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 RIVALS = 128
 """Chances of the batch that a request's own are compared with at a time."""
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "row_stride"], do_not_specialize_on_alignment=["calibration"])
 def _cut_kernel(
     confidences,
     calibration,
@@ -69,13 +69,25 @@ def cut_drafts(
             width,
             confidences.stride(0),
             EDGES=edges.shape[0],
-            COLUMNS=power_of_two(width),
+            COLUMNS=draft_columns(width),
             num_warps=1,
         )
     return counts, alive
 
 
-@triton.jit(do_not_specialize=["members", "width", "columns", "vocabulary", "own_width", "own_columns"])
+@triton.jit(
+    do_not_specialize=[
+        "members",
+        "width",
+        "columns",
+        "vocabulary",
+        "own_width",
+        "own_columns",
+        "tokens_row",
+        "alive_row",
+        "confidences_row",
+    ]
+)
 def _lay_kernel(
     index,
     tokens,
@@ -187,8 +199,8 @@ def lay_drafts(
             0 if alive is None else alive.stride(0),
             0 if sure is None else sure.stride(0),
             0 if text is None else text.stride(0),
-            MEMBERS=power_of_two(part.members.shape[0]),
-            COLUMNS=power_of_two(max(width, confidences)),
+            MEMBERS=lanes(part.members.shape[0]),
+            COLUMNS=draft_columns(max(width, confidences)),
             FIRST=i == 0,
             HAS_ALIVE=alive is not None,
             HAS_CONFIDENCES=sure is not None,
@@ -202,8 +214,8 @@ def _rows(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.stride(1) == 1 else values.contiguous()
 
 
-@triton.jit(do_not_specialize=["width", "late_width"])
-def _merge_kernel(
+@triton.jit(do_not_specialize=["width", "late_width", "more_row", "more_alive_row"])
+def _merge_drafts_kernel(
     tokens,
     counts,
     own_counts,
@@ -326,10 +338,10 @@ def choose_drafts(
     laid = Laid(*(tensor.contiguous() for tensor in laid))
     compete = room is not None and room < size * width
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else laid.alive
-    columns = power_of_two(width)
+    columns = draft_columns(width)
     late_alive = laid.alive if late is None else late.alive
     more_tokens, more_alive = (None, None) if behind is None else (_rows(behind.tokens), _rows(behind.alive))
-    _merge_kernel[(size,)](
+    _merge_drafts_kernel[(size,)](
         laid.tokens,
         laid.counts,
         laid.counts if own is None else own.contiguous(),
@@ -353,7 +365,7 @@ def choose_drafts(
         0 if more_alive is None else more_alive.stride(0),
         text.stride(0),
         COLUMNS=columns,
-        LATE_COLUMNS=1 if late is None else power_of_two(late.tokens.shape[1]),
+        LATE_COLUMNS=1 if late is None else draft_columns(late.tokens.shape[1]),
         HAS_MORE=behind is not None,
         HAS_MORE_ALIVE=more_alive is not None,
         HAS_LATE=late is not None,

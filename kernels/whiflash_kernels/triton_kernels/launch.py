@@ -19,3 +19,16 @@ def multiprocessors(device: torch.device) -> int:
 def power_of_two(count: int) -> int:
     """The smallest power of two that is at least ``count`` and 1: Triton's block shapes must be such."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+FEWEST_LANES, FEWEST_COLUMNS = 64, 32
+
+
+def lanes(requests: int) -> int:
+    """Lanes of a program that looks at all ``requests``: few sizes, since a kernel is compiled for each."""
+    return power_of_two(max(requests, FEWEST_LANES))
+
+
+def draft_columns(width: int) -> int:
+    """Columns of a program that looks at ``width`` drafts of a request; as of `lanes`."""
+    return power_of_two(max(width, FEWEST_COLUMNS))
