@@ -175,6 +175,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> StandIns:
         monkeypatch.setenv("WHIFLASH_KERNELS", "auto")
         monkeypatch.setattr(layers, "runs_fused", lambda x: fused(x.as_subclass(Cuda)))
         monkeypatch.setattr(layers, "_flashinfer", stand_ins.module)
+        monkeypatch.setattr(layers, "_compiles", lambda *_: True)
     return stand_ins
 
 
@@ -250,3 +251,24 @@ def test_32_bits_stay_with_torch(flashinfer: StandIns) -> None:
     close(layers.silu_and_mul(x), activated(x))
     assert not layers.rotates_fused(x[:, None], 64)
     assert flashinfer.calls == []
+
+
+@torch.no_grad()
+def test_where_flashinfer_cannot_compile_torch_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried once, and the log says why."""
+    asked = []
+
+    def without_compiler(module: str) -> Any:
+        asked.append(module)
+        raise FileNotFoundError("nvcc is not there")
+
+    monkeypatch.setattr(layers, "_flashinfer", without_compiler)
+    layers._compiles.cache_clear()
+    try:
+        assert not any(layers._compiles(torch.bfloat16, torch.device("cpu")) for _ in range(3))
+    finally:
+        layers._compiles.cache_clear()
+    assert asked == ["norm"]
+    assert "nvcc is not there" in caplog.text

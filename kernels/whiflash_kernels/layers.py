@@ -2,10 +2,12 @@
 process has set them with :func:`use`, torch elsewhere.
 
 Whether FlashInfer is there is found out when this module is imported; it is imported when one of its kernels is first
-needed. Its kernels take 16-bit tensors, a CPU's bfloat16 and float32. None knows of gradients: while they are recorded
-torch runs.
+needed. It compiles some of them then, for which it needs CUDA's compiler: where one cannot be had torch runs, and a
+warning says so. Its kernels take 16-bit tensors, a CPU's bfloat16 and float32. None knows of gradients: while they are
+recorded torch runs.
 """
 
+import logging
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from whiflash_kernels.cpu.layers import CompiledLayers, fits
 from whiflash_kernels.dispatch import backend_for
+
+logger = logging.getLogger("whiflash_kernels")
 
 AVAILABLE = find_spec("flashinfer") is not None
 ROTATED_HEADS = (64, 128, 256, 512)
@@ -44,14 +48,42 @@ def _flashinfer(module: str) -> Any:
     return import_module(f"flashinfer.{module}")
 
 
+@cache
+def _compiles(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether every kernel that is called here runs there, tried once on a few numbers."""
+    rows = torch.ones(2, 64, dtype=dtype, device=device)
+    heads, at = rows[:, None].clone(), torch.zeros(2, dtype=torch.int64, device=device)
+    try:
+        norm = _flashinfer("norm")
+        norm.rmsnorm(rows, rows[0], 1e-6)
+        norm.fused_add_rmsnorm(rows.clone(), rows.clone(), rows[0], 1e-6)
+        _flashinfer("activation").silu_and_mul(rows)
+        table = torch.ones(2, 64, dtype=torch.float32, device=device)
+        _flashinfer("rope").apply_rope_with_cos_sin_cache_inplace(
+            at, heads, heads.clone(), 64, table, is_neox=True
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        logger.warning(
+            "FlashInfer's kernels for drafters' layers cannot be had (%s: %s). Torch runs them, which is slower; "
+            "install CUDA's compiler and set CUDA_HOME.",
+            type(error).__name__,
+            str(error).partition("\n")[0][:200],
+        )
+        return False
+    return True
+
+
 def runs_fused(x: Tensor) -> bool:
-    """Whether FlashInfer's kernels serve ``x``: on CUDA, of 16 bits, without gradients, where it is installed."""
+    """Whether FlashInfer's kernels serve ``x``: on CUDA, of 16 bits, without gradients, where it works."""
     return (
         AVAILABLE
         and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
         and not torch.is_grad_enabled()
         and backend_for(x) == "triton"
+        and _compiles(x.dtype, x.device)
     )
 
 

@@ -36,6 +36,7 @@ from sglang.srt.speculative.ragged_verify import (
     build_capture_verify_lens,
     round_up_grid,
 )
+from triton.runtime.errors import OutOfResources
 
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
@@ -57,7 +58,12 @@ class CudaRecorder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                body()
+                try:
+                    body()
+                except (
+                    OutOfResources
+                ) as error:  # what a kernel needs of a multiprocessor, which is no RuntimeError
+                    raise RuntimeError(str(error)) from error
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         pool = get_or_create_global_graph_memory_pool(torch.cuda)
