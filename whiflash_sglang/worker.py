@@ -136,6 +136,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.clock,
             slots,
             self.tokens.data,
+            self.stops.few,
             self.host,
             vocabulary,
             quarantine,

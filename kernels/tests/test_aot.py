@@ -9,21 +9,23 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
-MOST_COMPILED = 24
-"""Of random batches of up to 256 requests. A ratchet, to be lowered and never raised."""
+MOST_COMPILED = 10
+"""Of what timed passes and first copies launch, for batches of up to 256 requests. A ratchet: lower it only."""
 
 TARGETS = {"sm_80", "sm_90", "sm_100"}
 
 
 def test_batches_of_any_size_share_their_kernels() -> None:
-    """A kernel is compiled for what may be 64, 128 or 256 requests, not for each power of two of a batch's sizes."""
+    """A kernel is compiled for what may be 64, 128 or 256 requests, at the start where nothing else launches it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(BENCH / "aot.py"), "--batches", "200"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     compiled = json.loads(result.stdout)
     print(compiled)
-    assert len(compiled) >= 10
+    warmed = ("_lay_kernel", "_merge_drafts_kernel", "_compete_kernel", "_prepare_kernel", "_accept_kernel")
+    assert {compiled.pop(name) for name in warmed} == {0}
+    assert len(compiled) >= 6
     assert sum(compiled.values()) <= MOST_COMPILED
 
 

@@ -44,22 +44,16 @@ class Upload:
         the allocator of pinned memory keeps the buffer until it is done.
         """
         # Every list begins at a multiple of 16 bytes: a kernel is compiled anew for a pointer that does not.
-        sizes = [
-            [-(-len(part) // step) * step for part in parts]
-            for parts, step in ((self._ints, 2), (self._floats, 4))
-        ]
+        lists: tuple[tuple[Sequence[Ints | Sequence[float]], int], ...] = ((self._ints, 2), (self._floats, 4))
+        sizes = [[-(-len(part) // step) * step for part in parts] for parts, step in lists]
         ints, floats = (sum(part) for part in sizes)
         # Indices must be int64, and are so from the start: a conversion would be a launch.
         # One number at least: what is empty cannot be viewed as another type.
         pinned = device.type == "cuda"
         packed = torch.empty(max(ints + (floats + 1) // 2, 1), dtype=torch.int64, pin_memory=pinned)
         host = packed.numpy()
-        places = host, host[ints:].view(np.float32)
-        for parts, place, own in zip((self._ints, self._floats), places, sizes, strict=True):
-            begin = 0
-            for part, size in zip(parts, own, strict=True):
-                place[begin : begin + len(part)] = part
-                begin += size
+        _fill(host, self._ints, sizes[0])
+        _fill(host[ints:].view(np.float32), self._floats, sizes[1])
         packed = packed.to(device, non_blocking=True)
         as_ints, as_floats = packed[:ints], packed[ints:].view(torch.float32)[:floats]
         found = _firsts(as_ints, self._ints, sizes[0]), _firsts(as_floats, self._floats, sizes[1])
@@ -68,8 +62,16 @@ class Upload:
         return found
 
 
+def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Sequence[float]], sizes: Sequence[int]) -> None:
+    """Put `parts` into `place`, `sizes` apart."""
+    begin = 0
+    for part, size in zip(parts, sizes, strict=True):
+        place[begin : begin + len(part)] = part
+        begin += size
+
+
 def _firsts(
-    packed: torch.Tensor, parts: Sequence[Sequence[Any] | np.ndarray[Any, Any]], sizes: Sequence[int]
+    packed: torch.Tensor, parts: Sequence[Ints | Sequence[float]], sizes: Sequence[int]
 ) -> list[torch.Tensor]:
     """What `packed` holds of each of `parts`, which lie `sizes` apart."""
     return [own[: len(part)] for own, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]

@@ -7,6 +7,7 @@ from itertools import product
 
 import torch
 from whiflash_kernels import Drafted, Laid, choose_drafts, join_drafts, lay_drafts
+from whiflash_kernels.warm import warm_up
 
 from whiflash_sglang.core import DraftBatch, Drafts, Grown, PassInput, RoundBatch, Voice
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
@@ -67,7 +68,8 @@ class Proposal:
 class DraftStage:
     """The arms of a worker as its round sees them.
 
-    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. vocabulary: ids that the target has. rows_for: rows
+    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. stops: `StopTable.few`.
+    vocabulary: ids that the target has. rows_for: rows
     of the verification that holds so many, of so many requests. branches: chains of a request that one round verifies
     at most.
     """
@@ -78,6 +80,7 @@ class DraftStage:
     clock: RoundClock
     slot_table: torch.Tensor
     text: torch.Tensor
+    stops: torch.Tensor
     host: HostView
     vocabulary: int
     quarantine: Quarantine
@@ -87,8 +90,12 @@ class DraftStage:
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
 
+        What runs between them is compiled.
+
         Raises ConfigError where one cannot be captured.
         """
+        widths = {max(drafter.max_drafts, 1) for drafter in self.drafters.values()}
+        warm_up(self.text, self.slot_table, self.stops, requests, widths, self.vocabulary)
         if recorder is None:
             return
         inputs = PassInput.of_padding(requests, self.sync.rings.rings.features, self.slot_table)
