@@ -297,6 +297,10 @@ CASES: dict[str, Callable[[], object]] = {
     "draft_attention, block of 16 in a window, Qwen3-8B, 32 requests": lambda: run_attention(
         32, 16, 32, 8, 128, 4096
     ),
+    "draft_attention, block of 16, 8 heads of queries to one of keys, 8 requests": lambda: run_attention(
+        8, 16, 64, 8, 128
+    ),
+    "draft_attention, block of 16, heads of 256, 8 requests": lambda: run_attention(8, 16, 16, 8, 256),
     "draft_attention, block of 8, SmolLM2-135M, 8 requests": lambda: run_attention(8, 8, 9, 3, 64),
     "draft_attention, chain step, latents of 576, 32 requests": lambda: run_attention(32, 1, 20, 1, 576),
     "propose_copies, 24 tokens, 32 requests": lambda: run_copies(32, behind=False),
@@ -423,10 +427,11 @@ def markdown(report: list[Compiled], origin: dict[str, str]) -> str:
         f"| op and case | kernel | warps | {' | '.join(targets)} | stack bytes |",
         f"|---|---|---|{'---|' * len(targets)}---|",
     ]
-    rows: dict[tuple[str, str, int], dict[str, Compiled]] = {}
+    rows: dict[tuple[str, str], dict[str, Compiled]] = {}
     for entry in report:
-        rows.setdefault((entry.case, entry.kernel, entry.warps), {})[entry.target] = entry
-    for (case, kernel, warps), by_target in rows.items():
+        rows.setdefault((entry.case, entry.kernel), {})[entry.target] = entry
+    for (case, kernel), by_target in rows.items():
+        warps = " or ".join(str(n) for n in sorted({entry.warps for entry in by_target.values()}))
         cells = [f"{by_target[t].registers} / {by_target[t].shared_bytes}" for t in targets]
         stack = max(entry.stack_bytes for entry in by_target.values())
         lines.append(f"| {case} | `{kernel}` | {warps} | {' | '.join(cells)} | {stack} |")

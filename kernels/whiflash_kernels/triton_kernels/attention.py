@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.triton_kernels.launch import multiprocessors, power_of_two
+from whiflash_kernels.triton_kernels.launch import is_hopper, multiprocessors, power_of_two
 
 ENTRIES = 64
 """Entries of one step of the loop."""
-MOST_ROWS = 64
+MOST_ROWS = 128
 """Rows of one tile: ``width`` times the query heads of a KV head, cut where there are more."""
 WIDE = 256
 """Dimensions of a head above which tiles of 16 rows and entries take the place of these: more would not fit."""
@@ -174,7 +174,9 @@ def draft_attention(
         return out
     wide = dim > WIDE
     # Tensor cores take tiles of 16 rows or more.
-    rows = 16 if wide else max(16, power_of_two(min(width * groups, MOST_ROWS)))
+    columns = max(16, power_of_two(dim))
+    most_rows = MOST_ROWS if columns <= 128 else MOST_ROWS // 2  # of wider heads more would not fit
+    rows = 16 if wide else max(16, power_of_two(min(width * groups, most_rows)))
     tiles = triton.cdiv(width * groups, rows)
     if splits is None:
         splits = splits_for(requests * kv_heads * tiles, longest, q.device)
@@ -182,7 +184,8 @@ def draft_attention(
     if splits > 1:
         partial = torch.empty(requests * width * heads, splits, dim, dtype=torch.float32, device=q.device)
         peaks = torch.empty(requests * width * heads, splits, 2, dtype=torch.float32, device=q.device)
-    columns = max(16, power_of_two(dim))
+    # Hopper multiplies 64 rows by four warps; of eight, four would do the same again.
+    warps = 4 if rows * columns < 64 * 128 or (rows == 64 and is_hopper(q)) else 8
     _attend_kernel[(requests * kv_heads, tiles, splits)](
         q,
         k,
@@ -215,7 +218,7 @@ def draft_attention(
         STEP=16 if wide else ENTRIES,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,
-        num_warps=8 if rows * columns >= 64 * 128 else 4,
+        num_warps=warps,
         num_stages=1 if wide else 2,
     )
     if splits > 1:

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import torch
+from triton.runtime import driver
 
 MODELLED_MULTIPROCESSORS = 132
 """Where there is no device to ask (ahead-of-time compilation, the interpreter); an H100 or H200 has 132."""
@@ -14,6 +15,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MODELLED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def is_hopper(tensor: torch.Tensor) -> bool:
+    """Whether a kernel for ``tensor`` is compiled for sm_90: for the tensor's device, or ahead of time."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_capability(tensor.device)[0] == 9
+    return tensor.is_meta and int(driver.active.get_current_target().arch) == 90
 
 
 def power_of_two(count: int) -> int:
