@@ -1,6 +1,7 @@
 """Norm, activation, rotation and K and V compiled for a CPU, against the formulas in float64."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +161,26 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OSError, match="no C\\+\\+ compiler"):
         compiled_layers(tmp_path / "none")
+
+
+def test_modes_that_see_operators_see_all_of_them(compiled: CompiledLayers) -> None:
+    """A graph recorded from operators would leave out a call of a compiled function, and read what is gone."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    layers.use(compiled)
+    try:
+        with torch.no_grad():
+            layers.rms_norm(x, weight, 1e-6)
+            with Noting():
+                layers.rms_norm(x, weight, 1e-6)
+    finally:
+        layers.use(None)
+    assert any("norm" in name or "mean" in name for name in seen), seen

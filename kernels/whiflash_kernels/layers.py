@@ -37,8 +37,12 @@ def use(layers: CompiledLayers | None) -> None:
 
 
 def compiled_for(*tensors: Tensor) -> CompiledLayers | None:
-    """What is in :func:`use`, where it takes all of these together; None: torch runs."""
-    if _compiled is None or torch.is_grad_enabled() or not fits(*tensors):
+    """What is in :func:`use`, where it takes all of these together; None: torch runs.
+
+    A dispatch mode, which records operators or stands in for them, would miss a call outside of torch.
+    """
+    unseen = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
+    if _compiled is None or unseen or not fits(*tensors):
         return None
     return _compiled
 

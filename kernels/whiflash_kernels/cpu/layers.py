@@ -19,6 +19,8 @@ _NORM, _ACTIVATION, _ROTATION, _KEEPING = map(
     compiler.profiled, ("norm", "silu_and_mul", "rotation", "keys_values")
 )
 _KINDS = {torch.bfloat16: 0, torch.float32: 1}
+_IN_MEMORY = (Tensor, torch.nn.Parameter)
+"""Types whose numbers are where their pointer says; subclasses may have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +147,12 @@ class CompiledLayers:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the functions take these together: all bfloat16 or float32, on a CPU, last dimensions contiguous."""
+    """Whether the functions take these together: bfloat16 or float32 in a CPU's memory, last dimensions contiguous."""
     dtype = tensors[0].dtype
     if dtype not in _KINDS:
         return False
     for x in tensors:  # noqa: SIM110 - a generator takes three times as long, and every layer asks
-        if x.dtype != dtype or x.device.type != "cpu" or x.stride(-1) != 1:
+        if x.dtype != dtype or type(x) not in _IN_MEMORY or x.device.type != "cpu" or x.stride(-1) != 1:
             return False
     return True
 
