@@ -21,7 +21,7 @@ ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEF
 """Else a server of SGLang's that loses a process waits 65 s for what could be found out about its GPU."""
 SAMPLE = 16
 """Of the arrivals, in `make test`."""
-ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=14)
+ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=20)
 
 Outputs = dict[str, list[int]]
 
@@ -94,7 +94,7 @@ def play_ours(
 ) -> Played:
     """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost.
 
-    retract: SGLang retracts a request every fifth step.
+    retract: SGLang retracts a request every second step in which several run.
     """
     from sglang.srt.managers import scheduler
 
@@ -116,7 +116,7 @@ def play_ours(
             oracle.learn(arrival.prompt, known[arrival.rid])
     with (
         patch.object(DraftStage, "draft", noting),
-        patch.multiple(scheduler, TEST_RETRACT=retract, TEST_RETRACT_INTERVAL=5),
+        patch.multiple(scheduler, TEST_RETRACT=retract, TEST_RETRACT_INTERVAL=2),
         engine(
             checkpoints.target,
             whiflash=checkpoints.whiflash(router),
