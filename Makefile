@@ -66,10 +66,11 @@ fuzz: install ## Requests that nobody should send, by Schemathesis; counts in re
 audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
 	$(RUN) python scripts/audit.py
 
-check: install ## Formatting, lint, layers, types: what CI and pre-commit check
+check: install ## Formatting, lint, layers, types, words: what CI and pre-commit check
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) lint-imports
+	$(RUN) python scripts/words.py
 	$(RUN) mypy
 
 format: install ## Format and fix what can be fixed
