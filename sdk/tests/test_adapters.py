@@ -8,6 +8,7 @@ from fake_server import FakeServer
 from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk import Capabilities, collect
+from whiflash_sdk.client import apart, wrap
 
 FINAL = "It is four."
 
@@ -216,6 +217,29 @@ def test_models_of_one_client_keep_their_settings(framework: str, server: FakeSe
 
     asyncio.run(both())
     assert agents_of(server) == ["a", "b"]
+
+
+def test_a_client_that_cannot_be_copied_is_wrapped_itself_and_a_tracer_on_it_is_kept(
+    server: FakeServer,
+) -> None:
+    class Mine(OpenAI):
+        def __init__(self, url: str) -> None:
+            super().__init__(base_url=url, api_key="key")
+
+    mine = Mine(server.base_url)
+    assert apart(mine) is mine
+    client, seen = OpenAI(base_url=server.base_url, api_key="key"), list[str]()
+    request = client.request
+
+    def traced(cast_to: Any, options: Any, **more: Any) -> Any:
+        seen.append(options.url)
+        return request(cast_to, options, **more)
+
+    client.request = traced  # type: ignore[method-assign,assignment]
+    copy = wrap(apart(client))
+    copy.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hello."}])
+    assert seen[-1] == "/chat/completions"
+    assert "whiflash" in server.bodies[-1]["custom_params"]
 
 
 def test_langchain_async(server: FakeServer) -> None:

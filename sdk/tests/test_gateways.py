@@ -9,7 +9,8 @@ import pytest
 from fake_server import Clock, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, predict, wrap
+from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, capabilities, predict, wrap
+from whiflash_sdk.errors import UnsupportedServerWarning
 
 ROUTE = "/whiflash/capabilities"
 ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
@@ -142,6 +143,17 @@ def test_other_refusals_are_raised_as_they_are(client: OpenAI, server: FakeServe
     assert routed(server)[-1]  # the caller's own field was refused, which says nothing about ours
 
 
+def test_a_hint_that_is_refused_takes_hints_from_no_other_call(client: OpenAI, server: FakeServer) -> None:
+    """The server reads hints and refuses what one call says, so it is not forgotten."""
+    message = "custom_params.whiflash.spans[0].begin: is too long"
+    server.refuses, server.refusal = {"custom_params"}, (400, message)
+    with pytest.warns(UnsupportedServerWarning, match="refuses what custom_params says"):
+        ask(wrap(client))
+    server.refuses = set()
+    ask(client)
+    assert routed(server) == [True, False, True]
+
+
 def test_strict_repeats_nothing(client: OpenAI, server: FakeServer) -> None:
     server.refuses = {"custom_params"}
     with pytest.raises(openai.BadRequestError, match="custom_params"):
@@ -161,3 +173,19 @@ def test_capabilities_that_are_given_need_no_more_than_what_differs(
         ask(wrap(client, agent="mine", capabilities=none))
     assert [server.wire(index).get("agent") for index in range(2)] == ["mine", None]
     assert ["prediction" in body for body in server.bodies] == [True, False]
+
+
+@pytest.mark.parametrize("given", [True, Capabilities(version=1)])
+def test_what_is_assumed_to_route_gets_hints_on_every_route(
+    client: OpenAI, server: FakeServer, given: Capabilities | bool
+) -> None:
+    wrap(client, capabilities=given).responses.create(model="m", input="x")
+    assert routed(server) == [True]
+
+
+def test_a_document_that_was_read_is_not_completed(client: OpenAI, server: FakeServer) -> None:
+    """An older server's leaves out what it does not know."""
+    server.capabilities = {"version": 1}
+    found = capabilities(client)
+    assert found is not None
+    assert found.assumed() == found == Capabilities(version=1)

@@ -73,6 +73,16 @@ def test_raw_and_streaming_views_and_the_event_helper(client: OpenAI, server: Fa
     assert routing(events) == EXPECTED
 
 
+def test_a_final_answer_has_its_trace_when_the_stream_is_gone(client: OpenAI) -> None:
+    def final() -> object:
+        with wrap(client).chat.completions.stream(**ASKED) as events:
+            return events.get_final_completion()
+
+    answer = final()
+    gc.collect()
+    assert routing(answer) == EXPECTED
+
+
 def test_async_streams_do_the_same(async_client: AsyncOpenAI, server: FakeServer) -> None:
     async def main() -> None:
         create = wrap(async_client).chat.completions.create

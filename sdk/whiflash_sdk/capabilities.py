@@ -34,6 +34,9 @@ MOST_SERVERS: Final = 256
 PREDICTION_TOKENS: Final = 16384
 """Of a server that does not set `--whiflash-lookup-prediction-tokens`."""
 
+ROUTES: Final = ("chat/completions", "completions", "responses", "messages")
+"""Of a server of this release, where its target's conversations can be converted."""
+
 _LOG: Final = logging.getLogger("whiflash_sdk")
 
 now = time.monotonic
@@ -70,7 +73,12 @@ class Capabilities(BaseModel):
 
     def assumed(self) -> Capabilities:
         """Capabilities that a caller wrote: what they leave open, a server of this release understands."""
-        latest = {"traces": get_args(TraceLevel), "scopes": SCOPES, "prediction_tokens": PREDICTION_TOKENS}
+        latest = {
+            "traces": get_args(TraceLevel),
+            "scopes": SCOPES,
+            "routes": ROUTES,
+            "prediction_tokens": PREDICTION_TOKENS,
+        }
         return self.model_copy(update={k: v for k, v in latest.items() if k not in self.model_fields_set})
 
 
@@ -312,4 +320,5 @@ def _read(body: object) -> Capabilities | None:
         found = Capabilities.model_validate(body)
     except ValidationError:  # a page or a catch-all route, not our document
         return None
-    return found if found.version == 1 else None
+    # All of it was answered: what an older server leaves out it does not have (`assumed`).
+    return found.model_copy(update=dict(found)) if found.version == 1 else None

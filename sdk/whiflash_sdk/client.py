@@ -69,6 +69,21 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
     return client
 
 
+def apart(client: Any) -> Any:
+    """A client with the same settings, to be wrapped beside others; itself where its class makes no copies.
+
+    What a tracer set on the client alone goes on seeing the copy's requests.
+    """
+    try:
+        made = client.with_options()
+    except TypeError:  # a subclass whose arguments are others
+        return client
+    own = vars(client).get("request")
+    if own is not None and _WRAPPED not in vars(client):
+        vars(made)["request"] = own
+    return made
+
+
 def settings_of(client: Any) -> Told | None:
     """What a wrapped client was told; None of one that is not wrapped."""
     told: Told | None = vars(client).get(_WRAPPED)

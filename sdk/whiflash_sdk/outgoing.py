@@ -23,6 +23,8 @@ _CONVERTED: Final = ("responses", "v1/messages")
 REFUSALS: Final = (400, 422)
 _ADDED: Final = ("custom_params", "prediction", "cache_salt")
 """Fields of a request that the SDK may add or extend."""
+_INSIDE: Final = (f"custom_params.{WIRE_KEY}", "prediction.content")
+"""Named by a server that reads these fields and refuses what one request says in them."""
 _FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("", "0", "false", "no", "off"), False
 )
@@ -112,16 +114,14 @@ class Outgoing:
     def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: Server | None) -> None:
         found = _found(told, server, model_of(body))
         self.body = self.plain = body
-        self._strict, self._server = told.strict, server
-        if route in _DERIVED or (
-            isinstance(found, Capabilities) and route.removeprefix("v1/") in found.routes
-        ):
+        self._strict, self._server, self._is_read = told.strict, server, False
+        if _takes(found, route):
             self.body = _with_hints(body, route, told, found)
             self.plain = _with_hints(body, route, told, None)
         params = self.body.get("custom_params")
         sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
         said = json.loads(sent) if sent else {}
-        self.agent: str | None = said.get("agent")
+        self.agent: str | None = said.get("agent") or _text(self.body.get(AGENT_FIELD))
         """The name that goes out."""
         self.traced = bool(said.get("trace"))
         self.whole_text = said.get("trace") == "full" or not _knows_summaries(found)
@@ -131,13 +131,16 @@ class Outgoing:
         """Which field of ours the server names as it refuses the request; None: it names none, or `strict` is set."""
         if status not in REFUSALS or self._strict:
             return None
+        self._is_read = any(part in text for part in _INSIDE)
         added = (name for name in _ADDED if self.body.get(name) != self.plain.get(name))
         return next((name for name in added if name in text), None)
 
     def served_without(self, name: str) -> None:
-        """The same request was served without our fields: hints rest, with a warning."""
+        """The same request was served without our fields, with a warning: hints rest where nobody reads them."""
         self.traced = False
-        if self._server is not None:
+        if self._is_read:
+            warn_unsupported(f"the server refuses what {name} says. The request was repeated without hints")
+        elif self._server is not None:
             self._server.refused(name)
             self._server.require(None, strict=False)
         else:
@@ -155,6 +158,19 @@ def _found(told: Told, server: Server | None, model: str | None) -> Capabilities
     if isinstance(given, Capabilities) and given.model not in ("", model):
         return None
     return given
+
+
+def _takes(found: Capabilities | bool | None, route: str) -> bool:
+    """Whether requests of this route may say anything to the server."""
+    if route in _DERIVED:
+        return True
+    if isinstance(found, Capabilities):
+        return route.removeprefix("v1/") in found.routes
+    return bool(found)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _knows_summaries(found: Capabilities | bool | None) -> bool:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from whiflash_sdk.collecting import Call
 from whiflash_sdk.identity import base_classes
-from whiflash_sdk.trace import CALL, STREAMS
+from whiflash_sdk.trace import CALL, keep_stream
 
 _EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _TELLS: Final = re.compile(rb'"sglext"|"tool_calls"\s*:\s*\[|"tool_use"')
@@ -72,7 +72,7 @@ class Passing:
         body = _parsed(b"\n".join(_DATA.findall(event)))
         found = self._call.take(body)
         if first and self._call.response_id is not None:
-            STREAMS[self._call.response_id] = self._call
+            keep_stream(self._call.response_id, self._call)
         return found and _holds_nothing_else(body)
 
 

@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Final
-from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,8 +20,16 @@ Offset = Annotated[int, Field(ge=0)]
 
 CALL: Final = "whiflash_call"
 """Where an HTTP response of ours holds its call, among its extensions."""
-STREAMS: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
-"""Calls whose answer is a stream, by the response's id, while somebody refers to the stream."""
+STREAMS: Final[dict[str, Any]] = {}
+"""The newest calls whose answer is a stream, by the response's id: a stream's final answer may outlive the stream."""
+MOST_STREAMS: Final = 256
+
+
+def keep_stream(response_id: str, call: Any) -> None:
+    """Keep a call for `traces` of its final answer; the oldest one makes room."""
+    STREAMS[response_id] = call
+    while len(STREAMS) > MOST_STREAMS:
+        STREAMS.pop(next(iter(STREAMS)), None)
 
 
 def _ratio(tokens: int, rounds: int) -> float:

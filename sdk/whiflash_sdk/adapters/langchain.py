@@ -8,7 +8,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import wrap
+from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import Settings
 
 ModelT = TypeVar("ModelT", bound=BaseChatOpenAI)
@@ -23,10 +23,10 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     """
     settings.setdefault("agent", node)
     if model.root_client is not None:  # where the key is an async function there is none
-        model.root_client = wrap(model.root_client.with_options(), **settings)
+        model.root_client = wrap(apart(model.root_client), **settings)
         model.client = model.root_client.chat.completions
     if model.root_async_client is not None:
-        model.root_async_client = wrap(model.root_async_client.with_options(), **settings)
+        model.root_async_client = wrap(apart(model.root_async_client), **settings)
         model.async_client = model.root_async_client.chat.completions
     return model
 

@@ -8,7 +8,7 @@ from agents import OpenAIChatCompletionsModel, OpenAIResponsesModel, get_current
 from agents.tracing import AgentSpanData
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import wrap
+from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import Settings
 
 ModelT = TypeVar("ModelT", OpenAIChatCompletionsModel, OpenAIResponsesModel)
@@ -21,7 +21,7 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     `ModelSettings(extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
-    model._client = wrap(model._client.with_options(), **settings)
+    model._client = wrap(apart(model._client), **settings)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel  # type: ignore[import-not-found]
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import wrap
+from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import Settings
 
 try:
@@ -26,7 +26,7 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     `model_settings={"extra_body": Hints(…).extra_body()}`.
     """
     settings.setdefault("agent", running_agent)
-    client = wrap(model.client.with_options(), **settings)
+    client = wrap(apart(model.client), **settings)
     if "client" in vars(model):
         model.client = client
     else:  # newer versions read it from the provider, which several models may share

@@ -9,7 +9,7 @@ from typing import TypeVar
 from smolagents import MultiStepAgent, OpenAIModel  # type: ignore[import-untyped]
 from typing_extensions import Unpack
 
-from whiflash_sdk.client import wrap
+from whiflash_sdk.client import apart, wrap
 from whiflash_sdk.outgoing import Settings
 
 ModelT = TypeVar("ModelT", bound=OpenAIModel)
@@ -22,7 +22,7 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     every call of this model: `OpenAIModel(…, extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
-    model.client = wrap(model.client.with_options(), **settings)
+    model.client = wrap(apart(model.client), **settings)
     return model
 
 
