@@ -13,7 +13,7 @@ from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import Kind, Piece
 from whiflash_sglang.structure.guesses import STEPS
 from whiflash_sglang.structure.sketch import sketch, text_of
-from whiflash_sglang.structure.tools import carried_tools
+from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
 SPANS = [SpanHint("tool_call", "<tool_call>", "</tool_call>")]
 WEATHER: dict[str, Any] = {
@@ -32,7 +32,7 @@ FUNCTIONS: list[tuple[str | None, Any]] = [
     ("sing", {"type": "object", "properties": {}}),
 ]
 QWEN, GLM = (carried_tools(FUNCTIONS, parser) or "" for parser in ("qwen3_coder", "glm47"))
-MANY = carried_tools([(f"tool_{n}", {"properties": {"a": {}}}) for n in range(400)], "qwen3_coder") or ""
+MANY = carried_tools([(f"tool_{n}", {"properties": {"a": {}}}) for n in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
 
 CITY = "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome"
 UNIT = f"{CITY}\n</parameter>\n<parameter=unit>\n"

@@ -68,7 +68,7 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
         return proposal
 
     monkeypatch.setattr(DraftStage, "draft", noted)
-    e.generate(PROMPTS, max_new_tokens=60)
+    e.generate(PROMPTS, max_new_tokens=90)
     own.update(tokens=sum(len(req.output_ids) - 1 for req in e.requests.values()))
     return found, own, reads
 

@@ -130,7 +130,10 @@ def next_round(batch: Any, requests: RoundBatch, done: RoundResult) -> RoundBatc
     """The same requests a round later, in the same step of the scheduler; `batch` follows."""
     lengths = [n + len(tokens) for n, tokens in zip(requests.lengths.most, done.tokens, strict=True)]
     starts = done.results["seq_lens"]
-    batch.seq_lens, batch.seq_lens_cpu = starts, torch.from_numpy(np.array(lengths))  # both stay where they are
+    batch.seq_lens, batch.seq_lens_cpu = (
+        starts,
+        torch.from_numpy(np.array(lengths)),
+    )  # both stay where they are
     batch.seq_lens_sum = sum(lengths)
     for req in requests.reqs:
         # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
