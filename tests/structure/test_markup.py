@@ -32,7 +32,10 @@ FUNCTIONS: list[tuple[str | None, Any]] = [
     ("sing", {"type": "object", "properties": {}}),
 ]
 QWEN, GLM = (carried_tools(FUNCTIONS, parser) or "" for parser in ("qwen3_coder", "glm47"))
-MANY = carried_tools([(f"tool_{n}", {"properties": {"a": {}}}) for n in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
+MANY = (
+    carried_tools([(f"tool_{n}", {"properties": {"a": {}}}) for n in range(MOST_FUNCTIONS)], "qwen3_coder")
+    or ""
+)
 
 CITY = "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome"
 UNIT = f"{CITY}\n</parameter>\n<parameter=unit>\n"
