@@ -71,7 +71,7 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
     host = HostView.of(target.device)
     words = vocabulary_of(target.tokenizer) if target.tokenizer is not None else None
     if settings.structure.enabled and words is not None:
-        drafters.append(StructureArm(settings.structure, words, host))
+        drafters.append(StructureArm(settings.structure, words))
     if settings.lookup.enabled:
         token_bytes = words.token_bytes if words is not None else ()
         drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes, words))

@@ -15,6 +15,8 @@ from whiflash_kernels import PassRows, pass_rows
 from whiflash_sglang.device.capture import StaticInput
 from whiflash_sglang.device.transfers import EXACT, Download, HostView
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
+from whiflash_sglang.routing.signals import Forecast
+from whiflash_sglang.telemetry.trace import Part, first_of
 
 
 class Lengths(NamedTuple):
@@ -110,8 +112,7 @@ class Drafts:
     tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding. counts: [B]
     int64. alive: [B, W] float32, chance that a draft and all before it are accepted; None where the arm cannot say.
     confidences: [B, W] float32, what `observe` is given back; None where it needs none. passes: forward passes of the
-    drafter's model that they took; 0: there is none, and no price but that of rows. after: [B] int64, of drafts that
-    prolong another arm's, how many of those they follow; None: all.
+    drafter's model that they took; 0: there is none, and no price but that of rows.
     """
 
     tokens: torch.Tensor
@@ -119,31 +120,51 @@ class Drafts:
     alive: torch.Tensor | None = None
     confidences: torch.Tensor | None = None
     passes: int = 1
-    after: torch.Tensor | None = None
 
 
 class Voice(NamedTuple):
-    """What an arm would go on with behind a request's text. alive: for each token, the chance that it and all before
-    it are accepted. source: what they were taken from, as traces call it.
+    """What may follow a request's text. alive: for each token, the chance that it and all before it are accepted.
+    parts: what they were taken from. at: the position of the first, where a text was as far as it was known.
     """
 
-    tokens: Sequence[int]
-    alive: Sequence[float]
-    source: str
+    tokens: Sequence[int] = ()
+    alive: Sequence[float] = ()
+    parts: Sequence[Part] = ()
+    at: int = 0
+
+    def first(self, count: int) -> "Voice":
+        """Its first `count` tokens."""
+        parts = list(first_of(self.parts, count))
+        return Voice(self.tokens[:count], self.alive[:count], parts, self.at)
+
+    def followed_by(self, tokens: Sequence[int], alive: Sequence[float], source: str) -> "Voice":
+        """With these tokens behind it, taken from `source`."""
+        if not tokens:
+            return self
+        parts = [*self.parts, Part(source, len(tokens))]
+        return Voice([*self.tokens, *tokens], [*self.alive, *alive], parts, self.at)
+
+    def sound(self, vocabulary: int) -> "Voice":
+        """Its first tokens, as far as each is one of `vocabulary` ids and has a chance that is a number."""
+        pairs = zip(self.tokens, self.alive, strict=True)
+        bad = (i for i, (token, alive) in enumerate(pairs) if not 0 <= token < vocabulary or alive != alive)
+        return self.first(next(bad, len(self.tokens)))
+
+    @property
+    def outlook(self) -> Forecast:
+        """What verifying it promises."""
+        return Forecast(1 + sum(self.alive), 1 + len(self.tokens))
 
 
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """Drafts of a whole batch that another arm may prolong.
+SILENCE = Voice()
 
-    batch: as that arm's own, with all requests. rooms: tokens per request at most, its `drafts` included, on the host,
-    0 where nothing may follow them; caps: [B] int64, the same on the device.
-    """
 
-    batch: DraftBatch
-    drafts: Drafts
-    rooms: Sequence[int]
-    caps: torch.Tensor
+def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = zip(ours, theirs, strict=False)
+    return next(
+        (number for number, (own, other) in enumerate(pairs) if own != other), min(len(ours), len(theirs))
+    )
 
 
 PADDING = -(1 << 20)

@@ -46,6 +46,7 @@ from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.learning import Learner, results_of
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.voices import Voices
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
@@ -128,7 +129,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         )
         pinned = pinned_acceptance(widest_of(self.drafters) + 1, self.ranks)
         quarantine = self.quarantine
-        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, quarantine, self.ranks)
+        voices = Voices(self.drafters, quarantine, vocabulary)
+        self.planner = Planner(
+            self.drafters, self.sync, self.controller, self.clock, quarantine, voices, self.host, self.ranks
+        )
         self.stage = DraftStage(
             self.drafters,
             self.sync,
@@ -138,7 +142,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.tokens.data,
             self.stops.few,
             self.host,
-            vocabulary,
+            voices,
             quarantine,
             self.target.rows_for,
             branches_of(

@@ -42,6 +42,7 @@ from whiflash_kernels import (
     Eagle3Weights,
     KVPools,
     Laid,
+    Told,
     triton_kernels,
 )
 from whiflash_kernels.triton_kernels import (
@@ -60,6 +61,7 @@ from whiflash_kernels.warm import warm_up
 RESULTS = Path(__file__).parent / "results"
 CAPABILITIES = (80, 90, 100)
 ASKED = ("dispatch", "warm")
+VOICES = 2
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -209,7 +211,8 @@ def run_choose(requests: int) -> None:
     laid = Laid(
         index(requests, 24), index(requests), chances(requests, 24), chances(requests, 15), index(requests)
     )
-    others = (None, drafted(requests, 24), drafted(requests, 24), chances(requests), 0.1, 4 * requests)
+    told = Told(index(requests, 2, 49), chances(requests, 2, 49), index(requests, 2), index(requests, 2))
+    others = (None, drafted(requests, 24), told, drafted(requests, 24), index(requests), 0.1, 4 * requests)
     drafts.choose_drafts(laid, index(requests), index(requests), text(), *others)
 
 
@@ -350,9 +353,18 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
         run_inputs(count, 4096, 6, (0, 2, 4))
     parts = [drafted(count, own) for count, own in zip(members, widths, strict=True)]
     laid = drafts.lay_drafts(parts, slots, lengths, width, width, 1 << 17, text())
-    late, copied = drafted(requests, 16), drafted(requests, rng.randint(1, widest))
-    beside = (None, copied, late, chances(requests), 0.1, rng.randint(1, 4 * requests))
-    chosen = drafts.choose_drafts(laid, slots, lengths, text(), *beside)
+    copied, columns = drafted(requests, 16), 2 * widest + 1
+    silent = index(requests, VOICES)
+    told = Told(index(requests, VOICES, columns), chances(requests, VOICES, columns), silent, silent)
+    beside = (
+        rng.choice((None, drafted(requests, rng.randint(1, widest)))),
+        rng.choice((None, told)),
+        rng.choice((None, copied)),
+        index(requests),
+        0.1,
+        rng.randint(1, 4 * requests),
+    )
+    chosen = drafts.choose_drafts(laid, slots, lengths, text(), None, *beside)
     prepared = (index(requests), chosen.tokens, chosen.widths, lengths, slots, slot_table())
     packed = block.prepare_mixed_block(*prepared, rows, 0)
     kept = (slots, index(257, 8), text())
@@ -373,7 +385,8 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
         with ExitStack() as stack:
             for patched in served:
                 stack.enter_context(patched)
-            warm_up(text(), slot_table(), index(257, 8), most_requests, {7, widest}, 1 << 17)
+            told = VOICES, 2 * widest + 1
+            warm_up(text(), slot_table(), index(257, 8), most_requests, {7, widest}, told, 1 << 17)
         known = set(keys)
         for _ in range(batches):
             run_round(rng, most_requests, widest)

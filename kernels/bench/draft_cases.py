@@ -99,12 +99,11 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
             lengths,
             bench.text,
             behind=copies,
-            late=copies,
-            must_beat=torch.ones(batch, device=bench.device),
+            copies=copies,
             worth=0.1,
             room=4 * batch,
         )
-        # The batch's drafts, those behind and the late ones; tokens out twice, chances out and in.
+        # The batch's drafts, those behind and the copies; tokens out twice, chances out and in.
         moved = batch * COPIED * (3 * 12 + 2 * 8 + 2 * 4)
         yield Case("choose_drafts", f"{batch} requests", choose, moved)
 

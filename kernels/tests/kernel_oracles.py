@@ -235,16 +235,20 @@ def cut(confidences, calibration, edges, limit, worth):
 
 
 def choose(requests, worth, room):
-    """Drafts that are verified of every request, whether they are its late ones, how many are its own; and all drafts.
+    """Drafts that are verified of every request, whose they are, how many are its own; and all drafts.
 
-    A request is its own drafts, those behind them and its late ones, each a list of (token, chance), and what the late
-    ones must beat.
+    A request is its own drafts, those behind them, its voices and its copies, each a list of (token, chance); a voice
+    is one with how many of its first tokens were committed since, whether these are the text's, and the most of it.
     """
-    merged, late, own = [], [], []
-    for laid, behind, instead, must_beat in requests:
-        takes = bool(instead) and sum(chance - worth for _, chance in instead) > must_beat
-        merged.append(instead if takes else laid + behind)
-        late.append(int(takes))
+    merged, whose, own = [], [], []
+    for laid, behind, voices, copies in requests:
+        best, by = laid + behind, 0
+        heard = [(k, follow(*voice)) for k, voice in enumerate(voices, 1)]
+        for number, drafts in (*heard, (-1, copies)):
+            if drafts and gain(drafts, worth) > gain(best, worth):
+                best, by = drafts, number
+        merged.append(best)
+        whose.append(by)
         own.append(len(laid))
     wanted = [len(drafts) for drafts in merged]
     if room is not None:
@@ -253,4 +257,17 @@ def choose(requests, worth, room):
         )
         kept = [b for _, _, b in ranked[:room]]
         merged = [drafts[: kept.count(b)] for b, drafts in enumerate(merged)]
-    return merged, late, [min(n, len(drafts)) for n, drafts in zip(own, merged, strict=True)], wanted
+    return merged, whose, [min(n, len(drafts)) for n, drafts in zip(own, merged, strict=True)], wanted
+
+
+def gain(drafts, worth):
+    """Accepted tokens that drafts promise, net of their rows."""
+    return sum(chance - worth for _, chance in drafts)
+
+
+def follow(drafts, passed, agrees, most):
+    """What is left of a voice when its first `passed` tokens were committed, or others."""
+    if not agrees or not 0 <= passed < len(drafts):
+        return []
+    before = drafts[passed - 1][1] if passed else 1.0
+    return [(token, chance / before) for token, chance in drafts[passed:]][:most] if before else []

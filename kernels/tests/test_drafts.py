@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
-from whiflash_kernels import Drafted, Laid, choose_drafts, cut_drafts, join_drafts, lay_drafts
+from whiflash_kernels import Drafted, Laid, Told, choose_drafts, cut_drafts, lay_drafts
 
 SLOTS, CONTEXT = 12, 40
 
@@ -137,27 +137,65 @@ def padded(rows: list[list[Draft]], width: int) -> tuple[torch.Tensor, torch.Ten
     )
 
 
+@st.composite
+def voices(draw: st.DrawFn, most: int, tokens: int) -> tuple[list[Draft], int, bool, int]:
+    """Drafts, how many of them were committed since or would have to be forgotten, whether they are the text's, and how
+    many are verified at most. Chances are powers of two: their quotients are exact.
+    """
+    chances = draw(st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]), max_size=most))
+    said = [(tokens + i, chance) for i, chance in enumerate(sorted(chances, reverse=True))]
+    return said, draw(st.integers(-1, 3)), draw(st.booleans()), draw(st.integers(0, 8))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60), deadline=None)
-@given(data=st.data(), size=st.integers(0, 6), width=st.integers(1, 7))
-def test_any_choice(backend: str, data: st.DataObject, size: int, width: int) -> None:
-    has_behind, has_late = data.draw(st.booleans()), data.draw(st.booleans())
+@given(data=st.data(), size=st.integers(0, 6), width=st.integers(1, 7), count=st.integers(0, 2))
+def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, count: int) -> None:
+    has_behind, has_copies = data.draw(st.booleans()), data.draw(st.booleans())
     worth, room = data.draw(st.sampled_from([0.0, 0.125])), data.draw(st.none() | st.integers(0, 20))
-    extra, late_width = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 9))
+    extra, columns, longest = (data.draw(st.integers(1, most)) for most in (7, 9, 9))
     requests = []
     for b in range(size):
         laid = data.draw(drafts(width, 100 * b))
         least = laid[-1][1] if laid else 1.0
         most = min(extra, width - len(laid)) if has_behind and laid else 0
         behind = [(token, min(chance, least)) for token, chance in data.draw(drafts(most, 100 * b + 20))]
-        late = data.draw(drafts(min(width, late_width), 100 * b + 40)) if has_late else []
-        must_beat = data.draw(st.sampled_from([0.0, 0.5, 1.0, float("inf")]))
-        requests.append((laid, behind, late, must_beat))
-    own, more, late = (padded([r[i] for r in requests], w) for i, w in enumerate((width, extra, late_width)))
+        said = [data.draw(voices(longest, 100 * b + 60 + 10 * k)) for k in range(count)]
+        copies = data.draw(drafts(min(width, columns), 100 * b + 40)) if has_copies else []
+        rooms = min([voice[3] for voice in said], default=0)
+        requests.append((laid, behind, [(*voice[:3], min(rooms, width)) for voice in said], copies))
+    own, more, copied = (
+        padded([r[i] for r in requests], w) for i, w in ((0, width), (1, extra), (3, columns))
+    )
     none = integers([0] * size)
     slots = list(range(SLOTS, SLOTS - size, -1))
-    starts = [3 + b for b in range(size)]
+    starts = [6 + b for b in range(size)]
     text = torch.full((SLOTS + 1, CONTEXT), -5, dtype=torch.int64, device=DEVICE)
+    lines, at = [], []
+    for start, (_, _, said, _) in zip(starts, requests, strict=True):
+        for tokens, passed, agrees, _ in said:
+            line = [(-5, chance) for _, chance in tokens[: max(passed, 0)]] + tokens[max(passed, 0) :]
+            if not agrees and passed > 0 and tokens:
+                line[min(passed, len(tokens)) - 1] = (-6, 1.0)
+            lines.append(line)
+            at.append(start + 1 - passed)
+    # Of a voice nothing of which was committed since nothing can disagree.
+    requests = [
+        (
+            laid,
+            behind,
+            [(said, passed, agrees or passed <= 0, most) for said, passed, agrees, most in own_voices],
+            copies,
+        )
+        for laid, behind, own_voices, copies in requests
+    ]
+    said, counts, chances = padded(lines, longest)
+    told = Told(
+        said.view(size, count, longest),
+        chances.view(size, count, longest),
+        counts.view(size, count),
+        integers(at).view(size, count),
+    )
     with running(backend), guarded_outputs():
         chosen = choose_drafts(
             Laid(*own, own[2], none),
@@ -165,14 +203,15 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int) ->
             integers(starts),
             text,
             behind=Drafted(none, *more, None) if has_behind else None,
-            late=Drafted(none, *late, None) if has_late else None,
-            must_beat=floats([r[3] for r in requests]) if has_late else None,
+            told=told if count else None,
+            copies=Drafted(none, *copied, None) if has_copies else None,
+            rooms=integers([min([voice[3] for voice in r[2]], default=0) for r in requests]),
             worth=worth,
             room=room,
         )
-    expected, taken, kept, wanted = oracles.choose(requests, worth, room)
+    expected, whose, kept, wanted = oracles.choose(requests, worth, room)
     assert chosen.widths.tolist() == [len(own) + 1 for own in expected]
-    assert chosen.late.tolist() == taken
+    assert chosen.voice.tolist() == whose
     assert chosen.own.tolist() == kept
     assert chosen.wanted.tolist() == wanted
     assert [t.dtype for t in chosen] == [torch.int64] + [torch.int32] * 4
@@ -191,7 +230,7 @@ def test_many_requests_compete(backend: str) -> None:
     chances = (torch.randint(1, 9, (70, 7), generator=generator) / 8).cumprod(1)
     counts = torch.randint(0, 8, (70,), generator=generator)
     requests = [
-        ([(0, chance) for chance in row[:count]], [], [], 0.0)
+        ([(0, chance) for chance in row[:count]], [], [], [])
         for row, count in zip(chances.tolist(), counts.tolist(), strict=True)
     ]
     laid = Laid(
@@ -221,43 +260,41 @@ def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_late_copy_must_beat_the_arm_when_its_rows_are_paid(backend: str) -> None:
-    """Of 3/8 an eighth is its row's; what is left equals what it must beat."""
+def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
+    """Of 3/8 an eighth is its row's; what is left equals what the drafts promise."""
     none = integers([0, 0])
-    laid = Laid(integers([[1], [2]]), integers([1, 1]), floats([[0.5]] * 2), floats([[0.5]] * 2), none)
-    late = Drafted(none, integers([[3], [4]]), integers([1, 1]), floats([[0.375], [0.5]]), None)
+    laid = Laid(integers([[1], [2]]), integers([1, 1]), floats([[0.375]] * 2), floats([[0.375]] * 2), none)
+    copies = Drafted(none, integers([[3], [4]]), integers([1, 1]), floats([[0.375], [0.5]]), None)
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
     with running(backend), guarded_outputs():
-        chosen = choose_drafts(
-            laid, integers([0, 1]), none, text, late=late, must_beat=floats([0.25, 0.25]), worth=0.125
-        )
-    assert chosen.late.tolist() == [0, 1]
+        chosen = choose_drafts(laid, integers([0, 1]), none, text, copies=copies, worth=0.125)
+    assert chosen.voice.tolist() == [0, -1]
     assert chosen.tokens.tolist() == [[1], [4]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_goes_behind_in_turns(backend: str) -> None:
-    """Behind all drafts, or the first of them; then own drafts are fewer than were laid."""
+def test_a_voice_counts_from_where_the_text_is(backend: str) -> None:
+    """It was said two tokens ago: where these are its own the rest is left, at the chances that are left. One that
+    promises no more than the drafts leaves them.
+    """
+    at, three = integers([0, 1, 2]), [[9, 9]] * 3
+    text = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0, 0]] * 3, device=DEVICE)
     laid = Laid(
-        integers([[1, 2, 9, 9], [3, 4, 9, 9]]),
-        integers([2, 2]),
-        floats([[0.5] * 4] * 2),
-        floats([[], []]),
-        integers([0, 0]),
+        integers(three), integers([1] * 3), floats([[0.5, 0.0]] * 3), floats([[]] * 3), integers([0] * 3)
     )
-    more = Drafted(
-        integers([0, 1]), integers([[5, -7], [6, 7]]), integers([1, 2]), floats([[0.25, 9.0]] * 2), None
+    told = Told(
+        integers([[[3, 4, 5, 6]], [[3, 7, 5, 6]], [[3, 4, 5, 6]]]),
+        floats([[[1.0, 0.5, 0.5, 0.25]]] * 2 + [[[1.0, 1.0, 0.5, 0.25]]]),
+        integers([[4], [4], [3]]),
+        integers([[3]] * 3),
     )
-    text, at = torch.full((2, 9), -5, dtype=torch.int64, device=DEVICE), integers([1, 0])
-    with running(backend):
-        joined = join_drafts(laid, more, at, integers([2, 3]), after=integers([2, 1]), text=text)
-        chosen = choose_drafts(joined, at, integers([2, 3]), text, own=integers([2, 1]))
-    assert joined.counts.tolist() == [3, 3]
-    assert [row[:3] for row in joined.tokens.tolist()] == [[1, 2, 5], [3, 6, 7]]
-    assert joined.alive[0, :3].tolist() == [0.5, 0.5, 0.25]
-    assert text[1, 3:6].tolist() == [1, 2, 5]
-    assert text[0, 4:7].tolist() == [3, 6, 7]
-    assert (chosen.own.tolist(), chosen.widths.tolist()) == ([2, 1], [4, 4])
+    starts, rooms = integers([4] * 3), integers([2] * 3)
+    with running(backend), guarded_outputs():
+        chosen = choose_drafts(laid, at, starts, text, told=told, rooms=rooms, worth=0.125)
+    assert (chosen.voice.tolist(), chosen.widths.tolist()) == ([1, 0, 0], [3, 2, 2])
+    assert chosen.tokens.tolist() == [[5, 6], [9, 9], [9, 9]]
+    with pytest.raises(ValueError, match="rooms"):
+        choose_drafts(laid, at, starts, text, told=told)
 
 
 WRONG = st.sampled_from(["id below", "id above", "chance", "confidence"])
@@ -310,5 +347,5 @@ def test_rejects_what_does_not_fit_the_drafts() -> None:
         cut_drafts(sure, floats([1.0]), floats([0.5]), one, worth=0.0)
     laid = Laid(integers([[1]]), one, sure, sure, one)
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="need chances and must_beat"):
-        choose_drafts(laid, one, one, text, late=Drafted(one, integers([[1]]), one, sure, None))
+    with pytest.raises(ValueError, match="copies need chances"):
+        choose_drafts(laid, one, one, text, copies=Drafted(one, integers([[1]]), one, None, None))

@@ -13,7 +13,7 @@ from whiflash_kernels.backlog import claim_backlogs, park, unpark
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
 from whiflash_kernels.catch_up import dflash_catch_up, eagle3_catch_up
 from whiflash_kernels.copies import propose_copies
-from whiflash_kernels.drafts import choose_drafts, cut_drafts, join_drafts, lay_drafts
+from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
 from whiflash_kernels.passes import draft_inputs, pass_rows
 from whiflash_kernels.router import router_mlp
 from whiflash_kernels.routing import routing_stats
@@ -31,6 +31,7 @@ from whiflash_kernels.structs import (
     MixedBlock,
     PassRows,
     RoutingStats,
+    Told,
     Unparked,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "MixedBlock",
     "PassRows",
     "RoutingStats",
+    "Told",
     "Unparked",
     "accept_and_commit",
     "choose_drafts",
@@ -59,7 +61,6 @@ __all__ = [
     "draft_attention",
     "draft_inputs",
     "eagle3_catch_up",
-    "join_drafts",
     "lay_drafts",
     "park",
     "pass_rows",

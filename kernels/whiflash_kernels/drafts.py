@@ -1,11 +1,11 @@
-"""Drafts of a batch between drafting and verification: cut, laid side by side, prolonged, chosen among."""
+"""Drafts of a batch between drafting and verification: cut, laid side by side, chosen among."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from whiflash_kernels.dispatch import implementation
-from whiflash_kernels.structs import Chosen, Drafted, Laid
+from whiflash_kernels.structs import Chosen, Drafted, Laid, Told
 
 
 def cut_drafts(
@@ -87,40 +87,6 @@ def lay_drafts(
     return implementation(request_slots, "drafts").lay_drafts(*arguments)
 
 
-def join_drafts(
-    laid: Laid,
-    behind: Drafted,
-    request_slots: Tensor,
-    seq_lens: Tensor,
-    *,
-    after: Tensor | None = None,
-    text: Tensor | None = None,
-) -> Laid:
-    """Put further drafts behind those of every request, where somebody is to go on behind both.
-
-    With a = after[b], or counts[b]: columns a … a + behind.counts[b] - 1 of request b are behind's, and a +
-    behind.counts[b] count; alive is 0 where ``behind`` cannot say. With ``text`` as `lay_drafts`, for all requests.
-
-    Args:
-        laid: as wide as all of them together.
-        behind: of all B requests in order; members are not read.
-        request_slots: [B] int64 or int32, pairwise different. seq_lens: [B] int64 or int32.
-        after: [B] int64, at most the counts: the first so many drafts stay. None: all.
-        text: [slots, context] int64, written in place.
-
-    Returns:
-        `Laid`; new but for its confidences.
-
-    Grid: none of its own: torch on every device, since only arms that the host asks one after the other need it;
-    what comes last goes behind by `choose_drafts`.
-    Numerics: a copy.
-    Source: WhiFlash, arXiv 2606.07710.
-    """
-    from whiflash_kernels.reference import drafts as reference
-
-    return reference.join_drafts(laid, behind, request_slots, seq_lens, after, text)
-
-
 def choose_drafts(
     laid: Laid,
     request_slots: Tensor,
@@ -129,36 +95,41 @@ def choose_drafts(
     *,
     own: Tensor | None = None,
     behind: Drafted | None = None,
-    late: Drafted | None = None,
-    must_beat: Tensor | None = None,
+    told: Told | None = None,
+    copies: Drafted | None = None,
+    rooms: Tensor | None = None,
     worth: float = 0.0,
     room: int | None = None,
 ) -> Chosen:
     """Which drafts are verified: what goes behind them, what takes their place, and as many as there are rows for.
 
-    Behind request b's counts[b] drafts come its behind.counts[b]. Then, with ``late``, where it has drafts and
-    sum over i < late.counts[b] of (late.alive[b, i] - worth) > must_beat[b], these take the place of all. Last, with
-    ``room``, requests compete: kept are the ``room`` drafts with the largest ``alive`` of the batch, of equals the
-    earlier in their request, then those of the earlier request. A draft is never likelier than those before it, so
-    what is kept are the first of each request.
+    Behind request b's counts[b] drafts come its behind.counts[b]. These are voice 0. A told voice k counts as far as
+    the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was said,
+    tokens[b, k, :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts,
+    ``rooms[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1]. The copies are the last voice. What
+    is verified is the voice with the largest sum of (chance - ``worth``), the first of equals, voice 0 if no other's
+    sum is more than its own. Last, with ``room``, requests compete: kept are the ``room`` drafts with the largest
+    ``alive`` of the batch, of equals the earlier in their request, then those of the earlier request. A draft is never
+    likelier than those before it, so what is kept are the first of each request.
 
     Args:
         laid: `lay_drafts`'.
         request_slots: [B] int64 or int32, pairwise different. seq_lens: [B] int64 or int32.
-        text: [slots, context] int64, last dimension contiguous, with W columns behind the longest length; written in
-            place: text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for all i < W.
+        text: [slots, context] int64, last dimension contiguous, with W columns behind the longest length, the token at
+            every position up to seq_lens[b]; written in place: text[request_slots[b], seq_lens[b] + 1 + i] =
+            tokens[b, i] for all i < W.
         own: [B] int64, how many of the first drafts are the requests' own arms'; None: all that were laid.
         behind: tokens [B, E], counts [B], alive [B, E] or None (0 then); members are not read. They fit in.
-        late: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous; members are not read.
-        must_beat: [B] float32, needed with it.
-        worth: what a row of ``late`` must bring.
+        told: contiguous. rooms: [B] int64, needed with it.
+        copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous; members are not read.
+        worth: what a row must bring.
         room: drafts of the batch at most; None: all.
 
     Returns:
         `Chosen`, new.
 
     Raises:
-        ValueError: ``late`` without chances or ``must_beat``.
+        ValueError: ``told`` without ``rooms``, or ``copies`` without chances.
 
     Grid: (B), a second launch where requests compete; graph-capturable.
     Numerics: chances are compared and their sum taken in float32.
@@ -167,7 +138,7 @@ def choose_drafts(
     put together, and the rows are bounded.
     Source: adaptive verification; WhiFlash, arXiv 2606.07710.
     """
-    if late is not None and (must_beat is None or late.alive is None):
-        raise ValueError("late drafts need chances and must_beat")
-    arguments = (laid, request_slots, seq_lens, text, own, behind, late, must_beat, worth, room)
+    if (told is not None and rooms is None) or (copies is not None and copies.alive is None):
+        raise ValueError("told voices need rooms, and copies need chances")
+    arguments = (laid, request_slots, seq_lens, text, own, behind, told, copies, rooms, worth, room)
     return implementation(request_slots, "drafts").choose_drafts(*arguments)

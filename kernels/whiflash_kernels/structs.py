@@ -156,6 +156,19 @@ class Laid(NamedTuple):
     """[B] int32, 1 where what was drafted could not be drafts and was left out."""
 
 
+class Told(NamedTuple):
+    """What the host says may follow the texts of a batch: K voices a request. It may know a text late."""
+
+    tokens: Tensor
+    """[B, K, L] int64, for positions from ``at`` on; anything past ``counts``."""
+    alive: Tensor
+    """[B, K, L] float32: the chance that a token and all before it are accepted."""
+    counts: Tensor
+    """[B, K] int64, 0 where a voice is silent."""
+    at: Tensor
+    """[B, K] int64."""
+
+
 class Chosen(NamedTuple):
     """The drafts that are verified."""
 
@@ -165,8 +178,8 @@ class Chosen(NamedTuple):
     """[B] int32, rows that each request verifies: its drafts and one."""
     own: Tensor
     """[B] int32: how many of the drafts that were laid are as far to the front as those that are verified."""
-    late: Tensor
-    """[B] int32, 1 where the late drafts took their place."""
+    voice: Tensor
+    """[B] int32, whose drafts they are: 0 those that were laid, k the k-th that was told, -1 the copies."""
     wanted: Tensor
     """[B] int32: drafts before requests competed for the room."""
 

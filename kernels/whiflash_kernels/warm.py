@@ -8,18 +8,25 @@ from torch import Tensor
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
 from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.drafts import choose_drafts, lay_drafts
-from whiflash_kernels.structs import Drafted
+from whiflash_kernels.structs import Drafted, Told
 
 
 def warm_up(
-    text: Tensor, req_to_token: Tensor, stops: Tensor, requests: int, widths: set[int], vocabulary: int
+    text: Tensor,
+    req_to_token: Tensor,
+    stops: Tensor,
+    requests: int,
+    widths: set[int],
+    told: tuple[int, int],
+    vocabulary: int,
 ) -> None:
     """Lay, choose, pack and accept drafts of batches of every size that kernels are compiled for.
 
     Args:
         text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,
             positions] int32. stops: [request rows, S] int64. requests: of the largest batch. widths: drafts that arms
-            make at most. vocabulary: ids that the target has.
+            make at most. told: voices of each request, and tokens of each at most, as of `Told`. vocabulary: ids that
+            the target has.
 
     Waits for nothing; does nothing on a CPU, where nothing is compiled.
     """
@@ -30,6 +37,11 @@ def warm_up(
     device, size = text.device, 1
     while True:
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
+        voices, columns = told
+        silent = torch.zeros(size, voices, dtype=torch.int64, device=device)
+        unlikely = torch.zeros(size, voices, columns, dtype=torch.float32, device=device)
+        # A server whose arms do not speak has none to choose among.
+        said = (None, Told(unlikely.long(), unlikely, silent, silent)) if voices else (None,)
         for width, (has_alive, has_sure) in product(sorted(widths), product((True, False), repeat=2)):
             chances = torch.zeros(size, width, dtype=torch.float32, device=device)
             tokens = torch.zeros(size, width, dtype=torch.int64, device=device)
@@ -39,10 +51,18 @@ def warm_up(
                 laid = lay_drafts(
                     [own, own], zeros, zeros, width=width, confidences=width, vocabulary=vocabulary, text=put
                 )
-            for behind, late, room in product((None, own), (None, own._replace(alive=chances)), (None, 0)):
-                must_beat = None if late is None else chances[:, 0].contiguous()
+            copied = own._replace(alive=chances)
+            for behind, heard, copies, room in product((None, own), said, (None, copied), (None, 0)):
                 chosen = choose_drafts(
-                    laid, zeros, zeros, text, behind=behind, late=late, must_beat=must_beat, room=room
+                    laid,
+                    zeros,
+                    zeros,
+                    text,
+                    behind=behind,
+                    told=heard,
+                    copies=copies,
+                    rooms=zeros,
+                    room=room,
                 )
             block = prepare_mixed_block(
                 zeros, chosen.tokens, chosen.widths, zeros, zeros, req_to_token, rows=size

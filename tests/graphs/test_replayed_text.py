@@ -6,8 +6,11 @@ import pytest
 from emulated import emulated_graphs
 from engine import engine
 from model_set import Models
-from reference import Comparison
+from test_losslessness import compare
+from test_strands import ChainFirst, Seen, seen, with_voices
 from traffic import mixed, play
+
+__all__ = ["seen"]
 
 SMALL = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 1024}
 ARRIVALS = [
@@ -34,7 +37,18 @@ def test_text_is_the_same_with_every_round_replayed(models: Models, plain: Outpu
     assert len(replayed) == rounds > 0
     assert len(set(replayed)) > 5
     assert set(graphs.committed) == {True, False}, "penalised tokens are committed behind the graph"
-    comparison = Comparison(models.reference.target)
-    for a in ARRIVALS:
-        comparison.check(a.prompt, plain[a.rid], found[a.rid], a.rid)
-    print(comparison.summary())
+    compare(models, ARRIVALS, plain, found)
+
+
+def test_a_graph_commits_no_rows_of_strands(models: Models, seen: Seen) -> None:
+    """Its end takes them for requests."""
+    arrivals = mixed(11, 3, shared=12, longest=30, tokens=60)
+    with engine(models.target, **SMALL) as e:
+        plain = play(e, arrivals)
+    flags, arms = models.whiflash("random", whiflash_branches=3), with_voices(arrivals, plain)
+    with engine(models.target, whiflash=flags, arms=arms, **SMALL) as e, emulated_graphs(e) as graphs:
+        e.worker.controller.policy = ChainFirst()
+        found = play(e, arrivals)
+    compare(models, arrivals, plain, found)
+    assert seen.won > 5
+    assert set(graphs.committed) == {True, False}

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.core import SILENCE
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import MatchCalibration
@@ -252,13 +253,13 @@ def test_a_form_is_cut_as_the_model_cuts_it_from_its_second_word_on(
             assert whole[begin : begin + len(stable)] == stable
 
 
-def test_device_resident_rounds_do_without(vocabulary: Vocabulary) -> None:
-    """There the device copies, from the token table alone."""
+def test_forms_end_with_their_request(vocabulary: Vocabulary) -> None:
+    """Also where the device copies, which has only the text itself."""
     hints = RequestHints(spans=(CALL,))
     for exact in (True, False):
         arm = LookupArm(Lookup(), HostView(exact=exact), vocabulary=vocabulary)
         arm.begin(1, hints, None, prompt=4)
-        assert bool(list(arm._emissions())) == exact
+        assert list(arm._emissions())
         arm.release(1)
         assert not list(arm._emissions())
         arm.begin(1, RequestHints(spans=(CALL,), lookup="off"), None, prompt=4)
@@ -278,7 +279,8 @@ def test_forms_are_of_the_request_s_own_prompt(vocabulary: Vocabulary) -> None:
         text, found = list(prompt), 0.0
         for token in answer:
             text.append(token)
-            found = arm.forecast(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH).length
+            said = arm.speak(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
+            found = (said or SILENCE).outlook.length
         return found
 
     alone = play(2, prompts[2])

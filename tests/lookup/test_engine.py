@@ -12,9 +12,7 @@ import torch
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.core import Drafts
-from whiflash_sglang.lookup.calibration import Agreement
-from whiflash_sglang.lookup.copier import Copied, Proposal
+from whiflash_sglang.core import Drafts, Voice
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
 TOKENS = 160
@@ -134,7 +132,7 @@ def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.Mo
     monkeypatch.setattr(running.worker.controller, "route", lambda rows, *_: ["ar"] * len(rows))
 
 
-def test_drafts_that_lead_into_a_copy_are_prolonged(
+def test_drafts_that_lead_into_a_copy_are_extended(
     running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask(running, "a")
@@ -148,17 +146,17 @@ def test_drafts_that_lead_into_a_copy_are_prolonged(
     assert joined.rounds < pinned.rounds * 0.6  # at even odds a copy is three tokens long
 
 
-def test_whatever_prolongs_a_draft_the_text_is_the_same(
+def test_whatever_extends_a_draft_the_text_is_the_same(
     running: Engine, cold: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng, widths = random.Random(3), set()
 
-    def anything(row: int, drafts: Any, alive: float, limit: int, worth: Any) -> Proposal:
-        widths.add(len(drafts) + limit)
-        tokens = rng.choices(range(256), k=rng.randint(0, limit))
-        return Proposal([Copied(token, 1, Agreement.ALONE) for token in tokens], [alive] * len(tokens))
+    def anything(row: int, drafts: Voice, room: int, worth: Any) -> Voice:
+        widths.add(room)
+        tokens = rng.choices(range(256), k=rng.randint(0, room - len(drafts.tokens)))
+        return drafts.followed_by(tokens, [0.5] * len(tokens), "context")
 
-    monkeypatch.setattr(running.worker.drafters["lookup"], "copy_behind", anything)
+    monkeypatch.setattr(running.worker.drafters["lookup"], "extend", anything)
     running.worker.reconfigure({"router": "random"})
     others = [rng.choices(range(256), k=20) for _ in range(3)]
     for number, prompt in enumerate(others):

@@ -121,11 +121,11 @@ def asked(
     """What is proposed behind the prompt; then the request writes `answer` and ends."""
     text = ids(prompt + answer[:1])
     server.begin(row, hints, tenant(salt))
-    server.forecast(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
-    found = [copied.token for copied in server._requests[row].proposal.tokens]
+    said = server.speak(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
+    found = list(said.tokens) if said else []
     for token in ids(answer[1:]):
         text.append(token)
-        server.forecast(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
+        server.speak(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
     server.finish(row, ids(answer))
     server.release(row)
     return found
@@ -149,8 +149,9 @@ def test_the_same_block_of_the_same_agent_is_copied_first(server: LookupArm) -> 
     for hints, opening in places:
         text = ids(opening + "pqrs")
         server.begin(1, hints, tenant())
-        server.forecast(1, 0, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
-        found.append(server._requests[1].proposal.tokens[0].token)
+        said = server.speak(1, 0, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
+        assert said is not None
+        found.append(said.tokens[0])
     assert found == list(range(len(places)))
 
 
@@ -228,11 +229,11 @@ def test_who_runs_while_its_scope_is_forgotten_teaches_nobody(memory_mib: int) -
     server = LookupArm(Lookup(max_width=4, memory_mib=memory_mib), token_bytes=WORDS)
     text = ids("abcabcabc")
     server.begin(0, RequestHints(agent="a", structure=STRUCTURE), tenant())
-    server.forecast(0, len(text), lambda start: text[start:], FULL_LENGTH)
+    server.speak(0, len(text), lambda start: text[start:], FULL_LENGTH)
     server.forget(handle_of(tenant(), "a"))
     for token in ids("abcabcabc"):
         text.append(token)
-        server.forecast(0, len(text), lambda start: text[start:], FULL_LENGTH)
+        server.speak(0, len(text), lambda start: text[start:], FULL_LENGTH)
     assert not server._calibrations.of(tenant())._scopes
 
 
@@ -294,7 +295,7 @@ def test_a_request_learns_in_the_block_that_its_answer_is_in(server: LookupArm) 
     server.begin(0, RequestHints(agent="a", structure=STRUCTURE), tenant())
     for more, block in (("d", None), ("x", "x"), ("e", "x"), ("y", None)):
         text += ids(more)
-        server.forecast(0, len(text) - 1, partial(since, text), FULL_LENGTH)
+        server.speak(0, len(text) - 1, partial(since, text), FULL_LENGTH)
         assert server._requests[0].blocks.scope == Scope("a", block=block)
         assert server._requests[0].copier.calibration is server._requests[0].learns.of("a", block)
 
@@ -312,9 +313,7 @@ def test_a_trace_tells_who_said_where_it_belongs_from_who_did_not(server: Lookup
     for hints, source in ((RequestHints(agent="a"), "scope"), (RequestHints(), "memory")):
         assert asked(server, hints, "xc", "defg")[:2] == ids("ef")
         server.begin(1, hints, tenant())
-        server.forecast(1, 3, lambda start: ids("xycde")[start:], FULL_LENGTH)
-        assert server.source(1) == source
-        server.forecast(1, 8, lambda start: ids("xycdexyc")[start:], FULL_LENGTH)
-    assert server.source(1) == "context"
-    server.release(1)
-    assert server.source(1) == "context"
+        for text, origin in (("xycde", source), ("xycdexyc", "context")):
+            said = server.speak(1, len(text) - 1, lambda start, text=text: ids(text)[start:], FULL_LENGTH)  # type: ignore[misc]
+            assert said is not None
+            assert [part.source for part in said.parts] == [origin]

@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import DraftBatch
+from whiflash_sglang.core import SILENCE
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement, Calibrations
 from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
@@ -52,17 +51,8 @@ class Client:
             self.arm.begin(self.row, hints, self.tenant)
         self.text += tokens
         text = self.text
-        expected = self.arm.forecast(self.row, len(text), lambda start: text[start:], FULL_LENGTH).length
-        self.seen.append((expected, drafted(self.arm, self.row)))
-
-
-def drafted(arm: LookupArm, row: int) -> list[int]:
-    one = torch.zeros(1, dtype=torch.int64)
-    table = torch.zeros((1, 8), dtype=torch.int32)
-    caps, nothing = torch.tensor([WIDTH]), torch.zeros(0)
-    batch = DraftBatch(one, [row], [1], one, one, torch.zeros(1, 1), table, [WIDTH], caps, nothing)
-    drafts = arm.draft(batch)
-    return [int(token) for token in drafts.tokens[0][: drafts.counts[0]]]
+        said = self.arm.speak(self.row, len(text), lambda start: text[start:], FULL_LENGTH) or SILENCE
+        self.seen.append((said.outlook.length, list(said.tokens)))
 
 
 def proposals(
@@ -173,7 +163,7 @@ def test_it_learns_from_rounds_that_others_draft() -> None:
         own = arm()
         own.begin(0, RequestHints(), tenant_of(None, "a"))
         found = [
-            own.forecast(0, at, lambda start, at=at: text[start:at], FULL_LENGTH)  # type: ignore[misc]
+            (own.speak(0, at, lambda start, at=at: text[start:at], FULL_LENGTH) or SILENCE).outlook  # type: ignore[misc]
             for at in range(8, 100, 2)
         ]
         assert all(1 <= look.length <= look.rows <= 1 + WIDTH for look in found)

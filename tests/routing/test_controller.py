@@ -1,7 +1,5 @@
 """Whom the controller asks before it routes."""
 
-import math
-
 import pytest
 
 from whiflash_sglang import arms
@@ -50,22 +48,23 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
 @pytest.mark.parametrize(
     ("policy", "hints", "expected"),
     [
-        (CopyRule(), RequestHints(), -math.inf),
-        (RandomPolicy(), RequestHints(), math.inf),
-        (EntropyPolicy(tau=1.0), RequestHints(), math.inf),
-        (CopyRule(), RequestHints(off=True), math.inf),
-        (CopyRule(), RequestHints(spans=(SpanHint("json", open=True, prefer=arms.AR, pin=True),)), math.inf),
+        (AutoPolicy(), RequestHints(), True),
+        (AutoPolicy(), RequestHints(off=True), False),
+        (AutoPolicy(), RequestHints(spans=(SpanHint("json", open=True, prefer=arms.AR, pin=True),)), False),
+        (CopyRule(), RequestHints(), False),
+        (RandomPolicy(), RequestHints(), False),
+        (EntropyPolicy(tau=1.0), RequestHints(), False),
     ],
-    ids=["first-of-the-rule", "drawn", "never-named", "off", "pinned-elsewhere"],
+    ids=["priced", "off", "pinned-elsewhere", "rule", "drawn", "never-named"],
 )
-def test_what_a_copy_must_bring_where_nothing_is_priced(
-    policy: Policy, hints: RequestHints, expected: float
-) -> None:
+def test_what_may_take_the_place_of_drafts(policy: Policy, hints: RequestHints, expected: bool) -> None:
+    """What is said by the arm that the request was routed to, and by others where they are weighed against drafts."""
     controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
     controller.open(ROW, "r", hints, [0, 1])
     [route] = controller.route([ROW], [{arms.AR: None, arms.DIFFUSION: None}])
-    assert controller.must_beat(ROW, route, arms.LOOKUP) == expected
-    assert controller.must_beat(ROW, arms.LOOKUP, arms.LOOKUP) == -math.inf, "it has the place already"
+    assert controller.takes(ROW, route, arms.LOOKUP) == expected
+    routed = policy.candidates is None or arms.LOOKUP in policy.candidates
+    assert controller.takes(ROW, arms.LOOKUP, arms.LOOKUP) == (routed and not hints.off)
 
 
 def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:

@@ -7,10 +7,10 @@ import pytest
 from structure_grammars import Grammars
 
 from whiflash_sglang.checkpoints.manifest import Structure
+from whiflash_sglang.core import SILENCE, Voice
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.routing.signals import NOTHING_AHEAD
 from whiflash_sglang.spans.hints import LookupScope, RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
@@ -26,6 +26,11 @@ SCHEMA: dict[str, Any] = {
 }
 PROMPT = [5, 6, 7]
 MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")
+
+
+def outlook(said: Voice | None) -> float:
+    """Expected acceptance length."""
+    return (said or SILENCE).outlook.length
 
 
 class Told:
@@ -70,7 +75,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
         told.tell(tokens[:1])
         expected = []
         for token in [*tokens[1:], *vocabulary.encode("k")]:
-            expected.append(arm.forecast(row, len(told.text) - 1, told.history, FULL_LENGTH).length)
+            expected.append(outlook(arm.speak(row, len(told.text) - 1, told.history, FULL_LENGTH)))
             told.tell([token])
         arm.release(row)
         return expected[0]
@@ -104,18 +109,26 @@ def test_a_released_request_leaves_nothing(arm: StructureArm, play: Any) -> None
     play(MINE)
     assert not arm._requests
     assert not arm.serves(1)
-    assert arm.forecast(1, 3, lambda start: [], FULL_LENGTH) == NOTHING_AHEAD
+    assert arm.speak(1, 3, lambda start: [], FULL_LENGTH) is None
+    assert not arm.extends(1)
 
 
-def test_nothing_is_proposed_while_rounds_are_under_way(
+def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
     arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
-    """Their tokens are missing in the history: what is forced behind what is known may not be what follows."""
+    """Their tokens are missing in the history: where it ends is told with what is forced there."""
     told = Told(grammars)
     arm.begin(1, RequestHints(), MINE, None, told)
     told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
-    assert arm.forecast(1, len(told.text) - 1, told.history, FULL_LENGTH).length > 1
-    assert arm.forecast(1, len(told.text) + 2, told.history, FULL_LENGTH) == NOTHING_AHEAD
+    now = arm.speak(1, len(told.text) - 1, told.history, FULL_LENGTH)
+    assert arm.reads(1)
+    late = arm.speak(1, len(told.text) + 2, told.history, FULL_LENGTH, 8)
+    assert not arm.reads(1)
+    assert now is not None
+    assert late is not None
+    assert now.at == late.at == len(told.text)
+    assert late.tokens[: len(now.tokens)] == now.tokens
+    assert len(late.tokens) > len(now.tokens)
 
 
 def test_a_wrong_token_lowers_its_kind_alone(arm: StructureArm) -> None:
@@ -131,9 +144,18 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
     arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
-    arm.begin(1, tools, MINE, None, Told(grammars))
-    arm.begin(2, tools, MINE)
-    assert (arm.source(1), arm.source(2)) == ("grammar", "tools")
+    told, texts = Told(grammars), {1: list(PROMPT), 2: [*PROMPT, *vocabulary.encode("<tool_call>")]}
+    arm.begin(1, tools, MINE, None, told)
+    arm.begin(
+        2,
+        RequestHints(tools=tools.tools, spans=(SpanHint("tool_call", "<tool_call>", "</tool_call>"),)),
+        MINE,
+    )
+    arm.speak(2, len(PROMPT), lambda start: texts[2][: len(PROMPT) + 1][start:], FULL_LENGTH)
+    for row, source in ((1, "grammar"), (2, "tools")):
+        said = arm.speak(row, len(texts[row]) - 1, lambda start, row=row: texts[row][start:], FULL_LENGTH)  # type: ignore[misc]
+        assert said is not None
+        assert said.parts == [(source, len(said.tokens))]
 
 
 def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Vocabulary) -> None:
@@ -148,10 +170,10 @@ def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Voc
     def answer(tenant: Any, text: str) -> float:
         arm.begin(1, hints, tenant)
         written = [*PROMPT, *vocabulary.encode("<think>So</think>\n\n")]
-        arm.forecast(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
-        expected = arm.forecast(1, len(written) - 1, lambda start: written[start:], worth).length
+        arm.speak(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
+        expected = outlook(arm.speak(1, len(written) - 1, lambda start: written[start:], worth))
         written += vocabulary.encode(text)
-        arm.forecast(1, len(written) - 1, lambda start: written[start:], worth)
+        arm.speak(1, len(written) - 1, lambda start: written[start:], worth)
         arm.release(1)
         return expected
 
@@ -175,13 +197,13 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
         told = Told(grammars)
         arm.begin(1, RequestHints(), tenant, None, told)
         text = told.matcher(vocabulary).forced()
-        arm.forecast(1, len(told.text) - 1, told.history, FULL_LENGTH)
-        found = arm.proposed(1, 8, FULL_LENGTH).tokens
+        said = arm.speak(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        assert said is not None
         for character in text[:6]:
             told.tell(vocabulary.encode(character))
-            arm.forecast(1, len(told.text) - 1, told.history, FULL_LENGTH)
+            arm.speak(1, len(told.text) - 1, told.history, FULL_LENGTH)
         arm.release(1)
-        return found[0].token
+        return said.tokens[0]
 
     usual, (alone,) = first_of_an_answer(MINE), vocabulary.encode("{")
     assert usual != alone
@@ -208,5 +230,5 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
     prompt = vocabulary.encode("find_1 or find_2?" * 20)
     text = [*prompt, *vocabulary.encode("<tool_call>")]
     for length in (len(prompt), len(text)):
-        arm.forecast(1, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
+        arm.speak(1, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
     assert sum(length > len(prompt) // 2 for length in decoded) == 1

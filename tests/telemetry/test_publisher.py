@@ -89,11 +89,15 @@ def test_nothing_is_read_where_nobody_asked_for_metrics(made: Any) -> None:
 
 
 def test_an_arms_counts() -> None:
-    """Three drafts of its own and two behind them: the fourth, another's, was the last that was right."""
+    """Three drafts of its own and two behind them: the fourth, another's, was the last that was right. Chains beside
+    its own were put behind nothing.
+    """
     counts = ArmCounts()
     counts.add(tokens=5, proposed=5, own=3, right=4)
     counts.add(tokens=1, proposed=0, own=0, right=0)
-    assert counts == ArmCounts(2, 6, proposed=5, accepted=4, joined=2, joined_accepted=1)
+    counts.add(tokens=1, proposed=7, own=3, right=0, beside=4)
+    counts.add(tokens=4, proposed=7, own=3, right=1, beside=4)
+    assert counts == ArmCounts(4, 11, proposed=19, accepted=7, joined=2, joined_accepted=1)
 
 
 def test_what_a_request_came_to_is_observed_by_arm() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from whiflash_sglang.core import DraftBatch, Drafts, History
+from whiflash_sglang.core import DraftBatch, Drafts, History, Voice
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.routing.costs import Worth
 
@@ -47,10 +47,13 @@ class OracleArm(Drafter):
         """`output` may follow `prompt`; where several texts do, one of them is drafted."""
         self._texts.append([*prompt, *output])
 
-    def forecast(self, row: int, length: int, history: History, worth: Worth) -> None:
+    def speak(
+        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+    ) -> Voice | None:
         known = list(history(0))
         texts = [text for text in self._texts if text[: len(known)] == known]
         self._ahead[row] = self._random.choice(texts)[len(known) :] if texts else []
+        return None
 
     def draft(self, batch: DraftBatch) -> Drafts:
         counts = list(batch.limits)

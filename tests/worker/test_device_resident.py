@@ -38,6 +38,20 @@ def test_texts_are_plain_decodings(running: Engine, plain: list[list[int]], rout
     assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
 
 
+def test_a_prediction_is_drafted(running: Engine, plain: list[list[int]]) -> None:
+    """As where the host reads the device: the whole answer in as few rounds as its blocks."""
+    running.worker.reconfigure({"router": "lookup"})
+    for prompt, text in zip(PROMPTS, plain, strict=True):
+        name = f"right-{len(running.requests)}"
+        custom = {"whiflash_prediction": text}
+        running.submit(name, prompt, max_new_tokens=TOKENS, custom_params=custom)
+        running.run()
+        assert running.output(name) == text
+        verified, accepted = running.rounds(name)
+        assert verified < TOKENS / 4
+        assert accepted > TOKENS / 2
+
+
 def test_predictions_leave_the_texts(running: Engine, plain: list[list[int]]) -> None:
     for router in ("random", "auto", "lookup"):
         running.worker.reconfigure({"router": router})
@@ -82,14 +96,27 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host routes all to EAGLE-3; the device finds that the text goes on as before, and takes that."""
-    learner, seen = running.worker.learner, []
-    learn = type(learner).learn
+    learner, seen, observed, lost = running.worker.learner, [], list[int](), 0
+    learn, drafter = type(learner).learn, running.worker.drafters["ar"]
 
     def noting(self: Any, plan: Any, found: Any, **parts: Any) -> Any:
+        nonlocal lost
         seen.append((plan, found))
-        return learn(self, plan, found, **parts)
+        observed.clear()
+        tokens = learn(self, plan, found, **parts)
+        for i, state in enumerate(plan.states):
+            if found["voice"][i] and found["drafted"][i] and self.controller.keeps(state):
+                assert state.row in observed, "its drafts lost, and nobody learned how right they were"
+                lost += 1
+        return tokens
+
+    def observe(row: int, known: int, agreed: int, confidences: Any) -> None:
+        assert 0 <= agreed <= known == len(confidences)
+        observed.append(row)
+        type(drafter).observe(drafter, row, known, agreed, confidences)
 
     monkeypatch.setattr(type(learner), "learn", noting)
+    monkeypatch.setattr(drafter, "observe", observe)
     running.worker.reconfigure({"router": "auto"})
     controller = running.worker.controller
     route = controller.route
@@ -100,14 +127,15 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
 
     monkeypatch.setattr(controller, "route", to_ar)
     assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
-    assert any(any(found["late"]) for _, found in seen)
     copied = [
         accepted - 1
         for _, found in seen
-        for late, accepted in zip(found["late"], found["accept_lens"], strict=True)
-        if late
+        for voice, accepted in zip(found["voice"], found["accept_lens"], strict=True)
+        if voice
     ]
+    assert copied
     assert sum(copied) > 0, "no copy was ever right"
+    assert lost > 0
 
 
 def test_copies_are_verified_again_after_rounds_that_had_none(

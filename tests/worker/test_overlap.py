@@ -1,5 +1,6 @@
 """The worker under SGLang's overlap loop: plain decoding's text, no race, nothing kept, whatever comes and goes."""
 
+import random
 from collections import defaultdict
 from contextlib import nullcontext
 from typing import Any
@@ -42,10 +43,10 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> Learned:
     committed = Controller.committed
 
     def noting(
-        self: Controller, state: Any, decision: Any, arm: str, tokens: Any, width: int, start: int
+        self: Controller, state: Any, decision: Any, arm: str, tokens: Any, width: int, start: int, *more: Any
     ) -> bool:
         found[state.rid].append((start, list(tokens)))
-        return committed(self, state, decision, arm, tokens, width, start)
+        return committed(self, state, decision, arm, tokens, width, start, *more)
 
     monkeypatch.setattr(Controller, "committed", noting)
     return found
@@ -166,3 +167,23 @@ def test_the_host_waits_for_nothing(
     print("pageable", pageable)
     ours = {site: count for site, count in pageable.items() if site.startswith("whiflash")}
     assert not ours, ours
+
+
+def test_what_is_said_a_round_late_is_drafted(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction, of which the host knows how far the text is only when the next round has begun."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    prompt, tokens = [random.Random(3).randrange(256) for _ in range(20)], 60
+    with overlapped(models.target, whiflash=models.whiflash("lookup"), host_lengths=False) as e:
+        e.submit("first", prompt, max_new_tokens=tokens)
+        e.run()
+        custom = {"whiflash_prediction": e.output("first")}
+        e.submit("again", prompt, max_new_tokens=tokens, custom_params=custom)
+        e.run()
+        races, stalls, pageable = dict(e.streams.races), dict(e.streams.stalls), set(e.streams.pageable)
+        assert e.output("again") == e.output("first")
+        verified, accepted = e.rounds("again")
+    assert accepted > 0.8 * tokens
+    assert verified < tokens / 4
+    assert not races
+    assert not stalls
+    assert not {site for site in pageable if site.startswith("whiflash")}

@@ -64,7 +64,7 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     def noted(*args: Any) -> Any:
         proposal = draft(*args)
         joined = proposal.widths - 1 - proposal.own
-        own.update(joined=int(joined[proposal.late == 0].sum()))
+        own.update(joined=int(joined[proposal.voice == 0].sum()))
         return proposal
 
     monkeypatch.setattr(DraftStage, "draft", noted)

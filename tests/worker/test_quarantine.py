@@ -16,6 +16,7 @@ from engine import Engine, engine
 from model_set import Models
 from reference import Comparison
 
+from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.metrics.series import Labels, Series
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner
@@ -27,6 +28,7 @@ from whiflash_sglang.round.quarantine import (
     SEVERAL_REQUESTS,
     Quarantine,
 )
+from whiflash_sglang.round.voices import Voices
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.routing.request_state import RequestState
 
@@ -51,10 +53,12 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "chances": ("diffusion", "draft", lambda d: replace(d, alive=nan(d.alive))),
     "counts": ("ar", "draft", lambda d: replace(d, counts=d.counts - 100)),
     "draft raises": ("ar", "draft", fails),
-    "draft of a copy raises": ("lookup", "draft", fails),
     "catch-up raises": ("diffusion", "catch_up", fails),
-    "forecast raises": ("lookup", "forecast", fails),
-    "prolong raises": ("lookup", "prolong", fails),
+    "speak raises": ("lookup", "speak", fails),
+    "ids of a voice": ("lookup", "speak", lambda v: v and v._replace(tokens=[1 << 40] * len(v.tokens))),
+    "chances of a voice": ("lookup", "speak", lambda v: v and v._replace(alive=[math.nan] * len(v.alive))),
+    "extend raises": ("lookup", "extend", fails),
+    "ids behind drafts": ("lookup", "extend", lambda v: v.followed_by([1 << 40], [0.5], "context")),
     "begin raises": ("lookup", "begin", fails),
     "calibration raises": ("ar", "calibration", fails),
     "observe raises": ("ar", "observe", fails),
@@ -90,7 +94,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, drafter: Any, method: str, made: Call
 def watch(monkeypatch: pytest.MonkeyPatch, drafter: Any) -> list[str]:
     """What a drafter is asked from now on, but for what it is to drop."""
     asked: list[str] = []
-    for method in ("begin", "catch_up", "calibration", "forecast", "draft", "prolong", "observe", "finish"):
+    for method in ("begin", "catch_up", "calibration", "speak", "draft", "extend", "observe", "finish"):
         original = getattr(drafter, method)
 
         def noted(*args: Any, original: Any = original, method: str = method) -> Any:
@@ -115,7 +119,9 @@ def test_requests_go_on_without_it(
         gauges = Gauges()
         e.worker.publish_to(gauges)
         for name, (arm, method, made) in FAULTS.items():
-            if resident and method != "draft":
+            if resident and method == "extend":
+                method, made = "draft_behind", fails  # the device copies
+            elif resident and method != "draft":
                 continue  # the same calls on the host
             before = dict(e.worker.quarantine.faults)
             caplog.clear()
@@ -133,12 +139,12 @@ def test_requests_go_on_without_it(
             assert list(out) == [arm], name
             # With the faults of one round several requests' drafts are judged behind the one that decided.
             faults = {a: n - before[a] for a, n in e.worker.quarantine.faults.items()}
-            assert faults.pop(arm) >= (MOST_FAULTS if "raises" not in name else 0), name
+            assert faults.pop(arm) >= (MOST_FAULTS if made is not fails else 0), name
             assert not any(faults.values()), name
             (line,) = [r for r in caplog.records if r.levelno == logging.ERROR]
             until = "until the server is started again" if method == "catch_up" else "for 60 s"
             assert line.getMessage().startswith(f"WHIFLASH: drafter {arm!r} is quarantined {until}")
-            assert (line.exc_info is not None) == ("raises" in name)
+            assert (line.exc_info is not None) == (made is fails)
             assert {a: gauges["quarantined", (a,)] for a in e.worker.drafters} == {
                 a: float(a == arm) for a in e.worker.drafters
             }
@@ -175,9 +181,8 @@ def rounds_of(e: Engine) -> dict[str, int]:
     ("arm", "method"),
     [
         ("ar", "draft"),
-        ("lookup", "draft"),
-        ("lookup", "prolong"),
-        ("lookup", "forecast"),
+        ("lookup", "extend"),
+        ("lookup", "speak"),
         ("lookup", "begin"),
         ("ar", "observe"),
         ("lookup", "finish"),
@@ -222,8 +227,6 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
         begin(row, req, upload)
 
     def rows_of(given: Any) -> Any:
-        if hasattr(given, "rooms"):
-            return [row for row, room in zip(given.batch.row_ids, given.rooms, strict=True) if room]
         return getattr(given, "row_ids", [given])
 
     def spoiled(given: Any, *more: Any, **named: Any) -> Any:
@@ -424,28 +427,29 @@ def test_nobody_is_asked_behind_the_request_that_decided() -> None:
     assert len(calls) == 1 + SEVERAL_REQUESTS
 
 
-def test_the_rest_of_a_batch_is_not_asked_for_an_outlook() -> None:
+def test_the_rest_of_a_batch_is_not_asked() -> None:
     rids = [f"r{i}" for i in range(64)]
     held, asked = Quarantine(["lookup"]), list[int]()
 
-    def forecast(row: int, *_: Any) -> NoReturn:
+    def speak(row: int, *_: Any) -> NoReturn:
         asked.append(row)
         fails(None)
 
-    drafters: Any = {"lookup": SimpleNamespace(forecast=forecast)}
+    drafters: Any = {"lookup": SimpleNamespace(speak=speak, speaks=True)}
     nothing: Any = None
-    planner = Planner(drafters, nothing, nothing, nothing, held)
+    controller: Any = SimpleNamespace(states={})
+    planner = Planner(drafters, nothing, controller, nothing, held, Voices(drafters, held, 99), EXACT)
     requests: Any = SimpleNamespace(
         names=list(enumerate(rids)), lengths=SimpleNamespace(most=[9] * 64), history=lambda *_: []
     )
     for index, rid in enumerate(rids):
         held.begin(rid, rid)
-        assert planner._forecast(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == {}
+        assert planner._said(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == {}
     assert asked == [*range(SEVERAL_REQUESTS)]
 
 
 def test_drafts_that_the_device_took_were_sound() -> None:
-    """No plan names a late arm, so only the device's results show that it serves well."""
+    """No plan names whose they are, so only the device's results show that it serves well."""
     held = Quarantine(["ar", "lookup"])
     held.begin("sound", None)
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held)
@@ -454,10 +458,10 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         states=[RequestState(rid, under_way=[3]) for rid in ("sound", "gone")],
         decisions=[None] * 2,
         limits=[0] * 2,
-        late="lookup",
+        speakers=["structure", "lookup", "lookup"],
     )
     failing(held, "one", "one", arm="lookup")
-    found = {"starts": [9] * 2, "widths": [3] * 2, "faults": [0] * 2, "late": [1, 0]}
+    found = {"starts": [9] * 2, "widths": [3] * 2, "faults": [0] * 2, "own": [0] * 2, "voice": [-1, 0]}
     learner.learn(plan, found, kept=[[], []])
     held.end("sound")
     failing(held, "two", arm="lookup")

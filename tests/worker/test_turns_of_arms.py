@@ -1,17 +1,14 @@
-"""What a round verifies where two arms may prolong each other's drafts: the last word is his who forbids."""
+"""What a round verifies where two arms may extend each other's drafts: the last word is his who forbids."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from whiflash_kernels import Drafted, lay_drafts
 
-from whiflash_sglang.core import Drafts, Grown
-from whiflash_sglang.drafters.base import padded
-from whiflash_sglang.round.draft import DraftStage
+from whiflash_sglang.core import Voice
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.routing.costs import FULL_LENGTH
 
 ROOM = 12
 FORBIDDEN = 66
@@ -20,61 +17,47 @@ FORBIDDEN = 66
 class Grammar:
     """Allows anything but `FORBIDDEN`; behind an even draft it knows the next one."""
 
-    prolongs = forbids = True
-    late = False
+    arm, forbids, speaks = "structure", True, True
 
-    def prolong(self, grown: Grown) -> Drafts | None:
-        own = drafts_of(grown)
-        after = own.index(FORBIDDEN) if FORBIDDEN in own else len(own)
-        last = own[after - 1]
-        more = [last + 1] if last % 2 == 0 else []
-        found = padded([more], [[0.9] * len(more)], torch.device("cpu"))
-        return Drafts(found.tokens, found.counts, found.alive, passes=0, after=torch.tensor([after]))
+    def extends(self, row: int) -> bool:
+        return True
+
+    def extend(self, row: int, drafts: Voice, room: int, worth: Any) -> Voice:
+        own = list(drafts.tokens)
+        allowed = drafts.first(own.index(FORBIDDEN) if FORBIDDEN in own else len(own))
+        last = allowed.tokens[-1]
+        return allowed.followed_by([last + 1] if last % 2 == 0 else [], [0.9], self.arm)
 
 
 class Copy:
     """Goes on behind what it finds in `known`."""
 
-    prolongs, forbids, late = True, False, False
+    arm, forbids, speaks = "lookup", False, True
 
     def __init__(self, known: dict[int, list[int]]) -> None:
         self.known = known
 
-    def prolong(self, grown: Grown) -> Drafts:
-        more = self.known.get(drafts_of(grown)[-1], [])
-        return padded([more], [[0.8] * len(more)], torch.device("cpu"))
+    def extends(self, row: int) -> bool:
+        return True
+
+    def extend(self, row: int, drafts: Voice, room: int, worth: Any) -> Voice:
+        more = self.known.get(drafts.tokens[-1], [])
+        return drafts.followed_by(more, [0.8] * len(more), self.arm)
 
 
-def drafts_of(grown: Grown) -> list[int]:
-    return list(grown.drafts.tokens[0, : int(grown.drafts.counts[0])].tolist())
-
-
-def verified(
-    arms: Sequence[tuple[str, Any]], first: Sequence[int], monkeypatch: pytest.MonkeyPatch
-) -> list[int]:
-    """What is verified of one request whose own arm drafted `first`."""
-    one = torch.tensor([0])
-    tokens = torch.tensor([list(first)])
-    alive = torch.full((1, len(first)), 0.9)
-    own = Drafted(one, tokens, torch.tensor([len(first)]), alive, None)
-    laid = lay_drafts([own], one, one, width=ROOM, confidences=0, vocabulary=100)
-    plan: Any = SimpleNamespace(
-        routes=["ar"], joined=[ROOM], on_device=SimpleNamespace(joined=torch.tensor([ROOM]))
-    )
-    stage = DraftStage.__new__(DraftStage)
-    object.__setattr__(stage, "drafters", dict(arms))
-    object.__setattr__(stage, "quarantine", Quarantine(["ar", *dict(arms)]))
-    monkeypatch.setattr(DraftStage, "_whole_batch", lambda *_: None)
-    requests: Any = SimpleNamespace(rows=one, starts=one, reqs=[SimpleNamespace(rid="r")])
-    laid, behind, _ = stage._prolonged(requests, plan, laid, None, None)
-    found = list(laid.tokens[0, : int(laid.counts[0])].tolist())
-    return [*found, *(behind.tokens[0, : int(behind.counts[0])].tolist() if behind is not None else [])]
+def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple[list[int], int]:
+    """What is verified of one request whose own arm drafted `first`, and how many of these are left."""
+    by_arm = {drafter.arm: drafter for drafter in drafters}
+    voices = Voices(by_arm, Quarantine(["ar", *by_arm]), vocabulary=100)
+    worth = dict.fromkeys(by_arm, FULL_LENGTH)
+    drafts = Voice().followed_by(first, [0.9] * len(first), route)
+    chain, left = voices.extended((0, "r"), route, drafts, ROOM, worth)
+    assert sum(part.drafts for part in chain.parts) == len(chain.tokens) == len(chain.alive)
+    return list(chain.tokens), left
 
 
 @pytest.mark.parametrize("order", [("structure", "lookup"), ("lookup", "structure")])
-def test_nothing_that_is_forbidden_is_verified(
-    order: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_that_is_forbidden_is_verified(order: tuple[str, str]) -> None:
     """Whatever was copied last, and behind what."""
     for known in (
         {3: [4]},
@@ -83,9 +66,17 @@ def test_nothing_that_is_forbidden_is_verified(
         {2: [FORBIDDEN]},
         {3: [FORBIDDEN, 4]},
     ):
-        arms = {"structure": Grammar(), "lookup": Copy(known)}
-        found = verified([(name, arms[name]) for name in order], [1, 2], monkeypatch)
+        arms: dict[str, Any] = {"structure": Grammar(), "lookup": Copy(known)}
+        found, left = verified([arms[name] for name in order], [1, 2], "ar")
+        assert left == 2
         assert FORBIDDEN not in found, known
         assert found[:3] == [1, 2, 3]
         if known.get(3) == [4]:
             assert found == [1, 2, 3, 4, 5], "each goes on behind the other"
+
+
+def test_an_arm_is_not_asked_behind_its_own_drafts() -> None:
+    """But behind what others put there."""
+    assert verified([Copy({2: [4, 2]})], [1, 2], "lookup") == ([1, 2], 2)
+    assert verified([Grammar(), Copy({3: [4]})], [1, 2], "lookup") == ([1, 2, 3, 4, 5], 2)
+    assert verified([Grammar(), Copy({3: [4]})], [1, FORBIDDEN, 2], "ar") == ([1], 1)

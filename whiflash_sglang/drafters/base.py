@@ -1,23 +1,23 @@
 """What a drafter is to the worker."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
-from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, PassInput, Voice
+from whiflash_sglang.core import DraftBatch, Drafts, History, PassInput, Voice
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
 
+NumberT = TypeVar("NumberT", bound=float)
 
-class Drafter(ABC):
+
+class Drafter:
     """One arm.
 
     Lifecycle: `allocate` once → per request `catch_up` with the prompt's rows, then rounds of `catch_up` and
@@ -28,10 +28,10 @@ class Drafter(ABC):
     where these lie in what the target captures, None: they are all of it. tail_width: columns of feature n-1 that a
     draft begins with, 0 where it reads none. keeps_kv: whether it has KV that must stay synchronised with the target's
     slots. attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are.
-    judges: whether its drafts say how likely they are (`Drafts.alive`); only such are prolonged. prolongs: whether it
-    can go on where another arm's drafts end. forbids: whether it drops of them what may not follow. late:
-    whether the host knows what it expects of a round too late where it may not read the device; then it drafts for all
-    requests, and the device decides who takes its drafts.
+    judges: whether its drafts say how likely they are (`Drafts.alive`); only such are extended. speaks: whether it says
+    what may follow a text before the round is planned, at no pass of a model. forbids: whether it drops of another
+    arm's drafts what may not follow. on_device: whether the device drafts for it too, for all requests, where the host
+    knows texts a round late.
     """
 
     arm: str
@@ -42,9 +42,9 @@ class Drafter(ABC):
     keeps_kv: bool = False
     attends_text: bool = False
     judges: bool = False
-    prolongs: bool = False
+    speaks: bool = False
     forbids: bool = False
-    late: bool = False
+    on_device: bool = False
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
@@ -58,34 +58,52 @@ class Drafter(ABC):
         """What a captured draft of so many requests takes at its peak."""
         return 0
 
-    def allocate(self, slots: int) -> None:  # noqa: B027 - a drafter without KV has nothing to do
+    def allocate(self, slots: int) -> None:
         """Allocate KV for `slots` target slots."""
 
-    def capture(  # noqa: B027 - a drafter without a model has no pass to capture
-        self, recorder: Recorder, given: PassInput
-    ) -> None:
+    def capture(self, recorder: Recorder, given: PassInput) -> None:
         """Have `draft` captured for groups of up to as many requests as `given` has, whose memory captures read.
 
         Raises ConfigError where it cannot be captured.
         """
 
-    def catch_up(self, rows: FeatureRows) -> None:  # noqa: B027 - a drafter without KV has nothing to do
+    def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
 
         rows: with the columns of `features` only, and with their owners where it `attends_text`.
         """
 
-    def forecast(self, row: int, length: int, history: History, worth: Worth) -> Forecast | None:
-        """What it says of the next round, asked in every round that may be its own, whoever drafts it then.
+    def speak(
+        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+    ) -> Voice | None:
+        """What may follow the text of the request in `row`, if it `speaks`; asked in every round that may be its own,
+        whoever drafts it then. None: nothing.
 
-        None: it cannot say before it drafts. Who says it has looked by then: `draft` takes no pass and no time to speak
-        of, and what was committed since its last look, whoever drafted that, shows how right it would have been.
+        The text ends where `history` does. What was committed since its last look, whoever drafted that, shows how
+        right it would have been.
 
         Args:
-            row: of the request table. length: n. history: the request's committed tokens. worth: what a further draft
-                must bring.
+            row: of the request table. length: n at most. history: the request's committed tokens. worth: what a further
+                draft must bring. under_way: tokens at most that earlier rounds may commit before what it says counts.
         """
         return None
+
+    def extends(self, row: int) -> bool:
+        """Whether it has looked at the request in `row`, and so knows what may follow drafts of others."""
+        return False
+
+    def reads(self, row: int) -> bool:
+        """Whether drafts for the request in `row` are read for it even where that waits for the device."""
+        return False
+
+    def extend(self, row: int, drafts: Voice, room: int, worth: Worth) -> Voice:
+        """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
+        `extends`.
+
+        Args:
+            room: tokens at most, all together. worth: what each of its own must bring.
+        """
+        return drafts
 
     def begin(
         self,
@@ -108,45 +126,34 @@ class Drafter(ABC):
         """Whether the request in `row` lets it draft at all."""
         return True
 
-    @abstractmethod
     def draft(self, batch: DraftBatch) -> Drafts:
-        """Propose tokens. KV writes at positions >= n are provisional."""
-
-    def prolong(self, grown: Grown) -> Drafts | None:
-        """Tokens to verify behind another arm's drafts, at no pass of a model; asked if it `prolongs`. None: none, and
-        those stay as they are.
+        """Propose tokens; asked unless it `speaks`, or if it drafts `on_device`. KV writes at positions >= n are
+        provisional.
         """
-        return None
+        raise NotImplementedError
 
-    def voice(self, row: int, length: int, limit: int, worth: Worth) -> Voice | None:
-        """Tokens that it would draft behind the text of the request in `row`, by its look in this round, at no pass of
-        a model; asked if it `prolongs`, whoever else drafts. None: it has not looked, or there are none.
+    def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor) -> Drafts:
+        """What follows the drafts of every request, which lie behind its text; asked if it drafts `on_device`.
 
         Args:
-            length: n. limit: tokens at most. worth: what each must bring.
+            caps: [B] int64, tokens at most, all together.
         """
-        return None
+        raise NotImplementedError
 
     def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
         """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
         return ()
 
-    def source(self, row: int) -> str:
-        """What its newest drafts for the request in `row` were taken from, as traces call it."""
-        return self.arm
-
-    def observe(  # noqa: B027 - most learn nothing online
-        self, row: int, proposed: int, accepted: int, confidences: Sequence[float]
-    ) -> None:
+    def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         """`accepted` of its `proposed` drafts of a round were right, which it drafted with these `confidences`.
 
         What a caller ordered is not told.
         """
 
-    def finish(self, row: int, output: Sequence[int]) -> None:  # noqa: B027 - most keep no text
+    def finish(self, row: int, output: Sequence[int]) -> None:
         """The request in `row` ended with `output`; `release` follows."""
 
-    def forget(self, handle: int | None) -> None:  # noqa: B027 - most keep no text
+    def forget(self, handle: int | None) -> None:
         """Drop text kept across requests: of the tenant, or of the scope in it, with this handle, or of all."""
 
     def host_bytes(self) -> Mapping[str, int]:
@@ -157,7 +164,7 @@ class Drafter(ABC):
         """Its part of the server's state; empty for most."""
         return {}
 
-    def release(self, row: int) -> None:  # noqa: B027 - most keep nothing per request
+    def release(self, row: int) -> None:
         """The request in `row` is gone, or another begins there."""
 
 
@@ -166,21 +173,23 @@ def widest_of(drafters: Mapping[str, Drafter]) -> int:
     return max((drafter.max_drafts for drafter in drafters.values()), default=0)
 
 
-def padded(tokens: Sequence[Sequence[int]], alive: Sequence[Sequence[float]], device: torch.device) -> Drafts:
-    """Drafts of different lengths side by side, for which no model ran.
+def padding(values: Sequence[NumberT], width: int, zero: NumberT) -> list[NumberT]:
+    """`values`, and zeros behind them."""
+    return [*values, *[zero] * (width - len(values))]
 
-    Args:
-        tokens: per request. alive: the chance that each of them and all before it are right.
-    """
-    counts = [len(own) for own in tokens]
-    widest = max(counts, default=0)
 
-    def laid(values: Sequence[Sequence[Any]]) -> list[Any]:
-        return [value for own in values for value in (*own, *[0] * (widest - len(own)))]
+def padded(voices: Sequence[Voice], device: torch.device, width: int = 0) -> Drafts:
+    """Voices side by side, one a request, in `width` columns at least."""
+    counts = [len(voice.tokens) for voice in voices]
+    widest = max([width, *counts])
+
+    def laid(values: Sequence[Sequence[NumberT]], zero: NumberT) -> list[NumberT]:
+        return [value for own in values for value in padding(own, widest, zero)]
 
     upload = Upload()
-    tokens_at, counts_at = upload.ints(laid(tokens)), upload.ints(counts)
-    alive_at = upload.floats(laid(alive))
+    tokens_at = upload.ints(laid([voice.tokens for voice in voices], 0))
+    counts_at = upload.ints(counts)
+    alive_at = upload.floats(laid([voice.alive for voice in voices], 0.0))
     ints, floats = upload.send(device)
     size = (len(counts), widest)
     return Drafts(ints[tokens_at].view(size), ints[counts_at], alive=floats[alive_at].view(size), passes=0)

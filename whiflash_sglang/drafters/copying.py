@@ -7,7 +7,7 @@ the device finds and judges the copies of a round (`propose_copies`).
 import torch
 from whiflash_kernels import Copies, propose_copies
 
-from whiflash_sglang.core import DraftBatch, Grown
+from whiflash_sglang.core import DraftBatch, Drafts
 from whiflash_sglang.device.transfers import sent
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
 
@@ -39,11 +39,10 @@ class DeviceCopies:
         """What follows each request's text, as far as its tokens are accepted with a chance of `worth`."""
         return self._propose(batch, batch.caps, worth, None)
 
-    def prolong(self, grown: Grown, worth: float) -> Copies:
+    def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor, worth: float) -> Copies:
         """What follows each request's drafts, which lie behind its text already."""
-        drafts = grown.drafts
         assert drafts.alive is not None
-        return self._propose(grown.batch, grown.caps, worth, (drafts.counts, drafts.alive))
+        return self._propose(batch, caps, worth, (drafts.counts, drafts.alive))
 
     def _propose(
         self,

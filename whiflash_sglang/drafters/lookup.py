@@ -6,7 +6,7 @@ batch when one of them is chosen again.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,18 @@ from whiflash_kernels import Copies
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import DraftBatch, Drafts, Grown, History, Voice
+from whiflash_sglang.core import SILENCE, DraftBatch, Drafts, History, Voice
 from whiflash_sglang.device.transfers import EXACT, HostView
-from whiflash_sglang.drafters.base import Drafter, padded
+from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
-from whiflash_sglang.lookup.copier import CONTEXT, MEMORY, OWN_TEXT_ONLY, Copier, Proposal
+from whiflash_sglang.lookup.copier import MEMORY, OWN_TEXT_ONLY, Copier, Proposal
 from whiflash_sglang.lookup.emission import Emission, has_forms
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import NOTHING_AHEAD, Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar
@@ -46,7 +45,7 @@ class _Request:
 
     learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. blocks: that it
     writes, if it names them. prediction: what its caller expects back. emission: its prompt as it would be written.
-    copier: made when it is looked at first. proposal: of its newest look.
+    copier: made when it is looked at first.
     """
 
     learns: TenantCalibration
@@ -55,7 +54,6 @@ class _Request:
     prediction: Prediction | None = None
     emission: Emission | None = None
     copier: Copier | None = None
-    proposal: Proposal = field(default_factory=Proposal)
 
     def enter(self, written: Sequence[int]) -> None:
         """Follow what was written since, and learn in the scope that it ends in."""
@@ -64,6 +62,12 @@ class _Request:
             self.blocks.follow(written)
             scope = self.blocks.scope
             self.copier.calibration = self.learns.of(scope.agent, scope.block)
+
+    def behind(self, drafts: Voice, copy: Proposal, width: int) -> Voice:
+        """`drafts`, and the first `width` tokens of `copy` behind them."""
+        source = SCOPE if copy.origin == MEMORY and self.blocks is not None else copy.origin
+        tokens = [copied.token for copied in copy.tokens[:width]]
+        return drafts.followed_by(tokens, copy.alive[:width], source)
 
 
 class LookupArm(Drafter):
@@ -77,7 +81,7 @@ class LookupArm(Drafter):
     """
 
     arm = arms.LOOKUP
-    judges = prolongs = True
+    judges = speaks = True
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class LookupArm(Drafter):
         token_bytes: Sequence[bytes] = (),
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        self.late = not host.exact
+        self.on_device = not host.exact
         self._vocabulary, self._form_tokens = vocabulary, settings.form_tokens
         self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
@@ -101,7 +105,7 @@ class LookupArm(Drafter):
         self._requests: dict[int, _Request] = {}
 
     def bytes_for(self, rows: int) -> int:
-        return DeviceCopies.bytes_for(rows) if self.late else 0
+        return DeviceCopies.bytes_for(rows) if self.on_device else 0
 
     def begin(
         self,
@@ -123,8 +127,6 @@ class LookupArm(Drafter):
             blocks = blocks_of(hints, self._token_bytes)
             request = _Request(self._calibrations.of(tenant), tenant, blocks)
         self._requests[row] = request
-        if self.late:
-            return  # the device copies from prompt and answer alone
         if predicted is not None:
             request.prediction = Prediction(predicted, prompt, self._calibrations.fresh())
         if self._vocabulary is not None and self._form_tokens and has_forms(hints.spans):
@@ -133,10 +135,12 @@ class LookupArm(Drafter):
     def serves(self, row: int) -> bool:
         return row in self._requests
 
-    def forecast(self, row: int, length: int, history: History, worth: Worth) -> Forecast:
+    def speak(
+        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+    ) -> Voice | None:
         request = self._requests.get(row)
         if request is None:
-            return NOTHING_AHEAD
+            return None
         copier, emission = request.copier, request.emission
         if copier is None:
             copier = request.copier = Copier(
@@ -154,13 +158,25 @@ class LookupArm(Drafter):
         if emission is not None:
             emission.follow(copier.text)
         least = worth.row or WORTH
-        proposal = request.proposal = copier.look(self.max_drafts, least)
-        width = proposal.width(self.max_drafts, least)
-        return Forecast(1 + proposal.expected(width), 1 + width)
+        longest = self.max_drafts + under_way
+        proposal = copier.look(longest, least)
+        begin = SILENCE._replace(at=len(copier.text))
+        return request.behind(begin, proposal, proposal.width(longest, least))
+
+    def extends(self, row: int) -> bool:
+        return self._copier(row) is not None
+
+    def extend(self, row: int, drafts: Voice, room: int, worth: Worth) -> Voice:
+        """`drafts`, and the copy that they lead into."""
+        copier, room = self._copier(row), min(room - len(drafts.tokens), self.max_drafts)
+        if copier is None or not drafts.tokens or room <= 0:
+            return drafts
+        copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.row or WORTH)
+        return self._requests[row].behind(drafts, copy, len(copy.tokens))
 
     def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
         """Where the device copies: how each request's copies begin, and its table of chances."""
-        if not self.late:
+        if not self.on_device:
             return ()
         copiers = [self._copier(row) for row in row_ids]
         factors = [1.0 if copier is None else copier.factor for copier in copiers]
@@ -168,60 +184,10 @@ class LookupArm(Drafter):
         return [*factors, *(chance for table in known for chance in table.chances)]
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        worth = batch.worth.row or WORTH
-        if self.late:
-            return _drafts(self._device_copies.draft(batch, worth))
-        found = []
-        for row, limit in zip(batch.row_ids, batch.limits, strict=True):
-            request = self._requests.get(row)
-            proposal = Proposal() if request is None else request.proposal
-            width = proposal.width(limit, worth)
-            found.append(Proposal(proposal.tokens[:width], proposal.alive[:width]))
-        return _side_by_side(found, batch.bonus.device)
+        return _drafts(self._device_copies.draft(batch, batch.worth.row or WORTH))
 
-    def prolong(self, grown: Grown) -> Drafts | None:
-        """The copies that another arm's drafts lead into."""
-        batch, drafts = grown.batch, grown.drafts
-        if self.late:
-            return _drafts(self._device_copies.prolong(grown, batch.worth.row or WORTH))
-        assert drafts.alive is not None
-        tokens, alive, counts = drafts.tokens.tolist(), drafts.alive.tolist(), drafts.counts.tolist()
-        copies = [
-            self.copy_behind(row, own[:count], chances[count - 1], room - count, batch.worth)
-            if room and count
-            else Proposal()
-            for row, own, chances, count, room in zip(
-                batch.row_ids, tokens, alive, counts, grown.rooms, strict=True
-            )
-        ]
-        if not any(copy.tokens for copy in copies):
-            return None
-        return _side_by_side(copies, batch.bonus.device)
-
-    def voice(self, row: int, length: int, limit: int, worth: Worth) -> Voice | None:
-        request = self._requests.get(row)
-        if request is None or request.copier is None or len(request.copier.text) != length + 1:
-            return None
-        proposal = request.proposal
-        width = proposal.width(limit, worth.row or WORTH)
-        if not width:
-            return None
-        tokens = [copied.token for copied in proposal.tokens[:width]]
-        return Voice(tokens, proposal.alive[:width], self.source(row))
-
-    def copy_behind(
-        self, row: int, drafts: Sequence[int], alive: float, limit: int, worth: Worth
-    ) -> Proposal:
-        """Up to `limit` tokens to copy behind a request's drafts, which are accepted with a chance of `alive`."""
-        copier = self._copier(row)
-        if copier is None or limit <= 0:
-            return Proposal()
-        return copier.look_beyond(drafts, alive, min(limit, self.max_drafts), worth.row or WORTH)
-
-    def source(self, row: int) -> str:
-        copier = self._copier(row)
-        origin = CONTEXT if copier is None else copier.origin
-        return SCOPE if origin == MEMORY and self._requests[row].blocks is not None else origin
+    def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor) -> Drafts:
+        return _drafts(self._device_copies.draft_behind(batch, drafts, caps, batch.worth.row or WORTH))
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """Remember a finished request's output for its tenant, every block of it in its scope."""
@@ -292,8 +258,3 @@ class LookupArm(Drafter):
 
 def _drafts(copies: Copies) -> Drafts:
     return Drafts(copies.tokens, copies.widths, copies.alive, passes=0)
-
-
-def _side_by_side(copies: Sequence[Proposal], device: torch.device) -> Drafts:
-    tokens = [[copied.token for copied in copy.tokens] for copy in copies]
-    return padded(tokens, [copy.alive for copy in copies], device)

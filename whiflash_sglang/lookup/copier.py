@@ -39,10 +39,13 @@ class Copied(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """tokens: what to copy. alive: for each, the chance that it and all before it are accepted; never increasing."""
+    """tokens: what to copy. alive: for each, the chance that it and all before it are accepted; never increasing.
+    origin: what they are taken from.
+    """
 
     tokens: Sequence[Copied] = ()
     alive: Sequence[float] = ()
+    origin: str = CONTEXT
 
     def width(self, limit: int, worth: float) -> int:
         """Tokens to verify: at most `limit`, each accepted with a chance of at least `worth`, the first in any case."""
@@ -80,7 +83,6 @@ class Copier:
         self._prediction = prediction
         self._proposal = Proposal()
         self._source: Place | None = None
-        self._copied: Place | None = None
 
     @property
     def calibration(self) -> MatchCalibration:
@@ -96,16 +98,6 @@ class Copier:
     def factor(self) -> float:
         """How much likelier than the calibration says a copy's first token is right."""
         return self._request.factor
-
-    @property
-    def origin(self) -> str:
-        """What the newest proposal was taken from."""
-        text = None if self._copied is None else self._copied.text
-        if text is None or text is self.text:
-            return CONTEXT
-        if self._prediction is not None and text is self._prediction.text:
-            return PREDICTION
-        return FORM if any(text is form for form in self._forms()) else MEMORY
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
@@ -130,7 +122,7 @@ class Copier:
         found = self._find((), limit)
         if found:
             best = _best(found)
-            self._source = self._copied = found[best][0]
+            self._source = found[best][0]
             self._proposal = self._propose(found, best, worth)
         return self._proposal
 
@@ -143,10 +135,9 @@ class Copier:
         if not found:
             return Proposal()
         best = _best(found)
-        self._copied = found[best][0]
         proposal = self._propose(found, best, worth, alive)
         width = sum(chance >= worth for chance in proposal.alive)
-        return Proposal(proposal.tokens[:width], proposal.alive[:width])
+        return Proposal(proposal.tokens[:width], proposal.alive[:width], proposal.origin)
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Found]:
         """Places that match the text's end, `drafts` behind it included, and what followed there: forms first, then
@@ -196,7 +187,15 @@ class Copier:
             tokens.append(Copied(token, length + depth, agreement))
             alive.append(chance)
             following = same
-        return Proposal(tokens, alive)
+        return Proposal(tokens, alive, self._origin(places[best]))
+
+    def _origin(self, place: Place) -> str:
+        """What a copy from `place` is taken from."""
+        if place.text is self.text:
+            return CONTEXT
+        if self._prediction is not None and place.text is self._prediction.text:
+            return PREDICTION
+        return FORM if any(place.text is form for form in self._forms()) else MEMORY
 
     def _judge(self, place: Place) -> MatchCalibration:
         """What a copy from `place` is judged by."""

@@ -1,6 +1,6 @@
 """What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from whiflash_kernels import Committed
 
 from whiflash_sglang import arms
+from whiflash_sglang.core import agreement
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafters.base import Drafter
@@ -16,13 +17,13 @@ from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import drafts_nothing
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.strands import Folded
+from whiflash_sglang.round.strands import Folded, Strand
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.telemetry.trace import Part, Recording, first_of
+from whiflash_sglang.telemetry.trace import Part, Recording, behind, first_of
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
@@ -81,25 +82,35 @@ class Learner:
         costs = self.controller.costs
         priced = costs.knows_plain and any(state.recording for state in plan.states)
         prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
-        won = {} if folded is None else {strand.owner: strand for strand, _ in folded.won}
+        strands: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
+        for strand, right in () if folded is None else folded.strands:
+            strands[strand.owner].append((strand, right))
         for i, (state, decision, arm) in enumerate(
             zip(plan.states, plan.decisions, plan.routes, strict=True)
         ):
             state.under_way.pop(0)
             if plan.limits[i]:
                 self.quarantine.judge(arm, state.rid, faulty=bool(found["faults"][i]))
-            if plan.late is not None and found["late"][i]:
-                self.quarantine.judge(plan.late, state.rid, faulty=False)
+            route, own, voice = arm, found["own"][i], found["voice"][i]
+            if voice:  # of the text that its arm knew, or of the device's
+                arm, own = plan.speakers[max(voice - 1, -1)], found["widths"][i] - 1
+                self.quarantine.judge(arm, state.rid, faulty=False)
             if not tokens[i] or not self.ranks.leads:
                 continue
             width, row = found["widths"][i], state.row
             if "wanted" in found:
-                costs.wanted(arm, found["wanted"][i])
-            own = found["own"][i]
-            if plan.late is not None and found["late"][i]:
-                arm, own = plan.late, width - 1
-            right = len(tokens[i]) - 1 if folded is None else min(folded.first[i], len(tokens[i]) - 1)
-            evidence = self.controller.committed(state, decision, arm, tokens[i], width, found["starts"][i])
+                costs.wanted(plan.routes[i], found["wanted"][i])
+            won = next((strand for strand, rows in strands[i] if rows), None)
+            right = len(tokens[i]) - 1 if won is None else min(won.fork, len(tokens[i]) - 1)
+            beside = sum(len(strand.tokens) for strand, _ in strands[i])
+            drafts = found["drafts"][i][: found["drafted"][i]]
+            agreed = agreement(drafts, tokens[i])
+            lengths = {arm: len(tokens[i])}
+            if (won is not None or voice) and found["drafted"][i]:
+                lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
+            evidence = self.controller.committed(
+                state, decision, arm, tokens[i], width, found["starts"][i], lengths
+            )
             self.tally.committed(
                 state.counts,
                 arm,
@@ -108,17 +119,16 @@ class Learner:
                 proposed=width - 1,
                 own=own,
                 right=right,
+                beside=beside,
             )
             if state.recording is not None:
-                drafts = parts[i] if parts is not None else ()
-                if (strand := won.get(i)) is not None:
-                    drafts = [*first_of(drafts, strand.fork), Part(strand.source, len(strand.tokens))]
-                _record(state.recording, arm, len(tokens[i]), width - 1, prices, drafts)
+                chain = list(first_of(parts[i] if parts is not None else (), width - 1 - beside))
+                _record(state.recording, arm, len(tokens[i]), prices, *_paths(chain, strands[i]))
             # A request's last round ends what drafters keep of it.
-            if evidence and arm in self.drafters and self.controller.keeps(state):
-                confidences = found["confidences"][i][: found["own"][i]]
-                with self.quarantine.guard(arm, state.rid):
-                    self.drafters[arm].observe(row, width - 1, right, confidences)
+            if evidence and route in self.drafters and self.controller.keeps(state):
+                known = min(len(drafts), len(tokens[i]))
+                with self.quarantine.guard(route, state.rid):
+                    self.drafters[route].observe(row, known, agreed, found["confidences"][i][:known])
             if "entropy" in found:
                 state.entropy = found["entropy"][i]
             if "outputs" in found:
@@ -127,20 +137,33 @@ class Learner:
         return tokens
 
 
+def _paths(
+    chain: Sequence[Part], strands: Sequence[tuple[Strand, int]]
+) -> tuple[Sequence[Part], Sequence[Part]]:
+    """What the accepted path of a request was taken from, and what was verified beside it."""
+    lost = [Part(strand.source, len(strand.tokens)) for strand, right in strands if not right]
+    for strand, right in strands:
+        if right:
+            path = [*first_of(chain, strand.fork), Part(strand.source, len(strand.tokens))]
+            return path, [*behind(chain, strand.fork), *lost]
+    return chain, lost
+
+
 def _record(
     recording: Recording,
     arm: str,
     tokens: int,
-    proposed: int,
     prices: tuple[float, float] | None,
     parts: Sequence[Part],
+    beside: Sequence[Part],
 ) -> None:
-    """What a round of `arm` brought that committed `tokens` and had `proposed` drafts; prices: `round_prices`."""
+    """What a round of `arm` brought that committed `tokens`; prices: `round_prices`. parts, beside: `_paths`."""
     saved = 0.0
     if prices is not None:
         round_seconds, plain_seconds = prices
         saved = recording.price(arm, tokens, round_seconds=round_seconds, plain_seconds=plain_seconds)
-    recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved)
+    proposed = sum(part.drafts for part in parts)
+    recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved, beside=beside)
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float]:
@@ -155,17 +178,19 @@ def results_of(
 ) -> Download:
     """All that `Learner.learn` and the scheduler read of a round of B requests.
 
-    `starts`, `widths`, `own` [B]; `bonus`, `seq_lens` [B] and `tokens` [B, W], of which `accept_lens` [B] count, as of
-    `Committed`; `confidences` [B, C], of which `own` count; `faults` [B], 1 where the own arm's drafts were none;
-    `late` [B], 1 where the device took the drafts of `Plan.late`; `wanted` [B], drafts before the bound on rows was
-    kept to, where there is one; `signals`, as of `Epilogue.signals`.
+    `starts`, `widths`, `own` [B]; `drafts` [B, W] of the own arms, of which `drafted` [B] count, whether or not they
+    were verified, and their `confidences` [B, C]; `bonus`, `seq_lens` [B] and `tokens` [B, W], of which `accept_lens`
+    [B] count, as of `Committed`; `faults` [B], 1 where the own arm's drafts were none; `voice` [B], as of `Proposal`;
+    `wanted` [B], drafts before the bound on rows was kept to, where there is one; `signals`, as of `Epilogue.signals`.
     """
     wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
     return Download(
         starts=starts,
         widths=proposal.rows_each,
         own=proposal.own,
-        late=proposal.late,
+        drafts=proposal.drafts,
+        drafted=proposal.drafted,
+        voice=proposal.voice,
         bonus=committed.bonus,
         seq_lens=committed.seq_lens,
         tokens=committed.tokens,

@@ -1,12 +1,14 @@
 """What was decided of a round: for the host, for the ranks, and on the device."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from whiflash_kernels import Told
 
 from whiflash_sglang.cache.backlog import Due
+from whiflash_sglang.core import Voice
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.request_state import Decision, RequestState
 from whiflash_sglang.routing.tables import HEADROOM
@@ -17,18 +19,19 @@ from whiflash_sglang.telemetry.round_clock import RoundWork
 class OnDevice:
     """What the device needs of a plan; where nobody drafts and nobody catches up, nothing.
 
-    members: [M] int64 per arm, indices of the batch. due: [arms * B] int64, `DraftSync.flags`. limits, joined: [B]
-    int64, as of `Plan`. calibration: float32 per arm, `Drafter.calibration`. late_limits: [B] int64, drafts of the late
-    arm at most. must_beat: [B] float32, what these must bring (`Controller.must_beat`).
+    members: [M] int64 per arm, indices of the batch. due: [arms * B] int64, `DraftSync.flags`. limits, joined, copying,
+    rooms: [B] int64, as of `Plan`. calibration: float32 per arm, `Drafter.calibration`. told: `Plan.voices`; None where
+    nobody says anything, or where the host places them itself.
     """
 
     members: Mapping[str, torch.Tensor]
     due: torch.Tensor
     limits: torch.Tensor
     joined: torch.Tensor
+    copying: torch.Tensor
+    rooms: torch.Tensor
     calibration: Mapping[str, torch.Tensor]
-    late_limits: torch.Tensor
-    must_beat: torch.Tensor
+    told: Told | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,11 @@ class Plan:
     routes: arm of each. states: what the controller kept of each, by which a later request in the same row is told from
     it; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches
     up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with those
-    that another arm may put behind them, 0 where none may. late: the arm whose drafts the device may put in any
-    request's place, None where the host knows all beforehand; late_limits: their number at most. expected_drafts: of
-    each request on average, as it was routed, whoever's and whether or not they were verified. worth: what a further
-    draft of each arm must bring.
+    that another arm may put behind them, 0 where none may. copying: drafts that the device may copy in their place at
+    most. rooms: drafts of each request at most, whoever's. expected_drafts: of each request on average, as it was
+    routed, whoever's and whether or not they were verified. voices: what arms that speak say of each request; where the
+    host knows texts late, what may take the place of drafts. speakers: these arms, in the order of `told`, and last the
+    one that the device drafts for. worth: what a further draft of each arm must bring.
     """
 
     routes: list[str]
@@ -51,9 +55,11 @@ class Plan:
     due: dict[str, Due]
     limits: list[int]
     joined: list[int]
-    late: str | None
-    late_limits: list[int]
+    copying: list[int]
+    rooms: list[int]
     expected_drafts: list[float]
+    voices: list[dict[str, Voice]]
+    speakers: Sequence[str]
     worth: dict[str, Worth]
     on_device: OnDevice
 
@@ -71,24 +77,20 @@ class Plan:
         caught_up = {arm: due.rows for arm, due in self.due.items()}
         return RoundWork(rows, len(self.routes), context, drafted, caught_up)
 
-    @property
-    def rooms(self) -> list[int]:
-        """Drafts of each request at most."""
-        return [max(most) for most in zip(self.limits, self.joined, self.late_limits, strict=True)]
-
 
 @dataclass(frozen=True, slots=True)
 class Decided:
     """What the first rank decides of a round from what it alone looks at; the others do the same (`Plan` says what).
 
-    asked: arms that were asked what they expect of each request. must_beat: what drafts of the late arm must bring, inf
-    where they may not. calibration: `Drafter.calibration` of every arm that drafts and of the late one.
+    asked: arms that were asked what they say of each request. calibration: `Drafter.calibration` of every arm that
+    drafts and of the one that the device drafts for.
     """
 
     routes: list[str]
     asked: list[list[str]]
     joined: list[int]
-    must_beat: list[float]
+    copying: list[int]
     expected_drafts: list[float]
+    voices: list[dict[str, Voice]]
     worth: dict[str, Worth]
     calibration: dict[str, list[float]]

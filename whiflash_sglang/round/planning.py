@@ -1,22 +1,23 @@
 """What the host decides of a round before it runs, in one object, and all that the device needs of it in one upload."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from whiflash_kernels import Told
+
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import Due
-from whiflash_sglang.core import RoundBatch
+from whiflash_sglang.core import SILENCE, RoundBatch, Voice
 from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.device.transfers import Upload
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.device.transfers import HostView, Upload
+from whiflash_sglang.drafters.base import Drafter, padding, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Decided, OnDevice, Plan
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.routing.controller import Controller, Forecasts
+from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
@@ -29,6 +30,8 @@ class Planner:
     controller: Controller
     clock: RoundClock
     quarantine: Quarantine
+    voices: Voices
+    host: HostView
     ranks: Ranks = field(default_factory=Ranks)
 
     def plan(self, requests: RoundBatch) -> Plan:
@@ -38,17 +41,25 @@ class Planner:
         decided = self.ranks.broadcast(lambda: self._decide(requests))
         if not self.ranks.leads:
             self._ask_too(requests, decided.asked, decided.worth)
-        routes, late = decided.routes, self._late
-        limits, late_limits = self._limits(requests, routes), self._late_limits(requests, decided.must_beat)
-        rooms = [max(most) for most in zip(limits, decided.joined, late_limits, strict=True)]
+        routes, limits = decided.routes, self._limits(requests, decided.routes)
+        longest = widest_of(self.drafters)
+        said = [
+            min([longest, budget - 1, max((len(voice.tokens) for voice in own.values()), default=0)])
+            if not self.host.exact
+            else 0
+            for own, budget in zip(decided.voices, requests.budgets, strict=True)
+        ]
+        rooms = [max(most) for most in zip(limits, decided.joined, decided.copying, said, strict=True)]
         widths = [1 + room for room in rooms]
         members = {arm: [i for i, route in enumerate(routes) if route == arm] for arm in self.drafters}
-        members = {arm: indices for arm, indices in members.items() if indices and arm != late}
+        members = {arm: own for arm, own in members.items() if own and not self.drafters[arm].speaks}
         due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
         states = [self.controller.state(row, rid) for row, rid in requests.names]
         for state, width in zip(states, widths, strict=True):
             state.under_way.append(width)
         self.ranks.note(due)
+        speakers = [drafter.arm for drafter in self.voices.speaking]
+        most = limits, decided.joined, decided.copying, rooms
         return Plan(
             routes,
             states,
@@ -57,11 +68,13 @@ class Planner:
             due,
             limits,
             decided.joined,
-            late if any(late_limits) else None,
-            late_limits,
+            decided.copying,
+            rooms,
             decided.expected_drafts,
+            decided.voices,
+            [*speakers, *(arm for arm, drafter in self.drafters.items() if drafter.on_device)],
             decided.worth,
-            self._upload(requests, members, due, (limits, decided.joined, late_limits), decided),
+            self._upload(requests, members, due, most, decided, speakers),
         )
 
     def under_way(self, row: int) -> int:
@@ -69,64 +82,71 @@ class Planner:
         state = self.controller.states.get(row)
         return 0 if state is None else sum(state.under_way)
 
-    @property
-    def _late(self) -> str | None:
-        late = (arm for arm, drafter in self.drafters.items() if drafter.late)
-        return next((arm for arm in late if arm not in self.quarantine), None)
-
     def _decide(self, requests: RoundBatch) -> Decided:
         asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
-        routes, late = self._route(requests, asked, worth), self._late
+        routes, voices = self._route(requests, asked, worth)
         limits = self._limits(requests, routes)
         joined = [
             self._joined(requests, i, arm, limit) if limit and self.drafters[arm].judges else 0
             for i, (arm, limit) in enumerate(zip(routes, limits, strict=True))
         ]
-        must_beat = [
-            self.controller.must_beat(row, route, late)
-            if late and budget > 1 and self._takes(late, row, rid)
-            else math.inf
-            for (row, rid), route, budget in zip(requests.names, routes, requests.budgets, strict=True)
-        ]
+        if not self.host.exact:
+            voices = [self._told(requests, i, routes[i], own, worth) for i, own in enumerate(voices)]
         return Decided(
             routes,
             asked,
             joined,
-            must_beat,
+            [self._copying(requests, i, route) for i, route in enumerate(routes)],
             [self.controller.costs.drafts(arm) for arm in routes],
+            voices,
             worth,
             self._calibrations(requests.row_ids, routes),
         )
 
-    def _takes(self, late: str, row: int, rid: str) -> bool:
-        """Whether the request takes drafts of the late arm."""
-        serves = self.quarantine.serves(late, rid) and self.drafters[late].serves(row)
-        return serves and self.controller.holds(row, rid)
+    def _told(
+        self,
+        requests: RoundBatch,
+        index: int,
+        route: str,
+        voices: Mapping[str, Voice],
+        worth: Mapping[str, Worth],
+    ) -> dict[str, Voice]:
+        """What may take the place of drafts, each with what other arms know to follow it."""
+        name = row, _ = requests.names[index]
+        room = widest_of(self.drafters) + self.under_way(row)
+        told = {}
+        for arm, voice in voices.items():
+            if self.controller.takes(row, route, arm):
+                extend = self.controller.may_join(row)
+                told[arm] = self.voices.extended(name, arm, voice, room, worth)[0] if extend else voice
+        return told
+
+    def _copying(self, requests: RoundBatch, index: int, route: str) -> int:
+        """Copies at most that the device may put in the place of a request's drafts."""
+        (row, rid), budget = requests.names[index], requests.budgets[index]
+        for arm, drafter in self.drafters.items():
+            serves = drafter.on_device and self.quarantine.serves(arm, rid) and drafter.serves(row)
+            if serves and self.controller.holds(row, rid) and self.controller.takes(row, route, arm):
+                return min(drafter.max_drafts, budget - 1)
+        return 0
 
     def _calibrations(self, row_ids: Sequence[int], routes: Sequence[str]) -> dict[str, list[float]]:
         """What drafts of the round are judged by, of every arm that may make some."""
         found = {}
         for arm, drafter in self.drafters.items():
-            if (arm in routes or drafter.late) and arm not in self.quarantine:
+            if (arm in routes or drafter.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
                     found[arm] = list(drafter.calibration(row_ids))
         return found
 
     def _limits(self, requests: RoundBatch, routes: Sequence[str]) -> list[int]:
-        """Drafts of each request's own arm at most; the late arm drafts for all."""
+        """Drafts of each request's own arm at most; what is said where texts are known late is no arm's."""
         return [
             min(self.drafters[arm].max_drafts, budget - 1)
-            if arm in self.drafters and arm != self._late
+            if arm in self.drafters and (self.host.exact or not self.drafters[arm].speaks)
             else 0
             for arm, budget in zip(routes, requests.budgets, strict=True)
-        ]
-
-    def _late_limits(self, requests: RoundBatch, must_beat: Sequence[float]) -> list[int]:
-        late = self._late
-        return [
-            min(self.drafters[late].max_drafts, budget - 1) if late and value < math.inf else 0
-            for value, budget in zip(must_beat, requests.budgets, strict=True)
         ]
 
     def _askable(self, requests: RoundBatch, index: int) -> list[str]:
@@ -138,53 +158,66 @@ class Planner:
         serving = [arm for arm in self.drafters if self.quarantine.serves(arm, rid)]
         return [arm for arm in serving if self.controller.may_name(row, arm)]
 
-    def _forecast(
+    def _said(
         self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
-    ) -> Forecasts:
-        """Those of `asked` that propose something, with what they say of it."""
+    ) -> dict[str, Voice | None]:
+        """Those of `asked` that may draft: what they say, None of those that do not speak."""
         (row, rid), n = requests.names[index], requests.lengths.most[index]
         history = partial(requests.history, index)
-        found: dict[str, Forecast | None] = {}
+        found: dict[str, Voice | None] = {}
         for arm in asked:
             if arm in self.quarantine:
                 continue  # since an earlier request of the batch was asked
-            try:
-                found[arm] = self.drafters[arm].forecast(row, n, history, worth[arm])
-            except Exception as error:
-                self.quarantine.raised(arm, error, rid)
-        return {arm: forecast for arm, forecast in found.items() if forecast is None or forecast.length > 1}
+            drafter, under_way = self.drafters[arm], self.under_way(row)
+            say = partial(drafter.speak, row, n, history, worth[arm], under_way)
+            voice = self.voices.heard(arm, rid, say)
+            if (voice and voice.tokens) if drafter.speaks else self.quarantine.serves(arm, rid):
+                found[arm] = voice
+        return found
 
     def _ask_too(
         self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
     ) -> None:
         """Where another rank decides: what drafters find while they are asked is what they draft later."""
         for index, names in enumerate(asked):
-            self._forecast(requests, index, names, worth)
+            self._said(requests, index, names, worth)
 
     def _route(
         self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
-    ) -> list[str]:
-        """An arm for each request; none for one that ended after the scheduler had put it into the batch."""
+    ) -> tuple[list[str], list[dict[str, Voice]]]:
+        """An arm for each request, and what is said of it; none for one that ended after the scheduler had put it into
+        the batch.
+        """
         running = [i for i, name in enumerate(requests.names) if self.controller.holds(*name)]
         rows, lengths = requests.row_ids, requests.lengths.most
         before = [self.controller.states[rows[i]].previous for i in running]
         routes = [arms.NONE] * len(rows)
+        voices: list[dict[str, Voice]] = [{} for _ in rows]
         self.controller.costs.set_contexts(lengths)
         for i in running:
             self.controller.states[rows[i]].begin(partial(requests.answer, i))
         if running:
+            said = [self._said(requests, i, asked[i], worth) for i in running]
+            for i, own in zip(running, said, strict=True):
+                voices[i] = {arm: voice for arm, voice in own.items() if voice}
             found = self.controller.route(
                 [rows[i] for i in running],
-                [self._forecast(requests, i, asked[i], worth) for i in running],
+                [
+                    {
+                        arm: voice and voice.first(self.drafters[arm].max_drafts).outlook
+                        for arm, voice in own.items()
+                    }
+                    for own in said
+                ],
             )
             for i, old, new in zip(running, before, found, strict=True):
                 routes[i] = new
                 # Before its last token a request has nothing to switch to.
                 self.clock.switches += requests.budgets[i] > 1 and old not in (None, new)
-        return routes
+        return routes, voices
 
     def _joined(self, requests: RoundBatch, index: int, arm: str, limit: int) -> int:
-        """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may prolong them."""
+        """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may extend them."""
         if not self.controller.may_join(requests.row_ids[index]):
             return 0
         row, rid = requests.names[index]
@@ -192,7 +225,7 @@ class Planner:
             (
                 drafter.max_drafts
                 for other, drafter in self.drafters.items()
-                if drafter.prolongs
+                if drafter.speaks
                 and other != arm
                 and self.quarantine.serves(other, rid)
                 and drafter.serves(row)
@@ -208,25 +241,43 @@ class Planner:
         due: Mapping[str, Due],
         most: Sequence[Sequence[int]],
         decided: Decided,
+        speakers: Sequence[str],
     ) -> OnDevice:
         if not due and not any(map(any, most)):
             nothing = requests.rows.new_empty(0)
-            return OnDevice({}, nothing, nothing, nothing, {}, nothing, nothing)
+            return OnDevice({}, nothing, nothing, nothing, nothing, nothing, {}, None)
         upload = Upload()
         most_at = [upload.ints(own) for own in most]
         members_at = {arm: upload.ints(indices) for arm, indices in members.items()}
         due_at = upload.ints(self.sync.flags(due, len(requests.row_ids)))
         calibration_at = {arm: upload.floats(own) for arm, own in decided.calibration.items()}
-        must_beat_at = upload.floats(decided.must_beat)
+        told, width = not self.host.exact and any(decided.voices), self.voices.width
+        if told:
+            lines = [own.get(arm, SILENCE).first(width) for own in decided.voices for arm in speakers]
+            told_at = [
+                upload.ints([token for line in lines for token in padding(line.tokens, width, 0)]),
+                upload.ints([len(line.tokens) for line in lines]),
+                upload.ints([line.at for line in lines]),
+            ]
+            alive_at = upload.floats([chance for line in lines for chance in padding(line.alive, width, 0.0)])
         ints, floats = upload.send(requests.rows.device)
+        limits, joined, copying, rooms = (ints[at] for at in most_at)
+        shape = len(decided.voices), len(speakers)
         return OnDevice(
             {arm: ints[at] for arm, at in members_at.items()},
             ints[due_at],
-            ints[most_at[0]],
-            ints[most_at[1]],
+            limits,
+            joined,
+            copying,
+            rooms,
             {arm: floats[at] for arm, at in calibration_at.items()},
-            ints[most_at[2]],
-            floats[must_beat_at],
+            Told(
+                ints[told_at[0]].view(*shape, width),
+                floats[alive_at].view(*shape, width),
+                *(ints[at].view(shape) for at in told_at[1:]),
+            )
+            if told
+            else None,
         )
 
 

@@ -8,13 +8,13 @@ own token, so at most one path of a request is accepted; `fold` hands that path 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, takewhile
 from typing import NamedTuple
 
 import torch
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.core import Voice
+from whiflash_sglang.core import Voice, agreement
 from whiflash_sglang.round.epilogue import VerifiedRows
 
 
@@ -47,10 +47,8 @@ def strand_of(owner: int, chain: Voice, voice: Voice, room: int, worth: float) -
     Returns:
         None where the voice says what the chain says, or nothing that is worth its row.
     """
-    fork = next(
-        (i for i, pair in enumerate(zip(chain.tokens, voice.tokens, strict=False)) if pair[0] != pair[1]), -1
-    )
-    if fork < 0:
+    fork = agreement(chain.tokens, voice.tokens)
+    if fork == min(len(chain.tokens), len(voice.tokens)):
         return None
     before = voice.alive[fork - 1] if fork else 1.0
     path = chain.alive[fork - 1] if fork else 1.0
@@ -59,12 +57,9 @@ def strand_of(owner: int, chain: Voice, voice: Voice, room: int, worth: float) -
     ours, theirs = voice.alive[fork] / before, chain.alive[fork] / path
     contested = path * ours * (1 - theirs) / max(1 - ours * theirs, 1e-6)
     scale = contested / voice.alive[fork] if voice.alive[fork] else 0.0
-    kept = [
-        token
-        for token, alive in zip(voice.tokens[fork:], voice.alive[fork:], strict=True)
-        if alive * scale >= worth
-    ][:room]
-    return Strand(owner, fork, kept, 0, contested, voice.source) if kept else None
+    paying = takewhile(lambda i: voice.alive[i] * scale >= worth, range(fork, len(voice.tokens)))
+    kept = [voice.tokens[i] for i in paying][:room]
+    return Strand(owner, fork, kept, 0, contested, voice.parts[0].source) if kept else None
 
 
 def chosen_strands(
@@ -149,13 +144,17 @@ class Folded(NamedTuple):
     """The path of every request that was accepted furthest.
 
     kept: [T'] int64, its packed rows, request after request; None: the batch's own rows. indptr: [B + 1] int32.
-    first: drafts of each first chain that were right. won: strands that won, with how many of their tokens were right.
+    strands: each, with how many of its tokens were right: 0 where it lost.
     """
 
     kept: torch.Tensor | None
     indptr: torch.Tensor
-    first: Sequence[int]
-    won: Sequence[tuple[Strand, int]]
+    strands: Sequence[tuple[Strand, int]]
+
+    @property
+    def won(self) -> list[tuple[Strand, int]]:
+        """Those that won."""
+        return [(strand, right) for strand, right in self.strands if right]
 
 
 def fold(block: MixedBlock, predictions: torch.Tensor, size: int, strands: Sequence[Strand]) -> Folded:
@@ -174,20 +173,21 @@ def fold(block: MixedBlock, predictions: torch.Tensor, size: int, strands: Seque
         return row - first
 
     paths: list[Sequence[int]] = [range(*pair) for pair in pairwise(ends[: size + 1])]
-    first, won = [right(path[0], path[-1] + 1) for path in paths], []
+    first, judged = [right(path[0], path[-1] + 1) for path in paths], []
     for strand, (begin, end) in zip(strands, pairwise(ends[size:]), strict=True):
-        path = paths[strand.owner]
+        path, own = paths[strand.owner], 0
         if first[strand.owner] == strand.fork and said[path[strand.fork]] == strand.tokens[0]:
-            won.append((strand, 1 + right(begin, end)))
+            own = 1 + right(begin, end)
             paths[strand.owner] = [*path[: strand.fork + 1], *range(begin, end)]
+        judged.append((strand, own))
     indptr = block.qo_indptr[: size + 1]
-    if not won:
-        return Folded(None, indptr, first, won)
+    if not any(own for _, own in judged):
+        return Folded(None, indptr, judged)
     indptr = torch.tensor(
         list(accumulate(map(len, paths), initial=0)), dtype=indptr.dtype, device=indptr.device
     )
     kept = torch.tensor(list(chain.from_iterable(paths)), device=indptr.device)
-    return Folded(kept, indptr, first, won)
+    return Folded(kept, indptr, judged)
 
 
 def moves(

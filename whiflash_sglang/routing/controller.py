@@ -1,6 +1,5 @@
 """Routes for a batch, from what every request's state knows and what the batch costs. Imports no SGLang."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 from whiflash_sglang.routing.assign import Costs, Dwell, assign
@@ -75,21 +74,11 @@ class Controller:
         """Whether the drafts of the request in `row` may be prolonged by another arm than the one it was routed to."""
         return self.policy.joins_arms and self.states[row].decision.reason != "pin"
 
-    def must_beat(self, row: int, route: str, other: str) -> float:
-        """What drafts of `other` must bring a request that was routed to `route`, net of their rows, to take its place.
-
-        Expected accepted tokens; infinite where they may not. For arms of which the device alone knows in time what
-        they expect.
-        """
-        state, policy = self.states[row], self.policy
-        if route == other:
-            return -math.inf
-        if state.decision.reason in ("pin", "off") or not self.may_name(row, other):
-            return math.inf
-        if not policy.prices_batches:
-            # Who names no other arm but this one, or this one first, takes it wherever it has something.
-            return math.inf if policy.candidates is None else -math.inf
-        return state.expected - 1 - self.worth(other).row * (self.costs.width(route) - 1)
+    def takes(self, row: int, route: str, arm: str) -> bool:
+        """Whether what `arm` says of the request in `row` may take the place of what `route` drafts for it."""
+        if self.states[row].decision.reason == "off" or not self.may_name(row, arm):
+            return False
+        return route == arm or (self.policy.prices_batches and self.may_join(row))
 
     def worth(self, arm: str) -> Worth:
         """What a further draft token of `arm` must bring; policies that price nothing draft the full length."""
@@ -103,19 +92,23 @@ class Controller:
         tokens: Sequence[int],
         width: int,
         start: int = 0,
+        lengths: Mapping[str, int] | None = None,
     ) -> bool:
         """A round of `arm` committed `tokens` of the request in `state`, the bonus token last.
 
         Args:
             decision: what the round was decided on, which the state's next rounds may have left behind.
-            width: rows that it verified. start: n when it began.
+            width: rows that it verified. start: n when it began. lengths: tokens that each arm which drafted would have
+                committed alone; None: `arm` committed these.
 
         Returns whether the round is evidence for other requests too (`Decision.free`).
         """
+        lengths = {arm: len(tokens)} if lengths is None else lengths
         if decision.free:
-            self.policy.observe(arm, decision.signals, len(tokens))
+            for own, length in lengths.items():
+                self.policy.observe(own, decision.signals, length)
             self.costs.widened(arm, width)
-        state.committed(arm, tokens, width - 1, start=start, reason=decision.reason)
+        state.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=lengths)
         return decision.free
 
     def forget(self, row: int) -> None:

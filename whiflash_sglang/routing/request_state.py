@@ -133,15 +133,17 @@ class RequestState:
         *,
         start: int = 0,
         reason: str = "score",
+        lengths: Mapping[str, int] | None = None,
     ) -> None:
         """A round of `arm` that drafted `proposed` tokens committed `tokens`, the bonus token last.
 
-        start: n when it began. reason: of its decision.
+        start: n when it began. reason: of its decision. lengths: as of `Controller.committed`.
         """
         span = self.span
         kind = span.kind if span else None
         recent = self.recent_by_kind.setdefault(kind, {})
-        recent.setdefault(arm, Mean()).add(len(tokens), RECENT_ROUNDS)
+        for own, length in (lengths or {arm: len(tokens)}).items():
+            recent.setdefault(own, Mean()).add(length, RECENT_ROUNDS)
         if self.recording is not None:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:

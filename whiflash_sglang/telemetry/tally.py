@@ -20,7 +20,7 @@ class ArmCounts:
     """Rounds that one arm drafted, or nobody did.
 
     rounds: each of one request. tokens: committed by them, the bonus token among them. proposed, accepted: drafts.
-    joined, joined_accepted: those of them that another arm put behind the arm's own.
+    joined, joined_accepted: those of them that another arm put behind the arm's own, in the chain that these begin.
     """
 
     rounds: int = 0
@@ -30,17 +30,17 @@ class ArmCounts:
     joined: int = 0
     joined_accepted: int = 0
 
-    def add(self, tokens: int, proposed: int, own: int, right: int) -> None:
+    def add(self, tokens: int, proposed: int, own: int, right: int, beside: int = 0) -> None:
         """A round committed `tokens`, of `proposed` drafts, of which `own` were the arm's own.
 
-        right: drafts of the chain that its own began which were right.
+        right: drafts of the chain that its own began which were right. beside: drafts of further chains.
         """
         self.rounds += 1
         self.tokens += tokens
         self.proposed += proposed
         self.accepted += tokens - 1
-        self.joined += proposed - own
-        self.joined_accepted += tokens - 1 - min(own, right)
+        self.joined += proposed - beside - own
+        self.joined_accepted += right - min(own, right)
 
 
 @dataclass(slots=True)
@@ -76,10 +76,11 @@ class Tally:
         proposed: int,
         own: int,
         right: int,
+        beside: int = 0,
     ) -> None:
         """A round of `arm` committed `tokens` of a request, whose own counts are `request` (`ArmCounts.add`)."""
-        self.by_arm[arm].add(tokens, proposed, own, right)
-        request.setdefault(arm, ArmCounts()).add(tokens, proposed, own, right)
+        for counts in (self.by_arm[arm], request.setdefault(arm, ArmCounts())):
+            counts.add(tokens, proposed, own, right, beside)
         self.reasons[reason] += 1
 
     def timed(self, seconds: float, plain_seconds: float) -> None:

@@ -48,6 +48,14 @@ def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
         count -= part.drafts
 
 
+def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
+    """The drafts of them that come after the first `count`."""
+    for part in parts:
+        if part.drafts > count:
+            yield Part(part.source, part.drafts - max(count, 0))
+        count -= part.drafts
+
+
 @dataclass(slots=True)
 class Brought:
     """What drafts from one source came to. saved: estimated seconds, less than 0 where they cost more."""
@@ -108,13 +116,23 @@ class Recording:
         self.saved[arm] = self.saved.get(arm, 0.0) + saved
         return saved
 
-    def credit(self, parts: Sequence[Part], *, proposed: int, accepted: int, saved: float) -> None:
-        """A round verified the first `proposed` of these drafts, of which `accepted` were right; it saved so many
-        seconds, which are shared out by what was right, else by what was wrong.
+    def credit(
+        self,
+        parts: Sequence[Part],
+        *,
+        proposed: int,
+        accepted: int,
+        saved: float,
+        beside: Sequence[Part] = (),
+    ) -> None:
+        """A round verified the first `proposed` of these drafts, of which `accepted` were right, and others `beside`
+        them, of which none was. It saved so many seconds, which are shared out by what was right, else by what was
+        wrong.
         """
-        verified = list(first_of(parts, proposed))
+        path = list(first_of(parts, proposed))
+        verified = [*path, *beside]
         right = [0] * len(verified)
-        for number, part in enumerate(verified):
+        for number, part in enumerate(path):
             right[number] = min(part.drafts, accepted - sum(right))
         whole = accepted or sum(part.drafts for part in verified)
         for part, own in zip(verified, right, strict=True):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_kernels.structs import Chosen, Drafted, Laid
+from whiflash_kernels.structs import Chosen, Drafted, Laid, Told
 
 
 def cut_drafts(
@@ -76,22 +76,6 @@ def put_block(text: Tensor, request_slots: Tensor, seq_lens: Tensor, tokens: Ten
     text[request_slots[:, None], seq_lens[:, None] + column] = tokens
 
 
-def join_drafts(
-    laid: Laid,
-    behind: Drafted,
-    request_slots: Tensor,
-    seq_lens: Tensor,
-    after: Tensor | None,
-    text: Tensor | None,
-) -> Laid:
-    """See `whiflash_kernels.drafts.join_drafts`."""
-    kept = laid.counts if after is None else after
-    tokens, counts, alive = _joined(laid.tokens, kept, laid.alive, behind)
-    if text is not None:
-        put_block(text, request_slots, seq_lens, tokens)
-    return laid._replace(tokens=tokens, counts=counts, alive=alive)
-
-
 def choose_drafts(
     laid: Laid,
     request_slots: Tensor,
@@ -99,8 +83,9 @@ def choose_drafts(
     text: Tensor,
     own: Tensor | None,
     behind: Drafted | None,
-    late: Drafted | None,
-    must_beat: Tensor | None,
+    told: Told | None,
+    copies: Drafted | None,
+    rooms: Tensor | None,
     worth: float,
     room: int | None,
 ) -> Chosen:
@@ -108,16 +93,23 @@ def choose_drafts(
     tokens, counts, alive = laid.tokens, laid.counts, laid.alive
     if behind is not None:
         tokens, counts, alive = _joined(tokens, counts, alive, behind)
-    taken = None
-    if late is not None and must_beat is not None and late.alive is not None:
-        taken = _beats(late.counts, late.alive, must_beat, worth)
-        width = tokens.shape[1]
-        theirs, lives = (
-            F.pad(t, (0, max(width - t.shape[1], 0)))[:, :width] for t in (late.tokens, late.alive)
-        )
-        tokens = torch.where(taken[:, None], theirs, tokens)
-        alive = torch.where(taken[:, None], lives, alive)
-        counts = torch.where(taken, late.counts, counts)
+    width, best = tokens.shape[1], _gain(counts, alive, worth)
+    voice = torch.zeros_like(counts)
+    others: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+    if told is not None and rooms is not None:
+        for number in range(told.counts.shape[1]):
+            one = Told(*(values[:, number] for values in told))
+            others.append((number + 1, _aligned(one, request_slots, seq_lens, text, rooms.clamp(max=width))))
+    if copies is not None and copies.alive is not None:
+        others.append((-1, (copies.tokens, copies.counts, copies.alive)))
+    for number, (theirs, count, lives) in others:
+        gain = _gain(count, lives, worth)
+        wins = (count > 0) & (gain > best)
+        theirs, lives = (F.pad(t, (0, max(width - t.shape[1], 0)))[:, :width] for t in (theirs, lives))
+        tokens = torch.where(wins[:, None], theirs, tokens)
+        alive = torch.where(wins[:, None], lives, alive)
+        counts, best = torch.where(wins, count, counts), torch.where(wins, gain, best)
+        voice = torch.where(wins, number, voice)
     wanted = kept = counts.to(torch.int32)
     if room is not None:
         kept = _likeliest(alive, kept, room)
@@ -126,9 +118,26 @@ def choose_drafts(
         tokens=tokens,
         widths=kept + 1,
         own=torch.minimum(kept, laid.counts if own is None else own).to(torch.int32),
-        late=torch.zeros_like(kept) if taken is None else taken.to(torch.int32),
+        voice=voice.to(torch.int32),
         wanted=wanted,
     )
+
+
+def _aligned(
+    told: Told, request_slots: Tensor, seq_lens: Tensor, text: Tensor, rooms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, counts and chances of one voice a request behind the text as it is."""
+    columns = told.tokens.shape[1]
+    column = torch.arange(columns, device=seq_lens.device)
+    passed = seq_lens + 1 - told.at
+    place = (told.at[:, None] + column).clamp(0, text.shape[1] - 1)
+    same = (text[request_slots[:, None], place] == told.tokens) | (column >= passed[:, None])
+    before = told.alive.gather(1, (passed - 1).clamp(0, columns - 1)[:, None])
+    before = torch.where(passed[:, None] > 0, before, 1.0)
+    fits = same.all(1) & (passed >= 0) & (passed < told.counts) & (before[:, 0] > 0)
+    counts = torch.where(fits, torch.minimum(told.counts - passed, rooms), 0)
+    index = (passed[:, None] + column).clamp(0, columns - 1)
+    return told.tokens.gather(1, index), counts, told.alive.gather(1, index) / before
 
 
 def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, behind: Drafted) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,11 +150,10 @@ def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, behind: Drafted) -> t
     return tokens, counts + behind.counts, alive
 
 
-def _beats(counts: Tensor, alive: Tensor, must_beat: Tensor, worth: float) -> Tensor:
-    """[B] bool: whose late drafts bring more."""
-    column = torch.arange(alive.shape[1], device=must_beat.device)
-    gain = torch.where(column < counts[:, None], alive - worth, 0.0).sum(1)
-    return (counts > 0) & (gain > must_beat)
+def _gain(counts: Tensor, alive: Tensor, worth: float) -> Tensor:
+    """[B]: accepted drafts that are expected, net of what their rows must bring."""
+    column = torch.arange(alive.shape[1], device=counts.device)
+    return torch.where(column < counts[:, None], alive - worth, 0.0).sum(1)
 
 
 def _likeliest(alive: Tensor, counts: Tensor, room: int) -> Tensor:

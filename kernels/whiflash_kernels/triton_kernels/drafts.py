@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import Chosen, Drafted, Laid
+from whiflash_kernels.structs import Chosen, Drafted, Laid, Told
 from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 RIVALS = 128
@@ -214,7 +214,7 @@ def _rows(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.stride(1) == 1 else values.contiguous()
 
 
-@triton.jit(do_not_specialize=["width", "late_width", "more_row", "more_alive_row"])
+@triton.jit(do_not_specialize=["width", "told_width", "copies_width", "more_row", "more_alive_row"])
 def _merge_drafts_kernel(
     tokens,
     counts,
@@ -223,30 +223,36 @@ def _merge_drafts_kernel(
     more_tokens,
     more_counts,
     more_alive,
-    late_tokens,
-    late_alive,
-    late_counts,
-    must_beat,
+    told_tokens,
+    told_alive,
+    told_counts,
+    told_at,
+    rooms,
+    copies,
+    copies_alive,
+    copies_counts,
     request_slots,
     seq_lens,
     text,
     out,
     widths,
     own,
-    taken,
+    voice,
     wanted,
     chances,
     worth,
     width,
-    late_width,
+    told_width,
+    copies_width,
     more_row,
     more_alive_row,
     text_row,
     COLUMNS: tl.constexpr,
-    LATE_COLUMNS: tl.constexpr,
+    TOLD_COLUMNS: tl.constexpr,
+    VOICES: tl.constexpr,
     HAS_MORE: tl.constexpr,
     HAS_MORE_ALIVE: tl.constexpr,
-    HAS_LATE: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
     COMPETE: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
@@ -266,29 +272,49 @@ def _merge_drafts_kernel(
             their = tl.load(more_alive + request * more_alive_row + place, mask=joins, other=0.0)
         chance = tl.where(joins, their, chance)
         count += extra
-    took = False
-    if HAS_LATE:
-        found = tl.load(late_counts + request)
-        at = tl.arange(0, LATE_COLUMNS)
-        known = (at < found) & (at < late_width)
-        lives = tl.load(late_alive + request * late_width + at, mask=known, other=0.0)
-        gain = tl.sum(tl.where(known, lives - worth, 0.0), axis=0)
-        took = (found > 0) & (gain > tl.load(must_beat + request))
-        there = inside & (column < late_width) & took
-        token = tl.where(
-            took, tl.load(late_tokens + request * late_width + column, mask=there, other=0), token
-        )
-        chance = tl.where(
-            took, tl.load(late_alive + request * late_width + column, mask=there, other=0.0), chance
-        )
-        count = tl.where(took, found, count)
-        tl.store(taken + request, took.to(tl.int32))
-    else:
-        tl.store(taken + request, 0)
-    begin = tl.load(request_slots + request).to(tl.int64) * text_row
-    begin += tl.load(seq_lens + request).to(tl.int64) + 1
+    length = tl.load(seq_lens + request).to(tl.int64)
+    line = text + tl.load(request_slots + request).to(tl.int64) * text_row
+    best = tl.sum(tl.where(inside & (column < count), chance - worth, 0.0), axis=0)
+    whose = 0
+    for number in tl.static_range(VOICES):
+        row = request * VOICES + number
+        found = tl.load(told_counts + row)
+        begin = tl.load(told_at + row)
+        passed = length + 1 - begin
+        place = tl.arange(0, TOLD_COLUMNS)
+        written = (place < passed) & (place < told_width) & (passed < found)
+        known = tl.load(line + begin + place, mask=written, other=0)
+        said = tl.load(told_tokens + row * told_width + place, mask=written, other=0)
+        fits = (passed >= 0) & (passed < found)
+        fits &= tl.sum((written & (known != said)).to(tl.int32), axis=0) == 0
+        first = row * told_width + tl.where(fits, passed, 0)
+        sure = tl.load(told_alive + first - 1, mask=fits & (passed > 0), other=1.0)
+        most = tl.minimum(found - passed, tl.minimum(tl.load(rooms + request), width))
+        most = tl.where(fits & (sure > 0.0), most, 0)
+        there = inside & (column < most)
+        lives = tl.div_rn(tl.load(told_alive + first + column, mask=there, other=0.0), sure)
+        gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
+        wins = (most > 0) & (gain > best)
+        theirs = tl.load(told_tokens + first + column, mask=there, other=0)
+        token = tl.where(wins, theirs, token)
+        chance = tl.where(wins, lives, chance)
+        count = tl.where(wins, most, count)
+        best = tl.where(wins, gain, best)
+        whose = tl.where(wins, number + 1, whose)
+    if HAS_COPIES:
+        found = tl.load(copies_counts + request)
+        there = inside & (column < found) & (column < copies_width)
+        lives = tl.load(copies_alive + request * copies_width + column, mask=there, other=0.0)
+        gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
+        wins = (found > 0) & (gain > best)
+        theirs = tl.load(copies + request * copies_width + column, mask=there, other=0)
+        token = tl.where(wins, theirs, token)
+        chance = tl.where(wins, lives, chance)
+        count = tl.where(wins, found, count)
+        whose = tl.where(wins, -1, whose)
+    tl.store(voice + request, whose)
     tl.store(out + request * width + column, token, mask=inside)
-    tl.store(text + begin + column, token, mask=inside)
+    tl.store(line + length + 1 + column, token, mask=inside)
     tl.store(widths + request, (count + 1).to(tl.int32))
     tl.store(own + request, tl.minimum(count, laid).to(tl.int32))
     tl.store(wanted + request, count.to(tl.int32))
@@ -321,8 +347,9 @@ def choose_drafts(
     text: Tensor,
     own: Tensor | None,
     behind: Drafted | None,
-    late: Drafted | None,
-    must_beat: Tensor | None,
+    told: Told | None,
+    copies: Drafted | None,
+    rooms: Tensor | None,
     worth: float,
     room: int | None,
 ) -> Chosen:
@@ -339,7 +366,12 @@ def choose_drafts(
     compete = room is not None and room < size * width
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else laid.alive
     columns = draft_columns(width)
-    late_alive = laid.alive if late is None else late.alive
+    # Where there are none, any pointer stands for them: the kernel does not look.
+    heard = Told(laid.tokens, laid.alive, laid.counts, laid.counts) if told is None else told
+    copied = (laid.tokens, laid.alive, laid.counts)
+    if copies is not None:
+        assert copies.alive is not None
+        copied = copies.tokens, copies.alive, copies.counts
     more_tokens, more_alive = (None, None) if behind is None else (_rows(behind.tokens), _rows(behind.alive))
     _merge_drafts_kernel[(size,)](
         laid.tokens,
@@ -349,10 +381,9 @@ def choose_drafts(
         laid.tokens if more_tokens is None else more_tokens,
         laid.counts if behind is None else behind.counts.contiguous(),
         laid.alive if more_alive is None else more_alive,
-        laid.tokens if late is None else late.tokens,
-        late_alive,
-        laid.counts if late is None else late.counts,
-        laid.alive if must_beat is None else must_beat.contiguous(),
+        *heard,
+        laid.counts if rooms is None else rooms.contiguous(),
+        *copied,
         request_slots.contiguous(),
         seq_lens.contiguous(),
         text,
@@ -360,15 +391,17 @@ def choose_drafts(
         chances,
         float(worth),
         width,
-        0 if late is None else late.tokens.shape[1],
+        heard.tokens.shape[-1],
+        copied[0].shape[1],
         0 if more_tokens is None else more_tokens.stride(0),
         0 if more_alive is None else more_alive.stride(0),
         text.stride(0),
         COLUMNS=columns,
-        LATE_COLUMNS=1 if late is None else draft_columns(late.tokens.shape[1]),
+        TOLD_COLUMNS=1 if told is None else draft_columns(heard.tokens.shape[2]),
+        VOICES=0 if told is None else heard.counts.shape[1],
         HAS_MORE=behind is not None,
         HAS_MORE_ALIVE=more_alive is not None,
-        HAS_LATE=late is not None,
+        HAS_COPIES=copies is not None,
         COMPETE=compete,
         num_warps=1,
     )

@@ -295,7 +295,8 @@ class VerifyStage:
         if widths is not None and batch.has_grammar:
             chains = sampling.grammar_chains(block, widths[:size], requests.ahead, strands)
         greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
-        self._epilogue.let_graphs_commit(greedy, requests.row_ids)
+        # What the end of a graph commits is the rows as they are packed: strands must be folded before.
+        self._epilogue.let_graphs_commit(greedy and not strands, requests.row_ids)
         with _strands_as_requests(batch, packed_up) if strands else nullcontext():
             verified = self._target.verify(batch, padded, packed_up.widths, widths, proposal.stride)
         predictions = None

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
-import torch
 from fastapi import Query, Request
 from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints import http_server
@@ -24,8 +23,7 @@ from whiflash_sglang.compat.http import (
 )
 from whiflash_sglang.compat.http.control import encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import nameless, parse_forget
 from whiflash_sglang.metrics import publisher
@@ -82,18 +80,12 @@ def _capabilities_of(server_args: Any) -> Any:
                 "none",
             ),
             routes=converted.routes(http_server.app.state),
-            prediction_tokens=_prediction_tokens(settings, manager.config_value("device")),
+            prediction_tokens=settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
             tool_call_parser=manager.config_value("tool_call_parser"),
             reasoning_parser=manager.config_value("reasoning_parser"),
         )
 
     return get_capabilities
-
-
-def _prediction_tokens(settings: Settings, device: str) -> int:
-    """The longest prediction that drafts are made from; 0 if none are: on a device that the host may not read."""
-    drafts = settings.lookup.enabled and HostView.of(torch.device(device)).exact
-    return settings.lookup.prediction_tokens if drafts else 0
 
 
 Seconds = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]

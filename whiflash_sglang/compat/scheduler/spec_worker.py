@@ -101,7 +101,8 @@ def round_batch(
 
 
 def branches_of(wanted: int, pool: Any, *, ranks: int, exact: bool, pinned: bool) -> int:
-    """Chains of a request that a round may verify: `wanted`, or one, said in the log, where strands are not made.
+    """Chains of a request that a round may verify: `wanted`, or one where strands are not made. The log says so, and
+    which requests of a server that makes them have one.
 
     Args:
         pool: SGLang's table of requests. ranks: that serve the model. exact: whether the host may read the device.
@@ -117,6 +118,10 @@ def branches_of(wanted: int, pool: Any, *, ranks: int, exact: bool, pinned: bool
     if wanted > 1 and reason is not None:
         logger.warning("WHIFLASH: --whiflash-branches %d is served as 1, since %s.", wanted, reason)
         return 1
+    if wanted > 1:
+        logger.info(
+            "WHIFLASH: up to %d chains of a request are verified, one of a request with penalties.", wanted
+        )
     return wanted
 
 

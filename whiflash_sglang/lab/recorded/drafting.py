@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
+from whiflash_sglang.core import Voice
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lab.recorded.bounds import Bound
@@ -246,13 +247,11 @@ class ToolsArm:
         drafts, alive = self._copies.look(limit)
         if not self._calls.serves(0):
             return drafts
-        looked = self._calls.forecast(0, len(self._text) - 1, lambda start: self._text[start:], FULL_LENGTH)
-        if sum(alive) >= looked.length - 1:
-            found = self._calls.behind(0, drafts, alive, limit, FULL_LENGTH)
-            return [*drafts, *(token.token for token in found.tokens)][:limit]
-        found = self._calls.proposed(0, limit, FULL_LENGTH)
-        drafts = [token.token for token in found.tokens]
-        return [*drafts, *self._copies.look_beyond(drafts, found.alive[-1], limit - len(drafts))[0]]
+        said = self._calls.speak(0, len(self._text) - 1, lambda start: self._text[start:], FULL_LENGTH)
+        if said is None or sum(alive) >= said.outlook.length - 1:
+            return self._calls.extend(0, Voice(drafts, alive), limit, FULL_LENGTH).tokens[:limit]
+        drafts = said.tokens[:limit]
+        return [*drafts, *self._copies.look_beyond(drafts, said.alive[-1], limit - len(drafts))[0]]
 
 
 PLAIN = "lookup"
