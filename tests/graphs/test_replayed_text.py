@@ -50,5 +50,5 @@ def test_a_graph_commits_no_rows_of_strands(models: Models, seen: Seen) -> None:
         e.worker.controller.policy = ChainFirst()
         found = play(e, arrivals)
     compare(models, arrivals, plain, found)
-    assert seen.won > 5
+    assert seen.won
     assert set(graphs.committed) == {True, False}

@@ -125,7 +125,7 @@ def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case:
         assert case not in ("batch", "full-pool") or assert_tree_is_true(e, models) > 100
     compare(models, arrivals, expected, found)
     print(seen)
-    assert seen.strands > seen.won > 6, "hardly any strand won, so nothing was tried"
+    assert seen.strands > seen.won > 2, "hardly any strand won, so nothing was tried"
     assert len(seen.forks) > 1
 
 
