@@ -177,7 +177,7 @@ def test_records_are_plain_decodings(models: Models, seen: Seen, case: str) -> N
         found = all_logprobs(e, compared)
     for rid in compared:
         assert_same_logprobs(found[rid], wanted[rid], rid)
-    assert seen.won > 10
+    assert seen.won > 2
 
 
 @pytest.mark.parametrize(
@@ -218,4 +218,4 @@ def test_joint_distribution(models: Models, seen: Seen) -> None:
     for result in judge(models, found):
         assert result.test.p_value > 1e-4, result
         assert result.test.freedom >= 5, result
-    assert seen.won > 100
+    assert seen.won > 20
