@@ -125,7 +125,7 @@ def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case:
         assert case not in ("batch", "full-pool") or assert_tree_is_true(e, models) > 100
     compare(models, arrivals, expected, found)
     print(seen)
-    assert seen.strands > seen.won > 2, "hardly any strand won, so nothing was tried"
+    assert seen.strands > seen.won > 6, "hardly any strand won, so nothing was tried"
     assert len(seen.forks) > 1
 
 
@@ -177,7 +177,7 @@ def test_records_are_plain_decodings(models: Models, seen: Seen, case: str) -> N
         found = all_logprobs(e, compared)
     for rid in compared:
         assert_same_logprobs(found[rid], wanted[rid], rid)
-    assert seen.won > 2
+    assert seen.won > 10
 
 
 @pytest.mark.parametrize(
@@ -218,4 +218,4 @@ def test_joint_distribution(models: Models, seen: Seen) -> None:
     for result in judge(models, found):
         assert result.test.p_value > 1e-4, result
         assert result.test.freedom >= 5, result
-    assert seen.won > 20
+    assert seen.won > 100
