@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
-from target_families import FAMILIES
+from target_families import FAMILIES, Shown
 from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace
@@ -85,8 +85,8 @@ def flags_table() -> str:
     return table(("flag", "takes", "meaning"), rows)
 
 
-def model_table(model: type[BaseModel], name: str = "field") -> str:
-    """Fields with type, default and the meaning that the model's docstring gives.
+def model_table(model: type[BaseModel], name: str = "field", beyond: type[BaseModel] = BaseModel) -> str:
+    """Fields with type, default and the meaning that the model's docstring gives, without those of `beyond`.
 
     Raises:
         KeyError: the docstring does not say what a field means.
@@ -95,6 +95,7 @@ def model_table(model: type[BaseModel], name: str = "field") -> str:
     rows = [
         (f"`{field}`", _type(info.annotation), _default(info), meaning[field])
         for field, info in model.model_fields.items()
+        if field not in beyond.model_fields
     ]
     if not any(default for _, _, default, _ in rows):
         return table((name, "type", "meaning"), ((field, kind, said) for field, kind, _, said in rows))
@@ -103,15 +104,38 @@ def model_table(model: type[BaseModel], name: str = "field") -> str:
 
 def meanings(model: type[BaseModel]) -> Mapping[str, str]:
     """What `name: meaning.` or `name, other: meaning.` in a model's docstring says of its fields."""
-    text = " ".join((model.__doc__ or "").split())
     names = "|".join(model.model_fields)
-    found = list(re.finditer(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text))
-    ends = [*(match.start() for match in found[1:]), len(text)]
     said = {}
-    for match, end in zip(found, ends, strict=False):
-        for name in match[1].split(", "):
-            said[name] = text[match.end() : end].strip(" .;")
+    for one in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+        text = " ".join((one.__doc__ or "").replace("Attributes:", "").split())
+        found = list(re.finditer(rf"(?:^|(?<=[.;…] ))((?:{names})(?:, (?:{names}))*): ", text))
+        ends = [*(match.start() for match in found[1:]), len(text)]
+        for match, end in zip(found, ends, strict=False):
+            for name in match[1].split(", "):
+                said[name] = text[match.end() : end].strip(" .;")
     return said
+
+
+def training_keys() -> str:
+    """Every key of a training configuration, a table for each section."""
+    from whiflash_sglang.train import config
+
+    none = BaseModel
+    sections = (
+        ("The file", config.TrainConfig, none),
+        ("hardware", config.Hardware, none),
+        ("data", config.Data, none),
+        ("data.slots", config.Slots, none),
+        ("draft_layers", config.DraftLayers, none),
+        ("eagle3", config.Eagle3, none),
+        ("dflash and dspark", config.DFlash, none),
+        ("dspark only", config.DSpark, config.DFlash),
+        ("loop, of each drafter", config.Loop, none),
+        ("router", config.RouterTraining, none),
+    )
+    return "\n\n".join(
+        f"### {name}\n\n{model_table(model, 'key', beyond)}" for name, model, beyond in sections
+    )
 
 
 def formats_table() -> str:
@@ -128,10 +152,14 @@ def formats_table() -> str:
 def targets_table() -> str:
     """Families of targets, each with what shows that it is served."""
     rows = (
-        (", ".join(f"`{name}`" for name in one.architectures), one.kind, str(one.shown), one.note)
-        for one in FAMILIES
+        (
+            ", ".join(f"`{name}`" for name in one.architectures),
+            one.kind,
+            "; ".join(filter(None, (one.shown, one.note))),
+        )
+        for one in sorted(FAMILIES, key=lambda one: [*Shown].index(one.shown))
     )
-    return table(("`architectures`", "layers", "shown", "where"), rows)
+    return table(("`architectures`", "layers", "status"), rows)
 
 
 def state_table() -> str:
@@ -232,23 +260,30 @@ def _type(annotation: Any) -> str:
         return (
             f"list of {_type(inside[0])}" if inside[1:] == (...,) else f"{len(inside)} × {_type(inside[0])}"
         )
-    if origin is Sequence:
+    if origin in (Sequence, list):
         return f"list of {_type(inside[0])}"
     if origin is dict:
         return f"object: {_type(inside[0])} → {_type(inside[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "object"
-    return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
+    words: Mapping[Any, str] = {
+        int: "integer",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        Path: "path",
+    }
+    return "any" if annotation is Any else words[annotation]
 
 
 def _default(info: Any) -> str:
     if info.is_required():
         return "required"
     value = info.default if info.default is not PydanticUndefined else info.default_factory()
-    if value is None or value == "" or isinstance(value, BaseModel):
+    if value is None or value == "" or (isinstance(value, (BaseModel, list)) and value):
         return ""
-    if isinstance(value, (tuple, dict)):
-        return "empty"
+    if isinstance(value, (tuple, dict, list)):
+        return ", ".join(f"`{one}`" for one in value) or "empty"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -308,6 +343,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "source_totals": lambda: model_table(SourceTotals),
     "stretch": lambda: model_table(Stretch),
     "commands": cli_reference,
+    "training": training_keys,
     "gpu": gpu_table,
     "suites": suites_table,
 }

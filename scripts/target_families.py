@@ -11,8 +11,8 @@ from enum import StrEnum
 class Shown(StrEnum):
     """What is known of a family."""
 
-    CPU = "text under every policy, and features"
-    UNTRIED = "not tried"
+    CPU = "tested"
+    UNTRIED = "untested"
     REFUSED = "refused"
 
 
@@ -27,10 +27,10 @@ class TargetFamily:
 
 
 _MOE, _WINDOWS, _MLA = "mixture of experts", "sliding windows", "latent attention (MLA)"
-_RECURRENT, _IMAGES = "recurrent or convolution layers", "images or sound beside text"
-_TEXT = "text alone"
-_BY_ROW = "on CUDA not with `flashinfer`"
-_ONE_SHAPE = "refused where windowed layers have other heads of K and V, as published ones do"
+_RECURRENT, _IMAGES = "recurrent or convolution layers", "images or sound"
+_TEXT = "text only"
+_BY_ROW = "not with `flashinfer`"
+_ONE_SHAPE = "published checkpoints are refused: their windowed layers have other KV heads"
 
 FAMILIES: tuple[TargetFamily, ...] = (
     TargetFamily(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "dense", Shown.CPU),

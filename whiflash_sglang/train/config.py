@@ -21,7 +21,7 @@ class _Strict(BaseModel):
 
 
 class Hardware(_Strict):
-    """device: cpu or cuda. dtype: of matrix products. threads: CPU threads, 0 for torch's choice."""
+    """device: where training runs. dtype: of matrix products. threads: CPU threads; 0 is torch's choice."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -36,7 +36,7 @@ class Hardware(_Strict):
 
 
 class Slots(_Strict):
-    """`rows` sequences generated at once, of at most `capacity` tokens each, prompt and answer together."""
+    """rows: sequences generated at once. capacity: most tokens of each, prompt and answer together."""
 
     rows: Positive
     capacity: Positive
@@ -46,16 +46,18 @@ class Data(_Strict):
     """Prompts and how the target answers them.
 
     Attributes:
-        source: who runs the target, for its answers and its features. `own` is this package's generator, which knows
-            dense Llama, Qwen2 and Qwen3 alone; `sglang` is SGLang's offline engine, so whatever it serves; `auto` is
-            the former where it knows the target, else the latter.
-        engine: further arguments of that engine by their Python names, e.g. {tp_size: 8, mem_fraction_static: 0.8}.
-        prompts: JSONL files, or a Hugging Face data set named `hf:<id>` with a `messages` column.
-        category_weights: relative frequency of a category in every prefix of the data; 1 where not named.
+        prompts: JSONL files, or `hf:NAME` for a Hugging Face data set with a `messages` column.
+        source: the target's engine. `own`: this package's generator, for dense Llama, Qwen2 and Qwen3; `sglang`:
+            SGLang's offline engine; `auto`: `own` if it knows the target.
+        engine: further arguments of SGLang's engine by their Python names, e.g. {tp_size: 8, mem_fraction_static: 0.8}.
+        category_weights: relative frequency of a category in every prefix of the data; 1 if not named.
         tool_choice_required: share of the rows with tools that must call one.
+        max_new_tokens: longest answer.
+        slots: groups of sequences that are generated at once; by default 48 of 512 tokens.
         temperature: 0 is greedy.
-        shard: this process answers rows index, index + count, …; [index, count].
-        max_disk_gb: the run stops before the cached features exceed it.
+        shard: [index, count]; this process answers rows index, index + count, …
+        limit: most prompts.
+        max_disk_gb: the run stops before the stored features exceed it.
     """
 
     prompts: list[str]
@@ -75,9 +77,17 @@ class Loop(_Strict):
     """Optimisation.
 
     Attributes:
-        answer_tokens: answer tokens in a batch. save_steps: between checkpoints.
-        category_weights: how often the answers of a category are held, on average; 1 where not named. They are drawn
-            once for all epochs: of a category that weighs 0.5 half of the answers are left out.
+        category_weights: how often the answers of a category are used, on average; 1 if not named. They are drawn once
+            for all epochs, so 0.5 leaves out half of a category's answers.
+        epochs: passes over the answers.
+        answer_tokens: answer tokens in a batch.
+        min_answer: shortest answer used, in tokens.
+        learning_rate: of AdamW, with a cosine schedule.
+        warmup_share: share of the steps that warm up.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradients.
+        save_steps: steps between checkpoints.
+        log_steps: steps between log lines.
     """
 
     category_weights: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}
@@ -96,12 +106,15 @@ class Eagle3(_Strict):
     """The autoregressive drafter.
 
     Attributes:
-        target_layers: outputs that it reads, a subset of the captured ones.
-        source_layer: the target's layer that it starts as. Not said: it starts as a layer that adds nothing yet, the
-            only way where the target's layers are not Llama's or Qwen's.
-        intermediate_size: of its MLP; the target's where it is not said.
+        target_layers: captured layers that it reads.
+        source_layer: layer of the target that it starts as. Without one it starts as a layer that adds nothing yet, the
+            only way if the target's layers are not Llama's or Qwen's.
+        intermediate_size: units of its MLP; by default the target's.
         draft_vocab_size: tokens that it drafts, the data's most frequent ones. `--start-from` keeps a checkpoint's
-            tokens, and adds the most frequent others where it has fewer.
+            tokens and adds the most frequent others.
+        steps: steps of the chain that training unrolls.
+        decay: step j weighs decay ** j.
+        loop: its optimisation.
     """
 
     target_layers: list[int]
@@ -117,12 +130,16 @@ class _Block(_Strict):
     """What block drafters begin as, and what of their training is alike.
 
     Attributes:
-        target_layers: outputs that it reads, a subset of the captured ones.
-        source_layers: the target's layers that its own start as, in their order.
-        num_layers: how many it has, where that is more than `source_layers`; the others add nothing at first. Where the
-            target's layers are not Llama's or Qwen's, all do.
-        frequent, sampled: how many tokens the loss's softmax runs over.
-        vocabulary: what the bundle lets it choose from: the target's whole vocabulary, or EAGLE-3's reduced one.
+        target_layers: captured layers that it reads.
+        source_layers: layers of the target that its own start as, in their order.
+        num_layers: its layers, if more than `source_layers`; the further ones add nothing at first.
+        mask_token_id: token that marks a place to be drafted.
+        anchors_per_token: share of the answer tokens that start a block; drawn again every epoch.
+        gamma: position k of a block weighs exp(-(k-1)/gamma).
+        frequent: most frequent tokens in the loss's softmax.
+        sampled: random other tokens in the loss's softmax.
+        vocabulary: the served drafter chooses from the target's `full` vocabulary or from EAGLE-3's reduced one.
+        loop: its optimisation.
     """
 
     target_layers: list[int]
@@ -152,7 +169,11 @@ class _Block(_Strict):
 
 
 class DFlash(_Block):
-    """The block drafter."""
+    """The block drafter.
+
+    Attributes:
+        block_size: tokens that a block verifies, the bonus token included; 8 makes seven drafts.
+    """
 
     block_size: Annotated[int, Field(ge=2)] = 8
 
@@ -161,14 +182,17 @@ class DSpark(_Block):
     """The block drafter with a Markov and a confidence head.
 
     Attributes:
-        block_size: tokens that a block verifies, the bonus token's included, as of `dflash`.
-        sample_from_anchor: the bonus token's row drafts too. Not said: it does, unless a checkpoint is gone on from
-            in which it does not.
-        markov_rank: of the Markov head, 0 for none. markov_head: its published type.
-        confidence_of: what the confidence head learns: how much of the target's and the drafter's distributions
-            `overlap`, which is how often a sampled token accepts a draft, or whether the first `choice` is right.
-        cross_entropy, distance, confidence: weights of the loss's terms. distance: L1 of the distributions.
-        weights: of a block's positions: exp(-(k-1)/`gamma`), or D-PACE's, `smoothing` the chances by that much.
+        sample_from_anchor: the bonus token's row drafts too; by default yes, or as in the checkpoint of `--start-from`.
+        markov_rank: rank of the Markov head, which corrects a draft by the one before it; 0 for none.
+        markov_head: its published type.
+        confidence_head: whether it has one, which predicts if a draft is accepted.
+        confidence_of: the confidence head learns the chance that sampling accepts (`overlap`) or that greedy decoding
+            accepts (`choice`).
+        weights: of a block's positions: `exponential` by gamma, or `dpace` (arXiv 2605.18810).
+        smoothing: of the chances that `dpace` weighs by.
+        cross_entropy: weight of the cross-entropy with the target's distribution.
+        distance: weight of the L1 distance of the distributions.
+        confidence: weight of the confidence head's error.
     """
 
     block_size: Annotated[int, Field(ge=3)] = 8
@@ -185,7 +209,11 @@ class DSpark(_Block):
 
 
 class DraftLayers(_Strict):
-    """Sizes of drafters' layers, in the place of what the target's `config.json` says under the same names."""
+    """Sizes of drafters' layers.
+
+    Attributes:
+        num_attention_heads, num_key_value_heads, head_dim, intermediate_size: instead of the target's.
+    """
 
     num_attention_heads: Positive | None = None
     num_key_value_heads: Positive | None = None
@@ -197,13 +225,15 @@ class RouterTraining(_Strict):
     """The neural router.
 
     Attributes:
-        answers: stored answers that both drafters are replayed over, at most.
-        held_out: share of the answers (by their id) that choose the epoch, give the report and calibrate.
-        width: of the MLP's hidden layer. batch: positions in a step.
-        dropout: of inputs and hidden units, while training.
-        judge_confidences: report beside it what a router is worth that reads both drafters' confidences as well, which
-            no server knows before a round; none is written.
+        answers: most stored answers that both drafters are replayed over.
+        held_out: share of the answers that choose the epoch, give the report and calibrate.
         eagle_steps: drafts of an EAGLE-3 round, as in the server.
+        width: of the hidden layer.
+        epochs: passes over the positions.
+        batch: positions in a step.
+        learning_rate, weight_decay: of AdamW.
+        dropout: of inputs and hidden units.
+        judge_confidences: also report a router that reads both drafters' confidences; no server can use one.
     """
 
     answers: Positive = 1500
@@ -222,13 +252,13 @@ class TrainConfig(_Strict):
     """The whole file.
 
     Attributes:
-        target: `embedded`, a Hugging Face directory or a hub id.
+        target: `embedded`, a directory or a hub id.
         chat_template: a Jinja file instead of the target's own template.
-        capture: target layers whose outputs are cached, ascending; both drafters read subsets of them.
+        capture: layers of the target whose outputs are stored, ascending.
         work: directory for data, checkpoints and results.
-        draft_layers: sizes of drafters' layers, for a target that SGLang alone knows: heads and MLPs of experts or of
-            latent attention are seldom a drafter's.
-        block_drafter: which of the two the router learns beside EAGLE-3 and the bundle takes.
+        seed: of every random draw.
+        hardware, data, draft_layers, eagle3, dflash, dspark, router: sections, below.
+        block_drafter: the block drafter that the router learns and the bundle takes.
     """
 
     target: str = "embedded"
