@@ -5,15 +5,15 @@ token: known, emitted, without KV. Intervals are half-open. What a drafter write
 B is the number of requests, W a padded width, T a number of packed rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from whiflash_kernels import PassRows, pass_rows
+from whiflash_kernels import Chosen, Committed, Drafts, PassRows, pass_rows
 
 from whiflash_sglang.device.capture import StaticInput
-from whiflash_sglang.device.transfers import EXACT, Download, HostView
+from whiflash_sglang.device.transfers import EXACT, HostView
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.telemetry.trace import Part, first_of
@@ -103,23 +103,6 @@ class DraftBatch:
 
     def __len__(self) -> int:
         return len(self.row_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """What an arm drafted; all of it stays on the device.
-
-    tokens: [B, W] int64, row b holds counts[b] drafts for positions n+1…; what lies beyond is padding. counts: [B]
-    int64. alive: [B, W] float32, chance that a draft and all before it are accepted; None where the arm cannot say.
-    confidences: [B, W] float32, what `observe` is given back; None where it needs none. passes: forward passes of the
-    drafter's model that they took; 0: there is none, and no price but that of rows.
-    """
-
-    tokens: torch.Tensor
-    counts: torch.Tensor
-    alive: torch.Tensor | None = None
-    confidences: torch.Tensor | None = None
-    passes: int = 1
 
 
 class Voice(NamedTuple):
@@ -236,16 +219,95 @@ class PassInput(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RoundResult:
-    """What a round brought.
+class Strand(NamedTuple):
+    """One further chain of a request, verified beside its first one (`round/strands.py`).
 
-    output: SGLang's record of the forward. results: of `learning.results_of`. drafted: whether the round verified more
-    than each request's bonus token. tokens: committed per request, on the host; empty where it has not waited for them.
+    owner: its request, an index of the batch. fork: drafts of the first chain that it shares. tokens: its own, whose
+    first is not the first chain's next draft. first_row: its rows' place behind the first row of its request. chance:
+    that its first token is accepted. source: what it was taken from.
     """
 
-    output: Any
-    results: Download
-    drafted: bool
-    can_run_cuda_graph: bool
-    tokens: list[list[int]]
+    owner: int
+    fork: int
+    tokens: Sequence[int]
+    first_row: int
+    chance: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Drafts of a whole batch, on their way to the target.
+
+    chosen: those that are verified; `own` counts those of each request's own arm. drafts: of the own arms, whether or
+    not they are verified. rows: of the verification; stride: of its widest request. Both are what the widths come to
+    where the host may know them, else bounds, and the requests competed for rows (`bounded`). parts: of each request
+    what its drafts were taken from, where the host knows. strands: further chains of requests; `rows` and `stride`
+    count them.
+    """
+
+    chosen: Chosen
+    drafts: Drafts
+    rows: int
+    stride: int
+    bounded: bool = False
+    parts: Sequence[Sequence[Part]] | None = None
+    strands: Sequence[Strand] = ()
+
+    @classmethod
+    def of_nothing(cls, rows: torch.Tensor) -> "Proposal":
+        """Every request verifies its bonus token. rows: [B] int64."""
+        ones = torch.ones_like(rows, dtype=torch.int32)
+        none, nothing = ones - 1, torch.empty((len(rows), 0), device=rows.device)
+        tokens = nothing.long()
+        drafts = Drafts(tokens, none, nothing, nothing, none, passes=0)
+        return cls(Chosen(tokens, ones, none, none, none), drafts, len(rows), 1)
+
+    @property
+    def rows_each(self) -> torch.Tensor:
+        """[B] int32, rows that each request verifies, its strands' among them."""
+        widths = self.chosen.widths
+        if not self.strands:
+            return widths
+        owners = torch.tensor([strand.owner for strand in self.strands], device=widths.device)
+        rows = [len(strand.tokens) for strand in self.strands]
+        return widths.index_add(0, owners, widths.new_tensor(rows))
+
+
+class Outcome(NamedTuple):
+    """What the end of a verification's graph committed, until its next replay. signals: as of `Epilogue.signals`."""
+
+    committed: Committed
+    signals: Mapping[str, torch.Tensor]
+
+    def of(self, requests: int) -> "Outcome":
+        """The same of the first so many requests."""
+        return Outcome(
+            Committed(*(field[:requests] for field in self.committed)),
+            {name: signal[:requests] for name, signal in self.signals.items()},
+        )
+
+
+class Verified(NamedTuple):
+    """T packed rows of B requests behind the target's forward.
+
+    logits: [T, V], the target's raw logits. features: [T, F], captured layer outputs. final_hidden: [T, H] after the
+    final norm, None unless a router or the server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1]
+    int32, where each request's rows begin. starts: [B] int64, n. request_rows: [B] int64, rows of the request table.
+    predictions: [T] int64, the target's own token at every row; None before it is known, and where the forward's graph
+    has brought the `outcome`. output: SGLang's own record, which carries log-probabilities back to the scheduler.
+    strands: each, with how many of its tokens were right: 0 where it lost.
+    """
+
+    logits: torch.Tensor
+    features: torch.Tensor
+    final_hidden: torch.Tensor | None
+    input_ids: torch.Tensor
+    indptr: torch.Tensor
+    starts: torch.Tensor
+    request_rows: torch.Tensor
+    predictions: torch.Tensor | None = None
+    outcome: Outcome | None = None
+    output: Any = None
+    can_run_cuda_graph: bool = False
+    strands: Sequence[tuple[Strand, int]] = ()

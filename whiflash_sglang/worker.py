@@ -28,11 +28,12 @@ from whiflash_sglang.compat.scheduler.spec_worker import (
     next_round,
     prefill_rows,
     round_batch,
+    round_result,
     row_ids_of,
     step_result,
 )
 from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.core import RoundBatch, RoundResult
+from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import HostView, Upload
 from whiflash_sglang.drafters.base import Drafter, widest_of
@@ -244,22 +245,29 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or step.needs_scheduler(batch):
             most = 1
-        rounds = [self._round(batch, requests, on_publish, grammar_barrier)]
+        result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
+        rounds = [result]
         while (
-            len(rounds) < most
-            and not rounds[-1].drafted
-            and not any_ended(requests, rounds[-1])
-            and not any_tracked(batch, requests, rounds[-1])
+            tokens
+            and len(rounds) < most
+            and not any_ended(requests, tokens)
+            and not any_tracked(batch, requests, tokens)
             and self.ranks.broadcast(
                 lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
             )
         ):
-            requests = next_round(batch, requests, rounds[-1])
-            rounds.append(self._round(batch, requests, on_publish, grammar_barrier))
+            requests = next_round(batch, requests, result, tokens)
+            result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
+            rounds.append(result)
         self.publisher.tick()
         return step_result(rounds)
 
-    def _round(self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any) -> RoundResult:
+    def _round(
+        self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any
+    ) -> tuple[Any, list[list[int]]]:
+        """`round_result`; and what was committed per request, if another round may follow: nothing was drafted, and
+        the host knows.
+        """
         clock = self.clock
         for previous in clock.begin():
             self.learner.timed(previous)
@@ -272,22 +280,21 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             proposal = self.stage.draft(requests, plan)
             self.sync.verifying.append(proposal.rows)
         with clock.stage("verify"):
-            rows, verified = self.verifier.verify(batch, requests, proposal, grammar_barrier)
+            verified = self.verifier.verify(batch, requests, proposal, grammar_barrier)
         with clock.stage("commit"):
-            committed = self.epilogue.commit(rows, proposal.stride)
+            committed = self.epilogue.commit(verified, proposal.stride)
             self.target.commit(batch, requests.starts, committed.accept_lens)
-            overlap.attach(batch, verified, rows.indptr, committed.tokens.shape[1])
+            overlap.attach(batch, verified, committed.tokens.shape[1])
         with clock.stage("park"):
-            self.epilogue.park(rows, committed)
-            signals = self.epilogue.signals(rows, committed, self.learner.needs(plan))
+            self.epilogue.park(verified, committed)
+            signals = self.epilogue.signals(verified, committed, self.learner.needs(plan))
             results = results_of(proposal, requests.starts, committed, signals)
             if on_publish is not None:
                 on_publish(results["seq_lens"])
-            learn = partial(self.learner.learn, plan, parts=proposal.parts, folded=verified.folded)
+            learn = partial(self.learner.learn, plan, parts=proposal.parts, strands=verified.strands)
             tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
         self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
-        drafted = proposal.stride > 1
-        return RoundResult(verified.output, results, drafted, verified.can_run_cuda_graph, tokens)
+        return round_result(verified, results), [] if proposal.stride > 1 else tokens
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""

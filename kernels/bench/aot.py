@@ -38,10 +38,9 @@ from triton.runtime.jit import JITFunction
 from whiflash_kernels import (
     BacklogRings,
     DFlashWeights,
-    Drafted,
+    Drafts,
     Eagle3Weights,
     KVPools,
-    Laid,
     Told,
     triton_kernels,
 )
@@ -197,20 +196,18 @@ def run_cut(requests: int) -> None:
     drafts.cut_drafts(chances(requests, 15), chances(12), chances(10), index(requests), 0.1)
 
 
-def drafted(requests: int, width: int) -> Drafted:
+def drafted(requests: int, width: int) -> Drafts:
     lives = chances(requests, width)
-    return Drafted(index(requests), index(requests, width), index(requests), lives, lives)
+    return Drafts(index(requests, width), index(requests), lives, lives)
 
 
 def run_lay(requests: int) -> None:
-    parts = [drafted(requests // 2, 7), drafted(requests // 2, 15)]
+    parts = [(index(requests // 2), drafted(requests // 2, width)) for width in (7, 15)]
     drafts.lay_drafts(parts, index(requests), index(requests), 24, 15, 1 << 17, text())
 
 
 def run_choose(requests: int) -> None:
-    laid = Laid(
-        index(requests, 24), index(requests), chances(requests, 24), chances(requests, 15), index(requests)
-    )
+    laid = drafted(requests, 24)
     told = Told(index(requests, 2, 49), chances(requests, 2, 49), index(requests, 2), index(requests, 2))
     others = (None, drafted(requests, 24), told, drafted(requests, 24), index(requests), 0.1, 4 * requests)
     drafts.choose_drafts(laid, index(requests), index(requests), text(), *others)

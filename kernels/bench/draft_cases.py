@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from cases import BATCHES, CONTEXT, Bench, Case
 from whiflash_kernels import (
-    Drafted,
+    Drafts,
     choose_drafts,
     claim_backlogs,
     cut_drafts,
@@ -71,10 +71,10 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
                 )
             counts, alive = call()
             tokens = bench.below(s.vocab, len(members), width)
-            parts.append(Drafted(members, tokens, counts, alive, sure))
+            parts.append((members, Drafts(tokens, counts, alive, sure)))
         lay = partial(
             lay_drafts,
-            [part for part in parts if len(part.members)],
+            [part for part in parts if len(part[0])],
             slots,
             lengths,
             width=COPIED,
@@ -82,15 +82,11 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
             vocabulary=s.vocab,
             text=bench.text,
         )
-        read = sum(16 * part.tokens.numel() + 16 * len(part.members) for part in parts)
+        read = sum(16 * own.tokens.numel() + 16 * len(members) for members, own in parts)
         yield Case("lay_drafts", f"{batch} requests", lay, read + batch * (8 + 20 * COPIED + 4 * s.block))
         chances = torch.rand(batch, COPIED, device=bench.device, generator=bench.generator).cumprod(1)
-        copies = Drafted(
-            torch.arange(batch, device=bench.device),
-            bench.below(s.vocab, batch, COPIED),
-            torch.full((batch,), 4, device=bench.device),
-            chances,
-            None,
+        copies = Drafts(
+            bench.below(s.vocab, batch, COPIED), torch.full((batch,), 4, device=bench.device), chances
         )
         choose = partial(
             choose_drafts,

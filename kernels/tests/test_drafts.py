@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
-from whiflash_kernels import Drafted, Laid, Told, choose_drafts, cut_drafts, lay_drafts
+from whiflash_kernels import Drafts, Told, choose_drafts, cut_drafts, lay_drafts
 
 SLOTS, CONTEXT = 12, 40
 
@@ -82,12 +82,14 @@ def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, co
         judged, told = data.draw(st.booleans()), data.draw(st.booleans())
         values = torch.arange(len(own) * drafts).view(len(own), drafts) + 100 * part
         parts.append(
-            Drafted(
+            (
                 integers(own),
-                values.to(DEVICE),
-                integers([min(drafts, width, b) for b in range(len(own))]),
-                (values / 1000).to(DEVICE) if judged else None,
-                (values / 500).to(DEVICE) if told else None,
+                Drafts(
+                    values.to(DEVICE),
+                    integers([min(drafts, width, b) for b in range(len(own))]),
+                    (values / 1000).to(DEVICE) if judged else None,
+                    (values / 500).to(DEVICE) if told else None,
+                ),
             )
         )
         kept = min(drafts, width)
@@ -167,7 +169,6 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     own, more, copied = (
         padded([r[i] for r in requests], w) for i, w in ((0, width), (1, extra), (3, columns))
     )
-    none = integers([0] * size)
     slots = list(range(SLOTS, SLOTS - size, -1))
     starts = [6 + b for b in range(size)]
     text = torch.full((SLOTS + 1, CONTEXT), -5, dtype=torch.int64, device=DEVICE)
@@ -198,13 +199,13 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     )
     with running(backend), guarded_outputs():
         chosen = choose_drafts(
-            Laid(*own, own[2], none),
+            Drafts(*own),
             integers(slots),
             integers(starts),
             text,
-            behind=Drafted(none, *more, None) if has_behind else None,
+            behind=Drafts(*more) if has_behind else None,
             told=told if count else None,
-            copies=Drafted(none, *copied, None) if has_copies else None,
+            copies=Drafts(*copied) if has_copies else None,
             rooms=integers([min([voice[3] for voice in r[2]], default=0) for r in requests]),
             worth=worth,
             room=room,
@@ -233,13 +234,8 @@ def test_many_requests_compete(backend: str) -> None:
         ([(0, chance) for chance in row[:count]], [], [], [])
         for row, count in zip(chances.tolist(), counts.tolist(), strict=True)
     ]
-    laid = Laid(
-        torch.zeros_like(chances, dtype=torch.int64).to(DEVICE),
-        counts.to(DEVICE),
-        chances.to(DEVICE),
-        chances.to(DEVICE),
-        counts.to(DEVICE),
-    )
+    tokens = torch.zeros_like(chances, dtype=torch.int64)
+    laid = Drafts(tokens.to(DEVICE), counts.to(DEVICE), chances.to(DEVICE))
     text = torch.zeros(70, 16, dtype=torch.int64, device=DEVICE)
     at = torch.arange(70, device=DEVICE)
     for room in (0, 1, 69, 100, 489, 490):
@@ -252,7 +248,7 @@ def test_many_requests_compete(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) -> None:
     chances, none = floats([[0.5, 0.0], [0.25, 0.0]]), integers([0, 0])
-    laid = Laid(integers([[1, 2], [3, 4]]), integers([2, 1]), chances, chances, none)
+    laid = Drafts(integers([[1, 2], [3, 4]]), integers([2, 1]), chances)
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
     with running(backend), guarded_outputs():
         chosen = choose_drafts(laid, integers([0, 1]), none, text, room=3)
@@ -263,8 +259,8 @@ def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) 
 def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
     """Of 3/8 an eighth is its row's; what is left equals what the drafts promise."""
     none = integers([0, 0])
-    laid = Laid(integers([[1], [2]]), integers([1, 1]), floats([[0.375]] * 2), floats([[0.375]] * 2), none)
-    copies = Drafted(none, integers([[3], [4]]), integers([1, 1]), floats([[0.375], [0.5]]), None)
+    laid = Drafts(integers([[1], [2]]), integers([1, 1]), floats([[0.375]] * 2))
+    copies = Drafts(integers([[3], [4]]), integers([1, 1]), floats([[0.375], [0.5]]))
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
     with running(backend), guarded_outputs():
         chosen = choose_drafts(laid, integers([0, 1]), none, text, copies=copies, worth=0.125)
@@ -279,9 +275,7 @@ def test_a_voice_counts_from_where_the_text_is(backend: str) -> None:
     """
     at, three = integers([0, 1, 2]), [[9, 9]] * 3
     text = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0, 0]] * 3, device=DEVICE)
-    laid = Laid(
-        integers(three), integers([1] * 3), floats([[0.5, 0.0]] * 3), floats([[]] * 3), integers([0] * 3)
-    )
+    laid = Drafts(integers(three), integers([1] * 3), floats([[0.5, 0.0]] * 3))
     told = Told(
         integers([[[3, 4, 5, 6]], [[3, 7, 5, 6]], [[3, 4, 5, 6]]]),
         floats([[[1.0, 0.5, 0.5, 0.25]]] * 2 + [[[1.0, 1.0, 0.5, 0.25]]]),
@@ -321,12 +315,10 @@ def test_what_is_no_draft_is_left_out(backend: str, data: st.DataObject, size: i
                 (alive if what == "chance" else sure)[row, column] = torch.nan
         seen = [column for column in wrong if column < width]
         expected.append(max(min([count, width, *seen]), 0))
-    drafted = Drafted(
-        integers(list(range(size))), tokens.to(DEVICE), integers(said), alive.to(DEVICE), sure.to(DEVICE)
-    )
+    drafted = Drafts(tokens.to(DEVICE), integers(said), alive.to(DEVICE), sure.to(DEVICE))
     with running(backend), guarded_outputs():
         laid = lay_drafts(
-            [drafted],
+            [(integers(list(range(size))), drafted)],
             integers(list(range(size))),
             integers([0] * size),
             width=width,
@@ -345,7 +337,9 @@ def test_rejects_what_does_not_fit_the_drafts() -> None:
         cut_drafts(sure, floats([1.0]), floats([]), integers([1, 2]), worth=0.0)
     with pytest.raises(ValueError, match="part more bins"):
         cut_drafts(sure, floats([1.0]), floats([0.5]), one, worth=0.0)
-    laid = Laid(integers([[1]]), one, sure, sure, one)
+    laid = Drafts(integers([[1]]), one, sure)
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="copies need chances"):
-        choose_drafts(laid, one, one, text, copies=Drafted(one, integers([[1]]), one, None, None))
+    unjudged = laid._replace(alive=None)
+    for drafts, copies in ((laid, unjudged), (unjudged, None)):
+        with pytest.raises(ValueError, match="copies need chances"):
+            choose_drafts(drafts, one, one, text, copies=copies)

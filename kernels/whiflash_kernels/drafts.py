@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from whiflash_kernels.dispatch import implementation
-from whiflash_kernels.structs import Chosen, Drafted, Laid, Told
+from whiflash_kernels.structs import Chosen, Drafts, Told
 
 
 def cut_drafts(
@@ -46,7 +46,7 @@ def cut_drafts(
 
 
 def lay_drafts(
-    parts: Sequence[Drafted],
+    parts: Sequence[tuple[Tensor, Drafts]],
     request_slots: Tensor,
     seq_lens: Tensor,
     *,
@@ -54,11 +54,12 @@ def lay_drafts(
     confidences: int,
     vocabulary: int,
     text: Tensor | None = None,
-) -> Laid:
+) -> Drafts:
     """Lay the drafts of several drafters side by side, each in the rows of its own requests.
 
     For member m of a part and b = members[m]: row b of every output is row m of the part's, cut or padded to the
-    output's columns. Requests of no part have counts 0.
+    output's columns: ids and confidences by 0, chances by 1, also where a drafter has none. Requests of no part have
+    counts 0.
 
     A drafter is not trusted: ids are clamped to 0 <= id < ``vocabulary``. With f = the first column whose id that
     changed, or whose chance or confidence is NaN (W where there is none), counts[b] = min(max(counts[m], 0), f), and
@@ -68,7 +69,7 @@ def lay_drafts(
     tokens[b, i] for the requests of some part and i < width: what goes on behind a draft can be looked up there.
 
     Args:
-        parts: each drafter's; no request is a member twice.
+        parts: of each drafter its members [M] int64, indices of the batch, and its drafts for them; no index twice.
         request_slots: [B] int64 or int32. seq_lens: [B] int64 or int32.
         width: columns of ``tokens`` and ``alive``, W. confidences: columns of ``confidences``.
         vocabulary: ids that the target has.
@@ -76,7 +77,7 @@ def lay_drafts(
             written in place.
 
     Returns:
-        `Laid`, new.
+        `Drafts` of B requests, new, with chances, confidences and faults.
 
     Grid: (B), a launch for each part, graph-capturable.
     Numerics: a copy.
@@ -88,15 +89,15 @@ def lay_drafts(
 
 
 def choose_drafts(
-    laid: Laid,
+    drafts: Drafts,
     request_slots: Tensor,
     seq_lens: Tensor,
     text: Tensor,
     *,
     own: Tensor | None = None,
-    behind: Drafted | None = None,
+    behind: Drafts | None = None,
     told: Told | None = None,
-    copies: Drafted | None = None,
+    copies: Drafts | None = None,
     rooms: Tensor | None = None,
     worth: float = 0.0,
     room: int | None = None,
@@ -113,15 +114,15 @@ def choose_drafts(
     likelier than those before it, so what is kept are the first of each request.
 
     Args:
-        laid: `lay_drafts`'.
+        drafts: `lay_drafts`'.
         request_slots: [B] int64 or int32, pairwise different. seq_lens: [B] int64 or int32.
         text: [slots, context] int64, last dimension contiguous, with W columns behind the longest length, the token at
             every position up to seq_lens[b]; written in place: text[request_slots[b], seq_lens[b] + 1 + i] =
             tokens[b, i] for all i < W.
         own: [B] int64, how many of the first drafts are the requests' own arms'; None: all that were laid.
-        behind: tokens [B, E], counts [B], alive [B, E] or None (0 then); members are not read. They fit in.
+        behind: tokens [B, E], counts [B], alive [B, E] or None (0 then). They fit in.
         told: contiguous. rooms: [B] int64, needed with it.
-        copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous; members are not read.
+        copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
         worth: what a row must bring.
         room: drafts of the batch at most; None: all.
 
@@ -129,7 +130,7 @@ def choose_drafts(
         `Chosen`, new.
 
     Raises:
-        ValueError: ``told`` without ``rooms``, or ``copies`` without chances.
+        ValueError: ``told`` without ``rooms``, or ``drafts`` or ``copies`` without chances.
 
     Grid: (B), a second launch where requests compete; graph-capturable.
     Numerics: chances are compared and their sum taken in float32.
@@ -138,7 +139,9 @@ def choose_drafts(
     put together, and the rows are bounded.
     Source: adaptive verification; WhiFlash, arXiv 2606.07710.
     """
-    if (told is not None and rooms is None) or (copies is not None and copies.alive is None):
-        raise ValueError("told voices need rooms, and copies need chances")
-    arguments = (laid, request_slots, seq_lens, text, own, behind, told, copies, rooms, worth, room)
+    if told is not None and rooms is None:
+        raise ValueError("told voices need rooms")
+    if drafts.alive is None or (copies is not None and copies.alive is None):
+        raise ValueError("drafts and copies need chances")
+    arguments = (drafts, request_slots, seq_lens, text, own, behind, told, copies, rooms, worth, room)
     return implementation(request_slots, "drafts").choose_drafts(*arguments)

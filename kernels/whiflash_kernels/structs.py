@@ -126,34 +126,21 @@ class Copies(NamedTuple):
     """[B] int64: tokens before the place that match the text's end, at most 32."""
 
 
-class Drafted(NamedTuple):
-    """What one drafter drafted for M requests of a batch."""
+class Drafts(NamedTuple):
+    """Drafts of some requests, one row a request: of one drafter, or of a whole batch after `lay_drafts`."""
 
-    members: Tensor
-    """[M] int64, indices of the batch."""
     tokens: Tensor
-    """[M, W] int64; anything past ``counts``."""
+    """[M, W] int64, for the positions behind each text; anything past ``counts``."""
     counts: Tensor
-    """[M] int64."""
-    alive: Tensor | None
+    """[M] int64; 0 where nobody drafted."""
+    alive: Tensor | None = None
     """[M, W] float32: the chance that a token and all before it are accepted; None where the drafter cannot say."""
-    confidences: Tensor | None
-    """[M, W] float32: the drafter's own; None where it has none."""
-
-
-class Laid(NamedTuple):
-    """Drafts of a whole batch, side by side."""
-
-    tokens: Tensor
-    """[B, W] int64; anything past ``counts``."""
-    counts: Tensor
-    """[B] int64, 0 where nobody drafted."""
-    alive: Tensor
-    """[B, W] float32; 1 where a drafter cannot say; anything past ``counts``."""
-    confidences: Tensor
-    """[B, C] float32; 0 where a drafter has none."""
-    faults: Tensor
-    """[B] int32, 1 where what was drafted could not be drafts and was left out."""
+    confidences: Tensor | None = None
+    """[M, C] float32, a drafter's own, by which it learns; None where it has none. 0 in a batch for such drafters."""
+    faults: Tensor | None = None
+    """[M] int32, 1 where a drafter's tokens could not be drafts and were left out; None before that is known."""
+    passes: int = 1
+    """Forward passes of the drafter's model that they took; 0: there is no model, and no price but that of rows."""
 
 
 class Told(NamedTuple):

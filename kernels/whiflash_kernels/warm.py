@@ -8,7 +8,7 @@ from torch import Tensor
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
 from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.drafts import choose_drafts, lay_drafts
-from whiflash_kernels.structs import Drafted, Told
+from whiflash_kernels.structs import Drafts, Told
 
 
 def warm_up(
@@ -46,10 +46,16 @@ def warm_up(
             chances = torch.zeros(size, width, dtype=torch.float32, device=device)
             tokens = torch.zeros(size, width, dtype=torch.int64, device=device)
             alive, sure = (chances if has else None for has in (has_alive, has_sure))
-            own = Drafted(zeros, tokens, zeros, alive, sure)
+            own = Drafts(tokens, zeros, alive, sure)
             for put in (text, None):
                 laid = lay_drafts(
-                    [own, own], zeros, zeros, width=width, confidences=width, vocabulary=vocabulary, text=put
+                    [(zeros, own)] * 2,
+                    zeros,
+                    zeros,
+                    width=width,
+                    confidences=width,
+                    vocabulary=vocabulary,
+                    text=put,
                 )
             copied = own._replace(alive=chances)
             for behind, heard, copies, room in product((None, own), said, (None, copied), (None, 0)):

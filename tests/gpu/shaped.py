@@ -93,15 +93,15 @@ def accepting(worker: Any, mean: float) -> Iterator[None]:
     verify, let = worker.verifier.verify, worker.epilogue.let_graphs_commit
 
     def agreed(*args: Any) -> Any:
-        found, verified = verify(*args)
+        found = verify(*args)
         ends, device = found.indptr[1:], found.indptr.device
         wanted = torch.rand(len(ends), device=device).add(mean).floor().long()
         rows = torch.arange(len(found.predictions), device=device)
         request = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
         follows = rows - found.indptr[request] + 1 < wanted[request]
         draft = found.input_ids[: len(rows)].roll(-1)
-        other = (draft + 1) % verified.logits.shape[-1]
-        return found._replace(predictions=torch.where(follows, draft, other)), verified
+        other = (draft + 1) % found.logits.shape[-1]
+        return found._replace(predictions=torch.where(follows, draft, other))
 
     with (
         patch.object(worker.verifier, "verify", agreed),

@@ -82,9 +82,9 @@ def test_waits_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(DraftSync, "leave", leave_waiting)
 
     def planted(self: Any, *args: Any) -> Any:
-        rows, verified = verify(self, *args)
-        rows.predictions[0].item()
-        return rows._replace(predictions=(rows.predictions + 1) % 256), verified
+        verified = verify(self, *args)
+        verified.predictions[0].item()
+        return verified._replace(predictions=(verified.predictions + 1) % 256)
 
     monkeypatch.setattr(VerifyStage, "verify", planted)
     status, found = rehearse(tmp_path / "out.json", monkeypatch)

@@ -14,9 +14,10 @@ from test_verify_graphs import REQUESTS, WIDEST, Bench, Stopped, decoding, layou
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import FEW, NO_TOKEN, StopTable
+from whiflash_sglang.core import Outcome, Verified
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.models.router import Layers
-from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
+from whiflash_sglang.round.epilogue import Epilogue
 
 CASES = [[3, 1, 5], [2, 2, 2, 4], [WIDEST] * 2, [1] * REQUESTS, [9, 1, WIDEST, 4, 7]]
 
@@ -57,7 +58,7 @@ class Commits(Bench):
 
     def _verified(
         self, widths: Sequence[int], drafts: torch.Tensor, rows: int, greedy: bool
-    ) -> tuple[VerifiedRows, list[int]]:
+    ) -> tuple[Verified, list[int]]:
         batch, count = self._first(len(widths)), len(widths)
         verify_lens = torch.tensor(widths, dtype=torch.int32)
         request_rows = batch.req_pool_indices.long()
@@ -72,20 +73,10 @@ class Commits(Bench):
         )
         row_ids = request_rows.tolist()
         self.epilogue.let_graphs_commit(greedy, row_ids)
-        starts = batch.seq_lens
         verified = self.target.verify(batch, block, verify_lens, None, WIDEST)
-        found = VerifiedRows(
-            verified.logits,
-            verified.features,
-            verified.final_hidden,
-            block.input_ids,
-            block.qo_indptr,
-            starts,
-            request_rows,
-            None if verified.outcome else verified.logits.argmax(-1),
-            verified.outcome,
-        )
-        return found, row_ids
+        if verified.outcome is None:
+            verified = verified._replace(predictions=verified.logits.argmax(-1))
+        return verified._replace(request_rows=request_rows), row_ids
 
     def committed(self, widths: Sequence[int], *, in_graph: bool) -> list[torch.Tensor]:
         """What a round of greedy tokens commits and tells, and every request's text and rings behind it."""
@@ -206,7 +197,7 @@ def keeps_its_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each request's rows begin is made once, when the graph is captured."""
     made: dict[Any, torch.Tensor] = {}
 
-    def keeping(self: Epilogue, graph: Any, rows: VerifiedRows) -> None:
+    def keeping(self: Epilogue, graph: Any, rows: Verified) -> None:
         if graph not in made:
             made[graph] = rows.indptr.clone()
         CAPTURE(self, graph, rows._replace(indptr=made[graph]))
@@ -272,7 +263,7 @@ def test_an_input_that_is_not_refreshed_is_found(stopped: Stopped, right: torch.
 def test_a_graph_that_commits_unasked_is_found(
     stopped: Stopped, right: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unasked(self: Epilogue, graph: Any, rows: VerifiedRows) -> None:
+    def unasked(self: Epilogue, graph: Any, rows: Verified) -> None:
         self._commits = torch.ones_like(self._commits)
         CAPTURE(self, graph, rows)
 
@@ -288,7 +279,7 @@ def test_a_graph_that_commits_unasked_is_found(
 def test_an_epilogue_that_reads_the_device_is_no_end_of_a_graph(
     stopped: Stopped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reading(self: Epilogue, graph: Any, rows: VerifiedRows) -> None:
+    def reading(self: Epilogue, graph: Any, rows: Verified) -> None:
         assert bool(rows.starts.max() > 0)
         CAPTURE(self, graph, rows)
 

@@ -126,7 +126,7 @@ def states_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states for clients, as the graph of a verification leaves them."""
     from whiflash_sglang import worker
 
-    def attach(batch: Any, verified: Any, indptr: Any, stride: int) -> None:
+    def attach(batch: Any, verified: Any, stride: int) -> None:
         if batch.return_hidden_states:
             verified.output.hidden_states = verified.final_hidden[: len(batch.reqs) * stride]
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from engine import Engine, engine
 from model_set import Models
+from whiflash_kernels import Drafts
 
-from whiflash_sglang.core import Drafts, Voice
+from whiflash_sglang.core import Voice
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
 TOKENS = 160

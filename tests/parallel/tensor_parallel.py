@@ -14,7 +14,8 @@ from oracle_arm import OracleArm
 from ranks_at_work import on_ranks
 from traffic import Arrival, mixed, play
 
-from whiflash_sglang.round.draft import DraftStage, Proposal
+from whiflash_sglang.core import Proposal
+from whiflash_sglang.round.draft import DraftStage
 
 RANKS = 2
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
@@ -103,9 +104,10 @@ def play_ours(
 
     def noting(self: DraftStage, requests: Any, plan: Any) -> Proposal:
         proposal = original(self, requests, plan)
+        chosen = proposal.chosen
         drafts = [
             own[: width - 1]
-            for own, width in zip(proposal.tokens.tolist(), proposal.widths.tolist(), strict=True)
+            for own, width in zip(chosen.tokens.tolist(), chosen.widths.tolist(), strict=True)
         ]
         rounds.append((plan.routes, plan.due, drafts))
         return proposal

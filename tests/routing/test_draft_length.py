@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.drafters.length import EDGES, Chances, Cut, DraftLength
+from whiflash_sglang.drafters.length import EDGES, Chances, DraftLength
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
 
 
@@ -26,8 +26,10 @@ def asked(length: DraftLength, limits: list[int], worth: Worth) -> Any:
     return Request(limits, torch.tensor(limits), torch.tensor(length.calibration()), worth)
 
 
-def chain(length: DraftLength, batch: Any, confidences: Sequence[Sequence[float]]) -> Cut:
-    """A chain's drafts, pass by pass, with the confidences given for each request, as long as another pass pays."""
+def chain(
+    length: DraftLength, batch: Any, confidences: Sequence[Sequence[float]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chain's counts and chances, as long as another pass pays, with the confidences given for each request."""
     columns = torch.tensor(confidences).T
     passes = 1
     while passes < len(columns) and length.goes_on(list(columns[:passes]), batch):
@@ -37,7 +39,8 @@ def chain(length: DraftLength, batch: Any, confidences: Sequence[Sequence[float]
 
 def grow(length: DraftLength, worth: Worth, confidences: list[float], limit: int = 8) -> int:
     """Drafts of one request whose every token has the confidence given for its depth."""
-    return int(chain(length, asked(length, [limit], worth), [confidences]).counts[0])
+    counts, _ = chain(length, asked(length, [limit], worth), [confidences])
+    return int(counts[0])
 
 
 def test_full_length_where_nothing_is_priced() -> None:
@@ -83,7 +86,7 @@ def test_only_tokens_with_a_verdict_count() -> None:
 def test_one_request_does_not_shorten_anothers_draft() -> None:
     length = DraftLength()
     batch = asked(length, [8, 8], Worth(row=0.1, draft=0.0))
-    assert chain(length, batch, [[0.98] * 8, [0.15] * 8]).counts.tolist() == [8, 1]
+    assert chain(length, batch, [[0.98] * 8, [0.15] * 8])[0].tolist() == [8, 1]
 
 
 @settings(deadline=None, max_examples=200)
@@ -99,7 +102,7 @@ def test_counts_stay_within_the_limits(
     limits = [data.draw(st.integers(1, 8)) for _ in requests]
     length = DraftLength()
     batch = asked(length, limits, Worth(row, draft))
-    whole, counts = length.cut(torch.tensor(requests), batch).counts, chain(length, batch, requests).counts
+    (whole, _), (counts, _) = length.cut(torch.tensor(requests), batch), chain(length, batch, requests)
     for count, full, limit, confidences in zip(
         counts.tolist(), whole.tolist(), limits, requests, strict=True
     ):

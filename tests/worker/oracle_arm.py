@@ -8,8 +8,9 @@ import random
 from collections.abc import Sequence
 
 import torch
+from whiflash_kernels import Drafts
 
-from whiflash_sglang.core import DraftBatch, Drafts, History, Voice
+from whiflash_sglang.core import DraftBatch, History, Voice
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.routing.costs import Worth
 

@@ -31,7 +31,7 @@ def test_text_up_to_the_contexts_end(models: Models, page_size: int, monkeypatch
     verify = VerifyStage.verify
 
     def noted(self: Any, batch: Any, requests: Any, proposal: Any, barrier: Any) -> Any:
-        ends.append(int((requests.starts + proposal.widths).max()))
+        ends.append(int((requests.starts + proposal.chosen.widths).max()))
         return verify(self, batch, requests, proposal, barrier)
 
     monkeypatch.setattr(VerifyStage, "verify", noted)

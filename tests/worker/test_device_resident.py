@@ -169,7 +169,7 @@ def test_rows_are_those_of_a_graph(
 
     def noting(self: Any, requests: Any, plan: Any) -> Any:
         proposal = draft(self, requests, plan)
-        rows.append((proposal.rows, int(proposal.widths.sum()), len(plan.routes)))
+        rows.append((proposal.rows, int(proposal.chosen.widths.sum()), len(plan.routes)))
         return proposal
 
     monkeypatch.setattr(type(stage), "draft", noting)

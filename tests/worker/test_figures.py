@@ -25,10 +25,10 @@ def test_the_engines_counts_are_the_workers(
         run = e.worker._round
 
         def counted(batch: Any, requests: Any, *rest: Any) -> Any:
-            done = run(batch, requests, *rest)
-            widths = done.results["widths"].tolist()
-            own.update(forwards=len(widths), rows=sum(widths), tokens=sum(map(len, done.tokens)))
-            return done
+            done, tokens = run(batch, requests, *rest)
+            widths = done.cap_lens.tolist()
+            own.update(forwards=len(widths), rows=sum(widths), tokens=int(done.accept_lens.sum()))
+            return done, tokens
 
         monkeypatch.setattr(e.worker, "_round", counted)
         e.generate(PROMPTS, max_new_tokens=17)

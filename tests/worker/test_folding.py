@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.core import Voice
-from whiflash_sglang.round.strands import Folded, Packed, Strand, chosen_strands, fold, moves, pack, strand_of
+from whiflash_sglang.core import Strand, Voice
+from whiflash_sglang.round.strands import Folded, Packed, chosen_strands, fold, moves, pack, strand_of
 
 CHAIN = Voice().followed_by([5, 6, 7], [0.8, 0.4, 0.2], "chain")
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache.backlog import FeatureRings
-from whiflash_sglang.core import DraftBatch, Drafts
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters import profile
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.routing.costs import MeasuredCosts

@@ -51,20 +51,21 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     run = e.worker._round
 
     def counted(batch: Any, requests: Any, *rest: Any) -> Any:
-        done = run(batch, requests, *rest)
-        widths = done.results["widths"].tolist()
+        done, tokens = run(batch, requests, *rest)
+        widths = done.cap_lens.tolist()
         own.update(rounds=len(widths), rows=sum(widths), batches=1)
         with reads:
             e.worker.publisher.flush()
-        return done
+        return done, tokens
 
     monkeypatch.setattr(e.worker, "_round", counted)
     draft = DraftStage.draft
 
     def noted(*args: Any) -> Any:
         proposal = draft(*args)
-        joined = proposal.widths - 1 - proposal.own
-        own.update(joined=int(joined[proposal.voice == 0].sum()))
+        chosen = proposal.chosen
+        joined = chosen.widths - 1 - chosen.own
+        own.update(joined=int(joined[chosen.voice == 0].sum()))
         return proposal
 
     monkeypatch.setattr(DraftStage, "draft", noted)

@@ -4,7 +4,6 @@ import logging
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -47,11 +46,11 @@ def fails(_: Any) -> NoReturn:
 
 
 FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
-    "ids above": ("ar", "draft", lambda d: replace(d, tokens=d.tokens + 320)),
-    "ids below": ("diffusion", "draft", lambda d: replace(d, tokens=d.tokens - 320)),
-    "confidences": ("ar", "draft", lambda d: replace(d, confidences=nan(d.confidences))),
-    "chances": ("diffusion", "draft", lambda d: replace(d, alive=nan(d.alive))),
-    "counts": ("ar", "draft", lambda d: replace(d, counts=d.counts - 100)),
+    "ids above": ("ar", "draft", lambda d: d._replace(tokens=d.tokens + 320)),
+    "ids below": ("diffusion", "draft", lambda d: d._replace(tokens=d.tokens - 320)),
+    "confidences": ("ar", "draft", lambda d: d._replace(confidences=nan(d.confidences))),
+    "chances": ("diffusion", "draft", lambda d: d._replace(alive=nan(d.alive))),
+    "counts": ("ar", "draft", lambda d: d._replace(counts=d.counts - 100)),
     "draft raises": ("ar", "draft", fails),
     "catch-up raises": ("diffusion", "catch_up", fails),
     "speak raises": ("lookup", "speak", fails),

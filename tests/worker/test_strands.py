@@ -22,10 +22,11 @@ from test_losslessness import CASES, Plain, compare, plain
 from test_radix import assert_tree_is_true
 from test_sampling import PARAMETERS, judge, sample
 from traffic import Arrival, mixed, play
+from whiflash_kernels import Drafts
 
 from whiflash_sglang.compat.forward import target
 from whiflash_sglang.compat.scheduler.spec_worker import branches_of
-from whiflash_sglang.core import DraftBatch, Drafts, History, Voice
+from whiflash_sglang.core import DraftBatch, History, Voice
 from whiflash_sglang.round.strands import Folded
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.policies import RandomPolicy, Scores
@@ -42,9 +43,8 @@ class Chain(OracleArm):
 
     def draft(self, batch: DraftBatch) -> Drafts:
         drafts = super().draft(batch)
-        return replace(
-            drafts, alive=(0.7 ** torch.arange(1, drafts.tokens.shape[1] + 1)).expand(drafts.tokens.shape)
-        )
+        alive = (0.7 ** torch.arange(1, drafts.tokens.shape[1] + 1)).expand(drafts.tokens.shape)
+        return drafts._replace(alive=alive)
 
 
 class Free(OracleArm):

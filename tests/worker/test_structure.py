@@ -95,7 +95,7 @@ def forbidden(e: Engine, requests: Any, plan: Any, proposal: Any) -> int:
         matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
         if not matcher or not plan.joined[index] or own.known != requests.lengths.most[index] + 1:
             continue
-        drafts = proposal.tokens[index, : int(proposal.widths[index]) - 1].tolist()
+        drafts = proposal.chosen.tokens[index, : int(proposal.chosen.widths[index]) - 1].tolist()
         with matcher.trying():
             assert all(map(matcher.accept_token, own.unseen))
             found += not all(

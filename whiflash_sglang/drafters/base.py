@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
-from whiflash_sglang.core import DraftBatch, Drafts, History, PassInput, Voice
+from whiflash_sglang.core import DraftBatch, History, PassInput, Voice
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.lookup.memory import Tenant

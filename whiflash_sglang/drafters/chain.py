@@ -6,11 +6,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from whiflash_kernels import eagle3_catch_up
+from whiflash_kernels import Drafts, eagle3_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
-from whiflash_sglang.core import DraftBatch, Drafts, PassInput
+from whiflash_sglang.core import DraftBatch, PassInput
 from whiflash_sglang.drafters.paged import PagedArm, eagle3_weights, rope_table
 from whiflash_sglang.models.choice import Choice, DraftStep
 from whiflash_sglang.models.dflash_config import LayerSpan

@@ -5,9 +5,9 @@ the device finds and judges the copies of a round (`propose_copies`).
 """
 
 import torch
-from whiflash_kernels import Copies, propose_copies
+from whiflash_kernels import Copies, Drafts, propose_copies
 
-from whiflash_sglang.core import DraftBatch, Drafts
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.transfers import sent
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
 

@@ -1,11 +1,11 @@
 """The diffusion arm: one DFlash block in one non-causal pass (arXiv 2602.06036)."""
 
 import torch
-from whiflash_kernels import dflash_catch_up
+from whiflash_kernels import Drafts, dflash_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
-from whiflash_sglang.core import DraftBatch, Drafts, PassInput
+from whiflash_sglang.core import DraftBatch, PassInput
 from whiflash_sglang.drafters.paged import PagedArm, dflash_weights, rope_table
 from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash import DFlashDrafter

@@ -8,7 +8,6 @@ more token is expected to bring; `Worth` says what it costs. Imports no SGLang.
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from whiflash_kernels import cut_drafts
@@ -56,13 +55,6 @@ class Chances:
         self._seen[i] = self._seen[i] * DECAY + 1.0
 
 
-class Cut(NamedTuple):
-    """How much of every draft to verify: counts [B] int64. alive: [B, W] float32, chance that all so far are right."""
-
-    counts: torch.Tensor
-    alive: torch.Tensor
-
-
 class DraftLength:
     """One drafter's chances, learned on the host; what they say of a round's drafts is worked out on the device."""
 
@@ -74,14 +66,13 @@ class DraftLength:
         """Chance of every bin of confidence, then their mean: what a round's plan uploads."""
         return [*self.chances.of_bins, self.chances.mean]
 
-    def cut(self, confidences: torch.Tensor, batch: DraftBatch) -> Cut:
-        """The drafts that are worth their rows, of those with `confidences` [B, W] float32.
+    def cut(self, confidences: torch.Tensor, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many drafts are worth their rows, of those with `confidences` [B, W] float32: counts [B] int64, and the
+        chances [B, W] that all so far are right.
 
         Always the first, so that a drafter that was wrong for a while is not forgotten.
         """
-        return Cut(
-            *cut_drafts(confidences, batch.calibration, self._edges, batch.caps, worth=batch.worth.row)
-        )
+        return cut_drafts(confidences, batch.calibration, self._edges, batch.caps, worth=batch.worth.row)
 
     def goes_on(self, confidences: Sequence[torch.Tensor], batch: DraftBatch) -> bool:
         """Whether another pass pays after drafts with these `confidences`, [B] each. Reads the device."""

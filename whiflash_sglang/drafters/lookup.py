@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import Copies
+from whiflash_kernels import Copies, Drafts
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import SILENCE, DraftBatch, Drafts, History, Voice
+from whiflash_sglang.core import SILENCE, DraftBatch, History, Voice
 from whiflash_sglang.device.transfers import EXACT, HostView
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.copying import DeviceCopies

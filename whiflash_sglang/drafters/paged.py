@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from whiflash_kernels import DFlashWeights, Eagle3Weights, draft_attention
+from whiflash_kernels import DFlashWeights, Drafts, Eagle3Weights, draft_attention
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import DraftKV
-from whiflash_sglang.core import DraftBatch, Drafts, PassInput
+from whiflash_sglang.core import DraftBatch, PassInput
 from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.drafters.length import DraftLength
@@ -102,7 +102,7 @@ class PagedArm(Drafter):
     ) -> Drafts:
         """`tokens` [B, W] int64, drafted with `confidences` [B, W] float32, as far as they are worth their rows."""
         counts, alive = self.length.cut(confidences, batch)
-        return Drafts(tokens, counts, alive, confidences, passes)
+        return Drafts(tokens, counts, alive, confidences, passes=passes)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         """`accepted` of its `proposed` drafts of a round were right."""

@@ -2,66 +2,27 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from whiflash_kernels import Drafted, Laid, choose_drafts, lay_drafts
+from whiflash_kernels import Drafts, choose_drafts, lay_drafts
 from whiflash_kernels.warm import warm_up
 
 from whiflash_sglang import arms
-from whiflash_sglang.core import DraftBatch, Drafts, PassInput, RoundBatch, Voice
+from whiflash_sglang.core import SILENCE, DraftBatch, PassInput, Proposal, RoundBatch, Strand, Voice
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, padded, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.strands import Strand, chosen_strands, strand_of
+from whiflash_sglang.round.strands import chosen_strands, strand_of
 from whiflash_sglang.round.voices import Voices
 from whiflash_sglang.routing.costs import WorkerCosts
 from whiflash_sglang.telemetry.round_clock import RoundClock
-from whiflash_sglang.telemetry.trace import Part
 
 LEAST_CHANCE = 0.1
 """Of a strand's token that is verified, where costs are not priced."""
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Drafts of the whole batch.
-
-    tokens: [B, W] int64, padded. widths: [B] int32, rows each request verifies (drafts + 1). own: [B] int32, drafts of
-    the request's own arm among them; confidences: [B, C] float32, what that arm gave them. voice: [B] int32, whose they
-    are instead, as of `Chosen`. faults: [B] int32, 1 where what the request's own arm gave was no draft.
-    drafts, drafted: of the own arms, [B, W] int64 and [B] int64, whether or not they are verified.
-    rows: of the verification; stride: of its widest request, W + 1. Both are what the widths come to where the host may
-    know them, else bounds. wanted: [B] int32, drafts that there were before the bound was kept to, where there is one.
-    parts: of each request what its drafts were taken from, where the host knows. strands: further chains of requests;
-    `rows` and `stride` count them.
-    """
-
-    tokens: torch.Tensor
-    widths: torch.Tensor
-    own: torch.Tensor
-    voice: torch.Tensor
-    confidences: torch.Tensor
-    faults: torch.Tensor
-    drafts: torch.Tensor
-    drafted: torch.Tensor
-    rows: int
-    stride: int
-    wanted: torch.Tensor | None = None
-    parts: Sequence[Sequence[Part]] | None = None
-    strands: Sequence[Strand] = ()
-
-    @property
-    def rows_each(self) -> torch.Tensor:
-        """[B] int32, rows that each request verifies, its strands' among them."""
-        if not self.strands:
-            return self.widths
-        owners = torch.tensor([strand.owner for strand in self.strands], device=self.widths.device)
-        rows = [len(strand.tokens) for strand in self.strands]
-        return self.widths.index_add(0, owners, self.widths.new_tensor(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +73,8 @@ class DraftStage:
 
     def draft(self, requests: RoundBatch, plan: Plan) -> Proposal:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        size, device, widest = len(plan.routes), requests.rows.device, max(plan.rooms)
-        if not widest:
-            ones = torch.ones_like(requests.rows, dtype=torch.int32)
-            nothing, none = torch.empty((size, 0), device=device), ones - 1
-            return Proposal(nothing.long(), ones, none, none, nothing, none, nothing.long(), none, size, 1)
+        if not any(plan.rooms):
+            return Proposal.of_nothing(requests.rows)
         parts = []
         for arm, members in plan.members.items():
             began = time.perf_counter()
@@ -131,8 +89,8 @@ class DraftStage:
                 self.clock.drafted(seconds + catch_up)
             index = plan.on_device.members[arm]
             if len(drafted_for) < len(members):
-                index = sent(drafted_for, device)
-            parts.append(Drafted(index, own.tokens, own.counts, own.alive, own.confidences))
+                index = sent(drafted_for, requests.rows.device)
+            parts.append((index, own))
         began = time.perf_counter()
         proposal = self._proposal(requests, plan, parts)
         self.clock.drafted(time.perf_counter() - began)
@@ -155,12 +113,14 @@ class DraftStage:
         chosen, drafts = self.quarantine.attempt(arm, rids, draft)
         return [members[i] for i in chosen], drafts
 
-    def _proposal(self, requests: RoundBatch, plan: Plan, parts: Sequence[Drafted]) -> Proposal:
+    def _proposal(
+        self, requests: RoundBatch, plan: Plan, parts: Sequence[tuple[torch.Tensor, Drafts]]
+    ) -> Proposal:
         """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
         size, widest, most = len(plan.routes), max(plan.rooms), sum(plan.rooms)
         # The device looks up what follows drafts behind the text.
         text = self.text if any(plan.joined) and not self.host.exact else None
-        laid = lay_drafts(
+        drafts = lay_drafts(
             parts,
             requests.rows,
             requests.starts,
@@ -169,49 +129,34 @@ class DraftStage:
             vocabulary=self.voices.vocabulary,
             text=text,
         )
-        drafts_of_arms = laid.tokens, laid.counts
-        own, behind, chains = laid.counts, None, None
-        if text is not None:
-            behind = self._copies(requests, plan, laid)
+        extended, own, chains = drafts, drafts.counts, None
+        appended = None if text is None else self._copies(requests, plan, drafts)
         if self.host.exact or any(self._extends(requests, plan, i) for i in range(size)):
-            chains, own = self._chains(requests, plan, laid, behind)
-            drafts, behind = padded(chains, self.text.device, widest), None
-            assert drafts.alive is not None
-            laid = laid._replace(tokens=drafts.tokens, counts=drafts.counts, alive=drafts.alive)
+            chains, own = self._chains(requests, plan, drafts, appended)
+            extended, appended = padded(chains, self.text.device, widest), None
         if not self.host.exact:
             most = self.rows_for(size + min(plan.usual_drafts, most, MOST_DRAFTS), size) - size
         chosen = choose_drafts(
-            laid,
+            extended,
             requests.rows,
             requests.starts,
             self.text,
             own=own,
-            behind=behind,
+            behind=appended,
             told=plan.on_device.told,
             copies=self._copies(requests, plan) if any(plan.copying) else None,
             rooms=plan.on_device.rooms,
             worth=max(worth.row for worth in plan.worth.values()),
             room=None if self.host.exact else most,
         )
-        proposal = Proposal(
-            chosen.tokens,
-            chosen.widths,
-            chosen.own,
-            chosen.voice,
-            laid.confidences,
-            laid.faults,
-            *drafts_of_arms,
-            size + most,
-            widest + 1,
-        )
         if not self.host.exact or chains is None:
-            return replace(proposal, wanted=chosen.wanted)
+            return Proposal(chosen, drafts, rows=size + most, stride=widest + 1, bounded=True)
         strands = self._strands(requests, plan, chains)
         widths = [1 + len(chain.tokens) for chain in chains]
         stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
-        return replace(
-            proposal,
-            tokens=chosen.tokens[:, : stride - 1],
+        return Proposal(
+            chosen._replace(tokens=chosen.tokens[:, : stride - 1]),
+            drafts,
             rows=sum(widths) + sum(len(strand.tokens) for strand in strands),
             stride=stride,
             parts=[chain.parts for chain in chains],
@@ -225,33 +170,29 @@ class DraftStage:
         return reads and plan.joined[index] > 0
 
     def _chains(
-        self, requests: RoundBatch, plan: Plan, laid: Laid, behind: Drafted | None
+        self, requests: RoundBatch, plan: Plan, drafts: Drafts, appended: Drafts | None
     ) -> tuple[list[Voice], torch.Tensor]:
         """The drafts of each request, read from the device, with what other arms know to follow; and [B] int64, those
         of each request's own arm that are left.
         """
         chains = [
-            Voice().followed_by(tokens[:count], alive[:count], route)
-            for tokens, alive, count, route in zip(
-                laid.tokens.tolist(), laid.alive.tolist(), laid.counts.tolist(), plan.routes, strict=True
-            )
+            SILENCE.followed_by(*own, route) for own, route in zip(_rows(drafts), plan.routes, strict=True)
         ]
         for i, route in enumerate(plan.routes):
             if route in plan.voices[i] and self.host.exact:
                 chains[i] = plan.voices[i][route].first(plan.limits[i])
         own = [len(chain.tokens) for chain in chains]
-        if behind is not None and behind.alive is not None:
-            copied = zip(behind.tokens.tolist(), behind.alive.tolist(), behind.counts.tolist(), strict=True)
+        if appended is not None:
             chains = [
-                chain.followed_by(tokens[:count], alive[:count], arms.LOOKUP)
-                for chain, (tokens, alive, count) in zip(chains, copied, strict=True)
+                chain.followed_by(*copied, arms.LOOKUP)
+                for chain, copied in zip(chains, _rows(appended), strict=True)
             ]
         for i, room in enumerate(plan.joined):
             if self._extends(requests, plan, i):
                 name = requests.names[i]
                 chains[i], left = self.voices.extended(name, plan.routes[i], chains[i], room, plan.worth)
                 own[i] = min(own[i], left)
-        return chains, sent(own, laid.counts.device)
+        return chains, sent(own, drafts.counts.device)
 
     def _strands(self, requests: RoundBatch, plan: Plan, chains: Sequence[Voice]) -> list[Strand]:
         """What free voices say beside the first chains: copies and forced text from the end of the text."""
@@ -271,19 +212,15 @@ class DraftStage:
                 found += [strand] if strand is not None else []
         return chosen_strands(found, widths, rooms, self.branches - 1, len(requests.spare))
 
-    def _copies(self, requests: RoundBatch, plan: Plan, laid: Laid | None = None) -> Drafted | None:
-        """What the device copies for all requests: behind their text, or behind the drafts that were laid there."""
+    def _copies(self, requests: RoundBatch, plan: Plan, drafts: Drafts | None = None) -> Drafts | None:
+        """What the device copies for all requests: behind their text, or behind `drafts` that lie there."""
         for arm, drafter in self.drafters.items():
             if drafter.on_device and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    batch, caps = self._whole_batch(requests, plan, arm), plan.on_device.joined
-                    if laid is None:
-                        found = drafter.draft(batch)
-                    else:
-                        found = drafter.draft_behind(
-                            batch, Drafts(laid.tokens, laid.counts, laid.alive), caps
-                        )
-                    return Drafted(requests.rows, found.tokens, found.counts, found.alive, None)
+                    batch = self._whole_batch(requests, plan, arm)
+                    if drafts is None:
+                        return drafter.draft(batch)
+                    return drafter.draft_behind(batch, drafts, plan.on_device.joined)
         return None
 
     def _batch(
@@ -330,3 +267,10 @@ class DraftStage:
             host=self.host,
             text=self.text,
         )
+
+
+def _rows(drafts: Drafts) -> list[tuple[list[int], list[float]]]:
+    """Tokens and chances of every request, read from the device."""
+    assert drafts.alive is not None
+    rows = zip(drafts.tokens.tolist(), drafts.alive.tolist(), drafts.counts.tolist(), strict=True)
+    return [(tokens[:count], alive[:count]) for tokens, alive, count in rows]

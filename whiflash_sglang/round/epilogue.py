@@ -9,50 +9,15 @@ A graph cannot leave its end out. Where it must not commit it does so for reques
 rows are multiplied by a number on the device, which is 0 then.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import torch
 from whiflash_kernels import Committed, accept_and_commit, router_mlp, routing_stats
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import StopTable
+from whiflash_sglang.core import Outcome, Verified
 from whiflash_sglang.models.router import Layers
-
-
-class Outcome(NamedTuple):
-    """What an epilogue brought. signals: as of `Epilogue.signals`."""
-
-    committed: Committed
-    signals: Mapping[str, torch.Tensor]
-
-    def of(self, requests: int) -> "Outcome":
-        """The same of the first so many requests."""
-        return Outcome(
-            Committed(*(field[:requests] for field in self.committed)),
-            {name: signal[:requests] for name, signal in self.signals.items()},
-        )
-
-
-class VerifiedRows(NamedTuple):
-    """T packed rows of B requests behind the target's forward.
-
-    logits: [T, V]. features: [T, F], captured layer outputs. final_hidden: [T, H], None where nobody asks for it.
-    input_ids: [T] int64. indptr: [B + 1] int32, where each request's rows begin. starts: [B] int64, n. request_rows:
-    [B] int64, rows of the request table. predictions: [T] int64, the target's own token at every row; None in a graph,
-    which takes the greedy one, and where one has brought the `outcome` already.
-    """
-
-    logits: torch.Tensor
-    features: torch.Tensor
-    final_hidden: torch.Tensor | None
-    input_ids: torch.Tensor
-    indptr: torch.Tensor
-    starts: torch.Tensor
-    request_rows: torch.Tensor
-    predictions: torch.Tensor | None = None
-    outcome: Outcome | None = None
-
 
 GATE_BYTES = torch.int64.itemsize
 """Of the scalar that lets graphs commit; every epilogue has one."""
@@ -88,7 +53,7 @@ class Epilogue:
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
         return committed + (1 + 3) * torch.float32.itemsize  # entropy, and a router's outputs
 
-    def capture(self, graph: Hashable, rows: VerifiedRows) -> None:
+    def capture(self, graph: Hashable, rows: Verified) -> None:
         """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
         rows = rows._replace(
             request_rows=rows.request_rows * self._commits, predictions=rows.logits.argmax(-1)
@@ -116,7 +81,7 @@ class Epilogue:
         found = self._captured.get(graph) if self._committing else None
         return None if found is None else found.of(requests)
 
-    def commit(self, rows: VerifiedRows, stride: int) -> Committed:
+    def commit(self, rows: Verified, stride: int) -> Committed:
         """Accept drafts, and write what is committed to the text.
 
         Args:
@@ -126,7 +91,7 @@ class Epilogue:
             return rows.outcome.committed
         return self._accept(rows, self._stops.data, stride)
 
-    def park(self, rows: VerifiedRows, committed: Committed) -> None:
+    def park(self, rows: Verified, committed: Committed) -> None:
         """Keep the features of what was committed, for whoever drafts next."""
         if rows.outcome is None:
             assert rows.predictions is not None
@@ -141,7 +106,7 @@ class Epilogue:
             )
 
     def signals(
-        self, rows: VerifiedRows, committed: Committed, needs: Collection[str]
+        self, rows: Verified, committed: Committed, needs: Collection[str]
     ) -> dict[str, torch.Tensor]:
         """What a policy that `needs` it goes by, at the last committed row of each request.
 
@@ -161,7 +126,7 @@ class Epilogue:
             )
         return found
 
-    def _accept(self, rows: VerifiedRows, stops: torch.Tensor, stride: int) -> Committed:
+    def _accept(self, rows: Verified, stops: torch.Tensor, stride: int) -> Committed:
         assert rows.predictions is not None
         return accept_and_commit(
             rows.predictions,

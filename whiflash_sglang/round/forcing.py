@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from whiflash_kernels import MixedBlock
 
+from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import Upload, sent
-from whiflash_sglang.round.epilogue import VerifiedRows
 from whiflash_sglang.spans.forced import forced_tokens
 from whiflash_sglang.spans.hints import HintError
 
@@ -79,7 +79,7 @@ class Pinned:
     def __init__(self, draw: Callable[[], int], *, real: bool) -> None:
         self._draw, self._real = draw, real
 
-    def over(self, rows: VerifiedRows) -> VerifiedRows:
+    def over(self, rows: Verified) -> Verified:
         """`rows` as if the target had agreed with as many drafts; a request with fewer rows commits all of them."""
         predictions, ids, length = rows.predictions, rows.input_ids, self._draw()
         assert predictions is not None

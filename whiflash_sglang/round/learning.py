@@ -9,15 +9,13 @@ import torch
 from whiflash_kernels import Committed
 
 from whiflash_sglang import arms
-from whiflash_sglang.core import agreement
+from whiflash_sglang.core import Proposal, Strand, agreement
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafters.base import Drafter
-from whiflash_sglang.round.draft import Proposal
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import drafts_nothing
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.strands import Folded, Strand
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
@@ -64,12 +62,12 @@ class Learner:
         kept: Sequence[Sequence[int]] | None = None,
         *,
         parts: Sequence[Sequence[Part]] | None = None,
-        folded: Folded | None = None,
+        strands: Sequence[tuple[Strand, int]] = (),
     ) -> list[list[int]]:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
         Args:
-            parts: as of `Proposal`. folded: how its strands came out, None where it had none.
+            parts: as of `Proposal`. strands: as of `Verified`.
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
@@ -82,9 +80,9 @@ class Learner:
         costs = self.controller.costs
         priced = costs.knows_plain and any(state.recording for state in plan.states)
         prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
-        strands: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
-        for strand, right in () if folded is None else folded.strands:
-            strands[strand.owner].append((strand, right))
+        own_strands: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
+        for strand, right in strands:
+            own_strands[strand.owner].append((strand, right))
         for i, (state, decision, arm) in enumerate(
             zip(plan.states, plan.decisions, plan.routes, strict=True)
         ):
@@ -100,9 +98,9 @@ class Learner:
             width, row = found["widths"][i], state.row
             if "wanted" in found:
                 costs.wanted(plan.routes[i], found["wanted"][i])
-            won = next((strand for strand, rows in strands[i] if rows), None)
+            won = next((strand for strand, rows in own_strands[i] if rows), None)
             right = len(tokens[i]) - 1 if won is None else min(won.fork, len(tokens[i]) - 1)
-            beside = sum(len(strand.tokens) for strand, _ in strands[i])
+            beside = sum(len(strand.tokens) for strand, _ in own_strands[i])
             drafts = found["drafts"][i][: found["drafted"][i]]
             agreed = agreement(drafts, tokens[i])
             lengths = {arm: len(tokens[i])}
@@ -123,7 +121,7 @@ class Learner:
             )
             if state.recording is not None:
                 chain = list(first_of(parts[i] if parts is not None else (), width - 1 - beside))
-                _record(state.recording, arm, len(tokens[i]), prices, *_paths(chain, strands[i]))
+                _record(state.recording, arm, len(tokens[i]), prices, *_paths(chain, own_strands[i]))
             # A request's last round ends what drafters keep of it.
             if evidence and route in self.drafters and self.controller.keeps(state):
                 known = min(len(drafts), len(tokens[i]))
@@ -180,23 +178,26 @@ def results_of(
 
     `starts`, `widths`, `own` [B]; `drafts` [B, W] of the own arms, of which `drafted` [B] count, whether or not they
     were verified, and their `confidences` [B, C]; `bonus`, `seq_lens` [B] and `tokens` [B, W], of which `accept_lens`
-    [B] count, as of `Committed`; `faults` [B], 1 where the own arm's drafts were none; `voice` [B], as of `Proposal`;
+    [B] count, as of `Committed`; `faults` [B], 1 where the own arm's drafts were none; `voice` [B], as of `Chosen`;
     `wanted` [B], drafts before the bound on rows was kept to, where there is one; `signals`, as of `Epilogue.signals`.
     """
-    wanted = {} if proposal.wanted is None else {"wanted": proposal.wanted}
+    chosen, drafts = proposal.chosen, proposal.drafts
+    assert drafts.confidences is not None
+    assert drafts.faults is not None
+    wanted = {"wanted": chosen.wanted} if proposal.bounded else {}
     return Download(
         starts=starts,
         widths=proposal.rows_each,
-        own=proposal.own,
-        drafts=proposal.drafts,
-        drafted=proposal.drafted,
-        voice=proposal.voice,
+        own=chosen.own,
+        drafts=drafts.tokens,
+        drafted=drafts.counts,
+        voice=chosen.voice,
         bonus=committed.bonus,
         seq_lens=committed.seq_lens,
         tokens=committed.tokens,
         accept_lens=committed.accept_lens,
-        confidences=proposal.confidences,
-        faults=proposal.faults,
+        confidences=drafts.confidences,
+        faults=drafts.faults,
         **wanted,
         **signals,
     )

@@ -7,32 +7,13 @@ own token, so at most one path of a request is accepted; `fold` hands that path 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise, takewhile
 from typing import NamedTuple
 
 import torch
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.core import Voice, agreement
-from whiflash_sglang.round.epilogue import VerifiedRows
-
-
-@dataclass(frozen=True, slots=True)
-class Strand:
-    """One further chain.
-
-    owner: its request, an index of the batch. fork: drafts of the first chain that it shares. tokens: its own, whose
-    first is not the first chain's next draft. first_row: its rows' place behind the first row of its request. chance:
-    that its first token is accepted. source: what it was taken from.
-    """
-
-    owner: int
-    fork: int
-    tokens: Sequence[int]
-    first_row: int
-    chance: float
-    source: str
+from whiflash_sglang.core import Strand, Verified, Voice, agreement
 
 
 def strand_of(owner: int, chain: Voice, voice: Voice, room: int, worth: float) -> Strand | None:
@@ -77,13 +58,13 @@ def chosen_strands(
         tokens = strand.tokens[: rooms[strand.owner] - first_row]
         same = any((other.fork, other.tokens[0]) == (strand.fork, strand.tokens[0]) for other in own)
         if tokens and not same and len(own) < most and spare:
-            own.append(replace(strand, tokens=tokens, first_row=first_row))
+            own.append(strand._replace(tokens=tokens, first_row=first_row))
             spare -= 1
     return [strand for own in taken for strand in own]
 
 
 class Packed(NamedTuple):
-    """The forward's requests: those of the batch, then a strand each.
+    """The requests of a forward with strands: those of the batch, then a strand each.
 
     bonus: [R] int64. drafts: [R, W] int64. widths: [R] int32. starts: [R] int64. rows: [R] int64, rows of the slot
     table. owners: [R] int64, the request of each.
@@ -206,15 +187,17 @@ def moves(
     return torch.cat(targets), torch.cat(sources)
 
 
-def of_rows(rows: VerifiedRows, folded: Folded) -> VerifiedRows:
-    """`rows` of the accepted paths alone."""
+def accepted_rows(verified: Verified, folded: Folded) -> Verified:
+    """`verified` of the accepted paths alone; SGLang's record is left as it is."""
     index = slice(int(folded.indptr[-1])) if folded.kept is None else folded.kept
-    assert rows.predictions is not None
-    return rows._replace(
-        logits=rows.logits[index],
-        features=rows.features[index],
-        final_hidden=None if rows.final_hidden is None else rows.final_hidden[index],
-        input_ids=rows.input_ids[index],
+    final, predictions = verified.final_hidden, verified.predictions
+    assert predictions is not None
+    return verified._replace(
+        logits=verified.logits[index],
+        features=verified.features[index],
+        final_hidden=None if final is None else final[index],
+        input_ids=verified.input_ids[index],
         indptr=folded.indptr,
-        predictions=rows.predictions[index],
+        predictions=predictions[index],
+        strands=folded.strands,
     )

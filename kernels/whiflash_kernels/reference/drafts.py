@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_kernels.structs import Chosen, Drafted, Laid, Told
+from whiflash_kernels.structs import Chosen, Drafts, Told
 
 
 def cut_drafts(
@@ -20,49 +20,47 @@ def cut_drafts(
 
 
 def lay_drafts(
-    parts: Sequence[Drafted],
+    parts: Sequence[tuple[Tensor, Drafts]],
     request_slots: Tensor,
     seq_lens: Tensor,
     width: int,
     confidences: int,
     vocabulary: int,
     text: Tensor | None,
-) -> Laid:
+) -> Drafts:
     """See `whiflash_kernels.drafts.lay_drafts`."""
     size, device = len(request_slots), request_slots.device
-    laid = Laid(
-        tokens=torch.zeros((size, width), dtype=torch.int64, device=device),
-        counts=torch.zeros(size, dtype=torch.int64, device=device),
-        alive=torch.ones((size, width), device=device),
-        confidences=torch.zeros((size, confidences), device=device),
-        faults=torch.zeros(size, dtype=torch.int32, device=device),
-    )
-    for part in parts:
-        index = part.members
-        _lay(laid.tokens, index, part.tokens)
-        laid.counts.index_copy_(0, index, part.counts)
-        if part.alive is not None:
-            _lay(laid.alive, index, part.alive)
-        if part.confidences is not None:
-            _lay(laid.confidences, index, part.confidences)
+    tokens = torch.zeros((size, width), dtype=torch.int64, device=device)
+    counts = torch.zeros(size, dtype=torch.int64, device=device)
+    alive = torch.ones((size, width), device=device)
+    sure = torch.zeros((size, confidences), device=device)
+    faults = torch.zeros(size, dtype=torch.int32, device=device)
+    for members, own in parts:
+        _lay(tokens, members, own.tokens)
+        counts.index_copy_(0, members, own.counts)
+        if own.alive is not None:
+            _lay(alive, members, own.alive)
+        if own.confidences is not None:
+            _lay(sure, members, own.confidences)
     if parts:
-        laid = _sound(laid, vocabulary)
+        given, proposed = tokens, counts
+        tokens = given.clamp(0, vocabulary - 1)
+        counts = torch.minimum(proposed.clamp(min=0), _sound(tokens, given, alive, sure))
+        faults = (counts != proposed).to(torch.int32)
     if text is not None:
-        for part in parts:
-            put_block(text, request_slots[part.members], seq_lens[part.members], laid.tokens[part.members])
-    return laid
+        for members, _ in parts:
+            put_block(text, request_slots[members], seq_lens[members], tokens[members])
+    return Drafts(tokens, counts, alive, sure, faults)
 
 
-def _sound(laid: Laid, vocabulary: int) -> Laid:
-    """Without what cannot be a draft."""
-    tokens = laid.tokens.clamp(0, vocabulary - 1)
+def _sound(tokens: Tensor, given: Tensor, alive: Tensor, confidences: Tensor) -> Tensor:
+    """[B]: how many of the first tokens can be drafts: `given` as they are, with numbers for chances."""
     # NaN is what does not equal itself.
-    sound = (tokens == laid.tokens) & (laid.alive == laid.alive)
-    told = min(laid.confidences.shape[1], tokens.shape[1])
-    sure = laid.confidences[:, :told]
-    sound[:, :told] &= sure == sure
-    counts = torch.minimum(laid.counts.clamp(min=0), sound.cumprod(1).sum(1))
-    return laid._replace(tokens=tokens, counts=counts, faults=(counts != laid.counts).to(torch.int32))
+    sound = (tokens == given) & (alive == alive)
+    columns = min(confidences.shape[1], tokens.shape[1])
+    sure = confidences[:, :columns]
+    sound[:, :columns] &= sure == sure
+    return sound.cumprod(1).sum(1)
 
 
 def _lay(into: Tensor, index: Tensor, values: Tensor) -> None:
@@ -77,20 +75,21 @@ def put_block(text: Tensor, request_slots: Tensor, seq_lens: Tensor, tokens: Ten
 
 
 def choose_drafts(
-    laid: Laid,
+    drafts: Drafts,
     request_slots: Tensor,
     seq_lens: Tensor,
     text: Tensor,
     own: Tensor | None,
-    behind: Drafted | None,
+    behind: Drafts | None,
     told: Told | None,
-    copies: Drafted | None,
+    copies: Drafts | None,
     rooms: Tensor | None,
     worth: float,
     room: int | None,
 ) -> Chosen:
     """See `whiflash_kernels.drafts.choose_drafts`."""
-    tokens, counts, alive = laid.tokens, laid.counts, laid.alive
+    tokens, counts, alive = drafts.tokens, drafts.counts, drafts.alive
+    assert alive is not None
     if behind is not None:
         tokens, counts, alive = _joined(tokens, counts, alive, behind)
     width, best = tokens.shape[1], _gain(counts, alive, worth)
@@ -117,7 +116,7 @@ def choose_drafts(
     return Chosen(
         tokens=tokens,
         widths=kept + 1,
-        own=torch.minimum(kept, laid.counts if own is None else own).to(torch.int32),
+        own=torch.minimum(kept, drafts.counts if own is None else own).to(torch.int32),
         voice=voice.to(torch.int32),
         wanted=wanted,
     )
@@ -140,7 +139,7 @@ def _aligned(
     return told.tokens.gather(1, index), counts, told.alive.gather(1, index) / before
 
 
-def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, behind: Drafted) -> tuple[Tensor, Tensor, Tensor]:
+def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, behind: Drafts) -> tuple[Tensor, Tensor, Tensor]:
     """`behind` behind the drafts of every request: it overwrites padding only."""
     width, extra = tokens.shape[1], behind.tokens.shape[1]
     column = counts[:, None] + torch.arange(extra, device=counts.device)

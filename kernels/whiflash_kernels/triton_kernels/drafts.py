@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import Chosen, Drafted, Laid, Told
+from whiflash_kernels.structs import Chosen, Drafts, Told
 from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 RIVALS = 128
@@ -154,42 +154,42 @@ def _lay_kernel(
 
 
 def lay_drafts(
-    parts: Sequence[Drafted],
+    parts: Sequence[tuple[Tensor, Drafts]],
     request_slots: Tensor,
     seq_lens: Tensor,
     width: int,
     confidences: int,
     vocabulary: int,
     text: Tensor | None,
-) -> Laid:
+) -> Drafts:
     """See `whiflash_kernels.drafts.lay_drafts`."""
     size, device = request_slots.shape[0], request_slots.device
     make = torch.empty if parts else torch.zeros
-    laid = Laid(
-        tokens=make(size, width, dtype=torch.int64, device=device),
-        counts=make(size, dtype=torch.int64, device=device),
-        alive=make(size, width, dtype=torch.float32, device=device),
-        confidences=make(size, confidences, dtype=torch.float32, device=device),
-        faults=make(size, dtype=torch.int32, device=device),
+    found = (
+        make(size, width, dtype=torch.int64, device=device),
+        make(size, dtype=torch.int64, device=device),
+        make(size, width, dtype=torch.float32, device=device),
+        make(size, confidences, dtype=torch.float32, device=device),
+        make(size, dtype=torch.int32, device=device),
     )
     if not size:
-        return laid
+        return Drafts(*found)
     slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
-    for i, part in enumerate(parts):
-        tokens, alive, sure = (_rows(t) for t in (part.tokens, part.alive, part.confidences))
+    for i, (members, own) in enumerate(parts):
+        tokens, alive, sure = (_rows(t) for t in (own.tokens, own.alive, own.confidences))
         assert tokens is not None
         # Where there are none, any pointer stands for them: the kernel does not look.
         _lay_kernel[(size,)](
-            part.members.contiguous(),
+            members.contiguous(),
             tokens,
-            part.counts.contiguous(),
-            laid.alive if alive is None else alive,
-            laid.confidences if sure is None else sure,
+            own.counts.contiguous(),
+            found[2] if alive is None else alive,
+            found[3] if sure is None else sure,
             slots,
             lengths,
             tokens if text is None else text,
-            *laid,
-            part.members.shape[0],
+            *found,
+            members.shape[0],
             width,
             confidences,
             vocabulary,
@@ -199,7 +199,7 @@ def lay_drafts(
             0 if alive is None else alive.stride(0),
             0 if sure is None else sure.stride(0),
             0 if text is None else text.stride(0),
-            MEMBERS=lanes(part.members.shape[0]),
+            MEMBERS=lanes(members.shape[0]),
             COLUMNS=draft_columns(max(width, confidences)),
             FIRST=i == 0,
             HAS_ALIVE=alive is not None,
@@ -207,7 +207,7 @@ def lay_drafts(
             HAS_TEXT=text is not None,
             num_warps=1,
         )
-    return laid
+    return Drafts(*found)
 
 
 def _rows(values: Tensor | None) -> Tensor | None:
@@ -341,20 +341,21 @@ def _compete_kernel(chances, widths, own, requests, width, room, COLUMNS: tl.con
 
 
 def choose_drafts(
-    laid: Laid,
+    drafts: Drafts,
     request_slots: Tensor,
     seq_lens: Tensor,
     text: Tensor,
     own: Tensor | None,
-    behind: Drafted | None,
+    behind: Drafts | None,
     told: Told | None,
-    copies: Drafted | None,
+    copies: Drafts | None,
     rooms: Tensor | None,
     worth: float,
     room: int | None,
 ) -> Chosen:
     """See `whiflash_kernels.drafts.choose_drafts`."""
-    (size, width), device = laid.tokens.shape, text.device
+    (size, width), device = drafts.tokens.shape, text.device
+    assert drafts.alive is not None
     chosen = Chosen(
         torch.empty(size, width, dtype=torch.int64, device=device),
         *(torch.empty(size, dtype=torch.int32, device=device) for _ in range(4)),
@@ -362,27 +363,27 @@ def choose_drafts(
     if not size:
         return chosen
     # What was joined may be a part of wider rows.
-    laid = Laid(*(tensor.contiguous() for tensor in laid))
+    tokens, counts, alive = (t.contiguous() for t in (drafts.tokens, drafts.counts, drafts.alive))
     compete = room is not None and room < size * width
-    chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else laid.alive
+    chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else alive
     columns = draft_columns(width)
     # Where there are none, any pointer stands for them: the kernel does not look.
-    heard = Told(laid.tokens, laid.alive, laid.counts, laid.counts) if told is None else told
-    copied = (laid.tokens, laid.alive, laid.counts)
+    heard = Told(tokens, alive, counts, counts) if told is None else told
+    copied = (tokens, alive, counts)
     if copies is not None:
         assert copies.alive is not None
         copied = copies.tokens, copies.alive, copies.counts
     more_tokens, more_alive = (None, None) if behind is None else (_rows(behind.tokens), _rows(behind.alive))
     _merge_drafts_kernel[(size,)](
-        laid.tokens,
-        laid.counts,
-        laid.counts if own is None else own.contiguous(),
-        laid.alive,
-        laid.tokens if more_tokens is None else more_tokens,
-        laid.counts if behind is None else behind.counts.contiguous(),
-        laid.alive if more_alive is None else more_alive,
+        tokens,
+        counts,
+        counts if own is None else own.contiguous(),
+        alive,
+        tokens if more_tokens is None else more_tokens,
+        counts if behind is None else behind.counts.contiguous(),
+        alive if more_alive is None else more_alive,
         *heard,
-        laid.counts if rooms is None else rooms.contiguous(),
+        counts if rooms is None else rooms.contiguous(),
         *copied,
         request_slots.contiguous(),
         seq_lens.contiguous(),

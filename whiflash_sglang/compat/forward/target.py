@@ -8,8 +8,6 @@ alone (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for d
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -28,40 +26,11 @@ from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output, keep_rows
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.core import RoundBatch
+from whiflash_sglang.core import Outcome, Proposal, RoundBatch, Verified
 from whiflash_sglang.device.transfers import HostView, sent
-from whiflash_sglang.round.draft import Proposal
-from whiflash_sglang.round.epilogue import Epilogue, Outcome, VerifiedRows
+from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.forcing import Forcing, Pinned
-from whiflash_sglang.round.strands import Folded, Packed, fold, moves, of_rows, pack
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """One verification forward of T packed rows.
-
-    logits: [T, V], the target's raw logits. features: [T, F], captured layer outputs.
-    final_hidden: [T, H] after the final norm, None unless a router or the server's clients may ask for it. output:
-    SGLang's own record, which carries log-probabilities back to the scheduler. outcome: what the end of its graph
-    committed, until the next replay; None where there was none, or it might not. folded: how strands came out, None
-    where there were none.
-    """
-
-    logits: torch.Tensor
-    features: torch.Tensor
-    final_hidden: torch.Tensor | None
-    output: Any
-    can_run_cuda_graph: bool
-    outcome: Outcome | None = None
-    folded: Folded | None = None
-
-    def of(self, folded: Folded) -> "Verified":
-        """Of the paths that were accepted; SGLang's record keeps the log-probabilities of these rows alone."""
-        final, kept = self.final_hidden, folded.kept
-        if kept is not None:
-            keep_rows(self.output, kept)
-            final = None if final is None else final[kept]
-        return replace_fields(self, final_hidden=final, folded=folded)
+from whiflash_sglang.round.strands import Packed, accepted_rows, fold, moves, pack
 
 
 class Target(LoadedTarget):
@@ -129,7 +98,7 @@ class Target(LoadedTarget):
             if layout is None:
                 return
             features, final = self._captured.states(output)
-            verified = VerifiedRows(
+            verified = Verified(
                 output.next_token_logits,
                 features,
                 final,
@@ -171,13 +140,18 @@ class Target(LoadedTarget):
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)
         output.next_token_logits = output.next_token_logits[:total]
+        replayed = result.can_run_cuda_graph
         return Verified(
             output.next_token_logits,
             features[:total],
             None if final_hidden is None else final_hidden[:total],
-            output,
-            result.can_run_cuda_graph,
-            self._outcome(len(block.input_ids), len(verify_lens)) if result.can_run_cuda_graph else None,
+            block.input_ids[:total],
+            block.qo_indptr,
+            batch.seq_lens,
+            batch.req_pool_indices,
+            outcome=self._outcome(len(block.input_ids), len(verify_lens)) if replayed else None,
+            output=output,
+            can_run_cuda_graph=replayed,
         )
 
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
@@ -263,103 +237,81 @@ class VerifyStage:
         self._target, self._tokens, self._host = target, tokens, host
         self._epilogue, self._forcing, self._pinned = epilogue, forcing, pinned
 
-    def verify(
-        self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any
-    ) -> tuple[VerifiedRows, Verified]:
+    def verify(self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any) -> Verified:
         """Run the target over bonus tokens and drafts.
 
         Args:
             barrier: of SGLang: what a grammar needs before its masks are made.
-
-        Returns:
-            The packed rows, and what the target said of them.
         """
         strands, size = proposal.strands, len(requests.row_ids)
-        packed_up = self._packed(requests, proposal)
+        drafts, widths = proposal.chosen.tokens, proposal.chosen.widths
+        own = requests.bonus, drafts, widths, requests.starts, requests.rows
+        with_strands = self._packed(own, requests, proposal) if strands else None
+        bonus, drafts, verify_lens, starts, rows = own if with_strands is None else with_strands[:5]
         padded = prepare_mixed_block(
-            packed_up.bonus,
-            packed_up.drafts,
-            packed_up.widths,
-            packed_up.starts,
-            packed_up.rows,
+            bonus,
+            drafts,
+            verify_lens,
+            starts,
+            rows,
             self._target.slot_table,
-            rows=self._target.rows_for(proposal.rows, len(packed_up.rows)),
+            rows=self._target.rows_for(proposal.rows, len(rows)),
         )
         # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
         by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
-        widths = packed_up.widths.tolist() if self._host.exact or by_request else None
-        block = padded if widths is None else packed(padded, sum(widths))
-        if strands:
-            block = block._replace(request_of_row=packed_up.owners[block.request_of_row])
+        host_widths = verify_lens.tolist() if self._host.exact or by_request else None
+        block = padded if host_widths is None else packed(padded, sum(host_widths))
+        if with_strands is not None:
+            block = block._replace(request_of_row=with_strands.owners[block.request_of_row])
+        first = None if host_widths is None else host_widths[:size]  # of each request's first chain
         chains = None
-        if widths is not None and batch.has_grammar:
-            chains = sampling.grammar_chains(block, widths[:size], requests.ahead, strands)
+        if first is not None and batch.has_grammar:
+            chains = sampling.grammar_chains(block, first, requests.ahead, strands)
         greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
         # What the end of a graph commits is the rows as they are packed: strands must be folded before.
         self._epilogue.let_graphs_commit(greedy and not strands, requests.row_ids)
-        with _strands_as_requests(batch, packed_up) if strands else nullcontext():
-            verified = self._target.verify(batch, padded, packed_up.widths, widths, proposal.stride)
+        with nullcontext() if with_strands is None else _strands_as_requests(batch, with_strands):
+            verified = self._target.verify(batch, padded, verify_lens, host_widths, proposal.stride)
         predictions = None
         if greedy and verified.outcome is None:
             predictions = verified.logits.argmax(-1)
         elif not greedy:
+            text, output = self._tokens.data, verified.output
             predictions = sampling.sample_rows(
-                self._target.runner,
-                batch,
-                verified.output,
-                block,
-                None if widths is None else widths[:size],
-                chains,
-                self._tokens.data,
-                barrier,
+                self._target.runner, batch, output, block, first, chains, text, barrier
             )
         if self._forcing is not None and predictions is not None:
             predictions = self._forcing.over(predictions, block, requests.rows)
-        rows = VerifiedRows(
-            verified.logits,
-            verified.features,
-            verified.final_hidden,
-            block.input_ids,
-            block.qo_indptr,
-            requests.starts,
-            requests.rows,
-            predictions,
-            verified.outcome,
+        verified = verified._replace(
+            starts=requests.starts, request_rows=requests.rows, predictions=predictions
         )
         if self._pinned is not None:
-            return self._pinned.over(rows), verified
-        if not strands or predictions is None:
-            return rows, verified
-        return self._folded(requests, proposal, block, rows, verified)
+            return self._pinned.over(verified)
+        return self._folded(requests, proposal, block, verified) if strands else verified
 
-    def _packed(self, requests: RoundBatch, proposal: Proposal) -> Packed:
-        """The requests of the forward: those of the batch, and the strands of the proposal behind them."""
-        owners = requests.rows.new_empty(0)
-        if proposal.strands:
-            owners = torch.arange(len(requests.row_ids), device=requests.rows.device)
-        alone = Packed(
-            requests.bonus, proposal.tokens, proposal.widths, requests.starts, requests.rows, owners
-        )
-        if not proposal.strands:
-            return alone
-        lengths, table = requests.lengths.most, self._target.slot_table
-        return pack(alone, lengths, proposal.strands, requests.spare, table)
-
-    def _folded(
+    def _packed(
         self,
+        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         requests: RoundBatch,
         proposal: Proposal,
-        block: MixedBlock,
-        rows: VerifiedRows,
-        verified: Verified,
-    ) -> tuple[VerifiedRows, Verified]:
+    ) -> Packed:
+        """The requests of the forward: those of the batch, `own`, and the strands of the proposal behind them."""
+        batch = Packed(*own, torch.arange(len(requests.row_ids), device=requests.rows.device))
+        lengths, table = requests.lengths.most, self._target.slot_table
+        return pack(batch, lengths, proposal.strands, requests.spare, table)
+
+    def _folded(
+        self, requests: RoundBatch, proposal: Proposal, block: MixedBlock, verified: Verified
+    ) -> Verified:
         """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""
-        assert rows.predictions is not None
-        folded = fold(block, rows.predictions, len(requests.row_ids), proposal.strands)
+        assert verified.predictions is not None  # no graph commits for strands
+        folded = fold(block, verified.predictions, len(requests.row_ids), proposal.strands)
         if folded.won:
             targets, sources = moves(folded, requests.row_ids, requests.lengths.most, self._target.slot_table)
             self._target.runner.token_to_kv_pool.move_kv_cache(targets, sources)
-        return of_rows(rows, folded), verified.of(folded)
+        if folded.kept is not None:  # else its own rows are the first of all
+            keep_rows(verified.output, folded.kept)
+        return accepted_rows(verified, folded)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxilia
 from sglang.srt.runtime_context import get_schedule
 
 from whiflash_sglang.compat.forward.sampling import keep_rows
-from whiflash_sglang.compat.forward.target import Verified
+from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import Download
 
 
@@ -81,16 +81,14 @@ def behind_forward(runner: Any) -> Iterator[None]:
     scheduling.wait_stream(forward)
 
 
-def attach(batch: Any, verified: Verified, indptr: torch.Tensor, stride: int) -> None:
+def attach(batch: Any, verified: Verified, stride: int) -> None:
     """Lay out the records of the packed rows as those of the tokens: `stride` columns a request.
-
-    Rows of request b begin at `indptr[b]`, [B + 1] int32.
 
     Where a request has fewer rows its last one fills the columns: nobody reads them.
     """
     if not (batch.return_logprob or batch.return_hidden_states):
         return
-    output = verified.output
+    output, indptr = verified.output, verified.indptr
     columns = torch.arange(stride, device=indptr.device)
     last = indptr[1:, None].to(torch.int64) - 1
     index = torch.minimum(indptr[:-1, None].to(torch.int64) + columns, last)

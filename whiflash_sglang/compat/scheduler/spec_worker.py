@@ -14,8 +14,8 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
 from whiflash_sglang.compat.forward import recurrent, sampling
-from whiflash_sglang.core import Lengths, RoundBatch, RoundResult
-from whiflash_sglang.device.transfers import Upload
+from whiflash_sglang.core import Lengths, RoundBatch, Verified
+from whiflash_sglang.device.transfers import Download, Upload
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -30,6 +30,7 @@ __all__ = [
     "next_round",
     "prefill_rows",
     "round_batch",
+    "round_result",
     "row_ids_of",
     "step_result",
 ]
@@ -131,14 +132,17 @@ def _spare_rows(batch: Any) -> list[int]:
     return list(batch.req_to_token_pool.free_slots[-room:]) if room > 0 else []
 
 
-def next_round(batch: Any, requests: RoundBatch, done: RoundResult) -> RoundBatch:
-    """The same requests a round later, in the same step of the scheduler; `batch` follows."""
-    lengths = [n + len(tokens) for n, tokens in zip(requests.lengths.most, done.tokens, strict=True)]
-    starts = done.results["seq_lens"]
-    batch.seq_lens, batch.seq_lens_cpu = (
-        starts,
-        torch.from_numpy(np.array(lengths)),
-    )  # both stay where they are
+def next_round(
+    batch: Any, requests: RoundBatch, done: GenerationBatchResult, tokens: Sequence[list[int]]
+) -> RoundBatch:
+    """The same requests a round later, in the same step of the scheduler; `batch` follows.
+
+    done: `round_result` of a round that drafted nothing. tokens: that it committed, per request, on the host.
+    """
+    lengths = [n + len(own) for n, own in zip(requests.lengths.most, tokens, strict=True)]
+    starts = done.new_seq_lens
+    # Both stay where they are.
+    batch.seq_lens, batch.seq_lens_cpu = starts, torch.from_numpy(np.array(lengths))
     batch.seq_lens_sum = sum(lengths)
     for req in requests.reqs:
         # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
@@ -150,26 +154,27 @@ def next_round(batch: Any, requests: RoundBatch, done: RoundResult) -> RoundBatc
         requests,
         starts=starts,
         lengths=Lengths(lengths, lengths),
-        bonus=done.results["bonus"],
-        budgets=[left - len(tokens) for left, tokens in zip(requests.budgets, done.tokens, strict=True)],
-        ahead=[known + tokens for known, tokens in zip(requests.ahead, done.tokens, strict=True)],
+        bonus=done.next_draft_input.bonus_tokens,
+        budgets=[left - len(own) for left, own in zip(requests.budgets, tokens, strict=True)],
+        ahead=[known + own for known, own in zip(requests.ahead, tokens, strict=True)],
     )
 
 
-def any_ended(requests: RoundBatch, done: RoundResult) -> bool:
-    """Whether a request may end with what `done` committed: no budget is left, or its last token stops it."""
+def any_ended(requests: RoundBatch, tokens: Sequence[list[int]]) -> bool:
+    """Whether a request may end with the `tokens` of a round: no budget is left, or its last token stops it."""
     return any(
-        left <= len(tokens) or tokens[-1] in sampling.ending_ids(req)
-        for req, left, tokens in zip(requests.reqs, requests.budgets, done.tokens, strict=True)
+        left <= len(own) or own[-1] in sampling.ending_ids(req)
+        for req, left, own in zip(requests.reqs, requests.budgets, tokens, strict=True)
     )
 
 
-def any_tracked(batch: Any, requests: RoundBatch, done: RoundResult) -> bool:
-    """Whether `done` kept a state for the tree: the scheduler looks for that at the end of a step's last round."""
+def any_tracked(batch: Any, requests: RoundBatch, tokens: Sequence[list[int]]) -> bool:
+    """Whether the round of these `tokens` kept a state for the tree: the scheduler looks for that at the end of a
+    step's last round.
+    """
     every = recurrent.tracks_every(batch)
     return every is not None and any(
-        n // every != (n + len(tokens)) // every
-        for n, tokens in zip(requests.lengths.most, done.tokens, strict=True)
+        n // every != (n + len(own)) // every for n, own in zip(requests.lengths.most, tokens, strict=True)
     )
 
 
@@ -246,29 +251,41 @@ def prefill_rows(
     )
 
 
-def step_result(rounds: Sequence[RoundResult]) -> GenerationBatchResult:
+def round_result(verified: Verified, results: Download) -> GenerationBatchResult:
     """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count.
 
-    Only the last of the rounds may have drafted, so the others have a column each. What is proposed differs from
-    request to request: `cap_lens` is upstream's record of that, the rows that the last forward verified.
+    What is proposed differs from request to request: `cap_lens` is upstream's record of that, the rows that were
+    verified. results: of `learning.results_of`.
     """
-    last = rounds[-1].results
-    tokens, accept_lens, new_seq_lens = last["tokens"], last["accept_lens"], last["seq_lens"]
-    if len(rounds) > 1:
-        tokens = torch.cat([*(done.results["tokens"][:, :1] for done in rounds[:-1]), tokens], dim=1)
-        accept_lens = accept_lens + (len(rounds) - 1)
-    stride = tokens.shape[1]
+    tokens = results["tokens"]
     return GenerationBatchResult(
-        logits_output=rounds[-1].output,
+        logits_output=verified.output,
         next_token_ids=tokens.reshape(-1),
-        accept_lens=accept_lens,
-        cap_lens=last["widths"],
+        accept_lens=results["accept_lens"],
+        cap_lens=results["widths"],
+        num_non_draft_tokens_per_req=1,
+        can_run_cuda_graph=verified.can_run_cuda_graph,
+        next_draft_input=DraftInput(results["bonus"], results["seq_lens"]),
+        speculative_num_draft_tokens=tokens.shape[1],
+        speculative_output_stride=tokens.shape[1],
+        new_seq_lens=results["seq_lens"],
+    )
+
+
+def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResult:
+    """One record of several rounds: only the last of them may have drafted, so the others have a column each."""
+    last, size = rounds[-1], len(rounds[-1].accept_lens)
+    if len(rounds) == 1:
+        return last
+    columns = [done.next_token_ids.view(size, -1) for done in rounds]
+    tokens = torch.cat([*(own[:, :1] for own in columns[:-1]), columns[-1]], dim=1)
+    return replace(
+        last,
+        next_token_ids=tokens.reshape(-1),
+        accept_lens=last.accept_lens + (len(rounds) - 1),
         num_non_draft_tokens_per_req=len(rounds),
-        can_run_cuda_graph=rounds[-1].can_run_cuda_graph,
-        next_draft_input=DraftInput(last["bonus"], new_seq_lens),
-        speculative_num_draft_tokens=stride,
-        speculative_output_stride=stride,
-        new_seq_lens=new_seq_lens,
+        speculative_num_draft_tokens=tokens.shape[1],
+        speculative_output_stride=tokens.shape[1],
     )
 
 
