@@ -1,15 +1,21 @@
 """Turns settings into drafters, router and policy."""
 
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from whiflash_sglang import arms
+from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
+from whiflash_sglang.compat.forward.sampling import simulated_acceptance
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.config import NO_ROUTER, Settings
+from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter
@@ -24,7 +30,7 @@ from whiflash_sglang.models.mtp import MTPDrafter
 from whiflash_sglang.models.packed import pack_modules
 from whiflash_sglang.models.router import Layers, Router
 from whiflash_sglang.routing.neural import NeuralPolicy
-from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, Policy, RandomPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
 from whiflash_sglang.spans.vocabulary import vocabulary_of
 
 
@@ -116,13 +122,31 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
             return AutoPolicy(heads=heads)
         case "entropy":
             return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
-        case "random":
-            return RandomPolicy()
         case "ar" | "diffusion" | "lookup" | "none":
             return Pinned(settings.router)
-        case "copy-rule":
-            return CopyRule()
+        case "random" | "copy-rule":
+            policy: Policy = _lab("policies").POLICIES[settings.router]()
+            return policy
         case "neural":
             if settings.neural is None:
                 raise ConfigError(NO_ROUTER)
             return NeuralPolicy(settings.neural.threshold, settings.neural.min_dwell)
+
+
+def build_hooks(
+    settings: Settings, tokens: TokenTable, target: Target, ranks: Ranks, widest: int
+) -> list[SampleHook]:
+    """What replaces sampled tokens where a benchmark asks for it; none else. widest: most rows of a request."""
+    hooks: list[SampleHook] = []
+    if settings.force_recorded:
+        rows, width = tokens.data.shape
+        hooks.append(_lab("hooks").Forcing(rows, width, target.shape.vocab_size, target.device))
+    if (simulated := simulated_acceptance(widest)) is not None:
+        draw, real = simulated
+        hooks.append(_lab("hooks").Pinned(partial(ranks.broadcast, draw), real=real))
+    return hooks
+
+
+def _lab(module: str) -> Any:
+    """A module of what measures: serving names none of it, and imports it only where a measurement asks for it."""
+    return import_module(f"whiflash_sglang.lab.{module}")

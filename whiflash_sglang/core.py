@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from whiflash_kernels import Chosen, Committed, Drafts, PassRows, pass_rows
+from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, PassRows, pass_rows
 
 from whiflash_sglang.device.capture import StaticInput
-from whiflash_sglang.device.transfers import EXACT, HostView
+from whiflash_sglang.device.transfers import EXACT, HostView, Upload
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.telemetry.trace import Part, first_of
@@ -272,6 +272,26 @@ class Proposal:
         owners = torch.tensor([strand.owner for strand in self.strands], device=widths.device)
         rows = [len(strand.tokens) for strand in self.strands]
         return widths.index_add(0, owners, widths.new_tensor(rows))
+
+
+class SampleHook:
+    """What replaces sampled tokens, for measurements (`lab/hooks.py`); a server has none unless one asks for it.
+
+    one_chain: whether it takes the packed rows of a request for one chain, so that no strands are made.
+    """
+
+    one_chain = False
+
+    def begin(self, upload: Upload, row: int, req: Any) -> None:
+        """A request begins in `row`, or begins again; what the device needs of it goes there with `upload`."""
+
+    def prefilled(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
+        """In place of what prefills `sampled`, [B], for the positions `ends`."""
+        return sampled
+
+    def verified(self, verified: "Verified", block: MixedBlock) -> "Verified":
+        """In place of what was sampled at the rows of `block`, whose `request_of_row` is a request of the batch."""
+        return verified
 
 
 class Outcome(NamedTuple):

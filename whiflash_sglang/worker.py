@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from whiflash_sglang.assemble import build_drafters, build_policy, load_router
+from whiflash_sglang.assemble import build_drafters, build_hooks, build_policy, load_router
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
-from whiflash_sglang.compat.forward.sampling import pinned_acceptance
 from whiflash_sglang.compat.forward.target import Target, VerifyStage
 from whiflash_sglang.compat.scheduler import lifecycle, memory, overlap, pricing, step
 from whiflash_sglang.compat.scheduler.lifecycle import Lifecycle
@@ -43,7 +42,6 @@ from whiflash_sglang.metrics.series import state_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.epilogue import Epilogue
-from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.learning import Learner, results_of
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
@@ -111,10 +109,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stops = StopTable(rows, self.target.device)
         longest, vocabulary = self.settings.lookup.prediction_tokens, self.target.shape.vocab_size
         read_prediction = prediction_reader(self._target_worker.tokenizer, longest, vocabulary)
-        self.forcing: Forcing | None = None
-        if self.settings.force_recorded:
-            width = self.tokens.data.shape[1]
-            self.forcing = Forcing(rows, width, vocabulary, self.target.device)
+        self.hooks = build_hooks(
+            self.settings, self.tokens, self.target, self.ranks, widest_of(self.drafters) + 1
+        )
         self.lifecycle = Lifecycle(
             self.drafters,
             self.sync,
@@ -122,13 +119,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.tokens,
             self.stops,
             read_prediction,
-            self.forcing,
+            hooks=self.hooks,
             sample_rate=self.settings.traces.rate,
             quarantine=self.quarantine,
             tally=self.tally,
             publisher=self.publisher,
         )
-        pinned = pinned_acceptance(widest_of(self.drafters) + 1, self.ranks)
         quarantine = self.quarantine
         voices = Voices(self.drafters, quarantine, vocabulary)
         self.planner = Planner(
@@ -151,7 +147,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
                 self.target.runner.req_to_token_pool,
                 ranks=self.ranks.size,
                 exact=self.host.exact,
-                pinned=pinned is not None,
+                pinned=any(hook.one_chain for hook in self.hooks),
             ),
         )
         self.epilogue = Epilogue(
@@ -162,9 +158,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             widest_of(self.drafters) + 1,
             lambda: self.controller.policy.needs,
         )
-        if self.forcing is None and pinned is None:  # else a token is not what the target says
+        if not self.hooks:  # else a token is not what the target says
             self.target.end_graphs_with(self.epilogue)
-        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.forcing, pinned)
+        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.hooks)
         self.learner = Learner(
             self.drafters,
             self.controller,
@@ -309,11 +305,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if batch.forward_mode.is_idle():
             result.next_draft_input = idle_result(self.target.device).next_draft_input
             return result
-        if self.forcing is not None:
-            behind = [
-                prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)
-            ]
-            result.next_token_ids = self.forcing.first(batch.reqs, behind, result.next_token_ids)
+        for hook in self.hooks:
+            until = [prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
+            result.next_token_ids = hook.prefilled(batch.reqs, until, result.next_token_ids)
         upload = Upload()
         for req, row in zip(batch.reqs, row_ids_of(batch), strict=True):
             self.lifecycle.begin(row, req, upload)

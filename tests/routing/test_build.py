@@ -8,8 +8,9 @@ from whiflash_sglang.assemble import build_policy
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.config import RouterName, Settings, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.policies import CopyRule, RandomPolicy
 from whiflash_sglang.routing.neural import NeuralPolicy
-from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, RandomPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned
 
 POLICIES = {
     "auto": AutoPolicy,

@@ -3,9 +3,10 @@
 import pytest
 
 from whiflash_sglang import arms
+from whiflash_sglang.lab.policies import CopyRule, RandomPolicy
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
-from whiflash_sglang.routing.policies import AutoPolicy, CopyRule, EntropyPolicy, Pinned, Policy, RandomPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 

@@ -4,14 +4,8 @@ import math
 
 import pytest
 
-from whiflash_sglang.routing.policies import (
-    AutoPolicy,
-    CopyRule,
-    EntropyPolicy,
-    Pinned,
-    RandomPolicy,
-    apply_hints,
-)
+from whiflash_sglang.lab.policies import CopyRule, RandomPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, apply_hints
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import SpanHint

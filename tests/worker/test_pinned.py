@@ -53,10 +53,10 @@ def test_rounds_commit_what_upstream_would(
     expected: list[list[int]] = []
     committed: list[list[int]] = []
     with engine(models.target, whiflash=models.whiflash("random")) as e:
-        pinned, commit = e.worker.verifier._pinned, e.worker.epilogue.commit
-        over = pinned.over
+        pinned, commit = e.worker.hooks[0], e.worker.epilogue.commit
+        over = pinned.verified
 
-        def watched(rows: Any) -> Any:
+        def watched(rows: Any, block: Any) -> Any:
             state = torch.get_rng_state()
             for begin, end in pairwise(rows.indptr.tolist()):
                 torch.set_rng_state(state)
@@ -64,7 +64,7 @@ def test_rounds_commit_what_upstream_would(
                     upstream(rows.input_ids[None, begin:end], rows.predictions[None, begin:end], pin)
                 )
             torch.set_rng_state(state)
-            return over(rows)
+            return over(rows, block)
 
         def kept(*args: Any) -> Any:
             found = commit(*args)
@@ -72,7 +72,7 @@ def test_rounds_commit_what_upstream_would(
                 committed.append(tokens[:length])
             return found
 
-        monkeypatch.setattr(pinned, "over", watched)
+        monkeypatch.setattr(pinned, "verified", watched)
         monkeypatch.setattr(e.worker.epilogue, "commit", kept)
         e.generate(PROMPTS, max_new_tokens=40)
         e.check_leaks()

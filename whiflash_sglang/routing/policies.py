@@ -3,7 +3,6 @@
 A policy judges one request and knows nothing of the batch; `assign` turns the scores of a whole batch into routes.
 """
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -177,18 +176,6 @@ class Pinned(Blind):
 
 
 @dataclass(frozen=True, slots=True)
-class CopyRule(Blind):
-    """The plain rule that better policies are measured against: copy where there is something to copy, else EAGLE-3."""
-
-    candidates = frozenset({arms.LOOKUP, arms.AR})
-    name: str = "copy-rule"
-    needs: frozenset[str] = frozenset()
-
-    def score(self, signals: Signals) -> Scores:
-        return in_order((arms.LOOKUP, arms.AR), signals)
-
-
-@dataclass(frozen=True, slots=True)
 class EntropyPolicy(Blind):
     """Leave the diffusion drafter where the target's entropy exceeds τ (arXiv 2606.07710, entropy router).
 
@@ -204,22 +191,6 @@ class EntropyPolicy(Blind):
     def score(self, signals: Signals) -> Scores:
         # NaN, before the first verification, exceeds nothing.
         return order_pair(signals, ar_first=signals.entropy > self.tau, min_dwell=self.min_dwell)
-
-
-class RandomPolicy(Blind):
-    """Switches at random every round. It exists to test that switching never changes text."""
-
-    candidates = None
-    name = "random"
-    needs: frozenset[str] = frozenset()
-    joins_arms = True
-
-    def __init__(self, seed: int = 0) -> None:
-        self._random = random.Random(seed)
-
-    def score(self, signals: Signals) -> Scores:
-        choices = sorted(signals.allowed | {arms.NONE})
-        return {arm: self._random.random() for arm in choices}
 
 
 class AutoPolicy:

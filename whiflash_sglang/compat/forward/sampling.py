@@ -7,7 +7,7 @@ draft agrees leaves the output distribution exactly the target's.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,6 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.core import Strand
-from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.round.forcing import Pinned
 from whiflash_sglang.round.penalties import PenaltyRequest, penalties_at
 
 SAMPLED_ROWS = 128
@@ -187,8 +185,9 @@ def sample_rows(
     return torch.cat(found).to(torch.int64)
 
 
-def pinned_acceptance(widest: int, ranks: Ranks) -> Pinned | None:
-    """What `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE` ask for, None where nothing is simulated.
+def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
+    """What `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE` ask for, None where nothing is simulated: tokens that
+    every request commits in the next round, and whether they are its drafts.
 
     One length is drawn a round for all requests, as upstream's workers do. A request's block is as wide as it was
     drafted, so one with fewer rows commits them all: upstream's draw for a block of that width.
@@ -202,8 +201,7 @@ def pinned_acceptance(widest: int, ranks: Ranks) -> Pinned | None:
     spec_utils.check_simulate_acc_token_mode()
     draw = partial(spec_utils.sample_simulated_acc_len, length, method, widest)
     draw()  # an unknown method ends the start, not the first round
-    real = spec_utils.SIMULATE_ACC_TOKEN_MODE == "real-draft-token"
-    return Pinned(partial(ranks.broadcast, draw), real=real)
+    return draw, spec_utils.SIMULATE_ACC_TOKEN_MODE == "real-draft-token"
 
 
 LISTS = (

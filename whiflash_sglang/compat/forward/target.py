@@ -26,10 +26,9 @@ from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output, keep_rows
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.core import Outcome, Proposal, RoundBatch, Verified
+from whiflash_sglang.core import Outcome, Proposal, RoundBatch, SampleHook, Verified
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.round.epilogue import Epilogue
-from whiflash_sglang.round.forcing import Forcing, Pinned
 from whiflash_sglang.round.strands import Packed, accepted_rows, fold, moves, pack
 
 
@@ -222,7 +221,7 @@ class VerifyStage:
 
     Args:
         tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
-        forcing, pinned: replace what was sampled, for benchmarks; None: nothing does.
+        hooks: replace what was sampled, one after the other.
     """
 
     def __init__(
@@ -231,11 +230,10 @@ class VerifyStage:
         tokens: TokenTable,
         host: HostView,
         epilogue: Epilogue,
-        forcing: Forcing | None,
-        pinned: Pinned | None,
+        hooks: Sequence[SampleHook],
     ) -> None:
         self._target, self._tokens, self._host = target, tokens, host
-        self._epilogue, self._forcing, self._pinned = epilogue, forcing, pinned
+        self._epilogue, self._hooks = epilogue, hooks
 
     def verify(self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any) -> Verified:
         """Run the target over bonus tokens and drafts.
@@ -280,13 +278,11 @@ class VerifyStage:
             predictions = sampling.sample_rows(
                 self._target.runner, batch, output, block, first, chains, text, barrier
             )
-        if self._forcing is not None and predictions is not None:
-            predictions = self._forcing.over(predictions, block, requests.rows)
         verified = verified._replace(
             starts=requests.starts, request_rows=requests.rows, predictions=predictions
         )
-        if self._pinned is not None:
-            return self._pinned.over(verified)
+        for hook in self._hooks:
+            verified = hook.verified(verified, block)
         return self._folded(requests, proposal, block, verified) if strands else verified
 
     def _packed(

@@ -22,12 +22,12 @@ from whiflash_sglang.compat.http.streamer import recording_of
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler.grammars import grammar_of
 from whiflash_sglang.compat.scheduler.overlap import behind_forward
+from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.metrics.publisher import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
-from whiflash_sglang.round.forcing import Forcing
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
@@ -53,14 +53,14 @@ class Lifecycle:
         tokens: TokenTable,
         stops: StopTable,
         read_prediction: ReadPrediction,
-        forcing: Forcing | None = None,
         *,
+        hooks: Sequence[SampleHook] = (),
         sample_rate: float = 0.0,
         quarantine: Quarantine,
         tally: Tally,
         publisher: Publisher,
     ) -> None:
-        self._read_prediction, self._forcing = read_prediction, forcing
+        self._read_prediction, self._hooks = read_prediction, hooks
         self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops = tokens, stops
@@ -87,8 +87,8 @@ class Lifecycle:
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(upload, row, req.origin_input_ids, req.output_ids)
         self._stops.begin(upload, row, sampling.ending_ids(req))
-        if self._forcing is not None:
-            self._forcing.begin(upload, row, req)
+        for hook in self._hooks:
+            hook.begin(upload, row, req)
 
     def released(self, req: Any, *, kept: bool) -> None:
         """The request gives its slots up. Where the tree or a session keeps them what was parked is flushed first."""

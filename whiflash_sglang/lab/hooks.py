@@ -1,7 +1,6 @@
-"""Answers forced along a recorded text, and acceptance pinned to a length: for benchmarks.
+"""What benchmarks put in the place of sampled tokens: a recorded text, or as many tokens as acceptance is pinned to.
 
-What the target sampled is replaced once it was sampled. Imports no SGLang. A server has one of these only where its
-flag or its environment says so.
+A server imports this only where its flag or its environment asks for it (`assemble.build_hooks`).
 """
 
 import logging
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.core import Verified
+from whiflash_sglang.core import SampleHook, Verified
 from whiflash_sglang.device.transfers import Upload, sent
 from whiflash_sglang.spans.forced import forced_tokens
 from whiflash_sglang.spans.hints import HintError
@@ -22,7 +21,7 @@ FREE = -1
 """Where nothing is forced."""
 
 
-class Forcing:
+class Forcing(SampleHook):
     """The forced tokens of running requests, on the device.
 
     Args:
@@ -35,15 +34,13 @@ class Forcing:
         self._vocabulary = vocabulary
 
     def begin(self, upload: Upload, row: int, req: Any) -> None:
-        """A request begins in `row`, or begins again; its answer is forced when `upload` has been sent."""
         tokens, prompt = self._tokens(req), len(req.origin_input_ids)
         self._table[row] = FREE
         room = self._table.shape[1] - prompt
         place = self._table[row, prompt : prompt + len(tokens)]
         upload.then(tokens[:room], lambda answer: place.copy_(answer))
 
-    def first(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
-        """What prefills sampled, [B], for the positions `ends`; forced where it is the answer's."""
+    def prefilled(self, reqs: Sequence[Any], ends: Sequence[int], sampled: torch.Tensor) -> torch.Tensor:
         forced = []
         for req, end in zip(reqs, ends, strict=True):
             index, tokens = end - len(req.origin_input_ids), self._tokens(req)
@@ -51,10 +48,11 @@ class Forcing:
         found = sent(forced, sampled.device).to(sampled.dtype)
         return torch.where(found != FREE, found, sampled)
 
-    def over(self, predictions: torch.Tensor, block: MixedBlock, rows: torch.Tensor) -> torch.Tensor:
-        """`predictions` [T] at the rows of `block`, whose requests are in `rows` [B]; forced where they shall be."""
+    def verified(self, verified: Verified, block: MixedBlock) -> Verified:
+        predictions, rows = verified.predictions, verified.request_rows
+        assert predictions is not None
         forced = self._table[rows[block.request_of_row], block.positions + 1]
-        return torch.where(forced != FREE, forced, predictions)
+        return verified._replace(predictions=torch.where(forced != FREE, forced, predictions))
 
     def _tokens(self, req: Any) -> list[int]:
         try:
@@ -68,7 +66,7 @@ PLACEHOLDER = 100
 """SGLang's token where simulated acceptance commits no real ones (`apply_dflash_simulated_acceptance`)."""
 
 
-class Pinned:
+class Pinned(SampleHook):
     """A round's acceptance, pinned: the cost of rounds is measured, their text means nothing.
 
     Args:
@@ -76,19 +74,22 @@ class Pinned:
             and the target's own token behind them; else `PLACEHOLDER`.
     """
 
+    one_chain = True
+
     def __init__(self, draw: Callable[[], int], *, real: bool) -> None:
         self._draw, self._real = draw, real
 
-    def over(self, rows: Verified) -> Verified:
-        """`rows` as if the target had agreed with as many drafts; a request with fewer rows commits all of them."""
-        predictions, ids, length = rows.predictions, rows.input_ids, self._draw()
+    def verified(self, verified: Verified, block: MixedBlock) -> Verified:
+        """As if the target had agreed with as many drafts; a request with fewer rows commits all of them."""
+        predictions, ids, indptr = verified.predictions, verified.input_ids, verified.indptr
+        length = self._draw()
         assert predictions is not None
         row = torch.arange(len(ids), device=ids.device)
-        owner = torch.bucketize(row, rows.indptr[1:-1], right=True)
-        place, last = row - rows.indptr[owner], rows.indptr[owner + 1] - 1
+        owner = torch.bucketize(row, indptr[1:-1], right=True)
+        place, last = row - indptr[owner], indptr[owner + 1] - 1
         if self._real:
             predictions = torch.where((place < length - 1) & (row < last), ids.roll(-1), predictions)
         else:
             predictions = torch.full_like(predictions, PLACEHOLDER)
         agreed = torch.where(place < length, predictions.roll(1), FREE)
-        return rows._replace(predictions=predictions, input_ids=agreed)
+        return verified._replace(predictions=predictions, input_ids=agreed)
