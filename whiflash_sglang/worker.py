@@ -35,7 +35,7 @@ from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import HostView, Upload
-from whiflash_sglang.drafters.base import Drafter, widest_of
+from whiflash_sglang.drafters.base import Drafter, of_text, widest_of, with_kv
 from whiflash_sglang.metrics import publisher
 from whiflash_sglang.metrics.publisher import Publisher, Sink
 from whiflash_sglang.metrics.series import state_of
@@ -70,13 +70,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.drafters: dict[str, Drafter] = {
             d.arm: d for d in build_drafters(self.settings, self.target, self.ranks)
         }
-        captured = sorted({i for d in self.drafters.values() for i in d.captured_layers})
+        self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)
+        captured = sorted({i for d in self.kv_arms.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)
         self.target.capture(captured, final_hidden=self.router is not None)
         self.host = HostView.of(self.target.device)
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
-        from_text = [arm for arm, d in self.drafters.items() if not (d.captured_layers or d.tail_width)]
-        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=from_text)
+        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=self.text_arms)
         self.publisher = Publisher(self)
         vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
         costs = pricing.costs_of(self.target.device, partial(rows_of, self.drafters))
@@ -100,7 +100,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def alloc_memory_pool(self, **pools: Any) -> None:
         """Drafters' KV beside the target's slots, rings and token table beside its request rows."""
         super().alloc_memory_pool(**pools)
-        for drafter in self.drafters.values():
+        for drafter in self.kv_arms.values():
             drafter.allocate(self.target.kv_slots)
         self.sync.allocate(self.target.slot_table)
         slots, costs = self.target.slot_table, self.controller.costs
@@ -217,7 +217,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def forget(self, handle: int | None) -> None:
         """Drop text that a drafter keeps across requests: a tenant's or a scope's, by its handle, or everybody's."""
-        for drafter in self.drafters.values():
+        for drafter in self.text_arms.values():
             drafter.forget(handle)
         self.publisher.flush()
 

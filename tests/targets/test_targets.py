@@ -16,6 +16,8 @@ from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 
+from whiflash_sglang.drafters.base import with_kv
+
 SAMPLE = (
     "DeepseekV3ForCausalLM",  # latent attention, experts
     "Gemma3ForCausalLM",  # windows
@@ -107,7 +109,7 @@ def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:
     e.worker.target.prefill = recorded
     e.generate([prompt], max_new_tokens=1)
     del e.worker.target.prefill
-    layers = sorted({layer for d in e.worker.drafters.values() for layer in d.captured_layers})
+    layers = sorted({layer for d in with_kv(e.worker.drafters).values() for layer in d.captured_layers})
     torch.testing.assert_close(
         torch.cat(seen), model.features(prompt, layers), atol=tolerance, rtol=tolerance
     )

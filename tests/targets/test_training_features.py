@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.compat.training.offline import Generated
 from whiflash_sglang.compat.training.recorder import WANTED, Recorder
+from whiflash_sglang.drafters.base import with_kv
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import ORIGIN, ServedOrigin, vocabulary_file
 from whiflash_sglang.train.answers.data import Teacher, load_target
@@ -117,7 +118,7 @@ def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
         found = recorded(e, tmp_path / "states", TEXTS)
     flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
     with engine(target, whiflash=flags, **OPTIONS) as e:
-        assert sorted({i for d in e.worker.drafters.values() for i in d.captured_layers}) == CAPTURE
+        assert sorted({i for d in with_kv(e.worker.drafters).values() for i in d.captured_layers}) == CAPTURE
         served = [in_serving(e, text) for text in TEXTS]
         origin = ServedOrigin.read(
             target, "tiny", tmp_path / "origin", {"intermediate_size": 96}, torch.ones(64), torch.float32

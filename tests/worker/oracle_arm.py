@@ -11,13 +11,13 @@ import torch
 from whiflash_kernels import Drafts
 
 from whiflash_sglang.core import DraftBatch, History, Voice
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.routing.costs import Worth
 
 ARM = "oracle"
 
 
-class OracleArm(Drafter):
+class OracleArm(TextDrafter):
     """Proposes the known continuation of a request, each token corrupted with probability 1 - `accuracy`.
 
     Args:
@@ -26,6 +26,7 @@ class OracleArm(Drafter):
     """
 
     arm = ARM
+    speaks = False
 
     def __init__(
         self,

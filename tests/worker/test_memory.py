@@ -11,6 +11,7 @@ from model_set import Models
 from test_rehearsal import peak_bytes
 
 from whiflash_sglang.compat.scheduler import memory
+from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.drafters.paged import LOGIT_BYTES
 from whiflash_sglang.models import choice
 from whiflash_sglang.worker import WhiFlashWorker
@@ -87,7 +88,7 @@ def test_the_pool_leaves_room_for_what_the_worker_allocates(
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         assert e.generate([[1, 2, 3, 4] * 4], max_new_tokens=12)
         target = e.scheduler.tp_worker.model_runner.token_to_kv_pool
-        drafts = [d.kv for d in e.worker.drafters.values() if d.keeps_kv]
+        drafts = [d.kv for d in e.worker.drafters.values() if isinstance(d, KVDrafter)]
         slots = target.k_buffer[0].shape[0]
         all_kv = taken(*target.k_buffer, *target.v_buffer, *(t for kv in drafts for t in (kv.k, kv.v)))
         per_slot, rest = divmod(all_kv, slots)

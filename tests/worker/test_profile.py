@@ -8,16 +8,16 @@ from whiflash_kernels import Drafts
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters import profile
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.routing.costs import MeasuredCosts
 
 SLOW, QUICK = 0.2, 0.002
 
 
-class Disturbed(Drafter):
+class Disturbed(KVDrafter):
     """Every other of its drafts is held up by something else."""
 
-    arm, max_drafts, keeps_kv = "disturbed", 3, True
+    arm, max_drafts = "disturbed", 3
 
     def __init__(self) -> None:
         self.drafts, self.now = 0, 0.0

@@ -9,6 +9,7 @@ from engine import Engine, engine
 from host_reads import HostReads
 from model_set import Models
 
+from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.metrics.series import Labels, Series
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
@@ -157,7 +158,7 @@ def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pyte
         }
         for arm, drafter in e.worker.drafters.items():
             assert published["draft", arm] == costs.draft(arm, 1)
-            assert (published["draft", arm] > 0) == drafter.keeps_kv, (
+            assert (published["draft", arm] > 0) == isinstance(drafter, KVDrafter), (
                 "what only looks has no price of its own"
             )
         whole = published["verify", ""] + published["between", ""]
@@ -170,7 +171,7 @@ def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.Monkey
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         found, _, _ = serve(e, monkeypatch)
         drafters = e.worker.drafters.values()
-        kv = sum(d.kv.k.nbytes + d.kv.v.nbytes for d in drafters if d.keeps_kv)
+        kv = sum(d.kv.k.nbytes + d.kv.v.nbytes for d in drafters if isinstance(d, KVDrafter))
         published = {
             labels[0]: value for (name, labels), value in found.values.items() if name == "memory_bytes"
         }

@@ -112,7 +112,7 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
 ) -> None:
     """The inputs that they read, and the largest pass."""
     with engine(models.target, whiflash=models.whiflash("none")) as e:
-        worker, arms = e.worker, e.worker.drafters.values()
+        worker, arms = e.worker, e.worker.kv_arms.values()
 
         def promised() -> int:
             memory.reserve(worker.drafters, worker.sync, worker.target, 5)

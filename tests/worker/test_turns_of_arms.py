@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from whiflash_sglang.core import Voice
+from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.voices import Voices
 from whiflash_sglang.routing.costs import FULL_LENGTH
@@ -14,10 +15,10 @@ ROOM = 12
 FORBIDDEN = 66
 
 
-class Grammar:
+class Grammar(TextDrafter):
     """Allows anything but `FORBIDDEN`; behind an even draft it knows the next one."""
 
-    arm, forbids, speaks = "structure", True, True
+    arm, max_drafts, forbids = "structure", 9, True
 
     def extends(self, row: int) -> bool:
         return True
@@ -29,10 +30,10 @@ class Grammar:
         return allowed.followed_by([last + 1] if last % 2 == 0 else [], [0.9], self.arm)
 
 
-class Copy:
+class Copy(TextDrafter):
     """Goes on behind what it finds in `known`."""
 
-    arm, forbids, speaks = "lookup", False, True
+    arm, max_drafts = "lookup", 9
 
     def __init__(self, known: dict[int, list[int]]) -> None:
         self.known = known

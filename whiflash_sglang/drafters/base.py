@@ -19,92 +19,91 @@ NumberT = TypeVar("NumberT", bound=float)
 
 
 class Drafter:
-    """One arm.
+    """Every arm.
 
-    Lifecycle: `allocate` once → per request `catch_up` with the prompt's rows, then rounds of `catch_up` and
-    `draft` in any order with other arms' rounds between them → `release`.
-
-    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token).
-    captured_layers: target layers whose *outputs* it reads; empty for a drafter that needs no features. features:
-    where these lie in what the target captures, None: they are all of it. tail_width: columns of feature n-1 that a
-    draft begins with, 0 where it reads none. keeps_kv: whether it has KV that must stay synchronised with the target's
-    slots. attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are.
-    judges: whether its drafts say how likely they are (`Drafts.alive`); only such are extended. speaks: whether it says
-    what may follow a text before the round is planned, at no pass of a model. forbids: whether it drops of another
-    arm's drafts what may not follow. on_device: whether the device drafts for it too, for all requests, where the host
-    knows texts a round late.
+    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). judges:
+    whether its drafts say how likely they are (`Drafts.alive`); only such are extended.
     """
 
     arm: str
     max_drafts: int
+    judges: bool = False
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        """Propose tokens. KV writes at positions >= n are provisional."""
+        raise NotImplementedError
+
+    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
+        """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
+        return ()
+
+    def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
+        """`accepted` of its `proposed` drafts of a round were right, which it drafted with these `confidences`.
+
+        What a caller ordered does not count.
+        """
+
+
+class KVDrafter(Drafter):
+    """An arm with KV at the target's slots, which it ingests from the target's features.
+
+    Lifecycle: `allocate` once → per request `catch_up` with the prompt's rows, then rounds of `catch_up` and
+    `draft` in any order with other arms' rounds between them.
+
+    captured_layers: target layers whose *outputs* it reads. features: where these lie in what the target captures,
+    None: they are all of it. tail_width: columns of feature n-1 that a draft begins with, 0 where it reads none.
+    attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are.
+    """
+
     captured_layers: tuple[int, ...] = ()
     features: FeatureSlice | None = None
     tail_width: int = 0
-    keeps_kv: bool = False
     attends_text: bool = False
-    judges: bool = False
-    speaks: bool = False
-    forbids: bool = False
-    on_device: bool = False
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
-        return 0
-
-    def bytes_for(self, rows: int) -> int:
-        """What it keeps for so many rows of the request table, beside its KV."""
-        return 0
+        raise NotImplementedError
 
     def captured_bytes(self, requests: int) -> int:
         """What a captured draft of so many requests takes at its peak."""
-        return 0
+        raise NotImplementedError
 
     def allocate(self, slots: int) -> None:
         """Allocate KV for `slots` target slots."""
+        raise NotImplementedError
 
     def capture(self, recorder: Recorder, given: PassInput) -> None:
         """Have `draft` captured for groups of up to as many requests as `given` has, whose memory captures read.
 
         Raises ConfigError where it cannot be captured.
         """
+        raise NotImplementedError
 
     def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
 
         rows: with the columns of `features` only, and with their owners where it `attends_text`.
         """
+        raise NotImplementedError
 
-    def speak(
-        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Voice | None:
-        """What may follow the text of the request in `row`, if it `speaks`; asked in every round that may be its own,
-        whoever drafts it then. None: nothing.
 
-        The text ends where `history` does. What was committed since its last look, whoever drafted that, shows how
-        right it would have been.
+class TextDrafter(Drafter):
+    """An arm that goes by the texts of requests and keeps something of each.
 
-        Args:
-            row: of the request table. length: n at most. history: the request's committed tokens. worth: what a further
-                draft must bring. under_way: tokens at most that earlier rounds may commit before what it says counts.
-        """
-        return None
+    Lifecycle per request: `begin` → `speak` in every round that may be its own → `finish` if it ended → `release`.
 
-    def extends(self, row: int) -> bool:
-        """Whether it has looked at the request in `row`, and so knows what may follow drafts of others."""
-        return False
+    speaks: whether it drafts by `speak`, before the round is planned and at no pass of a model; else `draft` is asked.
+    forbids: whether it drops of another arm's drafts what may not follow. on_device: whether the device drafts for it
+    too, for all requests, where the host knows texts a round late: by `draft` and `draft_behind`.
+    """
 
-    def reads(self, row: int) -> bool:
-        """Whether drafts for the request in `row` are read for it even where that waits for the device."""
-        return False
+    speaks: bool = True
+    forbids: bool = False
+    on_device: bool = False
 
-    def extend(self, row: int, drafts: Voice, room: int, worth: Worth) -> Voice:
-        """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
-        `extends`.
-
-        Args:
-            room: tokens at most, all together. worth: what each of its own must bring.
-        """
-        return drafts
+    def bytes_for(self, rows: int) -> int:
+        """What it keeps on the device for so many rows of the request table."""
+        return 0
 
     def begin(
         self,
@@ -127,11 +126,37 @@ class Drafter:
         """Whether the request in `row` lets it draft at all."""
         return True
 
-    def draft(self, batch: DraftBatch) -> Drafts:
-        """Propose tokens; asked unless it `speaks`, or if it drafts `on_device`. KV writes at positions >= n are
-        provisional.
+    def speak(
+        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+    ) -> Voice | None:
+        """What may follow the text of the request in `row`; asked in every round that may be its own, whoever drafts it
+        then. None: nothing.
+
+        The text ends where `history` does. What was committed since its last look, whoever drafted that, shows how
+        right it would have been.
+
+        Args:
+            row: of the request table. length: n at most. history: the request's committed tokens. worth: what a further
+                draft must bring. under_way: tokens at most that earlier rounds may commit before what it says counts.
         """
         raise NotImplementedError
+
+    def extends(self, row: int) -> bool:
+        """Whether it has looked at the request in `row`, and so knows what may follow drafts of others."""
+        return False
+
+    def reads(self, row: int) -> bool:
+        """Whether drafts for the request in `row` are read for it even where that waits for the device."""
+        return False
+
+    def extend(self, row: int, drafts: Voice, room: int, worth: Worth) -> Voice:
+        """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
+        `extends`.
+
+        Args:
+            room: tokens at most, all together. worth: what each of its own must bring.
+        """
+        return drafts
 
     def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor) -> Drafts:
         """What follows the drafts of every request, which lie behind its text; asked if it drafts `on_device`.
@@ -141,18 +166,11 @@ class Drafter:
         """
         raise NotImplementedError
 
-    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
-        """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
-        return ()
-
-    def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
-        """`accepted` of its `proposed` drafts of a round were right, which it drafted with these `confidences`.
-
-        What a caller ordered is not told.
-        """
-
     def finish(self, row: int, output: Sequence[int]) -> None:
         """The request in `row` ended with `output`; `release` follows."""
+
+    def release(self, row: int) -> None:
+        """The request in `row` is gone, or another begins there."""
 
     def forget(self, handle: int | None) -> None:
         """Drop text kept across requests: of the tenant, or of the scope in it, with this handle, or of all."""
@@ -165,8 +183,15 @@ class Drafter:
         """Its part of the server's state; empty for most."""
         return {}
 
-    def release(self, row: int) -> None:
-        """The request in `row` is gone, or another begins there."""
+
+def with_kv(drafters: Mapping[str, Drafter]) -> dict[str, KVDrafter]:
+    """Those of the arms that keep KV."""
+    return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, KVDrafter)}
+
+
+def of_text(drafters: Mapping[str, Drafter]) -> dict[str, TextDrafter]:
+    """Those of the arms that go by texts."""
+    return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, TextDrafter)}
 
 
 def widest_of(drafters: Mapping[str, Drafter]) -> int:

@@ -17,7 +17,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import SILENCE, DraftBatch, History, Voice
 from whiflash_sglang.device.transfers import EXACT, HostView
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
 from whiflash_sglang.lookup.copier import MEMORY, OWN_TEXT_ONLY, Copier, Proposal
@@ -70,7 +70,7 @@ class _Request:
         return drafts.followed_by(tokens, copy.alive[:width], source)
 
 
-class LookupArm(Drafter):
+class LookupArm(TextDrafter):
     """Proposes what followed the longest earlier occurrence of the text's end.
 
     Args:
@@ -81,7 +81,7 @@ class LookupArm(Drafter):
     """
 
     arm = arms.LOOKUP
-    judges = speaks = True
+    judges = True
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.core import DraftBatch, PassInput
 from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash import DFlashDrafter
@@ -30,14 +30,13 @@ MOST_ROWS = 128
 """Ingested rows that attend at once: on a CPU each copies what it sees."""
 
 
-class PagedArm(Drafter):
+class PagedArm(KVDrafter):
     """Base of the arms that keep KV.
 
     Args:
         layers: draft layers with KV. shape: heads of each. dtype, device: the target's.
     """
 
-    keeps_kv = True
     judges = True
     kv: DraftKV
 

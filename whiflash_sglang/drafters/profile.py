@@ -8,7 +8,7 @@ import torch
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.transfers import EXACT, HostView
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.routing.costs import MeasuredCosts
 
 BATCHES = (1, 2, 4, 8)
@@ -22,13 +22,13 @@ probes, one that looks cheap by its next round.
 
 
 def profile_drafts(
-    drafters: Iterable[Drafter],
+    drafters: Iterable[KVDrafter],
     rings: FeatureRings,
     slot_table: torch.Tensor,
     costs: MeasuredCosts,
     host: HostView = EXACT,
 ) -> None:
-    """Time drafts of every arm that runs a model, for a few batch sizes, and tell `costs`.
+    """Time drafts of arms with KV, for a few batch sizes, and tell `costs`.
 
     Runs before any request: the slot table is empty, so every write goes to the engine's padding slot.
 
@@ -36,18 +36,14 @@ def profile_drafts(
         slot_table: [request rows, ctx] int32, all zero.
     """
     for drafter in drafters:
-        if not drafter.keeps_kv:
-            continue
         for size in (size for size in BATCHES if size <= len(slot_table)):
             batch = idle_batch(size, drafter, rings, slot_table, host)
             drafter.draft(batch)  # The first run allocates.
             seconds, passes = min(_timed(drafter, batch) for _ in range(TIMINGS))
             costs.drafted(drafter.arm, size, passes=passes, seconds=seconds, catch_up=0.0)
-        for row in range(max(BATCHES)):
-            drafter.release(row)
 
 
-def _timed(drafter: Drafter, batch: DraftBatch) -> tuple[float, int]:
+def _timed(drafter: KVDrafter, batch: DraftBatch) -> tuple[float, int]:
     """Seconds of a draft and the passes it took."""
     device = batch.rows.device
     _wait(device)
@@ -58,7 +54,7 @@ def _timed(drafter: Drafter, batch: DraftBatch) -> tuple[float, int]:
 
 
 def idle_batch(
-    size: int, drafter: Drafter, rings: FeatureRings, slot_table: torch.Tensor, host: HostView
+    size: int, drafter: KVDrafter, rings: FeatureRings, slot_table: torch.Tensor, host: HostView
 ) -> DraftBatch:
     """A batch of so many requests that are none. slot_table: [request rows, ctx] int32, all zero."""
     rows = torch.arange(size, device=slot_table.device)

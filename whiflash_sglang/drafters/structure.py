@@ -16,7 +16,7 @@ from operator import mul
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.core import SILENCE, History, Voice
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
@@ -66,7 +66,7 @@ class _Request:
     tokens: Sequence[Token] = ()
 
 
-class StructureArm(Drafter):
+class StructureArm(TextDrafter):
     """Proposes what the request's grammar forces.
 
     Args:
@@ -74,7 +74,7 @@ class StructureArm(Drafter):
     """
 
     arm = arms.STRUCTURE
-    judges = speaks = forbids = True
+    judges = forbids = True
 
     def __init__(self, settings: Structure, vocabulary: Vocabulary) -> None:
         self.max_drafts = settings.max_width

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from whiflash_sglang.cache.tokens import TokenTable
-    from whiflash_sglang.drafters.base import Drafter
+    from whiflash_sglang.drafters.base import Drafter, KVDrafter, TextDrafter
     from whiflash_sglang.round.catch_up import DraftSync
     from whiflash_sglang.round.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
@@ -57,6 +57,10 @@ class Observed(Protocol):
     @property
     def drafters(self) -> Mapping[str, "Drafter"]: ...
     @property
+    def kv_arms(self) -> Mapping[str, "KVDrafter"]: ...
+    @property
+    def text_arms(self) -> Mapping[str, "TextDrafter"]: ...
+    @property
     def target(self) -> Cached: ...
     @property
     def tokens(self) -> "TokenTable": ...
@@ -75,16 +79,16 @@ def state_of(worker: Observed) -> dict[str, Any]:
         **worker.tally.snapshot(),
         "costs": worker.controller.costs.snapshot(worker.drafters),
         "memory": memory_of(worker),
-        **{arm: state for arm, d in worker.drafters.items() if (state := d.snapshot())},
+        **{arm: state for arm, d in worker.text_arms.items() if (state := d.snapshot())},
     }
 
 
 def memory_of(worker: Observed) -> dict[str, int]:
     """Bytes by scope: what is kept beside the target and its cache, weights apart."""
-    draft_kv = sum(drafter.kv_bytes_per_token() for drafter in worker.drafters.values())
+    draft_kv = sum(drafter.kv_bytes_per_token() for drafter in worker.kv_arms.values())
     kept = {
         f"{arm}_{name}": size
-        for arm, drafter in worker.drafters.items()
+        for arm, drafter in worker.text_arms.items()
         for name, size in drafter.host_bytes().items()
     }
     return {

@@ -17,7 +17,7 @@ from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Owners
 from whiflash_sglang.core import Lengths
 from whiflash_sglang.device.capture import CapturedPass, Recorder, StaticInput, doubling
 from whiflash_sglang.device.transfers import Upload
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, with_kv
 from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4
@@ -51,10 +51,10 @@ class DraftSync:
         dtype: torch.dtype,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self._drafters = drafters
+        self._drafters = with_kv(drafters)
         self._quarantine = quarantine or Quarantine(drafters, alone=False)
         self._capacity, self._width, self._dtype = capacity, width, dtype
-        self.arms = tuple(d.arm for d in drafters.values() if d.keeps_kv)
+        self.arms = tuple(self._drafters)
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
         self.caught_up = dict.fromkeys(self.arms, 0)
@@ -176,10 +176,9 @@ class DraftSync:
         Args:
             rows, starts, bonus, limits: [B] int64 each, of the whole batch.
         """
-        drafter = self._drafters[arm]
-        return self.rings.inputs(
-            members, rows, starts, bonus, limits, drafter.features, tail=drafter.tail_width > 0
-        )
+        drafter = self._drafters.get(arm)
+        features, tail = (None, False) if drafter is None else (drafter.features, drafter.tail_width > 0)
+        return self.rings.inputs(members, rows, starts, bonus, limits, features, tail=tail)
 
     def beyond_usual(self, due: Mapping[str, Due], row_ids: Sequence[int], routes: Sequence[str]) -> float:
         """Host seconds of the last `catch_up` beyond what drafters used in every round spend on it, by tokens.

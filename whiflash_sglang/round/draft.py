@@ -12,7 +12,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.core import SILENCE, DraftBatch, PassInput, Proposal, RoundBatch, Strand, Voice
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
-from whiflash_sglang.drafters.base import Drafter, padded, widest_of
+from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
@@ -67,7 +67,7 @@ class DraftStage:
         if recorder is None:
             return
         inputs = PassInput.of_padding(requests, self.sync.rings.rings.features, self.slot_table)
-        for drafter in self.drafters.values():
+        for drafter in with_kv(self.drafters).values():
             drafter.capture(recorder, inputs)
         self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
 
@@ -166,7 +166,7 @@ class DraftStage:
     def _extends(self, requests: RoundBatch, plan: Plan, index: int) -> bool:
         """Whether drafts of a request are extended on the host."""
         row = requests.row_ids[index]
-        reads = self.host.exact or any(drafter.reads(row) for drafter in self.voices.speaking)
+        reads = self.host.exact or any(drafter.reads(row) for drafter in self.voices.speaking.values())
         return reads and plan.joined[index] > 0
 
     def _chains(
@@ -214,8 +214,8 @@ class DraftStage:
 
     def _copies(self, requests: RoundBatch, plan: Plan, drafts: Drafts | None = None) -> Drafts | None:
         """What the device copies for all requests: behind their text, or behind `drafts` that lie there."""
-        for arm, drafter in self.drafters.items():
-            if drafter.on_device and arm not in self.quarantine:
+        for arm, drafter in self.voices.on_device.items():
+            if arm not in self.quarantine:
                 with self.quarantine.guard(arm):
                     batch = self._whole_batch(requests, plan, arm)
                     if drafts is None:

@@ -52,13 +52,13 @@ class Planner:
         rooms = [max(most) for most in zip(limits, decided.joined, decided.copying, said, strict=True)]
         widths = [1 + room for room in rooms]
         members = {arm: [i for i, route in enumerate(routes) if route == arm] for arm in self.drafters}
-        members = {arm: own for arm, own in members.items() if own and not self.drafters[arm].speaks}
+        members = {arm: own for arm, own in members.items() if own and arm not in self.voices.speaking}
         due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
         states = [self.controller.state(row, rid) for row, rid in requests.names]
         for state, width in zip(states, widths, strict=True):
             state.under_way.append(width)
         self.ranks.note(due)
-        speakers = [drafter.arm for drafter in self.voices.speaking]
+        speakers = list(self.voices.speaking)
         most = limits, decided.joined, decided.copying, rooms
         return Plan(
             routes,
@@ -72,7 +72,7 @@ class Planner:
             rooms,
             decided.expected_drafts,
             decided.voices,
-            [*speakers, *(arm for arm, drafter in self.drafters.items() if drafter.on_device)],
+            [*speakers, *self.voices.on_device],
             decided.worth,
             self._upload(requests, members, due, most, decided, speakers),
         )
@@ -125,8 +125,8 @@ class Planner:
     def _copying(self, requests: RoundBatch, index: int, route: str) -> int:
         """Copies at most that the device may put in the place of a request's drafts."""
         (row, rid), budget = requests.names[index], requests.budgets[index]
-        for arm, drafter in self.drafters.items():
-            serves = drafter.on_device and self.quarantine.serves(arm, rid) and drafter.serves(row)
+        for arm, drafter in self.voices.on_device.items():
+            serves = self.quarantine.serves(arm, rid) and drafter.serves(row)
             if serves and self.controller.holds(row, rid) and self.controller.takes(row, route, arm):
                 return min(drafter.max_drafts, budget - 1)
         return 0
@@ -135,7 +135,7 @@ class Planner:
         """What drafts of the round are judged by, of every arm that may make some."""
         found = {}
         for arm, drafter in self.drafters.items():
-            if (arm in routes or drafter.on_device) and arm not in self.quarantine:
+            if (arm in routes or arm in self.voices.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
                     found[arm] = list(drafter.calibration(row_ids))
         return found
@@ -144,7 +144,7 @@ class Planner:
         """Drafts of each request's own arm at most; what is said where texts are known late is no arm's."""
         return [
             min(self.drafters[arm].max_drafts, budget - 1)
-            if arm in self.drafters and (self.host.exact or not self.drafters[arm].speaks)
+            if arm in self.drafters and (self.host.exact or arm not in self.voices.speaking)
             else 0
             for arm, budget in zip(routes, requests.budgets, strict=True)
         ]
@@ -168,10 +168,11 @@ class Planner:
         for arm in asked:
             if arm in self.quarantine:
                 continue  # since an earlier request of the batch was asked
-            drafter, under_way = self.drafters[arm], self.under_way(row)
-            say = partial(drafter.speak, row, n, history, worth[arm], under_way)
-            voice = self.voices.heard(arm, rid, say)
-            if (voice and voice.tokens) if drafter.speaks else self.quarantine.serves(arm, rid):
+            drafter, voice = self.voices.of_text.get(arm), None
+            if drafter is not None:
+                say = partial(drafter.speak, row, n, history, worth[arm], self.under_way(row))
+                voice = self.voices.heard(arm, rid, say)
+            if (voice and voice.tokens) if arm in self.voices.speaking else self.quarantine.serves(arm, rid):
                 found[arm] = voice
         return found
 
@@ -224,11 +225,8 @@ class Planner:
         longest = max(
             (
                 drafter.max_drafts
-                for other, drafter in self.drafters.items()
-                if drafter.speaks
-                and other != arm
-                and self.quarantine.serves(other, rid)
-                and drafter.serves(row)
+                for other, drafter in self.voices.speaking.items()
+                if other != arm and self.quarantine.serves(other, rid) and drafter.serves(row)
             ),
             default=0,
         )

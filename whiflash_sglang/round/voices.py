@@ -1,40 +1,44 @@
 """What arms that speak say of requests, and how they go on behind each other's. Imports no SGLang."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 
 from whiflash_sglang.core import Voice, agreement
-from whiflash_sglang.drafters.base import Drafter, widest_of
+from whiflash_sglang.drafters.base import Drafter, of_text, widest_of
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.costs import Worth
 
 
-@dataclass(frozen=True, slots=True)
 class Voices:
-    """The arms of a worker that need no pass of a model. vocabulary: ids that the target has."""
+    """The arms of a worker that go by texts.
 
-    drafters: Mapping[str, Drafter]
-    quarantine: Quarantine
-    vocabulary: int
+    Args:
+        vocabulary: ids that the target has.
 
-    @property
-    def speaking(self) -> list[Drafter]:
-        """All of them, in their order."""
-        return [drafter for drafter in self.drafters.values() if drafter.speaks]
+    Attributes:
+        of_text: all of them. speaking: those that draft by what they say. on_device: those for which the device drafts
+            too. width: tokens of a voice at most where texts are known late: a round's drafts behind those of a round
+            before.
+    """
 
-    @property
-    def width(self) -> int:
-        """Tokens of a voice at most where texts are known late: a round's drafts behind those of a round before."""
-        return 2 * widest_of(self.drafters) + 1
+    def __init__(self, drafters: Mapping[str, Drafter], quarantine: Quarantine, vocabulary: int) -> None:
+        self._quarantine, self.vocabulary = quarantine, vocabulary
+        self.of_text = of_text(drafters)
+        self.speaking = {arm: drafter for arm, drafter in self.of_text.items() if drafter.speaks}
+        self.on_device = {arm: drafter for arm, drafter in self.of_text.items() if drafter.on_device}
+        self.width = 2 * widest_of(drafters) + 1
+        # Each twice, since each may lead into what another one knows; who forbids drafts once more, of what came last.
+        forbidding = [(arm, drafter) for arm, drafter in self.speaking.items() if drafter.forbids]
+        self._turns = [*self.speaking.items(), *self.speaking.items(), *forbidding]
 
     def heard(self, arm: str, rid: str, say: Callable[[], Voice | None]) -> Voice | None:
         """What `arm` says for the request `rid`, as far as it can be drafts. None: nothing, or it raised an error."""
         sound = None
-        with self.quarantine.guard(arm, rid):
+        with self._quarantine.guard(arm, rid):
             said = say()
             sound = said and said.sound(self.vocabulary)
             if said and sound and len(sound.tokens) < len(said.tokens):
-                self.quarantine.judge(arm, rid, faulty=True)
+                self._quarantine.judge(arm, rid, faulty=True)
         return sound
 
     def extended(
@@ -43,23 +47,17 @@ class Voices:
         """Drafts of a request with what other arms know to follow, such as the copy that a chain leads into; and how
         many of the first are left.
 
-        Each arm is asked twice, since each may lead into what another one knows, and not behind what it said itself.
-        Who forbids drafts is asked once more, of what came last.
+        An arm is not asked behind what it said itself.
 
         Args:
             name: row and id of the request. first: the arm whose `drafts` they are. room: tokens at most.
         """
         (row, rid), left, last = name, len(drafts.tokens), first
-        forbidding = [drafter for drafter in self.speaking if drafter.forbids]
-        for drafter in (*self.speaking, *self.speaking, *forbidding):
-            arm = drafter.arm
-            if arm == last or not self.quarantine.serves(arm, rid) or not drafter.extends(row):
+        for arm, drafter in self._turns:
+            if arm == last or not self._quarantine.serves(arm, rid) or not drafter.extends(row):
                 continue
 
-            def extend(drafter: Drafter = drafter, drafts: Voice = drafts) -> Voice:
-                return drafter.extend(row, drafts, room, worth[drafter.arm])
-
-            found = self.heard(arm, rid, extend)
+            found = self.heard(arm, rid, partial(drafter.extend, row, drafts, room, worth[arm]))
             if found is None:
                 continue
             kept = agreement(drafts.tokens, found.tokens)

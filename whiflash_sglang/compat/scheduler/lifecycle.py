@@ -24,7 +24,7 @@ from whiflash_sglang.compat.scheduler.grammars import grammar_of
 from whiflash_sglang.compat.scheduler.overlap import behind_forward
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, of_text
 from whiflash_sglang.lookup.memory import tenant_of
 from whiflash_sglang.metrics.publisher import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
@@ -62,7 +62,7 @@ class Lifecycle:
     ) -> None:
         self._read_prediction, self._hooks = read_prediction, hooks
         self._sample_rate = sample_rate
-        self._drafters, self._sync, self._controller = drafters, sync, controller
+        self._drafters, self._sync, self._controller = of_text(drafters), sync, controller
         self._tokens, self._stops = tokens, stops
         self._quarantine, self._tally, self._publisher = quarantine, tally, publisher
 

@@ -32,7 +32,7 @@ from whiflash_sglang.compat.forward import graphs, sampling, triton_backend
 from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler import memory
-from whiflash_sglang.drafters.base import Drafter, widest_of
+from whiflash_sglang.drafters.base import Drafter, of_text, widest_of, with_kv
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
@@ -99,16 +99,14 @@ _reservation = Reservation()
 
 def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Any, requests: int) -> None:
     """Called by the worker before the pools are sized: what it will allocate for up to so many requests."""
-    widest = widest_of(drafters) + 1
+    widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
     parts = for_requests(target, requests, widest) | {"rings": sync.bytes_for(requests + 1)}
-    parts["drafters"] = sum(drafter.bytes_for(requests + 1) for drafter in drafters.values())
+    parts["drafters"] = sum(drafter.bytes_for(requests + 1) for drafter in of_text(drafters).values())
     if graphs.captures_passes(target.device):
         parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.
-        parts["drafters"] += max(
-            (drafter.captured_bytes(requests) for drafter in drafters.values()), default=0
-        )
-    _reservation.per_token = sum(drafter.kv_bytes_per_token() for drafter in drafters.values())
+        parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
+    _reservation.per_token = sum(drafter.kv_bytes_per_token() for drafter in kv)
     _reservation.fixed = sum(parts.values())
     if target.device.type == "cuda":
         logger.info(

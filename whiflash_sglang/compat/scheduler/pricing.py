@@ -23,7 +23,7 @@ from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.device.capture import doubling
 from whiflash_sglang.device.clock import Clock, measure
 from whiflash_sglang.device.transfers import HostView
-from whiflash_sglang.drafters.base import Drafter, widest_of
+from whiflash_sglang.drafters.base import Drafter, KVDrafter, widest_of, with_kv
 from whiflash_sglang.drafters.profile import idle_batch, profile_drafts
 from whiflash_sglang.round.catch_up import FEWEST_ROWS, DraftSync
 from whiflash_sglang.routing.costs import MeasuredCosts, WorkerCosts
@@ -61,7 +61,7 @@ def price(
     if isinstance(costs, LookedUpCosts):
         costs.tables = measured(target, drafters, sync, host, clock, requests)
     elif isinstance(costs, MeasuredCosts):
-        profile_drafts(drafters.values(), sync.rings, target.slot_table, costs, host)
+        profile_drafts(with_kv(drafters).values(), sync.rings, target.slot_table, costs, host)
 
 
 def measured(
@@ -85,8 +85,7 @@ def measured(
         )
     drafts = {
         arm: Sizes.measured(doubling(1, requests), partial(_draft, drafter, target, sync, host, clock))
-        for arm, drafter in drafters.items()
-        if drafter.keeps_kv
+        for arm, drafter in with_kv(drafters).items()
     }
     tokens = doubling(FEWEST_ROWS, requests * widest)
     catch_up = {arm: Sizes.measured(tokens, partial(_catch_up, sync, arm, clock)) for arm in sync.arms}
@@ -94,13 +93,10 @@ def measured(
 
 
 def _draft(
-    drafter: Drafter, target: Target, sync: DraftSync, host: HostView, clock: Clock, requests: int
+    drafter: KVDrafter, target: Target, sync: DraftSync, host: HostView, clock: Clock, requests: int
 ) -> float:
     batch = idle_batch(requests, drafter, sync.rings, target.slot_table, host)
-    seconds = measure(lambda: drafter.draft(batch), clock)
-    for row in batch.row_ids:
-        drafter.release(row)
-    return seconds
+    return measure(lambda: drafter.draft(batch), clock)
 
 
 def _catch_up(sync: DraftSync, arm: str, clock: Clock, tokens: int) -> float:
