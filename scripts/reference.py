@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
@@ -44,32 +45,31 @@ MARKED = re.compile(r"(<!-- (\w+): written by `make docs` -->\n).*?(<!-- end of 
 
 STATE = {
     "policy": "the policy in force",
-    "arms": "drafters that are loaded",
-    "requests": "running now",
-    "quarantined": "why, of each arm that is left out for everybody",
-    "left_out": "of each arm, requests that went on without it",
-    "faulty_drafts": "of each arm, drafts of a request in a round that were none: ids of no token, or NaN",
+    "arms": "loaded drafters",
+    "requests": "running requests",
+    "quarantined": "arms that are left out for everybody, with the reason",
+    "left_out": "requests that continued without an arm, by arm",
+    "faulty_drafts": "rounds of requests in which an arm returned invalid drafts, by arm",
     "rounds": "rounds of the batch",
-    "rows": "rows verified, over all rounds",
-    "tokens": "committed by rounds, bonus tokens among them",
-    "switches": "rounds of a request drafted by another arm than its round before",
+    "rows": "verified rows",
+    "tokens": "committed by rounds, including bonus tokens",
+    "switches": "rounds of requests drafted by another arm than the round before",
     "extra_catch_up_seconds": "catching up beyond what a drafter used in every round would have done",
-    "round_seconds": "all stages and what lies between them",
+    "round_seconds": "all stages, with gaps",
     "route_seconds": "scoring requests and assigning arms",
-    "catch_up_seconds": "ingesting what drafters have missed, KV-only",
-    "draft_seconds": "passes of drafters, and copies",
+    "catch_up_seconds": "ingesting tokens that drafters missed, KV only",
+    "draft_seconds": "draft passes and copies",
     "verify_seconds": "the target's forward and sampling",
     "commit_seconds": "accepting drafts and taking the bonus token",
     "park_seconds": "keeping features for drafters that were not used",
-    "by_arm": "of each arm and `none`: `rounds` (of requests), `tokens`, drafts `proposed` and `accepted`, and of "
-    "these `joined` and `joined_accepted`, which another arm put behind its own",
-    "reasons": "rounds of requests by what decided who drafts",
-    "hints": "requests by where their hints came from",
-    "timed_seconds": "rounds that followed each other, and the time between them",
-    "plain_seconds": "what plain decoding would have taken for the tokens of these, by `costs`",
-    "costs": "latencies in seconds that routes are priced by: those of `sglang:whiflash_cost_seconds`, by `work` and "
-    "arm",
-    "memory": "bytes by scope: those of `sglang:whiflash_memory_bytes`",
+    "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; of these `joined` "
+    "and `joined_accepted` came from another arm",
+    "reasons": "rounds of requests by routing reason",
+    "hints": "requests by the origin of their hints",
+    "timed_seconds": "consecutive rounds and the time between them",
+    "plain_seconds": "estimate of plain decoding's seconds for the same tokens, by `costs`",
+    "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
+    "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
 }
 """Of `GET /whiflash/state`, but for what arms add of their own."""
 
@@ -183,9 +183,21 @@ def metrics_table() -> str:
     return table(("metric", "type", "labels", "meaning"), rows)
 
 
+SHARED_BY = 2
+"""Commands that must share an option for it to be explained once, before them."""
+
+
 def cli_reference() -> str:
-    """Every command: its help, and its arguments and options."""
-    return "\n\n".join(_command(name, command) for name, command in commands().items())
+    """Options that several commands share, then every command: its help, and its arguments and options."""
+    known = {name: [_option(option) for option in _shown(command)] for name, command in commands().items()}
+    counted = Counter(row for rows in known.values() for row in rows)
+    shared = {row for row, count in counted.items() if count >= SHARED_BY}
+    first = table(("in several commands", "meaning"), (row for row in counted if row in shared))
+    return "\n\n".join([first, *(_command(name, commands()[name], known[name], shared) for name in known)])
+
+
+def _shown(command: Any) -> list[Any]:
+    return [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
 
 
 def commands() -> Mapping[str, Any]:
@@ -203,32 +215,37 @@ def commands() -> Mapping[str, Any]:
     return found
 
 
-def _command(name: str, command: Any) -> str:
+def _command(name: str, command: Any, options: list[tuple[str, str]], shared: set[tuple[str, str]]) -> str:
     text, _, example = (command.help or "").replace("\b", "").partition("Example")
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
     calls = [call.strip() for call in re.sub(r"^s?:", "", example).split("\n")]
     parts = [f"## {name}", *paragraphs]
     if any(calls):
         parts.append("```console\n" + "\n".join(filter(None, calls)) + "\n```")
-    rows = [_option(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
-    if rows:
-        parts.append(table(("option", "takes", "meaning"), iter(rows)))
+    if own := [row for row in options if row not in shared]:
+        parts.append(table(("option", "meaning"), iter(own)))
+    if also := [re.match(r"`[\w-]+", option)[0] + "`" for option, _ in options if (option, _) in shared]:
+        parts.append(f"Also: {', '.join(also)}.")
     return "\n\n".join(parts)
 
 
-def _option(parameter: Any) -> tuple[str, str, str]:
+def _option(parameter: Any) -> tuple[str, str]:
     is_option = parameter.opts[0].startswith("-")
-    name = "`, `".join(parameter.opts) if is_option else parameter.name.upper()
+    names = [*parameter.opts] if is_option else [parameter.name.upper()]
+    choices = ""
     if getattr(parameter, "is_bool_flag", False):
-        takes = ""
         if parameter.secondary_opts and parameter.default is not False:
-            name += "`, `" + "`, `".join(parameter.secondary_opts)
+            names += parameter.secondary_opts
     else:
-        takes = _choices(_type_word(parameter.type_descriptor.annotation))
+        takes = _type_word(parameter.type_descriptor.annotation)
+        if "|" in takes:
+            choices = f" {_choices(takes)}."
+        elif is_option:
+            names[-1] += f" {takes}"
     default = parameter.default
     shown = "" if default in (None, False, True, "", ...) or not is_option else f" Default: `{default}`."
     needed = " Required." if is_option and parameter.required else ""
-    return f"`{name}`", takes, f"{parameter.help or ''}{shown}{needed}"
+    return ", ".join(f"`{name}`" for name in names), f"{parameter.help or ''}{choices}{shown}{needed}"
 
 
 def _choices(takes: str) -> str:

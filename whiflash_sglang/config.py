@@ -215,9 +215,9 @@ def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path) -> dict[st
 class PolicyChange(Strict):
     """What may change while serving; None leaves a value as it is.
 
-    router: how rounds are routed from now on. entropy_threshold: nats above which `entropy` leaves DFlash. min_dwell:
-    rounds that `entropy` and `neural` keep an arm at least. neural_router_threshold: predicted gain in tokens above
-    which `neural` takes EAGLE-3.
+    router: policy from now on. entropy_threshold: nats above which `entropy` leaves DFlash. min_dwell: least rounds
+    with an arm under `entropy` and `neural`. neural_router_threshold: predicted gain in tokens above which `neural`
+    takes EAGLE-3.
     """
 
     model_config = ConfigDict(strict=True)

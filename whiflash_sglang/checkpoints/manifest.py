@@ -105,7 +105,7 @@ class Strict(BaseModel):
 
 
 class EntropyRouter(Strict):
-    """tau: nats above which the diffusion drafter is left. min_dwell: rounds an arm is kept at least."""
+    """tau: leave the diffusion drafter above this entropy, in nats. min_dwell: least rounds with an arm."""
 
     tau: Nats = 1.0
     min_dwell: Rounds = 2
@@ -113,7 +113,7 @@ class EntropyRouter(Strict):
 
 class NeuralRouter(Strict):
     """path: a .safetensors file or a directory. threshold: on the predicted ΔAL = AL(EAGLE-3) - AL(DFlash), in tokens.
-    min_dwell: rounds an arm is kept at least. delta_sign: for files that do not say which way round they predict.
+    min_dwell: least rounds with an arm. delta_sign: sign of the prediction, if the file does not name it.
     """
 
     path: str
@@ -125,12 +125,11 @@ class NeuralRouter(Strict):
 class Lookup(Strict):
     """The copying arm.
 
-    enabled: whether it is there. max_width: drafts at most. min_match: shortest suffix match worth copying from.
-    seed: chances that a copied token is right before anything was seen, as `whiflash lookup-seed` measures them
-    (default: the embedded bundle's). memory_mib: MiB of recent outputs of all tenants to copy from across requests, 0
-    for none. memory_minutes: how old they may get. prediction_tokens: tokens of a prediction that are read, the rest
-    is left out. form_tokens: most tokens of emission forms (the prompt as it would be quoted in JSON or code) that are
-    made for one request, 0 for none.
+    enabled: whether the arm is loaded. max_width: most drafts. min_match: shortest match to copy from, in tokens.
+    seed: initial chances that a copied token is right, as `whiflash lookup-seed` measures them (default: the embedded
+    bundle's). memory_mib: MiB of recent outputs to copy from in later requests, 0 for none. memory_minutes: their
+    longest age. prediction_tokens: most tokens of a prediction; the rest is cut. form_tokens: most tokens of emission
+    forms (the prompt as quoted in JSON or code) for one request, 0 for none.
     """
 
     enabled: bool = True
@@ -153,7 +152,7 @@ class Lookup(Strict):
 class Structure(Strict):
     """The structure arm, for requests with a grammar.
 
-    enabled: whether it is there. max_width: drafts at most.
+    enabled: whether the arm is loaded. max_width: most drafts.
     """
 
     enabled: bool = True
@@ -163,7 +162,7 @@ class Structure(Strict):
 class Source(Strict):
     """Where a part of a bundle is from.
 
-    revision: the hub's commit. files: SHA-256 by name; those that lie in the bundle are compared whenever it is served.
+    revision: the hub's commit. files: SHA-256 by name, compared whenever the bundle is served, if it holds them.
     """
 
     revision: str | None = None
@@ -174,15 +173,14 @@ class Manifest(Strict):
     """`whiflash.json`. Paths are relative to the bundle; "hub:owner/name" is fetched from the hub when the bundle is
     served, at the revision of its entry in `sources`.
 
-    schema_version: of this format. name: what the bundle is called. target: the model that it was trained for.
-    eagle3, dflash: directory of the checkpoint; one of the two may be left out, and where it is eagle3 a target that
-    brings its own next-token head drafts with that. dflash_vocabulary: what the block
-    drafter chooses from, the target's whole vocabulary or the reduced one of the EAGLE-3 checkpoint (frequency-ranked,
-    arXiv 2502.14856), which is cheaper for a small target. router: the neural router. entropy: thresholds of the
-    entropy router. lookup: the copying arm (default: on, with the embedded bundle's seed). structure: the arm of what
-    grammars force (default: on). chat_template: a file, served where `--chat-template` names none. tool_call_parser:
-    SGLang's name, in force where `--tool-call-parser` names none. sources: where target, eagle3, dflash and router are
-    from, as `whiflash bundle create` found them.
+    schema_version: of this format. name: of the bundle. target: the model that the drafters were trained for.
+    eagle3: directory of the EAGLE-3 checkpoint; without one a target's own next-token head drafts. dflash: directory of
+    the block drafter's checkpoint; one of the two is enough. dflash_vocabulary: the block drafter chooses from the
+    `full` vocabulary or from the EAGLE-3 checkpoint's reduced one (arXiv 2502.14856), cheaper for a small target.
+    router: the neural router. entropy: thresholds of the entropy router. lookup: the copying arm (default: on).
+    structure: the arm of forced text (default: on). chat_template: a file, unless `--chat-template` names one.
+    tool_call_parser: SGLang's name, unless `--tool-call-parser` names one. sources: origins of target, eagle3, dflash
+    and router.
     """
 
     schema_version: Literal[1]

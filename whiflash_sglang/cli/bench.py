@@ -14,57 +14,55 @@ from whiflash_sglang.lab.bench.suites import GROUPS, SUITES
 def register(app: typer.Typer) -> None:
     @app.command()
     def bench(
-        quick: Annotated[bool, typer.Option(help="A first answer in under five minutes: four arms.")] = False,
-        arms: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(KNOWN)}.")] = None,
-        prompts: Annotated[str | None, typer.Option(help="JSONL file, or data set of the hub.")] = None,
+        quick: Annotated[bool, typer.Option(help="Four arms in under five minutes.")] = False,
+        arms: Annotated[str | None, typer.Option(help=f"Comma-separated: {', '.join(KNOWN)}.")] = None,
+        prompts: Annotated[str | None, typer.Option(help="JSONL file or data set of the hub.")] = None,
         suite: Annotated[
             str | None,
-            typer.Option(
-                help=f"Sets that others report on, comma-separated: {', '.join((*SUITES, *GROUPS))}."
-            ),
+            typer.Option(help=f"Published prompt sets, comma-separated: {', '.join((*SUITES, *GROUPS))}."),
         ] = None,
         suite_dir: Annotated[Path | None, typer.Option(help="Folder with the files of --suite.")] = None,
         per_category: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
-        max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer.")] = None,
-        concurrency: Annotated[str, typer.Option(help="Closed loops: requests in flight.")] = "1",
-        rates: Annotated[str, typer.Option(help="Open loops: arrivals per second.")] = "",
-        repetitions: Annotated[int, typer.Option(min=1, help="Of everything, at most.")] = 3,
+        max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer, in tokens.")] = None,
+        concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
+        rates: Annotated[str, typer.Option(help="Arrivals a second; comma-separated.")] = "",
+        repetitions: Annotated[int, typer.Option(min=1, help="Most repetitions of the full set.")] = 3,
         minutes: Annotated[
             float | None, typer.Option(help="Start no repetition that would end later.")
         ] = None,
-        interleave: Annotated[bool, typer.Option(help="All servers up at once, prompts in turn.")] = True,
-        restart: Annotated[bool, typer.Option(help="New servers for every repetition.")] = False,
-        scaling: Annotated[bool, typer.Option(help="Also a round's cost against batch and context.")] = False,
-        positions: Annotated[
-            bool, typer.Option(help="Trace WHIFLASH's rounds: acceptance by position in the answer.")
+        interleave: Annotated[
+            bool, typer.Option(help="Run all servers at once and ask prompts in turn.")
+        ] = True,
+        restart: Annotated[bool, typer.Option(help="Start new servers for every repetition.")] = False,
+        scaling: Annotated[
+            bool, typer.Option(help="Also measure a round's cost by batch and context.")
         ] = False,
+        positions: Annotated[bool, typer.Option(help="Report acceptance by position in the answer.")] = False,
         as_json: JsonFlag = False,
         out: OutOption = None,
-        markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
-        plots: Annotated[Path | None, typer.Option(help="Write pictures into this directory.")] = None,
-        resume: Annotated[
-            bool, typer.Option(help="Go on with the interrupted run of the same --out.")
-        ] = False,
+        markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
+        plots: Annotated[Path | None, typer.Option(help="Write pictures to this directory.")] = None,
+        resume: Annotated[bool, typer.Option(help="Continue the interrupted run of the same --out.")] = False,
         model_path: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
         bundle: Annotated[str | None, typer.Option(help="Drafters: directory or hub id.")] = None,
         dtype: Annotated[Dtype, typer.Option(help="Number format of every arm.")] = "bfloat16",
-        server_args: Annotated[str, typer.Option(help="More arguments for every server.")] = "",
+        server_args: Annotated[str, typer.Option(help="Further arguments for every server.")] = "",
         beside: Annotated[
             Path | None,
-            typer.Option(
-                help="Another checkout of this project, for arms like auto@beside; its .venv serves it."
-            ),
+            typer.Option(help="Another checkout of this project, for arms such as auto@beside."),
         ] = None,
         recorded: Annotated[
             list[Path] | None,
-            typer.Option(help="Play recorded conversations, forced along their text, instead of prompts."),
+            typer.Option(help="Replay recorded conversations instead of prompts."),
         ] = None,
         dag_jsonl: Annotated[
             Path | None,
-            typer.Option(help="Write the --recorded conversations here for AIPerf, and measure nothing."),
+            typer.Option(help="Write the --recorded conversations to this file for AIPerf; measure nothing."),
         ] = None,
-        over: Annotated[str | None, typer.Option(help="Compare every arm with this one, too.")] = None,
-        log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs here.")] = None,
+        over: Annotated[str | None, typer.Option(help="Also compare every arm with this one.")] = None,
+        log_dir: Annotated[
+            Path | None, typer.Option(help="Keep the servers' logs in this directory.")
+        ] = None,
     ) -> None:
         """Measure WHIFLASH beside plain decoding, EAGLE3, DFLASH and NGRAM on this machine.
 

@@ -20,30 +20,30 @@ def register(app: typer.Typer) -> None:
 
     @bundle.command()
     def create(
-        target: Annotated[str, typer.Option("--target", help=f"The model that is served: {_ID}.")],
-        out: Annotated[Path, typer.Option("--out", help="Directory of the bundle; must not exist.")],
+        target: Annotated[str, typer.Option("--target", help=f"Served model: {_ID}.")],
+        out: Annotated[Path, typer.Option("--out", help="Directory to make; must not exist.")],
         eagle3: Annotated[
-            str | None, typer.Option("--eagle3", help=f"The autoregressive drafter: {_ID}.")
+            str | None, typer.Option("--eagle3", help=f"Autoregressive drafter: {_ID}.")
         ] = None,
-        diffusion: Annotated[
-            str | None, typer.Option("--diffusion", help=f"The block drafter: {_ID}.")
-        ] = None,
+        diffusion: Annotated[str | None, typer.Option("--diffusion", help=f"Block drafter: {_ID}.")] = None,
         router: Annotated[
-            str | None, typer.Option("--router", help=f"A neural router: {_ID}, or a .safetensors file.")
+            str | None, typer.Option("--router", help=f"Neural router: {_ID}, or a .safetensors file.")
         ] = None,
         router_sign: Annotated[
             Literal["ar-minus-diffusion", "diffusion-minus-ar"] | None,
-            typer.Option("--router-sign", help="What the router predicts, where its file does not say."),
+            typer.Option(
+                "--router-sign", help="Sign of the router's prediction, if its file does not name it."
+            ),
         ] = None,
         name: Annotated[
-            str | None, typer.Option("--name", help="The bundle's name; by default the directory's.")
+            str | None, typer.Option("--name", help="Name of the bundle. Default: the directory's.")
         ] = None,
         as_json: JsonFlag = False,
     ) -> None:
-        """Check that drafters fit a target, from their config.json alone, and write a bundle that names them.
+        """Check that drafters fit a target by their config.json, and write a bundle that names them.
 
-        Hub ids are pinned to the commit they are at and fetched when the bundle is served; directories are copied. One
-        drafter alone will do; routers that choose between two are then refused by name.
+        Hub ids are pinned to their current commit and fetched when the bundle is served; directories are copied. One
+        drafter is enough, but routers that choose between two are then refused.
 
         \b
         Example:
@@ -57,7 +57,8 @@ def register(app: typer.Typer) -> None:
             return
         parts = [part for part in ("target", "eagle3", "dflash") if part in manifest]
         report({part: _place(manifest, part) for part in parts}, False)
-        typer.echo(f"serve it: whiflash serve --model-path {target.partition('@')[0]} --bundle {out}")
+        model = target.partition("@")[0]
+        typer.echo(f"serve it: whiflash serve --model-path {model} --speculative-draft-model-path {out}")
 
 
 def _place(manifest: dict[str, object], part: str) -> str:

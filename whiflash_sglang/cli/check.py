@@ -61,18 +61,16 @@ def _platform() -> list[Finding]:
 def register(app: typer.Typer) -> None:
     @app.command()
     def check(
-        verbose: Annotated[
-            bool, typer.Option("--verbose", "-v", help="Also show what is right, one line each.")
-        ] = False,
+        verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show passed checks.")] = False,
         model_path: Annotated[
-            str | None, typer.Option("--model-path", help="A target (hub id or directory), for --draft.")
+            str | None, typer.Option("--model-path", help="Target of --draft: hub id or directory.")
         ] = None,
         draft: Annotated[
             list[str] | None,
             typer.Option(
                 "--draft",
-                help="Judge this bundle or drafter (hub id or directory) instead, from its config.json alone: its "
-                "format, what its KV costs, what stops it. May be repeated.",
+                help="Check this bundle or drafter (hub id or directory) by its config.json: format, KV size, "
+                "obstacles. May be repeated.",
             ),
         ] = None,
         as_json: JsonFlag = False,

@@ -14,11 +14,9 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def demo(
         as_json: JsonFlag = False,
-        router: Annotated[
-            RouterName, typer.Option(help="Router to show, as --whiflash-router takes it.")
-        ] = "auto",
+        router: Annotated[RouterName, typer.Option(help="Policy to show.")] = "auto",
         svg: Annotated[
-            Path | None, typer.Option(help="Also write what is shown, in colour, to this file.")
+            Path | None, typer.Option(help="Also write the output to this file, in colour.")
         ] = None,
         log_dir: Annotated[
             Path | None, typer.Option(help="Keep the servers' logs in this directory.")
@@ -26,7 +24,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Start a server on the embedded model, ask it a chat question and a tool call, and show who drafted what.
 
-        A second server decodes plainly beside it: its answers must be the same, and its speed is the comparison.
+        A second server decodes plainly: its answers must be the same, and its speed is the comparison.
 
         \b
         Example:

@@ -12,59 +12,55 @@ import typer
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
 from whiflash_sglang.cli.train import readable_errors, resolve_config
 
-BundleOption = Annotated[Path, typer.Option(help="Bundle directory (with whiflash.json).")]
-PictureOption = Annotated[Path | None, typer.Option(help="Write a picture (.png) to this file.")]
+BundleOption = Annotated[Path, typer.Option(help="Bundle directory.")]
+PictureOption = Annotated[Path | None, typer.Option(help="Write a picture to this file (.png).")]
 TokensOption = Annotated[int, typer.Option(min=3, help="Answer tokens per prompt.")]
-WorkOption = Annotated[Path | None, typer.Option(help="Keep answers and replays here for the next time.")]
+WorkOption = Annotated[Path | None, typer.Option(help="Keep answers and replays in this directory.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of target and drafters.")]
-ThreadsOption = Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch.")]
+ThreadsOption = Annotated[int, typer.Option(help="CPU threads; 0 is torch's choice.")]
 
 
 def evaluate_command(
     ctx: typer.Context,
     bundle: Annotated[
         Path | None,
-        typer.Option(help="Bundle directory (with whiflash.json); for --recorded, else the embedded one."),
+        typer.Option(help="Bundle directory. Default for --recorded: the embedded bundle."),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL of {id, category, messages, tools?, response_format?}. With --recorded: keep the "
-            "conversations about what these prompts are about."
+            help="JSONL of {id, category, messages, tools?, response_format?}. With --recorded: keep "
+            "the conversations that share a subject with these prompts."
         ),
     ] = None,
     recorded: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Walk training-free arms through this file's recorded conversations; may be repeated."
-        ),
+        typer.Option(help="Replay training-free arms over this file's conversations; may be repeated."),
     ] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(help="Of a recorded walk only this arm; may be repeated.")
+        list[str] | None, typer.Option(help="Replay only this arm over --recorded; may be repeated.")
     ] = None,
     tools: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON list of the tools that were offered, for recorded files that do not say (tau-bench's)."
-        ),
+        typer.Option(help="JSON list of offered tools, for recorded files without them (tau-bench's)."),
     ] = None,
     as_json: JsonFlag = False,
     out: OutOption = None,
     picture: PictureOption = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts to use, balanced over the categories; or conversations."),
+        typer.Option(min=1, help="Most prompts, balanced over the categories, or most conversations."),
     ] = None,
     max_new_tokens: TokensOption = 160,
     work: WorkOption = None,
     lag: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Walk `auto` this many rounds behind the device too; may be repeated."),
+        typer.Option(min=1, help="Also replay `auto` this many rounds behind the device; may be repeated."),
     ] = None,
     dtype: DtypeOption = "bfloat16",
     threads: ThreadsOption = 0,
 ) -> None:
-    """Acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
+    """Measure acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
 
     \b
     Examples:
@@ -140,15 +136,15 @@ def calibrate_command(
     bundle: BundleOption,
     config: Annotated[
         Path | None,
-        typer.Option(help="Use stored training answers that the router was not trained on (as for `train`)."),
+        typer.Option(help="Training configuration whose answers, unseen by the router, are used."),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Or answer these prompts (JSONL).")] = None,
-    per_category: Annotated[int, typer.Option(min=1, help="Answers of each category, at most.")] = 48,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts to answer instead (JSONL).")] = None,
+    per_category: Annotated[int, typer.Option(min=1, help="Most answers of each category.")] = 48,
     server: Annotated[
-        str | None, typer.Option(help="URL of a running server of this bundle; else one is started.")
+        str | None, typer.Option(help="URL of a running server of this bundle; by default one is started.")
     ] = None,
     round_ms: Annotated[
-        str | None, typer.Option(help="Milliseconds of a round instead: eagle3=31.0,dflash=28.5")
+        str | None, typer.Option(help="Round times in ms instead of measuring: eagle3=31.0,dflash=28.5")
     ] = None,
     as_json: JsonFlag = False,
     out: OutOption = None,
@@ -158,7 +154,7 @@ def calibrate_command(
     dtype: DtypeOption = "bfloat16",
     threads: ThreadsOption = 0,
 ) -> None:
-    """Choose the routers' thresholds for the most tokens per second and write them into the bundle.
+    """Choose the routers' thresholds for the most tokens a second and write them to the bundle.
 
     \b
     Example:

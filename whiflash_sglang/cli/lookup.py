@@ -45,15 +45,15 @@ def register(app: typer.Typer) -> None:
     @app.command("lookup-seed")
     def lookup_seed(
         tokens: Annotated[
-            Path, typer.Argument(help="A .npz of token ids, as `whiflash train export` writes it.")
+            Path, typer.Argument(help="Token ids (.npz), as `whiflash train export` writes them.")
         ],
         bundle: Annotated[
             Path | None,
-            typer.Option(help="Bundle whose whiflash.json takes the result; without it, print only."),
+            typer.Option(help="Bundle whose whiflash.json takes the result. Default: print only."),
         ] = None,
         as_json: JsonFlag = False,
     ) -> None:
-        """Measure on a target's own answers how often a copied token is right, per match length and agreement.
+        """Measure how often a copied token is right on a target's own answers, by match length and agreement.
 
         \b
         Example:

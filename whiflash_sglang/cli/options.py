@@ -10,9 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON; nothing else goes to stdout.")
-]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 DEFAULT_URL = "http://127.0.0.1:30000"
 UrlOption = Annotated[
     list[str] | None,
@@ -23,13 +21,13 @@ AdminKeyOption = Annotated[
     typer.Option(
         "--api-key",
         envvar="WHIFLASH_API_KEY",
-        help="The server's admin key, or its API key where it has no other. Better in the environment, where "
-        "others do not see it.",
+        help="The server's admin key, or its API key if it has no other. Prefer WHIFLASH_API_KEY, which other "
+        "users cannot read.",
         show_default=False,
     ),
 ]
 Dtype = Literal["bfloat16", "float32"]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result, as JSON, to this file.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result to this file, as JSON.")]
 
 
 def report(result: Mapping[str, Any], as_json: bool) -> None:

@@ -61,16 +61,16 @@ def register(app: typer.Typer) -> None:
         router: Annotated[
             RouterName | None,
             typer.Argument(
-                help="Policy from now on, none to stop drafting. Left out: say which is in force."
+                help="Policy from now on; none stops drafting. Without it, print the policy in force."
             ),
         ] = None,
         url: UrlOption = None,
         as_json: JsonFlag = False,
         api_key: AdminKeyOption = None,
     ) -> None:
-        """Change the policy of running servers, at once and without a restart; requests go on under the new one.
+        """Change the policy of running servers without a restart. Running requests continue under the new one.
 
-        Every server is asked, also where one before it has failed: then the exit code is 1.
+        Every server is asked, even if another one failed. The exit code is then 1.
 
         \b
         Example:

@@ -18,19 +18,17 @@ def register(app: typer.Typer) -> None:
     @app.command("profile")
     def command(
         server: Annotated[
-            str, typer.Option(help="A WHIFLASH server on this machine.")
+            str, typer.Option(help="WHIFLASH server on this machine.")
         ] = "http://127.0.0.1:30000",
-        prompts: Annotated[str | None, typer.Option(help="JSONL file, or data set of the hub.")] = None,
+        prompts: Annotated[str | None, typer.Option(help="JSONL file or data set of the hub.")] = None,
         per_category: Annotated[int, typer.Option(min=1, help="Prompts of each category.")] = 1,
-        max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 32,
-        at_once: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 1,
+        max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 32,
+        at_once: Annotated[int, typer.Option(min=1, help="Prompts in flight.")] = 1,
         top: Annotated[int, typer.Option(min=1, help="Operators to show.")] = 15,
-        keep: Annotated[
-            Path | None, typer.Option(help="Leave the trace in this directory, for a viewer.")
-        ] = None,
+        keep: Annotated[Path | None, typer.Option(help="Keep the trace in this directory.")] = None,
         as_json: JsonFlag = False,
     ) -> None:
-        """Profile the rounds of a running server, by kind and operator by operator.
+        """Profile the rounds of a running server by kind and operator.
 
         The server answers a few prompts under torch's profiler, which slows it down: compare shares, not milliseconds.
 

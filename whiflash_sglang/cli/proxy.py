@@ -14,18 +14,18 @@ def register(app: typer.Typer) -> None:
         host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
         port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 30080,
         tenant: Annotated[
-            str | None, typer.Option(help="Tenant of requests that name none.", show_default=False)
+            str | None, typer.Option(help="Tenant of requests without one.", show_default=False)
         ] = None,
         agent: Annotated[
-            str | None, typer.Option(help="Agent of requests that name none.", show_default=False)
+            str | None, typer.Option(help="Agent of requests without one.", show_default=False)
         ] = None,
         mib: Annotated[int, typer.Option("--longest-mib", min=1, help="Longest request, in MiB.")] = 64,
     ) -> None:
-        """Pass requests on to a server with hints, for agents in other languages.
+        """Add hints to requests on their way to a server, for agents in other languages.
 
-        OpenAI's and Anthropic's routes below /v1 get spans, agent, tenant, turn and predictions of files, if the server
-        reads them. Answers pass byte for byte. Headers X-WhiFlash-Tenant, -Agent and -Session say who asks, or parts of
-        the path: http://127.0.0.1:30080/agent=coder/v1. Keys pass through; nothing of a request is logged.
+        Requests below /v1 get spans, agent, tenant, turn and predictions of files. Answers pass byte for byte. Name the
+        caller with the headers X-WhiFlash-Tenant, -Agent and -Session, or in the path:
+        http://127.0.0.1:30080/agent=coder/v1. Keys pass through; requests are not logged.
 
         \b
         Example:

@@ -155,10 +155,10 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--print-command", help="Print the command, quoted for a shell, and exit.")
         ] = False,
     ) -> None:
-        """Serve with WHIFLASH. Every option but these goes to `sglang serve` as it is.
+        """Serve with WHIFLASH. All other options go to `sglang serve` unchanged.
 
-        Without a model, here or in the file of --config, the embedded SmolLM2-135M-Instruct is served with the drafters
-        shipped for it, with JSON kept compact and every tool's arguments held to their schema.
+        Without a model, here or in the file of --config, it serves the embedded SmolLM2-135M-Instruct with its
+        drafters, compact JSON, and tools held to their schemas.
 
         \b
         Examples:

@@ -26,11 +26,11 @@ def register(app: typer.Typer) -> None:
         as_json: JsonFlag = False,
         api_key: AdminKeyOption = None,
     ) -> None:
-        """Watch servers: tokens a second, who drafts and what is accepted, reasons, costs, memory.
+        """Watch servers: tokens a second, drafters and their acceptance, reasons, costs, memory.
 
-        Beside each figure of the last interval stands, in brackets, that since the server's start. Ctrl-C ends it.
-        Where standard output is no terminal one reading is shown; with --json there is a line for each. Exit code 1 if
-        a server could not be read: with --once any, else all of them at the first reading.
+        Each figure covers the last interval; totals since the start are in brackets. Ctrl-C ends it. Without a terminal
+        it shows one reading; --json prints a line for each reading. The exit code is 1 if no server can be read at the
+        first reading, with --once if any cannot.
 
         \b
         Example:

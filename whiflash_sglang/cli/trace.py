@@ -73,13 +73,13 @@ def _text_of(response: dict[str, Any]) -> str:
 def register(app: typer.Typer) -> None:
     @app.command()
     def trace(
-        file: Annotated[Path, typer.Argument(help="Responses: JSON, or JSON lines.")],
-        html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
+        file: Annotated[Path, typer.Argument(help="Responses: JSON or JSON lines.")],
+        html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
         colour: Annotated[
             bool | None,
             typer.Option(
-                help="Colours; else each drafter's name before its text. Default: colours on a terminal, unless "
-                "NO_COLOR is set.",
+                help="Colours, or each drafter's name before its text. Default: colours on a terminal without "
+                "NO_COLOR.",
                 show_default=False,
             ),
         ] = None,

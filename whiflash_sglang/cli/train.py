@@ -51,11 +51,11 @@ def resolve_config(path: Path) -> "TrainConfig":
 def split_command(
     train: Annotated[Path, typer.Argument(help="Training prompts (JSON lines).")],
     held_out: Annotated[Path, typer.Argument(help="Evaluation prompts (JSON lines).")],
-    out: Annotated[Path, typer.Argument(help="Where to write the training prompts that are left.")],
-    users: Annotated[str, typer.Option(help="Regular expression of the users that tasks belong to.")] = USERS,
+    out: Annotated[Path, typer.Argument(help="File for the remaining training prompts.")],
+    users: Annotated[str, typer.Option(help="Regular expression of simulated users.")] = USERS,
     as_json: JsonFlag = False,
 ) -> None:
-    """Leave out of the training prompts what shares a user, conversation, tool or schema with an evaluation prompt.
+    """Drop training prompts that share a user, conversation, tool or schema with an evaluation prompt.
 
     \b
     Example:
@@ -82,21 +82,18 @@ def split_command(
 
 @train_app.command("audit")
 def audit_command(
-    tokens: Annotated[
-        Path, typer.Argument(help="A .npz of token ids, as `whiflash train export` writes it.")
-    ],
+    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash train export` writes them.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts (JSON lines), such as `split` left: count answers to others.")
+        Path | None,
+        typer.Option(help="Prompts (JSON lines) to keep, as from `split`; answers to others are counted."),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(
-            help="The target (embedded, a directory or hub id): judge by its logits where answers part."
-        ),
+        typer.Option(help="Target (embedded, a directory or hub id) whose logits judge the differences."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Count prompts that were answered more than once, and say where their answers part.
+    """Count prompts that were answered more than once, and show the first differences.
 
     \b
     Example:
@@ -131,13 +128,13 @@ def audit_command(
 @train_app.command("data")
 def data_command(
     config: ConfigOption,
-    shard: Annotated[str | None, typer.Option(help="This process's share, e.g. 0/2.")] = None,
+    shard: Annotated[str | None, typer.Option(help="Share of this process, such as 0/2.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer the prompts with the target and keep tokens and features.
+    """Answer the prompts with the target and store tokens and features.
 
-    Dense Llama, Qwen2 and Qwen3 are run by this package's generator, other targets by SGLang's offline engine;
-    `data.source` of the configuration says otherwise.
+    This package's generator runs dense Llama, Qwen2 and Qwen3, SGLang's offline engine other targets. `data.source` of
+    the configuration overrides that.
 
     \b
     Example:
@@ -160,18 +157,16 @@ def data_command(
 @train_app.command("features")
 def features_command(
     config: ConfigOption,
-    tokens: Annotated[
-        Path, typer.Argument(help="A .npz of token ids, as `whiflash train export` writes it.")
-    ],
+    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash train export` writes them.")],
     only: Annotated[
         Path | None,
-        typer.Option("--prompts", help="Take the answers to these prompts alone (JSON lines), by their ids."),
+        typer.Option("--prompts", help="Take only the answers to these prompts (JSON lines), by id."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Recompute the features of answers that were generated before, instead of generating anew.
+    """Recompute the features of stored answers instead of generating answers.
 
-    By whom the target is run is chosen as by `whiflash train data`.
+    `data.source` chooses the target's engine, as for `whiflash train data`.
 
     \b
     Example:
@@ -201,7 +196,7 @@ def features_command(
 @train_app.command("export")
 def export_command(
     config: ConfigOption,
-    out: Annotated[Path, typer.Argument(help="The .npz to write.")],
+    out: Annotated[Path, typer.Argument(help="File to write (.npz).")],
     as_json: JsonFlag = False,
 ) -> None:
     """Write the token ids of all generated answers to one small file.
@@ -222,7 +217,7 @@ def export_command(
     report({"tokens": count, "file": str(out)}, as_json)
 
 
-StartFrom = Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")]
+StartFrom = Annotated[Path | None, typer.Option(help="Checkpoint to continue from.")]
 
 
 def _drafter_command(name: str) -> Callable[[Path, Path | None, bool], None]:
@@ -247,7 +242,7 @@ _DRAFTERS = {
 for _name, _what in _DRAFTERS.items():
     train_app.command(
         _name,
-        help=f"Train the {_what}; killed runs go on where they stopped.\n\n"
+        help=f"Train the {_what}; rerun to resume.\n\n"
         f"\b\nExample:\nwhiflash train {_name} --config smollm2-135m-instruct",
     )(_drafter_command(_name))
 
@@ -257,12 +252,16 @@ def router_command(
     config: ConfigOption,
     bundle: Annotated[
         Path | None,
-        typer.Option(help="Use this bundle's drafters, and put the router into it; else those just trained."),
+        typer.Option(
+            help="Use this bundle's drafters and put the router into it. Default: the drafters just trained."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Answers to replay; else router.answers.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Answers to replay. Default: router.answers.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Replay both drafters over the stored answers and train the router; killed runs go on where they stopped.
+    """Replay both drafters over the stored answers and train the router; rerun to resume.
 
     \b
     Example:
@@ -294,13 +293,11 @@ def router_command(
 @train_app.command("bundle")
 def bundle_command(
     config: ConfigOption,
-    out: Annotated[
-        Path, typer.Argument(help="Directory of the bundle; an existing one keeps its thresholds.")
-    ],
-    name: Annotated[str | None, typer.Option(help="Its name; else the directory's.")] = None,
+    out: Annotated[Path, typer.Argument(help="Bundle directory; an existing one keeps its thresholds.")],
+    name: Annotated[str | None, typer.Option(help="Name of the bundle. Default: the directory's.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Put the trained drafters, and the router where there is one, together with a manifest.
+    """Make a bundle of the trained drafters and the router, if there is one.
 
     \b
     Example:

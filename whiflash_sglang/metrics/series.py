@@ -155,54 +155,54 @@ SERIES = (
     Series(
         "tokens_total",
         "counter",
-        "tokens that rounds committed, the bonus token of each among them; a prefill's first token is not",
+        "tokens committed by rounds, including bonus tokens, excluding the first token of a prefill",
         _by_arm("tokens"),
         ("arm",),
     ),
-    Series("draft_tokens_total", "counter", "drafts that were verified", _by_arm("proposed"), ("arm",)),
-    Series("accepted_draft_tokens_total", "counter", "drafts that were right", _by_arm("accepted"), ("arm",)),
+    Series("draft_tokens_total", "counter", "drafts verified", _by_arm("proposed"), ("arm",)),
+    Series("accepted_draft_tokens_total", "counter", "drafts accepted", _by_arm("accepted"), ("arm",)),
     Series(
         "joined_draft_tokens_total",
         "counter",
-        "drafts that another arm put behind those of `arm`, also among `draft_tokens`",
+        "drafts with which another arm continued those of `arm`; also in `draft_tokens`",
         _by_arm("joined"),
         ("arm",),
     ),
     Series(
         "accepted_joined_draft_tokens_total",
         "counter",
-        "those of them that were right, also among `accepted_draft_tokens`",
+        "the accepted ones of these; also in `accepted_draft_tokens`",
         _by_arm("joined_accepted"),
         ("arm",),
     ),
     Series(
         "faulty_drafts_total",
         "counter",
-        "drafts of a request in a round that were none, with ids of no token or NaN; what was wrong was not verified",
+        "rounds of requests in which the arm returned invalid drafts (ids of no token, or NaN), which are not verified",
         _each(lambda w: w.quarantine.faults),
         ("arm",),
     ),
     Series(
         "left_out_requests_total",
         "counter",
-        "requests that went on without an arm, since it raised an error for them or its drafts were none; the "
-        "server's log names them",
+        "requests that continued without the arm after its error or invalid drafts; the server's log "
+        "names them",
         _each(lambda w: w.quarantine.left_out),
         ("arm",),
     ),
     Series(
         "quarantined",
         "gauge",
-        "1 for an arm that is left out for everybody, since it raised an error or its drafts were none for several "
-        "requests in a row; it is tried again after a minute or more; the server's log says why",
+        "1 for an arm that is left out for everybody after failing for several requests in a row; it is retried "
+        "after a minute or more; the server's log has the reason",
         lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
         ("arm",),
     ),
     Series(
         "request_acceptance_length",
         "histogram",
-        "tokens a round, the bonus token among them, of each request that ended, by the arm that drafted for it; 1 is "
-        "plain decoding, and what is far above the others is often text that repeats itself",
+        "tokens a round, including the bonus token, of each ended request, by arm; 1 is plain decoding, and "
+        "values far above the others are often repeated text",
         lambda w: (((arm,), length) for arm, length in _taken(w.tally.acceptance)),
         ("arm",),
         TOKENS,
@@ -210,62 +210,62 @@ SERIES = (
     Series(
         "routes_total",
         "counter",
-        "rounds of requests by what decided who drafts: the policy's `score` or rule (`policy`), a preference or bias "
-        "of the open span (`span`), its `pin`, or the hint `off`",
+        "rounds of requests by routing reason: the policy's `score` or rule (`policy`), a preference or bias of "
+        "the open span (`span`), its `pin`, or the hint `off`",
         _each(lambda w: w.tally.reasons),
         ("reason",),
     ),
     Series(
         "switches_total",
         "counter",
-        "rounds of a request drafted by another arm than its round before",
+        "rounds of requests drafted by another arm than the round before",
         _one(lambda w: w.clock.switches),
     ),
     Series(
         "requests_total",
         "counter",
-        "requests that began, by where their hints come from: the `request` itself, spans `inferred` from it by the "
-        "server, `none`, or `malformed` ones that were ignored (HTTP refuses those with 400)",
+        "started requests by the origin of their hints: the `request`, spans `inferred` by the server, `none`, or "
+        "`malformed` ones that were ignored (HTTP refuses those with 400)",
         _each(lambda w: w.tally.requests),
         ("hints",),
     ),
     Series(
         "round_seconds",
         "histogram",
-        "a round of the whole batch, on the host's clock",
+        "time of a round of the whole batch, on the host's clock",
         lambda w: (((), seconds) for seconds in _taken(w.tally.round_seconds)),
         buckets=SECONDS,
     ),
     Series(
         "stage_seconds_total",
         "counter",
-        "seconds by stage of the round (`GET /whiflash/state` says which is which)",
+        "seconds by stage of the round (`GET /whiflash/state` explains them)",
         _each(lambda w: w.clock.seconds),
         ("stage",),
     ),
     Series(
         "decode_seconds_total",
         "counter",
-        "seconds of rounds and of the time between two of them, where they came one after the other",
+        "seconds of consecutive rounds and of the time between them",
         _one(lambda w: w.tally.timed_seconds),
     ),
     Series(
         "plain_decode_seconds_total",
         "counter",
-        "what plain decoding would have taken for the tokens of the same rounds, by the fitted costs: over "
-        "`decode_seconds_total`, how many times faster drafting is, as estimated",
+        "estimate of plain decoding's seconds for the same tokens, by the fitted costs; divided by "
+        "`decode_seconds_total` it estimates the speed-up",
         _one(lambda w: w.tally.plain_seconds),
     ),
     Series(
         "verified_rows_total",
         "counter",
-        "rows that the target verified, with padding where the host does not know how many drafts there are (CUDA)",
+        "rows that the target verified, on CUDA with padding",
         _one(lambda w: w.clock.rows),
     ),
     Series(
         "catch_up_tokens_total",
         "counter",
-        "tokens that a drafter ingested after others had drafted, at most",
+        "upper bound of the tokens that a drafter ingested after others had drafted",
         _each(lambda w: w.sync.caught_up),
         ("arm",),
     ),
@@ -278,17 +278,16 @@ SERIES = (
     Series(
         "backlog_tokens",
         "gauge",
-        "tokens of running requests that a drafter has yet to ingest, at most",
+        "upper bound of the tokens of running requests that a drafter has yet to ingest",
         _each(lambda w: w.sync.backlog()),
         ("arm",),
     ),
     Series(
         "cost_seconds",
         "gauge",
-        "latencies that routes are priced by, fitted or (on CUDA) looked up: `draft` for one request (with its "
-        "catching up) and `draft_request` for each further one, by arm; `verify` of one request without drafts, "
-        "`verify_draft` of each draft, `verify_request` of each further request, and the engine's time `between` two "
-        "rounds",
+        "prices of routes, fitted or (on CUDA) looked up: `draft` of one request with its catch-up and "
+        "`draft_request` of each further one, by arm; `verify` of one request without drafts, `verify_draft` of each "
+        "draft, `verify_request` of each further request; the engine's time `between` rounds",
         lambda w: w.controller.costs.fitted(w.drafters).items(),
         ("work", "arm"),
     ),
@@ -303,14 +302,14 @@ SERIES = (
     Series(
         "policy",
         "gauge",
-        "1 for the policy in force, 0 for every other one",
+        "1 for the policy in force, 0 for others",
         lambda w: [((name,), float(name == w.settings.router)) for name in get_args(RouterName)],
         ("policy",),
     ),
     Series(
         "info",
         "gauge",
-        "always 1; version of the package, and name of the bundle if one is served",
+        "always 1; labels name the package's version and the bundle",
         lambda w: [((__version__, w.settings.bundle or ""), 1.0)],
         ("version", "bundle"),
     ),
