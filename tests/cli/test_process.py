@@ -292,7 +292,7 @@ print(json.dumps(found))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert len(found) > 10
-    said = [True, "Print the result as JSON; nothing else goes to stdout."]
+    said = [True, "Print only the result, as JSON."]
     assert found == dict.fromkeys(found, said)
 
 
