@@ -6,7 +6,8 @@ from unittest.mock import Mock, call
 
 import pytest
 
-from whiflash_sglang.compat.scheduler import lifecycle
+from whiflash_sglang import lifecycle
+from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.spans.hints import RequestHints
 
@@ -18,7 +19,7 @@ def request(custom_params: Any) -> Any:
 def test_malformed_hints_are_dropped_and_told(caplog: pytest.LogCaptureFixture) -> None:
     assert lifecycle._hints_of(request({"whiflash": '{"off": 1}'})) == RequestHints()
     [record] = caplog.records
-    assert record.name == "whiflash_sglang.compat.scheduler.lifecycle"
+    assert record.name == "whiflash_sglang.lifecycle"
     assert "r7" in record.getMessage()
     assert "custom_params.whiflash.off" in record.getMessage()
 
@@ -29,7 +30,7 @@ def test_hints_that_are_right_are_taken(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_flushing_forgets_every_request() -> None:
-    sync, controller, drafter = Mock(), Mock(states={3: Mock(), 5: Mock()}), Mock()
+    sync, controller, drafter = Mock(), Mock(states={3: Mock(), 5: Mock()}), Mock(spec=TextDrafter)
     told_only = {"quarantine": Quarantine(["ar"]), "tally": Mock(), "publisher": Mock()}
     lifecycle.Lifecycle({"ar": drafter}, sync, controller, Mock(), Mock(), Mock(), **told_only).forget_all()
     for told in (sync.forget, controller.forget, drafter.release):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.round.penalties import PenaltyRequest, penalties_at
+from whiflash_sglang.compat.forward.penalties import PenaltyRequest, penalties_at
 
 VOCAB = 11
 

@@ -1,5 +1,6 @@
 """Turns settings into drafters, router and policy."""
 
+from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,13 +13,15 @@ from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
+from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.sampling import simulated_acceptance
 from whiflash_sglang.compat.forward.target import Target
+from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.config import NO_ROUTER, Settings
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, of_text, widest_of, with_kv
 from whiflash_sglang.drafters.chain import ChainArm, Eagle3Arm, MTPArm
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.lookup import LookupArm
@@ -29,6 +32,8 @@ from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.mtp import MTPDrafter
 from whiflash_sglang.models.packed import pack_modules
 from whiflash_sglang.models.router import Layers, Router
+from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
 from whiflash_sglang.routing.neural import NeuralPolicy
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
 from whiflash_sglang.spans.vocabulary import vocabulary_of
@@ -113,6 +118,21 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
         delta_sign=settings.delta_sign,
     )
     return router.layers()
+
+
+def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int) -> None:
+    """Before the pools are sized: what the worker will allocate for up to so many requests."""
+    widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
+    parts = memory.for_requests(target, requests, widest, Epilogue.bytes_for(widest))
+    parts["tables"] += GATE_BYTES
+    parts["rings"] = sync.bytes_for(requests + 1)
+    parts["drafters"] = sum(drafter.bytes_for(requests + 1) for drafter in of_text(drafters).values())
+    if graphs.captures_passes(target.device):
+        parts["drafters"] += sync.captured_bytes(requests)
+        # Passes are captured into the same memory, one at a time.
+        parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
+    per_token = sum(drafter.kv_bytes_per_token() for drafter in kv)
+    memory.reserve(parts, per_token=per_token, requests=requests, widest=widest, device=target.device)
 
 
 def build_policy(settings: Settings, *, heads: bool = False) -> Policy:

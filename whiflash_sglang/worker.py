@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 
-from whiflash_sglang.assemble import build_drafters, build_hooks, build_policy, load_router
+from whiflash_sglang.assemble import build_drafters, build_hooks, build_policy, load_router, reserve
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
-from whiflash_sglang.compat.forward.target import Target, VerifyStage
-from whiflash_sglang.compat.scheduler import lifecycle, memory, overlap, pricing, step
-from whiflash_sglang.compat.scheduler.lifecycle import Lifecycle
+from whiflash_sglang.compat.forward.target import Target
+from whiflash_sglang.compat.scheduler import memory, overlap, pricing, releases, step
 from whiflash_sglang.compat.scheduler.memory import rehearse_sampling
 from whiflash_sglang.compat.scheduler.spec_worker import (
     BaseSpecWorker,
@@ -36,6 +35,7 @@ from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import HostView, Upload
 from whiflash_sglang.drafters.base import Drafter, of_text, widest_of, with_kv
+from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import publisher
 from whiflash_sglang.metrics.publisher import Publisher, Sink
 from whiflash_sglang.metrics.series import state_of
@@ -51,6 +51,7 @@ from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.verify import VerifyStage
 
 STEP_ROUNDS, STEP_SECONDS = 4, 0.1
 """A step that had so many rounds or lasted so long is not given another one: clients see its tokens when it ends."""
@@ -88,7 +89,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.target.dtype,
             self.quarantine,
         )
-        memory.reserve(self.drafters, self.sync, self.target, max_running_requests())
+        reserve(self.drafters, self.sync, self.target, max_running_requests())
 
     def __getattr__(self, name: str) -> Any:
         # The scheduler asks its model worker for things that only the target's worker knows.
@@ -170,7 +171,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.ranks,
             self.sync.verifying,
         )
-        lifecycle.notify(self.lifecycle, self.target.runner)
+        releases.notify(self.lifecycle, self.target.runner)
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:

@@ -66,8 +66,8 @@ def test_families_of_targets_are_served(
 def test_waits_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a round, in a prefill and in a release."""
     from whiflash_sglang.cache.backlog import Watermarks
-    from whiflash_sglang.compat.forward.target import VerifyStage
     from whiflash_sglang.round.catch_up import DraftSync
+    from whiflash_sglang.verify import VerifyStage
 
     verify, put, leave = VerifyStage.verify, Watermarks.put, DraftSync.leave
 

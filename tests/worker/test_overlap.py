@@ -130,9 +130,9 @@ def test_a_flush_that_does_not_follow_the_forward_is_found(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a request parked goes into the tree's slots when it ends, while a round of it is under way."""
-    from whiflash_sglang.compat.scheduler import lifecycle
+    from whiflash_sglang.compat.scheduler import releases
 
-    monkeypatch.setattr(lifecycle, "behind_forward", lambda _: nullcontext())
+    monkeypatch.setattr(releases, "behind_forward", lambda _: nullcontext())
     with overlapped(models.target, whiflash=models.whiflash("none"), host_lengths=False) as e:
         e.submit("ends first", list(range(20)), max_new_tokens=9)
         e.submit("goes on", list(range(30, 60)), max_new_tokens=30)

@@ -22,8 +22,8 @@ from test_structure import SCHEMA
 from test_structure import requests as structured
 from traffic import mixed, play
 
+from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.compat.scheduler import lifecycle
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY
 from whiflash_sglang.structure.tools import carried_tools
 

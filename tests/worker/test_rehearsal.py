@@ -11,6 +11,7 @@ from engine import engine
 from model_set import Models
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
+from whiflash_sglang.assemble import reserve
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import FEW
 from whiflash_sglang.compat.forward import graphs, triton_backend
@@ -19,7 +20,7 @@ from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.device.capture import CapturedPass
 from whiflash_sglang.drafters.paged import LOGIT_BYTES
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
+from whiflash_sglang.round.epilogue import Epilogue
 
 
 def peak_bytes(body: Any, trace: Path) -> int:
@@ -73,9 +74,9 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
         )
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
         target.runner = runner
-        return sum(memory.for_requests(target, 2, 4).values())
+        return sum(memory.for_requests(target, 2, 4, Epilogue.bytes_for(4)).values())
 
-    table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8 + GATE_BYTES
+    table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8
     sampled = 8 * 1000 * memory.LOGIT_BYTES
     assert reserved("cpu") == table
     row = 10 + Epilogue.bytes_for(4)
@@ -100,7 +101,7 @@ def test_a_large_batch_leaves_memory_to_kv(
     shape, captured = SimpleNamespace(vocab_size=151_936), 8 * 4096
     target = SimpleNamespace(device=torch.device("cuda"), shape=shape, context_len=40_960)
     target.row_bytes, target.runner = captured * 2, None
-    parts = memory.for_requests(target, requests, 17)
+    parts = memory.for_requests(target, requests, 17, Epilogue.bytes_for(17))
     parts["rings"] = FeatureRings.bytes_for(requests + 1, 64, captured, torch.bfloat16)
     parts["drafters"] = int(requests * 16 * shape.vocab_size * LOGIT_BYTES)
     print({name: f"{size / 1e9:.2f}" for name, size in parts.items()}, f"{sum(parts.values()) / 1e9:.2f}")
@@ -115,7 +116,7 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
         worker, arms = e.worker, e.worker.kv_arms.values()
 
         def promised() -> int:
-            memory.reserve(worker.drafters, worker.sync, worker.target, 5)
+            reserve(worker.drafters, worker.sync, worker.target, 5)
             return memory._reservation.fixed
 
         eager = promised()

@@ -24,7 +24,7 @@ from test_sampling import PARAMETERS, judge, sample
 from traffic import Arrival, mixed, play
 from whiflash_kernels import Drafts
 
-from whiflash_sglang.compat.forward import target
+from whiflash_sglang import verify
 from whiflash_sglang.compat.scheduler.spec_worker import branches_of
 from whiflash_sglang.core import DraftBatch, History, Voice
 from whiflash_sglang.lab.policies import RandomPolicy
@@ -89,7 +89,7 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    found, fold = Seen(), target.fold
+    found, fold = Seen(), verify.fold
 
     def recorded(*args: Any) -> Folded:
         folded = fold(*args)
@@ -98,7 +98,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found.forks |= {strand.fork for strand, _ in folded.won}
         return folded
 
-    monkeypatch.setattr(target, "fold", recorded)
+    monkeypatch.setattr(verify, "fold", recorded)
     return found
 
 

@@ -14,8 +14,8 @@ from oracle_arm import OracleArm
 from test_constrained import OPTIONS
 from traffic import Arrival, play
 
+from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.compat.scheduler import lifecycle
 from whiflash_sglang.compat.scheduler.whitespace import COMPACT, bounded_tag
 from whiflash_sglang.drafters import structure
 from whiflash_sglang.round.draft import DraftStage

@@ -46,14 +46,14 @@ def in_scheduler() -> None:
     patching.require_names()
     from whiflash_sglang.compat.forward import parallel, target, triton_backend
     from whiflash_sglang.compat.http import control, figures, streamer
-    from whiflash_sglang.compat.scheduler import lifecycle, memory, prometheus, radix, step, stops, whitespace
+    from whiflash_sglang.compat.scheduler import memory, prometheus, radix, releases, step, stops, whitespace
 
     parts = (
         memory,
         parallel,
         target,
         radix,
-        lifecycle,
+        releases,
         step,
         stops,
         figures,

@@ -248,9 +248,13 @@ class DraftSync:
                 f"the catch-up of {arm!r}",
                 partial(self._pass, arm, members, begins, ends),
                 inputs,
-                doubling(FEWEST_ROWS, rows),
+                self.sizes(rows),
                 recorder,
             )
+
+    def sizes(self, rows: int) -> list[int]:
+        """Numbers of rows that catch-ups are captured for, of up to so many."""
+        return doubling(FEWEST_ROWS, rows)
 
     def idle(self, arm: str, tokens: int) -> Callable[[], None]:
         """What ingests `tokens` tokens that nobody has parked, before the first request: to time it."""

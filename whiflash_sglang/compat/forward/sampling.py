@@ -19,8 +19,8 @@ from sglang.srt.speculative import spec_utils
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from whiflash_kernels import MixedBlock
 
+from whiflash_sglang.compat.forward.penalties import PenaltyRequest, penalties_at
 from whiflash_sglang.core import Strand
-from whiflash_sglang.round.penalties import PenaltyRequest, penalties_at
 
 SAMPLED_ROWS = 128
 """Rows that are sampled at once: they fill a card with the vocabularies that there are."""

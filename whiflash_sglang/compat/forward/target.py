@@ -6,9 +6,8 @@ A target that takes images counts a token's time, height and width. Those of tex
 alone (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for drafts of one length.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import (
@@ -18,18 +17,23 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
-from whiflash_kernels import MixedBlock, prepare_mixed_block
+from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat.forward import graphs, recurrent, sampling
+from whiflash_sglang.compat.forward import graphs, recurrent
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
-from whiflash_sglang.compat.forward.sampling import count_earlier_output, keep_rows
+from whiflash_sglang.compat.forward.sampling import count_earlier_output
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.core import Outcome, Proposal, RoundBatch, SampleHook, Verified
-from whiflash_sglang.device.transfers import HostView, sent
-from whiflash_sglang.round.epilogue import Epilogue
-from whiflash_sglang.round.strands import Packed, accepted_rows, fold, moves, pack
+from whiflash_sglang.core import Outcome, Verified
+from whiflash_sglang.device.transfers import sent
+
+
+class GraphEnd(Protocol):
+    """What is captured behind a verification's forward (`round/epilogue.py`)."""
+
+    def capture(self, graph: Hashable, rows: Verified) -> None: ...
+
+    def outcome(self, graph: Hashable, requests: int) -> Outcome | None: ...
 
 
 class Target(LoadedTarget):
@@ -39,7 +43,7 @@ class Target(LoadedTarget):
         super().__init__(target_worker)
         self.context_len = int(target_worker.model_config.context_len)
         self.tokenizer: Any = target_worker.tokenizer
-        self._epilogue: Epilogue | None = None
+        self._epilogue: GraphEnd | None = None
         graphs.install(self.runner)
         recurrent.install(self._text, target_worker.model_config, self.device)
 
@@ -88,7 +92,7 @@ class Target(LoadedTarget):
         runner = self.runner.decode_cuda_graph_runner
         return runner.rows_for(rows, requests) if isinstance(runner, graphs.VerifyGraphs) else rows
 
-    def end_graphs_with(self, epilogue: Epilogue) -> None:
+    def end_graphs_with(self, epilogue: GraphEnd) -> None:
         """Have `epilogue` captured behind the forward of every verification's graph."""
         self._epilogue = epilogue
 
@@ -161,16 +165,6 @@ class Target(LoadedTarget):
         recurrent.commit(self.runner.attn_backend, self.model, batch, starts, accept_lens)
 
 
-def packed(block: MixedBlock, rows: int) -> MixedBlock:
-    """`block` without the padding behind its first `rows` rows."""
-    return block._replace(
-        input_ids=block.input_ids[:rows],
-        positions=block.positions[:rows],
-        cache_slots=block.cache_slots[:rows],
-        request_of_row=block.request_of_row[:rows],
-    )
-
-
 def verify_input(
     block: MixedBlock, verify_lens: torch.Tensor, widths: Sequence[int] | None, stride: int
 ) -> DFlashVerifyInput:
@@ -214,116 +208,3 @@ def _of_packed_rows(
         original(self, model_runner, batch, *args, **named)
         return
     self.mrope_positions = batch.spec_info.positions.to(torch.int64).repeat(3, 1)
-
-
-class VerifyStage:
-    """What the target says of drafts.
-
-    Args:
-        tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
-        hooks: replace what was sampled, one after the other.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        tokens: TokenTable,
-        host: HostView,
-        epilogue: Epilogue,
-        hooks: Sequence[SampleHook],
-    ) -> None:
-        self._target, self._tokens, self._host = target, tokens, host
-        self._epilogue, self._hooks = epilogue, hooks
-
-    def verify(self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any) -> Verified:
-        """Run the target over bonus tokens and drafts.
-
-        Args:
-            barrier: of SGLang: what a grammar needs before its masks are made.
-        """
-        strands, size = proposal.strands, len(requests.row_ids)
-        drafts, widths = proposal.chosen.tokens, proposal.chosen.widths
-        own = requests.bonus, drafts, widths, requests.starts, requests.rows
-        with_strands = self._packed(own, requests, proposal) if strands else None
-        bonus, drafts, verify_lens, starts, rows = own if with_strands is None else with_strands[:5]
-        padded = prepare_mixed_block(
-            bonus,
-            drafts,
-            verify_lens,
-            starts,
-            rows,
-            self._target.slot_table,
-            rows=self._target.rows_for(proposal.rows, len(rows)),
-        )
-        # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
-        by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
-        host_widths = verify_lens.tolist() if self._host.exact or by_request else None
-        block = padded if host_widths is None else packed(padded, sum(host_widths))
-        if with_strands is not None:
-            block = block._replace(request_of_row=with_strands.owners[block.request_of_row])
-        first = None if host_widths is None else host_widths[:size]  # of each request's first chain
-        chains = None
-        if first is not None and batch.has_grammar:
-            chains = sampling.grammar_chains(block, first, requests.ahead, strands)
-        greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
-        # What the end of a graph commits is the rows as they are packed: strands must be folded before.
-        self._epilogue.let_graphs_commit(greedy and not strands, requests.row_ids)
-        with nullcontext() if with_strands is None else _strands_as_requests(batch, with_strands):
-            verified = self._target.verify(batch, padded, verify_lens, host_widths, proposal.stride)
-        predictions = None
-        if greedy and verified.outcome is None:
-            predictions = verified.logits.argmax(-1)
-        elif not greedy:
-            text, output = self._tokens.data, verified.output
-            predictions = sampling.sample_rows(
-                self._target.runner, batch, output, block, first, chains, text, barrier
-            )
-        verified = verified._replace(
-            starts=requests.starts, request_rows=requests.rows, predictions=predictions
-        )
-        for hook in self._hooks:
-            verified = hook.verified(verified, block)
-        return self._folded(requests, proposal, block, verified) if strands else verified
-
-    def _packed(
-        self,
-        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        requests: RoundBatch,
-        proposal: Proposal,
-    ) -> Packed:
-        """The requests of the forward: those of the batch, `own`, and the strands of the proposal behind them."""
-        batch = Packed(*own, torch.arange(len(requests.row_ids), device=requests.rows.device))
-        lengths, table = requests.lengths.most, self._target.slot_table
-        return pack(batch, lengths, proposal.strands, requests.spare, table)
-
-    def _folded(
-        self, requests: RoundBatch, proposal: Proposal, block: MixedBlock, verified: Verified
-    ) -> Verified:
-        """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""
-        assert verified.predictions is not None  # no graph commits for strands
-        folded = fold(block, verified.predictions, len(requests.row_ids), proposal.strands)
-        if folded.won:
-            targets, sources = moves(folded, requests.row_ids, requests.lengths.most, self._target.slot_table)
-            self._target.runner.token_to_kv_pool.move_kv_cache(targets, sources)
-        if folded.kept is not None:  # else its own rows are the first of all
-            keep_rows(verified.output, folded.kept)
-        return accepted_rows(verified, folded)
-
-
-@contextmanager
-def _strands_as_requests(batch: Any, packed_up: Packed) -> Iterator[None]:
-    """`batch` as a forward with strands takes it, for whom each is one more request."""
-    lengths = packed_up.starts.tolist()
-    known = {name: getattr(batch, name) for name in _PER_REQUEST}
-    batch.seq_lens = batch.orig_seq_lens = packed_up.starts
-    batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(lengths), sum(lengths)
-    batch.req_pool_indices = packed_up.rows
-    try:
-        yield
-    finally:
-        for name, value in known.items():
-            setattr(batch, name, value)
-
-
-_PER_REQUEST = ("seq_lens", "orig_seq_lens", "seq_lens_cpu", "seq_lens_sum", "req_pool_indices")
-"""What a forward reads of a batch's requests."""

@@ -32,10 +32,7 @@ from whiflash_sglang.compat.forward import graphs, sampling, triton_backend
 from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler import memory
-from whiflash_sglang.drafters.base import Drafter, of_text, widest_of, with_kv
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.round.catch_up import DraftSync
-from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
 
 LOGIT_BYTES = 26
 """Bytes that sampling may take at its peak for one logit, the copy that it works in included. The way that sorts,
@@ -97,18 +94,17 @@ class Reservation:
 _reservation = Reservation()
 
 
-def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Any, requests: int) -> None:
-    """Called by the worker before the pools are sized: what it will allocate for up to so many requests."""
-    widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
-    parts = for_requests(target, requests, widest) | {"rings": sync.bytes_for(requests + 1)}
-    parts["drafters"] = sum(drafter.bytes_for(requests + 1) for drafter in of_text(drafters).values())
-    if graphs.captures_passes(target.device):
-        parts["drafters"] += sync.captured_bytes(requests)
-        # Passes are captured into the same memory, one at a time.
-        parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
-    _reservation.per_token = sum(drafter.kv_bytes_per_token() for drafter in kv)
-    _reservation.fixed = sum(parts.values())
-    if target.device.type == "cuda":
+def reserve(
+    parts: Mapping[str, int], *, per_token: int, requests: int, widest: int, device: torch.device
+) -> None:
+    """Called by the worker before the pools are sized.
+
+    Args:
+        parts: bytes of what it allocates for up to so many requests, by name. per_token: of the drafters' KV. widest:
+            most rows of a request.
+    """
+    _reservation.per_token, _reservation.fixed = per_token, sum(parts.values())
+    if device.type == "cuda":
         logger.info(
             "WHIFLASH keeps %.2f GB beside KV, for %d requests of %d rows: %s",
             _reservation.fixed / 1e9,
@@ -123,7 +119,7 @@ def bytes_of_token() -> tuple[int, int]:
     return _reservation.per_token, _reservation.whole
 
 
-def for_requests(target: Any, requests: int, widest: int) -> dict[str, int]:
+def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dict[str, int]:
     """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
 
     Upstream's reserve for graphs and activations goes by requests and by the prefill's chunk. It does not know of
@@ -131,17 +127,16 @@ def for_requests(target: Any, requests: int, widest: int) -> dict[str, int]:
     CPU nothing is sized by what is left, so that part is left out there.
 
     Args:
-        target: the wrapped target, whose capture has been set. widest: most rows of a request.
+        target: the wrapped target, whose capture has been set. widest: most rows of a request. end_bytes: what the end
+            of a graph keeps of one request.
     """
     columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
-    table = (
-        TokenTable.bytes_for(requests + 1, columns, widest) + StopTable.bytes_for(requests + 1) + GATE_BYTES
-    )
+    table = TokenTable.bytes_for(requests + 1, columns, widest) + StopTable.bytes_for(requests + 1)
     if target.device.type != "cuda":
         return {"tables": table}
     vocabulary, kept = target.shape.vocab_size, 0
     if graphs.enabled(target.device):
-        row_bytes = target.row_bytes + Epilogue.bytes_for(widest)
+        row_bytes = target.row_bytes + end_bytes
         kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
         sizes = graphs.row_buckets(graphs.most_rows(requests, widest))
         slots = requests + graphs.spare_slots(requests, widest)

@@ -11,13 +11,14 @@ contexts do while serving, and drafts write to the padding slot.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from whiflash_kernels import prepare_mixed_block
 
+from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.compat.forward.graphs import VerifyGraphs, most_rows, row_buckets
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.device.capture import doubling
@@ -25,7 +26,6 @@ from whiflash_sglang.device.clock import Clock, measure
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, KVDrafter, widest_of, with_kv
 from whiflash_sglang.drafters.profile import idle_batch, profile_drafts
-from whiflash_sglang.round.catch_up import FEWEST_ROWS, DraftSync
 from whiflash_sglang.routing.costs import MeasuredCosts, WorkerCosts
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 
@@ -36,6 +36,17 @@ SHORTER = 16
 """The shorter context is this part of the longer one."""
 
 Body = Callable[[], object]
+
+
+class CatchUps(Protocol):
+    """What is timed of catch-ups (`round/catch_up.py`)."""
+
+    rings: FeatureRings
+    arms: tuple[str, ...]
+
+    def sizes(self, rows: int) -> list[int]: ...
+
+    def idle(self, arm: str, tokens: int) -> Body: ...
 
 
 def looks_up(device: torch.device) -> bool:
@@ -52,7 +63,7 @@ def price(
     costs: WorkerCosts,
     target: Target,
     drafters: Mapping[str, Drafter],
-    sync: DraftSync,
+    sync: CatchUps,
     host: HostView,
     clock: Clock,
     requests: int,
@@ -67,7 +78,7 @@ def price(
 def measured(
     target: Target,
     drafters: Mapping[str, Drafter],
-    sync: DraftSync,
+    sync: CatchUps,
     host: HostView,
     clock: Clock,
     requests: int,
@@ -87,19 +98,19 @@ def measured(
         arm: Sizes.measured(doubling(1, requests), partial(_draft, drafter, target, sync, host, clock))
         for arm, drafter in with_kv(drafters).items()
     }
-    tokens = doubling(FEWEST_ROWS, requests * widest)
+    tokens = sync.sizes(requests * widest)
     catch_up = {arm: Sizes.measured(tokens, partial(_catch_up, sync, arm, clock)) for arm in sync.arms}
     return CostTables(verifications, drafts, catch_up)
 
 
 def _draft(
-    drafter: KVDrafter, target: Target, sync: DraftSync, host: HostView, clock: Clock, requests: int
+    drafter: KVDrafter, target: Target, sync: CatchUps, host: HostView, clock: Clock, requests: int
 ) -> float:
     batch = idle_batch(requests, drafter, sync.rings, target.slot_table, host)
     return measure(lambda: drafter.draft(batch), clock)
 
 
-def _catch_up(sync: DraftSync, arm: str, clock: Clock, tokens: int) -> float:
+def _catch_up(sync: CatchUps, arm: str, clock: Clock, tokens: int) -> float:
     return measure(sync.idle(arm, tokens), clock)
 
 

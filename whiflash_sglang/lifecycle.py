@@ -1,27 +1,13 @@
-"""A request's beginning and end, told to everything that keeps something per row of the request table.
-
-Every end of a request's KV, retraction and preemption included, of which SGLang tells no worker.
-
-Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
-"""
+"""A request's beginning and end, for everything that keeps something per row of the request table."""
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-from weakref import ReferenceType, ref
-
-from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.mem_cache import common
-from sglang.srt.session.streaming_session import StreamingSession
+from typing import Any
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
-from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.forward import sampling
 from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler.grammars import grammar_of
-from whiflash_sglang.compat.scheduler.overlap import behind_forward
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
@@ -147,84 +133,3 @@ def _hints_of(req: Any) -> RequestHints:
     except HintError as error:
         logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
         return MALFORMED
-
-
-class Owner(Protocol):
-    """Who keeps something per request. leaving: whether there is something to flush."""
-
-    @property
-    def leaving(self) -> bool: ...
-
-    def released(self, req: Any, *, kept: bool) -> None: ...
-
-    def flush(self) -> None: ...
-
-
-_owner: ReferenceType[Any] | None = None
-_runner: ReferenceType[Any] | None = None
-_together = False
-"""Whether releases are flushed together: until the next batch is made nobody writes to the rows that they had."""
-
-
-def notify(owner: Owner, runner: Any) -> None:
-    """`owner` is told of every release from now on, behind the forwards of `runner`; neither is kept alive."""
-    global _owner, _runner
-    _owner, _runner = ref(owner), ref(runner)
-
-
-def install() -> None:
-    """Idempotent."""
-    replace(StreamingSession, "try_cache_finished_req", _keeping_what_was_computed)
-    replace(Scheduler, "process_batch_result", _releasing_together)
-    original = common.release_kv_cache
-    replace(common, "release_kv_cache", _noting)
-    for name, module in list(sys.modules.items()):
-        # Modules that imported the function by name hold the original.
-        if name.startswith("sglang.srt") and getattr(module, "release_kv_cache", None) is original:
-            module.release_kv_cache = common.release_kv_cache  # type: ignore[attr-defined]
-
-
-@around
-def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
-    owner = _owner() if _owner is not None else None
-    if owner is not None and serves_ours():
-        # A session keeps the slots of a turn that is retracted, too.
-        kept = checkpoint or (req.session is not None and req.session.streaming)
-        owner.released(req, kept=kept)
-        if kept and not _together:
-            _flush()
-    original(req, tree_cache, checkpoint=checkpoint)
-
-
-@around
-def _releasing_together(original: Any, self: Scheduler, batch: Any, result: Any) -> None:
-    global _together
-    _together = True
-    try:
-        original(self, batch, result)
-    finally:
-        _together = False
-        _flush()
-
-
-def _flush() -> None:
-    owner = _owner() if _owner is not None else None
-    runner = _runner() if _runner is not None else None
-    if owner is not None and runner is not None and owner.leaving:
-        with behind_forward(runner):
-            owner.flush()
-
-
-@around
-def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) -> bool:
-    """A session keeps a turn's slots up to its last token, which no forward has seen.
-
-    Upstream takes what is allocated for computed: true of plain decoding, which allocates no slot before it needs it.
-    """
-    session = req.session
-    known = len(req.origin_input_ids) + len(req.output_ids_through_stop)
-    kept: bool = original(self, req)
-    if kept and serves_ours():
-        kv = self.slots[session.session_id].kv
-        kv.kv_committed_len = min(kv.kv_committed_len, known - 1)
-    return kept

@@ -1,0 +1,139 @@
+"""The verify stage of a round: one forward of the target over bonus tokens and drafts, and its token at every row."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from whiflash_kernels import MixedBlock, prepare_mixed_block
+
+from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.compat.forward import sampling
+from whiflash_sglang.compat.forward.target import Target
+from whiflash_sglang.core import Proposal, RoundBatch, SampleHook, Verified
+from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.round.strands import Packed, accepted_rows, fold, moves, pack
+
+
+class VerifyStage:
+    """What the target says of drafts.
+
+    Args:
+        tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
+        hooks: replace what was sampled, one after the other.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        tokens: TokenTable,
+        host: HostView,
+        epilogue: Epilogue,
+        hooks: Sequence[SampleHook],
+    ) -> None:
+        self._target, self._tokens, self._host = target, tokens, host
+        self._epilogue, self._hooks = epilogue, hooks
+
+    def verify(self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any) -> Verified:
+        """Run the target over bonus tokens and drafts.
+
+        Args:
+            barrier: of SGLang: what a grammar needs before its masks are made.
+        """
+        strands, size = proposal.strands, len(requests.row_ids)
+        drafts, widths = proposal.chosen.tokens, proposal.chosen.widths
+        own = requests.bonus, drafts, widths, requests.starts, requests.rows
+        with_strands = self._packed(own, requests, proposal) if strands else None
+        bonus, drafts, verify_lens, starts, rows = own if with_strands is None else with_strands[:5]
+        padded = prepare_mixed_block(
+            bonus,
+            drafts,
+            verify_lens,
+            starts,
+            rows,
+            self._target.slot_table,
+            rows=self._target.rows_for(proposal.rows, len(rows)),
+        )
+        # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
+        by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
+        host_widths = verify_lens.tolist() if self._host.exact or by_request else None
+        block = padded if host_widths is None else packed(padded, sum(host_widths))
+        if with_strands is not None:
+            block = block._replace(request_of_row=with_strands.owners[block.request_of_row])
+        first = None if host_widths is None else host_widths[:size]  # of each request's first chain
+        chains = None
+        if first is not None and batch.has_grammar:
+            chains = sampling.grammar_chains(block, first, requests.ahead, strands)
+        greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
+        # What the end of a graph commits is the rows as they are packed: strands must be folded before.
+        self._epilogue.let_graphs_commit(greedy and not strands, requests.row_ids)
+        with nullcontext() if with_strands is None else _strands_as_requests(batch, with_strands):
+            verified = self._target.verify(batch, padded, verify_lens, host_widths, proposal.stride)
+        predictions = None
+        if greedy and verified.outcome is None:
+            predictions = verified.logits.argmax(-1)
+        elif not greedy:
+            text, output = self._tokens.data, verified.output
+            predictions = sampling.sample_rows(
+                self._target.runner, batch, output, block, first, chains, text, barrier
+            )
+        verified = verified._replace(
+            starts=requests.starts, request_rows=requests.rows, predictions=predictions
+        )
+        for hook in self._hooks:
+            verified = hook.verified(verified, block)
+        return self._folded(requests, proposal, block, verified) if strands else verified
+
+    def _packed(
+        self,
+        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        requests: RoundBatch,
+        proposal: Proposal,
+    ) -> Packed:
+        """The requests of the forward: those of the batch, `own`, and the strands of the proposal behind them."""
+        batch = Packed(*own, torch.arange(len(requests.row_ids), device=requests.rows.device))
+        lengths, table = requests.lengths.most, self._target.slot_table
+        return pack(batch, lengths, proposal.strands, requests.spare, table)
+
+    def _folded(
+        self, requests: RoundBatch, proposal: Proposal, block: MixedBlock, verified: Verified
+    ) -> Verified:
+        """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""
+        assert verified.predictions is not None  # no graph commits for strands
+        folded = fold(block, verified.predictions, len(requests.row_ids), proposal.strands)
+        if folded.won:
+            targets, sources = moves(folded, requests.row_ids, requests.lengths.most, self._target.slot_table)
+            self._target.runner.token_to_kv_pool.move_kv_cache(targets, sources)
+        if folded.kept is not None:  # else its own rows are the first of all
+            sampling.keep_rows(verified.output, folded.kept)
+        return accepted_rows(verified, folded)
+
+
+@contextmanager
+def _strands_as_requests(batch: Any, packed_up: Packed) -> Iterator[None]:
+    """`batch` as a forward with strands takes it, for whom each is one more request."""
+    lengths = packed_up.starts.tolist()
+    known = {name: getattr(batch, name) for name in _PER_REQUEST}
+    batch.seq_lens = batch.orig_seq_lens = packed_up.starts
+    batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(lengths), sum(lengths)
+    batch.req_pool_indices = packed_up.rows
+    try:
+        yield
+    finally:
+        for name, value in known.items():
+            setattr(batch, name, value)
+
+
+_PER_REQUEST = ("seq_lens", "orig_seq_lens", "seq_lens_cpu", "seq_lens_sum", "req_pool_indices")
+"""What a forward reads of a batch's requests."""
+
+
+def packed(block: MixedBlock, rows: int) -> MixedBlock:
+    """`block` without the padding behind its first `rows` rows."""
+    return block._replace(
+        input_ids=block.input_ids[:rows],
+        positions=block.positions[:rows],
+        cache_slots=block.cache_slots[:rows],
+        request_of_row=block.request_of_row[:rows],
+    )
