@@ -324,7 +324,7 @@ def _with_arms(arms: Sequence[Any]) -> Iterator[None]:
     from whiflash_sglang import worker
 
     build = worker.build_drafters
-    worker.build_drafters = lambda *args: [*build(*args), *arms]
+    worker.build_drafters = lambda *args: build(*args) | {arm.arm: arm for arm in arms}
     try:
         yield
     finally:

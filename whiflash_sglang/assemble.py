@@ -1,22 +1,24 @@
-"""Turns settings into drafters, router and policy."""
+"""Turns settings into a worker's parts: drafters, router, policy, and the stages of a round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from whiflash_sglang import arms
-from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.sampling import simulated_acceptance
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.compat.scheduler import memory
+from whiflash_sglang.compat.scheduler import memory, pricing
+from whiflash_sglang.compat.scheduler.spec_worker import branches_of
 from whiflash_sglang.config import NO_ROUTER, Settings
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.ranks import Ranks
@@ -27,19 +29,31 @@ from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lifecycle import Lifecycle
+from whiflash_sglang.metrics.publisher import Publisher
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.mtp import MTPDrafter
 from whiflash_sglang.models.packed import pack_modules
 from whiflash_sglang.models.router import Layers, Router
 from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
+from whiflash_sglang.round.learning import Learner
+from whiflash_sglang.round.planning import Planner, rows_of
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import NeuralPolicy
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
-from whiflash_sglang.spans.vocabulary import vocabulary_of
+from whiflash_sglang.spans.prediction import prediction_reader
+from whiflash_sglang.spans.vocabulary import token_bytes, vocabulary_of
+from whiflash_sglang.telemetry.round_clock import RoundClock
+from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.verify import VerifyStage
 
 
-def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Drafter]:
+def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> dict[str, Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
 
     What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars,
@@ -86,7 +100,7 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> list[Dra
     if settings.lookup.enabled:
         token_bytes = words.token_bytes if words is not None else ()
         drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes, words))
-    return drafters
+    return {drafter.arm: drafter for drafter in drafters}
 
 
 def chain_arm(
@@ -135,6 +149,15 @@ def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, re
     memory.reserve(parts, per_token=per_token, requests=requests, widest=widest, device=target.device)
 
 
+def build_controller(
+    settings: Settings, target: Target, drafters: Mapping[str, Drafter], *, heads: bool
+) -> Controller:
+    """heads: as of `build_policy`."""
+    vocabulary = token_bytes(target.tokenizer) if target.tokenizer else ()
+    costs = pricing.costs_of(target.device, partial(rows_of, drafters))
+    return Controller(build_policy(settings, heads=heads), costs, vocabulary)
+
+
 def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
     """`heads`: whether the loaded router predicts acceptance lengths. Raises ConfigError where a router is missing."""
     match settings.router:
@@ -165,6 +188,116 @@ def build_hooks(
         draw, real = simulated
         hooks.append(_lab("hooks").Pinned(partial(ranks.broadcast, draw), real=real))
     return hooks
+
+
+class Parts(Protocol):
+    """What the stages of a worker share; the worker has it when the pools are there."""
+
+    settings: Settings
+    target: Target
+    ranks: Ranks
+    drafters: Mapping[str, Drafter]
+    router: Layers | None
+    host: HostView
+    clock: RoundClock
+    tally: Tally
+    quarantine: Quarantine
+    publisher: Publisher
+    controller: Controller
+    sync: DraftSync
+    tokens: TokenTable
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages of a worker's rounds, and who opens and closes requests. hooks: as of `build_hooks`."""
+
+    hooks: Sequence[SampleHook]
+    lifecycle: Lifecycle
+    planner: Planner
+    drafting: DraftStage
+    verifier: VerifyStage
+    epilogue: Epilogue
+    learner: Learner
+
+
+def build_stages(parts: Parts) -> Stages:
+    """Before graphs are captured: the verifications' end with the epilogue, where a token is what the target says."""
+    target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
+    stops = StopTable(len(tokens.data), target.device)
+    hooks = build_hooks(parts.settings, tokens, target, parts.ranks, widest)
+    epilogue = Epilogue(
+        parts.sync.rings, tokens.data, stops, parts.router, widest, lambda: parts.controller.policy.needs
+    )
+    if not hooks:
+        target.end_graphs_with(epilogue)
+    voices = Voices(parts.drafters, parts.quarantine, target.shape.vocab_size)
+    return Stages(
+        hooks=hooks,
+        lifecycle=_lifecycle(parts, stops, hooks),
+        planner=Planner(
+            drafters=parts.drafters,
+            sync=parts.sync,
+            controller=parts.controller,
+            clock=parts.clock,
+            quarantine=parts.quarantine,
+            voices=voices,
+            host=parts.host,
+            ranks=parts.ranks,
+        ),
+        drafting=_drafting(parts, stops, voices, hooks),
+        verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks),
+        epilogue=epilogue,
+        learner=Learner(
+            drafters=parts.drafters,
+            controller=parts.controller,
+            clock=parts.clock,
+            tally=parts.tally,
+            quarantine=parts.quarantine,
+            ranks=parts.ranks,
+            verifying=parts.sync.verifying,
+        ),
+    )
+
+
+def _lifecycle(parts: Parts, stops: StopTable, hooks: Sequence[SampleHook]) -> Lifecycle:
+    longest, vocabulary = parts.settings.lookup.prediction_tokens, parts.target.shape.vocab_size
+    return Lifecycle(
+        parts.drafters,
+        parts.sync,
+        parts.controller,
+        parts.tokens,
+        stops,
+        prediction_reader(parts.target.tokenizer, longest, vocabulary),
+        hooks=hooks,
+        sample_rate=parts.settings.traces.rate,
+        quarantine=parts.quarantine,
+        tally=parts.tally,
+        publisher=parts.publisher,
+    )
+
+
+def _drafting(parts: Parts, stops: StopTable, voices: Voices, hooks: Sequence[SampleHook]) -> DraftStage:
+    return DraftStage(
+        drafters=parts.drafters,
+        sync=parts.sync,
+        costs=parts.controller.costs,
+        clock=parts.clock,
+        slot_table=parts.target.slot_table,
+        text=parts.tokens.data,
+        stops=stops.few,
+        host=parts.host,
+        voices=voices,
+        quarantine=parts.quarantine,
+        rows_for=parts.target.rows_for,
+        branches=branches_of(
+            parts.settings.branches,
+            parts.target.runner.req_to_token_pool,
+            ranks=parts.ranks.size,
+            exact=parts.host.exact,
+            pinned=any(hook.one_chain for hook in hooks),
+        ),
+    )
 
 
 def _lab(module: str) -> Any:

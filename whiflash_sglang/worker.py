@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 
-from whiflash_sglang.assemble import build_drafters, build_hooks, build_policy, load_router, reserve
+from whiflash_sglang.assemble import (
+    build_controller,
+    build_drafters,
+    build_policy,
+    build_stages,
+    load_router,
+    reserve,
+)
 from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat.carried import settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
@@ -20,7 +27,6 @@ from whiflash_sglang.compat.scheduler.spec_worker import (
     DraftInput,
     any_ended,
     any_tracked,
-    branches_of,
     idle_result,
     max_running_requests,
     next_round,
@@ -34,24 +40,15 @@ from whiflash_sglang.config import Settings, changed
 from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import HostView, Upload
-from whiflash_sglang.drafters.base import Drafter, of_text, widest_of, with_kv
-from whiflash_sglang.lifecycle import Lifecycle
+from whiflash_sglang.drafters.base import of_text, widest_of, with_kv
 from whiflash_sglang.metrics import publisher
 from whiflash_sglang.metrics.publisher import Publisher, Sink
 from whiflash_sglang.metrics.series import state_of
 from whiflash_sglang.round.catch_up import DraftSync
-from whiflash_sglang.round.draft import DraftStage
-from whiflash_sglang.round.epilogue import Epilogue
-from whiflash_sglang.round.learning import Learner, results_of
-from whiflash_sglang.round.planning import Planner, rows_of
+from whiflash_sglang.round.learning import results_of
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.voices import Voices
-from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.spans.prediction import prediction_reader
-from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.verify import VerifyStage
 
 STEP_ROUNDS, STEP_SECONDS = 4, 0.1
 """A step that had so many rounds or lasted so long is not given another one: clients see its tokens when it ends."""
@@ -68,9 +65,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self._target_worker, self._draft_worker = target_worker, None
         self.settings = settings_of(server_args)
         self.target, self.ranks = Target(target_worker), ranks_of_model()
-        self.drafters: dict[str, Drafter] = {
-            d.arm: d for d in build_drafters(self.settings, self.target, self.ranks)
-        }
+        self.drafters = build_drafters(self.settings, self.target, self.ranks)
         self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)
         captured = sorted({i for d in self.kv_arms.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)
@@ -79,9 +74,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
         self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=self.text_arms)
         self.publisher = Publisher(self)
-        vocabulary = token_bytes(target_worker.tokenizer) if target_worker.tokenizer else ()
-        costs = pricing.costs_of(self.target.device, partial(rows_of, self.drafters))
-        self.controller = Controller(build_policy(self.settings, heads=self._has_heads), costs, vocabulary)
+        self.controller = build_controller(self.settings, self.target, self.drafters, heads=self._has_heads)
         self.sync = DraftSync(
             self.drafters,
             self.settings.backlog_tokens,
@@ -104,80 +97,16 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         for drafter in self.kv_arms.values():
             drafter.allocate(self.target.kv_slots)
         self.sync.allocate(self.target.slot_table)
-        slots, costs = self.target.slot_table, self.controller.costs
-        rows, context = slots.shape
+        rows, context = self.target.slot_table.shape
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
-        self.stops = StopTable(rows, self.target.device)
-        longest, vocabulary = self.settings.lookup.prediction_tokens, self.target.shape.vocab_size
-        read_prediction = prediction_reader(self._target_worker.tokenizer, longest, vocabulary)
-        self.hooks = build_hooks(
-            self.settings, self.tokens, self.target, self.ranks, widest_of(self.drafters) + 1
-        )
-        self.lifecycle = Lifecycle(
-            self.drafters,
-            self.sync,
-            self.controller,
-            self.tokens,
-            self.stops,
-            read_prediction,
-            hooks=self.hooks,
-            sample_rate=self.settings.traces.rate,
-            quarantine=self.quarantine,
-            tally=self.tally,
-            publisher=self.publisher,
-        )
-        quarantine = self.quarantine
-        voices = Voices(self.drafters, quarantine, vocabulary)
-        self.planner = Planner(
-            self.drafters, self.sync, self.controller, self.clock, quarantine, voices, self.host, self.ranks
-        )
-        self.stage = DraftStage(
-            self.drafters,
-            self.sync,
-            costs,
-            self.clock,
-            slots,
-            self.tokens.data,
-            self.stops.few,
-            self.host,
-            voices,
-            quarantine,
-            self.target.rows_for,
-            branches_of(
-                self.settings.branches,
-                self.target.runner.req_to_token_pool,
-                ranks=self.ranks.size,
-                exact=self.host.exact,
-                pinned=any(hook.one_chain for hook in self.hooks),
-            ),
-        )
-        self.epilogue = Epilogue(
-            self.sync.rings,
-            self.tokens.data,
-            self.stops,
-            self.router,
-            widest_of(self.drafters) + 1,
-            lambda: self.controller.policy.needs,
-        )
-        if not self.hooks:  # else a token is not what the target says
-            self.target.end_graphs_with(self.epilogue)
-        self.verifier = VerifyStage(self.target, self.tokens, self.host, self.epilogue, self.hooks)
-        self.learner = Learner(
-            self.drafters,
-            self.controller,
-            self.clock,
-            self.tally,
-            quarantine,
-            self.ranks,
-            self.sync.verifying,
-        )
-        releases.notify(self.lifecycle, self.target.runner)
+        self.stages = build_stages(self)
+        releases.notify(self.stages.lifecycle, self.target.runner)
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:
         """Called by the scheduler when the target's are captured: the drafters' passes, and what all of it costs."""
         requests, costs = max_running_requests(), self.controller.costs
-        self.stage.capture(graphs.recorder(self.target.runner), requests)
+        self.stages.drafting.capture(graphs.recorder(self.target.runner), requests)
         pricing.price(costs, self.target, self.drafters, self.sync, self.host, self.clock.timer, requests)
         if self.ranks.leads:
             draft, whole = memory.bytes_of_token()
@@ -191,9 +120,111 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             rehearse_sampling(self.target.runner, graphs.most_rows(max_running_requests(), widest))
         return super().prewarm_sampling()
 
+    def forward_batch_generation(
+        self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
+    ) -> Any:
+        """SGLang's spec-v2 contract: prefill an extend batch, or run a step of a decode batch."""
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return self._prefill(batch, on_publish)
+        if batch.forward_mode.is_idle() or not batch.reqs:
+            return idle_result(self.target.device)
+        return self._step(batch, on_publish, grammar_barrier)
+
+    def _prefill(self, batch: Any, on_publish: Any) -> Any:
+        """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
+        self.clock.interrupt()
+        self.ranks.note([req.rid for req in batch.reqs], batch.extend_lens)
+        self.ranks.broadcast(lambda: None)  # Whoever is not here would be waited for in the forward.
+        input_ids = batch.input_ids
+        result, features = self.target.prefill(batch)
+        result.new_seq_lens = batch.seq_lens
+        if on_publish is not None:
+            on_publish(batch.seq_lens)
+        if batch.forward_mode.is_idle():
+            result.next_draft_input = idle_result(self.target.device).next_draft_input
+            return result
+        for hook in self.stages.hooks:
+            until = [prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
+            result.next_token_ids = hook.prefilled(batch.reqs, until, result.next_token_ids)
+        upload = Upload()
+        for req, row in zip(batch.reqs, row_ids_of(batch), strict=True):
+            self.stages.lifecycle.begin(row, req, upload)
+        rows = prefill_rows(batch, input_ids, result.next_token_ids, upload)
+        prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
+        self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.runs, rows.rows, rows.last_rows)
+        ends = rows.positions[rows.last_rows] + 1
+        self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
+        result.next_draft_input = DraftInput(
+            result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
+        )
+        return result
+
+    def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
+        """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.
+
+        It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
+        """
+        began = time.perf_counter()
+        requests = round_batch(
+            batch, self.target.context_len, self.stages.planner.under_way, self.stages.drafting.branches
+        )
+        most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
+        if on_publish is not None or step.needs_scheduler(batch):
+            most = 1
+        result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
+        rounds = [result]
+        while (
+            tokens
+            and len(rounds) < most
+            and not any_ended(requests, tokens)
+            and not any_tracked(batch, requests, tokens)
+            and self.ranks.broadcast(
+                lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
+            )
+        ):
+            requests = next_round(batch, requests, result, tokens)
+            result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
+            rounds.append(result)
+        self.publisher.tick()
+        return step_result(rounds)
+
+    def _round(
+        self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any
+    ) -> tuple[Any, list[list[int]]]:
+        """`round_result`; and what was committed per request, if another round may follow: nothing was drafted, and
+        the host knows.
+        """
+        clock, stages = self.clock, self.stages
+        for previous in clock.begin():
+            stages.learner.timed(previous)
+        with clock.stage("route"):
+            plan = stages.planner.plan(requests)
+        with clock.stage("catch_up"):
+            self.sync.catch_up(plan.due, plan.on_device.due, requests.rows, requests.starts)
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(plan.due, requests.row_ids, plan.routes)
+        with clock.stage("draft"):
+            proposal = stages.drafting.draft(requests, plan)
+            self.sync.verifying.append(proposal.rows)
+        with clock.stage("verify"):
+            verified = stages.verifier.verify(batch, requests, proposal, grammar_barrier)
+        with clock.stage("commit"):
+            committed = stages.epilogue.commit(verified, proposal.stride)
+            self.target.commit(batch, requests.starts, committed.accept_lens)
+            overlap.attach(batch, verified, committed.tokens.shape[1])
+        with clock.stage("park"):
+            stages.epilogue.park(verified, committed)
+            signals = stages.epilogue.signals(verified, committed, stages.learner.needs(plan))
+            results = results_of(proposal, requests.starts, committed, signals)
+            if on_publish is not None:
+                on_publish(results["seq_lens"])
+            learn = partial(stages.learner.learn, plan, parts=proposal.parts, strands=verified.strands)
+            tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
+        self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
+        return round_result(verified, results), [] if proposal.stride > 1 else tokens
+
     def clear_cache_pool(self) -> None:
         """`flush_cache`."""
-        self.lifecycle.forget_all()
+        self.stages.lifecycle.forget_all()
 
     def settings_with(self, change: Any) -> Settings:
         """The settings after a change of policy. Raises ConfigError naming the field that is wrong."""
@@ -221,106 +252,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         for drafter in self.text_arms.values():
             drafter.forget(handle)
         self.publisher.flush()
-
-    def forward_batch_generation(
-        self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
-    ) -> Any:
-        """SGLang's spec-v2 contract: prefill an extend batch, or run a step of a decode batch."""
-        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
-            return self._prefill(batch, on_publish)
-        if batch.forward_mode.is_idle() or not batch.reqs:
-            return idle_result(self.target.device)
-        return self._step(batch, on_publish, grammar_barrier)
-
-    def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
-        """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.
-
-        It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
-        """
-        began = time.perf_counter()
-        requests = round_batch(batch, self.target.context_len, self.planner.under_way, self.stage.branches)
-        most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
-        if on_publish is not None or step.needs_scheduler(batch):
-            most = 1
-        result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
-        rounds = [result]
-        while (
-            tokens
-            and len(rounds) < most
-            and not any_ended(requests, tokens)
-            and not any_tracked(batch, requests, tokens)
-            and self.ranks.broadcast(
-                lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
-            )
-        ):
-            requests = next_round(batch, requests, result, tokens)
-            result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
-            rounds.append(result)
-        self.publisher.tick()
-        return step_result(rounds)
-
-    def _round(
-        self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any
-    ) -> tuple[Any, list[list[int]]]:
-        """`round_result`; and what was committed per request, if another round may follow: nothing was drafted, and
-        the host knows.
-        """
-        clock = self.clock
-        for previous in clock.begin():
-            self.learner.timed(previous)
-        with clock.stage("route"):
-            plan = self.planner.plan(requests)
-        with clock.stage("catch_up"):
-            self.sync.catch_up(plan.due, plan.on_device.due, requests.rows, requests.starts)
-            clock.extra_catch_up_seconds += self.sync.beyond_usual(plan.due, requests.row_ids, plan.routes)
-        with clock.stage("draft"):
-            proposal = self.stage.draft(requests, plan)
-            self.sync.verifying.append(proposal.rows)
-        with clock.stage("verify"):
-            verified = self.verifier.verify(batch, requests, proposal, grammar_barrier)
-        with clock.stage("commit"):
-            committed = self.epilogue.commit(verified, proposal.stride)
-            self.target.commit(batch, requests.starts, committed.accept_lens)
-            overlap.attach(batch, verified, committed.tokens.shape[1])
-        with clock.stage("park"):
-            self.epilogue.park(verified, committed)
-            signals = self.epilogue.signals(verified, committed, self.learner.needs(plan))
-            results = results_of(proposal, requests.starts, committed, signals)
-            if on_publish is not None:
-                on_publish(results["seq_lens"])
-            learn = partial(self.learner.learn, plan, parts=proposal.parts, strands=verified.strands)
-            tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
-        self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
-        return round_result(verified, results), [] if proposal.stride > 1 else tokens
-
-    def _prefill(self, batch: Any, on_publish: Any) -> Any:
-        """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
-        self.clock.interrupt()
-        self.ranks.note([req.rid for req in batch.reqs], batch.extend_lens)
-        self.ranks.broadcast(lambda: None)  # Whoever is not here would be waited for in the forward.
-        input_ids = batch.input_ids
-        result, features = self.target.prefill(batch)
-        result.new_seq_lens = batch.seq_lens
-        if on_publish is not None:
-            on_publish(batch.seq_lens)
-        if batch.forward_mode.is_idle():
-            result.next_draft_input = idle_result(self.target.device).next_draft_input
-            return result
-        for hook in self.hooks:
-            until = [prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
-            result.next_token_ids = hook.prefilled(batch.reqs, until, result.next_token_ids)
-        upload = Upload()
-        for req, row in zip(batch.reqs, row_ids_of(batch), strict=True):
-            self.lifecycle.begin(row, req, upload)
-        rows = prefill_rows(batch, input_ids, result.next_token_ids, upload)
-        prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
-        self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.runs, rows.rows, rows.last_rows)
-        ends = rows.positions[rows.last_rows] + 1
-        self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
-        result.next_draft_input = DraftInput(
-            result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
-        )
-        return result
 
     @property
     def _has_heads(self) -> bool:

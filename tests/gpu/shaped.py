@@ -90,7 +90,7 @@ def recorded() -> dict[str, float]:
 @contextmanager
 def accepting(worker: Any, mean: float) -> Iterator[None]:
     """Rounds that commit `mean` tokens of a request on average, as far as so many were drafted. Nothing is read."""
-    verify, let = worker.verifier.verify, worker.epilogue.let_graphs_commit
+    verify, let = worker.stages.verifier.verify, worker.stages.epilogue.let_graphs_commit
 
     def agreed(*args: Any) -> Any:
         found = verify(*args)
@@ -104,9 +104,9 @@ def accepting(worker: Any, mean: float) -> Iterator[None]:
         return found._replace(predictions=torch.where(follows, draft, other))
 
     with (
-        patch.object(worker.verifier, "verify", agreed),
+        patch.object(worker.stages.verifier, "verify", agreed),
         # A graph would commit what the target says.
-        patch.object(worker.epilogue, "let_graphs_commit", lambda _, row_ids: let(False, row_ids)),
+        patch.object(worker.stages.epilogue, "let_graphs_commit", lambda _, row_ids: let(False, row_ids)),
     ):
         yield
 

@@ -89,7 +89,7 @@ def emulated_graphs(
         )
         graphs = runner._decode_cuda_graph_runner_cls()(runner, attn_backend=attention(runner))
         stack.enter_context(patch.object(runner, "decode_cuda_graph_runner", graphs))
-        graphs.committed = stack.enter_context(captured_epilogues(engine.worker.epilogue))
+        graphs.committed = stack.enter_context(captured_epilogues(engine.worker.stages.epilogue))
         graphs.passes = stack.enter_context(captured_passes(engine.worker))
         yield graphs
 
@@ -116,7 +116,7 @@ def captured_epilogues(epilogue: Any) -> Iterator[list[bool]]:
 def captured_passes(worker: Any) -> Iterator[TapeRecorder]:
     """Capture the passes of a worker's drafters, for its largest batch."""
     recorder = TapeRecorder()
-    worker.stage.capture(recorder, max_running_requests())
+    worker.stages.drafting.capture(recorder, max_running_requests())
     try:
         yield recorder
     finally:

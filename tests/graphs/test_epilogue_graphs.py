@@ -28,8 +28,8 @@ class Commits(Bench):
     def __init__(self, stopped: Stopped, graphs: Any) -> None:
         super().__init__(stopped[0], graphs, stopped[1])
         worker = stopped[0].worker
-        self.epilogue: Epilogue = worker.epilogue
-        self.stops: StopTable = worker.stops
+        self.epilogue: Epilogue = worker.stages.epilogue
+        self.stops: StopTable = worker.stages.epilogue._stops
         rings = worker.sync.rings.rings
         self._kept = [worker.tokens.data, rings.features, rings.next_tokens]
         self.right = torch.zeros((REQUESTS, WIDEST), dtype=torch.int64)
@@ -104,7 +104,7 @@ class Commits(Bench):
 @pytest.fixture(scope="module")
 def stopped(models: Models) -> Iterator[Stopped]:
     with decoding(models.target, models.whiflash("none")) as found:
-        epilogue, target = found[0].worker.epilogue, found[0].worker.target
+        epilogue, target = found[0].worker.stages.epilogue, found[0].worker.target
         hidden, generator = target.shape.hidden_size, torch.Generator().manual_seed(0)
         target._text.logits_processor.keep_last_hidden_states = True
         epilogue._needs = lambda: {"entropy", "delta"}
@@ -267,13 +267,13 @@ def test_a_graph_that_commits_unasked_is_found(
         self._commits = torch.ones_like(self._commits)
         CAPTURE(self, graph, rows)
 
-    gate = stopped[0].worker.epilogue._commits
+    gate = stopped[0].worker.stages.epilogue._commits
     monkeypatch.setattr(Epilogue, "capture", unasked)
     try:
         with pytest.raises(AssertionError):
             test_a_graph_that_may_not_commit_leaves_everything_as_it_was(stopped, right)
     finally:
-        stopped[0].worker.epilogue._commits = gate
+        stopped[0].worker.stages.epilogue._commits = gate
 
 
 def test_an_epilogue_that_reads_the_device_is_no_end_of_a_graph(

@@ -48,7 +48,7 @@ def test_what_a_steady_round_issues_beside_its_graphs(
             graphs[id(self)] += watched.watching
 
         if not commits:
-            monkeypatch.setattr(e.worker.epilogue, "let_graphs_commit", lambda *_: None)
+            monkeypatch.setattr(e.worker.stages.epilogue, "let_graphs_commit", lambda *_: None)
         with patch.object(Tape, "replay", counted):
             serve(e)
         assert set(captured.committed) == {commits}

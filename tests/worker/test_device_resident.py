@@ -96,7 +96,7 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host routes all to EAGLE-3; the device finds that the text goes on as before, and takes that."""
-    learner, seen, observed, lost = running.worker.learner, [], list[int](), 0
+    learner, seen, observed, lost = running.worker.stages.learner, [], list[int](), 0
     learn, drafter = type(learner).learn, running.worker.drafters["ar"]
 
     def noting(self: Any, plan: Any, found: Any, **parts: Any) -> Any:
@@ -163,8 +163,9 @@ def test_rows_are_those_of_a_graph(
 
     monkeypatch.setattr(Plan, "usual_drafts", property(lambda self: 2))
     rows, grid = [], (3, 5, 7, 9)
-    stage = replace(running.worker.stage, rows_for=lambda rows, _: next(n for n in grid if n >= rows))
-    monkeypatch.setattr(running.worker, "stage", stage)
+    stages = running.worker.stages
+    stage = replace(stages.drafting, rows_for=lambda rows, _: next(n for n in grid if n >= rows))
+    monkeypatch.setattr(running.worker, "stages", replace(stages, drafting=stage))
     draft = type(stage).draft
 
     def noting(self: Any, requests: Any, plan: Any) -> Any:

@@ -53,7 +53,7 @@ def test_rounds_commit_what_upstream_would(
     expected: list[list[int]] = []
     committed: list[list[int]] = []
     with engine(models.target, whiflash=models.whiflash("random")) as e:
-        pinned, commit = e.worker.hooks[0], e.worker.epilogue.commit
+        pinned, commit = e.worker.stages.hooks[0], e.worker.stages.epilogue.commit
         over = pinned.verified
 
         def watched(rows: Any, block: Any) -> Any:
@@ -73,7 +73,7 @@ def test_rounds_commit_what_upstream_would(
             return found
 
         monkeypatch.setattr(pinned, "verified", watched)
-        monkeypatch.setattr(e.worker.epilogue, "commit", kept)
+        monkeypatch.setattr(e.worker.stages.epilogue, "commit", kept)
         e.generate(PROMPTS, max_new_tokens=40)
         e.check_leaks()
     assert committed == expected

@@ -221,7 +221,7 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
     drafter, raised = e.worker.drafters[arm], list[str]()
     original = getattr(drafter, method)
     begun: list[str] = []
-    begin = e.worker.lifecycle.begin
+    begin = e.worker.stages.lifecycle.begin
 
     def noted(row: int, req: Any, upload: Any) -> None:
         begun.append(req.rid)
@@ -237,7 +237,7 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
             raise RuntimeError("planted")
         return original(given, *more, **named)
 
-    monkeypatch.setattr(e.worker.lifecycle, "begin", noted)
+    monkeypatch.setattr(e.worker.stages.lifecycle, "begin", noted)
     monkeypatch.setattr(drafter, method, spoiled)
     return raised
 

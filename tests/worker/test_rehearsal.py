@@ -135,7 +135,7 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
             capture(self, name, body, inputs, sizes, recorder)
 
         monkeypatch.setattr(CapturedPass, "__init__", noting)
-        worker.stage.capture(SimpleNamespace(record=lambda body: (body, body())), 5)
+        worker.stages.drafting.capture(SimpleNamespace(record=lambda body: (body, body())), 5)
         assert largest > 0
         assert captured - eager == largest + sum(held.values())
 
