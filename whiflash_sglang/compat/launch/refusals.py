@@ -137,11 +137,11 @@ _ONE_OF = {
     "attn_dp_size": _IDLE_RANKS,
     "attn_cp_size": "drafters read the KV of all positions",
     "dcp_size": "drafters read the KV of all positions",
-    "ep_size": "experts on several ranks have not been tried under verifications of several widths",
+    "ep_size": "experts on several ranks are untested with WHIFLASH",
 }
 """Ways to spread a model, and why WHIFLASH does not go with more than one."""
 _REMOVE = "WHIFLASH does not work with {}; remove it"
-_HTTP = "WHIFLASH's routes, checks and traces are in SGLang's own HTTP server, one process of it; "
+_HTTP = "WHIFLASH needs SGLang's own HTTP server in one process, for its routes, checks and traces; "
 
 
 def _removed(argument: str, reason: str = "") -> Refusal:
@@ -160,8 +160,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "cpu_engine",
         lambda x: x.device == "cpu" and not x.own_platform,
-        "WHIFLASH on the CPU runs on this package's platform, which steps aside for an accelerator and for "
-        "SGLANG_USE_CPU_ENGINE=1; hide the one (CUDA_VISIBLE_DEVICES=) and unset the other",
+        "WHIFLASH on the CPU needs this package's platform, which is off if a GPU is visible or "
+        "SGLANG_USE_CPU_ENGINE=1 is set; hide the GPU (CUDA_VISIBLE_DEVICES=) and unset SGLANG_USE_CPU_ENGINE",
     ),
     Refusal(
         "cpu_attention",
@@ -172,36 +172,35 @@ REFUSALS: tuple[Refusal, ...] = (
         "cuda_attention",
         lambda x: x.device == "cuda" and _foreign_attention(x),
         f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)}, not {{}}, "
-        "which is not known to verify drafts of several lengths rightly; remove the flag",
+        "which is untested with drafts of several lengths; remove the flag",
     ),
     Refusal(
         "cuda_xqa",
         lambda x: x.device == "cuda" and x.xqa and "trtllm_mha" in x.attention_backends,
-        "TRT-LLM's attention is its XQA kernel on this GPU, which cannot verify drafts of several lengths; remove "
-        "--attention-backend trtllm_mha",
+        "--attention-backend trtllm_mha runs the XQA kernel on this GPU, which cannot verify drafts of several "
+        "lengths; remove the flag",
     ),
     Refusal(
         "cuda_prefill_graphs",
         lambda x: _captures(x, Phase.PREFILL),
-        "WHIFLASH on CUDA runs prefills without graphs: those that SGLang captures keep no features for drafters; give "
-        "--cuda-graph-backend-prefill disabled",
+        "prefills in CUDA graphs keep no features for WHIFLASH's drafters; give --cuda-graph-backend-prefill disabled",
     ),
     Refusal(
         "cuda_graph_padding",
         lambda x: _captures(x, Phase.DECODE) and x.args.disable_cuda_graph_padding,
-        "WHIFLASH pads verifications to the rows of a captured graph; remove --disable-cuda-graph-padding, or give "
+        "WHIFLASH pads verifications to the size of a CUDA graph; remove --disable-cuda-graph-padding, or give "
         "--cuda-graph-backend-decode disabled",
     ),
     Refusal(
         "cuda_metadata_glue",
         lambda x: _captures(x, Phase.DECODE) and x.is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
-        "the plan of a verification is made from widths that lie elsewhere in every round, so it cannot be captured; "
-        "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        "the plan of a verification changes its addresses every round and cannot be captured; unset "
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
     Refusal(
         "cuda_deterministic",
         lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
-        "WHIFLASH on CUDA cannot promise --enable-deterministic-inference: rows are verified together; remove it",
+        "WHIFLASH on CUDA cannot keep --enable-deterministic-inference: it verifies several rows together; remove it",
     ),
     Refusal(
         "enable_dp_attention",
@@ -223,53 +222,52 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "recurrent",
         _architecture(lambda x: recurrent.has_state(x.model) and not recurrent.is_known(x.model)),
-        "{} keeps a recurrent state, which is not known to be that of the last accepted draft here; serve it without "
-        "WHIFLASH",
+        "{} keeps a recurrent state that cannot be set back to the last accepted draft; serve it without WHIFLASH",
     ),
     Refusal(
         "recurrent_sessions",
         _architecture(lambda x: recurrent.has_state(x.model) and x.args.enable_streaming_session),
-        "{} keeps a recurrent state, which is not known to be that of a session's last kept token; remove "
+        "{} keeps a recurrent state that cannot be set back to a session's last kept token; remove "
         "--enable-streaming-session",
     ),
     Refusal(
         "windows",
         _foreign_windowed_attention,
-        "the target has layers with a sliding window, whose rows of a verification {} is not known to mask one by one; "
+        "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
         f"give --attention-backend {', '.join(refusals.ATTENTIONS[:-1])} or {refusals.ATTENTIONS[-1]}",
     ),
     Refusal(
         "window_heads",
         _architecture(lambda x: refusals.has_heads_of_two_shapes(x.model)),
-        "{} has heads of another shape in its windowed layers than in the others, and WHIFLASH keeps the KV of all "
-        "layers in one pool; serve this one without it",
+        "{} has windowed layers with KV heads of another shape than its other layers, which one pool cannot hold; "
+        "serve it without WHIFLASH",
     ),
     Refusal(
         "window_pool",
         lambda x: refusals.has_windows(x.model) and x.given.get("swa_full_tokens_ratio") is not None,
-        "--swa-full-tokens-ratio sizes a pool for windowed layers, whose KV WHIFLASH keeps for the whole context "
-        "beside the others'; remove it",
+        "--swa-full-tokens-ratio sizes a pool for windowed layers, but WHIFLASH keeps their KV for the whole context; "
+        "remove it",
     ),
     Refusal(
         "chunked_windows",
         _architecture(_has_chunks),
-        "{} attends within chunks, whose bounds a block of drafts may cross; serve it without WHIFLASH",
+        "{} attends within chunks, and a block of drafts may cross their bounds; serve it without WHIFLASH",
     ),
     Refusal(
         "multimodal",
         _architecture(lambda x: x.model.is_multimodal or x.model.is_audio_model),
-        "{} is to take images or sound, which drafters cannot read; remove --enable-multimodal, and its text is served",
+        "{} takes images or sound, which drafters cannot read; remove --enable-multimodal to serve its text",
     ),
     Refusal(
         "encoder",
         _architecture(lambda x: x.model.is_encoder_decoder or not x.model.is_generation),
-        "{} does not decode token by token from a prompt alone; serve it without WHIFLASH",
+        "{} does not continue a prompt token by token; serve it without WHIFLASH",
     ),
     Refusal(
         "one_file",
         _one_file,
-        "the target is a {} file, whose kernels SGLang has on accelerators alone, where WHIFLASH has not run; use a "
-        "checkpoint in safetensors",
+        "the target is a {} file, which SGLang reads only on GPUs, untested with WHIFLASH; use a checkpoint in "
+        "safetensors",
     ),
     # who serves it
     Refusal(
@@ -309,32 +307,29 @@ REFUSALS: tuple[Refusal, ...] = (
     _removed("enable_lmcache", "draft KV would not follow"),
     _removed("enable_flexkv", "draft KV would not follow"),
     _removed("enable_unified_cache_external_linker", "draft KV would not follow"),
-    _removed("enable_hisparse", "draft KV lies at the target's own slots"),
+    _removed("enable_hisparse", "draft KV uses the target's own slots"),
     _removed("enable_unified_memory"),
     _removed("enable_page_major_kv_layout", "draft KV has a layout of its own"),
-    _removed(
-        "enable_memory_saver", "what drafters keep would stay, and no GPU has slept and woken with them"
-    ),
+    _removed("enable_memory_saver", "the drafters' memory is not released on sleep, and waking is untested"),
     *(
-        _removed(argument, "the states behind its rows are not in the windows that a verification writes")
+        _removed(argument, "it does not keep the state after each verified row")
         for argument in ("enable_linear_replayssm", "enable_linear_replayssm_spec")
     ),
-    _removed("enable_int8_mamba_checkpoint", "no kept state was compared with it"),
+    _removed("enable_int8_mamba_checkpoint", "untested with WHIFLASH"),
     Refusal(
         "mamba_radix_cache_strategy",
         lambda x: x.args.mamba_radix_cache_strategy == "extra_buffer_lazy",
-        "--mamba-radix-cache-strategy extra_buffer_lazy plans slots for drafts of one width; use extra_buffer",
+        "--mamba-radix-cache-strategy extra_buffer_lazy plans slots for drafts of one length; use extra_buffer",
     ),
     Refusal(
         "radix_cache_backend",
         lambda x: x.args.radix_cache_backend,
-        "WHIFLASH needs SGLang's own radix cache, whose keys it makes bigrams; remove --radix-cache-backend {}",
+        "WHIFLASH needs SGLang's own radix cache; remove --radix-cache-backend {}",
     ),
     Refusal(
         "post_capture_sizing",
         lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
-        "draft KV is allocated beside the target's, whose size must be known before; unset "
-        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+        "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
     # what the scheduler does
     Refusal(
@@ -361,7 +356,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "other_algorithms",
         _foreign_flag,
-        "{} belongs to SGLang's other speculative algorithms and would do nothing; WHIFLASH drafts as long as pays, at "
-        "most --whiflash-eagle-steps and --whiflash-block-size; remove it",
+        "{} belongs to SGLang's other speculative algorithms and has no effect; WHIFLASH's bounds are "
+        "--whiflash-eagle-steps and --whiflash-block-size; remove it",
     ),
 )
