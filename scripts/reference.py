@@ -92,14 +92,12 @@ def model_table(model: type[BaseModel], name: str = "field", beyond: type[BaseMo
         KeyError: the docstring does not say what a field means.
     """
     meaning = meanings(model)
-    rows = [
-        (f"`{field}`", _type(info.annotation), _default(info), meaning[field])
+    rows = (
+        (f"`{field}`", _type(info.annotation) + _default(info), meaning[field])
         for field, info in model.model_fields.items()
         if field not in beyond.model_fields
-    ]
-    if not any(default for _, _, default, _ in rows):
-        return table((name, "type", "meaning"), ((field, kind, said) for field, kind, _, said in rows))
-    return table((name, "type", "default", "meaning"), iter(rows))
+    )
+    return table((name, "type = default", "meaning"), rows)
 
 
 def meanings(model: type[BaseModel]) -> Mapping[str, str]:
@@ -294,14 +292,15 @@ def _type(annotation: Any) -> str:
 
 
 def _default(info: Any) -> str:
+    """The end of a type's cell: whether a value is needed, else the default if there is one worth showing."""
     if info.is_required():
-        return "required"
+        return " (required)"
     value = info.default if info.default is not PydanticUndefined else info.default_factory()
-    if value is None or value == "" or (isinstance(value, (BaseModel, list)) and value):
+    if isinstance(value, (BaseModel, list)) or value in (None, "", (), {}):
         return ""
-    if isinstance(value, (tuple, dict, list)):
-        return ", ".join(f"`{one}`" for one in value) or "empty"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if isinstance(value, tuple):
+        return " = " + ", ".join(f"`{one}`" for one in value)
+    return f" = `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def gpu_table(records: Path = ROOT / "results" / "gpu") -> str:

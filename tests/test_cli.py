@@ -136,7 +136,7 @@ def test_what_cannot_be_served_stops_before_weights_are_read(
 TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     "recurrent": (
         {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
-        "FalconH1ForCausalLM keeps a recurrent state, ",
+        "FalconH1ForCausalLM keeps a recurrent state ",
     ),
     "uncaptured": (
         {

@@ -49,11 +49,11 @@ class Capabilities(BaseModel):
     server_version: of `whiflash-sglang`.
     model: its served name.
     policy: the routing policy in force.
-    arms: drafters that are loaded, and `none`.
+    arms: loaded drafters, and `none`.
     traces: levels that a request may ask for.
-    scopes: which of the hints agent, query and structure it understands.
-    routes: whose requests may say anything to it, below `/v1`.
-    prediction_tokens: tokens of a prediction that are read, the rest is left out; 0 if it takes none.
+    scopes: supported ones of the hints agent, query and structure.
+    routes: routes below `/v1` that read hints.
+    prediction_tokens: most tokens of a prediction; the rest is cut. 0: predictions are ignored.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
     """
 

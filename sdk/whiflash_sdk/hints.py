@@ -83,16 +83,16 @@ class Hints(BaseModel):
     """What one request says about its routing; only the fields that are set override outer levels.
 
     version: of this format.
-    spans: what the output may contain, at most 16; of spans that open together the first listed is active.
+    spans: kinds of text in the output, at most 16; of spans that open together the first listed is active.
     off: decode without drafting.
-    infer: where no spans are given, let the SDK and the server derive them from the request.
-    trace: ask for the routing trace with the response. True is "summary": sums by drafter; "full" has the stretches.
-    lookup: what may be copied into the answer: `memory` (the request's own context, and recent outputs of the same
-        cache salt where the server keeps them), `context` (its own context only, and nothing of it is kept), `off`.
-    agent: who asks, in 1 to 64 characters: what this agent wrote before is copied from first.
-    query: which of the agent's prompts this is, a name of 1 to 64 characters or a number.
-    structure: blocks that the agent's answers are made of, at most 16, each a begin marker and an end marker (or null);
-        what was written in a block is copied into the same block first. Without it these are the spans.
+    infer: without spans, let the SDK and the server infer them from the request.
+    trace: ask for the routing trace. True is "summary", sums by drafter; "full" has the stretches.
+    lookup: sources of copies: `memory` (the request's context, and recent outputs of the same cache salt if the server
+        keeps them), `context` (the request's context; nothing is kept), `off`.
+    agent: name of the agent, 1 to 64 characters; its earlier outputs are copied from first.
+    query: name (1 to 64 characters) or number of the agent's prompt.
+    structure: blocks of the agent's answers, at most 16, each a begin marker and an end marker or null; copies come
+        first from the same block. Default: the spans.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -42,12 +42,12 @@ class Stretch(BaseModel):
     start, end: output token offsets.
     arm: the drafter; `none` is plain decoding.
     rounds: verification passes of the target.
-    proposed, accepted: draft tokens; bonus tokens are neither. Servers of before do not tell what was proposed.
-    reason: what decided, e.g. `score`, `policy`, `span`, `pin`, `off`.
+    proposed: draft tokens, from newer servers. accepted: accepted draft tokens, without bonus tokens.
+    reason: routing reason: `score`, `policy`, `span`, `pin`, `off` or another one.
     span: kind of the open span, if one is open.
-    chars: where these tokens stand in `Trace.text`, half-open, where the server can tell.
-    text: the text of these tokens, from servers of before.
-    round_tokens: tokens committed by each round, the bonus token counted, where the server tells.
+    chars: offsets of these tokens in `Trace.text`, half-open, if known.
+    text: the text of these tokens, from older servers.
+    round_tokens: tokens committed by each round, bonus tokens counted.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -80,9 +80,8 @@ class ArmTotals(BaseModel):
 
     rounds: verification passes of the target.
     tokens: committed by them, bonus tokens counted.
-    proposed, accepted: draft tokens, where the server tells.
-    saved: estimate of the seconds that they took less than plain decoding, by what rounds cost that server, where it
-        tells; below 0 where they took more.
+    proposed: draft tokens. accepted: accepted draft tokens.
+    saved: estimate of the seconds saved over plain decoding, by the server's prices; below 0 if drafting cost time.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -102,9 +101,8 @@ class ArmTotals(BaseModel):
 class SourceTotals(BaseModel):
     """Drafts that were taken from one source, whoever drafted beside it.
 
-    proposed, accepted: draft tokens.
-    saved: estimate of the seconds that they saved, where the server tells: what their rounds saved, shared out by the
-        drafts that were accepted; below 0 where they cost more.
+    proposed: draft tokens. accepted: accepted draft tokens.
+    saved: estimate of the seconds saved: their rounds' share by accepted drafts; below 0 if drafting cost time.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -124,16 +122,14 @@ class Trace(BaseModel):
     tokens: committed by rounds, bonus tokens counted.
     switches: changes of drafter from one round to the next.
     arms: totals by drafter.
-    reasons: rounds by what decided about them.
-    sources: drafts by what they were taken from, which tells what each hint brought, where the server tells.
+    reasons: rounds by routing reason.
+    sources: totals by the source of the drafts, which shows the gain of each hint.
     choice: index of the choice this trace belongs to.
-    text: of a full trace, the text that its stretches' `chars` count in: the response's own, unless a parser took
-        something out of it.
-    prefill_text: the text before the first stretch, from servers of before.
-    seconds: from the request's first token to its last, where the server tells.
-    gain: estimate of how many times as fast as plain decoding its rounds were, by what rounds cost that server, where
-        it tells.
-    notes: what of the request the server did not follow, and why, in words.
+    text: the text that `chars` count in, if it is not the response's own because a parser took something out of it.
+    prefill_text: the text before the first stretch, from older servers.
+    seconds: from the request's first token to its last.
+    gain: estimate of the rounds' speed over plain decoding, by the server's prices.
+    notes: parts of the request that the server did not follow, with reasons.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -58,7 +58,7 @@ def test_a_field_without_a_meaning_is_an_error(reference: ModuleType) -> None:
     with pytest.raises(KeyError, match="second"):
         reference.model_table(Model)
     Model.__doc__ = "first, second: of both."
-    assert "| `second` | integer |  | of both |" in reference.model_table(Model)
+    assert "| `first` | integer = `1` | of both |\n| `second` | integer | of both |" in reference.model_table(Model)
 
 
 def test_every_route_and_state_is_on_the_page_of_routes() -> None:
