@@ -23,7 +23,10 @@ CODE = re.compile(
 def pages() -> list[Path]:
     """Pages that are written for users, without those of developers."""
     docs = sorted((ROOT / "docs").rglob("*.md"))
-    return [ROOT / "README.md", ROOT / "CHANGELOG.md", *(page for page in docs if "dev" not in page.parts)]
+    return [
+        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+        *(page for page in docs if "dev" not in page.parts),
+    ]
 
 
 def found(text: str) -> list[tuple[int, str]]:

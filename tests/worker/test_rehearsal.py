@@ -93,7 +93,7 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
 def test_a_large_batch_leaves_memory_to_kv(
     requests: int, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GB for Qwen3-8B, blocks of 17 rows and eight captured layers, as `docs/how-to/serve-your-model.md` has it."""
+    """GB for Qwen3-8B, blocks of 17 rows and eight captured layers: sums of `docs/how-to/serve-your-model.md`."""
     execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=default_cuda_graph_config()))
     monkeypatch.setattr(graphs, "get_exec", lambda: execution)
     monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 34)
