@@ -1,10 +1,11 @@
-"""Words and openings that users' pages do without: `python scripts/words.py [FILE …]`. Exits with 1 if it finds one.
+"""Words, openings and long sentences that users' pages do without: `python scripts/words.py [FILE …]`.
 
-The rules are those of CONTRIBUTING.md. Code, tables of code and quotations in backticks are not looked at.
+Exits with 1 if it finds one. The rules are those of CONTRIBUTING.md. Code, tables of code and quotations in backticks are not looked at.
 """
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,12 @@ OPENING = re.compile(
 CODE = re.compile(
     r"^```.*?^```|^<!-- (\w+): written.*?<!-- end of \1 -->|`[^`\n]+`", re.MULTILINE | re.DOTALL
 )
+
+
+SENTENCE = re.compile(r"(?<=[.!?:;])\s+|\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|\||\n(?=#)")
+LINK = re.compile(r"\]\([^)]*\)")
+LONGEST = 32
+"""Words of a sentence; CONTRIBUTING.md asks for 25."""
 
 
 def pages() -> list[Path]:
@@ -37,7 +44,17 @@ def found(text: str) -> list[tuple[int, str]]:
         if not line.startswith("#"):
             wrong += [(number, f"{match[0]!r}") for match in BANNED.finditer(line)]
             wrong += [(number, f"a sentence opens with {match[1]!r}") for match in OPENING.finditer(line)]
-    return wrong
+    return wrong + [(line, f"a sentence of {words} words") for line, words in too_long(text)]
+
+
+def too_long(text: str) -> Iterator[tuple[int, int]]:
+    """Lines, from 1 on, at which sentences end that are too long, and their words."""
+    prose = LINK.sub("]", CODE.sub(lambda match: re.sub(r"[^\n]+", "x", match[0]), text))
+    start = 0
+    for end in [*(match.start() for match in SENTENCE.finditer(prose)), len(prose)]:
+        if (words := len(prose[start:end].split())) > LONGEST:
+            yield prose.count("\n", 0, end) + 1, words
+        start = end
 
 
 def main(arguments: list[str]) -> int:
@@ -46,7 +63,7 @@ def main(arguments: list[str]) -> int:
         for page in ([Path(name) for name in arguments] or pages())
         for number, reason in found(page.read_text(encoding="utf-8"))
     ]
-    print("\n".join(wrong) or "no banned word and no banned opening")
+    print("\n".join(wrong) or "no banned word or opening, no long sentence")
     return bool(wrong)
 
 
