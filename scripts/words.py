@@ -1,6 +1,7 @@
 """Words, openings and long sentences that users' pages do without: `python scripts/words.py [FILE …]`.
 
-Exits with 1 if it finds one. The rules are those of CONTRIBUTING.md. Code, tables of code and quotations in backticks are not looked at.
+Exits with 1 if it finds one. The rules are those of CONTRIBUTING.md. Code, tables of code and quotations in backticks
+are not looked at.
 """
 
 import re
