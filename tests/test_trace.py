@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 from whiflash_sdk import routing
+from whiflash_sdk.hints import TraceLevel
 
-from whiflash_sglang.spans.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Part, Recording, build_trace, pieces_of, place
 
 PROMPT = 7

@@ -1,7 +1,8 @@
 """Hints: what an agent knows about the text it is going to get.
 
-The wire format is `docs/reference/hints.md`; the server's reader is `whiflash_sglang.spans.hints`. A request
-carries one JSON string in SGLang's `custom_params`, which nests two levels at most.
+The wire format is `docs/reference/hints.md`. These models are its only schema: the server validates with them, too,
+behind bounds of its own (`whiflash_sglang.spans.hints`). A request carries one JSON string in SGLang's
+`custom_params`, which nests two levels at most.
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from whiflash_sdk.errors import HintError
 
@@ -24,6 +34,7 @@ TraceLevel = Literal["summary", "full"]
 """How much of the routing comes back: sums by drafter, or every stretch."""
 
 WIRE_KEY: Final = "whiflash"
+WIRE_VERSION: Final = 1
 INFERRED_KEY: Final = "whiflash_inferred"
 """Beside it: the spans are the SDK's guess, which the server does not count as the caller's."""
 AGENT_FIELD: Final = "agent-id"
@@ -37,6 +48,8 @@ MAX_BLOCKS: Final = 16
 MAX_QUERY: Final = 2**31 - 1
 SCOPES: Final = ("agent", "query", "structure")
 """Hints that say where in an agent's work a text belongs: servers of before know none of them."""
+
+_OR_LEFT_OUT: Final = BeforeValidator(lambda value: () if value is None else value)
 
 Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
@@ -68,14 +81,18 @@ class Span(BaseModel):
     open: bool = False
     prefer: Arm | None = None
     pin: bool = False
-    bias: dict[Arm, BiasAmount] = Field(default_factory=dict)
+    bias: Annotated[dict[Arm, BiasAmount], BeforeValidator(lambda value: {} if value is None else value)] = (
+        Field(default_factory=dict)
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Span:
         if self.begin is None and not self.open:
-            raise ValueError("give begin, or set open to start inside the span")
+            raise PydanticCustomError(
+                "begin", "is missing; give a marker, or set open to start inside the span"
+            )
         if self.pin and self.prefer is None:
-            raise ValueError("pin needs prefer: the arm to use")
+            raise PydanticCustomError("prefer", "is missing; pin needs the arm to use")
         return self
 
 
@@ -97,15 +114,19 @@ class Hints(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    version: Literal[1] = 1
+    version: Annotated[int, Field(ge=WIRE_VERSION, le=WIRE_VERSION)] = WIRE_VERSION
     spans: Annotated[Sequence[Span], Field(max_length=MAX_SPANS), AfterValidator(tuple)] = ()
     off: bool = False
     infer: bool = True
     trace: bool | TraceLevel = False
-    lookup: LookupScope = "memory"
+    lookup: Annotated[LookupScope, BeforeValidator(lambda value: "memory" if value is None else value)] = (
+        "memory"
+    )
     agent: Name | None = None
     query: Name | QueryNumber | None = None
-    structure: Annotated[Sequence[Block], Field(max_length=MAX_BLOCKS), AfterValidator(tuple)] = ()
+    structure: Annotated[
+        Sequence[Block], Field(max_length=MAX_BLOCKS), AfterValidator(tuple), _OR_LEFT_OUT
+    ] = ()
 
     def encode(self) -> str:
         """The JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.
@@ -156,6 +177,69 @@ def decode(text: object) -> Hints:
     try:
         return Hints.model_validate_json(text)  # type: ignore[arg-type]
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, (WIRE_KEY, *first["loc"])))
-        raise HintError(f"{where}: {first['msg']}") from None
+        path, reason = first_fault(error)
+        raise HintError(f"{WIRE_KEY}{path}: {reason}") from None
+
+
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """The path of the first field that is wrong, such as `.spans[2].begin`, and what to change there."""
+    first = error.errors(include_url=False)[0]
+    path, kind = list(first["loc"]), first["type"]
+    if kind in ("begin", "prefer"):
+        return f"{_path(path)}.{kind}", first["msg"]
+    if kind == "extra_forbidden":
+        known = Span.model_fields if len(path) > 1 else Hints.model_fields
+        return _path(path), f"is unknown; known are {', '.join(sorted(known))}"
+    if (
+        kind in ("missing", "too_short", "too_long", "tuple_type")
+        and len(path) > 1
+        and path[0] == "structure"
+    ):
+        return _path(path[:2]), "must be a list of two: the begin marker, and the end marker or null"
+    if path[-1:] == ["[key]"]:
+        return _path(path[:-1]), f"is unknown; known are {_words(first)}"
+    if path and path[0] in _REASONS:
+        return _path(path[:1]), _REASONS[str(path[0])]
+    if kind not in _REASONS:
+        return _path(path), first["msg"]
+    given = first["input"]
+    values = {
+        "words": _words(first),
+        "length": len(given) if isinstance(given, Sequence) else 0,
+        "name": path[-1:],
+    }
+    return _path(path), _REASONS[kind].format(**values, **first.get("ctx", {}))
+
+
+_REASONS: Final = {
+    "version": f"this server understands version {WIRE_VERSION}",
+    "trace": "must be true, false, summary or full",
+    "query": f"must be a name of 1 to {MAX_NAME_CHARS} characters, or a whole number of at most {MAX_QUERY}",
+    "missing": "is missing",
+    "literal_error": "must be one of {words}",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "string_too_short": "is empty; leave it out instead",
+    "string_too_long": "is {length} characters long; at most {max_length} are allowed",
+    "string_unicode": "holds a lone surrogate, which is not text",
+    "sequence_type": "must be a list",
+    "is_instance_of": "must be a list",
+    "too_long": "holds {actual_length} entries; at most {max_length} are allowed",
+    "model_type": "must be an object",
+    "dict_type": "must be an object of arms and numbers",
+    "float_type": "must be a number",
+    **dict.fromkeys(
+        ("greater_than_equal", "less_than_equal", "finite_number"),
+        f"must be between {-MAX_BIAS:g} and {MAX_BIAS:g}",
+    ),
+}
+"""By the field that is wrong, or else by pydantic's name of the fault."""
+
+
+def _words(error: ErrorDetails) -> str:
+    return str(error.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ")
+
+
+def _path(parts: Iterable[int | str]) -> str:
+    """Names are a client's: cut, and without characters that no log shows."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{ascii(part[:32])[1:-1]}" for part in parts)

@@ -6,22 +6,13 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
+from whiflash_sdk.hints import MAX_BLOCKS, MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS
 from work import lines_run
 
+from whiflash_sglang.spans import hints
 from whiflash_sglang.spans.capabilities import capabilities
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
-from whiflash_sglang.spans.hints import (
-    MAX_BLOCKS,
-    MAX_BYTES,
-    MAX_MARKER_CHARS,
-    MAX_NAME_CHARS,
-    MAX_SPANS,
-    Block,
-    HintError,
-    RequestHints,
-    SpanHint,
-    parse_hints,
-)
+from whiflash_sglang.spans.hints import Block, HintError, RequestHints, SpanHint, parse_hints
 
 
 def carried(**fields: object) -> dict[str, object]:
@@ -171,6 +162,49 @@ def test_malformed_hint_is_refused_by_field(params: object, field: str) -> None:
     assert caught.value.field == field
     assert str(caught.value) == f"{field}: {caught.value.reason}"
     assert len(str(caught.value)) < 300
+
+
+def test_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The HTTP process asks when it checks a request, completes it, and writes its answer."""
+    read: list[object] = []
+    validated = hints.validated
+    monkeypatch.setattr(hints, "validated", lambda *given: read.append(given) or validated(*given))
+    params = carried(agent="only here", spans=[{"kind": "json", "open": True}])
+    assert validate_custom_params(params) == parse_hints(dict(params)) == parse_hints(params)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"sapns": []},
+            "is unknown; known are agent, infer, lookup, off, query, spans, structure, trace, version",
+        ),
+        ({"agent": ""}, "is empty; leave it out instead"),
+        ({"agent": "x" * 65}, "is 65 characters long; at most 64 are allowed"),
+        ({"agent": "\ud800"}, "holds a lone surrogate, which is not text"),
+        ({"lookup": "all"}, "must be one of memory, context, off"),
+        ({"off": 1}, "must be true or false"),
+        ({"version": 2}, "this server understands version 1"),
+        ({"spans": {}}, "must be a list"),
+        ({"spans": [{"kind": "json", "open": True}] * 17}, "holds 17 entries; at most 16 are allowed"),
+        ({"spans": [3]}, "must be an object"),
+        ({"spans": [{"begin": "x"}]}, "is missing"),
+        ({"spans": [{"kind": "json"}]}, "is missing; give a marker, or set open to start inside the span"),
+        ({"spans": [{"kind": "json", "open": True, "bias": {"ar": "1"}}]}, "must be a number"),
+        ({"structure": [["a"]]}, "must be a list of two: the begin marker, and the end marker or null"),
+    ],
+)
+def test_a_refusal_says_what_to_change(fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(HintError) as caught:
+        parse_hints(carried(**fields))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["lookup", "structure", "agent", "query"])
+def test_null_is_as_left_out(name: str) -> None:
+    assert parse_hints(carried(**{name: None})) == RequestHints()
 
 
 def test_the_bounds_themselves_are_allowed() -> None:

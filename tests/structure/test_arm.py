@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 from structure_grammars import Grammars
+from whiflash_sdk.hints import LookupScope
 
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.core import SILENCE, Voice
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.spans.hints import LookupScope, RequestHints, SpanHint
+from whiflash_sglang.spans.hints import RequestHints, SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.matchers import Matcher

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable
 
-from whiflash_sglang.spans.hints import (
-    KINDS,
+from whiflash_sdk.hints import (
     MAX_BLOCKS,
     MAX_BYTES,
     MAX_MARKER_CHARS,
     MAX_NAME_CHARS,
     MAX_SPANS,
     SCOPES,
-    TRACE_LEVELS,
     WIRE_VERSION,
 )
+
+from whiflash_sglang.spans.hints import KINDS, TRACE_LEVELS
 
 
 def capabilities(

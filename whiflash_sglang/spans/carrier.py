@@ -11,19 +11,17 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, SCOPES, WIRE_KEY
+
 from whiflash_sglang.spans.hints import (
     CARRIED_FORCED,
     CARRIED_PREDICTION,
-    INFERRED_KEY,
-    MAX_BYTES,
-    SCOPES,
     TOOLS_KEY,
-    WIRE_KEY,
     HintError,
     RequestHints,
     parse_hints,
     printable,
-    read_scope,
+    validated,
 )
 
 
@@ -132,7 +130,12 @@ def add_body_scope(custom_params: dict[str, Any] | None, body: object) -> dict[s
     """
     if not isinstance(body, Mapping) or body.get(FIELDS[0]) is None:
         return custom_params
-    scope = read_scope("", dict(body), FIELDS)
+    try:
+        scope = validated({name: body.get(field) for field, name in zip(FIELDS, SCOPES, strict=True)}, "")
+    except HintError as error:
+        name = next(name for name in SCOPES if error.field.startswith(f".{name}"))
+        field = error.field.replace(f".{name}", FIELDS[SCOPES.index(name)], 1)
+        raise HintError(field, error.reason) from None
     own = validate_custom_params(custom_params)
     for field, name in zip(FIELDS, SCOPES, strict=True):
         if getattr(own, name):

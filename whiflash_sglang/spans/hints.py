@@ -2,19 +2,31 @@
 
 A request carries its hints in SGLang's `custom_params`, which nests two levels at most, so ours is
 one string: `custom_params = {"whiflash": "<JSON object>"}`. The object, its fields and its bounds
-are documented in `docs/reference/hints.md`; `whiflash_sdk.hints` is the client's side of the same format.
+are documented in `docs/reference/hints.md`; its schema is the SDK's (`whiflash_sdk.hints`).
 
-`parse_hints` is the only reader. It runs in the HTTP process before anything is scheduled, so it
-raises nothing but `HintError` and its work is bounded before it starts: the text is measured before
-it is decoded, and decoding stops at the first object too many.
+`parse_hints` is the only reader, and reads a text once in a process. It runs in the HTTP process before anything is
+scheduled, so it raises nothing but `HintError` and its work is bounded before it starts: the text is measured before it
+is decoded, and decoding stops at the first object too many.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar, get_args
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple, NoReturn, get_args
 
-Word = TypeVar("Word", bound=str)
+from pydantic import ValidationError
+from whiflash_sdk.hints import (
+    INFERRED_KEY,
+    MAX_BYTES,
+    MAX_SPANS,
+    WIRE_KEY,
+    Arm,
+    Hints,
+    Kind,
+    LookupScope,
+    TraceLevel,
+    first_fault,
+)
 
 
 class HintError(ValueError):
@@ -24,53 +36,6 @@ class HintError(ValueError):
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
-
-
-def refuse_unknown(field: str, raw: Iterable[str], known: frozenset[str]) -> None:
-    """Raise for the first name that is not `known`."""
-    for name in raw:
-        if name not in known:
-            raise HintError(f"{field}.{printable(name)}", f"is unknown; known are {', '.join(sorted(known))}")
-
-
-def flag(field: str, value: object) -> bool:
-    """A boolean."""
-    if not isinstance(value, bool):
-        raise HintError(field, "must be true or false")
-    return value
-
-
-def choice(field: str, value: object, allowed: tuple[Word, ...]) -> Word | None:
-    """One of the words `allowed`; None: not given."""
-    if value is None:
-        return None
-    for word in allowed:
-        if value == word:
-            return word
-    raise HintError(field, f"must be one of {', '.join(allowed)}")
-
-
-def short_text(field: str, value: object, most: int) -> str | None:
-    """A text of 1 to `most` characters; None: not given."""
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise HintError(field, "must be a string")
-    if not value:
-        raise HintError(field, "is empty; leave it out instead")
-    if len(value) > most:
-        raise HintError(field, f"is {len(value)} characters long; at most {most} are allowed")
-    utf8(field, value)
-    return value
-
-
-def short_list(field: str, value: object, what: str, most: int) -> list[object]:
-    """A list of at most `most`; what: its entries are, in an error."""
-    if not isinstance(value, list):
-        raise HintError(field, "must be a list")
-    if len(value) > most:
-        raise HintError(field, f"holds {len(value)} {what}; at most {most} are allowed")
-    return value
 
 
 def utf8(field: str, text: str) -> bytes:
@@ -97,51 +62,29 @@ def printable(name: str) -> str:
     return ascii(name[:32])[1:-1]
 
 
-WIRE_KEY: Final = "whiflash"
 TOOLS_KEY: Final = "whiflash_tools"
 """What the HTTP process tells the scheduler of a request's tools (`structure.tools`)."""
-INFERRED_KEY: Final = "whiflash_inferred"
-"""True where the spans are a guess of the HTTP process or of the SDK, and not the caller's. It only counts."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
-WIRE_VERSION: Final = 1
 CARRIED_PREDICTION: Final = "whiflash_prediction"
 """Beside our own key, since it may be long: what the caller expects back (`spans.prediction`)."""
 CARRIED_FORCED: Final = "whiflash_forced"
 """The same for an answer that a benchmark forces (`spans.forced`)."""
 
-KINDS: Final = ("tool_call", "json", "code", "reasoning", "prose")
-ARMS: Final = ("ar", "diffusion", "lookup", "structure", "none")
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+ARMS: Final[tuple[Arm, ...]] = get_args(Arm)
 
-TraceLevel = Literal["summary", "full"]
-TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = ("summary", "full")
+TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = get_args(TraceLevel)
 
 HintSource = Literal["request", "inferred", "none", "malformed"]
 """Who said how a request is to be drafted."""
 HINT_SOURCES: Final[tuple[HintSource, ...]] = get_args(HintSource)
 
-LookupScope = Literal["memory", "context", "off"]
-LOOKUP_SCOPES: Final[tuple[LookupScope, ...]] = ("memory", "context", "off")
-
 MAX_TOOLS_CHARS: Final = 1 << 16
 """Longer lists of tools are told to nobody."""
 
-MAX_SPANS: Final = 16
-MAX_MARKER_CHARS: Final = 64
-MAX_NAME_CHARS: Final = 64
-"""Of an agent's name and a query's."""
-MAX_QUERY: Final = 1 << 31
-MAX_BLOCKS: Final = 16
-MAX_BYTES: Final = 8192
-MAX_BIAS: Final = 16.0  # expected accepted tokens; hardly any round accepts more
 
 # The request, its spans and their biases: a well-formed payload holds no more objects than this.
 _MAX_OBJECTS: Final = 1 + 2 * MAX_SPANS
-
-SCOPES: Final = ("agent", "query", "structure")
-"""Hints that say where in an agent's work a text belongs."""
-
-_REQUEST_FIELDS: Final = frozenset({"version", "off", "infer", "trace", "lookup", "spans", *SCOPES})
-_SPAN_FIELDS: Final = frozenset({"kind", "begin", "end", "open", "prefer", "pin", "bias"})
 
 Bias = tuple[tuple[str, float], ...]
 
@@ -224,30 +167,24 @@ def parse_hints(custom_params: object) -> RequestHints:
     if not isinstance(custom_params, dict):
         raise HintError("custom_params", "must be an object")
     payload, tools = custom_params.get(WIRE_KEY), custom_params.get(TOOLS_KEY)
-    hints = RequestHints() if payload is None else _request(_decode(payload))
+    hints = RequestHints()
+    if payload is not None:
+        if not isinstance(payload, str):
+            raise HintError(
+                _FIELD, "must be a string holding a JSON object (custom_params nests two levels only)"
+            )
+        hints = _read(payload)
     hints = replace(hints, tools=tools) if isinstance(tools, str) else hints
     return replace(hints, inferred=True) if INFERRED_KEY in custom_params else hints
 
 
-def read_scope(field: str, raw: dict[str, object], names: tuple[str, str, str] = SCOPES) -> RequestHints:
-    """Agent, query and structure alone, of an object that may have them under other `names`.
-
-    Raises: HintError, and nothing else, naming the field that is wrong.
-    """
-    agent, query, structure = (f"{field}{name}" for name in names)
-    values = [raw.get(name) for name in names]
-    return RequestHints(
-        agent=short_text(agent, values[0], MAX_NAME_CHARS),
-        query=_query(query, values[1]),
-        structure=_structure(structure, values[2]),
-    )
+@lru_cache(maxsize=64)
+def _read(payload: str) -> RequestHints:
+    """The hints of a payload. Each process asks several times of a request, and an agent's requests say the same."""
+    return validated(_decode(payload), _FIELD)
 
 
-def _decode(payload: object) -> dict[str, object]:
-    if not isinstance(payload, str):
-        raise HintError(
-            _FIELD, "must be a string holding a JSON object (custom_params nests two levels only)"
-        )
+def _decode(payload: str) -> dict[str, object]:
     if len(payload) > MAX_BYTES or (not payload.isascii() and len(utf8(_FIELD, payload)) > MAX_BYTES):
         raise HintError(_FIELD, f"is longer than {MAX_BYTES} bytes")
     objects = 0
@@ -280,90 +217,26 @@ def _reject_constant(name: str) -> NoReturn:
     raise HintError(_FIELD, f"holds {name}, which is not a number JSON allows")
 
 
-def _request(raw: dict[str, object]) -> RequestHints:
-    refuse_unknown(_FIELD, raw, _REQUEST_FIELDS)
-    version = raw.get("version", WIRE_VERSION)
-    if type(version) is not int or version != WIRE_VERSION:
-        raise HintError(f"{_FIELD}.version", f"this server understands version {WIRE_VERSION}")
-    spans = short_list(f"{_FIELD}.spans", raw.get("spans", []), "spans", MAX_SPANS)
-    return replace(
-        read_scope(f"{_FIELD}.", raw),
-        spans=tuple(_span(f"{_FIELD}.spans[{i}]", span) for i, span in enumerate(spans)),
-        off=flag(f"{_FIELD}.off", raw.get("off", False)),
-        infer=flag(f"{_FIELD}.infer", raw.get("infer", True)),
-        trace=_trace_level(raw.get("trace", False)),
-        lookup=choice(f"{_FIELD}.lookup", raw.get("lookup"), LOOKUP_SCOPES) or "memory",
+def validated(raw: object, field: str) -> RequestHints:
+    """What the SDK's models make of a decoded payload. field: its name in an error.
+
+    Raises: HintError, and nothing else, naming the field that is wrong.
+    """
+    try:
+        read = Hints.model_validate(raw)
+    except ValidationError as error:
+        path, reason = first_fault(error)
+        raise HintError(f"{field}{path}", reason) from None
+    return RequestHints(
+        spans=tuple(
+            SpanHint(s.kind, s.begin, s.end, s.open, s.prefer, s.pin, tuple(sorted(s.bias.items())))
+            for s in read.spans
+        ),
+        off=read.off,
+        infer=read.infer,
+        trace="summary" if read.trace is True else read.trace or None,
+        lookup=read.lookup,
+        agent=read.agent,
+        query=None if read.query is None else str(read.query),
+        structure=tuple(Block(*block) for block in read.structure),
     )
-
-
-def _span(field: str, raw: object) -> SpanHint:
-    if not isinstance(raw, dict):
-        raise HintError(field, "must be an object")
-    refuse_unknown(field, raw, _SPAN_FIELDS)
-    kind = choice(f"{field}.kind", raw.get("kind"), KINDS)
-    if kind is None:
-        raise HintError(f"{field}.kind", f"is missing; give one of {', '.join(KINDS)}")
-    span = SpanHint(
-        kind=kind,
-        begin=short_text(f"{field}.begin", raw.get("begin"), MAX_MARKER_CHARS),
-        end=short_text(f"{field}.end", raw.get("end"), MAX_MARKER_CHARS),
-        open=flag(f"{field}.open", raw.get("open", False)),
-        prefer=choice(f"{field}.prefer", raw.get("prefer"), ARMS),
-        pin=flag(f"{field}.pin", raw.get("pin", False)),
-        bias=_bias(f"{field}.bias", raw.get("bias")),
-    )
-    if span.begin is None and not span.open:
-        raise HintError(f"{field}.begin", "is missing; give a marker, or set open to start inside the span")
-    if span.pin and span.prefer is None:
-        raise HintError(f"{field}.prefer", "is missing; pin needs the arm to use")
-    return span
-
-
-def _query(field: str, value: object) -> str | None:
-    """A name, or a number, which is as good as one."""
-    if type(value) is int:
-        if not 0 <= value < MAX_QUERY:
-            raise HintError(field, f"must be at least 0 and below {MAX_QUERY}")
-        return str(value)
-    if value is not None and not isinstance(value, str):
-        raise HintError(field, "must be a string or a whole number")
-    return short_text(field, value, MAX_NAME_CHARS)
-
-
-def _structure(field: str, value: object) -> tuple[Block, ...]:
-    blocks = [] if value is None else short_list(field, value, "blocks", MAX_BLOCKS)
-    return tuple(_block(f"{field}[{i}]", block) for i, block in enumerate(blocks))
-
-
-def _block(field: str, raw: object) -> Block:
-    if not isinstance(raw, list) or len(raw) != 2:
-        raise HintError(field, "must be a list of two: the begin marker, and the end marker or null")
-    begin, end = (short_text(f"{field}[{i}]", marker, MAX_MARKER_CHARS) for i, marker in enumerate(raw))
-    if begin is None:
-        raise HintError(f"{field}[0]", "must be a string")
-    return Block(begin, end)
-
-
-def _trace_level(value: object) -> TraceLevel | None:
-    if isinstance(value, bool):
-        return "summary" if value else None
-    for level in TRACE_LEVELS:
-        if value == level:
-            return level
-    raise HintError(f"{_FIELD}.trace", f"must be true, false, {' or '.join(TRACE_LEVELS)}")
-
-
-def _bias(field: str, value: object) -> Bias:
-    if value is None:
-        return ()
-    if not isinstance(value, dict):
-        raise HintError(field, "must be an object of arms and numbers")
-    refuse_unknown(field, value, frozenset(ARMS))
-    pairs = []
-    for arm, amount in sorted(value.items()):
-        if isinstance(amount, bool) or not isinstance(amount, int | float):
-            raise HintError(f"{field}.{arm}", "must be a number")
-        if not -MAX_BIAS <= amount <= MAX_BIAS:  # also false for infinities
-            raise HintError(f"{field}.{arm}", f"must lie between {-MAX_BIAS:g} and {MAX_BIAS:g}")
-        pairs.append((arm, float(amount)))
-    return tuple(pairs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from whiflash_sglang.spans.hints import WIRE_VERSION, TraceLevel
+from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 
 SAVED_DIGITS = 4
 """Of a second: what is estimated is no better known."""

@@ -6,12 +6,13 @@ from typing import Any
 
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from whiflash_sdk.hints import INFERRED_KEY
 
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.carrier import Own, add_body_scope, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
-from whiflash_sglang.spans.hints import INFERRED_KEY, TOOLS_KEY, HintError, SpanHint
+from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, SpanHint
 from whiflash_sglang.spans.infer import infer_spans
 from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
 from whiflash_sglang.structure.tools import carried_tools

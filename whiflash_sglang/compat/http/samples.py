@@ -9,9 +9,10 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from whiflash_sdk.hints import TraceLevel
+
 from whiflash_sglang.compat.carried import META_KEY, settings_of
 from whiflash_sglang.compat.http import traces
-from whiflash_sglang.spans.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Recording, build_trace
 from whiflash_sglang.telemetry.trace_samples import SampleFiles, Sampler
 

@@ -9,10 +9,10 @@ import random
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from whiflash_sdk.hints import TraceLevel
 
 from whiflash_sglang.compat.carried import META_KEY, settings_of
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.spans.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Recording, build_trace, span_attributes
 
 _RECORDING = "_whiflash_recording"
