@@ -746,6 +746,6 @@ def test_agent_specs_fields_are_read_from_the_body(server: Server, route: str) -
     assert post(server, route, asked_of(route, None, **said)).json()["choices"] == plain
     answer = post(server, route, asked_of(route, None, **{**said, "query-id": -1}))
     assert answer.status_code == 400
-    assert "query-id: must be at least 0" in answer.text
+    assert "query-id: must be a name of 1 to 64 characters, or a whole number" in answer.text
     twice = asked_of(route, None, **said, custom_params={"whiflash": '{"agent":"b"}'})
     assert "give one of them" in post(server, route, twice).text
