@@ -27,7 +27,7 @@ from whiflash_sglang.compat.forward.untried.recurrent import (
     RaggedDeltaBackend,
     RaggedMamba2Backend,
 )
-from whiflash_sglang.platform.recurrent_ops import causal_conv1d_update
+from whiflash_sglang.models.recurrent import causal_conv1d_update
 
 SLOTS = 8
 OWN = [3, 6, 1]

@@ -16,9 +16,8 @@ from whiflash_sglang.compat.forward.untried.recurrent import (
     RaggedDeltaBackend,
     RaggedMamba2Backend,
 )
+from whiflash_sglang.models.recurrent import Rows, gated_delta_rule, selective_scan, split_mixed
 from whiflash_sglang.platform.gated_delta import CpuChannelDeltaBackend, CpuDeltaBackend
-from whiflash_sglang.platform.mamba2 import taken_apart
-from whiflash_sglang.platform.recurrent_ops import Rows, gated_delta_rule, selective_scan
 
 KEY_HEADS, HEADS, KEY, VALUE, GROUPS, TAPS = 2, 4, 16, 32, 2, 4
 VERIFICATION = SimpleNamespace(forward_mode=SimpleNamespace(is_target_verify=lambda: True))
@@ -143,7 +142,7 @@ class Mamba2:
         projected, one = rows["hidden_states"][i][None], torch.tensor([0, 1])
         time, (x, b, c) = (
             F.softplus(projected[:, -HEADS:] + self.mixer.dt_bias),
-            taken_apart(self.mixer, mixed),
+            split_mixed(self.mixer, mixed),
         )
         out, behind, _ = selective_scan(
             x, time, self.mixer.A, b, c, self.mixer.D, state, one, Rows.of(one, 1), every=False

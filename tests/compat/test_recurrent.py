@@ -9,7 +9,7 @@ import torch
 
 from whiflash_sglang.compat.forward import recurrent
 from whiflash_sglang.compat.forward.recurrent import commit, tracked_rows, verify_packed
-from whiflash_sglang.platform.recurrent_ops import (
+from whiflash_sglang.models.recurrent import (
     causal_conv1d_update,
     scatter_mamba_states_after_mtp_verify,
 )

@@ -8,6 +8,7 @@ from sglang.srt.distributed import bootstrap
 from sglang.srt.server_args import ServerArgs
 
 from whiflash_sglang import platform
+from whiflash_sglang.device.cpu import PLATFORM
 from whiflash_sglang.platform.cpu import CpuPlatform
 
 from .conftest import Checkpoints
@@ -27,7 +28,7 @@ def test_it_steps_aside_for_sglangs_own_cpu_engine(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     assert platform.activate() is None
-    monkeypatch.setenv("SGLANG_PLATFORM", platform.NAME)
+    monkeypatch.setenv("SGLANG_PLATFORM", PLATFORM)
     assert platform.activate() == OURS
 
 
@@ -56,9 +57,9 @@ def test_what_others_allocate_meanwhile_ends_no_rank(monkeypatch: pytest.MonkeyP
     ("said", "algorithms", "platforms"),
     [
         ("none", set(), set()),
-        (platform.NAME, set(), {platform.NAME}),
-        (f"whiflash, {platform.NAME}", {"whiflash"}, {platform.NAME}),
-        (None, {"whiflash"}, {platform.NAME}),
+        (PLATFORM, set(), {PLATFORM}),
+        (f"whiflash, {PLATFORM}", {"whiflash"}, {PLATFORM}),
+        (None, {"whiflash"}, {PLATFORM}),
     ],
 )
 def test_the_operator_says_which_plugins_are_loaded(
@@ -68,6 +69,6 @@ def test_the_operator_says_which_plugins_are_loaded(
     monkeypatch.setenv("SGLANG_PLUGINS", said) if said else monkeypatch.delenv(
         "SGLANG_PLUGINS", raising=False
     )
-    ours = {"whiflash", platform.NAME}
+    ours = {"whiflash", PLATFORM}
     assert ours & plugins.load_plugins_by_group(plugins.GENERAL_PLUGINS_GROUP).keys() == algorithms
     assert ours & plugins.load_plugins_by_group(plugins.PLATFORM_PLUGINS_GROUP).keys() == platforms

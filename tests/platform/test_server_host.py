@@ -11,7 +11,7 @@ import server_host
 from patience import wait_until
 from server_host import ServerHost, answers
 
-from whiflash_sglang.platform.defaults import CHILD_ENVIRONMENT
+from whiflash_sglang.device.cpu import CHILD_ENVIRONMENT
 from whiflash_sglang.serving import server_host as product
 
 from .conftest import Checkpoints

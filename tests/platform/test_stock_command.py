@@ -12,7 +12,7 @@ import pytest
 from patience import wait_until
 from server_host import Server, free_port, runs
 
-from whiflash_sglang.platform.defaults import DEFAULT_KV_TOKENS
+from whiflash_sglang.device.cpu import DEFAULT_KV_TOKENS
 
 from .conftest import Checkpoints
 

@@ -31,7 +31,7 @@ from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up,
 from whiflash_sglang import worker
 from whiflash_sglang.compat.forward.triton_backend import RaggedTritonBackend
 from whiflash_sglang.compat.scheduler import pricing
-from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 
 ARMS = ("ar", "diffusion", "lookup", "none")
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3, 4, 1, 2], [70, 9] * 12, [200], list(range(30, 50)) * 2]

@@ -48,9 +48,9 @@ def _drafts(drafts: list[str], model_path: str | None) -> list[Finding]:
 
 
 def _platform() -> list[Finding]:
-    from whiflash_sglang.platform import activate
+    from whiflash_sglang.device.cpu import serves_here
 
-    if activate() is None:
+    if not serves_here():
         return [Finding("platform", True, "an accelerator is there: SGLang's own platform serves it")]
     from whiflash_sglang.platform.seams import verify_seams
 

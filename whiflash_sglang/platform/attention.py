@@ -25,8 +25,8 @@ from whiflash_kernels.layers import write_rows
 from whiflash_kernels.processor import has_avx2
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
+from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.embedded import cache_root
-from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
 logger = logging.getLogger(__name__)
 

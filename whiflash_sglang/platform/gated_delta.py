@@ -2,14 +2,13 @@
 CPU, and what else their models launch Triton for.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from whiflash_sglang.models.recurrent import gated_delta_rule, transposed
 from whiflash_sglang.platform.recurrent_backend import CpuRecurrentBackend
-from whiflash_sglang.platform.recurrent_ops import gated_delta_rule
 
 
 class CpuDeltaBackend(CpuRecurrentBackend):
@@ -62,7 +61,7 @@ class CpuChannelDeltaBackend(CpuDeltaBackend):
         self.conv_states_shape = (*_, width, taps)
 
     def cache_of(self, layer_id: int) -> Any:
-        return turned(super().cache_of(layer_id))
+        return transposed(super().cache_of(layer_id))
 
     def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
         """a: [T, H K] or [1, T, H, K]. Returns [T, H, K] fp32, all above the layer's lower bound if it has one."""
@@ -72,17 +71,6 @@ class CpuChannelDeltaBackend(CpuDeltaBackend):
         if layer.lower_bound is not None:
             return layer.lower_bound * (rate * gate).sigmoid()
         return -rate * F.softplus(gate)
-
-
-def turned(cache: Any) -> Any:
-    """SGLang's record of a layer of KDA, where the convolution's inputs lie the other way round, [K - 1, D], as others
-    have it: [D, K - 1], of the same memory."""
-    found = {
-        name: [kept.mT for kept in getattr(cache, name)]
-        for name in ("conv", "intermediate_conv_window")
-        if hasattr(cache, name)
-    }
-    return replace(cache, **found)
 
 
 def fused_qkvzba_split_reshape_cat(

@@ -2,7 +2,7 @@
 
 They stand in for backends whose kernels are Triton's and whose verifications have one width: here rows are packed. A
 verification reads the states and writes down the one behind each of its rows; the commit follows
-(:func:`whiflash_sglang.platform.recurrent_ops.scatter_mamba_states_after_mtp_verify`).
+(:func:`whiflash_sglang.models.recurrent.scatter_mamba_states_after_mtp_verify`).
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 
-from whiflash_sglang.platform.recurrent_ops import (
+from whiflash_sglang.models.recurrent import (
     Rows,
     activated,
     packed_convolution,

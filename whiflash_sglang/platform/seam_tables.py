@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from whiflash_sglang.device.cpu import ATTENTION_BACKEND
+from whiflash_sglang.models import recurrent
 from whiflash_sglang.platform import (
     decoder_layer,
     packed_weights,
-    recurrent_ops,
     spec_ops,
     spec_trees,
     target_ops,
 )
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
-from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
 _EAGLE = "sglang.kernels.ops.speculative.eagle"
@@ -85,12 +85,12 @@ EARLY_SEAMS: tuple[Seam, ...] = (
 :func:`install_early_seams`."""
 
 SEAMS: tuple[Seam, ...] = (
-    Seam(_CONV, "causal_conv1d_fn", recurrent_ops.causal_conv1d_fn),
-    Seam(_CONV, "causal_conv1d_update", recurrent_ops.causal_conv1d_update),
+    Seam(_CONV, "causal_conv1d_fn", recurrent.causal_conv1d_fn),
+    Seam(_CONV, "causal_conv1d_update", recurrent.causal_conv1d_update),
     Seam(
         "sglang.kernels.ops.mamba.mamba_state_scatter_triton",
         "scatter_mamba_states_after_mtp_verify",
-        recurrent_ops.scatter_mamba_states_after_mtp_verify,
+        recurrent.scatter_mamba_states_after_mtp_verify,
     ),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", target_ops.fused_gate_sigmoid_mul),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", target_ops.fused_gate_sigmoid_mul_add),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 
 
 def attention_backends_of(cfg: Any) -> tuple[str | None, str | None]:

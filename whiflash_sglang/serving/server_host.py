@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from whiflash_sglang.device.cpu import CHILD_ENVIRONMENT, serves_here
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.platform.defaults import CHILD_ENVIRONMENT
 
 
 class ServerHostError(WhiflashError):
@@ -21,9 +21,7 @@ class ServerHostError(WhiflashError):
 
 def shares_imports() -> bool:
     """Whether servers may be forked here: not beside an accelerator, which a process that was forked cannot use."""
-    from whiflash_sglang.platform import activate
-
-    return activate() is not None
+    return serves_here()
 
 
 class ServerHost:

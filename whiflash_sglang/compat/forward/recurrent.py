@@ -28,7 +28,7 @@ from sglang.srt.configs.qwen3_next import Qwen3NextConfig
 from sglang.srt.runtime_context import get_spec, mamba_track_grid
 
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.platform.recurrent_ops import Rows, packed_verification
+from whiflash_sglang.models.recurrent import Rows, packed_verification
 
 KNOWN = (
     Lfm2Config,

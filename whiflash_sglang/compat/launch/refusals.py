@@ -21,7 +21,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 from whiflash_sglang.compat.forward import recurrent
 from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS, Launch
-from whiflash_sglang.platform.defaults import ATTENTION_BACKEND
+from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 
 ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
 """Of those that CUDA may have. `triton` runs under Triton's interpreter as a formula says; the others are handed what

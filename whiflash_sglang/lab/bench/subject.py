@@ -6,6 +6,7 @@ from pathlib import Path
 from whiflash_sglang.arms import DIFFUSION
 from whiflash_sglang.checkpoints.hub import fetch, member
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
+from whiflash_sglang.device.cpu import serves_here
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import VARIANTS, Subject
 from whiflash_sglang.lab.bench.load import MODEL
@@ -39,7 +40,6 @@ def build_subject(
         raise ConfigError(f"--beside {beside}: no checkout of this project")
     from whiflash_sglang.embedded import ensure_target
     from whiflash_sglang.models.formats import read_draft
-    from whiflash_sglang.platform import activate
 
     target = ensure_target() if model_path is None else fetch(model_path)
     bundle = embedded_bundle() if bundle_path is None else fetch(bundle_path)
@@ -49,7 +49,7 @@ def build_subject(
         common += ["--chat-template", str(bundle / manifest.chat_template)]
     if manifest.tool_call_parser:
         common += ["--tool-call-parser", manifest.tool_call_parser]
-    if activate() is not None:
+    if serves_here():
         common += ["--device", "cpu", "--max-total-tokens", str(CPU_KV_TOKENS)]
     dflash = member(bundle, manifest, "dflash") if manifest.dflash else None
     changed = VARIANTS.keys() & {name.partition("@")[0] for name in arms}

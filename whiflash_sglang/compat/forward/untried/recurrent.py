@@ -24,9 +24,16 @@ from sglang.srt.layers.attention.linear.short_conv_backend import ShortConvAttnB
 
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import replace
-from whiflash_sglang.platform.gated_delta import turned
-from whiflash_sglang.platform.mamba2 import around, convolution_of, taken_apart
-from whiflash_sglang.platform.recurrent_ops import PAD_SLOT, Rows, activated, packed_verification
+from whiflash_sglang.models.recurrent import (
+    PAD_SLOT,
+    Rows,
+    activated,
+    convolution_of,
+    mixer_forward,
+    packed_verification,
+    split_mixed,
+    transposed,
+)
 
 
 def install() -> None:
@@ -88,7 +95,7 @@ class RaggedDelta(_Ragged):
         [1, T, H, V], zeros where a row is nobody's."""
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
-        rows, inputs = Rows.of(starts.long(), len(mixed_qkv)), turned(cache) if self.by_channel else cache
+        rows, inputs = Rows.of(starts.long(), len(mixed_qkv)), transposed(cache) if self.by_channel else cache
         mixed = packed_verification(mixed_qkv, layer.conv_weights, layer.bias, inputs, slots, rows)
         q, k, v = activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
         out = fused_sigmoid_gating_delta_rule_update(
@@ -144,7 +151,7 @@ class RaggedMamba2(_Ragged):
         mup_vector: torch.Tensor | None = None,
         use_triton_causal_conv: bool = False,
     ) -> torch.Tensor:
-        """As of `around`."""
+        """As of `mixer_forward`."""
         if not forward_batch.forward_mode.is_target_verify():
             found: torch.Tensor = super().forward(
                 mixer,
@@ -157,7 +164,7 @@ class RaggedMamba2(_Ragged):
             )
             return found
         cache = self.req_to_token_pool.mamba2_layer_cache(layer_id)
-        return around(partial(self._verify, mixer, cache), mixer, hidden_states, output, mup_vector)
+        return mixer_forward(partial(self._verify, mixer, cache), mixer, hidden_states, output, mup_vector)
 
     def _verify(self, mixer: Any, cache: Any, x: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
         """x: [T, D]; dt: [T, H]. Returns [T, H, P], zeros where a row is nobody's."""
@@ -172,7 +179,7 @@ class RaggedMamba2(_Ragged):
         laid = mixed.new_zeros(nobodys + 1, mixed.shape[1] + dt.shape[1])
         laid[place] = torch.cat([mixed, dt], -1)
         wide, time = laid[:-1].unflatten(0, (-1, most)).split([mixed.shape[1], dt.shape[1]], -1)
-        h, b, c = taken_apart(mixer, wide)
+        h, b, c = split_mixed(mixer, wide)
         out = h.new_zeros(nobodys + 1, *h.shape[2:])
         by_channel = mixer.A.shape[0], mixer.head_dim
         selective_state_update(

@@ -1,4 +1,12 @@
-"""What the CPU platform chooses where the user has left the choice open. Imports nothing."""
+"""A machine whose CPU serves: whether this is one, and what is chosen there where the user has left the choice open.
+
+`platform/` is what serves there. Imports nothing before it is asked.
+"""
+
+import os
+
+PLATFORM = "whiflash_cpu"
+"""The entry point's name, as `SGLANG_PLATFORM` takes it."""
 
 ATTENTION_BACKEND = "whiflash_cpu"
 """Name of this package's attention backend in SGLang's registry and flags."""
@@ -25,3 +33,14 @@ CHILD_ENVIRONMENT = {
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }
 """Set, unless the user has set them, before SGLang starts its scheduler; read there when torch is loaded."""
+
+
+def serves_here() -> bool:
+    """Whether SGLang has nothing of its own to run on: no accelerator that torch knows, and no CPU engine
+    (``SGLANG_USE_CPU_ENGINE=1``). ``SGLANG_PLATFORM`` overrides the latter.
+    """
+    import torch
+
+    if torch.cuda.is_available() or torch.accelerator.is_available():
+        return False
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") != "1" or os.environ.get("SGLANG_PLATFORM") == PLATFORM

@@ -1,8 +1,10 @@
 """Torch versions of what recurrent layers compute: causal convolutions, the gated delta rule (Qwen3-Next, Kimi
-Linear) and Mamba 2's scan. Rows of B requests lie packed, and each request goes on from its state.
+Linear) and Mamba 2's scan. Rows of B requests lie packed, and each request goes on from its state. Beside them is what
+SGLang's layers do around such a state.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -297,3 +299,57 @@ def scatter_mamba_states_after_mtp_verify(
         for states, windows in pairs:
             if states.numel():
                 states[:, slots[kept].long()] = windows[:, rows[kept], steps[kept].long()]
+
+
+def transposed(cache: Any) -> Any:
+    """SGLang's record of a layer of KDA, where the convolution's inputs lie the other way round, [K - 1, D], as others
+    have it: [D, K - 1], of the same memory."""
+    found = {
+        name: [kept.mT for kept in getattr(cache, name)]
+        for name in ("conv", "intermediate_conv_window")
+        if hasattr(cache, name)
+    }
+    return replace(cache, **found)
+
+
+Scan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of the convolution's inputs [T, D] and the steps of time [T, H], as projected: what is read of states, [T, H, P]."""
+
+
+def mixer_forward(
+    scan: Scan,
+    mixer: Any,
+    hidden_states: torch.Tensor,
+    output: torch.Tensor | None,
+    mup_vector: torch.Tensor | None,
+) -> torch.Tensor:
+    """The forward of a `MambaMixer2` whose states are `scan`'s.
+
+    hidden_states: [T, H]; mup_vector: multiplies what is projected. Returns [T, H], in `output` too if given.
+    """
+    ranks = mixer.tp_size
+    widths = [mixer.intermediate_size // ranks, mixer.conv_dim // ranks, mixer.num_heads // ranks]
+    projected, _ = mixer.in_proj(hidden_states)
+    if mup_vector is not None:
+        projected = projected * mup_vector
+    gate, mixed, dt = projected.split(widths, -1)
+    # SGLang's norm looks for a kernel of the platform, and this package's has none.
+    norm = mixer.norm.forward_native if projected.device.type == "cpu" else mixer.norm
+    found: torch.Tensor = mixer.out_proj(norm(scan(mixed, dt).flatten(1), gate))[0]
+    if output is not None:
+        output.copy_(found)
+    return found
+
+
+def convolution_of(mixer: Any) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    """Weight [D, K], bias [D] or None, and the activation behind them."""
+    return mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.activation
+
+
+def split_mixed(mixer: Any, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [..., H, P], b and c [..., G, N] of what was convolved, [..., D]; views of it."""
+    inner, grouped = mixer.intermediate_size // mixer.tp_size, mixer.groups_ssm_state_size // mixer.tp_size
+    x, b, c = torch.split(mixed, [inner, grouped, grouped], -1)
+    groups = mixer.n_groups // mixer.tp_size
+    heads: torch.Tensor = torch.unflatten(x, -1, (-1, mixer.head_dim))
+    return heads, torch.unflatten(b, -1, (groups, -1)), torch.unflatten(c, -1, (groups, -1))
