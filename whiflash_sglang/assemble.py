@@ -281,7 +281,6 @@ def _drafting(parts: Parts, stops: StopTable, voices: Voices, hooks: Sequence[Sa
     return DraftStage(
         drafters=parts.drafters,
         sync=parts.sync,
-        costs=parts.controller.costs,
         clock=parts.clock,
         slot_table=parts.target.slot_table,
         text=parts.tokens.data,

@@ -9,6 +9,7 @@ from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 from whiflash_sglang.routing.fits import Line, Plane
 from whiflash_sglang.routing.signals import Mean, Signals
 from whiflash_sglang.spans.hints import SpanHint
+from whiflash_sglang.telemetry.round_clock import DraftTime, PreviousRound, RoundWork
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -102,10 +103,34 @@ def test_what_the_engine_takes_between_rounds_is_charged_to_all_alike() -> None:
     assert costs.verify(1, 1) == pytest.approx(0.022, rel=0.02)
 
 
+def test_one_observation_teaches_what_its_parts_do() -> None:
+    """A round's drafts, its verification and the server's rate, from the one record that the clock gives back."""
+    together, apart = (MeasuredCosts({"ar": 6, "diffusion": 9}.__getitem__) for _ in range(2))
+    rng = random.Random(0)
+    for _ in range(300):
+        requests, tokens = rng.choice((1, 2, 4)), rng.randrange(1, 9)
+        rows, gap = requests + rng.randrange(0, 12), 0.001 * rng.random()
+        drafts = [
+            DraftTime(arm, requests, 5, 0.004 + 0.002 * rng.random(), 0.001)
+            for arm in ("ar", "diffusion")
+            if rng.random() < 0.6
+        ]
+        drafting = sum(draft.seconds + draft.catch_up for draft in drafts)
+        seconds = drafting + 0.02 + 0.0006 * rows
+        together.observe(PreviousRound(RoundWork(rows, requests), tokens, seconds, drafting, gap, drafts))
+        for draft in drafts:
+            apart.drafted(draft)
+        apart.verified(rows, requests, seconds - drafting)
+        apart.committed(tokens, seconds, gap)
+        assert together.fitted(("ar", "diffusion")) == apart.fitted(("ar", "diffusion"))
+        assert together.worth("ar") == apart.worth("ar")
+    assert together.draft("diffusion", 2) > 0.004
+
+
 def test_an_untried_drafter_is_free() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.draft("ar", 4) == 0.0
-    costs.drafted("ar", 4, passes=5, seconds=0.007, catch_up=0.001)
+    costs.drafted(DraftTime("ar", 4, 5, 0.007, 0.001))
     assert costs.draft("ar", 4) == pytest.approx(0.008)
 
 

@@ -55,7 +55,7 @@ def test_rounds_move_all_prices_alike_and_no_route() -> None:
     found = costs()
     work = RoundWork(8, 1, 0, {"ar": 1}, {"ar": 4})
     for _ in range(60):
-        found.ended(timed(work, 3 * (10.8 + 0.5 + 0.1)))
+        found.observe(timed(work, 3 * (10.8 + 0.5 + 0.1)))
     assert found.tables.correction.factor == pytest.approx(3.0, rel=0.02)
     assert found.verify(4, 1) == pytest.approx(3 * 10.8, rel=0.02)
     assert found.draft("ar", 1) == pytest.approx(3 * 0.6, rel=0.02), "with the catch-up that is usual"
@@ -65,7 +65,7 @@ def test_rounds_move_all_prices_alike_and_no_route() -> None:
 
 def test_the_pause_between_rounds_is_charged_to_all_alike() -> None:
     found = costs()
-    found.ended(timed(RoundWork(1, 1), 10.1, gap=2.0))
+    found.observe(timed(RoundWork(1, 1), 10.1, gap=2.0))
     assert found.verify(4, 1) - found.verify(1, 1) == pytest.approx(0.7)
     assert found.verify(1, 1) == pytest.approx(12.1)
 
@@ -73,7 +73,7 @@ def test_the_pause_between_rounds_is_charged_to_all_alike() -> None:
 def test_a_further_draft_must_bring_what_its_row_costs_at_this_load() -> None:
     found = costs()
     assert found.worth("ar") == FULL_LENGTH
-    found.ended(timed(RoundWork(4, 1), 10.4, tokens=2))
+    found.observe(timed(RoundWork(4, 1), 10.4, tokens=2))
     rate = 2 / 10.4
     assert found.worth("ar").row == pytest.approx(rate * 0.1)
     assert found.worth("ar").draft == 0.0, "a chain runs whole"
@@ -83,7 +83,7 @@ def test_what_an_arm_is_behind_by_is_part_of_its_price() -> None:
     found = costs()
     assert found.draft("ar", 2) == 0.5
     for _ in range(50):
-        found.ended(timed(RoundWork(8, 2, 0, {"ar": 2}, {"ar": 6}), 10.8 + 0.5 + 0.2))
+        found.observe(timed(RoundWork(8, 2, 0, {"ar": 2}, {"ar": 6}), 10.8 + 0.5 + 0.2))
     assert found.draft("ar", 2) == pytest.approx(0.7, rel=0.01)
     assert found.draft("ar", 1) == pytest.approx(0.6, rel=0.01)
 

@@ -1,6 +1,5 @@
 """The draft stage of a round: drafts of the whole batch side by side."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,7 @@ from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.strands import chosen_strands, strand_of
 from whiflash_sglang.round.voices import Voices
-from whiflash_sglang.routing.costs import WorkerCosts
-from whiflash_sglang.telemetry.round_clock import RoundClock
+from whiflash_sglang.telemetry.round_clock import DraftTime, RoundClock
 
 LEAST_CHANCE = 0.1
 """Of a strand's token that is verified, where costs are not priced."""
@@ -36,7 +34,6 @@ class DraftStage:
 
     drafters: Mapping[str, Drafter]
     sync: DraftSync
-    costs: WorkerCosts
     clock: RoundClock
     slot_table: torch.Tensor
     text: torch.Tensor
@@ -77,23 +74,20 @@ class DraftStage:
             return Proposal.of_nothing(requests.rows)
         parts = []
         for arm, members in plan.members.items():
-            began = time.perf_counter()
+            began = self.clock.now()
             drafted_for, own = self._drafted(requests, plan, arm, members)
             if own is None:
                 continue  # its requests verify their bonus tokens
             if own.passes:  # what is left is the round's, whoever drafts
-                seconds, catch_up = time.perf_counter() - began, self.sync.seconds.get(arm, 0.0)
-                self.costs.drafted(
-                    arm, len(drafted_for), passes=own.passes, seconds=seconds, catch_up=catch_up
-                )
-                self.clock.drafted(seconds + catch_up)
+                seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
+                self.clock.drafted(DraftTime(arm, len(drafted_for), own.passes, seconds, catch_up))
             index = plan.on_device.members[arm]
             if len(drafted_for) < len(members):
                 index = sent(drafted_for, requests.rows.device)
             parts.append((index, own))
-        began = time.perf_counter()
+        began = self.clock.now()
         proposal = self._proposal(requests, plan, parts)
-        self.clock.drafted(time.perf_counter() - began)
+        self.clock.proposed(self.clock.now() - began)
         return proposal
 
     def _drafted(

@@ -45,7 +45,7 @@ class Learner:
     def timed(self, previous: PreviousRound) -> None:
         """What an earlier round took."""
         costs, requests = self.controller.costs, previous.work.requests
-        costs.ended(previous)
+        costs.observe(previous)
         plain_seconds = previous.tokens / requests * costs.verify(requests, requests)
         self.tally.timed(previous.seconds + previous.gap, plain_seconds)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from whiflash_sglang.routing.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
 from whiflash_sglang.routing.signals import Mean
-from whiflash_sglang.telemetry.round_clock import PreviousRound
+from whiflash_sglang.telemetry.round_clock import DraftTime, PreviousRound
 
 DRAFTS_MEMORY = 32.0
 """Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
@@ -94,16 +94,11 @@ class WorkerCosts(ABC):
         """
 
     @abstractmethod
-    def ended(self, previous: PreviousRound) -> None:
-        """A round and the pause behind it were timed."""
+    def observe(self, previous: PreviousRound) -> None:
+        """A round and the pause after it were timed: the only way in which rounds teach what work takes."""
 
     def set_contexts(self, contexts: Sequence[int]) -> None:  # noqa: B027 - only what a context costs needs it
         """The round that is planned next is for requests that have so many tokens, at most."""
-
-    def drafted(  # noqa: B027 - only what is timed as it runs needs it
-        self, arm: str, requests: int, *, passes: int, seconds: float, catch_up: float
-    ) -> None:
-        """`arm` drafted for `requests` requests in `passes` passes of its model, after catching up; host seconds."""
 
     def widened(self, arm: str, rows: int) -> None:
         """A request routed to `arm` verified `rows` rows."""
@@ -160,7 +155,9 @@ class MeasuredCosts(WorkerCosts):
         self._passes: dict[str, deque[float]] = {}
         self._plain_rounds = 0
 
-    def drafted(self, arm: str, requests: int, *, passes: int, seconds: float, catch_up: float) -> None:
+    def drafted(self, draft: DraftTime) -> None:
+        """An arm drafted: in a round, or at the start, when every arm is profiled."""
+        arm, requests, passes, seconds, catch_up = draft
         seconds = max(seconds, SHORTEST)
         before = self.draft(arm, requests)
         wrong = self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
@@ -172,7 +169,9 @@ class MeasuredCosts(WorkerCosts):
     def timings(self, arm: str) -> int:
         return self._timings.get(arm, 0)
 
-    def ended(self, previous: PreviousRound) -> None:
+    def observe(self, previous: PreviousRound) -> None:
+        for draft in previous.drafts:
+            self.drafted(draft)
         self.verified(previous.work.rows, previous.work.requests, previous.rest)
         self.committed(previous.tokens, previous.seconds, previous.gap)
 

@@ -178,7 +178,7 @@ class LookedUpCosts(WorkerCosts):
     def set_contexts(self, contexts: Sequence[int]) -> None:
         self._context = sum(contexts)
 
-    def ended(self, previous: PreviousRound) -> None:
+    def observe(self, previous: PreviousRound) -> None:
         work, seconds = previous.work, previous.seconds
         self._verified = work.rows
         for arm, requests in work.drafted.items():

@@ -7,7 +7,7 @@ launching it; a device-side breakdown needs the profiler. Whole rounds are timed
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,12 +31,22 @@ class RoundWork(NamedTuple):
     caught_up: Mapping[str, int] = {}
 
 
+class DraftTime(NamedTuple):
+    """An arm drafted for so many requests in `passes` passes of its model. Host seconds, and those of its catch-up."""
+
+    arm: str
+    requests: int
+    passes: int
+    seconds: float
+    catch_up: float = 0.0
+
+
 class PreviousRound(NamedTuple):
     """A round that was timed.
 
     tokens: that were found committed since the round before it began. seconds: from its start to its end; drafting:
-    part of them, on the host's clock. gap: from its end to the next round's start, at most as long as itself: a longer
-    one was a pause.
+    part of them, on the host's clock, and `drafts` what of that was an arm's. gap: from its end to the next round's
+    start, at most as long as itself: a longer one was a pause.
     """
 
     work: RoundWork
@@ -44,6 +54,7 @@ class PreviousRound(NamedTuple):
     seconds: float
     drafting: float
     gap: float
+    drafts: Sequence[DraftTime] = ()
 
     @property
     def rest(self) -> float:
@@ -57,6 +68,7 @@ class _Marks(NamedTuple):
     work: RoundWork
     tokens: int
     drafting: float
+    drafts: Sequence[DraftTime]
     begin: Any
     end: Any
     next_begin: Any
@@ -82,13 +94,15 @@ class RoundClock:
     _began: float = 0.0
     _begin: Any = None
     _drafting: float = 0.0
+    _drafts: list[DraftTime] = field(default_factory=list)
     _learned: int = 0
     _ended: _Marks | None = None
     _coming: deque[_Marks] = field(default_factory=deque)
 
     def begin(self) -> list[PreviousRound]:
         """A round starts. Returns the rounds before it that are timed by now, if each came just before its next."""
-        self._began, self._begin, self._drafting = time.perf_counter(), self.timer.record(), 0.0
+        self._began, self._begin = self.now(), self.timer.record()
+        self._drafting, self._drafts = 0.0, []
         ended, self._ended = self._ended, None
         tokens, self._learned = self._learned, 0
         if ended is not None:
@@ -101,7 +115,7 @@ class RoundClock:
     def _timed(self, marks: _Marks) -> PreviousRound:
         seconds = self.timer.elapsed(marks.begin, marks.end)
         gap = min(self.timer.elapsed(marks.end, marks.next_begin), seconds)
-        return PreviousRound(marks.work, marks.tokens, seconds, marks.drafting, gap)
+        return PreviousRound(marks.work, marks.tokens, seconds, marks.drafting, gap, marks.drafts)
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
@@ -109,14 +123,24 @@ class RoundClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = self.now()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - began
+            self.seconds[name] += self.now() - began
 
-    def drafted(self, seconds: float) -> None:
-        """`seconds` of this round went into a draft pass, its catch-up and what prolongs it."""
+    @staticmethod
+    def now() -> float:
+        """Seconds on the host's clock."""
+        return time.perf_counter()
+
+    def drafted(self, draft: DraftTime) -> None:
+        """An arm's drafts of this round are there."""
+        self._drafts.append(draft)
+        self._drafting += draft.seconds + draft.catch_up
+
+    def proposed(self, seconds: float) -> None:
+        """`seconds` of this round went into joining all arms' drafts and choosing among them."""
         self._drafting += seconds
 
     def learned(self, tokens: int) -> None:
@@ -128,9 +152,9 @@ class RoundClock:
         """The round has issued everything. Returns its seconds on the host's clock."""
         self.rounds += 1
         self.rows += work.rows
-        seconds = time.perf_counter() - self._began
+        seconds = self.now() - self._began
         self.round_seconds += seconds
-        self._ended = _Marks(work, 0, self._drafting, self._begin, self.timer.record(), None)
+        self._ended = _Marks(work, 0, self._drafting, self._drafts, self._begin, self.timer.record(), None)
         return seconds
 
     def snapshot(self) -> dict[str, float | int]:
