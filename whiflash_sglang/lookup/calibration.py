@@ -1,6 +1,6 @@
 """How likely a copied token is right, learned while serving, of every tenant by itself and in it of every scope.
 
-Two things tell: how long the match is, and whether the places that match agree on what comes next. For every
+Two things show it: how long the match is, and whether the places that match agree on what comes next. For every
 combination a decayed count of how often a token copied then was right, given that all before it were.
 """
 
@@ -19,7 +19,7 @@ BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 
 
 class Agreement(IntEnum):
-    """What the matching places say about the next token."""
+    """The matching places' votes on the next token."""
 
     ALONE = 0
     """There is one place."""
@@ -35,13 +35,13 @@ Seed = Sequence[Sequence[float]]
 """Chances before anything was seen: one row per bucket, in it one chance per agreement."""
 
 EVEN_ODDS: Seed = ((0.5,) * len(Agreement),) * len(BUCKETS)
-"""Where nothing was measured: what `seed` starts from."""
+"""`seed` starts from this if nothing was measured."""
 
 SEED_WEIGHT = 4.0
 """Observations that the seed counts for."""
 
 DECAY = 0.995
-"""Of earlier observations, at every new one of the same kind."""
+"""Factor on earlier observations at every new one of the same kind."""
 
 REQUEST_WEIGHT = 64.0
 """Right copies for which a request is believed to copy as well as its tenant's others."""
@@ -170,7 +170,7 @@ Table = TypeVar("Table")
 class PerTenant(Generic[Table]):
     """Every tenant's own table of what was learned, each begun alike.
 
-    What a tenant's text taught moves its own proposals only. Requests without a key, which share SGLang's prefix cache
+    A tenant's text moves its own proposals only. Requests without a key, which share SGLang's prefix cache
     too, have one table together, which no tenant reads.
 
     Args:

@@ -1,7 +1,7 @@
-"""What one request copies: from its own text, and from texts that it may share.
+"""One request's copies: from its own text, and from texts that it may share.
 
 The longest match wins, the newest of equals. Counting which continuation is the most frequent did no better on
-training answers; how much the places agree tells instead how far to trust the copy (see `calibration`).
+training answers; how much the places agree shows instead how far to trust the copy (see `calibration`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ RULE_MATCH = 2
 """Tokens that must have occurred before for the plain rule, which better ones are measured against, to copy."""
 
 CONTEXT, PREDICTION, FORM, MEMORY = "context", "prediction", "form", "memory"
-"""What a copy may be taken from: prompt and answer, what the caller expects back, the prompt as it would be written
+"""The sources of a copy: prompt and answer, what the caller expects back, the prompt as it would be written
 here, other texts that the request may share."""
 
 FORM_MATCH = 6
@@ -117,7 +117,7 @@ class Copier:
         self.text.extend(tokens)
 
     def look(self, limit: int, worth: float) -> Proposal:
-        """What to copy after the text's end: up to `limit` tokens, as far as one more may be worth it."""
+        """The copy after the text's end: up to `limit` tokens, as far as one more may be worth it."""
         self._proposal = Proposal()
         found = self._find((), limit)
         if found:
@@ -161,9 +161,9 @@ class Copier:
         return [(place, tokens) for place, tokens in ahead if tokens]
 
     def _copied_on(self, end: Sequence[int], shared: Iterable[SuffixIndex], drafts: int) -> Place | None:
-        """Where the last copy came from, moved on: a chain's newest places may have left it behind."""
+        """The place of the last copy, moved on: a chain's newest places may have left it behind."""
         last = self._source
-        # What was forgotten since must not be proposed.
+        # A text that was forgotten since must not be proposed.
         if last is None or not any(last.text is text for text in (self.text, *shared)):
             return None
         return last.text.place_at(last.source + drafts, end)
@@ -190,7 +190,7 @@ class Copier:
         return Proposal(tokens, alive, self._origin(places[best]))
 
     def _origin(self, place: Place) -> str:
-        """What a copy from `place` is taken from."""
+        """The source of a copy from `place`."""
         if place.text is self.text:
             return CONTEXT
         if self._prediction is not None and place.text is self._prediction.text:
@@ -198,7 +198,7 @@ class Copier:
         return FORM if any(place.text is form for form in self._forms()) else MEMORY
 
     def _judge(self, place: Place) -> MatchCalibration:
-        """What a copy from `place` is judged by."""
+        """The features by which a copy from `place` is judged."""
         predicted = self._prediction
         return (
             self._calibration

@@ -17,16 +17,16 @@ from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 CALL, JSON, CODE = "tool_call", "json", "code"
 
 DRESSED = frozenset({CALL, JSON, CODE})
-"""Kinds of spans that have forms. Prose repeats what it says as it stands."""
+"""Kinds of spans that have forms. Prose is repeated unchanged."""
 
 OPENING = 64
-"""Tokens of a call that tell what its arguments are written in, at most; where they do not it is JSON."""
+"""Tokens of a call, at most, that show what its arguments are written in; if they do not, it is JSON."""
 
 _ARGUMENTS = re.compile(r"([{\[])|<(?:｜DSML｜)?[A-Za-z]")
-"""What begins them: a JSON document (or a list of Python's), or a tag; special tokens are none of these."""
+"""Their beginnings: a JSON document (or a list of Python's), or a tag; special tokens are none of these."""
 
 TAIL = 64
-"""Tokens of what was written that tell what is being quoted, and what stands before its lines."""
+"""Tokens of the output that show what is being quoted, and what precedes its lines."""
 
 
 def has_forms(spans: Iterable[SpanHint]) -> bool:
@@ -46,7 +46,7 @@ class Emission:
         self._spans = SpanTracker(spans, vocabulary.token_bytes)
         self._forms: Forms | None = None
         self._open: Sequence[SuffixIndex] = ()
-        # Where a call is open from the first token on, that may be its marker.
+        # If a call is open from the first token on, that may be its marker.
         self._begins = next(
             (span.begin for span in spans if span.kind == CALL and span.open and span.begin), ""
         )

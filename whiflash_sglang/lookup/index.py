@@ -1,4 +1,4 @@
-"""Where the end of a text occurred before: hash chains over one and two tokens, as in LZ77.
+"""Earlier places of a text's end: hash chains over one and two tokens, as in LZ77.
 
 Source: prompt lookup decoding; SuffixDecoding (arXiv 2411.04975) keeps a suffix tree of frequencies instead. Bounded
 for any text: a query follows `MAX_STEPS` links of a chain, keeps `MAX_CANDIDATES` places and compares `MAX_MATCH`
@@ -17,10 +17,10 @@ MAX_STEPS = 32
 """Links of a chain that a query follows: places of other tokens with the same hash count too."""
 
 MAX_MATCH = 32
-"""Longest match that is told apart from longer ones."""
+"""Longest match that is distinguished from longer ones."""
 
 GAP = -1
-"""What separates the texts of one index; no token has this id."""
+"""Separates the texts of one index; no token has this id."""
 
 _FIRST_HEADS = 256
 _MIX = 0x9E3779B1  # Knuth's multiplicative hash: 2^32 over the golden ratio

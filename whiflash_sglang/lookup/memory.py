@@ -35,13 +35,13 @@ SEARCHED = 3
 """Scopes that one search looks into, the nearest ones."""
 
 SHOWN = 64
-"""Scopes that `held` tells of one by one, those that take most."""
+"""Scopes that `held` lists one by one: those that take most."""
 
 TOKEN_BYTES = 32
 """An index of n tokens takes less than this for each, and `ENTRY_BYTES`: 12 of arrays, up to 16 of tables, slack."""
 
 ENTRY_BYTES = 4096
-"""What a scope takes besides: two generations' smallest tables, objects, its place in the dictionary."""
+"""Bytes that a scope takes besides: two generations' smallest tables, objects, its place in the dictionary."""
 
 SWEEPS = 16
 """Times that all tenants are looked through for old texts while one text ages."""
@@ -52,7 +52,7 @@ HANDLES = 2**63
 
 
 def tenant_of(extra_key: str | None, cache_salt: str | None) -> Tenant | None:
-    """Who may share text with a request, from SGLang's two keys; None: nobody."""
+    """The tenant that shares text with a request, from SGLang's two keys; None: nobody."""
     if not extra_key and not cache_salt:
         return None
     parts = [(part or "").encode("utf-8", "surrogatepass") for part in (extra_key, cache_salt)]
@@ -69,12 +69,12 @@ def handle_of(tenant: Tenant, agent: str | None = None, block: str | None = None
 
 
 def handles_of(tenant: Tenant, agent: str | None, blocks: Iterable[str | None]) -> set[int]:
-    """Whatever names texts of this tenant, this agent and one of these blocks."""
+    """The names of texts of this tenant, this agent and one of these blocks."""
     return {handle_of(tenant, who, block) for who in (None, agent) for block in (None, *blocks)}
 
 
 def nameless(held: Mapping[str, Any]) -> dict[str, Any]:
-    """What scopes hold (`TenantMemory.held`), by a digest of their names."""
+    """Bytes that scopes hold (`TenantMemory.held`), by a digest of their names."""
     return {hashlib.sha256(name.encode()).hexdigest()[:12]: sums for name, sums in held.items()}
 
 
@@ -97,7 +97,7 @@ class _Texts:
 
     @property
     def tokens(self) -> int:
-        """Of both, gaps between texts included."""
+        """Tokens of both, gaps between texts included."""
         return len(self.young) + len(self.older)
 
     def turn(self, now: float) -> None:
@@ -121,7 +121,7 @@ class _Texts:
 class TenantMemory:
     """Outputs of all tenants, within `limit` bytes; none is proposed once it is `max_age` seconds old.
 
-    Where space is short, the tenant whose texts were used least recently loses them, scope by scope.
+    If space is short, the tenant whose texts were used least recently loses them, scope by scope.
 
     Args:
         limit: bytes, with what the arrays hold in reserve; at least 64 KiB. max_age: seconds.
@@ -156,7 +156,7 @@ class TenantMemory:
         self._put(tenant, scope, texts)
 
     def texts(self, tenant: Tenant, scope: Scope = WHOLE) -> Sequence[SuffixIndex]:
-        """What the tenant's requests may copy from: the nearest scopes' texts first, of each the younger ones first."""
+        """Texts that the tenant's requests may copy from: the nearest scopes' first, of each the younger ones first."""
         scopes = self._tenants.get(tenant)
         if scopes is None:
             return ()

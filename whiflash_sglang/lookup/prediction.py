@@ -73,7 +73,7 @@ class Prediction:
                 self.place = self._nearest(list(self._end))
 
     def place_behind(self, drafts: Sequence[int]) -> Place:
-        """Where the answer goes on behind `drafts`, if these are right."""
+        """The place at which the answer goes on after `drafts`, if these are right."""
         if not drafts:
             return self.place
         length, source, text = self.place

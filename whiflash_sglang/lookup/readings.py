@@ -1,4 +1,4 @@
-"""What the messages of a prompt say, whatever they came in: listings and diffs without prefixes, strings inside JSON.
+"""The texts of a prompt's messages, whatever they came in: listings and diffs without prefixes, strings inside JSON.
 
 Engine-free. Readings are plain text; how they would be written again is `lookup.forms`.
 """
@@ -56,7 +56,7 @@ def readings(piece: str) -> list[Reading]:
 
 
 def meant(quoted: str) -> str:
-    """What text inside a JSON string stands for. An escape that is not complete, such as half of an emoji, stays."""
+    """The text that a piece of a JSON string encodes. An incomplete escape, such as half of an emoji, stays."""
     return _ESCAPE.sub(_character, quoted)
 
 

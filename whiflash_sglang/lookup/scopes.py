@@ -1,4 +1,4 @@
-"""Where in an agent's work a text belongs: tenant → agent → block, and the query beside them.
+"""The place of a text in an agent's work: tenant → agent → block, and the query beside them.
 
 An agent's answers repeat themselves block by block: its plans resemble its plans, its calls its calls (AgentSpec, arXiv
 2608.24004, keeps n-grams of every agent, query and block apart). Here the nearest texts are searched first and wider
@@ -31,7 +31,7 @@ class Scope(NamedTuple):
 
 
 WHOLE = Scope()
-"""Of requests that say nothing of it."""
+"""The scope of requests that name none."""
 
 
 class Blocks:
@@ -59,7 +59,7 @@ class Blocks:
 
     @property
     def scope(self) -> Scope:
-        """Of the next token."""
+        """Kind of the next token."""
         return self._runs[-1][0]
 
     def _open(self) -> Scope:

@@ -1,4 +1,4 @@
-"""What a server says of itself, before anybody sends it hints."""
+"""A server's capabilities, which clients read before they send hints."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""What SGLang can carry in `custom_params`: anything else would fail inside its scheduler instead of being refused.
+"""Bounds on `custom_params`: anything else would fail inside SGLang's scheduler instead of being refused.
 
 AgentSpec's fields of a request's body (arXiv 2608.24004): `agent-id`, `query-id` and `structure`, which its clients
 send through `extra_body`. They become the hints `agent`, `query` and `structure`.

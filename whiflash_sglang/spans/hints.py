@@ -58,12 +58,12 @@ def json_of(text: str) -> Any:
 
 
 def printable(name: str) -> str:
-    """A name that may be anything, as it may stand in an error."""
+    """A name that may be anything, fit for an error."""
     return ascii(name[:32])[1:-1]
 
 
 TOOLS_KEY: Final = "whiflash_tools"
-"""What the HTTP process tells the scheduler of a request's tools (`structure.tools`)."""
+"""A request's tools, as the HTTP process hands them to the scheduler (`structure.tools`)."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
 CARRIED_PREDICTION: Final = "whiflash_prediction"
 """Beside our own key, since it may be long: what the caller expects back (`spans.prediction`)."""
@@ -76,11 +76,11 @@ ARMS: Final[tuple[Arm, ...]] = get_args(Arm)
 TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = get_args(TraceLevel)
 
 HintSource = Literal["request", "inferred", "none", "malformed"]
-"""Who said how a request is to be drafted."""
+"""The source of a request's hints."""
 HINT_SOURCES: Final[tuple[HintSource, ...]] = get_args(HintSource)
 
 MAX_TOOLS_CHARS: Final = 1 << 16
-"""Longer lists of tools are told to nobody."""
+"""Longer lists of tools are not handed on."""
 
 
 # The request, its spans and their biases: a well-formed payload holds no more objects than this.
@@ -120,7 +120,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RequestHints:
-    """What one request says about its own routing. Hashable: requests with equal hints compare equal.
+    """One request's hints. Hashable: requests with equal hints compare equal.
 
     spans: at most `MAX_SPANS`; among spans that open at the same byte the first listed is active.
     off: decode this request without drafting.
@@ -147,7 +147,7 @@ class RequestHints:
 
     @property
     def source(self) -> HintSource:
-        """Who said how the request is to be drafted: the caller, where anything is the caller's own."""
+        """The source of the hints: the caller, if any of them is the caller's own."""
         if self.off or self.lookup != "memory" or (self.spans and not self.inferred):
             return "request"
         return "inferred" if self.spans else "none"
@@ -218,7 +218,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def validated(raw: object, field: str) -> RequestHints:
-    """What the SDK's models make of a decoded payload. field: its name in an error.
+    """A decoded payload, validated by the SDK's models. field: its name in an error.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """

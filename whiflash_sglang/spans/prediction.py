@@ -27,7 +27,7 @@ class Read(NamedTuple):
 
 
 ReadPrediction = Callable[[object], Read | None]
-"""What `custom_params` carry, None where they carry none. Raises HintError."""
+"""The prediction in `custom_params`, None if there is none. Raises HintError."""
 
 
 def body_prediction(body: object) -> str | None:
@@ -64,7 +64,7 @@ def add_body_prediction(custom_params: dict[str, Any] | None, body: object) -> d
 
 
 def carried_prediction(custom_params: object) -> str | list[object] | None:
-    """What `custom_params` carry: a text or token ids, neither measured nor looked into.
+    """The prediction in `custom_params`: a text or token ids, neither measured nor looked into.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """

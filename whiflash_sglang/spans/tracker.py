@@ -21,7 +21,7 @@ from whiflash_sglang.spans.hints import SpanHint
 
 
 class Markers(NamedTuple):
-    """What opens a stretch and what closes it. open: it is open before the first output token."""
+    """The markers that open and close a stretch. open: it is open before the first output token."""
 
     begin: str | None
     end: str | None

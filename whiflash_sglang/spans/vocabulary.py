@@ -1,4 +1,4 @@
-"""The bytes each token id stands for, read from a tokenizer's vocabulary.
+"""The bytes of each token id, read from a tokenizer's vocabulary.
 
 Detokenised text cannot be used to follow markers: a token may hold half a character, and decoders
 trim and join. Three vocabularies cover the models in use:
@@ -22,7 +22,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @runtime_checkable
 class HasVocabulary(Protocol):
-    """What is needed of a tokenizer; those of `transformers` and `tokenizers` have it."""
+    """The interface of a tokenizer; those of `transformers` and `tokenizers` have it."""
 
     def get_vocab(self) -> Mapping[str, int]:
         """Token to id, added tokens included."""
@@ -40,19 +40,19 @@ class Vocabulary(NamedTuple):
 
 
 def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
-    """What tokens stand for; ids outside the vocabulary stand for nothing."""
+    """The text of tokens; ids outside the vocabulary have none."""
     table = vocabulary.token_bytes
     return b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
 
 
 def is_text(vocabulary: Vocabulary, token: int) -> bool:
-    """Whether a token stands for text, of which alone grammars speak; xgrammar complains of others aloud."""
+    """Whether a token has text, which grammars need; xgrammar logs a complaint about others."""
     table = vocabulary.token_bytes
     return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
 
 
 def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
-    """Tokens of `text` where it is cut together with what stands before it; None: no token begins with it."""
+    """Tokens of `text` if it is cut together with the text before it; None: no token begins with it."""
     tokens, table = vocabulary.encode(written + text), vocabulary.token_bytes
     data, whole = b"".join(table[token] for token in tokens), (written + text).encode()
     if data not in (whole, b" " + whole):  # SentencePiece sets a blank before a text
@@ -68,7 +68,7 @@ def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | N
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """What text that is not a prompt may know of a `transformers` tokenizer.
+    """What the code outside prompts needs of a `transformers` tokenizer.
 
     Raises: ValueError as `token_bytes`.
     """
@@ -104,7 +104,7 @@ def token_bytes(tokenizer: HasVocabulary) -> tuple[bytes, ...]:
 
 
 def _added_tokens(tokenizer: object) -> Iterator[str]:
-    """Tokens added after training, special ones too: they stand for their own text."""
+    """Tokens added after training, special ones too: their bytes are their own text."""
     for name in ("added_tokens_decoder", "get_added_tokens_decoder"):
         decoder = getattr(tokenizer, name, None)
         entries = decoder() if callable(decoder) else decoder
@@ -114,7 +114,7 @@ def _added_tokens(tokenizer: object) -> Iterator[str]:
 
 
 def _byte_stand_ins() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    """GPT-2's table: printable Latin-1 maps to itself, the other bytes to U+0100 onwards."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

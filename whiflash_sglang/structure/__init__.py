@@ -1,1 +1,1 @@
-"""What the structure of a text tells of what comes next: grammars, and schemas."""
+"""Forced and likely text, from grammars and schemas."""

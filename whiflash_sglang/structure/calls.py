@@ -30,7 +30,7 @@ LOOKED_AT_CHARS = 1024
 
 
 class Call(Protocol):
-    """What stands behind a marker."""
+    """The text after a marker."""
 
     @property
     def seen(self) -> dict[str, str]:
@@ -42,7 +42,7 @@ class Call(Protocol):
         ...
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
-        """What it probably goes on with: at most `limit` characters."""
+        """Its probable continuation: at most `limit` characters."""
         ...
 
     def copy(self) -> "Call":
@@ -75,7 +75,7 @@ class Calls:
         self._blanks = None if any(span.open for span in thoughts) else ""
         """Since the answer began or its reasoning ended; None: something else was written."""
         self._usual = ""
-        """What they usually come to."""
+        """Their usual values."""
         self._call: Call | None = None
         self._seen: dict[str, str] | None = None
         self._used: dict[str, int] = {}
@@ -97,7 +97,7 @@ class Calls:
                 yield
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
-        """What probably follows, at most `limit` characters; empty: nothing is known."""
+        """The probable continuation, at most `limit` characters; empty: nothing is known."""
         if self._call is not None:
             return self._call.pieces(limit, guesses, likelihood)
         begun, blanks, first = self._begun(), "", Kind.OPENED
@@ -107,7 +107,7 @@ class Calls:
         call = self._behind_marker(begun[0]) if begun else None
         if begun is None or call is None:
             return []
-        # That one begins is told by the first character of its marker.
+        # The first character of its marker shows that one begins.
         parts = (blanks, Kind.USUAL), (begun[1][:1], first), (begun[1][1:], Kind.OPENED)
         pieces = [Piece(text[:limit], kind) for text, kind in parts if text]
         return pieces + call.pieces(limit - len(blanks + begun[1]), guesses, likelihood)
@@ -163,7 +163,7 @@ class Calls:
             self._blanks = None if text.strip(BLANKS) else (self._blanks + text)[:LOOKED_AT_CHARS]
 
     def _behind_marker(self, span: SpanHint) -> Call | None:
-        """What is expected there; None: nothing is known of such calls."""
+        """The expected text there; None: nothing is known of such calls."""
         assert span.begin is not None
         read, end = read_tools(self._tools), span.end or ""
         if read is None:
@@ -193,7 +193,7 @@ class Calls:
         return dict(self._seen)
 
     def _earlier(self, begin: str) -> list[str]:
-        """What stands behind the newest markers of the prompt, the newest one last."""
+        """The texts after the newest markers of the prompt, the newest one last."""
         prompt = self.prompt()
         found: list[str] = []
         end = len(prompt)
@@ -202,7 +202,7 @@ class Calls:
         return found[::-1]
 
     def _uses(self, text: str) -> int:
-        """How often a text stands in the prompt."""
+        """How often a text occurs in the prompt."""
         if text not in self._used:
             self._used[text] = self.prompt().count(text)
         return self._used[text]

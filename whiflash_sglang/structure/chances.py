@@ -92,11 +92,11 @@ class Kind(IntEnum):
     WORD = 8
     """The same where none was used: the schema's first."""
     CLOSED = 9
-    """What closes a tool call that is complete."""
+    """Closes a tool call that is complete."""
     OPENED = 10
     """The rest of a tool call's marker, and the blanks behind it."""
     ENDED = 11
-    """What ends a value in markup, where that has begun."""
+    """Ends a value in markup that has begun."""
     BEGUN = 12
     """A tool call where nothing of one was written, but one may begin."""
     STOPPED = 13
@@ -110,7 +110,7 @@ SEED_WEIGHT = 8.0
 """Tokens that the seed counts for."""
 
 DECAY = 0.995
-"""Of earlier tokens, at every new one of the same kind."""
+"""Factor on earlier tokens at every new one of the same kind."""
 
 
 class StructureChances:

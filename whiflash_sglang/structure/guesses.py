@@ -1,5 +1,5 @@
-"""What probably follows where a grammar leaves little choice: punctuation in the layout of the text so far, and words
-of the schema.
+"""The probable continuation where a grammar leaves little choice: punctuation in the layout of the text so far, and
+words of the schema.
 
 Only what a matcher takes is guessed, so nothing here knows schemas: it asks which of a few texts may follow.
 """
@@ -14,7 +14,7 @@ VALUES = ('"', "{", "[", "0", "t", "n")
 """How values of each type begin; a negative number, and false, where a positive one, and true, may stand."""
 
 OPENING = VALUES[:3]
-"""Of these the ones after which more can be said."""
+"""Those of them after which more can be proposed."""
 
 FREE = "‡"
 """Allowed only where nearly anything is: in free text, and inside a string without bounds."""
@@ -33,7 +33,7 @@ class Guesses:
         self._used: Mapping[str, int] | None = None
 
     def next(self, matcher: Matcher, layout: Layout) -> list[Piece]:
-        """What may follow where nothing is forced; nothing where it is anybody's guess."""
+        """A likely continuation where nothing is forced; nothing if all are equally likely."""
         if allows(matcher, FREE):
             return []
         if layout.inside:
@@ -159,7 +159,7 @@ def likely(
     likelihood: Likelihood,
     ending: str = "",
 ) -> list[Piece]:
-    """What must follow and, where nothing must, what `guesses` say; at most `limit` characters.
+    """Forced text and, if nothing is forced, what `guesses` say; at most `limit` characters.
 
     The matcher is as it was.
 

@@ -134,7 +134,7 @@ class JsonCall:
         return rest or None
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
-        """What it probably goes on with: at most `limit` characters."""
+        """Its probable continuation: at most `limit` characters."""
         ending = self._lead + self._end if self._end else ""
         if self._state is _State.CLOSING:
             return [Piece(ending.removeprefix(self._waiting)[:limit], Kind.CLOSED)]
@@ -168,7 +168,7 @@ class JsonCall:
         return ""
 
     def _closing(self, text: str) -> str | None:
-        """What closes the call. Returns what follows it, or all that closes none."""
+        """Skip what closes the call. Returns what follows it, or the whole text if nothing closes it."""
         whole, ending = self._waiting + text, self._lead + self._end
         if len(whole) < len(ending) and ending.startswith(whole):
             self._waiting = whole

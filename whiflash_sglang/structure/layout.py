@@ -8,23 +8,23 @@ from typing import Final, NamedTuple
 BLANKS = " \t\r\n"
 
 USUAL = {":": " ", ",": " "}
-"""What follows a character before anything was seen, as `json.dumps` writes it; nothing after others."""
+"""The blanks after a character before anything was seen, as `json.dumps` writes it; nothing after others."""
 
 INDENTED: Final = "\n\0"
 """In what was seen: a line break, and as many blanks as the depth asks for."""
 
 CLOSING: Final = "}}"
-"""Where a bracket closes that is not empty, in what was seen."""
+"""Key of a closing bracket that is not empty, among what was seen."""
 
 MARKS = frozenset('{}[]:,"')
-"""Between these the blanks are a habit; others stand in prose, and in numbers."""
+"""Blanks between these are a habit; others occur in prose, and in numbers."""
 
 LONGEST = 32
 """Characters of blanks that may be a habit."""
 
 
 class Frames(NamedTuple):
-    """What stands around JSON that is laid out freely: texts that begin it, and that end it."""
+    """Texts around JSON that is laid out freely: texts that begin it, and that end it."""
 
     begins: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
@@ -138,7 +138,7 @@ class Layout:
                 self.last, self.blanks = character, ""
 
     def _indented(self) -> str:
-        """The blanks that stand before a character, as they would stand at any depth."""
+        """The blanks before a character, as they would be at any depth."""
         line = self.blanks[1:]
         if not self.blanks.startswith("\n") or line.strip(" "):
             return self.blanks
@@ -155,7 +155,7 @@ class Layout:
 
 
 def _ends(text: str, frame: str, done: int) -> Iterator[int]:
-    """Where `frame` ends in `text`, behind the first `done` characters."""
+    """The end of `frame` in `text`, after the first `done` characters."""
     at = text.find(frame, max(done - len(frame) + 1, 0))
     while at >= 0:
         yield at + len(frame)

@@ -1,7 +1,7 @@
-"""A tool call in markup (`<function=…><parameter=…>`), followed as its form and its request's tools tell of it.
+"""A tool call in markup (`<function=…><parameter=…>`), followed by its form and its request's tools.
 
 Nothing of it is nested, so no grammar is needed: at every place there are a few texts that may come next, between
-blanks that stand there as they stood before.
+blanks there as they were before.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +102,7 @@ class MarkupCall:
         return self._pending
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
-        """What it probably goes on with: at most `limit` characters."""
+        """Its probable continuation: at most `limit` characters."""
         ahead = self.copy()
         return gather(lambda _: ahead._step(), limit, likelihood)
 
@@ -158,7 +158,7 @@ class MarkupCall:
 
     @property
     def _around(self) -> tuple[str, str]:
-        """What begins a value, and what ends it."""
+        """The beginning and the end of a value."""
         begin, end = self._form.value.split("{value}")
         return begin.strip(BLANKS), end.lstrip(BLANKS).replace("{key}", self._key)
 
@@ -200,7 +200,7 @@ class MarkupCall:
         return True
 
     def _rest_of_value(self) -> list[Piece] | None:
-        """Of a listed value the rest; of another one its end, where that has begun."""
+        """The rest of a listed value; of another one its end, if that has begun."""
         pending, end = self._pending, self._around[1]
         closing = self._usual("behind")[0] + end
         body, pieces = pending.lstrip(BLANKS), []
@@ -226,7 +226,7 @@ class MarkupCall:
         return pieces
 
     def _likeliest(self, fitting: Sequence[_Option]) -> tuple[_Option, Kind]:
-        """Of texts that may come next."""
+        """The next texts."""
         if self._place is not _Place.CALL:
             return fitting[0], Kind.CLOSED if fitting[0].part == "end" else Kind.CHOICE
         used = [self._used(option.text) for option in fitting]
@@ -243,7 +243,7 @@ class MarkupCall:
         return text[: len(text) - len(text.lstrip(BLANKS))], False
 
     def _blanks(self, part: str, written: str) -> list[Piece]:
-        """What is still to come of them."""
+        """The part of them that is still to come."""
         usual, seen = self._usual(part)
         if not usual.startswith(written) or usual == written:
             return []

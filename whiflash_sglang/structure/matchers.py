@@ -1,4 +1,4 @@
-"""What accepts a text from left to right and knows what it must go on with, over the engines that SGLang serves.
+"""Matchers accept a text from left to right and know its forced continuation, over the engines that SGLang serves.
 
 Nothing here moves a request's own grammar: what is accepted to look ahead is taken back, whatever happens.
 """
@@ -185,7 +185,7 @@ class GuidanceMatcher(Matcher):
 
     @property
     def ended(self) -> bool:
-        # Where nothing else may follow it takes no token, not even the one that ends the text.
+        # If nothing else may follow it takes no token, not even the one that ends the text.
         return bool(self._matcher.is_stopped())
 
     @property
@@ -217,7 +217,7 @@ class GuidanceMatcher(Matcher):
 
 
 class Grammar(Protocol):
-    """What constrains one request, as its engine keeps it.
+    """The constraint of one request, as its engine keeps it.
 
     known: committed tokens, the prompt's among them, that it has been told; prompt: those of the prompt. end: the token
     that ends a text under it; None: none does. schema: what it was compiled from, where that is JSON, else empty.
@@ -236,7 +236,7 @@ class Grammar(Protocol):
     def end(self) -> int | None: ...
 
     def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
-        """The matcher, as far as it was told; None where nothing is constrained now.
+        """The matcher, as far as it has accepted; None if nothing is constrained now.
 
         Args:
             vocabulary: of the target.

@@ -15,7 +15,7 @@ MOST_CHARS = 1 << 16
 """Longer schemas are not read: reading one of a mebibyte took 0.8 s."""
 
 CONTENTS = ("schema", "json_schema")
-"""Where a structural tag has its schemas."""
+"""Keys under which a structural tag has its schemas."""
 
 LISTED = ("enum", "const")
 
@@ -49,7 +49,7 @@ class Essence:
         return self._named >= 0
 
     def of(self, schema: object, level: int = 0) -> dict[str, Any]:
-        """What is beyond the bounds may be anything."""
+        """A part beyond the bounds may be anything."""
         self._nodes -= 1
         if not isinstance(schema, dict) or self._nodes < 0 or level > DEEPEST:
             return {}
@@ -139,7 +139,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def frames_of(text: str) -> Frames:
-    """What stands around the JSON in a structural tag, in either of SGLang's formats; nothing of what is none."""
+    """The text around the JSON in a structural tag, in either of SGLang's formats; nothing if it is none."""
     begins: dict[str, None] = {}
     ends: dict[str, None] = {}
     for part in _parts(text):
@@ -151,7 +151,7 @@ def frames_of(text: str) -> Frames:
 
 @lru_cache(maxsize=256)
 def forced_contents(text: str) -> frozenset[str]:
-    """Of a structural tag that must be used: the schemas in it, as `canonical` writes them; else none."""
+    """The schemas in a structural tag that must be used, as `canonical` writes them; else none."""
     parts = list(_parts(text))
     if not any(part.get("at_least_one") is True for part in parts):
         return frozenset()

@@ -1,4 +1,4 @@
-"""What a grammar lets one say of the next tokens: the text that is known, cut as the target would cut it."""
+"""The next tokens that a grammar forces: the text that is known, cut as the target would cut it."""
 
 import operator
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def sketch(
 ) -> list[Token]:
     """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it.
 
-    Where a call is open and more is expected of what its tools tell, and the matcher allows, that is taken.
+    If a call is open, its tools expect more, and the matcher allows it, that is taken.
 
     Work, for each of the two: at most `STEPS` pieces are asked for, `limit` times `CHARS_PER_TOKEN` characters and the
     tail are cut (of text that was cut otherwise before, what is behind such a place again, `cuts.MOST` times), `limit`
@@ -89,7 +89,7 @@ def _allowed(
             allowed.append(token)
         if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
             if allows(matcher, FREE):
-                # What ends a stretch of structure may end the text; prose may end anywhere.
+                # The end of a stretch of structure may end the text; prose may end anywhere.
                 return [*allowed, Token(end, Kind.STOPPED)] if allowed else []
             if allowed and allowed[-1].kind is Kind.EDGE:
                 # The whole text is known: nothing follows that a longer token could hold.
@@ -138,7 +138,7 @@ def cut(
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-    """The end of what tokens stand for, from the first character that is whole; empty where the last one is not."""
+    """The end of the text of tokens, from the first character that is whole; empty where the last one is not."""
     data = bytes_of(vocabulary, tokens)
     begin = next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
     try:

@@ -1,4 +1,4 @@
-"""What a request's tools tell of its calls, from the process that serves HTTP to the scheduler's."""
+"""A request's tools and the form of its calls: the HTTP process hands them to the scheduler's."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -116,9 +116,9 @@ class Tools(NamedTuple):
 
 
 def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | None) -> str | None:
-    """What a request's tools tell of its calls, for `custom_params`.
+    """The tools of a request and the form of its calls, for `custom_params`.
 
-    None where calls of this parser are not known, or where they tell too much.
+    None if calls of this parser are not known, or if the text is too long.
 
     Args:
         functions: name and schema of the parameters of each. parser: the server's `--tool-call-parser`.
@@ -153,7 +153,7 @@ def words_of_tools(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=KEPT)
 def all_forced(schema: str, tools: str) -> bool:
-    """Whether a grammar forces a call and says all of it that its tools tell: calls in JSON, of strict tools.
+    """Whether a grammar forces a call and states all that its tools do: calls in JSON, of strict tools.
 
     Args:
         schema: of the grammar, as of `Grammar`.
