@@ -69,9 +69,13 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """A row for each set and server."""
     rows = [f"| set | server | {' | '.join(COLUMNS.values())} |", "| --- | --- |" + " ---: |" * len(COLUMNS)]
     for (name, server), figures in found.items():
-        cells = [f"{figures[key]['avg']:,.1f}" if key in figures else "" for key in COLUMNS]
+        cells = [_number(figures[key]["avg"]) if key in figures else "" for key in COLUMNS]
         rows.append(f"| {name} | {server} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def main() -> None:

@@ -35,7 +35,9 @@ def round_tokens(base_url: str, messages: Sequence[Any], tokens: int, seed: int)
         "messages": list(messages),
         "max_tokens": tokens,
         "min_tokens": tokens,
-        **{"temperature": 0.8, "top_p": 0.95, "seed": seed},
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "seed": seed,
         "custom_params": {"whiflash": json.dumps({"trace": "full"})},
     }
     answer = (
