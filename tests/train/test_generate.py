@@ -9,6 +9,7 @@ from tiny_models import tiny_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whiflash_sglang.models.target import TargetModel, causal_attention
+from whiflash_sglang.train.answers import generate as module
 from whiflash_sglang.train.answers.generate import Answer, Generator, GrammarMasks, GroupShape
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow
 
@@ -21,8 +22,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_target(tmp_path_factory.mktemp("target"))
 
 
-def generate(path: Path, prompts: list[PromptRow], **options: object) -> tuple[dict[str, Answer], list[str]]:
-    target = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
+def generate(
+    path: Path, prompts: list[PromptRow], dtype: torch.dtype = torch.float32, **options: object
+) -> tuple[dict[str, Answer], list[str]]:
+    target = TargetModel(path, device=torch.device("cpu"), dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
     masks = GrammarMasks(tokenizer, target.vocab_size, tokenizer.eos_token_id)
     generator = Generator(
@@ -67,6 +70,25 @@ def test_tokens_and_features_equal_a_plain_forward(path: Path) -> None:
         assert output.logits[0, start - 1 :].argmax(-1).tolist() == answer.tokens[start:]
         expected = [output.hidden_states[layer + 1][0] for layer in CAPTURE] + [output.hidden_states[-1][0]]
         torch.testing.assert_close(answer.states, torch.stack(expected, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_in_bfloat16_rows_read_their_own_entries(
+    way: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        monkeypatch.setattr(module, "_compiled", lambda: None)
+    elif module._compiled() is None:
+        pytest.skip("this machine has no compiled attention")
+    answers, _ = generate(path, random_prompts(12), torch.bfloat16, keep_loops=True)
+    assert len(answers) == 12
+    target = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
+    for answer in answers.values():
+        tokens = torch.tensor(answer.tokens[:-1])
+        attend = causal_attention(len(tokens), target.device, target.dtype)
+        with torch.no_grad():
+            final = target.forward(tokens, torch.arange(len(tokens)), attend, CAPTURE).final
+        torch.testing.assert_close(answer.states[:, -1].float(), final, rtol=0.05, atol=0.1)
 
 
 def test_loops_are_cut_unless_kept(path: Path) -> None:

@@ -1,22 +1,27 @@
 """The target's own answers to prompts: continuous batching over static KV slots, features kept as they pass.
 
-Rows live in groups of equal capacity, so that attention over a long prompt is not paid for by short ones. A
-finished row's slot is refilled at once. Every decode step is one packed forward over all rows.
+Rows form groups of equal capacity, so that short answers take little memory. A finished row is refilled at once.
+Every decode step is one packed forward over all rows. Attention reads one pool of keys and values in place, by the
+kernel that serves on CPUs.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import xgrammar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from whiflash_kernels.cpu.paged_attention import CompiledAttention, compiled_attention, fits
+from whiflash_kernels.processor import has_avx2
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel, causal_attention
-from whiflash_sglang.train.answers.attention import decode_attention
 from whiflash_sglang.train.answers.loops import loop_start
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow
 
@@ -97,13 +102,12 @@ class _Slot:
 
 @dataclass
 class _Group:
-    """KV slots of one capacity. Keys lie transposed, [rows, Hkv, D, capacity], as `decode_attention` reads them."""
+    """Rows of one capacity, `first` the first of them among all. states: [rows, capacity, captured + 1, H]."""
 
     shape: GroupShape
-    keys: list[Tensor]
-    values: list[Tensor]
+    first: int
     states: Tensor
-    slots: list[_Slot | None] = field(default_factory=list)
+    slots: list[_Slot | None]
 
     def fits(self, prompt: PromptRow, max_new: int) -> bool:
         return len(prompt.tokens) + max_new <= self.shape.capacity
@@ -131,23 +135,25 @@ class Generator:
         self.max_new, self.eos_id, self.temperature = max_new_tokens, eos_id, temperature
         self.keep_loops = keep_loops
         self.random = torch.Generator(device=target.device).manual_seed(seed)
-        self.groups = [self._allocate(shape) for shape in sorted(groups, key=lambda shape: shape.capacity)]
+        self._allocate(sorted(groups, key=lambda shape: shape.capacity))
 
-    def _allocate(self, shape: GroupShape) -> _Group:
-        target = self.target
-        rows, capacity = shape
-        heads, size = target.num_kv_heads, target.head_dim
+    def _allocate(self, shapes: Sequence[GroupShape]) -> None:
+        target, count, slots = self.target, 0, 0
+        self.groups: list[_Group] = []
+        table = []  # where each row's tokens are in the pool; entries beyond a row's capacity are not read
+        for rows, capacity in shapes:
+            states = self._zeros(rows, capacity, len(self.capture) + 1, target.hidden_size)
+            self.groups.append(_Group(GroupShape(rows, capacity), count, states, [None] * rows))
+            starts = slots + capacity * torch.arange(rows, device=target.device)
+            table.append(starts[:, None] + torch.arange(shapes[-1].capacity, device=target.device))
+            count, slots = count + rows, slots + rows * capacity
+        self._table = torch.cat(table).clamp_(max=slots - 1).int()
+        pool = slots, target.num_kv_heads, target.head_dim
+        self._keys = [self._zeros(*pool) for _ in range(target.num_layers)]
+        self._values = [self._zeros(*pool) for _ in range(target.num_layers)]
 
-        def zeros(*sizes: int) -> Tensor:
-            return torch.zeros(sizes, dtype=target.dtype, device=target.device)
-
-        return _Group(
-            shape,
-            [zeros(rows, heads, size, capacity) for _ in range(target.num_layers)],
-            [zeros(rows, heads, capacity, size) for _ in range(target.num_layers)],
-            zeros(rows, capacity, len(self.capture) + 1, target.hidden_size),
-            [None] * rows,
-        )
+    def _zeros(self, *sizes: int) -> Tensor:
+        return torch.zeros(sizes, dtype=self.target.dtype, device=self.target.device)
 
     @torch.inference_mode()
     def run(
@@ -207,10 +213,11 @@ class Generator:
         tokens = torch.tensor(prompt.tokens, device=self.target.device)
         length = len(tokens)
         whole = causal_attention(length, tokens.device, self.target.dtype)
+        places = self._table[group.first + row, :length]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            group.keys[layer][row, :, :, :length] = k.permute(1, 2, 0)
-            group.values[layer][row, :, :length] = v.transpose(0, 1)
+            self._keys[layer][places] = k
+            self._values[layer][places] = v
             return whole(layer, q, k, v)
 
         output = self.target.forward(tokens, torch.arange(length, device=tokens.device), attend, self.capture)
@@ -242,11 +249,9 @@ class Generator:
         positions = torch.tensor([len(slot.tokens) - 1 if slot else 0 for slot in slots], device=device)
         output = self.target.forward(tokens, positions, self._decode_attention(positions), self.capture)
         states = torch.cat([output.features, output.final[:, None]], dim=1)
-        start = 0
         for group in self.groups:
             rows = torch.arange(group.shape.rows, device=device)
-            group.states[rows, positions[start : start + len(rows)]] = states[start : start + len(rows)]
-            start += len(rows)
+            group.states[rows, positions[group.first + rows]] = states[group.first + rows]
         self._emit(slots, self.target.logits(output.final))
         for group in self.groups:
             for row in range(group.shape.rows):
@@ -255,27 +260,21 @@ class Generator:
                     yield answer
 
     def _decode_attention(self, positions: Tensor) -> Attend:
-        heads = self.target.num_kv_heads
-        parts = []
-        start = 0
-        for group in self.groups:
-            rows = torch.arange(group.shape.rows, device=positions.device)
-            ends = positions[start : start + len(rows)]
-            width = int(ends.max()) + 1
-            unseen = torch.arange(width, device=positions.device)[None] > ends[:, None]
-            bias = torch.zeros(unseen.shape, device=positions.device).masked_fill_(unseen, float("-inf"))
-            bias = bias.repeat_interleave(heads, 0)[:, None]
-            parts.append((group, slice(start, start + len(rows)), rows, ends, bias))
-            start += len(rows)
+        """Each row's newest token over that row's entries, planned once for all layers."""
+        places = self._table.gather(1, positions[:, None])[:, 0]
+        widths, lengths = [1] * len(positions), (positions + 1).tolist()
+        kernel = _compiled() if fits(self._keys[0], self._keys[0], self._values[0]) else None
+        plan = (
+            PagedAttentionPlan.build(self._table, widths, lengths, causal=True, dtype=self.target.dtype)
+            if kernel is None
+            else kernel.plan(self._table, widths, lengths, causal=True)
+        )
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            mixed = torch.empty_like(q)
-            for group, span, rows, ends, bias in parts:
-                keys, values = group.keys[layer], group.values[layer]
-                keys[rows, :, :, ends] = k[span]
-                values[rows, :, ends] = v[span]
-                mixed[span] = decode_attention(q[span], keys, values, ends, bias)
-            return mixed
+            keys, values = self._keys[layer], self._values[layer]
+            keys[places] = k
+            values[places] = v
+            return plan.run(q, keys, values, q.shape[-1] ** -0.5)
 
         return attend
 
@@ -298,3 +297,12 @@ class Generator:
         )
         states = group.states[row, : len(tokens) - 1].clone()
         return Answer(slot.prompt, tokens, states, looped=cut is not None, finished=ended)
+
+
+@cache
+def _compiled() -> CompiledAttention | None:
+    """The compiled kernel, or None where this machine cannot have it: torch takes longer."""
+    try:
+        return compiled_attention(cache_root() / "compiled") if has_avx2() else None
+    except OSError:
+        return None
