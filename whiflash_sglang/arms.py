@@ -14,7 +14,7 @@ LOOKUP = "lookup"
 """Copying from the request's own context; no training, no forward pass."""
 
 STRUCTURE = "structure"
-"""What a grammar forces next; no training, no forward pass."""
+"""Text that a grammar forces next; no training, no forward pass."""
 
 NONE = "none"
 """No draft: the round is a plain decoding step."""

@@ -43,7 +43,7 @@ NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a b
 
 
 class Flags(Strict):
-    """What the user said on the command line or to `Engine(...)`; None where nothing was said.
+    """The user's values on the command line or in `Engine(...)`; None if none was given.
 
     Names and meanings of the first five are the published release's (arXiv 2606.07710).
     """
@@ -76,7 +76,7 @@ class Flags(Strict):
 class Settings(Strict):
     """Everything a worker needs to build itself: resolved paths and values, picklable.
 
-    checksums: SHA-256 by file, of what the bundle tells of it.
+    checksums: SHA-256 by file, as the bundle lists them.
     """
 
     eagle3: Path | None
@@ -203,7 +203,7 @@ def _drafters(
 
 
 def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path) -> dict[str, str]:
-    """Of what is served from the bundle: a flag may name another file."""
+    """Checksums of what is served from the bundle: a flag may name another file."""
     if manifest is None:
         return {}
     served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
@@ -213,7 +213,7 @@ def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path) -> dict[st
 
 
 class PolicyChange(Strict):
-    """What may change while serving; None leaves a value as it is.
+    """The settings that may change while serving; None leaves a value as it is.
 
     router: policy from now on. entropy_threshold: nats above which `entropy` leaves DFlash. min_dwell: least rounds
     with an arm under `entropy` and `neural`. neural_router_threshold: predicted gain in tokens above which `neural`

@@ -1,4 +1,4 @@
-"""What WHIFLASH adds to SGLang's command line, for every help text and for the documentation. Imports no SGLang."""
+"""Flags that WHIFLASH adds to SGLang's command line, for every help text and for the docs. Imports no SGLang."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -52,7 +52,7 @@ def environment(bundle: Path) -> dict[str, Any]:
 
 
 def checkout(directory: Path) -> dict[str, Any]:
-    """Revision of the checkout that `directory` lies in."""
+    """Revision of the checkout that holds `directory`."""
     return {
         "revision": _git("rev-parse", "HEAD", here=directory),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", here=directory)),

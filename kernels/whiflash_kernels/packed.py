@@ -85,7 +85,7 @@ def _products_agree() -> bool:
 def pack(weights: Iterable[Tensor], at_most: float) -> int:
     """Keep a copy in blocks beside each `packable` weight that has none yet, for :func:`linear`.
 
-    The copy stays with the tensor object, not with views of it. Who writes into a weight calls :func:`unpack` before.
+    The copy stays with the tensor object, not with views of it. Call :func:`unpack` before you write into a weight.
 
     Args:
         weights: [N, K] each. at_most: bytes that the copies may take; should they take more, none is made.

@@ -1,4 +1,4 @@
-"""What a drafter's pass reads of its requests, and the rows that it writes."""
+"""The inputs of a drafter's pass, and the rows that it writes."""
 
 from collections.abc import Sequence
 

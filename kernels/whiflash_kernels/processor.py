@@ -1,4 +1,4 @@
-"""What this machine's processor can do."""
+"""The abilities of this machine's processor."""
 
 import platform
 from functools import cache
@@ -22,7 +22,7 @@ def onednn_has_bfloat16() -> bool:
 
 
 def instructions() -> str:
-    """What tells this processor's instructions from another's that shares the directory."""
+    """Distinguishes this processor's instructions from those of another that shares the directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

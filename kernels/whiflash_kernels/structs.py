@@ -1,4 +1,4 @@
-"""What the ops take and return, with every tensor's shape and dtype."""
+"""The records that ops take and return, with every tensor's shape and dtype."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +78,7 @@ class Unparked(NamedTuple):
 
 
 class DraftInputs(NamedTuple):
-    """What a drafter's pass reads of the requests that it drafts for."""
+    """The inputs of a drafter's pass, of the requests that it drafts for."""
 
     request_slots: Tensor
     """[M] int64."""
@@ -106,7 +106,7 @@ class PassRows(NamedTuple):
 PLACES = 8
 """Earlier occurrences that are compared, the newest of them."""
 MOST_MATCHED = 32
-"""Longest match that is told apart from longer ones."""
+"""Longest match that is distinguished from longer ones."""
 SURE = 0.995
 """No token's chance is higher: even a long run ends."""
 
@@ -212,7 +212,7 @@ class KVPools:
 
 @dataclass(frozen=True)
 class DFlashWeights:
-    """What DFlash's KV-only pass reads (arXiv 2602.06036): C context features, hidden size H, L layers."""
+    """Weights of DFlash's KV-only pass (arXiv 2602.06036): C context features, hidden size H, L layers."""
 
     fc: Tensor
     """[H, C*Ht], projects the concatenated target features."""
@@ -232,7 +232,7 @@ class DFlashWeights:
 
 @dataclass(frozen=True)
 class Eagle3Weights:
-    """What EAGLE-3's KV-only pass reads (arXiv 2503.01840): one layer, hidden size H, V embeddings."""
+    """Weights of EAGLE-3's KV-only pass (arXiv 2503.01840): one layer, hidden size H, V embeddings."""
 
     fc: Tensor
     """[H, C*Ht]"""
@@ -274,7 +274,7 @@ class MixedBlock(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """What a verification commits, for each request."""
+    """A verification's outcome, for each request."""
 
     accept_lens: Tensor
     """[B] int32, accepted drafts plus the bonus token; 0 for a request without rows."""

@@ -1,1 +1,1 @@
-"""What switching between drafters keeps: watermarks, backlog rings, known tokens, draft KV."""
+"""State that switching between drafters keeps: watermarks, backlog rings, known tokens, draft KV."""

@@ -87,7 +87,7 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def _install(found: Found, bundle: Path, part: str) -> tuple[str, dict[str, Any]]:
-    """What the manifest says of a part, and where it is from."""
+    """The manifest's entry of a part, with its origin."""
     if found.hub:
         known = [found.config] if found.config.is_file() else []
         return HUB + found.name, {"revision": found.revision, "files": _digests(known)}

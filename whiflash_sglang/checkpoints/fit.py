@@ -17,7 +17,7 @@ from whiflash_sglang.models.formats import Draft, read_draft
 
 @dataclass(frozen=True, slots=True)
 class TargetShape:
-    """What a drafter must fit: the target's hidden size, layers and vocabulary."""
+    """The shape that a drafter must fit: the target's hidden size, layers and vocabulary."""
 
     hidden_size: int
     num_layers: int
@@ -55,7 +55,7 @@ def block_size_of(checkpoint: Path, wanted: int | None) -> int:
 
 
 def target_layers(draft: Draft, num_layers: int) -> tuple[int, ...]:
-    """Target layers whose outputs a drafter reads, in the order of its `fc`; `num_layers` stands for the state behind
+    """Target layers whose outputs a drafter reads, in the order of its `fc`; `num_layers` is the state after
     the final norm.
 
     Raises:
@@ -112,7 +112,7 @@ _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"
 
 
 def target_mtp(target: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
-    """Where the head of a target can be read from: the target's own directory, as of any drafter.
+    """The directory from which a target's head can be read: the target's own directory, as of any drafter.
 
     None where it has none, or one that is not served: then the log says why.
 
@@ -137,7 +137,7 @@ def target_mtp(target: str, revision: str | None = None, download_dir: str | Non
 
 
 BYTES = {"float32": 4, "float": 4}
-"""Of an element of KV, by the target's dtype; 2 for all others."""
+"""Bytes of an element of KV, by the target's dtype; 2 for all others."""
 
 
 class Target(NamedTuple):
@@ -186,7 +186,7 @@ def judge(said: str, target: Target | None) -> Iterator[Judged]:
 
 
 def _reason(error: WhiflashError, place: str) -> str:
-    """What `error` says of `place`, which the line names already."""
+    """The text of `error` about `place`, which the line names already."""
     return str(error).removeprefix(f"{place}: ")
 
 

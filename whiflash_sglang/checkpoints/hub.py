@@ -35,7 +35,7 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
 
 class Found(NamedTuple):
     """A directory or hub id that was looked up. name: as it was given, without @revision. config: its `config.json` on
-    disk. hub: whether it lies on the hub; revision: the commit it is at there.
+    disk. hub: whether it is on the hub; revision: the commit it is at there.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
 
 def look_up(said: str, *, config: bool = True) -> Found:
-    """Where a directory or a hub id ("owner/name" or "owner/name@revision") leads, with its `config.json` alone.
+    """The place of a directory or a hub id ("owner/name" or "owner/name@revision") leads, with its `config.json` alone.
 
     Args:
         config: whether it must have a `config.json`; a router need not.
@@ -128,7 +128,7 @@ def default_bundle_for(model_path: str) -> Path | None:
 
 
 def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | None = None) -> Path:
-    """The local directory (or file) of `part` ("eagle3", "dflash", "router"), fetched where it lies on the hub.
+    """The local directory (or file) of `part` ("eagle3", "dflash", "router"), fetched if it is on the hub.
 
     Raises:
         ConfigError: the bundle has no such part, the hub gave nothing, or `config.json` is not the one that the
@@ -148,7 +148,7 @@ def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | N
 
 
 def parts_of(manifest: Manifest) -> dict[str, str | None]:
-    """What the manifest says of where each part is."""
+    """The manifest's path of each part."""
     router = manifest.router.path if manifest.router else None
     return {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "router": router}
 
@@ -179,6 +179,6 @@ def verify(files: Mapping[str, str]) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

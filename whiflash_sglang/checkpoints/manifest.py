@@ -66,7 +66,7 @@ def check_members(bundle: Path, named: Mapping[str, str | None]) -> None:
 
 
 def _reached(path: Path) -> Iterator[Path]:
-    """Where a path leads, and everything below it if it is a directory."""
+    """The target of a path, and everything below it if it is a directory."""
     yield path.resolve()
     for directory, directories, files in os.walk(path):
         yield from (Path(directory, name).resolve() for name in (*directories, *files))
@@ -99,7 +99,7 @@ Rounds = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Strict(BaseModel):
-    """What a person wrote: unknown keys are errors, values do not change."""
+    """Models of what a person wrote: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -160,7 +160,7 @@ class Structure(Strict):
 
 
 class Source(Strict):
-    """Where a part of a bundle is from.
+    """The origin of a part of a bundle.
 
     revision: the hub's commit. files: SHA-256 by name, compared whenever the bundle is served, if it holds them.
     """
@@ -244,7 +244,7 @@ def load_manifest(bundle: Path) -> Manifest:
 
 
 def lookup_of(manifest: Manifest | None) -> Lookup:
-    """What a bundle says of the copying arm, with the embedded bundle's seed where it has none."""
+    """A bundle's section on the copying arm, with the embedded bundle's seed if it has none."""
     said = (manifest.lookup if manifest else None) or Lookup()
     if said.seed is not None:
         return said
@@ -254,7 +254,7 @@ def lookup_of(manifest: Manifest | None) -> Lookup:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], spell: Callable[[str], str]) -> str:
-    """What is wrong first of values given for `model`, in one line; `spell` writes a field as the person wrote it."""
+    """The first fault of values given for `model`, in one line; `spell` writes a field as the person wrote it."""
     problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else "value"
     if problem["type"] == "extra_forbidden":

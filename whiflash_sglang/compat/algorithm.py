@@ -19,7 +19,7 @@ DEFAULT_RUNNING_REQUESTS = 48
 
 
 class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
-    """What the scheduler asks of an algorithm. Deliberately not `is_eagle()`: only the bigram keys are borrowed."""
+    """The scheduler's questions to an algorithm. Deliberately not `is_eagle()`: only the bigram keys are borrowed."""
 
     def handle_server_args(self, server_args: Any) -> None:
         """Fix the numbers the KV reservation is computed from: the widest block of any arm."""

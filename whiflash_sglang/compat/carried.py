@@ -1,4 +1,4 @@
-"""What a launch carries from the command line to the scheduler: our settings, on SGLang's own record."""
+"""The part of a launch that travels from the command line to the scheduler: our settings, on SGLang's own record."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from whiflash_sglang.config import Settings
 
 ALGORITHM = "WHIFLASH"
 META_KEY = "whiflash"
-"""Where an answer's `meta_info` carries its trace."""
+"""Key of an answer's `meta_info` that carries its trace."""
 
 
 def settings_of(server_args: Any) -> Settings:

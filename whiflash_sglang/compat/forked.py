@@ -27,7 +27,7 @@ PRELOADED = (
     "sglang.srt.speculative.dflash_worker_v2",
     "sglang.srt.speculative.eagle_worker_v2",
 )
-"""What the three processes import, for any speculative algorithm."""
+"""Modules that the three processes import, for any speculative algorithm."""
 
 
 def serve(request: dict[str, Any]) -> None:
@@ -102,6 +102,6 @@ def host(requests: TextIO, answers: TextIO) -> None:
 
 if __name__ == "__main__":
     said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What SGLang prints while it is imported is no answer.
+    os.dup2(2, 1)  # SGLang's output while it is imported is no answer.
     host(os.fdopen(os.dup(0)), said)
     os._exit(0)  # Taking the modules apart takes seconds and is of no use.

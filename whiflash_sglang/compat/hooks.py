@@ -38,7 +38,7 @@ def in_engine() -> None:
 
 
 def in_scheduler() -> None:
-    """What the worker needs around it. Idempotent.
+    """Install what the worker needs around it. Idempotent.
 
     Raises:
         IncompatibleEngineError: a private name is missing or has changed.

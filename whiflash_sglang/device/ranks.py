@@ -1,4 +1,4 @@
-"""The processes that serve one model together: the first decides, the others do as they are told. Imports no SGLang.
+"""The processes that serve one model together: the first decides, the others follow. Imports no SGLang.
 
 What a round does follows from what was committed, which all know, and from what only the first looks at: clocks, and
 its mail. So the first decides, once a round, and tells the others (`told`). Everything else they work out from the same

@@ -1,4 +1,4 @@
-"""What crosses between host and device in a round: one buffer up, one down. Imports no SGLang."""
+"""Transfers between host and device in a round: one buffer up, one down. Imports no SGLang."""
 
 import os
 from collections.abc import Callable, Sequence

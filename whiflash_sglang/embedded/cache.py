@@ -1,4 +1,4 @@
-"""Where the embedded target lives and how it gets there.
+"""The embedded target's directory, and how it is filled.
 
 `<cache>/targets/<name>-<digest>/` is complete or absent: it is written beside, verified and renamed. Its
 `checksums.json` is checked on every use, so a damaged copy is rebuilt rather than served. A lock file lets
@@ -138,7 +138,7 @@ STRICT_TOOLS = {"SGLANG_TOOL_STRICT_LEVEL": "2"}
 
 
 def embedded_arguments(given: set[str]) -> list[str]:
-    """What the embedded target is served with, beside what the command line names."""
+    """Arguments that the embedded target is served with, beside what the command line names."""
     added = ["--model-path", str(ensure_target())]
     if "--served-model-name" not in given:
         added += ["--served-model-name", TARGET_NAME]

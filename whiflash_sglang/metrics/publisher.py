@@ -16,7 +16,7 @@ INTERVAL = 1.0
 
 
 class Sink(Protocol):
-    """Where series go."""
+    """The receiver of series."""
 
     def write(self, series: Series, labels: Labels, number: float) -> None:
         """Add to a counter, set a gauge, or let a histogram observe."""

@@ -40,7 +40,7 @@ class Cached(Protocol):
 
 
 class Observed(Protocol):
-    """What figures are read from: a worker."""
+    """The source of figures: a worker."""
 
     @property
     def settings(self) -> Settings: ...

@@ -1,4 +1,4 @@
-"""What a drafter proposes, and how sure it is."""
+"""A drafter's choice of tokens, and its confidence."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from whiflash_kernels.packed import linear
 
 
 class Choice(NamedTuple):
-    """Of each row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its probability."""
+    """For each row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its probability."""
 
     token: Tensor
     confidence: Tensor
@@ -69,7 +69,7 @@ def _by_kernel(logits: Tensor) -> bool:
 
 
 class _Top(NamedTuple):
-    """Of each row of logits [N, V]: where its largest is, int64; its probability, its value, and log-sum-exp, fp32."""
+    """For each row of logits [N, V]: index of its largest, int64; its probability, its value, log-sum-exp, fp32."""
 
     row: Tensor
     chance: Tensor
@@ -147,7 +147,7 @@ class DraftHead:
     def candidates(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` largest of every row of `logits` [N, K]: the target's ids [N, count] int64 and logits, float32.
 
-        Of several processes each sends the largest of its shard, two floats a candidate. Fewer where the head has fewer
+        Each of several processes sends the largest of its shard, two floats a candidate. Fewer where the head has fewer
         rows.
         """
         if self.shard is None:
@@ -201,7 +201,7 @@ class DraftHead:
 
 @dataclass(frozen=True, slots=True)
 class SharedVocabulary:
-    """What drafters read of a target whose vocabulary is split, or quantised.
+    """The parts of a target that drafters read if its vocabulary is split, or quantised.
 
     size: V. embed: token ids [N] int64 → [N, H], the same in every process; all must call it alike. None where the
     embedding is a plain matrix that every process has all of. shard: of the head, None where every process has all of

@@ -52,7 +52,7 @@ class DFlashDrafter(nn.Module):
     own_ids: Tensor | None
     mask_embedding: Tensor | None
     shared: SharedVocabulary | None = None
-    """Of the target, where its vocabulary is split or quantised: the two matrices hold this process's rows, or none."""
+    """The target's parts if its vocabulary is split or quantised: two matrices hold this process's rows, or none."""
 
     def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
         """Untrained."""
@@ -93,7 +93,7 @@ class DFlashDrafter(nn.Module):
 
     @property
     def head(self) -> DraftHead:
-        """What it chooses from: a head of its own, over the target ids that it drafts, or the target's."""
+        """The head that it chooses by: its own, over the target ids that it drafts, or the target's."""
         if self.target_mtp is not None:
             return DraftHead(self.target_mtp, self.own_ids)
         return borrowed_head(self.target_lm_head, self.shared)

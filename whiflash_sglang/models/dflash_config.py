@@ -1,4 +1,4 @@
-"""What a block drafter's `config.json` says, in the `DFlashDraftModel` format and what later ones share with it.
+"""A block drafter's `config.json`, in the `DFlashDraftModel` format and what later ones share with it.
 
 Which keys may stand where follows `parse_dflash_draft_config` of SGLang 0.5.23: what is in `dflash_config` goes
 before the same key at the top level.
@@ -24,7 +24,7 @@ ARCHITECTURE = "DFlashDraftModel"
 ALIASES = ("MuseGlimmerAssistantModel",)
 """Other architectures that are the same model."""
 DEFAULT_BLOCK = 16
-"""Of a checkpoint that does not say, as in SGLang."""
+"""Default of a checkpoint that names none, as in SGLang."""
 
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "selector_rank": (None, 0),
@@ -38,8 +38,8 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class LayerSpan(NamedTuple):
-    """What a row of one layer sees. causal: nothing behind it in its block. window: how many entries before it at most,
-    None for all; a window goes with causal.
+    """A row's view in one layer. causal: nothing after it in its block. window: entries before it at most, None: all;
+    a window goes with causal.
     """
 
     causal: bool = False
@@ -47,7 +47,7 @@ class LayerSpan(NamedTuple):
 
 
 class BlockConvolution(NamedTuple):
-    """Of a block's rows, around each sublayer.
+    """Norms of a block's rows, around each sublayer.
 
     taps: rows that count, a row's own included. group: channels that share a kernel's change.
     """
@@ -62,7 +62,7 @@ class DFlashConfig:
 
     Attributes:
         block_size: rows of a draft pass, the bonus token's included.
-        mask_token_id: the token that stands at the positions to be drafted.
+        mask_token_id: the token at the positions to be drafted.
         target_layer_ids: target layers whose outputs are concatenated, in this order; empty where SGLang's default is
             left. num_target_layers: as the checkpoint says, None where it does not.
         spans: per layer, what a row sees; empty: everything.

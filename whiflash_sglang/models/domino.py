@@ -30,7 +30,7 @@ _PARAMETERS = {
     "embed_proj.0.weight": "embed_proj.0.weight",
     "embed_proj.2.weight": "embed_proj.2.weight",
 }
-"""What it adds to the trunk: here, and in a file."""
+"""Parts that it adds to the trunk: here, and in a file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a published draft format is: whose name it goes by, how its files are read, which model they fill."""
+"""A published draft format: its name, how its files are read, which model they fill."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def merged(path: Path, config: Json, *sections: str) -> dict[str, Any]:
 
 
 def format_key(path: Path, config: Json) -> str | None:
-    """What a checkpoint goes by: `speculators/TYPE`, a projector that changes the draft pass, or its architecture."""
+    """A checkpoint's name: `speculators/TYPE`, a projector that changes the draft pass, or its architecture."""
     kind = config.get("speculators_model_type")
     if kind:
         return f"speculators/{kind}"

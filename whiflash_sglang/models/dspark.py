@@ -132,7 +132,7 @@ class DSparkDrafter(DFlashDrafter):
             reader.fill(parameter, name)
 
     def heads(self) -> dict[str, nn.Parameter]:
-        """What it adds to the trunk, by published names."""
+        """Parts that it adds to the trunk, by published names."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -166,7 +166,7 @@ class DSparkDrafter(DFlashDrafter):
         return Choice(token, self._confidence(rows, before, torch.stack(sure, 1)))
 
     def latents(self, rows: Tensor, before: Tensor) -> Tensor:
-        """What W2 reads, [B, D, R], of states `rows` [B, D, H] behind tokens `before` [B, D]."""
+        """The input of W2, [B, D, R], of states `rows` [B, D, H] behind tokens `before` [B, D]."""
         state, latents = self._begin(rows), []
         embedded = self._embedded(before)  # at once: each look-up's gradient is as large as the whole table
         for step in range(rows.shape[1]):
@@ -200,7 +200,7 @@ class DSparkDrafter(DFlashDrafter):
         return torch.sigmoid(self.confidence_logits(rows, before)) if self.config.confidence else probability
 
     def confidence_logits(self, rows: Tensor, before: Tensor) -> Tensor:
-        """What the confidence head says, [B, D] float32, of states `rows` [B, D, H] behind tokens `before` [B, D]."""
+        """The confidence head's output, [B, D] float32, of states `rows` [B, D, H] behind tokens `before` [B, D]."""
         features = rows
         if self.config.confidence_with_markov:
             features = torch.cat([rows, self._embedded(before)], -1)

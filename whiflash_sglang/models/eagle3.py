@@ -188,7 +188,7 @@ def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
 
 
 def check_one_layer(path: Path, config: Eagle3Config) -> None:
-    """Raise CheckpointError for several layers in a format whose upper layers no code that is at hand defines."""
+    """Raise CheckpointError for several layers in a format whose upper layers no public code defines."""
     if config.num_layers != 1:
         raise CheckpointError(
             f"{path}/config.json: num_hidden_layers {config.num_layers}: several layers of EAGLE-3 are read from a "
@@ -237,7 +237,7 @@ class Eagle3Drafter(nn.Module):
     target_lm_head: Tensor
     d2t: Tensor | None
     shared: SharedVocabulary | None = None
-    """Of the target, where its vocabulary is split or quantised: the two matrices hold this process's rows, or none."""
+    """The target's parts if its vocabulary is split or quantised: two matrices hold this process's rows, or none."""
 
     def __init__(
         self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
@@ -317,7 +317,7 @@ class Eagle3Drafter(nn.Module):
 
     @property
     def head(self) -> DraftHead:
-        """What it chooses from: a head of its own, or the target's."""
+        """The head that it chooses by: its own, or the target's."""
         if self.lm_head is None:
             return borrowed_head(self.target_lm_head, self.shared)
         return DraftHead(self.lm_head.weight, None)

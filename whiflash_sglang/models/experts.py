@@ -13,7 +13,7 @@ from whiflash_sglang.models.checkpoint import WeightReader, integer, number
 from whiflash_sglang.models.layers import SwiGLU
 
 GATHERING = 3
-"""What a gathered weight costs of memory traffic: it is read, written and read again."""
+"""Memory traffic of a gathered weight: it is read, written and read again."""
 
 
 class Routed(NamedTuple):
@@ -107,7 +107,7 @@ class Experts(nn.Module):
         return weights * routed.scale, ids
 
     def peak_bytes(self, rows: int) -> int:
-        """What a pass over so many rows holds beside its weights at most."""
+        """Bytes that a pass over so many rows holds beside its weights at most."""
         experts, _, hidden = self.down.shape
         size = self.routed.intermediate_size
         of_a_row = (2 * size * hidden) if self._few(rows) else 3 * experts * size

@@ -35,7 +35,7 @@ class Draft(NamedTuple):
 
 
 def read_draft(path: Path, arm: str | None = None) -> Draft:
-    """What the checkpoint directory `path` is, from its `config.json` alone.
+    """The format of the checkpoint directory `path`, from its `config.json` alone.
 
     Args:
         arm: the arm it must be for; None: any.

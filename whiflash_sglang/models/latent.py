@@ -116,7 +116,7 @@ class LatentAttention(nn.Module):
 
 
 def _stretched(rope: Mapping[str, Any]) -> float:
-    """What YaRN multiplies queries and keys by each, as DeepSeek has it: beside the angles, in the scores."""
+    """The factor of YaRN on queries and keys each, as DeepSeek has it: beside the angles, in the scores."""
     factor, weight = float(rope.get("factor", 1.0)), float(rope.get("mscale_all_dim") or 0)
     if rope["rope_type"] == "default" or factor <= 1:
         return 1.0

@@ -118,7 +118,7 @@ class Rotary(nn.Module):
             raise CheckpointError(f"rope_type {kind!r} is unknown; transformers knows {known}")
 
     def angles(self, positions: Tensor) -> Angles:
-        """Of `positions` [T] int."""
+        """Angles of `positions` [T] int."""
         # Held outside the module's buffers: `.to(bfloat16)` must not round the frequencies.
         self._frequencies = self._frequencies.to(positions.device)
         angles = positions.to(torch.float32)[:, None] * self._frequencies

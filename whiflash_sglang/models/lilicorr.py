@@ -30,7 +30,7 @@ from whiflash_sglang.models.packed import Linear
 
 ARCHITECTURE = "LiLiCorrDraftModel"
 FEATURES = 5
-"""What is said of a candidate: log-probability, probability, distance from the best, rank, whether it is the best."""
+"""Features of a candidate: log-probability, probability, distance from the best, rank, whether it is the best."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,7 @@ class MTPDrafter(nn.Module):
 
     @property
     def head(self) -> DraftHead:
-        """What it chooses from."""
+        """The head that it chooses by."""
         return borrowed_head(self.target_lm_head, self.shared)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class MTPDrafter(nn.Module):
         return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
 
     def peak_bytes(self, rows: int) -> int:
-        """What its experts take for so many rows of a draft pass."""
+        """Bytes that its experts take for so many rows of a draft pass."""
         return self.mlp.peak_bytes(rows) if isinstance(self.mlp, Experts) else 0
 
     def _entry(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:

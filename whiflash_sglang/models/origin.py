@@ -1,4 +1,4 @@
-"""What drafters take over from a target: the vocabulary that they share, sizes, and layers to begin as."""
+"""Parts that drafters take over from a target: the vocabulary that they share, sizes, and layers to begin as."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from whiflash_sglang.models.layers import AttentionShape, rope_parameters
 from whiflash_sglang.models.target import TargetModel
 
 ORIGIN = "target.json"
-"""Of a directory that SGLang's scheduler wrote (`compat/training/recorder.py`)."""
+"""File of a directory that SGLang's scheduler wrote (`compat/training/recorder.py`)."""
 
 
 def vocabulary_file(directory: Path, rank: int) -> Path:
@@ -103,12 +103,12 @@ class ServedOrigin:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The directory of its tensors."""
         return self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its tensors."""
+        """Names of its tensors."""
         return self.embedding.dtype
 
 

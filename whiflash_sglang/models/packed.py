@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from whiflash_kernels import packed
 
 MEMORY_SHARE = 0.25
-"""Of the memory that is free when copies are made, what they may take."""
+"""Share of the memory that is free when copies are made, which they may take."""
 
 _CONTAINER = Path("/sys/fs/cgroup")
 

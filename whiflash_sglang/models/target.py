@@ -23,7 +23,7 @@ _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def unknown(path: Path) -> str | None:
-    """What keeps `TargetModel` from computing what the target in a directory computes; None: nothing does."""
+    """The reason why `TargetModel` cannot compute what the target in a directory computes; None: it can."""
     config = json.loads((path / "config.json").read_text())
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in _SUPPORTED:

@@ -16,7 +16,7 @@ from whiflash_sglang.routing.signals import Forecast
 Scores = Mapping[str, float]
 
 Told = Mapping[str, Forecast]
-"""What arms say of a request's round: how many rows they would verify, for one."""
+"""The arms' forecasts of a request's round: how many rows they would verify, for one."""
 
 
 class Costs(Protocol):
@@ -41,7 +41,7 @@ class Costs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Dwell:
-    """What keeps routes from thrashing: a switch must promise `margin` (relative) more tokens per second."""
+    """Keeps routes from thrashing: a switch must promise `margin` (relative) more tokens per second."""
 
     margin: float = 0.05
 
@@ -65,7 +65,7 @@ def assign(
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
         previous: the arms of the last round, for the margin; empty: no margin.
         dwell: margin against thrashing.
-        told: what arms say of each request's round; empty: nothing.
+        told: the arms' forecasts of each request's round; empty: none.
 
     Returns:
         The routes with the most expected tokens per second, unless keeping the previous ones is within the margin.

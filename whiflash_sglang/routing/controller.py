@@ -49,7 +49,7 @@ class Controller:
         return state is not None and state.rid == rid
 
     def state(self, row: int, rid: str) -> RequestState:
-        """What is kept of request `rid` in `row`; of one that has ended a blank that nobody keeps."""
+        """The state of request `rid` in `row`; a throwaway state if the request has ended."""
         return self.states[row] if self.holds(row, rid) else RequestState(rid, row=row)
 
     def keeps(self, state: RequestState) -> bool:
@@ -81,7 +81,7 @@ class Controller:
         return route == arm or (self.policy.prices_batches and self.may_join(row))
 
     def worth(self, arm: str) -> Worth:
-        """What a further draft token of `arm` must bring; policies that price nothing draft the full length."""
+        """The value that a further draft of `arm` must have; policies that price nothing draft the full length."""
         return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH
 
     def committed(

@@ -22,7 +22,7 @@ RATE_ROUNDS = 32
 """Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
 
 PLAIN_ROUNDS = 8
-"""Rounds without drafts that were timed before anybody is told what plain decoding would cost."""
+"""Rounds without drafts that were timed before the price of plain decoding is shown."""
 
 FIRST_ROUND = 0.020
 """Seconds of a verification before the first one was timed."""
@@ -34,7 +34,7 @@ SHORTEST = 1e-6
 """Seconds; a clock may not have moved."""
 
 PRIOR_SHARE = 0.03
-"""What one more draft, or one more request, adds to a verification, as a share of it, before their number differed."""
+"""The price of one more draft or request in a verification, as a share of it, before their number differed."""
 
 
 class Worth(NamedTuple):
@@ -84,7 +84,7 @@ class WorkerCosts(ABC):
 
     @abstractmethod
     def worth(self, arm: str) -> Worth:
-        """What a further draft token of `arm` must bring. Full length until a rate was measured."""
+        """The value that a further draft token of `arm` must have. Full length until a rate was measured."""
 
     @abstractmethod
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
@@ -161,7 +161,7 @@ class MeasuredCosts(WorkerCosts):
         seconds = max(seconds, SHORTEST)
         before = self.draft(arm, requests)
         wrong = self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
-        # What costs less than one more row decides nothing.
+        # A price below that of one more row decides nothing.
         matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(0, requests)
         self._timings[arm] = 0 if wrong and matters else self.timings(arm) + 1
         self._passes.setdefault(arm, deque(maxlen=WINDOW)).append(seconds / passes)

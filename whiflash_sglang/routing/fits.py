@@ -1,4 +1,4 @@
-"""What measured seconds are fitted by: a line, and a plane, of which neither falls. Imports nothing of the server."""
+"""Fits of measured seconds: a line, and a plane, of which neither falls. Imports nothing of the server."""
 
 from collections import deque
 from collections.abc import Sequence

@@ -80,7 +80,7 @@ Scores = Mapping[str, float]
 """Arm → expected accepted tokens a round, bonus token included. An arm that is absent must not be used."""
 
 PAIR = frozenset({arms.AR, arms.DIFFUSION})
-"""What the paper's routers choose from."""
+"""The arms that the paper's routers choose from."""
 
 PREFERRED, SECOND = 2.0, 1.0
 """Scores of policies that order arms without predicting lengths."""
@@ -128,7 +128,7 @@ class Policy(Protocol):
 
 
 class Blind:
-    """What policies have in common that only order arms and learn nothing while serving."""
+    """The common part of policies that only order arms and learn nothing while serving."""
 
     candidates: frozenset[str] | None = PAIR
     prices_batches = False

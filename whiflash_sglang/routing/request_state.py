@@ -1,4 +1,4 @@
-"""What the controller remembers of one running request. Imports neither SGLang nor CUDA."""
+"""The controller's memory of one running request. Imports neither SGLang nor CUDA."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ RECENT_ROUNDS = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a round of a request was decided on. reason: why it was routed as it was (`Hinted`)."""
+    """The grounds on which a round of a request was decided. reason: why it was routed as it was (`Hinted`)."""
 
     signals: Signals = field(default_factory=lambda: Signals(frozenset()))
     reason: str = "score"
@@ -72,7 +72,7 @@ class RequestState:
         return None if self.tracker is None else self.tracker.span
 
     def signals(self, forecast: Mapping[str, Forecast | None]) -> Signals:
-        """What a policy may know; `forecast`: arms that may draft, with what they say of the round or None."""
+        """Signals for a policy; `forecast`: arms that may draft, with what they expect of the round or None."""
         span = self.span
         known = {arm: expected for arm, expected in forecast.items() if expected is not None}
         return Signals(

@@ -1,4 +1,4 @@
-"""What the controller knows of a request at the start of a round."""
+"""The controller's knowledge of a request at the start of a round."""
 
 import math
 from collections.abc import Mapping

@@ -91,7 +91,7 @@ class Verifications:
 
 @dataclass(slots=True)
 class Correction:
-    """What rounds take over what the tables say they take."""
+    """The ratio of rounds' seconds to the tables'."""
 
     factor: float = 1.0
     _weight: float = 0.0
@@ -109,7 +109,7 @@ class Correction:
 
 @dataclass(slots=True)
 class CostTables:
-    """What a round costs, from what was captured.
+    """A round's price, from what was captured.
 
     drafts, catch_up: arm → seconds by requests that draft, and by rows that are caught up.
     """
@@ -131,7 +131,7 @@ class CostTables:
         return self.correction.factor * self._catch(arm, tokens)
 
     def row(self, rows: float, context: float) -> float:
-        """What one more row adds at this load: the slope to the next measured size, as rows fill it evenly."""
+        """The price of one more row at this load: the slope to the next measured size, as rows fill it evenly."""
         sizes = self.verifications.at_short.sizes
         upper = sizes[min(bisect_left(sizes, rows + 1), len(sizes) - 1)]
         lower = sizes[max(bisect_left(sizes, upper) - 1, 0)]

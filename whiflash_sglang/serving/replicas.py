@@ -45,7 +45,7 @@ class Ended:
 
 
 class ReplicaDiedError(WhiflashError):
-    """What some replicas were given will never be answered.
+    """Some replicas will never answer what they were given.
 
     Args:
         ended: their processes; none where one has told of an error of its own and not ended yet. size: replicas.

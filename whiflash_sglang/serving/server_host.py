@@ -55,7 +55,7 @@ class ServerHost:
 
     @property
     def pid(self) -> int:
-        """Of the process that forks."""
+        """The id of the process that forks."""
         return self._process.pid
 
     def wait(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 
 SAVED_DIGITS = 4
-"""Of a second: what is estimated is no better known."""
+"""Digits of a second: estimates are no better known."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Stretch:
 
 
 class Part(NamedTuple):
-    """Drafts that lie one behind the other and were taken from one source."""
+    """Successive drafts that were taken from one source."""
 
     source: str
     drafts: int
@@ -58,7 +58,7 @@ def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
 
 @dataclass(slots=True)
 class Brought:
-    """What drafts from one source came to. saved: estimated seconds, less than 0 where they cost more."""
+    """Figures of drafts from one source. saved: estimated seconds, less than 0 where they cost more."""
 
     proposed: int = 0
     accepted: int = 0

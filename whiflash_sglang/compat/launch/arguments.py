@@ -18,7 +18,7 @@ no GPU has run any of them). `triton` and `flashinfer` are replaced (`compat/tri
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a launch is judged by.
+    """The facts by which a launch is judged.
 
     args: SGLang's arguments as resolved so far. given: the same as the user gave them. model: SGLang's configuration
     of the target. device: `cpu` or `cuda`, or another accelerator's name. own_platform: this package's CPU platform
@@ -59,7 +59,7 @@ class Launch:
 
 def choose(server_args: Any) -> None:
     """Fill in what works where the user left the choice open."""
-    # One KV pool for all layers: draft KV lies at the target's slots, and in a pool of its own a windowed layer would
+    # One KV pool for all layers: draft KV is at the target's slots, and in a pool of its own a windowed layer would
     # give up slots that are still drafted from.
     server_args.disable_hybrid_swa_memory = True
     if server_args.enable_multimodal is None:

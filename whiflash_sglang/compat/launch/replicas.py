@@ -49,7 +49,7 @@ def _watching(original: Any, self: Any) -> None:
 
 
 def _title(pid: int) -> str:
-    """What SGLang calls a scheduler's process, the only place where its rank stands: `sglang::scheduler_DP1_TP0`."""
+    """What SGLang calls a scheduler's process, the only place that shows its rank: `sglang::scheduler_DP1_TP0`."""
     try:
         return " ".join(psutil.Process(pid).cmdline()).strip()
     except psutil.Error:
