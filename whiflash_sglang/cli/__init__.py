@@ -59,6 +59,7 @@ for _command in (
     "bench",
     "policy",
     "profile",
+    "simulate",
     "top",
     "proxy",
     "trace",
