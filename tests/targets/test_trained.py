@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 from whiflash_sglang import train
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
-from whiflash_sglang.train.answers.tokens import export_tokens
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
 
@@ -43,15 +42,41 @@ def settings(root: Path) -> dict[str, Any]:
     return tiny | {"target": str(root / "target"), "work": str(root / "work"), "draft_layers": SIZES}
 
 
-def whiflash(*arguments: str | Path) -> dict[str, Any]:
+COMMANDS = """
+import json, sys
+from whiflash_sglang.cli.train import train_app
+from whiflash_sglang.compat.training.offline import OfflineEngine
+from whiflash_sglang.train.answers import served
+
+if __name__ == "__main__":
+    started, start = [], served.start
+    served.start = lambda *given: started[0] if started else started.append(start(*given)) or started[0]
+    close, OfflineEngine.close = OfflineEngine.close, lambda engine: None
+    for command in json.loads(sys.argv[1]):
+        train_app(command, standalone_mode=False)
+    close(started[0].engine)
+"""
+"""Commands of `whiflash train` in one process, with one engine: each start takes SGLang a minute."""
+
+
+def whiflash_train(directory: Path, *commands: list[str]) -> list[dict[str, Any]]:
     """In a process of its own: an engine of SGLang's ends its process's children, and leaves its settings behind."""
-    script = "from whiflash_sglang.cli import main; main()"
-    command = [sys.executable, "-c", script, *map(str, arguments), "--json"]
+    script = directory / "commands.py"
+    script.write_text(COMMANDS)
     done = subprocess.run(
-        command, env=os.environ, capture_output=True, text=True, timeout=600 * at_start(), check=False
+        [sys.executable, str(script), json.dumps(commands)],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=600 * at_start(),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    decoder, found, rest = json.JSONDecoder(), [], done.stdout.lstrip()
+    while rest:
+        one, end = decoder.raw_decode(rest)
+        found.append(one)
+        rest = rest[end:].lstrip()
     return found
 
 
@@ -76,7 +101,13 @@ def model(root: Path) -> HuggingFace:
 @pytest.fixture(scope="module")
 def config(root: Path, model: HuggingFace) -> TrainConfig:
     (root / "served.yaml").write_text(yaml.safe_dump(settings(root)))
-    assert whiflash("train", "data", "--config", root / "served.yaml")["sequences"] == PROMPTS
+    with_config = ["--config", str(root / "served.yaml"), "--json"]
+    tokens = str(root / "again.npz")
+    answered, _, recomputed = whiflash_train(
+        root, ["data", *with_config], ["export", tokens, *with_config], ["features", tokens, *with_config]
+    )
+    assert answered["sequences"] == PROMPTS
+    assert recomputed == {"recomputed": PROMPTS, "sequences": PROMPTS}
     return load_config(root / "served.yaml")
 
 
@@ -96,19 +127,13 @@ def check(store: FeatureStore, model: HuggingFace, capture: list[int]) -> None:
         torch.testing.assert_close(theirs, logits, rtol=0.02, atol=0.05)
 
 
-def test_answers_and_features_are_the_targets(
-    root: Path, model: HuggingFace, config: TrainConfig, tmp_path: Path
-) -> None:
+def test_answers_and_features_are_the_targets(model: HuggingFace, config: TrainConfig) -> None:
     """Those of answers that are there already, too."""
-    (store,) = open_stores(config)
-    assert len(store.records) == PROMPTS
-    check(store, model, config.capture)
+    answered, again = sorted(open_stores(config), key=lambda store: store.path.name != "shard0of1")
+    assert (len(answered.records), again.path.name) == (PROMPTS, "shard-again")
+    for store in (answered, again):
+        check(store, model, config.capture)
     assert list((config.work / "passing" / "shard0of1").iterdir()) == []
-    export_tokens([store], tmp_path / "again.npz")
-    done = whiflash("train", "features", tmp_path / "again.npz", "--config", root / "served.yaml")
-    assert done == {"recomputed": PROMPTS, "sequences": PROMPTS}
-    again = next(one for one in open_stores(config) if one.path.name == "shard-again")
-    check(again, model, config.capture)
 
 
 @pytest.mark.parametrize("block", sampled(["dflash", "dspark"], "dspark"))
