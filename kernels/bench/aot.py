@@ -40,8 +40,8 @@ from whiflash_kernels import (
     DFlashWeights,
     Drafts,
     Eagle3Weights,
+    HostDrafts,
     KVPools,
-    Told,
     triton_kernels,
 )
 from whiflash_kernels.triton_kernels import (
@@ -208,8 +208,18 @@ def run_lay(requests: int) -> None:
 
 def run_choose(requests: int) -> None:
     laid = drafted(requests, 24)
-    told = Told(index(requests, 2, 49), chances(requests, 2, 49), index(requests, 2), index(requests, 2))
-    others = (None, drafted(requests, 24), told, drafted(requests, 24), index(requests), 0.1, 4 * requests)
+    from_host = HostDrafts(
+        index(requests, 2, 49), chances(requests, 2, 49), index(requests, 2), index(requests, 2)
+    )
+    others = (
+        None,
+        drafted(requests, 24),
+        from_host,
+        drafted(requests, 24),
+        index(requests),
+        0.1,
+        4 * requests,
+    )
     drafts.choose_drafts(laid, index(requests), index(requests), text(), *others)
 
 
@@ -348,14 +358,16 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     for own, count in zip(widths, members, strict=True):
         drafts.cut_drafts(chances(count, own), chances(12), chances(10), index(count), 0.1)
         run_inputs(count, 4096, 6, (0, 2, 4))
-    parts = [drafted(count, own) for count, own in zip(members, widths, strict=True)]
+    parts = [(index(count), drafted(count, own)) for count, own in zip(members, widths, strict=True)]
     laid = drafts.lay_drafts(parts, slots, lengths, width, width, 1 << 17, text())
     copied, columns = drafted(requests, 16), 2 * widest + 1
     silent = index(requests, VOICES)
-    told = Told(index(requests, VOICES, columns), chances(requests, VOICES, columns), silent, silent)
+    from_host = HostDrafts(
+        index(requests, VOICES, columns), chances(requests, VOICES, columns), silent, silent
+    )
     beside = (
         rng.choice((None, drafted(requests, rng.randint(1, widest)))),
-        rng.choice((None, told)),
+        rng.choice((None, from_host)),
         rng.choice((None, copied)),
         index(requests),
         0.1,
@@ -382,8 +394,8 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
         with ExitStack() as stack:
             for patched in served:
                 stack.enter_context(patched)
-            told = VOICES, 2 * widest + 1
-            warm_up(text(), slot_table(), index(257, 8), most_requests, {7, widest}, told, 1 << 17)
+            voices = VOICES, 2 * widest + 1
+            warm_up(text(), slot_table(), index(257, 8), most_requests, {7, widest}, voices, 1 << 17)
         known = set(keys)
         for _ in range(batches):
             run_round(rng, most_requests, widest)

@@ -94,7 +94,7 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
             slots,
             lengths,
             bench.text,
-            behind=copies,
+            appended=copies,
             copies=copies,
             worth=0.1,
             room=4 * batch,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
-from whiflash_kernels import Drafts, Told, choose_drafts, cut_drafts, lay_drafts
+from whiflash_kernels import Drafts, HostDrafts, choose_drafts, cut_drafts, lay_drafts
 
 SLOTS, CONTEXT = 12, 40
 
@@ -191,7 +191,7 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
         for laid, behind, own_voices, copies in requests
     ]
     said, counts, chances = padded(lines, longest)
-    told = Told(
+    from_host = HostDrafts(
         said.view(size, count, longest),
         chances.view(size, count, longest),
         counts.view(size, count),
@@ -203,8 +203,8 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
             integers(slots),
             integers(starts),
             text,
-            behind=Drafts(*more) if has_behind else None,
-            told=told if count else None,
+            appended=Drafts(*more) if has_behind else None,
+            from_host=from_host if count else None,
             copies=Drafts(*copied) if has_copies else None,
             rooms=integers([min([voice[3] for voice in r[2]], default=0) for r in requests]),
             worth=worth,
@@ -276,7 +276,7 @@ def test_a_voice_counts_from_where_the_text_is(backend: str) -> None:
     at, three = integers([0, 1, 2]), [[9, 9]] * 3
     text = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0, 0]] * 3, device=DEVICE)
     laid = Drafts(integers(three), integers([1] * 3), floats([[0.5, 0.0]] * 3))
-    told = Told(
+    from_host = HostDrafts(
         integers([[[3, 4, 5, 6]], [[3, 7, 5, 6]], [[3, 4, 5, 6]]]),
         floats([[[1.0, 0.5, 0.5, 0.25]]] * 2 + [[[1.0, 1.0, 0.5, 0.25]]]),
         integers([[4], [4], [3]]),
@@ -284,11 +284,11 @@ def test_a_voice_counts_from_where_the_text_is(backend: str) -> None:
     )
     starts, rooms = integers([4] * 3), integers([2] * 3)
     with running(backend), guarded_outputs():
-        chosen = choose_drafts(laid, at, starts, text, told=told, rooms=rooms, worth=0.125)
+        chosen = choose_drafts(laid, at, starts, text, from_host=from_host, rooms=rooms, worth=0.125)
     assert (chosen.voice.tolist(), chosen.widths.tolist()) == ([1, 0, 0], [3, 2, 2])
     assert chosen.tokens.tolist() == [[5, 6], [9, 9], [9, 9]]
     with pytest.raises(ValueError, match="rooms"):
-        choose_drafts(laid, at, starts, text, told=told)
+        choose_drafts(laid, at, starts, text, from_host=from_host)
 
 
 WRONG = st.sampled_from(["id below", "id above", "chance", "confidence"])

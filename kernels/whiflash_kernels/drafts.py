@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from whiflash_kernels.dispatch import implementation
-from whiflash_kernels.structs import Chosen, Drafts, Told
+from whiflash_kernels.structs import Chosen, Drafts, HostDrafts
 
 
 def cut_drafts(
@@ -95,8 +95,8 @@ def choose_drafts(
     text: Tensor,
     *,
     own: Tensor | None = None,
-    behind: Drafts | None = None,
-    told: Told | None = None,
+    appended: Drafts | None = None,
+    from_host: HostDrafts | None = None,
     copies: Drafts | None = None,
     rooms: Tensor | None = None,
     worth: float = 0.0,
@@ -104,7 +104,7 @@ def choose_drafts(
 ) -> Chosen:
     """Which drafts are verified: what goes behind them, what takes their place, and as many as there are rows for.
 
-    Behind request b's counts[b] drafts come its behind.counts[b]. These are voice 0. A told voice k counts as far as
+    Behind request b's counts[b] drafts come its appended.counts[b]. These are voice 0. The host's k-th counts as far as
     the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was said,
     tokens[b, k, :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts,
     ``rooms[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1]. The copies are the last voice. What
@@ -120,8 +120,8 @@ def choose_drafts(
             every position up to seq_lens[b]; written in place: text[request_slots[b], seq_lens[b] + 1 + i] =
             tokens[b, i] for all i < W.
         own: [B] int64, how many of the first drafts are the requests' own arms'; None: all that were laid.
-        behind: tokens [B, E], counts [B], alive [B, E] or None (0 then). They fit in.
-        told: contiguous. rooms: [B] int64, needed with it.
+        appended: tokens [B, E], counts [B], alive [B, E] or None (0 then). They fit in.
+        from_host: contiguous. rooms: [B] int64, needed with it.
         copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
         worth: what a row must bring.
         room: drafts of the batch at most; None: all.
@@ -130,7 +130,7 @@ def choose_drafts(
         `Chosen`, new.
 
     Raises:
-        ValueError: ``told`` without ``rooms``, or ``drafts`` or ``copies`` without chances.
+        ValueError: ``from_host`` without ``rooms``, or ``drafts`` or ``copies`` without chances.
 
     Grid: (B), a second launch where requests compete; graph-capturable.
     Numerics: chances are compared and their sum taken in float32.
@@ -139,9 +139,9 @@ def choose_drafts(
     put together, and the rows are bounded.
     Source: adaptive verification; WhiFlash, arXiv 2606.07710.
     """
-    if told is not None and rooms is None:
-        raise ValueError("told voices need rooms")
+    if from_host is not None and rooms is None:
+        raise ValueError("the host's voices need rooms")
     if drafts.alive is None or (copies is not None and copies.alive is None):
         raise ValueError("drafts and copies need chances")
-    arguments = (drafts, request_slots, seq_lens, text, own, behind, told, copies, rooms, worth, room)
+    arguments = (drafts, request_slots, seq_lens, text, own, appended, from_host, copies, rooms, worth, room)
     return implementation(request_slots, "drafts").choose_drafts(*arguments)

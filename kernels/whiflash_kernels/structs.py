@@ -143,7 +143,7 @@ class Drafts(NamedTuple):
     """Forward passes of the drafter's model that they took; 0: there is no model, and no price but that of rows."""
 
 
-class Told(NamedTuple):
+class HostDrafts(NamedTuple):
     """What the host says may follow the texts of a batch: K voices a request. It may know a text late."""
 
     tokens: Tensor
@@ -166,7 +166,7 @@ class Chosen(NamedTuple):
     own: Tensor
     """[B] int32: how many of the drafts that were laid are as far to the front as those that are verified."""
     voice: Tensor
-    """[B] int32, whose drafts they are: 0 those that were laid, k the k-th that was told, -1 the copies."""
+    """[B] int32, whose drafts they are: 0 those that were laid, k the host's k-th, -1 the copies."""
     wanted: Tensor
     """[B] int32: drafts before requests competed for the room."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
 from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.drafts import choose_drafts, lay_drafts
-from whiflash_kernels.structs import Drafts, Told
+from whiflash_kernels.structs import Drafts, HostDrafts
 
 
 def warm_up(
@@ -17,7 +17,7 @@ def warm_up(
     stops: Tensor,
     requests: int,
     widths: set[int],
-    told: tuple[int, int],
+    voices: tuple[int, int],
     vocabulary: int,
 ) -> None:
     """Lay, choose, pack and accept drafts of batches of every size that kernels are compiled for.
@@ -25,7 +25,7 @@ def warm_up(
     Args:
         text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,
             positions] int32. stops: [request rows, S] int64. requests: of the largest batch. widths: drafts that arms
-            make at most. told: voices of each request, and tokens of each at most, as of `Told`. vocabulary: ids that
+            make at most. voices: of each request, and tokens of each at most, as of `HostDrafts`. vocabulary: ids that
             the target has.
 
     Waits for nothing; does nothing on a CPU, where nothing is compiled.
@@ -37,11 +37,11 @@ def warm_up(
     device, size = text.device, 1
     while True:
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
-        voices, columns = told
-        silent = torch.zeros(size, voices, dtype=torch.int64, device=device)
-        unlikely = torch.zeros(size, voices, columns, dtype=torch.float32, device=device)
+        count, columns = voices
+        silent = torch.zeros(size, count, dtype=torch.int64, device=device)
+        unlikely = torch.zeros(size, count, columns, dtype=torch.float32, device=device)
         # A server whose arms do not speak has none to choose among.
-        said = (None, Told(unlikely.long(), unlikely, silent, silent)) if voices else (None,)
+        said = (None, HostDrafts(unlikely.long(), unlikely, silent, silent)) if count else (None,)
         for width, (has_alive, has_sure) in product(sorted(widths), product((True, False), repeat=2)):
             chances = torch.zeros(size, width, dtype=torch.float32, device=device)
             tokens = torch.zeros(size, width, dtype=torch.int64, device=device)
@@ -58,14 +58,14 @@ def warm_up(
                     text=put,
                 )
             copied = own._replace(alive=chances)
-            for behind, heard, copies, room in product((None, own), said, (None, copied), (None, 0)):
+            for appended, heard, copies, room in product((None, own), said, (None, copied), (None, 0)):
                 chosen = choose_drafts(
                     laid,
                     zeros,
                     zeros,
                     text,
-                    behind=behind,
-                    told=heard,
+                    appended=appended,
+                    from_host=heard,
                     copies=copies,
                     rooms=zeros,
                     room=room,

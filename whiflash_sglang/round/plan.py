@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from whiflash_kernels import Told
+from whiflash_kernels import HostDrafts
 
 from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.core import Voice
@@ -20,8 +20,8 @@ class OnDevice:
     """What the device needs of a plan; where nobody drafts and nobody catches up, nothing.
 
     members: [M] int64 per arm, indices of the batch. due: [arms * B] int64, `DraftSync.flags`. limits, joined, copying,
-    rooms: [B] int64, as of `Plan`. calibration: float32 per arm, `Drafter.calibration`. told: `Plan.voices`; None where
-    nobody says anything, or where the host places them itself.
+    rooms: [B] int64, as of `Plan`. calibration: float32 per arm, `Drafter.calibration`. from_host: `Plan.voices`;
+    None where nobody says anything, or where the host places them itself.
     """
 
     members: Mapping[str, torch.Tensor]
@@ -31,7 +31,7 @@ class OnDevice:
     copying: torch.Tensor
     rooms: torch.Tensor
     calibration: Mapping[str, torch.Tensor]
-    told: Told | None
+    from_host: HostDrafts | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Plan:
     that another arm may put behind them, 0 where none may. copying: drafts that the device may copy in their place at
     most. rooms: drafts of each request at most, whoever's. expected_drafts: of each request on average, as it was
     routed, whoever's and whether or not they were verified. voices: what arms that speak say of each request; where the
-    host knows texts late, what may take the place of drafts. speakers: these arms, in the order of `told`, and last the
-    one that the device drafts for. worth: what a further draft of each arm must bring.
+    host knows texts late, what may take the place of drafts. speakers: these arms, in the order of `from_host`,
+    and last the one that the device drafts for. worth: what a further draft of each arm must bring.
     """
 
     routes: list[str]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from whiflash_kernels import Told
+from whiflash_kernels import HostDrafts
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import Due
@@ -92,7 +92,7 @@ class Planner:
             for i, (arm, limit) in enumerate(zip(routes, limits, strict=True))
         ]
         if not self.host.exact:
-            voices = [self._told(requests, i, routes[i], own, worth) for i, own in enumerate(voices)]
+            voices = [self._substitutes(requests, i, routes[i], own, worth) for i, own in enumerate(voices)]
         return Decided(
             routes,
             asked,
@@ -104,7 +104,7 @@ class Planner:
             self._calibrations(requests.row_ids, routes),
         )
 
-    def _told(
+    def _substitutes(
         self,
         requests: RoundBatch,
         index: int,
@@ -115,12 +115,12 @@ class Planner:
         """What may take the place of drafts, each with what other arms know to follow it."""
         name = row, _ = requests.names[index]
         room = widest_of(self.drafters) + self.under_way(row)
-        told = {}
+        found = {}
         for arm, voice in voices.items():
             if self.controller.takes(row, route, arm):
                 extend = self.controller.may_join(row)
-                told[arm] = self.voices.extended(name, arm, voice, room, worth)[0] if extend else voice
-        return told
+                found[arm] = self.voices.extended(name, arm, voice, room, worth)[0] if extend else voice
+        return found
 
     def _copying(self, requests: RoundBatch, index: int, route: str) -> int:
         """Copies at most that the device may put in the place of a request's drafts."""
@@ -249,10 +249,10 @@ class Planner:
         members_at = {arm: upload.ints(indices) for arm, indices in members.items()}
         due_at = upload.ints(self.sync.flags(due, len(requests.row_ids)))
         calibration_at = {arm: upload.floats(own) for arm, own in decided.calibration.items()}
-        told, width = not self.host.exact and any(decided.voices), self.voices.width
-        if told:
+        any_voice, width = not self.host.exact and any(decided.voices), self.voices.width
+        if any_voice:
             lines = [own.get(arm, SILENCE).first(width) for own in decided.voices for arm in speakers]
-            told_at = [
+            host_at = [
                 upload.ints([token for line in lines for token in padding(line.tokens, width, 0)]),
                 upload.ints([len(line.tokens) for line in lines]),
                 upload.ints([line.at for line in lines]),
@@ -269,12 +269,12 @@ class Planner:
             copying,
             rooms,
             {arm: floats[at] for arm, at in calibration_at.items()},
-            Told(
-                ints[told_at[0]].view(*shape, width),
+            HostDrafts(
+                ints[host_at[0]].view(*shape, width),
                 floats[alive_at].view(*shape, width),
-                *(ints[at].view(shape) for at in told_at[1:]),
+                *(ints[at].view(shape) for at in host_at[1:]),
             )
-            if told
+            if any_voice
             else None,
         )
 

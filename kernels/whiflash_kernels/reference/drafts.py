@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_kernels.structs import Chosen, Drafts, Told
+from whiflash_kernels.structs import Chosen, Drafts, HostDrafts
 
 
 def cut_drafts(
@@ -80,8 +80,8 @@ def choose_drafts(
     seq_lens: Tensor,
     text: Tensor,
     own: Tensor | None,
-    behind: Drafts | None,
-    told: Told | None,
+    appended: Drafts | None,
+    from_host: HostDrafts | None,
     copies: Drafts | None,
     rooms: Tensor | None,
     worth: float,
@@ -90,14 +90,14 @@ def choose_drafts(
     """See `whiflash_kernels.drafts.choose_drafts`."""
     tokens, counts, alive = drafts.tokens, drafts.counts, drafts.alive
     assert alive is not None
-    if behind is not None:
-        tokens, counts, alive = _joined(tokens, counts, alive, behind)
+    if appended is not None:
+        tokens, counts, alive = _joined(tokens, counts, alive, appended)
     width, best = tokens.shape[1], _gain(counts, alive, worth)
     voice = torch.zeros_like(counts)
     others: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
-    if told is not None and rooms is not None:
-        for number in range(told.counts.shape[1]):
-            one = Told(*(values[:, number] for values in told))
+    if from_host is not None and rooms is not None:
+        for number in range(from_host.counts.shape[1]):
+            one = HostDrafts(*(values[:, number] for values in from_host))
             others.append((number + 1, _aligned(one, request_slots, seq_lens, text, rooms.clamp(max=width))))
     if copies is not None and copies.alive is not None:
         others.append((-1, (copies.tokens, copies.counts, copies.alive)))
@@ -123,30 +123,32 @@ def choose_drafts(
 
 
 def _aligned(
-    told: Told, request_slots: Tensor, seq_lens: Tensor, text: Tensor, rooms: Tensor
+    from_host: HostDrafts, request_slots: Tensor, seq_lens: Tensor, text: Tensor, rooms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, counts and chances of one voice a request behind the text as it is."""
-    columns = told.tokens.shape[1]
+    columns = from_host.tokens.shape[1]
     column = torch.arange(columns, device=seq_lens.device)
-    passed = seq_lens + 1 - told.at
-    place = (told.at[:, None] + column).clamp(0, text.shape[1] - 1)
-    same = (text[request_slots[:, None], place] == told.tokens) | (column >= passed[:, None])
-    before = told.alive.gather(1, (passed - 1).clamp(0, columns - 1)[:, None])
+    passed = seq_lens + 1 - from_host.at
+    place = (from_host.at[:, None] + column).clamp(0, text.shape[1] - 1)
+    same = (text[request_slots[:, None], place] == from_host.tokens) | (column >= passed[:, None])
+    before = from_host.alive.gather(1, (passed - 1).clamp(0, columns - 1)[:, None])
     before = torch.where(passed[:, None] > 0, before, 1.0)
-    fits = same.all(1) & (passed >= 0) & (passed < told.counts) & (before[:, 0] > 0)
-    counts = torch.where(fits, torch.minimum(told.counts - passed, rooms), 0)
+    fits = same.all(1) & (passed >= 0) & (passed < from_host.counts) & (before[:, 0] > 0)
+    counts = torch.where(fits, torch.minimum(from_host.counts - passed, rooms), 0)
     index = (passed[:, None] + column).clamp(0, columns - 1)
-    return told.tokens.gather(1, index), counts, told.alive.gather(1, index) / before
+    return from_host.tokens.gather(1, index), counts, from_host.alive.gather(1, index) / before
 
 
-def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, behind: Drafts) -> tuple[Tensor, Tensor, Tensor]:
-    """`behind` behind the drafts of every request: it overwrites padding only."""
-    width, extra = tokens.shape[1], behind.tokens.shape[1]
+def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, appended: Drafts) -> tuple[Tensor, Tensor, Tensor]:
+    """`appended` behind the drafts of every request: it overwrites padding only."""
+    width, extra = tokens.shape[1], appended.tokens.shape[1]
     column = counts[:, None] + torch.arange(extra, device=counts.device)
-    tokens = F.pad(tokens, (0, extra)).scatter_(1, column, behind.tokens)[:, :width]
-    theirs = torch.zeros_like(behind.tokens, dtype=alive.dtype) if behind.alive is None else behind.alive
+    tokens = F.pad(tokens, (0, extra)).scatter_(1, column, appended.tokens)[:, :width]
+    theirs = (
+        torch.zeros_like(appended.tokens, dtype=alive.dtype) if appended.alive is None else appended.alive
+    )
     alive = F.pad(alive, (0, extra)).scatter_(1, column, theirs)[:, :width]
-    return tokens, counts + behind.counts, alive
+    return tokens, counts + appended.counts, alive
 
 
 def _gain(counts: Tensor, alive: Tensor, worth: float) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import Chosen, Drafts, Told
+from whiflash_kernels.structs import Chosen, Drafts, HostDrafts
 from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 RIVALS = 128
@@ -137,8 +137,8 @@ def _lay_kernel(
         tl.store(out_alive + request * width + column, chance, mask=column < width)
         sure = tl.zeros([COLUMNS], tl.float32)
         if HAS_CONFIDENCES:
-            told = drafts & (column < own_columns) & (column < columns)
-            sure = tl.load(confidences + row * confidences_row + column, mask=told, other=0.0)
+            judged = drafts & (column < own_columns) & (column < columns)
+            sure = tl.load(confidences + row * confidences_row + column, mask=judged, other=0.0)
         tl.store(out_confidences + request * columns + column, sure, mask=column < columns)
         # NaN is what does not equal itself.
         sound = (token == given) & (chance == chance) & (sure == sure)
@@ -214,7 +214,7 @@ def _rows(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.stride(1) == 1 else values.contiguous()
 
 
-@triton.jit(do_not_specialize=["width", "told_width", "copies_width", "more_row", "more_alive_row"])
+@triton.jit(do_not_specialize=["width", "host_width", "copies_width", "more_row", "more_alive_row"])
 def _merge_drafts_kernel(
     tokens,
     counts,
@@ -223,10 +223,10 @@ def _merge_drafts_kernel(
     more_tokens,
     more_counts,
     more_alive,
-    told_tokens,
-    told_alive,
-    told_counts,
-    told_at,
+    host_tokens,
+    host_alive,
+    host_counts,
+    host_at,
     rooms,
     copies,
     copies_alive,
@@ -242,13 +242,13 @@ def _merge_drafts_kernel(
     chances,
     worth,
     width,
-    told_width,
+    host_width,
     copies_width,
     more_row,
     more_alive_row,
     text_row,
     COLUMNS: tl.constexpr,
-    TOLD_COLUMNS: tl.constexpr,
+    HOST_COLUMNS: tl.constexpr,
     VOICES: tl.constexpr,
     HAS_MORE: tl.constexpr,
     HAS_MORE_ALIVE: tl.constexpr,
@@ -278,24 +278,24 @@ def _merge_drafts_kernel(
     whose = 0
     for number in tl.static_range(VOICES):
         row = request * VOICES + number
-        found = tl.load(told_counts + row)
-        begin = tl.load(told_at + row)
+        found = tl.load(host_counts + row)
+        begin = tl.load(host_at + row)
         passed = length + 1 - begin
-        place = tl.arange(0, TOLD_COLUMNS)
-        written = (place < passed) & (place < told_width) & (passed < found)
+        place = tl.arange(0, HOST_COLUMNS)
+        written = (place < passed) & (place < host_width) & (passed < found)
         known = tl.load(line + begin + place, mask=written, other=0)
-        said = tl.load(told_tokens + row * told_width + place, mask=written, other=0)
+        said = tl.load(host_tokens + row * host_width + place, mask=written, other=0)
         fits = (passed >= 0) & (passed < found)
         fits &= tl.sum((written & (known != said)).to(tl.int32), axis=0) == 0
-        first = row * told_width + tl.where(fits, passed, 0)
-        sure = tl.load(told_alive + first - 1, mask=fits & (passed > 0), other=1.0)
+        first = row * host_width + tl.where(fits, passed, 0)
+        sure = tl.load(host_alive + first - 1, mask=fits & (passed > 0), other=1.0)
         most = tl.minimum(found - passed, tl.minimum(tl.load(rooms + request), width))
         most = tl.where(fits & (sure > 0.0), most, 0)
         there = inside & (column < most)
-        lives = tl.div_rn(tl.load(told_alive + first + column, mask=there, other=0.0), sure)
+        lives = tl.div_rn(tl.load(host_alive + first + column, mask=there, other=0.0), sure)
         gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
         wins = (most > 0) & (gain > best)
-        theirs = tl.load(told_tokens + first + column, mask=there, other=0)
+        theirs = tl.load(host_tokens + first + column, mask=there, other=0)
         token = tl.where(wins, theirs, token)
         chance = tl.where(wins, lives, chance)
         count = tl.where(wins, most, count)
@@ -346,8 +346,8 @@ def choose_drafts(
     seq_lens: Tensor,
     text: Tensor,
     own: Tensor | None,
-    behind: Drafts | None,
-    told: Told | None,
+    appended: Drafts | None,
+    from_host: HostDrafts | None,
     copies: Drafts | None,
     rooms: Tensor | None,
     worth: float,
@@ -368,19 +368,21 @@ def choose_drafts(
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else alive
     columns = draft_columns(width)
     # Where there are none, any pointer stands for them: the kernel does not look.
-    heard = Told(tokens, alive, counts, counts) if told is None else told
+    heard = HostDrafts(tokens, alive, counts, counts) if from_host is None else from_host
     copied = (tokens, alive, counts)
     if copies is not None:
         assert copies.alive is not None
         copied = copies.tokens, copies.alive, copies.counts
-    more_tokens, more_alive = (None, None) if behind is None else (_rows(behind.tokens), _rows(behind.alive))
+    more_tokens, more_alive = (
+        (None, None) if appended is None else (_rows(appended.tokens), _rows(appended.alive))
+    )
     _merge_drafts_kernel[(size,)](
         tokens,
         counts,
         counts if own is None else own.contiguous(),
         alive,
         tokens if more_tokens is None else more_tokens,
-        counts if behind is None else behind.counts.contiguous(),
+        counts if appended is None else appended.counts.contiguous(),
         alive if more_alive is None else more_alive,
         *heard,
         counts if rooms is None else rooms.contiguous(),
@@ -398,9 +400,9 @@ def choose_drafts(
         0 if more_alive is None else more_alive.stride(0),
         text.stride(0),
         COLUMNS=columns,
-        TOLD_COLUMNS=1 if told is None else draft_columns(heard.tokens.shape[2]),
-        VOICES=0 if told is None else heard.counts.shape[1],
-        HAS_MORE=behind is not None,
+        HOST_COLUMNS=1 if from_host is None else draft_columns(heard.tokens.shape[2]),
+        VOICES=0 if from_host is None else heard.counts.shape[1],
+        HAS_MORE=appended is not None,
         HAS_MORE_ALIVE=more_alive is not None,
         HAS_COPIES=copies is not None,
         COMPETE=compete,
