@@ -8,17 +8,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from whiflash_sdk import Hints, Span
 from whiflash_sdk import hints as sdk_hints
+from whiflash_sdk.presets import likely_spans
 
-from whiflash_sglang.spans import hints as server_hints
-from whiflash_sglang.spans.hints import ARMS, KINDS, SpanHint, parse_hints
-from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.hints import ARMS, KINDS, SpanHint, hashable, parse_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
 
-def walk(hints: server_hints.RequestHints, text: str) -> list[str | None]:
+def walk(spans: tuple[SpanHint, ...], text: str) -> list[str | None]:
     """Kinds in order of their change, one byte a token."""
     pieces = [bytes((byte,)) for byte in text.encode()]
-    tracker = SpanTracker(hints.spans, pieces)
+    tracker = SpanTracker(spans, pieces)
     kinds = [tracker.span.kind if tracker.span else None]
     for index in range(len(pieces)):
         tracker.push([index])
@@ -26,16 +25,30 @@ def walk(hints: server_hints.RequestHints, text: str) -> list[str | None]:
     return [kind for kind, _ in groupby(kinds)]
 
 
+def inferred(
+    tool_parser: str | None, reasoning_parser: str | None, form: str | None = None, *, forced: bool = False
+) -> tuple[SpanHint, ...]:
+    return hashable(
+        likely_spans(
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+            has_tools=form is None,
+            response_format=form,
+            forced=forced,
+            reasoning_open=True if form else None,
+        )
+    )
+
+
 def test_a_forced_call_starts_inside_the_span() -> None:
-    hints = infer_spans("hermes", None, True, None, True)
-    assert hints.spans == (SpanHint("tool_call", "<tool_call>", "</tool_call>", open=True),)
+    spans = inferred("hermes", None, forced=True)
+    assert spans == (SpanHint("tool_call", "<tool_call>", "</tool_call>", open=True),)
     text = '<tool_call>{"name":"a"}</tool_call>\n<tool_call>{"name":"b"}</tool_call>'
-    assert walk(hints, text) == ["tool_call", None, "tool_call", None]
+    assert walk(spans, text) == ["tool_call", None, "tool_call", None]
 
 
 def test_a_schema_starts_inside_json_after_the_reasoning() -> None:
-    hints = infer_spans(None, "qwen3", False, "json_schema", False, reasoning_open=True)
-    assert walk(hints, 'hm</think>{"a":1}') == ["reasoning", "json"]
+    assert walk(inferred(None, "qwen3", "json_schema"), 'hm</think>{"a":1}') == ["reasoning", "json"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +67,7 @@ def test_a_schema_starts_inside_json_after_the_reasoning() -> None:
 def test_parsers_mark_their_formats(
     tool_parser: str | None, reasoning_parser: str | None, text: str, expected: list[str | None]
 ) -> None:
-    assert walk(infer_spans(tool_parser, reasoning_parser, True, None, False), text) == expected
+    assert walk(inferred(tool_parser, reasoning_parser), text) == expected
 
 
 BIAS = st.dictionaries(st.sampled_from(ARMS), st.floats(-16, 16))

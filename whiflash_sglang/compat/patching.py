@@ -44,6 +44,16 @@ def replace(owner: Any, attribute: str, build: Callable[[Any], Any]) -> None:
     setattr(owner, attribute, build(original))
 
 
+def allow_extra(*models: Any, within: tuple[Any, ...] = ()) -> None:
+    """Let SGLang's models of answers carry fields of ours. within: models that embed their schema. Idempotent."""
+    if models[0].model_config.get("extra") == "allow":
+        return
+    for model in models:
+        model.model_config["extra"] = "allow"
+    for model in (*models, *within):
+        model.model_rebuild(force=True)
+
+
 def around(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """For `replace`: `function(original, ...)` is called with what it replaces, and with the call's arguments."""
 

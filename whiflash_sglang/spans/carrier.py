@@ -21,6 +21,7 @@ from whiflash_sglang.spans.hints import (
     RequestHints,
     parse_hints,
     printable,
+    utf8,
     validated,
 )
 
@@ -104,11 +105,7 @@ def _scalars(key: str, value: object) -> Iterable[object]:
 def _check_text(key: str, text: str, chars_left: int) -> None:
     if chars_left < 0:
         raise _carrier_error(key, f"makes custom_params hold more than {_MAX_CHARS} characters of text")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _carrier_error(key, "holds a lone surrogate, which is not text") from None
+    utf8(f"custom_params.{printable(key)}", text)
 
 
 def _check_integer(key: str, value: object) -> None:

@@ -10,6 +10,7 @@ is decoded, and decoding stops at the first object too many.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple, NoReturn, get_args
@@ -24,6 +25,7 @@ from whiflash_sdk.hints import (
     Hints,
     Kind,
     LookupScope,
+    Span,
     TraceLevel,
     first_fault,
 )
@@ -91,16 +93,7 @@ Bias = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class SpanHint:
-    """One kind of stretch the output may contain, found by literal markers.
-
-    kind: one of `KINDS`.
-    begin: text that opens the span; None if only `open` opens it.
-    end: text that closes it; None if it never closes.
-    open: the span is open before the first output token.
-    prefer: arm to favour inside the span, one of `ARMS`.
-    pin: use `prefer` for every round inside the span, whatever the scores say.
-    bias: (arm, expected accepted tokens to add to that arm's score), sorted by arm.
-    """
+    """The SDK's `Span`, hashable. bias: (arm, expected accepted tokens to add to its score), sorted by arm."""
 
     kind: str
     begin: str | None = None
@@ -120,16 +113,10 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RequestHints:
-    """One request's hints. Hashable: requests with equal hints compare equal.
+    """The SDK's `Hints` of one request. Hashable: requests with equal hints compare equal.
 
-    spans: at most `MAX_SPANS`; among spans that open at the same byte the first listed is active.
-    off: decode this request without drafting.
-    infer: where `spans` is empty, let the server infer them from the request and its parsers.
-    trace: return the routing trace with the response, in sums or with its stretches.
-    lookup: what may be copied: `memory` (its own context, and its tenant's recent outputs where the server keeps
-        them), `context` (its own context; nothing of it is kept either), `off`.
-    agent, query: who asks, and which of its prompts this is: texts of one agent are copied from first.
-    structure: blocks of its answers, at most `MAX_BLOCKS`; text of one block is copied into the same block first.
+    trace: None if no trace was asked for.
+    query: a number as its digits.
     tools, inferred: what the HTTP process says of the request's tools, and whether `spans` are its guess; no hints of
         the caller's, never part of the payload.
     """
@@ -217,6 +204,13 @@ def _reject_constant(name: str) -> NoReturn:
     raise HintError(_FIELD, f"holds {name}, which is not a number JSON allows")
 
 
+def hashable(spans: Iterable[Span]) -> tuple[SpanHint, ...]:
+    return tuple(
+        SpanHint(s.kind, s.begin, s.end, s.open, s.prefer, s.pin, tuple(sorted(s.bias.items())))
+        for s in spans
+    )
+
+
 def validated(raw: object, field: str) -> RequestHints:
     """A decoded payload, validated by the SDK's models. field: its name in an error.
 
@@ -228,10 +222,7 @@ def validated(raw: object, field: str) -> RequestHints:
         path, reason = first_fault(error)
         raise HintError(f"{field}{path}", reason) from None
     return RequestHints(
-        spans=tuple(
-            SpanHint(s.kind, s.begin, s.end, s.open, s.prefer, s.pin, tuple(sorted(s.bias.items())))
-            for s in read.spans
-        ),
+        spans=hashable(read.spans),
         off=read.off,
         infer=read.infer,
         trace="summary" if read.trace is True else read.trace or None,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError, utf8
 
 FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
 
@@ -123,9 +123,5 @@ def _part(field: str, part: object) -> str:
 
 
 def _text(field: str, text: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise HintError(field, "holds a lone surrogate, which is not text") from None
+    utf8(field, text)
     return text

@@ -16,7 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.http import pieces, predictions, traces
 from whiflash_sglang.compat.http.converted import serving_of_responses
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import allow_extra, around, replace
 
 EXTENSION = "sglext"
 PREDICTION = "prediction"
@@ -27,10 +27,7 @@ _ENDED = ("response.completed", "response.incomplete", "response.failed")
 
 def install() -> None:
     """Idempotent."""
-    for model in (AnthropicMessagesResponse, ResponsesResponse):
-        if model.model_config.get("extra") != "allow":
-            model.model_config["extra"] = "allow"
-            model.model_rebuild(force=True)
+    allow_extra(AnthropicMessagesResponse, ResponsesResponse)
     replace(AnthropicServing, "_convert_response", _with_extension)
     replace(AnthropicServing, "_generate_anthropic_stream", _extending_messages)
     serving = serving_of_responses()

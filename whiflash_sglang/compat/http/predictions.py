@@ -6,12 +6,13 @@ requests without a prediction are SGLang's own.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, TypeVar
 
 from sglang.srt.entrypoints.openai import protocol
 
 from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.patching import allow_extra
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
 from whiflash_sglang.spans.prediction import prediction_reader
@@ -32,10 +33,8 @@ _CARRIERS = (
 
 def install() -> None:
     """Idempotent."""
-    if protocol.CompletionTokensDetails.model_config.get("extra") != "allow":
-        protocol.CompletionTokensDetails.model_config["extra"] = "allow"
-        for name in ("CompletionTokensDetails", *_CARRIERS):
-            getattr(protocol, name).model_rebuild(force=True)
+    carriers = tuple(getattr(protocol, name) for name in _CARRIERS)
+    allow_extra(protocol.CompletionTokensDetails, within=carriers)
 
 
 async def encoded(manager: Any, obj: Any) -> None:
@@ -44,13 +43,25 @@ async def encoded(manager: Any, obj: Any) -> None:
     Raises:
         ValueError: one is malformed; SGLang answers it with 400.
     """
-    given = getattr(obj, "sampling_params", None)
-    read = [await _encoded(manager, one) for one in (given if isinstance(given, list) else [given])]
+    read = [await _encoded(manager, one) for one in parameters_of(obj)]
     found = [parameters for parameters, _ in read]
     if any(found):
-        obj.sampling_params = found if isinstance(given, list) else found[0]
+        obj.sampling_params = found if isinstance(obj.sampling_params, list) else found[0]
     if any(notes for _, notes in read):
         obj.__dict__[_NOTES] = [notes for _, notes in read]
+
+
+def parameters_of(obj: Any) -> list[Any]:
+    """The sampling parameters of an internal request: one for all prompts, or one for each."""
+    given = getattr(obj, "sampling_params", None)
+    return given if isinstance(given, list) else [given]
+
+
+def choices_of(output: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What an output brings, with the number of the choice that each is of."""
+    for number, item in enumerate(output if isinstance(output, list) else [output]):
+        if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
+            yield item.get("index", number), item
 
 
 def of_choice(values: Sequence[T], obj: Any, choice: int) -> T:
@@ -85,8 +96,7 @@ async def _encoded(manager: Any, parameters: Any) -> tuple[Any, list[str]]:
 
 async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """The outputs of a request; of one with a prediction the last ones say in `meta_info` what of it appeared."""
-    given = getattr(obj, "sampling_params", None)
-    predicted = [_tokens(one) for one in (given if isinstance(given, list) else [given])]
+    predicted = [_tokens(one) for one in parameters_of(obj)]
     if all(tokens is None for tokens in predicted):
         async for output in outputs:
             yield output
@@ -94,15 +104,13 @@ async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> Async
     increments = bool(getattr(obj, "stream", False)) and manager.incremental_streaming_output
     written: dict[int, list[int]] = {}
     async for output in outputs:
-        for number, item in enumerate(output if isinstance(output, list) else [output]):
-            if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
-                choice = item.get("index", number)
-                tokens = of_choice(predicted, obj, choice)
-                if tokens is not None:
-                    answer = item.get("output_ids") or []
-                    written[choice] = written.get(choice, []) + answer if increments else answer
-                    if item["meta_info"].get("finish_reason"):
-                        await _count(obj, item["meta_info"], choice, tokens, written.pop(choice))
+        for choice, item in choices_of(output):
+            tokens = of_choice(predicted, obj, choice)
+            if tokens is not None:
+                answer = item.get("output_ids") or []
+                written[choice] = written.get(choice, []) + answer if increments else answer
+                if item["meta_info"].get("finish_reason"):
+                    await _count(obj, item["meta_info"], choice, tokens, written.pop(choice))
         yield output
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
-from whiflash_sdk.hints import INFERRED_KEY
+from whiflash_sdk.hints import INFERRED_KEY, Span
+from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.spans.carrier import Own, add_body_scope, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
-from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, SpanHint
-from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.hints import TOOLS_KEY, HintError
 from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
 from whiflash_sglang.structure.tools import carried_tools
 
@@ -88,7 +88,7 @@ def completed(manager: Any, request: Any, custom_params: Any) -> Any:
     if not hints.infer:
         return custom_params
     if not hints.spans and (spans := _inferred(manager, request)):
-        told = add_hints(custom_params, {"spans": [_span_fields(span) for span in spans]})
+        told = add_hints(custom_params, {"spans": [span.model_dump(exclude_defaults=True) for span in spans]})
         custom_params = custom_params if told is None else {**told, INFERRED_KEY: True}
     tools = _tools(manager, request)
     return custom_params if tools is None else {**(custom_params or {}), TOOLS_KEY: Own(tools)}
@@ -115,18 +115,13 @@ def _tools(manager: Any, request: Any) -> str | None:
     )
 
 
-def _span_fields(span: SpanHint) -> dict[str, Any]:
-    said = {"kind": span.kind, "begin": span.begin, "end": span.end, "open": span.open}
-    return {name: value for name, value in said.items() if value}
-
-
-def _inferred(manager: Any, request: Any) -> tuple[SpanHint, ...]:
+def _inferred(manager: Any, request: Any) -> tuple[Span, ...]:
     choice = getattr(request, "tool_choice", None)
     response_format = getattr(request, "response_format", None)
-    return infer_spans(
-        manager.config_value("tool_call_parser"),  # `auto` has become a name here, or None
-        manager.config_value("reasoning_parser"),
-        bool(getattr(request, "tools", None)) and choice != "none",
-        getattr(response_format, "type", None),
-        choice == "required" or not isinstance(choice, (str, type(None))),
-    ).spans
+    return likely_spans(
+        tool_parser=manager.config_value("tool_call_parser"),  # `auto` has become a name here, or None
+        reasoning_parser=manager.config_value("reasoning_parser"),
+        has_tools=bool(getattr(request, "tools", None)) and choice != "none",
+        response_format=getattr(response_format, "type", None),
+        forced=choice == "required" or not isinstance(choice, (str, type(None))),
+    )

@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompl
 
 from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.http import figures, predictions
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import allow_extra, around, replace
 from whiflash_sglang.spans.hints import HintError, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.trace import pieces_of, place
@@ -29,7 +29,8 @@ _FOUND = "_whiflash_traces"
 
 def install() -> None:
     """Idempotent."""
-    _open_extension()
+    # The responses are rebuilt since they embed the schema of `sglext`.
+    allow_extra(protocol.SglExt, *(getattr(protocol, name) for name in _RESPONSES))
     for serving, build, stream in (
         (OpenAIServingChat, "_build_chat_response", "_generate_chat_stream"),
         (OpenAIServingCompletion, "_build_completion_response", "_generate_completion_stream"),
@@ -38,22 +39,12 @@ def install() -> None:
         replace(serving, stream, _with_trace_chunk)
 
 
-def _open_extension() -> None:
-    """Let `sglext` and the responses around it carry a field of ours; these are rebuilt since they embed its schema."""
-    if protocol.SglExt.model_config.get("extra") == "allow":
-        return
-    for model in (protocol.SglExt, *(getattr(protocol, name) for name in _RESPONSES)):
-        model.model_config["extra"] = "allow"
-        model.model_rebuild(force=True)
-
-
 async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """The outputs of a request, with its traces completed: the choice that each is of, and what only text can tell."""
     arrived = _Arrived(manager, obj)
     async for output in outputs:
-        for number, item in enumerate(output if isinstance(output, list) else [output]):
-            if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
-                arrived.take(item, item.get("index", number))
+        for choice, item in predictions.choices_of(output):
+            arrived.take(item, choice)
         yield output
 
 
@@ -106,14 +97,9 @@ def place_text(
     place(trace, pieces_of(tokens, vocabulary, skipped), text)
 
 
-def _parameters(obj: Any) -> list[Any]:
-    given = getattr(obj, "sampling_params", None)
-    return given if isinstance(given, list) else [given]
-
-
 def asks_text(obj: Any) -> bool:
     """Whether a full trace was asked for, which is the kind that speaks of text."""
-    for parameters in _parameters(obj):
+    for parameters in predictions.parameters_of(obj):
         if isinstance(parameters, dict):
             try:
                 if parse_hints(parameters.get("custom_params")).trace == "full":
@@ -124,7 +110,7 @@ def asks_text(obj: Any) -> bool:
 
 
 def _skips_special_tokens(obj: Any, choice: int) -> bool:
-    own = predictions.of_choice(_parameters(obj), obj, choice)
+    own = predictions.of_choice(predictions.parameters_of(obj), obj, choice)
     return bool(own.get("skip_special_tokens", True)) if isinstance(own, dict) else True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.hub import member
@@ -21,7 +22,7 @@ from whiflash_sglang.lab.judging.controlled import Known, Lag, Prices, auto_choi
 from whiflash_sglang.lab.judging.signals import judge, signals_of
 from whiflash_sglang.lab.judging.thresholds import Signal
 from whiflash_sglang.models.router import Router
-from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.hints import hashable
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
@@ -55,8 +56,14 @@ def kinds_of(
     """
     has_tools = bool(row.get("tools"))
     form = (row.get("response_format") or {}).get("type")
-    hints = infer_spans(tool_parser, None, has_tools, form, has_tools and form is None)
-    tracker = SpanTracker(hints.spans, token_bytes)
+    spans = likely_spans(
+        tool_parser=tool_parser,
+        reasoning_parser=None,
+        has_tools=has_tools,
+        response_format=form,
+        forced=has_tools and form is None,
+    )
+    tracker = SpanTracker(hashable(spans), token_bytes)
     kinds = []
     for token in answer:
         kinds.append(tracker.span.kind if tracker.span else PROSE)

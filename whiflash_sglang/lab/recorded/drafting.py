@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from whiflash_sdk.presets import likely_spans
+
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.core import Voice
 from whiflash_sglang.drafters.lookup import WORTH
@@ -17,8 +19,7 @@ from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.infer import infer_spans
+from whiflash_sglang.spans.hints import RequestHints, hashable
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.tools import carried_tools
 
@@ -261,7 +262,11 @@ PLAIN = "lookup"
 PARSER = "hermes"
 """Of the server that is walked as."""
 
-SPANS = infer_spans(PARSER, None, True, None, False).spans
+SPANS = hashable(
+    likely_spans(
+        tool_parser=PARSER, reasoning_parser=None, has_tools=True, response_format=None, forced=False
+    )
+)
 """As it infers them."""
 
 
