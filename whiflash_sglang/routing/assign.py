@@ -5,10 +5,15 @@ per active arm and verification once for all. So the subsets of active arms are 
 per second; with a handful of arms that is at most a few dozen subsets.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from whiflash_sglang import arms
 from whiflash_sglang.routing.signals import Forecast
@@ -72,48 +77,93 @@ def assign(
     """
     if costs is None or not scores:
         return best_each(scores)
-    told = told or [{}] * len(scores)
-    best, best_rate = best_each(scores), 0.0
-    for active in _subsets({arm for s in scores for arm in s} - {arms.NONE}, most=len(scores)):
-        if any(s and not s.keys() & (active | {arms.NONE}) for s in scores):
-            continue  # A pinned request's arm is not active.
-        routes = [_best_within(s, active, costs, own) for s, own in zip(scores, told, strict=True)]
-        rate = expected_rate(scores, routes, costs, told)
-        if rate > best_rate:
-            best, best_rate = routes, rate
+    batch = _Batch.of(scores, costs, told)
+    choices = batch.best_choices()
+    rates = batch.rates(choices)
+    first = int(rates.argmax())
+    if rates[first] <= 0.0:
+        best, best_rate = best_each(scores), 0.0  # of scores that only order arms
+    else:
+        best, best_rate = batch.arms_of(choices[first]), float(rates[first])
     if dwell is not None and len(previous) == len(scores):
-        kept = [p if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
-        if expected_rate(scores, [str(k) for k in kept], costs, told) * (1 + dwell.margin) >= best_rate:
-            return [str(k) for k in kept]
+        kept = [str(p) if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
+        if kept == best or batch.rate(kept) * (1 + dwell.margin) >= best_rate:
+            return kept
     return best
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """R requests with A arms to choose from, `none` the last: so that a subset of arms is priced for all at once.
+
+    scores: [R, A] float64, -inf for an arm that a request must not use. rows: [R, A] float64, to verify.
+    """
+
+    arms: list[str]
+    scores: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.float64]
+    costs: Costs
+
+    @classmethod
+    def of(cls, scores: Sequence[Scores], costs: Costs, told: Sequence[Told]) -> "_Batch":
+        """A request without scores decodes plainly, and adds nothing to what is expected."""
+        names = [*sorted({arm for own in scores for arm in own} - {arms.NONE}), arms.NONE]
+        rows = np.tile(np.array([costs.width(arm) for arm in names], dtype=float), (len(scores), 1))
+        column = {arm: place for place, arm in enumerate(names)}
+        for request, own in enumerate(told):
+            for arm in own.keys() & column.keys():
+                rows[request, column[arm]] = own[arm].rows
+        known = [[own.get(arm, -math.inf) for arm in names] if own else _plain(names) for own in scores]
+        return cls(names, np.array(known), rows, costs)
+
+    def best_choices(self) -> npt.NDArray[np.intp]:
+        """[subsets, R] columns: every request's best arm of each set of active ones, narrower first on ties.
+
+        Rows that verify nothing cost the whole batch. Sets without a pinned request's arm are left out.
+        """
+        subsets = _subsets(self.arms[:-1], most=len(self.scores))
+        active = np.array([[arm in chosen or arm == arms.NONE for arm in self.arms] for chosen in subsets])
+        within = np.where(active[:, None, :], self.scores, -math.inf)
+        best = within.max(-1)
+        choices: npt.NDArray[np.intp] = np.where(within == best[..., None], self.rows, math.inf).argmin(-1)
+        possible: npt.NDArray[np.intp] = choices[(best > -math.inf).all(-1)]
+        return possible
+
+    def rates(self, choices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        """Expected tokens per second of each row of `choices` [S, R]."""
+        requests = np.arange(len(self.scores))
+        rows = self.rows[requests, choices].sum(-1).tolist()
+        counts = (choices[..., None] == np.arange(len(self.arms) - 1)).sum(1).tolist()
+        draft, verify = cache(self.costs.draft), cache(self.costs.verify)
+        seconds = [
+            verify(width, len(requests))
+            + sum(draft(arm, n) for arm, n in zip(self.arms[:-1], own, strict=True) if n)
+            for width, own in zip(rows, counts, strict=True)
+        ]
+        rates: npt.NDArray[np.float64] = self.scores[requests, choices].sum(-1) / np.array(seconds)
+        return rates
+
+    def rate(self, routes: Sequence[str]) -> float:
+        """Expected tokens per second of the batch under `routes`."""
+        return float(self.rates(np.array([[self.arms.index(arm) for arm in routes]]))[0])
+
+    def arms_of(self, choice: npt.NDArray[np.intp]) -> list[str]:
+        return [self.arms[place] for place in choice.tolist()]
+
+
 def expected_rate(
-    scores: Sequence[Scores], routes: Sequence[str], costs: Costs, told: Sequence[Told]
+    scores: Sequence[Scores], routes: Sequence[str], costs: Costs, told: Sequence[Told] = ()
 ) -> float:
     """Expected tokens per second of a batch under `routes`."""
-    counts: dict[str, int] = {}
-    for arm in routes:
-        counts[arm] = counts.get(arm, 0) + 1
-    rows = sum(_rows(arm, own, costs) for arm, own in zip(routes, told, strict=True))
-    seconds = costs.verify(rows, len(routes))
-    seconds += sum(costs.draft(arm, count) for arm, count in counts.items() if arm != arms.NONE)
-    return sum(s[arm] for s, arm in zip(scores, routes, strict=True) if s) / seconds
+    return _Batch.of(scores, costs, told).rate(routes)
 
 
-def _subsets(active: Iterable[str], most: int) -> Iterable[frozenset[str]]:
+def _plain(names: Sequence[str]) -> list[float]:
+    return [0.0 if arm == arms.NONE else -math.inf for arm in names]
+
+
+def _subsets(active: Sequence[str], most: int) -> Iterable[frozenset[str]]:
     """Sets of at most `most` arms: no more are used than there are requests."""
-    ordered = sorted(active)
-    for size in range(min(len(ordered), most) + 1):
-        for chosen in combinations(ordered, size):
+    for size in range(min(len(active), most) + 1):
+        for chosen in combinations(active, size):
             yield frozenset(chosen)
-
-
-def _rows(arm: str, told: Told, costs: Costs) -> float:
-    return told[arm].rows if arm in told else costs.width(arm)
-
-
-def _best_within(scores: Scores, active: frozenset[str], costs: Costs, told: Told) -> str:
-    """The request's best active arm, narrower first on ties: rows that verify nothing cost the whole batch."""
-    allowed = [arm for arm in scores if arm in active or arm == arms.NONE]
-    return max(allowed, key=lambda arm: (scores[arm], -_rows(arm, told, costs)), default=arms.NONE)
