@@ -414,7 +414,7 @@ def test_misuse_says_what_to_give(client: OpenAI) -> None:
     with pytest.raises(whiflash_sdk.HintError, match=r"custom_params.*mapping"):
         OWN.extra_body({"custom_params": "text"})
     params = {"whiflash": '{"spans":[{"kind":"poem","open":true}]}'}
-    with pytest.raises(whiflash_sdk.HintError, match=r"whiflash\.spans\.0\.kind"):
+    with pytest.raises(whiflash_sdk.HintError, match=r"whiflash\.spans\[0\]\.kind"):
         client.chat.completions.create(**asked, extra_body={"custom_params": params})
 
 

@@ -13,18 +13,20 @@ import time
 from dataclasses import dataclass, field
 from math import inf
 from threading import Lock
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 import anyio
 from anyio.lowlevel import RunVar
-from openai import AsyncOpenAI, NotGiven, OpenAI, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
 from whiflash_sdk.hints import SCOPES, TraceLevel
 from whiflash_sdk.identity import Asker, OfClient
+
+if TYPE_CHECKING:  # takes longer to import than all of this package
+    from openai import AsyncOpenAI, NotGiven, OpenAI, Timeout
 
 PROBE_SECONDS: Final = 2.0
 KEPT_SECONDS: Final = 300.0
@@ -300,9 +302,11 @@ def _server(asker: Asker) -> tuple[str, Server]:
 
 
 def _limits(asker: Asker, timeout: float | Timeout | NotGiven | None) -> dict[str, float]:
+    import httpx
+
     asked: Any = asker.timeout if timeout is None or type(timeout).__name__ == "NotGiven" else timeout
     if not isinstance(asked, dict):
-        asked = (asked if hasattr(asked, "as_dict") else Timeout(asked)).as_dict()
+        asked = (asked if hasattr(asked, "as_dict") else httpx.Timeout(asked)).as_dict()
     return {name: min(PROBE_SECONDS, inf if s is None else s) for name, s in asked.items()}
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
-
-from openai import AsyncOpenAI, OpenAI
+from typing import TYPE_CHECKING, Any, Final
 
 from whiflash_sdk import presets
 from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
 from whiflash_sdk.client import settings_of
 from whiflash_sdk.identity import OfClient
 from whiflash_sdk.trace import SourceTotals, Trace, routing
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
 
 _UNUSED: Final = {
     "prediction": "no draft was taken from one: send it with predict(…) or a Session; the answer may not follow it",

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
-from openai import AsyncOpenAI, OpenAI
-
 _SALT: Final = os.urandom(16)
 _SECRET_WORDS: Final = frozenset(
     [
@@ -59,11 +57,10 @@ def base_classes(name: str) -> tuple[type, ...]:
 
 
 def api_clients(*, asynchronous: bool) -> tuple[type, ...]:
-    """The classes of the clients that `wrap` takes; Anthropic's if somebody imported it."""
+    """The classes of the clients that `wrap` takes, of those libraries that are imported."""
     prefix = "Async" if asynchronous else ""
-    ours: type = AsyncOpenAI if asynchronous else OpenAI
-    theirs = getattr(sys.modules.get("anthropic"), f"{prefix}Anthropic", None)
-    return (ours,) if theirs is None else (ours, theirs)
+    libraries = ((sys.modules.get("openai"), "OpenAI"), (sys.modules.get("anthropic"), "Anthropic"))
+    return tuple(getattr(library, prefix + name) for library, name in libraries if library is not None)
 
 
 class OfClient:
@@ -71,7 +68,8 @@ class OfClient:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        is_openai = isinstance(client, OpenAI | AsyncOpenAI)
+        openai = sys.modules.get("openai")
+        is_openai = openai is not None and isinstance(client, openai.OpenAI | openai.AsyncOpenAI)
         self._library = sys.modules["openai" if is_openai else "anthropic"]
         self.base = str(client.base_url).rstrip("/") + ("" if is_openai else "/v1")
         self.timeout = client.timeout

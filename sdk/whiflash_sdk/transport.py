@@ -9,9 +9,8 @@ import functools
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
-from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 from typing_extensions import Unpack
 
 from whiflash_sdk.capabilities import Server, ask, async_ask
@@ -20,6 +19,9 @@ from whiflash_sdk.errors import HintError
 from whiflash_sdk.identity import OfRequest, base_classes
 from whiflash_sdk.outgoing import REFUSALS, Outgoing, Settings, Told, model_of, route_of
 from whiflash_sdk.streaming import watch
+
+if TYPE_CHECKING:
+    from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 
 
 class HttpClient(Protocol):
@@ -54,7 +56,9 @@ def http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
 
     Raises: TypeError if `inner` is something else.
     """
-    return _above(inner or DefaultHttpxClient(), "Client", settings)
+    import openai
+
+    return _above(inner or openai.DefaultHttpxClient(), "Client", settings)
 
 
 @overload
@@ -63,7 +67,9 @@ def async_http_client(inner: None = None, **settings: Unpack[Settings]) -> Defau
 def async_http_client(inner: HttpT, **settings: Unpack[Settings]) -> HttpT: ...
 def async_http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
     """`http_client` for asynchronous clients: `httpx.AsyncClient` and `httpx2.AsyncClient`."""
-    return _above(inner or DefaultAsyncHttpxClient(), "AsyncClient", settings)
+    import openai
+
+    return _above(inner or openai.DefaultAsyncHttpxClient(), "AsyncClient", settings)
 
 
 def passing_client(inner: Any, settings: Settings) -> Any:
