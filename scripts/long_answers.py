@@ -1,8 +1,8 @@
-"""Acceptance against the position in a long answer, by drafter: `python scripts/long_answers.py`.
+"""Acceptance against the position in a long answer, by drafter: `python scripts/long_answers.py TEXT …`.
 
-The embedded target writes on to the end of its context: its end of sequence is forbidden, and tokens are sampled with
-seeds, since greedy text of so small a model soon loops. Each drafter is pinned in a server of its own, and `auto`
-serves the same requests. A round counts for the stretch of the answer that it began in.
+Servers are forced along the files' text, to the end of the embedded target's context: text of so small a model loops
+after some hundred tokens, whether greedy or sampled, and loops flatter every drafter. Each drafter is pinned in a
+server of its own, and `auto` serves the same requests. A round counts for the stretch of the answer that it began in.
 """
 
 import argparse
@@ -13,38 +13,36 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import outcome
 from servers_beside import arguments_of
+from transformers import AutoTokenizer
 
-from whiflash_sglang.lab.bench.prompts import load_prompts, sample
 from whiflash_sglang.serving.server import Server
 from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.spans.hints import CARRIED_FORCED
 
 ARMS = {"ar": "EAGLE-3", "diffusion": "DSpark", "lookup": "copies", "auto": "auto"}
+FORCED = ("--whiflash-force-recorded", "on")
 FIRST = 128
 """Tokens of the first stretch; each further one ends at twice its start."""
 
 
-def round_tokens(base_url: str, messages: Sequence[Any], tokens: int, seed: int) -> list[int]:
-    """Tokens of each round of one answer. Raises httpx.HTTPStatusError."""
+def round_tokens(base_url: str, answer: Sequence[int]) -> list[int]:
+    """Tokens of each round of one answer, which is forced. Raises httpx.HTTPStatusError."""
     request = {
         "model": "embedded",
-        "messages": list(messages),
-        "max_tokens": tokens,
-        "min_tokens": tokens,
-        "temperature": 0.8,
-        "top_p": 0.95,
-        "seed": seed,
-        "custom_params": {"whiflash": json.dumps({"trace": "full"})},
+        "messages": [{"role": "user", "content": "Write a long text."}],
+        "max_tokens": len(answer),
+        "temperature": 0,
+        "custom_params": {"whiflash": json.dumps({"trace": "full"}), CARRIED_FORCED: list(answer)},
     }
-    answer = (
+    reply = (
         httpx.post(f"{base_url}/v1/chat/completions", json=request, timeout=None).raise_for_status().json()
     )
     return [
-        count for stretch in answer["sglext"]["whiflash"]["stretches"] for count in stretch["round_tokens"]
+        count for stretch in reply["sglext"]["whiflash"]["stretches"] for count in stretch["round_tokens"]
     ]
 
 
@@ -84,30 +82,31 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--prompts", type=Path, default=Path("results/benchmark/held-out.jsonl"))
-    parser.add_argument("--category", default="chat")
-    parser.add_argument("--answers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=7500)
+    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
+    parser.add_argument("--tokens", type=int, default=7500, help="of each text, from its beginning")
     parser.add_argument(
         "--out", type=Path, default=Path("results/long-answers.json"), help=".md and .svg beside it"
     )
     args = parser.parse_args()
-    asked = [p for p in sample(load_prompts(str(args.prompts)), None) if p.category == args.category]
-    asked = asked[: args.answers]
     model, both, ours = arguments_of(False, Path())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    answers = [
+        tokenizer.encode(file.read_text(), add_special_tokens=False)[: args.tokens] for file in args.texts
+    ]
     both += ["--model-path", model, "--served-model-name", "embedded", "--dtype", "bfloat16"]
-    both += ["--max-total-tokens", str(len(asked) * (args.tokens + 600))]
+    both += ["--max-total-tokens", str(sum(map(len, answers)) + 600 * len(answers)), *FORCED]
     found = {}
-    with ServerHost() as host, ThreadPoolExecutor(len(asked)) as pool:
+    with ServerHost() as host, ThreadPoolExecutor(len(answers)) as pool:
         for arm in ARMS:
-            print(f"{arm}: {len(asked)} answers of {args.tokens} tokens …", file=sys.stderr, flush=True)
+            print(f"{arm}: {sum(map(len, answers))} tokens …", file=sys.stderr, flush=True)
             with Server([*both, *ours, "--whiflash-router", arm], host=host) as server:
-                ask = partial(round_tokens, server.base_url, tokens=args.tokens)
-                runs = [pool.submit(ask, prompt.messages, seed=seed) for seed, prompt in enumerate(asked)]
-                found[arm] = by_stretch([run.result() for run in runs])
+                found[arm] = by_stretch(list(pool.map(partial(round_tokens, server.base_url), answers)))
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     draw(found, args.out.with_suffix(".svg"))
     ends = sorted({end for own in found.values() for end in own})
+    sizes = ", ".join(
+        f"{file.name}: {len(own)} tokens" for file, own in zip(args.texts, answers, strict=True)
+    )
     rows = [f"| drafter | {' | '.join(f'to {end}' for end in ends)} |", "| --- |" + " ---: |" * len(ends)]
     for arm, own in found.items():
         cells = [
@@ -117,9 +116,9 @@ def main() -> None:
     outcome.write(
         args.out.with_suffix(".md"),
         "Acceptance over long answers",
-        f"Tokens a round (and rounds) by position in the answer: {len(asked)} answers of {args.tokens} tokens, sampled "
-        "at temperature 0.8, top-p 0.95, with the end of sequence forbidden. Pinned drafters draft their full length; "
-        "`auto` prices it.",
+        f"Tokens a round (and rounds) by position in the answer, along the text of {sizes}. Pinned "
+        "drafters draft their full length; `auto` prices it. Neural drafters expect their target's own text, so their "
+        "level is lower than on answers; the slope is what counts.",
         "\n".join(rows),
         f"![tokens a round by position]({args.out.stem}.svg)",
     )
