@@ -41,7 +41,11 @@ READS = frozenset(
 UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
 
 
-STAND_INS = ("whiflash_kernels/reference/", "whiflash_sglang/platform/")
+STAND_INS = (
+    "whiflash_kernels/reference/",
+    "whiflash_sglang/platform/",
+    "whiflash_sglang/models/recurrent.py",
+)
 """Where a CPU does what kernels do on a GPU: what these read of their own arguments no host would wait for."""
 
 
