@@ -323,7 +323,7 @@ class OthersTimeout:
         return {"connect": 30.0, "read": None, "write": None, "pool": None}
 
 
-@pytest.mark.parametrize("timeout", [(30.0, 60.0, 60.0, 60.0), OthersTimeout()])
+@pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0, 60.0, 60.0), OthersTimeout()])
 def test_every_way_to_write_a_timeout_is_read(client: OpenAI, timeout: Any) -> None:
     client.timeout = timeout
     assert whiflash_sdk.capabilities(client) is not None

@@ -302,11 +302,13 @@ def _server(asker: Asker) -> tuple[str, Server]:
 
 
 def _limits(asker: Asker, timeout: float | Timeout | NotGiven | None) -> dict[str, float]:
-    import httpx
-
+    """Seconds by phase, of what httpx takes as a timeout; the library itself may be HTTPX or HTTPX 2."""
     asked: Any = asker.timeout if timeout is None or type(timeout).__name__ == "NotGiven" else timeout
-    if not isinstance(asked, dict):
-        asked = (asked if hasattr(asked, "as_dict") else httpx.Timeout(asked)).as_dict()
+    if hasattr(asked, "as_dict"):
+        asked = asked.as_dict()
+    elif not isinstance(asked, dict):
+        phases = ("connect", "read", "write", "pool")
+        asked = dict(zip(phases, asked if isinstance(asked, tuple) else (asked,) * 4, strict=True))
     return {name: min(PROBE_SECONDS, inf if s is None else s) for name, s in asked.items()}
 
 
