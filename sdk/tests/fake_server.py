@@ -4,10 +4,11 @@ import gzip
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from typing import Any
 
 from whiflash_sdk.hints import decode
@@ -79,6 +80,8 @@ class FakeServer:
     models: names that `/v1/models` lists.
     refuses: fields of which the server knows nothing; a request that has one is refused.
     refusal: its status and message.
+    held: streams of chats wait for it when every call is complete, before their end.
+    again: how often a streamed chat calls its tool.
     """
 
     url: str = ""
@@ -94,6 +97,8 @@ class FakeServer:
     refuses: set[str] = field(default_factory=set)
     refusal: tuple[int, str] = (400, "Unrecognized request argument supplied: {field}")
     failures: int = 0
+    held: threading.Event | None = None
+    again: int = 1
     usage_chunk: bool = False
     zipped: bool = False
     content: str = '{"city": "Zürich"}'
@@ -212,12 +217,17 @@ def _text_chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str,
 def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "chat.completion.chunk"}
     message = _message(server, body)
-    for call in message.get("tool_calls", []):
-        delta = {"role": "assistant", "tool_calls": [{"index": 0, **call}]}
-        yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    for number, call in enumerate(message.get("tool_calls", []) * server.again):
+        name, text = call["function"]["name"], call["function"]["arguments"]
+        begun = {"id": f"c{number}", "type": "function", "function": {"name": name, "arguments": ""}}
+        for piece in (begun, *({"function": {"arguments": part}} for part in (text[:4], text[4:]))):
+            delta = {"role": "assistant", "tool_calls": [{"index": number, **piece}]}
+            yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
     for piece in (message["content"] or "").split(" "):
         delta = {"role": "assistant", "content": piece + " "}
         yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    if server.held is not None:
+        server.held.wait()
     reason = "tool_calls" if message.get("tool_calls") else "stop"
     yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
     if server.usage_chunk:
@@ -247,6 +257,15 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             with suppress(ConnectionError):  # the client did not wait
                 self.end_headers()
                 self.wfile.write(body)
+
+        def _stream(self, lines: Iterable[str]) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            with suppress(ConnectionError):  # the client left
+                for line in lines:
+                    self.wfile.write(line.encode())
 
         def do_GET(self) -> None:
             self.path = self.path.partition("?")[0]
@@ -293,10 +312,12 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                     "/v1/responses": _response_events,
                     "/v1/messages": _anthropic_events,
                 }
-                found = list(chunks.get(self.path, _text_chunks)(server, body))
-                lines = [_named(chunk) + f"data: {json.dumps(chunk)}\n\n" for chunk in found]
+                found = chunks.get(self.path, _text_chunks)(server, body)
+                lines = (_named(chunk) + f"data: {json.dumps(chunk)}\n\n" for chunk in found)
                 end = "" if self.path == "/v1/messages" else "data: [DONE]\n\n"
-                self._send(200, "".join([*lines, end]).encode(), "text/event-stream")
+                if server.held is None:
+                    return self._send(200, "".join([*lines, end]).encode(), "text/event-stream")
+                self._stream(chain(lines, [end]))
             else:
                 if self.path.endswith("/responses"):
                     answer = _response(server, body)
@@ -305,6 +326,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 else:
                     answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))
                 self._send(200, json.dumps(answer).encode())
+            return None
 
     return Handler
 

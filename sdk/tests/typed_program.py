@@ -60,6 +60,17 @@ def main() -> list[float]:
     return [mean(routing(text)), *(mean(trace) for trace in collected.traces)]
 
 
+def length(text: str) -> int:
+    return len(text)
+
+
+def early(client: OpenAI) -> int:
+    with whiflash_sdk.early_tools({"length": length}) as tools:
+        client.chat.completions.create(model="m", messages=MESSAGES, stream=True).close()
+        found: int = tools["length"](text="x")
+    return found
+
+
 def below() -> ChatCompletion:
     http: httpx.Client = whiflash_sdk.http_client(agent="a", strict=True)
     given: httpx.AsyncClient = whiflash_sdk.async_http_client(httpx.AsyncClient(timeout=9), tenant="t")
@@ -78,4 +89,4 @@ async def asynchronous() -> str | None:
 
 
 if __name__ == "__main__":
-    print(below(), main(), asyncio.run(asynchronous()))
+    print(below(), early(OpenAI()), main(), asyncio.run(asynchronous()))

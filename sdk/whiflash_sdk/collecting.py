@@ -15,6 +15,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
 from whiflash_sdk.blocks import BlockValue
+from whiflash_sdk.early import Answer, answer_inside
 from whiflash_sdk.errors import TraceError
 from whiflash_sdk.otel import attributes, current_span
 from whiflash_sdk.report import Report, Share
@@ -32,7 +33,10 @@ from whiflash_sdk.trace import (
 
 @dataclass(eq=False)
 class Call:
-    """One call of a wrapped client. began: by a clock that never jumps. span: OpenTelemetry's, if one records."""
+    """One call of a wrapped client.
+
+    began: by a clock that never jumps. span: OpenTelemetry's, if one records. early: starts tools early.
+    """
 
     agent: str | None
     started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -42,11 +46,14 @@ class Call:
     model: str | None = None
     tools: dict[int, tuple[str, ...]] = field(default_factory=dict)
     span: Any = field(default_factory=current_span)
+    early: Answer | None = field(default_factory=answer_inside)
     _sent: dict[int, Any] = field(default_factory=dict)
     _texts: dict[int, list[str]] = field(default_factory=dict)
 
     def take(self, body: Any) -> bool:
         """Keep what an answer, or a chunk or an event of one, tells: JSON or an object. True if it brings traces."""
+        if self.early is not None:
+            self.early.take(body)
         if self.response_id is None:
             answer = answer_in(body)
             self.response_id, self.model = (text_in(answer, name) for name in ("id", "model"))

@@ -67,7 +67,7 @@ class Passing:
     def _takes(self, event: bytes) -> bool:
         """Keep what an event tells. True if that is traces and nothing else."""
         first = self._call.response_id is None
-        if not (first or self._whole_text or _TELLS.search(event)):
+        if not (first or self._whole_text or self._call.early or _TELLS.search(event)):
             return False
         body = _parsed(b"\n".join(_DATA.findall(event)))
         found = self._call.take(body)
