@@ -72,13 +72,13 @@ def test_a_report_is_data(report: Report) -> None:
 def test_a_report_prints_as_tables(report: Report) -> None:
     text = str(report)
     assert "5 answers; estimated time saved by the server's own prices" in text
-    assert "calculator        2      28       6               4.67    1.00 s    1.00 s" in text
-    assert [line.split()[0] for line in text.splitlines() if line.endswith("saved")] == [
-        "Agent",
-        "Tool",
-        "Turn",
-        "Drafter",
-    ]
+    figures = (
+        "calculator        2      28       6               4.67    1.00 s    1.00 s  lookup 8.00 · ar 3.00"
+    )
+    assert figures in text.splitlines()
+    heads = [line for line in text.splitlines() if "saved" in line][1:]
+    assert [line.split()[0] for line in heads] == ["Agent", "Tool", "Turn", "Drafter"]
+    assert [line.endswith("by drafter") for line in heads] == [True, True, True, False]
 
 
 def test_a_report_is_a_page_that_runs_nothing(report: Report) -> None:
@@ -87,6 +87,9 @@ def test_a_report_is_a_page_that_runs_nothing(report: Report) -> None:
     assert "<b>writer" not in page
     assert "<script" not in page
     assert "saved against plain decoding, an estimate" in page
+    assert (
+        page.count("<td>lookup 8.00 · ar 3.00</td>") == 3 + 2 + 5 + 3
+    )  # agents, tools, turns, and all in each
 
 
 def test_what_no_server_tells_is_left_out(client: OpenAI) -> None:

@@ -43,6 +43,12 @@ class Share(BaseModel):
         """Tokens per round, the bonus token counted."""
         return self.tokens / self.rounds if self.rounds else 0.0
 
+    @property
+    def by_drafter(self) -> str:
+        """Acceptance length of each drafter, the one with the most tokens first; empty in a drafter's own row."""
+        arms = sorted(self.arms.items(), key=lambda item: -item[1].tokens)
+        return " · ".join(f"{arm} {totals.acceptance_length:.2f}" for arm, totals in arms)
+
     @classmethod
     def of(cls, name: str, traces: Sequence[Trace]) -> Share:
         """The sums of these traces."""

@@ -81,13 +81,16 @@ def report_html(found: Report, *, title: str = "WhiFlash report") -> str:
 
 def _shares(title: str, rows: Sequence[Share], total: Share | None) -> str:
     heads = [title, "Answers", "Tokens", "Rounds", "Acceptance length", "Seconds", _SAVED]
+    heads += [] if total is None else ["Acceptance length by drafter"]
     foot = "" if total is None else f"<tfoot>{_share(total)}</tfoot>"
-    return _table(f"By {title.lower()}", heads, f"<tbody>{''.join(map(_share, rows))}</tbody>{foot}")
+    body = "".join(_share(row, by_drafter=total is not None) for row in rows)
+    return _table(f"By {title.lower()}", heads, f"<tbody>{body}</tbody>{foot}")
 
 
-def _share(row: Share) -> str:
+def _share(row: Share, *, by_drafter: bool = True) -> str:
     taken = "" if row.seconds is None else f"{row.seconds:.2f} s"
-    cells = (row.answers, row.tokens, row.rounds, f"{row.acceptance_length:.2f}", taken, seconds(row.saved))
+    cells = [row.answers, row.tokens, row.rounds, f"{row.acceptance_length:.2f}", taken, seconds(row.saved)]
+    cells += [safe(row.by_drafter)] if by_drafter else []
     return f'<tr><th scope="row">{safe(row.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 

@@ -59,12 +59,13 @@ def _report(found: Report) -> Iterator[str]:
         heads = (
             f"{'answers':>9}{'tokens':>8}{'rounds':>8}{'acceptance length':>19}{'seconds':>10}{'saved':>10}"
         )
-        yield f"{title:<{max(wide, len(title))}}{heads}"
+        by_drafter = "" if title == "Drafter" else "  by drafter"
+        yield f"{title:<{max(wide, len(title))}}{heads}{by_drafter}"
         for row in rows if title == "Drafter" else (*rows, found.total):
             name = f"{printable(row.name):<{max(wide, len(title))}}"
             taken = "" if row.seconds is None else f"{row.seconds:.2f} s"
             figures = f"{row.answers:>9}{row.tokens:>8}{row.rounds:>8}{row.acceptance_length:>19.2f}"
-            yield f"{name}{figures}{taken:>10}{seconds(row.saved):>10}".rstrip()
+            yield f"{name}{figures}{taken:>10}{seconds(row.saved):>10}  {printable(row.by_drafter)}".rstrip()
 
 
 def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
