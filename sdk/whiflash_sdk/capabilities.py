@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
 from whiflash_sdk.hints import SCOPES, TraceLevel
 from whiflash_sdk.identity import Asker, OfClient
+from whiflash_sdk.otel import untraced
 
 if TYPE_CHECKING:  # takes longer to import than all of this package
     from openai import AsyncOpenAI, NotGiven, OpenAI, Timeout
@@ -221,7 +222,8 @@ def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: 
         is_known = server.found is not None and not server.needs_list(model)
         if server.threads.acquire(timeout=0 if is_known else _longest(limits)):
             try:
-                _probe(asker, url, server, limits, model)
+                with untraced():
+                    _probe(asker, url, server, limits, model)
             finally:
                 server.threads.release()
     return server
@@ -253,7 +255,8 @@ async def async_ask(
         with anyio.move_on_after(_longest(limits)) as scope:
             async with lock:
                 is_asking = True
-                await _async_probe(asker, url, server, limits, model)
+                with untraced():
+                    await _async_probe(asker, url, server, limits, model)
                 is_asking = False
         if is_asking and scope.cancel_called:
             server.failed(TimeoutError())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from whiflash_sdk.report import Share
@@ -17,6 +18,12 @@ def current_span() -> Any:
     api: Any = sys.modules.get("opentelemetry.trace")
     span = None if api is None else api.get_current_span()
     return span if span is not None and span.is_recording() else None
+
+
+def untraced() -> AbstractContextManager[Any]:
+    """Instrumentations record nothing inside the block: a question of ours is no call of the program's."""
+    tools: Any = sys.modules.get("opentelemetry.instrumentation.utils")
+    return nullcontext() if tools is None else tools.suppress_instrumentation()
 
 
 def attributes(share: Share, call: Mapping[str, str | None]) -> dict[str, str | int | float]:
