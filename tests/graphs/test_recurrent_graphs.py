@@ -31,8 +31,11 @@ from traffic import play
 from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
 from whiflash_sglang.compat.forward.untried.recurrent import RaggedConvBackend, RaggedDelta, RaggedMamba2
 from whiflash_sglang.models.recurrent import Rows, gated_delta_rule, selective_scan
-from whiflash_sglang.platform.gated_delta import CpuChannelDeltaBackend, CpuDeltaBackend
-from whiflash_sglang.platform.mamba2 import CpuMamba2Backend
+from whiflash_sglang.platform.recurrent_backends import (
+    CpuChannelDeltaBackend,
+    CpuDeltaBackend,
+    CpuMamba2Backend,
+)
 
 
 def fused_sigmoid_gating_delta_rule_update(

@@ -13,7 +13,7 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from torch import Tensor
 from whiflash_kernels import layers as kernels
 
-from whiflash_sglang.platform import decoder_layer, layers
+from whiflash_sglang.platform import layers
 
 from .conftest import Checkpoints
 
@@ -110,13 +110,13 @@ def test_the_short_way_through_a_layer_is_the_same(
 ) -> None:
     """Token by token and logprob by logprob; a hook on a part of a layer keeps that layer on SGLang's way."""
     taken: list[int] = []
-    attention = decoder_layer._attention
+    attention = layers._attention
 
     def watched(self: Any, *arguments: Any) -> Tensor:
         taken.append(self.attn.layer_id)
         return attention(self, *arguments)
 
-    monkeypatch.setattr(decoder_layer, "_attention", watched)
+    monkeypatch.setattr(layers, "_attention", watched)
     with engine(checkpoints.target, dtype="bfloat16", disable_radix_cache=True) as e:
         found = e.scheduler.tp_worker.model_runner.model.model.layers
 
@@ -133,7 +133,7 @@ def test_the_short_way_through_a_layer_is_the_same(
         )
         taken.clear()
         for layer in found:
-            del layer.__dict__[decoder_layer._PLAIN]
+            del layer.__dict__[layers._PLAIN]
             layer.mlp.register_forward_hook(lambda *_: None)
         assert answers("whole") == short
         assert taken == []

@@ -139,7 +139,7 @@ def test_decays_by_channel_are_transformers(bound: float | None) -> None:
     """As prompts have them and as verifications do; Kimi Linear's without a bound, GLM-5-Next's with one."""
     from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextForgetGate
 
-    from whiflash_sglang.platform.gated_delta import CpuChannelDeltaBackend
+    from whiflash_sglang.platform.recurrent_backends import CpuChannelDeltaBackend
 
     rows, heads, size = 7, 3, 4
     said = SimpleNamespace(

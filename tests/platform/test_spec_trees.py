@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
-from whiflash_sglang.platform import spec_ops, spec_trees
+from whiflash_sglang.platform import spec_ops
 
 
 def random_parents(rng: random.Random, width: int) -> list[int]:
@@ -39,9 +39,9 @@ def test_links_and_positions(bs: int, width: int, seed: int) -> None:
     links = [torch.empty((bs, width), dtype=torch.int64) for _ in range(3)]
     positions = torch.empty(bs * width, dtype=torch.int64)
     masks = torch.stack([mask_of(parents) for parents in forest])
-    spec_trees.reconstruct_indices_from_tree_mask_func(masks.flatten(), lengths, positions, *links, bs, width)
+    spec_ops.reconstruct_indices_from_tree_mask_func(masks.flatten(), lengths, positions, *links, bs, width)
     assert links[0].flatten().tolist() == list(range(bs * width))
-    for b, tree in enumerate(spec_trees.links_of(links[1], links[2])):
+    for b, tree in enumerate(spec_ops.links_of(links[1], links[2])):
         for node in range(width):
             assert list(tree.children(node)) == children(forest[b], node)
             depth = int(masks[b, node].sum()) - 1
@@ -79,7 +79,7 @@ def links(forest: list[list[int]]) -> list[torch.Tensor]:
     found = [torch.empty((bs, width), dtype=torch.int64) for _ in range(3)]
     masks = torch.stack([mask_of(parents) for parents in forest])
     positions = torch.empty(bs * width, dtype=torch.int64)
-    spec_trees.reconstruct_indices_from_tree_mask_func(
+    spec_ops.reconstruct_indices_from_tree_mask_func(
         masks.flatten(), torch.ones(bs), positions, *found, bs, width
     )
     return found
@@ -94,15 +94,15 @@ def test_sampling_has_the_targets_distribution() -> None:
     probabilities /= probabilities.sum(-1, keepdim=True)
     coins = torch.rand((draws, 6), generator=generator)
     lasts = torch.rand(draws, generator=generator)
-    tree = spec_trees.links_of(*links([parents])[1:])[0]
+    tree = spec_ops.links_of(*links([parents])[1:])[0]
     counts = torch.zeros(vocabulary, vocabulary)
     after = {0: 1, 2: 2}  # token → the root's child that holds it
     follow = torch.rand(draws, generator=generator)
     for coin, last, more in zip(coins, lasts, follow, strict=True):
-        path = spec_trees.accept_by_chance(tokens, tree, probabilities, coin, last, depth=6)
+        path = spec_ops.accept_by_chance(tokens, tree, probabilities, coin, last, depth=6)
         # Where the first token was not drafted, the next round samples the second.
         first, *others = path.tokens
-        later = others or [spec_trees.draw(probabilities[after.get(first, 5)], more)]
+        later = others or [spec_ops.draw(probabilities[after.get(first, 5)], more)]
         counts[first, later[0]] += 1
     exact = torch.stack([probabilities[0, t] * probabilities[after.get(t, 5)] for t in range(vocabulary)])
     assert chisquare(counts.flatten().numpy(), (exact * draws).double().flatten().numpy() * 1.0).pvalue > 1e-3
@@ -111,10 +111,10 @@ def test_sampling_has_the_targets_distribution() -> None:
 def test_slots_of_accepted_nodes() -> None:
     window = torch.arange(100, 110)
     front, taken = torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)
-    spec_trees.fill_front_out_cache_loc_func(torch.tensor([2, 3]), window, front)
+    spec_ops.fill_front_out_cache_loc_func(torch.tensor([2, 3]), window, front)
     assert front.tolist() == [100, 101, 105, 106, 107, 0, 0, 0, 0, 0]
     index = torch.tensor([[0, 3, -1, -1, -1], [5, 6, 9, -1, -1]], dtype=torch.int32)
-    spec_trees.fill_accept_out_cache_loc_func(index, window, taken, 10)
+    spec_ops.fill_accept_out_cache_loc_func(index, window, taken, 10)
     assert taken.tolist() == [100, 103, 105, 106, 109, 0, 0, 0, 0, 0]
 
 

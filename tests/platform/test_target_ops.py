@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from whiflash_sglang.platform import target_ops
+from whiflash_sglang.platform import layers
 
 
 def test_a_shared_expert_is_gated_row_by_row() -> None:
@@ -13,9 +13,9 @@ def test_a_shared_expert_is_gated_row_by_row() -> None:
     weight = torch.randn(8, generator=generator)
     gates = [1 / (1 + float(torch.exp(-(row @ weight)))) for row in hidden]
     expected = torch.stack([gate * row for gate, row in zip(gates, shared, strict=True)])
-    torch.testing.assert_close(target_ops.fused_gate_sigmoid_mul(hidden, weight, shared), expected)
+    torch.testing.assert_close(layers.fused_gate_sigmoid_mul(hidden, weight, shared), expected)
     added = routed.clone()
-    assert target_ops.fused_gate_sigmoid_mul_add(hidden, weight, shared, added) is None
+    assert layers.fused_gate_sigmoid_mul_add(hidden, weight, shared, added) is None
     torch.testing.assert_close(added, routed + expected)
 
 
@@ -24,7 +24,7 @@ def test_only_this_platforms_attention_goes_by_another_name() -> None:
         cfg = SimpleNamespace(
             attention_backend=base, prefill_attention_backend=prefill, decode_attention_backend=None
         )
-        return target_ops.attention_backends_of(cfg)
+        return layers.attention_backends_of(cfg)
 
     assert named("whiflash_cpu") == ("triton", "triton")
     assert named("torch_native", "whiflash_cpu") == ("triton", "torch_native")

@@ -8,13 +8,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.models import recurrent
-from whiflash_sglang.platform import (
-    decoder_layer,
-    packed_weights,
-    spec_ops,
-    spec_trees,
-    target_ops,
-)
+from whiflash_sglang.platform import layers, packed_weights, spec_ops
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
@@ -79,7 +73,7 @@ def _tree_mask_mode() -> Any:
 
 
 EARLY_SEAMS: tuple[Seam, ...] = (
-    Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", target_ops.attention_backends_of),
+    Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", layers.attention_backends_of),
 )
 """What is asked while the arguments are read, in the launcher's process too; put in place by
 :func:`install_early_seams`."""
@@ -92,8 +86,8 @@ SEAMS: tuple[Seam, ...] = (
         "scatter_mamba_states_after_mtp_verify",
         recurrent.scatter_mamba_states_after_mtp_verify,
     ),
-    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", target_ops.fused_gate_sigmoid_mul),
-    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", target_ops.fused_gate_sigmoid_mul_add),
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", layers.fused_gate_sigmoid_mul),
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", layers.fused_gate_sigmoid_mul_add),
     Seam(
         _CACHE_LOCS,
         "assign_draft_cache_locs_contiguous_func",
@@ -105,8 +99,8 @@ SEAMS: tuple[Seam, ...] = (
         spec_ops.assign_req_to_token_pool_func,
     ),
     Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
-    Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_trees.fill_front_out_cache_loc_func),
-    Seam(_EAGLE, "fill_accept_out_cache_loc_func", spec_trees.fill_accept_out_cache_loc_func),
+    Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_ops.fill_front_out_cache_loc_func),
+    Seam(_EAGLE, "fill_accept_out_cache_loc_func", spec_ops.fill_accept_out_cache_loc_func),
     Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
     Seam(
         "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
@@ -222,37 +216,39 @@ MODULE_SEAMS: tuple[ModuleSeam, ...] = (
     ModuleSeam(
         "sglang.kernels.ops.speculative.reconstruct_tree",
         "reconstruct_indices_from_tree_mask_func",
-        spec_trees.reconstruct_indices_from_tree_mask_func,
+        spec_ops.reconstruct_indices_from_tree_mask_func,
     ),
 )
 
 
 def delta_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
     """What models with a gated delta rule use, by head or by channel: names and methods. Imported for them alone."""
-    from whiflash_sglang.platform import gated_delta
+    from whiflash_sglang.platform import recurrent_backends
 
     linear = "sglang.srt.layers.attention.linear"
     names = (
-        Seam(f"{linear}.gdn_backend", "GDNAttnBackend", gated_delta.CpuDeltaBackend),
-        Seam(f"{linear}.kda_backend", "KDAAttnBackend", gated_delta.CpuChannelDeltaBackend),
+        Seam(f"{linear}.gdn_backend", "GDNAttnBackend", recurrent_backends.CpuDeltaBackend),
+        Seam(f"{linear}.kda_backend", "KDAAttnBackend", recurrent_backends.CpuChannelDeltaBackend),
         *(
-            Seam("sglang.kernels.ops.attention.triton_gdn_fused_proj", name, getattr(gated_delta, name))
+            Seam(
+                "sglang.kernels.ops.attention.triton_gdn_fused_proj", name, getattr(recurrent_backends, name)
+            )
             for name in ("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous")
         ),
-        Seam(_ELEMENTWISE, "fused_sigmoid_mul", gated_delta.fused_sigmoid_mul),
+        Seam(_ELEMENTWISE, "fused_sigmoid_mul", recurrent_backends.fused_sigmoid_mul),
     )
     fla = "sglang.kernels.ops.attention.fla"
     return names, (
         MethodSeam(
-            f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: gated_delta.gated_norm
+            f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: recurrent_backends.gated_norm
         ),
-        MethodSeam(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: gated_delta.norm_gated),
+        MethodSeam(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: recurrent_backends.norm_gated),
     )
 
 
 def mamba2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
     """What models with Mamba 2's mixer use."""
-    from whiflash_sglang.platform.mamba2 import CpuMamba2Backend
+    from whiflash_sglang.platform.recurrent_backends import CpuMamba2Backend
 
     module = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
     return (Seam(module, "Mamba2AttnBackend", CpuMamba2Backend),), ()
@@ -261,20 +257,18 @@ def mamba2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
 def kimi_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
     """What Kimi Linear's experts use."""
     return (), (
-        MethodSeam(
-            "sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: target_ops.experts_of_kimi
-        ),
+        MethodSeam("sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: layers.experts_of_kimi),
     )
 
 
 def llama_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
     """Decoder layers of Llama's shape."""
-    return (), (MethodSeam("sglang.srt.models.llama", "LlamaDecoderLayer", "forward", decoder_layer.forward),)
+    return (), (MethodSeam("sglang.srt.models.llama", "LlamaDecoderLayer", "forward", layers.forward),)
 
 
 def qwen2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
     """Decoder layers of Qwen2's, which are the same."""
-    return (), (MethodSeam("sglang.srt.models.qwen2", "Qwen2DecoderLayer", "forward", decoder_layer.forward),)
+    return (), (MethodSeam("sglang.srt.models.qwen2", "Qwen2DecoderLayer", "forward", layers.forward),)
 
 
 MODEL_SEAMS: Mapping[str, Callable[[], tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]]] = {
