@@ -18,10 +18,9 @@ import outcome
 from servers_beside import arguments_of
 
 from whiflash_sglang.lab.bench.prompts import load_prompts, sample
-from whiflash_sglang.lab.recorded.dag_jsonl import dag_lines
+from whiflash_sglang.lab.recorded.conversation import dag_lines
 from whiflash_sglang.lab.recorded.files import read_recorded
-from whiflash_sglang.serving.server import Server
-from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.serving import Server, ServerHost
 
 VERSION = "0.13.0"
 COLUMNS = {

@@ -27,8 +27,7 @@ import httpx
 import outcome
 from servers_beside import Renewed, arguments_of
 
-from whiflash_sglang.serving.server import Server
-from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.serving import Server, ServerHost
 
 KEY = "boss"
 OURS = "/whiflash/"

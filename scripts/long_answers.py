@@ -19,8 +19,7 @@ import outcome
 from servers_beside import arguments_of
 from transformers import AutoTokenizer
 
-from whiflash_sglang.serving.server import Server
-from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.serving import Server, ServerHost
 from whiflash_sglang.spans.hints import CARRIED_FORCED
 
 ARMS = {"ar": "EAGLE-3", "diffusion": "DSpark", "lookup": "copies", "auto": "auto"}

@@ -34,8 +34,8 @@ from whiflash_sglang.checkpoints.manifest import (
 from whiflash_sglang.cli import app
 from whiflash_sglang.config import PolicyChange
 from whiflash_sglang.flags import flags
-from whiflash_sglang.lab.bench.suites import SUITES, Suite
-from whiflash_sglang.metrics.series import SERIES
+from whiflash_sglang.lab.bench.prompts import SUITES, Suite
+from whiflash_sglang.metrics import SERIES
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 

@@ -22,7 +22,7 @@ import httpx
 from whiflash_sglang import provenance
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.serve import server_arguments
-from whiflash_sglang.serving.server import Server
+from whiflash_sglang.serving import Server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "structure"))
 

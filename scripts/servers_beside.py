@@ -5,8 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from whiflash_sglang.serving.server import Server, runs
-from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.serving import Server, ServerHost, runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -51,7 +50,7 @@ def arguments_of(tiny: bool, root: Path) -> tuple[str, list[str], list[str]]:
     ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
     if not tiny:
         from whiflash_sglang.checkpoints.manifest import embedded_bundle
-        from whiflash_sglang.embedded.cache import ensure_target
+        from whiflash_sglang.embedded import ensure_target
 
         model = str(ensure_target())
         return model, [*ARGUMENTS, *FLAGS], [*ours, "--speculative-draft-model-path", str(embedded_bundle())]

@@ -26,8 +26,7 @@ import outcome
 import psutil
 from soak_scenarios import ROOMY, SCENARIOS, Found, Plain, Run
 
-from whiflash_sglang.serving.server import Server
-from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.serving import Server, ServerHost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -113,7 +112,7 @@ def arguments_of(bundle: str, root: Path) -> tuple[list[str], list[str]]:
     """Of plain decoding, and what WHIFLASH is given beside."""
     if bundle == "embedded":
         from whiflash_sglang.checkpoints.manifest import embedded_bundle
-        from whiflash_sglang.embedded.cache import ensure_target
+        from whiflash_sglang.embedded import ensure_target
 
         drafters = ["--speculative-draft-model-path", str(embedded_bundle())]
         return ["--model-path", str(ensure_target())], drafters

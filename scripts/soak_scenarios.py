@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from whiflash_sglang.serving.server import Server, runs
+from whiflash_sglang.serving import Server, runs
 
 LONGEST, TIE = 48, 1e-4
 """Tokens of an answer at most; difference of log-probabilities below which two tokens are as good."""

@@ -33,7 +33,7 @@ import outcome
 from servers_beside import Renewed, arguments_of
 
 from whiflash_sglang.compat.patching import SGLANG_VERSION
-from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.serving import ServerHost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -1,5 +1,5 @@
 """Real SGLang servers for tests, several configurations for the price of one import: those of the package's own host
-(``whiflash_sglang.serving.server_host``), which imports SGLang once and forks.
+(``whiflash_sglang.serving``), which imports SGLang once and forks.
 
 Tests share one: the fixture `host`.
 
@@ -22,8 +22,8 @@ import httpx
 import psutil
 from patience import wait_until
 
-from whiflash_sglang.serving import server_host
-from whiflash_sglang.serving.server import free_port, listens, runs
+from whiflash_sglang import serving
+from whiflash_sglang.serving import free_port, listens, runs
 
 SMALL = (
     "--device",
@@ -111,7 +111,7 @@ class ServerHost:
         self._directory = tempfile.TemporaryDirectory(prefix="server-host-")
         self._servers: list[Server] = []
         self._numbers = itertools.count()
-        self._host = server_host.ServerHost({"OMP_NUM_THREADS": "1"}, cwd=Path(self._directory.name))
+        self._host = serving.ServerHost({"OMP_NUM_THREADS": "1"}, cwd=Path(self._directory.name))
 
     @contextmanager
     def running(self, *args: str, env: Mapping[str, str] | None = None, threads: int = 1) -> Iterator[Server]:

@@ -9,7 +9,7 @@ import pytest
 from engine import engine
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints.create import Parts, create
+from whiflash_sglang.checkpoints.fit import Parts, create
 from whiflash_sglang.errors import CheckpointError, ConfigError
 
 Arguments = Callable[..., list[str]]
@@ -212,7 +212,7 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(
 
 def test_serve_fills_in_what_is_left_open() -> None:
     from whiflash_sglang.cli.serve import server_arguments, server_environment
-    from whiflash_sglang.embedded.cache import COMPACT_JSON
+    from whiflash_sglang.embedded import COMPACT_JSON
 
     given = server_arguments(["--model-path", "owner/model", "--port", "33001"])
     assert given[:2] == ["--speculative-algorithm", "WHIFLASH"]

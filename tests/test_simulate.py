@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from whiflash_sglang import arms
 from whiflash_sglang.cli import app
-from whiflash_sglang.lab import published
+from whiflash_sglang.lab import simulate
 from whiflash_sglang.lab.simulate import DRAFTS, H100, Load, Simulation, chance, cut, expected
 
 STATED = {
@@ -26,15 +26,15 @@ STATED = {
 
 
 def test_published_tables_come_out_within_what_is_stated() -> None:
-    found = {check.name: check.worst for check in published.checks()}
+    found = {check.name: check.worst for check in simulate.checks()}
     assert found.keys() == STATED.keys()
     beyond = {name: worst for name, worst in found.items() if worst > STATED[name]}
     assert not beyond
 
 
 def test_a_price_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "BLOCK_MS", 3 * published.BLOCK_MS)
-    worst = {check.name: check.worst for check in published.checks()}
+    monkeypatch.setattr(simulate, "BLOCK_MS", 3 * simulate.BLOCK_MS)
+    worst = {check.name: check.worst for check in simulate.checks()}
     assert worst["H20 DFlash-16"] > STATED["H20 DFlash-16"]
 
 

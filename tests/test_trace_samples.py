@@ -12,8 +12,8 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.config import Flags, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.telemetry import trace_samples
-from whiflash_sglang.telemetry.trace_samples import PARTS, SampleFiles, Sampler
+from whiflash_sglang.telemetry import trace
+from whiflash_sglang.telemetry.trace import PARTS, SampleFiles, Sampler
 
 LINE = b'{"number": 12345}\n'
 
@@ -37,9 +37,9 @@ def test_files_stay_within_their_bound_and_the_newest_lines_stay(tmp_path: Path)
 
 def test_only_their_owner_reads_them(tmp_path: Path) -> None:
     directory = tmp_path / "made" / "here"
-    trace_samples.check_directory(directory)
+    trace.check_directory(directory)
     SampleFiles(directory, 1 << 20).append(LINE)
-    trace_samples.check_directory(directory)
+    trace.check_directory(directory)
     assert lines(directory) == [LINE]
     SampleFiles(directory, 1 << 20).append(LINE)
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -123,12 +123,12 @@ def test_nobody_waits_for_a_disk_that_hangs() -> None:
     disk = Disk()
     disk.goes_on.clear()
     sampler = Sampler(disk)
-    for _ in range(trace_samples.WAITING + 10):
+    for _ in range(trace.WAITING + 10):
         sampler.take(dict)
     assert 9 <= sampler.lost <= 10, "one is in the thread's hands, or none yet"
     disk.goes_on.set()
     sampler.wait()
-    assert len(disk.written) + sampler.lost == trace_samples.WAITING + 10
+    assert len(disk.written) + sampler.lost == trace.WAITING + 10
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lifecycle import Lifecycle
-from whiflash_sglang.metrics.publisher import Publisher
+from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.mtp import MTPDrafter

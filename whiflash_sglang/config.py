@@ -35,7 +35,7 @@ from whiflash_sglang.checkpoints.manifest import (
     lookup_of,
 )
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.telemetry.trace_samples import TraceSampling, check_directory
+from whiflash_sglang.telemetry.trace import TraceSampling, check_directory
 
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "copy-rule", "none", "random"]
 T = TypeVar("T")

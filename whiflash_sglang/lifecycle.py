@@ -12,7 +12,7 @@ from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
 from whiflash_sglang.lookup.memory import tenant_of
-from whiflash_sglang.metrics.publisher import Publisher
+from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller

@@ -41,9 +41,7 @@ from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import HostView, Upload
 from whiflash_sglang.drafters.base import of_text, widest_of, with_kv
-from whiflash_sglang.metrics import publisher
-from whiflash_sglang.metrics.publisher import Publisher, Sink
-from whiflash_sglang.metrics.series import state_of
+from whiflash_sglang.metrics import Publisher, Sink, log_start, state_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import results_of
 from whiflash_sglang.round.quarantine import Quarantine
@@ -111,7 +109,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if self.ranks.leads:
             draft, whole = memory.bytes_of_token()
             policy = self.controller.policy.name
-            publisher.started(policy, self.drafters, costs, draft_bytes=draft, token_bytes=whole)
+            log_start(policy, self.drafters, costs, draft_bytes=draft, token_bytes=whole)
 
     def prewarm_sampling(self) -> Any:
         """Called by the scheduler when everything is allocated and captured."""

@@ -25,8 +25,7 @@ from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.embedded import TARGET_NAME, ensure_target
-from whiflash_sglang.embedded.cache import COMPACT_JSON, STRICT_TOOLS
+from whiflash_sglang.embedded import COMPACT_JSON, STRICT_TOOLS, TARGET_NAME, ensure_target
 from whiflash_sglang.lab.demo import recording, write_recorded
 from whiflash_sglang.lab.top import LiveView, WatchedServer, screen
 

@@ -15,8 +15,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms, those_with_drafters
 from whiflash_sglang.lab.bench.command import loads_of, scale_of
 from whiflash_sglang.lab.bench.fleet import environment, launcher, reason_of
-from whiflash_sglang.lab.bench.subject import build_subject
-from whiflash_sglang.lab.bench.variants import write_variant
+from whiflash_sglang.lab.bench.subject import build_subject, write_variant
 
 SUBJECT = Subject(
     target=Path("/models/t"),

@@ -4,8 +4,7 @@ import pytest
 
 from whiflash_sglang.lab.bench.arms import NO_HINTS
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, Round
-from whiflash_sglang.lab.bench.hints import Side, divide, spans_of
-from whiflash_sglang.lab.bench.report import LoadReport, build_report
+from whiflash_sglang.lab.bench.report import LoadReport, Side, build_report, divide, spans_of
 
 ALONE = Load(kind="closed", value=1)
 GROUPS = {"p0": "chat", "p1": "chat", "t0": "tool_call", "t1": "tool_call"}

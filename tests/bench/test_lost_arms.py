@@ -17,7 +17,7 @@ from whiflash_sglang.lab.bench.arms import Arm
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.runner import Plan, Runner
 from whiflash_sglang.progress import Lines
-from whiflash_sglang.serving.server import ServerError
+from whiflash_sglang.serving import ServerError
 
 LOG = "the server stopped:\nloading\nValueError: no such drafter\n"
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from whiflash_sglang.cli.profile import table
+from whiflash_sglang.cli.running import table
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.profile import kind_of, own_times, profile
 

@@ -24,13 +24,14 @@ from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.recorded import (
     Talk,
     figures,
+    measure,
     play,
     recorded_arms,
     recorded_page,
     recorded_tables,
+    start,
     talks_of,
 )
-from whiflash_sglang.lab.bench.recorded_run import measure, start
 from whiflash_sglang.lab.bench.subject import build_subject
 from whiflash_sglang.lab.recorded.benchmark import renderer_of
 from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError

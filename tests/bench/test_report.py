@@ -8,12 +8,10 @@ from whiflash_sglang.equality import Verdict
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, Round
 from whiflash_sglang.lab.bench.command import Outputs, judge
-from whiflash_sglang.lab.bench.markdown import render
-from whiflash_sglang.lab.bench.plots import draw
+from whiflash_sglang.lab.bench.pages import draw, render
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.reference import Difference, Reference, differences
-from whiflash_sglang.lab.bench.report import Report, build_report
-from whiflash_sglang.lab.bench.selection import by_position
+from whiflash_sglang.lab.bench.report import Report, build_report, by_position
 
 ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
 GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}

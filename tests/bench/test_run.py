@@ -15,7 +15,7 @@ from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.arms import build_arms
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet
-from whiflash_sglang.lab.bench.markdown import render
+from whiflash_sglang.lab.bench.pages import render
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.report import Report
 from whiflash_sglang.lab.bench.runner import Plan, Runner

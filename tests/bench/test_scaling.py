@@ -6,17 +6,17 @@ import httpx
 import pytest
 
 from whiflash_sglang.lab.bench.cells import RoundMs, round_ms_of, switch_share_of
-from whiflash_sglang.lab.bench.plots import draw
-from whiflash_sglang.lab.bench.report import Report
-from whiflash_sglang.lab.bench.scaling import (
+from whiflash_sglang.lab.bench.load import (
     BATCHES,
     CONTEXTS,
     NEW_TOKENS,
     ScalePoint,
     Setting,
-    measure,
-    settings,
+    measure_scale,
+    scale_settings,
 )
+from whiflash_sglang.lab.bench.pages import draw
+from whiflash_sglang.lab.bench.report import Report
 
 CLOCK = {
     "rounds": 4.0,
@@ -40,11 +40,11 @@ def test_stages_and_the_rest_are_the_round() -> None:
 
 
 def test_only_what_the_server_holds_is_asked() -> None:
-    everything = settings(kv_tokens=100_000, context_length=100_000)
+    everything = scale_settings(kv_tokens=100_000, context_length=100_000)
     assert [s.batch for s in everything[: len(BATCHES)]] == list(BATCHES)
     assert [s.context for s in everything[len(BATCHES) :]] == list(CONTEXTS)
-    assert max(s.context for s in settings(100_000, 2048)) < 2048 - NEW_TOKENS
-    assert all(s.batch * (s.context + NEW_TOKENS) <= 1000 for s in settings(1000, 100_000))
+    assert max(s.context for s in scale_settings(100_000, 2048)) < 2048 - NEW_TOKENS
+    assert all(s.batch * (s.context + NEW_TOKENS) <= 1000 for s in scale_settings(1000, 100_000))
 
 
 def test_a_batch_is_asked_at_once_and_the_clock_is_read_around_it() -> None:
@@ -57,7 +57,7 @@ def test_a_batch_is_asked_at_once_and_the_clock_is_read_around_it() -> None:
         return httpx.Response(200, json={})
 
     with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://server") as client:
-        point = measure(client, Setting(3, 50), 320, lambda: dict(clock))
+        point = measure_scale(client, Setting(3, 50), 320, lambda: dict(clock))
     assert point.round_ms.model_dump() == pytest.approx(round_ms_of(CLOCK).model_dump())
     prompts = [tuple(body["input_ids"]) for body in asked]  # type: ignore[arg-type]
     assert [len(prompt) for prompt in prompts] == [50, 50, 50]
@@ -68,7 +68,9 @@ def test_a_batch_is_asked_at_once_and_the_clock_is_read_around_it() -> None:
 def test_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     ms = RoundMs(route=1, catch_up=2, draft=3, verify=4, commit=5, park=6, other=7)
-    points = [ScalePoint(batch=s.batch, context=s.context, round_ms=ms) for s in settings(100_000, 100_000)]
+    points = [
+        ScalePoint(batch=s.batch, context=s.context, round_ms=ms) for s in scale_settings(100_000, 100_000)
+    ]
     empty = Report(
         provenance={},
         arms={},

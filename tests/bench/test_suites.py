@@ -1,15 +1,15 @@
 """Sets that others report on: their files as published, cut down to a row or two."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from whiflash_sglang.errors import ConfigError, UsageError
-from whiflash_sglang.lab.bench import suites
-from whiflash_sglang.lab.bench.prompts import sample
-from whiflash_sglang.lab.bench.suites import GROUPS, MT_BENCH, SUITES, read_suites, suites_of
+from whiflash_sglang.lab.bench import prompts
+from whiflash_sglang.lab.bench.prompts import GROUPS, MT_BENCH, SUITES, read_suites, sample, suites_of
 
 TURNS = {"turns": ["Write.", "Rewrite."]}
 MAIL = {"name": "send", "description": "Send.", "parameters": {"type": "dict", "properties": {}}}
@@ -85,7 +85,7 @@ def test_bfcl_has_parallel_calls_and_turns(tmp_path: Path) -> None:
 
 
 def test_a_wheel_is_read_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites, "find_spec", lambda name: None)
+    monkeypatch.setattr(prompts, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--suite bfcl needs --suite-dir .*bfcl-eval.*Apache-2.0"):
         read_suites(["bfcl"], None)
     (tmp_path / "there").mkdir()
@@ -96,7 +96,7 @@ def test_a_wheel_is_read_where_it_is_installed(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(suites.SUITES, "bfcl", suites.replace(SUITES["bfcl"], wheel="there"))
+    monkeypatch.setitem(SUITES, "bfcl", replace(SUITES["bfcl"], wheel="there"))
     assert [prompt.id for prompt in read_suites(["bfcl"], None)] == ["multiple_0"]
 
 

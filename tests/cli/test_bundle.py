@@ -12,8 +12,7 @@ import pytest
 from fake_hub import hub
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints.create import Parts, create
-from whiflash_sglang.checkpoints.fit import judge, read_target
+from whiflash_sglang.checkpoints.fit import Parts, create, judge, read_target
 from whiflash_sglang.checkpoints.hub import sha256, verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.config import Flags, resolve

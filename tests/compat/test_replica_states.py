@@ -12,7 +12,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateR
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
 from whiflash_sglang.compat.http import control
-from whiflash_sglang.serving.replicas import SilentReplicaError
+from whiflash_sglang.serving import SilentReplicaError
 
 
 class Server:

@@ -13,7 +13,7 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.compat.http import routes
 from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.lookup.memory import parse_forget
-from whiflash_sglang.serving.replicas import SilentReplicaError
+from whiflash_sglang.serving import SilentReplicaError
 
 KEYS = {"none": None, "user": "the-user", "admin": "the-admin", "wrong": "guess"}
 SERVERS = {

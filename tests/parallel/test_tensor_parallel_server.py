@@ -17,7 +17,7 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from tensor_parallel import ARRIVALS, ENDS_AT_ONCE, RANKS, SAMPLE, Checkpoints, Outputs
 from traffic import Arrival
 
-from whiflash_sglang.serving.server import runs
+from whiflash_sglang.serving import runs
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.recorded.benchmark import walk
-from whiflash_sglang.lab.recorded.bounds import Bound
-from whiflash_sglang.lab.recorded.conversation import Conversation
+from whiflash_sglang.lab.recorded.conversation import PROSE, Conversation, Turn
 from whiflash_sglang.lab.recorded.drafting import LookupArm, arms_of, bounds_of
 from whiflash_sglang.lab.recorded.files import read_tools
-from whiflash_sglang.lab.recorded.turns import PROSE, Turn
+from whiflash_sglang.lab.recorded.peers import Bound
 from whiflash_sglang.spans.vocabulary import Vocabulary
 
 TEXTS = st.lists(

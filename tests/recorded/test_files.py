@@ -12,8 +12,7 @@ from recorded_samples import ANSWER, ASK, FORMATS, MESSAGES, RESULT, TOOLS
 
 from whiflash_sglang.lab.recorded import conversation as bounds
 from whiflash_sglang.lab.recorded import files
-from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
-from whiflash_sglang.lab.recorded.dag_jsonl import dag_lines
+from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError, dag_lines
 from whiflash_sglang.lab.recorded.files import read_recorded
 
 Write = Callable[..., Path]

@@ -22,9 +22,20 @@ from whiflash_sglang.lab.recorded.benchmark import (
     recorded_table,
     walk,
 )
-from whiflash_sglang.lab.recorded.conversation import Conversation, call, conversation
+from whiflash_sglang.lab.recorded.conversation import (
+    ARGUMENTS,
+    CALL,
+    CODE,
+    PROSE,
+    QUOTED,
+    REASONING,
+    Conversation,
+    Renderer,
+    Turn,
+    call,
+    conversation,
+)
 from whiflash_sglang.lab.recorded.drafting import PLAIN, Arm, ScopesArm, arms_of
-from whiflash_sglang.lab.recorded.turns import ARGUMENTS, CALL, CODE, PROSE, QUOTED, REASONING, Renderer, Turn
 from whiflash_sglang.train.rounds import Tally
 
 ARMS = (

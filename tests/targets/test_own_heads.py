@@ -16,7 +16,7 @@ from reference import Comparison
 from tiny_models import tiny_dflash
 from traffic import mixed, play
 
-from whiflash_sglang.checkpoints.create import Parts, create
+from whiflash_sglang.checkpoints.fit import Parts, create
 from whiflash_sglang.drafters.chain import MTPArm
 
 

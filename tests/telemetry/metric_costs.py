@@ -39,7 +39,7 @@ def main() -> None:
 
         from whiflash_sglang.checkpoints.manifest import embedded_bundle
         from whiflash_sglang.embedded import ensure_target
-        from whiflash_sglang.metrics.publisher import Publisher
+        from whiflash_sglang.metrics import Publisher
         from whiflash_sglang.telemetry.tally import Tally
 
         seconds, calls = Counter[str](), Counter[str]()

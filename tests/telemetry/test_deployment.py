@@ -12,7 +12,7 @@ import yaml
 from loaded_scripts import load_script
 from prometheus_server import ROOT, RULES, program
 
-from whiflash_sglang.metrics.series import PREFIX, SERIES
+from whiflash_sglang.metrics import PREFIX, SERIES
 
 PRODUCTION = ROOT / "docs" / "how-to" / "production.md"
 DASHBOARD = ROOT / "deploy" / "grafana" / "whiflash.json"

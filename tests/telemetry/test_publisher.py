@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.metrics import publisher
-from whiflash_sglang.metrics.publisher import INTERVAL, Publisher
-from whiflash_sglang.metrics.series import SERIES, Labels, Points, Series
+from whiflash_sglang import metrics
+from whiflash_sglang.metrics import INTERVAL, SERIES, Labels, Points, Publisher, Series
 from whiflash_sglang.telemetry.tally import MOST_PENDING, ArmCounts, Tally
 
 
@@ -37,7 +36,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Publisher, Sink, list[fl
         Series("level", "gauge", "", lambda w: [((), w.level)]),
         Series("seen", "histogram", "", seen, buckets=(1.0,)),
     )
-    monkeypatch.setattr(publisher, "SERIES", series)
+    monkeypatch.setattr(metrics, "SERIES", series)
     worker, now = SimpleNamespace(done=2, level=5.0, seen=[0.5, 2.0]), [100.0]
     return worker, Publisher(worker, lambda: now[0]), Sink(), now  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang import __version__
-from whiflash_sglang.metrics.series import PREFIX, SERIES
+from whiflash_sglang.metrics import PREFIX, SERIES
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

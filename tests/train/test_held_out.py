@@ -8,7 +8,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli.train import train_app
-from whiflash_sglang.train.answers.held_out import UNNAMED, split
+from whiflash_sglang.train.answers.prompts import UNNAMED, split
 
 
 def turns(*texts: str, source: str = "agents", **fields: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.train.answers.loops import (
+from whiflash_sglang.train.rounds import (
     MAX_PERIOD,
     MIN_REPEATS,
     MIN_SPAN,

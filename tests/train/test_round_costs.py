@@ -14,7 +14,7 @@ from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.load import RequestError
 from whiflash_sglang.lab.bench.profile import profile
 from whiflash_sglang.lab.bench.prompts import Prompt
-from whiflash_sglang.lab.judging.round_costs import measure
+from whiflash_sglang.lab.judging.calibration import measure_rounds
 from whiflash_sglang.models.router import Router
 
 pytestmark = pytest.mark.server
@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
 
 
 def test_both_drafters_are_timed_and_the_policy_is_put_back(server: Server) -> None:
-    seconds = measure(server.url, PROMPTS)
+    seconds = measure_rounds(server.url, PROMPTS)
     assert seconds.keys() == {"eagle3", "dflash"}
     assert all(value > 0 for value in seconds.values())
     assert server.get("/whiflash/state")["policy"] == "auto"
@@ -52,7 +52,7 @@ def test_both_drafters_are_timed_and_the_policy_is_put_back(server: Server) -> N
 def test_the_policy_is_put_back_after_an_error(server: Server) -> None:
     too_long = Prompt("long", "chat", ({"role": "user", "content": "abc " * 4000},))
     with pytest.raises(RequestError, match="prompt long"):
-        measure(server.url, [too_long])
+        measure_rounds(server.url, [too_long])
     assert server.get("/whiflash/state")["policy"] == "auto"
 
 
@@ -84,7 +84,7 @@ def test_the_neural_policy_over_http(server: Server) -> None:
 
 def test_an_address_without_a_server_is_named() -> None:
     with pytest.raises(WhiflashError, match=r"127\.0\.0\.1:9.* is no WHIFLASH server"):
-        measure("http://127.0.0.1:9", PROMPTS)
+        measure_rounds("http://127.0.0.1:9", PROMPTS)
 
 
 LOGGED = re.compile(r"accept len: ([\d.]+), accept rate: ([\d.]+), (?:cap len: ([\d.]+), )?")

@@ -13,19 +13,19 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.lab.judging.evaluation import deltas_of
 from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 from whiflash_sglang.train.config import RouterTraining
-from whiflash_sglang.train.regression import (
+from whiflash_sglang.train.replay import Replay
+from whiflash_sglang.train.router import (
     RouterData,
     calibration_bins,
     fit,
     inputs_of,
     is_held_out,
+    plot_calibration,
     router_data,
     router_quality,
     run_key,
     split,
 )
-from whiflash_sglang.train.replay import Replay
-from whiflash_sglang.train.router import plot_calibration
 from whiflash_sglang.train.walk import choices_above
 
 HIDDEN = 8

@@ -9,7 +9,7 @@ from model_set import Models
 from reference import Comparison
 from traffic import mixed, play
 
-from whiflash_sglang.checkpoints.create import Parts, create
+from whiflash_sglang.checkpoints.fit import Parts, create
 from whiflash_sglang.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from host_reads import HostReads
 from model_set import Models
 
 from whiflash_sglang.drafters.base import KVDrafter
-from whiflash_sglang.metrics.series import Labels, Series
+from whiflash_sglang.metrics import Labels, Series
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
 from whiflash_sglang.routing.fits import Plane

@@ -17,7 +17,7 @@ from reference import Comparison
 
 from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.drafters.base import TextDrafter
-from whiflash_sglang.metrics.series import Labels, Series
+from whiflash_sglang.metrics import Labels, Series
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner
 from whiflash_sglang.round.quarantine import (

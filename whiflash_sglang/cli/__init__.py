@@ -51,23 +51,8 @@ def _whiflash(
     pass
 
 
-for _command in (
-    "check",
-    "bundle",
-    "serve",
-    "demo",
-    "bench",
-    "policy",
-    "profile",
-    "simulate",
-    "top",
-    "proxy",
-    "trace",
-    "lookup",
-    "train",
-    "judge",
-):
-    import_module(f"whiflash_sglang.cli.{_command}").register(app)
+for _module in ("check", "serve", "bench", "running", "trace", "bundle", "train", "judge"):
+    import_module(f"whiflash_sglang.cli.{_module}").register(app)
 
 
 def main() -> None:

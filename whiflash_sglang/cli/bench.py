@@ -1,183 +1,252 @@
-"""`whiflash bench`: WHIFLASH beside plain decoding and SGLang's own speculative arms."""
+"""`whiflash bench`: WHIFLASH beside plain decoding and SGLang's own speculative arms. `whiflash simulate`: what rounds
+would cost on a card, from published figures."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption
+from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
 from whiflash_sglang.errors import UsageError
 from whiflash_sglang.lab.bench.arms import KNOWN
-from whiflash_sglang.lab.bench.suites import GROUPS, SUITES
+from whiflash_sglang.lab.bench.prompts import GROUPS, SUITES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from whiflash_sglang.lab.simulate import Check, Result
+
+
+def bench(
+    quick: Annotated[bool, typer.Option(help="Four arms in under five minutes.")] = False,
+    arms: Annotated[str | None, typer.Option(help=f"Comma-separated: {', '.join(KNOWN)}.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="JSONL file or data set of the hub.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help=f"Published prompt sets, comma-separated: {', '.join((*SUITES, *GROUPS))}."),
+    ] = None,
+    suite_dir: Annotated[Path | None, typer.Option(help="Folder with the files of --suite.")] = None,
+    per_category: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer, in tokens.")] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
+    rates: Annotated[str, typer.Option(help="Arrivals a second; comma-separated.")] = "",
+    repetitions: Annotated[int, typer.Option(min=1, help="Most repetitions of the full set.")] = 3,
+    minutes: Annotated[float | None, typer.Option(help="Start no repetition that would end later.")] = None,
+    interleave: Annotated[bool, typer.Option(help="Run all servers at once and ask prompts in turn.")] = True,
+    restart: Annotated[bool, typer.Option(help="Start new servers for every repetition.")] = False,
+    scaling: Annotated[bool, typer.Option(help="Also measure a round's cost by batch and context.")] = False,
+    positions: Annotated[bool, typer.Option(help="Report acceptance by position in the answer.")] = False,
+    as_json: JsonFlag = False,
+    out: OutOption = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write pictures to this directory.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the interrupted run of the same --out.")] = False,
+    model_path: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
+    bundle: Annotated[str | None, typer.Option(help="Drafters: directory or hub id.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of every arm.")] = "bfloat16",
+    server_args: Annotated[str, typer.Option(help="Further arguments for every server.")] = "",
+    beside: Annotated[
+        Path | None,
+        typer.Option(help="Another checkout of this project, for arms such as auto@beside."),
+    ] = None,
+    recorded: Annotated[
+        list[Path] | None,
+        typer.Option(help="Replay recorded conversations instead of prompts."),
+    ] = None,
+    dag_jsonl: Annotated[
+        Path | None,
+        typer.Option(help="Write the --recorded conversations to this file for AIPerf; measure nothing."),
+    ] = None,
+    over: Annotated[str | None, typer.Option(help="Also compare every arm with this one.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this directory.")] = None,
+) -> None:
+    """Measure WHIFLASH beside plain decoding, EAGLE3, DFLASH and NGRAM on this machine.
+
+    Every answer is compared with plain decoding's. Without --prompts a sample of 42 prompts is used.
+
+    \b
+    Examples:
+    whiflash bench --quick
+    whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures
+    whiflash bench --suite spec-bench,gsm8k --suite-dir downloads --per-category 10
+    whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
+    whiflash bench --recorded log.jsonl --arms auto,auto+prediction,auto+useless --concurrency 1,8
+    whiflash bench --recorded log.jsonl --dag-jsonl agents.jsonl
+    """
+    import shlex
+    import tempfile
+
+    from whiflash_sglang.lab.bench.arms import build_arms, check_names, those_with_drafters
+    from whiflash_sglang.lab.bench.command import Outputs, judge, loads_of, run, scale_of
+    from whiflash_sglang.lab.bench.prompts import load_prompts, read_suites, sample, shipped, suites_of
+    from whiflash_sglang.lab.bench.runner import Plan
+
+    loads = loads_of(concurrency, rates)
+    names = [name.strip() for name in (arms or "").split(",") if name.strip()]
+    check_names(names, recorded=bool(recorded))
+    if resume and out is None:
+        raise UsageError("--resume goes on with the run that writes to --out FILE; name it")
+    if dag_jsonl is not None:
+        if not recorded:
+            raise UsageError("--dag-jsonl writes recorded conversations: give them with --recorded")
+        from whiflash_sglang.jsonl import write_whole
+        from whiflash_sglang.lab.recorded.conversation import dag_lines
+        from whiflash_sglang.lab.recorded.files import read_recorded
+
+        lines = list(dag_lines(talk for path in recorded for talk in read_recorded(path)))
+        write_whole(dag_jsonl, "".join(f"{line}\n" for line in lines))
+        typer.echo(f"{dag_jsonl}: {len(lines)} conversations")
+        return
+    if recorded:
+        others = {
+            "--quick": quick,
+            "--prompts": prompts,
+            "--suite": suite,
+            "--per-category": per_category,
+            "--rates": rates,
+            "--no-interleave": not interleave,
+            "--restart": restart,
+            "--scaling": scaling,
+            "--plots": plots,
+            "--positions": positions,
+            "--beside": beside,
+            "--over": over,
+        }
+        given = [name for name, value in others.items() if value]
+        if given:
+            raise UsageError(
+                f"{', '.join(given)}: not with --recorded, which compares every arm with every other"
+            )
+        from whiflash_sglang.lab.bench.recorded import RecordedOutputs, RecordedRun, run_recorded
+
+        run_recorded(
+            RecordedRun(
+                paths=tuple(recorded),
+                arms=tuple(names),
+                concurrency=concurrency,
+                repetitions=repetitions,
+                max_tokens=max_tokens,
+                model_path=model_path,
+                bundle=bundle,
+                dtype=dtype,
+                minutes=minutes,
+                server_args=tuple(shlex.split(server_args)),
+                log_dir=log_dir,
+            ),
+            RecordedOutputs(as_json, out, markdown, resume),
+        )
+        return
+    scale = scale_of(quick, arms, per_category, max_tokens, minutes)
+    if scaling and not (interleave and "auto" in scale.arms):
+        raise UsageError("--scaling measures the arm auto while all servers are up: drop --no-interleave")
+    if restart and not interleave:
+        raise UsageError("--restart is for interleaved runs: drop --no-interleave")
+    from whiflash_sglang.lab.bench.subject import build_subject
+
+    if suite and prompts:
+        raise UsageError("--suite and --prompts both name the prompts: give one of them")
+    suites = suites_of(suite or "")
+    asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
+    chosen = sample(asked, scale.per_category)
+    outputs = Outputs(as_json, out, markdown, plots)
+    outputs.prepare()
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
+        extra = shlex.split(server_args)
+        subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
+        wanted = scale.arms if arms else those_with_drafters(scale.arms, subject)
+        if over is not None and over not in wanted:
+            raise UsageError(f"--over {over} is not among the arms {','.join(wanted)}")
+        plan = Plan(
+            subject=subject,
+            arms=tuple(build_arms(wanted, subject, traced=positions)),
+            prompts=tuple(chosen),
+            loads=tuple(loads),
+            repetitions=repetitions,
+            max_tokens=scale.max_tokens,
+            interleave=interleave,
+            restart=restart,
+            minutes=scale.minutes,
+            scaling=scaling,
+            over=over,
+            suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
+        )
+        cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")
+        report = run(plan, cells, log_dir, resume=resume)
+    outputs.publish(report)
+    judge(report)
+
+
+def _checked(tried: "Sequence[Check]") -> "Table":
+    from rich.table import Table
+
+    shown = Table("published figures", "a price was fitted to them", title="Errors of the simulator")
+    for column in ("cells", "mean error", "worst error"):
+        shown.add_column(column, justify="right")
+    for one in tried:
+        shown.add_row(one.name, one.fitted, str(one.cells), f"{one.mean:.1%}", f"{one.worst:.1%}")
+    return shown
+
+
+def _rates(results: "Sequence[Result]") -> "Table":
+    """Tokens a second: a line for every number of requests, a column for every method."""
+    from rich.table import Table
+
+    methods = list(dict.fromkeys(result.method for result in results))
+    shown = Table("requests", title="Simulated tokens a second (estimates)")
+    for method in methods:
+        shown.add_column(method, justify="right")
+    for begin in range(0, len(results), len(methods)):
+        line = results[begin : begin + len(methods)]
+        shown.add_row(str(line[0].requests), *(f"{result.rate:,.0f}" for result in line))
+    return shown
+
+
+def simulate(
+    requests: Annotated[
+        str, typer.Option(help="Requests at once, with commas between them.")
+    ] = "1,2,4,8,16,32,64,128,256",
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="Arrivals a second. Without it, the next request follows the last."),
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    as_json: JsonFlag = False,
+) -> None:
+    """Simulate tokens a second of Qwen3-8B on an H100: an estimate, no measurement.
+
+    Prices and acceptance lengths are published ones. The first line names what is assumed; the first table shows
+    how far the simulator is from published figures.
+
+    \b
+    Example:
+    whiflash simulate --requests 1,8,64 --answer 256
+    """
+    from whiflash_sglang.lab.simulate import H100, Load, assumed, checks, table
+
+    try:
+        sizes = [int(size) for size in requests.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
+    load = Load(1, rate=rate, prompt=prompt, answer=answer)
+    line, tried, results = assumed(H100, load), checks(), table(H100, sizes, load)
+    if as_json:
+        found = [one._asdict() for one in tried]
+        rates = [{"requests": r.requests, "method": r.method, "simulated": r.rate} for r in results]
+        typer.echo(json.dumps({"assumed": line, "checks": found, "tokens_per_second": rates}))
+        return
+    typer.echo(line)
+    for shown in (_checked(tried), _rates(results)):
+        for_tables().print(shown)
 
 
 def register(app: typer.Typer) -> None:
-    @app.command()
-    def bench(
-        quick: Annotated[bool, typer.Option(help="Four arms in under five minutes.")] = False,
-        arms: Annotated[str | None, typer.Option(help=f"Comma-separated: {', '.join(KNOWN)}.")] = None,
-        prompts: Annotated[str | None, typer.Option(help="JSONL file or data set of the hub.")] = None,
-        suite: Annotated[
-            str | None,
-            typer.Option(help=f"Published prompt sets, comma-separated: {', '.join((*SUITES, *GROUPS))}."),
-        ] = None,
-        suite_dir: Annotated[Path | None, typer.Option(help="Folder with the files of --suite.")] = None,
-        per_category: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
-        max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer, in tokens.")] = None,
-        concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
-        rates: Annotated[str, typer.Option(help="Arrivals a second; comma-separated.")] = "",
-        repetitions: Annotated[int, typer.Option(min=1, help="Most repetitions of the full set.")] = 3,
-        minutes: Annotated[
-            float | None, typer.Option(help="Start no repetition that would end later.")
-        ] = None,
-        interleave: Annotated[
-            bool, typer.Option(help="Run all servers at once and ask prompts in turn.")
-        ] = True,
-        restart: Annotated[bool, typer.Option(help="Start new servers for every repetition.")] = False,
-        scaling: Annotated[
-            bool, typer.Option(help="Also measure a round's cost by batch and context.")
-        ] = False,
-        positions: Annotated[bool, typer.Option(help="Report acceptance by position in the answer.")] = False,
-        as_json: JsonFlag = False,
-        out: OutOption = None,
-        markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
-        plots: Annotated[Path | None, typer.Option(help="Write pictures to this directory.")] = None,
-        resume: Annotated[bool, typer.Option(help="Continue the interrupted run of the same --out.")] = False,
-        model_path: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
-        bundle: Annotated[str | None, typer.Option(help="Drafters: directory or hub id.")] = None,
-        dtype: Annotated[Dtype, typer.Option(help="Number format of every arm.")] = "bfloat16",
-        server_args: Annotated[str, typer.Option(help="Further arguments for every server.")] = "",
-        beside: Annotated[
-            Path | None,
-            typer.Option(help="Another checkout of this project, for arms such as auto@beside."),
-        ] = None,
-        recorded: Annotated[
-            list[Path] | None,
-            typer.Option(help="Replay recorded conversations instead of prompts."),
-        ] = None,
-        dag_jsonl: Annotated[
-            Path | None,
-            typer.Option(help="Write the --recorded conversations to this file for AIPerf; measure nothing."),
-        ] = None,
-        over: Annotated[str | None, typer.Option(help="Also compare every arm with this one.")] = None,
-        log_dir: Annotated[
-            Path | None, typer.Option(help="Keep the servers' logs in this directory.")
-        ] = None,
-    ) -> None:
-        """Measure WHIFLASH beside plain decoding, EAGLE3, DFLASH and NGRAM on this machine.
-
-        Every answer is compared with plain decoding's. Without --prompts a sample of 42 prompts is used.
-
-        \b
-        Examples:
-        whiflash bench --quick
-        whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures
-        whiflash bench --suite spec-bench,gsm8k --suite-dir downloads --per-category 10
-        whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
-        whiflash bench --recorded log.jsonl --arms auto,auto+prediction,auto+useless --concurrency 1,8
-        whiflash bench --recorded log.jsonl --dag-jsonl agents.jsonl
-        """
-        import shlex
-        import tempfile
-
-        from whiflash_sglang.lab.bench.arms import build_arms, check_names, those_with_drafters
-        from whiflash_sglang.lab.bench.command import Outputs, judge, loads_of, run, scale_of
-        from whiflash_sglang.lab.bench.prompts import load_prompts, sample, shipped
-        from whiflash_sglang.lab.bench.runner import Plan
-        from whiflash_sglang.lab.bench.suites import read_suites, suites_of
-
-        loads = loads_of(concurrency, rates)
-        names = [name.strip() for name in (arms or "").split(",") if name.strip()]
-        check_names(names, recorded=bool(recorded))
-        if resume and out is None:
-            raise UsageError("--resume goes on with the run that writes to --out FILE; name it")
-        if dag_jsonl is not None:
-            if not recorded:
-                raise UsageError("--dag-jsonl writes recorded conversations: give them with --recorded")
-            from whiflash_sglang.jsonl import write_whole
-            from whiflash_sglang.lab.recorded.dag_jsonl import dag_lines
-            from whiflash_sglang.lab.recorded.files import read_recorded
-
-            lines = list(dag_lines(talk for path in recorded for talk in read_recorded(path)))
-            write_whole(dag_jsonl, "".join(f"{line}\n" for line in lines))
-            typer.echo(f"{dag_jsonl}: {len(lines)} conversations")
-            return
-        if recorded:
-            others = {
-                "--quick": quick,
-                "--prompts": prompts,
-                "--suite": suite,
-                "--per-category": per_category,
-                "--rates": rates,
-                "--no-interleave": not interleave,
-                "--restart": restart,
-                "--scaling": scaling,
-                "--plots": plots,
-                "--positions": positions,
-                "--beside": beside,
-                "--over": over,
-            }
-            given = [name for name, value in others.items() if value]
-            if given:
-                raise UsageError(
-                    f"{', '.join(given)}: not with --recorded, which compares every arm with every other"
-                )
-            from whiflash_sglang.lab.bench.recorded_run import RecordedOutputs, RecordedRun, run_recorded
-
-            run_recorded(
-                RecordedRun(
-                    paths=tuple(recorded),
-                    arms=tuple(names),
-                    concurrency=concurrency,
-                    repetitions=repetitions,
-                    max_tokens=max_tokens,
-                    model_path=model_path,
-                    bundle=bundle,
-                    dtype=dtype,
-                    minutes=minutes,
-                    server_args=tuple(shlex.split(server_args)),
-                    log_dir=log_dir,
-                ),
-                RecordedOutputs(as_json, out, markdown, resume),
-            )
-            return
-        scale = scale_of(quick, arms, per_category, max_tokens, minutes)
-        if scaling and not (interleave and "auto" in scale.arms):
-            raise UsageError("--scaling measures the arm auto while all servers are up: drop --no-interleave")
-        if restart and not interleave:
-            raise UsageError("--restart is for interleaved runs: drop --no-interleave")
-        from whiflash_sglang.lab.bench.subject import build_subject
-
-        if suite and prompts:
-            raise UsageError("--suite and --prompts both name the prompts: give one of them")
-        suites = suites_of(suite or "")
-        asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
-        chosen = sample(asked, scale.per_category)
-        outputs = Outputs(as_json, out, markdown, plots)
-        outputs.prepare()
-        if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
-            extra = shlex.split(server_args)
-            subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
-            wanted = scale.arms if arms else those_with_drafters(scale.arms, subject)
-            if over is not None and over not in wanted:
-                raise UsageError(f"--over {over} is not among the arms {','.join(wanted)}")
-            plan = Plan(
-                subject=subject,
-                arms=tuple(build_arms(wanted, subject, traced=positions)),
-                prompts=tuple(chosen),
-                loads=tuple(loads),
-                repetitions=repetitions,
-                max_tokens=scale.max_tokens,
-                interleave=interleave,
-                restart=restart,
-                minutes=scale.minutes,
-                scaling=scaling,
-                over=over,
-                suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
-            )
-            cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")
-            report = run(plan, cells, log_dir, resume=resume)
-        outputs.publish(report)
-        judge(report)
+    for command in (bench, simulate):
+        app.command()(command)

@@ -58,48 +58,50 @@ def _platform() -> list[Finding]:
     return [Finding("platform", True, "no accelerator: this package's CPU platform"), *seams]
 
 
+def check(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show passed checks.")] = False,
+    model_path: Annotated[
+        str | None, typer.Option("--model-path", help="Target of --draft: hub id or directory.")
+    ] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--draft",
+            help="Check this bundle or drafter (hub id or directory) by its config.json: format, KV size, "
+            "obstacles. May be repeated.",
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check versions, the plugin, the platform and every private SGLang name. Exit code 1 on any failure.
+
+    \b
+    Examples:
+    whiflash check -v
+    whiflash check --model-path Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
+    """
+    from rich.console import Console
+
+    if model_path is not None and not draft:
+        raise typer.BadParameter("--model-path says nothing without --draft")
+    found = _drafts(draft, model_path) if draft else findings()
+    verbose = verbose or bool(draft)
+    failed = [f for f in found if not f.ok]
+    if as_json:
+        listed = [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in found]
+        typer.echo(json.dumps(listed, indent=2))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for f in found if verbose else failed:
+            mark = "[green]ok  [/]" if f.ok else "[red]FAIL[/]"
+            console.print(mark, end=" ")
+            console.print(f"{f.name}: {f.detail}", markup=False)
+        console.print(
+            f"{len(failed)} of {len(found)} failed" if failed else f"{len(found)} of {len(found)} right"
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
 def register(app: typer.Typer) -> None:
-    @app.command()
-    def check(
-        verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show passed checks.")] = False,
-        model_path: Annotated[
-            str | None, typer.Option("--model-path", help="Target of --draft: hub id or directory.")
-        ] = None,
-        draft: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--draft",
-                help="Check this bundle or drafter (hub id or directory) by its config.json: format, KV size, "
-                "obstacles. May be repeated.",
-            ),
-        ] = None,
-        as_json: JsonFlag = False,
-    ) -> None:
-        """Check versions, the plugin, the platform and every private SGLang name. Exit code 1 on any failure.
-
-        \b
-        Examples:
-        whiflash check -v
-        whiflash check --model-path Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
-        """
-        from rich.console import Console
-
-        if model_path is not None and not draft:
-            raise typer.BadParameter("--model-path says nothing without --draft")
-        found = _drafts(draft, model_path) if draft else findings()
-        verbose = verbose or bool(draft)
-        failed = [f for f in found if not f.ok]
-        if as_json:
-            listed = [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in found]
-            typer.echo(json.dumps(listed, indent=2))
-        else:
-            console = Console(highlight=False, soft_wrap=True)
-            for f in found if verbose else failed:
-                mark = "[green]ok  [/]" if f.ok else "[red]FAIL[/]"
-                console.print(mark, end=" ")
-                console.print(f"{f.name}: {f.detail}", markup=False)
-            console.print(
-                f"{len(failed)} of {len(found)} failed" if failed else f"{len(found)} of {len(found)} right"
-            )
-        if failed:
-            raise typer.Exit(1)
+    app.command()(check)

@@ -1,5 +1,7 @@
-"""`whiflash serve`: `sglang serve` with the embedded bundle as default."""
+"""Commands that serve: `whiflash serve` is `sglang serve` with the embedded bundle as default, `demo` asks such a
+server two questions, `proxy` adds hints for agents that cannot use the SDK."""
 
+import json
 import os
 import shlex
 import sys
@@ -11,7 +13,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from whiflash_sglang.embedded.cache import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.cli.options import DEFAULT_URL, JsonFlag
+from whiflash_sglang.config import RouterName
+from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
 from whiflash_sglang.errors import ConfigError, UsageError
 
 MODEL = ("--model-path", "--model")
@@ -143,42 +147,113 @@ class ServeCommand(TyperCommand):
             console.print(Padding(flag.meaning, (0, 0, 0, 6)), markup=False)
 
 
+def serve(
+    ctx: typer.Context,
+    print_only: Annotated[
+        bool, typer.Option("--print-command", help="Print the command, quoted for a shell, and exit.")
+    ] = False,
+) -> None:
+    """Serve with WHIFLASH. All other options go to `sglang serve` unchanged.
+
+    Without a model, here or in the file of --config, it serves the embedded SmolLM2-135M-Instruct with its
+    drafters, compact JSON, and tools held to their schemas.
+
+    \b
+    Examples:
+    whiflash serve --port 30000
+    whiflash serve Qwen/Qwen3-8B --speculative-draft-model-path OWNER/BUNDLE --whiflash-router ar
+    """
+    check_arguments(ctx.args)
+    # The environment that has this command has that one, too.
+    command = [
+        str(Path(sys.executable).with_name("sglang")),
+        "serve",
+        *LANGUAGE_MODEL,
+        *server_arguments(ctx.args),
+    ]
+    environment = {name: os.environ.get(name, value) for name, value in server_environment(ctx.args).items()}
+    if print_only:
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        typer.echo(shlex.join([*(["env", *variables] if variables else []), *command]))
+        return
+    # Replacing this process leaves signals, exit code and children to SGLang itself.
+    os.execve(command[0], command, {**os.environ, **environment})
+
+
+def demo(
+    as_json: JsonFlag = False,
+    router: Annotated[RouterName, typer.Option(help="Policy to show.")] = "auto",
+    svg: Annotated[Path | None, typer.Option(help="Also write the output to this file, in colour.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this directory.")] = None,
+) -> None:
+    """Start a server on the embedded model, ask it a chat question and a tool call, and show who drafted what.
+
+    A second server decodes plainly: its answers must be the same, and its speed is the comparison.
+
+    \b
+    Example:
+    whiflash demo
+    """
+    from rich.console import Console
+
+    from whiflash_sglang.lab.demo import judge, run, show, write_picture
+    from whiflash_sglang.progress import progress
+
+    with progress() as bar:
+        answers = run(router, log_dir, bar)
+    if as_json:
+        typer.echo(json.dumps([answer.as_json() for answer in answers], indent=2))
+    else:
+        show(answers, Console())
+    if svg is not None:
+        write_picture(answers, svg)
+    judge(answers)
+
+
+def proxy(
+    upstream: Annotated[str, typer.Option(help="Root URL of the server, without /v1.")] = DEFAULT_URL,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 30080,
+    tenant: Annotated[
+        str | None, typer.Option(help="Tenant of requests without one.", show_default=False)
+    ] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="Agent of requests without one.", show_default=False)
+    ] = None,
+    mib: Annotated[int, typer.Option("--longest-mib", min=1, help="Longest request, in MiB.")] = 64,
+) -> None:
+    """Add hints to requests on their way to a server, for agents in other languages.
+
+    Requests below /v1 get spans, agent, tenant, turn and predictions of files. Answers pass byte for byte. Name the
+    caller with the headers X-WhiFlash-Tenant, -Agent and -Session, or in the path:
+    http://127.0.0.1:30080/agent=coder/v1. Keys pass through; requests are not logged.
+
+    \b
+    Example:
+    whiflash proxy --upstream http://127.0.0.1:30000 --agent coder
+    """
+    import uvicorn
+    from whiflash_sdk.proxy import Proxy
+
+    typer.echo(f"http://{host}:{port} passes requests on to {upstream}", err=True)
+    application = Proxy(upstream, longest_body=mib * 2**20, tenant=tenant, agent=agent)
+    uvicorn.run(
+        application,
+        host=host,
+        port=port,
+        access_log=False,
+        log_level="warning",
+        lifespan="on",
+        server_header=False,  # the server's own pass
+        date_header=False,
+    )
+
+
 def register(app: typer.Typer) -> None:
-    @app.command(
+    app.command(
         cls=ServeCommand,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         options_metavar="[MODEL] [OPTIONS OF SGLANG SERVE]",
-    )
-    def serve(
-        ctx: typer.Context,
-        print_only: Annotated[
-            bool, typer.Option("--print-command", help="Print the command, quoted for a shell, and exit.")
-        ] = False,
-    ) -> None:
-        """Serve with WHIFLASH. All other options go to `sglang serve` unchanged.
-
-        Without a model, here or in the file of --config, it serves the embedded SmolLM2-135M-Instruct with its
-        drafters, compact JSON, and tools held to their schemas.
-
-        \b
-        Examples:
-        whiflash serve --port 30000
-        whiflash serve Qwen/Qwen3-8B --speculative-draft-model-path OWNER/BUNDLE --whiflash-router ar
-        """
-        check_arguments(ctx.args)
-        # The environment that has this command has that one, too.
-        command = [
-            str(Path(sys.executable).with_name("sglang")),
-            "serve",
-            *LANGUAGE_MODEL,
-            *server_arguments(ctx.args),
-        ]
-        environment = {
-            name: os.environ.get(name, value) for name, value in server_environment(ctx.args).items()
-        }
-        if print_only:
-            variables = [f"{name}={value}" for name, value in environment.items()]
-            typer.echo(shlex.join([*(["env", *variables] if variables else []), *command]))
-            return
-        # Replacing this process leaves signals, exit code and children to SGLang itself.
-        os.execve(command[0], command, {**os.environ, **environment})
+    )(serve)
+    app.command()(demo)
+    app.command()(proxy)

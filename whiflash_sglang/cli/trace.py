@@ -70,37 +70,39 @@ def _text_of(response: dict[str, Any]) -> str:
     return f"{message.get('content') or choice.get('text') or ''}{called}"
 
 
+def trace(
+    file: Annotated[Path, typer.Argument(help="Responses: JSON or JSON lines.")],
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
+    colour: Annotated[
+        bool | None,
+        typer.Option(
+            help="Colours, or each drafter's name before its text. Default: colours on a terminal without "
+            "NO_COLOR.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show which drafter wrote what in recorded responses.
+
+    \b
+    Example:
+    whiflash trace answers.jsonl --html answers.html
+    """
+    from rich.console import Console
+    from whiflash_sdk.render import conversation_html, conversation_terminal
+
+    turns = turns_of(file)
+    if html is None:
+        console = Console()
+        wanted = console.is_terminal and not console.no_color if colour is None else colour
+        # Not through typer, which takes colours that were asked for out of a pipe.
+        print(conversation_terminal(turns, colour=wanted))
+        return
+    page = html.with_suffix(html.suffix + ".part")
+    page.write_text(conversation_html(turns, title=file.name), encoding="utf-8")
+    page.replace(html)
+    typer.echo(f"{html}: {len(turns)} turns")
+
+
 def register(app: typer.Typer) -> None:
-    @app.command()
-    def trace(
-        file: Annotated[Path, typer.Argument(help="Responses: JSON or JSON lines.")],
-        html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = None,
-        colour: Annotated[
-            bool | None,
-            typer.Option(
-                help="Colours, or each drafter's name before its text. Default: colours on a terminal without "
-                "NO_COLOR.",
-                show_default=False,
-            ),
-        ] = None,
-    ) -> None:
-        """Show which drafter wrote what in recorded responses.
-
-        \b
-        Example:
-        whiflash trace answers.jsonl --html answers.html
-        """
-        from rich.console import Console
-        from whiflash_sdk.render import conversation_html, conversation_terminal
-
-        turns = turns_of(file)
-        if html is None:
-            console = Console()
-            wanted = console.is_terminal and not console.no_color if colour is None else colour
-            # Not through typer, which takes colours that were asked for out of a pipe.
-            print(conversation_terminal(turns, colour=wanted))
-            return
-        page = html.with_suffix(html.suffix + ".part")
-        page.write_text(conversation_html(turns, title=file.name), encoding="utf-8")
-        page.replace(html)
-        typer.echo(f"{html}: {len(turns)} turns")
+    app.command()(trace)

@@ -15,7 +15,7 @@ import typer
 from whiflash_sglang.cli.options import JsonFlag, report
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.jsonl import write_whole
-from whiflash_sglang.train.answers.held_out import USERS
+from whiflash_sglang.train.answers.prompts import USERS
 
 if TYPE_CHECKING:
     from whiflash_sglang.train.config import TrainConfig
@@ -61,8 +61,7 @@ def split_command(
     Example:
     whiflash train split train_prompts.jsonl eval_prompts.jsonl kept.jsonl
     """
-    from whiflash_sglang.train.answers.held_out import split
-    from whiflash_sglang.train.answers.prompts import read_rows
+    from whiflash_sglang.train.answers.prompts import read_rows, split
 
     rows, evaluated = read_rows(train), read_rows(held_out)
     done = split(rows, evaluated, users)

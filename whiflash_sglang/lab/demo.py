@@ -19,12 +19,10 @@ from whiflash_sdk.render import terminal
 from whiflash_sdk.trace import Trace, routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
-from whiflash_sglang.embedded import TARGET_NAME, ensure_target
-from whiflash_sglang.embedded.cache import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME, embedded_arguments, ensure_target
 from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.serving.server import Server
-from whiflash_sglang.serving.server_host import ServerHost, shares_imports
+from whiflash_sglang.serving import Server, ServerHost, shares_imports
 
 TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"
 REPEATS = 3

@@ -5,25 +5,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 DRAWS = 2000
 Floats = npt.NDArray[np.float64]
 
 
-class Percentiles(BaseModel):
+class Percentiles(BaseModel, frozen=True, extra="forbid"):
     """Of a latency, in milliseconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     p50: float
     p95: float
     p99: float
 
 
-class Interval(BaseModel):
+class Interval(BaseModel, frozen=True, extra="forbid"):
     """A ratio and its 95 % interval."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     ratio: float
     low: float
     high: float

@@ -99,15 +99,15 @@ class CpuAttentionBackend(AttentionBackend):
         self._plans[key] = plan
         return plan
 
-    def _attend(
+    def forward_extend(
         self,
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
-        save_kv_cache: bool,
-        sinks: torch.Tensor | None,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         _refuse_unsupported(layer)
         pool = self.token_to_kv_pool
@@ -125,29 +125,7 @@ class CpuAttentionBackend(AttentionBackend):
             return out
         return torch.nn.functional.pad(out, (0, 0, 0, padded - rows))
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks)
-
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks)
+    forward_decode = forward_extend
 
     def support_triton(self) -> bool:
         return False

@@ -29,13 +29,12 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.progress import tracked
-from whiflash_sglang.train.answers.loops import loop_start
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.store import Sequence as Stored
 from whiflash_sglang.train.drafters.batches import Batch, unpack
 from whiflash_sglang.train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.drafters.eagle3 import plan_chains, unroll
-from whiflash_sglang.train.rounds import agreed
+from whiflash_sglang.train.rounds import agreed, loop_start
 
 ARMS = ("eagle3", "dflash")
 """The trained drafters, between which the paper's routers choose; a bundle may have one of them alone."""

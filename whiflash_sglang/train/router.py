@@ -1,14 +1,24 @@
-"""`whiflash train router`: stored answers in, a router file, its report and its calibration plot out."""
+"""`whiflash train router`: stored answers in, a router file, its report and its calibration plot out.
 
+Both drafters are replayed from the same prefixes; the router learns by regression what they accept. ΔAL at an answer
+position is AL(EAGLE-3) - AL(DFlash) of a round that starts there (same-round counterfactuals, arXiv 2606.07710); the
+input is the target's state after the final norm at the last committed position. Two heads on the same hidden layer
+learn the accepted drafts of each. Answers are split by their id, never positions: those of one answer resemble each
+other.
+"""
+
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
 
 from whiflash_sglang.checkpoints.manifest import NAMES, check_arms
 from whiflash_sglang.models.router import ROUTER_FILE, Router
@@ -16,20 +26,226 @@ from whiflash_sglang.train.answers.provenance import Provenance, trained_on
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import RouterTraining, TrainConfig
 from whiflash_sglang.train.drafters.initialisation import origin_of
-from whiflash_sglang.train.regression import (
-    Bin,
-    RouterData,
-    Split,
-    calibration_bins,
-    fit,
-    inputs_of,
-    router_data,
-    router_quality,
-    run_key,
-    split,
-)
-from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.drafters.runner import last_checkpoint
+from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.walk import RouterWalk, choices_above, tabulate
+
+
+class RouterData(NamedTuple):
+    """`states` [N, H or H + 2] fp32, of :func:`inputs_of`; `accepted` [N, 2] fp32: drafts accepted of EAGLE-3 and of
+    DFlash."""
+
+    states: Tensor
+    accepted: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """[N]: ΔAL."""
+        return self.accepted[:, 0] - self.accepted[:, 1]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Answers that the router learns from, and those that it never sees."""
+
+    learn: list[Replay]
+    held_out: list[Replay]
+
+
+def is_held_out(answer_id: str, share: float) -> bool:
+    """Whether an answer belongs to the held-out `share`: decided by its id alone, so calibration finds the same."""
+    return int(hashlib.sha256(answer_id.encode()).hexdigest(), 16) % 10_000 < share * 10_000
+
+
+def split(answers: Sequence[Replay], share: float) -> Split:
+    """Raises `ValueError` where one part would be empty."""
+    parts = Split(
+        [one for one in answers if not is_held_out(one.id, share)],
+        [one for one in answers if is_held_out(one.id, share)],
+    )
+    if not parts.learn or not parts.held_out:
+        raise ValueError(
+            f"{len(answers)} answers leave none to learn from or none to hold out (router.held_out {share}): "
+            "generate more with `whiflash train data`"
+        )
+    return parts
+
+
+def inputs_of(answer: Replay, confidences: bool) -> Tensor:
+    """What a router reads at every position of an answer, [P, H] fp32: the target's state.
+
+    With `confidences` [P, H + 2]: beside it the drafts that EAGLE-3 and the block drafter expect to be accepted, which
+    a server knows behind both draft passes only.
+    """
+    state = answer.final.float()
+    if not confidences:
+        return state
+    expected = [torch.from_numpy(answer.expected[arm]).float() for arm in ARMS]
+    return torch.cat([state, torch.stack(expected, dim=1)], dim=1)
+
+
+def router_data(answers: Sequence[Replay], confidences: bool = False) -> RouterData:
+    """All positions before a loop; `confidences` as of :func:`inputs_of`."""
+    states, accepted = [], []
+    for answer in answers:
+        states.append(inputs_of(answer, confidences)[: answer.loop_from])
+        lengths = [torch.from_numpy(answer.accepted[arm][: answer.loop_from]) for arm in ARMS]
+        accepted.append(torch.stack(lengths, dim=1).float())
+    return RouterData(torch.cat(states), torch.cat(accepted))
+
+
+class _Rows(Dataset[dict[str, Tensor]]):
+    """Whole batches are gathered at once: positions are many and small."""
+
+    def __init__(self, data: RouterData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data.states)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {"states": self._data.states[rows], "accepted": self._data.accepted[rows]}
+
+
+class _Regression(nn.Module):
+    """Mean squared error of ΔAL and of both heads, on standardised states."""
+
+    def __init__(self, router: Router, data: RouterData, dropout: float) -> None:
+        super().__init__()
+        self.router, self.dropout = router, dropout
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", data.states.mean(0))
+        self.register_buffer("deviation", data.states.std(0).clamp(min=1e-6))
+
+    def forward(self, states: Tensor, accepted: Tensor) -> dict[str, Tensor]:
+        """→ {"loss": scalar}."""
+        states = F.dropout((states - self.mean) / self.deviation, self.dropout, self.training)
+        found = self.router.read(F.dropout(self.router.hidden(states), self.dropout, self.training))
+        delta = accepted[:, 0] - accepted[:, 1]
+        return {"loss": F.mse_loss(found.delta, delta) + F.mse_loss(found.accepted, accepted)}
+
+
+def fit(learn: RouterData, held_out: RouterData, run: Path, settings: RouterTraining, seed: int) -> Router:
+    """Fit by mean squared error; the epoch with the lowest error on the held-out answers is kept.
+
+    `run`: checkpoints of this very training (same data, same settings); a killed one goes on from there.
+    """
+    torch.manual_seed(seed)
+    model = _Regression(Router(learn.states.shape[1], settings.width, heads=True), learn, settings.dropout)
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=8192,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.04,  # below 1: a share of all steps
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        label_names=["accepted"],
+        prediction_loss_only=True,
+        logging_strategy="epoch",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Rows(learn),
+        eval_dataset=_Rows(held_out),
+        data_collator=lambda batch: batch,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(arguments.output_dir))))
+    (run / "log.json").write_text(json.dumps(trainer.state.log_history))
+    return model.router.cpu().standardised(model.mean.cpu(), model.deviation.cpu()).eval()
+
+
+def run_key(digest: str, parts: Split, settings: RouterTraining, seed: int) -> str:
+    """Names a training run: another pair of drafters, other answers or other settings are another run.
+
+    `judge_confidences` is none of them: it trains another router beside this one.
+    """
+    ids = [[one.id for one in answers] for answers in (parts.learn, parts.held_out)]
+    text = json.dumps([digest, ids, settings.model_dump(exclude={"judge_confidences"}), seed])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class RouterQuality(NamedTuple):
+    """On positions that the router was not trained on.
+
+    r_squared: of ΔAL; of the heads `r_squared_eagle3`, `r_squared_dflash`. sign_accuracy: where ΔAL is not zero, of
+    the router at threshold 0; best_sign_accuracy, entropy_sign_accuracy: of the router and of entropy, each at its
+    best threshold on this very data; majority_sign_accuracy: of always naming the drafter that is better more often.
+    """
+
+    r_squared: float
+    r_squared_eagle3: float
+    r_squared_dflash: float
+    sign_accuracy: float
+    best_sign_accuracy: float
+    entropy_sign_accuracy: float
+    majority_sign_accuracy: float
+
+
+@torch.inference_mode()
+def router_quality(router: Router, data: RouterData, entropy: Tensor) -> RouterQuality:
+    """`entropy` [N]: the target's, at the same positions."""
+    found = router.predict(data.states)
+    decided = data.delta != 0
+    positive = data.delta[decided] > 0
+    correct = (found.delta[decided] > 0) == positive
+    share = positive.float().mean().item()
+    return RouterQuality(
+        _r_squared(found.delta, data.delta),
+        _r_squared(found.accepted[:, 0], data.accepted[:, 0]),
+        _r_squared(found.accepted[:, 1], data.accepted[:, 1]),
+        correct.float().mean().item(),
+        best_accuracy(found.delta[decided], positive),
+        best_accuracy(entropy[decided], positive),
+        max(share, 1 - share),
+    )
+
+
+def best_accuracy(signal: Tensor, positive: Tensor) -> float:
+    """Of "positive where the signal is at least a threshold", for the threshold that is right most often.
+
+    `signal` [N], `positive` [N] bool, N at least 1.
+    """
+    values, place = torch.unique(signal, return_inverse=True)
+    positives = torch.bincount(place[positive], minlength=len(values))
+    negatives = torch.bincount(place[~positive], minlength=len(values))
+    above = F.pad(positives.flip(0).cumsum(0).flip(0), (0, 1))
+    below = F.pad(negatives.cumsum(0), (1, 0))
+    return (above + below).max().item() / len(positive)
+
+
+def _r_squared(predicted: Tensor, measured: Tensor) -> float:
+    residual = (measured - predicted).square().sum()
+    return 1 - (residual / (measured - measured.mean()).square().sum()).item()
+
+
+class Bin(NamedTuple):
+    """A tenth of the positions, by prediction: mean predicted and mean measured ΔAL."""
+
+    predicted: float
+    measured: float
+
+
+@torch.inference_mode()
+def calibration_bins(router: Router, data: RouterData) -> list[Bin]:
+    """Tenths of the predictions in ascending order."""
+    predicted = router(data.states)
+    parts: Any = predicted.argsort().chunk(10)
+    return [Bin(predicted[part].mean().item(), data.delta[part].mean().item()) for part in parts]
 
 
 def plot_calibration(bins: Sequence[Bin], path: Path) -> None:

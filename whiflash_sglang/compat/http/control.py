@@ -14,7 +14,7 @@ from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import HANDLES
-from whiflash_sglang.serving.replicas import SilentReplicaError
+from whiflash_sglang.serving import SilentReplicaError
 
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"

@@ -26,8 +26,8 @@ from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import nameless, parse_forget
-from whiflash_sglang.metrics import publisher
-from whiflash_sglang.serving.replicas import SilentReplicaError, together
+from whiflash_sglang.metrics import log_steering, loggable
+from whiflash_sglang.serving import SilentReplicaError, together
 from whiflash_sglang.spans.capabilities import capabilities
 
 
@@ -117,7 +117,7 @@ async def _states(timeout: float | None = None) -> list[dict[str, Any]]:
 async def _set_policy(change: dict[str, Any], request: Request) -> JSONResponse:
     """Change router, thresholds or dwell while serving."""
     answer = await _changed(change)
-    publisher.steered(_client(request), "policy", publisher.loggable(change), answer.status_code)
+    log_steering(_client(request), "policy", loggable(change), answer.status_code)
     return answer
 
 
@@ -146,7 +146,7 @@ async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
         whose = "tenant" if who.get("agent") is None and who.get("block") is None else "part"
         told = {"all": True} if handle is None else {whose: f"{handle:016x}"}
         answer = await _send(encode_forget(handle))
-    publisher.steered(_client(request), "forget", told, answer.status_code)
+    log_steering(_client(request), "forget", told, answer.status_code)
     return answer
 
 

@@ -13,8 +13,7 @@ from whiflash_sdk.hints import TraceLevel
 
 from whiflash_sglang.compat.carried import META_KEY, settings_of
 from whiflash_sglang.compat.http import traces
-from whiflash_sglang.telemetry.trace import Recording, build_trace
-from whiflash_sglang.telemetry.trace_samples import SampleFiles, Sampler
+from whiflash_sglang.telemetry.trace import Recording, SampleFiles, Sampler, build_trace
 
 _SAMPLER = "_whiflash_sampler"
 

@@ -19,7 +19,7 @@ from sglang.srt.utils.watchdog import SubprocessWatchdog
 
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.serving.replicas import Ended, ReplicaDiedError
+from whiflash_sglang.serving import Ended, ReplicaDiedError
 
 
 def install() -> None:

@@ -6,7 +6,7 @@ from sglang.srt.managers.scheduler import Scheduler
 
 from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.metrics.series import SERIES, Labels, Series
+from whiflash_sglang.metrics import SERIES, Labels, Series
 
 
 def install() -> None:

@@ -36,7 +36,7 @@ AUTO, NO_HINTS, BRANCHES = "auto", "auto-no-hints", "auto-branches"
 COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
 NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
 VARIANTS = {COPY_RULE: COPY_RULE, **dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)}
-"""Arms that serve a changed bundle (`bench/variants.py`), and their routers."""
+"""Arms that serve a changed bundle (`subject.py`), and their routers."""
 ADAPTIVE = "EAGLE3-adaptive"
 """Upstream's EAGLE3 whose steps follow what was accepted (`--speculative-adaptive`)."""
 KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS, BRANCHES)

@@ -5,18 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import lines_of, write_whole
 from whiflash_sglang.telemetry.round_clock import STAGES
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Load(_Frozen):
+class Load(BaseModel, frozen=True, extra="forbid"):
     """How requests arrive. closed: `value` in flight at any time; open: `value` arrivals per second."""
 
     kind: Literal["closed", "open"]
@@ -39,7 +35,7 @@ class Round(NamedTuple):
     span: str | None
 
 
-class Answer(_Frozen):
+class Answer(BaseModel, frozen=True, extra="forbid"):
     """One timed answer.
 
     seconds: from the request to its last token. ttft: to its first, seconds. tokens: output ids.
@@ -59,7 +55,7 @@ class Answer(_Frozen):
         return (self.seconds - self.ttft) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
 
 
-class Cell(_Frozen):
+class Cell(BaseModel, frozen=True, extra="forbid"):
     """Answers of one arm under one load in one repetition, asked without a pause.
 
     seconds: from the first request to the last answer. rounds: what WHIFLASH's own clock gained meanwhile.
@@ -78,7 +74,7 @@ class Cell(_Frozen):
         return self.load.label, self.arm, self.repetition, tuple(sorted(a.prompt for a in self.answers))
 
 
-class PlayedCell(_Frozen):
+class PlayedCell(BaseModel, frozen=True, extra="forbid"):
     """Recorded conversations as one arm played them in one repetition, `at_once` of them at any time.
 
     seconds: from the first request to the last answer. rounds: verifications after the prefills.
@@ -148,10 +144,9 @@ class Journal(Generic[Kept]):
                     raise
 
 
-class RoundMs(BaseModel):
+class RoundMs(BaseModel, frozen=True, extra="forbid"):
     """Mean milliseconds of a WHIFLASH round per stage; other: of the round, but in no stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     route: float
     catch_up: float
     draft: float

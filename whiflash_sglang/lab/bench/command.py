@@ -15,13 +15,12 @@ from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, launcher
-from whiflash_sglang.lab.bench.markdown import render
-from whiflash_sglang.lab.bench.plots import draw
+from whiflash_sglang.lab.bench.pages import draw, render
 from whiflash_sglang.lab.bench.report import Report
 from whiflash_sglang.lab.bench.runner import Plan, Runner
 from whiflash_sglang.progress import progress
 from whiflash_sglang.provenance import threads
-from whiflash_sglang.serving.server_host import ServerHost, shares_imports
+from whiflash_sglang.serving import ServerHost, shares_imports
 
 QUICK_MINUTES = 4.5
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 import httpx
@@ -14,8 +13,7 @@ from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.arms import SEVERAL
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
 from whiflash_sglang.provenance import threads
-from whiflash_sglang.serving.server import Server
-from whiflash_sglang.serving.server_host import ServerHost
+from whiflash_sglang.serving import Closing, Server, ServerHost
 
 CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 
@@ -71,7 +69,7 @@ def launcher(
     return Server(arguments, log=log, env=env, python=python if python.is_file() else None)
 
 
-class Fleet:
+class Fleet(Closing):
     """Running servers by key.
 
     Args:
@@ -137,14 +135,6 @@ class Fleet:
             server.close()
         self.clients.clear()
         self._servers.clear()
-
-    def __enter__(self) -> "Fleet":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def reason_of(message: str) -> str:

@@ -10,28 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from whiflash_sglang.errors import WhiflashError
 
 
-class Operator(BaseModel):
+class Operator(BaseModel, frozen=True, extra="forbid"):
     """ms: its own time in a round, without the operators that it calls. calls: in a round."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     ms: float
     calls: float
 
 
-class Profile(BaseModel):
+class Profile(BaseModel, frozen=True, extra="forbid"):
     """Of `rounds` rounds, with cached prompts between them. round_ms: WHIFLASH's own clock, under the profiler.
 
     operators: the most expensive first. kinds: ms of a round by kind of operator, as `kind_of` sorts them.
     elsewhere_ms: of a round, outside every operator: Python and waiting.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     rounds: int
     round_ms: float
     operators: list[Operator]

@@ -15,7 +15,7 @@ from whiflash_sglang.lab.bench.arms import BESIDE, NONE, RANKS
 from whiflash_sglang.lab.bench.cells import Cell
 from whiflash_sglang.lab.bench.load import MODEL, RefusedError, RequestError
 from whiflash_sglang.lab.bench.prompts import Prompt
-from whiflash_sglang.train.answers.loops import loop_start
+from whiflash_sglang.train.rounds import loop_start
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,38 +4,264 @@
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+import numpy as np
+from pydantic import BaseModel
 
 from whiflash_sglang.equality import Verdict
 from whiflash_sglang.lab.bench.arms import AUTO, BESIDE, NO_HINTS, NONE, PINNED, STATIC
-from whiflash_sglang.lab.bench.cells import Cell, Load, RoundMs, round_ms_of, switch_share_of
-from whiflash_sglang.lab.bench.hints import HintGain, hint_gain
+from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, RoundMs, round_ms_of, switch_share_of
+from whiflash_sglang.lab.bench.load import ScalePoint
 from whiflash_sglang.lab.bench.reference import Difference
-from whiflash_sglang.lab.bench.scaling import ScalePoint
-from whiflash_sglang.lab.bench.selection import (
-    LOOPS,
-    OVERALL,
-    Belongs,
-    PositionFigures,
-    TurnFigures,
-    by_position,
-    by_turn,
-    paired,
-    samples,
-    selections,
-    within,
-)
-from whiflash_sglang.lab.statistics import Interval, Percentiles, percentiles_ms, rate
+from whiflash_sglang.lab.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
+from whiflash_sglang.train.rounds import loop_start
+
+Belongs = Callable[[str], bool]
+"""Whether a prompt counts."""
+OVERALL, LOOPS = "overall", "loops"
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def selections(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[tuple[str, Belongs]]:
+    """Categories that occur, loops last, and what belongs to each; overall is everything but loops."""
+    occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}
+    names = sorted(occurring - {LOOPS})
+    chosen: list[tuple[str, Belongs]] = [(name, _member(groups, name)) for name in names]
+    if names:
+        chosen.append((OVERALL, lambda prompt: groups[prompt] != LOOPS))
+    if LOOPS in occurring:
+        chosen.append((LOOPS, _member(groups, LOOPS)))
+    return chosen
 
 
-class Figures(_Schema):
+def _member(groups: Mapping[str, str], name: str) -> Belongs:
+    return lambda prompt: groups[prompt] == name
+
+
+def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
+    """Tokens and seconds, [units, repetitions]: a unit is the prompts of one cell, asked in every repetition."""
+    units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
+    for cell in cells:
+        units[cell.key[3]][cell.repetition] = cell
+    rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
+
+    def tokens_of(cell: Cell) -> int:
+        return sum(len(answer.tokens) for answer in cell.answers)
+
+    def seconds_of(cell: Cell) -> float:
+        answers: tuple[Answer, ...] = cell.answers
+        return answers[0].seconds if len(answers) == 1 else cell.seconds
+
+    return (
+        np.array([[tokens_of(cell) for cell in row] for row in rows], dtype=np.float64),
+        np.array([[seconds_of(cell) for cell in row] for row in rows], dtype=np.float64),
+    )
+
+
+def within(cells: Sequence[Cell], belongs: Belongs) -> list[Cell]:
+    """Cells whose prompts all count."""
+    return [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+
+
+def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
+    """Rate of `cells` over that of `others`, which were asked the same; prompts are drawn within their group."""
+    strata = [groups[key[0]] for key in sorted({cell.key[3] for cell in cells})]
+    return paired_ratio(*samples(cells), *samples(others), strata)
+
+
+class TurnFigures(BaseModel, frozen=True, extra="forbid"):
+    """One arm at one turn. over_none: of tokens per second; None for plain decoding itself."""
+
+    prompts: int
+    output_tokens_per_s: float
+    acceptance_length: float
+    over_none: Interval | None
+
+
+def by_turn(
+    cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], turns: Mapping[str, int]
+) -> dict[str, dict[int, TurnFigures]]:
+    """Figures by arm and turn, loops left out; empty where all conversations are at the same turn.
+
+    Only conversations count: categories in which some prompt is beyond its first turn. Different turns are different
+    prompts, unless the prompts file asked for follow-up turns.
+
+    Args:
+        cells: by arm, of prompts asked one at a time. groups: prompt → category or loops. turns: prompt → turn, from 1.
+    """
+    asked = {answer.prompt for own in cells.values() for cell in own for answer in cell.answers}
+    talking = {groups[key] for key in asked if turns[key] > 1} - {LOOPS}
+    numbers = sorted({turns[key] for key in asked if groups[key] in talking})
+
+    def figures(arm: str, turn: int) -> TurnFigures:
+        def belongs(key: str) -> bool:
+            return groups[key] in talking and turns[key] == turn
+
+        own = within(cells[arm], belongs)
+        answers = [answer for cell in own for answer in cell.answers]
+        forwards = sum(answer.forwards for answer in answers)
+        drafted = sum(len(answer.tokens) - 1 for answer in answers)
+        return TurnFigures(
+            prompts=len({answer.prompt for answer in answers}),
+            output_tokens_per_s=rate(*samples(own)),
+            acceptance_length=drafted / forwards if forwards else 1.0,
+            over_none=paired(own, within(cells[NONE], belongs), groups)
+            if arm != NONE and NONE in cells
+            else None,
+        )
+
+    return {arm: {turn: figures(arm, turn) for turn in numbers} for arm in cells} if len(numbers) > 1 else {}
+
+
+FIRST_POSITIONS = 64
+"""Tokens of the first stretch of an answer that is reported by position; every further one ends at twice its start."""
+
+
+class PositionFigures(BaseModel, frozen=True, extra="forbid"):
+    """One arm in one stretch of its answers. acceptance_length: tokens a round, of rounds that began there."""
+
+    rounds: int
+    acceptance_length: float
+
+
+def by_position(cells: Mapping[str, Sequence[Cell]]) -> dict[str, dict[int, PositionFigures]]:
+    """Figures by arm and by the position that a stretch ends at; of arms whose answers were traced.
+
+    An answer counts up to where it begins to loop, since loops flatter every drafter.
+    """
+    found: dict[str, dict[int, PositionFigures]] = {}
+    for arm, own in cells.items():
+        counts: dict[int, list[int]] = defaultdict(list)
+        for answer in (answer for cell in own for answer in cell.answers):
+            ends, position = loop_start(answer.tokens), 1  # the prefill's token is no round's
+            for written in answer.rounds:
+                if ends is not None and position >= ends:
+                    break
+                end = FIRST_POSITIONS
+                while end <= position:
+                    end *= 2
+                counts[end].append(written.tokens)
+                position += written.tokens
+        if counts:
+            found[arm] = {
+                end: PositionFigures(rounds=len(tokens), acceptance_length=sum(tokens) / len(tokens))
+                for end, tokens in sorted(counts.items())
+            }
+    return found
+
+
+Key = tuple[str, int]
+"""A prompt and the repetition in which it was asked."""
+
+
+class Acceptance(BaseModel, frozen=True, extra="forbid"):
+    """Acceptance length on one side of the spans' borders. tokens: committed there, of one repetition."""
+
+    tokens: int
+    with_hints: float
+    without_hints: float
+    ratio: Interval
+
+
+class HintGain(BaseModel, frozen=True, extra="forbid"):
+    """One category. speed: tokens per second with hints over those without.
+
+    inside, outside: of spans; None where no round began there. unequal: answers of which the two arms' texts differ
+    (ties in bf16); they count for speed only.
+    """
+
+    speed: Interval
+    inside: Acceptance | None
+    outside: Acceptance | None
+    unequal: int
+
+
+class Side(NamedTuple):
+    """What one answer committed on one side of the spans' borders."""
+
+    tokens: int
+    rounds: int
+
+
+class Divided(NamedTuple):
+    """One answer's rounds, by where they began."""
+
+    inside: Side
+    outside: Side
+
+
+def spans_of(answer: Answer) -> list[bool]:
+    """For every output token but the first, whether the round that wrote it began inside a span."""
+    return [round_.span is not None for round_ in answer.rounds for _ in range(round_.tokens)]
+
+
+def divide(answer: Answer, inside: Sequence[bool]) -> Divided:
+    """`answer`'s rounds by the `inside` of their first token (as `spans_of`)."""
+    counts = {True: Side(0, 0), False: Side(0, 0)}
+    position = 0
+    for round_ in answer.rounds:
+        side = inside[position]
+        counts[side] = Side(counts[side].tokens + round_.tokens, counts[side].rounds + 1)
+        position += round_.tokens
+    return Divided(counts[True], counts[False])
+
+
+def hint_gain(
+    hinted: Sequence[Cell],
+    unhinted: Sequence[Cell],
+    category: Mapping[str, str],
+    speed: Interval,
+) -> HintGain:
+    """The gain over some prompts, the same in both arms.
+
+    Args:
+        category: of every prompt. speed: the rate of the first over that of the second.
+    """
+    ours, theirs = _by_key(hinted), _by_key(unhinted)
+    pairs: dict[Key, tuple[Divided, Divided]] = {}
+    for key in ours.keys() & theirs.keys():
+        mine, other = ours[key], theirs[key]
+        inside = spans_of(mine)
+        if mine.tokens == other.tokens and sum(round_.tokens for round_ in other.rounds) == len(inside):
+            pairs[key] = divide(mine, inside), divide(other, inside)
+    return HintGain(
+        speed=speed,
+        inside=_acceptance({k: (a.inside, b.inside) for k, (a, b) in pairs.items()}, category),
+        outside=_acceptance({k: (a.outside, b.outside) for k, (a, b) in pairs.items()}, category),
+        unequal=sum(ours[key].tokens != theirs[key].tokens for key in ours.keys() & theirs.keys()),
+    )
+
+
+def _by_key(cells: Sequence[Cell]) -> dict[Key, Answer]:
+    return {(answer.prompt, cell.repetition): answer for cell in cells for answer in cell.answers}
+
+
+def _acceptance(pairs: Mapping[Key, tuple[Side, Side]], category: Mapping[str, str]) -> Acceptance | None:
+    """Prompts that began a round on this side in both arms in every repetition that any of them has."""
+    rows: dict[str, list[tuple[Side, Side]]] = defaultdict(list)
+    for (prompt, _), sides in sorted(pairs.items()):
+        if all(side.rounds for side in sides):
+            rows[prompt].append(sides)
+    most = max(map(len, rows.values()), default=0)
+    whole = {prompt: row for prompt, row in rows.items() if len(row) == most}
+    if not whole:
+        return None
+    # [prompts, repetitions, arm, (tokens, rounds)]
+    counts = np.array(list(whole.values()), dtype=np.float64)
+    ours, theirs = counts[:, :, 0], counts[:, :, 1]
+    ratio = paired_ratio(
+        ours[..., 0], ours[..., 1], theirs[..., 0], theirs[..., 1], [category[prompt] for prompt in whole]
+    )
+    return Acceptance(
+        tokens=int(ours[..., 0].sum()) // most,
+        with_hints=float(ours[..., 0].sum() / ours[..., 1].sum()),
+        without_hints=float(theirs[..., 0].sum() / theirs[..., 1].sum()),
+        ratio=ratio,
+    )
+
+
+class Figures(BaseModel, frozen=True, extra="forbid"):
     """One arm in one category.
 
     answers: timed ones, over all repetitions. output_tokens_per_s: of the whole exchange, prefill included; None
@@ -59,7 +285,7 @@ class Figures(_Schema):
     switch_share: float | None
 
 
-class Ratios(_Schema):
+class Ratios(BaseModel, frozen=True, extra="forbid"):
     """Rates over those of another arm, by category. static: the fastest arm of one drafter there,
     upstream's EAGLE3 and DFLASH or WHIFLASH pinned to it.
 
@@ -75,7 +301,7 @@ class Ratios(_Schema):
     over: dict[str, Interval] = {}
 
 
-class LoadReport(_Schema):
+class LoadReport(BaseModel, frozen=True, extra="forbid"):
     """hints: what they bought, by category, where `auto` and `auto-no-hints` were both measured.
 
     turns: arm → turn of a conversation → figures, where conversations have several turns and were asked alone.
@@ -90,7 +316,7 @@ class LoadReport(_Schema):
     positions: dict[str, dict[int, PositionFigures]] = {}
 
 
-class Report(_Schema):
+class Report(BaseModel, frozen=True, extra="forbid"):
     """What `--json` prints and `--out` writes.
 
     unavailable: arms that did not start, and why. differences: every mismatch and tie. scaling: a round of `auto`

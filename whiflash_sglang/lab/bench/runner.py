@@ -21,16 +21,21 @@ from rich.progress import Progress
 
 from whiflash_sglang import __version__, provenance
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.lab.bench import scaling
 from whiflash_sglang.lab.bench.arms import NONE, Arm, Subject
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, environment
-from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker, RefusedError, RequestError
+from whiflash_sglang.lab.bench.load import (
+    ANSWER_SECONDS,
+    Asker,
+    RefusedError,
+    RequestError,
+    ScalePoint,
+    measure_scale,
+    scale_settings,
+)
 from whiflash_sglang.lab.bench.prompts import Prompt, digest_of
 from whiflash_sglang.lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
-from whiflash_sglang.lab.bench.report import Report, build_report
-from whiflash_sglang.lab.bench.scaling import ScalePoint
-from whiflash_sglang.lab.bench.selection import LOOPS
+from whiflash_sglang.lab.bench.report import LOOPS, Report, build_report
 
 
 class Step(NamedTuple):
@@ -249,11 +254,11 @@ class Runner:
         client = self._fleet.clients[arm.server]
         info = client.get("/server_info").json()
         config = json.loads((self._plan.subject.target / "config.json").read_text())
-        wanted = scaling.settings(info["max_total_num_tokens"], config["max_position_embeddings"])
+        wanted = scale_settings(info["max_total_num_tokens"], config["max_position_embeddings"])
         for setting in self._progress.track(wanted, description="scaling"):
             _flush(client)
             state = partial(_state, arm, client)
-            self._scaling.append(scaling.measure(client, setting, config["vocab_size"], state))
+            self._scaling.append(measure_scale(client, setting, config["vocab_size"], state))
 
     # ---------------------------------------------------------------- before measuring
 

@@ -11,10 +11,17 @@ from rich.table import Table
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.recorded.conversation import Conversation
+from whiflash_sglang.lab.recorded.conversation import (
+    ARGUMENTS,
+    CALL,
+    KINDS,
+    QUOTED,
+    Conversation,
+    Renderer,
+    Turn,
+)
 from whiflash_sglang.lab.recorded.drafting import PLAIN, Arm, arms_of, bounds_of
 from whiflash_sglang.lab.recorded.files import read_recorded, read_tools
-from whiflash_sglang.lab.recorded.turns import ARGUMENTS, CALL, KINDS, QUOTED, Renderer, Turn
 from whiflash_sglang.lab.statistics import paired_ratio
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.rounds import Tally, agreed, rounds
@@ -157,8 +164,7 @@ def _chosen(found: list[Conversation], settings: RecordedSettings) -> list[Conve
     if settings.about is not None:
         import re
 
-        from whiflash_sglang.train.answers.held_out import USERS, topics_of
-        from whiflash_sglang.train.answers.prompts import read_rows
+        from whiflash_sglang.train.answers.prompts import USERS, read_rows, topics_of
 
         users = re.compile(USERS)
         topics = set().union(*(topics_of(row, users) for row in read_rows(settings.about)))

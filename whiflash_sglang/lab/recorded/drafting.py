@@ -9,9 +9,8 @@ from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.core import Voice
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.drafters.structure import StructureArm
-from whiflash_sglang.lab.recorded.bounds import Bound
-from whiflash_sglang.lab.recorded.peers import CACHED_REQUESTS, PromptLookup, SuffixDecoding
-from whiflash_sglang.lab.recorded.turns import Turn
+from whiflash_sglang.lab.recorded.conversation import Turn
+from whiflash_sglang.lab.recorded.peers import CACHED_REQUESTS, Bound, PromptLookup, SuffixDecoding
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration, TenantCalibration
 from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal, Shared
 from whiflash_sglang.lookup.emission import Emission

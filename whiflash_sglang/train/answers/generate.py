@@ -22,8 +22,8 @@ from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel, causal_attention
-from whiflash_sglang.train.answers.loops import loop_start
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow
+from whiflash_sglang.train.rounds import loop_start
 
 LOOP_CHECK_EVERY = 16
 

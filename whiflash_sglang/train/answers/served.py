@@ -15,9 +15,9 @@ from whiflash_sglang.compat.forward.captured import may_capture
 from whiflash_sglang.compat.training.offline import OfflineEngine, Place
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.train.answers.generate import LOOP_CHECK_EVERY, Answer
-from whiflash_sglang.train.answers.loops import first_loop
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow, server_parameter
 from whiflash_sglang.train.config import Data, Slots, TrainConfig
+from whiflash_sglang.train.rounds import first_loop
 
 
 @dataclass(frozen=True)

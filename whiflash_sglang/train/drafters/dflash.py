@@ -18,9 +18,17 @@ from whiflash_sglang.models.dflash_config import DFlashConfig, LayerSpan
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import DFlash, DSpark
-from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
+from whiflash_sglang.train.drafters.batches import (
+    Batch,
+    Labels,
+    Span,
+    cross_entropy,
+    first_choice,
+    index_map,
+    make_labels,
+    unpack,
+)
 from whiflash_sglang.train.drafters.initialisation import blank, source_layer
-from whiflash_sglang.train.drafters.labels import Labels, cross_entropy, first_choice, index_map, make_labels
 
 
 class Blocks(NamedTuple):

@@ -21,9 +21,9 @@ from whiflash_sglang.models.dspark import DSparkConfig, DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import DSpark
+from whiflash_sglang.train.drafters.batches import cross_entropy, first_choice
 from whiflash_sglang.train.drafters.dflash import BlockTraining, Examples, exponential, weighted_mean
 from whiflash_sglang.train.drafters.dflash import initialise as initialise_trunk
-from whiflash_sglang.train.drafters.labels import cross_entropy, first_choice
 
 
 class Terms(NamedTuple):

@@ -14,9 +14,16 @@ from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.config import Eagle3
-from whiflash_sglang.train.drafters.batches import Batch, Span, unpack
+from whiflash_sglang.train.drafters.batches import (
+    Batch,
+    Span,
+    cross_entropy,
+    first_choice,
+    index_map,
+    make_labels,
+    unpack,
+)
 from whiflash_sglang.train.drafters.initialisation import blank, enlarged, source_layer
-from whiflash_sglang.train.drafters.labels import cross_entropy, first_choice, index_map, make_labels
 
 
 class Chains(NamedTuple):

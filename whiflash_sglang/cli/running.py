@@ -1,0 +1,221 @@
+"""Commands to running servers: `whiflash policy` changes their policy, `top` watches them, `profile` says where a
+round's time goes."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from whiflash_sglang.cli.options import (
+    DEFAULT_URL,
+    AdminKeyOption,
+    JsonFlag,
+    UrlOption,
+    authorization,
+    for_tables,
+    report,
+)
+from whiflash_sglang.config import RouterName
+from whiflash_sglang.errors import WhiflashError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from whiflash_sglang.lab.bench.profile import Profile
+
+
+PATIENCE = 60.0
+"""Seconds that a server may take to answer: it does between two steps of its scheduler."""
+
+
+class ServerRefusedError(WhiflashError):
+    """A server did not take a change, or cannot be asked; the message names it and says why."""
+
+
+def change(url: str, router: str | None, api_key: str | None) -> str:
+    """The policy in force on the server at `url`, after it was changed to `router` if there is one.
+
+    Raises: ServerRefusedError.
+    """
+    import httpx
+
+    headers = authorization(api_key)
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
+            if router is None:
+                answer = client.get("/whiflash/state")
+            else:
+                answer = client.post("/whiflash/policy", json={"router": router})
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerRefusedError(f"{url} does not answer: {error}") from None
+    if answer.status_code in (401, 403):
+        raise ServerRefusedError(
+            f"{url} wants its admin key: --api-key, or WHIFLASH_API_KEY in the environment"
+        )
+    if answer.status_code == 404:
+        raise ServerRefusedError(f"{url} is no SGLang server with --speculative-algorithm WHIFLASH")
+    try:
+        found = answer.json()
+        said = found["error"]["message"] if answer.status_code == 400 else found["policy"]
+    except (ValueError, KeyError, TypeError):
+        raise ServerRefusedError(f"{url} answers {answer.status_code}, not what it should") from None
+    if answer.status_code == 400:
+        raise ServerRefusedError(f"{url}: {said}")
+    return str(said)
+
+
+def policy(
+    router: Annotated[
+        RouterName | None,
+        typer.Argument(
+            help="Policy from now on; none stops drafting. Without it, print the policy in force."
+        ),
+    ] = None,
+    url: UrlOption = None,
+    as_json: JsonFlag = False,
+    api_key: AdminKeyOption = None,
+) -> None:
+    """Change the policy of running servers without a restart. Running requests continue under the new one.
+
+    Every server is asked, even if another one failed. The exit code is then 1.
+
+    \b
+    Example:
+    whiflash policy none --url http://127.0.0.1:30000
+    """
+    found, failed = {}, []
+    for one in dict.fromkeys(url or [DEFAULT_URL]):
+        try:
+            found[one] = change(one.rstrip("/"), router, api_key)
+        except ServerRefusedError as error:
+            failed.append(str(error))
+    if found:
+        report(found, as_json)
+    if failed:
+        raise WhiflashError("; ".join(failed))
+
+
+def top(
+    url: UrlOption = None,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between readings.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show one reading and end.")] = False,
+    as_json: JsonFlag = False,
+    api_key: AdminKeyOption = None,
+) -> None:
+    """Watch servers: tokens a second, drafters and their acceptance, reasons, costs, memory.
+
+    Each figure covers the last interval; totals since the start are in brackets. Ctrl-C ends it. Without a terminal
+    it shows one reading; --json prints a line for each reading. The exit code is 1 if no server can be read at the
+    first reading, with --once if any cannot.
+
+    \b
+    Example:
+    whiflash top --url http://127.0.0.1:30000 --url http://127.0.0.1:30001
+    """
+    import httpx
+    from rich.live import Live
+
+    from whiflash_sglang.lab.top import TIMEOUT, LiveView, WatchedServer, screen
+
+    headers = authorization(api_key)
+    with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
+        view = LiveView([WatchedServer(one, client) for one in dict.fromkeys(url or [DEFAULT_URL])])
+        console = for_tables()
+        once = once or not (console.is_terminal or as_json)
+        found = view.look()
+        failed = [one["error"] for one in found if "error" in one]
+        if len(failed) == len(found) or (once and failed):
+            if once and as_json:
+                typer.echo(json.dumps(found))
+            elif len(failed) < len(found):
+                console.print(screen(found))
+            raise WhiflashError("\n".join(failed))
+        if as_json:
+            typer.echo(json.dumps(found))
+            while not once:
+                time.sleep(interval)
+                typer.echo(json.dumps(view.look()))
+        elif once:
+            console.print(screen(found))
+        else:
+            # On a screen of its own, which is gone when it is left, however that happens.
+            with Live(screen(found), console=console, screen=True, auto_refresh=False) as live:
+                while True:
+                    time.sleep(interval)
+                    live.update(screen(view.look()), refresh=True)
+
+
+def table(found: "Profile", top: int) -> "Table":
+    """The `top` operators, by round, what is not among them, and kinds of operators."""
+    from rich.table import Table
+
+    whole = sum(operator.ms for operator in found.operators) + found.elsewhere_ms
+    shown = Table(title=f"{found.rounds} rounds of {found.round_ms:.1f} ms (mean) under the profiler")
+    shown.add_column("operator")
+    for column in ("ms of its own", "share", "calls"):
+        shown.add_column(column, justify="right")
+    for operator in found.operators[:top]:
+        shown.add_row(
+            operator.name, f"{operator.ms:.2f}", f"{operator.ms / whole:.1%}", f"{operator.calls:.1f}"
+        )
+    rest = sum(operator.ms for operator in found.operators[top:])
+    shown.add_row(f"{max(len(found.operators) - top, 0)} more", f"{rest:.2f}", f"{rest / whole:.1%}", "")
+    shown.add_section()
+    for kind, ms in (*found.kinds.items(), ("Python and waiting", found.elsewhere_ms)):
+        shown.add_row(kind, f"{ms:.2f}", f"{ms / whole:.1%}", "")
+    return shown
+
+
+def profile(
+    server: Annotated[str, typer.Option(help="WHIFLASH server on this machine.")] = "http://127.0.0.1:30000",
+    prompts: Annotated[str | None, typer.Option(help="JSONL file or data set of the hub.")] = None,
+    per_category: Annotated[int, typer.Option(min=1, help="Prompts of each category.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 32,
+    at_once: Annotated[int, typer.Option(min=1, help="Prompts in flight.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="Operators to show.")] = 15,
+    keep: Annotated[Path | None, typer.Option(help="Keep the trace in this directory.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Profile the rounds of a running server by kind and operator.
+
+    The server answers a few prompts under torch's profiler, which slows it down: compare shares, not milliseconds.
+
+    \b
+    Example:
+    whiflash profile --server http://127.0.0.1:30000 --keep traces
+    """
+    import httpx
+
+    from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
+    from whiflash_sglang.lab.bench.profile import profile
+    from whiflash_sglang.lab.bench.prompts import load_prompts, sample, shipped
+    from whiflash_sglang.progress import progress
+
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+    chosen = sample(load_prompts(prompts or str(shipped())), per_category)
+    fixed = {"model": "default", "max_tokens": max_tokens, "temperature": 0}
+    requests = [{**prompt.request(), **fixed} for prompt in chosen]
+    try:
+        with httpx.Client(base_url=server, timeout=ANSWER_SECONDS) as client, progress() as bar:
+            task = bar.add_task("asking, then asking under the profiler", total=2 * len(requests))
+            found = profile(
+                client,
+                requests,
+                keep and keep.resolve(),
+                at_once=at_once,
+                on_answer=lambda: bar.advance(task),
+            )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise WhiflashError(f"{server} does not answer: {error}") from None
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        for_tables().print(table(found, top))
+
+
+def register(app: typer.Typer) -> None:
+    for command in (policy, top, profile):
+        app.command()(command)

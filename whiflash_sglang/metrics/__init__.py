@@ -1,1 +1,0 @@
-"""A running worker as its operators see it: series, the state route, log lines."""

@@ -1,1 +1,0 @@
-"""Servers as processes: started, waited for, asked together, ended with their owner."""
