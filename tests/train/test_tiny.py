@@ -1,6 +1,7 @@
 """`--config tiny`: every command in its order, on a random target, as a user would type them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from tiny_models import tiny_target
 from typer.testing import CliRunner
 
-from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli import app
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -36,6 +37,7 @@ def prompt(index: int) -> dict[str, Any]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("tiny")
     tiny_target(directory / "tiny-target")
+    shutil.copytree(embedded_bundle(), directory / "given")
     for name, rows in (("tiny-prompts", range(24)), ("held-out", range(100, 108))):
         lines = "".join(json.dumps(prompt(i)) + "\n" for i in rows)
         (directory / f"{name}.jsonl").write_text(lines)
@@ -133,8 +135,8 @@ def test_calibrate_says_what_it_needs(
     root: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(root)
-    before = (root / "bundle/whiflash.json").read_text()
-    result = CliRunner().invoke(app, ["calibrate", "--bundle", "bundle", *arguments])
+    before = (root / "given/whiflash.json").read_text()
+    result = CliRunner().invoke(app, ["calibrate", "--bundle", "given", *arguments])
     assert result.exit_code == 1
     assert message in str(result.exception)
-    assert (root / "bundle/whiflash.json").read_text() == before
+    assert (root / "given/whiflash.json").read_text() == before

@@ -39,10 +39,10 @@ class Stretch:
     span: str | None
     tokens: list[int] = field(default_factory=list)
     proposed: int = 0
+    end: int = field(init=False)
 
-    @property
-    def end(self) -> int:
-        return self.start + sum(self.tokens)
+    def __post_init__(self) -> None:
+        self.end = self.start + sum(self.tokens)  # kept, since every round asks for it
 
 
 class Part(NamedTuple):
@@ -115,6 +115,7 @@ class Recording:
             last = Stretch(start, arm, reason, span)
             self.stretches.append(last)
         last.tokens.append(tokens)
+        last.end += tokens
         last.proposed += proposed
 
     def price(self, arm: str, tokens: int, *, round_seconds: float, plain_seconds: float) -> float:
