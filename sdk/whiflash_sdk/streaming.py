@@ -25,6 +25,8 @@ from whiflash_sdk.trace import CALL, keep_stream
 
 _EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _TELLS: Final = re.compile(rb'"sglext"|"tool_calls"\s*:\s*\[|"tool_use"')
+_CALLS: Final = re.compile(rb'"input_json_delta"|function_call')
+"""What brings calls beside what `_TELLS` finds."""
 _DATA: Final = re.compile(rb"^data: ?(.*?)\r?$", re.MULTILINE)
 
 
@@ -67,7 +69,8 @@ class Passing:
     def _takes(self, event: bytes) -> bool:
         """Keep what an event tells. True if that is traces and nothing else."""
         first = self._call.response_id is None
-        if not (first or self._whole_text or self._call.early or _TELLS.search(event)):
+        tells = _TELLS.search(event) or (self._call.early and _CALLS.search(event))
+        if not (first or self._whole_text or tells):
             return False
         body = _parsed(b"\n".join(_DATA.findall(event)))
         found = self._call.take(body)
