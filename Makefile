@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence mutation soak upstream-kits fuzz aiperf audit check format docs prometheus site dist bench bench-several gpu gpu-evidence clean
+.PHONY: help install demo test fast evidence mutation soak upstream-kits fuzz aiperf audit check format docs frameworks prometheus site dist bench bench-several gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -65,6 +65,9 @@ fuzz: install ## Requests that nobody should send, by Schemathesis; counts in re
 
 aiperf: install ## AIPerf against a plain server and ours; its figures in results/aiperf.md
 	$(RUN) python scripts/aiperf.py
+
+frameworks: install ## Agents by framework, each with its newest release in an environment of its own; results/frameworks.md
+	$(RUN) python scripts/frameworks.py
 
 audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
 	$(RUN) python scripts/audit.py

@@ -1,16 +1,29 @@
 """A plain server and one of WHIFLASH, which scripts ask alike; where a request ends one, another takes its place."""
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from whiflash_sglang.cli.serve import server_arguments, server_environment
 from whiflash_sglang.serving import Server, ServerHost, runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 ARGUMENTS = ("--max-running-requests", "8", "--max-total-tokens", "20000", "--device", "cpu")
 FLAGS = ("--enable-return-hidden-states", "--enable-streaming-session")
+
+
+@contextmanager
+def address(given: str | None) -> Iterator[str]:
+    """The URL of the server that was given; else of one on the embedded model, which ends with the block."""
+    if given is not None:
+        yield given
+        return
+    flags = ["--context-length", "4096"]
+    with Server(server_arguments(flags), env=server_environment(flags)) as server:
+        yield server.base_url
 
 
 class Renewed:

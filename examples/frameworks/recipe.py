@@ -1,0 +1,33 @@
+"""What every recipe shares: its command line, and one line of JSON about what was seen."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+
+from whiflash_sdk import CollectedTrace
+
+given = argparse.ArgumentParser()
+given.add_argument("--base-url", default="http://127.0.0.1:30000/v1", help="of the server's OpenAI routes")
+given.add_argument("--model", default="smollm2-135m-instruct")
+URL, MODEL = vars(given.parse_args()).values()
+QUESTION = "Name three colours."
+MESSAGES = [{"role": "user", "content": QUESTION}]
+
+
+def tell(package: str, way: str, traces: Iterable[CollectedTrace]) -> None:
+    """Print what a run came to. way: what makes the framework send hints."""
+    found = list(traces)
+    agents = list(dict.fromkeys(trace.agent for trace in found if trace.agent))
+    tokens = sum(trace.tokens for trace in found)
+    print(
+        json.dumps(
+            {
+                "version": version(package),
+                "way": way,
+                "agents": agents,
+                "traces": len(found),
+                "tokens": tokens,
+            }
+        )
+    )
