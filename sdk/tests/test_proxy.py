@@ -1,18 +1,20 @@
 """The proxy: what it adds, and that answers, clients and keys are left as they are. Its upstream is in process."""
 
 import asyncio
+import importlib
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import httpx
 import pytest
 from fake_server import CAPABILITIES, TRACE
 
 from whiflash_sdk import Hints
 from whiflash_sdk.hints import decode
-from whiflash_sdk.proxy import Proxy
+
+httpx: Any = pytest.importorskip("httpx")
+Proxy: Any = importlib.import_module("whiflash_sdk.proxy").Proxy
 
 ASKED: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Where?"}], "stream": True}
 SECRET = "sk-secret"

@@ -3,8 +3,7 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic import BaseModel
 
@@ -72,8 +71,8 @@ def early(client: OpenAI) -> int:
 
 
 def below() -> ChatCompletion:
-    http: httpx.Client = whiflash_sdk.http_client(agent="a", strict=True)
-    given: httpx.AsyncClient = whiflash_sdk.async_http_client(httpx.AsyncClient(timeout=9), tenant="t")
+    http = whiflash_sdk.http_client(agent="a", strict=True)
+    given = whiflash_sdk.async_http_client(DefaultAsyncHttpxClient(timeout=9), tenant="t")
     print(AsyncOpenAI(http_client=given))
     return ask(OpenAI(http_client=http))
 

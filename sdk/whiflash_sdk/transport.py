@@ -49,8 +49,8 @@ def http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
 
     inner: the client that sends, with its proxies, certificates and authentication: an `httpx.Client`, or an
         `httpx2.Client` for libraries that are built on HTTPX 2. None: OpenAI's own default.
-    settings: those of `wrap`. Under `strict` the library raises its own connection error, whose cause is
-        UnsupportedServerError.
+    settings: those of `wrap`. Under `strict` the library raises UnsupportedServerError, or its own
+        connection error with that cause.
 
     Returns: a client of the same HTTP library. Closing it closes `inner`.
 
