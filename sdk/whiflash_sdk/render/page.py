@@ -81,7 +81,7 @@ def report_html(found: Report, *, title: str = "WhiFlash report") -> str:
 
 def _shares(title: str, rows: Sequence[Share], total: Share | None) -> str:
     heads = [title, "Answers", "Tokens", "Rounds", "Acceptance length", "Seconds", _SAVED]
-    heads += [] if total is None else ["Acceptance length by drafter"]
+    heads += [] if total is None else ["By drafter"]
     foot = "" if total is None else f"<tfoot>{_share(total)}</tfoot>"
     body = "".join(_share(row, by_drafter=total is not None) for row in rows)
     return _table(f"By {title.lower()}", heads, f"<tbody>{body}</tbody>{foot}")
