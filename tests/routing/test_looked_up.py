@@ -4,7 +4,7 @@ import pytest
 
 from whiflash_sglang.routing.assign import assign
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.routing.tables import HEADROOM, CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundWork
 
 ROWS = (1, 2, 4, 8, 16)
@@ -29,18 +29,36 @@ def timed(work: RoundWork, seconds: float, gap: float = 0.0, tokens: int = 3) ->
 
 @pytest.mark.parametrize(
     ("prices", "route"),
-    [({}, "ar"), ({"row": 5.0}, "none"), ({"ar": 9.0}, "diffusion")],
+    [({}, "ar"), ({"row": 25.0}, "none"), ({"ar": 9.0}, "diffusion")],
     ids=["all cheap", "rows dear", "ar dear"],
 )
 def test_the_router_goes_by_the_tables(prices: dict[str, float], route: str) -> None:
     assert assign([SCORES], costs(**prices)) == [route]
 
 
-def test_a_verification_is_looked_up_by_the_rows_that_a_round_makes_room_for() -> None:
-    """Four rows, of which three are drafts: a round would pad them to eight."""
-    assert 4 < 1 + HEADROOM * 3 <= 8
-    assert costs().verify(4, 1) == pytest.approx(10.8)
+def test_a_verification_is_looked_up_by_its_rows() -> None:
+    assert costs().verify(3, 1) == costs().verify(4, 1) == pytest.approx(10.4)
     assert costs().verify(1, 1) == pytest.approx(10.1)
+
+
+def test_a_block_that_is_always_full_takes_the_rows_that_it_has() -> None:
+    found = costs()
+    assert found.width("diffusion") == 4, "before any was seen"
+    for _ in range(100):
+        found.wanted("diffusion", 3)
+    assert found.width("diffusion") == pytest.approx(4)
+
+
+def test_room_is_made_for_what_differs_and_less_of_it_where_many_even_out() -> None:
+    found = costs()
+    for drafts in (0, 0, 0, 12) * 100:
+        found.wanted("none", drafts)
+    found.set_contexts([9])
+    alone = found.room("none")
+    assert alone == pytest.approx(3 + 5.2, rel=0.15)
+    found.set_contexts([9] * 16)
+    assert found.room("none") == pytest.approx(3 + 5.2 / 4, rel=0.15)
+    assert found.width("none") == 1 + found.room("none")
 
 
 def test_a_context_is_priced_as_that_of_the_batch() -> None:
@@ -57,7 +75,7 @@ def test_rounds_move_all_prices_alike_and_no_route() -> None:
     for _ in range(60):
         found.observe(timed(work, 3 * (10.8 + 0.5 + 0.1)))
     assert found.tables.correction.factor == pytest.approx(3.0, rel=0.02)
-    assert found.verify(4, 1) == pytest.approx(3 * 10.8, rel=0.02)
+    assert found.verify(8, 1) == pytest.approx(3 * 10.8, rel=0.02)
     assert found.draft("ar", 1) == pytest.approx(3 * 0.6, rel=0.02), "with the catch-up that is usual"
     assert found.draft("diffusion", 1) == pytest.approx(3 * 0.5, rel=0.02)
     assert assign([SCORES], found) == ["ar"]
@@ -66,7 +84,7 @@ def test_rounds_move_all_prices_alike_and_no_route() -> None:
 def test_the_pause_between_rounds_is_charged_to_all_alike() -> None:
     found = costs()
     found.observe(timed(RoundWork(1, 1), 10.1, gap=2.0))
-    assert found.verify(4, 1) - found.verify(1, 1) == pytest.approx(0.7)
+    assert found.verify(4, 1) - found.verify(1, 1) == pytest.approx(0.3)
     assert found.verify(1, 1) == pytest.approx(12.1)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, cycle
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from whiflash_sglang import arms
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.tables import HEADROOM, CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundWork
 from whiflash_sglang.train.rounds import agreed
@@ -192,8 +193,12 @@ class Simulation:
         drafts = self._cut(routes)
         drafted = {arm: routes.count(arm) for arm in set(routes) - {arms.NONE}}
         context = sum(request.context for request in running)
-        room = HEADROOM if self.method == "auto" else 1.0
-        padded = min(len(running) + room * sum(drafts), sum(1 + DRAFTS.get(arm, 0) for arm in routes))
+        padded = len(running) + sum(drafts)
+        if (
+            self.method == "auto"
+        ):  # rows are there for what is usual; here no draft is left out for want of one
+            usual = (min(controller.costs.room(arm), DRAFTS.get(arm, 0)) for arm in routes)
+            padded = max(padded, len(running) + ceil(sum(usual)))
         seconds = self.tables.verify(padded, context)
         seconds += sum(self.tables.draft(arm, requests) for arm, requests in drafted.items())
         tokens = 0
@@ -214,7 +219,7 @@ class Simulation:
                 controller.forget(request.row)
                 self.free.append(request.row)
         if self.method == "auto":
-            work = RoundWork(round(padded), len(routes), context, drafted)
+            work = RoundWork(padded, len(routes), context, drafted)
             controller.costs.observe(PreviousRound(work, tokens, seconds, 0.0, 0.0))
         self.result.tokens += tokens
         self.result.seconds += seconds

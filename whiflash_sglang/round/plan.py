@@ -11,7 +11,6 @@ from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.core import Voice
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.request_state import Decision, RequestState
-from whiflash_sglang.routing.tables import HEADROOM
 from whiflash_sglang.telemetry.round_clock import RoundWork
 
 
@@ -42,10 +41,10 @@ class Plan:
     it; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches
     up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with those
     that another arm may put behind them, 0 where none may. copying: drafts that the device may copy in their place at
-    most. rooms: drafts of each request at most, whoever's. expected_drafts: of each request on average, as it was
-    routed, whoever's and whether or not they were verified. voices: what arms that speak say of each request; where the
-    host knows texts late, what may take the place of drafts. speakers: these arms, in the order of `from_host`,
-    and last the one that the device drafts for. worth: what a further draft of each arm must bring.
+    most. rooms: drafts of each request at most, whoever's. made_room: drafts that rows are there for
+    (`WorkerCosts.room`). voices: what arms that speak say of each request; where the host knows texts late, what may
+    take the place of drafts. speakers: these arms, in the order of `from_host`, and last the one that the device drafts
+    for. worth: what a further draft of each arm must bring.
     """
 
     routes: list[str]
@@ -57,7 +56,7 @@ class Plan:
     joined: list[int]
     copying: list[int]
     rooms: list[int]
-    expected_drafts: list[float]
+    made_room: list[float]
     voices: list[dict[str, Voice]]
     speakers: Sequence[str]
     worth: dict[str, Worth]
@@ -65,11 +64,8 @@ class Plan:
 
     @property
     def usual_drafts(self) -> int:
-        """Drafts that a round like this one makes room for: more than on average."""
-        return sum(
-            min(room, math.ceil(HEADROOM * drafts))
-            for room, drafts in zip(self.rooms, self.expected_drafts, strict=True)
-        )
+        """Drafts that the round has rows for, where the host may not count them."""
+        return math.ceil(sum(map(min, self.rooms, self.made_room)))
 
     def work(self, rows: int, context: int) -> RoundWork:
         """What the round does, for its price; it verifies `rows` rows of requests of `context` tokens together."""
@@ -90,7 +86,7 @@ class Decided:
     asked: list[list[str]]
     joined: list[int]
     copying: list[int]
-    expected_drafts: list[float]
+    made_room: list[float]
     voices: list[dict[str, Voice]]
     worth: dict[str, Worth]
     calibration: dict[str, list[float]]

@@ -6,6 +6,7 @@ a pinned request's rounds tell as much of a machine as any other's. One slow mom
 it fell in; a machine that is slower for most of a few rounds is believed at once (`watch`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -61,7 +62,9 @@ class WorkerCosts(ABC):
     def __init__(self, width: Callable[[str], int]) -> None:
         self._widest = width
         self._rows: dict[str, Mean] = {}
-        self._drafts: dict[str, Mean] = {}
+        self._drafts: dict[str, tuple[Mean, Mean]] = {}
+        """Per route, drafts that there were, and their squares."""
+        self._context = self._requests = 0
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
         self._rate = self._gap = 0.0
 
@@ -97,8 +100,9 @@ class WorkerCosts(ABC):
     def observe(self, previous: PreviousRound) -> None:
         """A round and the pause after it were timed: the only way in which rounds teach what work takes."""
 
-    def set_contexts(self, contexts: Sequence[int]) -> None:  # noqa: B027 - only what a context costs needs it
+    def set_contexts(self, contexts: Sequence[int]) -> None:
         """The round that is planned next is for requests that have so many tokens, at most."""
+        self._context, self._requests = sum(contexts), len(contexts)
 
     def widened(self, arm: str, rows: int) -> None:
         """A request routed to `arm` verified `rows` rows."""
@@ -106,7 +110,10 @@ class WorkerCosts(ABC):
 
     def wanted(self, route: str, drafts: int) -> None:
         """A request routed to `route` had `drafts` drafts, its own or another arm's, before some were left out."""
-        self._drafts.setdefault(route, Mean()).add(drafts, DRAFTS_MEMORY)
+        for mean, value in zip(
+            self._drafts.setdefault(route, (Mean(), Mean())), (drafts, drafts**2), strict=True
+        ):
+            mean.add(value, DRAFTS_MEMORY)
 
     def committed(self, tokens: int, seconds: float, gap: float = 0.0) -> None:
         """A whole round took `seconds` and committed `tokens`; the engine took `gap` seconds until the next."""
@@ -117,10 +124,17 @@ class WorkerCosts(ABC):
         self._rate = sum(count for count, *_ in self._recent) / max(spent, SHORTEST)
         self._gap = gaps / len(self._recent)
 
-    def drafts(self, route: str) -> float:
-        """Drafts that a request routed to `route` has: room for fewer than there are would never show that."""
-        drafts = self._drafts.get(route)
-        return drafts.value if drafts else self._widest(route) - 1
+    def room(self, route: str) -> float:
+        """Drafts that a round makes room for, of a request routed to `route`: the mean, and one deviation of a batch's.
+
+        Blocks that are always full need no more, and requests that differ even out: few drafts are left out, few rows
+        are padding. Room for fewer than there are would never show that, so drafts count before some are left out.
+        """
+        if route not in self._drafts:
+            return self._widest(route) - 1
+        drafts, squares = self._drafts[route]
+        variance = max(squares.value - drafts.value**2, 0.0)
+        return drafts.value + math.sqrt(variance / max(self._requests, 1))
 
     def width(self, arm: str) -> float:
         """`assign.Costs.width`."""

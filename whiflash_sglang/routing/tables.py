@@ -15,7 +15,7 @@ prices (:mod:`.tables`), from whole rounds as the device's events time them.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -24,9 +24,6 @@ from whiflash_sglang.routing.fits import MEMORY, DriftDetector, within
 from whiflash_sglang.routing.policies import PROBE_ROUNDS
 from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.telemetry.round_clock import PreviousRound
-
-HEADROOM = 1.5
-"""Drafts that a round makes room for, over those that it expects: few are left out, few rows are padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +161,7 @@ class CostTables:
 class LookedUpCosts(WorkerCosts):
     """Prices from `tables`, which must be set before anything is priced.
 
-    A round pads its verification to more drafts than it expects (`HEADROOM`), so that is what rows are looked up by.
+    A round pads its verification to the drafts that it makes room for, so that is what rows are looked up by.
     """
 
     tables: CostTables
@@ -172,11 +169,8 @@ class LookedUpCosts(WorkerCosts):
 
     def __init__(self, width: Callable[[str], int]) -> None:
         super().__init__(width)
-        self._context = self._verified = 0
+        self._verified = 0
         self._behind: dict[str, Mean] = {}
-
-    def set_contexts(self, contexts: Sequence[int]) -> None:
-        self._context = sum(contexts)
 
     def observe(self, previous: PreviousRound) -> None:
         work, seconds = previous.work, previous.seconds
@@ -202,9 +196,11 @@ class LookedUpCosts(WorkerCosts):
         catch_up = self.tables.catch(arm, requests * behind.value) if behind else 0.0
         return self.tables.draft(arm, requests) + catch_up
 
+    def width(self, arm: str) -> float:
+        return 1 + self.room(arm)
+
     def verify(self, rows: float, requests: int) -> float:
-        padded = requests + HEADROOM * (rows - requests)
-        return self.tables.verify(padded, self._context) + self._gap
+        return self.tables.verify(rows, self._context) + self._gap
 
     def worth(self, arm: str) -> Worth:
         """A pass drafts its full length at once, so a further draft costs its row alone."""
