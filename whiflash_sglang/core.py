@@ -7,6 +7,7 @@ B is the number of requests, W a padded width, T a number of packed rows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Lengths(NamedTuple):
     most: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RoundBatch:
     """A decode batch in this package's terms.
 
@@ -49,7 +50,7 @@ class RoundBatch:
     spare: Sequence[int] = ()
     chain_only: Sequence[bool] = ()
 
-    @property
+    @cached_property
     def names(self) -> list[tuple[int, str]]:
         """Row and id of each request: a row alone may be another's by the time that its round's results are known."""
         return [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]

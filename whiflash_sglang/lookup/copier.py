@@ -173,10 +173,13 @@ class Copier:
         places, ahead = zip(*found, strict=True)
         length, judge = places[best].length, self._judge(places[best])
         following: Sequence[int] = range(len(places))
+        agreed = all(own == ahead[best] for own in ahead)
         tokens: list[Copied] = []
         alive: list[float] = []
         for depth, token in enumerate(ahead[best]):
-            same = [i for i in following if depth < len(ahead[i]) and ahead[i][depth] == token]
+            same = following
+            if not agreed and len(following) > 1:
+                same = [i for i in following if depth < len(ahead[i]) and ahead[i][depth] == token]
             agreement = _agreement(places, following, same)
             known = judge.chance(length + depth, agreement)
             chance *= (
