@@ -49,12 +49,13 @@ NOT_FAST = ("tests/routing/test_hinted.py", "tests/routing/test_slow_moments.py"
 
 
 class NoSGLang:
-    """Skips what imports SGLang, which takes half a minute."""
+    """Skips what imports SGLang, which takes half a minute, or FlashInfer, which takes nine seconds."""
 
     def find_spec(self, name: str, *_: object) -> None:
         """As of `importlib.abc.MetaPathFinder`."""
-        if name.partition(".")[0] == "sglang":
-            pytest.skip("imports SGLang", allow_module_level=True)
+        package = name.partition(".")[0]
+        if package in ("sglang", "flashinfer"):
+            pytest.skip(f"imports {package}", allow_module_level=True)
 
 
 def no_process(*_: object, **__: object) -> None:
