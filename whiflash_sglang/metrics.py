@@ -34,37 +34,24 @@ if TYPE_CHECKING:
 class Cached(Protocol):
     """A target's KV cache: its slots, and the slot table [request rows, ctx] int32."""
 
-    @property
-    def kv_slots(self) -> int: ...
-    @property
-    def slot_table(self) -> "torch.Tensor": ...
+    kv_slots: int
+    slot_table: "torch.Tensor"
 
 
 class Observed(Protocol):
     """The source of figures: a worker."""
 
-    @property
-    def settings(self) -> Settings: ...
-    @property
-    def clock(self) -> "RoundClock": ...
-    @property
-    def tally(self) -> "Tally": ...
-    @property
-    def controller(self) -> "Controller": ...
-    @property
-    def sync(self) -> "DraftSync": ...
-    @property
-    def quarantine(self) -> "Quarantine": ...
-    @property
-    def drafters(self) -> Mapping[str, "Drafter"]: ...
-    @property
-    def kv_arms(self) -> Mapping[str, "KVDrafter"]: ...
-    @property
-    def text_arms(self) -> Mapping[str, "TextDrafter"]: ...
-    @property
-    def target(self) -> Cached: ...
-    @property
-    def tokens(self) -> "TokenTable": ...
+    settings: Settings
+    clock: "RoundClock"
+    tally: "Tally"
+    controller: "Controller"
+    sync: "DraftSync"
+    quarantine: "Quarantine"
+    drafters: Mapping[str, "Drafter"]
+    kv_arms: Mapping[str, "KVDrafter"]
+    text_arms: Mapping[str, "TextDrafter"]
+    target: Cached
+    tokens: "TokenTable"
 
 
 def state_of(worker: Observed) -> dict[str, Any]:

@@ -4,13 +4,15 @@ Bundle and configuration are read before torch is imported: what is wrong with t
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
 from whiflash_sglang.cli.train import readable_errors, resolve_config
+from whiflash_sglang.jsonl import write_whole
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle directory.")]
 PictureOption = Annotated[Path | None, typer.Option(help="Write a picture to this file (.png).")]
@@ -18,6 +20,12 @@ TokensOption = Annotated[int, typer.Option(min=3, help="Answer tokens per prompt
 WorkOption = Annotated[Path | None, typer.Option(help="Keep answers and replays in this directory.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of target and drafters.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads; 0 is torch's choice.")]
+
+
+def keep(result: Mapping[str, Any], out: Path | None) -> None:
+    """Write a result to the file of `--out` if there is one."""
+    if out is not None:
+        write_whole(out, json.dumps(result, indent=1) + "\n")
 
 
 def evaluate_command(
@@ -85,7 +93,6 @@ def evaluate_command(
             evaluate_bundle,
             figures_table,
             spans_table,
-            write_json,
             write_picture,
         )
         from whiflash_sglang.lab.judging.signals import signals_table
@@ -96,8 +103,7 @@ def evaluate_command(
             limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware, lags=tuple(lag or ())
         )
         result = evaluate_bundle(bundle, prompts, settings)
-        if out is not None:
-            write_json(result, out)
+        keep(result, out)
         if picture is not None:
             write_picture(result, picture)
     if as_json:
@@ -120,12 +126,10 @@ def _evaluate_recorded(
     out: Path | None,
 ) -> None:
     with readable_errors():
-        from whiflash_sglang.lab.judging.evaluation import write_json
         from whiflash_sglang.lab.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
 
         result = evaluate_recorded(files, RecordedSettings(bundle, limit, about, arms, tools))
-        if out is not None:
-            write_json(result, out)
+        keep(result, out)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -165,7 +169,7 @@ def calibrate_command(
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.lab.judging.calibration import CalibrationSettings, calibrate
-        from whiflash_sglang.lab.judging.evaluation import EvaluationSettings, write_json
+        from whiflash_sglang.lab.judging.evaluation import EvaluationSettings
         from whiflash_sglang.train.config import Hardware
 
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
@@ -179,8 +183,7 @@ def calibrate_command(
             evaluation=EvaluationSettings(max_new_tokens=max_new_tokens, work=work, hardware=hardware),
         )
         result = calibrate(bundle, settings)
-        if out is not None:
-            write_json(result, out)
+        keep(result, out)
     if as_json:
         typer.echo(json.dumps(result))
         return

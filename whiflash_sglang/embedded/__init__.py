@@ -174,15 +174,15 @@ def _locked(path: Path, bar: Progress) -> Iterator[None]:
 
 
 def _build(root: Path, target: Path, bar: Progress) -> None:
-    from whiflash_sglang.embedded.convert import ConversionProgress, convert_gguf
+    from whiflash_sglang.embedded.convert import convert_gguf
 
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         try:
             gguf = fetch_gguf(root / "downloads", Path(scratch), bar)
             task = bar.add_task(f"converting {TARGET_NAME} (Q4_1 → bf16)", total=1)
 
-            def advance(state: ConversionProgress) -> None:
-                bar.update(task, completed=state.done, total=state.total)
+            def advance(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
 
             staged = Path(scratch) / "target"
             staged.mkdir()

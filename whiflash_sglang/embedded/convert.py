@@ -14,7 +14,7 @@ own.
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
@@ -77,15 +77,10 @@ _LAYER_TENSORS = {
 _TOP_TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 
 
-class ConversionProgress(NamedTuple):
-    """How far the conversion is: `done` tensors of `total`."""
-
-    done: int
-    total: int
-
-
-def convert_gguf(gguf_path: Path, out: Path, on_progress: Callable[[ConversionProgress], None]) -> None:
+def convert_gguf(gguf_path: Path, out: Path, on_progress: Callable[[int, int], None]) -> None:
     """Write `config.json`, `generation_config.json`, the tokenizer and `model.safetensors` (bf16) into `out`.
+
+    `on_progress` is given the number of tensors that are done, and of all.
 
     Raises `ValueError` where the file holds another architecture or a tensor that Llama does not have.
     """
@@ -97,7 +92,7 @@ def convert_gguf(gguf_path: Path, out: Path, on_progress: Callable[[ConversionPr
     weights: dict[str, torch.Tensor] = {}
     for done, (name, tensor) in enumerate(_tensors(reader, config), start=1):
         weights[name] = tensor
-        on_progress(ConversionProgress(done, len(reader.tensors)))
+        on_progress(done, len(reader.tensors))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     _write_json(out / "config.json", config)
     _write_json(

@@ -1,6 +1,5 @@
 """`whiflash evaluate`: a bundle against held-out prompts; answers in, table, picture and JSON out."""
 
-import json
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,6 @@ from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.judging.signals import Signal, judge, signals_of
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.routing.assign import Costs
@@ -496,8 +494,3 @@ def write_picture(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=1)
     axes.legend()
     save_picture(figure, path)
-
-
-def write_json(result: Mapping[str, Any], path: Path) -> None:
-    """Write the result, complete or not at all."""
-    write_whole(path, json.dumps(result, indent=1) + "\n")
