@@ -134,10 +134,10 @@ def test_nobody_waits_for_a_disk_that_hangs() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"trace_sample": 0.1}, "--whiflash-trace-sample needs --whiflash-trace-dir"),
-        ({"trace_dir": "x"}, "--whiflash-trace-dir does something only with --whiflash-trace-sample"),
-        ({"trace_text": "on"}, "--whiflash-trace-text does something only"),
-        ({"trace_mib": 3}, "--whiflash-trace-mib does something only"),
+        ({"trace_sample": 0.1}, "needs a place for the traces: give --whiflash-trace-dir"),
+        ({"trace_dir": "x"}, "--whiflash-trace-dir has no effect without --whiflash-trace-sample"),
+        ({"trace_text": "on"}, "--whiflash-trace-text has no effect without"),
+        ({"trace_mib": 3}, "--whiflash-trace-mib has no effect without"),
     ],
 )
 def test_flags_that_do_nothing_are_refused(given: dict[str, object], said: str) -> None:

@@ -138,7 +138,7 @@ def resolve(
     """
     if draft_path is None:
         raise ConfigError(
-            "WHIFLASH needs drafters: give a bundle or a checkpoint to --speculative-draft-model-path"
+            "WHIFLASH needs drafters: give --speculative-draft-model-path a bundle or a checkpoint"
         )
     if not draft_path.is_dir():
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
@@ -148,7 +148,9 @@ def resolve(
         drafters[arms.AR] = own
     for arm, path in drafters.items():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"the {NAMES[arm]} checkpoint {path} has no config.json")
+            raise ConfigError(
+                f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter"
+            )
     vocabulary = flags.dflash_vocabulary or (manifest.dflash_vocabulary if manifest else "full")
     if vocabulary == "eagle3":
         check_arms("--whiflash-dflash-vocabulary eagle3", NAMES, drafters)
@@ -245,7 +247,7 @@ def changed(settings: Settings, change: Any) -> Settings:
     check_router(wanted.router or settings.router, settings.drafters)
     neural = settings.neural
     if neural is None and (wanted.router == "neural" or wanted.neural_router_threshold is not None):
-        raise ConfigError(f"this server was started without a neural router: {NO_ROUTER}")
+        raise ConfigError(f"this server has no neural router, so its policy stays as it was: {NO_ROUTER}")
     if neural is not None:
         threshold, dwell = wanted.neural_router_threshold, wanted.min_dwell
         neural = neural.model_copy(
@@ -303,11 +305,14 @@ def _traces(flags: Flags) -> TraceSampling:
         for field in ("trace_dir", "trace_text", "trace_mib"):
             if getattr(flags, field) is not None:
                 raise ConfigError(
-                    f"{flag_of(field)} does something only with --whiflash-trace-sample above 0"
+                    f"{flag_of(field)} has no effect without --whiflash-trace-sample above 0: give both, or remove it"
                 )
         return TraceSampling()
     if flags.trace_dir is None:
-        raise ConfigError("--whiflash-trace-sample needs --whiflash-trace-dir, where the traces go")
+        raise ConfigError(
+            f"--whiflash-trace-sample {flags.trace_sample} needs a place for the traces: give --whiflash-trace-dir "
+            "DIRECTORY"
+        )
     directory = Path(flags.trace_dir).absolute()
     check_directory(directory)
     mib = {} if flags.trace_mib is None else {"mib": flags.trace_mib}

@@ -1,4 +1,4 @@
-"""The metrics of a WHIFLASH server, each with what it is read from: `docs/reference/metrics.md` is made of this table.
+"""The metrics of a WHIFLASH server, each with its source: `docs/reference/metrics.md` is made of this table.
 
 Names and units by the conventions of Prometheus: base units, `_total` for what only grows. No label has a value per
 request or tenant. SGLang's own labels (`model_name`, `tp_rank`, `dp_rank` of replicas and others) are put before ours.
@@ -55,7 +55,7 @@ class Observed(Protocol):
 
 
 def state_of(worker: Observed) -> dict[str, Any]:
-    """For `GET /whiflash/state` and the benchmark: policy, running requests, where the rounds' time went."""
+    """For `GET /whiflash/state` and the benchmark: policy, running requests, the rounds' time by stage."""
     return {
         "policy": worker.controller.policy.name,
         "arms": sorted(worker.drafters),
@@ -72,7 +72,7 @@ def state_of(worker: Observed) -> dict[str, Any]:
 
 
 def memory_of(worker: Observed) -> dict[str, int]:
-    """Bytes by scope: what is kept beside the target and its cache, weights apart."""
+    """Bytes by scope, beside the target and its cache, without weights."""
     draft_kv = sum(drafter.kv_bytes_per_token() for drafter in worker.kv_arms.values())
     kept = {
         f"{arm}_{name}": size
@@ -360,7 +360,7 @@ class Publisher:
 def log_start(
     policy: str, drafters: "Mapping[str, Drafter]", costs: Costs, *, draft_bytes: int, token_bytes: int
 ) -> None:
-    """Say who may draft, how wide, at what price.
+    """Log the arms that may draft, their width and price.
 
     Args:
         draft_bytes: of a token's KV, the drafters' part. token_bytes: all of it.
@@ -382,7 +382,7 @@ def log_start(
 
 
 def log_steering(client: str | None, call: str, what: Mapping[str, Any], status: int) -> None:
-    """Say who changed what, or tried to, on a route that steers.
+    """Log a change, or a refused one, on a route that steers.
 
     Args:
         client: address of the connection, a gateway's if there is one before us; None where there is none. call: name

@@ -1,11 +1,11 @@
 """Entry point of the group `sglang.srt.plugins`.
 
 SGLang calls it in every process of every server, whatever that serves, so it adds names and replaces nothing: the
-algorithm goes into SGLang's registry and the flags onto its command line. What a WHIFLASH server needs beyond that
-is put in place where the arguments ask for it (:mod:`whiflash_sglang.compat.hooks`).
+algorithm goes into SGLang's registry and the flags onto its command line. The other replacements are made
+if the arguments ask for WHIFLASH (:mod:`whiflash_sglang.compat.hooks`).
 
-SGLang logs a failing plugin and starts without it, so on an engine that does not fit nothing is registered, and a
-command line that asks for WHIFLASH is stopped on the spot.
+SGLang logs a failing plugin and starts without it. So with another version of SGLang nothing is registered, and a
+command line that asks for WHIFLASH ends at once.
 """
 
 import logging

@@ -98,4 +98,4 @@ def test_a_file_that_is_no_export_is_named(tmp_path: Path) -> None:
     wrong.write_text("no archive")
     run = CliRunner().invoke(app, ["lookup-seed", str(wrong)])
     assert run.exit_code == 1
-    assert "wrong.npz is not a file of `whiflash train export`" in str(run.exception)
+    assert "wrong.npz holds no answers' token ids" in str(run.exception)

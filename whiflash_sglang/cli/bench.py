@@ -88,10 +88,12 @@ def bench(
     names = [name.strip() for name in (arms or "").split(",") if name.strip()]
     check_names(names, recorded=bool(recorded))
     if resume and out is None:
-        raise UsageError("--resume goes on with the run that writes to --out FILE; name it")
+        raise UsageError("--resume continues the run that wrote --out FILE: give --out, too")
     if dag_jsonl is not None:
         if not recorded:
-            raise UsageError("--dag-jsonl writes recorded conversations: give them with --recorded")
+            raise UsageError(
+                f"--dag-jsonl {dag_jsonl} needs recorded conversations: give them with --recorded"
+            )
         from whiflash_sglang.jsonl import write_whole
         from whiflash_sglang.lab.recorded.conversation import dag_lines
         from whiflash_sglang.lab.recorded.files import read_recorded
@@ -118,7 +120,7 @@ def bench(
         given = [name for name, value in others.items() if value]
         if given:
             raise UsageError(
-                f"{', '.join(given)}: not with --recorded, which compares every arm with every other"
+                f"--recorded compares every arm with every other and takes no {', '.join(given)}: remove it"
             )
         from whiflash_sglang.lab.bench.recorded import RecordedOutputs, RecordedRun, run_recorded
 
@@ -141,13 +143,15 @@ def bench(
         return
     scale = scale_of(quick, arms, per_category, max_tokens, minutes)
     if scaling and not (interleave and "auto" in scale.arms):
-        raise UsageError("--scaling measures the arm auto while all servers are up: drop --no-interleave")
+        raise UsageError(
+            "--scaling measures the arm auto while all servers run: remove --no-interleave, and keep auto in --arms"
+        )
     if restart and not interleave:
-        raise UsageError("--restart is for interleaved runs: drop --no-interleave")
+        raise UsageError("--restart needs all servers at once: remove --no-interleave, or --restart")
     from whiflash_sglang.lab.bench.subject import build_subject
 
     if suite and prompts:
-        raise UsageError("--suite and --prompts both name the prompts: give one of them")
+        raise UsageError(f"--suite {suite} and --prompts {prompts} both name the prompts: remove one of them")
     suites = suites_of(suite or "")
     asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
     chosen = sample(asked, scale.per_category)
@@ -160,7 +164,7 @@ def bench(
         subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
         wanted = scale.arms if arms else those_with_drafters(scale.arms, subject)
         if over is not None and over not in wanted:
-            raise UsageError(f"--over {over} is not among the arms {','.join(wanted)}")
+            raise UsageError(f"--over {over} is not measured, only {', '.join(wanted)} are: add it to --arms")
         plan = Plan(
             subject=subject,
             arms=tuple(build_arms(wanted, subject, traced=positions)),

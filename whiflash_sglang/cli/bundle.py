@@ -98,7 +98,9 @@ def read_answers(path: Path) -> "Iterator[Answer]":
         with np.load(path) as file:
             tokens, lengths, prompts = (file[name] for name in ("tokens", "lengths", "prompt_lengths"))
     except (OSError, ValueError, KeyError) as error:
-        raise TokenFileError(f"{path} is not a file of `whiflash train export`: {error}") from None
+        raise TokenFileError(
+            f"{path} holds no answers' token ids ({error}): give a file that `whiflash train export` wrote"
+        ) from None
     ends = np.cumsum(lengths)
     columns = list(zip(ends.tolist(), lengths.tolist(), prompts.tolist(), strict=True))
     for end, length, prompt in tracked(columns, "copying from answers"):

@@ -83,7 +83,9 @@ def check(
     from rich.console import Console
 
     if model_path is not None and not draft:
-        raise typer.BadParameter("--model-path says nothing without --draft")
+        raise typer.BadParameter(
+            "--model-path has no effect without --draft: name the drafters with --draft, or leave it out"
+        )
     found = _drafts(draft, model_path) if draft else findings()
     verbose = verbose or bool(draft)
     failed = [f for f in found if not f.ok]

@@ -79,13 +79,17 @@ def evaluate_command(
 
     if recorded:
         if picture is not None or lag or work is not None:
-            raise typer.BadParameter("--picture, --lag and --work are not for --recorded", ctx=ctx)
+            raise typer.BadParameter(
+                "--picture, --lag and --work have no effect with --recorded: remove them", ctx=ctx
+            )
         _evaluate_recorded(recorded, bundle, prompts, limit, arm, tools, as_json, out)
         return
     if bundle is None or prompts is None:
-        raise typer.BadParameter("give --bundle and --prompts, or --recorded", ctx=ctx)
+        raise typer.BadParameter("nothing to evaluate: give --bundle and --prompts, or --recorded", ctx=ctx)
     if arm or tools is not None:
-        raise typer.BadParameter("--arm and --tools are for --recorded", ctx=ctx)
+        raise typer.BadParameter(
+            "--arm and --tools have no effect without --recorded: give it, or remove them", ctx=ctx
+        )
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.lab.judging.evaluation import (

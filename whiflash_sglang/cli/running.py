@@ -49,18 +49,26 @@ def change(url: str, router: str | None, api_key: str | None) -> str:
             else:
                 answer = client.post("/whiflash/policy", json={"router": router})
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerRefusedError(f"{url} does not answer: {error}") from None
+        raise ServerRefusedError(
+            f"{url} does not answer ({error}): check --url, and whether the server has started"
+        ) from None
     if answer.status_code in (401, 403):
         raise ServerRefusedError(
-            f"{url} wants its admin key: --api-key, or WHIFLASH_API_KEY in the environment"
+            f"{url} refused the key ({answer.status_code}): set WHIFLASH_API_KEY, or --api-key, to its admin key"
         )
     if answer.status_code == 404:
-        raise ServerRefusedError(f"{url} is no SGLang server with --speculative-algorithm WHIFLASH")
+        raise ServerRefusedError(
+            f"{url} has no route /whiflash (404): it serves without --speculative-algorithm WHIFLASH, or is a "
+            "gateway; check --url"
+        )
     try:
         found = answer.json()
         said = found["error"]["message"] if answer.status_code == 400 else found["policy"]
     except (ValueError, KeyError, TypeError):
-        raise ServerRefusedError(f"{url} answers {answer.status_code}, not what it should") from None
+        raise ServerRefusedError(
+            f"{url} answered {answer.status_code} without the expected JSON, as a gateway does: give --url of the "
+            "server itself"
+        ) from None
     if answer.status_code == 400:
         raise ServerRefusedError(f"{url}: {said}")
     return str(said)
@@ -209,7 +217,9 @@ def profile(
                 on_answer=lambda: bar.advance(task),
             )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise WhiflashError(f"{server} does not answer: {error}") from None
+        raise WhiflashError(
+            f"{server} does not answer ({error}): check --server, and whether it has started"
+        ) from None
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:

@@ -64,7 +64,7 @@ def check_arguments(arguments: list[str]) -> None:
             if len(meant) != 1:
                 raise UsageError(f"{name!r} is not one of {', '.join(meant or fields)}")
             if value is None:
-                raise UsageError(f"{meant[0]} needs a value")
+                raise UsageError(f"{meant[0]} needs a value: give one after it")
             try:
                 parse_flags({fields[meant[0]]: value})
             except ConfigError as error:
@@ -117,12 +117,12 @@ def _configured(flags: list[str]) -> dict[str, Any]:
 
     place = flags.index("--config") + 1
     if place == len(flags):
-        raise UsageError("--config needs a YAML file")
+        raise UsageError("--config needs a value: the path of a YAML file")
     path = Path(flags[place])
     try:
         settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings or {}, dict):

@@ -211,7 +211,9 @@ def export_command(
 
         stores = open_stores(settings)
         if not stores:
-            raise ConfigError("there is no data yet: run `whiflash train data` first")
+            raise ConfigError(
+                f"{settings.work} holds no answers yet: run `whiflash train data` with this configuration first"
+            )
         count = export_tokens(stores, out)
     report({"tokens": count, "file": str(out)}, as_json)
 
@@ -328,7 +330,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
     try:
         index, count = (int(part) for part in text.split("/"))
     except ValueError:
-        raise UsageError(f"--shard {text!r} is not of the form index/count, e.g. 0/2") from None
+        raise UsageError(f"--shard {text!r} is not of the form INDEX/COUNT, such as 0/2") from None
     if not 0 <= index < count:
         raise UsageError(f"--shard {text}: the index must be from 0 to {count - 1}")
     return index, count

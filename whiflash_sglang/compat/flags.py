@@ -86,7 +86,9 @@ def _wanted(server_args: Any) -> bool:
 def _require_nothing(given: dict[str, Any]) -> None:
     for field, value in given.items():
         if value is not None:
-            raise ConfigError(f"{flag_of(field)} does something only with --speculative-algorithm WHIFLASH")
+            raise ConfigError(
+                f"{flag_of(field)} has no effect without --speculative-algorithm WHIFLASH: give both, or remove it"
+            )
 
 
 def attach(server_args: Any, given: dict[str, Any]) -> None:

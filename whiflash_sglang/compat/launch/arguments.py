@@ -63,13 +63,13 @@ def choose(server_args: Any) -> None:
     # give up slots that are still drafted from.
     server_args.disable_hybrid_swa_memory = True
     if server_args.enable_multimodal is None:
-        # Of a target that takes images or sound the text alone is served, as SGLang does of Gemma 3 by itself.
+        # A target that takes images or sound is served for text only, as SGLang serves Gemma 3 by itself.
         server_args.enable_multimodal = False
     choose_for_cuda(server_args)
 
 
 def choose_for_cuda(server_args: Any) -> None:
-    """On CUDA, fill in what works where the user left the choice open; what he chose is judged by
+    """On CUDA, fill in what works where the user left the choice open; what the user chose is judged by
     :mod:`whiflash_sglang.compat.launch.refusals`."""
     if not torch.cuda.is_available() or torch.version.hip or server_args.device not in (None, "cuda"):
         return

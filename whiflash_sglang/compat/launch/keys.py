@@ -1,7 +1,7 @@
-"""A server's keys stay with who was given them: SGLang's log of arguments and `GET /server_info` tell them.
+"""A server's keys stay with who was given them: SGLang's log of arguments and `GET /server_info` show them.
 
-The route is open to every holder of the API key, and to everybody where there is only an admin key; from it both could
-read the key that opens what steers the server.
+The route is open to every holder of the API key, and to everybody if there is only an admin key. Both could read there
+the key that opens the steering routes.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ CUT_OUT = "<redacted>"
 def install() -> None:
     """In the launcher's process. Idempotent."""
     replace(engine, "_server_args_for_logging", _logged)
-    replace(http_server, "redact_watermark_secrets", _told)
+    replace(http_server, "redact_watermark_secrets", _answered)
 
 
 @around
@@ -26,14 +26,14 @@ def _logged(original: Any, server_args: Any) -> Any:
 
 
 @around
-def _told(original: Any, value: Any, **options: Any) -> Any:
-    """Upstream's module calls it for the answer of `/server_info` alone."""
+def _answered(original: Any, value: Any, **options: Any) -> Any:
+    """Upstream's module calls it for the answer of `/server_info` only."""
     return without_keys(original(value, **options), http_server._global_state.tokenizer_manager.server_args)
 
 
 def without_keys(value: Any, server_args: Any) -> Any:
-    """`value` with the server's keys cut out of every string in it, the command line among them; others' servers tell
-    what SGLang tells.
+    """`value` with the server's keys cut out of every string in it, the command line among them. Servers without
+    WHIFLASH keep SGLang's answer.
     """
     if not asks_for_ours(server_args):
         return value

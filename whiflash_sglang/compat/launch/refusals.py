@@ -7,7 +7,7 @@ Targets whose layers attend through a sliding window: which attention backends v
 
 A verification is a plain causal block at the end of each request, so a backend is right where every row of it, not the
 request as a whole, sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. K and V of all
-layers lie in one pool for the whole context (`launch.arguments.choose`): draft KV lies at the
+layers are in one pool for the whole context (`launch.arguments.choose`): draft KV uses the
 target's slots, and a pool of their own for windowed layers would give up slots that are still drafted from.
 """
 
@@ -59,7 +59,7 @@ class Refusal:
 
 
 def refusal_of(launch: Launch) -> str | None:
-    """The first sentence that stops this launch; None where nothing does."""
+    """The first sentence that stops this launch, or None."""
     for refusal in REFUSALS:
         found = refusal.found(launch)
         if found not in (None, False):
@@ -141,6 +141,7 @@ _ONE_OF = {
 }
 """Ways to spread a model, and why WHIFLASH does not go with more than one."""
 _REMOVE = "WHIFLASH does not work with {}; remove it"
+_ONE_TOKEN = "it decodes one token a step, and a verification has several"
 _HTTP = "WHIFLASH needs SGLang's own HTTP server in one process, for its routes, checks and traces; "
 
 
@@ -300,15 +301,15 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "decoupled_spec_role",
         lambda x: x.args.decoupled_spec_role not in (None, "null"),
-        _REMOVE.format("decoupled speculation (--decoupled-spec-role)"),
+        _REMOVE.format("--decoupled-spec-role (drafters run in the target's process)"),
     ),
     # caches and memory
     _removed("enable_hierarchical_cache", "draft KV would not follow the host tier"),
-    _removed("enable_lmcache", "draft KV would not follow"),
-    _removed("enable_flexkv", "draft KV would not follow"),
-    _removed("enable_unified_cache_external_linker", "draft KV would not follow"),
+    _removed("enable_lmcache", "draft KV would not follow the target's"),
+    _removed("enable_flexkv", "draft KV would not follow the target's"),
+    _removed("enable_unified_cache_external_linker", "draft KV would not follow the target's"),
     _removed("enable_hisparse", "draft KV uses the target's own slots"),
-    _removed("enable_unified_memory"),
+    _removed("enable_unified_memory", "draft KV uses the target's own slots"),
     _removed("enable_page_major_kv_layout", "draft KV has a layout of its own"),
     _removed("enable_memory_saver", "the drafters' memory is not released on sleep, and waking is untested"),
     *(
@@ -339,13 +340,13 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     _removed("enable_watermark", "its state is not kept per verified position"),
     _removed("enable_mixed_chunk", "a step is a prefill or a round"),
-    _removed("enable_two_batch_overlap"),
-    _removed("enable_single_batch_overlap"),
-    _removed("enable_pdmux"),
+    _removed("enable_two_batch_overlap", _ONE_TOKEN),
+    _removed("enable_single_batch_overlap", _ONE_TOKEN),
+    _removed("enable_pdmux", _ONE_TOKEN),
     Refusal(
         "dllm_algorithm",
         lambda x: bool(x.args.dllm_algorithm),
-        _REMOVE.format("diffusion targets (--dllm-algorithm)"),
+        _REMOVE.format("--dllm-algorithm (a diffusion target does not decode token by token)"),
     ),
     Refusal(
         "grammar_backend",

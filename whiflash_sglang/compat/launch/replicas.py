@@ -1,9 +1,9 @@
 """The process that hands requests to the replicas of `--dp-size`: it notices when one of them ends.
 
 SGLang's HTTP process watches its children and ends the server when one of them crashes. Replicas are the controller's
-children, which nobody watches: one that is killed from outside keeps what it was given waiting for ever. So the
-controller watches them as the HTTP process does its own, and ends as it does on any error of its own: it logs it and
-tells the HTTP process, which ends the server.
+children, which SGLang does not watch: if one is killed from outside, its requests wait for ever. So the
+controller watches them as the HTTP process does its own, and ends as it does on any error of its own: it logs the error
+and signals the HTTP process, which ends the server.
 """
 
 import re
