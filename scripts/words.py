@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BANNED = re.compile(
-    r"\b(tells?|told|lies?|lay|lying|stands?|stood|mends?|mended|goes? by|anew|(?:by|at) hand|of before)\b",
+    r"\b(tells?|told|lies?|lay|lying|stands?(?!-in)|stood|mends?|mended|goes? by|anew|(?:by|at) hand|of before)\b",
     re.IGNORECASE,
 )
 OPENING = re.compile(
