@@ -26,14 +26,16 @@ SENTENCE = re.compile(r"(?<=[.!?:;])\s+|\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|\||\n(?
 LINK = re.compile(r"\]\([^)]*\)")
 LONGEST = 32
 """Words of a sentence; CONTRIBUTING.md asks for 25."""
+UNCHECKED = ("design", "kernels", "lookup", "structure", "recorded-agents")
+"""Pages of docs/dev that were not rewritten by these rules yet."""
 
 
 def pages() -> list[Path]:
-    """Pages that are written for users, without those of developers."""
+    """Pages that are written for users, and those of developers except `UNCHECKED`."""
     docs = sorted((ROOT / "docs").rglob("*.md"))
     return [
         *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
-        *(page for page in docs if "dev" not in page.parts),
+        *(page for page in docs if "dev" not in page.parts or page.stem not in UNCHECKED),
     ]
 
 
