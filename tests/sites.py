@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 PACKAGES = ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/", "sglang/kernels/")
-OWN = ("sites.py", "streams.py", "watching.py")
+OWN = ("sites.py", "streams.py", "watching.py", "card.py")
 
 
 def site() -> str:

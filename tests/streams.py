@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
@@ -91,7 +92,7 @@ class Stream:
 
     world: "Streams"
 
-    def __init__(self, priority: int = 0) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         self.name = f"stream {len(self.world.streams)}"
         self.world.streams.append(self)
         self.clock = dict(self.world.host)
@@ -122,12 +123,14 @@ class Event:
 
     world: "Streams"
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
         self.clock: Clock = {}
         self.name = "event"
+        self._timed, self._at = enable_timing, 0.0
 
     def record(self, stream: Any = None) -> None:
         stream = stream or torch.cpu.current_stream()
+        self._at = perf_counter()
         self.name = f"event of {self.world.name_of(stream)}"
         self.clock = dict(self.world.clock_of(stream))
 
@@ -140,6 +143,14 @@ class Event:
 
     def query(self) -> bool:
         return all(time <= self.world.host.get(agent, 0) for agent, time in self.clock.items())
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds of the host between the two; as on a card only of what is timed and done."""
+        if not (self._timed and end._timed):
+            raise ValueError("both events must be made with enable_timing=True")
+        if not (self.query() and end.query()):
+            raise RuntimeError("device not ready: the host has not waited for both events")
+        return 1000 * (end._at - self._at)
 
 
 class Streams:
@@ -164,14 +175,21 @@ class Streams:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """`torch.cpu` has this model's streams and events."""
-        with ExitStack() as stack:
-            for kind in (Stream, Event):
-                made = type(kind.__name__, (kind,), {"world": self})
-                stack.enter_context(patch.object(torch.cpu, kind.__name__, made))
+        """`torch.cpu` has this model's streams and events, and a copy to the host is one."""
+        with self.in_place_of(torch.cpu), ExitStack() as stack:
             for module, name in D2H:
                 stack.enter_context(patch.object(importlib.import_module(module), name, self.async_d2h))
             stack.enter_context(patch.object(torch.Tensor, "record_stream", self.record_stream()))
+            yield
+
+    @contextmanager
+    def in_place_of(self, *modules: Any) -> Iterator[None]:
+        """Each of `modules` (`torch.cpu`, `torch.cuda`) has this model's streams and events."""
+        with ExitStack() as stack:
+            for kind in (Stream, Event):
+                made = type(kind.__name__, (kind,), {"world": self})
+                for module in modules:
+                    stack.enter_context(patch.object(module, kind.__name__, made))
             yield
 
     def record_stream(self) -> Callable[[torch.Tensor, Any], None]:

@@ -40,11 +40,11 @@ def noting_births(world: Streams) -> Iterator[None]:
 def watching(world: Streams) -> Iterator[None]:
     """Operators and reads by the host are noted."""
     world.prune()
-    with _Operators(world), _Functions(world):
+    with Operators(world), _Functions(world):
         yield
 
 
-class _Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):
     """Every operator that touches memory."""
 
     def __init__(self, world: Streams) -> None:

@@ -1,0 +1,18 @@
+"""A phantom card for every test that asks for one."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from card import phantom
+from streams import Streams
+
+
+@pytest.fixture
+def world() -> Iterator[Streams]:
+    with phantom() as found:
+        yield found

@@ -1,0 +1,62 @@
+"""Transfers, tables and rings on the phantom card: one upload without a wait, one download, nothing of the host's."""
+
+import pytest
+import torch
+from streams import Streams
+
+from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.device.transfers import Download, HostView, Upload, sent
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_an_upload_waits_for_nothing(world: Streams) -> None:
+    text, stops, upload = TokenTable(4, 16, 4, CUDA), StopTable(4, CUDA), Upload()
+    text.begin(upload, 2, [5, 6, 7], [8])
+    stops.begin(upload, 2, [1, 2])
+    ints, floats = upload.ints([3, 4]), upload.floats([0.5])
+    found = upload.send(CUDA)
+    rows = sent([2], CUDA)
+    text.put_block(rows, sent([4], CUDA), torch.full((1, 3), 9, device=CUDA))
+    assert not world.stalls
+    assert not world.pageable
+    assert not world.races
+    assert text.data[2, :8].tolist() == [5, 6, 7, 8, 9, 9, 9, 0]
+    assert stops.few[2].tolist() == [1, 2] + [-1] * 6
+    assert found[0][ints].tolist() == [3, 4]
+    assert found[1][floats].tolist() == [0.5]
+
+
+def test_a_pageable_release_is_seen(world: Streams) -> None:
+    """The fault that drained the pipeline at every finished request."""
+    torch.tensor([3], device=CUDA)
+    assert sum(world.pageable.values()) == 1
+
+
+def test_a_download_is_late_and_whole(world: Streams) -> None:
+    fields = {"lens": torch.arange(3, device=CUDA), "scores": torch.ones(2, 2, device=CUDA)}
+    down = Download(**fields)
+    copy, done = down.packed.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+    assert not world.stalls
+    done.synchronize()
+    assert down.read(copy) == {"lens": [0, 1, 2], "scores": [[1.0, 1.0], [1.0, 1.0]]}
+    assert not world.stalls
+    assert not world.races
+
+
+def test_a_download_that_nobody_waited_for_is_seen(world: Streams) -> None:
+    down = Download(lens=torch.arange(3, device=CUDA))
+    found = down.read(down.packed.to("cpu", non_blocking=True))
+    assert found["lens"] != [0, 1, 2]
+    assert world.races
+
+
+def test_the_host_may_not_read_the_card() -> None:
+    assert not HostView.of(CUDA).exact
+
+
+def test_a_plan_of_the_hosts_is_refused(world: Streams) -> None:
+    table = TokenTable(4, 16, 4, CUDA)
+    with pytest.raises(RuntimeError, match="same device"):
+        table.put_block(torch.tensor([2]), torch.tensor([4]), torch.ones(1, 3, dtype=torch.int64))
