@@ -42,19 +42,26 @@ def main() -> None:
     }
     one = {"tool_choice": "required", "parallel_tool_calls": False}
     with early_tools({"query_shop": shop}) as tools:
-        with client.chat.completions.stream(**asked, **one, messages=messages) as stream:
-            call = stream.get_final_completion().choices[0].message.tool_calls[0]
+        with client.chat.completions.create(**asked, **one, messages=messages, stream=True) as stream:
+            pieces = [
+                piece
+                for chunk in stream
+                for choice in chunk.choices
+                for piece in choice.delta.tool_calls or ()
+                if piece.index == 0
+            ]
         ended = time.monotonic()
-        result = tools["query_shop"](**json.loads(call.function.arguments))
+        arguments = "".join(piece.function.arguments or "" for piece in pieces)
+        result = tools["query_shop"](**json.loads(arguments))
     [started] = shop.started
     assert started < ended, "the tool did not start early"
-    print(f"{call.function.arguments} -> {result}, started {1000 * (ended - started):.0f} ms before the end")
+    print(f"{arguments} -> {result}, started {1000 * (ended - started):.0f} ms before the end")
     session.record(f"{TASK} (tool call)", [routing(stream)])
 
-    function = {"name": call.function.name, "arguments": call.function.arguments}
-    called = {"id": call.id, "type": "function", "function": function}
+    function = {"name": "query_shop", "arguments": arguments}
+    called = {"id": pieces[0].id, "type": "function", "function": function}
     messages.append({"role": "assistant", "content": None, "tool_calls": [called]})
-    messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    messages.append({"role": "tool", "tool_call_id": pieces[0].id, "content": result})
     answer = client.chat.completions.create(**asked, messages=messages, tool_choice="none")
     text = answer.choices[0].message.content or ""
     session.record(f"{TASK} (answer)", [routing(answer)], text)
