@@ -27,8 +27,8 @@ def test_an_upload_waits_for_nothing(world: Streams) -> None:
     assert found[1][floats].tolist() == [0.5]
 
 
-def test_a_pageable_release_is_seen(world: Streams) -> None:
-    """The fault that drained the pipeline at every finished request."""
+def test_a_tensor_of_a_list_is_seen(world: Streams) -> None:
+    """As releases made them once, which drained the pipeline at every finished request."""
     torch.tensor([3], device=CUDA)
     assert sum(world.pageable.values()) == 1
 
