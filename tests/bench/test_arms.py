@@ -257,7 +257,7 @@ def test_why_a_server_did_not_start() -> None:
     ("arguments", "message"),
     [
         (["--arms", "nothing"], "'nothing' is not one of"),
-        (["--resume"], "--resume goes on"),
+        (["--resume"], "--resume continues"),
         (["--prompts", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--concurrency", "many"], "--concurrency many"),
         (["--bundle", "./missing"], "missing"),
