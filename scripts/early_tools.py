@@ -1,4 +1,4 @@
-"""What a tool that starts early saves: `python scripts/early_tools.py --markdown FILE`.
+"""Seconds saved by a tool that starts early: `python scripts/early_tools.py --markdown FILE`.
 
 A turn is one streamed answer that must call a tool, until its result is there. The tool waits 50, 200 or 1,000 ms, as
 for a network. Each turn runs in two ways, in turns: the tool behind the answer, and as soon as its call is complete
@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ import outcome
 from openai import OpenAI
 from servers_beside import address
 from whiflash_sdk import early_tools, wrap
+
+from whiflash_sglang.lab.bench.pages import table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "agents"))
 
@@ -124,21 +126,14 @@ def measured(client: OpenAI, model: str, repetitions: int) -> list[str]:
         for milliseconds in (50, 200, 1000):
             after, early = turns(client, body, milliseconds, repetitions)
             cells = (after, early, after - early)
-            rows.append(
-                f"| {name} | {milliseconds:,} | {' | '.join(f'{one * 1000:,.0f}' for one in cells)} |"
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
+            rows.append((name, f"{milliseconds:,}", *(f"{one * 1000:,.0f}" for one in cells)))
+            print(*rows[-1], file=sys.stderr, flush=True)
         times = [moments(client, body) for _ in range(3 * repetitions)]
         points = [statistics.median(one) for one in zip(*times, strict=True)]
         gaps = [statistics.median(one[at + 1] - one[at] for one in times) for at in (0, 1)]
-        seen.append(f"| {name} | {' | '.join(f'{one * 1000:,.0f}' for one in points + gaps)} |")
-        print(seen[-1], file=sys.stderr, flush=True)
+        seen.append((name, *(f"{one * 1000:,.0f}" for one in points + gaps)))
+        print(*seen[-1], file=sys.stderr, flush=True)
     return [table(TURNS, rows), table(("behind the call", *MOMENTS), seen)]
-
-
-def table(columns: Sequence[str], rows: Sequence[str]) -> str:
-    """In Markdown; the first column is text."""
-    return "\n".join([f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1), *rows])
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def command(requirements: Sequence[str]) -> list[str]:
 
 
 def run(name: str, url: str, seconds: float) -> dict[str, Any]:
-    """What a recipe said last, or why it failed."""
+    """The last line of a recipe, or the reason why it failed."""
     file, *requirements = RECIPES[name]
     line = [*command(requirements), file, "--base-url", f"{url}/v1"]
     folder = ROOT / "examples" / "frameworks"
@@ -61,7 +61,7 @@ def run(name: str, url: str, seconds: float) -> dict[str, Any]:
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    """Of the table."""
+    """A line of the table."""
     if "error" in found:
         return f"| {name} | | fails: {found['error']} | | |"
     agents = ", ".join(found["agents"]) or "no name"

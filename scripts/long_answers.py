@@ -19,6 +19,7 @@ import outcome
 from servers_beside import arguments_of
 from transformers import AutoTokenizer
 
+from whiflash_sglang.lab.bench.pages import table
 from whiflash_sglang.serving import Server, ServerHost
 from whiflash_sglang.spans.hints import CARRIED_FORCED
 
@@ -106,19 +107,19 @@ def main() -> None:
     sizes = ", ".join(
         f"{file.name}: {len(own)} tokens" for file, own in zip(args.texts, answers, strict=True)
     )
-    rows = [f"| drafter | {' | '.join(f'to {end}' for end in ends)} |", "| --- |" + " ---: |" * len(ends)]
+    rows = []
     for arm, own in found.items():
-        cells = [
+        cells = (
             f"{own[end]['tokens_a_round']:.2f} ({own[end]['rounds']})" if end in own else "" for end in ends
-        ]
-        rows.append(f"| {ARMS[arm]} | {' | '.join(cells)} |")
+        )
+        rows.append((ARMS[arm], *cells))
     outcome.write(
         args.out.with_suffix(".md"),
         "Acceptance over long answers",
         f"Tokens a round (and rounds) by position in the answer, along the text of {sizes}. Pinned "
         "drafters draft their full length; `auto` prices it. Neural drafters expect their target's own text, so their "
         "level is lower than on answers; the slope is what counts.",
-        "\n".join(rows),
+        table(("drafter", *(f"to {end}" for end in ends)), rows),
         f"![tokens a round by position]({args.out.stem}.svg)",
     )
 

@@ -37,7 +37,7 @@ ROWS = tuple(range(1, 4097, 8))
 
 
 class Silent(KVDrafter):
-    """A drafter by name and width alone."""
+    """A drafter that has only its name and width."""
 
     judges = True
 
@@ -110,7 +110,7 @@ class Batch:
         return spent
 
     def _found(self, lengths: list[int]) -> dict[str, list[Any]]:
-        """What such a round brought: three drafts each, of which one was right."""
+        """The results of such a round: three drafts each, one of them right."""
         many, texts = self.size, [req.origin_input_ids for req in self.requests]
         numbers = [len(req.output_ids) for req in self.requests]
         new = [[text[(at + i) % PROMPT] for i in range(NEW)] for text, at in zip(texts, numbers, strict=True)]

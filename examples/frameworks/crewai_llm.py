@@ -1,4 +1,4 @@
-"""CrewAI asks through LiteLLM where it is told to, and LiteLLM takes an HTTP client for all requests.
+"""CrewAI asks through LiteLLM if it is set to, and LiteLLM takes an HTTP client for all requests.
 
 Its own OpenAI provider shares one `http_client` between a sync and an async client, so it takes neither.
 """
@@ -6,7 +6,7 @@ Its own OpenAI provider shares one `http_client` between a sync and an async cli
 import litellm
 import whiflash_sdk
 from crewai import LLM, Agent, Crew, Task
-from recipe import MODEL, QUESTION, URL, tell
+from recipe import MODEL, QUESTION, URL, report
 
 litellm.client_session = http = whiflash_sdk.http_client()
 model = LLM(f"openai/{MODEL}", is_litellm=True, base_url=URL, api_key="none", max_tokens=32)
@@ -14,4 +14,4 @@ planner = Agent(role="planner", goal="Answer.", backstory="You answer.", llm=mod
 task = Task(description=QUESTION, expected_output="Three words.", agent=planner)
 with whiflash_sdk.collect(http) as collected, whiflash_sdk.agent("planner"):
     Crew(agents=[planner], tasks=[task]).kickoff()
-tell("crewai", "http_client, by litellm.client_session", collected.traces)
+report("crewai", "http_client, by litellm.client_session", collected.traces)

@@ -1,13 +1,13 @@
-"""DSPy asks through LiteLLM where it is told to, and LiteLLM takes an HTTP client for all requests."""
+"""DSPy asks through LiteLLM if it is set to, and LiteLLM takes an HTTP client for all requests."""
 
 import dspy
 import litellm
 import whiflash_sdk
-from recipe import MODEL, QUESTION, URL, tell
+from recipe import MODEL, QUESTION, URL, report
 
 litellm.client_session = http = whiflash_sdk.http_client()
 asked = {"api_base": URL, "api_key": "none", "max_tokens": 32, "cache": False}
 dspy.configure(lm=dspy.LM(f"openai/{MODEL}", engine="litellm", **asked))
 with whiflash_sdk.collect(http) as collected, whiflash_sdk.agent("planner"):
     dspy.Predict("question -> answer")(question=QUESTION)
-tell("dspy", "http_client, by litellm.client_session", collected.traces)
+report("dspy", "http_client, by litellm.client_session", collected.traces)

@@ -9,7 +9,7 @@ import whiflash_sdk
 from google.adk.agents import LlmAgent
 from google.adk.models.lite_llm import LiteLlm
 from google.adk.runners import InMemoryRunner
-from recipe import MODEL, QUESTION, URL, tell
+from recipe import MODEL, QUESTION, URL, report
 
 asking: ContextVar[str | None] = ContextVar("asking", default=None)
 
@@ -23,4 +23,4 @@ model = LiteLlm(model=f"openai/{MODEL}", api_base=URL, api_key="none", max_token
 planner = LlmAgent(name="planner", model=model, before_model_callback=note)
 with whiflash_sdk.collect() as collected:
     asyncio.run(InMemoryRunner(agent=planner).run_debug(QUESTION, quiet=True))
-tell("google-adk", "http_client, by litellm.aclient_session", collected.traces)
+report("google-adk", "http_client, by litellm.aclient_session", collected.traces)

@@ -4,7 +4,7 @@ import instructor
 import whiflash_sdk
 from openai import OpenAI
 from pydantic import BaseModel, Field
-from recipe import MESSAGES, MODEL, URL, tell
+from recipe import MESSAGES, MODEL, URL, report
 
 
 class Colours(BaseModel):
@@ -17,4 +17,4 @@ wrapped = whiflash_sdk.wrap(OpenAI(base_url=URL, api_key="none"), agent="planner
 client = instructor.from_openai(wrapped, mode=instructor.Mode.JSON_SCHEMA)
 with whiflash_sdk.collect(wrapped) as collected:
     client.create(model=MODEL, response_model=Colours, messages=MESSAGES, max_tokens=128, max_retries=0)
-tell("instructor", "wrap", collected.traces)
+report("instructor", "wrap", collected.traces)

@@ -2,7 +2,7 @@
 
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, MessagesState, StateGraph
-from recipe import MODEL, QUESTION, URL, tell
+from recipe import MODEL, QUESTION, URL, report
 from whiflash_sdk import collect
 from whiflash_sdk.adapters.langchain import wrap_model
 
@@ -19,4 +19,4 @@ graph.add_edge(START, "planner")
 graph.add_edge("planner", END)
 with collect() as collected:
     graph.compile().invoke({"messages": [("user", QUESTION)]})
-tell("langgraph", "adapter", collected.traces)
+report("langgraph", "adapter", collected.traces)

@@ -2,7 +2,7 @@
 
 from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, Runner, set_tracing_disabled
 from openai import AsyncOpenAI
-from recipe import MODEL, QUESTION, URL, tell
+from recipe import MODEL, QUESTION, URL, report
 from whiflash_sdk import collect
 from whiflash_sdk.adapters.openai_agents import wrap_model
 
@@ -12,4 +12,4 @@ model = wrap_model(OpenAIChatCompletionsModel(model=MODEL, openai_client=client)
 planner = Agent(name="planner", model=model, model_settings=ModelSettings(max_tokens=32))
 with collect() as collected:
     Runner.run_sync(planner, QUESTION)
-tell("openai-agents", "adapter", collected.traces)
+report("openai-agents", "adapter", collected.traces)

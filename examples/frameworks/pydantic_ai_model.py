@@ -3,7 +3,7 @@
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from recipe import MODEL, QUESTION, URL, tell
+from recipe import MODEL, QUESTION, URL, report
 from whiflash_sdk import collect
 from whiflash_sdk.adapters.pydantic_ai import wrap_model
 
@@ -11,4 +11,4 @@ model = wrap_model(OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=URL, 
 planner = Agent(model, name="planner", model_settings={"max_tokens": 32})
 with collect() as collected:
     planner.run_sync(QUESTION)
-tell("pydantic-ai-slim", "adapter", collected.traces)
+report("pydantic-ai-slim", "adapter", collected.traces)

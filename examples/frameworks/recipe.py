@@ -1,4 +1,4 @@
-"""What every recipe shares: its command line, and one line of JSON about what was seen."""
+"""Shared by all recipes: the command line, and one line of JSON about what was seen."""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ QUESTION = "Name three colours."
 MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
-def tell(package: str, way: str, traces: Iterable[CollectedTrace]) -> None:
-    """Print what a run came to. way: what makes the framework send hints."""
+def report(package: str, way: str, traces: Iterable[CollectedTrace]) -> None:
+    """Print the outcome of a run. way: by which the framework sends hints."""
     found = list(traces)
     agents = list(dict.fromkeys(trace.agent for trace in found if trace.agent))
     tokens = sum(trace.tokens for trace in found)

@@ -1,6 +1,6 @@
 """smolagents: an adapter wraps the model object and knows which agent runs."""
 
-from recipe import MODEL, QUESTION, URL, tell
+from recipe import MODEL, QUESTION, URL, report
 from smolagents import OpenAIModel, ToolCallingAgent
 from whiflash_sdk import collect
 from whiflash_sdk.adapters.smolagents import wrap_model
@@ -11,4 +11,4 @@ model = wrap_model(
 planner = ToolCallingAgent(tools=[], model=model, name="planner", max_steps=1, verbosity_level=0)
 with collect() as collected:
     planner.run(QUESTION)
-tell("smolagents", "adapter", collected.traces)
+report("smolagents", "adapter", collected.traces)

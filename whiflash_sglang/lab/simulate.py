@@ -194,9 +194,8 @@ class Simulation:
         drafted = {arm: routes.count(arm) for arm in set(routes) - {arms.NONE}}
         context = sum(request.context for request in running)
         padded = len(running) + sum(drafts)
-        if (
-            self.method == "auto"
-        ):  # rows are there for what is usual; here no draft is left out for want of one
+        if self.method == "auto":
+            # Rows are there for usual drafts. More of them lengthen the round here, where none is left out.
             usual = (min(controller.costs.room(arm), DRAFTS.get(arm, 0)) for arm in routes)
             padded = max(padded, len(running) + ceil(sum(usual)))
         seconds = self.tables.verify(padded, context)

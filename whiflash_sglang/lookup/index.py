@@ -116,6 +116,7 @@ class SuffixIndex:
         """How long a match with the end of a text the place before `source` is; 0: none, or beyond this text."""
         text, length = self._tokens, 0
         limit = min(source, len(suffix), MAX_MATCH) if source <= len(text) else 0
+        # A match of full length takes one comparison, of arrays in C.
         if isinstance(suffix, array) and limit and text[source - limit : source] == suffix[-limit:]:
             return Place(limit, source, self)
         while length < limit and text[source - 1 - length] == suffix[-1 - length]:

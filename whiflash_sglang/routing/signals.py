@@ -37,10 +37,6 @@ class Forecast(NamedTuple):
     rows: int
 
 
-NOTHING_AHEAD = Forecast(1.0, 1)
-"""It has nothing to propose."""
-
-
 @dataclass(frozen=True, slots=True)
 class Signals:
     """Per-request signals. Host-side ones may lag one round (overlap scheduling).

@@ -375,7 +375,7 @@ def _mended(handle: int) -> int:
 
 
 class Sampler:
-    """Writes samples behind the caller's back. `lost`: how many could not be written."""
+    """Writes samples in a thread of its own, so that no request waits for a disk. `lost`: how many were not written."""
 
     def __init__(self, files: SampleFiles) -> None:
         self.lost = 0

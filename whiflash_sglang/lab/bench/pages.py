@@ -93,7 +93,7 @@ def _overview(load: LoadReport) -> str:
                 str(figures.ties),
             )
         )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _by_category(load: LoadReport) -> str:
@@ -101,7 +101,7 @@ def _by_category(load: LoadReport) -> str:
     rows = [
         (arm, *(_interval(ratios.none.get(name)) for name in names)) for arm, ratios in load.ratios.items()
     ]
-    return _table(("arm", *names), rows)
+    return table(("arm", *names), rows)
 
 
 def _over(load: LoadReport, over: str | None) -> str:
@@ -110,7 +110,7 @@ def _over(load: LoadReport, over: str | None) -> str:
         return ""
     names = [name for name in _categories(load) if any(name in own for own in compared.values())]
     rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
-    return f"### Output tokens per second, over `{over}`\n\n{_table(('arm', *names), rows)}"
+    return f"### Output tokens per second, over `{over}`\n\n{table(('arm', *names), rows)}"
 
 
 def _acceptance(load: LoadReport) -> str:
@@ -119,7 +119,7 @@ def _acceptance(load: LoadReport) -> str:
         (arm, *(f"{groups[name].acceptance_length:.2f}" if name in groups else "" for name in names))
         for arm, groups in load.arms.items()
     ]
-    return _table(("arm", *names), rows)
+    return table(("arm", *names), rows)
 
 
 def _as_papers(load: LoadReport) -> str:
@@ -136,7 +136,7 @@ def _as_papers(load: LoadReport) -> str:
         means = tuple(sum(column) / len(sets) for column in zip(*sets, strict=True))
         rows.append((arm, *(f"{ratio:.2f}×, {length:.2f}" for ratio, length in (*sets, means))))
     title = "### Speed-up over plain decoding, and acceptance length, by set"
-    return f"{title}\n\n{_table(('arm', *names, 'mean of sets'), rows)}"
+    return f"{title}\n\n{table(('arm', *names, 'mean of sets'), rows)}"
 
 
 def _turns(load: LoadReport) -> str:
@@ -149,7 +149,7 @@ def _turns(load: LoadReport) -> str:
         "Output tokens per second over plain decoding, and acceptance length, by the turn that is asked for. Few "
         "prompts a turn, and other ones at every turn: read it for what grows with a conversation, not for its digits."
     )
-    return f"### Conversations by turn\n\n{explained}\n\n{_table(header, rows)}"
+    return f"### Conversations by turn\n\n{explained}\n\n{table(header, rows)}"
 
 
 def _turn(figures: TurnFigures) -> str:
@@ -167,7 +167,7 @@ def _positions(load: LoadReport) -> str:
         "begins to loop. Longer answers are other prompts' answers, too."
     )
     header = ("arm", *(f"before token {end}" for end in ends))
-    return f"### Acceptance length by position in the answer\n\n{explained}\n\n{_table(header, rows)}"
+    return f"### Acceptance length by position in the answer\n\n{explained}\n\n{table(header, rows)}"
 
 
 def _stretch(figures: PositionFigures | None) -> str:
@@ -186,8 +186,8 @@ def _hints(load: LoadReport) -> str:
         "`auto` over `auto-no-hints`: tokens per second, and acceptance length inside and outside the spans that "
         "hints named. Answers that differ between the two count for speed only."
     )
-    table = _table(("category", "tokens/s", *sides, "answers that differ"), rows)
-    return f"### Hints on against hints off\n\n{explained}\n\n{table}"
+    shown = table(("category", "tokens/s", *sides, "answers that differ"), rows)
+    return f"### Hints on against hints off\n\n{explained}\n\n{shown}"
 
 
 def _sides(acceptance: Acceptance | None) -> tuple[str, str, str]:
@@ -210,7 +210,7 @@ def _rounds(load: LoadReport) -> str:
     if not rows:
         return ""
     header = (*(name.replace("_", "-") for name in stages), "round")
-    page = "### A round, in ms\n\n" + _table(("arm", *header, "switching"), rows)
+    page = "### A round, in ms\n\n" + table(("arm", *header, "switching"), rows)
     idle = load.arms.get("pinned-none", {}).get(OVERALL)
     if idle is not None and idle.round_ms is not None:
         kept = 100 * (idle.round_ms.catch_up + idle.round_ms.park) / idle.round_ms.total
@@ -227,7 +227,7 @@ def _scaling(report: Report) -> str:
         rows.append((str(point.batch), str(point.context), *(f"{value:.2f}" for value in shown)))
     stages = (name.replace("_", "-") for name in RoundMs.model_fields)
     header = ("batch", "prompt tokens", *stages, "round", "neither draft nor verify")
-    return "## A round of auto against batch and context, in ms\n\n" + _table(header, rows)
+    return "## A round of auto against batch and context, in ms\n\n" + table(header, rows)
 
 
 def _differences(report: Report) -> str:
@@ -248,7 +248,7 @@ def _differences(report: Report) -> str:
     ]
     if mismatches:
         parts.append(
-            _table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)
+            table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)
         )
     return "\n\n".join(parts)
 
@@ -291,7 +291,8 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown; the first column is text, the others are figures."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
