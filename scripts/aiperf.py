@@ -7,6 +7,7 @@ from PyPI into an environment of its own (`uv tool run`), since it pins other ve
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from whiflash_sglang.lab.recorded.files import read_recorded
 from whiflash_sglang.serving import Server, ServerHost
 
 VERSION = "0.13.0"
+UV = shutil.which("uv") or str(Path(__file__).parents[1] / ".uv" / "bin" / "uv")
 COLUMNS = {
     "request_count": "requests",
     "request_throughput": "requests/s",
@@ -79,7 +81,7 @@ def _number(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--aiperf", nargs="+", default=["uv", "tool", "run", f"aiperf@{VERSION}"])
+    parser.add_argument("--aiperf", nargs="+", default=[UV, "tool", "run", f"aiperf@{VERSION}"])
     parser.add_argument("--prompts", type=Path, default=Path("results/benchmark/held-out.jsonl"))
     parser.add_argument(
         "--recorded", type=Path, nargs="*", default=[], help="recorded conversations, replayed"
