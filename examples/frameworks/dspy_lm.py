@@ -7,7 +7,7 @@ from recipe import MODEL, QUESTION, URL, report
 
 litellm.client_session = http = whiflash_sdk.http_client()
 asked = {"api_base": URL, "api_key": "none", "max_tokens": 32, "cache": False}
-dspy.configure(lm=dspy.LM(f"openai/{MODEL}", engine="litellm", **asked))
+lm = dspy.LM(f"openai/{MODEL}", engine="litellm", **asked)
 with whiflash_sdk.collect(http) as collected, whiflash_sdk.agent("planner"):
-    dspy.Predict("question -> answer")(question=QUESTION)
+    lm(QUESTION)  # dspy.Predict asks through it too; the embedded model cannot answer in its format
 report("dspy", "http_client, by litellm.client_session", collected.traces)
