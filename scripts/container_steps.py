@@ -3,7 +3,7 @@
     debootstrap --variant=minbase bookworm base
     python scripts/container_steps.py deploy/container/Containerfile --target cpu --base base --work stages
 
-`base` stands for the image that the first FROM names. Every stage that the target needs gets a directory in `stages`
+`base` replaces the image that the first FROM names. Every stage that the target needs gets a directory in `stages`
 with what the stage before it has; RUN is executed there with the environment, shell and directory that the file says,
 COPY copies from the repository or from another stage. Each step is printed with how long it took. The last line is the
 target's entry point; `--run` executes it, or another command, in the target's directory as the image's user.
@@ -46,7 +46,7 @@ class Stage:
 
 
 def read(text: str) -> dict[str, Stage]:
-    """The stages of a Containerfile by name, in their order. Raises ValueError for what stands before the first."""
+    """The stages of a Containerfile by name, in their order. Raises ValueError for an instruction before the first."""
     joined = re.sub(r"\\\n\s*", "", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE))
     stages: dict[str, Stage] = {}
     for line in filter(str.strip, joined.splitlines()):
@@ -56,7 +56,7 @@ def read(text: str) -> dict[str, Stage]:
             name = name.strip() or f"stage {len(stages)}"
             stages[name] = Stage(name, parent.strip())
         elif not stages:
-            raise ValueError(f"{instruction} stands before the first FROM")
+            raise ValueError(f"{instruction} precedes the first FROM")
         else:
             list(stages.values())[-1].steps.append((instruction, rest.strip()))
     return stages
@@ -92,7 +92,7 @@ class Settings:
         return Settings(dict(self.environment), list(self.shell), self.directory, self.user, list(self.entry))
 
     def command(self, root: Path, words: list[str], beside: dict[str, str] | None = None) -> list[str]:
-        """`words` in `root`, with this environment, what stands beside it, and no other."""
+        """`words` in `root`, with this environment, `beside`, and no other."""
         given = [f"{name}={value}" for name, value in (self.environment | (beside or {})).items()]
         inside = 'cd "$0" && exec "$@"'
         user = f"--userspec={self.user}:{self.user}"
@@ -112,7 +112,7 @@ class Settings:
 
 
 class Builder:
-    """Executes stages below `work`; `base` stands for every image that is no stage.
+    """Executes stages below `work`; `base` replaces every image that is no stage.
 
     given: what a RUN finds in its environment beside what the file says.
     """
@@ -172,7 +172,7 @@ class Builder:
 
     @staticmethod
     def _duplicate(source: Path, target: Path, how: str = "--reflink=auto") -> None:
-        """What lies in a directory, into another one. how: `--link` where the source is complete, so gigabytes once."""
+        """Copy a directory's contents into another one. how: `--link` if the source is complete, so gigabytes once."""
         target.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "-a", how, f"{source}/.", str(target)], check=True)
 

@@ -20,7 +20,7 @@ WIDTH, HEIGHT = 24, 8
 class Panel:
     """title, meaning: for the reader. unit: Grafana's name of it. queries: expression and legend of each.
 
-    kind: how it is drawn; `stack` is a time series whose curves lie on each other, `names` a value's legend in words.
+    kind: how it is drawn; `stack` is a time series whose curves are stacked, `names` a value's legend in words.
     """
 
     title: str

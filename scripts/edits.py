@@ -2,9 +2,9 @@
 
     python scripts/edits.py
 
-In `edits.jsonl` the file stands in the prompt as well; in `edits-unseen.jsonl` the prompt only names it, as where an
+In `edits.jsonl` the prompt holds the file as well; in `edits-unseen.jsonl` the prompt only names it, as where an
 agent has an older copy that its conversation no longer holds. The recorded answer is the file with a tenth of its lines
-changed, seeded: half of them have a word changed, others are followed by a new line, written anew, or left out.
+changed, seeded: half of them have a word changed, others are followed by a new line, replaced, or left out.
 `whiflash bench --recorded` plays both.
 """
 
@@ -56,7 +56,7 @@ def edited(text: str, rng: random.Random) -> str:
             indent = line[: len(line) - len(line.lstrip())]
             lines += [line, f"{indent}note({rng.randrange(100)})  # added behind it"]
         elif kind < 0.9:
-            lines.append("this line was written anew, and nothing of it was expected")
+            lines.append("this line was written anew, and nothing of it was expected")  # words: data
     return "\n".join(lines)
 
 

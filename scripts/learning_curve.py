@@ -1,6 +1,6 @@
 """Draw results/learning-curve.svg from results/learning-curve.json: what each version of the embedded pair accepts.
 
-A version's line is written by hand from `whiflash evaluate`'s figures for it; the picture is drawn from the lines.
+You add a version's line from `whiflash evaluate`'s figures for it; the picture is drawn from the lines.
 """
 
 import json

@@ -36,7 +36,7 @@ Step = tuple[str, str]
 
 
 def steps_of(page: str) -> list[Step]:
-    """The commands of a page, one by one, and its Python as one program where the last of it stands."""
+    """The commands of a page, one by one, and its Python as one program in the place of its last block."""
     blocks = BLOCK.findall(page)
     program = "".join(body for kind, body in blocks if kind == "python")
     last = max((place for place, (kind, _) in enumerate(blocks) if kind == "python"), default=-1)

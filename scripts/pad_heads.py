@@ -1,4 +1,4 @@
-"""Writes a target anew with more attention heads, which do nothing, so that its heads split over several ranks.
+"""Writes a target again with more attention heads, which do nothing, so that its heads split over several ranks.
 
     python scripts/pad_heads.py .tools/target-of-two-ranks --ranks 2
 

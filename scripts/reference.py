@@ -1,6 +1,6 @@
 """Tables of the documentation that come from code, written between their marks: `python scripts/reference.py`.
 
-A page holds `<!-- NAME: written by make docs -->` and `<!-- end of NAME -->`; what stands between them is NAME's
+A page holds `<!-- NAME: written by make docs -->` and `<!-- end of NAME -->`; the text between them is NAME's
 table. Nothing here imports SGLang; only the table of draft formats imports torch.
 """
 
@@ -366,7 +366,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def written(page: str) -> str:
-    """`page` with every marked table written anew. Raises KeyError for a mark that names no table."""
+    """`page` with every marked table rewritten. Raises KeyError for a mark that names no table."""
     return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page)
 
 

@@ -1,6 +1,6 @@
-"""Hooks of mkdocs: pages that lie elsewhere in the repository are on the site too, and links work in both places.
+"""Hooks of mkdocs: pages from elsewhere in the repository are on the site too, and links work in both places.
 
-A link is written as it works in the repository, relative to the file that it stands in. On the site `docs/` is the
+A link is written as it works in the repository, relative to its own file. On the site `docs/` is the
 root and everything else keeps its path, so links from the one to the other are rewritten.
 """
 
@@ -28,7 +28,7 @@ LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add what lies elsewhere."""
+    """Add files from outside `docs/`."""
     for pattern in ELSEWHERE:
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file():
@@ -64,5 +64,5 @@ def site_link(target: str, page: str, files: Files) -> str:
 
 
 def repository_path(uri: str) -> str:
-    """Where the file with this path on the site lies in the repository."""
+    """Path in the repository of the file with this path on the site."""
     return f"{DOCS}{uri}" if (ROOT / DOCS / uri).exists() else uri

@@ -3,7 +3,7 @@
 Every answer is compared with plain decoding's, which another server gave beforehand; a difference counts as a tie where
 plain decoding's own two likeliest tokens are as good as equal there. SGLang checks its pools whenever it is idle, and
 ends the server where a slot is lost. The models are tiny ones (`tests/tiny_models.py`); `--bundle embedded` serves the
-shipped pair. Each scenario has a server of its own; where it breaks off or stands still, that is a crash, and the next
+shipped pair. Each scenario has a server of its own; if it breaks off or hangs, that is a crash, and the next
 one begins.
 """
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from patience import at_start
 
 STILL = 600.0
-"""Seconds of a quiet machine, beside four times its own, after which a scenario stands still."""
+"""Seconds of a quiet machine, beside four times its own, after which a scenario counts as hung."""
 GROWN_MIB = 100
 """By more no process may grow in the second half of a scenario: what is cached is full by then."""
 SETTLE_POLLS = 300

@@ -160,7 +160,7 @@ async def branching(run: Run) -> None:
     while run.goes_on():
         place = run.rng.randrange(len(stems))
         stem = stems[place]
-        # First: what is expected of the answer is asked there, too, and would lie in the cache.
+        # First: what is expected of the answer is asked there, too, and would be cached.
         body = request(stem, 16)
         beside = (await run.plain.client.post("/generate", json=body)).raise_for_status().json()
         answer = await run.ask(stem, 16)

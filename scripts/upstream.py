@@ -106,7 +106,7 @@ def difference(path: str, old: Tree, new: Tree) -> str:
 
 
 def installed() -> Path:
-    """Where the installed SGLang lies; nothing of it is imported for that."""
+    """Directory of the installed SGLang, found without an import."""
     found = importlib.util.find_spec("sglang")
     if found is None or found.submodule_search_locations is None:
         raise ValueError("no SGLang is installed; --since says which one to compare with")

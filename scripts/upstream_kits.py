@@ -71,7 +71,7 @@ READING = """\
 Run are the tests of SGLang's wheel (`sglang.test.kits`) that ask a server by its URL; left out are those that need a
 GPU, a data set, another server beside, or flags that no server on a CPU can have. They were written for models of eight
 billion parameters, so what a small one does not know fails whatever decodes. `test_acc_length` and
-`test_batch_generation` ask for an acceptance length that SGLang's own pair of models has; plain decoding tells the
+`test_batch_generation` ask for an acceptance length that SGLang's own pair of models has; plain decoding gives the
 latter none."""
 ENDED = " (and the server ended)"
 FORK = multiprocessing.get_context("fork")
@@ -139,7 +139,7 @@ def name_of(test: unittest.TestCase) -> str:
 
 
 def outcome_of(test: unittest.TestCase, seconds: float) -> str | None:
-    """What became of a test, in a process of its own. None: it did not end and was ended; stderr tells where it stood.
+    """What became of a test, in a process of its own. None: it was killed at its limit; stderr shows where it was.
 
     seconds: on a quiet machine.
     """
@@ -157,7 +157,7 @@ def outcome_of(test: unittest.TestCase, seconds: float) -> str | None:
         child.join()
         return f"failed: its process ended with {child.exitcode}"
     finally:
-        child.kill()  # what it has told is told; a thread of it may still wait for an answer
+        child.kill()  # its outcome was read already; a thread of it may still wait for an answer
         child.join()
 
 
@@ -178,7 +178,7 @@ def run(
     save: Callable[[], None],
     seconds: float = SECONDS,
 ) -> None:
-    """Add what became of each test to `found`, but for those that stand there already.
+    """Add what became of each test to `found`, but for those that it has already.
 
     Args:
         start: a server with more flags. save: called after each test.

@@ -1,11 +1,14 @@
-"""Words, openings and long sentences that users' pages do without: `python scripts/words.py [FILE …]`.
+"""Words, openings and long sentences that this project does without: `python scripts/words.py [FILE …]`.
 
-Exits with 1 if it finds one. The rules are those of CONTRIBUTING.md. Code, tables of code and quotations in backticks
-are not looked at.
+Exits with 1 if it finds one. The rules are those of CONTRIBUTING.md. Pages are checked for all three; Python files for
+words, in their comments, docstrings and messages. Code, tables of code and quotations in backticks are skipped.
 """
 
+import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +31,9 @@ LONGEST = 32
 """Words of a sentence; CONTRIBUTING.md asks for 25."""
 UNCHECKED = ("design", "kernels", "lookup", "structure", "recorded-agents")
 """Pages of docs/dev that were not rewritten by these rules yet."""
+
+DATA = "# words: data"
+CODE_FOLDERS = ("whiflash_sglang", "kernels", "sdk", "scripts", "examples")
 
 
 def pages() -> list[Path]:
@@ -60,11 +66,49 @@ def too_long(text: str) -> Iterator[tuple[int, int]]:
         start = end
 
 
+def modules() -> list[Path]:
+    """Python files of the packages, the scripts and the examples, without this one, which lists the words."""
+    files = (path for folder in CODE_FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+    return [path for path in files if path != Path(__file__).resolve()]
+
+
+def found_in_code(text: str) -> list[tuple[int, str]]:
+    """Line numbers, from 1 on, of banned words in comments and in strings of several words.
+
+    A word before a colon is the name of an argument. Lines that end with `# words: data` are skipped.
+    """
+    comments = [
+        (token.start[0], token.string)
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    strings = [
+        (node.lineno, node.value)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+    ]
+    prose = (
+        (start, CODE.sub(lambda match: re.sub(r"[^\n]", "x", match[0]), said))
+        for start, said in comments + strings
+    )
+    lines = ((start + after, line) for start, said in prose for after, line in enumerate(said.splitlines()))
+    skipped = {number for number, comment in comments if comment == DATA}
+    return sorted(
+        (number, f"{match[0]!r}")
+        for number, line in lines
+        if number not in skipped
+        for match in BANNED.finditer(line)
+        if not line.startswith(":", match.end())
+    )
+
+
 def main(arguments: list[str]) -> int:
     wrong = [
-        f"{page}:{number}: {reason}"
-        for page in ([Path(name) for name in arguments] or pages())
-        for number, reason in found(page.read_text(encoding="utf-8"))
+        f"{file}:{number}: {reason}"
+        for file in ([Path(name) for name in arguments] or pages() + modules())
+        for number, reason in (found_in_code if file.suffix == ".py" else found)(
+            file.read_text(encoding="utf-8")
+        )
     ]
     print("\n".join(wrong) or "no banned word or opening, no long sentence")
     return bool(wrong)

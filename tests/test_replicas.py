@@ -44,7 +44,7 @@ def test_replicas_are_told_apart_and_added_up() -> None:
         ([Ended(1, 4711, -9)], "replica 1 (process 4711) was ended by SIGKILL (the server has 2)"),
         ([Ended(0, 4711, -99)], "replica 0 (process 4711) was ended by signal 99 (the server has 2)"),
         ([Ended(None, 4711, 3)], "a replica (process 4711) has ended with exit code 3 (the server has 2)"),
-        ([], "a replica has failed; its own error stands above (the server has 2)"),
+        ([], "a replica failed; its own error is logged above (the server has 2)"),
     ],
 )
 def test_a_dead_replica_is_named(ended: list[Ended], said: str) -> None:

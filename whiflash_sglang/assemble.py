@@ -57,7 +57,7 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> dict[str
     """Load the checkpoints, which were checked against the target when the arguments were read.
 
     What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars,
-    and text is copied as it stands.
+    and text is copied unchanged.
 
     Raises:
         CheckpointError: a file is missing or damaged. ConfigError: it is not the one that its bundle was made with.

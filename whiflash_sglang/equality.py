@@ -1,6 +1,6 @@
 """When two decodings count as equal (losslessness, greedy).
 
-Identical tokens, or at the first difference a tie: plain decoding's own two best logits on that prefix lie within
+Identical tokens, or at the first difference a tie: plain decoding's own two best logits on that prefix are within
 1e-4 (fp32) or two units in the last place (bf16), so that rounding, which differs by batch shape, decides. Ties are
 counted and shown, never ignored.
 """

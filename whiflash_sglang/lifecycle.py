@@ -27,8 +27,8 @@ MALFORMED = RequestHints()
 
 
 class Lifecycle:
-    """Opens and closes what drafters, backlog, controller and tables keep of a request. Who is in `quarantine` is told
-    only what to drop.
+    """Opens and closes what drafters, backlog, controller and tables keep of a request. Arms in `quarantine` only
+    drop.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Lifecycle:
 
         What the device keeps of it goes there with `upload`.
         """
-        # With output it was retracted: what its row still holds may be of before an earlier retraction.
+        # With output it was retracted: what its row still holds may date from before an earlier retraction.
         if not req.output_ids and self._controller.holds(row, req.rid):
             return
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)

@@ -316,11 +316,11 @@ class ReplicaDiedError(WhiflashError):
     """Some replicas will never answer what they were given.
 
     Args:
-        ended: their processes; none where one has told of an error of its own and not ended yet. size: replicas.
+        ended: their processes; empty if one has reported an error of its own and not ended yet. size: replicas.
     """
 
     def __init__(self, ended: Sequence[Ended], size: int) -> None:
-        what = "; ".join(map(str, ended)) or "a replica has failed; its own error stands above"
+        what = "; ".join(map(str, ended)) or "a replica failed; its own error is logged above"
         super().__init__(f"{what} (the server has {size})")
 
 

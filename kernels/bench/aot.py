@@ -79,7 +79,7 @@ class Compiled:
 
 
 class HostlessDriver:
-    """Stands in for the CUDA driver: it names a target, and is never asked to load or launch anything."""
+    """Replaces the CUDA driver: it names a target, and is never asked to load or launch anything."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

@@ -170,7 +170,7 @@ def catch_up_cases(bench: Bench) -> Iterator[Case]:
 
 
 def upstream_dflash(bench: Bench, arguments: tuple) -> dict[str, Call]:
-    """SGLang's own materialisation of the same K and V, where SGLang and a GPU are at hand."""
+    """SGLang's own materialisation of the same K and V, if SGLang and a GPU are available."""
     if bench.device.type != "cuda":
         return {}
     try:

@@ -47,7 +47,7 @@ def running(backend: str) -> Iterator[None]:
 
 @contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Every tensor that an op allocates starts full of sentinels and lies between two guards of them.
+    """Every tensor that an op allocates starts full of sentinels and is between two guards of them.
 
     An element left unwritten then fails the comparison with the oracle, and a write outside its tensor fails
     here, when the guards are looked at.

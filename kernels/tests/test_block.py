@@ -115,7 +115,7 @@ def test_any_round(backend: str, widths: list[int], seed: int, padding: int | No
 @settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), widths=st.lists(st.integers(0, 9), max_size=6), seed=st.integers(0, 1000))
 def test_any_round_that_may_end(backend: str, data: st.DataObject, widths: list[int], seed: int) -> None:
-    """Predictions are of 0…4; -1 stands for no token."""
+    """Predictions are of 0…4; -1 means no token."""
     columns = data.draw(st.integers(1, 3))
     ending = st.lists(st.sampled_from([-1, -1, 0, 1, 2]), min_size=columns, max_size=columns)
     stops = [data.draw(ending) for _ in widths]

@@ -98,7 +98,7 @@ def test_places_disagree(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 1026, 2500])
 def test_far_back(backend: str, length: int) -> None:
-    """The only place lies in another tile than the text's end, or across the border of two."""
+    """The only place is in another tile than the text's end, or across the border of two."""
     noise = list(range(10, 10 + length))
     check(backend, [[1, 2, 3, *noise, 1, 2], [3, 1, *noise, 3], [*noise[:5], *noise]])
 

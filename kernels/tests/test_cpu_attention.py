@@ -30,7 +30,7 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @dataclass(frozen=True)
 class Case:
-    """A batch, and which of the kernel's ways it takes: head sizes, who is seen, how tensors lie."""
+    """A batch, and which of the kernel's ways it takes: head sizes, who is seen, the layout of tensors."""
 
     q_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Attention compiled for a CPU: what lies otherwise than in a pool, what it keeps, what it asks of threads."""
+"""Attention compiled for a CPU: layouts other than a pool's, what it keeps, what it asks of threads."""
 
 import os
 import re
@@ -86,7 +86,7 @@ def test_shapes_that_do_not_fit(
 
 
 def test_a_thread_of_pythons_may_be_the_first_to_ask(directory: Path) -> None:
-    """Torch tells a new thread how many threads it uses when it is first asked there."""
+    """Torch sets how many threads a new thread uses when it is first called there."""
     program = (
         "import sys, torch\nfrom pathlib import Path\nfrom threading import Thread\n"
         "from whiflash_kernels.cpu.paged_attention import compiled_attention\n"

@@ -128,7 +128,7 @@ def drafts(draw: st.DrawFn, most: int, tokens: int) -> list[Draft]:
 
 
 def padded(rows: list[list[Draft]], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, counts and chances; what lies past the counts is nonsense that must not be read."""
+    """Tokens, counts and chances; values past the counts are nonsense that must not be read."""
     tokens = [[token for token, _ in own] + [-7] * (width - len(own)) for own in rows]
     chances = [[chance for _, chance in own] + [9.0] * (width - len(own)) for own in rows]
     size = len(rows)
@@ -298,7 +298,7 @@ WRONG = st.sampled_from(["id below", "id above", "chance", "confidence"])
 @settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), size=st.integers(1, 4), width=st.integers(1, 7))
 def test_what_is_no_draft_is_left_out(backend: str, data: st.DataObject, size: int, width: int) -> None:
-    """From the first wrong id, chance or confidence on; of what lies past the counts nobody is accused."""
+    """From the first wrong id, chance or confidence on; values past the counts are not reported."""
     vocabulary, most = 50, data.draw(st.integers(1, 7))
     tokens = torch.arange(size * most).view(size, most) % vocabulary
     alive, sure = torch.full((size, most), 0.5), torch.full((size, most), 0.25)

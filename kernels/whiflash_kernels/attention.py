@@ -32,7 +32,7 @@ def draft_attention(
 ) -> Tensor:
     """Attend from ``width`` rows of each request to its paged entries, those of the rows themselves included.
 
-    Request b has e = seq_lens[b] + extra entries, the last ``width`` of them its own rows'; its row i stands at
+    Request b has e = seq_lens[b] + extra entries, the last ``width`` of them its own rows'; its row i is at
     p = e - width + i. With G = Hq // Hkv:
 
         out[b * width + i, h] = sum_j softmax_j(scale * q[b * width + i, h] . K[s(j), h // G]) V[s(j), h // G]
@@ -44,7 +44,7 @@ def draft_attention(
         q: [B * width, Hq, D] float, request after request; last dimension contiguous.
         k, v: [S, Hkv, D], q's dtype; last dimension contiguous. The rows' own K and V are already there.
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
-        request_slots: [B] int64 or int32; rows of one request may stand for several of ``width`` 1, as in a catch-up.
+        request_slots: [B] int64 or int32; one request may be given as several of ``width`` 1, as in a catch-up.
         seq_lens: [B] int64 or int32. A request with e <= 0 is padding.
         extra: entries beyond ``seq_lens``: ``width`` where the rows follow the context, one more for every step
             of a chain, so that all steps share ``seq_lens``.

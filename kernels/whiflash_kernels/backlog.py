@@ -96,8 +96,8 @@ def unpark(
         `Unparked`, packed by request. Padding rows: features, next tokens, positions 0; slots, owner -1.
 
     Raises:
-        ValueError: a chunk lies outside the features, or (torch) the backlogs exceed ``rows``; on a GPU what
-            exceeds is left out, ``total`` tells the full sum.
+        ValueError: a chunk is outside the features, or (torch) the backlogs exceed ``rows``; on a GPU what
+            exceeds is left out, and ``total`` is the full sum.
 
     Grid: (rows, columns / block), each program finds its request by counting cumulative lengths in registers.
     Numerics: a copy.

@@ -72,7 +72,7 @@ def accept_and_commit(
     i < w - 1 with predictions[s + i] == input_ids[s + i + 1]; accept_lens = accepted + 1 (0 when w = 0);
     tokens[b, :accept_lens] = predictions[s : s + accept_lens], whose last is the new bonus token.
     With ``stops`` accept_lens ends behind the first i with predictions[s + i] in stops[request_slots[b]]. With ``text``
-    text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for i < stride: what lies past the committed ones is
+    text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for i < stride: tokens past the committed ones are
     overwritten by later rounds.
     Lossless for deterministic drafts: greedy predictions give greedy decoding's tokens, predictions sampled
     under each request's own parameters give exactly the target's distribution.

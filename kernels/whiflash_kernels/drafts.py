@@ -55,7 +55,7 @@ def lay_drafts(
     vocabulary: int,
     text: Tensor | None = None,
 ) -> Drafts:
-    """Lay the drafts of several drafters side by side, each in the rows of its own requests.
+    """Put the drafts of several drafters side by side, each in the rows of its own requests.
 
     For member m of a part and b = members[m]: row b of every output is row m of the part's, cut or padded to the
     output's columns: ids and confidences by 0, chances by 1, also where a drafter has none. Requests of no part have

@@ -39,7 +39,7 @@ def use(layers: CompiledLayers | None) -> None:
 def compiled_for(*tensors: Tensor) -> CompiledLayers | None:
     """What is in :func:`use`, where it takes all of these together; None: torch runs.
 
-    A dispatch mode, which records operators or stands in for them, would miss a call outside of torch.
+    A dispatch mode, which records operators or replaces them, would miss a call outside of torch.
     """
     unseen = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
     if _compiled is None or unseen or not fits(*tensors):
@@ -126,7 +126,7 @@ def add_rms_norm(
     """residual + x, and `rms_norm` of the sum.
 
     Args:
-        residual, x: [T, size] float of one dtype, contiguous; given up, since the results may lie where they were.
+        residual, x: [T, size] float of one dtype, contiguous; given up, since the results may take their memory.
         weight, eps, unit_offset: as of `rms_norm`.
 
     Returns:

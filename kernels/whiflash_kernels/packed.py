@@ -119,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, by the weight's copy in blocks, or by the kernel that is in :func:`use`.
 
     Numerics of a copy: oneDNN's sums in float32, rounded once; bit by bit those of `torch.nn.functional.linear`, which
-    rounds once more before it adds a bias to rows of more than two dimensions that do not lie together.
+    rounds once more before it adds a bias to rows of more than two dimensions that are not contiguous.
     Fallback: that function, for other dtypes than bfloat16, a bias that is not N numbers in a row (kernels read the
     memory behind it all the same), where gradients are wanted, and for a weight without a copy where no kernel is set.
 

@@ -36,7 +36,7 @@ def draft_inputs(
         `DraftInputs`, new and contiguous; where ``members`` is None the four numbers may be the arguments themselves.
 
     Raises:
-        ValueError: a chunk lies outside the features.
+        ValueError: a chunk is outside the features.
 
     Grid: (M, columns / block), one launch (none where nothing is to be copied), graph-capturable.
     Numerics: a copy.
@@ -66,7 +66,7 @@ def pass_rows(
 ) -> PassRows:
     """Positions, KV slots and token ids of a draft pass, ``width`` rows of every request.
 
-    Row i of request g stands at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p], or to
+    Row i of request g is at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p], or to
     slot 0 where p < 0: a padding request of a captured pass. Its id is bonus[g] for i = 0 and ``fill`` behind it.
 
     Args:

@@ -26,7 +26,7 @@ class RoutingStats(NamedTuple):
 
 @dataclass(frozen=True)
 class BacklogRings:
-    """Parked target features: position p of request slot r lies at ``[r, p % capacity]``."""
+    """Parked target features: position p of request slot r is at ``[r, p % capacity]``."""
 
     features: Tensor
     """[slots, capacity, width], as captured (bf16 on a GPU); last dimension contiguous."""

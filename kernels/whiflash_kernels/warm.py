@@ -20,7 +20,7 @@ def warm_up(
     voices: tuple[int, int],
     vocabulary: int,
 ) -> None:
-    """Lay, choose, pack and accept drafts of batches of every size that kernels are compiled for.
+    """Place, choose, pack and accept drafts of batches of every size that kernels are compiled for.
 
     Args:
         text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,

@@ -25,7 +25,7 @@ FLAGS = (
 
 
 class Browser:
-    """One tab. events: what it told unasked since the last `show`."""
+    """One tab. events: messages that it sent unasked since the last `show`."""
 
     def __init__(self, to: int, out: int) -> None:
         self._to, self._from = os.fdopen(to, "wb", 0), os.fdopen(out, "rb")

@@ -1,4 +1,4 @@
-"""Fixtures: a fake server of each test's own, so that its capabilities are asked anew; time that stands still."""
+"""Fixtures: a fake server of each test's own, so that its capabilities are asked again; a stopped clock."""
 
 import sys
 from collections.abc import Iterator

@@ -65,7 +65,7 @@ def test_openai_agents_name_whoever_runs(server: FakeServer, tracing: bool, stre
     agents = pytest.importorskip("agents")
     from whiflash_sdk.adapters.openai_agents import running_agent, wrap_model
 
-    agents.set_trace_processors([])  # nobody is told of the spans
+    agents.set_trace_processors([])  # nobody receives the spans
     agents.set_tracing_disabled(not tracing)
     client = AsyncOpenAI(base_url=server.base_url, api_key="key")
     model = wrap_model(agents.OpenAIChatCompletionsModel(model="m", openai_client=client))
@@ -288,4 +288,4 @@ def test_smolagents(server: FakeServer) -> None:
     ]
     assert "Observation:\n4" in str(
         server.bodies[1]["messages"][-1]["content"][0]["text"]
-    )  # smolagents tells it as text
+    )  # smolagents sends it as text

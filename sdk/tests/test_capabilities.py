@@ -250,7 +250,7 @@ def test_nobody_waits_for_a_known_answer_to_be_renewed(
     asking.start()
     while server.paths.count(ROUTE) < 2:
         asking.join(0.01)
-    ask(client)  # would stand still until `silent` ends
+    ask(client)  # would hang until `silent` ends
     assert routed(server) == [True, True]
     assert asking.is_alive()
     server.silent.clear()

@@ -90,7 +90,7 @@ def from_threads(client: OpenAI, before: ThreadPoolExecutor) -> int:
 
 
 def test_every_thread_of_a_client_is_seen(client: OpenAI, server: FakeServer) -> None:
-    """Pools of before the block too, and clients made from it; not other clients."""
+    """Pools made before the block too, and clients made from it; not other clients."""
     wrap(client)
     with ThreadPoolExecutor(2) as before, OpenAI(base_url=server.base_url, api_key="other") as other:
         before.submit(ask, client).result()

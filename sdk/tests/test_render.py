@@ -233,7 +233,7 @@ def test_a_notebook_shows_what_the_page_does_and_obeys_nothing() -> None:
 
 
 def test_the_style_is_of_what_is_ours_alone() -> None:
-    """In a notebook it lies in somebody else's page."""
+    """In a notebook it is part of somebody else's page."""
     style = files("whiflash_sdk.render").joinpath("page.css").read_text("utf-8")
     style = re.sub(r"/\*.*?\*/", "", style, flags=re.DOTALL)
     depth, outermost, current = 0, [], ""

@@ -131,7 +131,7 @@ const c = e.closest('.timeline').querySelector('.chart'); c.scrollIntoView();
 const t = e.getBoundingClientRect(), f = c.getBoundingClientRect();
 const seen = document.elementFromPoint(t.x + t.width / 2, t.y + t.height / 2);
 return [e.innerText, e.contains(seen) && t.top >= f.bottom && t.left >= f.left && t.right <= f.right + 1] })"""
-"""Text of what is told, and whether it is to be seen, below the lanes and as wide as they are."""
+"""Text of the explanation, and whether it is visible, below the lanes and as wide as they are."""
 
 
 def test_tab_walks_the_timeline_and_says_why_it_switched(chromium: Browser, page: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who asks: `with agent("planner"): client.chat.completions.create(...)`, and what frameworks tell by themselves."""
+"""Who asks: `with agent("planner"): client.chat.completions.create(...)`, and the name that frameworks give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
 from whiflash_sdk.spans import hinted
 
 Agent = str | Callable[[], "str | None"]
-"""A name, or what tells it at every call; None: nobody in particular."""
+"""A name, or a function that returns it at every call; None: no name."""
 
 
 def agent(
@@ -35,6 +35,6 @@ def agent(
 
 
 def name_of(agent: Agent | None) -> str | None:
-    """The name now; of one that is too long for a hint, the end, which tells paths apart."""
+    """The name now; if it is too long for a hint, its end, which distinguishes paths."""
     name = agent() if callable(agent) else agent
     return name[-MAX_NAME_CHARS:] if name else None

@@ -113,7 +113,7 @@ class Server:
         return now() >= self.next_probe or self.needs_list(model)
 
     def needs_list(self, model: str | None) -> bool:
-        """Whether only the list of models tells if a request for this one is for the server that answered.
+        """Whether only the list of models shows if a request for this one is for the server that answered.
 
         SGLang answers to any name. A gateway with several models sends other names to other servers, which may refuse
         fields that they do not know, and need not read what an agent says about its work.
@@ -211,7 +211,7 @@ async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
 
 
 def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None) -> Server:
-    """What is known of the asker's server, asked anew if it is time.
+    """What is known of the asker's server, asked again if it is time.
 
     timeout: of the request that wants to know, which the probe does not outlast; not given, the asker's.
     model: that the request is for.

@@ -47,8 +47,8 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
         sums by drafter. "full" has the stretches too, for `whiflash_sdk.render`.
     capabilities: None asks the server. Where something in front of it hides the answer, the `Capabilities`
         that it has, which hold for requests for their `model` if they name one; or True: it routes, and derives spans
-        itself. False: it does not route; no hints go out, nobody is asked or told.
-    agent: who asks with this client, a name or a function that tells it at every call; `hints` here, blocks and calls
+        itself. False: it does not route; no hints go out, and the server is not asked.
+    agent: who asks with this client, a name or a function that returns it at every call; `hints` here, blocks and calls
         that name one win. The adapters' models ask their framework.
     tenant: whose text the answers are: sent as SGLang's `cache_salt` with requests that have none, to a server that
         routes. Cached prompts and, where the server keeps outputs to copy from, these are shared under one salt alone;
@@ -85,7 +85,7 @@ def apart(client: Any) -> Any:
 
 
 def settings_of(client: Any) -> Told | None:
-    """What a wrapped client was told; None of one that is not wrapped."""
+    """Settings of a wrapped client; None if it is not wrapped."""
     told: Told | None = vars(client).get(_WRAPPED)
     return told
 

@@ -51,7 +51,7 @@ class Call:
     _texts: dict[int, list[str]] = field(default_factory=dict)
 
     def take(self, body: Any) -> bool:
-        """Keep what an answer, or a chunk or an event of one, tells: JSON or an object. True if it brings traces."""
+        """Keep the traces of an answer, or of a chunk or an event of one: JSON or an object. True if it has any."""
         if self.early is not None:
             self.early.take(body)
         if self.response_id is None:
@@ -135,8 +135,8 @@ def collect(*clients: Any) -> Iterator[Collected]:
     """Collect the traces of the calls made until the block ends; a stream's when it is read to its end.
 
     Without clients: the calls of every wrapped client in this thread or task, in tasks started inside and in
-    `asyncio.to_thread`. Threads that one starts oneself, and pools of them, do not know of the block (they do where
-    Python is told to, by `-X thread_inherit_context` from 3.14 on, and where one gives them `copy_context().run`).
+    `asyncio.to_thread`. Threads that one starts oneself, and pools of them, do not know of the block (they do with
+    Python's `-X thread_inherit_context`, from 3.14 on, and if you give them `copy_context().run`).
 
     With clients, wrapped ones or those of `http_client`: every call of these, and of clients made from them, in
     whatever thread or task, and no others. For blocks at the same time that are not to mix, give each a client of its

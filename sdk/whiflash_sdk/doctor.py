@@ -62,7 +62,9 @@ def _findings(client: Any, server: Server, model: str | None) -> Iterator[Findin
     yield _wrapped(client)
     found = server.found
     if found is None:
-        help_ = "Start it with `whiflash serve`, and let what lies between pass GET /whiflash/capabilities"
+        help_ = (
+            "Start it with `whiflash serve`, and let every proxy in between pass GET /whiflash/capabilities"
+        )
         yield Finding("server", False, f"{server.url} {server.trouble}. {help_}")
         return
     yield Finding("server", True, f"whiflash-sglang {found.server_version}, policy {found.policy}")

@@ -256,7 +256,7 @@ def _bound(
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether a function cannot tell two arguments apart, as `1`, `1.0` and `True` can be."""
+    """Whether two arguments are equal in value and type, unlike `1`, `1.0` and `True`."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):

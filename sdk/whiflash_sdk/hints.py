@@ -47,7 +47,7 @@ MAX_NAME_CHARS: Final = 64
 MAX_BLOCKS: Final = 16
 MAX_QUERY: Final = 2**31 - 1
 SCOPES: Final = ("agent", "query", "structure")
-"""Hints that say where in an agent's work a text belongs: servers of before know none of them."""
+"""Hints that say where in an agent's work a text belongs: older servers know none of them."""
 
 _OR_LEFT_OUT: Final = BeforeValidator(lambda value: () if value is None else value)
 
@@ -137,7 +137,7 @@ class Hints(BaseModel):
         if "spans" in fields:
             fields["spans"] = [span.model_dump(exclude_defaults=True) for span in self.spans]
         if fields.get("trace") == "summary":
-            fields["trace"] = True  # what servers of before understand too
+            fields["trace"] = True  # what older servers understand too
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
         if len(text.encode()) > MAX_BYTES:
             raise HintError(f"hints take {len(text.encode())} bytes; at most {MAX_BYTES} are allowed")

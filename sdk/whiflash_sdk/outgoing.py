@@ -44,7 +44,7 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Told:
-    """What one wrapped client was told."""
+    """Settings of one wrapped client."""
 
     hints: Hints
     strict: bool
@@ -108,7 +108,7 @@ class Outgoing:
 
     server: what is known of it; None if `told` says what it can do.
 
-    Raises: HintError for hints of the call's own that are malformed; UnsupportedServerError if told to be strict.
+    Raises: HintError for hints of the call's own that are malformed; UnsupportedServerError if the client is strict.
     """
 
     def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: Server | None) -> None:

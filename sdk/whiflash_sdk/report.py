@@ -22,9 +22,9 @@ class Share(BaseModel):
     answers: how many, each choice of a response being one.
     rounds: verification passes of the target.
     tokens: committed by them, the bonus token of each round counted.
-    seconds: from each answer's first token to its last, added up; None where no server tells.
+    seconds: from each answer's first token to its last, added up; None if no server sends them.
     saved: estimate of the seconds that drafts saved against plain decoding, by what rounds cost the server; below 0
-        where they cost more; None where no server tells.
+        if they cost more; None if no server sends it.
     arms: the same answers by drafter.
     """
 

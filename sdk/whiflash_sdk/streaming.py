@@ -33,8 +33,8 @@ _DATA: Final = re.compile(rb"^data: ?(.*?)\r?$", re.MULTILINE)
 class Passing:
     """The bytes of one answer, on their way to who asked.
 
-    call: takes what they tell. is_stream: server-sent events, else one JSON document. whole_text: the trace may count
-    in the answer's text, so all of it is read.
+    call: takes the traces in them. is_stream: server-sent events, else one JSON document. whole_text: the trace may
+    count in the answer's text, so all of it is read.
     """
 
     def __init__(self, call: Call, *, is_stream: bool, whole_text: bool) -> None:
@@ -67,7 +67,7 @@ class Passing:
         return rest
 
     def _takes(self, event: bytes) -> bool:
-        """Keep what an event tells. True if that is traces and nothing else."""
+        """Keep the traces of an event. True if it holds nothing else."""
         first = self._call.response_id is None
         tells = _TELLS.search(event) or (self._call.early and _CALLS.search(event))
         if not (first or self._whole_text or tells):

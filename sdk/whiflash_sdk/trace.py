@@ -157,7 +157,7 @@ class Trace(BaseModel):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the request alone, its prefill not counted, where the server tells."""
+        """Speed of this request without its prefill; None if the server does not send its seconds."""
         return self.tokens / self.seconds if self.seconds else None
 
     def __str__(self) -> str:

@@ -91,7 +91,7 @@ def test_the_steps_are_those_of_the_file(steps: ModuleType, tmp_path: Path) -> N
     assert [stage.name for stage in steps.order(stages, "b")] == ["a", "c", "b"]
     with pytest.raises(ValueError, match="no stage d; there are a, b, c, unused"):
         steps.order(stages, "d")
-    with pytest.raises(ValueError, match="RUN stands before the first FROM"):
+    with pytest.raises(ValueError, match="RUN precedes the first FROM"):
         steps.read("RUN one\n")
     builder = steps.Builder(tmp_path, tmp_path, {})
     with pytest.raises(ValueError, match="ONBUILD is not known here"):

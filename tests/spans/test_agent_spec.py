@@ -44,7 +44,7 @@ def test_a_malformed_field_is_named(body: dict[str, Any], field: str) -> None:
 
 
 def test_one_thing_is_said_once() -> None:
-    with pytest.raises(HintError, match=r"^agent-id: stands beside custom_params\.whiflash\.agent"):
+    with pytest.raises(HintError, match=r"^agent-id: given twice, also as custom_params\.whiflash\.agent"):
         add_body_scope({"whiflash": '{"agent":"b"}'}, SENT)
     with pytest.raises(HintError, match=r"^custom_params\.whiflash\.off"):
         add_body_scope({"whiflash": '{"off":1}'}, SENT)

@@ -147,7 +147,7 @@ def test_a_run_does_not_go_on_with_other_data(root: Path, killed: TrainConfig, t
     record = shard.records[0]
     shard.append(record._replace(id="new"), shard.read_tokens(record).tolist(), _states_of(shard, record))
     with pytest.raises(
-        ConfigError, match=r"eagle3/trainer holds a run that began otherwise: data\.shard0of1 was"
+        ConfigError, match=r"eagle3/trainer holds a run with other arguments: data\.shard0of1 was"
     ):
         train_eagle3(other, root / "target")
 

@@ -152,7 +152,7 @@ class Watermarks:
 
 @dataclass(frozen=True, slots=True)
 class Owners:
-    """Whose packed rows are. Those of a request lie together, in the order of their positions.
+    """Whose packed rows are. Those of a request are adjacent, in the order of their positions.
 
     requests: [N] int64, each row's request row; anything of padding. slot_table: [request rows, ctx] int32, request row
     and position → KV slot. runs: rows of each request, on the host; None: the device alone knows.

@@ -38,7 +38,7 @@ class TokenTable:
         upload.then(tokens, lambda text: place.copy_(text))
 
     def put_block(self, rows: torch.Tensor, starts: torch.Tensor, tokens: torch.Tensor) -> None:
-        """tokens [B, W] from positions starts [B]; what lies beyond a request's new length is overwritten later."""
+        """tokens [B, W] from positions starts [B]; tokens beyond a request's new length are overwritten later."""
         if not tokens.shape[1]:
             return
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
@@ -54,7 +54,7 @@ NO_TOKEN = -1
 class StopTable:
     """The tokens that end the request of each row, `NO_TOKEN` where a request has fewer than there are columns.
 
-    Plain decoding never comes to what lies behind such a token: neither the engine nor anything of ours may learn of
+    Plain decoding never reaches tokens after such a one: neither the engine nor anything of ours may learn of
     it, so `accept_and_commit` cuts there.
 
     few: `[request rows, FEW]` int64, the first of each, always in the same place. data: `[request rows, FEW or more]`

@@ -154,7 +154,7 @@ def parts_of(manifest: Manifest) -> dict[str, str | None]:
 
 
 def checksums(bundle: Path, manifest: Manifest, served: Iterable[str]) -> dict[str, str]:
-    """SHA-256 by file, of those of the parts `served` that lie in the bundle and whose files its manifest tells."""
+    """SHA-256 by file, for the parts of `served` inside the bundle whose files its manifest lists."""
     found: dict[str, str] = {}
     for part in served:
         value, source = parts_of(manifest)[part], manifest.sources.get(part)
@@ -174,7 +174,7 @@ def verify(files: Mapping[str, str]) -> None:
         if sha256(file) != digest:
             raise ConfigError(
                 f"{file} is not the file that its bundle was made with (SHA-256 {digest}): damaged, or replaced; "
-                "fetch the bundle again, or make it anew with `whiflash bundle create`"
+                "fetch the bundle again, or rebuild it with `whiflash bundle create`"
             )
 
 

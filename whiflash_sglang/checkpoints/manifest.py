@@ -81,7 +81,7 @@ def _roots(bundle: Path) -> tuple[Path, ...]:
 
 def _leaves(bundle: Path, key: str, value: str, how: str = "") -> ConfigError:
     return ConfigError(
-        f"{bundle}/whiflash.json: key {key!r}: {value!r}{how} lies outside the bundle; a bundle names its own files, "
+        f"{bundle}/whiflash.json: key {key!r}: {value!r}{how} is outside the bundle; a bundle names its own files, "
         "relative to it"
     )
 

@@ -25,7 +25,7 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 def offer() -> None:
     """Add the flags to every launcher. Idempotent.
 
-    SGLang has to know them before it can tell whether WHIFLASH is asked for; without it they change nothing. The
+    SGLang has to know them before it can see whether WHIFLASH is asked for; without it they change nothing. The
     command line has SGLang's own hooks for plugins, `Engine` a class attribute that is there to be overridden.
     """
     if Engine.server_args_class is not ServerArgs:

@@ -119,7 +119,7 @@ def _check_version() -> Finding:
 
 def _check_name(name: PrivateName) -> Finding:
     module_name, _, attribute = name.path.partition(":")
-    # Where the CPU platform stands in for a name, what is asked for is SGLang's own.
+    # If the CPU platform replaces a name, SGLang's own is looked up.
     seams = sys.modules.get("whiflash_sglang.platform.seams")
     originals: Mapping[str, Any] = {} if seams is None else seams.originals()
     try:

@@ -26,7 +26,7 @@ class Recorder(Protocol):
     """Captures what functions issue."""
 
     def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """What issues all of `body` again, and what it returned, which every such replay writes anew.
+        """A function that replays all of `body`, and the result of `body`, which every replay overwrites.
 
         `body` may run more than once before. Raises RuntimeError where it cannot be captured.
         """

@@ -1,8 +1,8 @@
 """The processes that serve one model together: the first decides, the others follow. Imports no SGLang.
 
 What a round does follows from what was committed, which all know, and from what only the first looks at: clocks, and
-its mail. So the first decides, once a round, and tells the others (`told`). Everything else they work out from the same
-numbers with the same code; that they did is checked with every message, by a checksum of all that was noted.
+its mail. So the first decides, once a round, and sends it to the others (`told`). Everything else they work out
+from the same numbers with the same code. Every message checks that they did, by a checksum of all that was noted.
 """
 
 import time

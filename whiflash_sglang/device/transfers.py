@@ -43,7 +43,7 @@ class Upload:
         One transfer from pinned memory on CUDA, in the order of the current stream, which the host does not wait for:
         the allocator of pinned memory keeps the buffer until it is done.
         """
-        # Every list begins at a multiple of 16 bytes: a kernel is compiled anew for a pointer that does not.
+        # Every list begins at a multiple of 16 bytes: a kernel is compiled again for a pointer that does not.
         lists: tuple[tuple[Sequence[Ints | Sequence[float]], int], ...] = ((self._ints, 2), (self._floats, 4))
         sizes = [[-(-len(part) // step) * step for part in parts] for parts, step in lists]
         ints, floats = (sum(part) for part in sizes)
@@ -73,7 +73,7 @@ def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Sequence[float]], 
 def _firsts(
     packed: torch.Tensor, parts: Sequence[Ints | Sequence[float]], sizes: Sequence[int]
 ) -> list[torch.Tensor]:
-    """What `packed` holds of each of `parts`, which lie `sizes` apart."""
+    """What `packed` holds of each of `parts`, whose beginnings are `sizes` apart."""
     return [own[: len(part)] for own, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]
 
 
@@ -95,7 +95,7 @@ class Download:
     """
 
     def __init__(self, **fields: torch.Tensor) -> None:
-        # What has 64 bits comes first: it must lie at an even place.
+        # Fields of 64 bits come first: they must start at an even place.
         ordered = sorted(fields.items(), key=lambda field: field[1].dtype != torch.int64)
         parts = [_as_int32(field) for _, field in ordered]
         ends = list(accumulate(part.numel() for part in parts))

@@ -50,7 +50,7 @@ class KVDrafter(Drafter):
     Lifecycle: `allocate` once → per request `catch_up` with the prompt's rows, then rounds of `catch_up` and
     `draft` in any order with other arms' rounds between them.
 
-    captured_layers: target layers whose *outputs* it reads. features: where these lie in what the target captures,
+    captured_layers: target layers whose *outputs* it reads. features: where these are in what the target captures,
     None: they are all of it. tail_width: columns of feature n-1 that a draft begins with, 0 where it reads none.
     attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are.
     """
@@ -88,7 +88,7 @@ class KVDrafter(Drafter):
 
 
 class TextDrafter(Drafter):
-    """An arm that goes by the texts of requests and keeps something of each.
+    """An arm that drafts from the texts of requests and keeps something of each.
 
     Lifecycle per request: `begin` → `speak` in every round that may be its own → `finish` if it ended → `release`.
 
@@ -159,7 +159,7 @@ class TextDrafter(Drafter):
         return drafts
 
     def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor) -> Drafts:
-        """What follows the drafts of every request, which lie behind its text; asked if it drafts `on_device`.
+        """Drafts that follow those of every request, which come after its text; called if it drafts `on_device`.
 
         Args:
             caps: [B] int64, tokens at most, all together.

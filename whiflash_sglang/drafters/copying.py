@@ -40,7 +40,7 @@ class DeviceCopies:
         return self._propose(batch, batch.caps, worth, None)
 
     def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor, worth: float) -> Copies:
-        """What follows each request's drafts, which lie behind its text already."""
+        """Copies that follow each request's drafts, which come after its text already."""
         assert drafts.alive is not None
         return self._propose(batch, caps, worth, (drafts.counts, drafts.alive))
 

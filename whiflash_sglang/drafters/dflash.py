@@ -49,7 +49,7 @@ class DFlashArm(PagedArm):
         self._rows = config.rows(self.max_drafts)
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
         self._head = model.head if vocabulary is None else model.head.within(vocabulary)
-        # Not the target's, which is packed with the target, and anew when its weights are updated.
+        # Not the target's, which is packed with the target, and again when its weights are updated.
         own = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
         pack(part for part in own if isinstance(part, torch.Tensor))
         self.tail_width = model.fc.in_features if model.reads_tail else 0

@@ -174,7 +174,7 @@ def blocks_of(rows: int, runs: Sequence[int] | None) -> Iterator[tuple[int, int,
     """Packed rows cut into (begin, end, width): rows [begin, end) attend at once, and every `width` of them are one
     request's and follow each other.
 
-    Where the host knows no `runs`, a row stands for itself; else a run is cut into powers of two, so that there are few
+    If the host knows no `runs`, each row is a run; else a run is cut into powers of two, so that there are few
     widths: a kernel is compiled for each.
     """
     if runs is None:

@@ -29,7 +29,7 @@ def profile_drafts(
     costs: MeasuredCosts,
     host: HostView = EXACT,
 ) -> None:
-    """Time drafts of arms with KV, for a few batch sizes, and tell `costs`.
+    """Time drafts of arms with KV, for a few batch sizes, and pass the times to `costs`.
 
     Runs before any request: the slot table is empty, so every write goes to the engine's padding slot.
 

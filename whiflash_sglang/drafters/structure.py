@@ -1,7 +1,7 @@
 """The structure arm: what a grammar forces next needs no model (SGLang's jump-forward decoding, arXiv 2312.07104; here
 it is verified like any other draft, so how the target cuts the text is the target's choice).
 
-It goes by the text alone. Forced stretches are short, so they matter most behind other arms' drafts and before them:
+It drafts from the text only. Forced stretches are short, so they matter most after other arms' drafts and before them:
 `extend` goes on where a neural draft or a copy ends, and drops what the grammar forbids in it.
 """
 
@@ -48,7 +48,7 @@ class _Request:
     grammar: what constrains it, if anything does. calls: of its tools, if any are known. guesses: of its schemas'
     words, made when it is looked at first. layout: of its output, whose text is followed up to position `followed`.
     known: tokens of its text when it was looked at last; whole: whether these were all. tail, unseen: the last of them,
-    and those that its grammar had not been told. tokens: what followed then, whether or not it was worth its rows.
+    and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was worth its rows.
     """
 
     chances: StructureChances
@@ -195,7 +195,7 @@ class StructureArm(TextDrafter):
             request.calls.follow(text)
 
     def _used(self, prompt: Sequence[int], words: Sequence[str]) -> dict[str, int]:
-        """How often each word stands in a prompt as a whole string."""
+        """How often a prompt holds each word as a whole string."""
         text = text_of(self._vocabulary, prompt)
         return {word: text.count(f'"{word}"') for word in words}
 

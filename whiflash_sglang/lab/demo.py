@@ -218,7 +218,7 @@ _FONTS = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
 
 def show(answers: Sequence[Answer], console: Console) -> None:
-    """Answers and tables; where `console` has no colours, drafters' names stand before their text."""
+    """Answers and tables; if `console` has no colours, drafters' names precede their text."""
     console.print(f"Target: {TARGET}")
     _show_answers(answers, console)
     console.print(_speeds(answers))

@@ -143,7 +143,7 @@ TIMEOUT = 5.0
 
 
 class ServerUnreadableError(WhiflashError):
-    """A server does not tell its state; the message names it and says why."""
+    """A server does not return its state; the message names it and says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class LiveView:
 
 
 def since(before: Reading | None, after: Reading) -> dict[str, Any] | None:
-    """What happened between two readings (`figures`), with its `seconds`; None where the server began anew."""
+    """What happened between two readings (`figures`), with its `seconds`; None if the server was restarted."""
     if before is None or after.state.get("rounds", 0) < before.state.get("rounds", 0):
         return None
     seconds = after.at - before.at
@@ -235,7 +235,7 @@ def since(before: Reading | None, after: Reading) -> dict[str, Any] | None:
 
 
 def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Rates and shares of what a state counts; None where nothing happened, nothing where the server does not tell.
+    """Rates and shares of what a state counts; None if nothing happened, and without those that no server sends.
 
     counts: a state's, of some time. seconds: how long that was.
     """

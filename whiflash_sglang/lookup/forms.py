@@ -2,12 +2,12 @@
 
 An agent that opened a file writes it again in another dress: escaped, where the arguments of a tool call quote it,
 without the line numbers of the listing that it read, behind the prefixes of a diff, indented otherwise. Its tokens
-are then others, so nothing of it matches. What is open where text is written tells which dress it wears (AgSpec,
+are then others, so nothing of it matches. The open span shows which dress a text is written in (AgSpec,
 arXiv 2610.01108, indexes opened files in several forms; here forms are chosen by the open span, and of the whole
-prompt), and the line that is being written tells what stands before its lines.
+prompt), and the line that is being written shows the prefix of its lines.
 
 Engine-free: the tokenizer is a function from text to token ids. Only what is being quoted is tokenised: the last few
-characters that were written are looked for in what the prompt says, and a window around where they stand is indexed.
+characters that were written are looked for in what the prompt says, and a window around their place is indexed.
 """
 
 import json
@@ -31,7 +31,7 @@ NEEDLE = 8
 """Characters that must have been written before they are looked for."""
 
 LONG_NEEDLE = 24
-"""Characters that are looked for first: of many places that end alike they tell the right one."""
+"""Characters that are looked for first: of many places that end alike they identify the right one."""
 
 HITS = 4
 """Readings in which a place is looked at in one call."""
@@ -43,7 +43,7 @@ AHEAD = 256
 """A place nearer than this to the end of what is tokenised there has the next window tokenised."""
 
 _LEAD = re.compile(r"[ \t]*(?:[-+><#*|/]+[ \t]*)?")
-"""What may stand before a line: its indent, the mark of a diff, a quotation, a comment."""
+"""Possible prefixes of a line: its indent, the mark of a diff, a quotation, a comment."""
 
 _NUMBER = re.compile(r"( *)([1-9]\d{0,5})([:|\t→-]\t?)")
 """Before that, in a listing: the line's number."""
@@ -57,7 +57,7 @@ def escaped(text: str) -> str:
 class Numbers(NamedTuple):
     """The numbers of a listing.
 
-    first: of the source's first line. width: characters that they are aligned to. mark: what stands behind them.
+    first: of the source's first line. width: characters that they are aligned to. mark: the text after them.
     """
 
     first: int
@@ -72,8 +72,8 @@ class Numbers(NamedTuple):
 class Dress(NamedTuple):
     """How a text is written again.
 
-    inside_json: inside a JSON string. remove, add: what its lines begin with where they stand, and with instead.
-    numbers: what stands before that, where it is listed.
+    inside_json: inside a JSON string. remove, add: the prefix of its lines in the prompt, and the new one.
+    numbers: the numbers before that prefix, if it is listed.
     """
 
     inside_json: bool
@@ -113,12 +113,12 @@ class Written:
 
     @property
     def needles(self) -> Iterator[str]:
-        """What to look for, the surest first: with what stands before the line, without it, and a few characters."""
+        """What to look for, the surest first: with the line's prefix, without it, and a few characters."""
         found = (self._text[-LONG_NEEDLE:], self._content[-LONG_NEEDLE:], self._text[-NEEDLE:])
         return (needle for needle in dict.fromkeys(found) if len(needle) >= NEEDLE and not needle.isspace())
 
     def dress(self, text: str, place: int, needle: str, *, inside_json: bool) -> Dress:
-        """How `text`, in which `needle` stands at `place`, is being written."""
+        """How `text`, which has `needle` at `place`, is being written."""
         behind = len(self._content) - len(needle)
         begin = place - behind
         if self._lead is None or begin < 0 or text[begin:place] != self._content[: max(behind, 0)]:
@@ -153,7 +153,7 @@ class _Source:
         return not any(begin <= place and (end == length or place + AHEAD <= end) for begin, end in covered)
 
     def window(self, place: int, dress: Dress) -> str:
-        """From the beginning of the line that holds `place`, where it is near; empty where it stands in the prompt."""
+        """From the beginning of the line that holds `place`, if it is near; empty if the prompt has it in this form."""
         text = self.reading.text
         begin = text.rfind("\n", 0, place) + 1
         begin = begin if place - begin <= WINDOW // 2 else place
@@ -211,7 +211,7 @@ class Forms:
             self.read += max(len(piece), SHORTEST)
 
     def _seek(self, end: Written, needle: str, inside_json: bool) -> bool:
-        """Whether `needle` stands in the prompt; a window behind it is tokenised where none was."""
+        """Whether `needle` is in the prompt; the window after it is tokenised if it was not yet."""
         hits = 0
         for source in self._sources:
             place = source.reading.text.rfind(needle)

@@ -1,10 +1,10 @@
 """Recent outputs of a tenant, to copy from in its next request. Off unless the server is given memory for it.
 
 A tenant is whoever shares SGLang's cache salt and extra key: what the prefix cache already treats as one. Only
-outputs of the same tenant are ever searched, so neither a proposal nor the time that it saves tells anything of
+outputs of the same tenant are ever searched, so neither a proposal nor the time that it saves reveals anything of
 another tenant's text. A request with neither key reads and leaves nothing.
 
-Inside a tenant every scope's texts (`lookup.scopes`) lie by themselves, in two generations. When the younger is full or
+Inside a tenant every scope's texts (`lookup.scopes`) are kept apart, in two generations. When the younger is full or
 half as old as texts may get, it becomes the older one, and what was the older one is dropped: forgetting is constant
 work.
 """

@@ -25,7 +25,7 @@ _MEANT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
 class Reading(NamedTuple):
-    """text: what is said. plain, quoted: whether it stands in the prompt as it would be written outside of JSON
+    """text: what is said. plain, quoted: whether the prompt has it as it would be written outside of JSON
     strings, and inside of them, so that it is found there.
     """
 
@@ -68,7 +68,7 @@ def _character(escape: re.Match[str]) -> str:
 
 
 def unescaped(text: str) -> str | None:
-    """The strings inside a JSON document, or what JSON's escapes stand for; None: it holds none."""
+    """The strings inside a JSON document, or the text that JSON's escapes denote; None: it holds none."""
     if not _ESCAPED.search(text):
         return None
     try:

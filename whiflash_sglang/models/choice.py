@@ -127,7 +127,7 @@ class DraftHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., K], of this process's rows."""
-        # Flat: of rows [B, D, H] that do not lie together, as a block's without its first, torch would copy the matrix
+        # Flat: of rows [B, D, H] that are not contiguous, as a block's without its first, torch would copy the matrix
         # B times, 88 ms instead of 2 for four requests and 12,288 rows.
         flat = hidden.flatten(0, -2)
         rows = self.weight

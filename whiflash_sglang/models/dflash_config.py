@@ -1,7 +1,7 @@
 """A block drafter's `config.json`, in the `DFlashDraftModel` format and what later ones share with it.
 
-Which keys may stand where follows `parse_dflash_draft_config` of SGLang 0.5.23: what is in `dflash_config` goes
-before the same key at the top level.
+Keys are read as `parse_dflash_draft_config` of SGLang 0.5.23 reads them: one in `dflash_config` wins over
+the same key at the top level.
 """
 
 from collections.abc import Mapping

@@ -177,7 +177,7 @@ class LatticeHead(nn.Module):
         return mixed
 
     def _bias(self, slots: int, device: torch.device) -> Tensor:
-        """[heads, N, N] of N = slots * top candidates: by how many rows lie between two, and whether none does."""
+        """[heads, N, N] of N = slots * top candidates: by the number of rows between two, and whether it is 0."""
         slot = torch.arange(slots, device=device).repeat_interleave(self.config.top)
         apart = slot[:, None] - slot[None]
         return self.relative_slot_bias[:, apart + self.config.block_size - 1] + torch.where(

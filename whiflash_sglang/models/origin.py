@@ -27,7 +27,7 @@ def vocabulary_file(directory: Path, rank: int) -> Path:
 
 @dataclass
 class ServedOrigin:
-    """A target that SGLang alone knows: what it told, and its `config.json`.
+    """A target that only SGLang knows: the tensors that it wrote, and its `config.json`.
 
     Where that does not say how a drafter's layers should look (a target of experts or of latent attention), the
     training configuration does. They rotate whole heads by plain RoPE, whatever the target does.

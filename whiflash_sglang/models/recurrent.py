@@ -1,5 +1,5 @@
 """Torch versions of what recurrent layers compute: causal convolutions, the gated delta rule (Qwen3-Next, Kimi
-Linear) and Mamba 2's scan. Rows of B requests lie packed, and each request goes on from its state. Beside them is what
+Linear) and Mamba 2's scan. Rows of B requests are packed, and each request goes on from its state. Beside them is what
 SGLang's layers do around such a state.
 """
 
@@ -196,8 +196,8 @@ def recurrence(
 
 
 def _side_by_side(starts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, S] where each row of a request lies among `count` packed ones, S of the longest; [B, S, 1] whether it has it:
-    a row that it has not leaves its state."""
+    """[B, S] the place of each row of a request among `count` packed ones, S of the longest; [B, S, 1] whether it has
+    that row: a row that it lacks leaves its state unchanged."""
     lengths = starts.diff()
     steps = torch.arange(int(lengths.max()), device=starts.device)
     return (starts[:-1, None] + steps).clamp_(max=count - 1), (steps < lengths[:, None])[..., None]
@@ -302,7 +302,7 @@ def scatter_mamba_states_after_mtp_verify(
 
 
 def transposed(cache: Any) -> Any:
-    """SGLang's record of a layer of KDA, where the convolution's inputs lie the other way round, [K - 1, D], as others
+    """SGLang's record of a layer of KDA, whose convolution inputs are transposed, [K - 1, D], as others
     have it: [D, K - 1], of the same memory."""
     found = {
         name: [kept.mT for kept in getattr(cache, name)]

@@ -171,7 +171,7 @@ def register_attention_backend() -> None:
     """Enter the backend into SGLang's registries.
 
     Latent attention (MLA) runs absorbed in every forward, prefills too: queries and keys of the latent width, values
-    its first part, all of which lie in the pool. Upstream's other ways hand keys to the backend that are not there.
+    its first part, all of which are in the pool. Upstream's other ways hand keys to the backend that are not there.
     """
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod

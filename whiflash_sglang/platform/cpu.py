@@ -114,7 +114,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         # Windows are masks over one pool here: ours is the only pool that runs without Triton.
         server_args.disable_hybrid_swa_memory = True
         if server_args.moe_runner_backend == "auto":
-            # Not what it runs, but how the experts' weights lie: as its torch functions take them.
+            # This selects the layout of the experts' weights, as torch functions take it, not what runs.
             server_args.moe_runner_backend = "triton"
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL:

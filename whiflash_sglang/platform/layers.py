@@ -138,7 +138,7 @@ _PLAIN = "_whiflash_plain"
 
 def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Of `LlamaDecoderLayer` and `Qwen2DecoderLayer`: hidden states [T, H] and the batch's residual stream → the same,
-    on one CPU rank, without what SGLang decides anew at every stage.
+    on one CPU rank, without what SGLang decides again at every stage.
 
     What is left out decides nothing here: boundaries between stages (sums over ranks, rows that are scattered), linear
     layers' groups, attention's graphs. It takes longer than the layer's norms, rotation and activation together. The
@@ -224,7 +224,7 @@ def attention_backends_of(cfg: Any) -> tuple[str | None, str | None]:
     """(prefill, decode) attention backends as the rules for single models see them.
 
     Upstream lists the backends that serve gpt-oss (attention sinks beside windows) and Gemma 4 (windows, heads of two
-    sizes) by name. Ours does what Triton's does there, so it goes by that name.
+    sizes) by name. Ours does what Triton's does there, so it takes that name.
     """
     base = cfg.attention_backend
     named = (cfg.prefill_attention_backend or base, cfg.decode_attention_backend or base)

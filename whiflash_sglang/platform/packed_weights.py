@@ -1,7 +1,7 @@
 """The target's products by a CPU's matrix kernels (`whiflash_kernels.packed`).
 
-Every method here wraps one of SGLang's (`platform/seam_tables.py`). Copies are made when a model is loaded and made
-anew whenever its weights are updated; what other code does with a layer's weight sees the weight itself.
+Every method here wraps one of SGLang's (`platform/seam_tables.py`). Copies are made when a model is loaded and
+again whenever its weights are updated; what other code does with a layer's weight sees the weight itself.
 """
 
 import functools
@@ -120,7 +120,7 @@ def _model_of(holder: Any) -> nn.Module:
 def before_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Of what begins a session of updates, or writes some of the weights in one: copies are forgotten.
 
-    Only the session's end makes them anew (:func:`around_updates`): until then more parts may come, and SGLang lets
+    Only the session's end makes them again (:func:`around_updates`): until then more parts may come, and SGLang lets
     others write into the weights' memory directly.
     """
 
@@ -133,7 +133,7 @@ def before_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def around_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Of what writes into a loaded model's weights: copies are forgotten before it and made anew behind it."""
+    """Wrap a method that writes into a loaded model's weights: copies are dropped before it and made again after it."""
 
     @functools.wraps(upstream)
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """SGLang's attention backends of layers with a recurrent state, on the CPU: gated delta rules (Qwen3-Next, Qwen3.5;
 Kimi Linear's by channel) and Mamba 2 (Nemotron-H).
 
-They stand in for backends whose kernels are Triton's and whose verifications have one width: here rows are packed. A
+They replace backends whose kernels are Triton's and whose verifications have one width: here rows are packed. A
 verification reads the states and writes down the one behind each of its rows; the commit follows
 (:func:`whiflash_sglang.models.recurrent.scatter_mamba_states_after_mtp_verify`).
 """
@@ -98,7 +98,7 @@ def _marks(metadata: Any, forward_batch: Any) -> torch.Tensor | None:
 
 
 class CpuMamba2Backend(CpuRecurrentBackend):
-    """It stands in for `Mamba2AttnBackend`, and for the forward of the `MambaMixer2` that it is handed."""
+    """Replaces `Mamba2AttnBackend`, and the forward of the `MambaMixer2` that it is handed."""
 
     def forward(
         self,
@@ -125,7 +125,7 @@ class CpuMamba2Backend(CpuRecurrentBackend):
 
 
 class CpuDeltaBackend(CpuRecurrentBackend):
-    """It stands in for `GDNAttnBackend`."""
+    """Replaces `GDNAttnBackend`."""
 
     def forward_decode(self, layer: Any, forward_batch: Any, **inputs: Any) -> torch.Tensor:
         return self._run(layer, forward_batch, **inputs)
@@ -166,7 +166,7 @@ class CpuDeltaBackend(CpuRecurrentBackend):
 
 
 class CpuChannelDeltaBackend(CpuDeltaBackend):
-    """It stands in for `KDAAttnBackend` (Kimi Delta Attention): the decay is each key channel's own."""
+    """Replaces `KDAAttnBackend` (Kimi Delta Attention): the decay is each key channel's own."""
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
@@ -194,7 +194,7 @@ def fused_qkvzba_split_reshape_cat(
     head_qk: int,
     head_v: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take apart what Qwen3-Next projects at once; its columns lie by key head.
+    """Take apart what Qwen3-Next projects at once; its columns are ordered by key head.
 
     Args:
         mixed_qkvz: [T, Hk (2 K + 2 V H / Hk)]. mixed_ba: [T, 2 H].

@@ -1,6 +1,6 @@
 """Torch versions of SGLang's Triton- and CUDA-only speculation helpers.
 
-Each function has the parameters of the upstream function that it stands in for (see
+Each function has the parameters of the upstream function that it replaces (see
 :mod:`whiflash_sglang.platform.seams`) and its contract: tensors marked mutable are filled in place. A chain
 (``topk == 1``) is the only tree that is built: node ``i`` of a request's ``W`` rows is the only child of ``i - 1``.
 
@@ -193,7 +193,7 @@ def extend_cache_locs(
         req_to_token: [requests, positions] int32.
         start_offset, end_offset: [bs] int.
         batch_size, draft_token_num: the result holds ``batch_size * draft_token_num`` slots at least.
-        device: unused; the result lies where the table lies.
+        device: unused; the result is on the table's device.
 
     Returns:
         [batch_size * draft_token_num] int64; entries beyond the packed ones are 0.

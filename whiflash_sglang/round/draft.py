@@ -207,7 +207,7 @@ class DraftStage:
         return chosen_strands(found, widths, rooms, self.branches - 1, len(requests.spare))
 
     def _copies(self, requests: RoundBatch, plan: Plan, drafts: Drafts | None = None) -> Drafts | None:
-        """What the device copies for all requests: behind their text, or behind `drafts` that lie there."""
+        """Copies that the device drafts for all requests: after their text, or after the `drafts` that follow it."""
         for arm, drafter in self.voices.on_device.items():
             if arm not in self.quarantine:
                 with self.quarantine.guard(arm):
@@ -245,7 +245,7 @@ class DraftStage:
         )
 
     def _whole_batch(self, requests: RoundBatch, plan: Plan, arm: str) -> DraftBatch:
-        """All requests, for an arm that goes by their text alone."""
+        """All requests, for an arm that drafts from their text only."""
         return DraftBatch(
             rows=requests.rows,
             row_ids=requests.row_ids,

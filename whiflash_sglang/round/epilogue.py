@@ -28,7 +28,7 @@ class Epilogue:
 
     Args:
         rings: where features are parked. text: `TokenTable.data`. router: of the bundle, None where no policy may need
-            one. widest: most rows of a request. needs: what the policy goes by now; a graph computes what it was when
+            one. widest: most rows of a request. needs: what the policy reads now; a graph computes what it was when
             it was captured, and what a later policy needs beside it is computed behind the graph.
     """
 
@@ -44,7 +44,7 @@ class Epilogue:
         self._rings, self._text, self._stops, self._router = rings, text, stops, router
         self._widest, self._needs = widest, needs
         self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
-        self._committing = False  # what the device has been told
+        self._committing = False  # what the device was last sent
         self._captured: dict[Hashable, Outcome] = {}
 
     @staticmethod
@@ -108,7 +108,7 @@ class Epilogue:
     def signals(
         self, rows: Verified, committed: Committed, needs: Collection[str]
     ) -> dict[str, torch.Tensor]:
-        """What a policy that `needs` it goes by, at the last committed row of each request.
+        """The signals that a policy `needs`, at the last committed row of each request.
 
         `entropy` [B] of the target's distribution; `outputs` [B, K] of the router.
         """

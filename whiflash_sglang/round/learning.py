@@ -29,9 +29,10 @@ PLAIN_ENTROPY_ROUNDS = 8
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Tells the controller and the drafters what rounds committed; the first rank's, since it alone decides by it.
+    """Passes what rounds committed to the controller and the drafters; the first rank's, since only it decides by it.
 
-    Whose drafts were none is told the quarantine in every rank. verifying: rows of each round that is not learned yet.
+    Arms with invalid drafts are reported to the quarantine in every rank. verifying: rows of each round that is not
+    learned yet.
     """
 
     drafters: Mapping[str, Drafter]
@@ -50,7 +51,7 @@ class Learner:
         self.tally.timed(previous.seconds + previous.gap, plain_seconds)
 
     def needs(self, plan: Plan) -> Collection[str]:
-        """Signals that the policy goes by after a round."""
+        """Signals that the policy reads after a round."""
         needs = self.controller.policy.needs
         often = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}

@@ -37,11 +37,11 @@ class OnDevice:
 class Plan:
     """One round as it was decided, for B requests.
 
-    routes: arm of each. states: what the controller kept of each, by which a later request in the same row is told from
-    it; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches
-    up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with those
-    that another arm may put behind them, 0 where none may. copying: drafts that the device may copy in their place at
-    most. rooms: drafts of each request at most, whoever's. made_room: drafts that rows are there for
+    routes: arm of each. states: what the controller kept of each, which differs from that of a later request in the
+    same row; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who
+    catches up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with
+    those that another arm may put behind them, 0 where none may. copying: drafts that the device may copy in their
+    place at most. rooms: drafts of each request at most, whoever's. made_room: drafts that rows are there for
     (`WorkerCosts.room`). voices: what arms that speak say of each request; where the host knows texts late, what may
     take the place of drafts. speakers: these arms, in the order of `from_host`, and last the one that the device drafts
     for. worth: what a further draft of each arm must bring.

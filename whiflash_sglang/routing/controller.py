@@ -122,7 +122,7 @@ def route(
     forecasts: Sequence[Forecasts],
     costs: Costs | None,
 ) -> list[str]:
-    """One arm per request; every state is told its own. costs: None where nothing costs."""
+    """One arm per request; every state records its own. costs: None where nothing costs."""
     scores = [state.score(policy, forecast) for state, forecast in zip(states, forecasts, strict=True)]
     scores = [_ordered(state, own, costs) for state, own in zip(states, scores, strict=True)]
     free = [state.decision.signals if state.decision.free else None for state in states]

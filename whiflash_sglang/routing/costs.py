@@ -2,7 +2,7 @@
 
 On a CPU drafting is a line and verification a plane, refitted every round (`MeasuredCosts`); on a device that works
 behind the host prices are looked up (:mod:`.looked_up`). What both learn from is what rounds took, whoever's they were:
-a pinned request's rounds tell as much of a machine as any other's. One slow moment counts for little, whichever stage
+a pinned request's rounds measure a machine as well as any other's. One slow moment counts for little, whichever stage
 it fell in; a machine that is slower for most of a few rounds is believed at once (`watch`).
 """
 

@@ -260,7 +260,7 @@ def apply_hints(
     request measures overrules it. Preference and bias move scores of arms that the policy offers; an arm that may
     not draft for the request is never routed to.
 
-    measured: the request's own rounds in this kind of span, by arm; None if the policy goes by no measurement.
+    measured: the request's own rounds in this kind of span, by arm; None if the policy reads no measurement.
     """
     if off:
         return Hinted({arms.NONE: 1.0}, "off")

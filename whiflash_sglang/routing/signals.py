@@ -45,8 +45,8 @@ class Signals:
         verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
     recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
         outside spans (bonus token included).
-    expected: what arms that look before they draft say of the next round. predicted: arm → its acceptance length, where
-        a router's heads tell.
+    expected: what arms that look before they draft say of the next round. predicted: arm → its acceptance length, if
+        a router's heads predict it.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
     span: the innermost open one at the end of the committed text.
     rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the

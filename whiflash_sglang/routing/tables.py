@@ -2,7 +2,7 @@
 
 A graph costs what it was captured for: 17 rows in a graph of 20 cost 20. So a price is looked up at the smallest size
 that was measured and holds what is asked for, not interpolated between sizes. A verification also reads the context of
-all its requests; it is measured at two sums of them, and what lies between or beyond is on the line through them.
+all its requests; it is measured at two sums of them, and sums between or beyond are on the line through them.
 
 What the tables cannot know (clocks that drop, a neighbour, the host's own share) is in the rounds: their seconds over
 what the tables said, as one factor for everything. It moves slowly, and at once where most of the last rounds agree

@@ -136,7 +136,7 @@ def add_body_scope(custom_params: dict[str, Any] | None, body: object) -> dict[s
     own = validate_custom_params(custom_params)
     for field, name in zip(FIELDS, SCOPES, strict=True):
         if getattr(own, name):
-            raise HintError(field, f"stands beside custom_params.{WIRE_KEY}.{name}; give one of them")
+            raise HintError(field, f"given twice, also as custom_params.{WIRE_KEY}.{name}; give one of them")
     said = {name: value for name in SCOPES if (value := getattr(scope, name))}
     params = add_hints(custom_params, said)
     if params is None:

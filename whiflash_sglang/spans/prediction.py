@@ -59,7 +59,9 @@ def add_body_prediction(custom_params: dict[str, Any] | None, body: object) -> d
     if text is None:
         return custom_params
     if CARRIED_PREDICTION in (custom_params or {}):
-        raise HintError("prediction", f"stands beside custom_params.{CARRIED_PREDICTION}; give one of them")
+        raise HintError(
+            "prediction", f"given twice, also as custom_params.{CARRIED_PREDICTION}; give one of them"
+        )
     return {**(custom_params or {}), CARRIED_PREDICTION: text}
 
 

@@ -1,5 +1,5 @@
 """Tool calls that no grammar constrains: an output followed from one to the next, and what the one that is open goes on
-with, as the tools of its request tell.
+with, by the tools of its request.
 
 Nothing is forbidden. Where something else is written it is silent until another call begins; a marker that a line has
 begun with goes on, too. That one begins is guessed where nothing but blanks was written of an answer, or behind its
@@ -58,7 +58,7 @@ class Calls:
     """Follows an output, and the call in it that is open.
 
     Args:
-        tools: what `carried_tools` wrote. spans: of the request; those of kind `tool_call` tell the markers, those of
+        tools: what `carried_tools` wrote. spans: of the request; those of kind `tool_call` give the markers, those of
             kind `reasoning` where thinking ends.
         prompt: its text, asked for where the layout of earlier calls, or which tools they called, is to be known.
     """

@@ -19,7 +19,7 @@ KEPT = 512
 """Places that are remembered; the one that was seen least recently goes first."""
 
 MOST = 4
-"""Places of one text that are cut otherwise: behind each of them the rest is cut anew."""
+"""Places of one text that are cut otherwise: after each of them the rest is cut again."""
 
 
 class Cut(NamedTuple):
@@ -88,7 +88,7 @@ class Kind(IntEnum):
     CHOICE = 6
     """One of several punctuation marks, or of several types of value, that may follow."""
     USED = 7
-    """A name or a listed value, of those that may stand here the one that this conversation used most."""
+    """A name or a listed value, of those allowed here the one that this conversation used most."""
     WORD = 8
     """The same where none was used: the schema's first."""
     CLOSED = 9
@@ -117,7 +117,7 @@ class StructureChances:
     """Decayed share of the tokens of each kind that were right, given that all before them were.
 
     cuts: how text was cut otherwise than its tokenizer cuts it. habits: how JSON was laid out last, by whether it
-    stands in a structural tag.
+    is in a structural tag.
     """
 
     def __init__(self) -> None:

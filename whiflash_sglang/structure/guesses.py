@@ -11,7 +11,7 @@ from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
 
 VALUES = ('"', "{", "[", "0", "t", "n")
-"""How values of each type begin; a negative number, and false, where a positive one, and true, may stand."""
+"""How values of each type begin; a negative number, and false, if a positive one, and true, are allowed."""
 
 OPENING = VALUES[:3]
 """Those of them after which more can be proposed."""
@@ -45,7 +45,7 @@ class Guesses:
         return _closing(matcher, layout)
 
     def _word(self, matcher: Matcher, partial: str) -> list[Piece]:
-        """The rest of a name or a listed value; where others may stand there, its kind is that of what parts it from
+        """The rest of a name or a listed value; if others are allowed there, its kind is that of what parts it from
         them.
         """
         rests = {

@@ -122,7 +122,7 @@ class JsonCall:
     def follow(self, text: str) -> str | None:
         """Go on with what was written.
 
-        Returns what stands behind the call and its end, or what no call of these tools has; None while it is open.
+        Returns the text after the call and its end, or the text that no call of these tools has; None while it is open.
         """
         rest: str | None = text
         if self._state is _State.LEAD and rest:
@@ -154,7 +154,7 @@ class JsonCall:
         return stripped
 
     def _inside(self, text: str) -> str:
-        """Follow the call. Returns what stands behind it, or behind what no call of these tools has."""
+        """Follow the call. Returns the text after it, or from where no call of these tools matches."""
         if self._matcher.accept_text(text):
             self._layout.follow(text)
             return ""

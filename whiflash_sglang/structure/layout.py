@@ -47,8 +47,8 @@ class Layout:
     frames: around the JSON whose layout it is. Nobody lays them out, so what is seen in them is not kept. habit: how
     earlier texts were laid out, for places that were not seen yet.
     inside: the end of the text is inside a string; `partial` is what was written of it. last: the last character that
-    is neither blank nor inside a string, a closing quote among them. blanks: what stood behind it so far. seen: what
-    stood between a character and the next one, the newest of equals; where a bracket closes that counts by itself.
+    is neither blank nor inside a string, a closing quote among them. blanks: those after it so far. seen: the
+    blanks between a character and the next one, the newest of equals; where a bracket closes that counts by itself.
     depth: brackets that are open. unit: blanks that each of them indents by.
     """
 

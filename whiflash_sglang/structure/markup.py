@@ -32,8 +32,8 @@ class _Place(Enum):
 
 
 class _Option(NamedTuple):
-    """text: that may come next. part: of the form, which tells the blanks before it. then: where it leads. name: of the
-    tool or the argument that it names.
+    """text: that may come next. part: of the form, which determines the blanks before it. then: where it leads. name:
+    of the tool or the argument that it names.
     """
 
     text: str
@@ -46,8 +46,8 @@ class MarkupCall:
     """One span of calls, from behind its marker on.
 
     Args:
-        tools: of the request. form: of its parser's calls. end: marks the end of the span. seen: blanks that stood
-            before the parts of a call, the newest of equals; what is seen is put there. used: how often a text stands
+        tools: of the request. form: of its parser's calls. end: marks the end of the span. seen: blanks
+            before the parts of a call, the newest of equals; what is seen is put there. used: how often a text occurs
             in the conversation.
     """
 
@@ -78,7 +78,7 @@ class MarkupCall:
     def follow(self, text: str) -> str | None:
         """Go on with what was written.
 
-        Returns what stands behind the span, or what no call of these tools has; None while it is open.
+        Returns the text after the span, or the text that no call of these tools has; None while it is open.
         """
         self._pending += text
         while self._place is not _Place.DONE:

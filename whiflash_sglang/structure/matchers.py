@@ -219,7 +219,7 @@ class GuidanceMatcher(Matcher):
 class Grammar(Protocol):
     """The constraint of one request, as its engine keeps it.
 
-    known: committed tokens, the prompt's among them, that it has been told; prompt: those of the prompt. end: the token
+    known: committed tokens, the prompt's among them, that it has accepted; prompt: those of the prompt. end: the token
     that ends a text under it; None: none does. schema: what it was compiled from, where that is JSON, else empty.
     """
 

@@ -124,7 +124,7 @@ def is_plain(text: str) -> bool:
 
 @lru_cache(maxsize=256)
 def words_of(text: str) -> tuple[str, ...]:
-    """As they stand inside JSON strings, in the schema's order, none twice; none where it is no JSON.
+    """Words as JSON strings hold them, in the schema's order, each once; empty if it is not JSON.
 
     Args:
         text: a JSON schema, or a structural tag in either of SGLang's formats.

@@ -13,8 +13,8 @@ class Form(NamedTuple):
     """A call between the markers of its span. Blanks at the ends of a part are usual, not fixed.
 
     call: begins it, with the tool's {name}, and with its {index} where they are counted. argument: begins one, with its
-    {key}, whether its value is a {string} ("true" or "false"), or its {type}. value: what stands around one. close:
-    ends the call; empty where the span's end does. end: blanks before that. several: whether more calls may stand in
+    {key}, whether its value is a {string} ("true" or "false"), or its {type}. value: the text around one. close:
+    ends the call; empty where the span's end does. end: blanks before that. several: whether more calls may follow in
     one span.
     """
 

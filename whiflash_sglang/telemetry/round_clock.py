@@ -78,8 +78,8 @@ class _Marks(NamedTuple):
 class RoundClock:
     """Totals since the start, in seconds, and what the cost model learns from the last round.
 
-    timer: times whole rounds. seconds: per stage. rounds, rows: totals. round_seconds: of the stages together and what
-    lies between. tokens: committed. switches: rounds of a request drafted by another arm than its round before.
+    timer: times whole rounds. seconds: per stage. rounds, rows: totals. round_seconds: of the stages and the time
+    between them. tokens: committed. switches: rounds of a request drafted by another arm than its round before.
     extra_catch_up_seconds: part of the catch-up that a drafter used in every round would not have had.
     """
 

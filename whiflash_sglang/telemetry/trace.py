@@ -82,7 +82,7 @@ class Recording:
     """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
 
     level: what was asked for; None of one that only the operator has a sample of. prompt_tokens: where the output
-    begins. sampled: whether the operator has. spanned: whether an OpenTelemetry span is to tell its sums. began,
+    begins. sampled: whether the operator has. spanned: whether an OpenTelemetry span is to carry its sums. began,
     ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
     worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
     arm. sources: what its drafts were taken from, where the host knows.
@@ -262,7 +262,7 @@ def pieces_of(tokens: Iterable[int], vocabulary: Sequence[bytes], left_out: froz
 
     Args:
         tokens: output token ids; one beyond the vocabulary counts as token 0, as it does to SGLang's detokeniser.
-        vocabulary: bytes of every token. left_out: ids that stand for no text, such as special tokens where these are
+        vocabulary: bytes of every token. left_out: ids that have no text, such as special tokens where these are
             skipped.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -20,7 +20,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
     """Copy EAGLE-3 and the configured block drafter (and the router, where there is one) from the work directory; write
     `whiflash.json`.
 
-    An existing bundle keeps what else its manifest says, its entropy threshold too; a router that is installed anew
+    An existing bundle keeps what else its manifest says, its entropy threshold too; a router that is installed again
     begins at threshold 0.
 
     Raises:
@@ -62,7 +62,7 @@ def _sources(bundle: Path) -> dict[str, Any]:
 
 
 def _told(part: Path) -> dict[str, Any]:
-    """What the manifest tells of a part's files, by which they are known when they are loaded."""
+    """The manifest's record of a part's files, against which they are checked when they are loaded."""
     files = sorted([*part.glob("config.json"), *part.glob("*.safetensors")])
     return {"files": {file.name: sha256(file) for file in files}}
 

@@ -282,7 +282,7 @@ class TrainConfig(_Strict):
 
     @property
     def origin(self) -> Path:
-        """Where SGLang tells what drafters take over from the target."""
+        """Directory to which SGLang writes what drafters take over from the target."""
         return self.work / "target"
 
     def dspark_section(self) -> DSpark:

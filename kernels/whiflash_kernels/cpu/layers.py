@@ -158,7 +158,7 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., size] as [T, size], without a copy where rows lie evenly apart."""
+    """[..., size] as [T, size], without a copy if rows are evenly apart."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -180,7 +180,7 @@ def compiled_layers(directory: Path) -> CompiledLayers:
     library.whiflash_keep.argtypes = (*pool, *pool, pointer, number, long)
     for function in (library.whiflash_norm, library.whiflash_activate):
         function.restype = None
-    # Torch is asked first: it is what tells a thread of Python's how many threads to use.
+    # Torch is asked first: its answer sets how many threads a thread of Python's uses.
     if torch.get_num_threads() != library.whiflash_threads():
         raise OSError("the compiled functions do not run on torch's threads")
     layers = CompiledLayers(library)

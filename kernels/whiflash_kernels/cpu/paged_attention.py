@@ -1,4 +1,4 @@
-"""Attention over a paged KV pool on a CPU, read where it lies: no gathered copies, no masks, a call a layer.
+"""Attention over a paged KV pool on a CPU, read in place: no gathered copies, no masks, a call a layer.
 
 `paged_attention.cpp` says what is computed and how. It takes bfloat16, and every layout that
 :class:`whiflash_kernels.reference.paged_attention.PagedAttentionPlan` takes but trees.
@@ -193,7 +193,7 @@ def compiled_attention(directory: Path) -> CompiledAttention:
     """
     library = compiler.load(_SOURCE, directory, ["-fopenmp"])
     library.whiflash_paged_attention.restype = None
-    # Torch is asked first: it is what tells a thread of Python's how many threads to use.
+    # Torch is asked first: its answer sets how many threads a thread of Python's uses.
     if torch.get_num_threads() != library.whiflash_threads():
         raise OSError("the compiled kernel does not run on torch's threads")
     attention = CompiledAttention(library)

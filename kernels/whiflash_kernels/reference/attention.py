@@ -1,6 +1,6 @@
 """Draft attention in torch: gathered K and V, one scaled-dot-product attention for requests of similar length.
 
-On the CPU the lengths are at hand, so nothing is padded that grouping can spare and no mask is built that hides
+On the CPU the lengths are known, so nothing is padded that grouping can spare and no mask is built that hides
 nothing. Elsewhere reading them would wait for the device: all requests are padded to ``longest``, behind a mask.
 """
 
@@ -86,7 +86,7 @@ def grouped(
 
 
 class _Group(NamedTuple):
-    """Requests that attend together, as far as their lengths alone tell."""
+    """Requests that attend together, judged by their lengths only."""
 
     longest: int
     members: Tensor | None
@@ -143,7 +143,7 @@ def _hidden(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`there`, `mask` and `blind` of requests with ``ends`` [B] entries; ``ragged``: they may differ.
 
-    ``longest``: entries to lay out; None: as many as the longest request has.
+    ``longest``: entries a request gets; None: as many as the longest request has.
     """
     rows_differ = (causal and width > 1) or window is not None
     if not (ragged or rows_differ):

@@ -205,7 +205,7 @@ def _hide_other_branches(narrow: NarrowGroup, trees: Sequence[torch.Tensor]) -> 
         return  # One row each: there is no other branch.
     hidden = narrow.mask.view(len(trees), narrow.width, narrow.kv_width)
     for rows, tree in zip(hidden, trees, strict=True):
-        # The last row that sees the most tells where the request's entries end.
+        # The last row that sees the most shows where the request's entries end.
         end = int((rows[len(tree) - 1] == 0).nonzero()[-1]) + 1
         rows[: len(tree), end - len(tree) : end].masked_fill_(~tree, float("-inf"))
 

@@ -9,7 +9,7 @@ MASKED = -1e30
 """Logits at or below this have probability zero."""
 
 _FAR = -1e4
-"""Stands for -inf relative to the maximum: exp(-1e4) is 0 in float32, and 0 * -1e4 is 0, not NaN."""
+"""Replaces -inf relative to the maximum: exp(-1e4) is 0 in float32, and 0 * -1e4 is 0, not NaN."""
 
 _CHUNK_ELEMENTS = 1 << 17
 """Logits taken at a time: the float32 copies then stay in cache and out of fresh pages, which made 8 rows of a

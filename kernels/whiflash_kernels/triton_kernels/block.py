@@ -180,7 +180,7 @@ def accept_and_commit(
         last_rows=torch.empty(requests, dtype=torch.int64, device=device),
     )
     if requests:
-        # Where there are none, any pointer stands for them: the kernel does not look.
+        # Without them any pointer will do: the kernel does not read it.
         _accept_kernel[(requests,)](
             predictions.contiguous(),
             input_ids.contiguous(),

@@ -197,7 +197,7 @@ def propose_copies(
     if requests == 0:
         return copies
     slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
-    # Where there are none, any pointer stands for them: the kernels do not look.
+    # Without them any pointer will do: the kernels do not read it.
     counts, alive = (slots, factors[:, None]) if behind is None else (behind[0].contiguous(), behind[1])
     _find_places_kernel[(requests,)](
         tokens,

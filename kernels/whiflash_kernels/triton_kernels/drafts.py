@@ -178,7 +178,7 @@ def lay_drafts(
     for i, (members, own) in enumerate(parts):
         tokens, alive, sure = (_rows(t) for t in (own.tokens, own.alive, own.confidences))
         assert tokens is not None
-        # Where there are none, any pointer stands for them: the kernel does not look.
+        # Without them any pointer will do: the kernel does not read it.
         _lay_kernel[(size,)](
             members.contiguous(),
             tokens,
@@ -367,7 +367,7 @@ def choose_drafts(
     compete = room is not None and room < size * width
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else alive
     columns = draft_columns(width)
-    # Where there are none, any pointer stands for them: the kernel does not look.
+    # Without them any pointer will do: the kernel does not read it.
     heard = HostDrafts(tokens, alive, counts, counts) if from_host is None else from_host
     copied = (tokens, alive, counts)
     if copies is not None:

@@ -13,7 +13,7 @@ from whiflash_sdk.outgoing import Settings
 
 try:
     from pydantic_ai._run_context import get_current_run_context  # type: ignore[import-not-found]
-except ImportError:  # versions of before
+except ImportError:  # older versions
     get_current_run_context = None
 
 ModelT = TypeVar("ModelT", OpenAIChatModel, OpenAIResponsesModel)
@@ -45,7 +45,7 @@ def _with_client(provider: object, client: object) -> object:
 
 
 def running_agent() -> str | None:
-    """The agent that is running here; None outside, and in versions that do not tell."""
+    """The agent that is running here; None outside, and in versions that do not expose it."""
     context = get_current_run_context() if get_current_run_context is not None else None
     name: str | None = getattr(getattr(context, "agent", None), "name", None)
     return name

@@ -79,7 +79,7 @@ def pieces(turn: Turn) -> list[Piece]:
 
 
 def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
-    """`text` at the offsets of its stretches; what lies between two of the same span is part of that span."""
+    """`text` at the offsets of its stretches; text between two of the same span is part of that span."""
     end, span = 0, stretches[0].span
     for stretch in stretches:
         begin, after = stretch.chars or (end, end)
@@ -90,7 +90,7 @@ def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
 
 
 def _joined(turn: Turn) -> list[Piece]:
-    """A response of a server of before, which sent the text of each stretch."""
+    """A response of an older server, which sent the text of each stretch."""
     stretches = turn.trace.stretches
     joined = "".join(stretch.text or "" for stretch in stretches)
     before, found, after = turn.text.partition(joined) if joined else (turn.text, "", "")

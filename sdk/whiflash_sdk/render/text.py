@@ -98,7 +98,7 @@ def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
         if part.stretch is None:
             yield text
         elif colour:
-            # A colour must not run over a line's end: pagers start each line anew.
+            # A colour must not run over a line's end: pagers reset colours at each line.
             yield "\n".join(_paint(line, _code(part.stretch.arm), colour) for line in text.split("\n"))
         else:
             yield f"‹{printable(part.stretch.arm)}›{text}"

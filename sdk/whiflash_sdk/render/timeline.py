@@ -16,7 +16,7 @@ from whiflash_sdk.render.markup import class_of, safe
 from whiflash_sdk.trace import Stretch, Trace
 
 FITTING: Final = 200
-"""Tokens that can be told apart where the timeline is as wide as the page."""
+"""Tokens that are distinguishable in a timeline as wide as the page."""
 DEEPEST_ZOOM: Final = 64
 _TICKS: Final = 8
 _QUOTED: Final = 60

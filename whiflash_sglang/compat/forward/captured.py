@@ -32,8 +32,8 @@ _DSPARK_ALONE = ("KimiLinearForCausalLM",)
 
 
 def may_capture(architecture: str) -> bool:
-    """Whether a class has a setter, its own or an inherited one. Of what is not SGLang's only the loaded model can
-    tell: it may."""
+    """Whether a class has a setter, its own or an inherited one. A class from
+    outside SGLang is known only once its model is loaded, so it counts as having one."""
     return _has_setter(architecture) is not False
 
 
@@ -70,7 +70,7 @@ class Captured:
         """Upstream's setters write one list and the second would overwrite the first, so the union is set once.
 
         Args:
-            model: SGLang's. layers: ascending; `num_layers` stands for the state behind the final norm, which is then
+            model: SGLang's. layers: ascending; `num_layers` means the state after the final norm, which is then
                 the last of the features. keeps_final: that state is kept beside the features.
 
         Raises:

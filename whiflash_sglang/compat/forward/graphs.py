@@ -50,7 +50,7 @@ WARM_UPS = 2
 class CudaRecorder:
     """Captures drafters' passes into the memory that the target's graphs share (no GPU has run this).
 
-    Two graphs never replay at once, so what is temporary in one may lie where another's is.
+    Two graphs never replay at once, so their temporary tensors may share memory.
     """
 
     def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:

@@ -214,7 +214,7 @@ LISTS = (
 
 
 def keep_rows(output: Any, index: torch.Tensor) -> None:
-    """Lay out the log-probabilities of `output`, if it has any: those of the rows in `index`, of any shape."""
+    """Keep the log-probabilities of the rows in `index`, of any shape, if `output` has any."""
     if output.next_token_logprobs is not None:
         output.next_token_logprobs = output.next_token_logprobs[index]
     flat = index.flatten().tolist()

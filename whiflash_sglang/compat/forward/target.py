@@ -61,7 +61,7 @@ class Target(LoadedTarget):
 
     def capture(self, layers: Sequence[int], *, final_hidden: bool) -> None:
         """Capture the outputs of `layers` (ascending) in every forward that asks for hidden states; their number itself
-        stands for the state behind the final norm.
+        means the state after the final norm.
 
         A server whose clients may ask for hidden states keeps the final ones too, as does one with `final_hidden`.
         `row_bytes` is then what is captured of a row.

@@ -40,7 +40,7 @@ def install() -> None:
 
 
 def extension_of(obj: Any) -> dict[str, Any]:
-    """What the answer to an internal request tells; empty of who asked for nothing."""
+    """The extension of an answer to an internal request; empty if its request asked for nothing."""
     found: dict[str, Any] = {}
     told = traces.completed_of(obj)
     if told:

@@ -66,8 +66,8 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
 def state_request() -> GetInternalStateReq:
     """Asks a scheduler for our state too.
 
-    SGLang's own request, which anybody's `GET /server_info` sends, is not told it: from one reading to the next it
-    tells what was accepted of the requests that run.
+    SGLang's own request, which anybody's `GET /server_info` sends, gets no such state: two readings of it reveal
+    what was accepted of the requests that run.
     """
     return GetInternalStateReq(rid=f"{KEY}.{next(_questions)}")
 

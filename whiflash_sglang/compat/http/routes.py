@@ -46,7 +46,7 @@ def install(server_args: Any) -> None:
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
         # As SGLang's own /set_internal_state: with --admin-api-key, only for its holder. Two readings of the state
-        # tell what was accepted of the requests in between.
+        # reveal what was accepted of the requests in between.
         admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
         http_server.app.get("/whiflash/state")(admin_only(_state))
         http_server.app.post("/whiflash/policy")(admin_only(_set_policy))
@@ -155,7 +155,7 @@ def _client(request: Request) -> str | None:
 
 
 async def _send(message: Mapping[str, float]) -> JSONResponse:
-    """Tell every scheduler; the state afterwards. Nobody is told where one does not answer."""
+    """Send to every scheduler; returns the state afterwards. If one does not answer, none changes."""
     manager = http_server._global_state.tokenizer_manager
     try:
         await _states()

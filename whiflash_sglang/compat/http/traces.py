@@ -1,4 +1,4 @@
-"""Traces in SGLang's HTTP process: completed with what only text can tell, and put where clients look for them.
+"""Traces in SGLang's HTTP process: completed with what only text shows, and put where clients look for them.
 
 A trace arrives in the `meta_info` of its request's last output; the OpenAI routes show it as `sglext`.
 """
@@ -40,7 +40,7 @@ def install() -> None:
 
 
 async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The outputs of a request, with its traces completed: the choice that each is of, and what only text can tell."""
+    """The outputs of a request, with its traces completed: the choice that each is of, and what only text shows."""
     arrived = _Arrived(manager, obj)
     async for output in outputs:
         for choice, item in predictions.choices_of(output):

@@ -12,7 +12,7 @@ from whiflash_sglang.structure.schemas import is_plain
 
 
 class RequestGrammar:
-    """The grammar of a request, which the scheduler has told all tokens that it has processed (`Grammar`)."""
+    """The grammar of a request, which has accepted all tokens that the scheduler has processed (`Grammar`)."""
 
     def __init__(self, req: Any) -> None:
         self._req = req

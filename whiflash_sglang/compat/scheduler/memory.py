@@ -122,7 +122,7 @@ def bytes_of_token() -> tuple[int, int]:
 def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dict[str, int]:
     """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
 
-    Upstream's reserve for graphs and activations goes by requests and by the prefill's chunk. It does not know of
+    Upstream sizes its reserve for graphs and activations by requests and by the prefill's chunk. It does not know of
     verified rows: their logits in 32 bits, each graph's features and plans, and what sampling all of them takes. On a
     CPU nothing is sized by what is left, so that part is left out there.
 

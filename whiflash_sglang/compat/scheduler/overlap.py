@@ -82,7 +82,7 @@ def behind_forward(runner: Any) -> Iterator[None]:
 
 
 def attach(batch: Any, verified: Verified, stride: int) -> None:
-    """Lay out the records of the packed rows as those of the tokens: `stride` columns a request.
+    """Arrange the records of the packed rows as those of the tokens: `stride` columns a request.
 
     Where a request has fewer rows its last one fills the columns: nobody reads them.
     """

@@ -1,4 +1,4 @@
-"""Every end of a request's KV, retraction and preemption included, of which SGLang tells no worker.
+"""Every end of a request's KV, retraction and preemption included; SGLang reports it to no worker.
 
 Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
 """
@@ -34,7 +34,7 @@ _together = False
 
 
 def notify(owner: Owner, runner: Any) -> None:
-    """`owner` is told of every release from now on, behind the forwards of `runner`; neither is kept alive."""
+    """Call `owner` on every release from now on, after the forwards of `runner`; neither is kept alive."""
     global _owner, _runner
     _owner, _runner = ref(owner), ref(runner)
 

@@ -1,8 +1,8 @@
 """Stop strings and patterns, found in a block where plain decoding finds them.
 
 SGLang looks for them in all the text of a block at once: the first string of its list wins over the first one in the
-text, a string behind a stop token over the token, and a pattern meets other beginnings and ends. What lies behind them
-goes into a session's next turn. Here the scheduler sees a block's tokens one by one and keeps none behind the first
+text, a string behind a stop token over the token, and a pattern meets other beginnings and ends. Tokens after them
+enter a session's next turn. Here the scheduler sees a block's tokens one by one and keeps none behind the first
 stop. Stop tokens need no text: the worker ends a block at them (`accept_and_commit` with `StopTable`).
 """
 

@@ -1,4 +1,4 @@
-"""SGLang's offline engine for training data: it answers by plain decoding, and tells the features of texts.
+"""SGLang's offline engine for training data: it answers by plain decoding, and returns the features of texts.
 
 The engine is SGLang's own; its schedulers have a `Recorder` (`compat/training/recorder.py`). Of what a text's
 prefill computes nothing is left out: prefixes are not cached, and prompts run without graphs.
@@ -115,7 +115,7 @@ class OfflineEngine:
         try:
             states = torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype)
         except FileNotFoundError:
-            raise WhiflashError(f"SGLang told no features of a text of {len(tokens)} tokens") from None
+            raise WhiflashError(f"SGLang returned no features of a text of {len(tokens)} tokens") from None
         file.unlink()
         return states.view(len(tokens), -1)
 

@@ -89,7 +89,7 @@ class Subject:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether servers are told so."""
+        """Whether the servers' arguments say so."""
         return ("--device", "cpu") in pairwise(self.common)
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:

@@ -347,7 +347,7 @@ def _speedups_plot(load: LoadReport) -> Any:
         present = [(place, ratios.none[name]) for place, name in enumerate(names) if name in ratios.none]
         places = [place + (index + 0.5) * width - 0.4 for place, _ in present]
         heights = [interval.ratio for _, interval in present]
-        # An interval of few repetitions may lie beside its ratio; an error bar cannot.
+        # An interval of few repetitions may not contain its ratio; an error bar must.
         below = [max(0.0, interval.ratio - interval.low) for _, interval in present]
         above = [max(0.0, interval.high - interval.ratio) for _, interval in present]
         axes.bar(places, heights, width, yerr=(below, above), label=arm, error_kw={"linewidth": 0.8})

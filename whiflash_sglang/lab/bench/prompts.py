@@ -109,7 +109,7 @@ def sample(prompts: Iterable[Prompt], per_category: int | None) -> list[Prompt]:
     """At most `per_category` of each category, in their order, the categories taking turns.
 
     Raises:
-        ConfigError: two rows share an id, so that answers could not be told apart.
+        ConfigError: two rows share an id, so that their answers could be confused.
     """
     groups: dict[str, list[Prompt]] = defaultdict(list)
     seen: set[str] = set()

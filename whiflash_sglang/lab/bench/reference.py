@@ -103,7 +103,7 @@ def differences(
     """Compare every measured answer; each distinct answer of an arm under a load is judged once and counted once.
 
     Args:
-        references: by arm of plain decoding (`plain_of`), then by prompt. `none` stands in for one that is missing.
+        references: by arm of plain decoding (`plain_of`), then by prompt. `none` replaces one that is missing.
         best_logit: of a reference's own token at a position. dtype: whose tie rule holds.
     """
     found: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}

@@ -266,8 +266,8 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
 
     answers: timed ones, over all repetitions. output_tokens_per_s: of the whole exchange, prefill included; None
     where requests of several categories ran at the same time. acceptance_length: tokens per target forward.
-    target_forwards: of one repetition. switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, where its
-    clock can be told apart by category. switch_share: route, park and the catch-up beyond one round's tokens, of the
+    target_forwards: of one repetition. switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, if its
+    clock distinguishes categories. switch_share: route, park and the catch-up beyond one round's tokens, of the
     round. mismatches: distinct answers that are not plain decoding's; ties: those where rounding decided.
     """
 

@@ -110,7 +110,7 @@ class Plan:
     scaling: afterwards measure how a round of `auto` grows with batch and context (interleaved runs only).
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
     suites: where prompts of named sets come from, with their licences, by name.
-    restart: start the servers anew for every repetition (interleaved runs only). Two processes that do the same may
+    restart: restart the servers for every repetition (interleaved runs only). Two processes that do the same may
         differ by 1 % for as long as they live; without new ones that is taken for the arms'.
     """
 
@@ -338,7 +338,7 @@ class Runner:
         return {key: LOOPS if r.loops else r.prompt.category for key, r in self._references.items()}
 
     def _prompt_ids(self) -> tuple[list[str], list[str]]:
-        """Prompts asked alone, and those asked together, where answers that loop could not be told apart."""
+        """Prompts asked one at a time, and those asked together, whose looping answers could be confused."""
         groups = self._groups()
         together = [key for key, group in groups.items() if group != LOOPS]
         return list(groups), together or list(groups)

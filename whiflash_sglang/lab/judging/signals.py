@@ -1,4 +1,4 @@
-"""What could tell before a round which drafter will accept more: signals, judged on the same positions of an answer.
+"""Signals that could show before a round which drafter will accept more, judged on the same positions of an answer.
 
 A signal speaks for EAGLE-3 the larger it is. Each is judged at the threshold that suits it best on these very answers,
 so that what differs is how much it knows.
@@ -153,12 +153,12 @@ def signals_of(
 def running_means(answer: Replay, longest: int) -> Signal:
     """[P]: mean ΔAL of the rounds that could have begun before and are known by now, decayed; 0 where there are none.
 
-    It knows both drafters' rounds at every position, which no server does: a bound of what means can tell.
+    It knows both drafters' rounds at every position, which no server does: a bound on what means can show.
     """
     delta = answer.accepted[ARMS[0]] - answer.accepted[ARMS[1]]
     mean, values = Mean(), np.zeros(len(delta))
     for position in range(len(delta)):
-        known = position - 1 - longest  # the last round whose drafts all lie in the text so far
+        known = position - 1 - longest  # the last round whose drafts are all in the text so far
         if known >= 0:
             mean.add(float(delta[known]), MEMORY)
             values[position] = mean.value
@@ -203,7 +203,7 @@ def _before_loops(answers: Sequence[Replay], values: Sequence[Any]) -> torch.Ten
 
 def signals_table(result: Mapping[str, Mapping[str, float]]) -> Table:
     """For a terminal."""
-    table = Table(title="what could tell which drafter accepts more, each at its best threshold")
+    table = Table(title="signals of which drafter accepts more, each at its best threshold")
     for column in ("signal", "names the better one", "tokens per round", "share of the oracle's gain"):
         table.add_column(column, justify="left" if column == "signal" else "right")
     for name, one in result.items():

@@ -147,7 +147,7 @@ def _call(where: str, raw: object) -> Message:
 
 
 def dag_lines(talks: Iterable[Conversation]) -> Iterator[str]:
-    """Conversations as `dag_jsonl`, which AIPerf replays against any OpenAI endpoint; names are told apart.
+    """Conversations as `dag_jsonl`, which AIPerf replays against any OpenAI endpoint; equal names are made distinct.
 
         {"session_id": "…", "context_mode": "message_array_with_responses",
          "turns": [{"messages": [...], "tools": [...]}, ...]}

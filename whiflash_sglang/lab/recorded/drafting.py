@@ -49,7 +49,7 @@ class Arm(Protocol):
 def continued(held: Sequence[int], prompt: list[int]) -> list[int] | None:
     """What of the prompt follows the text that is held already; None where it is another text.
 
-    A conversation's turns share their beginning: keeping it is cheaper than reading it anew, and no other result.
+    A conversation's turns share their beginning: keeping it is cheaper than reading it again.
     """
     return prompt[len(held) :] if held and prompt[: len(held)] == list(held) else None
 

@@ -69,7 +69,7 @@ def read_tools(path: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Where it stands, a name, and the record."""
+    """Its place, a name, and the record."""
     text = _text(path)
     lines = list(lines_of(text))
     if path.suffix == ".jsonl" or (len(lines) > 1 and _stands_alone(lines[0][1])):

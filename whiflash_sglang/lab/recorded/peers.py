@@ -94,7 +94,7 @@ NOTHING = Candidate([], 0.0)
 
 
 class Occurrences:
-    """Texts, appended to the last of them, and for every token the places where it stands."""
+    """Texts, appended to the last of them, and for every token the places where it occurs."""
 
     def __init__(self) -> None:
         self._tokens = array("i")
@@ -159,7 +159,7 @@ def _along(tokens: NDArray[np.int32], ends: NDArray[np.int32], limit: int, min_p
 
 
 def _most_frequent(said: NDArray[np.int32]) -> int:
-    """The most frequent token, of several the one that stands last."""
+    """The most frequent token, of several the last one."""
     if len(said) == 1:
         return int(said[0])
     found, last, counts = np.unique(said[::-1], return_index=True, return_counts=True)

@@ -163,7 +163,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
     shard = f"shard{index}of{count}"
     directory = config.work / "data" / shard
     if has_answers(directory):
-        # Before the target is started: SGLang's tells what drafters of these data begin with.
+        # Before the target is started: starting it writes what drafters of these data begin with.
         check_same_run(directory, _facts(config), begun=True)
     with teacher_of(config, shard) as target:
         store = FeatureStore(

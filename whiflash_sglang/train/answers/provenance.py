@@ -100,7 +100,7 @@ def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) ->
         return
     if not record.exists():
         raise ConfigError(
-            f"{directory} does not say what its run began with ({RECORD} is missing); remove it to begin anew"
+            f"{directory} does not record the arguments of its run ({RECORD} is missing); remove it to start over"
         )
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
@@ -108,8 +108,8 @@ def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) ->
         what = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
-            f"{directory} holds a run that began otherwise: {what}{more}. Give it what it began with, "
-            "or remove that directory to begin anew"
+            f"{directory} holds a run with other arguments: {what}{more}. Repeat them, "
+            "or remove that directory to start over"
         )
 
 

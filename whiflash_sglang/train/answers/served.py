@@ -116,7 +116,7 @@ class ServedGenerator:
     def run(
         self, prompts: Iterator[PromptRow], on_skip: Callable[[PromptRow, str], None]
     ) -> Iterator[Answer]:
-        """Yield answers as they finish. Prompts that are too long, or that SGLang refuses, are told to `on_skip`."""
+        """Yield answers as they finish. Prompts that are too long, or that SGLang refuses, go to `on_skip`."""
         new = self._settings.max_new_tokens
 
         def fitting() -> Iterator[Coroutine[Any, Any, Answer | _Skipped]]:

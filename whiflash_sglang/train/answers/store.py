@@ -20,7 +20,7 @@ from whiflash_sglang.train.config import TrainConfig
 
 
 class SequenceRecord(NamedTuple):
-    """One line of the index. `length` counts prompt and answer; `looped` tells that the answer was cut."""
+    """One line of the index. `length` counts prompt and answer; `looped`: the answer was cut."""
 
     id: str
     category: str

@@ -1,4 +1,4 @@
-"""Generated token ids in one small file, and features computed anew from them.
+"""Generated token ids in one small file, and features computed again from them.
 
 Features take 7 KB a token and are cheap to recompute (one forward over a whole sequence); the token ids take two
 bytes and were expensive to generate, so they are what is kept.

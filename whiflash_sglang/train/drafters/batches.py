@@ -20,7 +20,7 @@ from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, un
 
 
 class Span(NamedTuple):
-    """Where one sequence lies in a batch: its first token, its first feature row, its length and prompt
+    """The place of one sequence in a batch: its first token, its first feature row, its length and prompt
     length.
     """
 
@@ -51,7 +51,7 @@ def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, pro
 
 
 class SequenceBatches(Dataset[dict[str, Tensor]]):
-    """Item i is batch i of one epoch; the trainer shuffles the items anew every epoch.
+    """Item i is batch i of one epoch; the trainer shuffles the items every epoch.
 
     Sequences of similar length are batched together, up to `answer_tokens` answer tokens and four times as
     many in all, so that one agent prompt does not dominate memory.

@@ -215,7 +215,7 @@ def _block_attention(
     `keys`, `values` [layers, features, Hkv, D]. seen: what a row of each layer sees; empty: everything.
     """
     rows_of = torch.arange(width, device=keys.device)
-    behind = rows_of[None] - rows_of[:, None]  # [row, other row]: how far the other one lies behind it
+    behind = rows_of[None] - rows_of[:, None]  # [row, other row]: how far the other one is after it
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         span_of = seen[layer] if seen else LayerSpan()

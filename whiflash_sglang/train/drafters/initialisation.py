@@ -27,10 +27,10 @@ def origin_of(
     dtype: torch.dtype = torch.float32,
 ) -> Origin:
     """The target at `path` as drafters begin from it: read whole where this package knows its layers, else what SGLang
-    told while the data of `stores` were made.
+    wrote while the data of `stores` were made.
 
     Raises:
-        ConfigError: the configuration asks for what only one of the two has. CheckpointError: SGLang told nothing yet.
+        ConfigError: the configuration asks for what only one of the two has. CheckpointError: SGLang wrote nothing yet.
     """
     sizes = config.draft_layers.model_dump(exclude_none=True)
     if unknown(path) is None:

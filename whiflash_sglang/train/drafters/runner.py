@@ -148,7 +148,7 @@ def last_checkpoint(directory: Path) -> str | None:
 def _facts(
     name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
 ) -> dict[str, Any]:
-    """What a run's weights come from. Threads and where the files lie are not among it."""
+    """What a run's weights come from. Threads and the files' directories are not among it."""
     settings = config.model_dump(mode="json", include={"target", "capture", "seed", "draft_layers", name})
     return {
         "data": {store.path.name: data_digest(store) for store in stores},

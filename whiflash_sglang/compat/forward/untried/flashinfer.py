@@ -1,9 +1,9 @@
 """SGLang's FlashInfer attention for captured verifications whose requests have different widths.
 
 FlashInfer plans a forward on the host, outside its graph: which queries meet which keys in which block of threads. What
-a graph keeps of the plan at its capture (how many blocks, where each part of the plan lies) depends on the number of
+a graph keeps of the plan at its capture (how many blocks, where each part of the plan is) depends on the number of
 rows and of requests alone (`PrefillPlan` and `MLAPlan` in FlashInfer's `scheduler.cuh`: "the lengths of sequences
-determined by qo_indptr_h can vary"), so each replay may have widths of its own: it is planned anew before it, into the
+determined by qo_indptr_h can vary"), so each replay may have widths of its own: it is planned again before it, into the
 memory that the graph reads. SGLang does so for latent attention; its other backend takes one width only
 (`FlashInferAttnBackend.init_forward_metadata_out_graph` raises for a layout).
 

@@ -72,7 +72,7 @@ class RaggedConvBackend(_Ragged, ShortConvAttnBackend):  # type: ignore[misc]
 class RaggedDelta(_Ragged):
     """Packed verifications for a backend of the gated delta rule, whose other forwards are its own.
 
-    by_channel: the decay is each key channel's own, and the convolution's inputs lie the other way round (KDA).
+    by_channel: the decay is each key channel's own, and the convolution's inputs are transposed (KDA).
     """
 
     by_channel = False
@@ -171,7 +171,7 @@ class RaggedMamba2(_Ragged):
         starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
         rows, (weight, bias, activation) = Rows.of(starts.long(), len(x)), convolution_of(mixer)
         mixed = activated(packed_verification(x, weight, bias, cache, slots, rows), activation)
-        # Row i of request r lies at [r, i]; what is nobody's in one row behind them all.
+        # Row i of request r is at [r, i]; rows of no request share one row after all others.
         most = min(len(x), cache.intermediate_ssm.shape[1])
         nobodys = len(slots) * most
         live = rows.covered & (slots[rows.owner] > 0)

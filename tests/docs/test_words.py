@@ -1,0 +1,44 @@
+"""The check of words (`scripts/words.py`): what it finds in code and in pages, and what it leaves alone."""
+
+from types import ModuleType
+
+import pytest
+from loaded_scripts import load_script
+
+
+@pytest.fixture(scope="module")
+def words() -> ModuleType:
+    return load_script("words")
+
+
+CODE = '''"""The file stands here.
+
+And `stands` is a name.
+"""
+
+import re
+
+PATTERN = re.compile("told")
+LINE = "written anew"  # words: data
+
+
+def place(told: str) -> str:
+    """Args:
+        told: a message.
+    """
+    # It lies there.
+    return f"{told} tells all: {len(told)}"
+'''
+
+
+def test_code_is_checked_in_comments_docstrings_and_messages(words: ModuleType) -> None:
+    assert words.found_in_code(CODE) == [(1, "'stands'"), (16, "'lies'"), (17, "'tells'")]
+
+
+def test_pages_are_checked_for_words_openings_and_length(words: ModuleType) -> None:
+    page = f"It stands.\n\n`It stands`\n\nWhat it does.\n\n{'word ' * 40}"
+    assert words.found(page) == [
+        (1, "'stands'"),
+        (5, "a sentence opens with 'What'"),
+        (7, "a sentence of 40 words"),
+    ]
