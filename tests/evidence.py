@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -31,9 +31,9 @@ RELEVANT = (
 AREAS = {
     "greedy-embedded": "Greedy losslessness, embedded target, fp32",
     "greedy-tiny": "Greedy losslessness, tiny target, fp32",
-    "sampling": "Sampling, joint distribution of four tokens",
-    "plain-embedded": "Plain decoding, embedded target, fp32: what its cells are compared with",
-    "streamed-parsers": "Streams by parser of SGLang: cases whose deltas add up to another answer",
+    "sampling": "Sampling, joint distribution of four tokens: p-values of χ² tests",
+    "plain-embedded": "Plain decoding, embedded target, fp32: the reference of its cells",
+    "streamed-parsers": "Streams by SGLang's parser: cases whose deltas add up to another answer",
 }
 """Directories of `records/`, and their titles in the summary, in its order."""
 
@@ -128,25 +128,23 @@ def write_summary() -> None:
 
 
 def summary() -> str:
-    """`results/evidence/README.md`: a table per area, a row per cell, and what the rows were measured on."""
+    """`results/evidence/README.md`: a table per area, and the commits and machines of its records.
+
+    Sampling shows each parameter's p-value. Parsers whose streams all add up share one line.
+    """
     areas = {
         area: [json.loads(p.read_text()) for p in sorted((RESULTS / area).glob("*.json"))] for area in AREAS
     }
     lines = [
         "# Evidence",
         "",
-        "Written by `make evidence` from the records in `records/`, each of which names its commit, a digest of the",
-        "code it depends on, versions and hardware. A cell is measured again when that code changes.",
+        "`make evidence` writes this page from the records in `records/`. Each names its commit, a digest of the code,",
+        "versions and hardware. A cell is measured again if that code changes.",
     ]
     for area, records in areas.items():
-        shown = (key for r in records for key, value in r["result"].items() if not isinstance(value, dict))
-        columns = list(dict.fromkeys(shown))
-        lines += ["", f"## {AREAS[area]}", "", _row(["cell", *columns, "seconds", "commit"])]
-        lines.append(_row(["---"] * (len(columns) + 3)))
-        for r in records:
-            values = [_shown(r["result"].get(column, "")) for column in columns]
-            commit = r["commit"][:9] + ("" if r["clean"] else " + changes")
-            lines.append(_row([r["cell"], *values, str(r["seconds"]), commit]))
+        table = _table_of_parsers if area == "streamed-parsers" else _table_of_cells
+        commits = sorted({r["commit"][:9] + ("" if r["clean"] else " + changes") for r in records})
+        lines += ["", f"## {AREAS[area]}", "", *table(records), "", f"Commits: {', '.join(commits)}."]
     made = {(r["hardware"], r["python"], *sorted(r["versions"].items())) for rs in areas.values() for r in rs}
     lines += ["", "## Made on", ""]
     for hardware, python, *versions in sorted(made):
@@ -154,14 +152,39 @@ def summary() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _table_of_cells(records: Iterable[Result]) -> Iterator[str]:
+    """A row per cell, a column per figure."""
+    yield from _table({r["cell"]: r["result"] for r in records})
+
+
+def _table_of_parsers(records: Iterable[Result]) -> Iterator[str]:
+    """A row per parser with a case that adds up to another answer; one sentence counts all others."""
+    results = {r["cell"]: r["result"] for r in records}
+    differing = {name: r for name, r in results.items() if any(r[key] for key in r if key != "cases")}
+    cases = sum(result["cases"] for result in results.values())
+    yield f"{len(results) - len(differing)} of {len(results)} cells differ in no case; {cases} cases in all."
+    yield ""
+    yield from _table(differing)
+
+
+def _table(results: Mapping[str, Result]) -> Iterator[str]:
+    shown = (key for result in results.values() for key, value in result.items() if not isinstance(value, dict))
+    columns = list(dict.fromkeys(shown))
+    yield _row(["cell", *columns])
+    yield _row(["---"] * (len(columns) + 1))
+    for name, result in results.items():
+        yield _row([name, *(_shown(result.get(column, "")) for column in columns)])
+
+
 def _row(values: Iterable[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
 def _shown(value: Any) -> str:
+    """Of a χ² test, which is a list, the p-value."""
     if isinstance(value, float):
         return f"{value:.3g}"
-    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+    return str(value[-1]).removeprefix("p ") if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":
