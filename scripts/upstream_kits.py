@@ -68,11 +68,12 @@ SECONDS = 600.0
 """That a test may take on a quiet machine where nothing else is said."""
 
 READING = """\
-Run are the tests of SGLang's wheel (`sglang.test.kits`) that ask a server by its URL; left out are those that need a
-GPU, a data set, another server beside, or flags that no server on a CPU can have. They were written for models of eight
-billion parameters, so what a small one does not know fails whatever decodes. `test_acc_length` and
-`test_batch_generation` ask for an acceptance length that SGLang's own pair of models has; plain decoding gives the
-latter none."""
+The tests are those of SGLang's wheel (`sglang.test.kits`) that ask a server by its URL. Tests that need a GPU, a data
+set, a second server, or flags that no CPU server takes are left out. They were written for models of eight billion
+parameters, so a tiny model fails some with any decoder. `test_acc_length` and `test_batch_generation` want the
+acceptance length of SGLang's own pair; plain decoding reports none to the latter."""
+SHOWN = 70
+"""Characters of a complaint in the table; the JSON has up to 140."""
 ENDED = " (and the server ended)"
 FORK = multiprocessing.get_context("fork")
 
@@ -202,9 +203,21 @@ def run(
 
 
 def table(plain: dict[str, str], ours: dict[str, str]) -> str:
+    """A row for every test that does not pass on both sides. A complaint that both share is shown once."""
+    found = {name: (outcome, ours.get(name, "missing")) for name, outcome in plain.items()}
     lines = ["| test | plain decoding | WHIFLASH |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | {plain[name]} | {ours.get(name, 'missing')} |" for name in plain]
-    return "\n".join(lines)
+    for name, (without, drafting) in found.items():
+        if (without, drafting) != ("passed", "passed"):
+            said = "the same" if drafting == without else _short(drafting)
+            lines.append(f"| `{name}` | {_short(without)} | {said} |")
+    both = len(found) - len(lines) + 2
+    return f"{both} tests pass on both sides. The others:\n\n" + "\n".join(lines)
+
+
+def _short(outcome: str) -> str:
+    told = outcome.removesuffix(ENDED)
+    cut = told if len(told) <= SHOWN else told[:SHOWN].rstrip("\\") + "…"
+    return cut + (ENDED if told != outcome else "")
 
 
 def _started(arguments: list[str], host: ServerHost, flags: tuple[str, ...]) -> Renewed:

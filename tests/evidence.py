@@ -168,7 +168,9 @@ def _table_of_parsers(records: Iterable[Result]) -> Iterator[str]:
 
 
 def _table(results: Mapping[str, Result]) -> Iterator[str]:
-    shown = (key for result in results.values() for key, value in result.items() if not isinstance(value, dict))
+    shown = (
+        key for result in results.values() for key, value in result.items() if not isinstance(value, dict)
+    )
     columns = list(dict.fromkeys(shown))
     yield _row(["cell", *columns])
     yield _row(["---"] * (len(columns) + 1))

@@ -125,3 +125,15 @@ def test_a_server_that_ended_is_told(servers: Servers, monkeypatch: pytest.Monke
     script.run(servers, "tiny", ["some:Kit"], found, lambda: None)
     assert found["Kit.test_b_passes"] == "passed (and the server ended)"
     assert len(servers.started) == len(EXPECTED)
+
+
+def test_the_table_holds_what_does_not_pass_on_both_sides() -> None:
+    long = f"failed: AssertionError: {'e' * 140}"
+    plain = {"Kit.test_a": "passed", "Kit.test_b": long + script.ENDED, "Kit.test_c": long}
+    ours = {"Kit.test_a": "passed", "Kit.test_b": "passed", "Kit.test_c": long}
+    table = script.table(plain, ours)
+    shown = f"{long[: script.SHOWN]}…"
+    assert table.startswith("1 tests pass on both sides.")
+    assert "Kit.test_a" not in table
+    assert f"| `Kit.test_b` | {shown}{script.ENDED} | passed |" in table
+    assert f"| `Kit.test_c` | {shown} | the same |" in table

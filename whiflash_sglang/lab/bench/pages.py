@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ def render(report: Report) -> str:
         parts += [f"## {_title(load)}", _overview(load)]
         if load.load.is_alone:
             parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
-            parts += ["### Acceptance length", _acceptance(load)]
-            parts += [_as_papers(load) if report.provenance.get("suites") else ""]
+            parts += [_as_papers(load) if report.provenance.get("suites") else _acceptance(load)]
         parts += [_over(load, report.over)]
         parts += [_turns(load), _positions(load), _hints(load), _rounds(load)]
     parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
@@ -49,9 +49,9 @@ def _setting(report: Report) -> str:
         f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
         f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
         f"{_taken_from(p)}\n\n"
-        "Rates count the whole exchange, prefill included; medians of the repetitions per prompt. In brackets: 95 % "
-        "paired bootstrap intervals over prompts and repetitions. *loops*: prompts whose plain answer ends in a "
-        "greedy repetition loop; they are in no other figure. Acceptance length: tokens per target forward."
+        "Rates include prefill and are medians of a prompt's repetitions. Brackets: 95 % paired bootstrap intervals. "
+        "*loops*: prompts whose plain answer ends in a repetition loop; no other figure holds them. Acceptance length: "
+        "tokens per target forward."
     )
 
 
@@ -70,8 +70,9 @@ def _title(load: LoadReport) -> str:
 
 
 def _overview(load: LoadReport) -> str:
-    header = ["arm", "tokens/s", "over none", "over faster static", "acceptance length", "target forwards"]
-    header += ["TTFT ms p50/p95/p99", "TPOT ms p50/p95/p99", "switches/100", "mismatches", "ties"]
+    """A row per arm. A column that no arm fills is left out; the JSON has more of each."""
+    header = ["arm", "tokens/s", "over none", "over faster static", "acceptance length"]
+    header += ["TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", "mismatches"]
     rows = []
     for arm, groups in load.arms.items():
         figures = groups.get(OVERALL)
@@ -85,15 +86,14 @@ def _overview(load: LoadReport) -> str:
                 _interval(ratios.none.get(OVERALL) if ratios else None),
                 _interval(ratios.static.get(OVERALL) if ratios else None),
                 f"{figures.acceptance_length:.2f}",
-                str(figures.target_forwards),
                 _percentiles(figures.ttft_ms, 0),
                 _percentiles(figures.tpot_ms, 1),
                 _number(figures.switches_per_100_tokens),
                 str(figures.mismatches),
-                str(figures.ties),
             )
         )
-    return table(header, rows)
+    filled = [any(row[column] for row in rows) for column in range(len(header))]
+    return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
 
 
 def _by_category(load: LoadReport) -> str:
@@ -118,20 +118,19 @@ def _acceptance(load: LoadReport) -> str:
     rows = [
         (arm, *(f"{groups[name].acceptance_length:.2f}" if name in groups else "" for name in names))
         for arm, groups in load.arms.items()
+        if arm != NONE
     ]
-    return table(("arm", *names), rows)
+    return f"### Acceptance length\n\n{table(('arm', *names), rows)}" if rows else ""
 
 
 def _as_papers(load: LoadReport) -> str:
     """Speed-up and acceptance length of every set, and their plain means over the sets."""
     names = [name for name in _categories(load) if name not in (OVERALL, LOOPS)]
     rows = []
-    for arm, groups in load.arms.items():
-        ratios = load.ratios[arm].none if arm in load.ratios else {}
+    for arm, ratios in load.ratios.items():
+        groups = load.arms[arm]
         sets = [
-            (ratios[name].ratio if name in ratios else 1.0, groups[name].acceptance_length)
-            for name in names
-            if name in groups
+            (ratios.none[name].ratio, groups[name].acceptance_length) for name in names if name in ratios.none
         ]
         means = tuple(sum(column) / len(sets) for column in zip(*sets, strict=True))
         rows.append((arm, *(f"{ratio:.2f}×, {length:.2f}" for ratio, length in (*sets, means))))
@@ -143,11 +142,12 @@ def _turns(load: LoadReport) -> str:
     if not load.turns:
         return ""
     plain = next(iter(load.turns.values()))
-    rows = [(arm, *(_turn(figures[turn]) for turn in plain)) for arm, figures in load.turns.items()]
+    shown = {arm: figures for arm, figures in load.turns.items() if arm != NONE}
+    rows = [(arm, *(_turn(figures[turn]) for turn in plain)) for arm, figures in shown.items()]
     header = ("arm", *(f"turn {turn} ({figures.prompts} prompts)" for turn, figures in plain.items()))
     explained = (
-        "Output tokens per second over plain decoding, and acceptance length, by the turn that is asked for. Few "
-        "prompts a turn, and other ones at every turn: read it for what grows with a conversation, not for its digits."
+        "Output tokens per second over plain decoding, and acceptance length, by turn. Every turn has other prompts, "
+        "and few: trust the trend, not the digits."
     )
     return f"### Conversations by turn\n\n{explained}\n\n{table(header, rows)}"
 
@@ -259,16 +259,28 @@ def _unavailable(report: Report) -> str:
 
 
 def _reproduce(report: Report) -> str:
-    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`; each arm alone:", ""]
-    for arm, server in report.provenance["servers"].items():
-        # Older reports have the same environment for all.
-        set_to = server.get("environment", {"OMP_NUM_THREADS": str(report.provenance["threads"])})
-        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in set_to.items())
-        lines.append(
-            f"- {arm}: `{variables} python -m sglang.launch_server {' '.join(server['arguments'])}` "
-            f"(attention backend {server['attention_backend']})"
-        )
+    """The command, the arguments that all servers share, and each arm's own."""
+    servers = report.provenance["servers"]
+    # Older reports have the same environment for all.
+    usual = {"OMP_NUM_THREADS": str(report.provenance["threads"])}
+    variables = {arm: _assigned(server.get("environment", usual)) for arm, server in servers.items()}
+    first = next(iter(variables.values()), "")
+    columns = zip(*(server["arguments"] for server in servers.values()), strict=False)
+    shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    while shared and shared[-1].startswith("--"):
+        shared.pop()  # its value may be an arm's own
+    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
+    backends = ", ".join(dict.fromkeys(server["attention_backend"] for server in servers.values()))
+    lines += [f"Every server (attention backend {backends}):", ""]
+    lines += [f"`{first} python -m sglang.launch_server {' '.join(shared)}`", "", "Each arm adds:", ""]
+    for arm, server in servers.items():
+        own = [*([variables[arm]] if variables[arm] != first else []), *server["arguments"][len(shared) :]]
+        lines.append(f"- {arm}: `{' '.join(own)}`" if own else f"- {arm}: nothing")
     return "\n".join(lines)
+
+
+def _assigned(environment: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
 
 
 def _categories(load: LoadReport) -> list[str]:
@@ -284,7 +296,7 @@ def _interval(interval: Interval | None) -> str:
 
 
 def _percentiles(values: Percentiles | None, digits: int) -> str:
-    return " / ".join(f"{v:.{digits}f}" for v in (values.p50, values.p95, values.p99)) if values else ""
+    return " / ".join(f"{v:.{digits}f}" for v in (values.p50, values.p95)) if values else ""
 
 
 def _number(value: float | None, digits: int = 1) -> str:
