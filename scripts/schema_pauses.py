@@ -1,14 +1,13 @@
 """How long a client's schema of a tool stops a neighbour's stream: `python scripts/schema_pauses.py --markdown FILE`.
 
-One client streams; another sends chats with a tool whose schema is among the worst that are known
-(`tests/structure/worst_schemas.py`), once as it is and once with an answer that has begun a call of the tool. What
-counts is the longest time between two chunks of the stream, from the first request's start to a second behind the
-second's end, beside a plain server of SGLang's. A prompt that holds a schema is a long prefill, which both servers pay.
+One client streams; another sends two chats with a tool whose schema is among the worst that are known
+(`tests/structure/worst_schemas.py`). The second chat's answer has already begun a call of the tool. The figure is the
+longest time between two chunks of the stream, until a second after the second chat. A prompt that holds a schema is a
+long prefill, which plain servers pay too.
 """
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import outcome
 
-from whiflash_sglang import provenance
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.serve import server_arguments
 from whiflash_sglang.serving import Server
@@ -100,28 +99,16 @@ def request(messages: list[dict[str, str]], schema: dict[str, Any]) -> dict[str,
     }
 
 
-def table(plain: dict[str, float | None], ours: dict[str, float | None], record: dict[str, Any]) -> str:
-    """The report."""
+def table(plain: dict[str, float | None], ours: dict[str, float | None]) -> str:
     rows = [f"| {name} | {cell(plain[name])} | {cell(ours[name])} |" for name in plain]
     return "\n".join(
-        [
-            "# The longest pause of a neighbour's stream, by schema",
-            "",
-            __doc__.split("\n\n")[1].replace("\n", " "),
-            "",
-            "| schema of the tool | plain server, s | WHIFLASH, s |",
-            "|---|---|---|",
-            *rows,
-            "",
-            f"Written by `python scripts/schema_pauses.py`. {json.dumps(record)}",
-            "",
-        ]
+        ["| schema of the tool | plain server, s | WHIFLASH, s |", "| --- | ---: | ---: |", *rows]
     )
 
 
 def cell(seconds: float | None) -> str:
-    """Of the table."""
-    return "refused: longer than the context" if seconds is None else f"{seconds:.2f}"
+    """Seconds, or that both requests were refused because their schema exceeds the context."""
+    return "refused, too long" if seconds is None else f"{seconds:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,10 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         with Server(line) as server:
             found.append(asyncio.run(pauses(server.base_url, schemas)))
-    report = table(*found, provenance.environment(embedded_bundle()))
-    print(report)
+    print(table(*found))
     if given.markdown is not None:
-        given.markdown.write_text(report, "utf-8")
+        read = __doc__.split("\n\n")[1].replace("\n", " ").strip()
+        outcome.write(
+            given.markdown, "The longest pause of a neighbour's stream, by schema", read, table(*found)
+        )
 
 
 def plainly(line: Sequence[str]) -> list[str]:
