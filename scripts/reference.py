@@ -9,7 +9,9 @@ import re
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from string import Formatter
 from types import NoneType, UnionType
@@ -92,10 +94,13 @@ def model_table(model: type[BaseModel], name: str = "field", beyond: type[BaseMo
         KeyError: the docstring does not say what a field means.
     """
     meaning = meanings(model)
-    rows = (
+    said = [
         (f"`{field}`", _type(info.annotation) + _default(info), meaning[field])
         for field, info in model.model_fields.items()
         if field not in beyond.model_fields
+    ]
+    rows = (
+        (", ".join(row[0] for row in rows), *same) for same, rows in groupby(said, itemgetter(slice(1, 3)))
     )
     return table((name, "type = default", "meaning"), rows)
 
@@ -190,7 +195,7 @@ def cli_reference() -> str:
     known = {name: [_option(option) for option in _shown(command)] for name, command in commands().items()}
     counted = Counter(row for rows in known.values() for row in rows)
     shared = {row for row, count in counted.items() if count >= SHARED_BY}
-    first = table(("in several commands", "meaning"), (row for row in counted if row in shared))
+    first = f"In several commands:\n\n{_listed(row for row in counted if row in shared)}"
     return "\n\n".join([first, *(_command(name, commands()[name], known[name], shared) for name in known)])
 
 
@@ -221,10 +226,14 @@ def _command(name: str, command: Any, options: list[tuple[str, str]], shared: se
     if any(calls):
         parts.append("```console\n" + "\n".join(filter(None, calls)) + "\n```")
     if own := [row for row in options if row not in shared]:
-        parts.append(table(("option", "meaning"), iter(own)))
+        parts.append(_listed(own))
     if also := [re.match(r"`[\w-]+", option)[0] + "`" for option, _ in options if (option, _) in shared]:
         parts.append(f"Also: {', '.join(also)}.")
     return "\n\n".join(parts)
+
+
+def _listed(options: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {names}: {meaning}" for names, meaning in options)
 
 
 def _option(parameter: Any) -> tuple[str, str]:

@@ -70,11 +70,8 @@ def bench(
     \b
     Examples:
     whiflash bench --quick
-    whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md --plots pictures
-    whiflash bench --suite spec-bench,gsm8k --suite-dir downloads --per-category 10
-    whiflash bench --beside ../older-revision --arms none,auto,auto@beside --over auto@beside
-    whiflash bench --recorded log.jsonl --arms auto,auto+prediction,auto+useless --concurrency 1,8
-    whiflash bench --recorded log.jsonl --dag-jsonl agents.jsonl
+    whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md
+    whiflash bench --recorded log.jsonl --arms auto,auto+prediction
     """
     import shlex
     import tempfile

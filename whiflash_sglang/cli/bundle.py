@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from whiflash_sglang.lookup.seed import Answer
 
 
-_ID = "hub id (owner/name or owner/name@revision) or directory"
+_ID = "hub id or directory"
 
 
 def register(app: typer.Typer) -> None:
@@ -54,8 +54,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Check that drafters fit a target by their config.json, and write a bundle that names them.
 
-        Hub ids are pinned to their current commit and fetched when the bundle is served; directories are copied. One
-        drafter is enough, but routers that choose between two are then refused.
+        Hub ids (owner/name or owner/name@revision) are pinned to their current commit and fetched when the bundle is
+        served; directories are copied. One drafter is enough, but routers that choose between two are then refused.
 
         \b
         Example:
