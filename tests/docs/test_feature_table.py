@@ -1,10 +1,12 @@
-"""The table of features names tests that exist, cases among them."""
+"""The tables of features and of claims name tests that exist, cases among them."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?(?:\[([\w-]+)\])?`")
+NAMED = re.compile(r"`((?:kernels/|sdk/)?tests/[\w/]+\.py)(?:::(\w+))?(?:\[([\w-]+)\])?`")
 
 
 def missing(page: str) -> list[str]:
@@ -18,9 +20,10 @@ def missing(page: str) -> list[str]:
     return found
 
 
-def test_every_feature_names_tests_that_exist() -> None:
-    page = (ROOT / "docs" / "dev" / "features.md").read_text("utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| feature")]
+@pytest.mark.parametrize("name", ["features", "claims"])
+def test_every_row_names_tests_that_exist(name: str) -> None:
+    page = (ROOT / "docs" / "dev" / f"{name}.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| (?!feature |claim )", line)]
     assert len(rows) > 20
     assert [row for row in rows if not NAMED.search(row)] == []
     assert missing(page) == []
