@@ -316,7 +316,7 @@ def gpu_table(records: Path = ROOT / "results" / "gpu") -> str:
     """The parts of `make gpu`, and what their records say."""
     parts = runpy.run_path(str(ROOT / "tests" / "gpu" / "run.py"))["PARTS"]
     rows = ((f"`{part.name}`", part.shows, _measured(records / f"{part.name}.json")) for part in parts)
-    return table(("part", "passes where", "measured"), rows)
+    return table(("part", "passes if", "on a card"), rows)
 
 
 def suites_table() -> str:
@@ -339,7 +339,7 @@ def _fields(suite: Suite) -> str:
 def _measured(record: Path) -> str:
     """How a part ended, on what; with each of its checks where it has some."""
     if not record.exists():
-        return "not measured on a card"
+        return "not run"
     found = json.loads(record.read_text("utf-8"))
     checks = ((found.get("figures") or {}).get("checks") or {}).items()
     told = found.get("why") or ", ".join(f"{name} {check['status']}" for name, check in checks)

@@ -63,29 +63,27 @@ def kernel_tests(name: str, shows: str, *files: str) -> Part:
 
 def serving(attention: str, rehearsed: bool) -> Part:
     waits = "only for its plans" if attention == "flashinfer" else "for nothing"
-    shows = (
-        f"{attention} starts, answers as plain decoding does, waits {waits}, and keeps to its memory; a trace"
-    )
+    shows = f"{attention} answers as plain decoding does, waits {waits}, and keeps to its memory; a trace"
     command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
     return Part(f"serving-{attention}", shows, command, SERVER, rehearsal=rehearsal, serves=True)
 
 
 def overlap(attention: str, rehearsed: bool) -> Part:
-    shows = f"the same with {attention} in SGLang's overlap loop, where results come when the next round runs"
+    shows = f"`serving-{attention}` in SGLang's overlap loop"
     part = serving(attention, rehearsed)
     return replace(part, name=f"overlap-{attention}", shows=shows, command=(*part.command, "--overlap"))
 
 
 def family(name: str, architecture: str, kind: str, attention: str = "triton") -> Part:
-    shows = f"the same with {attention} and a tiny random target with {kind}"
+    shows = f"`serving-{attention}` with a tiny target: {kind}"
     part = serving(attention, rehearsed=attention == "triton")
     command = (*part.command, "--family", architecture)
     return replace(part, name=f"target-{name}", shows=shows, command=command, serves=False)
 
 
 def speed(concurrency: int, rehearsed: bool) -> Part:
-    shows = f"tokens a second beside plain decoding, EAGLE3 and DFLASH, {concurrency} at a time"
+    shows = f"tokens a second beside plain decoding, EAGLE3 and DFLASH, {concurrency} requests"
     scale = ("--concurrency", str(concurrency))
     command = ("tests/gpu/speed.py", *scale, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
@@ -97,19 +95,17 @@ _BENCH = ("kernels/bench/bench.py", "--device", "{device}", "--output", "results
 PARTS: tuple[Part, ...] = (
     kernel_tests(
         "ops",
-        "blocks, routing and copies are their references'",
+        "blocks, routing and copies equal their references",
         "block",
         "router",
         "routing_stats",
         "copies",
     ),
     kernel_tests(
-        "caches", "rings, KV and draft attention are their references'", "backlog", "catch_up", "attention"
+        "caches", "rings, KV and draft attention equal their references", "backlog", "catch_up", "attention"
     ),
-    kernel_tests(
-        "graphs", "what is replayed is what is run eagerly, in whole rounds", "graphs", "rounds", "dispatch"
-    ),
-    kernel_tests("upstream", "kernels take what SGLang's do", "upstream", "bench"),
+    kernel_tests("graphs", "replayed rounds equal eager ones", "graphs", "rounds", "dispatch"),
+    kernel_tests("upstream", "kernels take the inputs of SGLang's", "upstream", "bench"),
     Part(
         "kernels-speed",
         "kernels beside their references, torch.compile and bandwidth",
@@ -134,7 +130,7 @@ PARTS: tuple[Part, ...] = (
     family("windows", "Gemma3ForCausalLM", "sliding windows (Gemma 3)"),
     Part(
         "shaped",
-        "rounds of an 8B-shaped target, random weights and acceptance set to what another pair had, end",
+        "rounds of an 8B-shaped random target end, with another pair's acceptance",
         ("tests/gpu/shaped.py", "--device", "{device}", "--out", "{out}"),
         SERVER,
         evidence=True,
