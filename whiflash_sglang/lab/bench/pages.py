@@ -28,9 +28,14 @@ def render(report: Report) -> str:
     parts = ["# Benchmark", _setting(report)]
     for load in report.loads:
         parts += [f"## {_title(load)}", _overview(load)]
-        if load.load.is_alone:
-            parts += ["### Output tokens per second, over plain decoding", _by_category(load)]
-            parts += [_as_papers(load) if report.provenance.get("suites") else _acceptance(load)]
+        if load.load.is_alone and report.provenance.get("suites"):
+            parts += [_as_papers(load)]
+        elif load.load.is_alone:
+            parts += [
+                "### Output tokens per second, over plain decoding",
+                _by_category(load),
+                _acceptance(load),
+            ]
         parts += [_over(load, report.over)]
         parts += [_turns(load), _positions(load), _hints(load), _rounds(load)]
     parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
@@ -57,7 +62,10 @@ def _setting(report: Report) -> str:
 
 def _taken_from(provenance: Mapping[str, Any]) -> str:
     """Where the prompts of suites come from, and what was left out; reports of other prompts have neither."""
-    sources = [f"{name} from {source}" for name, source in provenance.get("suites", {}).items()]
+    by_source: dict[str, list[str]] = {}
+    for name, source in provenance.get("suites", {}).items():
+        by_source.setdefault(source, []).append(name)
+    sources = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
     said = f" Sets: {'; '.join(sources)}." if sources else ""
     left_out = len(provenance.get("left_out", ()))
     return said + (f" Left out, since the server did not take them: {left_out} prompts." if left_out else "")
@@ -124,17 +132,18 @@ def _acceptance(load: LoadReport) -> str:
 
 
 def _as_papers(load: LoadReport) -> str:
-    """Speed-up and acceptance length of every set, and their plain means over the sets."""
+    """Speed-up with its interval and acceptance length of every set, and their plain means over the sets."""
     names = [name for name in _categories(load) if name not in (OVERALL, LOOPS)]
     rows = []
     for arm, ratios in load.ratios.items():
         groups = load.arms[arm]
-        sets = [
-            (ratios.none[name].ratio, groups[name].acceptance_length) for name in names if name in ratios.none
-        ]
-        means = tuple(sum(column) / len(sets) for column in zip(*sets, strict=True))
-        rows.append((arm, *(f"{ratio:.2f}×, {length:.2f}" for ratio, length in (*sets, means))))
-    title = "### Speed-up over plain decoding, and acceptance length, by set"
+        sets = [(ratios.none[name], groups[name].acceptance_length) for name in names if name in ratios.none]
+        ratio = sum(interval.ratio for interval, _ in sets) / len(sets)
+        length = sum(length for _, length in sets) / len(sets)
+        rows.append(
+            (arm, *(f"{_interval(one)}; {own:.2f}" for one, own in sets), f"{ratio:.2f}; {length:.2f}")
+        )
+    title = "### Speed-up over plain decoding; acceptance length, by set"
     return f"{title}\n\n{table(('arm', *names, 'mean of sets'), rows)}"
 
 
