@@ -16,7 +16,6 @@ FINAL = "It is four."
 def check(server: FakeServer, traces: list[Any], *, calls: int = 2) -> None:
     """The tool was called, its result reached the next prompt, and both requests were routed."""
     assert len(server.bodies) == len(traces) == calls
-    assert server.hints(0)["spans"][0]["kind"] == "tool_call"
     assert all(server.hints(index)["trace"] for index in range(calls))
     results = [message for message in server.bodies[1]["messages"] if message["role"] == "tool"]
     assert "4" in str(results[0]["content"])
@@ -283,9 +282,7 @@ def test_smolagents(server: FakeServer) -> None:
         agent.run("What is 2+2?")
     assert set(agents_of(server)) == {"ToolCallingAgent"}
     assert len(collected.traces) == len(server.bodies) >= 2
-    assert server.hints(0)["spans"] == [
-        {"kind": "tool_call", "begin": "<tool_call>", "end": "</tool_call>", "open": True}
-    ]
+    assert server.hints(0)["trace"] is True
     assert "Observation:\n4" in str(
         server.bodies[1]["messages"][-1]["content"][0]["text"]
     )  # smolagents sends it as text

@@ -33,8 +33,8 @@ def test_what_is_said_goes_out_and_the_server_derives_the_rest(client: OpenAI, r
     first, second = reading.bodies
     assert first["prediction"] == {"type": "content", "content": "x = 1"}
     assert first["top_k"] == 3
-    assert reading.wire(0) == {"agent": "a", "lookup": "context", "spans": [], "trace": "full"}
-    assert reading.wire(1) == {"agent": "a", "spans": [], "trace": "full"}
+    assert reading.wire(0) == {"agent": "a", "lookup": "context", "trace": "full"}
+    assert reading.wire(1) == {"agent": "a", "trace": "full"}
     assert "prediction" not in second
 
 

@@ -198,7 +198,7 @@ def test_asynchronous_clients_do_the_same(server: FakeServer) -> None:
 
     assert asyncio.run(main()) == [EXPECTED] * 4 + [EXPECTED.arms] * 4
     assert server.paths.count(ROUTE) == 1
-    assert server.wire(0) == {"agent": "a", "spans": server.wire(0)["spans"], "trace": True}
+    assert server.wire(0) == {"agent": "a", "trace": True}
 
 
 def of_anthropic(way: str, server: FakeServer, **settings: Any) -> Any:
@@ -233,7 +233,7 @@ def test_anthropics_own_client(server: FakeServer, way: str) -> None:
     assert [(one.agent, one.tools, one.response_id, one.model) for one in collected.traces] == [
         ("coder", tools, "r0", "tiny") for tools in (("f",), (), ("f",))
     ]
-    assert [server.wire(index) for index in range(3)] == [{"agent": "coder", "spans": [], "trace": True}] * 3
+    assert [server.wire(index) for index in range(3)] == [{"agent": "coder", "trace": True}] * 3
     assert {body["cache_salt"] for body in server.bodies} == {"acme"}
     assert server.bodies[1]["prediction"] == {"type": "content", "content": "x = 1"}
     assert server.paths.count(ROUTE) == 1

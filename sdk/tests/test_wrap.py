@@ -42,10 +42,9 @@ def test_wrap_returns_the_same_object(client: OpenAI) -> None:
     assert type(client) is OpenAI
 
 
-def test_tools_become_hints_unasked(client: OpenAI, server: FakeServer) -> None:
+def test_a_trace_is_asked_for_and_spans_are_the_servers(client: OpenAI, server: FakeServer) -> None:
     wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
-    assert server.hints()["spans"][0] == HERMES
-    assert server.hints()["trace"] is True
+    assert server.wire() == {"trace": True}
     assert {k: v for k, v in server.bodies[0].items() if k != "custom_params"} == {
         "model": "m",
         "messages": MESSAGES,
@@ -53,31 +52,34 @@ def test_tools_become_hints_unasked(client: OpenAI, server: FakeServer) -> None:
     }
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "calculate"}}])
-def test_a_forced_tool_opens_the_span(client: OpenAI, server: FakeServer, choice: Any) -> None:
-    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL], tool_choice=choice)
-    assert server.hints()["spans"] == [{**HERMES, "open": True}]
+NAMED = {"type": "function", "function": {"name": "calculate"}}
 
 
-def test_forbidden_tools_leave_no_tool_span(client: OpenAI, server: FakeServer) -> None:
-    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL], tool_choice="none")
-    assert [span["kind"] for span in server.hints()["spans"]] == ["json", "code"]
-
-
-def test_response_format_starts_inside_json(client: OpenAI, server: FakeServer) -> None:
+@pytest.mark.parametrize(
+    ("asked", "kinds"),
+    [
+        ({"tools": [TOOL]}, ["prose", "tool_call", "json", "code"]),
+        ({"tools": [TOOL], "tool_choice": "required"}, ["prose", "tool_call"]),
+        ({"tools": [TOOL], "tool_choice": NAMED}, ["prose", "tool_call"]),
+        ({"tools": [TOOL], "tool_choice": "none"}, ["prose", "json", "code"]),
+        ({"response_format": {"type": "json_object"}}, ["prose", "json"]),
+    ],
+)
+def test_a_blocks_span_joins_those_that_the_request_implies(
+    client: OpenAI, server: FakeServer, asked: dict[str, Any], kinds: list[str]
+) -> None:
     wrap(client)
-    client.chat.completions.create(model="m", messages=MESSAGES, response_format={"type": "json_object"})
-    parsed = client.chat.completions.parse(model="m", messages=MESSAGES, response_format=City)
+    with spans.prose():
+        client.chat.completions.create(model="m", messages=MESSAGES, **asked)
+    assert [span["kind"] for span in server.hints()["spans"]] == kinds
+    opened = {span["kind"] for span in server.hints()["spans"] if span.get("open")}
+    assert opened - {"prose"} == ({kinds[1]} if len(kinds) == 2 else set())
+
+
+def test_a_parsed_answer_keeps_its_trace(client: OpenAI, server: FakeServer) -> None:
+    parsed = wrap(client).chat.completions.parse(model="m", messages=MESSAGES, response_format=City)
     assert parsed.choices[0].message.parsed == City(city="Zürich")
-    assert server.hints(0)["spans"] == server.hints(1)["spans"] == [{"kind": "json", "open": True}]
     assert whiflash_sdk.routing(parsed) is not None
-
-
-def test_a_prefilled_answer_is_followed(client: OpenAI, server: FakeServer) -> None:
-    prefill: Any = [*MESSAGES, {"role": "assistant", "content": "```python\nprint("}]
-    wrap(client).chat.completions.create(model="m", messages=prefill)
-    opened = [span["kind"] for span in server.hints()["spans"] if span.get("open")]
-    assert opened == ["code"]
 
 
 def test_every_way_of_asking_carries_hints(client: OpenAI, server: FakeServer) -> None:
@@ -201,7 +203,7 @@ def test_a_block_opens_its_kind(client: OpenAI, server: FakeServer) -> None:
     wishes = {"open": True, "prefer": "lookup", "bias": {"ar": -1.0}}
     assert server.hints(0)["spans"][0] == {**HERMES, **wishes}
     assert server.hints(1)["spans"][0] == {"kind": "tool_call", **wishes}
-    assert all(not span.get("open") for span in server.hints(2)["spans"])
+    assert "spans" not in server.hints(2)
 
 
 def test_infer_false_derives_nothing(client: OpenAI, server: FakeServer) -> None:
@@ -304,7 +306,6 @@ def test_async_clients_parse_too(async_client: AsyncOpenAI, server: FakeServer) 
 
     parsed = asyncio.run(main())
     assert parsed.choices[0].message.parsed == City(city="Zürich")
-    assert server.hints()["spans"] == [{"kind": "json", "open": True}]
     assert whiflash_sdk.routing(parsed) is not None
 
 
@@ -337,7 +338,7 @@ def test_async_clients_are_the_same(async_client: AsyncOpenAI, server: FakeServe
 
     asyncio.run(main())
     assert server.hints(0)["spans"][0] == {**HERMES, "open": True}
-    assert server.hints(1)["spans"][0] == HERMES
+    assert server.hints(1) == {"trace": True}
     assert server.hints(2)["spans"] == [{"kind": "code", "begin": "<code>"}]
     assert len(server.bodies) == 5
     assert server.paths.count("/whiflash/capabilities") == 1
@@ -354,7 +355,7 @@ def test_tasks_that_start_together_ask_once(async_client: AsyncOpenAI, server: F
 
     asyncio.run(main())
     assert server.paths.count("/whiflash/capabilities") == 1
-    assert all(server.hints(index)["spans"][0] == HERMES for index in range(8))
+    assert all(server.hints(index) == {"trace": True} for index in range(8))
 
 
 def test_threads_that_start_together_ask_once(client: OpenAI, server: FakeServer) -> None:
@@ -424,32 +425,10 @@ def test_an_unknown_parser_leaves_the_spans_to_the_server(
 ) -> None:
     """The server may know the markers, and infers spans only for a request that has none."""
     server.capabilities |= dict(zip(("tool_call_parser", "reasoning_parser"), parsers, strict=True))
-    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
+    wrap(client)
     with spans.json():
         client.chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL])
-    assert server.wire(0)["spans"] == []
-    assert server.wire(1)["spans"] == [{"kind": "json", "open": True}]
-
-
-def test_derived_spans_are_marked_as_a_guess(client: OpenAI, server: FakeServer) -> None:
-    """So that the server does not count them as the caller's; what anybody said is the caller's."""
-    wrap(client).chat.completions.create(model="m", messages=MESSAGES)
-    with spans.json():
-        client.chat.completions.create(model="m", messages=MESSAGES)
-    mine = Hints(spans=(Span(kind="code", open=True),))
-    client.chat.completions.create(model="m", messages=MESSAGES, extra_body=mine.extra_body())
-    client.chat.completions.create(model="m", messages=MESSAGES, extra_body=Hints(infer=False).extra_body())
-    marked = [body["custom_params"].get("whiflash_inferred") for body in server.bodies]
-    assert marked == [True, None, None, None]
-
-
-@pytest.mark.parametrize(("mode", "is_open"), [("auto", None), ("required", True)])
-def test_allowed_tools_are_forced_by_their_mode(
-    client: OpenAI, server: FakeServer, mode: Any, is_open: bool | None
-) -> None:
-    allowed: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": []}}
-    wrap(client).chat.completions.create(model="m", messages=MESSAGES, tools=[TOOL], tool_choice=allowed)
-    assert server.wire()["spans"][0].get("open") is is_open
+    assert server.wire()["spans"] == [{"kind": "json", "open": True}]
 
 
 @pytest.mark.parametrize("way", ["create", "raw", "async"])

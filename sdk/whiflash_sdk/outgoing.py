@@ -10,16 +10,16 @@ from typing import Any, Final, TypedDict, get_args
 
 from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.capabilities import Capabilities, Server
-from whiflash_sdk.derive import complete, derive_spans
+from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import warn_unsupported
-from whiflash_sdk.hints import AGENT_FIELD, INFERRED_KEY, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.hints import AGENT_FIELD, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.session import Session, session
 from whiflash_sdk.spans import block_hints, opened_span
 
 _DERIVED: Final = ("chat/completions", "completions")
 _CONVERTED: Final = ("responses", "v1/messages")
-"""Requests that a server converts: it derives their spans itself."""
+"""Requests that a server converts: the SDK does not read their tools."""
 REFUSALS: Final = (400, 422)
 _ADDED: Final = ("custom_params", "prediction", "cache_salt")
 """Fields of a request that the SDK may add or extend."""
@@ -182,7 +182,7 @@ def _with_hints(
 ) -> Mapping[str, Any]:
     """The body with its final hints; without any where the server has no use for them.
 
-    found: True where the server's parsers are not known: it derives what it can, which no span may preclude.
+    found: True where the server's parsers are not known.
     """
     params = body.get("custom_params")
     if params is not None and not isinstance(params, Mapping):
@@ -201,18 +201,23 @@ def _with_hints(
         if not names_agent:
             hints = _named(hints, told.agent)
             hints = inside.counted(hints, body) if inside else hints
-        derived: tuple[Span, ...] = ()
         if isinstance(found, Capabilities):
             hints = _understood(hints, found)
-            if route in _DERIVED:
-                derived = derive_spans(rest, found.tool_call_parser, found.reasoning_parser)
-        opened = opened_span()
-        whole = complete(hints, derived, opened)
-        params[WIRE_KEY] = whole.encode()
-        if whole.spans and not hints.spans and opened is None:
-            params[INFERRED_KEY] = True
+        if opened := opened_span():
+            others = hints.spans or _derived(rest, route, hints, found)
+            hints = hints.model_copy(update={"spans": open_first(tuple(others), opened)})
+        params[WIRE_KEY] = hints.encode()
         rest = {**_predicted(found, body, inside), **_salted(inside, told), **rest}
     return {**rest, "custom_params": params} if params else rest
+
+
+def _derived(
+    body: Mapping[str, Any], route: str, hints: Hints, found: Capabilities | bool
+) -> tuple[Span, ...]:
+    """The spans beside a block's: the server infers none for a request that brings one."""
+    if not (hints.infer and isinstance(found, Capabilities) and route in _DERIVED):
+        return ()
+    return derive_spans(body, found.tool_call_parser, found.reasoning_parser)
 
 
 def _named(hints: Hints, agent: Agent | None) -> Hints:

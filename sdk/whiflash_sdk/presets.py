@@ -124,6 +124,7 @@ def likely_spans(
     response_format: str | None,
     forced: bool,
     reasoning_open: bool | None = None,
+    prefill: str = "",
 ) -> tuple[Span, ...]:
     """The spans a request will write, from what it asks for; parsers that are not known add none.
 
@@ -132,6 +133,7 @@ def likely_spans(
     response_format: the request's `response_format.type`.
     forced: the grammar makes the output a tool call from its first token (`tool_choice` required or named).
     reasoning_open: the prompt ends inside the reasoning; None takes the parser's habit.
+    prefill: the beginning of the answer, which the request itself brings.
     """
     reasoning = REASONING_PARSERS.get(reasoning_parser or "", ())
     if reasoning_open is None:
@@ -145,4 +147,16 @@ def likely_spans(
     body = PLAIN_JSON if whole_json and not (has_tools and forced) else ()
     fences = () if whole_json or (has_tools and forced) else FENCES
     opened = tuple(span.model_copy(update={"open": reasoning_open}) for span in reasoning)
-    return (*opened, *tools, *body, *fences)
+    spans = (*opened, *tools, *body, *fences)
+    return tuple(_after(span, prefill) for span in spans) if prefill else spans
+
+
+def _after(span: Span, text: str) -> Span:
+    """The span as `text` leaves it: the output goes on where the text stops."""
+    is_open, at = span.open, 0
+    while marker := span.end if is_open else span.begin:
+        found = text.find(marker, at)
+        if found < 0:
+            break
+        at, is_open = found + len(marker), not is_open
+    return span.model_copy(update={"open": is_open}) if is_open or span.begin else span

@@ -124,4 +124,12 @@ def _inferred(manager: Any, request: Any) -> tuple[Span, ...]:
         has_tools=bool(getattr(request, "tools", None)) and choice != "none",
         response_format=getattr(response_format, "type", None),
         forced=choice == "required" or not isinstance(choice, (str, type(None))),
+        prefill=_prefill(request),
     )
+
+
+def _prefill(request: Any) -> str:
+    """The answer's beginning in a chat that goes on with its last message."""
+    last = request.messages[-1] if getattr(request, "continue_final_message", False) else None
+    content = getattr(last, "content", None)
+    return content if isinstance(content, str) and getattr(last, "role", None) == "assistant" else ""
