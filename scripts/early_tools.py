@@ -1,13 +1,13 @@
 """Seconds saved by a tool that starts early: `python scripts/early_tools.py --markdown FILE`.
 
-A turn is one streamed answer that must call a tool, until its result is there. The tool waits 50, 200 or 1,000 ms, as
-for a network. Each turn runs in two ways, in turns: the tool behind the answer, and as soon as its call is complete
-(`whiflash_sdk.early_tools`). Calls and results are the same in both, which is checked. The embedded model goes on with
-text behind its call; the other answers are stopped there, where larger models end. What is saved is at most the tool's
-time, and the time from the call's end to the answer's.
+A turn is one streamed answer that must call a tool, until the tool's result is there. The tool waits 50, 200 or
+1,000 ms. Turns alternate: the tool starts after the answer, or as soon as its call is complete
+(`whiflash_sdk.early_tools`). Calls and results are checked to be equal. The embedded model writes text after its call;
+the other answers are stopped there, where larger models end. At most the shorter of the tool's time and the time from
+the call's end to the answer's is saved.
 
-The second table says what an event of the server's could add: from when the call's text was fixed (one of all calls
-that the schema allows fits what was streamed) to when its JSON object closed, which the client sees itself.
+The second table shows how much an event of the server could add: the time from the moment at which the call's text was
+fixed, because only one call that the schema allows was left, until its JSON object closed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tools import SCHEMAS, TOOLS
 
 NAME = "query_shop"
 SCHEMA = SCHEMAS[NAME]["function"]["parameters"]
-TURNS = ("behind the call", "a tool, ms", "tool behind the answer, ms", "early, ms", "saved, ms")
+TURNS = ("after the call", "a tool, ms", "tool after the answer, ms", "early, ms", "saved, ms")
 MOMENTS = ("fixed, ms", "closed, ms", "ended, ms", "fixed to closed, ms", "closed to ended, ms")
 SYSTEM = {"role": "system", "content": "You answer with the help of tools."}
 ORDERS = {
@@ -83,7 +83,7 @@ def written(stream: Any) -> list[str]:
 def turns(
     client: OpenAI, body: Mapping[str, Any], milliseconds: int, repetitions: int
 ) -> tuple[float, float]:
-    """Median seconds of a turn with the tool behind the answer, and early.
+    """Median seconds of a turn with the tool after the answer, and early.
 
     Raises: AssertionError where the two differ in calls or results.
     """
@@ -133,7 +133,7 @@ def measured(client: OpenAI, model: str, repetitions: int) -> list[str]:
         gaps = [statistics.median(one[at + 1] - one[at] for one in times) for at in (0, 1)]
         seen.append((name, *(f"{one * 1000:,.0f}" for one in points + gaps)))
         print(*seen[-1], file=sys.stderr, flush=True)
-    return [table(TURNS, rows), table(("behind the call", *MOMENTS), seen)]
+    return [table(TURNS, rows), table(("after the call", *MOMENTS), seen)]
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """The recipes of `examples/frameworks` against the newest releases: `python scripts/frameworks.py [NAME …]`.
 
-Each recipe runs in an environment of its own, as its user has one, and asks one server of the embedded model. A row
-says what makes the framework send hints, which agents' names went out and how many traces came back. Rows of earlier
-runs are kept.
+Each recipe runs in an environment of its own and asks one server of the embedded model. A row names how the framework
+sends hints, the agents' names that arrived and the number of traces that came back. Rows of earlier runs are kept.
 """
 
 import argparse

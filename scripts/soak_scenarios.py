@@ -23,11 +23,11 @@ Prompt = tuple[int, ...]
 
 @dataclass
 class Found:
-    """What a scenario came to.
+    """Counts of a scenario.
 
-    failed: requests without an answer that should have had one. leaks: what is kept of requests that are gone,
-    processes, and memory that goes on growing. crashes: tracebacks in the log, SGLang's own check of its pools among
-    them, servers that are gone, and scenarios that broke off. notes: what else was measured.
+    failed: requests without an answer that should have one. leaks: records of requests that are gone, processes, and
+    memory that keeps growing. crashes: tracebacks in the log, servers that are gone, and scenarios that broke off.
+    notes: further figures.
     """
 
     scenario: str

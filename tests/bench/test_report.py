@@ -333,7 +333,7 @@ def test_conversations_are_reported_by_turn(report: Report) -> None:
 
 def test_suites_are_reported_as_papers_do(report: Report) -> None:
     """By set: speed-up and acceptance length, and their plain means; no set is weighed by its tokens."""
-    assert "by set" not in render(report)
+    assert "mean of sets" not in render(report)
     told = {"suites": {"gsm8k": "a folder (MIT)"}, "left_out": {"p": "too long"}}
     page = render(report.model_copy(update={"provenance": PROVENANCE | told}))
     assert "Sets: gsm8k from a folder (MIT)." in page

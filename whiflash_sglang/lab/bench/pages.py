@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress, takewhile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from whiflash_sglang.equality import Verdict
@@ -28,17 +29,17 @@ def render(report: Report) -> str:
     parts = ["# Benchmark", _setting(report)]
     for load in report.loads:
         parts += [f"## {_title(load)}", _overview(load)]
-        if load.load.is_alone and report.provenance.get("suites"):
-            parts += [_as_papers(load)]
-        elif load.load.is_alone:
-            parts += [
-                "### Output tokens per second, over plain decoding",
-                _by_category(load),
-                _acceptance(load),
-            ]
+        if load.load.is_alone:
+            parts += [_by_category(load, means=bool(report.provenance.get("suites")))]
         parts += [_over(load, report.over)]
-        parts += [_turns(load), _positions(load), _hints(load), _rounds(load)]
-    parts += [_scaling(report), _differences(report), _unavailable(report), _reproduce(report)]
+        parts += [_turns(load), _positions(load), _hints(load)]
+    parts += [
+        _rounds(report),
+        _scaling(report),
+        _differences(report),
+        _unavailable(report),
+        _reproduce(report),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -104,12 +105,25 @@ def _overview(load: LoadReport) -> str:
     return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
 
 
-def _by_category(load: LoadReport) -> str:
-    names = _categories(load)
-    rows = [
-        (arm, *(_interval(ratios.none.get(name)) for name in names)) for arm, ratios in load.ratios.items()
-    ]
-    return table(("arm", *names), rows)
+def _by_category(load: LoadReport, means: bool) -> str:
+    """Speed-up and acceptance length. means: as papers do, over the sets, and no figures of all prompts together."""
+    names = [name for name in _categories(load) if not means or name not in (OVERALL, LOOPS)]
+    rows = []
+    for arm, ratios in load.ratios.items():
+        groups = load.arms[arm]
+        found = [
+            (ratios.none[name], groups[name].acceptance_length) if name in ratios.none else None
+            for name in names
+        ]
+        row = [f"{_interval(one[0])}; {one[1]:.2f}" if one else "" for one in found]
+        if means:
+            ratio, length = (
+                fmean(column) for column in zip(*((r.ratio, n) for r, n in filter(None, found)), strict=True)
+            )
+            row.append(f"{ratio:.2f}; {length:.2f}")
+        rows.append((arm, *row))
+    header = ("arm", *names, *(["mean of sets"] if means else []))
+    return f"### Speed-up over plain decoding; acceptance length\n\n{table(header, rows)}" if rows else ""
 
 
 def _over(load: LoadReport, over: str | None) -> str:
@@ -119,32 +133,6 @@ def _over(load: LoadReport, over: str | None) -> str:
     names = [name for name in _categories(load) if any(name in own for own in compared.values())]
     rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
     return f"### Output tokens per second, over `{over}`\n\n{table(('arm', *names), rows)}"
-
-
-def _acceptance(load: LoadReport) -> str:
-    names = _categories(load)
-    rows = [
-        (arm, *(f"{groups[name].acceptance_length:.2f}" if name in groups else "" for name in names))
-        for arm, groups in load.arms.items()
-        if arm != NONE
-    ]
-    return f"### Acceptance length\n\n{table(('arm', *names), rows)}" if rows else ""
-
-
-def _as_papers(load: LoadReport) -> str:
-    """Speed-up with its interval and acceptance length of every set, and their plain means over the sets."""
-    names = [name for name in _categories(load) if name not in (OVERALL, LOOPS)]
-    rows = []
-    for arm, ratios in load.ratios.items():
-        groups = load.arms[arm]
-        sets = [(ratios.none[name], groups[name].acceptance_length) for name in names if name in ratios.none]
-        ratio = sum(interval.ratio for interval, _ in sets) / len(sets)
-        length = sum(length for _, length in sets) / len(sets)
-        rows.append(
-            (arm, *(f"{_interval(one)}; {own:.2f}" for one, own in sets), f"{ratio:.2f}; {length:.2f}")
-        )
-    title = "### Speed-up over plain decoding; acceptance length, by set"
-    return f"{title}\n\n{table(('arm', *names, 'mean of sets'), rows)}"
 
 
 def _turns(load: LoadReport) -> str:
@@ -206,24 +194,25 @@ def _sides(acceptance: Acceptance | None) -> tuple[str, str, str]:
     return (*lengths, _interval(acceptance.ratio))
 
 
-def _rounds(load: LoadReport) -> str:
-    rows = []
-    for arm, groups in load.arms.items():
-        figures: Figures | None = groups.get(OVERALL)
-        if figures is None or figures.round_ms is None or figures.switch_share is None:
-            continue
-        stages = figures.round_ms.model_dump()
-        whole = sum(stages.values())
-        shares = [f"{value:.2f}" for value in stages.values()]
-        rows.append((arm, *shares, f"{whole:.2f}", f"{100 * figures.switch_share:.1f} %"))
+def _rounds(report: Report) -> str:
+    rows, kept = [], []
+    for load in report.loads:
+        for arm, groups in load.arms.items():
+            figures: Figures | None = groups.get(OVERALL)
+            if figures is None or figures.round_ms is None or figures.switch_share is None:
+                continue
+            times = figures.round_ms
+            shares = [f"{value:.2f}" for value in (*times.model_dump().values(), times.total)]
+            rows.append((arm, load.load.label, *shares, f"{100 * figures.switch_share:.1f} %"))
+            if arm == "pinned-none":
+                share = 100 * (times.catch_up + times.park) / times.total
+                kept.append(f"{share:.1f} % ({load.load.label})")
     if not rows:
         return ""
-    header = (*(name.replace("_", "-") for name in stages), "round")
-    page = "### A round, in ms\n\n" + table(("arm", *header, "switching"), rows)
-    idle = load.arms.get("pinned-none", {}).get(OVERALL)
-    if idle is not None and idle.round_ms is not None:
-        kept = 100 * (idle.round_ms.catch_up + idle.round_ms.park) / idle.round_ms.total
-        page += f"\n\nKeeping both drafters' KV while `none` decodes takes {kept:.1f} % of the round."
+    stages = (name.replace("_", "-") for name in RoundMs.model_fields)
+    page = "## A round, in ms\n\n" + table(("arm", "load", *stages, "round", "switching"), rows)
+    if kept:
+        page += f"\n\nShare of a round that keeps both drafters' KV while `none` decodes: {', '.join(kept)}."
     return page
 
 
