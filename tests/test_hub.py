@@ -61,6 +61,6 @@ def test_a_hub_that_has_nothing_is_one_sentence(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
     with pytest.raises(
-        ConfigError, match=r"^owner/name at revision v2: .* the hub gave nothing: first line$"
+        ConfigError, match=r"^owner/name at revision v2: .* the hub gave nothing \(first line\): check"
     ):
         fetch("owner/name", revision="v2")

@@ -154,7 +154,7 @@ def test_a_rate_is_a_share(rate: str) -> None:
 def test_a_directory_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     flags = Flags(trace_sample=0.5, trace_dir=str(tmp_path / "file" / "traces"))
-    with pytest.raises(ConfigError, match=r"--whiflash-trace-dir .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"--whiflash-trace-dir .* cannot be written \(Not a directory\)"):
         resolve(flags, embedded_bundle())
 
 

@@ -109,7 +109,7 @@ def test_other_suffixes_are_unknown(name: str) -> None:
 def test_another_checkout_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs --beside"):
         build_arms(["auto@beside"], SUBJECT)
-    with pytest.raises(ConfigError, match="no checkout of this project"):
+    with pytest.raises(ConfigError, match="give the root of another clone"):
         build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["auto@beside"], tmp_path)
 
 

@@ -228,10 +228,10 @@ DEAD = "http://127.0.0.1:1"
         ),
         (
             {"/whiflash/capabilities": (200, b"<html>")},
-            "/whiflash/capabilities answers 200, not what it should",
+            "/whiflash/capabilities answered 200 without the expected JSON",
         ),
-        ({"/whiflash/state": (500, b"{}")}, "/whiflash/state answers 500, not what it should"),
-        ({"/whiflash/state": (200, b"[]")}, "/whiflash/state answers 200, not what it should"),
+        ({"/whiflash/state": (500, b"{}")}, "/whiflash/state answered 500 without the expected JSON"),
+        ({"/whiflash/state": (200, b"[]")}, "/whiflash/state answered 200 without the expected JSON"),
     ],
 )
 def test_what_is_no_whiflash_server_is_named(

@@ -297,7 +297,7 @@ def test_the_benchmark(target: Path, tmp_path: Path) -> None:
     assert only["conversations"] == 3
     assert set(only["overall"]["acceptance_length"]) == {PLAIN}
     about.write_text(json.dumps({"messages": [{"role": "user", "content": "Of another user"}]}) + "\n")
-    with pytest.raises(ConfigError, match="no recorded conversation is about"):
+    with pytest.raises(ConfigError, match="no recorded conversation shares a user"):
         evaluate_recorded(paths, RecordedSettings(bundle, about=about))
     with pytest.raises(ConfigError, match="arm 'x' is not one of"):
         evaluate_recorded(paths, RecordedSettings(bundle, arms=["x"]))

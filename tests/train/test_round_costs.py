@@ -83,7 +83,7 @@ def test_the_neural_policy_over_http(server: Server) -> None:
 
 
 def test_an_address_without_a_server_is_named() -> None:
-    with pytest.raises(WhiflashError, match=r"127\.0\.0\.1:9.* is no WHIFLASH server"):
+    with pytest.raises(WhiflashError, match=r"127\.0\.0\.1:9.*/whiflash/state cannot be read"):
         measure_rounds("http://127.0.0.1:9", PROMPTS)
 
 

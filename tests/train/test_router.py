@@ -66,7 +66,7 @@ def test_foreign_names_are_read_by_shape_and_need_a_sign(tmp_path: Path) -> None
 
 def test_a_sign_that_contradicts_the_file(tmp_path: Path) -> None:
     Router(HIDDEN, 5).save(tmp_path / "router.safetensors")
-    with pytest.raises(CheckpointError, match="says delta_sign ar-minus-diffusion, the settings say"):
+    with pytest.raises(CheckpointError, match="names delta_sign ar-minus-diffusion, the settings name"):
         load(tmp_path, DIFFUSION_MINUS_AR)
 
 

@@ -58,7 +58,7 @@ def look_up(said: str, *, config: bool = True) -> Found:
         return Found(said, local.resolve(), False, None)
     if local.is_dir():
         if config and not (local / "config.json").is_file():
-            raise ConfigError(f"{local} has no config.json")
+            raise ConfigError(f"{local} has no config.json: give the directory of a checkpoint")
         return Found(str(local.resolve()), local.resolve() / "config.json", False, None)
     name, _, revision = said.partition("@")
     if local.is_absolute() or said.startswith((".", "~")) or name.count("/") != 1:
@@ -115,7 +115,9 @@ def _from_modelscope(path: str, revision: str | None, download_dir: str | None) 
 def _gave_nothing(path: str, revision: str | None, error: Exception) -> ConfigError:
     first = next(iter(str(error).splitlines()), type(error).__name__)
     at = f" at revision {revision}" if revision else ""
-    return ConfigError(f"{path}{at}: not a directory here, and the hub gave nothing: {first}")
+    return ConfigError(
+        f"{path}{at}: not a directory here, and the hub gave nothing ({first}): check the name, the network, HF_TOKEN"
+    )
 
 
 def default_bundle_for(model_path: str) -> Path | None:
@@ -136,7 +138,9 @@ def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | N
     """
     value = parts_of(manifest)[part]
     if value is None:
-        raise ConfigError(f"{bundle}/whiflash.json names no {part}")
+        raise ConfigError(
+            f"{bundle}/whiflash.json names no {part}: add the key {part!r}, or use another bundle"
+        )
     if not value.startswith(HUB):
         return bundle / value
     source = manifest.sources.get(part)
@@ -170,7 +174,9 @@ def verify(files: Mapping[str, str]) -> None:
     for name, digest in files.items():
         file = Path(name)
         if not file.is_file():
-            raise ConfigError(f"{file} is missing, which its bundle was made with")
+            raise ConfigError(
+                f"{file} is missing, though its bundle's whiflash.json lists it: fetch the bundle again"
+            )
         if sha256(file) != digest:
             raise ConfigError(
                 f"{file} is not the file that its bundle was made with (SHA-256 {digest}): damaged, or replaced; "

@@ -164,7 +164,10 @@ def ask(
     )
     trace = routing(answer)
     if trace is None:
-        raise WhiflashError("the server's answer carries no routing trace")
+        raise WhiflashError(
+            f"{name}: the answer has no trace, so its drafters are unknown: the server's log has the reason "
+            "(--log-dir keeps it)"
+        )
     plain_ids, our_ids = _output_ids(reference), _output_ids(answer)
     comparison = compare(plain_ids, our_ids, _top_two(reference, model), "bfloat16")
     on_step()
@@ -209,7 +212,10 @@ def judge(answers: list[Answer]) -> None:
     """Raise WhiflashError when an answer differs from plain decoding's."""
     different = [a.question for a in answers if a.comparison.verdict is Verdict.DIFFERENT]
     if different:
-        raise WhiflashError(f"answers differ from plain decoding's: {', '.join(different)}")
+        raise WhiflashError(
+            f"answers to {', '.join(different)} differ from plain decoding's by more than a near tie, which is a "
+            "fault: run it again with --log-dir, and report the output"
+        )
 
 
 PICTURE_WIDTH = 100

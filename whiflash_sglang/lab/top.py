@@ -173,7 +173,9 @@ class WatchedServer:
         try:
             answer = self._client.get(f"{self.url}{path}")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerUnreadableError(f"{self.url} does not answer: {error}") from None
+            raise ServerUnreadableError(
+                f"{self.url} does not answer ({error}): check --url, and whether the server has started"
+            ) from None
         if answer.status_code in (401, 403):
             raise ServerUnreadableError(
                 f"{self.url} wants a key for {path}: --api-key, or WHIFLASH_API_KEY in the environment"
@@ -187,7 +189,10 @@ class WatchedServer:
         except ValueError:
             found = None
         if not isinstance(found, Mapping):
-            raise ServerUnreadableError(f"{self.url}{path} answers {answer.status_code}, not what it should")
+            raise ServerUnreadableError(
+                f"{self.url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give "
+                "--url of the server itself"
+            )
         return found
 
 

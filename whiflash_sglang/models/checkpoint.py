@@ -28,11 +28,15 @@ def read_json_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
+        raise CheckpointError(
+            f"{file} is missing, which names a checkpoint's format: give the checkpoint's directory, or fetch it again"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is damaged: it holds no object")
+        raise CheckpointError(
+            f"{file} is damaged: a JSON object is expected, not {type(config).__name__}; fetch it again"
+        )
     return config
 
 
@@ -179,7 +183,9 @@ class WeightReader:
     def tensor(self, name: str) -> Tensor:
         """Raises `CheckpointError` where the checkpoint lacks `name`."""
         if name not in self._weights:
-            raise CheckpointError(f"{self._path}: the weights lack {name}; the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{self._path}: the weights lack {name}, so the checkpoint is incomplete: fetch it again"
+            )
         return self._weights[name]
 
     def fill(self, parameter: Tensor, *names: str) -> None:

@@ -268,7 +268,9 @@ def _spans(path: Path, settings: Mapping[str, Any], layers: int) -> tuple[LayerS
         if kind == "full_attention":
             spans.append(LayerSpan(bool(causal)))
         elif kind != "sliding_attention":
-            raise CheckpointError(f"{path}/config.json: layer_types names {kind!r}, which is not known here")
+            raise CheckpointError(
+                f"{path}/config.json: layer_types names {kind!r}; full_attention and sliding_attention are supported"
+            )
         elif causal is False:
             raise CheckpointError(
                 f"{path}/config.json: is_causal false with sliding_attention is not supported: windows look back only"

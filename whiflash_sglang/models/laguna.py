@@ -48,7 +48,9 @@ def read_laguna(path: Path, config: Mapping[str, Any]) -> LagunaConfig:
     """From `config.json`. Raises CheckpointError naming the field that does not fit."""
     gating = config.get("gating", True)
     if not isinstance(gating, bool | str | None) or gating not in _GATES:
-        raise CheckpointError(f"{path}/config.json: gating {gating!r} is not known")
+        raise CheckpointError(
+            f"{path}/config.json: gating {gating!r} is not one of {', '.join(map(repr, _GATES))}"
+        )
     return parse(path, config, LagunaConfig, gate=_GATES[gating])
 
 

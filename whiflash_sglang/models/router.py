@@ -180,7 +180,10 @@ def _sign(found: _File, given: str | None) -> float:
             f"(or router.delta_sign in whiflash.json), one of {', '.join(SIGNS)}"
         )
     if found.sign is not None and given is not None and found.sign != given:
-        raise CheckpointError(f"{found.path} says delta_sign {found.sign}, the settings say {given}")
+        raise CheckpointError(
+            f"{found.path} names delta_sign {found.sign}, the settings name {given}: remove "
+            "--whiflash-neural-router-sign, or router.delta_sign from whiflash.json"
+        )
     return -1.0 if (found.sign or given) == DIFFUSION_MINUS_AR else 1.0
 
 

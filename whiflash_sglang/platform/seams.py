@@ -67,9 +67,7 @@ def install_early_seams() -> None:
         if seam.label not in _early:
             check = _check(seam)
             if not check.ok:
-                raise RuntimeError(
-                    f"this SGLang is not the one that the CPU platform was written for ({check})"
-                )
+                raise RuntimeError(_another_sglang(str(check)))
             module = importlib.import_module(seam.module)
             _early[seam.label] = getattr(module, seam.name)
             setattr(module, seam.name, seam.replacement)
@@ -112,7 +110,11 @@ def _require(checks: list[SeamCheck]) -> None:
     broken = [check for check in checks if not check.ok]
     if broken:
         listed = "; ".join(f"{check.name}: {check.detail}" for check in broken)
-        raise RuntimeError(f"this SGLang is not the one that the CPU platform was written for ({listed})")
+        raise RuntimeError(_another_sglang(listed))
+
+
+def _another_sglang(found: str) -> str:
+    return f"the CPU platform was written for another SGLang ({found}): install the release that `whiflash check` names"
 
 
 def _install(seams: Sequence[Seam], methods: Sequence[MethodSeam]) -> None:

@@ -303,7 +303,10 @@ def check_directory(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         SampleFiles(directory, 1 << 62).append(b"")  # turns nothing
     except OSError as error:
-        raise ConfigError(f"--whiflash-trace-dir {directory}: {error.strerror}") from None
+        raise ConfigError(
+            f"--whiflash-trace-dir {directory} cannot be written ({error.strerror}): give a directory that belongs to "
+            "the server's user"
+        ) from None
 
 
 class SampleFiles:

@@ -288,7 +288,9 @@ class TrainConfig(_Strict):
     def dspark_section(self) -> DSpark:
         """`dspark`. Raises `ConfigError` where the file has none."""
         if self.dspark is None:
-            raise ConfigError("the configuration has no section dspark")
+            raise ConfigError(
+                "the configuration has no section dspark, which holds this drafter's settings: add it, or train dflash"
+            )
         return self.dspark
 
 

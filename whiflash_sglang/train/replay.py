@@ -368,7 +368,10 @@ def _chains(
     """Whether each draft is right [P, steps], and how sure the drafter is of it."""
     layers = drafter.config.target_layer_ids
     if not layers:
-        raise ValueError("the EAGLE-3 checkpoint names no eagle_aux_hidden_state_layer_ids")
+        raise ValueError(
+            "config.json of the EAGLE-3 checkpoint lacks eagle_aux_hidden_state_layer_ids, the target's layers that it "
+            "reads: add them"
+        )
     plan = plan_chains(batch)
     columns = [list(capture).index(layer) for layer in layers]
     wanted = batch.tokens[plan.label_tokens]

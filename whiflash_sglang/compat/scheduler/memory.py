@@ -164,8 +164,8 @@ def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
     if serves_ours() and not kvc.is_draft_worker:
         if type(configurator) is not pool_configurator.DefaultPoolConfigurator:
             raise ConfigError(
-                f"WHIFLASH cannot size draft KV for this target's cache ({type(configurator).__name__}); "
-                "full-attention targets only for now"
+                f"WHIFLASH cannot size drafters' KV beside this target's cache ({type(configurator).__name__}): "
+                "serve this target without WHIFLASH"
             )
         configurator._cell_size += _reservation.per_token
         configurator._fixed_overhead_bytes += _reservation.fixed

@@ -79,8 +79,8 @@ class OfflineEngine:
         ]
         if taken:
             raise ConfigError(
-                f"data.engine.{taken[0]} is not for you to choose: the engine must run plainly, in replicas of one, "
-                "and compute every text whole"
+                f"data.engine.{taken[0]} cannot be set: training data need plain decoding, one replica, and features "
+                "of whole texts; remove it"
             )
         for directory in (place.origin, place.states):
             directory.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def loads_of(concurrency: str, rates: str) -> list[Load]:
     """Raises UsageError naming the option that is wrong."""
     loads = [Load(kind="closed", value=value) for value in _numbers("--concurrency", concurrency)]
     if any(load.value != int(load.value) for load in loads):
-        raise UsageError(f"--concurrency {concurrency}: whole numbers")
+        raise UsageError(f"--concurrency {concurrency}: requests in flight are whole numbers, such as 1,4,8")
     loads += [Load(kind="open", value=value) for value in _numbers("--rates", rates)]
     if not loads:
         raise UsageError("nothing to measure: give --concurrency or --rates")
@@ -66,7 +66,7 @@ def _numbers(option: str, text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UsageError(f"{option} {text}: numbers, separated by commas") from None
+        raise UsageError(f"{option} {text}: takes numbers with commas between them, such as 1,4,8") from None
     if any(not 0 < value < float("inf") for value in values):
         raise UsageError(f"{option} {text}: every number must be above zero")
     return values

@@ -98,10 +98,16 @@ def profile(
         events = _read(_written(directory, known))
     rounds = int(after["rounds"] - before["rounds"])
     if not rounds:
-        raise WhiflashError("the server ran no round: give prompts with longer answers")
+        raise WhiflashError(
+            "no round was profiled, because every answer ended with its first token: raise --max-tokens or give other "
+            "--prompts"
+        )
     operators, elsewhere = own_times(events)
     if not operators:
-        raise WhiflashError("the server's trace holds no operator")
+        raise WhiflashError(
+            f"the trace of {client.base_url} holds no operator, so its profiler recorded nothing: end other profilers "
+            "of this server, and profile again"
+        )
     kinds: dict[str, float] = defaultdict(float)
     for name, (seconds, _) in operators.items():
         kinds[kind_of(name)] += seconds * 1000 / rounds
@@ -155,7 +161,8 @@ def _clock(client: httpx.Client) -> dict[str, float]:
     response = client.get("/whiflash/state")
     if response.status_code != 200:
         raise WhiflashError(
-            f"{client.base_url} is not a WHIFLASH server: /whiflash/state says {response.status_code}"
+            f"{client.base_url}/whiflash/state answered {response.status_code}: give --server a server that was "
+            "started with --speculative-algorithm WHIFLASH"
         )
     state: dict[str, float] = response.json()
     return state
@@ -164,7 +171,9 @@ def _clock(client: httpx.Client) -> dict[str, float]:
 def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
     response = client.post(path, json=body)
     if response.status_code != 200:
-        raise WhiflashError(f"{path} says {response.status_code}: {response.text[:200]}")
+        raise WhiflashError(
+            f"{client.base_url}{path} answered {response.status_code}, so nothing was profiled: {response.text[:200]}"
+        )
 
 
 def _written(directory: Path, known: set[Path]) -> Path:

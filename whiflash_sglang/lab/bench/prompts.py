@@ -162,7 +162,10 @@ def _rows_of_hub(source: str) -> list[Any]:
     except (
         Exception
     ) as error:  # The library raises a dozen unrelated types; the first line says which it was.
-        raise ConfigError(f"{source}: the hub gave nothing: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"{source} cannot be loaded from the hub ({str(error).splitlines()[0]}): check its name, its configuration "
+            "and the network"
+        ) from None
     return list(splits["test"] if "test" in splits else next(iter(splits.values())))
 
 

@@ -150,7 +150,10 @@ async def _ask(client: httpx.AsyncClient, arm: Arm, task: Task) -> int:
         raise WhiflashError(f"{arm.name}: {answer.text}")
     body = answer.json()
     if body["output_ids"] != list(task.answer):
-        raise WhiflashError(f"{arm.name}: the server did not follow the recorded text")
+        raise WhiflashError(
+            f"{arm.name}: the server wrote another text than the recorded one, which makes its figures useless: start "
+            "it with --whiflash-force-recorded on"
+        )
     return int(body["meta_info"].get("spec_verify_ct") or len(task.answer) - 1)
 
 
@@ -159,7 +162,9 @@ async def _flush(client: httpx.AsyncClient) -> None:
         if (await client.post("/flush_cache")).status_code == 200:
             return
         await asyncio.sleep(0.02)  # It is refused until the scheduler has put the last answer away.
-    raise WhiflashError("the prefix cache could not be emptied: the server does not become idle")
+    raise WhiflashError(
+        f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
+    )
 
 
 def figures(talks: Sequence[Talk], cells: Sequence[PlayedCell]) -> dict[str, dict[str, Any]]:

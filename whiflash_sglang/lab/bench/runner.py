@@ -439,7 +439,9 @@ def _flush(client: httpx.Client) -> None:
         if client.post("/flush_cache").status_code == 200:
             return
         time.sleep(0.02)  # It is refused until the scheduler has put the last answer away.
-    raise RequestError("the prefix cache could not be emptied: the server does not become idle")
+    raise RequestError(
+        f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
+    )
 
 
 def _state(arm: Arm, client: httpx.Client) -> dict[str, float]:

@@ -104,7 +104,9 @@ def build_subject(
         ConfigError: something is not there.
     """
     if beside is not None and not (beside / "whiflash_sglang" / "__init__.py").is_file():
-        raise ConfigError(f"--beside {beside}: no checkout of this project")
+        raise ConfigError(
+            f"--beside {beside}: holds no whiflash_sglang/__init__.py; give the root of another clone of this project"
+        )
     from whiflash_sglang.embedded import ensure_target
     from whiflash_sglang.models.formats import read_draft
 

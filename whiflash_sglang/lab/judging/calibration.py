@@ -262,7 +262,10 @@ async def _policy(client: httpx.AsyncClient) -> str:
         answer = await client.get("/whiflash/state")
         return str(answer.raise_for_status().json()["policy"])
     except (httpx.HTTPError, KeyError, ValueError) as error:
-        raise WhiflashError(f"{client.base_url} is no WHIFLASH server: {error}") from None
+        raise WhiflashError(
+            f"{client.base_url}/whiflash/state cannot be read ({error}): give --server a server that was started with "
+            "--speculative-algorithm WHIFLASH"
+        ) from None
 
 
 async def _pin(client: httpx.AsyncClient, router: str) -> None:

@@ -170,7 +170,10 @@ def _chosen(found: list[Conversation], settings: RecordedSettings) -> list[Conve
         topics = set().union(*(topics_of(row, users) for row in read_rows(settings.about)))
         found = [one for one in found if topics & topics_of({"messages": one.messages}, users)]
         if not found:
-            raise ConfigError(f"no recorded conversation is about what a prompt of {settings.about} is about")
+            raise ConfigError(
+                f"--prompts {settings.about}: no recorded conversation shares a user, a tool or a schema with one of "
+                "them; give other prompts, or leave --prompts out"
+            )
     if settings.tools is not None:
         tools = read_tools(settings.tools)
         found = [one if one.tools else replace(one, tools=tools) for one in found]

@@ -89,7 +89,9 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
             entry for entry in stored for _ in range(_times(weights.get(entry[1].category, 1.0), draw))
         ]
         if not entries:
-            raise ValueError("category_weights leave no answer to train on")
+            raise ValueError(
+                f"category_weights {weights} leave no answer to train on: give a category of the data a weight above 0"
+            )
         draw.shuffle(entries)
         entries.sort(key=lambda entry: entry[1].length // 64)
         self.batches: list[list[tuple[FeatureStore, SequenceRecord]]] = [[]]
