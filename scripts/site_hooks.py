@@ -24,6 +24,8 @@ ELSEWHERE = (
 )
 """Files outside `docs/` that the site shows, pages and what they link to."""
 
+SCHEMED = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)-light\.png\)")
+"""A picture with a twin for the dark scheme; the site shows the one that fits."""
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -44,6 +46,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Point links at the site's own places."""
     if page.file.src_uri.startswith("results/"):
         page.meta["search"] = {"exclude": True}  # notes and reports would bury the pages for readers
+    markdown = SCHEMED.sub(r"![\1](\2-light.png#only-light) ![\1](\2-dark.png#only-dark)", markdown)
     return LINK.sub(
         lambda link: f"]({site_link(link[1], page.file.src_uri, files)}{link[2] or ''})", markdown
     )

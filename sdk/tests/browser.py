@@ -101,9 +101,14 @@ class Browser:
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
 
-    def shoot(self, path: Path, *, whole: bool = True) -> None:
-        """A picture of the page, or of what is in view."""
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+    def shoot(self, path: Path, *, to_end_of: str | None = None, scale: float = 1) -> None:
+        """A picture of the page, down to the end of an element if one is given. scale: pixels for one of CSS."""
+        extra: dict[str, Any] = {"captureBeyondViewport": True}
+        if to_end_of is not None:
+            end = f"document.querySelector({json.dumps(to_end_of)}).getBoundingClientRect().bottom + scrollY"
+            width, height = self.ask(f"[innerWidth, {end}]")
+            extra["clip"] = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
+        data = self.call("Page.captureScreenshot", format="png", **extra)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def methods(self, name: str) -> list[dict[str, Any]]:

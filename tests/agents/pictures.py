@@ -1,9 +1,10 @@
 """The pictures of the trace page and of `whiflash top`: `python tests/agents/pictures.py docs/pictures`.
 
 The embedded model answers a few prompts without drafts, so that the server knows what rounds without them take and the
-trace tells an estimated gain; then, under `auto`, a question that forces a tool call. The page is drawn as `whiflash
-trace` draws it, and headless Chromium takes its picture (trace.png) with the mouse on the longest copy. Then
-more prompts are answered, four at a time; top.svg is a look at them.
+trace has an estimated gain; then, under `auto`, a question that forces a tool call. The page is drawn as `whiflash
+trace` draws it. Headless Chromium takes its picture down to the end of the text, with the mouse on the longest copy,
+in light and dark colours (trace-light.png, trace-dark.png). Then more prompts are answered, four at a time; top.svg is
+a look at them.
 """
 
 import json
@@ -45,6 +46,10 @@ TOOL = {
         "required": ["origin", "destination", "date", "passengers"],
     },
 }
+WITHOUT_TABLES = """
+document.querySelectorAll('section .table, section details').forEach(e => e.remove());
+document.querySelector('main').style.paddingBottom = 0
+"""
 
 
 def prompts(tokens: int) -> list[dict[str, Any]]:
@@ -103,9 +108,11 @@ def main() -> None:
         page = Path(folder) / "page.html"
         page.write_text(conversation_html([ask(server)], title="A tool call"), "utf-8")
         with browser(Path(folder) / "profile") as chromium:
-            chromium.show(page, width=1000, height=975)
-            chromium.point("section .band.arm-lookup", scroll=False)
-            chromium.shoot(to / "trace.png", whole=False)
+            for scheme in ("light", "dark"):
+                chromium.show(page, width=970, height=1400, dark=scheme == "dark")
+                chromium.ask(WITHOUT_TABLES)
+                chromium.point("section .band.arm-lookup", scroll=False)
+                chromium.shoot(to / f"trace-{scheme}.png", to_end_of="main", scale=1.5)
         look(server, to / "top.svg")
 
 
