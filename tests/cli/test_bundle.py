@@ -93,9 +93,7 @@ def test_files_are_those_that_the_bundle_was_made_with(
     create(parts(models), out)
     verify(resolve(Flags(), out).checksums)
     SPOILT[name](out / name)
-    with pytest.raises(
-        WhiflashError, match=f"{out / name} is (not the file that its bundle was made with|missing, though its bundle)"
-    ):
+    with pytest.raises(WhiflashError, match=f"{out / name} is (not the file|missing, though).* its bundle"):
         verify(resolve(Flags(), out).checksums)
     # What is served from elsewhere is not the bundle's.
     other = resolve(Flags(eagle_draft=str(models["eagle3"])), out).checksums
