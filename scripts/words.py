@@ -36,8 +36,9 @@ CODE_FOLDERS = ("whiflash_sglang", "kernels", "sdk", "scripts", "examples")
 
 def pages() -> list[Path]:
     """Pages that are written for users and developers."""
-    top = (ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))
-    return [*top, *sorted((ROOT / "docs").rglob("*.md"))]
+    packages = ("kernels", "sdk", "training_data", "whiflash_sglang", "examples")
+    described = [page for folder in packages for page in sorted((ROOT / folder).rglob("README.md"))]
+    return [*sorted(ROOT.glob("*.md")), *described, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def found(text: str) -> list[tuple[int, str]]:
