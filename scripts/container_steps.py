@@ -10,6 +10,9 @@ target's entry point; `--run` executes it, or another command, in the target's d
 
 What is left out of an engine's work: layers, caches, .dockerignore, and walls between processes. What is copied from
 another stage shares its files with it.
+
+If a proxy signs with its own certificate, put that into `base/usr/local/share/ca-certificates/` and add
+`--set PIP_CERT=/etc/ssl/certs/ca-certificates.crt --set SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt`.
 """
 
 import argparse
