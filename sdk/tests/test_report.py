@@ -40,10 +40,10 @@ def rows(shares: tuple[Share, ...]) -> dict[str, int]:
 
 def test_every_answer_is_in_one_row_of_each_table(report: Report) -> None:
     assert rows(report.agents) == {"planner": 2, "<b>writer</b>": 2, "no agent": 1}
-    assert rows(report.tools) == {"text alone": 3, "calculator": 2}
+    assert rows(report.tools) == {"text only": 3, "calculator": 2}
     assert [turn.name for turn in report.turns][::3] == [
         "1. planner: calculator",
-        "4. <b>writer</b>: text alone",
+        "4. <b>writer</b>: text only",
     ]
     for shares in (report.agents, report.tools, report.turns):
         for name in ("answers", "rounds", "tokens", "seconds", "saved"):

@@ -76,7 +76,7 @@ class Proxy:
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         path, said = _said(scope.get("raw_path", scope["path"].encode()).decode("latin-1"), headers)
         if path is None:
-            return await _refuse(send, 404, "the proxy passes on /v1/… and /whiflash/capabilities alone")
+            return await _refuse(send, 404, "the proxy passes on only /v1/… and /whiflash/capabilities")
         body = await _read(receive, self._longest)
         if body is None:
             return await _refuse(send, 413, f"the request is longer than {self._longest} bytes")

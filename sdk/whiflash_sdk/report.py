@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from whiflash_sdk.trace import ArmTotals, CollectedTrace, Trace
 
-NO_AGENT, NO_TOOL = "no agent", "text alone"
+NO_AGENT, NO_TOOL = "no agent", "text only"
 """Rows of answers whose request named no agent, and of those that call no tool."""
 
 

@@ -193,7 +193,7 @@ def test_a_malformed_hint_is_a_400_that_names_the_field(server: Server, route: s
 
 @pytest.mark.parametrize(
     ("key", "why"),
-    [("whiflash_tools", "is written by the server alone"), ("whiflash_inferred", "must be true")],
+    [("whiflash_tools", "is written by the server only"), ("whiflash_inferred", "must be true")],
 )
 @pytest.mark.parametrize("route", [*ROUTES, "/v1/responses", "/v1/messages"])
 def test_what_the_server_tells_its_scheduler_is_no_clients_to_write(

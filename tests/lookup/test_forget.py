@@ -36,10 +36,10 @@ def test_everybody_has_to_be_asked_for() -> None:
     [
         ({}, "give cache_salt"),
         ({"cache_salt": ""}, "give cache_salt"),
-        ({"all": True, "cache_salt": "s"}, "all: true alone"),
+        ({"all": True, "cache_salt": "s"}, "only all: true"),
         ({"agent": "a"}, "give cache_salt"),
-        ({"all": True, "agent": "a"}, "all: true alone"),
-        ({"all": True, "block": "b"}, "all: true alone"),
+        ({"all": True, "agent": "a"}, "only all: true"),
+        ({"all": True, "block": "b"}, "only all: true"),
         ({"cache_salt": "s", "agent": 7}, "'agent' must be a string"),
         ({"all": 1}, "'all' must be true or false"),
         ({"cache_salt": 7}, "'cache_salt' must be a string"),

@@ -264,6 +264,6 @@ def parse_forget(body: dict[str, object]) -> int | None:
     if bool(body.get("all")) == whose or (tenant is None and whose):
         raise ConfigError(
             "give cache_salt, extra_key or both, as the requests did, with agent or block for a part of it; "
-            "or all: true alone"
+            "or only all: true"
         )
     return None if tenant is None else handle_of(tenant, agent, block)

@@ -74,7 +74,7 @@ def _check_carrier(params: dict[object, object]) -> None:
         if key == TOOLS_KEY:
             if isinstance(value, Own):
                 continue
-            raise _carrier_error(key, "is written by the server alone; leave it out")
+            raise _carrier_error(key, "is written by the server only; leave it out")
         if key == INFERRED_KEY and value is not True:
             raise _carrier_error(key, "must be true; leave it out if the spans are the caller's own")
         values -= len(value) if isinstance(value, dict | list) else 1

@@ -33,7 +33,7 @@ def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
     ours = asks_for_ours(self.server_args)
     if ours and obj.contains_mm_input():
         raise ValueError(
-            "image_data, video_data and audio_data: WHIFLASH serves text alone, its drafters cannot read them; "
+            "image_data, video_data and audio_data: WHIFLASH serves text only, since its drafters cannot read them; "
             "leave them out, or ask a server without WHIFLASH"
         )
     original(self, obj, input_ids)

@@ -56,7 +56,7 @@ _SPELLED = re.compile(
 RANKS = "@tp"
 """In the name of an arm on several ranks, whose sums are rounded otherwise than those of one device."""
 
-_PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with this drafter alone"
+_PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"
 
 EAGLE_STEPS = 5
 """Chain length of upstream's EAGLE3, as WHIFLASH's own default."""
