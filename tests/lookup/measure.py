@@ -35,7 +35,7 @@ def measure(name: str, text: Sequence[int]) -> str:
     for token in text[-ROUNDS:]:
         began = time.perf_counter()
         proposal = copier.look(16, 0.05)
-        proposal.expected(proposal.width(16, 0.05))
+        sum(proposal.alive)
         looks.append(time.perf_counter() - began)
         began = time.perf_counter()
         copier.extend([token])
@@ -65,7 +65,7 @@ def routing(lookup: bool) -> float:
             copier.extend([token])
             proposal = copier.look(16, 0.05)
             if proposal.tokens:
-                forecast["lookup"] = Forecast(1.0 + proposal.expected(16), 1 + proposal.width(16, 0.05))
+                forecast["lookup"] = Forecast(1.0 + sum(proposal.alive), 1 + len(proposal.tokens))
         routes = controller.route([0], [forecast])
         took.append(time.perf_counter() - began)
         state = controller.states[0]

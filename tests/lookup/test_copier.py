@@ -19,7 +19,7 @@ def copier_of(*tokens: int, **options: object) -> Copier:
 
 
 def tokens_of(proposal: Proposal) -> list[int]:
-    return [copied.token for copied in proposal.tokens]
+    return list(proposal.tokens)
 
 
 def test_the_longest_match_is_copied_and_the_newest_of_equals() -> None:
@@ -29,7 +29,7 @@ def test_the_longest_match_is_copied_and_the_newest_of_equals() -> None:
 
 def test_agreement_of_the_places() -> None:
     def first(*tokens: int) -> Agreement:
-        return copier_of(*tokens).look(1, 0.0).tokens[0].agreement
+        return copier_of(*tokens).look(1, 0.0).agreements[0]
 
     assert first(1, 2, 9, 1, 2) is Agreement.ALONE
     assert first(1, 2, 9, 1, 2, 9, 1, 2) is Agreement.UNANIMOUS
@@ -40,11 +40,7 @@ def test_agreement_of_the_places() -> None:
 def test_agreement_is_judged_among_the_places_that_agreed_so_far() -> None:
     proposal = copier_of(1, 2, 9, 4, 4, 1, 2, 9, 3, 3, 1, 2, 8, 1, 2).look(3, 0.0)
     # The newest of equal places says 8; only one place does, so it is alone from there on.
-    assert [copied.agreement for copied in proposal.tokens] == [
-        Agreement.CONTESTED,
-        Agreement.ALONE,
-        Agreement.ALONE,
-    ]
+    assert proposal.agreements == [Agreement.CONTESTED, Agreement.ALONE, Agreement.ALONE]
 
 
 def test_shorter_matches_than_asked_for_are_left_alone() -> None:
@@ -127,19 +123,16 @@ def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
     st.lists(st.integers(0, 3), min_size=1, max_size=60),
     st.integers(1, 16),
     st.floats(0, 0.9),
-    st.integers(1, 20),
 )
-def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth: float, cut: int) -> None:
-    proposal = copier_of(*text).look(limit, worth)
-    assert len(proposal.tokens) == len(proposal.alive) <= limit
-    assert list(proposal.alive) == sorted(proposal.alive, reverse=True)
-    width = proposal.width(cut, worth)
-    assert width <= min(cut, limit)
-    assert (width == 0) == (not proposal.tokens)
-    assert all(chance >= worth for chance in proposal.alive[1:width])
-    assert 0 <= proposal.expected(width) < width or width == 0
-    # Beyond what was cut off by worth, nothing more would have been worth it.
-    assert len(proposal.tokens) == limit or len(copier_of(*text).look(limit, 0.0).tokens) >= width
+def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth: float) -> None:
+    proposal, whole = copier_of(*text).look(limit, worth), copier_of(*text).look(limit, 0.0)
+    width = len(proposal.tokens)
+    assert width == len(proposal.alive) == len(proposal.agreements) <= limit
+    assert list(whole.alive) == sorted(whole.alive, reverse=True)
+    assert all(chance >= worth for chance in proposal.alive[1:])
+    # What was cut off would not have been worth it.
+    assert proposal.tokens == whole.tokens[:width]
+    assert all(chance < worth for chance in whole.alive[width:])
 
 
 @settings(deadline=None, max_examples=200)
@@ -158,8 +151,8 @@ def test_any_text_beside_any_other(texts: list[list[int]], rounds: list[list[int
         own += tokens
         proposal = copier.look(4, 0.0)
         if proposal.tokens:
-            length, copied = proposal.tokens[0].length, tokens_of(proposal)
-            wanted = [*own[len(own) - length :], copied[0]]
+            length = proposal.length
+            wanted = [*own[len(own) - length :], proposal.tokens[0]]
             everything = [own, *texts]
             assert any(
                 text[at : at + length + 1] == wanted

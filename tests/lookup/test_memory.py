@@ -133,7 +133,7 @@ def test_the_two_keys_do_not_run_into_each_other() -> None:
 def propose(memory: TenantMemory, name: str, text: Sequence[int]) -> list[int]:
     copier = Copier(MatchCalibration(), shared=lambda: memory.texts(tenant(name)))
     copier.extend(text)
-    return [copied.token for copied in copier.look(8, 0.0).tokens]
+    return list(copier.look(8, 0.0).tokens)
 
 
 def test_another_tenants_text_is_never_proposed() -> None:

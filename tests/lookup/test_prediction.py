@@ -25,7 +25,7 @@ def copier_of(predicted: Sequence[int], answer: Sequence[int], prompt: Sequence[
 
 
 def copied(copier: Copier, limit: int = 5) -> list[int]:
-    return [one.token for one in copier.look(limit, 0.0).tokens]
+    return list(copier.look(limit, 0.0).tokens)
 
 
 def test_the_beginning_is_proposed_before_anything_was_written() -> None:
@@ -97,7 +97,7 @@ def test_drafts_that_lead_into_it_are_prolonged() -> None:
     copier = copier_of(TEXT, TEXT[:4])
 
     def behind(drafts: Sequence[int]) -> list[int]:
-        return [copied.token for copied in copier.look_beyond(drafts, 1.0, 3, 0.1).tokens]
+        return list(copier.look_beyond(drafts, 1.0, 3, 0.1).tokens)
 
     assert behind(TEXT[4:6]) == TEXT[6:9]
     assert behind([7, TEXT[9]]) == TEXT[10:13]

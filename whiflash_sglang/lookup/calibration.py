@@ -85,6 +85,16 @@ class MatchCalibration:
         bucket = self.bucket(length)
         return self._right[bucket][agreement] / self._seen[bucket][agreement]
 
+    def along(self, length: int, agreement: Agreement, count: int) -> list[float]:
+        """Chances of `count` tokens of a copy that goes on after a match of `length`, none above `SURE`."""
+        found: list[float] = []
+        while count > 0:
+            bucket = self.bucket(length)
+            run = count if bucket == len(BUCKETS) - 1 else min(BUCKETS[bucket + 1] - length, count)
+            found += [min(self.chance(length, agreement), SURE)] * run
+            length, count = length + run, count - run
+        return found
+
     @property
     def chances(self) -> list[float]:
         """Chance of every bucket and agreement, bucket by bucket."""

@@ -4,11 +4,14 @@ The longest match wins, the newest of equals. Counting which continuation is the
 training answers; how much the places agree shows instead how far to trust the copy (see `calibration`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import mul, neg
 from typing import NamedTuple
 
-from whiflash_sglang.lookup.calibration import SURE, Agreement, MatchCalibration, RequestCalibration
-from whiflash_sglang.lookup.index import Place, SuffixIndex
+from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, RequestCalibration
+from whiflash_sglang.lookup.index import MAX_MATCH, Place, SuffixIndex
 from whiflash_sglang.lookup.prediction import Prediction
 
 Shared = Callable[[], Iterable[SuffixIndex]]
@@ -30,33 +33,16 @@ FORM_MATCH = 6
 """Tokens that a form must match to be copied from: its text was never written so, and short matches abound."""
 
 
-class Copied(NamedTuple):
-    """One proposed token, and what its chance was judged by."""
-
-    token: int
-    length: int
-    agreement: Agreement
-
-
 class Proposal(NamedTuple):
     """tokens: what to copy. alive: for each, the chance that it and all before it are accepted; never increasing.
-    origin: what they are taken from.
+    origin: what they are taken from. length: of the match before the first. agreements: how the places judge each.
     """
 
-    tokens: Sequence[Copied] = ()
+    tokens: Sequence[int] = ()
     alive: Sequence[float] = ()
     origin: str = CONTEXT
-
-    def width(self, limit: int, worth: float) -> int:
-        """Tokens to verify: at most `limit`, each accepted with a chance of at least `worth`, the first in any case."""
-        width = min(len(self.alive), limit, 1)
-        while width < min(len(self.alive), limit) and self.alive[width] >= worth:
-            width += 1
-        return width
-
-    def expected(self, width: int) -> float:
-        """Expected accepted tokens of the first `width`, bonus token not counted."""
-        return sum(self.alive[:width])
+    length: int = 0
+    agreements: Sequence[Agreement] = ()
 
 
 class Copier:
@@ -102,11 +88,12 @@ class Copier:
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
         judge = self._calibration if self._source is None else self._judge(self._source)
-        for depth, (copied, token) in enumerate(zip(self._proposal.tokens, tokens, strict=False)):
-            right = copied.token == token
-            if depth == 0 and judge is self._calibration:
-                self._request.observe(judge.chance(copied.length, copied.agreement), right)
-            judge.observe(copied.length, copied.agreement, right)
+        said = zip(self._proposal.tokens, self._proposal.agreements, tokens, strict=False)
+        for length, (copied, agreement, token) in enumerate(said, self._proposal.length):
+            right = copied == token
+            if length == self._proposal.length and judge is self._calibration:
+                self._request.observe(judge.chance(length, agreement), right)
+            judge.observe(length, agreement, right)
             if not right:
                 break
         self._proposal = Proposal()
@@ -117,7 +104,9 @@ class Copier:
         self.text.extend(tokens)
 
     def look(self, limit: int, worth: float) -> Proposal:
-        """The copy after the text's end: up to `limit` tokens, as far as one more may be worth it."""
+        """The copy after the text's end: up to `limit` tokens, the first in any case, each of the others accepted with
+        a chance of at least `worth`.
+        """
         self._proposal = Proposal()
         found = self._find((), limit)
         if found:
@@ -134,16 +123,14 @@ class Copier:
         found = self._find(drafts, limit) if alive >= worth else []
         if not found:
             return Proposal()
-        best = _best(found)
-        proposal = self._propose(found, best, worth, alive)
-        width = sum(chance >= worth for chance in proposal.alive)
-        return Proposal(proposal.tokens[:width], proposal.alive[:width], proposal.origin)
+        proposal = self._propose(found, _best(found), worth, alive)
+        return proposal if proposal.alive[0] >= worth else Proposal()
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Found]:
         """Places that match the text's end, `drafts` behind it included, and what followed there: forms first, then
         the text's own places, newest first.
         """
-        end = [*self.text.end, *drafts] if drafts else self.text.end
+        end = [*self.text.end, *drafts][-MAX_MATCH:] if drafts else self.text.end
         forms, shared = list(self._forms()), list(self._shared())
         places = [p for form in forms for p in form.places_of(end) if p.length >= FORM_MATCH]
         places += self.text.places_of(end) if drafts else self.text.places()
@@ -151,46 +138,41 @@ class Copier:
             places += other.places_of(end)
         copied_on = self._copied_on(end, (*forms, *shared), len(drafts))
         if copied_on is not None:
-            places = [copied_on, *(place for place in places if place != copied_on)]
+            if copied_on in places:
+                places.remove(copied_on)
+            places.insert(0, copied_on)
         if self._prediction is not None:
             at = 0 if self._prediction.is_followed else len(places)
             places.insert(at, self._prediction.place_behind(drafts))
-        ahead = (
-            (place, place.continuation(limit, drafts)) for place in places if place.length >= self._min_match
-        )
-        return [(place, tokens) for place, tokens in ahead if tokens]
+        least = self._min_match
+        return [
+            (place, tokens)
+            for place in places
+            if place.length >= least and (tokens := place.text.continuation(place.source, limit, drafts))
+        ]
 
     def _copied_on(self, end: Sequence[int], shared: Iterable[SuffixIndex], drafts: int) -> Place | None:
         """The place of the last copy, moved on: a chain's newest places may have left it behind."""
         last = self._source
         # A text that was forgotten since must not be proposed.
-        if last is None or not any(last.text is text for text in (self.text, *shared)):
+        if last is None or not (last.text is self.text or any(last.text is text for text in shared)):
             return None
         return last.text.place_at(last.source + drafts, end)
 
     def _propose(self, found: Sequence[Found], best: int, worth: float, chance: float = 1.0) -> Proposal:
         """The copy from place `best`; `chance`: that everything before it is accepted."""
-        places, ahead = zip(*found, strict=True)
-        length, judge = places[best].length, self._judge(places[best])
-        following: Sequence[int] = range(len(places))
-        agreed = all(own == ahead[best] for own in ahead)
-        tokens: list[Copied] = []
-        alive: list[float] = []
-        for depth, token in enumerate(ahead[best]):
-            same = following
-            if not agreed and len(following) > 1:
-                same = [i for i in following if depth < len(ahead[i]) and ahead[i][depth] == token]
-            agreement = _agreement(places, following, same)
-            known = judge.chance(length + depth, agreement)
-            chance *= (
-                min(known, SURE) if depth or judge is not self._calibration else self._request.adjust(known)
-            )
-            if tokens and chance < worth:
-                break
-            tokens.append(Copied(token, length + depth, agreement))
-            alive.append(chance)
-            following = same
-        return Proposal(tokens, alive, self._origin(places[best]))
+        place, copy = found[best]
+        judge, length = self._judge(place), place.length
+        agreements: list[Agreement] = []
+        known: list[float] = []
+        for agreement, count in _votes(found, copy):
+            known += judge.along(length + len(known), agreement, count)
+            agreements += [agreement] * count
+        if judge is self._calibration:
+            known[0] = self._request.adjust(judge.chance(length, agreements[0]))
+        alive = list(accumulate(known, mul, initial=chance))[1:]
+        paid = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, 1, key=neg)
+        return Proposal(list(copy[:paid]), alive[:paid], self._origin(place), length, agreements[:paid])
 
     def _origin(self, place: Place) -> str:
         """The source of a copy from `place`."""
@@ -212,14 +194,33 @@ class Copier:
 
 def _best(found: Sequence[Found]) -> int:
     """The longest match, the first of equals."""
-    return max(range(len(found)), key=lambda i: found[i][0].length)
+    lengths = [place.length for place, _ in found]
+    return lengths.index(max(lengths))
 
 
-def _agreement(places: Sequence[Place], following: Sequence[int], same: Sequence[int]) -> Agreement:
-    """How the places that agreed so far, `following`, judge a token that `same` of them say."""
-    if len(following) == 1:
-        return Agreement.ALONE
-    if len(same) == len(following):
-        return Agreement.UNANIMOUS
-    otherwise = max(places[i].length for i in following if i not in same)
-    return Agreement.LEADING if max(places[i].length for i in same) > otherwise else Agreement.CONTESTED
+def _votes(found: Sequence[Found], copy: Sequence[int]) -> Iterator[tuple[Agreement, int]]:
+    """How places judge the tokens of a `copy` from one of them: for how many in a row alike.
+
+    At each token those vote that agreed with the copy so far.
+    """
+    shared = [len(copy) if ahead == copy else _shared(ahead, copy) for _, ahead in found]
+    following: Sequence[int] = range(len(found))
+    begin = 0
+    for at in sorted({own for own in shared if own < len(copy)}):
+        if at > begin:
+            yield Agreement.UNANIMOUS, at - begin
+        same = [i for i in following if shared[i] > at]
+        longest = max(found[i][0].length for i in same)
+        leads = all(found[i][0].length < longest for i in following if shared[i] == at)
+        yield Agreement.LEADING if leads else Agreement.CONTESTED, 1
+        following, begin = same, at + 1
+    if begin < len(copy):
+        yield Agreement.ALONE if len(following) == 1 else Agreement.UNANIMOUS, len(copy) - begin
+
+
+def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    for at, (own, other) in enumerate(zip(ours, theirs, strict=False)):
+        if own != other:
+            return at
+    return min(len(ours), len(theirs))

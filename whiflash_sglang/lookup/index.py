@@ -102,35 +102,40 @@ class SuffixIndex:
         end = len(self._tokens) - 1
         if end < 1:
             return []
-        return self._follow(self._two_before[end], self._one_before[end], self._tokens)
+        return self._follow(self._two_before[end], self._one_before[end], self.end)
 
     def places_of(self, suffix: Sequence[int]) -> list[Place]:
         """Occurrences of the end of another text, newest first: of two tokens or more, else of one."""
         if not suffix or not self._tokens:
             return []
+        suffix = suffix[-MAX_MATCH:]
         mask, last = len(self._one_heads) - 1, suffix[-1]
         two = self._two_heads[((suffix[-2] * _MIX >> 12) ^ last) & mask] if len(suffix) > 1 else -1
         return self._follow(two, self._one_heads[last & mask], suffix)
 
     def place_at(self, source: int, suffix: Sequence[int]) -> Place:
-        """How long a match with the end of a text the place before `source` is; 0: none, or beyond this text."""
-        text, length = self._tokens, 0
-        limit = min(source, len(suffix), MAX_MATCH) if source <= len(text) else 0
+        """How long a match with the end of a text the place before `source` is; 0: none, or beyond this text.
+
+        suffix: the text's last `MAX_MATCH` tokens at most.
+        """
+        text, length, limit = self._tokens, 0, len(suffix)
         # A match of full length takes one comparison, of arrays in C.
-        if isinstance(suffix, array) and limit and text[source - limit : source] == suffix[-limit:]:
+        if limit <= source <= len(text) and text[source - limit : source] == suffix:
             return Place(limit, source, self)
+        limit = min(source, limit) if source <= len(text) else 0
         while length < limit and text[source - 1 - length] == suffix[-1 - length]:
             length += 1
         return Place(length, source, self)
 
     def _follow(self, two: int, one: int, suffix: Sequence[int]) -> list[Place]:
         text, last = self._tokens, suffix[-1]
+        before = suffix[-2] if len(suffix) > 1 else GAP
         found: list[Place] = []
         for _ in range(MAX_STEPS):
             if two < 1 or len(found) == MAX_CANDIDATES:
                 break
             # An overlapping occurrence is allowed: a repeated unit continues itself.
-            if text[two] == last and text[two - 1] == suffix[-2]:
+            if text[two] == last and text[two - 1] == before:
                 found.append(self.place_at(two + 1, suffix))
             two = self._two_before[two]
         if found:
@@ -146,9 +151,9 @@ class SuffixIndex:
     def continuation(self, source: int, count: int, drafts: Sequence[int] = ()) -> Sequence[int]:
         """Up to `count` tokens from `source`, a growing text's `drafts` behind its end included."""
         ahead = self._tokens[source : source + count]
-        if GAP in ahead:
-            return ahead[: ahead.index(GAP)]
-        if self._growing and len(ahead) < count:
+        if not self._growing:
+            return ahead[: ahead.index(GAP)] if GAP in ahead else ahead
+        if len(ahead) < count:
             ahead.extend(drafts[: count - len(ahead)])
             period = len(ahead)
             return (ahead * (count // period + 1))[:count] if period else ahead

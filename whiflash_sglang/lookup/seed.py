@@ -27,11 +27,14 @@ def measure_seed(answers: Iterable[Answer], width: int = 16) -> tuple[tuple[floa
         copier.extend(tokens[: prompt_length + 1])
         for position in range(prompt_length + 1, len(tokens)):
             proposal = copier.look(width, worth=0.0)
-            for copied, token in zip(proposal.tokens, tokens[position : position + width], strict=False):
-                bucket = MatchCalibration.bucket(copied.length)
-                seen[bucket][copied.agreement] += 1
-                right[bucket][copied.agreement] += copied.token == token
-                if copied.token != token:
+            said = zip(
+                proposal.tokens, proposal.agreements, tokens[position : position + width], strict=False
+            )
+            for length, (copied, agreement, token) in enumerate(said, proposal.length):
+                bucket = MatchCalibration.bucket(length)
+                seen[bucket][agreement] += 1
+                right[bucket][agreement] += copied == token
+                if copied != token:
                     break
             copier.extend(tokens[position : position + 1])
     return tuple(

@@ -162,11 +162,10 @@ def replay_lookup(
         copier.extend(tokens[known - 1 : known])
         limit = min(settings.max_width, positions - position)
         proposal = copier.look(limit, WORTH)
-        width = proposal.width(limit, WORTH)
-        drafts, expected[position] = proposal.tokens[:width], proposal.expected(width)
-        proposed[position] = width
-        matched[position] = bool(drafts) and drafts[0].length >= RULE_MATCH
-        accepted[position] = agreed((draft.token for draft in drafts), tokens[known : known + len(drafts)])
+        drafts, expected[position] = proposal.tokens, sum(proposal.alive)
+        proposed[position] = len(drafts)
+        matched[position] = bool(drafts) and proposal.length >= RULE_MATCH
+        accepted[position] = agreed(drafts, tokens[known : known + len(drafts)])
     return Copied(accepted, expected, matched, proposed)
 
 

@@ -12,7 +12,7 @@ from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lab.recorded.conversation import Turn
 from whiflash_sglang.lab.recorded.peers import CACHED_REQUESTS, Bound, PromptLookup, SuffixDecoding
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration, TenantCalibration
-from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Proposal, Shared
+from whiflash_sglang.lookup.copier import OWN_TEXT_ONLY, Copier, Shared
 from whiflash_sglang.lookup.emission import Emission
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, tenant_of
@@ -52,10 +52,6 @@ def continued(held: Sequence[int], prompt: list[int]) -> list[int] | None:
     A conversation's turns share their beginning: keeping it is cheaper than reading it again.
     """
     return prompt[len(held) :] if held and prompt[: len(held)] == list(held) else None
-
-
-def _cut(proposal: Proposal, width: int) -> Copy:
-    return [copied.token for copied in proposal.tokens[:width]], proposal.alive[:width]
 
 
 class PromptLookupArm:
@@ -158,12 +154,13 @@ class LookupArm:
         """What is copied next, and the chances of it."""
         limit = min(limit, self._settings.max_width)
         proposal = self._copier.look(limit, WORTH)
-        return _cut(proposal, proposal.width(limit, WORTH))
+        return proposal.tokens, proposal.alive
 
     def look_beyond(self, drafts: Sequence[int], chance: float, limit: int) -> Copy:
         """What is copied behind drafts that are right with a chance of `chance`."""
         limit = min(limit, self._settings.max_width)
-        return _cut(self._copier.look_beyond(drafts, chance, limit, WORTH), limit)
+        proposal = self._copier.look_beyond(drafts, chance, limit, WORTH)
+        return proposal.tokens, proposal.alive
 
 
 class FormsArm(LookupArm):
@@ -248,7 +245,7 @@ class ToolsArm:
         if not self._calls.serves(0):
             return drafts
         said = self._calls.speak(0, len(self._text) - 1, lambda start: self._text[start:], FULL_LENGTH)
-        if said is None or sum(alive) >= said.outlook.length - 1:
+        if said is None or sum(alive) >= said.outlook().length - 1:
             return self._calls.extend(0, Voice(drafts, alive), limit, FULL_LENGTH).tokens[:limit]
         drafts = said.tokens[:limit]
         return [*drafts, *self._copies.look_beyond(drafts, said.alive[-1], limit - len(drafts))[0]]
