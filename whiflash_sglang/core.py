@@ -130,14 +130,18 @@ class Voice(NamedTuple):
 
     def sound(self, vocabulary: int) -> "Voice":
         """Its first tokens, as far as each is one of `vocabulary` ids and has a chance that is a number."""
+        if not self.tokens or (
+            min(self.tokens) >= 0 and max(self.tokens) < vocabulary and sum(self.alive) >= 0
+        ):
+            return self
         pairs = zip(self.tokens, self.alive, strict=True)
         bad = (i for i, (token, alive) in enumerate(pairs) if not 0 <= token < vocabulary or alive != alive)
         return self.first(next(bad, len(self.tokens)))
 
-    @property
-    def outlook(self) -> Forecast:
-        """What verifying it promises."""
-        return Forecast(1 + sum(self.alive), 1 + len(self.tokens))
+    def outlook(self, most: int | None = None) -> Forecast:
+        """What verifying it, or its first `most` tokens, promises."""
+        alive = self.alive[:most]
+        return Forecast(1 + sum(alive), 1 + len(alive))
 
 
 SILENCE = Voice()
@@ -145,10 +149,10 @@ SILENCE = Voice()
 
 def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
     """Tokens that both begin with."""
-    pairs = zip(ours, theirs, strict=False)
-    return next(
-        (number for number, (own, other) in enumerate(pairs) if own != other), min(len(ours), len(theirs))
-    )
+    for number, (own, other) in enumerate(zip(ours, theirs, strict=False)):
+        if own != other:
+            return number
+    return min(len(ours), len(theirs))
 
 
 PADDING = -(1 << 20)

@@ -68,7 +68,7 @@ class Writer:
         self.emission.follow(self.copier.text)
 
     def ahead(self, count: int = 24) -> list[int]:
-        return [copied.token for copied in self.copier.look(count, worth=0.0).tokens]
+        return list(self.copier.look(count, worth=0.0).tokens)
 
 
 def test_a_call_copies_what_it_quotes_as_it_is_quoted(vocabulary: Vocabulary) -> None:
@@ -280,7 +280,7 @@ def test_forms_are_of_the_request_s_own_prompt(vocabulary: Vocabulary) -> None:
         for token in answer:
             text.append(token)
             said = arm.speak(row, len(text) - 1, lambda start: text[start:], FULL_LENGTH)
-            found = (said or SILENCE).outlook.length
+            found = (said or SILENCE).outlook().length
         return found
 
     alone = play(2, prompts[2])

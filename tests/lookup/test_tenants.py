@@ -52,7 +52,7 @@ class Client:
         self.text += tokens
         text = self.text
         said = self.arm.speak(self.row, len(text), lambda start: text[start:], FULL_LENGTH) or SILENCE
-        self.seen.append((said.outlook.length, list(said.tokens)))
+        self.seen.append((said.outlook().length, list(said.tokens)))
 
 
 def proposals(
@@ -163,7 +163,7 @@ def test_it_learns_from_rounds_that_others_draft() -> None:
         own = arm()
         own.begin(0, RequestHints(), tenant_of(None, "a"))
         found = [
-            (own.speak(0, at, lambda start, at=at: text[start:at], FULL_LENGTH) or SILENCE).outlook  # type: ignore[misc]
+            (own.speak(0, at, lambda start, at=at: text[start:at], FULL_LENGTH) or SILENCE).outlook()  # type: ignore[misc]
             for at in range(8, 100, 2)
         ]
         assert all(1 <= look.length <= look.rows <= 1 + WIDTH for look in found)

@@ -31,7 +31,7 @@ MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")
 
 def outlook(said: Voice | None) -> float:
     """Expected acceptance length."""
-    return (said or SILENCE).outlook.length
+    return (said or SILENCE).outlook().length
 
 
 class Told:

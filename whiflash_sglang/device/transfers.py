@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 Ints = Sequence[int] | np.ndarray[Any, Any]
+Floats = Sequence[float] | np.ndarray[Any, Any]
 
 
 class Upload:
@@ -20,7 +21,7 @@ class Upload:
 
     def __init__(self) -> None:
         self._ints: list[Ints] = []
-        self._floats: list[Sequence[float]] = []
+        self._floats: list[Floats] = []
         self._then: list[tuple[int, Callable[[torch.Tensor], object]]] = []
 
     def ints(self, values: Ints) -> int:
@@ -28,7 +29,7 @@ class Upload:
         self._ints.append(values)
         return len(self._ints) - 1
 
-    def floats(self, values: Sequence[float]) -> int:
+    def floats(self, values: Floats) -> int:
         """Returns their index in the second list of `send`."""
         self._floats.append(values)
         return len(self._floats) - 1
@@ -44,7 +45,7 @@ class Upload:
         the allocator of pinned memory keeps the buffer until it is done.
         """
         # Every list begins at a multiple of 16 bytes: a kernel is compiled again for a pointer that does not.
-        lists: tuple[tuple[Sequence[Ints | Sequence[float]], int], ...] = ((self._ints, 2), (self._floats, 4))
+        lists: tuple[tuple[Sequence[Ints | Floats], int], ...] = ((self._ints, 2), (self._floats, 4))
         sizes = [[-(-len(part) // step) * step for part in parts] for parts, step in lists]
         ints, floats = (sum(part) for part in sizes)
         # Indices must be int64, and are so from the start: a conversion would be a launch.
@@ -62,7 +63,7 @@ class Upload:
         return found
 
 
-def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Sequence[float]], sizes: Sequence[int]) -> None:
+def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> None:
     """Put `parts` into `place`, `sizes` apart."""
     begin = 0
     for part, size in zip(parts, sizes, strict=True):
@@ -70,9 +71,7 @@ def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Sequence[float]], 
         begin += size
 
 
-def _firsts(
-    packed: torch.Tensor, parts: Sequence[Ints | Sequence[float]], sizes: Sequence[int]
-) -> list[torch.Tensor]:
+def _firsts(packed: torch.Tensor, parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> list[torch.Tensor]:
     """What `packed` holds of each of `parts`, whose beginnings are `sizes` apart."""
     return [own[: len(part)] for own, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]
 

@@ -1,21 +1,20 @@
 """What a drafter is to the worker."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch, History, PassInput, Voice
 from whiflash_sglang.device.capture import Recorder
-from whiflash_sglang.device.transfers import Upload
+from whiflash_sglang.device.transfers import Floats, Upload
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
-
-NumberT = TypeVar("NumberT", bound=float)
 
 
 class Drafter:
@@ -33,7 +32,7 @@ class Drafter:
         """Propose tokens. KV writes at positions >= n are provisional."""
         raise NotImplementedError
 
-    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
+    def calibration(self, row_ids: Sequence[int]) -> Floats:
         """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
         return ()
 
@@ -199,23 +198,30 @@ def widest_of(drafters: Mapping[str, Drafter]) -> int:
     return max((drafter.max_drafts for drafter in drafters.values()), default=0)
 
 
-def padding(values: Sequence[NumberT], width: int, zero: NumberT) -> list[NumberT]:
-    """`values`, and zeros behind them."""
-    return [*values, *[zero] * (width - len(values))]
+def laid(voices: Sequence[Voice], width: int) -> tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]:
+    """Voices side by side as far as `width` columns hold them: tokens [N, width] int64, how many each has, and chances
+    [N, width] float32, with zeros behind.
+    """
+    counts = [min(len(voice.tokens), width) for voice in voices]
+    tokens = np.zeros((len(voices), width), dtype=np.int64)
+    alive = np.zeros((len(voices), width), dtype=np.float32)
+    for number, (voice, count) in enumerate(zip(voices, counts, strict=True)):
+        if count:
+            tokens[number, :count] = voice.tokens[:count]
+            alive[number, :count] = voice.alive[:count]
+    return tokens, counts, alive
 
 
 def padded(voices: Sequence[Voice], device: torch.device, width: int = 0) -> Drafts:
     """Voices side by side, one a request, in `width` columns at least."""
-    counts = [len(voice.tokens) for voice in voices]
-    widest = max([width, *counts])
-
-    def laid(values: Sequence[Sequence[NumberT]], zero: NumberT) -> list[NumberT]:
-        return [value for own in values for value in padding(own, widest, zero)]
-
+    tokens, counts, alive = laid(voices, max([width, *(len(voice.tokens) for voice in voices)]))
     upload = Upload()
-    tokens_at = upload.ints(laid([voice.tokens for voice in voices], 0))
-    counts_at = upload.ints(counts)
-    alive_at = upload.floats(laid([voice.alive for voice in voices], 0.0))
+    tokens_at, counts_at = upload.ints(tokens.ravel()), upload.ints(counts)
+    alive_at = upload.floats(alive.ravel())
     ints, floats = upload.send(device)
-    size = (len(counts), widest)
-    return Drafts(ints[tokens_at].view(size), ints[counts_at], alive=floats[alive_at].view(size), passes=0)
+    return Drafts(
+        ints[tokens_at].view(tokens.shape),
+        ints[counts_at],
+        alive=floats[alive_at].view(alive.shape),
+        passes=0,
+    )

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from whiflash_kernels import Copies, Drafts
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import SILENCE, DraftBatch, History, Voice
-from whiflash_sglang.device.transfers import EXACT, HostView
+from whiflash_sglang.device.transfers import EXACT, Floats, HostView
 from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
@@ -63,11 +64,10 @@ class _Request:
             scope = self.blocks.scope
             self.copier.calibration = self.learns.of(scope.agent, scope.block)
 
-    def behind(self, drafts: Voice, copy: Proposal, width: int) -> Voice:
-        """`drafts`, and the first `width` tokens of `copy` behind them."""
+    def behind(self, drafts: Voice, copy: Proposal) -> Voice:
+        """`drafts`, and the `copy` behind them."""
         source = SCOPE if copy.origin == MEMORY and self.blocks is not None else copy.origin
-        tokens = [copied.token for copied in copy.tokens[:width]]
-        return drafts.followed_by(tokens, copy.alive[:width], source)
+        return drafts.followed_by(copy.tokens, copy.alive, source)
 
 
 class LookupArm(TextDrafter):
@@ -157,11 +157,8 @@ class LookupArm(TextDrafter):
         request.enter(written if known else written[length:])
         if emission is not None:
             emission.follow(copier.text)
-        least = worth.row or WORTH
-        longest = self.max_drafts + under_way
-        proposal = copier.look(longest, least)
-        begin = SILENCE._replace(at=len(copier.text))
-        return request.behind(begin, proposal, proposal.width(longest, least))
+        copy = copier.look(self.max_drafts + under_way, worth.row or WORTH)
+        return request.behind(SILENCE._replace(at=len(copier.text)), copy)
 
     def extends(self, row: int) -> bool:
         return self._copier(row) is not None
@@ -172,16 +169,21 @@ class LookupArm(TextDrafter):
         if copier is None or not drafts.tokens or room <= 0:
             return drafts
         copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.row or WORTH)
-        return self._requests[row].behind(drafts, copy, len(copy.tokens))
+        return self._requests[row].behind(drafts, copy)
 
-    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
+    def calibration(self, row_ids: Sequence[int]) -> Floats:
         """Where the device copies: how each request's copies begin, and its table of chances."""
         if not self.on_device:
             return ()
         copiers = [self._copier(row) for row in row_ids]
         factors = [1.0 if copier is None else copier.factor for copier in copiers]
         known = [self._unlearned if copier is None else copier.calibration for copier in copiers]
-        return [*factors, *(chance for table in known for chance in table.chances)]
+        # Many requests share a table.
+        chances = {table: np.array(table.chances, dtype=np.float32) for table in set(known)}
+        found: Floats = np.concatenate(
+            [np.array(factors, dtype=np.float32), *(chances[table] for table in known)]
+        )
+        return found
 
     def draft(self, batch: DraftBatch) -> Drafts:
         return _drafts(self._device_copies.draft(batch, batch.worth.row or WORTH))

@@ -10,13 +10,14 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from whiflash_kernels import DraftInputs
 
 from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Owners, Watermarks
 from whiflash_sglang.core import Lengths
 from whiflash_sglang.device.capture import CapturedPass, Recorder, StaticInput, doubling
-from whiflash_sglang.device.transfers import Upload
+from whiflash_sglang.device.transfers import Ints, Upload
 from whiflash_sglang.drafters.base import Drafter, with_kv
 from whiflash_sglang.round.quarantine import Quarantine
 
@@ -139,10 +140,13 @@ class DraftSync:
                 found[arm] = due
         return found
 
-    def flags(self, due: Mapping[str, Due], size: int) -> list[int]:
-        """`due` of `size` requests as the device takes it: [arms, B], 1 where an arm catches up."""
-        members = [due[arm].members if arm in due else () for arm in self.arms]
-        return [int(i in own) for own in members for i in range(size)]
+    def flags(self, due: Mapping[str, Due], size: int) -> Ints:
+        """`due` of `size` requests as the device takes it: [arms * B], 1 where an arm catches up."""
+        flags = np.zeros((len(self.arms), size), dtype=np.int64)
+        for number, arm in enumerate(self.arms):
+            if arm in due:
+                flags[number, due[arm].members] = 1
+        return flags.ravel()
 
     def catch_up(
         self, due: Mapping[str, Due], flags: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor

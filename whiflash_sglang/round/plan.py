@@ -9,6 +9,7 @@ from whiflash_kernels import HostDrafts
 
 from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.core import Voice
+from whiflash_sglang.device.transfers import Floats
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.request_state import Decision, RequestState
 from whiflash_sglang.telemetry.round_clock import RoundWork
@@ -89,4 +90,4 @@ class Decided:
     made_room: list[float]
     voices: list[dict[str, Voice]]
     worth: dict[str, Worth]
-    calibration: dict[str, list[float]]
+    calibration: dict[str, Floats]

@@ -10,8 +10,8 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.core import SILENCE, RoundBatch, Voice
 from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.device.transfers import HostView, Upload
-from whiflash_sglang.drafters.base import Drafter, padding, widest_of
+from whiflash_sglang.device.transfers import Floats, HostView, Upload
+from whiflash_sglang.drafters.base import Drafter, laid, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Decided, OnDevice, Plan
 from whiflash_sglang.round.quarantine import Quarantine
@@ -87,17 +87,14 @@ class Planner:
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
         routes, voices = self._route(requests, asked, worth)
         limits = self._limits(requests, routes)
-        joined = [
-            self._joined(requests, i, arm, limit) if limit and self.drafters[arm].judges else 0
-            for i, (arm, limit) in enumerate(zip(routes, limits, strict=True))
-        ]
+        beside = [self._beside(requests, i, *own) for i, own in enumerate(zip(routes, limits, strict=True))]
         if not self.host.exact:
             voices = [self._substitutes(requests, i, routes[i], own, worth) for i, own in enumerate(voices)]
         return Decided(
             routes,
             asked,
-            joined,
-            [self._copying(requests, i, route) for i, route in enumerate(routes)],
+            [joined for joined, _ in beside],
+            [copying for _, copying in beside],
             [self.controller.costs.room(arm) for arm in routes],
             voices,
             worth,
@@ -119,25 +116,37 @@ class Planner:
         for arm, voice in voices.items():
             if self.controller.takes(row, route, arm):
                 extend = self.controller.may_join(row)
-                found[arm] = self.voices.extended(name, arm, voice, room, worth)[0] if extend else voice
+                own = self.voices.extended(name, arm, voice, room, worth)[0] if extend else voice
+                if not self.voices.found_on_device(arm, own):
+                    found[arm] = own
         return found
 
-    def _copying(self, requests: RoundBatch, index: int, route: str) -> int:
-        """Copies at most that the device may put in the place of a request's drafts."""
-        (row, rid), budget = requests.names[index], requests.budgets[index]
-        for arm, drafter in self.voices.on_device.items():
-            serves = self.quarantine.serves(arm, rid) and drafter.serves(row)
-            if serves and self.controller.holds(row, rid) and self.controller.takes(row, route, arm):
-                return min(drafter.max_drafts, budget - 1)
-        return 0
+    def _beside(self, requests: RoundBatch, index: int, route: str, limit: int) -> tuple[int, int]:
+        """Drafts of a request at most, its own arm's and those behind them, 0 where nobody may extend them; and copies
+        at most that the device may put in their place.
+        """
+        (row, rid), budget, controller = requests.names[index], requests.budgets[index], self.controller
+        joined = copying = 0
+        serving = {
+            arm: drafter.max_drafts
+            for arm, drafter in self.voices.of_text.items()
+            if self.quarantine.serves(arm, rid) and drafter.serves(row)
+        }
+        if limit and self.drafters[route].judges and controller.may_join(row):
+            others = [most for arm, most in serving.items() if arm != route and arm in self.voices.speaking]
+            joined = min(max(*others, limit), budget - 1) if others else 0
+        for arm in self.voices.on_device:
+            if arm in serving and controller.holds(row, rid) and controller.takes(row, route, arm):
+                copying = min(serving[arm], budget - 1)
+        return joined, copying
 
-    def _calibrations(self, row_ids: Sequence[int], routes: Sequence[str]) -> dict[str, list[float]]:
+    def _calibrations(self, row_ids: Sequence[int], routes: Sequence[str]) -> dict[str, Floats]:
         """What drafts of the round are judged by, of every arm that may make some."""
         found = {}
         for arm, drafter in self.drafters.items():
             if (arm in routes or arm in self.voices.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    found[arm] = list(drafter.calibration(row_ids))
+                    found[arm] = drafter.calibration(row_ids)
         return found
 
     def _limits(self, requests: RoundBatch, routes: Sequence[str]) -> list[int]:
@@ -155,21 +164,21 @@ class Planner:
         if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
             return []
         row, rid = requests.names[index]
-        serving = [arm for arm in self.drafters if self.quarantine.serves(arm, rid)]
-        return [arm for arm in serving if self.controller.may_name(row, arm)]
+        serves, may_name = self.quarantine.serves, self.controller.may_name
+        return [arm for arm in self.drafters if serves(arm, rid) and may_name(row, arm)]
 
     def _said(
         self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
     ) -> dict[str, Voice | None]:
         """Those of `asked` that may draft: what they say, None of those that do not speak."""
         (row, rid), n = requests.names[index], requests.lengths.most[index]
-        history = partial(requests.history, index)
         found: dict[str, Voice | None] = {}
         for arm in asked:
             if arm in self.quarantine:
                 continue  # since an earlier request of the batch was asked
             drafter, voice = self.voices.of_text.get(arm), None
-            if drafter is not None:
+            if drafter is not None and drafter.serves(row):
+                history = partial(requests.history, index)
                 say = partial(drafter.speak, row, n, history, worth[arm], self.under_way(row))
                 voice = self.voices.heard(arm, rid, say)
             if (voice and voice.tokens) if arm in self.voices.speaking else self.quarantine.serves(arm, rid):
@@ -198,39 +207,18 @@ class Planner:
         for i in running:
             self.controller.states[rows[i]].begin(partial(requests.answer, i))
         if running:
-            said = [self._said(requests, i, asked[i], worth) for i in running]
-            for i, own in zip(running, said, strict=True):
-                voices[i] = {arm: voice for arm, voice in own.items() if voice}
-            found = self.controller.route(
-                [rows[i] for i in running],
-                [
-                    {
-                        arm: voice and voice.first(self.drafters[arm].max_drafts).outlook
-                        for arm, voice in own.items()
-                    }
-                    for own in said
-                ],
-            )
+            forecasts = []
+            for i in running:
+                said = self._said(requests, i, asked[i], worth)
+                voices[i] = {arm: voice for arm, voice in said.items() if voice}
+                outlooks = {arm: v.outlook(self.drafters[arm].max_drafts) for arm, v in voices[i].items()}
+                forecasts.append({arm: outlooks.get(arm) for arm in said})
+            found = self.controller.route([rows[i] for i in running], forecasts)
             for i, old, new in zip(running, before, found, strict=True):
                 routes[i] = new
                 # Before its last token a request has nothing to switch to.
                 self.clock.switches += requests.budgets[i] > 1 and old not in (None, new)
         return routes, voices
-
-    def _joined(self, requests: RoundBatch, index: int, arm: str, limit: int) -> int:
-        """Drafts of a request at most, its own arm's and those behind them; 0 where nobody may extend them."""
-        if not self.controller.may_join(requests.row_ids[index]):
-            return 0
-        row, rid = requests.names[index]
-        longest = max(
-            (
-                drafter.max_drafts
-                for other, drafter in self.voices.speaking.items()
-                if other != arm and self.quarantine.serves(other, rid) and drafter.serves(row)
-            ),
-            default=0,
-        )
-        return min(max(longest, limit), requests.budgets[index] - 1) if longest else 0
 
     def _upload(
         self,
@@ -251,13 +239,10 @@ class Planner:
         calibration_at = {arm: upload.floats(own) for arm, own in decided.calibration.items()}
         any_voice, width = not self.host.exact and any(decided.voices), self.voices.width
         if any_voice:
-            lines = [own.get(arm, SILENCE).first(width) for own in decided.voices for arm in speakers]
-            host_at = [
-                upload.ints([token for line in lines for token in padding(line.tokens, width, 0)]),
-                upload.ints([len(line.tokens) for line in lines]),
-                upload.ints([line.at for line in lines]),
-            ]
-            alive_at = upload.floats([chance for line in lines for chance in padding(line.alive, width, 0.0)])
+            lines = [own.get(arm, SILENCE) for own in decided.voices for arm in speakers]
+            tokens, counts, alive = laid(lines, width)
+            host_at = [upload.ints(own) for own in (tokens.ravel(), counts, [line.at for line in lines])]
+            alive_at = upload.floats(alive.ravel())
         ints, floats = upload.send(requests.rows.device)
         limits, joined, copying, rooms = (ints[at] for at in most_at)
         shape = len(decided.voices), len(speakers)

@@ -5,6 +5,7 @@ from functools import partial
 
 from whiflash_sglang.core import Voice, agreement
 from whiflash_sglang.drafters.base import Drafter, of_text, widest_of
+from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.costs import Worth
 
@@ -33,13 +34,19 @@ class Voices:
 
     def heard(self, arm: str, rid: str, say: Callable[[], Voice | None]) -> Voice | None:
         """What `arm` says for the request `rid`, as far as it can be drafts. None: nothing, or it raised an error."""
-        sound = None
-        with self._quarantine.guard(arm, rid):
+        try:
             said = say()
             sound = said and said.sound(self.vocabulary)
-            if said and sound and len(sound.tokens) < len(said.tokens):
-                self._quarantine.judge(arm, rid, faulty=True)
+        except Exception as error:
+            self._quarantine.raised(arm, error, rid)
+            return None
+        if said and sound and len(sound.tokens) < len(said.tokens):
+            self._quarantine.judge(arm, rid, faulty=True)
         return sound
+
+    def found_on_device(self, arm: str, voice: Voice) -> bool:
+        """Whether the device finds all of it by itself, in the text as it is by then."""
+        return arm in self.on_device and all(part.source == CONTEXT for part in voice.parts)
 
     def extended(
         self, name: tuple[int, str], first: str, drafts: Voice, room: int, worth: Mapping[str, Worth]
