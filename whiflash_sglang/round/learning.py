@@ -84,56 +84,78 @@ class Learner:
         own_strands: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
         for strand, right in strands:
             own_strands[strand.owner].append((strand, right))
-        for i, (state, decision, arm) in enumerate(
-            zip(plan.states, plan.decisions, plan.routes, strict=True)
-        ):
+        for i, state in enumerate(plan.states):
             state.under_way.pop(0)
-            if plan.limits[i]:
-                self.quarantine.judge(arm, state.rid, faulty=bool(found["faults"][i]))
-            route, own, voice = arm, found["own"][i], found["voice"][i]
-            if voice:  # of the text that its arm knew, or of the device's
-                arm, own = plan.speakers[max(voice - 1, -1)], found["widths"][i] - 1
-                self.quarantine.judge(arm, state.rid, faulty=False)
-            if not tokens[i] or not self.ranks.leads:
-                continue
-            width, row = found["widths"][i], state.row
-            if "wanted" in found:
-                costs.wanted(plan.routes[i], found["wanted"][i])
-            won = next((strand for strand, rows in own_strands[i] if rows), None)
-            right = len(tokens[i]) - 1 if won is None else min(won.fork, len(tokens[i]) - 1)
-            beside = sum(len(strand.tokens) for strand, _ in own_strands[i])
-            drafts = found["drafts"][i][: found["drafted"][i]]
-            agreed = agreement(drafts, tokens[i])
-            lengths = {arm: len(tokens[i])}
-            if (won is not None or voice) and found["drafted"][i]:
-                lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
-            evidence = self.controller.committed(
-                state, decision, arm, tokens[i], width, found["starts"][i], lengths
-            )
-            self.tally.committed(
-                state.counts,
-                arm,
-                decision.reason,
-                tokens=len(tokens[i]),
-                proposed=width - 1,
-                own=own,
-                right=right,
-                beside=beside,
-            )
-            if state.recording is not None:
-                chain = list(first_of(parts[i] if parts is not None else (), width - 1 - beside))
-                _record(state.recording, arm, len(tokens[i]), prices, *_paths(chain, own_strands[i]))
-            # A request's last round ends what drafters keep of it.
-            if evidence and route in self.drafters and self.controller.keeps(state):
-                known = min(len(drafts), len(tokens[i]))
-                with self.quarantine.guard(route, state.rid):
-                    self.drafters[route].observe(row, known, agreed, found["confidences"][i][:known])
-            if "entropy" in found:
-                state.entropy = found["entropy"][i]
-            if "outputs" in found:
-                note(state, found["outputs"][i])
+            arm, own = self._whose(plan, found, i)
+            if tokens[i] and self.ranks.leads:
+                chain = parts[i] if parts is not None else ()
+                self._learn(plan, found, i, arm, own, tokens[i], prices, chain, own_strands[i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
+
+    def _whose(self, plan: Plan, found: Mapping[str, list[Any]], i: int) -> tuple[str, int]:
+        """The arm whose drafts a request verified, and how many were its own; the quarantine hears of it."""
+        rid, arm, voice = plan.states[i].rid, plan.routes[i], found["voice"][i]
+        if plan.limits[i]:
+            self.quarantine.judge(arm, rid, faulty=bool(found["faults"][i]))
+        if not voice:
+            return arm, found["own"][i]
+        arm = plan.speakers[max(voice - 1, -1)]  # of the text that it knew, or of the device's
+        self.quarantine.judge(arm, rid, faulty=False)
+        return arm, found["widths"][i] - 1
+
+    def _learn(
+        self,
+        plan: Plan,
+        found: Mapping[str, list[Any]],
+        i: int,
+        arm: str,
+        own: int,
+        tokens: Sequence[int],
+        prices: tuple[float, float] | None,
+        chain: Sequence[Part],
+        strands: Sequence[tuple[Strand, int]],
+    ) -> None:
+        """What the i-th request's round teaches, in which `tokens` were committed.
+
+        Args:
+            arm, own: as of `_whose`. prices: `round_prices`, where they are wanted. chain: what its drafts were taken
+                from. strands: its own.
+        """
+        state, decision, route, width = plan.states[i], plan.decisions[i], plan.routes[i], found["widths"][i]
+        if "wanted" in found:
+            self.controller.costs.wanted(route, found["wanted"][i])
+        won = next((strand for strand, rows in strands if rows), None)
+        right = len(tokens) - 1 if won is None else min(won.fork, len(tokens) - 1)
+        beside = sum(len(strand.tokens) for strand, _ in strands)
+        drafts = found["drafts"][i][: found["drafted"][i]]
+        agreed = agreement(drafts, tokens)
+        lengths = {arm: len(tokens)}
+        if (won is not None or found["voice"][i]) and found["drafted"][i]:
+            lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
+        evidence = self.controller.committed(state, decision, arm, tokens, width, found["starts"][i], lengths)
+        self.tally.committed(
+            state.counts,
+            arm,
+            decision.reason,
+            tokens=len(tokens),
+            proposed=width - 1,
+            own=own,
+            right=right,
+            beside=beside,
+        )
+        if state.recording is not None:
+            chain = list(first_of(chain, width - 1 - beside))
+            _record(state.recording, arm, len(tokens), prices, *_paths(chain, strands))
+        # A request's last round ends what drafters keep of it.
+        if evidence and route in self.drafters and self.controller.keeps(state):
+            known = min(len(drafts), len(tokens))
+            with self.quarantine.guard(route, state.rid):
+                self.drafters[route].observe(state.row, known, agreed, found["confidences"][i][:known])
+        if "entropy" in found:
+            state.entropy = found["entropy"][i]
+        if "outputs" in found:
+            note(state, found["outputs"][i])
 
 
 def _paths(

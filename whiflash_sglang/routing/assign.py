@@ -151,13 +151,6 @@ class _Batch:
         return [self.arms[place] for place in choice.tolist()]
 
 
-def expected_rate(
-    scores: Sequence[Scores], routes: Sequence[str], costs: Costs, told: Sequence[Told] = ()
-) -> float:
-    """Expected tokens per second of a batch under `routes`."""
-    return _Batch.of(scores, costs, told).rate(routes)
-
-
 def _plain(names: Sequence[str]) -> list[float]:
     return [0.0 if arm == arms.NONE else -math.inf for arm in names]
 

@@ -59,10 +59,13 @@ class AcceptanceEstimator:
         self._by_context: dict[tuple[str, Context], Mean] = {}
         self._levels: dict[str, tuple[Mean, Mean]] = {}
         """Per arm, drafts that were accepted and those that the router predicted."""
+        self._shared: dict[tuple[str, Context], float] = {}
+        """What all requests' rounds say, of what was asked since the last one was seen."""
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         """A round of `arm`, decided on `signals`, committed `length` tokens."""
         weight = min(REQUEST_ROUNDS / max(signals.tried.get(arm, 1), 1), 1.0)
+        self._shared.clear()
         self._by_arm.setdefault(arm, Mean()).add(length, MEMORY, weight)
         self._by_context.setdefault((arm, context_of(signals)), Mean()).add(length, MEMORY, weight)
         if arm in signals.predicted:
@@ -81,14 +84,21 @@ class AcceptanceEstimator:
 
     def expect(self, arm: str, signals: Signals) -> float:
         """Expected acceptance length of the request's next round with `arm`."""
-        shared = self._shrunk(self._by_context.get((arm, context_of(signals))), self.usual(arm), 4.0)
-        believed, weight = shared, SHARED_WEIGHT
         if arm in signals.predicted:
             believed, weight = 1 + (signals.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
+        else:
+            believed, weight = self._believed(arm, context_of(signals)), SHARED_WEIGHT
         recent = signals.recent.get(arm)
         if recent is None:
             return believed
         return (believed * weight + recent.total) / (weight + recent.weight)
+
+    def _believed(self, arm: str, context: Context) -> float:
+        """Acceptance length of `arm` in this context."""
+        key = arm, context
+        if key not in self._shared:
+            self._shared[key] = self._shrunk(self._by_context.get(key), self.usual(arm), 4.0)
+        return self._shared[key]
 
     def _level(self, arm: str) -> float:
         """Accepted over predicted drafts: a router predicts drafts of full length, and text like its training's."""

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from whiflash_sglang.spans.hints import SpanHint
 
@@ -27,6 +28,9 @@ class Mean:
         return self.total / self.weight
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class Forecast(NamedTuple):
     """What an arm that looks before it drafts says of its next round, in every round, whoever drafts it then.
 
@@ -37,8 +41,7 @@ class Forecast(NamedTuple):
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
+class Signals(NamedTuple):
     """Per-request signals. Host-side ones may lag one round (overlap scheduling).
 
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
@@ -57,14 +60,14 @@ class Signals:
 
     allowed: frozenset[str]
     entropy: float = math.nan
-    recent: Mapping[str, Mean] = field(default_factory=dict)
-    expected: Mapping[str, Forecast] = field(default_factory=dict)
-    predicted: Mapping[str, float] = field(default_factory=dict)
+    recent: Mapping[str, Mean] = NOTHING
+    expected: Mapping[str, Forecast] = NOTHING
+    predicted: Mapping[str, float] = NOTHING
     delta: float = math.nan
     span: SpanHint | None = None
     rounds: int = 0
-    tried: Mapping[str, int] = field(default_factory=dict)
-    last: Mapping[str, int] = field(default_factory=dict)
+    tried: Mapping[str, int] = NOTHING
+    last: Mapping[str, int] = NOTHING
     previous: str | None = None
     dwell: int = 0
 
