@@ -1,6 +1,10 @@
 """draft_attention against a float64 oracle, whatever a pool holds where nobody looks."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import kernel_oracles as oracles
 import pytest
@@ -196,13 +200,76 @@ def test_the_kernel_that_targets_attend_by(
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
-@pytest.mark.parametrize("backend", ["triton"])
-@pytest.mark.parametrize("splits", [1, 2, 8, 32])
-def test_splits_do_not_show(backend: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+class TestTritonShares:
+    """Long requests are cut by the lengths that the device has; what is cut, and for whom, does not show."""
+
+    @pytest.mark.parametrize("shares", [1, 2, 8, 100])
+    @pytest.mark.parametrize("dim", [16, 320])
+    def test_do_not_show(self, shares: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        from whiflash_kernels.triton_kernels import attention as kernels
+
+        monkeypatch.setattr(kernels, "shares_for", lambda *_: shares)
+        lengths = (1, 64, 190, -4) if dim > 16 else (0, 1, 63, 64, 65, 190, -4)
+        Batch(lengths, extra=3, width=3, causal=True, dim=dim).check("triton")
+
+    @settings(max_examples=examples(40), deadline=None)
+    @given(
+        seq_lens=st.lists(st.integers(-9, 400), min_size=1, max_size=6),
+        width=st.integers(1, 9),
+        ahead=st.integers(0, 6),
+        causal=st.booleans(),
+        window=st.none() | st.integers(0, 300),
+    )
+    def test_any_lengths(
+        self, seq_lens: list[int], width: int, ahead: int, causal: bool, window: int | None
+    ) -> None:
+        Batch(tuple(seq_lens), width + ahead, width, causal, window=window, context=420).check("triton")
+
+    @pytest.mark.parametrize(("window", "shares"), [(None, 17), (1000, 4)])
+    def test_one_long_request_beside_short_ones(
+        self, window: int | None, shares: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It alone is cut, into shares of 256 of the entries that it sees, and only these leave sums."""
+        from whiflash_kernels.triton_kernels import attention as kernels
+
+        monkeypatch.setattr(kernels, "FEWEST_ENTRIES", 256)
+        with watched_merges() as merges:
+            Batch((40, 4096, 0, 63, 64, 65), 4, 4, False, kv_heads=1, window=window, context=4200).check(
+                "triton"
+            )
+        ((cut, partial),) = merges
+        assert cut == [(1, 0, shares)]
+        assert int((~partial.isnan().any(1)).sum()) == shares * 4 * 4
+
+    def test_what_is_short_is_not_cut(self) -> None:
+        with watched_merges() as merges:
+            Batch((60, 1, 0, -4, 61), 3, 3, True, context=4200).check("triton")
+        ((cut, partial),) = merges
+        assert cut == []
+        assert partial.isnan().all()
+
+
+@contextmanager
+def watched_merges() -> Iterator[list[tuple[list[tuple[int, ...]], torch.Tensor]]]:
+    """What merging launches are given: (request, its first place, its shares) of all that were cut, and the sums."""
     from whiflash_kernels.triton_kernels import attention as kernels
 
-    monkeypatch.setattr(kernels, "splits_for", lambda *_: splits)
-    Batch((1, 64, 190, -4), extra=3, width=3, causal=True).check(backend)
+    found: list[tuple[list[tuple[int, ...]], torch.Tensor]] = []
+    kernel = kernels._merge_shares_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(
+                partial: torch.Tensor, peaks: torch.Tensor, merges: torch.Tensor, *rest: Any, **options: Any
+            ) -> None:
+                count, *listed = merges.tolist()
+                found.append(([tuple(listed[3 * i : 3 * i + 3]) for i in range(count)], partial.clone()))
+                kernel[grid](partial, peaks, merges, *rest, **options)
+
+            return launch
+
+    with mock.patch.object(kernels, "_merge_shares_kernel", Watched()):
+        yield found
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -59,8 +59,9 @@ def draft_attention(
     Raises:
         ValueError: shapes that do not fit each other, or ``width`` below 1.
 
-    Grid: (B * Hkv, row tiles, splits), the splits of a request's entries merged by a second launch; both
-    graph-capturable: splits depend on the batch's shape and the context's bound alone.
+    Grid: (row tiles * Hkv, B + shares - 1). Every program counts from ``seq_lens`` into how many shares each request's
+    entries are cut, takes one, or ends; a second launch merges the shares of requests that are cut. Both are
+    graph-capturable: the grid depends on the batch's shape and the context's bound alone.
     Numerics: scores, softmax and sums in float32; for 16-bit inputs the weights are rounded to them before the
     second product, as flash attention does.
     Fallback: on a CPU the kernel that is in :func:`use`; else torch gathers K and V and runs its scaled-dot-product

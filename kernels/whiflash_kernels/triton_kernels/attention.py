@@ -1,9 +1,9 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Draft attention over paged KV: a request's few rows at once, its entries split over the chip.
+"""Draft attention over paged KV: a request's few rows at once, long requests' entries split over the chip.
 
-The query heads of a KV head are rows of one tile, so K and V are read once for all of them. A split without entries
-leaves a weight of zero behind, so the number of splits need not know the lengths.
+The query heads of a KV head are rows of one tile, so K and V are read once for all of them. The device alone knows the
+lengths: every program of the first launch counts how many shares each request's entries are cut into, and takes one.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.triton_kernels.launch import is_hopper, multiprocessors, power_of_two
+from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, multiprocessors, power_of_two
 
 ENTRIES = 64
 """Entries of one step of the loop."""
@@ -19,9 +19,11 @@ MOST_ROWS = 128
 """Rows of one tile: ``width`` times the query heads of a KV head, cut where there are more."""
 WIDE = 256
 """Dimensions of a head above which tiles of 16 rows and entries take the place of these: more would not fit."""
-MOST_SPLITS = 32
-ENTRIES_PER_SPLIT = 256
+FEWEST_ENTRIES = 64
+"""Of a share. At one request a program's steps are what is waited for, and its sums are few bytes."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
+MERGED = 4096
+"""Sums that a program merges at once."""
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _MASKED = tl.constexpr(-1e30)
@@ -35,7 +37,19 @@ def _product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["extra", "window"])
+@triton.jit
+def _shares_of(entries, shares, fewest, STEP: tl.constexpr):
+    """How many shares each of the requests' ``entries`` is cut into, at least one: ``shares - 1`` above that in all.
+
+    No share is longer than all entries over ``shares``, or ``fewest``, rounded up to whole steps; none is empty.
+    """
+    most = tl.maximum(tl.cdiv(tl.sum(entries.to(tl.int64), axis=0), shares).to(tl.int32), fewest)
+    count = tl.maximum(tl.cdiv(entries, tl.cdiv(most, STEP) * STEP), 1)
+    evenly = tl.maximum(tl.cdiv(tl.cdiv(entries, count), STEP) * STEP, STEP)
+    return tl.maximum(tl.cdiv(entries, evenly), 1)
+
+
+@triton.jit(do_not_specialize=["extra", "window", "requests", "shares", "fewest"])
 def _attend_kernel(
     q,
     k,
@@ -46,8 +60,12 @@ def _attend_kernel(
     out,
     partial,
     peaks,
+    merges,
     extra,
     window,
+    requests,
+    shares,
+    fewest,
     scale,
     q_row,
     q_head,
@@ -62,17 +80,42 @@ def _attend_kernel(
     DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    request, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    split = tl.program_id(2)
+    # Tiles come first in the grid, then heads: their programs read the same entries, or such beside them.
+    tile, kv_head = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    item = tl.program_id(1)
+    request, share, count, place = item, 0, 1, tl.full([], 0, tl.int32)
+    if LANES > 0:
+        lane = tl.arange(0, LANES)
+        entries = tl.load(seq_lens + lane, mask=lane < requests, other=0).to(tl.int32) + extra
+        if WINDOWED:
+            entries = tl.minimum(entries, WIDTH + window)
+        entries = tl.where(lane < requests, tl.maximum(entries, 0), 0)
+        counts = tl.where(lane < requests, _shares_of(entries, shares, fewest, STEP), 0)
+        ends = tl.cumsum(counts, axis=0)
+        if item >= tl.sum(counts, axis=0):
+            return
+        cut = counts > 1
+        places = tl.cumsum(tl.where(cut, counts, 0), axis=0) - counts
+        request = tl.sum((ends <= item).to(tl.int32), axis=0)
+        count = tl.sum(tl.where(lane == request, counts, 0), axis=0)
+        share = item - tl.sum(tl.where(lane == request, ends - counts, 0), axis=0)
+        place = tl.sum(tl.where(lane == request, places, 0), axis=0) + share
+        if (item == 0) & (tl.program_id(0) == 0):
+            rank = tl.cumsum(cut.to(tl.int32), axis=0) - 1
+            tl.store(merges, tl.sum(cut.to(tl.int32), axis=0))
+            tl.store(merges + 1 + 3 * rank, lane, mask=cut)
+            tl.store(merges + 2 + 3 * rank, places, mask=cut)
+            tl.store(merges + 3 + 3 * rank, counts, mask=cut)
     end = tl.load(seq_lens + request).to(tl.int32) + extra
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tile * ROWS + tl.arange(0, ROWS)
     position = end - WIDTH + row // GROUPS
     head = kv_head * GROUPS + row % GROUPS
     live = row < WIDTH * GROUPS
@@ -85,10 +128,10 @@ def _attend_kernel(
 
     lower = 0
     if WINDOWED:
-        lower = tl.maximum(end - WIDTH + tl.program_id(1) * ROWS // GROUPS - window, 0)
-    share = tl.cdiv(tl.cdiv(tl.maximum(end - lower, 0), SPLITS), STEP) * STEP
-    begin = lower + split * share
-    stop = tl.minimum(begin + share, end)
+        lower = tl.maximum(end - WIDTH + tile * ROWS // GROUPS - window, 0)
+    size = tl.cdiv(tl.cdiv(tl.maximum(end - lower, 0), count), STEP) * STEP
+    begin = lower + share * size
+    stop = tl.minimum(begin + size, end)
     slots = table + tl.load(request_slots + request).to(tl.int64) * table_row
 
     peak = tl.full([ROWS], _MASKED, tl.float32)
@@ -120,33 +163,56 @@ def _attend_kernel(
         sums = sums * fade[:, None] + added
         peak = new_peak
 
-    heads = KV_HEADS * GROUPS
-    result = packed * heads + head
-    if SPLITS == 1:
-        mean = sums / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + result[:, None] * DIM + column[None, :], mean.to(out.dtype.element_ty), mask=inside)
-    else:
-        place = result * SPLITS + split
-        tl.store(partial + place[:, None] * DIM + column[None, :], sums, mask=inside)
-        tl.store(peaks + place * 2, peak, mask=live)
-        tl.store(peaks + place * 2 + 1, total, mask=live)
+    # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill.
+    sums = sums / tl.where((count == 1) & (total > 0), total, 1.0)[:, None]
+    result = packed * (KV_HEADS * GROUPS) + head
+    whole = inside & (count == 1)
+    tl.store(out + result[:, None] * DIM + column[None, :], sums.to(out.dtype.element_ty), mask=whole)
+    if LANES > 0:
+        kept = (place.to(tl.int64) * KV_HEADS + kv_head) * (WIDTH * GROUPS) + row
+        tl.store(partial + kept[:, None] * DIM + column[None, :], sums, mask=inside & (count > 1))
+        tl.store(peaks + kept * 2, peak, mask=live & (count > 1))
+        tl.store(peaks + kept * 2 + 1, total, mask=live & (count > 1))
 
 
 @triton.jit
-def _merge_splits_kernel(
-    partial, peaks, out, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr
+def _merge_shares_kernel(
+    partial,
+    peaks,
+    merges,
+    out,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SHARES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    result = tl.program_id(0).to(tl.int64)
-    split, column = tl.arange(0, PADDED), tl.arange(0, COLUMNS)
-    place = result * SPLITS + split
-    used = split < SPLITS
-    peak = tl.load(peaks + place * 2, mask=used, other=_MASKED)
-    total = tl.load(peaks + place * 2 + 1, mask=used, other=0.0)
-    weight = tl.exp2(peak - tl.max(peak, axis=0))
-    inside = used[:, None] & (column < DIM)[None, :]
-    sums = tl.load(partial + place[:, None] * DIM + column[None, :], mask=inside, other=0.0)
-    whole = tl.sum(total * weight, axis=0)
-    mean = tl.sum(sums * weight[:, None], axis=0) / tl.where(whole > 0, whole, 1.0)
+    which = tl.program_id(1)
+    if which >= tl.load(merges):
+        return
+    request, place = tl.load(merges + 1 + 3 * which), tl.load(merges + 2 + 3 * which)
+    count = tl.load(merges + 3 + 3 * which)
+    own, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    peak, whole = tl.full([], _MASKED, tl.float32), tl.full([], 0.0, tl.float32)
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for begin in range(0, count, SHARES):
+        share = begin + tl.arange(0, SHARES)
+        there = share < count
+        kept = (place + share).to(tl.int64) * (KV_HEADS * WIDTH * GROUPS) + own
+        peaks_here = tl.load(peaks + kept * 2, mask=there, other=_MASKED)
+        totals = tl.load(peaks + kept * 2 + 1, mask=there, other=0.0)
+        inside = there[:, None] & (column < DIM)[None, :]
+        parts = tl.load(partial + kept[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(peaks_here, axis=0))
+        weights, fade = tl.exp2(peaks_here - new_peak), tl.exp2(peak - new_peak)
+        whole = whole * fade + tl.sum(totals * weights, axis=0)
+        sums = sums * fade + tl.sum(parts * weights[:, None], axis=0)
+        peak = new_peak
+    row, kv_head = own % (WIDTH * GROUPS), own // (WIDTH * GROUPS)
+    packed = (request * WIDTH + row // GROUPS).to(tl.int64)
+    result = packed * (KV_HEADS * GROUPS) + kv_head * GROUPS + row % GROUPS
+    mean = sums / tl.where(whole > 0, whole, 1.0)
     tl.store(out + result * DIM + column, mean.to(out.dtype.element_ty), mask=column < DIM)
 
 
@@ -163,10 +229,8 @@ def draft_attention(
     scale: float,
     window: int | None,
     longest: int,
-    *,
-    splits: int | None = None,
 ) -> Tensor:
-    """See `whiflash_kernels.attention.draft_attention`; ``splits``: of a request's entries, None: by size."""
+    """See `whiflash_kernels.attention.draft_attention`."""
     requests, heads, dim = request_slots.shape[0], q.shape[1], q.shape[2]
     kv_heads, groups = k.shape[1], heads // k.shape[1]
     out = torch.empty(requests * width, heads, dim, dtype=q.dtype, device=q.device)
@@ -178,15 +242,18 @@ def draft_attention(
     most_rows = MOST_ROWS if columns <= 128 else MOST_ROWS // 2  # of wider heads more would not fit
     rows = 16 if wide else max(16, power_of_two(min(width * groups, most_rows)))
     tiles = triton.cdiv(width * groups, rows)
-    if splits is None:
-        splits = splits_for(requests * kv_heads * tiles, longest, q.device)
-    partial = peaks = None
-    if splits > 1:
-        partial = torch.empty(requests * width * heads, splits, dim, dtype=torch.float32, device=q.device)
-        peaks = torch.empty(requests * width * heads, splits, 2, dtype=torch.float32, device=q.device)
+    shares = shares_for(requests, kv_heads * tiles, longest, q.device)
+    # Shares above one a request are fewer than `shares`, and so are the requests that are cut.
+    items, cut = requests + shares - 1, min(requests, shares - 1)
+    partial = peaks = merges = None
+    if cut:
+        kept = min(2 * (shares - 1), items) * width * heads
+        partial = torch.empty(kept, dim, dtype=torch.float32, device=q.device)
+        peaks = torch.empty(kept, 2, dtype=torch.float32, device=q.device)
+        merges = torch.empty(1 + 3 * cut, dtype=torch.int32, device=q.device)
     # Hopper multiplies 64 rows by four warps; of eight, four would do the same again.
     warps = 4 if rows * columns < 64 * 128 or (rows == 64 and is_hopper(q)) else 8
-    _attend_kernel[(requests * kv_heads, tiles, splits)](
+    _attend_kernel[(tiles * kv_heads, items)](
         q,
         k,
         v,
@@ -196,8 +263,12 @@ def draft_attention(
         out,
         partial,
         peaks,
+        merges,
         extra,
         window or 0,
+        requests,
+        shares,
+        FEWEST_ENTRIES,
         scale,
         q.stride(0),
         q.stride(1),
@@ -212,31 +283,38 @@ def draft_attention(
         DIM=dim,
         CAUSAL=causal,
         WINDOWED=window is not None,
-        SPLITS=splits,
+        LANES=lanes(requests) if cut else 0,
+        TILES=tiles,
         ROWS=rows,
         COLUMNS=columns,
-        STEP=16 if wide else ENTRIES,
+        # Of 128 rows, scores for 64 entries would spill.
+        STEP=16 if wide else ENTRIES // 2 if rows > 64 else ENTRIES,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,
         num_warps=warps,
         num_stages=1 if wide else 2,
     )
-    if splits > 1:
-        _merge_splits_kernel[(requests * width * heads,)](
+    if cut:
+        _merge_shares_kernel[(width * heads, cut)](
             partial,
             peaks,
+            merges,
             out,
+            WIDTH=width,
+            GROUPS=groups,
+            KV_HEADS=kv_heads,
             DIM=dim,
-            SPLITS=splits,
-            PADDED=power_of_two(splits),
+            SHARES=max(1, min(32, MERGED // columns)),
             COLUMNS=columns,
-            num_warps=4 if splits * columns > 1024 else 1,
+            num_warps=4,
         )
     return out
 
 
-def splits_for(programs: int, longest: int, device: torch.device) -> int:
-    """Splits that fill the chip, a power of two: few enough to be worth a program each where a request is longest."""
-    wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, programs)
-    most: int = min(wanted, MOST_SPLITS, triton.cdiv(longest, ENTRIES_PER_SPLIT))
-    return 1 << max(most, 1).bit_length() - 1
+def shares_for(requests: int, programs: int, longest: int, device: torch.device) -> int:
+    """Into how many shares all entries are cut, roughly, for ``programs`` each: as fill the chip, or as there can be.
+
+    It depends on sizes that the host knows, not on lengths: a captured launch keeps it.
+    """
+    fill: int = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, programs)
+    return min(fill, requests * (triton.cdiv(longest, FEWEST_ENTRIES) - 1) + 1)
