@@ -1,48 +1,126 @@
 """Compiling what a round launches between models before anybody waits for it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from whiflash_kernels.backlog import claim_backlogs, unpark
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
+from whiflash_kernels.copies import propose_copies
 from whiflash_kernels.dispatch import backend_for
-from whiflash_kernels.drafts import choose_drafts, lay_drafts
-from whiflash_kernels.structs import Drafts, HostDrafts
+from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
+from whiflash_kernels.passes import draft_inputs
+from whiflash_kernels.structs import BacklogRings, Drafts, HostDrafts
 
 
-def warm_up(
-    text: Tensor,
-    req_to_token: Tensor,
-    stops: Tensor,
-    requests: int,
-    widths: set[int],
-    voices: tuple[int, int],
-    vocabulary: int,
-) -> None:
-    """Place, choose, pack and accept drafts of batches of every size that kernels are compiled for.
+@dataclass(frozen=True)
+class Served:
+    """What kernels are compiled for.
 
     Args:
         text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,
-            positions] int32. stops: [request rows, S] int64. requests: of the largest batch. widths: drafts that arms
-            make at most. voices: of each request, and tokens of each at most, as of `HostDrafts`. vocabulary: ids that
-            the target has.
+            positions] int32. stops: [request rows, S] int64. rings: of parked features. watermarks: [drafters, request
+            rows] int64, of which row 0 may be claimed.
+        requests: of the largest batch. widths: drafts that arms make at most. voices: of each request, and tokens of
+            each at most, as of `HostDrafts`. vocabulary: ids that the target has. bins: of confidence.
+        columns: of each drafter with KV its chunks and their width, as `unpark` takes them, and whether it starts from
+            a feature. copied: most tokens of a copy and buckets of its chances, None where the device copies nothing.
+    """
+
+    text: Tensor
+    req_to_token: Tensor
+    stops: Tensor
+    rings: BacklogRings
+    watermarks: Tensor
+    requests: int
+    widths: set[int]
+    voices: tuple[int, int]
+    vocabulary: int
+    bins: int
+    columns: Sequence[tuple[Sequence[int] | None, int, bool]]
+    copied: tuple[int, int] | None
+
+
+def warm_up(served: Served) -> None:
+    """Launch what rounds launch between models, once for every size that kernels are compiled for.
 
     Waits for nothing; does nothing on a CPU, where nothing is compiled.
     """
-    if text.device.type == "cpu" or backend_for(text) != "triton":
+    if served.text.device.type == "cpu" or backend_for(served.text) != "triton":
         return
+    _of_one_request(served)
+    _of_batches(served)
+
+
+def _of_one_request(served: Served) -> None:
+    """What one program does for one request, or for a few of any number: it has one size."""
+    device, text = served.text.device, served.text
+    zeros, ones = (make(1, dtype=torch.int64, device=device) for make in (torch.zeros, torch.ones))
+    claim_backlogs(
+        served.watermarks,
+        zeros,
+        zeros,
+        torch.zeros_like(served.watermarks[:, :1], memory_format=torch.contiguous_format),
+    )
+    for chunks, width, starts in served.columns:
+        unpark(
+            served.rings,
+            zeros,
+            zeros,
+            zeros,
+            served.req_to_token,
+            rows=1,
+            chunks=chunks,
+            chunk_width=width,
+        )
+        own = chunks if starts else ()
+        for members in (None, zeros):
+            draft_inputs(served.rings, members, zeros, ones, zeros, zeros, chunks=own, chunk_width=width)
+    edges = torch.ones(served.bins - 1, dtype=torch.float32, device=device)
+    calibration = torch.ones(served.bins + 1, dtype=torch.float32, device=device)
+    for width in served.widths:
+        cut_drafts(calibration.new_ones(1, width), calibration, edges, zeros, worth=0.5)
+    if served.copied is None:
+        return
+    width, buckets = served.copied
+    boundaries = torch.ones(buckets, dtype=torch.int32, device=device)
+    chances, back = (
+        calibration.new_ones(1, buckets, 4),
+        torch.zeros_like(text[:, 0], memory_format=torch.contiguous_format),
+    )
+    for behind in (None, (zeros, chances[:, 0])):
+        propose_copies(
+            text,
+            zeros,
+            zeros,
+            back,
+            zeros,
+            calibration[:1],
+            chances,
+            boundaries,
+            width=width,
+            worth=0.5,
+            behind=behind,
+        )
+
+
+def _of_batches(served: Served) -> None:
+    """What looks at all requests: one size for a few, one for more."""
     from whiflash_kernels.triton_kernels.launch import FEWEST_LANES
 
+    text, stops, requests = served.text, served.stops, served.requests
     device, size = text.device, 1
     while True:
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
-        count, columns = voices
+        count, columns = served.voices
         silent = torch.zeros(size, count, dtype=torch.int64, device=device)
         unlikely = torch.zeros(size, count, columns, dtype=torch.float32, device=device)
         # A server whose arms do not speak has none to choose among.
         said = (None, HostDrafts(unlikely.long(), unlikely, silent, silent)) if count else (None,)
-        for width, (has_alive, has_sure) in product(sorted(widths), product((True, False), repeat=2)):
+        for width, (has_alive, has_sure) in product(sorted(served.widths), product((True, False), repeat=2)):
             chances = torch.zeros(size, width, dtype=torch.float32, device=device)
             tokens = torch.zeros(size, width, dtype=torch.int64, device=device)
             alive, sure = (chances if has else None for has in (has_alive, has_sure))
@@ -54,7 +132,7 @@ def warm_up(
                     zeros,
                     width=width,
                     confidences=width,
-                    vocabulary=vocabulary,
+                    vocabulary=served.vocabulary,
                     text=put,
                 )
             copied = own._replace(alive=chances)
@@ -71,7 +149,7 @@ def warm_up(
                     room=room,
                 )
             block = prepare_mixed_block(
-                zeros, chosen.tokens, chosen.widths, zeros, zeros, req_to_token, rows=size
+                zeros, chosen.tokens, chosen.widths, zeros, zeros, served.req_to_token, rows=size
             )
             ids = block.input_ids
             accept_and_commit(

@@ -186,6 +186,11 @@ class FeatureRows:
         return self if wanted is None else replace(self, features=wanted(self.features))
 
 
+def columns_of(wanted: FeatureSlice | None) -> tuple[tuple[int, ...] | None, int]:
+    """Chunks of a captured row and their width, as kernels take what a drafter reads; None: the whole row."""
+    return (None, 0) if wanted is None else (wanted.chunks, wanted.hidden)
+
+
 class FeatureRings:
     """Bounded per-request rings of captured features and of the tokens that follow them.
 
@@ -238,7 +243,7 @@ class FeatureRings:
             request_rows, begins, ends: [B] int64. slot_table: [rows, ctx] int32, request row and position → KV slot.
             wanted: a drafter's columns; None: all. owned: with their `owners`.
         """
-        chunks, width = (None, 0) if wanted is None else (wanted.chunks, wanted.hidden)
+        chunks, width = columns_of(wanted)
         packed = unpark(
             self.rings, request_rows, begins, ends, slot_table, rows=rows, chunks=chunks, chunk_width=width
         )
@@ -262,7 +267,7 @@ class FeatureRings:
             rows, lengths, bonus, limits: [B] int64 each, of the whole batch. wanted: the drafter's columns; None: all.
             tail: whether it reads feature n-1.
         """
-        chunks, width = (None, 0) if wanted is None else (wanted.chunks, wanted.hidden)
+        chunks, width = columns_of(wanted)
         return draft_inputs(
             self.rings,
             members,

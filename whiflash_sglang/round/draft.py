@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from whiflash_kernels import Drafts, choose_drafts, lay_drafts
-from whiflash_kernels.warm import warm_up
+from whiflash_kernels.warm import Served, warm_up
 
 from whiflash_sglang import arms
+from whiflash_sglang.cache.backlog import columns_of
 from whiflash_sglang.core import SILENCE, DraftBatch, PassInput, Proposal, RoundBatch, Strand, Voice
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
+from whiflash_sglang.drafters.length import EDGES
+from whiflash_sglang.lookup.calibration import BUCKETS
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
@@ -51,20 +54,28 @@ class DraftStage:
 
         Raises ConfigError where one cannot be captured.
         """
-        widths = {max(drafter.max_drafts, 1) for drafter in self.drafters.values()}
+        kv = with_kv(self.drafters).values()
+        copies = max((drafter.max_drafts for drafter in self.voices.on_device.values()), default=0)
         warm_up(
-            self.text,
-            self.slot_table,
-            self.stops,
-            requests,
-            widths,
-            (len(self.voices.speaking), self.voices.width),
-            self.voices.vocabulary,
+            Served(
+                self.text,
+                self.slot_table,
+                self.stops,
+                self.sync.rings.rings,
+                self.sync.watermarks.device,
+                requests,
+                widths={max(drafter.max_drafts, 1) for drafter in self.drafters.values()},
+                voices=(len(self.voices.speaking), self.voices.width),
+                vocabulary=self.voices.vocabulary,
+                bins=len(EDGES) + 1,
+                columns=[(*columns_of(drafter.features), drafter.tail_width > 0) for drafter in kv],
+                copied=(copies, len(BUCKETS)) if copies else None,
+            )
         )
         if recorder is None:
             return
         inputs = PassInput.of_padding(requests, self.sync.rings.rings.features, self.slot_table)
-        for drafter in with_kv(self.drafters).values():
+        for drafter in kv:
             drafter.capture(recorder, inputs)
         self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from whiflash_kernels.structs import BacklogRings, Unparked
-from whiflash_kernels.triton_kernels.launch import lanes, power_of_two
+from whiflash_kernels.triton_kernels.launch import FEWEST_LANES, power_of_two
 
 COLUMNS = 2048
 WARPS = 4
@@ -91,7 +91,10 @@ def park(
     )
 
 
-@triton.jit(do_not_specialize=["requests", "rows"])
+@triton.jit(
+    do_not_specialize=["requests", "rows"],
+    do_not_specialize_on_alignment=["request_slots", "begins", "ends"],
+)
 def _unpark_kernel(
     ring,
     ring_tokens,
@@ -114,18 +117,27 @@ def _unpark_kernel(
     position_stride,
     table_stride,
     CHUNKS: tl.constexpr,
-    REQUESTS: tl.constexpr,
+    LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    request = tl.arange(0, REQUESTS)
-    known = request < requests
-    lengths = tl.load(ends + request, mask=known, other=0) - tl.load(begins + request, mask=known, other=0)
-    lengths = tl.maximum(lengths, 0).to(tl.int32)
-    total = tl.sum(lengths, axis=0)
-    owner = tl.sum((tl.cumsum(lengths, axis=0) <= row).to(tl.int32), axis=0)
+    owner = 0
+    before = 0
+    total = tl.full([], 0, tl.int32)
+    # A few requests at a time: so one kernel serves any number of them.
+    for first in range(0, requests, LANES):
+        request = first + tl.arange(0, LANES)
+        known = request < requests
+        lengths = tl.load(ends + request, mask=known, other=0) - tl.load(
+            begins + request, mask=known, other=0
+        )
+        lengths = tl.maximum(lengths, 0).to(tl.int32)
+        passed = known & (total + tl.cumsum(lengths, axis=0) <= row)
+        owner += tl.sum(passed.to(tl.int32), axis=0)
+        before += tl.sum(tl.where(passed, lengths, 0), axis=0)
+        total += tl.sum(lengths, axis=0)
     used = row < total
-    inside = row - tl.sum(tl.where(request < owner, lengths, 0), axis=0)
+    inside = row - before
     position = tl.load(begins + owner, mask=used, other=0).to(tl.int64) + tl.where(used, inside, 0)
     slot = tl.load(request_slots + owner, mask=used, other=0).to(tl.int64)
     place = position % capacity
@@ -200,7 +212,7 @@ def unpark(
         rings.features.stride(1),
         req_to_token.stride(0),
         CHUNKS=tuple(chunks),
-        REQUESTS=lanes(requests),
+        LANES=FEWEST_LANES,
         COLUMNS=columns,
         num_warps=warps,
     )
