@@ -1,0 +1,144 @@
+"""Whole rounds on the phantom card: plain decoding's text, and nothing that the host waits for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from launches import kernels_taken
+from places import places_for_cards, reached
+from streams import Streams
+from tiny_server import CUDA, Target, TinyServer
+from torch.utils._python_dispatch import _disable_current_modes
+
+from whiflash_sglang.drafters.base import with_kv
+from whiflash_sglang.drafters.profile import profile_drafts
+from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.routing.costs import MeasuredCosts
+
+PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3, 4]]
+ROUNDS = 14
+
+NOT_REACHED = {
+    "whiflash_kernels/dispatch.py": 1,  # where Triton is forced on a CPU
+    "whiflash_kernels/triton_kernels/attention.py": 1,
+    "whiflash_kernels/triton_kernels/launch.py": 2,  # Triton itself
+    "whiflash_sglang/compat/forward/graphs.py": 1,
+    "whiflash_sglang/compat/forward/recurrent.py": 1,
+    "whiflash_sglang/compat/scheduler/memory.py": 2,
+    "whiflash_sglang/compat/scheduler/pricing.py": 1,
+    "whiflash_sglang/worker.py": 1,  # these six need SGLang
+}
+"""Places that ask for a card, and that no test here comes to."""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target.made(tmp_path_factory.mktemp("models"))
+
+
+def serve(target: Target, world: Streams, rounds: int = ROUNDS, *, warmed: bool = False) -> TinyServer:
+    """Requests that every arm drafts for, from their starts to their ends; what is noted of `world` is of the rounds.
+
+    warmed: with what a server does before its first request.
+    """
+    with kernels_taken(world) as launches, torch.no_grad():
+        server = TinyServer(target, world, len(PROMPTS), seed=1)
+        if warmed:
+            warm(server, world)
+        server.route_at_random()
+        for index, prompt in enumerate(PROMPTS):
+            server.prefill(index, prompt)
+        for found in (world.stalls, world.pageable):
+            found.clear()
+        for _ in range(rounds):
+            server.round()
+        server.learn()
+        for index in range(len(PROMPTS)):
+            server.finish(index)
+    print(dict(launches))
+    return server
+
+
+def warm(server: TinyServer, world: Streams) -> None:
+    """Launch every kernel without a wait, then time drafts."""
+    world.stalls.clear()
+    world.pageable.clear()
+    server.drafting.capture(None, server.size)
+    assert not world.stalls
+    assert not world.pageable
+    costs, nobodys = MeasuredCosts(lambda arm: 8), torch.zeros_like(server.table)
+    profile_drafts(with_kv(server.drafters).values(), server.sync.rings, nobodys, costs, server.host)
+
+
+def test_rounds_wait_for_nothing_and_write_what_plain_decoding_writes(target: Target, world: Streams) -> None:
+    server = serve(target, world)
+    assert not world.stalls
+    assert not world.pageable
+    assert not world.races
+    rounds = {arm: counts.rounds for arm, counts in server.learner.tally.by_arm.items()}
+    assert all(rounds[arm] for arm in ("ar", "diffusion", "lookup", "none")), rounds
+    assert sum(server.quarantine.faults.values()) == 0
+    texts = [req.output_ids for req in server.reqs]
+    with _disable_current_modes():
+        assert texts == [target.likeliest(prompt, text) for prompt, text in zip(PROMPTS, texts, strict=True)]
+    assert sum(map(len, texts)) > (ROUNDS + 1) * len(PROMPTS), "no draft was right"
+
+
+def reads(self: Any, *given: Any) -> None:
+    given[0].indptr.tolist()
+
+
+def uploads(self: Any, *given: Any) -> None:
+    torch.tensor([1], device=CUDA)
+
+
+def races(self: Any, *given: Any) -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        self._text.add_(0)
+
+
+@pytest.mark.parametrize(
+    ("planted", "seen"),
+    [(reads, "stalls"), (uploads, "pageable"), (races, "races")],
+    ids=["reads", "uploads", "races"],
+)
+def test_what_waits_or_races_in_a_round_is_seen(
+    target: Target, world: Streams, monkeypatch: pytest.MonkeyPatch, planted: Callable[..., None], seen: str
+) -> None:
+    commit = Epilogue.commit
+
+    def spoiled(self: Any, *given: Any) -> Any:
+        planted(self, *given)
+        return commit(self, *given)
+
+    monkeypatch.setattr(Epilogue, "commit", spoiled)
+    serve(target, world, rounds=2)
+    found = {name: bool(getattr(world, name)) for name in ("stalls", "pageable", "races")}
+    assert found[seen]
+
+
+def test_a_launch_refuses_a_tensor_of_the_host(
+    target: Target, world: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plan would be that was never uploaded."""
+    catch_up = DraftSync.catch_up
+
+    def without_upload(self: DraftSync, due: Any, flags: torch.Tensor, *rest: Any) -> None:
+        catch_up(self, due, torch.ones(flags.shape, dtype=torch.int64), *rest)
+
+    monkeypatch.setattr(DraftSync, "catch_up", without_upload)
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        serve(target, world)
+
+
+def test_places_that_ask_for_a_card_are_reached(target: Target, world: Streams) -> None:
+    places = places_for_cards()
+    with reached(places) as found:
+        serve(target, world, rounds=2, warmed=True)
+    print(f"{len(found)} of {len(places)} places: {sorted(found)}")
+    missed: dict[str, int] = {}
+    for path, _ in places - found:
+        missed[path] = missed.get(path, 0) + 1
+    assert missed == NOT_REACHED
