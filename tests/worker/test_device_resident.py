@@ -1,6 +1,7 @@
 """Rounds whose host reads nothing from the device: the same texts, and what the device decides by itself."""
 
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -144,8 +145,8 @@ def test_copies_are_verified_again_after_rounds_that_had_none(
     """The host makes room for what there was. Where nothing was it must still learn of what there is now."""
     running.worker.reconfigure({"router": "lookup"})
     costs = running.worker.controller.costs
-    monkeypatch.setattr(costs, "_rows", {})
-    monkeypatch.setattr(costs, "_drafts", {})
+    for means in ("_rows", "_drafts"):
+        monkeypatch.setattr(costs, means, defaultdict(getattr(costs, means).default_factory))
     for route in ("lookup", "none"):
         for _ in range(5):
             costs.widened(route, 1)

@@ -89,7 +89,10 @@ class Planner:
         limits = self._limits(requests, routes)
         beside = [self._beside(requests, i, *own) for i, own in enumerate(zip(routes, limits, strict=True))]
         if not self.host.exact:
-            voices = [self._substitutes(requests, i, routes[i], own, worth) for i, own in enumerate(voices)]
+            voices = [
+                self._substitutes(requests, i, routes[i], own, worth) if own else own
+                for i, own in enumerate(voices)
+            ]
         return Decided(
             routes,
             asked,
@@ -127,10 +130,11 @@ class Planner:
         """
         (row, rid), budget, controller = requests.names[index], requests.budgets[index], self.controller
         joined = copying = 0
+        texts = self.voices.of_text
         serving = {
-            arm: drafter.max_drafts
-            for arm, drafter in self.voices.of_text.items()
-            if self.quarantine.serves(arm, rid) and drafter.serves(row)
+            arm: texts[arm].max_drafts
+            for arm in self.quarantine.serving(list(texts), rid)
+            if texts[arm].serves(row)
         }
         if limit and self.drafters[route].judges and controller.may_join(row):
             others = [most for arm, most in serving.items() if arm != route and arm in self.voices.speaking]
@@ -164,8 +168,8 @@ class Planner:
         if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
             return []
         row, rid = requests.names[index]
-        serves, may_name = self.quarantine.serves, self.controller.may_name
-        return [arm for arm in self.drafters if serves(arm, rid) and may_name(row, arm)]
+        serving = self.quarantine.serving(list(self.drafters), rid)
+        return [arm for arm in serving if self.controller.may_name(row, arm)]
 
     def _said(
         self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
@@ -205,7 +209,9 @@ class Planner:
         voices: list[dict[str, Voice]] = [{} for _ in rows]
         self.controller.costs.set_contexts(lengths)
         for i in running:
-            self.controller.states[rows[i]].begin(partial(requests.answer, i))
+            state = self.controller.states[rows[i]]
+            if state.tracker is not None:
+                state.begin(partial(requests.answer, i))
         if running:
             forecasts = []
             for i in running:

@@ -57,6 +57,23 @@ class _Streak:
         return several or self.requests >= MANY_REQUESTS
 
 
+@dataclass(frozen=True, slots=True)
+class _Guard:
+    """`Quarantine.guard`. Every request of a round is guarded, which a generator would take a microsecond for."""
+
+    quarantine: "Quarantine"
+    arm: str
+    rid: str | None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
+        if isinstance(error, Exception):
+            self.quarantine.raised(self.arm, error, self.rid)
+        return isinstance(error, Exception)
+
+
 class Quarantine:
     """Which arms are left out, for one request or for everybody.
 
@@ -93,6 +110,13 @@ class Quarantine:
 
     def __contains__(self, arm: str) -> bool:
         return arm in self.reasons
+
+    def serving(self, arms: Sequence[str], rid: str) -> Sequence[str]:
+        """Those of `arms` that may be asked for the request `rid`."""
+        request = self._requests.get(rid)
+        if not self.reasons and (request is None or not request.without):
+            return arms
+        return [arm for arm in arms if self.serves(arm, rid)]
 
     def serves(self, arm: str, rid: str) -> bool:
         """Whether `arm` may be asked for the request `rid`."""
@@ -152,13 +176,9 @@ class Quarantine:
         else:
             self._leave_out(arm, rid, _said(error), error)
 
-    @contextmanager
-    def guard(self, arm: str, rid: str | None = None) -> Iterator[None]:
+    def guard(self, arm: str, rid: str | None = None) -> "_Guard":
         """What `arm` raises in here is `raised`."""
-        try:
-            yield
-        except Exception as error:
-            self.raised(arm, error, rid)
+        return _Guard(self, arm, rid)
 
     @contextmanager
     def guard_ingestion(self, arm: str) -> Iterator[None]:

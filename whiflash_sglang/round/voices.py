@@ -34,14 +34,12 @@ class Voices:
 
     def heard(self, arm: str, rid: str, say: Callable[[], Voice | None]) -> Voice | None:
         """What `arm` says for the request `rid`, as far as it can be drafts. None: nothing, or it raised an error."""
-        try:
+        sound = None
+        with self._quarantine.guard(arm, rid):
             said = say()
             sound = said and said.sound(self.vocabulary)
-        except Exception as error:
-            self._quarantine.raised(arm, error, rid)
-            return None
-        if said and sound and len(sound.tokens) < len(said.tokens):
-            self._quarantine.judge(arm, rid, faulty=True)
+            if said and sound and len(sound.tokens) < len(said.tokens):
+                self._quarantine.judge(arm, rid, faulty=True)
         return sound
 
     def found_on_device(self, arm: str, voice: Voice) -> bool:

@@ -8,7 +8,7 @@ it fell in; a machine that is slower for most of a few rounds is believed at onc
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,8 +61,8 @@ class WorkerCosts(ABC):
 
     def __init__(self, width: Callable[[str], int]) -> None:
         self._widest = width
-        self._rows: dict[str, Mean] = {}
-        self._drafts: dict[str, tuple[Mean, Mean]] = {}
+        self._rows: defaultdict[str, Mean] = defaultdict(Mean)
+        self._drafts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
         """Per route, drafts that there were, and their squares."""
         self._context = self._requests = 0
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
@@ -106,14 +106,13 @@ class WorkerCosts(ABC):
 
     def widened(self, arm: str, rows: int) -> None:
         """A request routed to `arm` verified `rows` rows."""
-        self._rows.setdefault(arm, Mean()).add(rows, MEMORY)
+        self._rows[arm].add(rows, MEMORY)
 
     def wanted(self, route: str, drafts: int) -> None:
         """A request routed to `route` had `drafts` drafts, its own or another arm's, before some were left out."""
-        for mean, value in zip(
-            self._drafts.setdefault(route, (Mean(), Mean())), (drafts, drafts**2), strict=True
-        ):
-            mean.add(value, DRAFTS_MEMORY)
+        mean, squares = self._drafts[route]
+        mean.add(drafts, DRAFTS_MEMORY)
+        squares.add(drafts**2, DRAFTS_MEMORY)
 
     def committed(self, tokens: int, seconds: float, gap: float = 0.0) -> None:
         """A whole round took `seconds` and committed `tokens`; the engine took `gap` seconds until the next."""

@@ -10,6 +10,7 @@ request's later rounds with an arm ever less (`REQUEST_ROUNDS`), so that one tha
 
 import math
 from bisect import bisect_right
+from collections import defaultdict
 
 from whiflash_sglang.routing.signals import Mean, Signals
 
@@ -55,8 +56,8 @@ class AcceptanceEstimator:
     """Mean acceptance length (bonus token included) per arm, per arm and context, with a weak prior."""
 
     def __init__(self) -> None:
-        self._by_arm: dict[str, Mean] = {}
-        self._by_context: dict[tuple[str, Context], Mean] = {}
+        self._by_arm: defaultdict[str, Mean] = defaultdict(Mean)
+        self._by_context: defaultdict[tuple[str, Context], Mean] = defaultdict(Mean)
         self._levels: dict[str, tuple[Mean, Mean]] = {}
         """Per arm, drafts that were accepted and those that the router predicted."""
         self._shared: dict[tuple[str, Context], float] = {}
@@ -66,8 +67,8 @@ class AcceptanceEstimator:
         """A round of `arm`, decided on `signals`, committed `length` tokens."""
         weight = min(REQUEST_ROUNDS / max(signals.tried.get(arm, 1), 1), 1.0)
         self._shared.clear()
-        self._by_arm.setdefault(arm, Mean()).add(length, MEMORY, weight)
-        self._by_context.setdefault((arm, context_of(signals)), Mean()).add(length, MEMORY, weight)
+        self._by_arm[arm].add(length, MEMORY, weight)
+        self._by_context[arm, context_of(signals)].add(length, MEMORY, weight)
         if arm in signals.predicted:
             accepted, predicted = self._levels.setdefault(arm, (Mean(), Mean()))
             accepted.add(length - 1, LEVEL_MEMORY, weight)

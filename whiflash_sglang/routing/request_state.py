@@ -1,8 +1,10 @@
 """The controller's memory of one running request. Imports neither SGLang nor CUDA."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
 from whiflash_sglang.routing.signals import Forecast, Mean, Signals
@@ -15,11 +17,10 @@ RECENT_ROUNDS = 8.0
 """Rounds after which a request's own acceptance with an arm counts for little."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The grounds on which a round of a request was decided. reason: why it was routed as it was (`Hinted`)."""
 
-    signals: Signals = field(default_factory=lambda: Signals(frozenset()))
+    signals: Signals = Signals(frozenset())
     reason: str = "score"
 
     @property
@@ -58,7 +59,9 @@ class RequestState:
     entropy: float = math.nan
     delta: float = math.nan
     predicted: dict[str, float] = field(default_factory=dict)
-    recent_by_kind: dict[str | None, dict[str, Mean]] = field(default_factory=dict)
+    recent_by_kind: defaultdict[str | None, defaultdict[str, Mean]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(Mean))
+    )
     expected: float = 1.0
     decision: Decision = field(default_factory=Decision)
     under_way: list[int] = field(default_factory=list)
@@ -141,9 +144,9 @@ class RequestState:
         """
         span = self.span
         kind = span.kind if span else None
-        recent = self.recent_by_kind.setdefault(kind, {})
+        recent = self.recent_by_kind[kind]
         for own, length in (lengths or {arm: len(tokens)}).items():
-            recent.setdefault(own, Mean()).add(length, RECENT_ROUNDS)
+            recent[own].add(length, RECENT_ROUNDS)
         if self.recording is not None:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:

@@ -79,7 +79,9 @@ class Tally:
         beside: int = 0,
     ) -> None:
         """A round of `arm` committed `tokens` of a request, whose own counts are `request` (`ArmCounts.add`)."""
-        for counts in (self.by_arm[arm], request.setdefault(arm, ArmCounts())):
+        if arm not in request:
+            request[arm] = ArmCounts()
+        for counts in (self.by_arm[arm], request[arm]):
             counts.add(tokens, proposed, own, right, beside)
         self.reasons[reason] += 1
 
