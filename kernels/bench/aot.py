@@ -387,7 +387,7 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     ids = packed.input_ids
     block.accept_and_commit(ids, ids, packed.qo_indptr, lengths, width + 1, 0, *kept)
     run_claim(requests)
-    # What all drafters claimed, of which one takes its own: an odd number of them lies at an odd place.
+    # What all drafters claimed, of which one takes its own: an odd number of them starts at an odd place.
     begins, ends = (index(2 * requests)[requests:] for _ in range(2))
     for chunks, hidden, starts in DRAFTERS:
         backlog.unpark(RINGS, slots, begins, ends, slot_table(), rng.randint(1, rows), chunks, hidden)
