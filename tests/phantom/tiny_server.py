@@ -84,6 +84,7 @@ class Target(NamedTuple):
 class UnderWay(NamedTuple):
     """A round whose results are on their way to the host."""
 
+    reqs: list[Any]
     plan: Plan
     results: Download
     copy: torch.Tensor
@@ -136,6 +137,7 @@ class TinyServer:
         )
         self.quarantine, self.under_way = held, deque[UnderWay]()
         self.reqs: list[Any] = [None] * size
+        self.ended: list[Any] = []
         self.seq_lens = torch.zeros(size, dtype=torch.int64, device=CUDA)
         self.bonus = torch.zeros(size, dtype=torch.int64, device=CUDA)
 
@@ -161,14 +163,14 @@ class TinyServer:
 
     def prefill(self, index: int, prompt: Sequence[int]) -> None:
         """A request begins: a forward over its prompt, K and V of both drafters, one upload."""
-        row, length = index + 1, len(prompt)
-        self.quarantine.begin(f"r{index}", None)
+        row, length, rid = index + 1, len(prompt), f"r{index}-{len(self.ended)}"
+        self.quarantine.begin(rid, None)
         logits, features = self._launched(lambda: self.target.forward(prompt, self.captured))
         first = logits[-1].argmax()
-        self.reqs[index] = SimpleNamespace(rid=f"r{index}", origin_input_ids=list(prompt), output_ids=[])
+        self.reqs[index] = SimpleNamespace(rid=rid, origin_input_ids=list(prompt), output_ids=[])
         for drafter in of_text(self.drafters).values():
             drafter.begin(row, RequestHints(), None, prompt=length)
-        self.controller.open(row, f"r{index}", RequestHints(), ())
+        self.controller.open(row, rid, RequestHints(), ())
         upload = Upload()
         self.tokens.begin(upload, row, prompt)
         self.stops.begin(upload, row, ())
@@ -207,29 +209,34 @@ class TinyServer:
         self.seq_lens, self.bonus = results["seq_lens"], results["bonus"]
         copy, done = results.packed.to("cpu", non_blocking=True), torch.cuda.Event()
         done.record()
-        self.under_way.append(UnderWay(plan, results, copy, done, proposal.parts))
+        self.under_way.append(UnderWay(list(self.reqs), plan, results, copy, done, proposal.parts))
         self.clock.end(plan.work(proposal.rows, sum(requests.lengths.most)))
         while len(self.under_way) > 1:
             self.learn()
 
     def learn(self) -> None:
         """The oldest round that is under way."""
-        plan, results, copy, done, parts = self.under_way.popleft()
+        reqs, plan, results, copy, done, parts = self.under_way.popleft()
         done.synchronize()
-        for req, tokens in zip(
-            self.reqs, self.learner.learn(plan, results.read(copy), parts=parts), strict=True
-        ):
+        found = results.read(copy)
+        runs = zip(reqs, self.reqs, found["tokens"], found["accept_lens"], strict=True)
+        kept = [tokens[:count] if then is now else [] for then, now, tokens, count in runs]
+        for req, tokens in zip(self.reqs, self.learner.learn(plan, found, kept, parts=parts), strict=True):
             req.output_ids += tokens
 
-    def finish(self, index: int) -> None:
-        """The request's slots may be kept by others: what is parked of it is flushed, and its row is free."""
+    def end(self, index: int, *, kept: bool) -> None:
+        """The request ends, or is aborted. Whoever keeps its slots gets what is parked of it; its row is free."""
         row, req = index + 1, self.reqs[index]
-        self.sync.leave(row, len(req.origin_input_ids) + len(req.output_ids) - 1)
-        self.sync.flush()
+        if kept:
+            self.sync.leave(row, len(req.origin_input_ids) + len(req.output_ids) - 1)
+            self.sync.flush()
+        self.sync.forget(row)
+        self.controller.forget(row)
         for drafter in of_text(self.drafters).values():
             drafter.release(row)
         self.quarantine.end(req.rid)
-        self.sync.forget(row)
+        self.reqs[index] = None
+        self.ended.append(req)
 
     def _batch(self) -> RoundBatch:
         known = [len(req.origin_input_ids) + len(req.output_ids) - 1 for req in self.reqs]

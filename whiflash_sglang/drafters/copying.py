@@ -33,7 +33,7 @@ class DeviceCopies:
     def begin(self, row: int) -> None:
         """Another request begins in `row`."""
         if self._back is not None:
-            self._back[row] = 0
+            self._back[row].fill_(0)  # assigning a number copies it, for which the host would wait
 
     def draft(self, batch: DraftBatch, worth: float) -> Copies:
         """What follows each request's text, as far as its tokens are accepted with a chance of `worth`."""
