@@ -158,13 +158,24 @@ def _table_of_cells(records: Iterable[Result]) -> Iterator[str]:
 
 
 def _table_of_parsers(records: Iterable[Result]) -> Iterator[str]:
-    """A row per parser with a case that adds up to another answer; one sentence counts all others."""
+    """A row per parser with a case that adds up to another answer: of equal steps the worst, and the other figures."""
     results = {r["cell"]: r["result"] for r in records}
     differing = {name: r for name, r in results.items() if any(r[key] for key in r if key != "cases")}
     cases = sum(result["cases"] for result in results.values())
     yield f"{len(results) - len(differing)} of {len(results)} cells differ in no case; {cases} cases in all."
     yield ""
-    yield from _table(differing)
+    yield from _table({name: _by_worst_step(result) for name, result in differing.items()})
+
+
+def _by_worst_step(result: Result) -> Result:
+    steps = [key for key in result if key.startswith("steps of ")]
+    sizes = [key.removeprefix("steps of ") for key in steps]
+    worst = {f"steps of {sizes[0]} to {sizes[-1]}, at most": max(result[key] for key in steps)}
+    return {
+        "cases": result["cases"],
+        **worst,
+        **{k: v for k, v in result.items() if k not in ("cases", *steps)},
+    }
 
 
 def _table(results: Mapping[str, Result]) -> Iterator[str]:

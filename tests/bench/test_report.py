@@ -7,6 +7,7 @@ import pytest
 
 from whiflash_sglang.equality import Verdict
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.lab.bench import pages
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, Round
 from whiflash_sglang.lab.bench.command import Outputs, judge
 from whiflash_sglang.lab.bench.pages import draw, render
@@ -310,7 +311,7 @@ def test_every_server_is_started_again_with_its_own_environment(report: Report) 
     assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2`" in page
 
 
-def test_conversations_are_reported_by_turn(report: Report) -> None:
+def test_conversations_are_reported_by_turn(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.loads[0].turns == {}, "no prompt of this fixture is beyond its first turn"
     cells = [
         Cell(load=ALONE, arm=arm, repetition=repetition, seconds=one.seconds, answers=(one,))
@@ -327,8 +328,10 @@ def test_conversations_are_reported_by_turn(report: Report) -> None:
     assert third.over_none is not None
     assert third.over_none.ratio == pytest.approx(2.4)
     assert talks["none"][3].over_none is None
-    page = render(build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns))
-    assert "| auto | 2.40; 4.00 | 2.40; 4.00 |" in page
+    by_turn = build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns)
+    assert "by turn" not in render(by_turn), "each turn has one prompt"
+    monkeypatch.setattr(pages, "FEWEST_PROMPTS", 1)
+    assert "| auto | 2.40; 4.00 | 2.40; 4.00 |" in render(by_turn)
 
 
 def test_suites_are_reported_as_papers_do(report: Report) -> None:

@@ -23,12 +23,15 @@ from whiflash_sglang.lab.bench.report import (
 )
 from whiflash_sglang.lab.statistics import Interval, Percentiles
 
+FEWEST_PROMPTS = 3
+"""Of a turn that is shown; the JSON has all turns."""
+
 
 def render(report: Report) -> str:
     """Every load: an overview of the arms, then rates by category; then rounds, differences and provenance."""
     parts = ["# Benchmark", _setting(report)]
     for load in report.loads:
-        parts += [f"## {_title(load)}", _overview(load)]
+        parts += [f"## {_title(load)}", _overview(load, report.over)]
         if load.load.is_alone:
             parts += [_by_category(load, means=bool(report.provenance.get("suites")))]
         parts += [_over(load, report.over)]
@@ -78,9 +81,9 @@ def _title(load: LoadReport) -> str:
     return f"Closed loop, concurrency {load.load.value:g}"
 
 
-def _overview(load: LoadReport) -> str:
+def _overview(load: LoadReport, over: str | None) -> str:
     """A row per arm. A column that no arm fills is left out; the JSON has more of each."""
-    header = ["arm", "tokens/s", "over none", "over faster static", "acceptance length"]
+    header = ["arm", "tokens/s", "over none", f"over `{over}`", "over faster static", "acceptance length"]
     header += ["TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", "mismatches"]
     rows = []
     for arm, groups in load.arms.items():
@@ -93,6 +96,7 @@ def _overview(load: LoadReport) -> str:
                 arm,
                 _number(figures.output_tokens_per_s),
                 _interval(ratios.none.get(OVERALL) if ratios else None),
+                _interval(ratios.over.get(OVERALL) if ratios else None),
                 _interval(ratios.static.get(OVERALL) if ratios else None),
                 f"{figures.acceptance_length:.2f}",
                 _percentiles(figures.ttft_ms, 0),
@@ -106,8 +110,10 @@ def _overview(load: LoadReport) -> str:
 
 
 def _by_category(load: LoadReport, means: bool) -> str:
-    """Speed-up and acceptance length. means: as papers do, over the sets, and no figures of all prompts together."""
-    names = [name for name in _categories(load) if not means or name not in (OVERALL, LOOPS)]
+    """Speed-up and acceptance length of each category, if there are several. means: as papers do, over the sets."""
+    names = [name for name in _categories(load) if not means or name != LOOPS]
+    if len(names) < 2:
+        return ""
     rows = []
     for arm, ratios in load.ratios.items():
         groups = load.arms[arm]
@@ -128,24 +134,23 @@ def _by_category(load: LoadReport, means: bool) -> str:
 
 def _over(load: LoadReport, over: str | None) -> str:
     compared = {arm: ratios.over for arm, ratios in load.ratios.items() if ratios.over}
-    if not compared:
-        return ""
     names = [name for name in _categories(load) if any(name in own for own in compared.values())]
+    if len(names) < 2:
+        return ""
     rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
     return f"### Output tokens per second, over `{over}`\n\n{table(('arm', *names), rows)}"
 
 
 def _turns(load: LoadReport) -> str:
-    if not load.turns:
+    """Turns with enough prompts; one such turn shows no trend."""
+    plain = next(iter(load.turns.values()), {})
+    enough = {turn: one.prompts for turn, one in plain.items() if one.prompts >= FEWEST_PROMPTS}
+    if len(enough) < 2:
         return ""
-    plain = next(iter(load.turns.values()))
     shown = {arm: figures for arm, figures in load.turns.items() if arm != NONE}
-    rows = [(arm, *(_turn(figures[turn]) for turn in plain)) for arm, figures in shown.items()]
-    header = ("arm", *(f"turn {turn} ({figures.prompts} prompts)" for turn, figures in plain.items()))
-    explained = (
-        "Output tokens per second over plain decoding, and acceptance length, by turn. Every turn has other prompts, "
-        "and few: trust the trend, not the digits."
-    )
+    rows = [(arm, *(_turn(figures[turn]) for turn in enough)) for arm, figures in shown.items()]
+    header = ("arm", *(f"turn {turn} ({prompts} prompts)" for turn, prompts in enough.items()))
+    explained = "Speed-up over plain decoding and acceptance length, by turn. Every turn has other prompts."
     return f"### Conversations by turn\n\n{explained}\n\n{table(header, rows)}"
 
 
@@ -282,7 +287,9 @@ def _assigned(environment: Mapping[str, str]) -> str:
 
 
 def _categories(load: LoadReport) -> list[str]:
-    return list(dict.fromkeys(name for groups in load.arms.values() for name in groups))
+    """All but `OVERALL`, whose figures are in the overview."""
+    names = dict.fromkeys(name for groups in load.arms.values() for name in groups)
+    return [name for name in names if name != OVERALL]
 
 
 def _interval(interval: Interval | None) -> str:
