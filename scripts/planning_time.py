@@ -2,7 +2,8 @@
 
 The planner, the learner, the policy `auto` and the copying arm of a server where the host does not wait for the device,
 over two drafters that draft nothing: no model runs, and SGLang is not imported. Every request copies from a text of its
-own, which grows by two tokens a round. Printed is the least of many rounds, in milliseconds of one process.
+own, which grows by two tokens a round; what the device would copy is known. Printed is the least of many rounds, in
+milliseconds of one process.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text
 from whiflash_sglang.drafters.length import Chances
 from whiflash_sglang.drafters.lookup import LookupArm
+from whiflash_sglang.lookup.calibration import Agreement
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
@@ -32,7 +34,7 @@ from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock, RoundWork
 from whiflash_sglang.telemetry.tally import Tally
 
-VOCABULARY, PROMPT, CONTEXT, NEW = 1000, 64, 8192, 2
+VOCABULARY, PROMPT, CONTEXT, NEW, COPIED = 1000, 64, 8192, 2, 24
 ROWS = tuple(range(1, 4097, 8))
 
 
@@ -57,7 +59,7 @@ class Batch:
     """So many requests that never end."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        host, self.random, self.size = HostView(exact=False), random.Random(seed), size
+        host, self.random, self.size = HostView(exact=False, late=True), random.Random(seed), size
         self.drafters: dict[str, Drafter] = {
             arms.AR: Silent(arms.AR, 5),
             arms.DIFFUSION: Silent(arms.DIFFUSION, 15),
@@ -113,7 +115,10 @@ class Batch:
         """The results of such a round: three drafts each, one of them right."""
         many, texts = self.size, [req.origin_input_ids for req in self.requests]
         numbers = [len(req.output_ids) for req in self.requests]
-        new = [[text[(at + i) % PROMPT] for i in range(NEW)] for text, at in zip(texts, numbers, strict=True)]
+        copies = [
+            [text[(at + i) % PROMPT] for i in range(COPIED)] for text, at in zip(texts, numbers, strict=True)
+        ]
+        new = [copy[:NEW] for copy in copies]
         return {
             "starts": lengths,
             "widths": [4] * many,
@@ -127,6 +132,11 @@ class Batch:
             "faults": [0] * many,
             "wanted": [3] * many,
             "entropy": [0.4] * many,
+            "copies": copies,
+            "copied": [COPIED] * many,
+            "copy_alive": [[0.9**depth for depth in range(1, COPIED + 1)]] * many,
+            "copy_matched": [32] * many,
+            "copy_agreements": [[Agreement.UNANIMOUS] * COPIED] * many,
         }
 
 

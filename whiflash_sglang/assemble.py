@@ -53,7 +53,7 @@ from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.verify import VerifyStage
 
 
-def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> dict[str, Drafter]:
+def build_drafters(settings: Settings, target: Target, ranks: Ranks, host: HostView) -> dict[str, Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
 
     What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars,
@@ -93,7 +93,6 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks) -> dict[str
         # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
         models[arms.DIFFUSION].embedding_scale = target.embedding_scale
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
-    host = HostView.of(target.device)
     words = vocabulary_of(target.tokenizer) if target.tokenizer is not None else None
     if settings.structure.enabled and words is not None:
         drafters.append(StructureArm(settings.structure, words))

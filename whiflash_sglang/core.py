@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, PassRows, pass_rows
+from whiflash_kernels import Chosen, Committed, Copies, Drafts, MixedBlock, PassRows, pass_rows
 
 from whiflash_sglang.device.capture import StaticInput
 from whiflash_sglang.device.transfers import EXACT, HostView, Upload
@@ -248,7 +248,7 @@ class Proposal:
     not they are verified. rows: of the verification; stride: of its widest request. Both are what the widths come to
     where the host may know them, else bounds, and the requests competed for rows (`bounded`). parts: of each request
     what its drafts were taken from, where the host knows. strands: further chains of requests; `rows` and `stride`
-    count them.
+    count them. copies: that the device made of every request's text, whether or not they are verified.
     """
 
     chosen: Chosen
@@ -258,6 +258,7 @@ class Proposal:
     bounded: bool = False
     parts: Sequence[Sequence[Part]] | None = None
     strands: Sequence[Strand] = ()
+    copies: Copies | None = None
 
     @classmethod
     def of_nothing(cls, rows: torch.Tensor) -> "Proposal":

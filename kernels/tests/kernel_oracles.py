@@ -172,7 +172,7 @@ def draft_attention(q, k, v, table, request_slots, ends, width, causal, scale, w
 def propose_copy(
     text, source, limit, alive, factor, chances, boundaries, width, worth, min_match, keep_first
 ):
-    """One request, token by token: (tokens, chances, place, match length)."""
+    """One request, token by token: (tokens, chances, agreements, place, match length)."""
 
     def match(place: int) -> int:
         m = 0
@@ -186,10 +186,10 @@ def propose_copy(
         places = [source, *(p for p in places if p != source)]
     places = [p for p in places if lengths[p] >= max(min_match, 1)]
     if not places:
-        return [], [], 0, 0
+        return [], [], [], 0, 0
     best = max(places, key=lambda p: lengths[p])
     said = {p: [(text[p:] * width)[d] for d in range(width)] for p in places}
-    following, tokens, lives, chance = places, [], [], alive
+    following, tokens, lives, agreements, chance = places, [], [], [], alive
     for depth in range(min(width, limit)):
         token = said[best][depth]
         same = [p for p in following if said[p][depth] == token]
@@ -206,8 +206,9 @@ def propose_copy(
             break
         tokens.append(token)
         lives.append(chance)
+        agreements.append(agreement)
         following = same
-    return tokens, lives, best, lengths[best]
+    return tokens, lives, agreements, best, lengths[best]
 
 
 def claim(watermarks, slots, seq_lens, due):

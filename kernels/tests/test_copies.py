@@ -73,12 +73,13 @@ def check(
     for b, text in enumerate(texts):
         before = 1.0 if drafts is None else alive[b, max(counts[b] - 1, 0)].item()
         judged = (before, factors[b].item(), chances[b].tolist(), BOUNDARIES)
-        tokens, lives, place, length = oracles.propose_copy(
+        tokens, lives, agreements, place, length = oracles.propose_copy(
             text, sources[b], left[b], *judged, width, worth, min_match, drafts is None
         )
         found = copies.widths[b].item()
         assert copies.tokens[b].tolist() == tokens + [0] * (width - found)
         assert copies.alive[b].tolist() == pytest.approx(lives + [0.0] * (width - found), abs=1e-5)
+        assert copies.agreements[b].tolist() == agreements + [0] * (width - found)
         assert (copies.sources[b].item(), copies.matched[b].item()) == (place, length)
         if drafts is None and length:
             expected_back[slots[b]] = len(text) - place

@@ -124,6 +124,8 @@ class Copies(NamedTuple):
     """[B] int64: the place copied from, 0 where nothing matches."""
     matched: Tensor
     """[B] int64: tokens before the place that match the text's end, at most 32."""
+    agreements: Tensor
+    """[B, width] int32: how the places judge each token; 0 past ``widths``."""
 
 
 class Drafts(NamedTuple):

@@ -6,6 +6,9 @@ import pytest
 from loaded_scripts import load_script
 
 from whiflash_sglang import arms
+from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
+from whiflash_sglang.lookup.memory import TenantMemory
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import Planner
 from whiflash_sglang.spans.hints import RequestHints
@@ -34,8 +37,47 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Plan]) -> None:
         assert all(plan.copying)
         assert not any(plan.voices)
         assert plan.on_device.from_host is None
-        # The host looks all the same, to know whether a draft is worth its time.
-        assert all(decision.signals.expected[arms.LOOKUP].length > 1 for decision in plan.decisions)
+    assert batch.drafters[arms.LOOKUP].host_bytes()["index"] == 0, "no text is indexed on the host"
+
+
+def test_what_the_device_copied_promises_and_teaches(plans: list[Plan]) -> None:
+    batch = load_script("planning_time").Batch(2)
+    copies = batch.drafters[arms.LOOKUP]
+    before = copies.calibration([1, 2])
+    for _ in range(2):
+        batch.round()
+    first, second = ([own.signals.expected for own in plan.decisions] for plan in plans)
+    assert first == [{}, {}], "nothing was copied yet"
+    alive = [0.9**depth for depth in range(1, 25)]
+    assert [own[arms.LOOKUP] for own in second] == [(pytest.approx(1 + sum(alive)), 25)] * 2
+    after = copies.calibration([1, 2])
+    changed = [place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    unanimous, tables = 4 * (len(BUCKETS) - 1) + Agreement.UNANIMOUS, (2, 2 + 4 * len(BUCKETS))
+    assert changed == [0, 1, *(table + unanimous for table in tables)], (
+        "the factors, and one cell of each table"
+    )
+    assert all(after[place] > before[place] for place in changed)
+
+
+def test_where_the_whole_text_is_known_the_host_looks(
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script("planning_time")
+    monkeypatch.setattr(script, "HostView", lambda **_: HostView(exact=False))
+    batch = script.Batch(1)
+    batch.round()
+    assert batch.drafters[arms.LOOKUP].host_bytes()["index"] > 0
+    assert plans[0].decisions[0].signals.expected[arms.LOOKUP].length > 1
+
+
+def test_where_texts_may_be_shared_the_host_looks(plans: list[Plan]) -> None:
+    batch = load_script("planning_time").Batch(1)
+    copies = batch.drafters[arms.LOOKUP]
+    copies.memory = TenantMemory(1 << 20, 60.0)
+    copies.begin(1, RequestHints(), b"salt")
+    batch.round()
+    assert copies.host_bytes()["index"] > 0
+    assert plans[0].decisions[0].signals.expected[arms.LOOKUP].length > 1
 
 
 def test_what_the_device_cannot_find_is_sent(plans: list[Plan]) -> None:

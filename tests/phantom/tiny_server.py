@@ -97,7 +97,7 @@ class TinyServer:
 
     def __init__(self, target: Target, world: Streams, size: int, seed: int) -> None:
         self.target, self.world, self.size, self.random = target, world, size, random.Random(seed)
-        self.host, rows = HostView.of(CUDA), size + 1
+        self.host, rows = HostView.of(CUDA, late=True), size + 1
         self.drafters, self.captured = _drafters(target, size * CONTEXT + 1)
         held = Quarantine(self.drafters, from_text=of_text(self.drafters))
         width = len(self.captured) * target.model.hidden_size
@@ -311,4 +311,4 @@ def _drafters(target: Target, slots: int) -> tuple[dict[str, Drafter], tuple[int
     with_kv = (Eagle3Arm(chain, captured, own[0], 5, 1024), DFlashArm(block, captured, own[1], 8, 1024))
     for arm in with_kv:
         arm.allocate(slots)
-    return {arm.arm: arm for arm in (*with_kv, LookupArm(Lookup(), HostView.of(CUDA)))}, captured
+    return {arm.arm: arm for arm in (*with_kv, LookupArm(Lookup(), HostView.of(CUDA, late=True)))}, captured

@@ -121,7 +121,7 @@ def test_requests_go_on_without_it(
         e.worker.publish_to(gauges)
         for name, (arm, method, made) in FAULTS.items():
             if resident and method == "extend":
-                method, made = "draft_behind", fails  # the device copies
+                method, made = "copy", fails  # the device copies
             elif resident and method != "draft":
                 continue  # the same calls on the host
             before = dict(e.worker.quarantine.faults)
@@ -448,7 +448,7 @@ def test_the_rest_of_a_batch_is_not_asked() -> None:
     )
     for index, rid in enumerate(rids):
         held.begin(rid, rid)
-        assert planner._said(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == {}
+        assert planner._said(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == ({}, {})
     assert asked == [*range(SEVERAL_REQUESTS)]
 
 

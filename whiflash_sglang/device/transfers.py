@@ -136,16 +136,18 @@ class HostView:
     """Whether the host may read the device's values at any time.
 
     exact: reading costs nothing (a CPU), so everything has the size that it needs. Where it is not, reading would wait
-    for the device: sizes are bounds that the host knows, and what runs is padded to them.
+    for the device: sizes are bounds that the host knows, and what runs is padded to them. late: a round is planned
+    before the results of the last one are known.
     """
 
     exact: bool
+    late: bool = False
 
     @classmethod
-    def of(cls, device: torch.device) -> "HostView":
+    def of(cls, device: torch.device, *, late: bool = False) -> "HostView":
         """As `device` allows. `WHIFLASH_DEVICE_RESIDENT=1` treats a CPU as if it were one that must not be read."""
         resident = os.environ.get("WHIFLASH_DEVICE_RESIDENT") == "1"
-        return cls(device.type == "cpu" and not resident)
+        return cls(device.type == "cpu" and not resident, late)
 
 
 EXACT = HostView(exact=True)

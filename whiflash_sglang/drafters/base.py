@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from whiflash_kernels import Drafts
+from whiflash_kernels import Copies, Drafts
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch, History, PassInput, Voice
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.device.transfers import Floats, Upload
+from whiflash_sglang.lookup.copier import Proposal
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
 
@@ -93,7 +95,7 @@ class TextDrafter(Drafter):
 
     speaks: whether it drafts by `speak`, before the round is planned and at no pass of a model; else `draft` is asked.
     forbids: whether it drops of another arm's drafts what may not follow. on_device: whether the device drafts for it
-    too, for all requests, where the host knows texts a round late: by `draft` and `draft_behind`.
+    too, for all requests, where the host knows texts a round late: by `copy`.
     """
 
     speaks: bool = True
@@ -157,13 +159,22 @@ class TextDrafter(Drafter):
         """
         return drafts
 
-    def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor) -> Drafts:
-        """Drafts that follow those of every request, which come after its text; called if it drafts `on_device`.
+    def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Copies:
+        """Copies that follow every request's text, or the `drafts` after it; called if it drafts `on_device`.
 
-        Args:
-            caps: [B] int64, tokens at most, all together.
+        `batch.caps` are tokens at most, `drafts` among them.
         """
         raise NotImplementedError
+
+    def promised(self, row: int) -> Forecast | None:
+        """What the device's newest known copy for the request in `row` promised: then it need not speak.
+
+        None: it must, since it knows the whole text, or texts that the device does not copy from.
+        """
+        return None
+
+    def copied(self, row: int, copy: Proposal, committed: Sequence[int]) -> None:
+        """The device made this `copy` for the request in `row`, and its round committed these tokens."""
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """The request in `row` ended with `output`; `release` follows."""

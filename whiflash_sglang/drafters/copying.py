@@ -35,34 +35,26 @@ class DeviceCopies:
         if self._back is not None:
             self._back[row].fill_(0)  # assigning a number copies it, for which the host would wait
 
-    def draft(self, batch: DraftBatch, worth: float) -> Copies:
-        """What follows each request's text, as far as its tokens are accepted with a chance of `worth`."""
-        return self._propose(batch, batch.caps, worth, None)
-
-    def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor, worth: float) -> Copies:
-        """Copies that follow each request's drafts, which come after its text already."""
-        assert drafts.alive is not None
-        return self._propose(batch, caps, worth, (drafts.counts, drafts.alive))
-
-    def _propose(
-        self,
-        batch: DraftBatch,
-        limits: torch.Tensor,
-        worth: float,
-        behind: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> Copies:
+    def propose(self, batch: DraftBatch, worth: float, drafts: Drafts | None = None) -> Copies:
+        """Copies that follow each request's text, or its drafts after it, as far as tokens are accepted with a chance
+        of `worth`.
+        """
+        behind = None
+        if drafts is not None:
+            assert drafts.alive is not None
+            behind = drafts.counts, drafts.alive
         assert batch.text is not None
         if self._back is None or self._buckets is None:
             with torch.inference_mode(False):  # else it could not be written outside of it
-                self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=limits.device)
-                self._buckets = sent(BUCKETS, limits.device).to(torch.int32)
+                self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=batch.caps.device)
+                self._buckets = sent(BUCKETS, batch.caps.device).to(torch.int32)
         size = len(batch)
         return propose_copies(
             batch.text,
             batch.rows,
             batch.starts,
             self._back,
-            limits,
+            batch.caps,
             batch.calibration[:size],
             batch.calibration[size:].view(size, len(BUCKETS), len(Agreement)),
             self._buckets,

@@ -6,12 +6,11 @@ batch when one of them is chosen again.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from whiflash_kernels import Copies, Drafts
 
 from whiflash_sglang import arms
@@ -20,7 +19,13 @@ from whiflash_sglang.core import SILENCE, DraftBatch, History, Voice
 from whiflash_sglang.device.transfers import EXACT, Floats, HostView
 from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.drafters.copying import DeviceCopies
-from whiflash_sglang.lookup.calibration import EVEN_ODDS, Calibrations, TenantCalibration
+from whiflash_sglang.lookup.calibration import (
+    EVEN_ODDS,
+    Calibrations,
+    MatchCalibration,
+    RequestCalibration,
+    TenantCalibration,
+)
 from whiflash_sglang.lookup.copier import MEMORY, OWN_TEXT_ONLY, Copier, Proposal
 from whiflash_sglang.lookup.emission import Emission, has_forms
 from whiflash_sglang.lookup.index import SuffixIndex
@@ -28,6 +33,7 @@ from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar
@@ -40,13 +46,17 @@ SCOPE = "scope"
 """What is copied from a tenant's memory by a request that says which agent asks, or which blocks it writes."""
 
 
+NOTHING_COPIED = Forecast(1.0, 1)
+
+
 @dataclass(slots=True)
 class _Request:
     """What is kept of one.
 
     learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. blocks: that it
     writes, if it names them. prediction: what its caller expects back. emission: its prompt as it would be written.
-    copier: made when it is looked at first.
+    alone: whether it may copy from its own text only, and nothing is known of what it writes. copier: made when it is
+    looked at first. copies: how well it does. promised: by the device's newest known copy for it.
     """
 
     learns: TenantCalibration
@@ -54,7 +64,15 @@ class _Request:
     blocks: Blocks | None = None
     prediction: Prediction | None = None
     emission: Emission | None = None
+    alone: bool = False
     copier: Copier | None = None
+    copies: RequestCalibration = field(default_factory=RequestCalibration)
+    promised: Forecast = NOTHING_COPIED
+
+    @property
+    def calibration(self) -> MatchCalibration:
+        """By which its next copy is judged."""
+        return self.learns if self.copier is None else self.copier.calibration
 
     def enter(self, written: Sequence[int]) -> None:
         """Follow what was written since, and learn in the scope that it ends in."""
@@ -91,7 +109,7 @@ class LookupArm(TextDrafter):
         token_bytes: Sequence[bytes] = (),
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        self.on_device = not host.exact
+        self.on_device, self._late = not host.exact, host.late
         self._vocabulary, self._form_tokens = vocabulary, settings.form_tokens
         self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
@@ -131,6 +149,9 @@ class LookupArm(TextDrafter):
             request.prediction = Prediction(predicted, prompt, self._calibrations.fresh())
         if self._vocabulary is not None and self._form_tokens and has_forms(hints.spans):
             request.emission = Emission(self._vocabulary, hints.spans, prompt, self._form_tokens)
+        remembers = self.memory is not None and request.tenant is not None
+        known = (request.blocks, request.prediction, request.emission, grammar)
+        request.alone = not (remembers or hints.tools) and all(own is None for own in known)
 
     def serves(self, row: int) -> bool:
         return row in self._requests
@@ -149,6 +170,7 @@ class LookupArm(TextDrafter):
                 partial(self._texts, request),
                 OWN_TEXT_ONLY if emission is None else emission.texts,
                 request.prediction,
+                request.copies,
             )
         known = len(copier.text)
         written = history(known)
@@ -175,9 +197,9 @@ class LookupArm(TextDrafter):
         """Where the device copies: how each request's copies begin, and its table of chances."""
         if not self.on_device:
             return ()
-        copiers = [self._copier(row) for row in row_ids]
-        factors = [1.0 if copier is None else copier.factor for copier in copiers]
-        known = [self._unlearned if copier is None else copier.calibration for copier in copiers]
+        requests = [self._requests.get(row) for row in row_ids]
+        factors = [1.0 if request is None else request.copies.factor for request in requests]
+        known = [self._unlearned if request is None else request.calibration for request in requests]
         # Many requests share a table.
         chances = {table: np.array(table.chances, dtype=np.float32) for table in set(known)}
         found: Floats = np.concatenate(
@@ -185,11 +207,20 @@ class LookupArm(TextDrafter):
         )
         return found
 
-    def draft(self, batch: DraftBatch) -> Drafts:
-        return _drafts(self._device_copies.draft(batch, batch.worth.row or WORTH))
+    def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Copies:
+        return self._device_copies.propose(batch, batch.worth.row or WORTH, drafts)
 
-    def draft_behind(self, batch: DraftBatch, drafts: Drafts, caps: torch.Tensor) -> Drafts:
-        return _drafts(self._device_copies.draft_behind(batch, drafts, caps, batch.worth.row or WORTH))
+    def promised(self, row: int) -> Forecast | None:
+        request = self._requests.get(row)
+        if not (self.on_device and self._late) or request is None:
+            return None
+        return request.promised if request.alone and request.copier is None else None
+
+    def copied(self, row: int, copy: Proposal, committed: Sequence[int]) -> None:
+        request = self._requests.get(row)
+        if request is not None and request.alone and request.copier is None:
+            request.promised = Forecast(1 + sum(copy.alive), 1 + len(copy.tokens))
+            copy.teach(committed, request.learns, request.copies)
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """Remember a finished request's output for its tenant, every block of it in its scope."""
@@ -256,7 +287,3 @@ class LookupArm(TextDrafter):
         if request.tenant is None or self.memory is None:
             return ()
         return self.memory.texts(request.tenant, WHOLE if request.blocks is None else request.blocks.scope)
-
-
-def _drafts(copies: Copies) -> Drafts:
-    return Drafts(copies.tokens, copies.widths, copies.alive, passes=0)

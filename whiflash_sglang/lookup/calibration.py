@@ -80,12 +80,12 @@ class MatchCalibration:
         """Bucket of a match of `length` >= 1 tokens."""
         return bisect_right(BUCKETS, length) - 1
 
-    def chance(self, length: int, agreement: Agreement) -> float:
+    def chance(self, length: int, agreement: int) -> float:
         """Chance that the token copied after a match of `length` is right."""
         bucket = self.bucket(length)
         return self._right[bucket][agreement] / self._seen[bucket][agreement]
 
-    def along(self, length: int, agreement: Agreement, count: int) -> list[float]:
+    def along(self, length: int, agreement: int, count: int) -> list[float]:
         """Chances of `count` tokens of a copy that goes on after a match of `length`, none above `SURE`."""
         found: list[float] = []
         while count > 0:
@@ -101,7 +101,7 @@ class MatchCalibration:
         cells = (zip(*rows, strict=True) for rows in zip(self._right, self._seen, strict=True))
         return [right / seen for row in cells for right, seen in row]
 
-    def observe(self, length: int, agreement: Agreement, right: bool) -> None:
+    def observe(self, length: int, agreement: int, right: bool) -> None:
         """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
         bucket = self.bucket(length)
         self._right[bucket][agreement] = self._right[bucket][agreement] * DECAY + right
@@ -120,7 +120,7 @@ class ScopeCalibration(MatchCalibration):
         self._right_here = array("d", bytes(8 * _CELLS))
         self._seen_here = array("d", bytes(8 * _CELLS))
 
-    def chance(self, length: int, agreement: Agreement) -> float:
+    def chance(self, length: int, agreement: int) -> float:
         """Chance that the token copied after a match of `length` is right."""
         cell = self.bucket(length) * len(Agreement) + agreement
         right = self._right_here[cell] + SEED_WEIGHT * self._wider.chance(length, agreement)
@@ -131,7 +131,7 @@ class ScopeCalibration(MatchCalibration):
         """Chance of every bucket and agreement, bucket by bucket."""
         return [self.chance(length, agreement) for length in BUCKETS for agreement in Agreement]
 
-    def observe(self, length: int, agreement: Agreement, right: bool) -> None:
+    def observe(self, length: int, agreement: int, right: bool) -> None:
         """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
         cell = self.bucket(length) * len(Agreement) + agreement
         self._right_here[cell] = self._right_here[cell] * DECAY + right

@@ -42,7 +42,20 @@ class Proposal(NamedTuple):
     alive: Sequence[float] = ()
     origin: str = CONTEXT
     length: int = 0
-    agreements: Sequence[Agreement] = ()
+    agreements: Sequence[int] = ()
+
+    def teach(
+        self, committed: Sequence[int], judge: MatchCalibration, request: RequestCalibration | None
+    ) -> None:
+        """Show `judge`, and what is known of the `request` itself, how right it was: `committed` followed."""
+        said = zip(self.tokens, self.agreements, committed, strict=False)
+        for length, (copied, agreement, token) in enumerate(said, self.length):
+            right = copied == token
+            if length == self.length and request is not None:
+                request.observe(judge.chance(length, agreement), right)
+            judge.observe(length, agreement, right)
+            if not right:
+                break
 
 
 class Copier:
@@ -52,7 +65,7 @@ class Copier:
         calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
         shared: further texts to copy from. forms: texts in the form in which they would be written now
             (`lookup.forms`), preferred where others match as long. prediction: what the caller expects back,
-            preferred to all of these where they match as long.
+            preferred to all of these where they match as long. request: what is known of how it copies; None: nothing.
     """
 
     def __init__(
@@ -62,9 +75,10 @@ class Copier:
         shared: Shared = OWN_TEXT_ONLY,
         forms: Shared = OWN_TEXT_ONLY,
         prediction: Prediction | None = None,
+        request: RequestCalibration | None = None,
     ) -> None:
         self.text = SuffixIndex()
-        self._calibration, self._request = calibration, RequestCalibration()
+        self._calibration, self._request = calibration, request or RequestCalibration()
         self._min_match, self._shared, self._forms = min_match, shared, forms
         self._prediction = prediction
         self._proposal = Proposal()
@@ -80,22 +94,10 @@ class Copier:
         """The text goes on in another scope."""
         self._calibration = table
 
-    @property
-    def factor(self) -> float:
-        """How much likelier than the calibration says a copy's first token is right."""
-        return self._request.factor
-
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
         judge = self._calibration if self._source is None else self._judge(self._source)
-        said = zip(self._proposal.tokens, self._proposal.agreements, tokens, strict=False)
-        for length, (copied, agreement, token) in enumerate(said, self._proposal.length):
-            right = copied == token
-            if length == self._proposal.length and judge is self._calibration:
-                self._request.observe(judge.chance(length, agreement), right)
-            judge.observe(length, agreement, right)
-            if not right:
-                break
+        self._proposal.teach(tokens, judge, self._request if judge is self._calibration else None)
         self._proposal = Proposal()
         if self._prediction is not None:
             self._prediction.follow(tokens)
@@ -163,7 +165,7 @@ class Copier:
         """The copy from place `best`; `chance`: that everything before it is accepted."""
         place, copy = found[best]
         judge, length = self._judge(place), place.length
-        agreements: list[Agreement] = []
+        agreements: list[int] = []
         known: list[float] = []
         for agreement, count in _votes(found, copy):
             known += judge.along(length + len(known), agreement, count)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from whiflash_kernels import Drafts, choose_drafts, lay_drafts
+from whiflash_kernels import Copies, Drafts, choose_drafts, lay_drafts
 from whiflash_kernels.warm import Served, warm_up
 
 from whiflash_sglang import arms
@@ -135,7 +135,8 @@ class DraftStage:
             text=text,
         )
         extended, own, chains = drafts, drafts.counts, None
-        appended = None if text is None else self._copies(requests, plan, drafts)
+        appended = None if text is None else _drafts(self._copies(requests, plan, drafts))
+        copies = self._copies(requests, plan) if any(plan.copying) else None
         if self.host.exact or any(self._extends(requests, plan, i) for i in range(size)):
             chains, own = self._chains(requests, plan, drafts, appended)
             extended, appended = padded(chains, self.text.device, widest), None
@@ -149,13 +150,13 @@ class DraftStage:
             own=own,
             appended=appended,
             from_host=plan.on_device.from_host,
-            copies=self._copies(requests, plan) if any(plan.copying) else None,
+            copies=_drafts(copies),
             rooms=plan.on_device.rooms,
             worth=max(worth.row for worth in plan.worth.values()),
             room=None if self.host.exact else most,
         )
         if not self.host.exact or chains is None:
-            return Proposal(chosen, drafts, rows=size + most, stride=widest + 1, bounded=True)
+            return Proposal(chosen, drafts, rows=size + most, stride=widest + 1, bounded=True, copies=copies)
         strands = self._strands(requests, plan, chains)
         widths = [1 + len(chain.tokens) for chain in chains]
         stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
@@ -217,15 +218,12 @@ class DraftStage:
                 found += [strand] if strand is not None else []
         return chosen_strands(found, widths, rooms, self.branches - 1, len(requests.spare))
 
-    def _copies(self, requests: RoundBatch, plan: Plan, drafts: Drafts | None = None) -> Drafts | None:
+    def _copies(self, requests: RoundBatch, plan: Plan, drafts: Drafts | None = None) -> Copies | None:
         """Copies that the device drafts for all requests: after their text, or after the `drafts` that follow it."""
         for arm, drafter in self.voices.on_device.items():
             if arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    batch = self._whole_batch(requests, plan, arm)
-                    if drafts is None:
-                        return drafter.draft(batch)
-                    return drafter.draft_behind(batch, drafts, plan.on_device.joined)
+                    return drafter.copy(self._whole_batch(requests, plan, arm, drafts is not None), drafts)
         return None
 
     def _batch(
@@ -255,8 +253,8 @@ class DraftStage:
             host=self.host,
         )
 
-    def _whole_batch(self, requests: RoundBatch, plan: Plan, arm: str) -> DraftBatch:
-        """All requests, for an arm that drafts from their text only."""
+    def _whole_batch(self, requests: RoundBatch, plan: Plan, arm: str, behind: bool) -> DraftBatch:
+        """All requests, for an arm that drafts from their text only, or after their drafts (`behind`)."""
         return DraftBatch(
             rows=requests.rows,
             row_ids=requests.row_ids,
@@ -265,13 +263,17 @@ class DraftStage:
             bonus=requests.bonus,
             tail=requests.bonus.new_empty((len(plan.routes), 0)),
             slot_table=self.slot_table,
-            limits=plan.copying,
-            caps=plan.on_device.copying,
+            limits=plan.joined if behind else plan.copying,
+            caps=plan.on_device.joined if behind else plan.on_device.copying,
             calibration=plan.on_device.calibration[arm],
             worth=plan.worth[arm],
             host=self.host,
             text=self.text,
         )
+
+
+def _drafts(copies: Copies | None) -> Drafts | None:
+    return None if copies is None else Drafts(copies.tokens, copies.widths, copies.alive, passes=0)
 
 
 def _rows(drafts: Drafts) -> list[tuple[list[int], list[float]]]:

@@ -12,13 +12,16 @@ from whiflash_sglang import arms
 from whiflash_sglang.core import Proposal, Strand, agreement
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Download
-from whiflash_sglang.drafters.base import Drafter
+from whiflash_sglang.drafters.base import Drafter, TextDrafter
+from whiflash_sglang.lookup.copier import CONTEXT
+from whiflash_sglang.lookup.copier import Proposal as Copy
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import drafts_nothing
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
+from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.telemetry.trace import Part, Recording, behind, first_of
@@ -147,15 +150,28 @@ class Learner:
         if state.recording is not None:
             chain = list(first_of(chain, width - 1 - beside))
             _record(state.recording, arm, len(tokens), prices, *_paths(chain, strands))
-        # A request's last round ends what drafters keep of it.
-        if evidence and route in self.drafters and self.controller.keeps(state):
+        keeps = self.controller.keeps(state)  # a request's last round ends what drafters keep of it
+        if evidence and route in self.drafters and keeps:
             known = min(len(drafts), len(tokens))
             with self.quarantine.guard(route, state.rid):
                 self.drafters[route].observe(state.row, known, agreed, found["confidences"][i][:known])
+        if "copies" in found and keeps:
+            self._copied(plan.speakers[-1], state, found, i, tokens)
         if "entropy" in found:
             state.entropy = found["entropy"][i]
         if "outputs" in found:
             note(state, found["outputs"][i])
+
+    def _copied(
+        self, arm: str, state: RequestState, found: Mapping[str, list[Any]], i: int, tokens: Sequence[int]
+    ) -> None:
+        """The device copied for `arm`, whoever's drafts the round verified."""
+        drafter, count = self.drafters[arm], found["copied"][i]
+        assert isinstance(drafter, TextDrafter)
+        copied, alive = found["copies"][i][:count], found["copy_alive"][i][:count]
+        matched, agreements = found["copy_matched"][i], found["copy_agreements"][i]
+        with self.quarantine.guard(arm, state.rid):
+            drafter.copied(state.row, Copy(copied, alive, CONTEXT, matched, agreements), tokens)
 
 
 def _paths(
@@ -202,12 +218,17 @@ def results_of(
     `starts`, `widths`, `own` [B]; `drafts` [B, W] of the own arms, of which `drafted` [B] count, whether or not they
     were verified, and their `confidences` [B, C]; `bonus`, `seq_lens` [B] and `tokens` [B, W], of which `accept_lens`
     [B] count, as of `Committed`; `faults` [B], 1 where the own arm's drafts were none; `voice` [B], as of `Chosen`;
-    `wanted` [B], drafts before the bound on rows was kept to, where there is one; `signals`, as of `Epilogue.signals`.
+    `wanted` [B], drafts before the bound on rows was kept to, where there is one; `copies` [B, L] and what is known of
+    them, as of `Copies`, where the device copies; `signals`, as of `Epilogue.signals`.
     """
     chosen, drafts = proposal.chosen, proposal.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None
-    wanted = {"wanted": chosen.wanted} if proposal.bounded else {}
+    more = {"wanted": chosen.wanted} if proposal.bounded else {}
+    if proposal.copies is not None:
+        tokens, alive, widths, _, matched, agreements = proposal.copies
+        more |= {"copies": tokens, "copied": widths, "copy_alive": alive}
+        more |= {"copy_matched": matched, "copy_agreements": agreements}
     return Download(
         starts=starts,
         widths=proposal.rows_each,
@@ -221,6 +242,6 @@ def results_of(
         accept_lens=committed.accept_lens,
         confidences=drafts.confidences,
         faults=drafts.faults,
-        **wanted,
+        **more,
         **signals,
     )

@@ -18,6 +18,7 @@ from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.voices import Voices
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
@@ -173,21 +174,29 @@ class Planner:
 
     def _said(
         self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
-    ) -> dict[str, Voice | None]:
-        """Those of `asked` that may draft: what they say, None of those that do not speak."""
+    ) -> tuple[dict[str, Voice], dict[str, Forecast | None]]:
+        """What those of `asked` say that may draft; and what each of these promises, None where it does not speak."""
         (row, rid), n = requests.names[index], requests.lengths.most[index]
-        found: dict[str, Voice | None] = {}
+        voices: dict[str, Voice] = {}
+        promises: dict[str, Forecast | None] = {}
         for arm in asked:
             if arm in self.quarantine:
                 continue  # since an earlier request of the batch was asked
-            drafter, voice = self.voices.of_text.get(arm), None
+            drafter, speaks, voice = self.voices.of_text.get(arm), arm in self.voices.speaking, None
+            promised = None if drafter is None else drafter.promised(row)
+            if promised is not None and self.controller.copies_anyway:
+                if promised.length > 1:
+                    promises[arm] = promised
+                continue
             if drafter is not None and drafter.serves(row):
                 history = partial(requests.history, index)
                 say = partial(drafter.speak, row, n, history, worth[arm], self.under_way(row))
                 voice = self.voices.heard(arm, rid, say)
-            if (voice and voice.tokens) if arm in self.voices.speaking else self.quarantine.serves(arm, rid):
-                found[arm] = voice
-        return found
+            if voice and (voice.tokens or not speaks):
+                voices[arm], promises[arm] = voice, voice.outlook(self.drafters[arm].max_drafts)
+            elif not speaks and self.quarantine.serves(arm, rid):
+                promises[arm] = None
+        return voices, promises
 
     def _ask_too(
         self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
@@ -215,10 +224,8 @@ class Planner:
         if running:
             forecasts = []
             for i in running:
-                said = self._said(requests, i, asked[i], worth)
-                voices[i] = {arm: voice for arm, voice in said.items() if voice}
-                outlooks = {arm: v.outlook(self.drafters[arm].max_drafts) for arm, v in voices[i].items()}
-                forecasts.append({arm: outlooks.get(arm) for arm in said})
+                voices[i], promises = self._said(requests, i, asked[i], worth)
+                forecasts.append(promises)
             found = self.controller.route([rows[i] for i in running], forecasts)
             for i, old, new in zip(running, before, found, strict=True):
                 routes[i] = new

@@ -80,6 +80,11 @@ class Controller:
             return False
         return route == arm or (self.policy.prices_batches and self.may_join(row))
 
+    @property
+    def copies_anyway(self) -> bool:
+        """Whether a copy may take the place of any drafts, so that the device makes one whatever was promised."""
+        return self.policy.prices_batches and self.policy.joins_arms
+
     def worth(self, arm: str) -> Worth:
         """The value that a further draft of `arm` must have; policies that price nothing draft the full length."""
         return self.costs.worth(arm) if self.policy.prices_batches else FULL_LENGTH

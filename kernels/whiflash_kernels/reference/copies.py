@@ -42,6 +42,7 @@ def propose_copies(
     following = matched > 0
     out = torch.zeros(len(slots), width, dtype=torch.int64, device=tokens.device)
     lives = torch.zeros(len(slots), width, dtype=torch.float32, device=tokens.device)
+    agreements = torch.zeros(len(slots), width, dtype=torch.int32, device=tokens.device)
     widths = torch.zeros_like(lengths)
     going = length > 0
     period = (lengths[:, None] - places).clamp(min=1)
@@ -62,11 +63,12 @@ def propose_copies(
             going = going & (chance >= worth)
         out[:, depth] = torch.where(going, token, 0)
         lives[:, depth] = torch.where(going, chance, 0.0)
+        agreements[:, depth] = torch.where(going, agreement, 0)
         widths += going
         following = same
     if behind is None:
         back.index_copy_(0, slots, torch.where(length > 0, lengths - source, last))
-    return Copies(out, lives, widths, source, length)
+    return Copies(out, lives, widths, source, length, agreements)
 
 
 def _places(tokens: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ def _judge_places_kernel(
     widths,
     out_sources,
     out_matched,
+    out_agreements,
     worth,
     min_match,
     tokens_row,
@@ -156,6 +157,7 @@ def _judge_places_kernel(
         going = going & (depth < limit) & worthy
         tl.store(out + request * WIDTH + depth, tl.where(going, token, 0))
         tl.store(lives + request * WIDTH + depth, tl.where(going, chance, 0.0))
+        tl.store(out_agreements + request * WIDTH + depth, tl.where(going, agreement, 0))
         count += going.to(tl.int32)
         following = same
     tl.store(widths + request, count)
@@ -193,7 +195,8 @@ def propose_copies(
         torch.empty(*size, dtype=torch.int64, device=device) for size in integers
     )
     lives = torch.empty(requests, width, dtype=torch.float32, device=device)
-    copies = Copies(out, lives, widths, places, matched)
+    agreements = torch.empty(requests, width, dtype=torch.int32, device=device)
+    copies = Copies(out, lives, widths, places, matched, agreements)
     if requests == 0:
         return copies
     slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
@@ -231,6 +234,7 @@ def propose_copies(
         widths,
         places,
         matched,
+        agreements,
         worth,
         min_match,
         tokens.stride(0),
