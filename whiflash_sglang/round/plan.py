@@ -85,6 +85,7 @@ class Decided:
 
     routes: list[str]
     asked: list[list[str]]
+    limits: list[int]
     joined: list[int]
     copying: list[int]
     made_room: list[float]

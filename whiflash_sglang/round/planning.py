@@ -42,11 +42,11 @@ class Planner:
         decided = self.ranks.broadcast(lambda: self._decide(requests))
         if not self.ranks.leads:
             self._ask_too(requests, decided.asked, decided.worth)
-        routes, limits = decided.routes, self._limits(requests, decided.routes)
+        routes, limits = decided.routes, decided.limits
         longest = widest_of(self.drafters)
         said = [
-            min([longest, budget - 1, max((len(voice.tokens) for voice in own.values()), default=0)])
-            if not self.host.exact
+            min(longest, budget - 1, max(len(voice.tokens) for voice in own.values()))
+            if own and not self.host.exact
             else 0
             for own, budget in zip(decided.voices, requests.budgets, strict=True)
         ]
@@ -97,6 +97,7 @@ class Planner:
         return Decided(
             routes,
             asked,
+            limits,
             [joined for joined, _ in beside],
             [copying for _, copying in beside],
             [self.controller.costs.room(arm) for arm in routes],
@@ -130,20 +131,21 @@ class Planner:
         at most that the device may put in their place.
         """
         (row, rid), budget, controller = requests.names[index], requests.budgets[index], self.controller
-        joined = copying = 0
-        texts = self.voices.of_text
-        serving = {
-            arm: texts[arm].max_drafts
-            for arm in self.quarantine.serving(list(texts), rid)
-            if texts[arm].serves(row)
-        }
-        if limit and self.drafters[route].judges and controller.may_join(row):
-            others = [most for arm, most in serving.items() if arm != route and arm in self.voices.speaking]
-            joined = min(max(*others, limit), budget - 1) if others else 0
-        for arm in self.voices.on_device:
-            if arm in serving and controller.holds(row, rid) and controller.takes(row, route, arm):
-                copying = min(serving[arm], budget - 1)
-        return joined, copying
+        joins = limit and self.drafters[route].judges and controller.may_join(row)
+        longest = copying = 0
+        for arm in self.quarantine.serving(self.voices.of_text, rid):
+            drafter = self.voices.of_text[arm]
+            if not drafter.serves(row):
+                continue
+            if joins and arm != route and arm in self.voices.speaking:
+                longest = max(longest, drafter.max_drafts)
+            if (
+                arm in self.voices.on_device
+                and controller.holds(row, rid)
+                and controller.takes(row, route, arm)
+            ):
+                copying = min(drafter.max_drafts, budget - 1)
+        return min(max(longest, limit), budget - 1) if longest else 0, copying
 
     def _calibrations(self, row_ids: Sequence[int], routes: Sequence[str]) -> dict[str, Floats]:
         """What drafts of the round are judged by, of every arm that may make some."""
@@ -169,7 +171,7 @@ class Planner:
         if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
             return []
         row, rid = requests.names[index]
-        serving = self.quarantine.serving(list(self.drafters), rid)
+        serving = self.quarantine.serving(self.drafters, rid)
         return [arm for arm in serving if self.controller.may_name(row, arm)]
 
     def _said(

@@ -11,7 +11,7 @@ or for many of one, and served none well in between, or if it raised for a batch
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -111,7 +111,7 @@ class Quarantine:
     def __contains__(self, arm: str) -> bool:
         return arm in self.reasons
 
-    def serving(self, arms: Sequence[str], rid: str) -> Sequence[str]:
+    def serving(self, arms: Collection[str], rid: str) -> Collection[str]:
         """Those of `arms` that may be asked for the request `rid`."""
         request = self._requests.get(rid)
         if not self.reasons and (request is None or not request.without):
