@@ -101,6 +101,7 @@ def test_folding_finds_the_longest_path(
     )
     if taken:
         packed = pack(packed, lengths, taken, range(10, 19), table)
+        check_rows(packed, taken, lengths, table)
     block = prepare_mixed_block(packed.bonus, packed.drafts, packed.widths, packed.starts, packed.rows, table)
     paths = [list(chain_ids) for chain_ids in chains] + [
         [*chains[one.owner][: one.fork], *one.tokens] for one in taken
@@ -128,6 +129,16 @@ def test_folding_finds_the_longest_path(
 
 def agreement(path: list[int], truth: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(path, truth, strict=False)) if a != b), len(path))
+
+
+def check_rows(packed: Packed, taken: list[Strand], lengths: list[int], table: torch.Tensor) -> None:
+    """A strand sees the slots of the path to its fork, then its own ones, which are its request's."""
+    rows, starts = packed.rows.tolist(), packed.starts.tolist()
+    for index, one in enumerate(taken, len(lengths)):
+        slots, n, begin = table[one.owner].tolist(), lengths[one.owner], starts[index]
+        assert begin == n + 1 + one.fork
+        own = slots[n + one.first_row :][: len(one.tokens)]
+        assert table[rows[index], : begin + len(own)].tolist() == [*slots[:begin], *own]
 
 
 def check_moves(folded: Folded, lengths: list[int], table: torch.Tensor) -> None:
