@@ -196,6 +196,10 @@ def table(runs_: Mapping[str, Fuzzed]) -> str:
     return "\n".join(lines)
 
 
+SHOWN = 90
+"""Characters of an answer and its request."""
+
+
 def failures(plain: Fuzzed, drafting: Fuzzed) -> str:
     """By method, path and status, with one of the answers and what had been asked."""
     lines = [
@@ -206,7 +210,8 @@ def failures(plain: Fuzzed, drafting: Fuzzed) -> str:
         one = plain.first.get(key) or drafting.first[key]
         said = f"{body(one.answer)} to {body(one.request)}".replace("|", "\\|").replace("`", "'")
         shown = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-        lines.append(f"| `{key[0]}` | {key[1]} | {plain.counts[key]} | {drafting.counts[key]} | `{shown}` |")
+        cut = shown if len(shown) <= SHOWN else shown[:SHOWN].rstrip("\\") + "…"
+        lines.append(f"| `{key[0]}` | {key[1]} | {plain.counts[key]} | {drafting.counts[key]} | `{cut}` |")
     return "\n".join(lines) if len(lines) > 2 else "None."
 
 

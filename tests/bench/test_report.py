@@ -184,8 +184,10 @@ def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
     assert {name: i.ratio for name, i in auto.over.items()} == pytest.approx(dict.fromkeys(auto.none, 1.5))
     assert (auto.static, compared.ratios["auto@beside"].over) == ({}, {})
     page = render(compared)
-    assert "over `auto@beside`" in page
-    assert page.count("| auto | 1.50") == 1
+    assert "| auto | 24.0 | 2.40 [2.40, 2.40] | 1.50 [1.50, 1.50] |" in page
+    assert "| auto | 1.50" not in page, "one prompt is no category"
+    several = compared.model_copy(update={"categories": {"chat": 2, "tool_call": 2}})
+    assert render(several).count("| auto | 1.50 ") == 1
     assert "over `" not in render(build_report(cells, GROUPS, [], PROVENANCE, {}))
 
 

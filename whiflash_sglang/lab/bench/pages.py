@@ -33,8 +33,7 @@ def render(report: Report) -> str:
     for load in report.loads:
         parts += [f"## {_title(load)}", _overview(load, report.over)]
         if load.load.is_alone:
-            parts += [_by_category(load, means=bool(report.provenance.get("suites")))]
-        parts += [_over(load, report.over)]
+            parts += [_by_category(report, load), _over(report, load)]
         parts += [_turns(load), _positions(load), _hints(load)]
     parts += [
         _rounds(report),
@@ -109,9 +108,10 @@ def _overview(load: LoadReport, over: str | None) -> str:
     return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
 
 
-def _by_category(load: LoadReport, means: bool) -> str:
-    """Speed-up and acceptance length of each category, if there are several. means: as papers do, over the sets."""
-    names = [name for name in _categories(load) if not means or name != LOOPS]
+def _by_category(report: Report, load: LoadReport) -> str:
+    """Speed-up and acceptance length of each category, if there are several; of sets also the means, as papers do."""
+    means = bool(report.provenance.get("suites"))
+    names = [name for name in _names(load) if name != LOOPS] if means else _categories(report, load)
     if len(names) < 2:
         return ""
     rows = []
@@ -132,13 +132,13 @@ def _by_category(load: LoadReport, means: bool) -> str:
     return f"### Speed-up over plain decoding; acceptance length\n\n{table(header, rows)}" if rows else ""
 
 
-def _over(load: LoadReport, over: str | None) -> str:
+def _over(report: Report, load: LoadReport) -> str:
     compared = {arm: ratios.over for arm, ratios in load.ratios.items() if ratios.over}
-    names = [name for name in _categories(load) if any(name in own for own in compared.values())]
+    names = [name for name in _categories(report, load) if any(name in own for own in compared.values())]
     if len(names) < 2:
         return ""
     rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
-    return f"### Output tokens per second, over `{over}`\n\n{table(('arm', *names), rows)}"
+    return f"### Output tokens per second, over `{report.over}`\n\n{table(('arm', *names), rows)}"
 
 
 def _turns(load: LoadReport) -> str:
@@ -286,8 +286,13 @@ def _assigned(environment: Mapping[str, str]) -> str:
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
 
 
-def _categories(load: LoadReport) -> list[str]:
-    """All but `OVERALL`, whose figures are in the overview."""
+def _categories(report: Report, load: LoadReport) -> list[str]:
+    """Those of several prompts."""
+    return [name for name in _names(load) if report.categories.get(name, 0) > 1]
+
+
+def _names(load: LoadReport) -> list[str]:
+    """All categories but `OVERALL`, whose figures are in the overview."""
     names = dict.fromkeys(name for groups in load.arms.values() for name in groups)
     return [name for name in names if name != OVERALL]
 
@@ -301,7 +306,7 @@ def _interval(interval: Interval | None) -> str:
 
 
 def _percentiles(values: Percentiles | None, digits: int) -> str:
-    return " / ".join(f"{v:.{digits}f}" for v in (values.p50, values.p95)) if values else ""
+    return "/".join(f"{v:.{digits}f}" for v in (values.p50, values.p95)) if values else ""
 
 
 def _number(value: float | None, digits: int = 1) -> str:
