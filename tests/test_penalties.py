@@ -2,18 +2,24 @@
 
 import pytest
 import torch
+from host_reads import HostReads, Launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.compat.forward.penalties import PenaltyRequest, penalties_at
+from whiflash_sglang.compat.forward.penalties import PenalisedBatch, Penalties, PenaltyRequest
 
 VOCAB = 11
 
+MOST_LAUNCHES = 50
+"""For any number of penalised requests. A ratchet: lower it only."""
 
-def by_hand(request: PenaltyRequest, tokens: list[int], row: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def by_hand(
+    request: PenaltyRequest, start: int, tokens: list[int], row: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Additive and scaling penalties of one row, counted token by token."""
     additive, scaling = torch.zeros(VOCAB), torch.ones(VOCAB)
-    generated = tokens[request.prompt : request.length + row + 1]
+    generated = tokens[request.prompt : start + row + 1]
     for token in generated:
         additive[token] -= request.frequency
         scaling[token] = request.repetition
@@ -27,47 +33,75 @@ def by_hand(request: PenaltyRequest, tokens: list[int], row: int) -> tuple[torch
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_every_row_counts_its_own_drafts(data: st.DataObject) -> None:
-    requests, table, first = [], torch.zeros((4, 40), dtype=torch.int64), 0
-    for row in data.draw(st.lists(st.integers(0, 3), unique=True, min_size=1, max_size=3)):
+    """Of any members of a batch, whose lengths the host knows as bounds."""
+    table = torch.tensor(
+        [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=20, max_size=20)) for _ in range(4)]
+    )
+    rows = data.draw(st.permutations(range(4)))
+    requests, starts, widths = [], [], []
+    for member in range(4):
         prompt = data.draw(st.integers(1, 5))
-        length = prompt + data.draw(st.integers(0, 6))
-        width = data.draw(st.integers(1, 5))
-        table[row] = torch.tensor(data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=40, max_size=40)))
+        starts.append(prompt + data.draw(st.integers(0, 6)))
+        widths.append(data.draw(st.integers(1, 5)))
+        if member and data.draw(st.booleans()):
+            continue
         requests.append(
             PenaltyRequest(
-                row,
-                first,
-                width,
+                member,
                 prompt,
-                length,
+                starts[-1] + data.draw(st.integers(0, 20)),
                 data.draw(st.sampled_from([0.0, 0.5])),
                 data.draw(st.sampled_from([0.0, -0.7])),
                 data.draw(st.sampled_from([1.0, 1.3])),
                 data.draw(st.integers(0, 8)),
-                (0, 3),
+                data.draw(st.sampled_from([(0, 3), (4,), ()])),
             )
         )
-        first += width + 1  # a row of another request between them
-    found = penalties_at(requests, table, first, VOCAB)
-    assert found is not None
+    places = [(member, row) for member, width in enumerate(widths) for row in range(width)]
+    owner = torch.tensor([member for member, _ in places] + [-1])
+    positions = torch.tensor([starts[member] + row for member, row in places] + [0])
+    batch = PenalisedBatch(requests, torch.tensor(rows), torch.tensor(starts), table, max(widths), VOCAB)
+    found = batch.at(owner, positions)
     scaling = torch.ones_like(found.additive) if found.scaling is None else found.scaling
-    for request in requests:
-        for row in range(request.width):
-            additive, factor = by_hand(request, table[request.table_row].tolist(), row)
-            assert torch.allclose(found.additive[request.first_row + row], additive, atol=1e-5)
-            assert torch.allclose(scaling[request.first_row + row], factor)
-        assert not found.additive[request.first_row + request.width].any()
+    penalised = {request.member: request for request in requests}
+    for i, (member, row) in enumerate(places):
+        if member in penalised:
+            own = table[rows[member]].tolist()
+            additive, factor = by_hand(penalised[member], starts[member], own, row)
+            assert torch.allclose(found.additive[i], additive, atol=1e-5)
+            assert torch.allclose(scaling[i], factor)
+        else:
+            assert not found.additive[i].any()
+            assert scaling[i].eq(1).all()
 
 
-def test_nothing_penalised() -> None:
-    assert penalties_at([], torch.zeros((1, 4), dtype=torch.int64), 3, VOCAB) is None
+def one_request(
+    minimum: int, width: int, *, frequency: float = 0.0, members: int = 1
+) -> tuple[Penalties, Launches]:
+    """Of so many equal members, and what is launched for them."""
+    requests = [
+        PenaltyRequest(i, 2, 2, frequency, 0.0, 1.0 + frequency, minimum, (5,)) for i in range(members)
+    ]
+    rows, starts = torch.arange(members), torch.full((members,), 2)
+    owner, offset = rows.repeat_interleave(width), torch.arange(width).repeat(members)
+    table = torch.zeros((members, 16), dtype=torch.int64)
+    with Launches() as launches, HostReads() as seen:
+        found = PenalisedBatch(requests, rows, starts, table, width, VOCAB).at(owner, offset + 2)
+    assert not seen.reads
+    assert not seen.pageable
+    return found, launches
 
 
 @pytest.mark.parametrize("minimum", [0, 1, 3, 9])
 def test_min_new_tokens_forbids_stop_tokens_only_while_short(minimum: int) -> None:
-    request = PenaltyRequest(0, 0, 4, 2, 2, 0.0, 0.0, 1.0, minimum, (5,))
-    found = penalties_at([request], torch.zeros((1, 16), dtype=torch.int64), 4, VOCAB)
-    assert found is not None
+    found, _ = one_request(minimum, 4)
     forbidden = [bool(torch.isinf(found.additive[row, 5])) for row in range(4)]
     # Row i decides output token i + 2: the bonus token is the first.
     assert forbidden == [row + 1 < minimum for row in range(4)]
+
+
+def test_many_requests_launch_what_one_does() -> None:
+    """And for none of them does the host read the device, or send what is not pinned."""
+    one, many = (one_request(3, 4, frequency=0.5, members=members)[1].count for members in (1, 30))
+    print(f"{one} launches")
+    assert 10 < one == many <= MOST_LAUNCHES

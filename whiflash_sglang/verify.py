@@ -55,9 +55,8 @@ class VerifyStage:
             self._target.slot_table,
             rows=self._target.rows_for(proposal.rows, len(rows)),
         )
-        # Grammars and penalties go by the requests one by one: for their batches the host waits for the widths.
-        by_request = batch.has_grammar or any(sampling.is_penalised(req) for req in batch.reqs)
-        host_widths = verify_lens.tolist() if self._host.exact or by_request else None
+        # Grammars go by the requests one by one: for their batches the host waits for the widths.
+        host_widths = verify_lens.tolist() if self._host.exact or batch.has_grammar else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
         if with_strands is not None:
             block = block._replace(request_of_row=with_strands.owners[block.request_of_row])
@@ -76,7 +75,7 @@ class VerifyStage:
         elif not greedy:
             text, output = self._tokens.data, verified.output
             predictions = sampling.sample_rows(
-                self._target.runner, batch, output, block, first, chains, text, barrier
+                self._target.runner, batch, output, block, requests, proposal.stride, chains, text, barrier
             )
         verified = verified._replace(
             starts=requests.starts, request_rows=requests.rows, predictions=predictions

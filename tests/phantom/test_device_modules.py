@@ -5,6 +5,7 @@ import torch
 from streams import Streams
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.compat.forward.penalties import PenalisedBatch, PenaltyRequest
 from whiflash_sglang.device.transfers import Download, HostView, Upload, sent
 
 CUDA = torch.device("cuda", 0)
@@ -54,6 +55,23 @@ def test_a_download_that_nobody_waited_for_is_seen(world: Streams) -> None:
 
 def test_the_host_may_not_read_the_card() -> None:
     assert not HostView.of(CUDA).exact
+
+
+def test_penalties_are_one_upload(world: Streams) -> None:
+    requests = [PenaltyRequest(i, 2, 4 + i, 0.5, 0.25, 1.5, 9, (1, 2)) for i in (0, 2)]
+    table = torch.arange(32, device=CUDA).view(4, 8) % 5
+    rows, starts, owner = (sent(values, CUDA) for values in ([3, 0, 1], [4, 4, 6], [0, 0, 1, 2, 2, -1]))
+    offsets = sent([0, 1, 0, 0, 1, 0], CUDA)
+    batch = PenalisedBatch(requests, rows, starts, table, 3, 5)
+    additive, scaling = batch.at(owner, starts[owner] + offsets)
+    assert not world.stalls
+    assert not world.pageable
+    assert not world.races
+    assert scaling is not None
+    # Row 3 of the table has 1, 2 and 3 at positions 2 to 4: 26, 27 and 28, modulo 5.
+    assert additive[0].tolist() == [0, -torch.inf, -torch.inf, -0.75, 0]
+    assert scaling[0].tolist() == [1, 1.5, 1.5, 1.5, 1]
+    assert scaling[2].tolist() == [1] * 5
 
 
 def test_a_plan_of_the_hosts_is_refused(world: Streams) -> None:

@@ -90,10 +90,10 @@ def steady(e: Any, monkeypatch: pytest.MonkeyPatch) -> Steady:
     return watched
 
 
-def serve(e: Any) -> None:
+def serve(e: Any, **parameters: Any) -> None:
     """Four requests."""
     for i, _ in enumerate(ROUTES):
-        e.submit(f"request-{i}", [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2], max_new_tokens=60)
+        e.submit(f"request-{i}", [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2], max_new_tokens=60, **parameters)
     e.run()
 
 
@@ -118,6 +118,18 @@ def test_a_steady_round_reads_nothing_before_its_end(models: Models, monkeypatch
     assert [site.split(":")[0] for site in uploads.elements()] == ["whiflash_sglang/device/transfers.py"]
     assert not seen.pageable
     assert 0 < between.total() <= MOST_BETWEEN
+
+
+def test_penalties_wait_for_nothing(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the round's own upload, one of what is penalised; lengths and widths stay where they are."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    with engine(models.target, whiflash=models.whiflash("auto")) as e:
+        watched = steady(e, monkeypatch)
+        serve(e, frequency_penalty=0.4, repetition_penalty=1.1)
+    assert watched.kernels["accept_and_commit"]
+    for found, most in ((watched.reads.reads, 1), (watched.reads.uploads, 2), (watched.reads.pageable, 0)):
+        ours = [site.split(":")[0] for site in found.elements() if site.startswith("whiflash")]
+        assert ours == ["whiflash_sglang/device/transfers.py"] * most, found
 
 
 def test_where_reading_is_free_the_plan_is_one_buffer_too(

@@ -19,8 +19,9 @@ from sglang.srt.speculative import spec_utils
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.compat.forward.penalties import PenaltyRequest, penalties_at
-from whiflash_sglang.core import Strand
+from whiflash_sglang.compat.forward.penalties import PenalisedBatch, PenaltyRequest
+from whiflash_sglang.core import RoundBatch, Strand
+from whiflash_sglang.device.transfers import sent
 
 SAMPLED_ROWS = 128
 """Rows that are sampled at once: they fill a card with the vocabularies that there are."""
@@ -123,7 +124,8 @@ def sample_rows(
     batch: Any,
     output: Any,
     block: MixedBlock,
-    widths: Sequence[int] | None,
+    requests: RoundBatch,
+    widest: int,
     chains: Chains | None,
     tokens: torch.Tensor,
     barrier: Any,
@@ -137,19 +139,14 @@ def sample_rows(
     Args:
         runner: the target's model runner (its sampler is used).
         output: SGLang's logits output of the verification.
-        widths: rows per request, on the host; None only where no request is penalised.
+        widest: most rows of a request.
         chains: of `grammar_chains`, for a batch with grammars.
         tokens: token table with this round's drafts written, for penalties.
     """
     owner, logits, vocabulary = block.request_of_row, output.next_token_logits, batch.sampling_info.vocab_size
-    penalties = penalties_at(
-        []
-        if widths is None
-        else _penalised(batch.reqs, batch.seq_lens.tolist(), batch.req_pool_indices.tolist(), widths),
-        tokens,
-        int(owner.shape[0]),
-        vocabulary,
-    )
+    penalised = None
+    if members := _penalised(batch.reqs, requests.lengths.most):
+        penalised = PenalisedBatch(members, requests.rows, requests.starts, tokens, widest, vocabulary)
     mask = None
     if chains is not None:
         mask = build_grammar_vocab_mask(
@@ -172,15 +169,17 @@ def sample_rows(
     for begin in range(0, len(owner), step):
         rows = slice(begin, begin + step)
         info = _expand(batch.sampling_info, batch.reqs, owner[rows])
-        if penalties is not None:
-            additive, scaling = penalties.additive, penalties.scaling
-            info.acc_additive_penalties = None if additive is None else additive[rows]
-            info.acc_scaling_penalties = None if scaling is None else scaling[rows]
+        if penalised is not None:
+            info.acc_additive_penalties, info.acc_scaling_penalties = penalised.at(
+                owner[rows], block.positions[rows]
+            )
         if mask is not None and chains is not None:
             info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[chains.rows[rows]])
         part = output if whole else LogitsProcessorOutput(next_token_logits=None)
         part.next_token_logits = logits[rows].clone()
         info.apply_logits_bias(part.next_token_logits)
+        # They are in the logits: their memory is the sampler's.
+        info.acc_additive_penalties = info.acc_scaling_penalties = None
         found.append(runner.sampler(part, info, *records, block.positions[rows]))
     return torch.cat(found).to(torch.int64)
 
@@ -234,17 +233,15 @@ def count_earlier_output(batch: Any) -> None:
     if not any(req.output_ids and is_penalised(req) for req in reqs):
         return
     info = batch.sampling_info
-    output = torch.zeros((len(reqs), max(len(req.output_ids) for req in reqs)), dtype=torch.int64)
-    for row, req in enumerate(reqs):
-        output[row, : len(req.output_ids)] = torch.tensor(list(req.output_ids), dtype=torch.int64)
-    requests = [
-        _penalty_request(req, row, row, 1, 0, len(req.output_ids) - 1)
-        for row, req in enumerate(reqs)
-        if is_penalised(req)
-    ]
-    penalties = penalties_at(requests, output.to(info.temperatures.device), len(reqs), info.vocab_size)
-    assert penalties is not None
-    info.acc_additive_penalties, info.acc_scaling_penalties = penalties.additive, penalties.scaling
+    longest, device = max(len(req.output_ids) for req in reqs), info.temperatures.device
+    output = [id for req in reqs for id in (*req.output_ids, *[0] * (longest - len(req.output_ids)))]
+    last = [len(req.output_ids) - 1 for req in reqs]
+    uploaded = sent([*last, *range(len(reqs)), *output], device)
+    ends, rows = uploaded[: len(reqs)], uploaded[len(reqs) : 2 * len(reqs)]
+    tokens = uploaded[2 * len(reqs) :].view(len(reqs), longest)
+    members = [_penalty_request(req, i, 0, last[i]) for i, req in enumerate(reqs) if is_penalised(req)]
+    penalised = PenalisedBatch(members, rows, ends, tokens, 1, info.vocab_size)
+    info.acc_additive_penalties, info.acc_scaling_penalties = penalised.at(rows, ends)
 
 
 def _expand(info: SamplingBatchInfo, reqs: Sequence[Any], owner: torch.Tensor) -> SamplingBatchInfo:
@@ -279,25 +276,18 @@ def _expand_processor(entry: ProcessorEntry, owners: list[int], device: torch.de
     return ProcessorEntry(entry.processor, rows, torch.tensor(rows, dtype=torch.long, device=device))
 
 
-def _penalised(
-    reqs: Sequence[Any], lengths: Sequence[int], table_rows: Sequence[int], widths: Sequence[int]
-) -> list[PenaltyRequest]:
-    found, first = [], 0
-    for req, length, table_row, width in zip(reqs, lengths, table_rows, widths, strict=True):
-        if is_penalised(req):
-            found.append(_penalty_request(req, table_row, first, width, len(req.origin_input_ids), length))
-        first += width
-    return found
+def _penalised(reqs: Sequence[Any], lengths: Sequence[int]) -> list[PenaltyRequest]:
+    return [
+        _penalty_request(req, member, len(req.origin_input_ids), length)
+        for member, (req, length) in enumerate(zip(reqs, lengths, strict=True))
+        if is_penalised(req)
+    ]
 
 
-def _penalty_request(
-    req: Any, table_row: int, first_row: int, width: int, prompt: int, length: int
-) -> PenaltyRequest:
+def _penalty_request(req: Any, member: int, prompt: int, length: int) -> PenaltyRequest:
     p = req.sampling_params
     return PenaltyRequest(
-        table_row,
-        first_row,
-        width,
+        member,
         prompt,
         length,
         p.frequency_penalty,
