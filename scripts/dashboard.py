@@ -209,6 +209,24 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((rate("requests_total", "hints"), "{{hints}}"),),
             "stack",
         ),
+        Panel(
+            "Drafters' version",
+            "Version of the weights that serves, and versions that were taken or refused.",
+            "none",
+            (
+                (f"max by (instance) ({whole('drafter_version')})", "version on {{instance}}"),
+                (rate("drafter_swaps_total", "outcome"), "{{outcome}}"),
+            ),
+        ),
+        Panel(
+            "Samples for learning",
+            "Finished requests by what became of their tokens (--whiflash-learn), and bytes of samples on disk.",
+            "none",
+            (
+                (rate("learn_samples_total", "outcome"), "{{outcome}}"),
+                (f"sum ({whole('learn_spool_bytes')})", "bytes"),
+            ),
+        ),
     ),
     "What it costs": (
         Panel(

@@ -72,6 +72,9 @@ STATE = {
     "plain_seconds": "estimate of plain decoding's seconds for the same tokens, by `costs`",
     "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
     "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
+    "drafters": "with `--whiflash-versions`: the `version` of the weights that serves, the one `before`, versions "
+    "`taken` and `refused` since the start, and `why` the last was refused",
+    "samples": "with `--whiflash-learn`: finished requests by outcome, `bytes` on disk, whether writing is `failing`",
 }
 """Of `GET /whiflash/state`, but for what arms add of their own."""
 
@@ -173,6 +176,8 @@ def state_table() -> str:
         *Tally.of(()).snapshot(),
         "costs",
         "memory",
+        "samples",
+        "drafters",
     )
     return table(("field", "meaning"), ((f"`{name}`", STATE[name]) for name in known))
 

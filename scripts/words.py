@@ -54,7 +54,9 @@ def found(text: str) -> list[tuple[int, str]]:
 
 def too_long(text: str) -> Iterator[tuple[int, int]]:
     """Lines, from 1 on, at which sentences end that are too long, and their words."""
-    prose = LINK.sub("]", CODE.sub(lambda match: re.sub(r"[^\n]+", "x", match[0]), text))
+    # Code in a sentence is a word of it; a block of lines is none, however many it has.
+    prose = CODE.sub(lambda match: "\n" * match[0].count("\n") or "x", text)
+    prose = LINK.sub("]", prose)
     start = 0
     for end in [*(match.start() for match in SENTENCE.finditer(prose)), len(prose)]:
         if (words := len(prose[start:end].split())) > LONGEST:

@@ -17,18 +17,20 @@ from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.sampling import simulated_acceptance
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.compat.scheduler import memory, pricing
+from whiflash_sglang.compat.scheduler import memory, overlap, pricing
 from whiflash_sglang.compat.scheduler.spec_worker import branches_of
 from whiflash_sglang.config import NO_ROUTER, Settings
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
-from whiflash_sglang.drafters.base import Drafter, of_text, widest_of, with_kv
+from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text, widest_of, with_kv
 from whiflash_sglang.drafters.chain import ChainArm, Eagle3Arm, MTPArm
 from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.learn.samples import Spool
+from whiflash_sglang.learn.swap import LiveWeights, Versions
 from whiflash_sglang.lifecycle import Lifecycle
 from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -133,6 +135,50 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
     return router.layers()
 
 
+def live_weights(
+    settings: Settings, target: Target, drafters: Mapping[str, KVDrafter], ranks: Ranks
+) -> LiveWeights | None:
+    """What writes other versions into the neural drafters' weights, if the operator names a directory of versions; the
+    one that was served last is.
+    """
+    if settings.versions is None:
+        return None
+
+    def load(arm: str, path: Path) -> torch.nn.Module:
+        # Only its own tensors are compared and written: the target's parts have their shapes and take no memory.
+        parts = {
+            name: torch.zeros((), dtype=target.dtype).expand(matrix.shape)
+            for name, matrix in (("target_embedding", target.embedding), ("target_lm_head", target.lm_head))
+        }
+        with torch.inference_mode(False), torch.no_grad():
+            model: torch.nn.Module = read_draft(path, arm).load(
+                device=torch.device("cpu"), dtype=target.dtype, shared=target.shared, **parts
+            )
+        return model
+
+    def written() -> None:
+        for drafter in drafters.values():
+            drafter.weights_written()
+
+    live = LiveWeights(
+        {arm: getattr(drafters[arm], "model") for arm in settings.drafters},  # noqa: B009  (every neural arm has one)
+        Versions(settings.versions, settings.target, settings.drafters),
+        load=load,
+        written=written,
+        ranks=ranks,
+        behind=lambda: overlap.behind_forward(target.runner),
+    )
+    live.restore()
+    return live
+
+
+def spool_of(settings: Settings, model: str) -> Spool | None:
+    """What keeps finished requests for a learner, if the operator wants that. model: what the server was given."""
+    if settings.samples.directory is None:
+        return None
+    return Spool(settings.samples, settings.target or model)
+
+
 def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int) -> None:
     """Before the pools are sized: what the worker will allocate for up to so many requests."""
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
@@ -205,6 +251,7 @@ class Parts(Protocol):
     controller: Controller
     sync: DraftSync
     tokens: TokenTable
+    spool: Spool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +320,7 @@ def _lifecycle(parts: Parts, stops: StopTable, hooks: Sequence[SampleHook]) -> L
         quarantine=parts.quarantine,
         tally=parts.tally,
         publisher=parts.publisher,
+        spool=parts.spool,
     )
 
 

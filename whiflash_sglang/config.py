@@ -35,6 +35,8 @@ from whiflash_sglang.checkpoints.manifest import (
     lookup_of,
 )
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.learn.samples import Spooling, check_spool, samples_of
+from whiflash_sglang.learn.versions import versions_of
 from whiflash_sglang.telemetry.trace import TraceSampling, check_directory
 
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "copy-rule", "none", "random"]
@@ -71,12 +73,16 @@ class Flags(Strict):
     trace_dir: str | None = None
     trace_text: Literal["on", "off"] | None = None
     trace_mib: Positive | None = None
+    learn: str | None = None
+    learn_mib: Positive | None = None
+    learn_hours: Positive | None = None
+    versions: str | None = None
 
 
 class Settings(Strict):
     """Everything a worker needs to build itself: resolved paths and values, picklable.
 
-    checksums: SHA-256 by file, as the bundle lists them.
+    checksums: SHA-256 by file, as the bundle lists them. target: the model that the bundle names, empty without one.
     """
 
     eagle3: Path | None
@@ -93,6 +99,9 @@ class Settings(Strict):
     branches: int = 1
     force_recorded: bool = False
     traces: TraceSampling = TraceSampling()
+    samples: Spooling = Spooling()
+    versions: Path | None = None
+    target: str = ""
     chat_template: Path | None = None
     tool_call_parser: str | None = None
     bundle: str | None = None
@@ -178,6 +187,9 @@ def resolve(
         backlog_tokens=flags.backlog_tokens,
         force_recorded=flags.force_recorded == "on",
         traces=_traces(flags),
+        samples=_samples(flags),
+        versions=_versions(flags),
+        target=manifest.target if manifest else "",
         chat_template=template,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,
@@ -317,6 +329,28 @@ def _traces(flags: Flags) -> TraceSampling:
     check_directory(directory)
     mib = {} if flags.trace_mib is None else {"mib": flags.trace_mib}
     return TraceSampling(rate=flags.trace_sample, directory=directory, text=flags.trace_text == "on", **mib)
+
+
+def _samples(flags: Flags) -> Spooling:
+    if flags.learn is None:
+        for field in ("learn_mib", "learn_hours"):
+            if getattr(flags, field) is not None:
+                raise ConfigError(f"{flag_of(field)} does something only with --whiflash-learn")
+        return Spooling()
+    if flags.force_recorded == "on":
+        raise ConfigError(
+            "--whiflash-learn cannot learn from --whiflash-force-recorded: forced text is not the target's"
+        )
+    directory = samples_of(Path(flags.learn).absolute())
+    check_spool(directory)
+    given = {"mib": flags.learn_mib, "hours": flags.learn_hours}
+    return Spooling(directory=directory, **{key: value for key, value in given.items() if value is not None})
+
+
+def _versions(flags: Flags) -> Path | None:
+    if flags.versions is not None:
+        return Path(flags.versions).absolute()
+    return None if flags.learn is None else versions_of(Path(flags.learn).absolute())
 
 
 def _need(value: T | None) -> T:

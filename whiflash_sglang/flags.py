@@ -38,6 +38,12 @@ MEANING = {
     "trace_dir": "Directory for sampled traces, as JSON lines (see whiflash trace).",
     "trace_text": "Whether sampled traces hold the answer's text and stretches. Default: off, only sums.",
     "trace_mib": "Most MiB of sampled traces on disk; the oldest go first. Default: 64.",
+    "learn": "Directory for token ids of finished requests, to train drafters on (docs/how-to/learning.md). "
+    "Default: nothing is kept.",
+    "learn_mib": "Most MiB of such samples on disk; the oldest go first. Default: 256.",
+    "learn_hours": "Longest age of such samples, in hours. Default: 168.",
+    "versions": "Directory of versions of the drafters' weights, between which a running server is switched. "
+    "Default: versions in the directory of --whiflash-learn, if there is one.",
 }
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.forward import sampling
@@ -11,7 +12,8 @@ from whiflash_sglang.compat.scheduler.grammars import grammar_of
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
-from whiflash_sglang.lookup.memory import tenant_of
+from whiflash_sglang.learn.samples import Spool
+from whiflash_sglang.lookup.memory import handles_of, tenant_of
 from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
@@ -45,7 +47,11 @@ class Lifecycle:
         quarantine: Quarantine,
         tally: Tally,
         publisher: Publisher,
+        spool: Spool | None = None,
     ) -> None:
+        self._spool = spool
+        self._forgets: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        """Per request, how often something had been forgotten when it began; a retraction changes nothing."""
         self._read_prediction, self._hooks = read_prediction, hooks
         self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = of_text(drafters), sync, controller
@@ -63,6 +69,8 @@ class Lifecycle:
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
         if not req.output_ids:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
+        if self._spool is not None:
+            self._forgets.setdefault(req, self._spool.forgets)
         predicted = self._predicted(req)
         self._quarantine.begin(req.rid, tenant)
         for arm, drafter in self._drafters.items():
@@ -88,6 +96,8 @@ class Lifecycle:
                 if self._quarantine.serves(arm, req.rid):
                     with self._quarantine.guard(arm, req.rid):
                         drafter.finish(row, req.output_ids_through_stop)
+        if self._spool is not None and kept and req.finished():
+            self._sample(self._spool, req, self._controller.states[row].hints)
         self._tally.ended(self._controller.states[row].counts)
         self._forget(row)
         if not self._controller.states:
@@ -106,6 +116,23 @@ class Lifecycle:
         """Every slot is free, so nothing that was parked has a home."""
         for row in list(self._controller.states):
             self._forget(row)
+
+    def _sample(self, spool: Spool, req: Any, hints: RequestHints) -> None:
+        """Offer a finished request to the learner, if it consents and tokens are all that the target read of it.
+
+        `lookup: context` says that nothing is to be kept, and of a malformed hint nobody knows what it says. If
+        anything was forgotten while the request ran, it may be part of that.
+        """
+        text = req.multimodal_inputs is None and req.input_embeds is None
+        consents = hints is not MALFORMED and hints.learn and hints.lookup == "memory"
+        forgotten = self._forgets.get(req) != spool.forgets
+        if not (text and consents) or forgotten or self._hooks:
+            spool.decline()
+            return
+        tenant = tenant_of(req.extra_key, req.cache_salt)
+        blocks = [block.begin for block in hints.structure] or [span.kind for span in hints.spans]
+        handles = () if tenant is None else handles_of(tenant, hints.agent, blocks)
+        spool.offer(req.origin_input_ids, req.output_ids_through_stop, handles)
 
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """What the request's caller expects back. Malformed: as of `_hints_of`."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from whiflash_sglang.cache.tokens import TokenTable
     from whiflash_sglang.drafters.base import Drafter, KVDrafter, TextDrafter
+    from whiflash_sglang.learn.samples import Spool
+    from whiflash_sglang.learn.swap import LiveWeights
     from whiflash_sglang.round.catch_up import DraftSync
     from whiflash_sglang.round.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
@@ -52,6 +54,8 @@ class Observed(Protocol):
     text_arms: Mapping[str, "TextDrafter"]
     target: Cached
     tokens: "TokenTable"
+    spool: "Spool | None"
+    weights: "LiveWeights | None"
 
 
 def state_of(worker: Observed) -> dict[str, Any]:
@@ -67,6 +71,8 @@ def state_of(worker: Observed) -> dict[str, Any]:
         **worker.tally.snapshot(),
         "costs": worker.controller.costs.snapshot(worker.drafters),
         "memory": memory_of(worker),
+        **({} if worker.weights is None else {"drafters": worker.weights.snapshot()}),
+        **({} if worker.spool is None else {"samples": worker.spool.snapshot()}),
         **{arm: state for arm, d in worker.text_arms.items() if (state := d.snapshot())},
     }
 
@@ -286,6 +292,33 @@ SERIES = (
         "requests, `lookup_index` of their copying arm, `lookup_memory` across requests",
         _each(memory_of),
         ("scope",),
+    ),
+    Series(
+        "learn_samples_total",
+        "counter",
+        "finished requests by outcome for `--whiflash-learn`: `written`, `declined` (no consent, or not only text), "
+        "`dropped` (more than could be written) or `failed` (by the disk)",
+        lambda w: [] if w.spool is None else [((name,), count) for name, count in w.spool.counts.items()],
+        ("outcome",),
+    ),
+    Series(
+        "learn_spool_bytes",
+        "gauge",
+        "bytes of samples on disk",
+        lambda w: [] if w.spool is None else [((), w.spool.size)],
+    ),
+    Series(
+        "drafter_version",
+        "gauge",
+        "version of the drafters' weights that serves; 0 is that of the start",
+        lambda w: [] if w.weights is None else [((), w.weights.used.version)],
+    ),
+    Series(
+        "drafter_swaps_total",
+        "counter",
+        "versions of the drafters' weights that were `taken` or `refused` while serving",
+        lambda w: [] if w.weights is None else [((name,), count) for name, count in w.weights.swaps.items()],
+        ("outcome",),
     ),
     Series(
         "policy",

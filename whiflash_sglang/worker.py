@@ -11,8 +11,10 @@ from whiflash_sglang.assemble import (
     build_drafters,
     build_policy,
     build_stages,
+    live_weights,
     load_router,
     reserve,
+    spool_of,
 )
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import TokenTable
@@ -71,6 +73,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.capture(captured, final_hidden=self.router is not None)
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
         self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=self.text_arms)
+        self.spool = spool_of(self.settings, server_args.model_path) if self.ranks.leads else None
         self.publisher = Publisher(self)
         self.controller = build_controller(self.settings, self.target, self.drafters, heads=self._has_heads)
         self.sync = DraftSync(
@@ -80,6 +83,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.target.dtype,
             self.quarantine,
         )
+        self.weights = live_weights(self.settings, self.target, self.kv_arms, self.ranks)
         reserve(self.drafters, self.sync, self.target, max_running_requests())
 
     def __getattr__(self, name: str) -> Any:
@@ -249,6 +253,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Drop text that a drafter keeps across requests: a tenant's or a scope's, by its handle, or everybody's."""
         for drafter in self.text_arms.values():
             drafter.forget(handle)
+        if self.spool is not None:
+            self.spool.forget(handle)
         self.publisher.flush()
 
     @property

@@ -110,6 +110,7 @@ class Hints(BaseModel):
     query: name (1 to 64 characters) or number of the agent's prompt.
     structure: blocks of the agent's answers, at most 16, each a begin marker and an end marker or null; copies come
         first from the same block. Default: the spans.
+    learn: false keeps the request from a server that trains its drafters on what it serves.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -127,6 +128,7 @@ class Hints(BaseModel):
     structure: Annotated[
         Sequence[Block], Field(max_length=MAX_BLOCKS), AfterValidator(tuple), _OR_LEFT_OUT
     ] = ()
+    learn: bool = True
 
     def encode(self) -> str:
         """The JSON string for `custom_params`. Raises: HintError if it is longer than 8 KiB.

@@ -36,8 +36,13 @@ FOR = {
     ("GET", "/whiflash/state"): "operator",
     ("POST", "/whiflash/policy"): "operator",
     ("POST", "/whiflash/forget"): "operator",
+    ("POST", "/whiflash/drafters"): "operator",
 }
-BODIES: dict[str, Any] = {"/whiflash/policy": {"min_dwell": 3}, "/whiflash/forget": {"all": True}}
+BODIES: dict[str, Any] = {
+    "/whiflash/policy": {"min_dwell": 3},
+    "/whiflash/forget": {"all": True},
+    "/whiflash/drafters": {"version": 3},
+}
 
 
 SCOPE = '["5f", "planner", null, null]'

@@ -179,7 +179,7 @@ def test_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"sapns": []},
-            "is unknown; known are agent, infer, lookup, off, query, spans, structure, trace, version",
+            "is unknown; known are agent, infer, learn, lookup, off, query, spans, structure, trace, version",
         ),
         ({"agent": ""}, "is empty; leave it out instead"),
         ({"agent": "x" * 65}, "is 65 characters long; at most 64 are allowed"),

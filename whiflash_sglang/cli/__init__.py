@@ -51,7 +51,7 @@ def _whiflash(
     pass
 
 
-for _module in ("check", "serve", "bench", "running", "trace", "bundle", "train", "judge"):
+for _module in ("check", "serve", "bench", "running", "drafter", "trace", "bundle", "train", "judge"):
     import_module(f"whiflash_sglang.cli.{_module}").register(app)
 
 

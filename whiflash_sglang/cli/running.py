@@ -4,7 +4,7 @@ round's time goes."""
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,15 +39,21 @@ def change(url: str, router: str | None, api_key: str | None) -> str:
 
     Raises: ServerRefusedError.
     """
+    body = None if router is None else {"router": router}
+    return str(steer(url, "/whiflash/policy", body, api_key)["policy"])
+
+
+def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None) -> dict[str, Any]:
+    """The state of the server at `url`, after `body` was sent to the route `path` if there is one.
+
+    Raises: ServerRefusedError.
+    """
     import httpx
 
     headers = authorization(api_key)
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
-            if router is None:
-                answer = client.get("/whiflash/state")
-            else:
-                answer = client.post("/whiflash/policy", json={"router": router})
+            answer = client.get("/whiflash/state") if body is None else client.post(path, json=body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerRefusedError(
             f"{url} does not answer ({error}): check --url, and whether the server has started"
@@ -71,7 +77,8 @@ def change(url: str, router: str | None, api_key: str | None) -> str:
         ) from None
     if answer.status_code == 400:
         raise ServerRefusedError(f"{url}: {said}")
-    return str(said)
+    state: dict[str, Any] = found
+    return state
 
 
 def policy(

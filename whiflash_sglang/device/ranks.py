@@ -7,7 +7,7 @@ from the same numbers with the same code. Every message checks that they did, by
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,15 +35,20 @@ class Ranks:
 
     Args:
         rank: of this process, 0 decides. size: processes. send: from the first process to all, in each of which it
-            returns what the first handed in; None where there is one.
+            returns what the first handed in; None where there is one. gather: what each process hands in, in
+            all of them.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, send: Callable[[Message | None], Any] | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        send: Callable[[Message | None], Any] | None = None,
+        gather: Callable[[str | None], Sequence[str | None]] | None = None,
     ) -> None:
         if (send is None) != (size == 1):
             raise ValueError(f"{size} ranks and {'no ' * (send is None)}way to talk to them")
-        self.rank, self.size, self._send = rank, size, send
+        self.rank, self.size, self._send, self._gather = rank, size, send, gather
         self._number = self._checksum = 0
         self._now = 0.0
 
@@ -78,6 +83,11 @@ class Ranks:
         self._number, self._now = heard.number + 1, heard.now
         value: T = heard.value
         return value
+
+    def objection(self, own: str | None) -> str | None:
+        """The first objection of any rank, in all of them, which all must ask at once; None: nobody objects."""
+        every = [own] if self._gather is None else self._gather(own)
+        return next((said for said in every if said is not None), None)
 
     def note(self, *facts: object) -> None:
         """What every rank must have done alike, by what its facts are written as; compared with the next message."""

@@ -80,6 +80,9 @@ class KVDrafter(Drafter):
         """
         raise NotImplementedError
 
+    def weights_written(self) -> None:
+        """Its model's weights were written in place: what was copied of them follows."""
+
     def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
 

@@ -7,7 +7,8 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch, PassInput
 from whiflash_sglang.drafters.paged import PagedArm, dflash_weights, rope_table
-from whiflash_sglang.models.choice import Choice
+from whiflash_sglang.learn.swap import rewrite
+from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.packed import pack
@@ -48,12 +49,24 @@ class DFlashArm(PagedArm):
         self.max_drafts = block - 1
         self._rows = config.rows(self.max_drafts)
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
-        self._head = model.head if vocabulary is None else model.head.within(vocabulary)
+        self._vocabulary = vocabulary
+        self._head = self._chosen()
         # Not the target's, which is packed with the target, and again when its weights are updated.
         own = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
         pack(part for part in own if isinstance(part, torch.Tensor))
         self.tail_width = model.fc.in_features if model.reads_tail else 0
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
+
+    def _chosen(self) -> DraftHead:
+        head = self.model.head
+        return head if self._vocabulary is None else head.within(self._vocabulary)
+
+    def weights_written(self) -> None:
+        """The model has other weights, at the same addresses: so have the rows that were copied of its head."""
+        now = self._chosen()
+        for held, value in ((self._head.weight, now.weight), (self._head.matrix, now.matrix)):
+            if isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor) and held is not value:
+                rewrite(held, value)
 
     def catch_up(self, rows: FeatureRows) -> None:
         features = rows.features

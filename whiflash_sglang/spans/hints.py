@@ -129,6 +129,7 @@ class RequestHints:
     agent: str | None = None
     query: str | None = None
     structure: tuple[Block, ...] = ()
+    learn: bool = True
     tools: str = ""
     inferred: bool = False
 
@@ -230,4 +231,5 @@ def validated(raw: object, field: str) -> RequestHints:
         agent=read.agent,
         query=None if read.query is None else str(read.query),
         structure=tuple(Block(*block) for block in read.structure),
+        learn=read.learn,
     )

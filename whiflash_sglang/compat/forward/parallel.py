@@ -33,7 +33,12 @@ def ranks_of_model() -> Ranks:
         heard = broadcast_pyobj([message], group.rank, group.cpu_group, src=group.ranks[0])
         return heard[0] if len(heard) == 1 else heard
 
-    return Ranks(group.rank_in_group, group.world_size, send)
+    def gather(own: str | None) -> list[str | None]:
+        every: list[str | None] = [None] * group.world_size
+        torch.distributed.all_gather_object(every, own, group=group.cpu_group)
+        return every
+
+    return Ranks(group.rank_in_group, group.world_size, send, gather)
 
 
 def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:

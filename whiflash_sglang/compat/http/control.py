@@ -13,11 +13,13 @@ from whiflash_sglang.compat.carried import is_ours
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.learn.versions import MOST
 from whiflash_sglang.lookup.memory import HANDLES
 from whiflash_sglang.serving import SilentReplicaError
 
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"
+VERSION = f"{KEY}.version"
 EVERYBODY = -1
 """In place of a handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
@@ -130,6 +132,22 @@ def _updating(original: Any, self: Any) -> dict[str, Any]:
         handler = internal_state._UpdateHandler(validate, apply)
         found |= {f"{KEY}.{field}": handler for field in PolicyChange.model_fields}
         found[FORGET] = internal_state._UpdateHandler(_is_handle, forget)
+
+        def prepare(key: str, value: Any) -> None:
+            if type(value) is not int or not 0 <= value < MOST:
+                raise internal_state.UpdateRejected(f"{key}: a version's number is needed (got {value!r})")
+            if worker.weights is None:
+                raise internal_state.UpdateRejected(f"{key}: the server was started without versions")
+            try:
+                worker.weights.prepare(value)
+            except ConfigError as error:
+                raise internal_state.UpdateRejected(f"{key}: {error}") from None
+
+        def use(key: str, value: Any) -> None:
+            worker.weights.use(value)
+            worker.publisher.flush()
+
+        found[VERSION] = internal_state._UpdateHandler(prepare, use)
     return found
 
 

@@ -1,5 +1,6 @@
 """What WHIFLASH adds to SGLang's HTTP process: routes of its own. Hints: `requests`; traces: `traces`."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
@@ -21,10 +22,12 @@ from whiflash_sglang.compat.http import (
     streamer,
     traces,
 )
-from whiflash_sglang.compat.http.control import encode, encode_forget, states_of
+from whiflash_sglang.compat.http.control import VERSION, encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.learn.samples import forget_samples
+from whiflash_sglang.learn.versions import MOST
 from whiflash_sglang.lookup.memory import nameless, parse_forget
 from whiflash_sglang.metrics import log_steering, loggable
 from whiflash_sglang.serving import SilentReplicaError, together
@@ -51,6 +54,7 @@ def install(server_args: Any) -> None:
         http_server.app.get("/whiflash/state")(admin_only(_state))
         http_server.app.post("/whiflash/policy")(admin_only(_set_policy))
         http_server.app.post("/whiflash/forget")(admin_only(_forget))
+        http_server.app.post("/whiflash/drafters")(admin_only(_use_version))
 
 
 @around
@@ -135,7 +139,7 @@ async def _changed(change: dict[str, Any]) -> JSONResponse:
 
 
 async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
-    """Drop what the copying arm remembers of one tenant's outputs, of a part of them, or of everybody's."""
+    """Drop what is kept of one tenant's outputs, of a part of them, or of everybody's: copies and samples."""
     told: dict[str, Any] = {}
     try:
         handle = parse_forget(who)
@@ -146,8 +150,44 @@ async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
         whose = "tenant" if who.get("agent") is None and who.get("block") is None else "part"
         told = {"all": True} if handle is None else {whose: f"{handle:016x}"}
         answer = await _send(encode_forget(handle))
+        if answer.status_code == 200:
+            answer = await _forget_samples(handle) or answer
     log_steering(_client(request), "forget", told, answer.status_code)
     return answer
+
+
+async def _use_version(which: dict[str, Any], request: Request) -> JSONResponse:
+    """Draft with another version of the drafters' weights; running requests continue."""
+    number = which.get("version")
+    if set(which) != {"version"} or type(number) is not int or not 0 <= number < MOST:
+        answer = _bad_request(
+            'give the number of a version, as {"version": 3}; 0 is what the server was started with'
+        )
+        log_steering(_client(request), "drafters", {}, answer.status_code)
+        return answer
+    answer = await _send({VERSION: number})
+    if answer.status_code == 400:
+        said = [state["drafters"]["why"] for state in await _states() if "drafters" in state]
+        why = next(
+            filter(None, said), "this server was started without --whiflash-versions or --whiflash-learn"
+        )
+        answer = _bad_request(why)
+    log_steering(_client(request), "drafters", {"version": number}, answer.status_code)
+    return answer
+
+
+async def _forget_samples(handle: int | None) -> JSONResponse | None:
+    """Drop samples on disk; an answer only where that fails. No scheduler has any of them in memory any more."""
+    directory = settings_of(http_server._global_state.tokenizer_manager.server_args).samples.directory
+    if directory is None:
+        return None
+    try:
+        await asyncio.to_thread(forget_samples, directory, handle)
+    except OSError as error:
+        return _error(
+            500, "InternalServerError", f"samples in {directory} were not dropped: {error.strerror}"
+        )
+    return None
 
 
 def _client(request: Request) -> str | None:

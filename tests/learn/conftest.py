@@ -1,0 +1,41 @@
+"""Tiny checkpoints of the tests of the worker, and helpers that are found beside these tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
+
+from model_set import Models, build_models
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return build_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def plain(models: Models) -> list[list[int]]:
+    from engine import engine
+    from swapping import PROMPTS
+
+    with engine(models.target) as e:
+        found: list[list[int]] = e.generate(PROMPTS, max_new_tokens=60)
+    return found
+
+
+@pytest.fixture(scope="module")
+def directory(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three versions: near the start, far from it, and one that names one drafter only."""
+    from versioned import bundle_of, changed, trained, version
+
+    from whiflash_sglang.learn.versions import publish
+
+    root = tmp_path_factory.mktemp("versions")
+    for number, strength in enumerate((0.05, 0.5)):
+        version(models, root / "versions", root / f"made-{number}", trained(strength, number))
+    alone = changed(models.dflash, root / "alone", trained(0.3, 9))
+    publish(root / "versions", bundle_of(models, root / "alone-bundle", dflash=alone))
+    return root / "versions"

@@ -1,0 +1,98 @@
+"""Whose tokens a server keeps, and that they are the request's own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import Engine, engine
+from model_set import Models
+
+from whiflash_sglang.learn.samples import Sample, files_of, read_samples
+from whiflash_sglang.lookup.memory import handle_of, tenant_of
+
+
+def hinted(hints: str) -> dict[str, Any]:
+    return {"custom_params": {"whiflash": hints}}
+
+
+@pytest.fixture(scope="module")
+def served(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Path]]:
+    learning = tmp_path_factory.mktemp("learning")
+    with engine(models.target, whiflash=models.whiflash("auto", whiflash_learn=str(learning))) as e:
+        yield e, learning / "samples"
+
+
+def kept(served: tuple[Engine, Path]) -> list[Sample]:
+    e, directory = served
+    e.worker.spool.flush()
+    found = [s for file in files_of(directory) for s in read_samples(file.path, e.worker.spool._target)]
+    for file in files_of(directory):
+        file.path.unlink()
+    return found
+
+
+def test_a_finished_request_is_kept_as_it_was(served: tuple[Engine, Path]) -> None:
+    e, _ = served
+    e.submit("plain", [1, 2, 3], max_new_tokens=9)
+    e.submit("salted", [4, 5, 6], max_new_tokens=7, cache_salt="s", **hinted('{"agent": "planner"}'))
+    e.run()
+    tenant = tenant_of(None, "s")
+    assert tenant is not None
+    handles = sorted({handle_of(tenant), handle_of(tenant, "planner")})
+    found = sorted(kept(served), key=lambda sample: sample.prompt)
+    assert found == [Sample([1, 2, 3], e.output("plain"), []), Sample([4, 5, 6], e.output("salted"), handles)]
+
+
+@pytest.mark.parametrize(
+    "hints", ['{"learn": false}', '{"lookup": "off"}', '{"lookup": "context"}', '{"learn": 1}', "{"]
+)
+def test_who_does_not_consent_leaves_nothing(served: tuple[Engine, Path], hints: str) -> None:
+    """Of a malformed hint nobody knows what it says: an embedded engine serves the request, and keeps nothing of it."""
+    e, _ = served
+    before = e.worker.spool.counts["declined"]
+    e.submit(f"quiet-{hints}", [1, 2, 3], **hinted(hints))
+    e.run()
+    assert kept(served) == []
+    assert e.worker.spool.counts["declined"] == before + 1
+
+
+def test_an_aborted_request_leaves_nothing_that_it_did_not_finish(served: tuple[Engine, Path]) -> None:
+    e, _ = served
+    e.submit("gone", [7, 8, 9], max_new_tokens=200)
+    for _ in range(3):
+        e.step()
+    e.abort("gone")
+    e.run()
+    for sample in kept(served):
+        assert sample.answer == e.output("gone")
+
+
+def test_forgetting_reaches_what_waits(served: tuple[Engine, Path]) -> None:
+    e, _ = served
+    e.submit("a", [1, 2, 3], cache_salt="a")
+    e.submit("b", [3, 2, 1], cache_salt="b")
+    e.run()
+    tenant = tenant_of(None, "a")
+    assert tenant is not None
+    e.worker.forget(handle_of(tenant))
+    assert [sample.prompt for sample in kept(served)] == [[3, 2, 1]]
+
+
+def test_forgetting_reaches_what_runs(served: tuple[Engine, Path]) -> None:
+    e, _ = served
+    e.submit("runs", [4, 5, 6], cache_salt="a", max_new_tokens=40)
+    for _ in range(3):
+        e.step()
+    tenant = tenant_of(None, "a")
+    assert tenant is not None
+    e.worker.forget(handle_of(tenant))
+    e.run()
+    assert kept(served) == []
+
+
+def test_the_state_and_metrics_say_what_was_kept(served: tuple[Engine, Path]) -> None:
+    e, _ = served
+    state = e.worker.snapshot()["samples"]
+    assert state["written"] > 0
+    assert state["failing"] is False

@@ -1,0 +1,174 @@
+"""Weights that are swapped between rounds: other drafts, the same text, and nothing that would make old KV wrong."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from engine import Engine
+from model_set import Models
+from safetensors.torch import load_file
+from swapping import PROMPTS, parameters, serving, swap
+from versioned import bundle_of, changed
+
+from whiflash_sglang.device.ranks import Ranks
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.learn.swap import LiveWeights
+from whiflash_sglang.learn.versions import path_of, publish
+
+
+@pytest.fixture(scope="module")
+def served_engine(models: Models, directory: Path, plain: list[list[int]]) -> Iterator[Engine]:
+    """Begun when that of `plain` has ended: there is one engine at a time."""
+    with serving(models, directory) as e:
+        yield e
+
+
+def test_text_stays_through_many_swaps_in_traffic(served_engine: Engine, plain: list[list[int]]) -> None:
+    """In chunks of prompts, while requests run, every few steps; drafts differ, so acceptance does."""
+    e, order = served_engine, random.Random(3)
+    swaps = 0
+
+    def swapping() -> None:
+        nonlocal swaps
+        swap(e, order.randrange(4))
+        swaps += 1
+
+    for _ in range(4):
+        e.start_over("random")
+        names = [f"s{len(e.requests)}-{i}-" for i in range(len(PROMPTS))]
+        for name, prompt in zip(names, PROMPTS, strict=True):
+            e.submit(name, prompt, max_new_tokens=60)
+        e.run(swapping)
+        assert [e.output(name) for name in names] == plain
+        e.check_leaks()
+    assert swaps >= 50
+
+
+def test_what_serves_is_what_the_files_hold(served_engine: Engine, directory: Path, models: Models) -> None:
+    e = served_engine
+    address = {name: value.data_ptr() for name, value in parameters(e, "ar").items()}
+    swap(e, 2)
+    file = load_file(path_of(directory, 2) / "eagle3" / "model.safetensors")
+    live = parameters(e, "ar")
+    assert torch.equal(live["lm_head.weight"], file["lm_head.weight"])
+    assert torch.equal(live["layers.0.attention.out.weight"], file["midlayer.self_attn.o_proj.weight"])
+    assert {name: value.data_ptr() for name, value in live.items()} == address
+    assert e.worker.weights.used.version == 2
+    assert e.worker.snapshot()["drafters"]["version"] == 2
+
+
+def test_a_drafter_that_a_version_does_not_name_is_that_of_the_start(
+    served_engine: Engine, models: Models
+) -> None:
+    swap(served_engine, 2)
+    swap(served_engine, 3)
+    start = load_file(models.eagle3 / "model.safetensors")
+    assert torch.equal(parameters(served_engine, "ar")["lm_head.weight"], start["lm_head.weight"])
+
+
+def test_other_weights_draft_other_tokens(served_engine: Engine) -> None:
+    """So that a swap that did nothing would be seen."""
+    accepted = []
+    for number in (0, 2, 0):
+        swap(served_engine, number)
+        served_engine.start_over("diffusion")
+        names = [f"d{len(served_engine.requests)}-{i}-" for i in range(len(PROMPTS))]
+        for name, prompt in zip(names, PROMPTS, strict=True):
+            served_engine.submit(name, prompt, max_new_tokens=60)
+        served_engine.run()
+        accepted.append([served_engine.rounds(name) for name in names])
+    assert accepted[0] == accepted[2] != accepted[1]
+
+
+def refused(e: Engine, number: int) -> str:
+    before = {arm: {n: v.clone() for n, v in parameters(e, arm).items()} for arm in ("ar", "diffusion")}
+    used = e.worker.weights.used
+    with pytest.raises(ConfigError) as caught:
+        swap(e, number)
+    for arm, old in before.items():
+        assert all(torch.equal(old[name], value) for name, value in parameters(e, arm).items())
+    assert e.worker.weights.used == used
+    assert e.worker.snapshot()["drafters"]["why"] == str(caught.value)
+    return str(caught.value)
+
+
+def only(part: str, value: float) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    return lambda name, tensor: tensor + value if part in name else tensor
+
+
+@pytest.mark.parametrize(
+    ("drafter", "part", "value", "said"),
+    [
+        ("eagle3", "fc.weight", 0.1, "fc.weight differs from what serves; cached draft KV was made with it"),
+        ("eagle3", "k_proj", 0.1, "layers.0.attention.qkv.weight differs"),
+        ("eagle3", "v_proj", 0.1, "layers.0.attention.qkv.weight differs"),
+        ("eagle3", "input_layernorm", 0.1, "layers.0.embedding_norm.weight differs"),
+        ("eagle3", "midlayer.hidden_norm", 0.1, "layers.0.hidden_norm.weight differs"),
+        ("eagle3", "o_proj", float("nan"), "layers.0.attention.out.weight holds NaN or infinity"),
+        ("dflash", "down_proj", float("inf"), "mlp.down.weight holds NaN or infinity"),
+        ("dflash", "fc.weight", 0.1, "fc.weight differs"),
+        ("dflash", "hidden_norm", 0.1, "hidden_norm.weight differs"),
+        ("dflash", "layers.1.self_attn.k_proj", 0.1, "layers.1.attention.qkv.weight differs"),
+        ("dflash", "layers.1.self_attn.v_proj", 0.1, "layers.1.attention.qkv.weight differs"),
+        ("dflash", "k_norm", 0.1, "attention.k_norm.weight differs"),
+        ("dflash", "q_norm", 0.1, ""),
+        ("dflash", "input_layernorm", 0.1, ""),
+        ("dflash", "q_proj", 0.1, ""),
+        ("eagle3", "q_proj", 0.1, ""),
+        ("eagle3", "post_attention_layernorm", 0.1, ""),
+    ],
+)
+def test_what_must_stay_is_named(
+    served_engine: Engine,
+    models: Models,
+    directory: Path,
+    tmp_path: Path,
+    drafter: str,
+    part: str,
+    value: float,
+    said: str,
+) -> None:
+    made = changed(getattr(models, drafter), tmp_path / "made", only(part, value))
+    number = publish(directory, bundle_of(models, tmp_path / "bundle", **{drafter: made}))
+    if said:
+        assert said in refused(served_engine, number)
+    else:
+        swap(served_engine, number)
+
+
+def test_another_configuration_or_a_torn_file_is_refused(
+    served_engine: Engine, models: Models, directory: Path, tmp_path: Path
+) -> None:
+    wider = changed(models.dflash, tmp_path / "made", only("none", 0), {"block_size": 4})
+    number = publish(directory, bundle_of(models, tmp_path / "bundle", dflash=wider))
+    assert "has block_size 4, the drafter that serves has 8" in refused(served_engine, number)
+    weights = path_of(directory, number) / "dflash" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    assert "is not the file that its bundle was made with" in refused(served_engine, number)
+    assert "has no version 999" in refused(served_engine, 999)
+
+
+def test_no_rank_writes_where_one_objects(models: Models, directory: Path, served_engine: Engine) -> None:
+    weights = served_engine.worker.weights
+    said: list[Sequence[str | None]] = []
+
+    def gather(own: str | None) -> Sequence[str | None]:
+        said.append([own, "rank 1 cannot read it"])
+        return said[-1]
+
+    ranks = Ranks(0, 2, lambda message: message, gather)
+    two = LiveWeights(
+        weights._models,
+        weights._versions,
+        load=weights._load,
+        written=lambda: None,
+        ranks=ranks,
+        behind=weights._behind,
+    )
+    with pytest.raises(ConfigError, match="rank 1 cannot read it"):
+        two.prepare(1)
+    assert said == [[None, "rank 1 cannot read it"]]
+    with pytest.raises(ValueError, match="was not prepared"):
+        two.use(1)

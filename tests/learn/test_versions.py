@@ -1,0 +1,141 @@
+"""A directory of versions: whole ones only, and a record of the one that is served."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from model_set import Models
+from typer.testing import CliRunner
+from versioned import bundle_of, trained, version
+
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
+from whiflash_sglang.cli import app
+from whiflash_sglang.config import parse_flags, resolve
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.learn import versions
+from whiflash_sglang.learn.versions import (
+    CURRENT,
+    Served,
+    numbers,
+    path_of,
+    publish,
+    read_version,
+    record,
+    served,
+)
+
+
+@pytest.fixture
+def directory(models: Models, tmp_path: Path) -> Path:
+    """With two versions."""
+    for seed in (1, 2):
+        version(models, tmp_path / "versions", tmp_path / f"made-{seed}", trained(0.1, seed))
+    return tmp_path / "versions"
+
+
+def test_versions_are_numbered_and_name_their_checkpoints(models: Models, directory: Path) -> None:
+    assert numbers(directory) == [1, 2]
+    found = read_version(directory, 2, str(models.target))
+    assert found == {"ar": directory / "000002" / "eagle3", "diffusion": directory / "000002" / "dflash"}
+    assert read_version(directory, 2, "") == found
+
+
+def test_who_publishes_at_once_gets_numbers_of_their_own(
+    models: Models, directory: Path, tmp_path: Path
+) -> None:
+    bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(publish(directory, bundle))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [3, 4, 5, 6]
+    assert numbers(directory) == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_drafter_is_enough(models: Models, directory: Path, tmp_path: Path) -> None:
+    number = publish(directory, bundle_of(models, tmp_path / "one", dflash=models.dflash))
+    assert list(read_version(directory, number, "")) == ["diffusion"]
+
+
+def test_what_was_torn_is_refused(directory: Path) -> None:
+    weights = path_of(directory, 2) / "dflash" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ConfigError, match=r"dflash/model.safetensors is not the file"):
+        read_version(directory, 2, "")
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"dflash/model.safetensors is missing"):
+        read_version(directory, 2, "")
+    read_version(directory, 1, "")
+
+
+def test_what_is_not_there_or_for_another_target_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="has no version 3; it has 0, 1, 2"):
+        read_version(directory, 3, "")
+    with pytest.raises(ConfigError, match="the server's is embedded:smollm2"):
+        read_version(directory, 1, "embedded:smollm2-135m-instruct")
+
+
+def test_a_version_without_sums_is_refused(directory: Path) -> None:
+    manifest = path_of(directory, 1) / "whiflash.json"
+    said = json.loads(manifest.read_text())
+    del said["sources"]["eagle3"]
+    manifest.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match="no SHA-256 of files of eagle3"):
+        read_version(directory, 1, "")
+
+
+def test_a_killed_publisher_leaves_no_version(
+    models: Models, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
+    (directory / ".new-killed").mkdir()
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(versions, "_sync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(directory, bundle)
+    assert numbers(directory) == [1, 2]
+    assert publish(directory, bundle) == 3
+    assert not list(directory.glob(".new-*"))
+
+
+def test_the_record_of_what_is_served(tmp_path: Path) -> None:
+    assert served(tmp_path) == Served(0, 0)
+    record(tmp_path, Served(4, 2))
+    assert served(tmp_path) == Served(4, 2)
+    for damaged in (
+        "{",
+        '{"version": -1, "before": 0}',
+        '{"version": 1.5, "before": 0}',
+        '{"other": 1}',
+        "[]",
+    ):
+        (tmp_path / CURRENT).write_text(damaged)
+        with pytest.raises(ConfigError, match="is damaged"):
+            served(tmp_path)
+
+
+def test_flags(tmp_path: Path) -> None:
+    bundle = embedded_bundle()
+    assert resolve(parse_flags({}), bundle).versions is None
+    assert resolve(parse_flags({"learn": str(tmp_path)}), bundle).versions == tmp_path / "versions"
+    both = {"learn": str(tmp_path), "versions": str(tmp_path / "v")}
+    assert resolve(parse_flags(both), bundle).versions == tmp_path / "v"
+
+
+def test_the_command_line_adds_and_lists(models: Models, directory: Path, tmp_path: Path) -> None:
+    bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
+    run = CliRunner().invoke(app, ["drafter", "add", str(bundle), str(directory)])
+    assert run.stdout.strip() == "version: 3"
+    record(directory, Served(2, 1))
+    run = CliRunner().invoke(app, ["drafter", "list", str(directory), "--json"])
+    found = json.loads(run.stdout)
+    assert (found["served"], found["before"], list(found["versions"])) == (2, 1, ["1", "2", "3"])
+    run = CliRunner().invoke(app, ["drafter", "list", str(directory)])
+    assert run.stdout.splitlines() == ["  0", "  1", "* 2", "  3"]
