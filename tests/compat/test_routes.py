@@ -177,6 +177,7 @@ def test_every_call_that_steers_leaves_a_line(manager: Manager, caplog: pytest.L
     client.post("/whiflash/forget", json={"all": True})
     client.post("/whiflash/forget", json={"cache_salt": SALT})
     client.post("/whiflash/forget", json={"cache_salt": SALT, "agent": f"agent of {SALT}"})
+    client.post("/whiflash/drafters", json={"version": 3})
     client.get("/whiflash/state")
     tenant = f"{parse_forget({'cache_salt': SALT}):016x}"
     part = f"{parse_forget({'cache_salt': SALT, 'agent': f'agent of {SALT}'}):016x}"
@@ -185,6 +186,7 @@ def test_every_call_that_steers_leaves_a_line(manager: Manager, caplog: pytest.L
         'control: forget {"all": true}, from testclient: done',
         f'control: forget {{"tenant": "{tenant}"}}, from testclient: done',
         f'control: forget {{"part": "{part}"}}, from testclient: done',
+        'control: drafters {"version": 3}, from testclient: done',
     ]
     assert SALT not in caplog.text
 

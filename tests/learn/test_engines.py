@@ -2,10 +2,12 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from engine import engine
 from model_set import Models
+from overlap import overlapped
 from safetensors.torch import load_file
 from swapping import PROMPTS, parameters, serving, swap
 
@@ -22,6 +24,26 @@ def test_text_stays_through_retractions_and_chunks(
         e.run(lambda: swap(e, order.randrange(4)))
         assert [e.output(f"r{i}-") for i in range(len(PROMPTS))] == plain
         e.check_leaks()
+
+
+def test_text_stays_with_a_round_of_lag(models: Models, directory: Path, plain: list[list[int]]) -> None:
+    """A version is written where the scheduler takes its mail: while the forward before is still under way."""
+    order = random.Random(5)
+    whiflash = models.whiflash("random", whiflash_versions=str(directory))
+    with overlapped(models.target, whiflash=whiflash, host_lengths=False, chunked_prefill_size=16) as e:
+        ingest = e.scheduler.ingest_requests
+
+        def ingesting() -> list[Any]:
+            swap(e, order.randrange(4))
+            return ingest()
+
+        e.scheduler.ingest_requests = ingesting
+        for i, prompt in enumerate(PROMPTS):
+            e.submit(f"o{i}-", prompt, max_new_tokens=60)
+        e.run()
+        assert [e.output(f"o{i}-") for i in range(len(PROMPTS))] == plain
+        assert not e.streams.races
+        assert e.worker.weights.swaps["taken"] > 10
 
 
 def test_a_restart_begins_with_what_was_served(models: Models, directory: Path) -> None:

@@ -26,6 +26,8 @@ def served(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def kept(served: tuple[Engine, Path]) -> list[Sample]:
     e, directory = served
     e.worker.spool.flush()
+    counts = e.worker.spool.counts
+    assert (counts["dropped"], counts["failed"]) == (0, 0), counts
     found = [s for file in files_of(directory) for s in read_samples(file.path, e.worker.spool._target)]
     for file in files_of(directory):
         file.path.unlink()

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from model_set import Models
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +16,19 @@ FROZEN = ("fc.", "k_proj", "v_proj", "k_norm", "input_layernorm", "hidden_norm",
 """Of the tiny EAGLE-3's file: what draft KV is made with."""
 
 Change = Callable[[str, Tensor], Tensor]
+
+
+class Pair(Protocol):
+    """Checkpoints of a target and of its two drafters."""
+
+    @property
+    def target(self) -> Path: ...
+
+    @property
+    def eagle3(self) -> Path: ...
+
+    @property
+    def dflash(self) -> Path: ...
 
 
 def trained(strength: float, seed: int) -> Change:
@@ -41,14 +54,14 @@ def changed(original: Path, into: Path, change: Change, config: Mapping[str, obj
     return into
 
 
-def bundle_of(models: Models, root: Path, eagle3: Path | None = None, dflash: Path | None = None) -> Path:
+def bundle_of(models: Pair, root: Path, eagle3: Path | None = None, dflash: Path | None = None) -> Path:
     """A bundle of these checkpoints."""
     parts = Parts(str(models.target), str(eagle3) if eagle3 else None, str(dflash) if dflash else None)
     create(parts, root)
     return root
 
 
-def version(models: Models, directory: Path, scratch: Path, change: Change) -> int:
+def version(models: Pair, directory: Path, scratch: Path, change: Change) -> int:
     """The next version: both drafters with every tensor changed."""
     eagle3, dflash = (
         changed(original, scratch / name, change)

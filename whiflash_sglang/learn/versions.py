@@ -1,7 +1,7 @@
 """Versions of a pair's weights: bundles in one directory, `000001`, `000002` and so on, and which of them is served.
 
 A version is whole or not there: it is copied under another name and renamed. Version 0 is what the server was started
-with, whose files lie elsewhere. Imports no SGLang and no torch.
+with, whose files are elsewhere. Imports no SGLang and no torch.
 """
 
 import json

@@ -1,0 +1,146 @@
+"""A real server's versions and samples: switched by route and by command line, refused by name, forgotten on disk."""
+
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import Result
+from model_set import Models
+from patience import wait_until
+from server_host import Server, ServerHost
+from swapping import PROMPTS
+from typer.testing import CliRunner
+from versioned import trained, version
+
+from whiflash_sglang.cli import app
+from whiflash_sglang.learn.samples import files_of, samples_of
+from whiflash_sglang.learn.versions import path_of, versions_of
+
+pytestmark = pytest.mark.server
+
+KEY = "the-admin"
+ADMIN = {"Authorization": f"Bearer {KEY}"}
+TORN = 3
+
+
+@pytest.fixture(scope="module")
+def learning(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `--whiflash-learn` names: two versions, and one that was cut off afterwards."""
+    root = tmp_path_factory.mktemp("learning")
+    for number in (1, 2, TORN):
+        version(models, versions_of(root), root / f"made-{number}", trained(0.3, number))
+    weights = path_of(versions_of(root), TORN) / "dflash" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(models: Models, learning: Path, host: ServerHost) -> Iterator[Server]:
+    flags = models.whiflash("random", whiflash_learn=learning)
+    paths = ("--speculative-draft-model-path", str(flags.pop("draft")))
+    arguments = [
+        str(part) for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    with host.running(
+        *("--model-path", str(models.target), "--dtype", "float32", "--skip-tokenizer-init"),
+        *("--speculative-algorithm", "WHIFLASH", *paths, *arguments, "--admin-api-key", KEY),
+    ) as running:
+        yield running
+
+
+def use(server: Server, body: Any, headers: dict[str, str] = ADMIN) -> httpx.Response:
+    return httpx.post(f"{server.url}/whiflash/drafters", json=body, headers=headers, timeout=None)
+
+
+def drafters(server: Server) -> dict[str, Any]:
+    answer = httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None)
+    found: dict[str, Any] = answer.raise_for_status().json()["drafters"]
+    return found
+
+
+def command(*words: str) -> Result:
+    return CliRunner().invoke(app, ["drafter", *words], env={"WHIFLASH_API_KEY": KEY})
+
+
+def answers(server: Server) -> list[list[int]]:
+    bodies = [{"input_ids": prompt, "sampling_params": {"max_new_tokens": 60}} for prompt in PROMPTS]
+    return [answer["output_ids"] for answer in server.generate_all(bodies, concurrency=3)]
+
+
+def test_commands_switch_a_server_and_back(server: Server, learning: Path) -> None:
+    use(server, {"version": 0})
+    for words, now, before in ((["use", "1"], 1, 0), (["use", "2"], 2, 1), (["rollback"], 1, 2)):
+        ran = command(*words, "--url", server.url, "--json")
+        assert (ran.exit_code, json.loads(ran.stdout)) == (0, {server.url: now})
+        assert (drafters(server)["version"], drafters(server)["before"]) == (now, before)
+        listed = command("list", str(versions_of(learning)))
+        assert [line for line in listed.stdout.splitlines() if line.startswith("*")] == [f"* {now}"]
+
+
+def test_text_stays_while_a_server_switches(server: Server) -> None:
+    order = random.Random(5)
+    use(server, {"version": 0})
+    plain = answers(server)
+    with ThreadPoolExecutor(1) as pool:
+        later = [pool.submit(answers, server) for _ in range(3)]
+        switches = 0
+        while not all(future.done() for future in later):
+            assert use(server, {"version": order.randrange(TORN)}).status_code == 200
+            switches += 1
+    assert [future.result() for future in later] == [plain] * 3
+    assert switches >= 10
+
+
+def test_a_torn_version_is_refused_by_name(server: Server) -> None:
+    use(server, {"version": 1})
+    answer = use(server, {"version": TORN})
+    assert answer.status_code == 400
+    assert "dflash/model.safetensors is not the file" in answer.json()["error"]["message"]
+    assert drafters(server)["version"] == 1
+    ran = command("use", str(TORN), "--url", server.url)
+    assert ran.exit_code == 1
+    assert "is not the file that its bundle was made with" in str(ran.exception)
+    assert answers(server)
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"version": "1"}, {"version": -1}, {"version": True}, {"version": 1, "x": 2}]
+)
+def test_a_malformed_body_is_a_400(server: Server, body: dict[str, Any]) -> None:
+    answer = use(server, body)
+    assert answer.status_code == 400
+    assert "give the number of a version" in answer.json()["error"]["message"]
+
+
+def test_only_the_administrator_switches(server: Server) -> None:
+    before = drafters(server)
+    assert use(server, {"version": 2}, headers={}).status_code in (401, 403)
+    assert drafters(server) == before
+
+
+@pytest.mark.parametrize("value", ["NaN", '"inf"', "-1", "1.5", "[1]", "null", f"1{'0' * 30}"])
+def test_a_wrong_number_in_sglangs_own_message_harms_nobody(server: Server, value: str) -> None:
+    before = drafters(server)["version"]
+    answer = httpx.put(
+        f"{server.url}/set_internal_state",
+        content=f'{{"server_args": {{"whiflash.version": {value}}}}}',
+        headers=ADMIN | {"Content-Type": "application/json"},
+        timeout=None,
+    )
+    assert answer.status_code >= 400 or answer.json() == [False]
+    assert drafters(server)["version"] == before
+    server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 4})
+
+
+def test_forgetting_reaches_samples_on_disk(server: Server, learning: Path) -> None:
+    directory = samples_of(learning)
+    server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 4}, cache_salt="a")
+    wait_until(lambda: files_of(directory))
+    forget = httpx.post(f"{server.url}/whiflash/forget", json={"all": True}, headers=ADMIN, timeout=None)
+    assert forget.status_code == 200
+    assert files_of(directory) == []
