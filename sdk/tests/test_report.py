@@ -88,7 +88,7 @@ def test_a_report_is_a_page_that_runs_nothing(report: Report) -> None:
     assert "<script" not in page
     assert "saved against plain decoding, an estimate" in page
     assert (
-        page.count("<td>lookup 8.00 · ar 3.00</td>") == 3 + 2 + 5 + 3
+        page.count('<td class="wide">lookup 8.00 · ar 3.00</td>') == 3 + 2 + 5 + 3
     )  # agents, tools, turns, and all in each
 
 

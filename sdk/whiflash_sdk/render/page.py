@@ -90,8 +90,9 @@ def _shares(title: str, rows: Sequence[Share], total: Share | None) -> str:
 def _share(row: Share, *, by_drafter: bool = True) -> str:
     taken = "" if row.seconds is None else f"{row.seconds:.2f} s"
     cells = [row.answers, row.tokens, row.rounds, f"{row.acceptance_length:.2f}", taken, seconds(row.saved)]
-    cells += [safe(row.by_drafter)] if by_drafter else []
-    return f'<tr><th scope="row">{safe(row.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    drafters = f'<td class="wide">{safe(row.by_drafter)}</td>' if by_drafter else ""
+    figures = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr><th scope="row">{safe(row.name)}</th>{figures}{drafters}</tr>'
 
 
 def _page(title: str, body: str) -> str:
