@@ -48,7 +48,7 @@ TOOL = {
 }
 WITHOUT_TABLES = """
 document.querySelectorAll('section .table, section details').forEach(e => e.remove());
-document.querySelector('main').style.paddingBottom = 0
+document.querySelector('main').style.paddingBottom = '1rem'
 """
 
 
