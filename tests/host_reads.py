@@ -94,7 +94,7 @@ class HostReads(TorchFunctionMode):
             return self.uploads if name == "to" else None
         if name in READS or depends_on_values(name, args):
             return None if _says_host() else self.reads
-        return self.pageable if name in UPLOADS else None
+        return self.pageable if name in UPLOADS or assigns_number(name, args) else None
 
 
 class Launches(TorchDispatchMode):
@@ -141,6 +141,14 @@ def depends_on_values(name: str, args: Sequence[Any]) -> bool:
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in index)
+
+
+def assigns_number(name: str, args: Sequence[Any]) -> bool:
+    """Whether one element becomes a number of Python's: torch copies it, where it fills what has any dimension."""
+    if name != "__setitem__" or not isinstance(args[2], int | float):
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return len(index) == args[0].dim() and all(isinstance(part, int) for part in index)
 
 
 def _says_host() -> bool:

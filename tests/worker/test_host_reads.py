@@ -179,4 +179,11 @@ def test_the_detector_sees_a_planted_upload() -> None:
         torch.empty(3, pin_memory=False).to("cpu")
         assert (seen.uploads.total(), seen.pageable.total()) == (1, 0)
         torch.tensor([1, 2])
+        there = torch.empty(2, 3)
+        there[0] = 1
+        there[:, 1] = 2
     assert (seen.uploads.total(), seen.pageable.total(), seen.reads.total()) == (1, 1, 0)
+    with HostReads() as seen:
+        there[0, -1] = 3
+        there[1][2] = 4
+    assert (seen.uploads.total(), seen.pageable.total(), seen.reads.total()) == (0, 2, 0)
