@@ -20,6 +20,8 @@ from versioned import trained, version
 from whiflash_sglang.cli import app
 from whiflash_sglang.learn.samples import files_of, samples_of
 from whiflash_sglang.learn.versions import path_of, versions_of
+from whiflash_sglang.learner import once
+from whiflash_sglang.learner.once import Outcome
 
 pytestmark = pytest.mark.server
 
@@ -106,6 +108,20 @@ def test_a_torn_version_is_refused_by_name(server: Server) -> None:
     assert ran.exit_code == 1
     assert "is not the file that its bundle was made with" in str(ran.exception)
     assert answers(server)
+
+
+def test_what_was_learned_is_offered(server: Server, learning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pass comes to is another file's; this one published version 2, the next one nothing."""
+    monkeypatch.setenv("WHIFLASH_API_KEY", KEY)
+    use(server, {"version": 1})
+    for number, now in ((2, 2), (None, 2)):
+        found = Outcome(1, number, 100, 16, 2400, 1.0, {})
+        monkeypatch.setattr(once, "learn_once", lambda _, found=found: found)
+        ran = CliRunner().invoke(
+            app, ["learn", str(learning), "--config", "tiny", "--url", server.url, "--json"]
+        )
+        assert json.loads(ran.stdout).get("served") == number
+        assert drafters(server)["version"] == now
 
 
 @pytest.mark.parametrize(

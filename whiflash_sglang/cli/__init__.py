@@ -51,7 +51,18 @@ def _whiflash(
     pass
 
 
-for _module in ("check", "serve", "bench", "running", "drafter", "trace", "bundle", "train", "judge"):
+for _module in (
+    "check",
+    "serve",
+    "bench",
+    "running",
+    "drafter",
+    "learn",
+    "trace",
+    "bundle",
+    "train",
+    "judge",
+):
     import_module(f"whiflash_sglang.cli.{_module}").register(app)
 
 

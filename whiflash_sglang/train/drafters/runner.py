@@ -25,6 +25,7 @@ from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
+from whiflash_sglang.train.drafters.held import Held, stored_dtype
 from whiflash_sglang.train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
 
 
@@ -40,9 +41,14 @@ class _LoggingTrainer(Trainer):  # type: ignore[misc]
         super().log({**logs, **model.metrics}, *args, **kwargs)
 
 
-def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+def train_eagle3(
+    config: TrainConfig, target_path: Path, start_from: Path | None = None, *, held: bool = False
+) -> Path:
     """Train the EAGLE-3 drafter on the data so far; returns the directory of the checkpoint in SGLang's
     format.
+
+    Args:
+        held: keep what draft KV is made with as it is in `start_from`, so that a server can switch to the result.
 
     Raises:
         ConfigError: `start_from` is not of the configuration's shape.
@@ -63,12 +69,14 @@ def train_eagle3(config: TrainConfig, target_path: Path, start_from: Path | None
             drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
         )
 
-    return _train("eagle3", config, settings.loop, stores, build, start_from)
+    return _train("eagle3", config, settings.loop, stores, build, start_from, held)
 
 
-def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+def train_dflash(
+    config: TrainConfig, target_path: Path, start_from: Path | None = None, *, held: bool = False
+) -> Path:
     """Train the DFlash drafter on the data so far; returns the directory of the `DFlashDraftModel`
-    checkpoint.
+    checkpoint. held: as of `train_eagle3`.
     """
     settings = config.dflash
     stores = open_stores(config)
@@ -91,11 +99,14 @@ def train_dflash(config: TrainConfig, target_path: Path, start_from: Path | None
         given = _block_options(config, settings, stores, target)
         return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
 
-    return _train("dflash", config, settings.loop, stores, build, start_from)
+    return _train("dflash", config, settings.loop, stores, build, start_from, held)
 
 
-def train_dspark(config: TrainConfig, target_path: Path, start_from: Path | None = None) -> Path:
+def train_dspark(
+    config: TrainConfig, target_path: Path, start_from: Path | None = None, *, held: bool = False
+) -> Path:
     """Train the DSpark drafter on the data so far; returns the directory of the `Qwen3DSparkModel` checkpoint.
+    held: as of `train_eagle3`.
 
     Raises:
         ConfigError: there is no section `dspark`, or `start_from` is not of its shape.
@@ -113,7 +124,7 @@ def train_dspark(config: TrainConfig, target_path: Path, start_from: Path | None
         given = _block_options(config, settings, stores, target)
         return dspark_training.DSparkTraining(drafter, settings, **given)
 
-    return _train("dspark", config, settings.loop, stores, build, start_from)
+    return _train("dspark", config, settings.loop, stores, build, start_from, held)
 
 
 def _block_options(
@@ -167,6 +178,7 @@ def _train(
     stores: list[FeatureStore],
     build: Callable[[], nn.Module],
     start_from: Path | None,
+    held: bool,
 ) -> Path:
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
@@ -174,9 +186,11 @@ def _train(
     run = config.work / name
     batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed, loop.category_weights)
     resumed = last_checkpoint(run / "trainer")
-    check_same_run(run / "trainer", _facts(name, config, stores, start_from), begun=resumed is not None)
+    facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
+    check_same_run(run / "trainer", facts, begun=resumed is not None)
     provenance = Provenance.start(config, stores)
     model: Any = build()
+    kept = Held(name, model.drafter) if held else None
     model.train()
     arguments = TrainingArguments(
         output_dir=str(run / "trainer"),
@@ -204,6 +218,10 @@ def _train(
     )
     trainer.train(resume_from_checkpoint=resumed)
     out = run / "checkpoint"
-    model.drafter.save(out)
+    if kept is None or start_from is None:
+        model.drafter.save(out)
+    else:
+        kept.write_back()
+        model.drafter.save(out, stored_dtype(start_from))
     provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
     return out

@@ -1,0 +1,255 @@
+"""A pass of the learner on a tiny pair: better drafters become a version that a server can switch to, others do not."""
+
+import fcntl
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from typer.testing import CliRunner
+
+from whiflash_sglang import train
+from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.cli import app
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.learn.samples import Sample, check_spool, samples_of, write_file
+from whiflash_sglang.learn.versions import Served as Used
+from whiflash_sglang.learn.versions import notes_of, numbers, path_of, record, served, versions_of
+from whiflash_sglang.learner import once
+from whiflash_sglang.learner.once import WORK, Learning, Outcome, learn_once, status_of
+from whiflash_sglang.learner.texts import LEAST, Text, answer_tokens, choose, texts_of
+from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
+from whiflash_sglang.train.answers.tokens import export_tokens
+from whiflash_sglang.train.config import load_config
+
+FAVOURITE = 71
+"""Three quarters of every answer: what a drafter has to learn."""
+
+
+def request(draw: random.Random) -> Sample:
+    answer = [FAVOURITE if draw.random() < 0.75 else draw.randrange(256) for _ in range(24)]
+    return Sample(draw.choices(range(256), k=8), answer, [])
+
+
+def serve(learning: Path, target: str, requests: int, seed: int) -> None:
+    """What a server keeps of so many requests."""
+    draw = random.Random(seed)
+    check_spool(samples_of(learning))
+    for _ in range(0, requests, 16):
+        write_file(samples_of(learning), target, [request(draw) for _ in range(16)], time.time())
+
+
+Pair = tuple[Path, Path]
+"""Directory of checkpoints, and their bundle."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    root: Path = tmp_path_factory.mktemp("pair")
+    target = tiny_target(root / "target")
+    create(
+        Parts(
+            str(target), str(tiny_eagle3(root / "eagle3", target)), str(tiny_dflash(root / "dflash", target))
+        ),
+        root / "bundle",
+    )
+    return root, root / "bundle"
+
+
+def learning_of(pair: Pair, directory: Path, rate: float = 5e-3) -> Learning:
+    config = load_config(Path(train.__path__[0]) / "configs" / "tiny.yaml")
+    config = config.model_copy(update={"target": str(pair[0] / "target")})
+    return Learning(directory, pair[1], config, 20_000, 64, rate, None)
+
+
+Passed = tuple[Learning, Outcome]
+
+
+@pytest.fixture(scope="module")
+def passed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Passed:
+    learning = learning_of(pair, tmp_path_factory.mktemp("learning"))
+    serve(learning.directory, str(pair[0] / "target"), 320, 1)
+    return learning, learn_once(learning)
+
+
+def test_drafters_that_became_better_are_a_version(passed: Passed) -> None:
+    learning, found = passed
+    print(found)
+    assert (found.present, found.version, found.judged) == (0, 1, 64)
+    texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target))
+    assert (found.learned, found.tokens) == (len(texts) - 64, answer_tokens(texts[:-64]))
+    for gain in found.drafters.values():
+        assert gain.ratio.low > 1.2
+        assert gain.after > gain.before
+    notes = notes_of(versions_of(learning.directory), 1)
+    assert (notes["from"], notes["tokens"]) == (0, found.tokens)
+    assert status_of(learning.directory) == json.loads(json.dumps(found.facts()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "moved"),
+    [
+        (
+            "eagle3",
+            ["fc.weight", "midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight"],
+            "lm_head.weight",
+        ),
+        ("dflash", ["fc.weight", "hidden_norm.weight"], "norm.weight"),
+    ],
+)
+def test_what_draft_kv_is_made_with_stays_bit_by_bit(
+    pair: Pair, passed: Passed, name: str, kept: list[str], moved: str
+) -> None:
+    before = load_file(pair[0] / name / "model.safetensors")
+    after = load_file(path_of(versions_of(passed[0].directory), 1) / name / "model.safetensors")
+    assert before.keys() == after.keys()
+    layers = [key for key in before if any(part in key for part in ("k_proj", "v_proj", "k_norm", "d2t"))]
+    for key in (*kept, *layers):
+        assert torch.equal(before[key], after[key]), key
+    queries = [key for key in before if "q_proj" in key]
+    for key in (moved, *queries):
+        assert not torch.equal(before[key], after[key]), key
+
+
+def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
+    directory = passed[0].directory
+    assert sorted(path.name for path in directory.iterdir()) == [
+        ".learner",
+        "learner.json",
+        "samples",
+        "versions",
+    ]
+
+
+def test_it_waits_for_requests_that_what_serves_has_not_learned_from(passed: Passed, pair: Pair) -> None:
+    learning, _ = passed
+    record(versions_of(learning.directory), Used(1, 0))
+    with pytest.raises(ConfigError, match="0 samples are newer than what serves has learned from"):
+        learn_once(learning)
+    serve(learning.directory, str(pair[0] / "target"), 16, 2)
+    found = learn_once(learning._replace(tokens=500))
+    assert (found.present, found.judged) == (1, 8)
+    record(versions_of(learning.directory), Used(0, 0))
+
+
+def test_what_did_not_become_better_is_no_version(pair: Pair, tmp_path: Path) -> None:
+    learning = learning_of(pair, tmp_path, rate=1e-12)
+    serve(tmp_path, str(pair[0] / "target"), 32, 3)
+    found = learn_once(learning)
+    assert found.version is None
+    assert numbers(versions_of(tmp_path)) == []
+    assert status_of(tmp_path)["version"] is None
+
+
+def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
+    """As many tokens as are learned, in whole answers."""
+    draw = random.Random(5)
+    texts = [[*draw.choices(range(256), k=6), *draw.choices(range(256), k=20)] for _ in range(50)]
+    store = FeatureStore(tmp_path / "original", vectors=2, hidden=4, layers=[0])
+    for number, tokens in enumerate(texts):
+        entry = SequenceRecord(f"r{number}", "chat", 6, len(tokens), False, False, 0, 0)
+        store.append(entry, tokens, torch.zeros(len(tokens) - 1, 2, 4))
+    export_tokens([store], tmp_path / "original.npz")
+    serve(tmp_path, str(pair[0] / "target"), 32, 6)
+    found = learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "original.npz"))
+    learned = answer_tokens(list(texts_of(samples_of(tmp_path), str(pair[0] / "target")))[: found.learned])
+    assert 2 * learned <= found.tokens < 2 * learned + 20
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Let training write other weights."""
+    trains = once._train
+
+    def spoiled(*given: Any) -> Path:
+        out = trains(*given)
+        tensors = load_file(out / "model.safetensors")
+        change(tensors)
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        return out
+
+    monkeypatch.setattr(once, "_train", spoiled)
+
+
+def nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight"][0] = float("nan")
+
+
+def moved(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["fc.weight"] += 0.1
+
+
+@pytest.mark.parametrize(("change", "said"), [(nan, "norm.weight holds NaN"), (moved, "fc.weight differs")])
+def test_weights_that_cannot_serve_are_no_version(
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    said: str,
+) -> None:
+    learning = learning_of(pair, tmp_path)
+    serve(tmp_path, str(pair[0] / "target"), 32, 3)
+    spoil(monkeypatch, change)
+    with pytest.raises(ConfigError, match=said):
+        learn_once(learning)
+    assert numbers(versions_of(tmp_path)) == []
+    assert not (tmp_path / WORK).exists()
+
+
+def test_there_is_one_learner(pair: Pair, tmp_path: Path) -> None:
+    learning = learning_of(pair, tmp_path)
+    with pytest.raises(ConfigError, match="has no samples"):
+        learn_once(learning)
+    check_spool(samples_of(tmp_path))
+    with (tmp_path / ".learner").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another learner works in"):
+            learn_once(learning)
+
+
+def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path) -> None:
+    check_spool(samples_of(tmp_path))
+    (tmp_path / WORK / "data").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="0 samples are newer"):
+        learn_once(learning_of(pair, tmp_path))
+    assert not (tmp_path / WORK).exists()
+
+
+def text(number: int, prompt: int | None = None) -> Text:
+    return Text(f"{number:04d}", float(number), (number if prompt is None else prompt,), (1,) * 10)
+
+
+def test_the_newest_judge_and_no_prompt_is_on_both_sides() -> None:
+    texts = [text(number) for number in range(100)]
+    found = choose([*texts, text(100, 5)], 49.0, 200, 1000)
+    assert [one.written for one in found.judged] == [float(n) for n in range(76, 101) if n > 75]
+    assert [one.written for one in found.learned] == [float(n) for n in range(56, 76)]
+    assert answer_tokens(found.learned) == 200
+    assert found.until == 100.0
+    few = choose(texts, -1.0, 10**6, 10)
+    assert (len(few.judged), len(few.learned)) == (10, 90)
+    with pytest.raises(ConfigError, match=f"{2 * LEAST} are needed"):
+        choose(texts, 85.0, 200, 64)
+
+
+def test_files_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+    serve(tmp_path, "a target", 16, 4)
+    (samples_of(tmp_path) / "00000000000000000001-1.jsonl").write_text("{")
+    assert len(list(texts_of(samples_of(tmp_path), "a target"))) == 16
+    assert list(texts_of(samples_of(tmp_path), "another")) == []
+
+
+def test_the_command_reports_the_last_pass(passed: Passed) -> None:
+    learning, _ = passed
+    ran = CliRunner().invoke(app, ["learn", str(learning.directory), "--status"])
+    assert ran.exit_code == 0
+    assert "tokens a round" in ran.stdout
+    ran = CliRunner().invoke(app, ["learn", str(learning.directory)])
+    assert "--config is missing" in str(ran.exception)
+    assert served(versions_of(learning.directory)).version == 0

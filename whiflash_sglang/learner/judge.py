@@ -1,0 +1,64 @@
+"""Whether what was learned drafts better than what serves, on the same answers."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whiflash_sglang.lab.statistics import Interval, paired_ratio
+from whiflash_sglang.train.answers.store import FeatureStore
+from whiflash_sglang.train.replay import Pair, replay_drafters
+from whiflash_sglang.train.rounds import Tally, rounds
+
+
+class Gain(NamedTuple):
+    """before, after: tokens a round of a drafter alone, over all answers. ratio: of the two, with its interval."""
+
+    before: float
+    after: float
+    ratio: Interval
+
+    @property
+    def better(self) -> bool:
+        """Beyond its interval."""
+        return self.ratio.low > 1
+
+
+Walked = Mapping[str, Sequence[Tally]]
+"""Drafter (`eagle3`, `dflash`) → a tally for each answer."""
+
+
+def walk_answers(pair: Pair, store: FeatureStore) -> Walked:
+    """Walk every stored answer with each drafter alone, as a server would draft, verify and commit it."""
+    found: dict[str, list[Tally]] = {name: [] for name in pair.longest}
+    for record in store.records:
+        replayed = replay_drafters(pair, store.read(record), store.layers)
+        for name, accepted in replayed.accepted.items():
+            walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
+            emitted = [tokens for _, tokens in walked]
+            found[name].append(Tally(len(emitted), sum(emitted)))
+    return found
+
+
+def gains(before: Walked, after: Walked) -> dict[str, Gain]:
+    """By drafter. Answers are drawn together for both, so what is hard for both cancels out."""
+    return {name: _gain(before[name], after[name]) for name in after}
+
+
+def _gain(before: Sequence[Tally], after: Sequence[Tally]) -> Gain:
+    def column(tallies: Sequence[Tally], of: str) -> NDArray[np.float64]:
+        return np.array([[getattr(tally, of)] for tally in tallies], dtype=np.float64)
+
+    ratio = paired_ratio(
+        column(after, "tokens"),
+        column(after, "rounds"),
+        column(before, "tokens"),
+        column(before, "rounds"),
+        [""] * len(after),
+    )
+    lengths = [
+        float(column(tallies, "tokens").sum() / column(tallies, "rounds").sum())
+        for tallies in (before, after)
+    ]
+    return Gain(lengths[0], lengths[1], ratio)
