@@ -89,7 +89,7 @@ def test_operators_are_sorted_by_kind() -> None:
 
 
 def test_what_goes_wrong_is_said() -> None:
-    with pytest.raises(WhiflashError, match="not a WHIFLASH server"):
+    with pytest.raises(WhiflashError, match="answered 404: give --server a server"):
         profile(Server(whiflash=False).client, [{}])
     with pytest.raises(WhiflashError, match="wrote no trace"):
         profile(Server(writes=False).client, [{}])

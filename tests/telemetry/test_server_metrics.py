@@ -93,7 +93,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
         ),
         *("--whiflash-eagle-draft", tiny_eagle3(root / "e", target), "--whiflash-router", "random"),
         *("--tool-call-parser", "hermes", "--chat-template", template, "--whiflash-lookup-memory-mib", "1"),
-        *("--decode-log-interval", "5", "--enable-cache-report"),
+        *("--decode-log-interval", "5", "--enable-cache-report", "--whiflash-learn", root / "learning"),
     ]
     with host.running(*map(str, arguments)) as running:
         yield running

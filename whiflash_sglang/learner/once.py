@@ -90,7 +90,7 @@ def learn_once(learning: Learning) -> Outcome:
         ConfigError: another learner is at work, there are too few new samples, or training ended in what cannot serve.
     """
     with _alone(learning.directory) as work:
-        began = time.time()
+        began = time.monotonic()
         manifest = load_manifest(learning.bundle)
         versions = versions_of(learning.directory)
         present = served(versions).version
@@ -122,7 +122,7 @@ def learn_once(learning: Learning) -> Outcome:
             notes |= {name: round(gain.ratio.ratio, 3) for name, gain in found.items()}
             number = publish(versions, _bundle(manifest, best, work), notes)
         outcome = Outcome(
-            present, number, len(chosen.learned), len(chosen.judged), tokens, time.time() - began, found
+            present, number, len(chosen.learned), len(chosen.judged), tokens, time.monotonic() - began, found
         )
         write_whole(learning.directory / STATUS, json.dumps(outcome.facts(), indent=1) + "\n")
         return outcome

@@ -1,7 +1,7 @@
 """Count the bytes that programs of our kernels move, under Triton's interpreter, beside those that an op must move.
 
-    python kernels/bench/traffic.py                        # Qwen3-8B's shapes; no GPU, some minutes
-    python kernels/bench/traffic.py --only draft_attention
+    python kernels/bench/moved_bytes.py                        # Qwen3-8B's shapes; no GPU, some minutes
+    python kernels/bench/moved_bytes.py --only draft_attention
 
 Every load and store counts its distinct sectors of 32 bytes, the least that a card moves. Caches are left out: what two
 programs read counts twice. The minimum is the bench's: every input read once, every result written once.
