@@ -20,6 +20,12 @@ SHAPES = [(5, 64), (5, 3, 64), (2, 5, 3, 64)]
 needs_flashinfer = pytest.mark.skipif(not layers.AVAILABLE, reason="FlashInfer is not installed")
 
 
+@pytest.fixture(autouse=True)
+def no_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that ran before in this process has set them."""
+    monkeypatch.setattr(layers, "_compiled", None)
+
+
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.double()
     return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
