@@ -43,15 +43,7 @@ def learning(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(models: Models, learning: Path, host: ServerHost) -> Iterator[Server]:
-    flags = models.whiflash("random", whiflash_learn=learning)
-    paths = ("--speculative-draft-model-path", str(flags.pop("draft")))
-    arguments = [
-        str(part) for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)
-    ]
-    with host.running(
-        *("--model-path", str(models.target), "--dtype", "float32", "--skip-tokenizer-init"),
-        *("--speculative-algorithm", "WHIFLASH", *paths, *arguments, "--admin-api-key", KEY),
-    ) as running:
+    with host.running(*models.served("random", KEY, whiflash_learn=learning)) as running:
         yield running
 
 

@@ -20,15 +20,7 @@ PROMPT = random.Random(5).choices(range(256), k=24)
 
 @pytest.fixture(scope="module")
 def server(models: Models, host: ServerHost) -> Iterator[Server]:
-    flags = models.whiflash("lookup", whiflash_lookup_memory_mib=1)
-    paths = ("--speculative-draft-model-path", str(flags.pop("draft")))
-    arguments = [
-        str(part) for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)
-    ]
-    with host.running(
-        *("--model-path", str(models.target), "--dtype", "float32", "--skip-tokenizer-init"),
-        *("--speculative-algorithm", "WHIFLASH", *paths, *arguments, "--admin-api-key", "the-admin"),
-    ) as running:
+    with host.running(*models.served("lookup", "the-admin", whiflash_lookup_memory_mib=1)) as running:
         yield running
 
 

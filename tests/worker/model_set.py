@@ -26,6 +26,17 @@ class Models:
             **flags,
         }
 
+    def served(self, router: str, admin_key: str, **flags: Any) -> list[str]:
+        """Arguments of `host.running(...)`, for a server that takes token ids."""
+        given = self.whiflash(router, **flags)
+        draft = given.pop("draft")
+        return [
+            *("--model-path", str(self.target), "--dtype", "float32", "--skip-tokenizer-init"),
+            *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(draft)),
+            *(str(part) for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)),
+            *("--admin-api-key", admin_key),
+        ]
+
 
 def build_models(root: Path, eagle3_layers: int = 1) -> Models:
     """Write the checkpoints under `root`."""

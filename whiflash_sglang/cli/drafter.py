@@ -5,15 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from whiflash_sglang.cli.options import (
-    DEFAULT_URL,
-    AdminKeyOption,
-    JsonFlag,
-    UrlOption,
-    report,
-)
-from whiflash_sglang.cli.running import ServerRefusedError, steer
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, UrlOption, report
+from whiflash_sglang.cli.running import ServerRefusedError, ask_every, steer
 
 _Directory = Annotated[
     Path, typer.Argument(help="Directory of versions: --whiflash-versions, or versions in --whiflash-learn.")
@@ -93,22 +86,12 @@ def register(app: typer.Typer) -> None:
 
 def _switch(url: list[str] | None, api_key: str | None, as_json: bool, choose: Any) -> None:
     """Have every server use the version that `choose` names, of what its state says of its drafters."""
-    found, failed = {}, []
-    for one in dict.fromkeys(url or [DEFAULT_URL]):
-        place = one.rstrip("/")
-        try:
-            state = steer(place, "/whiflash/state", None, api_key)
-            if "drafters" not in state:
-                raise ServerRefusedError(
-                    f"{place} was started without --whiflash-versions or --whiflash-learn"
-                )
-            number = choose(state["drafters"])
-            found[one] = steer(place, "/whiflash/drafters", {"version": number}, api_key)["drafters"][
-                "version"
-            ]
-        except ServerRefusedError as error:
-            failed.append(str(error))
-    if found:
-        report(found, as_json)
-    if failed:
-        raise WhiflashError("; ".join(failed))
+
+    def ask(server: str) -> int:
+        state = steer(server, "/whiflash/state", None, api_key)
+        if "drafters" not in state:
+            raise ServerRefusedError(f"{server} was started without --whiflash-versions or --whiflash-learn")
+        body = {"version": choose(state["drafters"])}
+        return int(steer(server, "/whiflash/drafters", body, api_key)["drafters"]["version"])
+
+    ask_every(url, ask, as_json)

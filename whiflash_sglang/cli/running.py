@@ -3,6 +3,7 @@ round's time goes."""
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,23 @@ def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None)
     return state
 
 
+def ask_every(urls: list[str] | None, ask: Callable[[str], Any], as_json: bool) -> None:
+    """Report what `ask` returns for the URL of each server, or of the default one.
+
+    Raises: WhiflashError, for those that refused, after every server was asked.
+    """
+    found, failed = {}, []
+    for one in dict.fromkeys(urls or [DEFAULT_URL]):
+        try:
+            found[one] = ask(one.rstrip("/"))
+        except ServerRefusedError as error:
+            failed.append(str(error))
+    if found:
+        report(found, as_json)
+    if failed:
+        raise WhiflashError("; ".join(failed))
+
+
 def policy(
     router: Annotated[
         RouterName | None,
@@ -100,16 +118,7 @@ def policy(
     Example:
     whiflash policy none --url http://127.0.0.1:30000
     """
-    found, failed = {}, []
-    for one in dict.fromkeys(url or [DEFAULT_URL]):
-        try:
-            found[one] = change(one.rstrip("/"), router, api_key)
-        except ServerRefusedError as error:
-            failed.append(str(error))
-    if found:
-        report(found, as_json)
-    if failed:
-        raise WhiflashError("; ".join(failed))
+    ask_every(url, lambda server: change(server, router, api_key), as_json)
 
 
 def top(
