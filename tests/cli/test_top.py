@@ -51,10 +51,13 @@ def state(times: int = 1) -> dict[str, Any]:
 
 
 class Recorded(ThreadingHTTPServer):
-    """A server with recorded answers. `answers`: of paths, a status and what is sent; `times`: states told so far."""
+    """A server with recorded answers, by path a status and a body.
+
+    asked: requests so far. times: states that it sent.
+    """
 
     def __init__(self) -> None:
-        self.times, self.key = 0, ""
+        self.asked, self.times, self.key = 0, 0, ""
         self.answers: dict[str, tuple[int, bytes]] = {}
         super().__init__(("127.0.0.1", 0), Answering)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -64,6 +67,7 @@ class Answering(BaseHTTPRequestHandler):
     server: Recorded
 
     def do_GET(self) -> None:
+        self.server.asked += 1
         status, body = self._answer()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -290,15 +294,22 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(recorded: Recorded) -> None:
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"}
     )
-    said = b""
-    while recorded.times < 4:
-        said += os.read(ours, 65536)
+    said = bytearray()
+
+    def shows(words: bytes) -> None:
+        """Read until the screen shows `words`; fail with what it shows if ten readings do not bring them."""
+        last = recorded.asked + 20
+        while words not in said:
+            if recorded.asked > last:
+                process.kill()
+                pytest.fail(f"{words!r} is not on the screen: {bytes(said[-2000:])!r}")
+            said.extend(os.read(ours, 65536))
+
+    shows(b"(100.0)")
     recorded.answers["/whiflash/state"] = (500, b"")  # a server that is lost meanwhile ends nothing
-    while b"answers 500" not in said:
-        said += os.read(ours, 65536)
+    shows(b"answered 500")
     process.send_signal(signal.SIGINT)
-    while b"\x1b[?1049l" not in said:
-        said += os.read(ours, 65536)
+    shows(b"\x1b[?1049l")
     assert process.wait() == 130
     assert termios.tcgetattr(theirs) == before
     os.close(theirs)
