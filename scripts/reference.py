@@ -85,12 +85,16 @@ def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def flags_table() -> str:
-    rows = ((f"`{flag.name}`", _choices(flag.takes), flag.meaning) for flag in flags())
-    return table(("flag", "takes", "meaning"), rows)
+def listed(rows: Iterable[tuple[str, str]]) -> str:
+    """A Markdown list of names and their meanings: on a phone it wraps where a table would scroll."""
+    return "\n".join(f"- {names}: {meaning}" for names, meaning in rows)
 
 
-def model_table(model: type[BaseModel], name: str = "field", beyond: type[BaseModel] = BaseModel) -> str:
+def flags_list() -> str:
+    return listed((f"`{flag.name}` {_choices(flag.takes)}", flag.meaning) for flag in flags())
+
+
+def fields(model: type[BaseModel], beyond: type[BaseModel] = BaseModel) -> str:
     """Fields with type, default and the meaning that the model's docstring gives, without those of `beyond`.
 
     Raises:
@@ -102,10 +106,10 @@ def model_table(model: type[BaseModel], name: str = "field", beyond: type[BaseMo
         for field, info in model.model_fields.items()
         if field not in beyond.model_fields
     ]
-    rows = (
-        (", ".join(row[0] for row in rows), *same) for same, rows in groupby(said, itemgetter(slice(1, 3)))
+    return listed(
+        (f"{', '.join(row[0] for row in rows)} ({takes})", what)
+        for (takes, what), rows in groupby(said, itemgetter(slice(1, 3)))
     )
-    return table((name, "type = default", "meaning"), rows)
 
 
 def meanings(model: type[BaseModel]) -> Mapping[str, str]:
@@ -123,7 +127,7 @@ def meanings(model: type[BaseModel]) -> Mapping[str, str]:
 
 
 def training_keys() -> str:
-    """Every key of a training configuration, a table for each section."""
+    """Every key of a training configuration, a list for each section."""
     from whiflash_sglang.train import config
 
     none = BaseModel
@@ -139,9 +143,7 @@ def training_keys() -> str:
         ("loop, of each drafter", config.Loop, none),
         ("router", config.RouterTraining, none),
     )
-    return "\n\n".join(
-        f"### {name}\n\n{model_table(model, 'key', beyond)}" for name, model, beyond in sections
-    )
+    return "\n\n".join(f"### {name}\n\n{fields(model, beyond)}" for name, model, beyond in sections)
 
 
 def formats_table() -> str:
@@ -168,7 +170,7 @@ def targets_table() -> str:
     return table(("`architectures`", "layers", "status"), rows)
 
 
-def state_table() -> str:
+def state_list() -> str:
     """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
     known = (
         *("policy", "arms", "requests", "quarantined", "left_out", "faulty_drafts"),
@@ -179,16 +181,15 @@ def state_table() -> str:
         "samples",
         "drafters",
     )
-    return table(("field", "meaning"), ((f"`{name}`", STATE[name]) for name in known))
+    return listed((f"`{name}`", STATE[name]) for name in known)
 
 
-def metrics_table() -> str:
+def metrics_list() -> str:
     """Every series of ours in `/metrics`."""
-    rows = (
-        (f"`{one.full_name}`", one.kind, ", ".join(f"`{label}`" for label in one.labels), one.meaning)
+    return listed(
+        (f"`{one.full_name}` ({', '.join((one.kind, *(f'`{label}`' for label in one.labels)))})", one.meaning)
         for one in SERIES
     )
-    return table(("metric", "type", "labels", "meaning"), rows)
 
 
 SHARED_BY = 2
@@ -200,7 +201,7 @@ def cli_reference() -> str:
     known = {name: [_option(option) for option in _shown(command)] for name, command in commands().items()}
     counted = Counter(row for rows in known.values() for row in rows)
     shared = {row for row, count in counted.items() if count >= SHARED_BY}
-    first = f"In several commands:\n\n{_listed(row for row in counted if row in shared)}"
+    first = f"In several commands:\n\n{listed(row for row in counted if row in shared)}"
     return "\n\n".join([first, *(_command(name, commands()[name], known[name], shared) for name in known)])
 
 
@@ -227,18 +228,14 @@ def _command(name: str, command: Any, options: list[tuple[str, str]], shared: se
     text, _, example = (command.help or "").replace("\b", "").partition("Example")
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
     calls = [call.strip() for call in re.sub(r"^s?:", "", example).split("\n")]
-    parts = [f"## {name}", *paragraphs]
+    parts = [f"## {name}", *paragraphs[:1]]
     if any(calls):
         parts.append("```console\n" + "\n".join(filter(None, calls)) + "\n```")
     if own := [row for row in options if row not in shared]:
-        parts.append(_listed(own))
+        parts.append(listed(own))
     if also := [re.match(r"`[\w-]+", option)[0] + "`" for option, _ in options if (option, _) in shared]:
         parts.append(f"Also: {', '.join(also)}.")
     return "\n\n".join(parts)
-
-
-def _listed(options: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"- {names}: {meaning}" for names, meaning in options)
 
 
 def _option(parameter: Any) -> tuple[str, str]:
@@ -308,7 +305,7 @@ def _type(annotation: Any) -> str:
 def _default(info: Any) -> str:
     """The end of a type's cell: whether a value is needed, else the default if there is one worth showing."""
     if info.is_required():
-        return " (required)"
+        return ", required"
     value = info.default if info.default is not PydanticUndefined else info.default_factory()
     if isinstance(value, (BaseModel, list)) or value in (None, "", (), {}):
         return ""
@@ -353,25 +350,25 @@ def _measured(record: Path) -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
-    "flags": flags_table,
-    "manifest": lambda: model_table(Manifest, "key"),
-    "manifest_router": lambda: model_table(NeuralRouter, "key"),
-    "manifest_entropy": lambda: model_table(EntropyRouter, "key"),
-    "manifest_lookup": lambda: model_table(Lookup, "key"),
-    "manifest_structure": lambda: model_table(Structure, "key"),
-    "manifest_source": lambda: model_table(Source, "key"),
+    "flags": flags_list,
+    "manifest": lambda: fields(Manifest),
+    "manifest_router": lambda: fields(NeuralRouter),
+    "manifest_entropy": lambda: fields(EntropyRouter),
+    "manifest_lookup": lambda: fields(Lookup),
+    "manifest_structure": lambda: fields(Structure),
+    "manifest_source": lambda: fields(Source),
     "formats": formats_table,
     "targets": targets_table,
-    "policy": lambda: model_table(PolicyChange),
-    "state": state_table,
-    "metrics": metrics_table,
-    "capabilities": lambda: model_table(Capabilities),
-    "hints": lambda: model_table(Hints),
-    "span": lambda: model_table(Span),
-    "trace": lambda: model_table(Trace),
-    "arm_totals": lambda: model_table(ArmTotals),
-    "source_totals": lambda: model_table(SourceTotals),
-    "stretch": lambda: model_table(Stretch),
+    "policy": lambda: fields(PolicyChange),
+    "state": state_list,
+    "metrics": metrics_list,
+    "capabilities": lambda: fields(Capabilities),
+    "hints": lambda: fields(Hints),
+    "span": lambda: fields(Span),
+    "trace": lambda: fields(Trace),
+    "arm_totals": lambda: fields(ArmTotals),
+    "source_totals": lambda: fields(SourceTotals),
+    "stretch": lambda: fields(Stretch),
     "commands": cli_reference,
     "training": training_keys,
     "gpu": gpu_table,

@@ -62,28 +62,31 @@ def kernel_tests(name: str, shows: str, *files: str) -> Part:
 
 
 def serving(attention: str, rehearsed: bool) -> Part:
-    waits = "only for its plans" if attention == "flashinfer" else "for nothing"
-    shows = f"{attention} answers as plain decoding does, waits {waits}, and keeps to its memory; a trace"
+    shows = f"`serving-triton`, with {attention}"
+    if attention == "triton":
+        shows = "answers are plain decoding's, the host waits for nothing, memory is kept to; a trace"
+    elif attention == "flashinfer":
+        shows += ", which waits for its plans"
     command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
     return Part(f"serving-{attention}", shows, command, SERVER, rehearsal=rehearsal, serves=True)
 
 
 def overlap(attention: str, rehearsed: bool) -> Part:
-    shows = f"`serving-{attention}` in SGLang's overlap loop"
+    shows = f"`serving-{attention}`, overlapped"
     part = serving(attention, rehearsed)
     return replace(part, name=f"overlap-{attention}", shows=shows, command=(*part.command, "--overlap"))
 
 
 def family(name: str, architecture: str, kind: str, attention: str = "triton") -> Part:
-    shows = f"`serving-{attention}` with a tiny target: {kind}"
+    shows = f"`serving-{attention}` with {kind}"
     part = serving(attention, rehearsed=attention == "triton")
     command = (*part.command, "--family", architecture)
     return replace(part, name=f"target-{name}", shows=shows, command=command, serves=False)
 
 
 def speed(concurrency: int, rehearsed: bool) -> Part:
-    shows = f"tokens a second beside plain decoding, EAGLE3 and DFLASH, {concurrency} requests"
+    shows = f"speed beside plain decoding, EAGLE3 and DFLASH at {concurrency} requests"
     scale = ("--concurrency", str(concurrency))
     command = ("tests/gpu/speed.py", *scale, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
@@ -119,9 +122,9 @@ PARTS: tuple[Part, ...] = (
     ),
     *(overlap(attention, attention == "triton") for attention in ("triton", "fa3", "flashinfer")),
     family("convolutions", "Lfm2ForCausalLM", "short convolutions (LFM2)"),
-    family("delta-rule", "Qwen3_5ForCausalLM", "the gated delta rule (Qwen3.5), states kept at intervals"),
-    family("kda", "KimiLinearForCausalLM", "the rule by channel (Kimi Linear), states kept at intervals"),
-    family("mamba2", "NemotronHForCausalLM", "Mamba 2 (Nemotron-H), states kept at intervals"),
+    family("delta-rule", "Qwen3_5ForCausalLM", "the gated delta rule (Qwen3.5)"),
+    family("kda", "KimiLinearForCausalLM", "the rule by channel (Kimi Linear)"),
+    family("mamba2", "NemotronHForCausalLM", "Mamba 2 (Nemotron-H)"),
     family("mrope", "Qwen2_5_VLForConditionalGeneration", "M-RoPE (Qwen2.5-VL), served for text"),
     *(
         family(name, "GptOssForCausalLM", "sliding windows and attention sinks (gpt-oss)", attention)
