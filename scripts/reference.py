@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from string import Formatter
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -34,9 +33,9 @@ from whiflash_sglang.checkpoints.manifest import (
     Structure,
 )
 from whiflash_sglang.cli import app
-from whiflash_sglang.config import PolicyChange
+from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.flags import flags
-from whiflash_sglang.lab.bench.prompts import SUITES, Suite
+from whiflash_sglang.lab.bench.prompts import SUITES
 from whiflash_sglang.metrics import SERIES
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
@@ -233,7 +232,8 @@ def _command(name: str, command: Any, options: list[tuple[str, str]], shared: se
         parts.append("```console\n" + "\n".join(filter(None, calls)) + "\n```")
     if own := [row for row in options if row not in shared]:
         parts.append(listed(own))
-    if also := [re.match(r"`[\w-]+", option)[0] + "`" for option, _ in options if (option, _) in shared]:
+    also = [re.match(r"`[\w-]+", option)[0] + "`" for option, _ in options if (option, _) in shared]
+    if also := [option for option in also if option != "`--json`"]:
         parts.append(f"Also: {', '.join(also)}.")
     return "\n\n".join(parts)
 
@@ -247,7 +247,9 @@ def _option(parameter: Any) -> tuple[str, str]:
             names += parameter.secondary_opts
     else:
         takes = _type_word(parameter.type_descriptor.annotation)
-        if "|" in takes:
+        if takes == "|".join(get_args(RouterName)):
+            choices = " [Policies](flags.md)."
+        elif "|" in takes:
             choices = f" {_choices(takes)}."
         elif is_option:
             names[-1] += f" {takes}"
@@ -321,21 +323,11 @@ def gpu_table(records: Path = ROOT / "results" / "gpu") -> str:
     return table(("part", "passes if", "on a card"), rows)
 
 
-def suites_table() -> str:
-    """The sets that `whiflash bench --suite` reads."""
-    rows = (
-        (f"`{name}`", f"`{suite.files}`", _fields(suite), suite.licence, suite.source)
-        for name, suite in SUITES.items()
-    )
-    return table(("suite", "files", "asks", "licence", "the folder"), rows)
-
-
-def _fields(suite: Suite) -> str:
-    """The fields of a row that ask."""
-    if suite.read is not None:
-        return "as recorded" if suite.wheel is None else "`question`, `function`"
-    fields = [name for _, name, _, _ in Formatter().parse(suite.asks) if name]
-    return " or ".join(f"`{name}`" for name in ("turns", *fields))
+def suites_list() -> str:
+    """The sets that `whiflash bench --suite` reads, by the folder that holds them."""
+    sets = {name: f"`{name}` (`{suite.files}`, {suite.licence})" for name, suite in SUITES.items()}
+    folders = groupby(sets, lambda name: SUITES[name].source)
+    return listed((folder, ", ".join(sets[name] for name in names)) for folder, names in folders)
 
 
 def _measured(record: Path) -> str:
@@ -372,7 +364,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "commands": cli_reference,
     "training": training_keys,
     "gpu": gpu_table,
-    "suites": suites_table,
+    "suites": suites_list,
 }
 
 

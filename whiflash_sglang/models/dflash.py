@@ -284,5 +284,5 @@ FORMAT = DraftFormat(
     read=lambda path, config: parse(path, config, DFlashConfig),
     model=DFlashDrafter,
     published="z-lab, SpecForge, modal-labs",
-    defined_by="SGLang 0.5.23, `models/dflash.py`",
+    defined_by="SGLang's `dflash.py`",
 )

@@ -124,5 +124,5 @@ FORMAT = DraftFormat(
     read=read_dflash2,
     model=DFlash2Drafter,
     published="z-lab, incoai, lightseekorg",
-    defined_by="SGLang 0.5.23, `models/dflash.py`",
+    defined_by="SGLang's `dflash.py`",
 )

@@ -124,5 +124,5 @@ FORMAT = DraftFormat(
     read=read_domino,
     model=DominoDrafter,
     published="SpecForge",
-    defined_by="SGLang 0.5.23, `speculative/domino_utils.py`",
+    defined_by="SGLang's `domino_utils.py`",
 )

@@ -216,5 +216,5 @@ FORMAT = DraftFormat(
     read=read_dspark,
     model=DSparkDrafter,
     published="DeepSpec (also its DFlash), SpecForge",
-    defined_by="SGLang 0.5.23, `models/dspark.py`; rank 0: DeepSpec",
+    defined_by="SGLang's `dspark.py`; rank 0: DeepSpec",
 )

@@ -458,7 +458,7 @@ FORMAT = DraftFormat(
     read=parse,
     model=Eagle3Drafter,
     published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash; yuhuili's originals",
-    defined_by="SGLang 0.5.23, `models/llama_eagle3.py`",
+    defined_by="SGLang's `llama_eagle3.py`",
 )
 DEEPSPEC = DraftFormat(
     name="DeepSpec EAGLE-3",
@@ -468,5 +468,5 @@ DEEPSPEC = DraftFormat(
     read=parse_deepspec,
     model=Eagle3Drafter,
     published="deepseek-ai",
-    defined_by="DeepSpec (formula in the test)",
+    defined_by="DeepSpec",
 )

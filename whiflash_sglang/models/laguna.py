@@ -131,5 +131,5 @@ FORMAT = DraftFormat(
     read=read_laguna,
     model=LagunaDrafter,
     published="poolside",
-    defined_by="SGLang 0.5.23, `models/dflash.py`",
+    defined_by="SGLang's `dflash.py`",
 )

@@ -238,5 +238,5 @@ FORMAT = DraftFormat(
     read=read_lilicorr,
     model=LiLiCorrDrafter,
     published="its authors (arXiv 2608.20530)",
-    defined_by="SGLang 0.5.23, `models/lilicorr.py`",
+    defined_by="SGLang's `lilicorr.py`",
 )

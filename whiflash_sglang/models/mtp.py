@@ -334,7 +334,7 @@ FORMATS = (
         read=parse_mimo,
         model=MTPDrafter,
         published="XiaomiMiMo, in the target",
-        defined_by="SGLang 0.5.23, `models/mimo_mtp.py`",
+        defined_by="SGLang's `mimo_mtp.py`",
     ),
     DraftFormat(
         name="GLM-4.5's own head",
@@ -344,7 +344,7 @@ FORMATS = (
         read=parse_glm,
         model=MTPDrafter,
         published="zai-org (GLM-4.5, 4.6, 4.7), in the target",
-        defined_by="SGLang 0.5.23, `models/glm4_moe_nextn.py`",
+        defined_by="SGLang's `glm4_moe_nextn.py`",
     ),
     DraftFormat(
         name="own heads with latent attention",
@@ -354,6 +354,6 @@ FORMATS = (
         read=parse_latent,
         model=MTPDrafter,
         published="zai-org (GLM-4.7-Flash), deepseek-ai (V3, R1; their published files are quantised, so refused)",
-        defined_by="SGLang 0.5.23, `models/deepseek_nextn.py`, `glm4_moe_lite_nextn.py`",
+        defined_by="SGLang's `deepseek_nextn.py`, `glm4_moe_lite_nextn.py`",
     ),
 )

@@ -128,7 +128,7 @@ FORMATS = (
         read=read_dflash,
         model=DFlashDrafter,
         published="RedHatAI",
-        defined_by="speculators (formula in the test)",
+        defined_by="speculators",
     ),
     DraftFormat(
         name="speculators DSpark",
@@ -138,7 +138,7 @@ FORMATS = (
         read=read_dspark,
         model=DSparkDrafter,
         published="RedHatAI",
-        defined_by="speculators (formula in the test)",
+        defined_by="speculators",
     ),
     DraftFormat(
         name="speculators EAGLE-3",
@@ -148,6 +148,6 @@ FORMATS = (
         read=read_eagle3,
         model=Eagle3Drafter,
         published="RedHatAI",
-        defined_by="speculators (formula in the test)",
+        defined_by="speculators",
     ),
 )
