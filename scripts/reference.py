@@ -251,8 +251,8 @@ def _option(parameter: Any) -> tuple[str, str]:
             choices = " [Policies](flags.md)."
         elif "|" in takes:
             choices = f" {_choices(takes)}."
-        elif is_option:
-            names[-1] += f" {takes}"
+        elif takes.endswith("…"):
+            names[-1] += " …"
     default = parameter.default
     shown = "" if default in (None, False, True, "", ...) or not is_option else f" Default: `{default}`."
     needed = " Required." if is_option and parameter.required else ""
@@ -316,11 +316,12 @@ def _default(info: Any) -> str:
     return f" = `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def gpu_table(records: Path = ROOT / "results" / "gpu") -> str:
-    """The parts of `make gpu`, and what their records say."""
+def gpu_list(records: Path = ROOT / "results" / "gpu") -> str:
+    """The parts of `make gpu`, each with its record's result if it has one."""
     parts = runpy.run_path(str(ROOT / "tests" / "gpu" / "run.py"))["PARTS"]
-    rows = ((f"`{part.name}`", part.shows, _measured(records / f"{part.name}.json")) for part in parts)
-    return table(("part", "passes if", "on a card"), rows)
+    results = {part.name: _measured(records / f"{part.name}.json") for part in parts}
+    ran = f"{len([one for one in results.values() if one])} of {len(parts)} parts have run on a card."
+    return f"{ran}\n\n" + listed((f"`{part.name}`", f"{part.shows}{results[part.name]}") for part in parts)
 
 
 def suites_list() -> str:
@@ -331,14 +332,14 @@ def suites_list() -> str:
 
 
 def _measured(record: Path) -> str:
-    """How a part ended, on what; with each of its checks where it has some."""
+    """How a part ended, on what, with each of its checks. Empty if it has not run."""
     if not record.exists():
-        return "not run"
+        return ""
     found = json.loads(record.read_text("utf-8"))
     checks = ((found.get("figures") or {}).get("checks") or {}).items()
     told = found.get("why") or ", ".join(f"{name} {check['status']}" for name, check in checks)
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    return f"{found['status']}{f' ({told})' if told else ''}; {found['machine']}; {versions}"
+    return f". **{found['status']}**{f' ({told})' if told else ''}; {found['machine']}; {versions}"
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -363,7 +364,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "stretch": lambda: fields(Stretch),
     "commands": cli_reference,
     "training": training_keys,
-    "gpu": gpu_table,
+    "gpu": gpu_list,
     "suites": suites_list,
 }
 

@@ -10,9 +10,8 @@ from whiflash_sglang.config import Flags, flag_of
 MEANING = {
     "eagle_draft": "EAGLE-3 checkpoint (directory or hub id), beside a DFlash draft path or instead of the bundle's.",
     "drafters": "Drafter pair: df-e3, DFlash and EAGLE-3.",
-    "router": "Policy: auto (most expected tokens a second of the batch), entropy or neural (the paper's rules, per "
-    "request), or one pinned arm: ar, diffusion, lookup, none. copy-rule (copy if possible, else EAGLE-3) is a "
-    "baseline; random is for tests.",
+    "router": "Policy: auto (most expected tokens a second), entropy or neural (the paper's rules), or one pinned arm. "
+    "copy-rule (copy if possible, else EAGLE-3) is a baseline; random is for tests.",
     "neural_router_path": "Neural router: hub id, directory or .safetensors file.",
     "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
     "neural_router_sign": "Sign of the router file's prediction, if the file does not name it.",
@@ -20,19 +19,19 @@ MEANING = {
     "min_dwell": "Least rounds before a request switches drafters.",
     "eagle_steps": "Longest EAGLE-3 chain.",
     "block_size": "Longest DFlash block, bonus token included; at most the checkpoint's.",
-    "dflash_vocabulary": "Vocabulary of DFlash: full, or the EAGLE-3 checkpoint's reduced one (cheaper for small "
-    "targets). Default: the bundle's, else full.",
+    "dflash_vocabulary": "Vocabulary of DFlash: full, or EAGLE-3's reduced one (cheaper for small targets). "
+    "Default: the bundle's, else full.",
     "lookup": "The copying arm. Default: the bundle's, else on.",
-    "lookup_memory_mib": "MiB of recent outputs that later requests of the same cache salt and extra key may copy; "
-    "0 keeps none. Default: the bundle's, else 0.",
+    "lookup_memory_mib": "MiB of recent outputs that later requests of the same tenant may copy. "
+    "Default: the bundle's, else 0.",
     "lookup_prediction_tokens": "Most tokens of a prediction; the rest is cut. "
     "Default: the bundle's, else 16384.",
-    "lookup_form_tokens": "Most tokens of emission forms (the prompt as quoted in JSON or code) for one request; 0 for "
-    "none. Default: the bundle's, else 32768.",
+    "lookup_form_tokens": "Most tokens of emission forms (the prompt as quoted in JSON or code) for one request. "
+    "Default: the bundle's, else 32768.",
     "structure": "The arm of forced text. Default: the bundle's, else on.",
-    "backlog_tokens": "Tokens of features kept for a request's idle drafters before they are flushed into their KV.",
-    "branches": "Most chains of a request in a verification, from 1 to 4. Further chains come from arms that run no "
-    "model. On CUDA: 1.",
+    "backlog_tokens": "Tokens of features kept for a request's idle drafters before a flush.",
+    "branches": "Most chains of a request in a verification, from 1 to 4; further ones come from arms without a model. "
+    "On CUDA: 1.",
     "force_recorded": "For benchmarks only: requests may force their answer's tokens, which then are not the target's.",
     "trace_sample": "Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0.",
     "trace_dir": "Directory for sampled traces, as JSON lines (see whiflash trace).",
@@ -42,8 +41,8 @@ MEANING = {
     "Default: nothing is kept.",
     "learn_mib": "Most MiB of such samples on disk; the oldest go first. Default: 256.",
     "learn_hours": "Longest age of such samples, in hours. Default: 168.",
-    "versions": "Directory of versions of the drafters' weights, between which a running server is switched. "
-    "Default: versions in the directory of --whiflash-learn, if there is one.",
+    "versions": "Directory of versions of the drafters' weights, to switch while serving. "
+    "Default: versions in the directory of --whiflash-learn.",
 }
 
 

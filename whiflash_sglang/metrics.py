@@ -172,31 +172,28 @@ SERIES = (
     Series(
         "faulty_drafts_total",
         "counter",
-        "rounds of requests in which the arm returned invalid drafts (ids of no token, or NaN), which are not verified",
+        "rounds of requests in which the arm returned invalid drafts (unknown ids or NaN)",
         _each(lambda w: w.quarantine.faults),
         ("arm",),
     ),
     Series(
         "left_out_requests_total",
         "counter",
-        "requests that continued without the arm after its error or invalid drafts; the server's log "
-        "names them",
+        "requests that continued without the arm after its error or invalid drafts",
         _each(lambda w: w.quarantine.left_out),
         ("arm",),
     ),
     Series(
         "quarantined",
         "gauge",
-        "1 for an arm that is left out for everybody after failing for several requests in a row; it is retried "
-        "after a minute or more; the server's log has the reason",
+        "1 for an arm that is left out for everybody; the server's log has the reason",
         lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
         ("arm",),
     ),
     Series(
         "request_acceptance_length",
         "histogram",
-        "tokens a round, including the bonus token, of each ended request, by arm; 1 is plain decoding, and "
-        "values far above the others are often repeated text",
+        "tokens a round, including the bonus token, of each ended request",
         lambda w: (((arm,), length) for arm, length in _taken(w.tally.acceptance)),
         ("arm",),
         TOKENS,
@@ -204,8 +201,7 @@ SERIES = (
     Series(
         "routes_total",
         "counter",
-        "rounds of requests by routing reason: the policy's `score` or rule (`policy`), a preference or bias of "
-        "the open span (`span`), its `pin`, or the hint `off`",
+        "rounds of requests by routing reason: `score`, `policy`, `span`, `pin` or `off`",
         _each(lambda w: w.tally.reasons),
         ("reason",),
     ),
@@ -219,7 +215,7 @@ SERIES = (
         "requests_total",
         "counter",
         "started requests by the origin of their hints: the `request`, spans `inferred` by the server, `none`, or "
-        "`malformed` ones that were ignored (HTTP refuses those with 400)",
+        "`malformed` ones that were ignored",
         _each(lambda w: w.tally.requests),
         ("hints",),
     ),
@@ -246,8 +242,7 @@ SERIES = (
     Series(
         "plain_decode_seconds_total",
         "counter",
-        "estimate of plain decoding's seconds for the same tokens, by the fitted costs; divided by "
-        "`decode_seconds_total` it estimates the speed-up",
+        "estimate of plain decoding's seconds for the same tokens; over `decode_seconds_total`, the speed-up",
         _one(lambda w: w.tally.plain_seconds),
     ),
     Series(
@@ -266,7 +261,7 @@ SERIES = (
     Series(
         "catch_up_extra_seconds_total",
         "counter",
-        "seconds of catching up beyond what a drafter used in every round would have spent",
+        "seconds of catching up that a drafter used in every round would not have spent",
         _one(lambda w: w.clock.extra_catch_up_seconds),
     ),
     Series(

@@ -43,9 +43,9 @@ class Stretch(BaseModel):
     arm: the drafter; `none` is plain decoding.
     rounds: verification passes of the target.
     proposed: draft tokens, from newer servers. accepted: accepted draft tokens, without bonus tokens.
-    reason: routing reason: `score`, `policy`, `span`, `pin`, `off` or another one.
-    span: kind of the open span, if one is open.
-    chars: offsets of these tokens in `Trace.text`, half-open, if known.
+    reason: routing reason.
+    span: kind of the open span.
+    chars: offsets of these tokens in `Trace.text`, half-open.
     text: the text of these tokens, from older servers.
     round_tokens: tokens committed by each round, bonus tokens counted.
     """
@@ -81,7 +81,7 @@ class ArmTotals(BaseModel):
     rounds: verification passes of the target.
     tokens: committed by them, bonus tokens counted.
     proposed: draft tokens. accepted: accepted draft tokens.
-    saved: estimate of the seconds saved over plain decoding, by the server's prices; below 0 if drafting cost time.
+    saved: estimate of the seconds saved over plain decoding; below 0 if drafting cost time.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -102,7 +102,7 @@ class SourceTotals(BaseModel):
     """Drafts that were taken from one source, whoever drafted beside it.
 
     proposed: draft tokens. accepted: accepted draft tokens.
-    saved: estimate of the seconds saved: their rounds' share by accepted drafts; below 0 if drafting cost time.
+    saved: estimate of the seconds saved: their rounds' share by accepted drafts.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -123,12 +123,12 @@ class Trace(BaseModel):
     switches: changes of drafter from one round to the next.
     arms: totals by drafter.
     reasons: rounds by routing reason.
-    sources: totals by the source of the drafts, which shows the gain of each hint.
-    choice: index of the choice this trace belongs to.
-    text: the text that `chars` count in, if it is not the response's own because a parser took something out of it.
+    sources: totals by the source of the drafts.
+    choice: index of the choice.
+    text: the text that `chars` count in, if a parser took something out of the response's.
     prefill_text: the text before the first stretch, from older servers.
     seconds: from the request's first token to its last.
-    gain: estimate of the rounds' speed over plain decoding, by the server's prices.
+    gain: estimate of the rounds' speed over plain decoding.
     notes: parts of the request that the server did not follow, with reasons.
     """
 

@@ -40,10 +40,12 @@ def test_what_was_not_measured_on_a_card_is_said_not_to_have_been(
         "figures": {"checks": {"starts": {"status": "passed"}, "waits": {"status": "failed"}}},
     }
     (tmp_path / "serving-fa3.json").write_text(json.dumps(record))
-    lines = {line.split("`")[1]: line for line in reference.gpu_table(tmp_path).splitlines()[2:]}
-    assert "failed (starts passed, waits failed); A card, 580.1; torch 2.14" in lines.pop("serving-fa3")
+    first, _, *listed = reference.gpu_list(tmp_path).splitlines()
+    lines = {line.split("`")[1]: line for line in listed}
+    assert "**failed** (starts passed, waits failed); A card, 580.1; torch 2.14" in lines.pop("serving-fa3")
+    assert first == f"1 of {len(lines) + 1} parts have run on a card."
     assert lines
-    assert all(line.endswith("| not run |") for line in lines.values())
+    assert all("**" not in line for line in lines.values())
 
 
 def test_a_field_without_a_meaning_is_an_error(reference: ModuleType) -> None:

@@ -48,12 +48,12 @@ class Data(_Strict):
     Attributes:
         prompts: JSONL files, or `hf:NAME` for a Hugging Face data set with a `messages` column.
         source: the target's engine. `own`: this package's generator, for dense Llama, Qwen2 and Qwen3; `sglang`:
-            SGLang's offline engine; `auto`: `own` if it knows the target.
-        engine: further arguments of SGLang's engine by their Python names, e.g. {tp_size: 8, mem_fraction_static: 0.8}.
-        category_weights: relative frequency of a category in every prefix of the data; 1 if not named.
+            SGLang's; `auto`: `own` if it knows the target.
+        engine: further arguments of SGLang's engine, e.g. {tp_size: 8, mem_fraction_static: 0.8}.
+        category_weights: relative frequency of a category; 1 if not named.
         tool_choice_required: share of the rows with tools that must call one.
         max_new_tokens: longest answer.
-        slots: groups of sequences that are generated at once; by default 48 of 512 tokens.
+        slots: groups of sequences generated at once; by default 48 of 512 tokens.
         temperature: 0 is greedy.
         shard: [index, count]; this process answers rows index, index + count, …
         limit: most prompts.
@@ -77,14 +77,12 @@ class Loop(_Strict):
     """Optimisation.
 
     Attributes:
-        category_weights: how often the answers of a category are used, on average; 1 if not named. They are drawn once
-            for all epochs, so 0.5 leaves out half of a category's answers.
+        category_weights: how often a category's answers are used, drawn once for all epochs; 1 if not named.
         epochs: passes over the answers.
         answer_tokens: answer tokens in a batch.
         min_answer: shortest answer used, in tokens.
-        learning_rate: of AdamW, with a cosine schedule.
+        learning_rate, weight_decay: of AdamW.
         warmup_share: share of the steps that warm up.
-        weight_decay: of AdamW.
         clip: largest norm of the gradients.
         save_steps: steps between checkpoints.
         log_steps: steps between log lines.
@@ -107,11 +105,10 @@ class Eagle3(_Strict):
 
     Attributes:
         target_layers: captured layers that it reads.
-        source_layer: layer of the target that it starts as. Without one it starts as a layer that adds nothing yet, the
-            only way if the target's layers are not Llama's or Qwen's.
+        source_layer: layer of the target that it starts as, if these are Llama's or Qwen's. Default: one that adds
+            nothing yet.
         intermediate_size: units of its MLP; by default the target's.
-        draft_vocab_size: tokens that it drafts, the data's most frequent ones. `--start-from` keeps a checkpoint's
-            tokens and adds the most frequent others.
+        draft_vocab_size: tokens that it drafts: those of `--start-from`, then the data's most frequent.
         steps: steps of the chain that training unrolls.
         decay: step j weighs decay ** j.
         loop: its optimisation.
@@ -131,14 +128,14 @@ class _Block(_Strict):
 
     Attributes:
         target_layers: captured layers that it reads.
-        source_layers: layers of the target that its own start as, in their order.
-        num_layers: its layers, if more than `source_layers`; the further ones add nothing at first.
+        source_layers: layers of the target that its own start as.
+        num_layers: its layers, if more than these; the further ones add nothing at first.
         mask_token_id: token that marks a place to be drafted.
-        anchors_per_token: share of the answer tokens that start a block; drawn again every epoch.
+        anchors_per_token: share of the answer tokens that start a block.
         gamma: position k of a block weighs exp(-(k-1)/gamma).
         frequent: most frequent tokens in the loss's softmax.
         sampled: random other tokens in the loss's softmax.
-        vocabulary: the served drafter chooses from the target's `full` vocabulary or from EAGLE-3's reduced one.
+        vocabulary: the target's `full` one, or EAGLE-3's reduced one.
         loop: its optimisation.
     """
 
@@ -172,7 +169,7 @@ class DFlash(_Block):
     """The block drafter.
 
     Attributes:
-        block_size: tokens that a block verifies, the bonus token included; 8 makes seven drafts.
+        block_size: tokens that a block verifies, bonus token included.
     """
 
     block_size: Annotated[int, Field(ge=2)] = 8
@@ -182,12 +179,11 @@ class DSpark(_Block):
     """The block drafter with a Markov and a confidence head.
 
     Attributes:
-        sample_from_anchor: the bonus token's row drafts too; by default yes, or as in the checkpoint of `--start-from`.
-        markov_rank: rank of the Markov head, which corrects a draft by the one before it; 0 for none.
+        sample_from_anchor: the bonus token's row drafts too. Default: yes, or as `--start-from`.
+        markov_rank: rank of the Markov head; 0 for none.
         markov_head: its published type.
-        confidence_head: whether it has one, which predicts if a draft is accepted.
-        confidence_of: the confidence head learns the chance that sampling accepts (`overlap`) or that greedy decoding
-            accepts (`choice`).
+        confidence_head: whether it has one.
+        confidence_of: it learns whether sampling (`overlap`) or greedy decoding (`choice`) accepts.
         weights: of a block's positions: `exponential` by gamma, or `dpace` (arXiv 2605.18810).
         smoothing: of the chances that `dpace` weighs by.
         cross_entropy: weight of the cross-entropy with the target's distribution.
@@ -226,14 +222,14 @@ class RouterTraining(_Strict):
 
     Attributes:
         answers: most stored answers that both drafters are replayed over.
-        held_out: share of the answers that choose the epoch, give the report and calibrate.
-        eagle_steps: drafts of an EAGLE-3 round, as in the server.
+        held_out: share of the answers that choose the epoch and give the report.
+        eagle_steps: drafts of an EAGLE-3 round.
         width: of the hidden layer.
         epochs: passes over the positions.
         batch: positions in a step.
         learning_rate, weight_decay: of AdamW.
         dropout: of inputs and hidden units.
-        judge_confidences: also report a router that reads both drafters' confidences; no server can use one.
+        judge_confidences: also report a router that reads both drafters' confidences.
     """
 
     answers: Positive = 1500
