@@ -21,12 +21,12 @@ CHILD_ENVIRONMENT = {
     # A dozen helpers are decorated with torch.compile when their modules load. On a CPU that needs a C++
     # compiler, takes half a minute at the first request and gains nothing.
     "TORCHDYNAMO_DISABLE": "1",
-    # A decoding step is some 300 parallel regions of tens of microseconds, and OpenMP's workers spin between
-    # them. Where the scheduler shares its cores (with the HTTP server, say), a region then waits for the time slice
-    # of a thread that is not running. The matrix products of one step, two threads on two cores: 11-14 ms on free
-    # cores and 95-1544 ms beside busy processes as is; 12-18 and 45-62 ms when spinning stops early; 15-29 and 37-44
-    # without any (OMP_WAIT_POLICY=PASSIVE).
-    "GOMP_SPINCOUNT": "1000",
+    # A decoding step is some 200 parallel regions of tens of microseconds, and OpenMP's workers spin between them.
+    # A worker that stops before the next region has to be woken, which takes as long as the region. One that spins on
+    # takes time from the HTTP server, whose cores it shares. 30 decoder layers, one row, two threads on two cores, in
+    # ms on free cores and (mean) beside one and two busy processes: 25.2, 51, 67 with 1,000 turns; 18.3, 47, 50 with
+    # 3,000; 17.7, 67, 44 with 6,000; 17.1, 248, 74 with 50,000; OpenMP's own choice is 300,000.
+    "GOMP_SPINCOUNT": "3000",
     # Ranks on one machine share its memory, and each measures what is free a moment later than the other: whatever
     # another process takes or gives back in between looks like a device that somebody else occupies, and would end
     # the start.
