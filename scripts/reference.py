@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 from target_families import FAMILIES, Shown
 from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
-from whiflash_sdk.trace import ArmTotals, SourceTotals, Stretch, Trace
+from whiflash_sdk.trace import Stretch, Trace
 
 from whiflash_sglang.checkpoints.manifest import (
     EntropyRouter,
@@ -359,8 +359,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "hints": lambda: fields(Hints),
     "span": lambda: fields(Span),
     "trace": lambda: fields(Trace),
-    "arm_totals": lambda: fields(ArmTotals),
-    "source_totals": lambda: fields(SourceTotals),
     "stretch": lambda: fields(Stretch),
     "commands": cli_reference,
     "training": training_keys,

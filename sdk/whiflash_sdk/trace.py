@@ -121,9 +121,9 @@ class Trace(BaseModel):
     rounds: verification passes of the target.
     tokens: committed by rounds, bonus tokens counted.
     switches: changes of drafter from one round to the next.
-    arms: totals by drafter.
+    arms: rounds, tokens, drafts and estimated seconds saved, by drafter.
     reasons: rounds by routing reason.
-    sources: totals by the source of the drafts.
+    sources: drafts and their share of the seconds saved, by source.
     choice: index of the choice.
     text: the text that `chars` count in, if a parser took something out of the response's.
     prefill_text: the text before the first stretch, from older servers.
