@@ -106,9 +106,15 @@ def fields(model: type[BaseModel], beyond: type[BaseModel] = BaseModel) -> str:
         if field not in beyond.model_fields
     ]
     return listed(
-        (f"{', '.join(row[0] for row in rows)} ({takes})", what)
+        (", ".join(row[0] for row in rows) + _of_text(takes), what)
         for (takes, what), rows in groupby(said, itemgetter(slice(1, 3)))
     )
+
+
+def _of_text(takes: str) -> str:
+    """Type and default in brackets; a field without brackets is text."""
+    shown = {"text": "", "text, required": "required"}.get(takes, takes)
+    return f" ({shown})" if shown else ""
 
 
 def meanings(model: type[BaseModel]) -> Mapping[str, str]:
@@ -298,7 +304,7 @@ def _type(annotation: Any) -> str:
         int: "integer",
         float: "number",
         str: "text",
-        bool: "true or false",
+        bool: "boolean",
         Path: "path",
     }
     return "any" if annotation is Any else words[annotation]

@@ -126,10 +126,10 @@ class Lookup(Strict):
     """The copying arm.
 
     enabled: whether the arm is loaded. max_width: most drafts. min_match: shortest match to copy from, in tokens.
-    seed: initial chances that a copied token is right, as `whiflash lookup-seed` measures them (default: the embedded
-    bundle's). memory_mib: MiB of recent outputs to copy from in later requests, 0 for none. memory_minutes: their
-    longest age. prediction_tokens: most tokens of a prediction; the rest is cut. form_tokens: most tokens of emission
-    forms (the prompt as quoted in JSON or code) for one request, 0 for none.
+    seed: initial chances that a copied token is right, from `whiflash lookup-seed` (default: the embedded bundle's).
+    memory_mib: MiB of recent outputs to copy from in later requests. memory_minutes: their longest age.
+    prediction_tokens: most tokens of a prediction; the rest is cut. form_tokens: most tokens of emission forms for one
+    request.
     """
 
     enabled: bool = True
@@ -175,8 +175,8 @@ class Manifest(Strict):
 
     schema_version: of this format. name: of the bundle. target: the model that the drafters were trained for.
     eagle3: directory of the EAGLE-3 checkpoint; without one a target's own next-token head drafts. dflash: directory of
-    the block drafter's checkpoint; one of the two is enough. dflash_vocabulary: the block drafter chooses from the
-    `full` vocabulary or from the EAGLE-3 checkpoint's reduced one (arXiv 2502.14856), cheaper for a small target.
+    the block drafter's checkpoint; one of the two is enough. dflash_vocabulary: of the block drafter, `full` or EAGLE-3's
+    reduced one, cheaper for a small target (arXiv 2502.14856).
     router: the neural router. entropy: thresholds of the entropy router. lookup: the copying arm (default: on).
     structure: the arm of forced text (default: on). chat_template: a file, unless `--chat-template` names one.
     tool_call_parser: SGLang's name, unless `--tool-call-parser` names one. sources: origins of target, eagle3, dflash
