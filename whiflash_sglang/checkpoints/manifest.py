@@ -175,8 +175,8 @@ class Manifest(Strict):
 
     schema_version: of this format. name: of the bundle. target: the model that the drafters were trained for.
     eagle3: directory of the EAGLE-3 checkpoint; without one a target's own next-token head drafts. dflash: directory of
-    the block drafter's checkpoint; one of the two is enough. dflash_vocabulary: of the block drafter, `full` or EAGLE-3's
-    reduced one, cheaper for a small target (arXiv 2502.14856).
+    the block drafter's checkpoint; one of the two is enough. dflash_vocabulary: of the block drafter, `full` or
+    EAGLE-3's reduced one, cheaper for a small target (arXiv 2502.14856).
     router: the neural router. entropy: thresholds of the entropy router. lookup: the copying arm (default: on).
     structure: the arm of forced text (default: on). chat_template: a file, unless `--chat-template` names one.
     tool_call_parser: SGLang's name, unless `--tool-call-parser` names one. sources: origins of target, eagle3, dflash
