@@ -41,8 +41,6 @@ ROWS = tuple(range(1, 4097, 8))
 class Silent(KVDrafter):
     """A drafter that has only its name and width."""
 
-    judges = True
-
     def __init__(self, arm: str, most: int) -> None:
         self.arm, self.max_drafts = arm, most
         self.chances = Chances()

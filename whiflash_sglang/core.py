@@ -138,6 +138,10 @@ class Voice(NamedTuple):
         bad = (i for i, (token, alive) in enumerate(pairs) if not 0 <= token < vocabulary or alive != alive)
         return self.first(next(bad, len(self.tokens)))
 
+    def gain(self, worth: float) -> float:
+        """What verifying it is expected to bring, if a row must bring `worth`."""
+        return sum(self.alive) - worth * len(self.alive)
+
     def outlook(self, most: int | None = None) -> Forecast:
         """What verifying it, or its first `most` tokens, promises."""
         alive = self.alive[:most]

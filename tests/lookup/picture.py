@@ -67,7 +67,8 @@ def record(running: Engine, tokens: int) -> list[Round]:
             return
         length = len(request.origin_input_ids) + len(request.output_ids)
         synced = {arm: worker.sync.watermarks.synced(row, arm) for arm in NEURAL}
-        rounds.append(Round(state.previous, length, synced))
+        arm = "lookup" if state.previous == "none" and state.decision.promised else state.previous
+        rounds.append(Round(arm, length, synced))
 
     running.run(on_step=note)
     return rounds

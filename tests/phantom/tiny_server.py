@@ -51,7 +51,7 @@ from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 
 CUDA = torch.device("cuda", 0)
-CONTEXT, RING, ROUTES = 160, 32, (arms.AR, arms.DIFFUSION, arms.LOOKUP, arms.NONE)
+CONTEXT, RING, ROUTES = 160, 32, (arms.AR, arms.DIFFUSION, arms.NONE)
 
 
 class Target(NamedTuple):

@@ -58,15 +58,12 @@ def test_drafting_comes_back_when_it_pays() -> None:
     assert assign(scores, FixedCosts()) == ["ar"] * 4
 
 
-def test_an_arm_that_says_how_many_rows_it_would_verify_is_charged_for_these() -> None:
-    """Whatever its requests verified before: 12 rows would not pay here."""
-    scores = [{"lookup": 1.2, "none": 1.0}]
-    assert assign(scores, FixedCosts()) == ["none"]
-    assert assign(scores, FixedCosts(), told=[{"lookup": Forecast(1.2, 2)}]) == ["lookup"]
-    assert assign(scores, FixedCosts(), ["none"], Dwell(), [{"lookup": Forecast(1.2, 2)}]) == ["lookup"]
-    both = [{"ar": 2.0, "lookup": 2.0, "none": 1.0}] * 2
-    told = [{"lookup": Forecast(2.0, 3)}, {"lookup": Forecast(2.0, 40)}]
-    assert assign(both, FixedCosts(draft_seconds={"ar": 0.0, "lookup": 0.0}), told=told) == ["lookup", "ar"]
+def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:
+    costs = FixedCosts(draft_seconds={"ar": 0.0})
+    scores = [{"ar": 2.0, "none": 2.0}] * 2
+    assert assign(scores, costs, free=[Forecast(2.0, 3), Forecast(2.0, 40)]) == ["none", "ar"]
+    assert assign([{"ar": 2.0, "none": 1.9}], costs, free=[Forecast(1.9, 2)]) == ["none"]
+    assert assign([{"ar": 2.0, "none": 1.9}], costs, free=[Forecast(1.9, 40)]) == ["ar"]
 
 
 def test_margin_keeps_the_previous_routes() -> None:
@@ -79,10 +76,10 @@ def test_margin_keeps_the_previous_routes() -> None:
     assert assign(scores, costs, previous=["diffusion"], dwell=Dwell(margin=0.05)) == ["ar"]
 
 
-def test_a_margin_reckons_with_the_rows_that_an_arm_says_too() -> None:
-    scores, told = [{"ar": 2.41, "lookup": 1.5, "none": 1.0}], [{"lookup": Forecast(1.5, 2)}]
-    assert assign(scores, FixedCosts(), told=told) == ["ar"]
-    assert assign(scores, FixedCosts(), ["lookup"], Dwell(), told) == ["lookup"]
+def test_a_margin_reckons_with_promised_rows_too() -> None:
+    scores, free = [{"ar": 2.41, "none": 1.5}], [Forecast(1.5, 2)]
+    assert assign(scores, FixedCosts(), free=free) == ["ar"]
+    assert assign(scores, FixedCosts(), ["none"], Dwell(), free) == ["none"]
 
 
 def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:

@@ -1,5 +1,7 @@
 """Whom the controller asks before it routes."""
 
+from typing import Any
+
 import pytest
 
 from whiflash_sglang import arms
@@ -8,6 +10,7 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
 from whiflash_sglang.routing.request_state import RequestState
+from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
 
 EVERY = {arms.AR, arms.DIFFUSION, arms.LOOKUP}
@@ -53,19 +56,60 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
         (AutoPolicy(), RequestHints(off=True), False),
         (AutoPolicy(), RequestHints(spans=(SpanHint("json", open=True, prefer=arms.AR, pin=True),)), False),
         (CopyRule(), RequestHints(), False),
-        (RandomPolicy(), RequestHints(), False),
+        (RandomPolicy(), RequestHints(), True),
         (EntropyPolicy(tau=1.0), RequestHints(), False),
+        (Pinned(arms.NONE), RequestHints(), False),
     ],
-    ids=["priced", "off", "pinned-elsewhere", "rule", "drawn", "never-named"],
+    ids=["priced", "off", "pinned-elsewhere", "rule", "drawn", "never-named", "plain"],
 )
-def test_what_may_take_the_place_of_drafts(policy: Policy, hints: RequestHints, expected: bool) -> None:
-    """What is said by the arm that the request was routed to, and by others where they are weighed against drafts."""
+def test_who_is_heard_beside_a_pass(policy: Policy, hints: RequestHints, expected: bool) -> None:
+    """Every free voice where arms are joined; else it alone, where there is no pass."""
+    controller = opened(policy, hints)
+    controller.route([ROW], [{arms.AR: None, arms.DIFFUSION: None}])
+    assert controller.hears(ROW, arms.LOOKUP) == expected
+
+
+def opened(policy: Policy, hints: RequestHints) -> Controller:
+    """With one request, in the middle of its output."""
     controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
     controller.open(ROW, "r", hints, [0, 1])
-    [route] = controller.route([ROW], [{arms.AR: None, arms.DIFFUSION: None}])
-    assert controller.takes(ROW, route, arms.LOOKUP) == expected
-    routed = policy.candidates is None or arms.LOOKUP in policy.candidates
-    assert controller.takes(ROW, arms.LOOKUP, arms.LOOKUP) == (routed and not hints.off)
+    return controller
+
+
+LONG = Forecast(9.0, 9)
+TOLD = {arms.AR: None, arms.LOOKUP: LONG, arms.STRUCTURE: Forecast(2.0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "span", "heard"),
+    [
+        (Pinned(arms.LOOKUP), {}, {arms.LOOKUP}),
+        (CopyRule(), {}, {arms.LOOKUP}),
+        (AutoPolicy(), {}, {arms.LOOKUP, arms.STRUCTURE}),
+        (AutoPolicy(), {"prefer": arms.LOOKUP, "pin": True}, {arms.LOOKUP}),
+        (AutoPolicy(), {"prefer": arms.NONE, "pin": True}, set()),
+        (AutoPolicy(), {"bias": ((arms.NONE, 16.0),)}, set()),
+        (AutoPolicy(), {"bias": ((arms.STRUCTURE, 16.0),)}, {arms.LOOKUP, arms.STRUCTURE}),
+    ],
+    ids=["pinned-policy", "rule", "auto", "pin", "pinned-plain", "plain-wished", "wished"],
+)
+def test_who_is_heard_without_a_pass(policy: Policy, span: dict[str, Any], heard: set[str]) -> None:
+    """A pin or a policy that joins nothing keeps to one voice, and who wants plain decoding hears nobody."""
+    controller = opened(policy, RequestHints(spans=(SpanHint("json", open=True, **span),)))
+    asked = {arm: told for arm, told in TOLD.items() if controller.may_name(ROW, arm)}
+    assert controller.route([ROW], [asked]) == [arms.NONE]
+    assert {arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.hears(ROW, arm)} == heard
+    decision = controller.states[ROW].decision
+    assert decision.promised == bool(heard)
+
+
+def test_a_request_without_a_pass_is_worth_its_best_voice() -> None:
+    controller = opened(AutoPolicy(), RequestHints())
+    controller.route([ROW], [TOLD])
+    assert controller.states[ROW].expected == LONG.length
+    short = {**TOLD, arms.LOOKUP: Forecast(1.1, 2), arms.STRUCTURE: Forecast(1.05, 2)}
+    assert controller.route([ROW], [short]) == [arms.AR]
+    assert controller.may_join(ROW)
 
 
 def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:

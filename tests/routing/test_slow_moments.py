@@ -52,6 +52,8 @@ class Machine:
         if self.copies is not None:
             forecast["lookup"] = self.copies
         (arm,) = self.controller.route([0], [forecast])
+        if arm == "none" and self.controller.states[0].decision.promised:
+            arm = "lookup"
         drafting = 0.0
         if arm in self.seconds:
             drafting = self.took(self.seconds[arm]) + late["draft"]

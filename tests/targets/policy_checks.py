@@ -26,7 +26,7 @@ def check_policies(
         found = play(
             e,
             [replace(a, rid=f"{policy} {a.rid}") for a in chosen],
-            lambda: used.update(state.previous for state in e.states.values()),
+            lambda: used.update(*(state.counts for state in e.states.values())),
         )
         for a in chosen:
             comparison.check(a.prompt, expected[a.rid], found[f"{policy} {a.rid}"], f"{policy} {a.rid}")

@@ -147,7 +147,7 @@ def test_copies_are_verified_again_after_rounds_that_had_none(
     costs = running.worker.controller.costs
     for means in ("_rows", "_drafts"):
         monkeypatch.setattr(costs, means, defaultdict(getattr(costs, means).default_factory))
-    for route in ("lookup", "none"):
+    for route in ("lookup", "promised", "none"):
         for _ in range(5):
             costs.widened(route, 1)
             costs.wanted(route, 0)

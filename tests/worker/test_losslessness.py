@@ -80,7 +80,7 @@ def test_policies(models: Models, plain: Plain, policy: str, monkeypatch: pytest
     used: set[str | None] = set()
     flags = models.whiflash(policy, whiflash_entropy_threshold=TAU, whiflash_min_dwell=1)
     with engine(models.target, whiflash=flags, chunked_prefill_size=32, max_running_requests=6) as e:
-        found = play(e, arrivals, lambda: used.update(state.previous for state in e.states.values()))
+        found = play(e, arrivals, lambda: used.update(*(state.counts for state in e.states.values())))
     compare(models, arrivals, expected, found)
     every = {"ar", "diffusion", "lookup", "none"}
     switching = {"entropy": {"ar", "diffusion"}, "random": every, "auto": {"ar", "lookup"}}

@@ -23,7 +23,7 @@ def test_the_drafter_that_is_there_drafts(models: Models, tmp_path: Path, arm: s
     used: set[str | None] = set()
     flags = {"draft": tmp_path / "bundle", "whiflash_router": "random"}
     with engine(models.target, whiflash=flags, chunked_prefill_size=32, max_running_requests=4) as e:
-        found = play(e, arrivals, lambda: used.update(state.previous for state in e.states.values()))
+        found = play(e, arrivals, lambda: used.update(*(state.counts for state in e.states.values())))
         assert e.worker.snapshot()["arms"] == sorted({arm, "lookup"})
         for router in ("auto", arm, "lookup", "none"):
             e.worker.reconfigure({"router": router})

@@ -128,7 +128,7 @@ def test_requests_go_on_without_it(
             caplog.clear()
             with monkeypatch.context() as m:
                 spoil(m, e.worker.drafters[arm], method, made)
-                for _ in range(5):  # until it was faulty for several requests
+                for _ in range(15):  # until it was faulty for several requests
                     found = ask(e)
                     comparison = Comparison(models.reference.target)
                     for prompt, own, text in zip(PROMPTS, plain, found, strict=True):

@@ -40,7 +40,7 @@ __all__ = ["plain"]
 class Chain(OracleArm):
     """Says how likely its drafts are, so that others may speak beside them."""
 
-    arm, judges = "chain", True
+    arm = "chain"
 
     def draft(self, batch: DraftBatch) -> Drafts:
         drafts = super().draft(batch)
@@ -112,7 +112,7 @@ def with_voices(arrivals: Sequence[Arrival], expected: dict[str, list[int]]) -> 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "alone"])
 def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case: str) -> None:
-    arrivals = mixed(seed=2, count=18, shared=40, aborts=0.15, stops=0.1, tokens=80)
+    arrivals = mixed(seed=2, count=24, shared=40, aborts=0.15, stops=0.1, tokens=80)
     expected = plain(arrivals)
     flags = models.whiflash("random", whiflash_branches=3)
     with engine(
@@ -128,6 +128,27 @@ def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case:
     print(seen)
     assert seen.strands > seen.won > 6, "hardly any strand won, so nothing was tried"
     assert len(seen.forks) > 1
+
+
+def test_without_a_pass_the_likeliest_voice_is_verified(
+    models: Models, plain: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes first of two that are as often right, the round is counted for who says that it is."""
+    arrivals = mixed(seed=2, count=8, shared=40, tokens=60)
+    expected = plain(arrivals)
+    arms, speak = with_voices(arrivals, expected), Free.speak
+
+    def unsure(arm: Free, *asked: Any) -> Voice | None:
+        said = speak(arm, *asked)
+        return said and (said._replace(alive=[0.1] * len(said.alive)) if arm.arm == "free" else said)
+
+    monkeypatch.setattr(Free, "speak", unsure)
+    with engine(models.target, whiflash=models.whiflash("random"), arms=arms) as e:
+        monkeypatch.setattr(e.worker.controller, "route", lambda rows, _: ["none"] * len(rows))
+        compare(models, arrivals, expected, play(e, arrivals))
+        rounds = {arm: counts.rounds for arm, counts in e.worker.tally.by_arm.items()}
+    assert rounds["freer"] > 20
+    assert rounds["chain"] == rounds["free"] == 0
 
 
 @pytest.mark.parametrize("spoilt", ["ids", "chances"])

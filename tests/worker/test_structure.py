@@ -1,5 +1,6 @@
 """The structure arm in the real scheduler: text is plain decoding's, whatever it joins, wherever it is wrong."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -125,20 +126,19 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
         return proposal
 
     monkeypatch.setattr(DraftStage, "draft", drafted)
-    monkeypatch.setattr(oracle, "judges", True, raising=False)
     with engine(models.target, whiflash=flags, arms=[oracle], grammar_backend=backend, **OPTIONS) as e:
-        assert play(e, arrivals, lambda: used.update(state.previous for state in e.states.values())) == plain
+        assert play(e, arrivals, lambda: used.update(*(state.counts for state in e.states.values()))) == plain
         assert e.worker.drafters["structure"]._requests == {}
     assert {"structure", "lookup", "ar", "diffusion", "oracle", "none"} <= used
     assert len(wrong) > 20
     assert not any(wrong)
 
 
-def only(arm: str) -> Any:
-    def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
-        return [arm if arm in forecast else "none" for forecast in forecasts]
-
-    return route
+def hear_only(arm: str, controller: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no model drafts, and one voice is heard."""
+    monkeypatch.setattr(controller, "route", lambda rows, _: ["none"] * len(rows))
+    monkeypatch.setattr(controller, "hears", lambda _, other: other == arm)
+    monkeypatch.setattr(controller, "may_join", lambda _: False)
 
 
 def test_what_is_forced_is_accepted_at_once(
@@ -146,8 +146,7 @@ def test_what_is_forced_is_accepted_at_once(
 ) -> None:
     """Every draft is right but the ends of tokens, and a forced stretch takes the rounds that its width takes."""
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
-        monkeypatch.setattr(e.worker.controller, "route", only("structure"))
-        monkeypatch.setattr(e.worker.controller, "may_join", lambda row: False)
+        hear_only("structure", e.worker.controller, monkeypatch)
         assert play(e, requests()) == expected
         for rid, output in expected.items():
             verified, accepted = e.rounds(rid)
@@ -162,14 +161,16 @@ def test_behind_rounds_that_share_a_step(
     models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
     """The grammar has not been told what they committed; what it forces behind that is what is proposed."""
-    turns = iter(range(10_000))
-
-    def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
-        return only("structure" if next(turns) % 2 else "none")(rows, forecasts)
-
+    turns = itertools.cycle(["none", "structure"])
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
-        monkeypatch.setattr(e.worker.controller, "route", route)
-        monkeypatch.setattr(e.worker.controller, "may_join", lambda row: False)
+        controller = e.worker.controller
+
+        def route(rows: Any, forecasts: Any) -> list[str]:
+            hear_only(next(turns), controller, monkeypatch)
+            monkeypatch.setattr(controller, "route", route)
+            return ["none"] * len(rows)
+
+        monkeypatch.setattr(controller, "route", route)
         assert play(e, requests()) == expected
         accepted = {rid: e.rounds(rid)[1] for rid in expected}
     assert max(steps) > 1
@@ -201,7 +202,7 @@ def test_wherever_a_forced_draft_is_rejected(
     monkeypatch.setattr(structure.StructureArm, "_sketch", spoil)
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
         if routes == "structure":
-            monkeypatch.setattr(e.worker.controller, "route", only("structure"))
+            hear_only("structure", e.worker.controller, monkeypatch)
         assert play(e, requests()) == expected
     assert set(wrong) == set(range(WIDTH)), "every position"
     assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"
@@ -214,9 +215,12 @@ def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
     traced = {"custom_params": {"whiflash": '{"trace": "full"}'}}
     arrivals = [replace(a, params={**a.params, **traced}) for a in requests()]
     nonsense = OracleArm(0.0, alphabet=[ord("~")], ragged=False)
+
+    def to_the_oracle(_: Any, forecasts: Sequence[Any]) -> list[str]:
+        return ["oracle" if "oracle" in forecast else "none" for forecast in forecasts]
+
     with engine(models.target, whiflash=models.whiflash("random"), arms=[nonsense], **OPTIONS) as e:
-        monkeypatch.setattr(nonsense, "judges", True, raising=False)
-        monkeypatch.setattr(e.worker.controller, "route", only("oracle"))
+        monkeypatch.setattr(e.worker.controller, "route", to_the_oracle)
         assert play(e, arrivals) == expected
         for rid, output in expected.items():
             recording = recording_of(e.requests[rid], None)
@@ -247,8 +251,7 @@ def test_tools_without_a_grammar(
         monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", resident)
         with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
             if router == "auto":
-                monkeypatch.setattr(e.worker.controller, "route", only("structure"))
-                monkeypatch.setattr(e.worker.controller, "may_join", lambda row: False)
+                hear_only("structure", e.worker.controller, monkeypatch)
             assert play(e, arrivals) == expected
             accepted = {rid: e.rounds(rid)[1] for rid in expected}
             assert e.worker.drafters["structure"]._requests == {}

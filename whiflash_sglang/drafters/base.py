@@ -22,13 +22,13 @@ from whiflash_sglang.structure.matchers import Grammar
 class Drafter:
     """Every arm.
 
-    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). judges:
-    whether its drafts say how likely they are (`Drafts.alive`); only such are extended.
+    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). sources:
+    what it says that its drafts were taken from, if that is not its name.
     """
 
     arm: str
     max_drafts: int
-    judges: bool = False
+    sources: tuple[str, ...] = ()
 
     def draft(self, batch: DraftBatch) -> Drafts:
         """Propose tokens. KV writes at positions >= n are provisional."""

@@ -26,7 +26,7 @@ from whiflash_sglang.lookup.calibration import (
     RequestCalibration,
     TenantCalibration,
 )
-from whiflash_sglang.lookup.copier import MEMORY, OWN_TEXT_ONLY, Copier, Proposal
+from whiflash_sglang.lookup.copier import MEMORY, OWN_TEXT_ONLY, SOURCES, Copier, Proposal
 from whiflash_sglang.lookup.emission import Emission, has_forms
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
@@ -99,7 +99,7 @@ class LookupArm(TextDrafter):
     """
 
     arm = arms.LOOKUP
-    judges = True
+    sources = (*SOURCES, SCOPE)
 
     def __init__(
         self,

@@ -37,7 +37,6 @@ class PagedArm(KVDrafter):
         layers: draft layers with KV. shape: heads of each. dtype, device: the target's.
     """
 
-    judges = True
     kv: DraftKV
 
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:

@@ -74,7 +74,8 @@ class StructureArm(TextDrafter):
     """
 
     arm = arms.STRUCTURE
-    judges = forbids = True
+    forbids = True
+    sources = (GRAMMAR, TOOLS)
 
     def __init__(self, settings: Structure, vocabulary: Vocabulary) -> None:
         self.max_drafts = settings.max_width

@@ -25,7 +25,7 @@ Found = tuple[Place, Sequence[int]]
 RULE_MATCH = 2
 """Tokens that must have occurred before for the plain rule, which better ones are measured against, to copy."""
 
-CONTEXT, PREDICTION, FORM, MEMORY = "context", "prediction", "form", "memory"
+SOURCES = CONTEXT, PREDICTION, FORM, MEMORY = "context", "prediction", "form", "memory"
 """The sources of a copy: prompt and answer, what the caller expects back, the prompt as it would be written
 here, other texts that the request may share."""
 

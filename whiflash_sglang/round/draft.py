@@ -134,11 +134,13 @@ class DraftStage:
             vocabulary=self.voices.vocabulary,
             text=text,
         )
-        extended, own, chains = drafts, drafts.counts, None
+        extended, own = drafts, drafts.counts
         appended = None if text is None else _drafts(self._copies(requests, plan, drafts))
         copies = self._copies(requests, plan) if any(plan.copying) else None
+        chains: list[Voice] = []
         if self.host.exact or any(self._extends(requests, plan, i) for i in range(size)):
-            chains, own = self._chains(requests, plan, drafts, appended)
+            chains, left, others = self._chains(requests, plan, drafts, appended)
+            own = sent(left, drafts.counts.device)
             extended, appended = padded(chains, self.text.device, widest), None
         if not self.host.exact:
             most = self.rows_for(size + min(plan.usual_drafts, most, MOST_DRAFTS), size) - size
@@ -152,12 +154,12 @@ class DraftStage:
             from_host=plan.on_device.from_host,
             copies=_drafts(copies),
             rooms=plan.on_device.rooms,
-            worth=max(worth.row for worth in plan.worth.values()),
+            worth=plan.row_worth,
             room=None if self.host.exact else most,
         )
-        if not self.host.exact or chains is None:
+        if not self.host.exact:
             return Proposal(chosen, drafts, rows=size + most, stride=widest + 1, bounded=True, copies=copies)
-        strands = self._strands(requests, plan, chains)
+        strands = self._strands(requests, plan, chains, others)
         widths = [1 + len(chain.tokens) for chain in chains]
         stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
         return Proposal(
@@ -177,31 +179,34 @@ class DraftStage:
 
     def _chains(
         self, requests: RoundBatch, plan: Plan, drafts: Drafts, appended: Drafts | None
-    ) -> tuple[list[Voice], torch.Tensor]:
-        """The drafts of each request, read from the device, with what other arms know to follow; and [B] int64, those
-        of each request's own arm that are left.
+    ) -> tuple[list[Voice], list[int], list[list[Voice]]]:
+        """What is verified of each request: its pass's drafts, or without one the likeliest voice, with what others
+        know to follow. How many of these drafts are left then; and the other voices.
         """
-        chains = [
-            SILENCE.followed_by(*own, route) for own, route in zip(_rows(drafts), plan.routes, strict=True)
-        ]
-        for i, route in enumerate(plan.routes):
-            if route in plan.voices[i] and self.host.exact:
-                chains[i] = plan.voices[i][route].first(plan.limits[i])
-        own = [len(chain.tokens) for chain in chains]
-        if appended is not None:
-            chains = [
-                chain.followed_by(*copied, arms.LOOKUP)
-                for chain, copied in zip(chains, _rows(appended), strict=True)
-            ]
-        for i, room in enumerate(plan.joined):
+        chains, left, others = [], [], []
+        copied = [([], [])] * len(plan.routes) if appended is None else _rows(appended)
+        for i, (own, route) in enumerate(zip(_rows(drafts), plan.routes, strict=True)):
+            said = {route: SILENCE.followed_by(*own, route)}
+            if self.host.exact:
+                said |= {arm: voice.first(plan.rooms[i]) for arm, voice in plan.voices[i].items()}
+            if route == arms.NONE:
+                said = dict(sorted(said.items(), key=lambda one: -one[1].gain(plan.row_worth)))
+            (first, chain), *rest = said.items()
+            kept = len(chain.tokens)
+            chain = chain.followed_by(*copied[i], arms.LOOKUP)
             if self._extends(requests, plan, i):
-                name = requests.names[i]
-                chains[i], left = self.voices.extended(name, plan.routes[i], chains[i], room, plan.worth)
-                own[i] = min(own[i], left)
-        return chains, sent(own, drafts.counts.device)
+                name, room = requests.names[i], plan.joined[i]
+                chain, sound = self.voices.extended(name, first, chain, room, plan.worth)
+                kept = min(kept, sound)
+            chains.append(chain)
+            left.append(kept)
+            others.append([voice for _, voice in rest])
+        return chains, left, others
 
-    def _strands(self, requests: RoundBatch, plan: Plan, chains: Sequence[Voice]) -> list[Strand]:
-        """What free voices say beside the first chains: copies and forced text from the end of the text."""
+    def _strands(
+        self, requests: RoundBatch, plan: Plan, chains: Sequence[Voice], others: Sequence[Sequence[Voice]]
+    ) -> list[Strand]:
+        """What the other voices say beside the first chains, from the end of the text."""
         widest = widest_of(self.drafters) + 1
         rooms = [min(widest, budget) for budget in requests.budgets]
         widths, found = [1 + len(chain.tokens) for chain in chains], []
@@ -212,10 +217,9 @@ class DraftStage:
                 or requests.chain_only[i]
             ):
                 continue
-            for arm, voice in plan.voices[i].items():
-                worth = plan.worth[arm].row or LEAST_CHANCE
-                strand = strand_of(i, chain, voice, room, worth) if arm != plan.routes[i] else None
-                found += [strand] if strand is not None else []
+            least = plan.row_worth or LEAST_CHANCE
+            strands = (strand_of(i, chain, voice, room, least) for voice in others[i])
+            found += [strand for strand in strands if strand is not None]
         return chosen_strands(found, widths, rooms, self.branches - 1, len(requests.spare))
 
     def _copies(self, requests: RoundBatch, plan: Plan, drafts: Drafts | None = None) -> Copies | None:

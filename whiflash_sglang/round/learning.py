@@ -16,7 +16,6 @@ from whiflash_sglang.drafters.base import Drafter, TextDrafter
 from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.lookup.copier import Proposal as Copy
 from whiflash_sglang.round.plan import Plan
-from whiflash_sglang.round.planning import drafts_nothing
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
@@ -56,7 +55,7 @@ class Learner:
     def needs(self, plan: Plan) -> Collection[str]:
         """Signals that the policy reads after a round."""
         needs = self.controller.policy.needs
-        often = not drafts_nothing(plan.routes) or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        often = plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}
 
     def learn(
@@ -89,23 +88,28 @@ class Learner:
             own_strands[strand.owner].append((strand, right))
         for i, state in enumerate(plan.states):
             state.under_way.pop(0)
-            arm, own = self._whose(plan, found, i)
+            paths = _paths(parts[i] if parts is not None else (), own_strands[i])
+            arm, own = self._whose(plan, found, i, paths[0])
             if tokens[i] and self.ranks.leads:
-                chain = parts[i] if parts is not None else ()
-                self._learn(plan, found, i, arm, own, tokens[i], prices, chain, own_strands[i])
+                self._learn(plan, found, i, arm, own, tokens[i], prices, paths, own_strands[i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
 
-    def _whose(self, plan: Plan, found: Mapping[str, list[Any]], i: int) -> tuple[str, int]:
-        """The arm whose drafts a request verified, and how many were its own; the quarantine hears of it."""
-        rid, arm, voice = plan.states[i].rid, plan.routes[i], found["voice"][i]
+    def _whose(
+        self, plan: Plan, found: Mapping[str, list[Any]], i: int, path: Sequence[Part]
+    ) -> tuple[str, int]:
+        """The arm whose drafts a request verified first, and how many were its own; the quarantine hears of it."""
+        rid, arm, voice, own = plan.states[i].rid, plan.routes[i], found["voice"][i], found["own"][i]
         if plan.limits[i]:
             self.quarantine.judge(arm, rid, faulty=bool(found["faults"][i]))
-        if not voice:
-            return arm, found["own"][i]
-        arm = plan.speakers[max(voice - 1, -1)]  # of the text that it knew, or of the device's
-        self.quarantine.judge(arm, rid, faulty=False)
-        return arm, found["widths"][i] - 1
+        if voice:
+            arm, own = plan.speakers[max(voice - 1, -1)], found["widths"][i] - 1  # the device's is the last
+        elif path:
+            source = path[0].source
+            arm = next((arm for arm, own in self.drafters.items() if source in own.sources), source)
+        if arm != plan.routes[i]:
+            self.quarantine.judge(arm, rid, faulty=False)
+        return arm, own
 
     def _learn(
         self,
@@ -116,25 +120,24 @@ class Learner:
         own: int,
         tokens: Sequence[int],
         prices: tuple[float, float] | None,
-        chain: Sequence[Part],
+        paths: tuple[Sequence[Part], Sequence[Part]],
         strands: Sequence[tuple[Strand, int]],
     ) -> None:
         """What the i-th request's round teaches, in which `tokens` were committed.
 
         Args:
-            arm, own: as of `_whose`. prices: `round_prices`, where they are wanted. chain: what its drafts were taken
-                from. strands: its own.
+            arm, own: as of `_whose`. prices: `round_prices`, where they are wanted. paths: `_paths`. strands: its own.
         """
         state, decision, route, width = plan.states[i], plan.decisions[i], plan.routes[i], found["widths"][i]
         if "wanted" in found:
-            self.controller.costs.wanted(route, found["wanted"][i])
+            self.controller.costs.wanted(plan.reckoned[i], found["wanted"][i])
         won = next((strand for strand, rows in strands if rows), None)
         right = len(tokens) - 1 if won is None else min(won.fork, len(tokens) - 1)
         beside = sum(len(strand.tokens) for strand, _ in strands)
         drafts = found["drafts"][i][: found["drafted"][i]]
         agreed = agreement(drafts, tokens)
         lengths = {arm: len(tokens)}
-        if (won is not None or found["voice"][i]) and found["drafted"][i]:
+        if (won is not None or arm != route) and found["drafted"][i]:
             lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
         evidence = self.controller.committed(state, decision, arm, tokens, width, found["starts"][i], lengths)
         self.tally.committed(
@@ -148,8 +151,7 @@ class Learner:
             beside=beside,
         )
         if state.recording is not None:
-            chain = list(first_of(chain, width - 1 - beside))
-            _record(state.recording, arm, len(tokens), prices, *_paths(chain, strands))
+            _record(state.recording, arm, len(tokens), prices, *paths)
         keeps = self.controller.keeps(state)  # a request's last round ends what drafters keep of it
         if evidence and route in self.drafters and keeps:
             known = min(len(drafts), len(tokens))
@@ -178,6 +180,8 @@ def _paths(
     chain: Sequence[Part], strands: Sequence[tuple[Strand, int]]
 ) -> tuple[Sequence[Part], Sequence[Part]]:
     """What the accepted path of a request was taken from, and what was verified beside it."""
+    if not strands:
+        return chain, ()
     lost = [Part(strand.source, len(strand.tokens)) for strand, right in strands if not right]
     for strand, right in strands:
         if right:
@@ -195,10 +199,7 @@ def _record(
     beside: Sequence[Part],
 ) -> None:
     """What a round of `arm` brought that committed `tokens`; prices: `round_prices`. parts, beside: `_paths`."""
-    saved = 0.0
-    if prices is not None:
-        round_seconds, plain_seconds = prices
-        saved = recording.price(arm, tokens, round_seconds=round_seconds, plain_seconds=plain_seconds)
+    saved = recording.price(arm, tokens, round_seconds=prices[0], plain_seconds=prices[1]) if prices else 0.0
     proposed = sum(part.drafts for part in parts)
     recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved, beside=beside)
 

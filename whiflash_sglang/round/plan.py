@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from whiflash_kernels import HostDrafts
 
+from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import Due
 from whiflash_sglang.core import Voice
 from whiflash_sglang.device.transfers import Floats
@@ -34,34 +35,58 @@ class OnDevice:
     from_host: HostDrafts | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One round as it was decided, for B requests.
+@dataclass(frozen=True)
+class Decided:
+    """What the first rank decides of a round of B requests from what it alone looks at; the others do the same.
 
-    routes: arm of each. states: what the controller kept of each, which differs from that of a later request in the
-    same row; decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who
-    catches up with whom. limits: drafts of each request's own arm at most, 0 where none drafts. joined: the same with
-    those that another arm may put behind them, 0 where none may. copying: drafts that the device may copy in their
-    place at most. rooms: drafts of each request at most, whoever's. made_room: drafts that rows are there for
-    (`WorkerCosts.room`). voices: what arms that speak say of each request; where the host knows texts late, what may
-    take the place of drafts. speakers: these arms, in the order of `from_host`, and last the one that the device drafts
-    for. worth: what a further draft of each arm must bring.
+    routes: neural pass of each, or `none`. asked: arms that were asked what they say of each. limits: drafts of each
+    request's pass at most, 0 where there is none. joined: drafts at most with those that other arms may put behind
+    them, 0 where none may. copying: drafts that the device may copy in their place at most. rooms: drafts at most,
+    whoever's. reckoned: what drafts are learned by: the route, or that a voice promised something. made_room: drafts
+    that rows are there for (`WorkerCosts.room`). voices: what free voices say of each request, as far as it may be
+    verified. worth: what a further draft of each arm must bring. calibration: `Drafter.calibration` of every arm that
+    drafts and of the one that the device drafts for.
     """
 
     routes: list[str]
-    states: list[RequestState]
-    decisions: list[Decision]
-    members: dict[str, list[int]]
-    due: dict[str, Due]
+    asked: list[list[str]]
     limits: list[int]
     joined: list[int]
     copying: list[int]
     rooms: list[int]
+    reckoned: list[str]
     made_room: list[float]
     voices: list[dict[str, Voice]]
-    speakers: Sequence[str]
     worth: dict[str, Worth]
+    calibration: dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Plan(Decided):
+    """One round as it was decided.
+
+    states: what the controller kept of each request, which differs from that of a later request in the same row;
+    decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches up
+    with whom. speakers: the arms of `voices`, in the order of
+    `from_host`, and last the one that the device drafts for.
+    """
+
+    states: list[RequestState]
+    decisions: list[Decision]
+    members: dict[str, list[int]]
+    due: dict[str, Due]
+    speakers: Sequence[str]
     on_device: OnDevice
+
+    @property
+    def speculates(self) -> bool:
+        """Whether anything was promised, or a model drafts."""
+        return any(own != arms.NONE for own in self.reckoned)
+
+    @property
+    def row_worth(self) -> float:
+        """What a verified row must bring, whoever drafts it."""
+        return max(worth.row for worth in self.worth.values())
 
     @property
     def usual_drafts(self) -> int:
@@ -73,22 +98,3 @@ class Plan:
         drafted = {arm: len(members) for arm, members in self.members.items()}
         caught_up = {arm: due.rows for arm, due in self.due.items()}
         return RoundWork(rows, len(self.routes), context, drafted, caught_up)
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """What the first rank decides of a round from what it alone looks at; the others do the same (`Plan` says what).
-
-    asked: arms that were asked what they say of each request. calibration: `Drafter.calibration` of every arm that
-    drafts and of the one that the device drafts for.
-    """
-
-    routes: list[str]
-    asked: list[list[str]]
-    limits: list[int]
-    joined: list[int]
-    copying: list[int]
-    made_room: list[float]
-    voices: list[dict[str, Voice]]
-    worth: dict[str, Worth]
-    calibration: dict[str, Floats]

@@ -61,7 +61,6 @@ class Voices:
         for arm, drafter in self._turns:
             if arm == last or not self._quarantine.serves(arm, rid) or not drafter.extends(row):
                 continue
-
             found = self.heard(arm, rid, partial(drafter.extend, row, drafts, room, worth[arm]))
             if found is None:
                 continue

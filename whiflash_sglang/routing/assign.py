@@ -20,8 +20,8 @@ from whiflash_sglang.routing.signals import Forecast
 
 Scores = Mapping[str, float]
 
-Told = Mapping[str, Forecast]
-"""The arms' forecasts of a request's round: how many rows they would verify, for one."""
+PLAIN = Forecast(1.0, 1)
+"""What a round without drafts comes to."""
 
 
 class Costs(Protocol):
@@ -36,7 +36,7 @@ class Costs(Protocol):
         ...
 
     def width(self, arm: str) -> float:
-        """Rows that a request routed to `arm` usually adds to verification (drafts + 1), where it does not say so."""
+        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
         ...
 
     def timings(self, arm: str) -> int:
@@ -61,23 +61,23 @@ def assign(
     costs: Costs | None = None,
     previous: Sequence[str | None] = (),
     dwell: Dwell | None = None,
-    told: Sequence[Told] = (),
+    free: Sequence[Forecast] = (),
 ) -> list[str]:
-    """One arm per request.
+    """One pass per request, or none.
 
     Args:
         scores: arm → expected accepted tokens, per request.
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
         previous: the arms of the last round, for the margin; empty: no margin.
         dwell: margin against thrashing.
-        told: the arms' forecasts of each request's round; empty: none.
+        free: what each request's round promises without a pass; empty: what plain decoding does.
 
     Returns:
         The routes with the most expected tokens per second, unless keeping the previous ones is within the margin.
     """
     if costs is None or not scores:
         return best_each(scores)
-    batch = _Batch.of(scores, costs, told)
+    batch = _Batch.of(scores, costs, free)
     choices = batch.best_choices()
     rates = batch.rates(choices)
     first = int(rates.argmax())
@@ -105,14 +105,11 @@ class _Batch:
     costs: Costs
 
     @classmethod
-    def of(cls, scores: Sequence[Scores], costs: Costs, told: Sequence[Told]) -> "_Batch":
+    def of(cls, scores: Sequence[Scores], costs: Costs, free: Sequence[Forecast]) -> "_Batch":
         """A request without scores decodes plainly, and adds nothing to what is expected."""
         names = [*sorted({arm for own in scores for arm in own} - {arms.NONE}), arms.NONE]
         rows = np.tile(np.array([costs.width(arm) for arm in names], dtype=float), (len(scores), 1))
-        column = {arm: place for place, arm in enumerate(names)}
-        for request, own in enumerate(told):
-            for arm in own.keys() & column.keys():
-                rows[request, column[arm]] = own[arm].rows
+        rows[:, -1] = [own.rows for own in free] or PLAIN.rows
         known = [[own.get(arm, -math.inf) for arm in names] if own else _plain(names) for own in scores]
         return cls(names, np.array(known), rows, costs)
 

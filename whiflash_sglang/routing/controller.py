@@ -1,8 +1,10 @@
 """Routes for a batch, from what every request's state knows and what the batch costs. Imports no SGLang."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-from whiflash_sglang.routing.assign import Costs, Dwell, assign
+from whiflash_sglang import arms
+from whiflash_sglang.routing.assign import PLAIN, Costs, Dwell, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, Policy, Scores
 from whiflash_sglang.routing.request_state import Decision, RequestState
@@ -57,7 +59,7 @@ class Controller:
         return self.states.get(state.row) is state
 
     def route(self, rows: Sequence[int], forecasts: Sequence[Forecasts]) -> list[str]:
-        """One arm per request."""
+        """One pass per request, or none."""
         return route(self.policy, [self.states[row] for row in rows], forecasts, self.costs)
 
     def may_name(self, row: int, arm: str) -> bool:
@@ -71,19 +73,12 @@ class Controller:
         return span is not None and span.pin and span.prefer == arm
 
     def may_join(self, row: int) -> bool:
-        """Whether the drafts of the request in `row` may be prolonged by another arm than the one it was routed to."""
-        return self.policy.joins_arms and self.states[row].decision.reason != "pin"
+        """Whether drafts of the request in `row` may be prolonged by other arms."""
+        return self.states[row].decision.only is None
 
-    def takes(self, row: int, route: str, arm: str) -> bool:
-        """Whether what `arm` says of the request in `row` may take the place of what `route` drafts for it."""
-        if self.states[row].decision.reason == "off" or not self.may_name(row, arm):
-            return False
-        return route == arm or (self.policy.prices_batches and self.may_join(row))
-
-    @property
-    def copies_anyway(self) -> bool:
-        """Whether a copy may take the place of any drafts, so that the device makes one whatever was promised."""
-        return self.policy.prices_batches and self.policy.joins_arms
+    def hears(self, row: int, arm: str) -> bool:
+        """Whether what `arm` says of the request in `row` may be verified."""
+        return self.states[row].decision.only in (None, arm) and self.may_name(row, arm)
 
     def worth(self, arm: str) -> Worth:
         """The value that a further draft of `arm` must have; policies that price nothing draft the full length."""
@@ -127,30 +122,58 @@ def route(
     forecasts: Sequence[Forecasts],
     costs: Costs | None,
 ) -> list[str]:
-    """One arm per request; every state records its own. costs: None where nothing costs."""
-    scores = [state.score(policy, forecast) for state, forecast in zip(states, forecasts, strict=True)]
-    scores = [_ordered(state, own, costs) for state, own in zip(states, scores, strict=True)]
-    free = [state.decision.signals if state.decision.free else None for state in states]
-    for index, arm in policy.probe(free, costs.timings if costs else lambda _: PROBE_ROUNDS).items():
+    """One pass per request, or none; every state records its own. costs: None where nothing costs."""
+    scores, best, free, teachers = [], [], [], []
+    for state, forecast in zip(states, forecasts, strict=True):
+        own, decision = state.score(policy, forecast), state.decision
+        own, voice = _of_passes(own, decision.signals.expected)
+        promised = decision.signals.expected.get(voice, PLAIN)
+        if decision.reason == "span" and not decision.free:
+            own = _ordered(state, own, voice, costs, promised)
+        scores.append(own)
+        best.append(voice)
+        free.append(promised)
+        teachers.append(decision.signals if decision.free else None)
+    for index, arm in policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS).items():
         scores[index] = {arm: scores[index][arm]}
     if policy.prices_batches:
-        told = [state.decision.signals.expected for state in states]
-        routes = assign(scores, costs, [state.previous for state in states], Dwell(), told)
+        routes = assign(scores, costs, [state.previous for state in states], Dwell(), free)
     else:
         routes = assign(scores)
-    for state, arm, own in zip(states, routes, scores, strict=True):
+    for state, arm, own, voice in zip(states, routes, scores, best, strict=True):
+        state.decision = _heard(policy, state.decision, arm, voice)
         state.chose(arm, own.get(arm, 1.0))
     return routes
 
 
-def _ordered(state: RequestState, scores: Scores, costs: Costs | None) -> Scores:
-    """The scores; of a request with a bias, its choice alone at what the policy expects of it.
+def _of_passes(scores: Scores, expected: Mapping[str, Forecast]) -> tuple[Scores, str]:
+    """Scores of the passes, and of none of them what is best of all that needs none; and which that is."""
+    best, top = arms.NONE, scores.get(arms.NONE, -math.inf)
+    for arm in expected:
+        if arm in scores and scores[arm] >= top:
+            best, top = arm, scores[arm]
+    passes = {arm: score for arm, score in scores.items() if arm not in expected} if expected else scores
+    return passes if best == arms.NONE else {**passes, arms.NONE: top}, best
+
+
+def _heard(policy: Policy, decision: Decision, route: str, best: str) -> Decision:
+    """`decision` with whom a round of this pass is to hear; best: of what needs no pass, as of `_of_passes`."""
+    signals, reason = decision.signals, decision.reason
+    only: str | None = best if route == arms.NONE else arms.NONE
+    # Plain decoding outdoes what is promised only where a caller wished it.
+    plain = only == arms.NONE == route and signals.expected
+    if policy.joins_arms and reason != "pin" and not plain:
+        only = None
+    return Decision(signals, reason, only, best != arms.NONE)
+
+
+def _ordered(state: RequestState, scores: Scores, best: str, costs: Costs | None, free: Forecast) -> Scores:
+    """Of a request with a bias, its choice alone at what the policy expects of it.
 
     A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
     round that nobody gets would make their drafts look dear.
     """
+    (arm,) = assign([scores], costs, [state.previous], Dwell(), [free])
     span = state.decision.signals.span
-    if state.decision.free or span is None or state.decision.reason != "span":
-        return scores
-    (arm,) = assign([scores], costs, [state.previous], Dwell(), [state.decision.signals.expected])
-    return {arm: max(scores[arm] - dict(span.bias).get(arm, 0.0), 1.0)}
+    bias = dict(span.bias).get(best if arm == arms.NONE else arm, 0.0) if span is not None else 0.0
+    return {arm: max(scores[arm] - bias, 1.0)}

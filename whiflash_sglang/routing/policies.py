@@ -33,8 +33,7 @@ class Probes:
     - may draft with the arm, and was not routed to it for as many rounds itself; what other requests use says little of
       it. Of several, the one that has gone without it longest, so that none takes all probes.
 
-    An arm that says what it expects (`Forecast`) is never probed: it learns from every round, and costs nothing but its
-    rows, which verification prices whoever drafted them.
+    A free voice says what it expects (`Forecast`) and is never probed: it learns from every round.
     """
 
     def __init__(self, estimator: AcceptanceEstimator) -> None:
@@ -107,7 +106,7 @@ class Policy(Protocol):
 
     @property
     def joins_arms(self) -> bool:
-        """Whether an arm's drafts may be prolonged by what another one knows to follow (a copy behind a chain)."""
+        """Whether free voices are heard beside a pass, and drafts prolonged by what others know to follow them."""
         ...
 
     def score(self, signals: Signals) -> Scores:

@@ -18,10 +18,16 @@ RECENT_ROUNDS = 8.0
 
 
 class Decision(NamedTuple):
-    """The grounds on which a round of a request was decided. reason: why it was routed as it was (`Hinted`)."""
+    """The grounds on which a round of a request was decided.
+
+    reason: why it was routed as it was (`Hinted`). only: the one free voice that is heard, or `none` of them; None: all
+    are. promised: whether one of them was expected to bring more than plain decoding.
+    """
 
     signals: Signals = Signals(frozenset())
     reason: str = "score"
+    only: str | None = None
+    promised: bool = False
 
     @property
     def free(self) -> bool:

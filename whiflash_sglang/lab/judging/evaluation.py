@@ -166,6 +166,8 @@ def _walk(
                 1 + float(answer.copies[looked]), 1 + int(answer.proposed[looked])
             )
         (arm,) = route(policy, [state], [forecast], costs)
+        if arm == arms.NONE and state.decision.promised:
+            arm = arms.LOOKUP
         choices[position] = REPLAYED[arm]
         return answer.drafts_accepted(REPLAYED[arm], position)
 
