@@ -67,8 +67,7 @@ class Plan(Decided):
 
     states: what the controller kept of each request, which differs from that of a later request in the same row;
     decisions: what each was decided on. members: indices of the requests of every arm that drafts. due: who catches up
-    with whom. speakers: the arms of `voices`, in the order of
-    `from_host`, and last the one that the device drafts for.
+    with whom. speakers: the arms of `voices`, in the order of `from_host`, and last the one that the device drafts for.
     """
 
     states: list[RequestState]
