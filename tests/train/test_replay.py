@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from torch import Tensor
 
+from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -18,7 +21,7 @@ from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.drafters.batches import Batch, unpack
 from whiflash_sglang.train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.drafters.eagle3 import plan_chains, unroll
-from whiflash_sglang.train.replay import ReplayLog, Rounds, join_copies
+from whiflash_sglang.train.replay import Chain, ReplayLog, Rounds, replay_lookup
 
 CAPTURE = [0, 1, 2, 3, 4]
 LENGTHS, PROMPTS = [14, 9, 4], [5, 3, 3]
@@ -122,25 +125,37 @@ def test_every_block_equals_drafting_it_alone(
     assert row == len(blocks.anchor)
 
 
-def test_a_copy_goes_on_where_a_draft_of_full_length_ends() -> None:
-    accepted, copied = np.array([2, 1, 2, 0, 2, 2]), np.array([0, 0, 7, 0, 9, 0])
-    # From 0 the copy at 2 goes on, from 2 the one at 4; behind the last two there is no answer left.
-    assert join_copies(accepted, copied, full=2, widest=16).tolist() == [9, 1, 11, 0, 2, 2]
-    assert join_copies(accepted, copied, full=2, widest=10).tolist() == [9, 1, 10, 0, 2, 2]
+def test_a_copy_goes_on_behind_drafts_right_or_wrong() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    prompt = [*text, 9, *text, 9]
+    right, wrong, unsure = Chain([3, 4], [1.0, 1.0]), Chain([6, 7], [1.0, 1.0]), Chain([3, 4], [0.1, 0.01])
+    copied = replay_lookup(
+        [*prompt, 2, 3, 4, 5],
+        len(prompt),
+        Lookup(),
+        MatchCalibration(EVEN_ODDS),
+        {"a": [right] * 3, "b": [wrong] * 3, "c": [unsure] * 3},
+    )
+    assert [copied.behind[arm][0].tokens[:1] for arm in "abc"] == [[5], [8], []]
+    assert copied.behind["a"][2].tokens == [], "nothing is left of the answer"
+    assert right.followed_by(copied.behind["a"][0]).tokens == [3, 4, 5]
 
 
 def test_a_drafter_expects_what_its_confidences_come_to() -> None:
-    rounds = Rounds({}, {})
-    rounds.add("dflash", torch.tensor([[True, False, True]]), torch.tensor([[0.5, 0.5, 1.0]]))
+    rounds = Rounds({}, {}, {})
+    choice = Choice(torch.tensor([[7, 8, 9]]), torch.tensor([[0.5, 0.5, 1.0]]))
+    rounds.add("dflash", torch.tensor([[True, False, True]]), choice)
     assert rounds.accepted["dflash"].tolist() == [1]
     assert rounds.expected["dflash"].tolist() == [1.0]  # 0.5 + 0.25 + 0.25
+    assert rounds.chains["dflash"] == [Chain([7, 8, 9], [0.5, 0.25, 0.25])]
 
 
 def test_kept_rounds_are_read_again_and_a_half_written_answer_is_not(tmp_path: Path) -> None:
     pair = SimpleNamespace(digest="x", longest={"eagle3": 5})
     log = ReplayLog(tmp_path, pair)
+    tokens, alive = np.array([[5, 6], [7, 8]], np.int32), np.array([[0.75, 0.5], [0.5, 0.0]], np.float32)
     for name in ("a", "b"):
-        log.add(name, Rounds({"eagle3": np.array([2, 0])}, {"eagle3": np.array([1.25, 0.5])}))
+        log.add(name, Rounds({"eagle3": np.array([2, 0])}, {"eagle3": tokens}, {"eagle3": alive}))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-9])
     again = ReplayLog(tmp_path, pair)

@@ -92,6 +92,7 @@ def evaluate_command(
         )
     with readable_errors():
         load_manifest(bundle)
+        from whiflash_sglang.lab.judging.budgets import budgets_table
         from whiflash_sglang.lab.judging.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
@@ -117,6 +118,7 @@ def evaluate_command(
     if "signals" in result:
         for_tables().print(signals_table(result["signals"]))
         for_tables().print(spans_table(result["spans"]))
+        for_tables().print(budgets_table(result["budgets"]))
 
 
 def _evaluate_recorded(

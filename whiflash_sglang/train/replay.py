@@ -22,8 +22,8 @@ from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, l
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.jsonl import lines_of, write_whole
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
-from whiflash_sglang.lookup.copier import RULE_MATCH, Copier
-from whiflash_sglang.models.choice import DraftHead, choose
+from whiflash_sglang.lookup.copier import RULE_MATCH, Copier, Proposal
+from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
@@ -128,33 +128,57 @@ class Pair(NamedTuple):
         return drafts if self.dflash is None else {**drafts, "dflash": self.dflash.config.max_drafts}
 
 
+class Chain(NamedTuple):
+    """Drafts of one round. tokens: the target's ids. alive: the chance that each and all before it are accepted."""
+
+    tokens: Sequence[int]
+    alive: Sequence[float]
+
+    def followed_by(self, more: "Chain") -> "Chain":
+        """With `more` behind it, whose chances count what is before."""
+        return Chain([*self.tokens, *more.tokens], [*self.alive, *more.alive])
+
+
 class Copied(NamedTuple):
     """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
-    the arm expected; `matched` [P] bool: whether the plain rule would copy; `proposed` [P]: tokens that were copied.
+    the arm expected; `matched` [P] bool: whether the plain rule would copy; `proposed` [P]: tokens that were copied;
+    `chains` [P]: these tokens. `behind`: arm → [P] what would be copied behind its drafts.
     """
 
     accepted: NDArray[np.int64]
     expected: NDArray[np.float64]
     matched: NDArray[np.bool_]
     proposed: NDArray[np.int64]
+    chains: list[Chain]
+    behind: dict[str, list[Chain]]
 
 
 def replay_lookup(
-    tokens: Sequence[int], prompt_length: int, settings: Lookup, calibration: MatchCalibration
+    tokens: Sequence[int],
+    prompt_length: int,
+    settings: Lookup,
+    calibration: MatchCalibration,
+    drafted: Mapping[str, Sequence[Chain]] = {},
 ) -> Copied:
     """Replay the arm at every position of an answer, without memory across requests. Switched off it copies nothing.
 
     `calibration` and the request's own learn as it goes, a token at a time: from the first token of every proposal.
 
     Args:
-        tokens: prompt and answer. prompt_length: tokens of the prompt.
+        tokens: prompt and answer. prompt_length: tokens of the prompt. drafted: arm → [P] drafts of a trained drafter;
+            a copy goes on behind them, up to the width of both together.
     """
     positions = len(tokens) - prompt_length - 1
     accepted, proposed = (np.zeros(positions, dtype=np.int64) for _ in range(2))
     expected = np.zeros(positions)
     matched = np.zeros(positions, dtype=np.bool_)
+    copied = Copied(accepted, expected, matched, proposed, [], {arm: [] for arm in drafted})
     if not settings.enabled:
-        return Copied(accepted, expected, matched, proposed)
+        nothing = [Chain((), ())] * positions
+        return copied._replace(chains=nothing, behind=dict.fromkeys(drafted, nothing))
+    widest = max(
+        [settings.max_width, *(len(one.tokens) for chains in drafted.values() for one in chains[:1])]
+    )
     copier = Copier(calibration, settings.min_match)
     copier.extend(tokens[:prompt_length])
     for position in range(positions):
@@ -163,15 +187,21 @@ def replay_lookup(
         limit = min(settings.max_width, positions - position)
         proposal = copier.look(limit, WORTH)
         drafts, expected[position] = proposal.tokens, sum(proposal.alive)
+        copied.chains.append(Chain(list(drafts), list(proposal.alive)))
+        for arm, chains in drafted.items():
+            own, sure = chains[position]
+            room = min(widest, positions - position) - len(own)
+            beyond = copier.look_beyond(own, sure[-1], room, WORTH) if own and room > 0 else Proposal()
+            copied.behind[arm].append(Chain(list(beyond.tokens), list(beyond.alive)))
         proposed[position] = len(drafts)
         matched[position] = bool(drafts) and proposal.length >= RULE_MATCH
         accepted[position] = agreed(drafts, tokens[known : known + len(drafts)])
-    return Copied(accepted, expected, matched, proposed)
+    return copied
 
 
 LOOKUP = "lookup"
 JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}
-"""A trained drafter whose full-length drafts are prolonged by the copy that they lead into, as `auto` serves it."""
+"""A trained drafter whose drafts are followed by the copy that they lead into, as `auto` serves it."""
 
 ALL_ARMS = (*ARMS, LOOKUP)
 
@@ -184,17 +214,32 @@ Expected = NDArray[np.float64]
 class Rounds(NamedTuple):
     """Of the trained drafters, at every position where a round can start, [P] each.
 
-    accepted: arm → drafts accepted. expected: arm → what the drafter itself expected of them, from how sure it was of
-    each: the sum of the products of its confidences so far.
+    accepted: arm → drafts accepted. tokens: arm → [P, D] int32, its drafts. alive: arm → [P, D] fp32, the products of
+    its confidences so far.
     """
 
     accepted: dict[str, Lengths]
-    expected: dict[str, Expected]
+    tokens: dict[str, NDArray[np.int32]]
+    alive: dict[str, NDArray[np.float32]]
 
-    def add(self, arm: str, right: Tensor, sure: Tensor) -> None:
-        """`right` [P, D] bool: drafts that equal the text. `sure` [P, D]: the drafter's confidence in each."""
+    def add(self, arm: str, right: Tensor, choice: Choice) -> None:
+        """`right` [P, D] bool: drafts that equal the text. `choice`: the drafts, [P, D] each."""
         self.accepted[arm] = right.cumprod(1).sum(1).cpu().numpy()
-        self.expected[arm] = sure.double().cumprod(1).sum(1).cpu().numpy().round(4)
+        self.tokens[arm] = choice.token.int().cpu().numpy()
+        self.alive[arm] = choice.confidence.double().cumprod(1).cpu().numpy().round(4).astype(np.float32)
+
+    @property
+    def expected(self) -> dict[str, Expected]:
+        """Arm → [P] fp64: accepted drafts as the drafter itself expected them."""
+        return {arm: alive.sum(1, dtype=np.float64) for arm, alive in self.alive.items()}
+
+    @property
+    def chains(self) -> dict[str, list[Chain]]:
+        """Arm → [P] its drafts."""
+        return {
+            arm: list(map(Chain, tokens.tolist(), self.alive[arm].tolist()))
+            for arm, tokens in self.tokens.items()
+        }
 
 
 class Replay(NamedTuple):
@@ -207,7 +252,8 @@ class Replay(NamedTuple):
     `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
     `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies. `proposed` [P]: how
     many tokens the lookup arm would copy.
-    `expected`: of `Rounds`, by a trained drafter; empty where nobody was asked.
+    `expected`: of `Rounds`, by a trained drafter; empty where nobody was asked. `chains` arm (as in `accepted`) → [P]
+    drafts, whether right or not; empty where they were not kept. `answer`: its tokens.
     """
 
     id: str
@@ -219,6 +265,8 @@ class Replay(NamedTuple):
     matched: NDArray[np.bool_]
     proposed: Lengths
     expected: Mapping[str, Expected] = {}
+    chains: Mapping[str, Sequence[Chain]] = {}
+    answer: Sequence[int] = ()
 
     @property
     def positions(self) -> int:
@@ -249,10 +297,11 @@ class ReplayLog:
             try:
                 row = json.loads(line)
                 accepted = {arm: np.array(row["accepted"][arm], dtype=np.int64) for arm in pair.longest}
-                expected = {arm: np.array(row["expected"][arm], dtype=np.float64) for arm in pair.longest}
+                tokens = {arm: np.array(row["tokens"][arm], dtype=np.int32) for arm in pair.longest}
+                alive = {arm: np.array(row["alive"][arm], dtype=np.float32) for arm in pair.longest}
             except (json.JSONDecodeError, KeyError):
                 break
-            self.known[row["id"]] = Rounds(accepted, expected)
+            self.known[row["id"]] = Rounds(accepted, tokens, alive)
         if len(self.known) < len(lines):
             write_whole(self._path, "".join(_line(name, rounds) for name, rounds in self.known.items()))
 
@@ -264,9 +313,10 @@ class ReplayLog:
 
 
 def _line(name: str, rounds: Rounds) -> str:
-    accepted = {arm: found.tolist() for arm, found in rounds.accepted.items()}
-    expected = {arm: found.tolist() for arm, found in rounds.expected.items()}
-    return json.dumps({"id": name, "accepted": accepted, "expected": expected}) + "\n"
+    row: dict[str, Any] = {"id": name, "accepted": {arm: a.tolist() for arm, a in rounds.accepted.items()}}
+    row["tokens"] = {arm: tokens.tolist() for arm, tokens in rounds.tokens.items()}
+    row["alive"] = {arm: alive.round(4).tolist() for arm, alive in rounds.alive.items()}
+    return json.dumps(row) + "\n"
 
 
 def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
@@ -281,10 +331,12 @@ class Source(NamedTuple):
     record: SequenceRecord
 
 
-def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog) -> list[Replay]:
+def replay_answers(
+    pair: Pair, sources: Iterable[Source], log: ReplayLog, *, chains: bool = False
+) -> list[Replay]:
     """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
 
-    The lookup arm's calibration learns from answer to answer, as in one server.
+    The lookup arm's calibration learns from answer to answer, as in one server. chains: whether to keep every draft.
 
     Raises:
         ValueError: no answer is long enough.
@@ -300,25 +352,32 @@ def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog) -> lis
         if rounds is None:
             rounds = replay_drafters(pair, sequence, store.layers)
             log.add(name, rounds)
-        answers.append(_assemble(sequence, rounds, pair, calibration))
+        replay = _assemble(sequence, rounds, pair, calibration)
+        answers.append(replay if chains else replay._replace(chains={}))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
     return answers
 
 
 def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCalibration) -> Replay:
-    record, lengths = sequence.record, rounds.accepted
-    copied = replay_lookup(sequence.tokens.tolist(), record.prompt_length, pair.lookup, calibration)
-    full = pair.longest
-    widest = max(pair.lookup.max_width, *full.values())
-    joined = {JOINED[arm]: join_copies(lengths[arm], copied.accepted, full[arm], widest) for arm in full}
+    record, drafted = sequence.record, rounds.chains
+    tokens = sequence.tokens.tolist()
+    copied = replay_lookup(tokens, record.prompt_length, pair.lookup, calibration, drafted)
+    answer = tokens[record.prompt_length :]
+    joined = {
+        JOINED[arm]: [one.followed_by(copy) for one, copy in zip(chains, copied.behind[arm], strict=True)]
+        for arm, chains in drafted.items()
+    }
+    right = {
+        arm: np.array([agreed(one.tokens, answer[at:]) for at, one in enumerate(chains, 1)])
+        for arm, chains in joined.items()
+    }
     positions = record.length - record.prompt_length - 1
-    answer = sequence.tokens[record.prompt_length :].tolist()
     start = loop_start(answer[:-1] if record.finished else answer)
     return Replay(
         record.id,
         record.category,
-        {**lengths, **joined, LOOKUP: copied.accepted},
+        {**rounds.accepted, **right, LOOKUP: copied.accepted},
         # A copy: a view would keep the features of the whole sequence in memory.
         sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
         positions if start is None else min(start, positions),
@@ -326,20 +385,9 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
         copied.matched,
         copied.proposed,
         rounds.expected,
+        {**drafted, **joined, LOOKUP: copied.chains},
+        answer,
     )
-
-
-def join_copies(accepted: Lengths, copied: Lengths, full: int, widest: int) -> Lengths:
-    """Accepted drafts [P] of an arm with drafts of `full` length, and of the copy behind those that are all right.
-
-    copied: [P] what a copy from every position accepts; behind drafts that are right it begins where they end.
-    widest: most tokens of both together.
-    """
-    joined = accepted.copy()
-    ends = np.flatnonzero(accepted >= full)
-    ends = ends[ends + full < len(accepted)]
-    joined[ends] += np.minimum(copied[ends + full], widest - full)
-    return joined
 
 
 @torch.inference_mode()
@@ -353,18 +401,18 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> Rou
         torch.tensor([record.length]),
         torch.tensor([record.prompt_length]),
     )
-    rounds = Rounds({}, {})
+    rounds = Rounds({}, {}, {})
     if pair.eagle3 is not None:
-        rounds.add("eagle3", *_chains(pair.eagle3, batch, capture, pair.eagle_steps))
+        rounds.add("eagle3", *_unrolled(pair.eagle3, batch, capture, pair.eagle_steps))
     if pair.dflash is not None and pair.block_head is not None:
         rounds.add("dflash", *_blocks(pair.dflash, pair.block_head, batch, capture))
     return rounds
 
 
-def _chains(
+def _unrolled(
     drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int
-) -> tuple[Tensor, Tensor]:
-    """Whether each draft is right [P, steps], and how sure the drafter is of it."""
+) -> tuple[Tensor, Choice]:
+    """Whether each draft is right [P, steps], and the drafts."""
     layers = drafter.config.target_layer_ids
     if not layers:
         raise ValueError(
@@ -374,20 +422,21 @@ def _chains(
     plan = plan_chains(batch)
     columns = [list(capture).index(layer) for layer in layers]
     wanted = batch.tokens[plan.label_tokens]
-    right, sure = [], []
+    right, tokens, sure = [], [], []
     for step, logits in enumerate(unroll(drafter, batch, plan, columns, steps, own_drafts=True)):
         choice = choose(logits)
         valid = plan.steps_left > step
         label = torch.where(valid, plan.label + step, 0)
-        right.append(valid & (drafter.target_ids(choice.token) == wanted[label]))
+        tokens.append(drafter.target_ids(choice.token))
+        right.append(valid & (tokens[-1] == wanted[label]))
         sure.append(choice.confidence)
-    return torch.stack(right, 1), torch.stack(sure, 1)
+    return torch.stack(right, 1), Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
 
 
 def _blocks(
     drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Whether each draft is right [P, drafts], and how sure the drafter is of it."""
+) -> tuple[Tensor, Choice]:
+    """Whether each draft is right [P, drafts], and the drafts."""
     blocks = choose_anchors(batch, per_token=1.0)
     columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
     states = run_blocks(drafter, batch, blocks, columns)
@@ -401,8 +450,8 @@ def _blocks(
             *(torch.split(rows, _BLOCKS) for rows in (states, bonus, before)), strict=True
         )
     ]
-    tokens, sure = (torch.cat(column) for column in zip(*parts, strict=True))
-    wanted = blocks.anchor[:, None] + torch.arange(1, drafts + 1, device=tokens.device)
+    choice = Choice(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    wanted = blocks.anchor[:, None] + torch.arange(1, drafts + 1, device=choice.token.device)
     valid = wanted < blocks.length[:, None]
     text = batch.tokens[blocks.token[:, None] + torch.minimum(wanted, blocks.length[:, None] - 1)]
-    return valid & (tokens == text), sure
+    return valid & (choice.token == text), choice

@@ -17,6 +17,7 @@ from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.lab.judging.budgets import by_budget
 from whiflash_sglang.lab.judging.signals import Signal, judge, signals_of
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.routing.assign import Costs
@@ -306,8 +307,8 @@ class AnsweredBundle:
 
 
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
-    """The figures of `tabulate`, with what they were measured on, and beside two drafters those of `signals.judge` and
-    `by_span`.
+    """The figures of `tabulate`, with what they were measured on, and beside two drafters those of `signals.judge`,
+    `by_span` and `by_budget`.
 
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
@@ -317,6 +318,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
     if len(manifest.drafters) == 2:
         judged["signals"] = judge(done.answers, bundle_signals(bundle, done, settings.eagle_steps))
         judged["spans"] = by_span(done.answers, done.kinds)
+        judged["budgets"] = by_budget(done.answers)
     return {
         "bundle": manifest.name,
         "prompts": done.prompts,
@@ -368,7 +370,7 @@ def answer_and_replay(
         wanted = {row["id"] for row in chosen}
         pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target.model)
         sources = [Source(store, record) for record in store.records if record.id in wanted]
-        answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
+        answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair), chains=True)
         two = len(manifest.drafters) == 2
         kinds = _kinds(chosen, store, target, manifest.tool_call_parser) if two else {}
     return AnsweredBundle(target, answers, len(chosen), summary.skipped, kinds)
