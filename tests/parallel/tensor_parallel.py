@@ -100,6 +100,7 @@ def play_ours(
     from sglang.srt.managers import scheduler
 
     rounds: list[tuple[Any, ...]] = []
+    heard: set[str] = set()
     original = DraftStage.draft
 
     def noting(self: DraftStage, requests: Any, plan: Any) -> Proposal:
@@ -110,6 +111,7 @@ def play_ours(
             for own, width in zip(chosen.tokens.tolist(), chosen.widths.tolist(), strict=True)
         ]
         rounds.append((plan.routes, plan.due, drafts))
+        heard.update(arm for voices in plan.voices for arm in voices)
         return proposal
 
     oracle = OracleArm(0.93, seed=3)
@@ -131,7 +133,7 @@ def play_ours(
         return Played(
             outputs,
             rounds,
-            {arm for routes, *_ in rounds for arm in routes},
+            heard | {arm for routes, *_ in rounds for arm in routes},
             sum(req.retraction_count for req in requests),
             sum(req.cached_tokens for req in requests),
             sum(req.spec_num_correct_drafts for req in requests),

@@ -72,6 +72,9 @@ class Planner:
         asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
         routes, voices = self._route(requests, asked, worth)
+        for i, state in enumerate(states):
+            if self.host.exact and routes[i] == arms.NONE and not state.decision.promised:
+                voices[i] = {}  # its rows would not pay
         voices = [self._heard(requests, i, own, worth) if own else own for i, own in enumerate(voices)]
         most = {arm: rows_of(self.drafters, arm) for arm in set(routes)}
         limits = [min(most[arm], budget) - 1 for arm, budget in zip(routes, requests.budgets, strict=True)]

@@ -20,6 +20,9 @@ from whiflash_sglang.routing.signals import Forecast
 
 Scores = Mapping[str, float]
 
+WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)
+"""Choices that run no drafter."""
+
 PLAIN = Forecast(1.0, 1)
 """What a round without drafts comes to."""
 
@@ -63,14 +66,14 @@ def assign(
     dwell: Dwell | None = None,
     free: Sequence[Forecast] = (),
 ) -> list[str]:
-    """One pass per request, or none.
+    """One pass per request, or none, with what is promised without one (`arms.PROMISED`) or plainly.
 
     Args:
         scores: arm → expected accepted tokens, per request.
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
         previous: the arms of the last round, for the margin; empty: no margin.
         dwell: margin against thrashing.
-        free: what each request's round promises without a pass; empty: what plain decoding does.
+        free: what each request's round promises without a pass, if it scores `arms.PROMISED`.
 
     Returns:
         The routes with the most expected tokens per second, unless keeping the previous ones is within the margin.
@@ -94,7 +97,7 @@ def assign(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """R requests with A arms to choose from, `none` the last: so that a subset of arms is priced for all at once.
+    """R requests with A choices, `none` the last: so that a subset of arms is priced for all at once.
 
     scores: [R, A] float64, -inf for an arm that a request must not use. rows: [R, A] float64, to verify.
     """
@@ -108,8 +111,10 @@ class _Batch:
     def of(cls, scores: Sequence[Scores], costs: Costs, free: Sequence[Forecast]) -> "_Batch":
         """A request without scores decodes plainly, and adds nothing to what is expected."""
         names = [*sorted({arm for own in scores for arm in own} - {arms.NONE}), arms.NONE]
-        rows = np.tile(np.array([costs.width(arm) for arm in names], dtype=float), (len(scores), 1))
-        rows[:, -1] = [own.rows for own in free] or PLAIN.rows
+        widths = [PLAIN.rows if arm in WITHOUT_A_PASS else costs.width(arm) for arm in names]
+        rows = np.tile(np.array(widths, dtype=float), (len(scores), 1))
+        if arms.PROMISED in names:
+            rows[:, names.index(arms.PROMISED)] = [own.rows for own in free]
         known = [[own.get(arm, -math.inf) for arm in names] if own else _plain(names) for own in scores]
         return cls(names, np.array(known), rows, costs)
 
@@ -134,7 +139,11 @@ class _Batch:
         draft, verify = cache(self.costs.draft), cache(self.costs.verify)
         seconds = [
             verify(width, len(requests))
-            + sum(draft(arm, n) for arm, n in zip(self.arms[:-1], own, strict=True) if n)
+            + sum(
+                draft(arm, n)
+                for arm, n in zip(self.arms, own, strict=False)
+                if n and arm not in WITHOUT_A_PASS
+            )
             for width, own in zip(rows, counts, strict=True)
         ]
         rates: npt.NDArray[np.float64] = self.scores[requests, choices].sum(-1) / np.array(seconds)

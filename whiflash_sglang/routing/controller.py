@@ -123,57 +123,70 @@ def route(
     costs: Costs | None,
 ) -> list[str]:
     """One pass per request, or none; every state records its own. costs: None where nothing costs."""
+    previous = [_reckoned(state) for state in states]
     scores, best, free, teachers = [], [], [], []
-    for state, forecast in zip(states, forecasts, strict=True):
+    for state, forecast, before in zip(states, forecasts, previous, strict=True):
         own, decision = state.score(policy, forecast), state.decision
-        own, voice = _of_passes(own, decision.signals.expected)
+        own, voice = _of_passes(own, decision.signals.expected, priced=policy.prices_batches)
         promised = decision.signals.expected.get(voice, PLAIN)
         if decision.reason == "span" and not decision.free:
-            own = _ordered(state, own, voice, costs, promised)
+            own = _ordered(state, own, voice, costs, before, promised)
         scores.append(own)
         best.append(voice)
         free.append(promised)
         teachers.append(decision.signals if decision.free else None)
     for index, arm in policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS).items():
         scores[index] = {arm: scores[index][arm]}
-    if policy.prices_batches:
-        routes = assign(scores, costs, [state.previous for state in states], Dwell(), free)
-    else:
-        routes = assign(scores)
-    for state, arm, own, voice in zip(states, routes, scores, best, strict=True):
+    chosen = assign(scores, costs, previous, Dwell(), free) if policy.prices_batches else assign(scores)
+    routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
+    for state, arm, pass_, own, voice in zip(states, chosen, routes, scores, best, strict=True):
         state.decision = _heard(policy, state.decision, arm, voice)
-        state.chose(arm, own.get(arm, 1.0))
+        state.chose(pass_, own.get(arm, 1.0))
     return routes
 
 
-def _of_passes(scores: Scores, expected: Mapping[str, Forecast]) -> tuple[Scores, str]:
-    """Scores of the passes, and of none of them what is best of all that needs none; and which that is."""
+def _reckoned(state: RequestState) -> str | None:
+    """The choice of the last round: a pass, what was promised without one, or plain decoding."""
+    return arms.PROMISED if state.previous == arms.NONE and state.decision.promised else state.previous
+
+
+def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool) -> tuple[Scores, str]:
+    """Scores of the passes, and of the best of all that needs none; and which that is.
+
+    priced: plain decoding stays beside it, since its rows may not pay; else it takes the place.
+    """
     best, top = arms.NONE, scores.get(arms.NONE, -math.inf)
     for arm in expected:
         if arm in scores and scores[arm] >= top:
             best, top = arm, scores[arm]
-    passes = {arm: score for arm, score in scores.items() if arm not in expected} if expected else scores
-    return passes if best == arms.NONE else {**passes, arms.NONE: top}, best
+    left = {arm: score for arm, score in scores.items() if arm not in expected} if expected else scores
+    if best == arms.NONE:
+        return left, best
+    plain = {arms.NONE: left[arms.NONE]} if priced and arms.NONE in left else {}
+    passes = {arm: score for arm, score in left.items() if arm != arms.NONE}
+    return {**passes, arms.PROMISED: top, **plain}, best
 
 
-def _heard(policy: Policy, decision: Decision, route: str, best: str) -> Decision:
-    """`decision` with whom a round of this pass is to hear; best: of what needs no pass, as of `_of_passes`."""
-    signals, reason = decision.signals, decision.reason
-    only: str | None = best if route == arms.NONE else arms.NONE
-    # Plain decoding outdoes what is promised only where a caller wished it.
-    plain = only == arms.NONE == route and signals.expected
-    if policy.joins_arms and reason != "pin" and not plain:
+def _heard(policy: Policy, decision: Decision, chosen: str, best: str) -> Decision:
+    """`decision` with whom the round is to hear; best: of what needs no pass, as of `_of_passes`."""
+    only: str | None = best if chosen == arms.PROMISED else arms.NONE
+    # Plain decoding outdoes what is promised where a caller wished it, or where rows are dear: then a device that knows
+    # more of the text than the host weighs again.
+    wished = chosen == arms.NONE and decision.signals.expected and not decision.free
+    if policy.joins_arms and decision.reason != "pin" and not wished:
         only = None
-    return Decision(signals, reason, only, best != arms.NONE)
+    return Decision(decision.signals, decision.reason, only, chosen == arms.PROMISED)
 
 
-def _ordered(state: RequestState, scores: Scores, best: str, costs: Costs | None, free: Forecast) -> Scores:
+def _ordered(
+    state: RequestState, scores: Scores, best: str, costs: Costs | None, previous: str | None, free: Forecast
+) -> Scores:
     """Of a request with a bias, its choice alone at what the policy expects of it.
 
     A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
     round that nobody gets would make their drafts look dear.
     """
-    (arm,) = assign([scores], costs, [state.previous], Dwell(), [free])
+    (arm,) = assign([scores], costs, [previous], Dwell(), [free])
     span = state.decision.signals.span
-    bias = dict(span.bias).get(best if arm == arms.NONE else arm, 0.0) if span is not None else 0.0
+    bias = dict(span.bias).get(best if arm == arms.PROMISED else arm, 0.0) if span is not None else 0.0
     return {arm: max(scores[arm] - bias, 1.0)}

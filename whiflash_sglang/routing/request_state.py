@@ -21,7 +21,7 @@ class Decision(NamedTuple):
     """The grounds on which a round of a request was decided.
 
     reason: why it was routed as it was (`Hinted`). only: the one free voice that is heard, or `none` of them; None: all
-    are. promised: whether one of them was expected to bring more than plain decoding.
+    are. promised: whether a round without a pass is expected to verify one of them.
     """
 
     signals: Signals = Signals(frozenset())
