@@ -65,14 +65,16 @@ STATE = {
     "park_seconds": "keeping features for drafters that were not used",
     "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; of these `joined` "
     "and `joined_accepted` came from another arm",
+    "lengths": "by arm, sums over the requests for which it drafted and that ended: `requests`, `tokens` (t), `rounds` "
+    "(r), `tokens_squared` (t²), `rounds_squared` (r²) and `products` (t · r)",
     "reasons": "rounds of requests by routing reason",
     "hints": "requests by the origin of their hints",
     "timed_seconds": "consecutive rounds and the time between them",
     "plain_seconds": "estimate of plain decoding's seconds for the same tokens, by `costs`",
     "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
     "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
-    "drafters": "with `--whiflash-versions`: the `version` of the weights that serves, the one `before`, versions "
-    "`taken` and `refused` since the start, and `why` the last was refused",
+    "drafters": "with `--whiflash-versions`: the `version` of the weights that serves, the one `before`, its "
+    "`gain` by drafter, versions `taken` and `refused` since the start, and `why` the last was refused",
     "samples": "with `--whiflash-learn`: finished requests by outcome, `bytes` on disk, whether writing is `failing`",
 }
 """Of `GET /whiflash/state`, but for what arms add of their own."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from whiflash_sglang import arms
 from whiflash_sglang.spans.hints import HINT_SOURCES, HintSource
+from whiflash_sglang.telemetry.lengths import Lengths
 
 REASONS = ("score", "policy", "span", "pin", "off")
 """What may have decided a round's route."""
@@ -47,13 +48,15 @@ class ArmCounts:
 class Tally:
     """Totals since the start, and observations since they were last taken.
 
-    by_arm: every arm's and `none`'s. reasons: rounds of requests by what decided their route. requests: that began, by
-    where their hints came from. timed_seconds: of rounds and the time between them; plain_seconds: what plain decoding
-    would have taken for the tokens of these rounds. round_seconds, acceptance: observations, the latter of each request
-    that ended and each arm that drafted for it, tokens a round.
+    by_arm: every arm's and `none`'s. lengths: by arm, of the requests for which it drafted and that are gone.
+    reasons: rounds of requests by what decided their route. requests: that began, by where their hints came from.
+    timed_seconds: of rounds and the time between them; plain_seconds: what plain decoding would have taken for the
+    tokens of these rounds. round_seconds, acceptance: observations, the latter of each request that ended and each arm
+    that drafted for it, tokens a round.
     """
 
     by_arm: dict[str, ArmCounts]
+    lengths: dict[str, Lengths]
     reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     requests: dict[HintSource, int] = field(default_factory=lambda: dict.fromkeys(HINT_SOURCES, 0))
     timed_seconds: float = 0.0
@@ -64,7 +67,8 @@ class Tally:
     @classmethod
     def of(cls, drafters: Iterable[str]) -> "Tally":
         """Of a worker with these arms."""
-        return cls({arm: ArmCounts() for arm in (*drafters, arms.NONE)})
+        known = tuple(drafters)
+        return cls({arm: ArmCounts() for arm in (*known, arms.NONE)}, {arm: Lengths() for arm in known})
 
     def committed(
         self,
@@ -94,6 +98,7 @@ class Tally:
         """Totals for `GET /whiflash/state`."""
         return {
             "by_arm": {arm: asdict(counts) for arm, counts in self.by_arm.items()},
+            "lengths": {arm: asdict(lengths) for arm, lengths in self.lengths.items()},
             "reasons": dict(self.reasons),
             "hints": dict(self.requests),
             "timed_seconds": self.timed_seconds,
@@ -102,4 +107,7 @@ class Tally:
 
     def ended(self, request: dict[str, ArmCounts]) -> None:
         """A request with these counts is gone: it ended, or was retracted."""
-        self.acceptance.extend((arm, counts.tokens / counts.rounds) for arm, counts in request.items())
+        for arm, counts in request.items():
+            self.acceptance.append((arm, counts.tokens / counts.rounds))
+            if arm in self.lengths:
+                self.lengths[arm].add(counts.tokens, counts.rounds)

@@ -1,0 +1,69 @@
+"""Tokens a round over requests, as sums that only grow: whoever reads them twice knows the time between.
+
+Rounds of one request are alike, so requests are what is independent: the sums hold what an interval over them needs.
+"""
+
+import math
+from dataclasses import astuple, dataclass
+from typing import NamedTuple, Self
+
+
+@dataclass(slots=True)
+class Lengths:
+    """Sums over requests that ended.
+
+    requests: how many. tokens, rounds: of each, t and r. tokens_squared, rounds_squared, products: of t², r² and t · r.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    tokens_squared: int = 0
+    rounds_squared: int = 0
+    products: int = 0
+
+    def add(self, tokens: int, rounds: int) -> None:
+        """A request ended, for which `rounds` rounds committed `tokens`."""
+        self.requests += 1
+        self.tokens += tokens
+        self.rounds += rounds
+        self.tokens_squared += tokens * tokens
+        self.rounds_squared += rounds * rounds
+        self.products += tokens * rounds
+
+    def since(self, earlier: Self) -> Self:
+        """The requests that ended after `earlier` was read. Raises ValueError: the server began again since."""
+        mine, theirs = astuple(self), astuple(earlier)
+        if any(a < b for a, b in zip(mine, theirs, strict=True)):
+            raise ValueError("the sums are smaller than before")
+        return type(self)(*(a - b for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def length(self) -> float:
+        """Tokens a round; there must be one."""
+        return self.tokens / self.rounds
+
+    @property
+    def variance(self) -> float:
+        """Of the length's logarithm, by the delta method over requests, of which there must be two."""
+        squares = self.tokens_squared - 2 * self.length * self.products + self.length**2 * self.rounds_squared
+        return self.requests / (self.requests - 1) * max(squares, 0.0) / self.tokens**2
+
+
+class Change(NamedTuple):
+    """A length divided by an earlier one, with the interval's ends."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+QUANTILE = 2.576
+"""Of a 99 % interval: it is looked at again and again, so one of 95 % would be left too often by chance."""
+
+
+def change(before: Lengths, after: Lengths) -> Change:
+    """Of two periods with at least two requests each."""
+    ratio = after.length / before.length
+    margin = math.exp(QUANTILE * math.sqrt(before.variance + after.variance))
+    return Change(ratio, ratio / margin, ratio * margin)
