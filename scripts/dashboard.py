@@ -211,10 +211,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Drafters' version",
-            "Version of the weights that serves, and versions that were taken or refused.",
+            "Version of the weights that serves, its gain when it was learned, and versions taken or refused.",
             "none",
             (
                 (f"max by (instance) ({whole('drafter_version')})", "version on {{instance}}"),
+                (f"max by (drafter) ({whole('drafter_gain')})", "gain of {{drafter}}"),
                 (rate("drafter_swaps_total", "outcome"), "{{outcome}}"),
             ),
         ),

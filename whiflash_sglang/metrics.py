@@ -309,6 +309,14 @@ SERIES = (
         lambda w: [] if w.weights is None else [((), w.weights.used.version)],
     ),
     Series(
+        "drafter_gain",
+        "gauge",
+        "tokens a round of the version that serves, divided by those of the version it was learned from, on "
+        "requests that neither has learned from, by drafter",
+        lambda w: [] if w.weights is None else [((name,), gain) for name, gain in w.weights.gain.items()],
+        ("drafter",),
+    ),
+    Series(
         "drafter_swaps_total",
         "counter",
         "versions of the drafters' weights that were `taken` or `refused` while serving",

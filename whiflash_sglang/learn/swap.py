@@ -20,7 +20,7 @@ from whiflash_kernels import packed
 from whiflash_sglang.checkpoints.manifest import NAMES
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.learn.versions import Served, read_version, record, served
+from whiflash_sglang.learn.versions import Served, gain_of, read_version, record, served
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -61,8 +61,8 @@ class LiveWeights:
             device runs behind the forward that is under way.
 
     Attributes:
-        used: the version that serves. swaps: versions that were taken, and refused, since the start. why: of the last
-            refusal.
+        used: the version that serves. gain: as of `gain_of` it. swaps: versions that were taken, and refused, since the
+            start. why: of the last refusal.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class LiveWeights:
         ranks: Ranks,
         behind: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self.used = Served()
+        self.used, self.gain = Served(), dict[str, float]()
         self.swaps = {"taken": 0, "refused": 0}
         self.why = ""
         self._models, self._versions = models, versions
@@ -84,7 +84,7 @@ class LiveWeights:
 
     def snapshot(self) -> dict[str, Any]:
         """For `GET /whiflash/state`."""
-        return {**self.used._asdict(), **self.swaps, "why": self.why}
+        return {**self.used._asdict(), "gain": self.gain, **self.swaps, "why": self.why}
 
     def restore(self) -> None:
         """Begin with the version that was served last; with version 0 where that cannot be used, as the log says."""
@@ -162,7 +162,7 @@ class LiveWeights:
             for arm, candidate in found.items():
                 write(self._models[arm], candidate)
             self._written()
-        self.used = used
+        self.used, self.gain = used, gain_of(self._versions.directory, used.version)
 
 
 def check_kind(arm: str, live: nn.Module) -> None:

@@ -164,3 +164,11 @@ def notes_of(directory: Path, number: int) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def gain_of(directory: Path, number: int) -> dict[str, float]:
+    """Drafter (`eagle3`, `dflash`) → tokens a round of a version divided by those of the version that it was learned
+    from, as whoever made it says; nothing where nobody does.
+    """
+    notes = notes_of(directory, number)
+    return {part: notes[part] for part in PARTS.values() if type(notes.get(part)) in (int, float)}
