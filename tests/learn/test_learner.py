@@ -3,6 +3,7 @@
 import fcntl
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,18 @@ from whiflash_sglang.checkpoints.fit import Parts, create
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.samples import Sample, check_spool, samples_of, write_file
+from whiflash_sglang.learn.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_sglang.learn.versions import Served as Used
-from whiflash_sglang.learn.versions import notes_of, numbers, path_of, record, served, versions_of
+from whiflash_sglang.learn.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
 from whiflash_sglang.learner import once
-from whiflash_sglang.learner.once import WORK, Learning, Outcome, learn_once, status_of
+from whiflash_sglang.learner.once import SAVE_STEPS, WORK, Learning, Outcome, learn_once, status_of
+from whiflash_sglang.learner.pace import Pace
 from whiflash_sglang.learner.texts import LEAST, Text, answer_tokens, choose, texts_of
+from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.tokens import export_tokens
-from whiflash_sglang.train.config import load_config
+from whiflash_sglang.train.config import TrainConfig, load_config
+from whiflash_sglang.train.drafters.dspark import initialise
 
 FAVOURITE = 71
 """Three quarters of every answer: what a drafter has to learn."""
@@ -63,10 +67,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return root, root / "bundle"
 
 
-def learning_of(pair: Pair, directory: Path, rate: float = 5e-3) -> Learning:
+def tiny_config(pair_root: Path) -> TrainConfig:
     config = load_config(Path(train.__path__[0]) / "configs" / "tiny.yaml")
-    config = config.model_copy(update={"target": str(pair[0] / "target")})
-    return Learning(directory, pair[1], config, 20_000, 64, rate, None)
+    return config.model_copy(update={"target": str(pair_root / "target")})
+
+
+def learning_of(pair: Pair, directory: Path, rate: float = 5e-3) -> Learning:
+    return Learning(directory, pair[1], tiny_config(pair[0]), 20_000, 64, rate, None)
 
 
 Passed = tuple[Learning, Outcome]
@@ -91,6 +98,7 @@ def test_drafters_that_became_better_are_a_version(passed: Passed) -> None:
     notes = notes_of(versions_of(learning.directory), 1)
     assert (notes["from"], notes["tokens"]) == (0, found.tokens)
     assert status_of(learning.directory) == json.loads(json.dumps(found.facts()))
+    assert gain_of(versions_of(learning.directory), 1).keys() == {"eagle3", "dflash"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +173,7 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Let training write other weights."""
-    trains = once._train
+    trains = once.train_arm
 
     def spoiled(*given: Any) -> Path:
         out = trains(*given)
@@ -174,7 +182,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, torch.Ten
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         return out
 
-    monkeypatch.setattr(once, "_train", spoiled)
+    monkeypatch.setattr(once, "train_arm", spoiled)
 
 
 def nan(tensors: dict[str, torch.Tensor]) -> None:
@@ -219,6 +227,86 @@ def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="0 samples are newer"):
         learn_once(learning_of(pair, tmp_path))
     assert not (tmp_path / WORK).exists()
+
+
+def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
+    """What its draft KV is made with stays; its Markov and confidence heads learn with the rest."""
+    target, config = pair[0] / "target", tiny_config(pair[0])
+    torch.manual_seed(0)
+    origin = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
+    initialise(origin, config.dspark_section()).save(tmp_path / "dspark")
+    create(Parts(str(target), None, str(tmp_path / "dspark")), tmp_path / "bundle")
+    directory = tmp_path / "learning"
+    serve(directory, str(target), 160, 7)
+    found = learn_once(Learning(directory, tmp_path / "bundle", config, 20_000, 48, 5e-3, None))
+    assert (found.version, list(found.drafters)) == (1, ["dflash"])
+    assert found.drafters["dflash"].ratio.low > 1.2
+    version = path_of(versions_of(directory), 1) / "dflash" / "model.safetensors"
+    before, after = (load_file(file) for file in (tmp_path / "dspark" / "model.safetensors", version))
+    assert before.keys() == after.keys()
+    kept = ("fc.", "hidden_norm.", "k_proj", "v_proj", "k_norm")
+    for key, value in before.items():
+        stays = key.startswith(kept[:2]) or any(part in key for part in kept[2:])
+        assert torch.equal(value, after[key]) == stays, key
+
+
+class Killed(Pace):
+    """A pass that is killed after so many steps; None: it is not."""
+
+    def __init__(self, after: int | None) -> None:
+        super().__init__()
+        self.steps, self._after = 0, after
+
+    def rest(self) -> None:
+        self.steps += 1
+        if self.steps == self._after:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_pass_goes_on_where_it_was(pair: Pair, tmp_path: Path) -> None:
+    """In the middle of the second drafter: what its last checkpoint has is not done twice, and weights are the same."""
+    whole, learning = (learning_of(pair, tmp_path / name) for name in ("whole", "killed"))
+    serve(whole.directory, str(pair[0] / "target"), 320, 8)
+    shutil.copytree(whole.directory, learning.directory)
+    steps, killed, resumed = Killed(None), Killed(None), Killed(None)
+    learn_once(whole, steps)
+    killed = Killed(steps.steps - 2 * 64 - 10)
+    with pytest.raises(KeyboardInterrupt):
+        learn_once(learning, killed)
+    serve(learning.directory, str(pair[0] / "target"), 16, 9)  # for the next pass
+    found = learn_once(learning, resumed)
+    assert found.version == 1
+    assert killed.steps + resumed.steps <= steps.steps + SAVE_STEPS
+    for name in ("eagle3", "dflash"):
+        one, other = (
+            load_file(path_of(versions_of(given.directory), 1) / name / "model.safetensors")
+            for given in (whole, learning)
+        )
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert not (learning.directory / WORK).exists()
+
+
+@pytest.mark.parametrize("changed", ["forgotten", "rate"])
+def test_a_killed_pass_begins_again_if_it_would_learn_something_else(
+    pair: Pair, tmp_path: Path, changed: str
+) -> None:
+    """Nothing that was made of a sample that is forgotten is left."""
+    learning = learning_of(pair, tmp_path)
+    serve(tmp_path, str(pair[0] / "target"), 64, 3)
+    with pytest.raises(KeyboardInterrupt):
+        learn_once(learning, Killed(20))
+    assert len(store_of(tmp_path)) == 20
+    if changed == "forgotten":
+        files_of(samples_of(tmp_path))[0].path.unlink()
+    rate = 1e-3 if changed == "rate" else learning.rate
+    with pytest.raises(KeyboardInterrupt):
+        learn_once(learning._replace(rate=rate), Killed(3))
+    assert len(store_of(tmp_path)) == 3
+
+
+def store_of(directory: Path) -> list[str]:
+    """What the pass that was killed has features of."""
+    return (directory / WORK / "data" / "shard0" / "index.jsonl").read_text().splitlines()
 
 
 def text(number: int, prompt: int | None = None) -> Text:

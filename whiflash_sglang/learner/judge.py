@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whiflash_sglang.lab.statistics import Interval, paired_ratio
+from whiflash_sglang.learner.pace import Pace
+from whiflash_sglang.progress import tracked
 from whiflash_sglang.train.answers.store import FeatureStore
-from whiflash_sglang.train.replay import Pair, replay_drafters
+from whiflash_sglang.train.replay import Pair, ReplayLog, replay_drafters
 from whiflash_sglang.train.rounds import Tally, rounds
 
 
@@ -29,11 +31,17 @@ Walked = Mapping[str, Sequence[Tally]]
 """Drafter (`eagle3`, `dflash`) → a tally for each answer."""
 
 
-def walk_answers(pair: Pair, store: FeatureStore) -> Walked:
-    """Walk every stored answer with each drafter alone, as a server would draft, verify and commit it."""
+def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) -> Walked:
+    """Walk every stored answer with each drafter alone, as a server would draft, verify and commit it.
+
+    log: of the pair, for what was replayed before a killed walk.
+    """
     found: dict[str, list[Tally]] = {name: [] for name in pair.longest}
-    for record in store.records:
-        replayed = replay_drafters(pair, store.read(record), store.layers)
+    for record in pace.each(tracked(store.records, "judging")):
+        replayed = log.known.get(record.id)
+        if replayed is None:
+            replayed = replay_drafters(pair, store.read(record), store.layers)
+            log.add(record.id, replayed)
         for name, accepted in replayed.accepted.items():
             walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
             emitted = [tokens for _, tokens in walked]

@@ -1,7 +1,7 @@
 """One pass: samples are read, the drafters that serve train on them and are judged, and a version is published, or not.
 
 What it works with is in `learner` of the directory of `--whiflash-learn`, for the owner alone, and is gone when it
-ends; what a killed pass left goes when the next one begins.
+ends. What a killed pass left is gone on with, if the next one would learn the same.
 """
 
 import fcntl
@@ -27,19 +27,24 @@ from whiflash_sglang.learn.samples import samples_of
 from whiflash_sglang.learn.swap import check_fits
 from whiflash_sglang.learn.versions import notes_of, publish, read_version, served, versions_of
 from whiflash_sglang.learner.judge import Gain, gains, walk_answers
-from whiflash_sglang.learner.texts import Text, answer_tokens, choose, texts_of
+from whiflash_sglang.learner.pace import Pace
+from whiflash_sglang.learner.texts import Chosen, Text, answer_tokens, choose, texts_of
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.progress import tracked
 from whiflash_sglang.train.answers.data import LoadedTarget, load_target, target_path
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
-from whiflash_sglang.train.answers.tokens import Exported, rebuild_features
+from whiflash_sglang.train.answers.tokens import Exported
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
-from whiflash_sglang.train.replay import Pair, Parts
+from whiflash_sglang.train.replay import Pair, Parts, ReplayLog
 
+SAVE_STEPS = 25
+"""Steps of training that a killed pass loses at most."""
 STATUS = "learner.json"
 WORK = "learner"
+CHOICE = "choice.json"
+"""What the pass in `WORK` learns from, and with what settings."""
 UNTIL = "until"
 """Note of a version: when the newest sample was written that it was learned from or judged by."""
 
@@ -63,7 +68,8 @@ class Learning(NamedTuple):
 
 class Outcome(NamedTuple):
     """present: version that was learned from. version: that was published, or None. learned, judged: requests.
-    tokens: answer tokens that were learned from, replayed ones included. drafters: what each gained.
+    tokens: answer tokens that were learned from, replayed ones included. seconds: since the pass began, or went on.
+    until: when the newest of its requests was written, in seconds since the epoch. drafters: what each gained.
     """
 
     present: int
@@ -72,6 +78,7 @@ class Outcome(NamedTuple):
     judged: int
     tokens: int
     seconds: float
+    until: float
     drafters: dict[str, Gain]
 
     def facts(self) -> dict[str, Any]:
@@ -83,49 +90,59 @@ class Outcome(NamedTuple):
         return {**self._asdict(), "drafters": gained}
 
 
-def learn_once(learning: Learning) -> Outcome:
+def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
     """Learn from the samples that are there, and publish the drafters that became better beyond their interval.
 
+    Args:
+        pace: rests after every step; None: there are no rests.
+
     Raises:
-        ConfigError: another learner is at work, there are too few new samples, or training ended in what cannot serve.
+        TooFewError: of the samples. ConfigError: another learner is at work, or training ended in what cannot serve.
     """
+    pace = pace or Pace()
     with _alone(learning.directory) as work:
         began = time.monotonic()
         manifest = load_manifest(learning.bundle)
         versions = versions_of(learning.directory)
         present = served(versions).version
         checkpoints = _present(learning, manifest, versions, present)
-        texts = texts_of(samples_of(learning.directory), manifest.target)
-        since = float(notes_of(versions, present).get(UNTIL, 0)) if present else 0.0
-        chosen = choose(texts, since, learning.tokens, learning.judged)
-        config = _config(learning, checkpoints, work)
+        chosen = _chosen(learning, manifest, present, work)
+        config = config_of(learning.config, checkpoints, work, learning.rate)
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
         target = load_target(config.target, None, config.capture, config.hardware)
-        data, judges = work / "data" / "shard0", work / "judges"
-        _store(data, target, chosen.learned)
-        replayed = 0 if learning.replay is None else _replay(learning.replay, data, target, config.seed)
-        store = _store(judges, target, chosen.judged)
-        trained = {arm: _train(config, arm, path) for arm, path in checkpoints.items()}
+        tokens = answer_tokens(chosen.learned)
+        more = [] if learning.replay is None else replayed(learning.replay, tokens, config.seed)
+        _store(work / "data" / "shard0", target, [*chosen.learned, *more], pace)
+        store = _store(work / "judges", target, chosen.judged, pace)
+        trained = {arm: train_arm(config, arm, path, pace) for arm, path in checkpoints.items()}
 
-        pairs = [Pair.load(_parts(manifest, paths, config), target.model) for paths in (checkpoints, trained)]
+        pairs = [
+            Pair.load(parts_of(manifest, paths, config), target.model) for paths in (checkpoints, trained)
+        ]
         for arm in checkpoints:
             before, after = (_model(pair, arm) for pair in pairs)
             check_fits(f"what was learned for {PARTS[arm]}", before, after)
-        found = gains(*(walk_answers(pair, store) for pair in pairs))
+        walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
+        found = gains(*walks)
         better = {arm for arm in checkpoints if found[PARTS[arm]].better}
-        tokens = answer_tokens(chosen.learned) + replayed
+        tokens += answer_tokens(more)
         number = None
         if better:
             best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
             notes = {UNTIL: chosen.until, "tokens": tokens, "from": present}
             notes |= {name: round(gain.ratio.ratio, 3) for name, gain in found.items()}
             number = publish(versions, _bundle(manifest, best, work), notes)
-        outcome = Outcome(
-            present, number, len(chosen.learned), len(chosen.judged), tokens, time.monotonic() - began, found
-        )
-        write_whole(learning.directory / STATUS, json.dumps(outcome.facts(), indent=1) + "\n")
+        seconds = time.monotonic() - began
+        counts = len(chosen.learned), len(chosen.judged)
+        outcome = Outcome(present, number, *counts, tokens, seconds, chosen.until, found)
+        write_status(learning.directory, outcome.facts())
         return outcome
+
+
+def write_status(directory: Path, facts: Mapping[str, Any]) -> None:
+    """What `status_of` returns from now on."""
+    write_whole(directory / STATUS, json.dumps(facts, indent=1) + "\n")
 
 
 def status_of(directory: Path) -> dict[str, Any]:
@@ -142,7 +159,10 @@ def status_of(directory: Path) -> dict[str, Any]:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[Path]:
-    """An empty directory to work in, as the only learner. Raises ConfigError where there is another, or no spool."""
+    """A directory to work in, as the only learner; what a killed one left is in it.
+
+    Raises ConfigError where there is another, or no spool.
+    """
     if not samples_of(directory).is_dir():
         raise ConfigError(f"{directory} has no samples: name the directory of the server's --whiflash-learn")
     handle = os.open(directory / ".learner", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -154,14 +174,57 @@ def _alone(directory: Path) -> Iterator[Path]:
             raise ConfigError(
                 f"another learner works in {directory}: two would learn the same; wait for it, or end it"
             ) from None
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(mode=0o700)
+        work.mkdir(mode=0o700, exist_ok=True)
         try:
             yield work
-        finally:
+        except KeyboardInterrupt:  # as a pass that was killed: the next one goes on
+            raise
+        except BaseException:
             shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def is_at_work(directory: Path) -> bool:
+    """Whether a learner works in the directory now."""
+    try:
+        handle = os.open(directory / ".learner", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) -> Chosen:
+    """What a killed pass had chosen, if all of it is there still and it began as this one does; or the newest samples.
+
+    In `work` is what was made of the choice, or nothing.
+    """
+    texts = list(texts_of(samples_of(learning.directory), manifest.target))
+    settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
+    begun = json.loads(json.dumps({"present": present, **settings}, default=str))
+    file, known = work / CHOICE, {text.name: text for text in texts}
+    try:
+        was = json.loads(file.read_text(encoding="utf-8"))
+        if was["begun"] == begun:
+            learned, judged = ([known[name] for name in was[side]] for side in ("learned", "judged"))
+            return Chosen(learned, judged, was[UNTIL])
+    except (OSError, ValueError, KeyError):  # there was no pass, or a sample of it was forgotten
+        pass
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(mode=0o700)
+    since = float(notes_of(versions_of(learning.directory), present).get(UNTIL, 0)) if present else 0.0
+    chosen = choose(texts, since, learning.tokens, learning.judged)
+    names = {side: [text.name for text in getattr(chosen, side)] for side in ("learned", "judged")}
+    write_whole(file, json.dumps({"begun": begun, **names, UNTIL: chosen.until}))
+    return chosen
 
 
 def _present(learning: Learning, manifest: Manifest, versions: Path, number: int) -> dict[str, Path]:
@@ -170,15 +233,18 @@ def _present(learning: Learning, manifest: Manifest, versions: Path, number: int
     return found | (read_version(versions, number, manifest.target) if number else {})
 
 
-def _config(learning: Learning, checkpoints: Mapping[str, Path], work: Path) -> TrainConfig:
-    """The configuration for one pass over the samples that goes on from the checkpoints, of their sizes."""
-    config = learning.config
+def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, rate: float) -> TrainConfig:
+    """For one pass over the samples in `work` that goes on from the checkpoints, of their sizes.
+
+    Args:
+        checkpoints: by arm. rate: of learning, at its peak.
+    """
 
     def section(name: str, **changes: Any) -> Any:
         found = getattr(config, name)
         if found is None:
             return None
-        loop = {"epochs": 1.0, "learning_rate": learning.rate, "category_weights": {}}
+        loop = {"epochs": 1.0, "learning_rate": rate, "category_weights": {}, "save_steps": SAVE_STEPS}
         return found.model_copy(update={"loop": found.loop.model_copy(update=loop), **changes})
 
     sizes = {}
@@ -195,15 +261,19 @@ def _config(learning: Learning, checkpoints: Mapping[str, Path], work: Path) -> 
     )
 
 
-def _store(path: Path, target: LoadedTarget, texts: Iterable[Text]) -> FeatureStore:
-    """The texts with their features, which the target computes."""
+def _store(path: Path, target: LoadedTarget, texts: Iterable[Text], pace: Pace) -> FeatureStore:
+    """The texts with their features, of which the target computes those that are not there yet."""
     store = FeatureStore(
         path, vectors=len(target.capture) + 1, hidden=target.hidden_size, layers=target.capture
     )
-    whole = list(texts)
-    order = tracked(range(len(whole)), "reading samples")
-    for at, states in target.states((at, [*whole[at].prompt, *whole[at].answer][:-1]) for at in order):
-        text = whole[at]
+    store.truncate_to_index()
+    known = {record.id for record in store.records}
+    left = [text for text in texts if text.name not in known]
+    order = tracked(range(len(left)), "reading samples")
+    for at, states in target.states(
+        (at, [*left[at].prompt, *left[at].answer][:-1]) for at in pace.each(order)
+    ):
+        text = left[at]
         tokens = [*text.prompt, *text.answer]
         finished = text.answer[-1] == target.eos_id
         record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished, 0, 0)
@@ -211,36 +281,33 @@ def _store(path: Path, target: LoadedTarget, texts: Iterable[Text]) -> FeatureSt
     return store
 
 
-def _replay(file: Path, data: Path, target: LoadedTarget, seed: int) -> int:
-    """Add as many answer tokens of the original training as there are to learn from, drawn at random: their number."""
-    store = FeatureStore(
-        data, vectors=len(target.capture) + 1, hidden=target.hidden_size, layers=target.capture
-    )
-    left = wanted = sum(record.length - record.prompt_length for record in store.records)
+def replayed(file: Path, tokens: int, seed: int) -> list[Text]:
+    """Whole answers of the original training, drawn at random, until they have so many tokens together."""
     exported = Exported(file)
-    answers = (exported.columns["lengths"] - exported.columns["prompt_lengths"]).tolist()
-    order = list(range(len(answers)))
+    order = [indices[0] for indices in exported.copies().values()]
     random.Random(seed).shuffle(order)
-    drawn = set()
+    found: list[Text] = []
+    left = tokens
     for index in order:
         if left <= 0:
             break
-        drawn.add(exported.ids[index])
-        left -= answers[index]
-    rebuild_features(file, target, store, drawn)
-    return wanted - left
+        whole, length = exported.tokens(index).tolist(), int(exported.columns["prompt_lengths"][index])
+        found.append(Text(exported.ids[index], 0.0, tuple(whole[:length]), tuple(whole[length:])))
+        left -= len(whole) - length
+    return found
 
 
-def _train(config: TrainConfig, arm: str, checkpoint: Path) -> Path:
-    """Where the drafter is that goes on from the checkpoint."""
+def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Path:
+    """Train the arm's drafter on from the checkpoint, or go on with that; returns where the result is."""
     if arm == arms.AR:
         train = train_eagle3
     else:
         train = train_dspark if read_draft(checkpoint, arm).format.model is DSparkDrafter else train_dflash
-    return train(config, target_path(config.target), checkpoint, held=True)
+    return train(config, target_path(config.target), checkpoint, held=True, after_step=pace.rest)
 
 
-def _parts(manifest: Manifest, checkpoints: Mapping[str, Path], config: TrainConfig) -> Parts:
+def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path], config: TrainConfig) -> Parts:
+    """The checkpoints, by arm, with what the bundle says of the rest."""
     return Parts(
         checkpoints.get(arms.AR),
         checkpoints.get(arms.DIFFUSION),

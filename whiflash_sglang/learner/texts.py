@@ -1,6 +1,8 @@
 """Which samples a pass learns from, and which judge it: the newest, which what serves has not learned from either."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +18,12 @@ LONGEST = 4096
 """Tokens of a text at most: the target reads it whole."""
 
 
+class TooFewError(ConfigError):
+    """There are too few samples to judge by."""
+
+
 class Text(NamedTuple):
-    """A finished request. written: when, in seconds since the epoch."""
+    """A finished request. name: of its tokens, whatever file holds them. written: when, in seconds since the epoch."""
 
     name: str
     written: float
@@ -43,10 +49,11 @@ def texts_of(directory: Path, target: str) -> Iterator[Text]:
             samples = read_samples(file.path, target)
         except (ConfigError, OSError):
             continue
-        for number, sample in enumerate(samples):
+        for sample in samples:
             answer = sample.answer[: loop_start(sample.answer)]
             if len(answer) >= SHORTEST and len(sample.prompt) + len(answer) <= LONGEST:
-                yield Text(f"{file.path.stem}-{number}", file.written, tuple(sample.prompt), tuple(answer))
+                name = sha256(json.dumps([sample.prompt, answer]).encode()).hexdigest()[:24]
+                yield Text(name, file.written, tuple(sample.prompt), tuple(answer))
 
 
 def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Chosen:
@@ -57,14 +64,14 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
         tokens: answer tokens to learn from, at most, the newest first. judged: requests that judge, at most.
 
     Raises:
-        ConfigError: too few came since.
+        TooFewError: came since.
     """
     found = list({text.prompt: text for text in texts}.values())
-    found.sort(key=lambda text: (text.written, text.name))
+    found.sort(key=lambda text: text.written)
     unseen = [text for text in found if text.written > since]
     count = min(judged, len(unseen) // 2)
     if count < LEAST:
-        raise ConfigError(
+        raise TooFewError(
             f"{len(unseen)} samples are newer than what serves has learned from; {2 * LEAST} are needed, half of them "
             "to judge: wait for more requests"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.models.dflash import DFlashDrafter
@@ -28,6 +28,18 @@ from whiflash_sglang.train.drafters.batches import EvenRows, SequenceBatches, to
 from whiflash_sglang.train.drafters.held import Held, stored_dtype
 from whiflash_sglang.train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
 
+AfterStep = Callable[[], object]
+
+
+class _Stepped(TrainerCallback):  # type: ignore[misc]
+    """Calls what it is given after every step."""
+
+    def __init__(self, call: AfterStep) -> None:
+        self._call = call
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._call()
+
 
 class _LoggingTrainer(Trainer):  # type: ignore[misc]
     """Adds the training model's own figures to every log line."""
@@ -42,13 +54,19 @@ class _LoggingTrainer(Trainer):  # type: ignore[misc]
 
 
 def train_eagle3(
-    config: TrainConfig, target_path: Path, start_from: Path | None = None, *, held: bool = False
+    config: TrainConfig,
+    target_path: Path,
+    start_from: Path | None = None,
+    *,
+    held: bool = False,
+    after_step: AfterStep | None = None,
 ) -> Path:
     """Train the EAGLE-3 drafter on the data so far; returns the directory of the checkpoint in SGLang's
     format.
 
     Args:
         held: keep what draft KV is made with as it is in `start_from`, so that a server can switch to the result.
+        after_step: called after every step.
 
     Raises:
         ConfigError: `start_from` is not of the configuration's shape.
@@ -69,14 +87,19 @@ def train_eagle3(
             drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
         )
 
-    return _train("eagle3", config, settings.loop, stores, build, start_from, held)
+    return _train("eagle3", config, settings.loop, stores, build, start_from, held, after_step)
 
 
 def train_dflash(
-    config: TrainConfig, target_path: Path, start_from: Path | None = None, *, held: bool = False
+    config: TrainConfig,
+    target_path: Path,
+    start_from: Path | None = None,
+    *,
+    held: bool = False,
+    after_step: AfterStep | None = None,
 ) -> Path:
     """Train the DFlash drafter on the data so far; returns the directory of the `DFlashDraftModel`
-    checkpoint. held: as of `train_eagle3`.
+    checkpoint. held, after_step: as of `train_eagle3`.
     """
     settings = config.dflash
     stores = open_stores(config)
@@ -99,14 +122,19 @@ def train_dflash(
         given = _block_options(config, settings, stores, target)
         return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
 
-    return _train("dflash", config, settings.loop, stores, build, start_from, held)
+    return _train("dflash", config, settings.loop, stores, build, start_from, held, after_step)
 
 
 def train_dspark(
-    config: TrainConfig, target_path: Path, start_from: Path | None = None, *, held: bool = False
+    config: TrainConfig,
+    target_path: Path,
+    start_from: Path | None = None,
+    *,
+    held: bool = False,
+    after_step: AfterStep | None = None,
 ) -> Path:
     """Train the DSpark drafter on the data so far; returns the directory of the `Qwen3DSparkModel` checkpoint.
-    held: as of `train_eagle3`.
+    held, after_step: as of `train_eagle3`.
 
     Raises:
         ConfigError: there is no section `dspark`, or `start_from` is not of its shape.
@@ -124,7 +152,7 @@ def train_dspark(
         given = _block_options(config, settings, stores, target)
         return dspark_training.DSparkTraining(drafter, settings, **given)
 
-    return _train("dspark", config, settings.loop, stores, build, start_from, held)
+    return _train("dspark", config, settings.loop, stores, build, start_from, held, after_step)
 
 
 def _block_options(
@@ -179,6 +207,7 @@ def _train(
     build: Callable[[], nn.Module],
     start_from: Path | None,
     held: bool,
+    after_step: AfterStep | None,
 ) -> Path:
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
@@ -214,7 +243,11 @@ def _train(
         dataloader_num_workers=0,
     )
     trainer = _LoggingTrainer(
-        model=model, args=arguments, train_dataset=batches, data_collator=lambda items: items[0]
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        data_collator=lambda items: items[0],
+        callbacks=[] if after_step is None else [_Stepped(after_step)],
     )
     trainer.train(resume_from_checkpoint=resumed)
     out = run / "checkpoint"
