@@ -18,9 +18,11 @@ from typer.testing import CliRunner
 from versioned import trained, version
 
 from whiflash_sglang.cli import app
+from whiflash_sglang.cli.learn import LiveServer
 from whiflash_sglang.learn.samples import files_of, samples_of
 from whiflash_sglang.learn.versions import path_of, versions_of
 from whiflash_sglang.learner import once
+from whiflash_sglang.learner.guard import LEAST, Guard
 from whiflash_sglang.learner.once import Outcome
 
 pytestmark = pytest.mark.server
@@ -107,13 +109,46 @@ def test_what_was_learned_is_offered(server: Server, learning: Path, monkeypatch
     monkeypatch.setenv("WHIFLASH_API_KEY", KEY)
     use(server, {"version": 1})
     for number, now in ((2, 2), (None, 2)):
-        found = Outcome(1, number, 100, 16, 2400, 1.0, {})
-        monkeypatch.setattr(once, "learn_once", lambda _, found=found: found)
+        found = Outcome(1, number, 100, 16, 2400, 1.0, 0.0, {})
+        monkeypatch.setattr(once, "learn_once", lambda *_, found=found: found)
         ran = CliRunner().invoke(
             app, ["learn", str(learning), "--config", "tiny", "--url", server.url, "--json"]
         )
         assert json.loads(ran.stdout).get("served") == number
         assert drafters(server)["version"] == now
+
+
+def test_what_accepts_less_of_live_traffic_is_left(
+    server: Server, learning: Path, models: Models, tmp_path: Path
+) -> None:
+    """Drafters whose every choice is the worst: the guard asks the server, and switches it back by the same route."""
+    wrong = version(
+        models,
+        versions_of(learning),
+        tmp_path / "made",
+        lambda name, value: -value if name == "norm.weight" else value,
+    )
+    use(server, {"version": 0})
+    draw = random.Random(6)
+    bodies = [
+        {"input_ids": draw.choices(range(256), k=12), "sampling_params": {"max_new_tokens": 48}}
+        for _ in range(2 * LEAST)
+    ]
+    guard = Guard(LiveServer(server.url, KEY), tmp_path)
+    assert guard.look() is None
+    server.generate_all(bodies, concurrency=8)
+    guard.switch(wrong)
+    assert drafters(server)["version"] == wrong
+    server.generate_all(bodies, concurrency=8)
+    drop = guard.look()
+    print(drop)
+    assert drop is not None
+    assert (drop.version, drop.now, drafters(server)["version"]) == (wrong, 0, 0)
+    control = [line for line in server.log.read_text().splitlines() if "control: drafters" in line]
+    assert [json.loads(line.partition("drafters ")[2].partition(", from")[0]) for line in control[-2:]] == [
+        {"version": wrong},
+        {"version": 0},
+    ]
 
 
 @pytest.mark.parametrize(

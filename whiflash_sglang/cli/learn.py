@@ -1,12 +1,16 @@
 """`whiflash learn`: the drafters go on training on what a server kept of its requests."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, report
+from whiflash_sglang.cli.running import ServerRefusedError, steer
 from whiflash_sglang.errors import UsageError
+
+if TYPE_CHECKING:
+    from whiflash_sglang.learner.once import Learning
 
 
 def register(app: typer.Typer) -> None:
@@ -35,11 +39,25 @@ def learn(
     url: Annotated[
         str | None, typer.Option(help="Server that is switched to the version, if there is one.")
     ] = None,
-    status: Annotated[bool, typer.Option("--status", help="Only report the last pass.")] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Go on: learn whenever 16 new samples are there, and roll back what is worse."
+        ),
+    ] = False,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, help="Share of a core's time to use. Default: as much as there is.", show_default=False
+        ),
+    ] = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="Only report the last pass, and what waits for the next one.")
+    ] = False,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
 ) -> None:
-    """Train the drafters that serve on a server's samples, once, and publish a version if it is better.
+    """Train the drafters that serve on a server's samples, and publish a version if it is better.
 
     A version is published if a drafter accepts more of the newest requests, beyond its 95 % interval. Draft KV that
     the server has cached stays valid.
@@ -48,30 +66,62 @@ def learn(
     Example:
     whiflash learn /var/lib/whiflash --config smollm2-135m-instruct --url http://127.0.0.1:30000
     """
-    from whiflash_sglang.learner.once import Learning, learn_once, status_of
+    from whiflash_sglang.learner.once import Learning, learn_once
+    from whiflash_sglang.learner.pace import Pace
+    from whiflash_sglang.learner.watch import progress_of
 
     if status:
-        report(_lines(status_of(directory), as_json), as_json)
+        report(_lines(progress_of(directory), as_json), as_json)
         return
     if config is None:
         raise UsageError("--config is missing: name the configuration that the drafters were trained with")
     from whiflash_sglang.checkpoints.manifest import embedded_bundle
-    from whiflash_sglang.cli.running import steer
     from whiflash_sglang.cli.train import readable_errors, resolve_config
 
+    server = None if url is None else LiveServer(url.rstrip("/"), api_key)
     with readable_errors():
         settings = resolve_config(config)
         given = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
-        found = learn_once(given).facts()
-    if url is not None and found["version"] is not None:
-        state = steer(url.rstrip("/"), "/whiflash/drafters", {"version": found["version"]}, api_key)
-        found["served"] = state["drafters"]["version"]
+        if watch:
+            _watch(given, server, share, as_json)
+        found = learn_once(given, Pace(share)).facts()
+    if server is not None and found["version"] is not None:
+        found["served"] = server.use(found["version"])["drafters"]["version"]
     report(_lines(found, as_json), as_json)
+
+
+class LiveServer:
+    """The one that is offered versions."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self._url, self._api_key = url, api_key
+
+    def state(self) -> dict[str, Any]:
+        return self._checked(steer(self._url, "/whiflash/state", None, self._api_key))
+
+    def use(self, version: int) -> dict[str, Any]:
+        return self._checked(steer(self._url, "/whiflash/drafters", {"version": version}, self._api_key))
+
+    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        if "drafters" not in state:
+            raise ServerRefusedError(
+                f"{self._url} was started without --whiflash-versions or --whiflash-learn"
+            )
+        return state
+
+
+def _watch(learning: "Learning", server: LiveServer | None, share: float | None, as_json: bool) -> NoReturn:
+    """Learn until the process ends, and print what happens."""
+    from whiflash_sglang.learner.guard import Guard
+    from whiflash_sglang.learner.watch import Watch
+
+    guard = None if server is None else Guard(server, learning.directory)
+    Watch(learning, guard, lambda fact: report(_lines(fact, as_json), as_json), share).run()
 
 
 def _lines(found: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """For a person: a line for each drafter."""
-    if as_json or not found:
+    if as_json or "drafters" not in found:
         return found
     lines = {key: value for key, value in found.items() if key != "drafters"}
     lines["seconds"] = f"{found['seconds']:.0f}"

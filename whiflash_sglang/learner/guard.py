@@ -1,0 +1,119 @@
+"""Whether drafters that a server was switched to accept less of its traffic than those before: they are switched back.
+
+The server's sums over requests that ended (`lengths` of its state) are read before the switch and afterwards. Requests
+that ran across the switch count as later ones.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from whiflash_sglang.checkpoints.manifest import PARTS
+from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.telemetry.lengths import Change, Lengths, change
+
+LEAST, MOST = 32, 1024
+"""Requests of a drafter on either side of a switch: with fewer nothing is known; after more it has served well."""
+
+FILE = "guard.json"
+
+ByArm = dict[str, Lengths]
+
+
+class Server(Protocol):
+    """A running server with versions. Both return its state."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def use(self, version: int) -> dict[str, Any]: ...
+
+
+class Watched(NamedTuple):
+    """version: that serves. since: the sums when it began. earlier: of the version before it, by arm."""
+
+    version: int
+    since: ByArm
+    earlier: ByArm
+
+
+class Drop(NamedTuple):
+    """What was rolled back. version: that was left. now: that serves again. changes: by drafter."""
+
+    version: int
+    now: int
+    changes: dict[str, Change]
+
+
+class Guard:
+    """Of one server. What it knows is kept in the learner's directory, so that a learner that was killed goes on."""
+
+    def __init__(self, server: Server, directory: Path) -> None:
+        self._server, self._file = server, directory / FILE
+        self._watched = _read(self._file)
+
+    def serves(self) -> int:
+        """The version that the server uses."""
+        return int(self._server.state()["drafters"]["version"])
+
+    def switch(self, version: int) -> None:
+        """Have the server use a version, and watch it."""
+        self.look()
+        before = self._server.state()
+        earlier = self._between(before)
+        after = self._server.use(version)
+        self._watch(Watched(version, _lengths(after), earlier))
+
+    def look(self) -> Drop | None:
+        """Roll back if a drafter accepts less than before the switch, beyond its 99 % interval."""
+        state = self._server.state()
+        serves = int(state["drafters"]["version"])
+        if self._watched is None or self._watched.version != serves:
+            self._watch(Watched(serves, _lengths(state), {}))  # somebody else has switched: they know why
+            return None
+        later = self._between(state)
+        changes = {
+            arm: change(earlier, later[arm])
+            for arm, earlier in self._watched.earlier.items()
+            if arm in later and earlier.requests >= LEAST and LEAST <= later[arm].requests <= MOST
+        }
+        if not any(found.high < 1 for found in changes.values()):
+            return None
+        back = self._server.use(int(state["drafters"]["before"]))
+        now = int(back["drafters"]["version"])
+        self._watch(Watched(now, _lengths(back), {}))
+        return Drop(serves, now, {PARTS[arm]: found for arm, found in changes.items()})
+
+    def _between(self, state: Mapping[str, Any]) -> ByArm:
+        """The requests that ended since what serves began to."""
+        assert self._watched is not None
+        now = _lengths(state)
+        try:
+            return {arm: now[arm].since(since) for arm, since in self._watched.since.items() if arm in now}
+        except ValueError:  # the server was started again: what serves begins now
+            self._watch(self._watched._replace(since={arm: Lengths() for arm in now}))
+            return now
+
+    def _watch(self, watched: Watched) -> None:
+        self._watched = watched
+        kept = {
+            side: {arm: asdict(lengths) for arm, lengths in getattr(watched, side).items()}
+            for side in ("since", "earlier")
+        }
+        write_whole(self._file, json.dumps({"version": watched.version, **kept}))
+
+
+def _lengths(state: Mapping[str, Any]) -> ByArm:
+    """Of the drafters that have versions."""
+    return {arm: Lengths(**sums) for arm, sums in state["lengths"].items() if arm in PARTS}
+
+
+def _read(file: Path) -> Watched | None:
+    """What an earlier learner knew; nothing where that cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        sides = [{a: Lengths(**sums) for a, sums in found[side].items()} for side in ("since", "earlier")]
+        return Watched(int(found["version"]), *sides)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
