@@ -21,9 +21,10 @@ from whiflash_sglang.cli import app
 from whiflash_sglang.cli.learn import LiveServer
 from whiflash_sglang.learn.samples import files_of, samples_of
 from whiflash_sglang.learn.versions import path_of, versions_of
-from whiflash_sglang.learner import once
+from whiflash_sglang.learner import once, watch
 from whiflash_sglang.learner.guard import LEAST, Guard
 from whiflash_sglang.learner.once import Outcome
+from whiflash_sglang.learner.texts import LEAST as LEAST_JUDGES
 
 pytestmark = pytest.mark.server
 
@@ -116,6 +117,27 @@ def test_what_was_learned_is_offered(server: Server, learning: Path, monkeypatch
         )
         assert json.loads(ran.stdout).get("served") == number
         assert drafters(server)["version"] == now
+
+
+def test_a_learner_that_watches_offers_what_it_learned(
+    server: Server, learning: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is interrupted, when it looks for samples again."""
+    monkeypatch.setenv("WHIFLASH_API_KEY", KEY)
+    use(server, {"version": 1})
+    looks = iter([2 * LEAST_JUDGES])
+
+    def new_samples(_: Path) -> int:
+        for count in looks:
+            return count
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch, "new_samples", new_samples)
+    monkeypatch.setattr(watch, "learn_once", lambda *_: Outcome(1, 2, 100, 16, 2400, 1.0, 0.0, {}))
+    words = ["learn", str(learning), "--config", "tiny", "--url", server.url, "--watch", "--json"]
+    ran = CliRunner().invoke(app, words)
+    assert json.loads(ran.output.splitlines()[0])["version"] == 2
+    assert drafters(server)["version"] == 2
 
 
 def test_what_accepts_less_of_live_traffic_is_left(

@@ -75,7 +75,7 @@ class LiveWeights:
         ranks: Ranks,
         behind: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self.used, self.gain = Served(), dict[str, float]()
+        self.used, self.gain = Served(), gain_of(versions.directory, 0)
         self.swaps = {"taken": 0, "refused": 0}
         self.why = ""
         self._models, self._versions = models, versions

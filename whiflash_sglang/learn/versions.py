@@ -168,7 +168,7 @@ def notes_of(directory: Path, number: int) -> dict[str, Any]:
 
 def gain_of(directory: Path, number: int) -> dict[str, float]:
     """Drafter (`eagle3`, `dflash`) → tokens a round of a version divided by those of the version that it was learned
-    from, as whoever made it says; nothing where nobody does.
+    from, as whoever made it says; 1 where nobody does.
     """
     notes = notes_of(directory, number)
-    return {part: notes[part] for part in PARTS.values() if type(notes.get(part)) in (int, float)}
+    return {part: notes[part] if type(notes.get(part)) in (int, float) else 1.0 for part in PARTS.values()}
