@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="everything is kept here")
     parser.add_argument("--tokens", type=int, nargs="+", default=[5000, 10000, 20000], help="answer tokens")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate at its peak")
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the answers")
+    parser.add_argument("--batch", type=int, default=256, help="answer tokens in a step")
     parser.add_argument("--replay", action="store_true", help="learn as many tokens of the original training")
     given = parser.parse_args()
     config = resolve_config(Path("smollm2-135m-instruct")).model_copy(update={"work": given.work})
@@ -66,16 +68,27 @@ def main() -> None:
         }
 
     before = walk(shipped)
-    label = f"{given.rate:g}{'-replay' if given.replay else ''}"
+    label = f"{given.rate:g}-{given.epochs:g}-{given.batch}{'-replay' if given.replay else ''}"
     for tokens in given.tokens:
         work = given.work / label / str(tokens)
         shown = [subset(stores["learn"], work / "data" / "shard0", tokens, None)]
         if given.replay:
             shown.append(subset(stores["replay"], work / "data" / "shard1", tokens, config.seed))
-        settings = config_of(config, shipped, work, given.rate)
+        settings = with_loop(config_of(config, shipped, work, given.rate), given.epochs, given.batch)
         after = walk({arm: train_arm(settings, arm, path, pace) for arm, path in shipped.items()})
         found = {side: gains(before[side], after[side]) for side in sides}
         report(given.work, label, shown, found)
+
+
+def with_loop(config: TrainConfig, epochs: float, batch: int) -> TrainConfig:
+    """The configuration with other loops."""
+    loop = {"epochs": epochs, "answer_tokens": batch}
+    sections = {
+        name: found.model_copy(update={"loop": found.loop.model_copy(update=loop)})
+        for name in ("eagle3", "dflash", "dspark")
+        if (found := getattr(config, name)) is not None
+    }
+    return config.model_copy(update=sections)
 
 
 def answer(suites: Path, work: Path, target: LoadedTarget, config: TrainConfig) -> dict[str, FeatureStore]:
