@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 DOCS = "docs/"
 ELSEWHERE = (
-    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/agents/README.md"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/agents/README.md", "tests/README.md"),
     "results/**/*",
     "kernels/bench/results/*.md",
     "training_data/*/README.md",

@@ -36,7 +36,7 @@ CODE_FOLDERS = ("whiflash_sglang", "kernels", "sdk", "scripts", "examples")
 
 def pages() -> list[Path]:
     """Pages that are written for users and developers."""
-    packages = ("kernels", "sdk", "training_data", "whiflash_sglang", "examples")
+    packages = ("kernels", "sdk", "tests", "training_data", "whiflash_sglang", "examples")
     described = [page for folder in packages for page in sorted((ROOT / folder).rglob("README.md"))]
     return [*sorted(ROOT.glob("*.md")), *described, *sorted((ROOT / "docs").rglob("*.md"))]
 

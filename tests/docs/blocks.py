@@ -27,7 +27,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Of the documentation, reports left out: those are as their commands wrote them."""
-    single = ("README.md", "CONTRIBUTING.md", "examples/agents/README.md", "kernels/README.md", "sdk/README.md")
+    parts = ("examples/agents", "kernels", "sdk", "tests")
+    single = ("README.md", "CONTRIBUTING.md", *(f"{part}/README.md" for part in parts))
     return [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in single)]
 
 
