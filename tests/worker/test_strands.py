@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -21,7 +22,7 @@ from test_logprobs import requests as logprob_requests
 from test_losslessness import CASES, Plain, compare, plain
 from test_radix import assert_tree_is_true
 from test_sampling import PARAMETERS, judge, sample
-from traffic import Arrival, mixed, play
+from traffic import Arrival, mixed, play, without_a_pass
 from whiflash_kernels import Drafts
 
 from whiflash_sglang import verify
@@ -144,7 +145,7 @@ def test_without_a_pass_the_likeliest_voice_is_verified(
 
     monkeypatch.setattr(Free, "speak", unsure)
     with engine(models.target, whiflash=models.whiflash("random"), arms=arms) as e:
-        monkeypatch.setattr(e.worker.controller, "route", lambda rows, _: ["none"] * len(rows))
+        monkeypatch.setattr(e.worker.controller, "route", partial(without_a_pass, e.worker.controller))
         compare(models, arrivals, expected, play(e, arrivals))
         rounds = {arm: counts.rounds for arm, counts in e.worker.tally.by_arm.items()}
     assert rounds["freer"] > 20

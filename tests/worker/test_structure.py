@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
 from test_constrained import OPTIONS
-from traffic import Arrival, play
+from traffic import Arrival, play, without_a_pass
 
 from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.http.streamer import recording_of
@@ -136,7 +137,7 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
 
 def hear_only(arm: str, controller: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on no model drafts, and one voice is heard."""
-    monkeypatch.setattr(controller, "route", lambda rows, _: ["none"] * len(rows))
+    monkeypatch.setattr(controller, "route", partial(without_a_pass, controller))
     monkeypatch.setattr(controller, "hears", lambda _, other: other == arm)
     monkeypatch.setattr(controller, "may_join", lambda _: False)
 
@@ -168,7 +169,7 @@ def test_behind_rounds_that_share_a_step(
         def route(rows: Any, forecasts: Any) -> list[str]:
             hear_only(next(turns), controller, monkeypatch)
             monkeypatch.setattr(controller, "route", route)
-            return ["none"] * len(rows)
+            return without_a_pass(controller, rows, forecasts)
 
         monkeypatch.setattr(controller, "route", route)
         assert play(e, requests()) == expected

@@ -170,9 +170,9 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
 def _heard(policy: Policy, decision: Decision, chosen: str, best: str) -> Decision:
     """`decision` with whom the round is to hear; best: of what needs no pass, as of `_of_passes`."""
     only: str | None = best if chosen == arms.PROMISED else arms.NONE
-    # Plain decoding outdoes what is promised where a caller wished it, or where rows are dear: then a device that knows
-    # more of the text than the host weighs again.
-    wished = chosen == arms.NONE and decision.signals.expected and not decision.free
+    # Where rows are dear, a device that knows more of the text than the host weighs what is promised again.
+    weighed = decision.free and policy.prices_batches
+    wished = chosen == arms.NONE and decision.signals.expected and not weighed
     if policy.joins_arms and decision.reason != "pin" and not wished:
         only = None
     return Decision(decision.signals, decision.reason, only, chosen == arms.PROMISED)
