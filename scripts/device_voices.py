@@ -5,7 +5,7 @@ round's outcome before it plans the next. The second plans as beside a card (`WH
 the device, and the host never reads a round's outcome in it. Prompts are recorded agents' turns, edits with a
 prediction, and calls and JSON under a grammar. Answers must be equal, apart from a near tie between two tokens.
 
-Accepted drafts are counted by their source. Copies that a device finds have none: they count as the conversation's.
+Accepted drafts are counted by their source.
 """
 
 import argparse
@@ -33,7 +33,6 @@ SETS = {
 }
 FLAGS = ["--context-length", "8192", "--device", "cpu"]
 FIELDS = ("messages", "tools", "tool_choice", "response_format", "prediction")
-CONTEXT = "context"
 
 
 class Played(NamedTuple):
@@ -59,9 +58,7 @@ def play(server: Server, prompts: Sequence[Mapping[str, Any]], tokens: int) -> P
             trace = found["sglext"]["whiflash"]
             texts.append(json.dumps(found["choices"][0]["message"], sort_keys=True))
             rounds, written = rounds + trace["rounds"], written + trace["tokens"]
-            own = {source: one["accepted"] for source, one in trace.get("sources", {}).items()}
-            accepted.update(own)
-            accepted[CONTEXT] += sum(one["accepted"] for one in trace["arms"].values()) - sum(own.values())
+            accepted.update({name: one["accepted"] for name, one in trace.get("sources", {}).items()})
     return Played(texts, rounds, written, accepted)
 
 

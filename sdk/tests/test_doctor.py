@@ -107,7 +107,7 @@ def test_an_answer_shows_what_each_hint_brought() -> None:
     ("trace", "name", "said"),
     [
         ({**TOLD, "notes": ["the prediction was cut"]}, "request", "was cut"),
-        ({**TOLD, "sources": {}}, "sources", "device"),
+        ({**TOLD, "sources": {}}, "sources", "reports none"),
         ({**TOLD, "arms": {"none": {"rounds": 3, "tokens": 3}}}, "drafts", "0 of 3 rounds"),
         ({**TOLD, "arms": {"none": {"rounds": 3, "tokens": 3}}, "reasons": {"off": 3}}, "drafts", "off=True"),
     ],

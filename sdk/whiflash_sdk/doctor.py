@@ -153,7 +153,9 @@ def _brought(trace: Trace) -> Iterator[Finding]:
             "spans", True, f"{pinned + spans} of {trace.rounds} rounds were routed by a pin or preference"
         )
     if not trace.sources:
-        yield Finding("sources", False, "the server does not report them: its device makes drafts by itself")
+        yield Finding(
+            "sources", False, "the server reports none: nothing was drafted, or it is older than this SDK"
+        )
         return
     for name in dict.fromkeys((*trace.sources, *_UNUSED)):
         told = trace.sources.get(name)

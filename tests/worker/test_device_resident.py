@@ -1,7 +1,7 @@
 """Rounds whose host reads nothing from the device: the same texts, and what the device decides by itself."""
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,9 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
+
+from whiflash_sglang.compat.http.streamer import recording_of
+from whiflash_sglang.telemetry.trace import build_trace
 
 PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
 TOKENS = 60
@@ -44,13 +47,42 @@ def test_a_prediction_is_drafted(running: Engine, plain: list[list[int]]) -> Non
     running.worker.reconfigure({"router": "lookup"})
     for prompt, text in zip(PROMPTS, plain, strict=True):
         name = f"right-{len(running.requests)}"
-        custom = {"whiflash_prediction": text}
+        custom = {"whiflash_prediction": text, "whiflash": '{"trace":"full"}'}
         running.submit(name, prompt, max_new_tokens=TOKENS, custom_params=custom)
         running.run()
         assert running.output(name) == text
         verified, accepted = running.rounds(name)
         assert verified < TOKENS / 4
         assert accepted > TOKENS / 2
+        assert sources_of(running, name).get("prediction", 0) > TOKENS / 4
+
+
+def sources_of(running: Engine, name: str) -> dict[str, int]:
+    """Accepted drafts of a traced request by their source: each draft has one."""
+    recording = recording_of(running.requests[name], None)
+    assert recording is not None
+    trace = build_trace(recording, "random", len(running.output(name)))
+    sources = trace["sources"]
+    for count in ("proposed", "accepted"):
+        assert sum(one[count] for one in sources.values()) == sum(
+            one[count] for one in trace["arms"].values()
+        )
+    return {source: one["accepted"] for source, one in sources.items()}
+
+
+def test_traces_name_the_sources_of_drafts(running: Engine) -> None:
+    """Of the drafts of passes, and of the copies that the device makes in their place or behind them."""
+    running.worker.reconfigure({"router": "random"})
+    found = Counter[str]()
+    for i, prompt in enumerate(PROMPTS):
+        name = f"traced-{i}"
+        traced = {"whiflash": '{"trace":"full"}'}
+        running.submit(name, prompt, max_new_tokens=TOKENS, custom_params=traced)
+        running.run()
+        found.update(sources_of(running, name))
+    assert found["context"] > 0
+    assert found["oracle"] > 0
+    assert set(found) <= {"context", "ar", "diffusion", "oracle"}
 
 
 def test_predictions_leave_the_texts(running: Engine, plain: list[list[int]]) -> None:

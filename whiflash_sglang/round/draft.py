@@ -15,6 +15,7 @@ from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
 from whiflash_sglang.drafters.length import EDGES
 from whiflash_sglang.lookup.calibration import BUCKETS
+from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
@@ -158,7 +159,9 @@ class DraftStage:
             room=None if self.host.exact else most,
         )
         if not self.host.exact:
-            return Proposal(chosen, drafts, rows=size + most, stride=widest + 1, bounded=True, copies=copies)
+            laid = [chain.parts for chain in chains] or None
+            rows = size + most
+            return Proposal(chosen, drafts, rows, stride=widest + 1, bounded=True, parts=laid, copies=copies)
         strands = self._strands(requests, plan, chains, others)
         widths = [1 + len(chain.tokens) for chain in chains]
         stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
@@ -193,7 +196,7 @@ class DraftStage:
                 said = dict(sorted(said.items(), key=lambda one: -one[1].gain(plan.row_worth)))
             (first, chain), *rest = said.items()
             kept = len(chain.tokens)
-            chain = chain.followed_by(*copied[i], arms.LOOKUP)
+            chain = chain.followed_by(*copied[i], CONTEXT)
             if self._extends(requests, plan, i):
                 name, room = requests.names[i], plan.joined[i]
                 chain, sound = self.voices.extended(name, first, chain, room, plan.worth)

@@ -85,7 +85,7 @@ class Recording:
     begins. sampled: whether the operator has. spanned: whether an OpenTelemetry span is to carry its sums. began,
     ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
     worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
-    arm. sources: what its drafts were taken from, where the host knows.
+    arm. sources: what its drafts were taken from.
     """
 
     level: TraceLevel | None
