@@ -1,10 +1,11 @@
 """Measure what learning brings on prompts of kinds that the embedded pair's training never had, by tokens learned.
 
 The prompts are Spec-Bench's, apart from mathematics and code. Four of five are answered to learn from, the fifth to
-judge. Home is judged on answers of training's own kinds that no drafter has learned from. Every amount starts from the
-shipped checkpoints. Everything is kept in WORK, so a killed run goes on.
+judge. What is learned after them is of other suites (`--also`). Home is judged on answers of training's own kinds that
+no drafter has learned from. Every amount starts from the shipped checkpoints. Everything is kept in WORK, so a killed
+run goes on.
 
-    python scripts/learn_elsewhere.py SUITES WORK --tokens 5000 10000 20000 --rate 3e-4 --replay
+    python scripts/learn_elsewhere.py SUITES WORK --tokens 10000 30000 --also arena-hard-v2 --replay
 """
 
 import argparse
@@ -20,7 +21,7 @@ from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, embedded_bundle, load_manifest
 from whiflash_sglang.cli.train import resolve_config
 from whiflash_sglang.jsonl import write_whole
-from whiflash_sglang.lab.bench.prompts import read_suites
+from whiflash_sglang.lab.bench.prompts import Prompt, read_suites
 from whiflash_sglang.learner.judge import Gain, Walked, gains, walk_answers
 from whiflash_sglang.learner.once import config_of, parts_of, train_arm
 from whiflash_sglang.learner.pace import Pace
@@ -45,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("suites", type=Path, help="folder with Spec-Bench's question.jsonl")
     parser.add_argument("work", type=Path, help="everything is kept here")
+    parser.add_argument("--also", nargs="*", default=[], help="suites to learn from after Spec-Bench")
     parser.add_argument("--tokens", type=int, nargs="+", default=[5000, 10000, 20000], help="answer tokens")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate at its peak")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the answers")
@@ -54,7 +56,7 @@ def main() -> None:
     config = resolve_config(Path("smollm2-135m-instruct")).model_copy(update={"work": given.work})
     torch.set_num_threads(config.hardware.threads)
     target = load_target(config.target, config.chat_template, config.capture, config.hardware)
-    stores = answer(given.suites, given.work, target, config)
+    stores = answer(given.suites, given.also, given.work, target, config)
     manifest = load_manifest(embedded_bundle())
     shipped = {arm: member(embedded_bundle(), manifest, PARTS[arm]) for arm in manifest.drafters}
     pace = Pace()
@@ -91,8 +93,13 @@ def with_loop(config: TrainConfig, epochs: float, batch: int) -> TrainConfig:
     return config.model_copy(update=sections)
 
 
-def answer(suites: Path, work: Path, target: LoadedTarget, config: TrainConfig) -> dict[str, FeatureStore]:
-    """Answers with features: to learn from, to judge by, of home, and of the original training."""
+def answer(
+    suites: Path, also: Sequence[str], work: Path, target: LoadedTarget, config: TrainConfig
+) -> dict[str, FeatureStore]:
+    """Answers with features: to learn from, to judge by, of home, and of the original training.
+
+    also: suites whose prompts are learned after Spec-Bench's.
+    """
     shape: dict[str, Any] = {
         "vectors": len(target.capture) + 1,
         "hidden": target.hidden_size,
@@ -101,19 +108,27 @@ def answer(suites: Path, work: Path, target: LoadedTarget, config: TrainConfig) 
     stores = {name: FeatureStore(work / name, **shape) for name in ("learn", "away", "home", "replay")}
     for store in stores.values():
         store.truncate_to_index()
-    prompts = [prompt for prompt in read_suites(["spec-bench"], suites) if prompt.category in KINDS]
-    random.Random(config.seed).shuffle(prompts)
-    rows = [
-        {"id": prompt.id, "category": prompt.category, "messages": prompt.messages[:1]} for prompt in prompts
-    ]
+    rows = asked(
+        [prompt for prompt in read_suites(["spec-bench"], suites) if prompt.category in KINDS], config.seed
+    )
+    more = asked(read_suites(also, suites), config.seed)
     data = config.data.model_copy(update={"slots": SLOTS, "max_new_tokens": NEW_TOKENS})
-    for side, share in (("away", rows[::JUDGED]), ("learn", [r for i, r in enumerate(rows) if i % JUDGED])):
+    learned = [row for i, row in enumerate(rows) if i % JUDGED]
+    for side, share in (("away", rows[::JUDGED]), ("learn", learned), ("learn", more)):
         answer_rows(share, target, data, stores[side], seed=config.seed)
     rebuild_features(DATA / "unseen.npz", target, stores["home"], drawn(DATA / "unseen.npz", config.seed))
     rebuild_features(
         DATA / "tokens.npz", target, stores["replay"], drawn(DATA / "tokens.npz", config.seed, 30)
     )
     return stores
+
+
+def asked(prompts: list[Prompt], seed: int) -> list[dict[str, Any]]:
+    """The first turns of prompts, in random order, as rows to answer."""
+    random.Random(seed).shuffle(prompts)
+    return [
+        {"id": prompt.id, "category": prompt.category, "messages": prompt.messages[:1]} for prompt in prompts
+    ]
 
 
 def drawn(file: Path, seed: int, each: int = 0) -> set[str]:
