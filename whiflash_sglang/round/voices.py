@@ -17,16 +17,17 @@ class Voices:
         vocabulary: ids that the target has.
 
     Attributes:
-        of_text: all of them. speaking: those that draft by what they say. on_device: those for which the device drafts
-            too. width: tokens of a voice at most where texts are known late: a round's drafts behind those of a round
-            before.
+        of_text: all of them. on_device: those for which the device drafts too. speaking: those that draft by what they
+            say, the former first (`choose_drafts`). width: tokens of a voice at most where texts are known late: a
+            round's drafts behind those of a round before.
     """
 
     def __init__(self, drafters: Mapping[str, Drafter], quarantine: Quarantine, vocabulary: int) -> None:
         self._quarantine, self.vocabulary = quarantine, vocabulary
         self.of_text = of_text(drafters)
-        self.speaking = {arm: drafter for arm, drafter in self.of_text.items() if drafter.speaks}
         self.on_device = {arm: drafter for arm, drafter in self.of_text.items() if drafter.on_device}
+        speaking = {arm: drafter for arm, drafter in self.of_text.items() if drafter.speaks}
+        self.speaking = dict(sorted(speaking.items(), key=lambda one: one[0] not in self.on_device))
         self.width = 2 * widest_of(drafters) + 1
         # Each twice, since each may lead into what another one knows; who forbids drafts once more, of what came last.
         forbidding = [(arm, drafter) for arm, drafter in self.speaking.items() if drafter.forbids]

@@ -100,7 +100,10 @@ def choose_drafts(
             one = HostDrafts(*(values[:, number] for values in from_host))
             others.append((number + 1, _aligned(one, request_slots, seq_lens, text, rooms.clamp(max=width))))
     if copies is not None and copies.alive is not None:
-        others.append((-1, (copies.tokens, copies.counts, copies.alive)))
+        found = copies.counts
+        if others:  # the copying arm's own voice
+            found = found.masked_fill(others[0][1][1] > 0, 0)
+        others.append((-1, (copies.tokens, found, copies.alive)))
     for number, (theirs, count, lives) in others:
         gain = _gain(count, lives, worth)
         wins = (count > 0) & (gain > best)
