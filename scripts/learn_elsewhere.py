@@ -23,7 +23,7 @@ from whiflash_sglang.cli.train import resolve_config
 from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.bench.prompts import Prompt, read_suites
 from whiflash_sglang.learner.judge import Gain, Walked, gains, walk_answers
-from whiflash_sglang.learner.once import config_of, parts_of, train_arm
+from whiflash_sglang.learner.once import EPOCHS, STEP_TOKENS, config_of, parts_of, train_arm
 from whiflash_sglang.learner.pace import Pace
 from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, load_target
 from whiflash_sglang.train.answers.store import FeatureStore
@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("--also", nargs="*", default=[], help="suites to learn from after Spec-Bench")
     parser.add_argument("--tokens", type=int, nargs="+", default=[5000, 10000, 20000], help="answer tokens")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate at its peak")
-    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the answers")
-    parser.add_argument("--batch", type=int, default=256, help="answer tokens in a step")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help="passes over the answers")
+    parser.add_argument("--batch", type=int, default=STEP_TOKENS, help="answer tokens in a step")
     parser.add_argument("--replay", action="store_true", help="learn as many tokens of the original training")
     given = parser.parse_args()
     config = resolve_config(Path("smollm2-135m-instruct")).model_copy(update={"work": given.work})
