@@ -274,3 +274,30 @@ def test_keys_are_in_no_log_and_no_error(
     written = capfd.readouterr()
     everything = client.content.decode() + caplog.text + written.out + written.err
     assert SECRET not in everything
+
+
+def test_an_idle_connection_is_left_before_the_server_leaves_it() -> None:
+    """The upstream resets a connection that is used again after an idle while, as one does whose time is over just
+    then."""
+    used, body = 0, b"{}"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal used
+        used += 1
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        await reader.read(1)  # the next request, or the end
+        writer.transport.abort()
+
+    async def main() -> list[int]:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        app = Proxy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        found = [(await Client().ask(app, "/v1/embeddings")).status]
+        await asyncio.sleep(2.2)
+        found.append((await Client().ask(app, "/v1/embeddings")).status)
+        server.close()
+        return found
+
+    assert asyncio.run(main()) == [200, 200]
+    assert used >= 2

@@ -24,6 +24,9 @@ Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 NAMES: Final = ("tenant", "agent", "session")
 """What `X-WhiFlash-…` headers and parts of the path in front of `/v1` may set."""
 LONGEST_BODY: Final = 64 * 2**20
+IDLE_SECONDS: Final = 2.0
+"""For which an idle connection to the server is kept. Uvicorn closes its side after five, httpx's own default: a
+request at that moment would fail."""
 _PREFIX: Final = "x-whiflash-"
 _HOPS: Final = frozenset(
     ["connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"]
@@ -49,7 +52,9 @@ class Proxy:
         **settings: Unpack[Settings],
     ) -> None:
         timeout = httpx.Timeout(None, connect=10)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=100, keepalive_expiry=IDLE_SECONDS
+        )
         settings.setdefault("trace", False)
         self._upstream = upstream.rstrip("/").removesuffix("/v1")
         self._longest = longest_body

@@ -11,7 +11,7 @@ import httpx
 
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.arms import SEVERAL
-from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
+from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, LIMITS
 from whiflash_sglang.provenance import threads
 from whiflash_sglang.serving import Closing, Server, ServerHost
 
@@ -118,7 +118,7 @@ class Fleet(Closing):
         for key in failed:
             del self._servers[key]
         for key in wanted.keys() - failed.keys():
-            self.clients[key] = httpx.Client(base_url=self.url(key), timeout=ANSWER_SECONDS)
+            self.clients[key] = httpx.Client(base_url=self.url(key), timeout=ANSWER_SECONDS, limits=LIMITS)
         return failed
 
     def url(self, key: str) -> str:

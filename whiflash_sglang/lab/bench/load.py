@@ -22,6 +22,10 @@ MODEL = "bench"
 ANSWER_SECONDS = 3600.0
 """For an answer that never comes: a server that ends breaks its connections at once."""
 
+LIMITS = httpx.Limits(keepalive_expiry=2.0)
+"""SGLang closes an idle connection after five seconds, httpx's own default: a request at that moment would fail. While
+another arm answers, a connection is idle."""
+
 
 class RequestError(WhiflashError):
     """A server refused or broke off a request."""

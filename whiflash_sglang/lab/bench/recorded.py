@@ -31,7 +31,7 @@ from whiflash_sglang.lab.bench.arms import PREDICTION, USELESS, Arm, Subject, bu
 from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
 from whiflash_sglang.lab.bench.command import loads_of, open_fleet
 from whiflash_sglang.lab.bench.fleet import Fleet
-from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
+from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, LIMITS
 from whiflash_sglang.lab.bench.subject import CPU_KV_TOKENS, build_subject
 from whiflash_sglang.lab.recorded.benchmark import renderer_of
 from whiflash_sglang.lab.recorded.conversation import Conversation, Renderer
@@ -120,7 +120,7 @@ async def play(url: str, arm: Arm, talks: Sequence[Talk], at_once: int) -> tuple
         WhiflashError: a request failed, or the answer is not the recorded one.
     """
     waiting, rounds = list(reversed(talks)), 0
-    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, limits=LIMITS) as client:
 
         async def plays() -> None:
             nonlocal rounds

@@ -26,6 +26,7 @@ from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, environment
 from whiflash_sglang.lab.bench.load import (
     ANSWER_SECONDS,
+    LIMITS,
     Asker,
     RefusedError,
     RequestError,
@@ -363,7 +364,9 @@ class Runner:
         async with AsyncExitStack() as stack:
             clients = {}
             for key in self._fleet.clients:
-                client = httpx.AsyncClient(base_url=self._fleet.url(key), timeout=ANSWER_SECONDS)
+                client = httpx.AsyncClient(
+                    base_url=self._fleet.url(key), timeout=ANSWER_SECONDS, limits=LIMITS
+                )
                 clients[key] = await stack.enter_async_context(client)
             for step in steps:
                 if step.arm in self.unavailable:
