@@ -66,9 +66,11 @@ def learner(directory: Path, share: float | None) -> Iterator[None]:
         time.sleep(SETTLES)
         if process.poll() is not None:
             raise SystemExit("the learner ended before the turn began: run `whiflash learn` to see why")
-        yield
-        ended = process.poll() is not None
-        process.kill()
+        try:
+            yield
+            ended = process.poll() is not None
+        finally:
+            process.kill()
     if ended:
         raise SystemExit("the learner ended before the turn did: give more --fill")
 

@@ -240,13 +240,13 @@ def choose(requests, worth, room):
 
     A request is its own drafts, those behind them, its voices and its copies, each a list of (token, chance); a voice
     is one with how many of its first tokens were committed since, whether these are the text's, and the most of it.
-    Where the first voice has something left, there are no copies.
+    Where what is left of the first voice pays its rows, there are no copies.
     """
     merged, whose, own = [], [], []
     for laid, behind, voices, copies in requests:
         best, by = laid + behind, 0
         heard = [(k, follow(*voice)) for k, voice in enumerate(voices, 1)]
-        found = [] if heard and heard[0][1] else copies
+        found = [] if heard and gain(heard[0][1], worth) > 0 else copies
         for number, drafts in (*heard, (-1, found)):
             if drafts and gain(drafts, worth) > gain(best, worth):
                 best, by = drafts, number

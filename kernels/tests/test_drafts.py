@@ -293,20 +293,21 @@ def test_a_voice_counts_from_where_the_text_is(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_is_silent_where_the_copying_arm_spoke(backend: str) -> None:
-    """Its voice may promise less than the copy. Where the text has left it, the copy counts."""
-    at, none = integers([0, 1, 2]), integers([0] * 3)
-    text = torch.tensor([[0, 1, 2, 0, 0]] * 3, device=DEVICE)
-    laid = Drafts(integers([[9]] * 3), none, floats([[0.0]] * 3))
-    said = integers([[[2, 5], [2, 6]], [[7, 5], [2, 6]], [[7, 5], [7, 6]]])
-    from_host = HostDrafts(
-        said, floats([[[1.0, 0.25]] * 2] * 3), integers([[2, 2]] * 3), integers([[2, 2]] * 3)
-    )
-    copies = Drafts(integers([[8]] * 3), integers([1] * 3), floats([[0.5]] * 3))
-    starts, rooms = integers([2] * 3), integers([1] * 3)
+    """Its voice may promise less than the copy. Where the text has left it, or it does not pay, the copy counts."""
+    at, none = integers([0, 1, 2, 3]), integers([0] * 4)
+    text = torch.tensor([[0, 1, 2, 0, 0]] * 4, device=DEVICE)
+    laid = Drafts(integers([[9]] * 4), none, floats([[0.0]] * 4))
+    said = integers([[[2, 5], [2, 6]], [[7, 5], [2, 6]], [[7, 5], [7, 6]], [[2, 5], [7, 6]]])
+    chances = floats([*[[[1.0, 0.25]] * 2] * 3, [[1.0, 0.125]] * 2])
+    from_host = HostDrafts(said, chances, integers([[2, 2]] * 4), integers([[2, 2]] * 4))
+    copies = Drafts(integers([[8]] * 4), integers([1] * 4), floats([[0.5]] * 4))
+    starts, rooms = integers([2] * 4), integers([1] * 4)
     with running(backend), guarded_outputs():
-        chosen = choose_drafts(laid, at, starts, text, from_host=from_host, rooms=rooms, copies=copies)
-    assert chosen.voice.tolist() == [1, -1, -1]
-    assert chosen.tokens.tolist() == [[5], [8], [8]]
+        chosen = choose_drafts(
+            laid, at, starts, text, from_host=from_host, rooms=rooms, copies=copies, worth=0.125
+        )
+    assert chosen.voice.tolist() == [1, -1, -1, -1]
+    assert chosen.tokens.tolist() == [[5], [8], [8], [8]]
 
 
 WRONG = st.sampled_from(["id below", "id above", "chance", "confidence"])

@@ -70,7 +70,7 @@ class Learner:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
         Args:
-            parts: as of `Proposal`; where the device chose, of what its first voice was. strands: as of `Verified`.
+            parts: as of `Proposal`; where the device chose, of what was laid. strands: as of `Verified`.
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
@@ -183,7 +183,7 @@ class Learner:
 def _chosen_parts(
     plan: Plan, found: Mapping[str, list[Any]], i: int, chain: Sequence[Part]
 ) -> Sequence[Part]:
-    """What the drafts that the device chose for a request were taken from. chain: of its first voice, if known."""
+    """What the drafts that the device chose for a request were taken from. chain: of what was laid, if known."""
     drafts, voice, own = found["widths"][i] - 1, found["voice"][i], found["own"][i]
     if voice > 0:
         said = plan.voices[i][plan.speakers[voice - 1]]

@@ -30,8 +30,8 @@ class Voices:
         self.speaking = dict(sorted(speaking.items(), key=lambda one: one[0] not in self.on_device))
         self.width = 2 * widest_of(drafters) + 1
         # Each twice, since each may lead into what another one knows; who forbids drafts once more, of what came last.
-        forbidding = [(arm, drafter) for arm, drafter in self.speaking.items() if drafter.forbids]
-        self._turns = [*self.speaking.items(), *self.speaking.items(), *forbidding]
+        forbidding = [(arm, drafter) for arm, drafter in speaking.items() if drafter.forbids]
+        self._turns = [*speaking.items(), *speaking.items(), *forbidding]
 
     def heard(self, arm: str, rid: str, say: Callable[[], Voice | None]) -> Voice | None:
         """What `arm` says for the request `rid`, as far as it can be drafts. None: nothing, or it raised an error."""

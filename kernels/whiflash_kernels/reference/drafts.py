@@ -102,7 +102,8 @@ def choose_drafts(
     if copies is not None and copies.alive is not None:
         found = copies.counts
         if others:  # the copying arm's own voice
-            found = found.masked_fill(others[0][1][1] > 0, 0)
+            _, said, lives = others[0][1]
+            found = found.masked_fill(_gain(said, lives, worth) > 0, 0)
         others.append((-1, (copies.tokens, found, copies.alive)))
     for number, (theirs, count, lives) in others:
         gain = _gain(count, lives, worth)

@@ -276,7 +276,7 @@ def _merge_drafts_kernel(
     line = text + tl.load(request_slots + request).to(tl.int64) * text_row
     best = tl.sum(tl.where(inside & (column < count), chance - worth, 0.0), axis=0)
     whose = 0
-    heard = count * 0
+    heard = count < 0
     for number in tl.static_range(VOICES):
         row = request * VOICES + number
         found = tl.load(host_counts + row)
@@ -292,11 +292,11 @@ def _merge_drafts_kernel(
         sure = tl.load(host_alive + first - 1, mask=fits & (passed > 0), other=1.0)
         most = tl.minimum(found - passed, tl.minimum(tl.load(rooms + request), width))
         most = tl.where(fits & (sure > 0.0), most, 0)
-        if number == 0:
-            heard = most
         there = inside & (column < most)
         lives = tl.div_rn(tl.load(host_alive + first + column, mask=there, other=0.0), sure)
         gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
+        if number == 0:
+            heard = gain > 0.0
         wins = (most > 0) & (gain > best)
         theirs = tl.load(host_tokens + first + column, mask=there, other=0)
         token = tl.where(wins, theirs, token)

@@ -22,7 +22,7 @@ MODEL = "bench"
 ANSWER_SECONDS = 3600.0
 """For an answer that never comes: a server that ends breaks its connections at once."""
 
-LIMITS = httpx.Limits(keepalive_expiry=2.0)
+LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
 """SGLang closes an idle connection after five seconds, httpx's own default: a request at that moment would fail. While
 another arm answers, a connection is idle."""
 
