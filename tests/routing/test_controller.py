@@ -6,7 +6,7 @@ import pytest
 
 from whiflash_sglang import arms
 from whiflash_sglang.lab.policies import CopyRule, RandomPolicy
-from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.controller import Controller, _of_passes
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
 from whiflash_sglang.routing.request_state import RequestState
@@ -149,3 +149,13 @@ def test_dwell_counts_the_rounds_of_an_arm_in_a_row() -> None:
         state.chose(arm)
         found.append(state.dwell)
     assert found == [1, 2, 3, 1, 1]
+
+
+def test_what_promises_less_than_plain_decoding_is_no_choice() -> None:
+    scores, passes = {"ar": 2.0, "lookup": 0.9, "none": 1.0}, {"ar": 2.0, "none": 1.0}
+    assert _of_passes(scores, {"lookup": Forecast(0.9, 3)}, priced=True) == (passes, "none")
+    promised = {**passes, "promised": 1.5}
+    assert _of_passes({**scores, "lookup": 1.5}, {"lookup": Forecast(1.5, 3)}, priced=True) == (
+        promised,
+        "lookup",
+    )
