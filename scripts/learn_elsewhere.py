@@ -1,7 +1,7 @@
 """Measure what learning brings on prompts of kinds that the embedded pair's training never had, by tokens learned.
 
 The prompts are Spec-Bench's, apart from mathematics and code. Four of five are answered to learn from, the fifth to
-judge. What is learned after them is of other suites (`--also`). Home is judged on answers of training's own kinds that
+judge. Answers to other suites (`--also`) are learned after them. Home is judged on answers of training's own kinds that
 no drafter has learned from. Every amount starts from the shipped checkpoints. Everything is kept in WORK, so a killed
 run goes on.
 

@@ -250,9 +250,9 @@ class Proposal:
 
     chosen: those that are verified; `own` counts those of each request's own arm. drafts: of the own arms, whether or
     not they are verified. rows: of the verification; stride: of its widest request. Both are what the widths come to
-    where the host may know them, else bounds, and the requests competed for rows (`bounded`). parts: of each request
-    what the drafts that were laid were taken from, where the host knows. strands: further chains of requests; `rows`
-    and `stride` count them. copies: that the device made of every request's text, whether or not they are verified.
+    where the host may know them, else bounds, and the requests competed for rows (`bounded`). parts: the
+    sources of each request's laid drafts, if the host knows them. strands: further chains of requests; `rows` and
+    `stride` count them. copies: that the device made of every request's text, whether or not they are verified.
     """
 
     chosen: Chosen

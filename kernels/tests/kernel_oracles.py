@@ -240,7 +240,7 @@ def choose(requests, worth, room):
 
     A request is its own drafts, those behind them, its voices and its copies, each a list of (token, chance); a voice
     is one with how many of its first tokens were committed since, whether these are the text's, and the most of it.
-    Where what is left of the first voice pays its rows, there are no copies.
+    There are no copies if the rest of the first voice pays its rows.
     """
     merged, whose, own = [], [], []
     for laid, behind, voices, copies in requests:

@@ -293,7 +293,7 @@ def test_a_voice_counts_from_where_the_text_is(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_is_silent_where_the_copying_arm_spoke(backend: str) -> None:
-    """Its voice may promise less than the copy. Where the text has left it, or it does not pay, the copy counts."""
+    """Its voice may promise less than the copy. The copy counts if the text has left it, or it does not pay."""
     at, none = integers([0, 1, 2, 3]), integers([0] * 4)
     text = torch.tensor([[0, 1, 2, 0, 0]] * 4, device=DEVICE)
     laid = Drafts(integers([[9]] * 4), none, floats([[0.0]] * 4))

@@ -108,11 +108,11 @@ def choose_drafts(
     the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was said,
     tokens[b, k, :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts,
     ``rooms[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1]. The copies are the last voice. They
-    do not count where the host's first voice pays its rows: it is the copying arm's, which chose among more places.
-    What is verified is the voice with the largest sum of (chance - ``worth``), the first of equals, voice 0 if no
-    other's sum is more than its own. Last, with ``room``, requests compete: kept are the ``room`` drafts with the
-    largest ``alive`` of the batch, of equals the earlier in their request, then those of the earlier request. A draft
-    is never likelier than those before it, so what is kept are the first of each request.
+    do not count if the host's first voice pays its rows: it is the copying arm's, which chose among more places. The
+    voice with the largest sum of (chance - ``worth``) is verified, the first of equals, voice 0 if no other's sum is
+    more than its own. Last, with ``room``, requests compete. The ``room`` drafts with the largest ``alive`` of the
+    batch are kept. Equals go to the earlier place in a request, then to the earlier request. A draft is never likelier
+    than those before it, so each request keeps its first ones.
 
     Args:
         drafts: `lay_drafts`'.

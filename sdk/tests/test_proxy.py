@@ -14,7 +14,8 @@ from whiflash_sdk import Hints
 from whiflash_sdk.hints import decode
 
 httpx: Any = pytest.importorskip("httpx")
-Proxy: Any = importlib.import_module("whiflash_sdk.proxy").Proxy
+proxy: Any = importlib.import_module("whiflash_sdk.proxy")
+Proxy, IDLE_SECONDS = proxy.Proxy, proxy.IDLE_SECONDS
 
 ASKED: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Where?"}], "stream": True}
 SECRET = "sk-secret"
@@ -294,7 +295,7 @@ def test_an_idle_connection_is_left_before_the_server_leaves_it() -> None:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         app = Proxy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         found = [(await Client().ask(app, "/v1/embeddings")).status]
-        await asyncio.sleep(2.2)
+        await asyncio.sleep(IDLE_SECONDS + 0.2)
         found.append((await Client().ask(app, "/v1/embeddings")).status)
         server.close()
         return found

@@ -154,7 +154,9 @@ def _brought(trace: Trace) -> Iterator[Finding]:
         )
     if not trace.sources:
         yield Finding(
-            "sources", False, "the server reports none: nothing was drafted, or it is older than this SDK"
+            "sources",
+            False,
+            "the server reports none: nothing was drafted, or the server is older than this SDK",
         )
         return
     for name in dict.fromkeys((*trace.sources, *_UNUSED)):

@@ -25,7 +25,7 @@ NAMES: Final = ("tenant", "agent", "session")
 """What `X-WhiFlash-…` headers and parts of the path in front of `/v1` may set."""
 LONGEST_BODY: Final = 64 * 2**20
 IDLE_SECONDS: Final = 2.0
-"""For which an idle connection to the server is kept. Uvicorn closes its side after five, httpx's own default: a
+"""An idle connection to the server is kept this long. Uvicorn closes its side after five, httpx's own default: a
 request at that moment would fail."""
 _PREFIX: Final = "x-whiflash-"
 _HOPS: Final = frozenset(

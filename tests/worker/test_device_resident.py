@@ -71,7 +71,7 @@ def sources_of(running: Engine, name: str) -> dict[str, int]:
 
 
 def test_traces_name_the_sources_of_drafts(running: Engine) -> None:
-    """Of the drafts of passes, and of the copies that the device makes in their place or behind them."""
+    """Drafts of passes, and copies that the device makes in their place or behind them."""
     running.worker.reconfigure({"router": "random"})
     found = Counter[str]()
     for i, prompt in enumerate(PROMPTS):

@@ -70,7 +70,7 @@ class Learner:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
         Args:
-            parts: as of `Proposal`; where the device chose, of what was laid. strands: as of `Verified`.
+            parts: as of `Proposal`. strands: as of `Verified`.
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
@@ -86,10 +86,10 @@ class Learner:
         own_strands: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
         for strand, right in strands:
             own_strands[strand.owner].append((strand, right))
+        chosen_on_device = "wanted" in found
         for i, state in enumerate(plan.states):
             state.under_way.pop(0)
             chain = parts[i] if parts is not None else ()
-            chosen_on_device = "wanted" in found
             paths = _paths(() if chosen_on_device else chain, own_strands[i])
             arm, own = self._whose(plan, found, i, paths[0])
             if chosen_on_device and state.recording is not None:
@@ -183,13 +183,13 @@ class Learner:
 def _chosen_parts(
     plan: Plan, found: Mapping[str, list[Any]], i: int, chain: Sequence[Part]
 ) -> Sequence[Part]:
-    """What the drafts that the device chose for a request were taken from. chain: of what was laid, if known."""
+    """The sources of the drafts that the device chose for a request. chain: those of the laid drafts, if known."""
     drafts, voice, own = found["widths"][i] - 1, found["voice"][i], found["own"][i]
     if voice > 0:
         said = plan.voices[i][plan.speakers[voice - 1]]
         chain = list(behind(said.parts, found["starts"][i] + 1 - said.at))
     elif voice < 0 or not chain:
-        own = 0 if voice else min(own, drafts)
+        own = 0 if voice else own
         chain = [Part(plan.routes[i], own), Part(CONTEXT, drafts - own)]
     return [part for part in first_of(chain, drafts) if part.drafts]
 

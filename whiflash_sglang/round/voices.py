@@ -18,8 +18,8 @@ class Voices:
 
     Attributes:
         of_text: all of them. on_device: those for which the device drafts too. speaking: those that draft by what they
-            say, the former first (`choose_drafts`). width: tokens of a voice at most where texts are known late: a
-            round's drafts behind those of a round before.
+            say, the former first (`choose_drafts`). width: most tokens of a voice if texts are known late: two
+            rounds of drafts.
     """
 
     def __init__(self, drafters: Mapping[str, Drafter], quarantine: Quarantine, vocabulary: int) -> None:
