@@ -159,12 +159,7 @@ def sample_rows(
     whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:
-        owners = owner.tolist()
-        records = (
-            True,
-            [batch.top_logprobs_nums[i] for i in owners],
-            [batch.token_ids_logprobs[i] for i in owners],
-        )
+        records = True, [max(batch.top_logprobs_nums)] * len(owner), _asked_ids(batch, owner)
     found, step = [], len(owner) if whole else SAMPLED_ROWS
     for begin in range(0, len(owner), step):
         rows = slice(begin, begin + step)
@@ -203,23 +198,44 @@ def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
     return draw, spec_utils.SIMULATE_ACC_TOKEN_MODE == "real-draft-token"
 
 
-LISTS = (
-    "next_token_top_logprobs_val",
-    "next_token_top_logprobs_idx",
-    "next_token_token_ids_logprobs_val",
-    "next_token_token_ids_logprobs_idx",
-)
-"""SGLang's records of log-probabilities that have one entry a row."""
+def _asked_ids(batch: Any, owner: torch.Tensor) -> list[list[int] | None]:
+    """The ids whose log-probabilities each row's request asks for. The host waits for the rows' owners if any does."""
+    asked = batch.token_ids_logprobs
+    if all(ids is None for ids in asked):
+        return [None] * len(owner)
+    return [asked[i] for i in owner.tolist()]
+
+
+LIKELIEST = ("next_token_top_logprobs_val", "next_token_top_logprobs_idx")
+ASKED = ("next_token_token_ids_logprobs_val", "next_token_token_ids_logprobs_idx")
+"""SGLang's records of log-probabilities with one entry a row: tensors of one length, and what each asked for by id."""
 
 
 def keep_rows(output: Any, index: torch.Tensor) -> None:
-    """Keep the log-probabilities of the rows in `index`, of any shape, if `output` has any."""
+    """Keep the log-probabilities of the rows in `index`, of any shape, if `output` has any.
+
+    The host waits for the index only where a request asks for tokens by id.
+    """
     if output.next_token_logprobs is not None:
         output.next_token_logprobs = output.next_token_logprobs[index]
-    flat = index.flatten().tolist()
-    for name in LISTS:
+    for name in LIKELIEST:
         if rows := getattr(output, name):
-            setattr(output, name, [rows[row] for row in flat])
+            setattr(output, name, list(torch.stack(rows)[index.flatten()]))
+    if output.next_token_token_ids_logprobs_val:
+        flat = index.flatten().tolist()
+        for name in ASKED:
+            setattr(output, name, [getattr(output, name)[row] for row in flat])
+
+
+def cut_likeliest(output: Any, counts: Sequence[int], stride: int) -> None:
+    """Leave each request as many likeliest tokens as it asks for; all rows have as many as any does.
+
+    Args:
+        counts: by request. stride: rows of each.
+    """
+    for name in LIKELIEST:
+        if rows := getattr(output, name):
+            setattr(output, name, [row[: counts[i // stride]] for i, row in enumerate(rows)])
 
 
 def count_earlier_output(batch: Any) -> None:

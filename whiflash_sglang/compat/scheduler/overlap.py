@@ -9,7 +9,7 @@ import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxiliary_output
 from sglang.srt.runtime_context import get_schedule
 
-from whiflash_sglang.compat.forward.sampling import keep_rows
+from whiflash_sglang.compat.forward.sampling import cut_likeliest, keep_rows
 from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import Download
 
@@ -94,6 +94,7 @@ def attach(batch: Any, verified: Verified, stride: int) -> None:
     index = torch.minimum(indptr[:-1, None].to(torch.int64) + columns, last)
     if batch.return_logprob:
         keep_rows(output, index)
+        cut_likeliest(output, batch.top_logprobs_nums, stride)
     if batch.return_hidden_states:
         if verified.final_hidden is None:
             raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
