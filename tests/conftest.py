@@ -35,6 +35,7 @@ LONGEST = (
     "tests/targets/test_target_parity.py",
     "tests/targets/test_own_heads.py",
     "tests/platform/test_servers.py",
+    "tests/phantom/test_server.py",
     "tests/gpu/test_serving_part.py",
     "tests/graphs/test_lag_and_graphs.py",
     "tests/parallel/test_data_parallel.py",

@@ -112,6 +112,7 @@ class Stream:
 
     def synchronize(self) -> None:
         if self.world.waits("host", self):
+            self.world.waits_of_host[site()] += 1
             self.world.host_waits(self.clock)
 
     def query(self) -> bool:
@@ -139,6 +140,7 @@ class Event:
 
     def synchronize(self) -> None:
         if self.world.waits("host", self):
+            self.world.waits_of_host[site()] += 1
             self.world.host_waits(self.clock)
 
     def query(self) -> bool:
@@ -155,7 +157,7 @@ class Event:
 
 class Streams:
     """The model. `races`: what was not ordered. `stalls`: where the host waited for the device to read from it.
-    `pageable`: where it waited to write to it.
+    `pageable`: where it waited to write to it. `waits_of_host`: where it was told to wait for a stream or an event.
 
     forget: says of a wait, by who waits and for what (`"host"`, a `Stream` or an `Event`), whether to leave it out: a
     planted fault.
@@ -167,7 +169,9 @@ class Streams:
         self.races: Counter[str] = Counter()
         self.stalls: Counter[str] = Counter()
         self.pageable: Counter[str] = Counter()
+        self.waits_of_host: Counter[str] = Counter()
         self.forget: Callable[[Any, Any], bool] = lambda waiting, on: False
+        self.tape: Any = None  # a graph that is being captured has one (`phantom/graphs.py`)
         self._default: Clock = {}
         self._cells: dict[int, Cell] = {}
         self._shared: dict[int, Cell] = {}  # of the device, touched by a stream that does not own them

@@ -82,9 +82,14 @@ class Tape(TorchDispatchMode):
         self._steps.append(again)
         return result
 
-    def call(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `kernel` and note the call as one operator, whatever it does inside."""
-        self._note_inputs((args, kwargs))
+    def call(
+        self, kernel: Callable[..., Any], *args: Any, reads: Sequence[torch.Tensor] = (), **kwargs: Any
+    ) -> Any:
+        """Call `kernel` and note the call as one operator, whatever it does inside.
+
+        reads: tensors of its arguments that are in records, which nobody looks into.
+        """
+        self._note_inputs((args, kwargs, list(reads)))
         with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
             result = kernel(*args, **kwargs)
         fresh = [

@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from graphs import graphs
 from h100 import answers
 from host_reads import READS
 from sites import site
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from watching import Operators
+from whiflash_kernels.attention import _draft_attention
 
 DEVICE = torch.device("cuda", 0)
 
@@ -40,6 +42,7 @@ OF_VALUES = frozenset(
         "bincount",
         "equal",
         "masked_select",
+        "multinomial",
         "nonzero",
         "unique_consecutive",
         "unique_dim",
@@ -95,6 +98,7 @@ def phantom() -> Iterator[Streams]:
         first.name = "stream of the start"
         stack.enter_context(torch.cpu.stream(first))
         stack.enter_context(answers(world))
+        stack.enter_context(graphs(world))
         stack.enter_context(patch.object(torch.Tensor, "record_stream", _record_stream(world)))
         stack.enter_context(Operators(world))
         stack.enter_context(Rules(world))
@@ -126,6 +130,9 @@ class Rules(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.ops.whiflash.draft_attention.default:
+            with self:  # ours, in Python, which launches a kernel
+                return _draft_attention(*args)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         cards = [t for t in tensors if isinstance(t, Card)]
         for tensor in tensors:
@@ -145,7 +152,7 @@ class Rules(TorchDispatchMode):
         pinned = bool(kwargs.pop("pin_memory", False))
         if on_card and asked is not None:
             kwargs["device"] = torch.device("cpu")
-        out = func(*_held(args), **_held(kwargs))
+        out = self._issued(func, _held(args), _held(kwargs))
         if not on_card:
             for made in () if tensors else tree_leaves(out):
                 if isinstance(made, torch.Tensor):
@@ -153,6 +160,11 @@ class Rules(TorchDispatchMode):
                     cell.place, cell.written, cell.owner = PINNED if pinned else HOST, None, None
             return out
         return tree_map(_same_or_new(cards), out) if name not in OF_VALUES or name != "equal" else out
+
+    def _issued(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the operator, and note it where a graph is captured."""
+        tape = self.world.tape
+        return func(*args, **kwargs) if tape is None else tape.__torch_dispatch__(func, (), args, kwargs)
 
     def claim(self, tensor: torch.Tensor) -> None:
         """A tensor that nobody has met is the host's."""
@@ -170,7 +182,7 @@ class Rules(TorchDispatchMode):
                 self.world.sent_pageable()
         elif isinstance(source, Card) and not isinstance(to, Card):
             asynchronous = asynchronous and self.world.cell(to).place == PINNED
-        func(*_held((to, source)), asynchronous)
+        self._issued(func, (*_held((to, source)), asynchronous), {})
         return to
 
     def _moved(self, tensor: torch.Tensor, to_host: bool, kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -202,6 +214,8 @@ class _Calls(TorchFunctionMode):
         first = args[0] if args else None
         if name == "cuda" and isinstance(first, torch.Tensor):
             return first.to(DEVICE, **kwargs)
+        if name == "data_ptr" and isinstance(first, Card):
+            return first.held.data_ptr()
         if name == "tolist" and isinstance(first, Card):
             return first.cpu().tolist()  # torch refuses it of a wrapper, as it does the next
         if name == "numpy" and isinstance(first, Card):
@@ -284,10 +298,7 @@ def _same_or_new(cards: Sequence[Card]) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         card = known.get(id(leaf))
-        if card is None:
-            return Card(leaf)
-        if card.shape != leaf.shape:
-            raise NotImplementedError(f"a tensor of the card was resized from {card.shape} to {leaf.shape}")
-        return card
+        # A view in place (`unsqueeze_`) is another tensor here; nobody uses the one that it was called on.
+        return card if card is not None and card.shape == leaf.shape else Card(leaf)
 
     return wrapped

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from sites import site
 from streams import Streams
 
 GIGABYTE = 1 << 30
@@ -35,6 +36,7 @@ def answers(world: Streams) -> Iterator[None]:
     """`torch.cuda` answers as on a machine with one H100, and its streams are those of `world`."""
 
     def synchronize(device: Any = None) -> None:
+        world.waits_of_host[site()] += 1
         for stream in world.streams:
             world.host_waits(world.clock_of(stream))
 
@@ -60,8 +62,9 @@ def answers(world: Streams) -> Iterator[None]:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
+        "memory_stats": lambda device=None: {"reserved_bytes.all.current": 0, "reserved_bytes.all.peak": 0},
+        "current_blas_handle": lambda: 0,
         "synchronize": synchronize,
-        "is_current_stream_capturing": lambda: False,
         "current_stream": lambda device=None: torch.cpu.current_stream(),
         "default_stream": lambda device=None: first,
         "stream": torch.cpu.stream,

@@ -1,4 +1,4 @@
-"""Launches of our kernels on the phantom card, each taken by its reference, on the memory that the card has.
+"""Launches of kernels on the phantom card, each taken by what computes the same on the memory that the card has.
 
 What a launch does to memory is noted as one operator of the current stream. A tensor of the host among its arguments is
 refused as Triton refuses it, and what a reference reads of its own arguments no host waits for.
@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from card import Card
+from numpy.typing import NDArray
 from streams import Streams
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,15 +23,59 @@ from whiflash_kernels import dispatch
 FROM_HOST = "Pointer argument (at {}) cannot be accessed from Triton (cpu tensor?)"
 
 
+class Launches:
+    """counts: by name. stored: addresses that the launch under way has written, where somebody notes them."""
+
+    def __init__(self, world: Streams) -> None:
+        self.counts: Counter[str] = Counter()
+        self.stored: list[NDArray[np.int64]] = []
+        self._world = world
+
+    def of(self, name: str, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `kernel` computes of the card's memory, as one launch."""
+        self.counts[name] += 1
+        given: list[torch.Tensor] = []
+
+        def held(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, Card):
+                raise ValueError(FROM_HOST.format(len(given)))
+            given.append(tensor.held)
+            return tensor.held
+
+        opened, named = _mapped(args, held), _mapped(kwargs, held)
+        self.stored.clear()
+        before = [tensor._version for tensor in given]
+        with _disable_current_modes():
+            if self._world.tape is None:
+                out = kernel(*opened, **named)
+            else:
+                out = self._world.tape.call(kernel, *opened, reads=given, **named)
+        pairs = zip(given, before, strict=True)
+        written = [tensor for tensor, then in pairs if tensor._version > then or self._stored_to(tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        made = [
+            leaf
+            for leaf in tree_leaves(out)
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known
+        ]
+        self._world.on_stream(given, [*written, *made])
+        return tree_map(lambda leaf: Card(leaf) if isinstance(leaf, torch.Tensor) else leaf, out)
+
+    def _stored_to(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        return any(((places >= begin) & (places < end)).any() for places in self.stored)
+
+
 @contextmanager
-def kernels_taken(world: Streams) -> Iterator[Counter[str]]:
-    """What is counted: launches, by the op's name."""
-    launches: Counter[str] = Counter()
+def kernels_taken(world: Streams) -> Iterator[Launches]:
+    """Our kernels are taken by their references."""
+    launches = Launches(world)
     find = dispatch._module
 
     def module(package: str, name: str) -> Any:
         reference = find("reference", name)
-        return reference if package == "reference" else _Kernels(reference, world, launches)
+        return reference if package == "reference" else _Kernels(reference, launches)
 
     with patch.object(dispatch, "_module", module):
         yield launches
@@ -38,34 +84,12 @@ def kernels_taken(world: Streams) -> Iterator[Counter[str]]:
 class _Kernels:
     """A module of `triton_kernels`."""
 
-    def __init__(self, reference: Any, world: Streams, launches: Counter[str]) -> None:
-        self._reference, self._world, self._launches = reference, world, launches
+    def __init__(self, reference: Any, launches: Launches) -> None:
+        self._reference, self._launches = reference, launches
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op = getattr(self._reference, name)
-
-        def launch(*args: Any) -> Any:
-            self._launches[name] += 1
-            given: list[torch.Tensor] = []
-
-            def held(tensor: torch.Tensor) -> torch.Tensor:
-                if not isinstance(tensor, Card):
-                    raise ValueError(FROM_HOST.format(len(given)))
-                given.append(tensor.held)
-                return tensor.held
-
-            opened = _mapped(args, held)
-            before = [tensor._version for tensor in given]
-            with _disable_current_modes():
-                out = op(*opened)
-            written = [
-                tensor for tensor, version in zip(given, before, strict=True) if tensor._version > version
-            ]
-            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-            self._world.on_stream(given, [*written, *made])
-            return tree_map(lambda leaf: Card(leaf) if isinstance(leaf, torch.Tensor) else leaf, out)
-
-        return launch
+        return lambda *args: self._launches.of(name, op, *args)
 
 
 def _mapped(tree: Any, of_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:

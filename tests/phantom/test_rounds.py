@@ -90,7 +90,7 @@ def serve(
         server.learn()
         for index in range(server.size):
             server.end(index, kept=True)
-    print(dict(launches))
+    print(dict(launches.counts))
     return server
 
 

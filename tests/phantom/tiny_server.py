@@ -57,6 +57,7 @@ CONTEXT, RING, ROUTES = 160, 32, (arms.AR, arms.DIFFUSION, arms.NONE)
 class Target(NamedTuple):
     """Checkpoints of a target and its drafters, and the target as it is."""
 
+    target: Path
     model: TargetModel
     eagle3: Path
     dflash: Path
@@ -65,7 +66,7 @@ class Target(NamedTuple):
     def made(cls, root: Path) -> "Target":
         path = tiny_target(root / "target", peaked=True)
         model = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
-        return cls(model, tiny_eagle3(root / "eagle3", path), tiny_dflash(root / "dflash", path))
+        return cls(path, model, tiny_eagle3(root / "eagle3", path), tiny_dflash(root / "dflash", path))
 
     def forward(self, text: Sequence[int], captured: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T, V] and features [T, F] of a text, on the host."""

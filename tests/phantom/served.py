@@ -1,0 +1,111 @@
+"""A process in which stock SGLang serves on a phantom H100 with WHIFLASH; what it found goes to a file as JSON.
+
+python served.py TARGET EAGLE3 DFLASH VERSIONS FILE
+"""
+
+import json
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), *(str(TESTS / part) for part in ("phantom", "worker", "graphs", "learn"))]
+
+from upstream import ENVIRONMENT, driver, sglang_on_card  # noqa: E402
+
+os.environ |= ENVIRONMENT
+
+from card import phantom  # noqa: E402
+from streams import Streams  # noqa: E402
+
+OPTIONS: dict[str, Any] = {
+    "device": "cuda",
+    "dtype": "float32",
+    "sampling_backend": "pytorch",
+    "max_running_requests": 4,
+    "chunked_prefill_size": 32,
+}
+
+SWITCHED = 4
+"""Passes of the loop between two switches."""
+NOT_GREEDY: dict[str, dict[str, Any]] = {
+    "sampled": {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
+    "penalised": {"frequency_penalty": 0.5},
+    "biased": {"logit_bias": {"70": 2.0}},
+}
+"""Requests whose text is not plain decoding's likeliest."""
+RATED: dict[str, dict[str, Any]] = {
+    "rated three": {"return_logprob": True, "top_logprobs_num": 3},
+    "rated none": {"return_logprob": True, "top_logprobs_num": 0},
+}
+"""Requests that ask for log-probabilities."""
+
+
+def main() -> None:
+    """The command line."""
+    target, eagle3, dflash, versions, file = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as name, phantom() as world:
+        driver(Path(name))
+        whiflash = {"draft": dflash, "whiflash_eagle_draft": eagle3, "whiflash_router": "random"}
+        whiflash["whiflash_versions"] = versions
+        Path(file).write_text(json.dumps(served(world, Path(target), whiflash)))
+
+
+def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, Any]:
+    """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop.
+
+    Now and then the drafters' weights are switched, where the scheduler takes its mail: a forward is under way then.
+    """
+    import torch
+    from engine import engine
+    from overlap_loop import OverlapLoop
+    from places import places_for_cards, reached
+    from sglang.srt.managers import scheduler
+    from swapping import swap
+    from traffic import Arrival, mixed, play
+
+    arrivals = [
+        *mixed(seed=31, count=8, shared=40, aborts=0.3, stops=0.3, tokens=24),
+        *(
+            Arrival(name, 3, tuple(range(40, 70)), {"max_new_tokens": 12, **params})
+            for name, params in (NOT_GREEDY | RATED).items()
+        ),
+    ]
+    with sglang_on_card(world) as launches, ExitStack() as running:
+        with reached(places_for_cards()) as places:
+            started = running.enter_context(engine(target, whiflash=whiflash, **OPTIONS))
+        torch.cuda.synchronize()
+        for seen in (world.stalls, world.pageable, world.waits_of_host, world.races, launches.counts):
+            seen.clear()
+        scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 5
+        loop, captured = OverlapLoop(started.scheduler), torch.cuda.CUDAGraph.replays
+        ingest, passes = loop.scheduler.ingest_requests, count()
+
+        def ingesting() -> list[Any]:
+            number = next(passes)
+            if number % SWITCHED == 0:
+                swap(loop, number // SWITCHED % 2 + 1)
+            return ingest()
+
+        loop.scheduler.ingest_requests = ingesting
+        texts = play(loop, arrivals)
+        return {
+            "texts": {rid: text for rid, text in texts.items() if rid not in NOT_GREEDY},
+            "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
+            "retracted": sum(req.retraction_count for req in loop.requests.values()),
+            "attention": started.scheduler.server_args.attention_backend,
+            "switches": loop.worker.weights.swaps["taken"],
+            "replays": torch.cuda.CUDAGraph.replays - captured,
+            "rounds": {arm: counts.rounds for arm, counts in loop.worker.tally.by_arm.items()},
+            "launches": dict(launches.counts),
+            "places": sorted({path for path, _ in places}),
+            **{name: dict(getattr(world, name)) for name in ("stalls", "pageable", "waits_of_host", "races")},
+        }
+
+
+if __name__ == "__main__":
+    main()

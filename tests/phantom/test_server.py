@@ -1,0 +1,92 @@
+"""Stock SGLang on a phantom H100: its launcher's choices, its scheduler, FA3 and graphs, and our worker in it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_server import Target
+from versioned import trained, version
+
+if find_spec("sgl_kernel") is None or shutil.which("cc") is None:
+    pytest.skip("without SGLang's operators for CUDA, or a C compiler", allow_module_level=True)
+
+SGLANGS = (
+    "sglang/srt/layers/logprob_processor.py",
+    "sglang/srt/layers/sampler.py",
+    "sglang/srt/speculative/eagle_utils.py",
+)
+"""SGLang waits in a prefill whose request wants log-probabilities, and where PyTorch draws samples for FlashInfer. It
+copies lengths from pageable memory, twice a round, for every speculative algorithm."""
+SWITCH = "whiflash_sglang/learn/swap.py"
+NOT_OURS = (
+    "stream of the start may write again what stream 4 uses: sglang/srt/mem_cache/allocator/token.py",
+)
+"""Races of SGLang without WHIFLASH, too: nobody uses the stream of the start while serving."""
+NEED_SGLANG = (
+    "whiflash_sglang/compat/forward/graphs.py",
+    "whiflash_sglang/compat/forward/recurrent.py",
+    "whiflash_sglang/compat/scheduler/memory.py",
+    "whiflash_sglang/compat/scheduler/pricing.py",
+    "whiflash_sglang/worker.py",
+)
+"""Files that ask for a card, and that `test_rounds.py` does not come to."""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target.made(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def found(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """SGLang asks for a card when it is imported, so this is a process of its own."""
+    root = tmp_path_factory.mktemp("found")
+    versions, file = root / "versions", root / "found.json"
+    for number in (1, 2):
+        version(target, versions, root / f"scratch{number}", trained(0.1, number))
+    paths = (target.target, target.eagle3, target.dflash, versions, file)
+    command = [sys.executable, str(Path(__file__).parent / "served.py"), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    result: dict[str, Any] = json.loads(file.read_text())
+    print(
+        {
+            name: result[name]
+            for name in ("rounds", "launches", "stalls", "pageable", "waits_of_host", "races")
+        }
+    )
+    return result
+
+
+def test_the_scheduler_waits_for_nothing(found: dict[str, Any]) -> None:
+    """In prefills, rounds, aborts, retractions and ends of requests, with results that are a round late.
+
+    A switch of the drafters' weights compares and writes them, for which it waits.
+    """
+    assert not [site for site in found["stalls"] if not site.startswith((*SGLANGS, SWITCH))]
+    assert not [site for site in found["pageable"] if not site.startswith((*SGLANGS, SWITCH))]
+    assert not [site for site in found["waits_of_host"] if site.startswith("whiflash")]
+    assert not [race for race in found["races"] if not race.startswith(NOT_OURS)]
+
+
+def test_all_arms_and_graphs_drafted_and_verified(found: dict[str, Any]) -> None:
+    assert found["attention"] == "fa3"
+    assert found["retracted"] > 0
+    assert found["switches"] > 3
+    assert all(found["rounds"][arm] for arm in ("ar", "diffusion", "lookup", "none")), found["rounds"]
+    verified = found["launches"]["prepare_mixed_block"]
+    assert found["replays"] > verified  # every verification, and drafters' passes
+
+
+def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
+    for rid, text in found["texts"].items():
+        assert text == target.likeliest(found["prompts"][rid], text)
+
+
+def test_places_that_ask_for_a_card_are_reached(found: dict[str, Any]) -> None:
+    assert set(NEED_SGLANG) <= set(found["places"])

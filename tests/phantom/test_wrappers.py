@@ -1,0 +1,81 @@
+"""The functions that launch our Triton kernels, on the phantom card: they wait for nothing. No kernel runs."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from card import Card
+from places import places_for_cards, reached
+from streams import Streams
+
+BENCH = str(Path(__file__).parents[2] / "kernels" / "bench")
+ASKING = ("whiflash_kernels/triton_kernels/attention.py", "whiflash_kernels/triton_kernels/launch.py")
+"""Files that ask for a card, and that no server on the phantom card comes to."""
+
+
+class HostsNumbers:
+    """Torch, but random numbers are drawn on the host: there is no card to draw them."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def Generator(device: torch.device) -> torch.Generator:  # noqa: N802  (torch's name)
+        return torch.Generator()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Launches, by the kernel's name: their tensors are the card's, and nothing is done."""
+    from triton.runtime.jit import JITFunction
+
+    found: Counter[str] = Counter()
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        host = [
+            t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and not isinstance(t, Card)
+        ]
+        assert not host, f"{self.fn.__name__} takes a tensor of the host"
+        found[self.fn.__name__] += 1
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.syspath_prepend(BENCH)
+    yield found
+    for name in ("cases", "draft_cases", "moved_bytes", "shapes"):
+        sys.modules.pop(name, None)
+
+
+def test_launching_waits_for_nothing(
+    world: Streams, launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cases
+    import draft_cases
+    import moved_bytes
+    from shapes import SHAPES
+
+    for module in (cases, draft_cases):
+        monkeypatch.setattr(module, "CONTEXT", 256)
+        monkeypatch.setattr(module, "BATCHES", (2, 4))
+    sizes = {"hidden": 256, "heads": 8, "kv_heads": 2, "dim": 64, "vocab": 4096, "router_units": 32}
+    monkeypatch.setattr(cases, "torch", HostsNumbers())
+    monkeypatch.setattr(
+        cases, "upstream_dflash", lambda *_: {}
+    )  # imports SGLang, which would take this for a card
+    bench = cases.Bench(replace(SHAPES["smollm2-135m"], **sizes), torch.device("cuda", 0), 4)
+    with reached(places_for_cards()) as places:
+        for case in (
+            case for family in (*moved_bytes.FAMILIES, cases.catch_up_cases) for case in family(bench)
+        ):
+            case.call()  # tables of addresses are made once
+            for noted in (world.stalls, world.pageable):
+                noted.clear()
+            case.call()
+            assert not world.stalls, case.op
+            assert not world.pageable, case.op
+    print(dict(launches))
+    assert set(ASKING) <= {path for path, _ in places}
