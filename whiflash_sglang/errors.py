@@ -19,3 +19,7 @@ class CheckpointError(WhiflashError):
 
 class IncompatibleEngineError(WhiflashError):
     """The installed SGLang is not the one this version is written for."""
+
+
+class ServerRefusedError(WhiflashError):
+    """A running server did not do what it was asked, or does not answer; the message names it and says why."""

@@ -23,7 +23,7 @@ import httpx
 import psutil
 
 from whiflash_sglang.device.cpu import CHILD_ENVIRONMENT, serves_here
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.errors import ServerRefusedError, WhiflashError
 
 
 class Closing:
@@ -274,6 +274,43 @@ class Server(Closing):
                     if listens(process.pid, self.port) and client.get("/health").status_code == 200:
                         return
                 time.sleep(0.25)
+
+
+def ask(
+    client: httpx.Client, url: str, path: str, holds: str, body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The answer of the server at `url` on a route of ours, after `body` was sent to it if there is one.
+
+    holds: a key without which it is somebody else's answer. Raises: ServerRefusedError.
+    """
+    try:
+        answer = client.get(f"{url}{path}") if body is None else client.post(f"{url}{path}", json=body)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerRefusedError(
+            f"{url} does not answer ({error}): check --url, and whether the server has started"
+        ) from None
+    if answer.status_code in (401, 403):
+        raise ServerRefusedError(
+            f"{url} refused the key for {path} ({answer.status_code}): set WHIFLASH_API_KEY, or --api-key, to its "
+            "admin key"
+        )
+    if answer.status_code == 404:
+        raise ServerRefusedError(
+            f"{url} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check --url"
+        )
+    try:
+        found = answer.json()
+        why = found["error"]["message"] if answer.status_code == 400 else None
+    except (ValueError, KeyError, TypeError):
+        found, why = None, None
+    if why is not None:
+        raise ServerRefusedError(f"{url}: {why}")
+    if answer.status_code != 200 or not isinstance(found, dict) or holds not in found:
+        raise ServerRefusedError(
+            f"{url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give --url of "
+            "the server itself"
+        )
+    return found
 
 
 class SilentReplicaError(WhiflashError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.cli.running import ServerRefusedError
+from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.learn.samples import Sample, check_spool, samples_of, write_file
 from whiflash_sglang.learner import watch
 from whiflash_sglang.learner.guard import LEAST, MOST, Guard

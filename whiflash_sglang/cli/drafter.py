@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, UrlOption, report
-from whiflash_sglang.cli.running import ServerRefusedError, ask_every, steer
+from whiflash_sglang.cli.running import ask_every, steer
+from whiflash_sglang.errors import ServerRefusedError
 
 _Directory = Annotated[
     Path, typer.Argument(help="Directory of versions: --whiflash-versions, or versions in --whiflash-learn.")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, report
-from whiflash_sglang.cli.running import ServerRefusedError, steer
-from whiflash_sglang.errors import UsageError
+from whiflash_sglang.cli.running import steer
+from whiflash_sglang.errors import ServerRefusedError, UsageError
 
 if TYPE_CHECKING:
     from whiflash_sglang.learner.once import Learning

@@ -19,7 +19,7 @@ from whiflash_sglang.cli.options import (
     report,
 )
 from whiflash_sglang.config import RouterName
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.errors import ServerRefusedError, WhiflashError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0
 """Seconds that a server may take to answer: it does between two steps of its scheduler."""
-
-
-class ServerRefusedError(WhiflashError):
-    """A server did not take a change, or cannot be asked; the message names it and says why."""
 
 
 def change(url: str, router: str | None, api_key: str | None) -> str:
@@ -51,35 +47,10 @@ def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None)
     """
     import httpx
 
-    headers = authorization(api_key)
-    try:
-        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
-            answer = client.get("/whiflash/state") if body is None else client.post(path, json=body)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerRefusedError(
-            f"{url} does not answer ({error}): check --url, and whether the server has started"
-        ) from None
-    if answer.status_code in (401, 403):
-        raise ServerRefusedError(
-            f"{url} refused the key ({answer.status_code}): set WHIFLASH_API_KEY, or --api-key, to its admin key"
-        )
-    if answer.status_code == 404:
-        raise ServerRefusedError(
-            f"{url} has no route /whiflash (404): it serves without --speculative-algorithm WHIFLASH, or is a "
-            "gateway; check --url"
-        )
-    try:
-        found = answer.json()
-        said = found["error"]["message"] if answer.status_code == 400 else found["policy"]
-    except (ValueError, KeyError, TypeError):
-        raise ServerRefusedError(
-            f"{url} answered {answer.status_code} without the expected JSON, as a gateway does: give --url of the "
-            "server itself"
-        ) from None
-    if answer.status_code == 400:
-        raise ServerRefusedError(f"{url}: {said}")
-    state: dict[str, Any] = found
-    return state
+    from whiflash_sglang.serving import ask
+
+    with httpx.Client(headers=authorization(api_key), timeout=PATIENCE) as client:
+        return ask(client, url, "/whiflash/state" if body is None else path, "policy", body)
 
 
 def ask_every(urls: list[str] | None, ask: Callable[[str], Any], as_json: bool) -> None:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from whiflash_sdk.render.aligned import printable
 
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.errors import ServerRefusedError
+from whiflash_sglang.serving import ask
 
 _COLOURS = {
     "ar": "blue",
@@ -142,10 +143,6 @@ TIMEOUT = 5.0
 """Seconds until a server that does not answer counts as gone."""
 
 
-class ServerUnreadableError(WhiflashError):
-    """A server does not return its state; the message names it and says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Reading:
     """A server's state (`GET /whiflash/state`) at `at`, in seconds of a clock that does not jump."""
@@ -163,37 +160,11 @@ class WatchedServer:
         self._client = client
 
     def read(self) -> Reading:
-        """Its state now. Raises: ServerUnreadableError."""
+        """Its state now. Raises: ServerRefusedError."""
         if not self.model:
-            self.model = str(self._get("/whiflash/capabilities").get("model", ""))
-        state = self._get("/whiflash/state")
+            self.model = str(ask(self._client, self.url, "/whiflash/capabilities", "model")["model"])
+        state = ask(self._client, self.url, "/whiflash/state", "policy")
         return Reading(time.monotonic(), state)
-
-    def _get(self, path: str) -> Mapping[str, Any]:
-        try:
-            answer = self._client.get(f"{self.url}{path}")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerUnreadableError(
-                f"{self.url} does not answer ({error}): check --url, and whether the server has started"
-            ) from None
-        if answer.status_code in (401, 403):
-            raise ServerUnreadableError(
-                f"{self.url} wants a key for {path}: --api-key, or WHIFLASH_API_KEY in the environment"
-            )
-        if answer.status_code == 404:
-            raise ServerUnreadableError(
-                f"{self.url} has no {path}: it is no SGLang server with --speculative-algorithm WHIFLASH"
-            )
-        try:
-            found = answer.json() if answer.status_code == 200 else None
-        except ValueError:
-            found = None
-        if not isinstance(found, Mapping):
-            raise ServerUnreadableError(
-                f"{self.url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give "
-                "--url of the server itself"
-            )
-        return found
 
 
 class LiveView:
@@ -206,17 +177,17 @@ class LiveView:
     def look(self) -> list[dict[str, Any]]:
         """Of each server `url` and `error`, or `model`, `state`, and `figures` since the last look and the start."""
 
-        def read(server: WatchedServer) -> Reading | ServerUnreadableError:
+        def read(server: WatchedServer) -> Reading | ServerRefusedError:
             try:
                 return server.read()
-            except ServerUnreadableError as error:
+            except ServerRefusedError as error:
                 return error
 
         with ThreadPoolExecutor(len(self._servers)) as pool:
             found = list(pool.map(read, self._servers))
         looked: list[dict[str, Any]] = []
         for place, (server, now) in enumerate(zip(self._servers, found, strict=True)):
-            if isinstance(now, ServerUnreadableError):
+            if isinstance(now, ServerRefusedError):
                 looked.append({"url": server.url, "error": str(now)})
                 continue
             # Seconds of rounds, not of the clock on the wall: a server that waits for requests is not slow.
