@@ -14,9 +14,11 @@ WALL = re.compile(
 DATES = {
     "sdk/whiflash_sdk/collecting.py",
     "whiflash_sglang/compat/http/samples.py",
+    "whiflash_sglang/learner/once.py",
     "whiflash_sglang/train/answers/provenance.py",
 }
-"""Say when something was; nothing is computed from it but the seconds that a training is said to have taken."""
+"""These name when something was. A training's length is computed from such dates, and the learner passes over a
+version whose date is ahead of now."""
 
 
 def test_only_dates_are_read_from_the_wall_clock() -> None:

@@ -136,10 +136,10 @@ def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
     ]
 
 
-def test_it_waits_for_requests_that_what_serves_has_not_learned_from(passed: Passed, pair: Pair) -> None:
+def test_it_waits_for_requests_that_no_version_has_learned_from(passed: Passed, pair: Pair) -> None:
     learning, _ = passed
     record(versions_of(learning.directory), Used(1, 0))
-    with pytest.raises(ConfigError, match="0 samples are newer than what serves has learned from"):
+    with pytest.raises(ConfigError, match="0 samples are newer than those of the newest version"):
         learn_once(learning)
     serve(learning.directory, str(pair[0] / "target"), 16, 2)
     found = learn_once(learning._replace(tokens=500))
@@ -286,11 +286,39 @@ def test_a_killed_pass_goes_on_where_it_was(pair: Pair, tmp_path: Path) -> None:
     assert not (learning.directory / WORK).exists()
 
 
-@pytest.mark.parametrize("changed", ["forgotten", "rate"])
-def test_a_killed_pass_begins_again_if_it_would_learn_something_else(
-    pair: Pair, tmp_path: Path, changed: str
+def test_a_pass_that_is_killed_behind_its_version_is_ended_by_the_next(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing that was made of a sample that is forgotten is left."""
+    """Its version is neither lost nor made again, and waits for newer samples, whatever version serves."""
+    learning = learning_of(pair, tmp_path)
+    serve(tmp_path, str(pair[0] / "target"), 320, 10)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(once, "write_status", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn_once(learning)
+    found = learn_once(learning)
+    assert (found.present, found.version, found.judged) == (0, 1, 64)
+    assert all(gain.better for gain in found.drafters.values())
+    assert status_of(tmp_path) == json.loads(json.dumps(found.facts()))
+    with pytest.raises(ConfigError, match="0 samples are newer"):
+        learn_once(learning)
+    assert numbers(versions_of(tmp_path)) == [1]
+    notes = path_of(versions_of(tmp_path), 1) / "notes.json"
+    for until in (None, "later", float("nan"), 2 * time.time()):
+        notes.write_text(json.dumps({"until": until}))
+        with pytest.raises(KeyboardInterrupt):
+            learn_once(learning, Killed(1))
+
+
+@pytest.mark.parametrize("changed", ["forgotten", "rate", "epochs"])
+def test_a_killed_pass_begins_again_if_it_would_learn_something_else(
+    pair: Pair, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that was made of a sample that is forgotten is left. epochs: of another release of this package."""
     learning = learning_of(pair, tmp_path)
     serve(tmp_path, str(pair[0] / "target"), 64, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -298,6 +326,8 @@ def test_a_killed_pass_begins_again_if_it_would_learn_something_else(
     assert len(store_of(tmp_path)) == 20
     if changed == "forgotten":
         files_of(samples_of(tmp_path))[0].path.unlink()
+    if changed == "epochs":
+        monkeypatch.setattr(once, "EPOCHS", 2.0)
     rate = 1e-3 if changed == "rate" else learning.rate
     with pytest.raises(KeyboardInterrupt):
         learn_once(learning._replace(rate=rate), Killed(3))

@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
             report({"served": used.version, "before": used.before, "versions": found}, True)
             return
         for number, notes in {"0": {}, **found}.items():
-            said = ", ".join(f"{key} {value}" for key, value in notes.items())
+            said = ", ".join(f"{key} {value}" for key, value in notes.items() if not isinstance(value, dict))
             typer.echo(f"{'*' if number == str(used.version) else ' '} {number}{'  ' if said else ''}{said}")
 
     @drafter.command()

@@ -23,9 +23,10 @@ from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import MANIFEST, PARTS, Manifest, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.lab.statistics import Interval
 from whiflash_sglang.learn.samples import samples_of
 from whiflash_sglang.learn.swap import check_fits
-from whiflash_sglang.learn.versions import notes_of, publish, read_version, served, versions_of
+from whiflash_sglang.learn.versions import notes_of, numbers, publish, read_version, served, versions_of
 from whiflash_sglang.learner.judge import Gain, gains, walk_answers
 from whiflash_sglang.learner.pace import Pace
 from whiflash_sglang.learner.texts import Chosen, Text, answer_tokens, choose, texts_of
@@ -52,6 +53,8 @@ CHOICE = "choice.json"
 """What the pass in `WORK` learns from, and with what settings."""
 UNTIL = "until"
 """Note of a version: when the newest sample was written that it was learned from or judged by."""
+OUTCOME = "outcome"
+"""Note of a version: all of its pass's outcome, for a pass that is killed behind it."""
 
 
 class Learning(NamedTuple):
@@ -110,6 +113,9 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         manifest = load_manifest(learning.bundle)
         versions = versions_of(learning.directory)
         present = served(versions).version
+        if published := _published(learning.directory, versions, present):
+            write_status(learning.directory, published.facts())
+            return published
         checkpoints = _present(learning, manifest, versions, present)
         chosen = _chosen(learning, manifest, present, work)
         config = config_of(learning.config, checkpoints, work, learning.rate)
@@ -132,17 +138,38 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         found = gains(*walks)
         better = {arm for arm in checkpoints if found[PARTS[arm]].better}
         tokens += answer_tokens(more)
-        number = None
+        counts = len(chosen.learned), len(chosen.judged)
+        seconds = time.monotonic() - began
+        outcome = Outcome(present, None, *counts, tokens, seconds, chosen.until, found)
         if better:
             best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
-            notes = {UNTIL: chosen.until, "tokens": tokens, "from": present}
+            notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.facts()}
             notes |= {name: round(gain.ratio.ratio, 3) for name, gain in found.items()}
-            number = publish(versions, _bundle(manifest, best, work), notes)
-        seconds = time.monotonic() - began
-        counts = len(chosen.learned), len(chosen.judged)
-        outcome = Outcome(present, number, *counts, tokens, seconds, chosen.until, found)
+            outcome = outcome._replace(version=publish(versions, _bundle(manifest, best, work), notes))
         write_status(learning.directory, outcome.facts())
         return outcome
+
+
+def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
+    """The outcome of a pass that was killed when it had published its version, before anybody knew."""
+    number = max(numbers(versions), default=0)
+    notes = notes_of(versions, number)
+    if notes.get("from") != present or OUTCOME not in notes:
+        return None
+    if _until(notes) <= float(status_of(directory).get(UNTIL, 0)):
+        return None
+    facts = notes[OUTCOME]
+    gained = {
+        name: Gain(one.pop("before"), one.pop("after"), Interval(**one))
+        for name, one in facts.pop("drafters").items()
+    }
+    return Outcome(**facts, drafters=gained)._replace(version=number)
+
+
+def _until(notes: Mapping[str, Any]) -> float:
+    """As of `UNTIL`; 0 where nobody says it, or a clock was ahead: nothing would ever be newer."""
+    found = notes.get(UNTIL)
+    return float(found) if isinstance(found, int | float) and found <= time.time() else 0.0
 
 
 def write_status(directory: Path, facts: Mapping[str, Any]) -> None:
@@ -214,7 +241,10 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
     """
     texts = list(texts_of(samples_of(learning.directory), manifest.target))
     settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
-    begun = json.loads(json.dumps({"present": present, **settings}, default=str))
+    settings |= {"present": present, "epochs": EPOCHS, "step_tokens": STEP_TOKENS}
+    begun = json.loads(json.dumps(settings, default=str))
+    versions = versions_of(learning.directory)
+    since = max((_until(notes_of(versions, number)) for number in numbers(versions)), default=0.0)
     file, known = work / CHOICE, {text.name: text for text in texts}
     try:
         was = json.loads(file.read_text(encoding="utf-8"))
@@ -225,7 +255,6 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
         pass
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(mode=0o700)
-    since = float(notes_of(versions_of(learning.directory), present).get(UNTIL, 0)) if present else 0.0
     chosen = choose(texts, since, learning.tokens, learning.judged)
     names = {side: [text.name for text in getattr(chosen, side)] for side in ("learned", "judged")}
     write_whole(file, json.dumps({"begun": begun, **names, UNTIL: chosen.until}))

@@ -60,7 +60,7 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
     """Split samples, oldest first, each prompt's newest answer alone.
 
     Args:
-        since: until when what serves has learned already; only later ones judge, half of them at most.
+        since: when the newest sample of the newest version was written; only later ones judge, half of them at most.
         tokens: answer tokens to learn from, at most, the newest first. judged: requests that judge, at most.
 
     Raises:
@@ -72,7 +72,7 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
     count = min(judged, len(unseen) // 2)
     if count < LEAST:
         raise TooFewError(
-            f"{len(unseen)} samples are newer than what serves has learned from; {2 * LEAST} are needed, half of them "
+            f"{len(unseen)} samples are newer than those of the newest version; {2 * LEAST} are needed, half of them "
             "to judge: wait for more requests"
         )
     learned: list[Text] = []
