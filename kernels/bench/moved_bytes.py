@@ -31,6 +31,17 @@ from cases import Bench, Case
 from shapes import SHAPES
 
 SECTOR = 32
+FAMILIES = (
+    partial(cases.routing_cases, fill=None),
+    partial(cases.backlog_cases, fill=None),
+    cases.attention_cases,
+    cases.block_cases,
+    draft_cases.pass_cases,
+    draft_cases.draft_cases,
+    draft_cases.copy_cases,
+    cases.router_cases,
+)
+"""Makers of cases that launch kernels of ours and no product of a library."""
 
 
 @dataclass
@@ -100,18 +111,8 @@ def counted(
     bench: Bench, batches: tuple[int, ...], only: str | None = None
 ) -> Iterator[tuple[Case, Traffic]]:
     """Cases of the bench that launch kernels of ours and no product of a library, and what they moved."""
-    families = (
-        partial(cases.routing_cases, fill=None),
-        partial(cases.backlog_cases, fill=None),
-        cases.attention_cases,
-        cases.block_cases,
-        draft_cases.pass_cases,
-        draft_cases.draft_cases,
-        draft_cases.copy_cases,
-        cases.router_cases,
-    )
     with mock.patch.object(cases, "BATCHES", batches), mock.patch.object(draft_cases, "BATCHES", batches):
-        for case in (case for family in families for case in family(bench)):
+        for case in (case for family in FAMILIES for case in family(bench)):
             if only in (None, case.op):
                 with counted_traffic() as found:
                     case.call()
