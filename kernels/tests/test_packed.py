@@ -36,15 +36,6 @@ def test_the_product_is_torchs_bit_by_bit(rows: int, inner: int, outer: int, bia
 
 
 @needs_onednn
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    weight, x = matrix(960, 576), matrix(64, 576)
-    pack([weight], weight.nbytes)
-    whole = linear(x, weight)
-    for rows in (1, 2, 5, 17, 33):
-        assert torch.equal(linear(x[:rows], weight), whole[:rows])
-
-
-@needs_onednn
 @pytest.mark.parametrize("shape", [(2, 3, 64), (0, 64), (64,)])
 def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     weight, x = matrix(32, 64), torch.randn(*shape).bfloat16()
