@@ -1,4 +1,4 @@
-"""How often `auto` tries what it does not use: seldom, the less often the better it is known, one request at a time."""
+"""How often `auto` tries what it does not use: seldom, the less often the better it is known."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -57,8 +57,10 @@ def test_what_is_never_right_is_tried_most_seldom(accepted: int, rounds: float) 
     assert probes[-1] > 8000 - 2 * rounds, "it is never given up"
 
 
-def test_a_batch_is_no_reason_to_probe_more_often() -> None:
-    assert rounds_with_probes(600, batch=16) == rounds_with_probes(600, batch=1)
+def test_half_of_a_batch_probes_together_as_often_as_one_request_would() -> None:
+    together = rounds_with_probes(300, batch=16)
+    assert {requests for _, requests in together} == {8}
+    assert len(together) == len(rounds_with_probes(300, batch=1))
 
 
 def test_a_price_that_was_wrong_is_looked_at_again_soon() -> None:
