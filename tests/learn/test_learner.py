@@ -286,7 +286,7 @@ def test_a_killed_pass_goes_on_where_it_was(pair: Pair, tmp_path: Path) -> None:
     assert not (learning.directory / WORK).exists()
 
 
-def test_a_pass_that_is_killed_behind_its_version_is_ended_by_the_next(
+def test_a_pass_that_is_killed_after_it_published_is_ended_by_the_next(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its version is neither lost nor made again, and waits for newer samples, whatever version serves."""
@@ -296,10 +296,11 @@ def test_a_pass_that_is_killed_behind_its_version_is_ended_by_the_next(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(once, "write_status", killed)
-        with pytest.raises(KeyboardInterrupt):
-            learn_once(learning)
+    for step in ("publish", "write_status"):
+        with monkeypatch.context() as patched:
+            patched.setattr(once, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                learn_once(learning)
     found = learn_once(learning)
     assert (found.present, found.version, found.judged) == (0, 1, 64)
     assert all(gain.better for gain in found.drafters.values())
@@ -309,7 +310,8 @@ def test_a_pass_that_is_killed_behind_its_version_is_ended_by_the_next(
     assert numbers(versions_of(tmp_path)) == [1]
     notes = path_of(versions_of(tmp_path), 1) / "notes.json"
     for until in (None, "later", float("nan"), 2 * time.time()):
-        notes.write_text(json.dumps({"until": until}))
+        notes.write_text(json.dumps({"until": until, "from": 0, "outcome": {"until": until}}))
+        shutil.rmtree(learning.directory / WORK, ignore_errors=True)
         with pytest.raises(KeyboardInterrupt):
             learn_once(learning, Killed(1))
 

@@ -54,7 +54,7 @@ CHOICE = "choice.json"
 UNTIL = "until"
 """Note of a version: when the newest sample was written that it was learned from or judged by."""
 OUTCOME = "outcome"
-"""Note of a version: all of its pass's outcome, for a pass that is killed behind it."""
+"""Note of a version: all of its pass's outcome, for a pass that is killed after it published."""
 
 
 class Learning(NamedTuple):
@@ -151,23 +151,25 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
 
 
 def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
-    """The outcome of a pass that was killed when it had published its version, before anybody knew."""
+    """The outcome of a pass that was killed after it published, before its status was written."""
     number = max(numbers(versions), default=0)
-    notes = notes_of(versions, number)
-    if notes.get("from") != present or OUTCOME not in notes:
+    notes, used = notes_of(versions, number), served(versions)
+    if notes.get("from") != present or used.before == number:  # somebody went back from it
         return None
-    if _until(notes) <= float(status_of(directory).get(UNTIL, 0)):
+    try:
+        facts = notes[OUTCOME]
+        gained = {
+            name: Gain(one.pop("before"), one.pop("after"), Interval(**one))
+            for name, one in facts.pop("drafters").items()
+        }
+        found = Outcome(**facts, drafters=gained)._replace(version=number)
+        return found if found.until > status_of(directory).get(UNTIL, 0) else None
+    except (KeyError, TypeError, ValueError, AttributeError):  # of another release, or nobody's
         return None
-    facts = notes[OUTCOME]
-    gained = {
-        name: Gain(one.pop("before"), one.pop("after"), Interval(**one))
-        for name, one in facts.pop("drafters").items()
-    }
-    return Outcome(**facts, drafters=gained)._replace(version=number)
 
 
-def _until(notes: Mapping[str, Any]) -> float:
-    """As of `UNTIL`; 0 where nobody says it, or a clock was ahead: nothing would ever be newer."""
+def until(notes: Mapping[str, Any]) -> float:
+    """As of `UNTIL`; 0 if the notes have none, or one that is ahead of now: no sample would ever be newer."""
     found = notes.get(UNTIL)
     return float(found) if isinstance(found, int | float) and found <= time.time() else 0.0
 
@@ -243,8 +245,6 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
     settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     settings |= {"present": present, "epochs": EPOCHS, "step_tokens": STEP_TOKENS}
     begun = json.loads(json.dumps(settings, default=str))
-    versions = versions_of(learning.directory)
-    since = max((_until(notes_of(versions, number)) for number in numbers(versions)), default=0.0)
     file, known = work / CHOICE, {text.name: text for text in texts}
     try:
         was = json.loads(file.read_text(encoding="utf-8"))
@@ -255,6 +255,8 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
         pass
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(mode=0o700)
+    versions = versions_of(learning.directory)
+    since = max((until(notes_of(versions, number)) for number in numbers(versions)), default=0.0)
     chosen = choose(texts, since, learning.tokens, learning.judged)
     names = {side: [text.name for text in getattr(chosen, side)] for side in ("learned", "judged")}
     write_whole(file, json.dumps({"begun": begun, **names, UNTIL: chosen.until}))
@@ -367,6 +369,7 @@ def _model(pair: Pair, arm: str) -> nn.Module:
 def _bundle(manifest: Manifest, checkpoints: Mapping[str, Path], work: Path) -> Path:
     """A bundle of these drafters, for the same target."""
     bundle = work / "bundle"
+    shutil.rmtree(bundle, ignore_errors=True)  # of a pass that was killed while it published
     bundle.mkdir()
     written: dict[str, Any] = {
         "schema_version": 1,

@@ -1,4 +1,4 @@
-"""Which samples a pass learns from, and which judge it: the newest, which what serves has not learned from either."""
+"""Samples that a pass learns from, and the newest ones that judge it, which no version has learned from."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence

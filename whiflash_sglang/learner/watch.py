@@ -8,7 +8,15 @@ from typing import Any, NoReturn, TypeVar
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.learn.samples import files_of, samples_of
 from whiflash_sglang.learner.guard import Drop, Guard
-from whiflash_sglang.learner.once import Learning, Outcome, is_at_work, learn_once, status_of, write_status
+from whiflash_sglang.learner.once import (
+    Learning,
+    Outcome,
+    is_at_work,
+    learn_once,
+    status_of,
+    until,
+    write_status,
+)
 from whiflash_sglang.learner.pace import Pace
 from whiflash_sglang.learner.texts import LEAST, TooFewError
 
@@ -111,7 +119,7 @@ class Watch:
 
 def new_samples(directory: Path) -> int:
     """Samples that were written after those of the last pass. Nobody has looked whether they can be learned from."""
-    since = float(status_of(directory).get("until", 0))
+    since = until(status_of(directory))
     count = 0
     for file in files_of(samples_of(directory)):
         if file.written > since:
