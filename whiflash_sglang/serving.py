@@ -300,7 +300,7 @@ def ask(
         )
     try:
         found = answer.json()
-        why = found["error"]["message"] if answer.status_code == 400 else None
+        why = None if answer.status_code == 200 else found["error"]["message"]
     except (ValueError, KeyError, TypeError):
         found, why = None, None
     if why is not None:

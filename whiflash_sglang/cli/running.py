@@ -53,15 +53,15 @@ def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None)
         return ask(client, url, "/whiflash/state" if body is None else path, "policy", body)
 
 
-def ask_every(urls: list[str] | None, ask: Callable[[str], Any], as_json: bool) -> None:
-    """Report what `ask` returns for the URL of each server, or of the default one.
+def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) -> None:
+    """Report what `act` returns for the URL of each server, or of the default one.
 
     Raises: WhiflashError, for those that refused, after every server was asked.
     """
     found, failed = {}, []
     for one in dict.fromkeys(urls or [DEFAULT_URL]):
         try:
-            found[one] = ask(one.rstrip("/"))
+            found[one] = act(one.rstrip("/"))
         except ServerRefusedError as error:
             failed.append(str(error))
     if found:
