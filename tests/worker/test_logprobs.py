@@ -18,9 +18,9 @@ from traffic import Arrival, play
 GREEDY: dict[str, dict[str, Any]] = {
     "plain": {},
     "values-only": {"top_logprobs_num": 0, "token_ids_logprob": None},
-    "frequency": {"frequency_penalty": 0.6, "presence_penalty": 0.3},
-    "repetition": {"repetition_penalty": 1.3},
-    "bias": {"logit_bias": {"70": 2.0, "80": -3.0}},
+    "frequency": {"frequency_penalty": 0.6, "presence_penalty": 0.3, "top_logprobs_num": 1},
+    "repetition": {"repetition_penalty": 1.3, "top_logprobs_num": 5, "token_ids_logprob": None},
+    "bias": {"logit_bias": {"70": 2.0, "80": -3.0}, "top_logprobs_num": 0, "token_ids_logprob": [70]},
     "grammar": {"regex": "(red|green|blue)( (red|green|blue)){9}", "ignore_eos": False},
     "processor": {
         "custom_logit_processor": DisallowedTokensLogitsProcessor.to_str(),

@@ -214,7 +214,7 @@ ASKED = ("next_token_token_ids_logprobs_val", "next_token_token_ids_logprobs_idx
 def keep_rows(output: Any, index: torch.Tensor) -> None:
     """Keep the log-probabilities of the rows in `index`, of any shape, if `output` has any.
 
-    The host waits for the index only where a request asks for tokens by id.
+    The host waits for the index only if a request asks for tokens by id.
     """
     if output.next_token_logprobs is not None:
         output.next_token_logprobs = output.next_token_logprobs[index]

@@ -94,6 +94,8 @@ def measured(
             sizes,
             lambda rows, context: measure(_verification(target, host, rows, context, most), clock),
         )
+    # The scheduler would wait for the last of these verifications in place of the first prefill.
+    target.runner.shared_read_done_event = None
     drafts = {
         arm: Sizes.measured(doubling(1, requests), partial(_draft, drafter, target, sync, host, clock))
         for arm, drafter in with_kv(drafters).items()
@@ -124,10 +126,7 @@ def _sizes(target: Target, requests: int, widest: int) -> tuple[list[int], int]:
 
 @contextmanager
 def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]:
-    """Requests in rows 1, 2, … that have slots of their own for so many tokens, as far as there are slots.
-
-    Nothing is left of what verified them.
-    """
+    """Requests in rows 1, 2, … that have slots of their own for so many tokens, as far as there are slots."""
     page = int(target.runner.token_to_kv_pool.page_size)
     own = target.slot_table[1 : requests + 1, :columns]
     columns = int(own.shape[1])
@@ -139,8 +138,6 @@ def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]
         yield
     finally:
         own.zero_()
-        # The scheduler would wait for the last of these verifications in place of the first prefill.
-        target.runner.shared_read_done_event = None
 
 
 def _verification(target: Target, host: HostView, rows: int, context: int, requests: int) -> Body:
