@@ -157,7 +157,7 @@ class Event:
 
 class Streams:
     """The model. `races`: what was not ordered. `stalls`: where the host waited for the device to read from it.
-    `pageable`: where it waited to write to it. `waits_of_host`: where it was told to wait for a stream or an event.
+    `pageable`: where it waited to write to it. `waits_of_host`: where it was made to wait for a stream or an event.
 
     forget: says of a wait, by who waits and for what (`"host"`, a `Stream` or an `Event`), whether to leave it out: a
     planted fault.

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -102,7 +103,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
             "replays": torch.cuda.CUDAGraph.replays - captured,
             "rounds": {arm: counts.rounds for arm, counts in loop.worker.tally.by_arm.items()},
             "launches": dict(launches.counts),
-            "places": sorted({path for path, _ in places}),
+            "places": dict(Counter(path for path, _ in places)),
             **{name: dict(getattr(world, name)) for name in ("stalls", "pageable", "waits_of_host", "races")},
         }
 

@@ -1,12 +1,13 @@
 """Whole rounds on the phantom card: plain decoding's text, and nothing that the host waits for."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from launches import kernels_taken
-from places import places_for_cards, reached
+from places import missed_by_rounds, places_for_cards, reached
 from streams import Streams
 from tiny_server import CUDA, Target, TinyServer
 from torch.utils._python_dispatch import _disable_current_modes
@@ -20,18 +21,6 @@ from whiflash_sglang.routing.costs import MeasuredCosts
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3, 4]]
 ROUNDS = 14
-
-NOT_REACHED = {
-    "whiflash_kernels/dispatch.py": 1,  # where Triton is forced on a CPU
-    "whiflash_kernels/triton_kernels/attention.py": 1,
-    "whiflash_kernels/triton_kernels/launch.py": 2,  # Triton itself
-    "whiflash_sglang/compat/forward/graphs.py": 1,
-    "whiflash_sglang/compat/forward/recurrent.py": 1,
-    "whiflash_sglang/compat/scheduler/memory.py": 2,
-    "whiflash_sglang/compat/scheduler/pricing.py": 1,
-    "whiflash_sglang/worker.py": 1,  # these six need SGLang
-}
-"""Places that ask for a card, and that no test here comes to."""
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +166,4 @@ def test_places_that_ask_for_a_card_are_reached(target: Target, world: Streams) 
     with reached(places) as found:
         serve(target, world, rounds=2, warmed=True)
     print(f"{len(found)} of {len(places)} places: {sorted(found)}")
-    missed: dict[str, int] = {}
-    for path, _ in places - found:
-        missed[path] = missed.get(path, 0) + 1
-    assert missed == NOT_REACHED
+    assert Counter(path for path, _ in places - found) == missed_by_rounds()

@@ -9,32 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import missed_by_rounds
 from tiny_server import Target
 from versioned import trained, version
 
 if find_spec("sgl_kernel") is None or shutil.which("cc") is None:
     pytest.skip("without SGLang's operators for CUDA, or a C compiler", allow_module_level=True)
 
-SGLANGS = (
-    "sglang/srt/layers/logprob_processor.py",
-    "sglang/srt/layers/sampler.py",
-    "sglang/srt/speculative/eagle_utils.py",
-)
-"""SGLang waits in a prefill whose request wants log-probabilities, and where PyTorch draws samples for FlashInfer. It
-copies lengths from pageable memory, twice a round, for every speculative algorithm."""
+DRAW, LENGTHS = "sglang/srt/layers/sampler.py", "sglang/srt/speculative/eagle_utils.py"
+"""SGLang waits when PyTorch draws samples in place of FlashInfer. It copies lengths from pageable memory twice a round,
+for every speculative algorithm."""
+RATED = "sglang/srt/layers/logprob_processor.py"
+"""SGLang waits twice in a prefill whose request asks for log-probabilities; `served.py` has two such requests."""
 SWITCH = "whiflash_sglang/learn/swap.py"
 NOT_OURS = (
     "stream of the start may write again what stream 4 uses: sglang/srt/mem_cache/allocator/token.py",
 )
 """Races of SGLang without WHIFLASH, too: nobody uses the stream of the start while serving."""
-NEED_SGLANG = (
-    "whiflash_sglang/compat/forward/graphs.py",
-    "whiflash_sglang/compat/forward/recurrent.py",
-    "whiflash_sglang/compat/scheduler/memory.py",
-    "whiflash_sglang/compat/scheduler/pricing.py",
-    "whiflash_sglang/worker.py",
-)
-"""Files that ask for a card, and that `test_rounds.py` does not come to."""
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +59,9 @@ def test_the_scheduler_waits_for_nothing(found: dict[str, Any]) -> None:
 
     A switch of the drafters' weights compares and writes them, for which it waits.
     """
-    assert not [site for site in found["stalls"] if not site.startswith((*SGLANGS, SWITCH))]
-    assert not [site for site in found["pageable"] if not site.startswith((*SGLANGS, SWITCH))]
+    assert not [site for site in found["stalls"] if not site.startswith((DRAW, RATED, SWITCH))]
+    assert [count for site, count in found["stalls"].items() if site.startswith(RATED)] == [2, 2]
+    assert not [site for site in found["pageable"] if not site.startswith((LENGTHS, SWITCH))]
     assert not [site for site in found["waits_of_host"] if site.startswith("whiflash")]
     assert not [race for race in found["races"] if not race.startswith(NOT_OURS)]
 
@@ -89,4 +81,4 @@ def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
 
 
 def test_places_that_ask_for_a_card_are_reached(found: dict[str, Any]) -> None:
-    assert set(NEED_SGLANG) <= set(found["places"])
+    assert missed_by_rounds("server").items() <= found["places"].items()
