@@ -147,7 +147,7 @@ PROBES = 2000
 
 
 def test_a_probe_leaves_the_others_their_arms() -> None:
-    """It binds one request. Scored above everything, it made the cheapest routes of all others the best."""
+    """It binds one request of two. Scored above everything, it made the cheapest routes of all others the best."""
     server = Server()
     server.open(0)
     for _ in range(100):
@@ -157,3 +157,27 @@ def test_a_probe_leaves_the_others_their_arms() -> None:
         routes = server.round([0, 1])
         assert "none" not in routes.values()
         assert "diffusion" in routes.values()
+
+
+def test_a_batch_that_decodes_plainly_probes_one_of_two_idle_arms_at_a_time() -> None:
+    """With half of its requests: the others go on."""
+    server = Server()
+    for row in range(16):
+        server.open(row, text=NOTHING)
+    probed = [sum(arm != "none" for arm in server.round(range(16)).values()) for _ in range(300)]
+    assert 8 in probed[20:]
+    assert max(probed[20:]) == 8
+
+
+def test_requests_go_back_after_a_probe_of_an_arm_that_is_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The margin kept half of the batch on an arm that is nearly as good, so that every round paid both passes."""
+    for arm, seconds in (("ar", 0.001), ("diffusion", 0.0012)):
+        monkeypatch.setitem(SECONDS, arm, seconds)
+        monkeypatch.setitem(WIDTHS, arm, 6)
+    server = Server()
+    for row in range(16):
+        server.open(row, text={"ar": 4, "diffusion": 4})
+    for _ in range(400):
+        server.round(range(16))
+    used = [set(server.round(range(16)).values()) for _ in range(400)]
+    assert sum(len(arms) > 1 for arms in used) < 8

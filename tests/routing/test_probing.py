@@ -57,10 +57,14 @@ def test_what_is_never_right_is_tried_most_seldom(accepted: int, rounds: float) 
     assert probes[-1] > 8000 - 2 * rounds, "it is never given up"
 
 
-def test_half_of_a_batch_probes_together_as_often_as_one_request_would() -> None:
-    together = rounds_with_probes(300, batch=16)
-    assert {requests for _, requests in together} == {8}
-    assert len(together) == len(rounds_with_probes(300, batch=1))
+@pytest.mark.parametrize(("batch", "requests"), [(3, 1), (16, 8), (256, 16)])
+def test_half_of_a_batch_probes_together_as_seldom_as_one_request_would(batch: int, requests: int) -> None:
+    found = rounds_with_probes(1500, batch)
+    assert {count for _, count in found} == {requests}
+    numbers = [number for number, _ in found]
+    assert numbers[0] == FIRST_PROBE
+    assert max(after - before for before, after in pairwise(numbers)) == PROBE_ROUNDS + 1
+    assert len(found) <= len(rounds_with_probes(1500, batch=1)) + 1
 
 
 def test_a_price_that_was_wrong_is_looked_at_again_soon() -> None:

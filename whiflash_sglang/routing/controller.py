@@ -123,7 +123,7 @@ def route(
     costs: Costs | None,
 ) -> list[str]:
     """One pass per request, or none; every state records its own. costs: None where nothing costs."""
-    previous = [_reckoned(state) for state in states]
+    previous = [state.decision.keeps for state in states]
     scores, best, free, teachers = [], [], [], []
     for state, forecast, before in zip(states, forecasts, previous, strict=True):
         own, decision = state.score(policy, forecast), state.decision
@@ -135,19 +135,16 @@ def route(
         best.append(voice)
         free.append(promised)
         teachers.append(decision.signals if decision.free else None)
-    for index, arm in policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS).items():
+    probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS)
+    for index, arm in probes.items():
         scores[index] = {arm: scores[index][arm]}
     chosen = assign(scores, costs, previous, Dwell(), free) if policy.prices_batches else assign(scores)
     routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
-    for state, arm, pass_, own, voice in zip(states, chosen, routes, scores, best, strict=True):
-        state.decision = _heard(policy, state.decision, arm, voice)
-        state.chose(pass_, own.get(arm, 1.0))
+    for index, (state, arm, voice) in enumerate(zip(states, chosen, best, strict=True)):
+        keeps = None if index in probes else arm
+        state.decision = _heard(policy, state.decision, arm, voice)._replace(keeps=keeps)
+        state.chose(routes[index], scores[index].get(arm, 1.0))
     return routes
-
-
-def _reckoned(state: RequestState) -> str | None:
-    """The choice of the last round: a pass, what was promised without one, or plain decoding."""
-    return arms.PROMISED if state.previous == arms.NONE and state.decision.promised else state.previous
 
 
 def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool) -> tuple[Scores, str]:

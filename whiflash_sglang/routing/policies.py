@@ -17,16 +17,20 @@ PROBE_ROUNDS = 256
 """Rounds of the batch between two probes of an arm that is well known."""
 
 FIRST_PROBE = 4
-"""The same for one that is not known; doubles with every round that was seen of it."""
+"""The same for one that is not known; doubles with every probe."""
 
 HOPELESS = 0.25
 """Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
+
+MOST_TOGETHER = 16
+"""Requests that probe an arm in one round, at most: more would be forgotten (`estimate.MEMORY`) before it is known."""
 
 
 class Probes:
     """Requests that try an arm for a round, whatever it promises: its acceptance or its price may have changed.
 
     A probe binds requests for one round, like pins of their own; what the others of the batch do is priced as ever.
+    Afterwards the margin against switching favours no arm of theirs.
     An arm is probed at most once in as many rounds of the batch as it is known (`_patience`), by requests that
 
     - are free: a caller's pin, bias or `off` leaves nothing to try, and its rounds are no evidence for others
@@ -34,9 +38,9 @@ class Probes:
     - may draft with the arm, and were not routed to it for as many rounds themselves; what other requests use says
       little of it.
 
-    At most half of them probe together, those that have gone without the arm longest. A draft pass takes hardly longer
-    for several requests, and the length of one round says little: `whiflash simulate` showed batches of 8 and 16 that
-    kept the worse drafter for their whole run after a few unlucky probes of one request each.
+    Half of them probe together, `MOST_TOGETHER` at most: those that have gone without the arm longest. A draft pass
+    takes hardly longer for several requests, and the length of one round says little: `whiflash simulate` showed
+    batches of 8 and 16 that kept the worse drafter for their whole run after a few unlucky probes of one request each.
 
     A free voice says what it expects (`Forecast`) and is never probed: it learns from every round.
     """
@@ -47,34 +51,30 @@ class Probes:
         """Rounds of the batch since an arm was probed, or first allowed."""
 
     def choose(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
-        """Index → arm for this round of the batch.
+        """Index → arm for this round of the batch, one arm at most.
 
         Args:
             free: of every request, None for one that is not. timings: see `_patience`.
         """
-        able: defaultdict[str, list[int]] = defaultdict(list)
+        able: defaultdict[str, dict[int, Signals]] = defaultdict(dict)
         for index, signals in enumerate(free):
-            for arm in signals.untold if signals is not None else ():
-                able[arm].append(index)
+            if signals is not None:
+                for arm in signals.untold:
+                    able[arm][index] = signals
         for arm in self._since:
             self._since[arm] += 1
-        chosen: dict[int, str] = {}
         for arm in sorted(able):
-            together = max(len(able[arm]) // 2, 1)
+            together = min(max(len(able[arm]) // 2, 1), MOST_TOGETHER)
             patience = self._patience(arm, timings(arm), together)
             if self._since.setdefault(arm, 0) < patience:
                 continue
-            waited = {
-                index: signals.without(arm)
-                for index in able[arm]
-                if index not in chosen and (signals := free[index]) is not None
-            }
+            waited = {index: signals.without(arm) for index, signals in able[arm].items()}
             longest = sorted(waited, key=waited.__getitem__, reverse=True)[:together]
             found = {index: arm for index in longest if waited[index] >= patience}
             if found:
-                chosen |= found
                 self._since[arm] = -1
-        return chosen
+                return found  # another arm waits for the next round
+        return {}
 
     def _patience(self, arm: str, timings: int, together: int) -> float:
         """Rounds without `arm` after which it is tried: the more, the better it is known, and the worse it is.

@@ -21,13 +21,15 @@ class Decision(NamedTuple):
     """The grounds on which a round of a request was decided.
 
     reason: why it was routed as it was (`Hinted`). only: the one free voice that is heard, or `none` of them; None: all
-    are. promised: whether a round without a pass is expected to verify one of them.
+    are. promised: whether a round without a pass is expected to verify one of them. keeps: the choice that the margin
+    of the next round favours; None after a probe, and before the first round.
     """
 
     signals: Signals = Signals(frozenset())
     reason: str = "score"
     only: str | None = None
     promised: bool = False
+    keeps: str | None = None
 
     @property
     def free(self) -> bool:
