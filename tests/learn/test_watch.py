@@ -180,6 +180,16 @@ def test_it_learns_when_there_is_something_new(tmp_path: Path, monkeypatch: pyte
     assert len(scene.said) == 2
 
 
+def test_a_clock_that_was_ahead_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the last pass's date nor that of a sample, which waits until then."""
+    scene = Scene(tmp_path, monkeypatch)
+    scene.requests(16)
+    tomorrow = time.time() + 86400
+    write_file(samples_of(tmp_path), "t", [Sample([1], [2], [])], tomorrow)
+    write_status(tmp_path, {"until": tomorrow})
+    assert progress_of(tmp_path)["new_samples"] == 16
+
+
 def test_a_better_version_is_offered_and_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(tmp_path, monkeypatch, outcome(1))
     scene.requests(16)

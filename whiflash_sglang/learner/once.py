@@ -156,6 +156,7 @@ def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
     notes, used = notes_of(versions, number), served(versions)
     if notes.get("from") != present or used.before == number:  # somebody went back from it
         return None
+    status = status_of(directory)
     try:
         facts = notes[OUTCOME]
         gained = {
@@ -163,15 +164,19 @@ def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
             for name, one in facts.pop("drafters").items()
         }
         found = Outcome(**facts, drafters=gained)._replace(version=number)
-        return found if found.until > status_of(directory).get(UNTIL, 0) else None
     except (KeyError, TypeError, ValueError, AttributeError):  # of another release, or nobody's
         return None
+    return found if until(found._asdict()) > until(status) else None
+
+
+def is_past(date: object) -> bool:
+    """Whether it is a date, in seconds since the epoch, that is not ahead of now, as of a clock that was."""
+    return isinstance(date, int | float) and date <= time.time()
 
 
 def until(notes: Mapping[str, Any]) -> float:
-    """As of `UNTIL`; 0 if the notes have none, or one that is ahead of now: no sample would ever be newer."""
-    found = notes.get(UNTIL)
-    return float(found) if isinstance(found, int | float) and found <= time.time() else 0.0
+    """As of `UNTIL`; 0 if the notes have no such date: no sample would ever be newer than one ahead of now."""
+    return float(notes[UNTIL]) if is_past(notes.get(UNTIL)) else 0.0
 
 
 def write_status(directory: Path, facts: Mapping[str, Any]) -> None:
@@ -241,7 +246,8 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
 
     In `work` is what was made of the choice, or nothing.
     """
-    texts = list(texts_of(samples_of(learning.directory), manifest.target))
+    found = texts_of(samples_of(learning.directory), manifest.target)
+    texts = [text for text in found if is_past(text.written)]
     settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     settings |= {"present": present, "epochs": EPOCHS, "step_tokens": STEP_TOKENS}
     begun = json.loads(json.dumps(settings, default=str))

@@ -12,6 +12,7 @@ from whiflash_sglang.learner.once import (
     Learning,
     Outcome,
     is_at_work,
+    is_past,
     learn_once,
     status_of,
     until,
@@ -122,7 +123,7 @@ def new_samples(directory: Path) -> int:
     since = until(status_of(directory))
     count = 0
     for file in files_of(samples_of(directory)):
-        if file.written > since:
+        if file.written > since and is_past(file.written):
             try:
                 count += file.path.read_bytes().count(b"\n") - 1
             except FileNotFoundError:  # dropped meanwhile
