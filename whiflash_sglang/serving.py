@@ -303,8 +303,8 @@ def ask(
         why = None if answer.status_code == 200 else found["error"]["message"]
     except (ValueError, KeyError, TypeError):
         found, why = None, None
-    if why is not None:
-        raise ServerRefusedError(f"{url}: {why}")
+    if isinstance(why, str):
+        raise ServerRefusedError(f"{url}{path} answered {answer.status_code}: {why}")
     if answer.status_code != 200 or not isinstance(found, dict) or holds not in found:
         raise ServerRefusedError(
             f"{url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give --url of "

@@ -60,7 +60,7 @@ def test_the_scheduler_waits_for_nothing(found: dict[str, Any]) -> None:
     A switch of the drafters' weights compares and writes them, for which it waits.
     """
     assert not [site for site in found["stalls"] if not site.startswith((DRAW, RATED, SWITCH))]
-    assert [count for site, count in found["stalls"].items() if site.startswith(RATED)] == [2, 2]
+    assert {site: n for site, n in found["stalls"].items() if site.startswith(RATED) and n != 2} == {}
     assert not [site for site in found["pageable"] if not site.startswith((LENGTHS, SWITCH))]
     assert not [site for site in found["waits_of_host"] if site.startswith("whiflash")]
     assert not [race for race in found["races"] if not race.startswith(NOT_OURS)]
