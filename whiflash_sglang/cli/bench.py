@@ -217,6 +217,7 @@ def simulate(
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the acceptance that is drawn.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Simulate tokens a second of Qwen3-8B on an H100: an estimate, no measurement.
@@ -237,7 +238,7 @@ def simulate(
     if not sizes or min(sizes) < 1:
         raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
     load = Load(1, rate=rate, prompt=prompt, answer=answer)
-    line, tried, results = assumed(H100, load), checks(), table(H100, sizes, load)
+    line, tried, results = assumed(H100, load), checks(), table(H100, sizes, load, seed)
     if as_json:
         found = [one._asdict() for one in tried]
         rates = [{"requests": r.requests, "method": r.method, "simulated": r.rate} for r in results]

@@ -264,9 +264,11 @@ def cut(chances: Sequence[float], most: int, price: Callable[[float], float]) ->
     return drafts
 
 
-def table(card: Card, sizes: Sequence[int], load: Load, methods: Sequence[str] = METHODS) -> list[Result]:
+def table(card: Card, sizes: Sequence[int], load: Load, seed: int) -> list[Result]:
     """A result for every size and method, the sizes in order. load: its `requests` are the sizes'."""
-    return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in methods]
+    return [
+        Simulation(card, load._replace(requests=n), method, seed).run() for n in sizes for method in METHODS
+    ]
 
 
 def assumed(card: Card, load: Load) -> str:
