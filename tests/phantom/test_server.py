@@ -20,7 +20,7 @@ DRAW, LENGTHS = "sglang/srt/layers/sampler.py", "sglang/srt/speculative/eagle_ut
 """SGLang waits when PyTorch draws samples in place of FlashInfer. It copies lengths from pageable memory twice a round,
 for every speculative algorithm."""
 RATED = "sglang/srt/layers/logprob_processor.py"
-"""SGLang waits twice in a prefill whose request asks for log-probabilities; `served.py` has two such requests."""
+"""SGLang waits at two lines in a prefill whose request asks for log-probabilities; `served.py` has two such requests."""
 SWITCH = "whiflash_sglang/learn/swap.py"
 NOT_OURS = (
     "stream of the start may write again what stream 4 uses: sglang/srt/mem_cache/allocator/token.py",
@@ -60,7 +60,8 @@ def test_the_scheduler_waits_for_nothing(found: dict[str, Any]) -> None:
     A switch of the drafters' weights compares and writes them, for which it waits.
     """
     assert not [site for site in found["stalls"] if not site.startswith((DRAW, RATED, SWITCH))]
-    assert {site: n for site, n in found["stalls"].items() if site.startswith(RATED) and n != 2} == {}
+    prefills = 2 + found["retracted"]
+    assert {site: n for site, n in found["stalls"].items() if site.startswith(RATED) and n > prefills} == {}
     assert not [site for site in found["pageable"] if not site.startswith((LENGTHS, SWITCH))]
     assert not [site for site in found["waits_of_host"] if site.startswith("whiflash")]
     assert not [race for race in found["races"] if not race.startswith(NOT_OURS)]
