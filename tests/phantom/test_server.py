@@ -20,7 +20,7 @@ DRAW, LENGTHS = "sglang/srt/layers/sampler.py", "sglang/srt/speculative/eagle_ut
 """SGLang waits when PyTorch draws samples in place of FlashInfer. It copies lengths from pageable memory twice a round,
 for every speculative algorithm."""
 RATED = "sglang/srt/layers/logprob_processor.py"
-"""SGLang waits at two lines in a prefill whose request asks for log-probabilities; `served.py` has two such requests."""
+"""SGLang waits at two lines in a prefill whose request asks for log-probabilities; two requests of `served.py` do."""
 SWITCH = "whiflash_sglang/learn/swap.py"
 NOT_OURS = (
     "stream of the start may write again what stream 4 uses: sglang/srt/mem_cache/allocator/token.py",
