@@ -139,7 +139,7 @@ def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
 def test_it_waits_for_requests_that_no_version_has_learned_from(passed: Passed, pair: Pair) -> None:
     learning, _ = passed
     record(versions_of(learning.directory), Used(1, 0))
-    with pytest.raises(ConfigError, match="0 samples are newer than those of the newest version"):
+    with pytest.raises(ConfigError, match="0 samples are newer than the newest version"):
         learn_once(learning)
     serve(learning.directory, str(pair[0] / "target"), 16, 2)
     found = learn_once(learning._replace(tokens=500))

@@ -164,7 +164,7 @@ def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
             for name, one in facts.pop("drafters").items()
         }
         found = Outcome(**facts, drafters=gained)._replace(version=number)
-    except (KeyError, TypeError, ValueError, AttributeError):  # of another release, or nobody's
+    except (KeyError, TypeError, ValueError, AttributeError):  # another release wrote it, or nobody
         return None
     return found if until(found._asdict()) > until(status) else None
 
@@ -375,7 +375,7 @@ def _model(pair: Pair, arm: str) -> nn.Module:
 def _bundle(manifest: Manifest, checkpoints: Mapping[str, Path], work: Path) -> Path:
     """A bundle of these drafters, for the same target."""
     bundle = work / "bundle"
-    shutil.rmtree(bundle, ignore_errors=True)  # of a pass that was killed while it published
+    shutil.rmtree(bundle, ignore_errors=True)  # left by a pass that was killed while it published
     bundle.mkdir()
     written: dict[str, Any] = {
         "schema_version": 1,

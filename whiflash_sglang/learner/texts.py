@@ -72,7 +72,7 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
     count = min(judged, len(unseen) // 2)
     if count < LEAST:
         raise TooFewError(
-            f"{len(unseen)} samples are newer than those of the newest version; {2 * LEAST} are needed, half of them "
+            f"{len(unseen)} samples are newer than the newest version; {2 * LEAST} are needed, half of them "
             "to judge: wait for more requests"
         )
     learned: list[Text] = []
