@@ -27,6 +27,7 @@ REQUEST_FIELDS = (
     "priority",
     "return_hidden_states",
     "return_logprob",
+    "return_routed_experts",
     "session",
     "token_ids_logprob",
     "top_logprobs_num",

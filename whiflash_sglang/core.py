@@ -325,8 +325,8 @@ class Verified(NamedTuple):
     final norm, None unless a router or the server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1]
     int32, where each request's rows begin. starts: [B] int64, n. request_rows: [B] int64, rows of the request table.
     predictions: [T] int64, the target's own token at every row; None before it is known, and where the forward's graph
-    has brought the `outcome`. output: SGLang's own record, which carries log-probabilities back to the scheduler.
-    strands: each, with how many of its tokens were right: 0 where it lost.
+    has brought the `outcome`. forward: SGLang's own result of it, from which the scheduler's is made. strands: each, with
+    how many of its tokens were right: 0 where it lost.
     """
 
     logits: torch.Tensor
@@ -338,6 +338,10 @@ class Verified(NamedTuple):
     request_rows: torch.Tensor
     predictions: torch.Tensor | None = None
     outcome: Outcome | None = None
-    output: Any = None
-    can_run_cuda_graph: bool = False
+    forward: Any = None
     strands: Sequence[tuple[Strand, int]] = ()
+
+    @property
+    def output(self) -> Any:
+        """SGLang's record of the logits, which carries log-probabilities back to the scheduler."""
+        return self.forward.logits_output

@@ -103,7 +103,7 @@ class VerifyStage:
         folded = fold(block, verified.predictions, len(requests.row_ids), proposal.strands)
         if folded.won:
             targets, sources = moves(folded, requests.row_ids, requests.lengths.most, self._target.slot_table)
-            self._target.runner.token_to_kv_pool.move_kv_cache(targets, sources)
+            self._target.move(targets, sources)
         if folded.kept is not None:  # else its own rows are the first of all
             sampling.keep_rows(verified.output, folded.kept)
         return accepted_rows(verified, folded)

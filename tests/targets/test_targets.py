@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,16 @@ from engine import Engine, engine
 from families import FAMILIES, Family, HuggingFace, tiny_family
 from matrix import sampled
 from oracle_arm import ARM, OracleArm
+from overlap import overlapped
 from policy_checks import check_policies
 from reference import Comparison
+from test_strands import ChainFirst, Seen, seen, with_voices
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 
 from whiflash_sglang.drafters.base import with_kv
+
+__all__ = ["seen"]
 
 SAMPLE = (
     "DeepseekV3ForCausalLM",  # latent attention, experts
@@ -113,3 +117,30 @@ def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:
     torch.testing.assert_close(
         torch.cat(seen), model.features(prompt, layers), atol=tolerance, rtol=tolerance
     )
+
+
+@pytest.mark.parametrize("loop", ["chains", "strands", "overlap"])
+def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path, seen: Seen) -> None:
+    """In small chunks, so that a verification has more rows than any prefill."""
+    target, start = tmp_path / "target", overlapped if loop == "overlap" else engine
+    tiny_family(target, FAMILIES["Qwen3MoeForCausalLM"])
+    eagle3, dflash = tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
+    options = {"max_running_requests": 4, "chunked_prefill_size": 16, "enable_return_routed_experts": True}
+    arrivals = [
+        replace(a, params={**a.params, "return_routed_experts": True})
+        for a in mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
+    ]
+    with start(target, **options) as e:
+        expected = play(e, arrivals)
+        wanted = {rid: e.requests[rid].routed_experts for rid in expected}
+    flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
+    flags["whiflash_branches"] = 3 if loop == "strands" else 1
+    with start(target, whiflash=flags, arms=with_voices(arrivals, expected), **options) as e:
+        if loop == "strands":
+            e.worker.controller.policy = ChainFirst()
+        assert play(e, arrivals) == expected
+        for rid, experts in wanted.items():
+            found = e.requests[rid].routed_experts
+            assert found.shape == experts.shape, rid
+            assert torch.equal(found.sort(-1).values, experts.sort(-1).values), rid
+    assert bool(seen.won) == (loop == "strands")

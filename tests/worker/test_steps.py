@@ -4,18 +4,25 @@ That the text stays what it was, `test_losslessness.py` and `test_sampling.py` s
 too.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 import zmq
 from engine import engine
 from model_set import Models
+from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.state_capturer.base import TopkCaptureOutput
 
 from whiflash_sglang import worker
 from whiflash_sglang.compat.scheduler import step
+from whiflash_sglang.compat.scheduler.spec_worker import round_result, step_result
+from whiflash_sglang.core import Verified
+from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafters.base import widest_of
 
 PROMPT, TOKENS = [1, 2, 3], 30
@@ -171,3 +178,31 @@ def test_the_mailbox_is_the_schedulers(models: Models, monkeypatch: pytest.Monke
             assert step.has_mail()
             receiver.recv_from_tokenizer.recv()
             assert not step.has_mail()
+
+
+def test_every_field_of_a_result_is_handed_on() -> None:
+    """Of a round, what the forward says but for `OURS`; of a step, the last round's but for `JOINED`."""
+    ours = {
+        *("next_token_ids", "accept_lens", "cap_lens", "next_draft_input", "new_seq_lens"),
+        *("num_non_draft_tokens_per_req", "speculative_num_draft_tokens", "speculative_output_stride"),
+    }
+    joined = {"routed_experts_output", "indexer_topk_output"}
+    names = {field.name for field in dataclasses.fields(GenerationBatchResult)}
+    assert names >= ours | joined
+
+    def round_of(slots: list[int]) -> GenerationBatchResult:
+        chosen = TopkCaptureOutput(torch.tensor(slots), torch.tensor(slots) * 10, host_cache=None)
+        said = {name: f"{name} of {slots}" for name in names - joined} | dict.fromkeys(joined, chosen)
+        verified = Verified(*[None] * 7, forward=GenerationBatchResult(**said))  # type: ignore[arg-type]
+        results = dict.fromkeys(("tokens", "accept_lens", "widths", "bonus", "seq_lens"), torch.ones(1, 1))
+        result = round_result(verified, cast(Download, results))
+        assert {name for name in names if getattr(result, name) is not said[name]} == ours
+        return result
+
+    rounds = [round_of([4, 5]), round_of([6])]
+    step_of = step_result(rounds)
+    differ = {name for name in names if getattr(step_of, name) is not getattr(rounds[-1], name)}
+    assert differ <= ours | joined
+    for name in joined:
+        found = getattr(step_of, name)
+        assert (found.out_cache_loc.tolist(), found.topk.tolist()) == ([4, 5, 6], [40, 50, 60])

@@ -72,6 +72,10 @@ def _tree_mask_mode() -> Any:
     return TreeMaskMode.QLEN_ONLY
 
 
+def _leave_unregistered(buffer: Any, registration_granularity_bytes: int | None = None) -> None:
+    """Host memory that no accelerator copies from needs no driver."""
+
+
 EARLY_SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", layers.attention_backends_of),
 )
@@ -99,6 +103,7 @@ SEAMS: tuple[Seam, ...] = (
         spec_ops.assign_req_to_token_pool_func,
     ),
     Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
+    Seam("sglang.srt.mem_cache.pool_host.common", "_cuda_host_register", _leave_unregistered),
     Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_ops.fill_front_out_cache_loc_func),
     Seam(_EAGLE, "fill_accept_out_cache_loc_func", spec_ops.fill_accept_out_cache_loc_func),
     Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),

@@ -25,6 +25,7 @@ from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.state_capturer.base import BaseTopkCapturer
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import serves_ours
@@ -83,11 +84,12 @@ logger = logging.getLogger("whiflash_sglang")
 class Reservation:
     """What the worker of this process asks for: bytes per KV slot, and bytes independent of the slots.
 
-    whole: bytes of a KV slot with the target's, once the pools are sized.
+    rows: of the largest verification. whole: bytes of a KV slot with the target's, once the pools are sized.
     """
 
     per_token: int = 0
     fixed: int = 0
+    rows: int = 0
     whole: int = 0
 
 
@@ -104,6 +106,7 @@ def reserve(
             most rows of a request.
     """
     _reservation.per_token, _reservation.fixed = per_token, sum(parts.values())
+    _reservation.rows = requests * widest
     if device.type == "cuda":
         logger.info(
             "WHIFLASH keeps %.2f GB beside KV, for %d requests of %d rows: %s",
@@ -149,6 +152,14 @@ def install() -> None:
     """Account for both wherever SGLang sizes its pools. Idempotent."""
     replace(pool_configurator, "create_memory_pool_configurator", _accounting)
     replace(kv_cache_configurator, "get_req_to_token_extra_context_len", _holding_the_reserve)
+    replace(BaseTopkCapturer, "__init__", _holding_verified_rows)
+
+
+@around
+def _holding_verified_rows(original: Any, self: Any, *args: Any, max_batch_size: int, **named: Any) -> None:
+    """Records of a forward (routed experts, an indexer's choices), which SGLang sizes by prefills and requests."""
+    rows = _reservation.rows if serves_ours() else 0
+    original(self, *args, max_batch_size=max(max_batch_size, rows), **named)
 
 
 @around

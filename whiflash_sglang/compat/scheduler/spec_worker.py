@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.runtime_context import get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
+from sglang.srt.state_capturer.base import TopkCaptureOutput
 
 from whiflash_sglang.compat.forward import recurrent, sampling
 from whiflash_sglang.core import Lengths, RoundBatch, Verified
@@ -252,19 +253,19 @@ def prefill_rows(
 
 
 def round_result(verified: Verified, results: Download) -> GenerationBatchResult:
-    """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count.
+    """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count. All else is
+    the forward's.
 
     What is proposed differs from request to request: `cap_lens` is upstream's record of that, the rows that were
     verified. results: of `learning.results_of`.
     """
     tokens = results["tokens"]
-    return GenerationBatchResult(
-        logits_output=verified.output,
+    return replace(
+        verified.forward,
         next_token_ids=tokens.reshape(-1),
         accept_lens=results["accept_lens"],
         cap_lens=results["widths"],
         num_non_draft_tokens_per_req=1,
-        can_run_cuda_graph=verified.can_run_cuda_graph,
         next_draft_input=DraftInput(results["bonus"], results["seq_lens"]),
         speculative_num_draft_tokens=tokens.shape[1],
         speculative_output_stride=tokens.shape[1],
@@ -286,6 +287,20 @@ def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResul
         num_non_draft_tokens_per_req=len(rounds),
         speculative_num_draft_tokens=tokens.shape[1],
         speculative_output_stride=tokens.shape[1],
+        routed_experts_output=_joined([done.routed_experts_output for done in rounds]),
+        indexer_topk_output=_joined([done.indexer_topk_output for done in rounds]),
+    )
+
+
+def _joined(records: Sequence[TopkCaptureOutput | None]) -> TopkCaptureOutput | None:
+    """One record of those that forwards left for the host to keep, if they left any."""
+    found = [record for record in records if record is not None]
+    if not found:
+        return None
+    return replace(
+        found[-1],
+        out_cache_loc=torch.cat([record.out_cache_loc for record in found]),
+        topk=torch.cat([record.topk for record in found]),
     )
 
 
