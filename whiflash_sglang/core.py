@@ -325,8 +325,8 @@ class Verified(NamedTuple):
     final norm, None unless a router or the server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1]
     int32, where each request's rows begin. starts: [B] int64, n. request_rows: [B] int64, rows of the request table.
     predictions: [T] int64, the target's own token at every row; None before it is known, and where the forward's graph
-    has brought the `outcome`. forward: SGLang's own result of it, from which the scheduler's is made. strands: each, with
-    how many of its tokens were right: 0 where it lost.
+    has brought the `outcome`. forward: SGLang's own result of it, from which the scheduler's is made. strands: each,
+    with how many of its tokens were right: 0 where it lost.
     """
 
     logits: torch.Tensor
