@@ -11,7 +11,6 @@ IN_THIS_ENVIRONMENT = {
     "tool_loop.py": "whiflash_sdk",
     "extract.py": "whiflash_sdk",
     "fleet.py": "whiflash_sdk",
-    "early_tools.py": "whiflash_sdk",
     "langgraph_agent.py": "langgraph",
     "handoff.py": "agents",
     "smolagents_agent.py": "smolagents",

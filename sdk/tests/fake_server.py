@@ -4,11 +4,10 @@ import gzip
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain
 from typing import Any
 
 from whiflash_sdk.hints import decode
@@ -80,8 +79,6 @@ class FakeServer:
     models: names that `/v1/models` lists.
     refuses: fields of which the server knows nothing; a request that has one is refused.
     refusal: its status and message.
-    held: streams of chats wait for it when every call is complete, before their end.
-    again: how often a streamed chat calls its tool.
     """
 
     url: str = ""
@@ -97,8 +94,6 @@ class FakeServer:
     refuses: set[str] = field(default_factory=set)
     refusal: tuple[int, str] = (400, "Unrecognized request argument supplied: {field}")
     failures: int = 0
-    held: threading.Event | None = None
-    again: int = 1
     usage_chunk: bool = False
     zipped: bool = False
     content: str = '{"city": "Zürich"}'
@@ -217,7 +212,7 @@ def _text_chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str,
 def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "chat.completion.chunk"}
     message = _message(server, body)
-    for number, call in enumerate(message.get("tool_calls", []) * server.again):
+    for number, call in enumerate(message.get("tool_calls", [])):
         name, text = call["function"]["name"], call["function"]["arguments"]
         begun = {"id": f"c{number}", "type": "function", "function": {"name": name, "arguments": ""}}
         for piece in (begun, *({"function": {"arguments": part}} for part in (text[:4], text[4:]))):
@@ -226,8 +221,6 @@ def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]
     for piece in (message["content"] or "").split(" "):
         delta = {"role": "assistant", "content": piece + " "}
         yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    if server.held is not None:
-        server.held.wait()
     reason = "tool_calls" if message.get("tool_calls") else "stop"
     yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
     if server.usage_chunk:
@@ -257,15 +250,6 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             with suppress(ConnectionError):  # the client did not wait
                 self.end_headers()
                 self.wfile.write(body)
-
-        def _stream(self, lines: Iterable[str]) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            with suppress(ConnectionError):  # the client left
-                for line in lines:
-                    self.wfile.write(line.encode())
 
         def do_GET(self) -> None:
             self.path = self.path.partition("?")[0]
@@ -315,9 +299,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 found = chunks.get(self.path, _text_chunks)(server, body)
                 lines = (_named(chunk) + f"data: {json.dumps(chunk)}\n\n" for chunk in found)
                 end = "" if self.path == "/v1/messages" else "data: [DONE]\n\n"
-                if server.held is None:
-                    return self._send(200, "".join([*lines, end]).encode(), "text/event-stream")
-                self._stream(chain(lines, [end]))
+                self._send(200, "".join([*lines, end]).encode(), "text/event-stream")
             else:
                 if self.path.endswith("/responses"):
                     answer = _response(server, body)
@@ -326,7 +308,6 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 else:
                     answer = _completion(server, body, chat=self.path.endswith("/chat/completions"))
                 self._send(200, json.dumps(answer).encode())
-            return None
 
     return Handler
 

@@ -59,17 +59,6 @@ def main() -> list[float]:
     return [mean(routing(text)), *(mean(trace) for trace in collected.traces)]
 
 
-def length(text: str) -> int:
-    return len(text)
-
-
-def early(client: OpenAI) -> int:
-    with whiflash_sdk.early_tools({"length": length}) as tools:
-        client.chat.completions.create(model="m", messages=MESSAGES, stream=True).close()
-        found: int = tools["length"](text="x")
-    return found
-
-
 def below() -> ChatCompletion:
     http = whiflash_sdk.http_client(agent="a", strict=True)
     given = whiflash_sdk.async_http_client(DefaultAsyncHttpxClient(timeout=9), tenant="t")
@@ -88,4 +77,4 @@ async def asynchronous() -> str | None:
 
 
 if __name__ == "__main__":
-    print(below(), early(OpenAI()), main(), asyncio.run(asynchronous()))
+    print(below(), main(), asyncio.run(asynchronous()))

@@ -8,7 +8,6 @@ from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabili
 from whiflash_sdk.client import wrap
 from whiflash_sdk.collecting import Collected, collect
 from whiflash_sdk.doctor import Finding, async_doctor, doctor, explain
-from whiflash_sdk.early import EarlyTools, early_tools
 from whiflash_sdk.errors import (
     HintError,
     TraceError,
@@ -34,7 +33,6 @@ __all__ = [
     "Capabilities",
     "Collected",
     "CollectedTrace",
-    "EarlyTools",
     "Finding",
     "HintError",
     "Hints",
@@ -58,7 +56,6 @@ __all__ = [
     "capabilities",
     "collect",
     "doctor",
-    "early_tools",
     "explain",
     "hinted",
     "http_client",

@@ -143,7 +143,7 @@ def _sync_request(client: Any) -> Callable[..., Any]:
                 raise
             result = send(_carrying(options, going.plain), **kwargs)
             going.served_without(refused)
-        if going.traced or call.early:
+        if going.traced:
             note(result, call, whole_text=going.whole_text)
         return result
 
@@ -172,7 +172,7 @@ def _async_request(client: Any) -> Callable[..., Any]:
                 raise
             result = await send(_carrying(options, going.plain), **kwargs)
             going.served_without(refused)
-        if going.traced or call.early:
+        if going.traced:
             note(result, call, whole_text=going.whole_text)
         return result
 

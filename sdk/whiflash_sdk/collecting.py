@@ -15,7 +15,6 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
 from whiflash_sdk.blocks import BlockValue
-from whiflash_sdk.early import Answer, answer_inside
 from whiflash_sdk.errors import TraceError
 from whiflash_sdk.otel import attributes, current_span
 from whiflash_sdk.report import Report, Share
@@ -35,7 +34,7 @@ from whiflash_sdk.trace import (
 class Call:
     """One call of a wrapped client.
 
-    began: by a clock that never jumps. span: OpenTelemetry's, if one records. early: starts tools early.
+    began: by a clock that never jumps. span: OpenTelemetry's, if one records.
     """
 
     agent: str | None
@@ -46,14 +45,11 @@ class Call:
     model: str | None = None
     tools: dict[int, tuple[str, ...]] = field(default_factory=dict)
     span: Any = field(default_factory=current_span)
-    early: Answer | None = field(default_factory=answer_inside)
     _sent: dict[int, Any] = field(default_factory=dict)
     _texts: dict[int, list[str]] = field(default_factory=dict)
 
     def take(self, body: Any) -> bool:
         """Keep the traces of an answer, or of a chunk or an event of one: JSON or an object. True if it has any."""
-        if self.early is not None:
-            self.early.take(body)
         if self.response_id is None:
             answer = answer_in(body)
             self.response_id, self.model = (text_in(answer, name) for name in ("id", "model"))

@@ -25,8 +25,6 @@ from whiflash_sdk.trace import CALL, keep_stream
 
 _EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _TELLS: Final = re.compile(rb'"sglext"|"tool_calls"\s*:\s*\[|"tool_use"')
-_CALLS: Final = re.compile(rb'"input_json_delta"|function_call')
-"""What brings calls beside what `_TELLS` finds."""
 _DATA: Final = re.compile(rb"^data: ?(.*?)\r?$", re.MULTILINE)
 
 
@@ -69,8 +67,7 @@ class Passing:
     def _takes(self, event: bytes) -> bool:
         """Keep the traces of an event. True if it holds nothing else."""
         first = self._call.response_id is None
-        tells = _TELLS.search(event) or (self._call.early and _CALLS.search(event))
-        if not (first or self._whole_text or tells):
+        if not (first or self._whole_text or _TELLS.search(event)):
             return False
         body = _parsed(b"\n".join(_DATA.findall(event)))
         found = self._call.take(body)

@@ -121,7 +121,7 @@ def _transports(library: Any) -> tuple[type, type]:
                 response = send(_carrying(request, body, going.plain))
                 if response.is_success:
                     going.served_without(refused)
-            if self._reads and (going.traced or call.early) and response.is_success:
+            if self._reads and going.traced and response.is_success:
                 watch(response, call, whole_text=going.whole_text)
             return response
 
@@ -156,7 +156,7 @@ def _transports(library: Any) -> tuple[type, type]:
                 response = await send(_carrying(request, body, going.plain))
                 if response.is_success:
                     going.served_without(refused)
-            if self._reads and (going.traced or call.early) and response.is_success:
+            if self._reads and going.traced and response.is_success:
                 watch(response, call, whole_text=going.whole_text)
             return response
 
