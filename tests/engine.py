@@ -187,7 +187,7 @@ def engine(
     """Start an engine in this process.
 
     Args:
-        whiflash: draft path (`draft`) and flags as to `Engine(...)`, e.g. `{"draft": D, "whiflash_router": "ar"}`.
+        whiflash: draft path (`draft`) if any, and flags as to `Engine(...)`: `{"draft": D, "whiflash_router": "ar"}`.
         arms: further drafters beside those that the settings name.
         rank: of this process, of those that serve the model together; port: where they meet.
         arguments: SGLang's server arguments.
@@ -212,10 +212,9 @@ def engine(
     }
     if whiflash is not None:
         flags = dict(whiflash)
-        options |= {
-            "speculative_algorithm": "WHIFLASH",
-            "speculative_draft_model_path": str(flags.pop("draft")),
-        }
+        options["speculative_algorithm"] = "WHIFLASH"
+        if (draft := flags.pop("draft", None)) is not None:
+            options["speculative_draft_model_path"] = str(draft)
         options |= flags
     server_args = SglangEngine.server_args_class(**options)
     server_args.resolve_once()

@@ -154,9 +154,27 @@ def test_a_manifest_that_is_no_object(bundle: Path) -> None:
         load_manifest(write(bundle, ["tiny"]))
 
 
+def test_a_server_needs_no_drafter(bundle: Path) -> None:
+    without = resolve(parse_flags({}), None)
+    assert (without.drafters, without.lookup.enabled, without.structure.enabled) == ({}, True, True)
+    left_out = resolve(parse_flags({"drafters": "none"}), bundle, target_mtp=lambda: bundle / "e")
+    assert (left_out.drafters, left_out.neural, left_out.checksums) == ({}, None, {})
+    assert resolve(parse_flags({}), None, target_mtp=lambda: bundle / "e").drafters == {"ar": bundle / "e"}
+    assert resolve(parse_flags({"eagle_draft": str(bundle / "e")}), None).drafters == {"ar": bundle / "e"}
+    for router, needs in {"ar": "EAGLE-3", "diffusion": "DFlash", "entropy": "EAGLE-3 and DFlash"}.items():
+        with pytest.raises(
+            ConfigError, match=f"router '{router}' needs {needs}; the drafters here are: none"
+        ):
+            resolve(parse_flags({"router": router}), None)
+    with pytest.raises(
+        ConfigError, match="none leaves nothing for --speculative-draft-model-path; remove one"
+    ):
+        resolve(parse_flags({"drafters": "none"}), bundle / "d")
+    with pytest.raises(ConfigError, match="none leaves nothing for --whiflash-eagle-draft; remove one"):
+        resolve(parse_flags({"drafters": "none", "eagle_draft": "e"}), bundle)
+
+
 def test_what_a_start_needs(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give --speculative-draft-model-path a bundle or a checkpoint"):
-        resolve(parse_flags({}), None)
     with pytest.raises(ConfigError, match=r"--speculative-draft-model-path .*nowhere: no such directory"):
         resolve(parse_flags({}), tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"d/config\.json: architectures None is no draft architecture"):

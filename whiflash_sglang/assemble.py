@@ -138,10 +138,10 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
 def live_weights(
     settings: Settings, target: Target, drafters: Mapping[str, KVDrafter], ranks: Ranks
 ) -> LiveWeights | None:
-    """What writes other versions into the neural drafters' weights, if the operator names a directory of versions; the
-    one that was served last is.
+    """What writes other versions into the neural drafters' weights, if there are such drafters and the operator names
+    a directory of versions; the one that was served last is.
     """
-    if settings.versions is None:
+    if settings.versions is None or not settings.drafters:
         return None
 
     def load(arm: str, path: Path) -> torch.nn.Module:
@@ -207,7 +207,7 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
     """`heads`: whether the loaded router predicts acceptance lengths. Raises ConfigError where a router is missing."""
     match settings.router:
         case "auto":
-            return AutoPolicy(heads=heads)
+            return AutoPolicy(heads=heads, passes=bool(settings.drafters))
         case "entropy":
             return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
         case "ar" | "diffusion" | "lookup" | "none":

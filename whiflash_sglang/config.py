@@ -2,7 +2,7 @@
 
 A *bundle* is a directory (or hub id) with `whiflash.json`: drafters, the router and its thresholds, given to SGLang's
 own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoint and `--whiflash-eagle-draft` names
-the EAGLE-3 one; or it is the only drafter.
+the EAGLE-3 one; or it is the only drafter. Without any drafter, rounds draft from texts only: copies and structure.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ class Flags(Strict):
     """
 
     eagle_draft: str | None = None
-    drafters: Literal["df-e3"] = "df-e3"
+    drafters: Literal["df-e3", "none"] = "df-e3"
     router: RouterName | None = None
     neural_router_path: str | None = None
     neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -109,7 +109,7 @@ class Settings(Strict):
 
     @property
     def drafters(self) -> Mapping[str, Path]:
-        """Arm → directory of its checkpoint: one of them, or both."""
+        """Arm → directory of its checkpoint: none of them, one, or both."""
         return {arm: path for arm, part in PARTS.items() if (path := getattr(self, part))}
 
 
@@ -139,21 +139,18 @@ def resolve(
     """Turn flags and a local draft path into settings; fetch what a bundle names on the hub.
 
     Args:
-        draft_path: a bundle or a checkpoint, already on disk. download_dir: where downloads are kept. target_mtp: gives
-            the target's directory if it can draft by itself; asked where no autoregressive drafter is named.
+        draft_path: a bundle or a checkpoint, already on disk; None: no drafter but what the flags name. download_dir:
+            where downloads are kept. target_mtp: gives the target's directory if it can draft by itself; asked if no
+            autoregressive drafter is named.
 
     Raises:
         ConfigError: a needed part is missing. CheckpointError: the only drafter is of no known format.
     """
-    if draft_path is None:
-        raise ConfigError(
-            "WHIFLASH needs drafters: give --speculative-draft-model-path a bundle or a checkpoint"
-        )
-    if not draft_path.is_dir():
+    if draft_path is not None and not draft_path.is_dir():
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
-    manifest = load_manifest(draft_path) if (draft_path / MANIFEST).exists() else None
+    manifest = load_manifest(draft_path) if draft_path and (draft_path / MANIFEST).exists() else None
     drafters = _drafters(flags, manifest, draft_path, download_dir)
-    if arms.AR not in drafters and (own := target_mtp()) is not None:
+    if flags.drafters != "none" and arms.AR not in drafters and (own := target_mtp()) is not None:
         drafters[arms.AR] = own
     for arm, path in drafters.items():
         if not (path / "config.json").is_file():
@@ -171,7 +168,9 @@ def resolve(
         tau=entropy.tau if flags.entropy_threshold is None else flags.entropy_threshold,
         min_dwell=entropy.min_dwell if flags.min_dwell is None else flags.min_dwell,
     )
-    template = draft_path / manifest.chat_template if manifest and manifest.chat_template else None
+    template = (
+        draft_path / manifest.chat_template if draft_path and manifest and manifest.chat_template else None
+    )
     return Settings(
         eagle3=drafters.get(arms.AR),
         dflash=drafters.get(arms.DIFFUSION),
@@ -198,10 +197,17 @@ def resolve(
 
 
 def _drafters(
-    flags: Flags, manifest: Manifest | None, draft_path: Path, download_dir: str | None
+    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> dict[str, Path]:
     """Arm → its checkpoint. A path that is no bundle is one checkpoint, whose format says which arm it is for."""
-    if manifest is not None:
+    if flags.drafters == "none":
+        if flags.eagle_draft or (draft_path is not None and manifest is None):
+            named = "--whiflash-eagle-draft" if flags.eagle_draft else "--speculative-draft-model-path"
+            raise ConfigError(f"--whiflash-drafters none leaves nothing for {named}; remove one of the two")
+        return {}
+    if draft_path is None:
+        found = {}
+    elif manifest is not None:
         found = {
             arm: member(draft_path, manifest, PARTS[arm], download_dir=download_dir)
             for arm in manifest.drafters
@@ -216,9 +222,9 @@ def _drafters(
     return {**found, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
 
 
-def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path) -> dict[str, str]:
+def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path | None) -> dict[str, str]:
     """Checksums of what is served from the bundle: a flag may name another file."""
-    if manifest is None:
+    if bundle is None or manifest is None or flags.drafters == "none":
         return {}
     served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
     if manifest.router is not None and flags.neural_router_path is None:
@@ -274,15 +280,15 @@ def changed(settings: Settings, change: Any) -> Settings:
 
 
 def _neural(
-    flags: Flags, manifest: Manifest | None, draft_path: Path, download_dir: str | None
+    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> NeuralRouter | None:
-    shipped = manifest.router if manifest else None
+    shipped = manifest.router if manifest and flags.drafters != "none" else None
     if flags.neural_router_path is None and shipped is None:
         if flags.router == "neural":
             raise ConfigError(NO_ROUTER)
         return None
     if flags.neural_router_path is None:
-        path = member(draft_path, _need(manifest), "router", download_dir=download_dir)
+        path = member(_need(draft_path), _need(manifest), "router", download_dir=download_dir)
         base = _need(shipped).model_copy(update={"path": str(path)})
     else:
         # Another file: the bundle's threshold and sign were made for its own.

@@ -9,7 +9,7 @@ from whiflash_sglang.config import Flags, flag_of
 
 MEANING = {
     "eagle_draft": "EAGLE-3 checkpoint (directory or hub id), beside a DFlash draft path or instead of the bundle's.",
-    "drafters": "Drafter pair: df-e3, DFlash and EAGLE-3.",
+    "drafters": "df-e3: the drafters that are named. none: no drafter, also if a bundle names some.",
     "router": "Policy: auto (most expected tokens a second), entropy or neural (the paper's rules), or one pinned arm. "
     "copy-rule (copy if possible, else EAGLE-3) is a baseline; random is for tests.",
     "neural_router_path": "Neural router: hub id, directory or .safetensors file.",

@@ -342,6 +342,12 @@ SERIES = (
 
 logger = logging.getLogger("whiflash_sglang")
 
+NO_DRAFTER = (
+    "no drafter: copies, forced structure, predictions and a tenant's memory are drafted; an EAGLE-3 or DFlash "
+    "checkpoint (--speculative-draft-model-path) would draft free text too"
+)
+"""The start of a server without draft KV names what it lacks."""
+
 INTERVAL = 1.0
 """Seconds between two writings while rounds run; when the last request has ended what is left is written at once."""
 
@@ -406,14 +412,16 @@ def log_start(
         seconds = costs.draft(arm, 1)
         price = f", {1000 * seconds:.2f} ms a draft" if seconds else ""
         arms.append(f"{arm} (up to {drafter.max_drafts} drafts{price})")
-    share = draft_bytes / token_bytes if token_bytes else 0.0
+    if not draft_bytes:
+        logger.info("WHIFLASH: policy %s; arms %s; %s", policy, ", ".join(arms) or "none", NO_DRAFTER)
+        return
     logger.info(
         "WHIFLASH: policy %s; arms %s; drafters' KV %d of %d bytes a token (%.1f%%)",
         policy,
         ", ".join(arms),
         draft_bytes,
         token_bytes,
-        100 * share,
+        100 * draft_bytes / token_bytes if token_bytes else 0.0,
     )
 
 

@@ -59,12 +59,13 @@ def _of_one_request(served: Served) -> None:
     """What one program does for one request, or for a few of any number: it has one size."""
     device, text = served.text.device, served.text
     zeros, ones = (make(1, dtype=torch.int64, device=device) for make in (torch.zeros, torch.ones))
-    claim_backlogs(
-        served.watermarks,
-        zeros,
-        zeros,
-        torch.zeros_like(served.watermarks[:, :1], memory_format=torch.contiguous_format),
-    )
+    if len(served.watermarks):
+        claim_backlogs(
+            served.watermarks,
+            zeros,
+            zeros,
+            torch.zeros_like(served.watermarks[:, :1], memory_format=torch.contiguous_format),
+        )
     for chunks, width, starts in served.columns:
         unpark(
             served.rings,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,17 +56,19 @@ def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving(name: str, root: Path) -> Iterator[Served]:
+def serving(name: str, root: Path, *, drafters: bool = True) -> Iterator[Served]:
     family, target = FAMILIES[name], root / "target"
     model = tiny_family(target, family)
-    eagle3, dflash = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
+    flags: dict[str, Any] = {"whiflash_router": "random"}
+    if drafters:
+        flags["draft"] = tiny_dflash(root / "dflash", target)
+        flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", target))
     arrivals = mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
     with engine(target) as e:
         expected = play(e, arrivals)
     oracle = OracleArm(0.95, seed=3)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
-    flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
     with engine(target, whiflash=flags, arms=[oracle], **options) as e:
         assert type(e.worker.target.model).__name__ == name
@@ -83,6 +86,17 @@ def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
     print(comparison.summary())
     assert used - {None} == {"ar", "diffusion", "lookup", "none", ARM}
     assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
+    assert s.oracle.rejected > 0, "nothing was rejected"
+
+
+@pytest.mark.parametrize("name", sampled(FAMILIES, "Qwen3NextForCausalLM"))
+def test_without_a_drafter(name: str, tmp_path: Path) -> None:
+    with serving(name, tmp_path, drafters=False) as s:
+        comparison = Comparison(s.model)
+        used = check_policies(s.engine, comparison, s.arrivals, s.expected, ("lookup", "auto", "none"))
+        s.engine.check_leaks()
+    print(comparison.summary())
+    assert used - {None} == {"lookup", "none", ARM}
     assert s.oracle.rejected > 0, "nothing was rejected"
 
 

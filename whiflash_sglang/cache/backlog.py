@@ -220,8 +220,10 @@ class FeatureRings:
     ) -> None:
         """Keep `counts[b]` rows of `features` [T, F], from row `row_starts[b]`, at positions from `begins[b]`.
 
-        `widest`: no count is larger.
+        `widest`: no count is larger. Rings without columns keep nothing.
         """
+        if not self.rings.features.shape[2]:
+            return
         park(self.rings, features, next_tokens, rows, begins, counts, row_starts, max_length=widest)
 
     def unpark(

@@ -25,7 +25,7 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
         """Fix the numbers the KV reservation is computed from: the widest block of any arm."""
         settings = settings_of(server_args)
         width = widest_block(settings)
-        if settings.backlog_tokens <= width:
+        if settings.drafters and settings.backlog_tokens <= width:
             raise ConfigError(
                 f"--whiflash-backlog-tokens {settings.backlog_tokens} is too few: a round commits up to {width} "
                 f"tokens; give at least {width + 1}, or narrow the widest arm (lookup.max_width, structure.max_width, "

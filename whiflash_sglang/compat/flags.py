@@ -42,7 +42,8 @@ def _dest(field: str) -> str:
 def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
     original(parser)
     group = parser.add_argument_group(
-        "WhiFlash", "with --speculative-algorithm WHIFLASH; --speculative-draft-model-path takes a bundle"
+        "WhiFlash",
+        "with --speculative-algorithm WHIFLASH; --speculative-draft-model-path takes a bundle, or nothing",
     )
     for flag in flags():
         group.add_argument(
@@ -121,7 +122,8 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     server_args._whiflash = settings
     choose(server_args)
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.
-    server_args.speculative_draft_model_path = str(settings.dflash or settings.eagle3)
+    draft = settings.dflash or settings.eagle3
+    server_args.speculative_draft_model_path = None if draft is None else str(draft)
     if server_args.chat_template is None and settings.chat_template is not None:
         server_args.chat_template = str(settings.chat_template)
     if server_args.tool_call_parser is None and settings.tool_call_parser is not None:

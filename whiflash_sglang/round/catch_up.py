@@ -54,8 +54,8 @@ class DraftSync:
     ) -> None:
         self._drafters = with_kv(drafters)
         self._quarantine = quarantine or Quarantine(drafters, alone=False)
-        self._capacity, self._width, self._dtype = capacity, width, dtype
         self.arms = tuple(self._drafters)
+        self._capacity, self._width, self._dtype = capacity if self.arms else 1, width, dtype
         self.seconds: dict[str, float] = {}
         """Host seconds of this round's catch-up, per arm."""
         self.caught_up = dict.fromkeys(self.arms, 0)

@@ -209,8 +209,9 @@ class AutoPolicy:
     """Expected accepted tokens of every arm, from what it says of itself or from running means.
 
     Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm that
-    is not chosen and says nothing of itself is probed now and then (`Probes`). Where a router with heads is loaded
-    (`heads`), its predictions take the means' place and the target's entropy is not computed.
+    is not chosen and says nothing of itself is probed now and then (`Probes`). If a router with heads is loaded
+    (`heads`), its predictions take the means' place and the target's entropy is not computed; nor is it without an arm
+    that needs a mean (`passes`).
     """
 
     candidates = None
@@ -218,8 +219,8 @@ class AutoPolicy:
     prices_batches = True
     joins_arms = True
 
-    def __init__(self, *, heads: bool = False) -> None:
-        self.needs = frozenset({"delta"} if heads else {"entropy"})
+    def __init__(self, *, heads: bool = False, passes: bool = True) -> None:
+        self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
         self.estimator = AcceptanceEstimator()
         self._probes = Probes(self.estimator)
 

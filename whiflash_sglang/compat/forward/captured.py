@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
 from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.compat.forward.parallel import (
@@ -63,7 +64,7 @@ class Captured:
     """Outputs of some layers, and the state behind the final norm, of every forward that asks for hidden states.
 
     Attributes:
-        vectors: how many states of a row are kept.
+        vectors: how many states of a row are kept. mode: what a forward is asked to keep for them.
     """
 
     def __init__(self, model: Any, num_layers: int, layers: Sequence[int], *, keeps_final: bool) -> None:
@@ -77,12 +78,13 @@ class Captured:
             CheckpointError: the model cannot capture what its layers put out.
         """
         self._layers = [layer for layer in layers if layer < num_layers]
-        self._joins_final = len(self._layers) < len(layers)
+        self._reads, self._joins_final = bool(layers), len(self._layers) < len(layers)
         if self._layers:
             _set_layers(model, self._layers)
         if self._layers and (keeps_final or self._joins_final):
             language_model(model).logits_processor.keep_last_hidden_states = True
         self.vectors = len(layers) + (keeps_final and not self._joins_final)
+        self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
 
     def take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`states` of a forward, which SGLang's record then has no longer."""
@@ -91,8 +93,11 @@ class Captured:
         return found
 
     def states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features [T, F] and final states [T, H] of a forward."""
+        """Features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""
         features, final = output.hidden_states, output.last_hidden_states
+        if not self._reads:
+            logits = output.next_token_logits
+            return logits.new_empty((len(logits), 0)), features
         if not self._layers:
             # Without a layer to capture SGLang keeps what its head reads.
             return features, features

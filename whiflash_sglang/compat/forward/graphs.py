@@ -92,9 +92,10 @@ def recorder(model_runner: Any) -> Recorder | None:
     return CudaRecorder() if captures_passes(torch.device(model_runner.device)) else None
 
 
-def install(model_runner: Any) -> None:
-    """Let the target's runner capture these graphs, should it capture any."""
-    model_runner._decode_cuda_graph_runner_cls = lambda: VerifyGraphs
+def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
+    """Let the target's runner capture these graphs, should it capture any. mode: hidden states that they keep."""
+    graphs = type(VerifyGraphs.__name__, (VerifyGraphs,), {"mode": mode})
+    model_runner._decode_cuda_graph_runner_cls = lambda: graphs
 
 
 def row_buckets(most: int) -> list[int]:
@@ -133,10 +134,11 @@ def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) ->
 class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
     """The target's graphs, by rows.
 
-    requests: most requests of a batch that is replayed; widest: most rows of one of them.
+    requests: most requests of a batch that is replayed; widest: most rows of one of them. mode: hidden states to keep.
     """
 
     capture_bs: list[int]
+    mode = CaptureHiddenMode.FULL
 
     def __init__(self, model_runner: Any, *, attn_backend: Any = None) -> None:
         self.widest = int(get_spec().speculative_num_draft_tokens)
@@ -156,7 +158,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
             draft_token=None,
             positions=None,
             draft_token_num=rows_counted(self.model_runner, min(num_tokens, self.widest)),
-            capture_hidden_mode=CaptureHiddenMode.FULL,
+            capture_hidden_mode=self.mode,
             ragged_verify_layout=self._capture_ragged_verify_layout(num_tokens),
         )
 

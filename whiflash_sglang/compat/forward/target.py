@@ -46,7 +46,6 @@ class Target(LoadedTarget):
         self.context_len = int(target_worker.model_config.context_len)
         self.tokenizer: Any = target_worker.tokenizer
         self._epilogue: GraphEnd | None = None
-        graphs.install(self.runner)
         recurrent.install(self._text, target_worker.model_config, self.device)
 
     @property
@@ -71,6 +70,7 @@ class Target(LoadedTarget):
         keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
         self._captured = Captured(self.model, self.shape.num_layers, layers, keeps_final=keeps_final)
         self.row_bytes = self._captured.vectors * self.shape.hidden_size * self.dtype.itemsize
+        graphs.install(self.runner, self._captured.mode)
 
     def prefill(self, batch: Any) -> tuple[Any, torch.Tensor]:
         """Target forward and first token of an extend batch: SGLang's result, and features [tokens, F].
@@ -78,7 +78,7 @@ class Target(LoadedTarget):
         The result has the hidden states that the batch's requests asked for, if any.
         """
         count_earlier_output(batch)
-        result = self.worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.FULL)
+        result = self.worker.forward_batch_generation(batch, capture_hidden_mode=self._captured.mode)
         output = result.logits_output
         features, final = self._captured.take(output)
         if batch.return_hidden_states:
@@ -138,9 +138,8 @@ class Target(LoadedTarget):
         batch.out_cache_loc = block.cache_slots
         # Deferred: the runner plans the attention of every verification itself, so a plan made here would be a second.
         counted = rows_counted(self.runner, stride)
-        forward_batch, _ = verify_input(block, verify_lens, widths, counted).prepare_for_verify(
-            batch, self.worker, defer_metadata_init=True
-        )
+        spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
+        forward_batch, _ = spec_info.prepare_for_verify(batch, self.worker, defer_metadata_init=True)
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)
@@ -176,7 +175,11 @@ class Target(LoadedTarget):
 
 
 def verify_input(
-    block: MixedBlock, verify_lens: torch.Tensor, widths: Sequence[int] | None, stride: int
+    block: MixedBlock,
+    verify_lens: torch.Tensor,
+    widths: Sequence[int] | None,
+    stride: int,
+    mode: CaptureHiddenMode = CaptureHiddenMode.FULL,
 ) -> DFlashVerifyInput:
     """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
 
@@ -184,7 +187,7 @@ def verify_input(
     too: without one a backend may take the widest block that the server was configured for (fa3 does). FlashInfer sizes
     its indices by the host's widths, and fa3 reads the widest of them; None where the host may not know them, then all
     rows of the block are planned for. stride: of the widest request, at least. A graph is chosen by the rows of
-    `block`, its padding included.
+    `block`, its padding included. mode: hidden states that the forward keeps.
     """
     total = int(block.input_ids.shape[0]) if widths is None else sum(widths)
     layout = RaggedVerifyLayout(
@@ -199,7 +202,7 @@ def verify_input(
         draft_token=block.input_ids,
         positions=block.positions,
         draft_token_num=stride,
-        capture_hidden_mode=CaptureHiddenMode.FULL,
+        capture_hidden_mode=mode,
         ragged_verify_layout=layout,
     )
 

@@ -2,15 +2,16 @@
 
 EAGLE-3's entry p holds the *next* token, so with plain keys the last cached slot before a branch would hold
 another continuation's KV. Upstream turns bigram keys on only for `is_eagle()`; here they are turned on for
-WHIFLASH alone, without claiming to be EAGLE anywhere else.
+WHIFLASH with an autoregressive drafter, without claiming to be EAGLE anywhere else.
 """
 
 from functools import wraps
 from typing import Any
 
 from sglang.srt.mem_cache import kv_cache_builder
+from sglang.srt.runtime_context import get_server_args
 
-from whiflash_sglang.compat.carried import serves_ours
+from whiflash_sglang.compat.carried import serves_ours, settings_of
 from whiflash_sglang.compat.patching import replace
 
 
@@ -22,7 +23,7 @@ def install() -> None:
 def _with_bigrams(original: Any) -> Any:
     @wraps(original, updated=())
     def build(*args: Any, **kwargs: Any) -> Any:
-        if serves_ours():
+        if serves_ours() and settings_of(get_server_args()).eagle3 is not None:
             kwargs["is_eagle"] = True
         return original(*args, **kwargs)
 

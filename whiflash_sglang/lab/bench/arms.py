@@ -32,14 +32,16 @@ ROUTERS = {
     "lookup": "lookup",
     "pinned-none": "none",
 }
-AUTO, NO_HINTS, BRANCHES = "auto", "auto-no-hints", "auto-branches"
+AUTO, NO_HINTS = "auto", "auto-no-hints"
+FLAGS = {"auto-branches": ("--whiflash-branches", "3"), "auto-no-drafters": ("--whiflash-drafters", "none")}
+"""Arms that serve the bundle with other flags."""
 COPY_RULE, NO_LOOKUP, BAD = "copy-rule", "auto-no-lookup", "auto-bad-drafters"
 NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
 VARIANTS = {COPY_RULE: COPY_RULE, **dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)}
 """Arms that serve a changed bundle (`subject.py`), and their routers."""
 ADAPTIVE = "EAGLE3-adaptive"
 """Upstream's EAGLE3 whose steps follow what was accepted (`--speculative-adaptive`)."""
-KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, NO_HINTS, BRANCHES)
+KNOWN = (NONE, *STATIC, ADAPTIVE, "NGRAM", *ROUTERS, *VARIANTS, *FLAGS, NO_HINTS)
 DRAFTERS = {"EAGLE3": (AR,), ADAPTIVE: (AR,), "DFLASH": (DIFFUSION,), "DSPARK": (DIFFUSION,)}
 """Upstream's arms, and the drafters of a bundle that they serve."""
 QUICK = (NONE, "EAGLE3", "DFLASH", "auto")
@@ -138,7 +140,7 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
     for name in names:
         if recorded:
             kind, _, brings = name.partition("+")
-            known: tuple[str, ...] = (*ROUTERS, *VARIANTS)
+            known: tuple[str, ...] = (*ROUTERS, *VARIANTS, *FLAGS)
             right = kind in known and brings in ("", PREDICTION, USELESS)
             more = f"; each also with +{PREDICTION} or +{USELESS}"
         else:
@@ -214,9 +216,9 @@ def _arm(name: str, subject: Subject) -> Arm:
         )
     if kind in VARIANTS:
         return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.variants[kind])), VARIANTS[kind])
-    if kind == BRANCHES:
-        branches = (*common, *_whiflash(subject.bundle), "--whiflash-branches", "3")
-        return Arm(name, f"WHIFLASH {kind}", branches, ROUTERS[AUTO])
+    if kind in FLAGS:
+        flagged = (*common, *_whiflash(subject.bundle), *FLAGS[kind])
+        return Arm(name, f"WHIFLASH {kind}", flagged, ROUTERS[AUTO])
     if kind == NO_HINTS:
         unhinted, whiflash = _hints({"infer": False, "trace": "full"}), _whiflash(subject.bundle)
         return Arm(name, f"WHIFLASH {kind}", (*common, *whiflash), ROUTERS[AUTO], unhinted)

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.jsonl import write_whole
-from whiflash_sglang.lab.bench.arms import KNOWN, NO_HINTS, QUICK, VARIANTS
+from whiflash_sglang.lab.bench.arms import FLAGS, KNOWN, NO_HINTS, QUICK, VARIANTS
 from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, launcher
 from whiflash_sglang.lab.bench.pages import draw, render
@@ -47,7 +47,7 @@ def scale_of(
             max_tokens or 64,
             QUICK_MINUTES if minutes is None else minutes,
         )
-    everything = [name for name in KNOWN if name not in (NO_HINTS, *VARIANTS)]
+    everything = [name for name in KNOWN if name not in (NO_HINTS, *VARIANTS, *FLAGS)]
     return Scale(names or everything, per_category, max_tokens or 160, minutes)
 
 
