@@ -1,6 +1,6 @@
 """A process in which stock SGLang serves on a phantom H100 with WHIFLASH; what it found goes to a file as JSON.
 
-python served.py TARGET EAGLE3 DFLASH VERSIONS FILE
+python served.py FILE TARGET [EAGLE3 DFLASH VERSIONS]
 """
 
 import json
@@ -48,11 +48,11 @@ RATED: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """The command line."""
-    target, eagle3, dflash, versions, file = sys.argv[1:]
+    file, target, *given = sys.argv[1:]
+    names = ("whiflash_eagle_draft", "draft", "whiflash_versions")
+    whiflash = {"whiflash_router": "random", **dict(zip(names, given, strict=False))}
     with tempfile.TemporaryDirectory() as name, phantom() as world:
         driver(Path(name))
-        whiflash = {"draft": dflash, "whiflash_eagle_draft": eagle3, "whiflash_router": "random"}
-        whiflash["whiflash_versions"] = versions
         Path(file).write_text(json.dumps(served(world, Path(target), whiflash)))
 
 
@@ -88,7 +88,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
 
         def ingesting() -> list[Any]:
             number = next(passes)
-            if number % SWITCHED == 0:
+            if loop.worker.weights is not None and number % SWITCHED == 0:
                 swap(loop, number // SWITCHED % 2 + 1)
             return ingest()
 
@@ -99,7 +99,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
             "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
             "attention": started.scheduler.server_args.attention_backend,
-            "switches": loop.worker.weights.swaps["taken"],
+            "switches": loop.worker.weights.swaps["taken"] if loop.worker.weights else 0,
             "replays": torch.cuda.CUDAGraph.replays - captured,
             "rounds": {arm: counts.rounds for arm, counts in loop.worker.tally.by_arm.items()},
             "launches": dict(launches.counts),

@@ -35,13 +35,16 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 @pytest.fixture(scope="module")
 def found(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """SGLang asks for a card when it is imported, so this is a process of its own."""
     root = tmp_path_factory.mktemp("found")
-    versions, file = root / "versions", root / "found.json"
+    versions = root / "versions"
     for number in (1, 2):
         version(target, versions, root / f"scratch{number}", trained(0.1, number))
-    paths = (target.target, target.eagle3, target.dflash, versions, file)
-    command = [sys.executable, str(Path(__file__).parent / "served.py"), *map(str, paths)]
+    return served(root / "found.json", target.target, target.eagle3, target.dflash, versions)
+
+
+def served(file: Path, *models: Path) -> dict[str, Any]:
+    """SGLang asks for a card when it is imported, so this is a process of its own."""
+    command = [sys.executable, str(Path(__file__).parent / "served.py"), str(file), *map(str, models)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     result: dict[str, Any] = json.loads(file.read_text())
@@ -59,6 +62,10 @@ def test_the_scheduler_waits_for_nothing(found: dict[str, Any]) -> None:
 
     A switch of the drafters' weights compares and writes them, for which it waits.
     """
+    check_waits(found)
+
+
+def check_waits(found: dict[str, Any]) -> None:
     assert not [site for site in found["stalls"] if not site.startswith((DRAW, RATED, SWITCH))]
     prefills = 2 + found["retracted"]
     assert {site: n for site, n in found["stalls"].items() if site.startswith(RATED) and n > prefills} == {}
@@ -83,3 +90,12 @@ def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
 
 def test_places_that_ask_for_a_card_are_reached(found: dict[str, Any]) -> None:
     assert missed_by_rounds("server").items() <= found["places"].items()
+
+
+@pytest.mark.evidence
+def test_without_a_drafter(target: Target, tmp_path: Path) -> None:
+    found = served(tmp_path / "found.json", target.target)
+    check_waits(found)
+    assert set(found["rounds"]) == {"lookup", "none"} and all(found["rounds"].values())
+    assert not {"park", "unpark", "claim_backlogs"} & found["launches"].keys()  # nothing is captured or kept
+    test_text_is_plain_decodings(found, target)
