@@ -11,6 +11,7 @@ from whiflash_sdk import Capabilities, collect
 from whiflash_sdk.client import apart, wrap
 
 FINAL = "It is four."
+HELLO: Any = [{"role": "user", "content": "Hello."}]
 
 
 def check(server: FakeServer, traces: list[Any], *, calls: int = 2) -> None:
@@ -149,9 +150,11 @@ def test_langgraph_nodes_are_named_by_their_path(server: FakeServer) -> None:
     assert agents_of(server) == ["team/plan", "write", "said", "say", "bound"]
     assert node() is None
     model.invoke("Outside.")
-    wrap_model(model, agent="mine")
-    model.invoke("Outside.")
-    assert agents_of(server)[5:] == [None, "mine"]
+    wrap_model(model.model_copy(), agent="mine").invoke("Outside.")
+    with pytest.raises(ValueError, match="wrapped already, with other agent"):
+        wrap_model(model, agent="mine")
+    wrap_model(model).invoke("Outside.")
+    assert agents_of(server)[5:] == [None, "mine", None]
 
 
 def shared(framework: str, server: FakeServer) -> tuple[Any, list[Any]]:
@@ -218,15 +221,33 @@ def test_models_of_one_client_keep_their_settings(framework: str, server: FakeSe
     assert agents_of(server) == ["a", "b"]
 
 
-def test_a_client_that_cannot_be_copied_is_wrapped_itself_and_a_tracer_on_it_is_kept(
-    server: FakeServer,
-) -> None:
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_a_client_whose_class_makes_no_copies_is_shared_too(server: FakeServer, is_wrapped: bool) -> None:
     class Mine(OpenAI):
         def __init__(self, url: str) -> None:
             super().__init__(base_url=url, api_key="key")
 
+    class Model:
+        pass
+
     mine = Mine(server.base_url)
-    assert apart(mine) is mine
+    whole = [wrap(mine, agent="whole")] if is_wrapped else []
+    mine.chat.completions.create(model="m", messages=HELLO)
+    models = [Model(), Model()]
+    views = [wrap(apart(mine, model), agent=name) for model, name in zip(models, "ab", strict=True)]
+    server.bodies.clear()
+    with collect(*whole, views[1]) as collected:
+        for asked in (*views, *whole):
+            asked.chat.completions.create(model="m", messages=HELLO)
+    assert agents_of(server) == ["a", "b", "whole"][: len(server.bodies)]
+    assert [trace.agent for trace in collected.traces] == (["a", "b", "whole"] if is_wrapped else ["b"])
+    if not is_wrapped:
+        mine.chat.completions.create(model="m", messages=HELLO)
+        assert "custom_params" not in server.bodies[-1]
+    assert all(isinstance(view, Mine) for view in views)
+
+
+def test_a_tracer_on_a_shared_client_is_kept(server: FakeServer) -> None:
     client, seen = OpenAI(base_url=server.base_url, api_key="key"), list[str]()
     request = client.request
 
@@ -235,8 +256,8 @@ def test_a_client_that_cannot_be_copied_is_wrapped_itself_and_a_tracer_on_it_is_
         return request(cast_to, options, **more)
 
     client.request = traced  # type: ignore[method-assign,assignment]
-    copy = wrap(apart(client))
-    copy.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hello."}])
+    copy = wrap(apart(client, server))
+    copy.chat.completions.create(model="m", messages=HELLO)
     assert seen[-1] == "/chat/completions"
     assert "whiflash" in server.bodies[-1]["custom_params"]
 

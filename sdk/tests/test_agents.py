@@ -36,8 +36,7 @@ def test_what_is_nearer_to_the_call_wins(client: OpenAI, server: FakeServer) -> 
             ask(client, extra_body=Hints(agent="call").extra_body())
             ask(client, extra_body=Hints(agent=None).extra_body())
             client.with_options(max_retries=0).completions.create(model="m", prompt="x")
-    wrap(client, agent="client", hints=Hints(agent="of the hints"))
-    ask(client)
+    ask(wrap(client.with_options(), agent="client", hints=Hints(agent="of the hints")))
     assert sent(server) == ["client", "outer", "inner", "call", None, "inner", "of the hints"]
 
 
@@ -106,8 +105,7 @@ def test_a_server_that_is_assumed_to_route_gets_every_name(client: OpenAI, serve
     ask(client)
     with agent("said"):
         ask(client)
-    wrap(client, capabilities=True, agent="said too")
-    ask(client)
+    ask(wrap(client.with_options(), capabilities=True, agent="said too"))
     assert sent(server) == ["framework", "said", "said too"]
 
 

@@ -303,9 +303,11 @@ def test_an_answer_can_be_given_beforehand(client: OpenAI, server: FakeServer) -
         **ASKED, tools=[TOOL]
     )
     assert server.hints() == {"trace": True}
-    wrap(client, capabilities=True, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
+    other = client.with_options()
+    wrap(other, capabilities=True, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
     assert server.hints() == {"trace": True}
-    wrap(client, capabilities=False, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
+    other = client.with_options()
+    wrap(other, capabilities=False, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
     assert routed(server) == [True, True, False]
     assert ROUTE not in server.paths
 
@@ -347,7 +349,7 @@ def test_the_environment_sets_what_the_code_does_not(
     if expected is not None:
         assert server.hints() == {"infer": False, **expected}
     assert (ROUTE in server.paths) == (name == "TRACE" or value == "off")
-    ask(wrap(client, trace=True, capabilities=Capabilities(version=1)))
+    ask(wrap(client.with_options(), trace=True, capabilities=Capabilities(version=1)))
     assert routed(server)[1] == (expected is not None)  # DISABLE is the operator's: above the code
     assert expected is None or server.hints(1)["trace"]
 
@@ -405,7 +407,7 @@ def test_the_log_tells_of_probes_and_of_no_secret(
         with OpenAI(base_url=url, api_key="sk-secret", default_headers={"X-Key": "hush"}) as client:
             ask(wrap(client))
             with pytest.raises(UnsupportedServerError) as raised:
-                ask(wrap(client, strict=True))
+                ask(wrap(client.with_options(), strict=True))
         server.capabilities_key = ""
         with OpenAI(base_url=server.base_url, api_key="sk-secret") as client:
             ask(wrap(client))

@@ -53,7 +53,7 @@ def test_a_gateways_other_models_get_no_hints(
     ]
     assert [server.paths.count(path) for path in (ROUTE, "/v1/models")] == [1, 1]
     with pytest.raises(UnsupportedServerError, match=r"'tiny'.*'other'"):
-        wrap(client, strict=True).chat.completions.create(**asked)
+        wrap(client.with_options(), strict=True).chat.completions.create(**asked)
 
 
 def test_a_server_that_lists_one_model_gets_hints_under_any_name(client: OpenAI, server: FakeServer) -> None:
@@ -170,7 +170,7 @@ def test_capabilities_that_are_given_need_no_more_than_what_differs(
         ask(client)
     none = Capabilities(version=1, scopes=(), prediction_tokens=0)
     with predict("text"):
-        ask(wrap(client, agent="mine", capabilities=none))
+        ask(wrap(client.with_options(), agent="mine", capabilities=none))
     assert [server.wire(index).get("agent") for index in range(2)] == ["mine", None]
     assert ["prediction" in body for body in server.bodies] == [True, False]
 

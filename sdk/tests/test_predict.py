@@ -68,9 +68,8 @@ def test_a_server_of_before_gets_none_from_a_block(client: OpenAI, server: FakeS
     with predict("block"):
         ask(client)
     assert "prediction" not in server.bodies[0]
-    wrap(client, capabilities=True)
     with predict("block"):
-        ask(client)
+        ask(wrap(client.with_options(), capabilities=True))
     assert server.bodies[1]["prediction"] == BLOCK
 
 

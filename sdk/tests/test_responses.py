@@ -54,7 +54,7 @@ def test_traces_are_asked_for_and_read_as_of_chats(client: OpenAI, reading: Fake
         ("m", "r0", EXPECTED.arms)
     ] * 4
     assert all(reading.wire(index)["trace"] is True for index in range(4))
-    wrap(client, trace=False).responses.create(**ASKED)
+    wrap(client.with_options(), trace=False).responses.create(**ASKED)
     assert "trace" not in reading.hints()
 
 

@@ -70,7 +70,8 @@ def test_the_level_goes_out_as_every_server_reads_it(
     client: OpenAI, server: FakeServer, given: Any, sent: Any
 ) -> None:
     wrap(client, trace=given).chat.completions.create(**ASKED)
-    wrap(client, trace=False).chat.completions.create(**ASKED, extra_body=Hints(trace=given).extra_body())
+    asked = {**ASKED, "extra_body": Hints(trace=given).extra_body()}
+    wrap(client.with_options(), trace=False).chat.completions.create(**asked)
     assert [server.wire(index)["trace"] for index in range(2)] == [sent, sent]
 
 

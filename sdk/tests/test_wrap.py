@@ -187,11 +187,22 @@ def test_the_innermost_level_wins(client: OpenAI, server: FakeServer) -> None:
     assert server.hints(2) == {"spans": [{"kind": "prose", "begin": "block"}], "trace": True}
 
 
-def test_wrapping_again_changes_the_settings_only(client: OpenAI, server: FakeServer) -> None:
-    wrap(wrap(client, hints=Hints(off=True)), trace=False)
-    client.chat.completions.create(model="m", messages=MESSAGES)
-    assert "off" not in server.hints()
-    assert "trace" not in server.hints()
+def test_a_second_wrap_changes_nobodys_settings(client: OpenAI, server: FakeServer) -> None:
+    """The same settings are no others, and a copy may have its own, also one of a copy."""
+    told: dict[str, Any] = {"agent": "a", "tenant": "t", "hints": OWN}
+    copies = [client.with_options(), wrap(wrap(client, **told), **told).with_options()]
+    copies.append(copies[1].copy())
+    for name, other in {"agent": "b", "tenant": None, "hints": Hints(off=True), "strict": True}.items():
+        with pytest.raises(ValueError, match=f"wrapped already, with other {name}"):
+            wrap(client, **{**told, name: other})
+    with pytest.raises(ValueError, match=r"other hints\. .*with_options"):
+        wrap(client, **told, trace=False)
+    for number, copy in enumerate(copies):
+        wrap(copy, agent=str(number))
+    for one in (client, *copies):
+        one.chat.completions.create(model="m", messages=MESSAGES)
+    assert [server.hints(index)["agent"] for index in range(4)] == ["a", "0", "1", "2"]
+    assert [body.get("cache_salt") for body in server.bodies] == ["t", None, None, None]
 
 
 def test_a_block_opens_its_kind(client: OpenAI, server: FakeServer) -> None:
@@ -316,7 +327,7 @@ def test_a_server_that_is_down_fails_as_it_does_unwrapped() -> None:
         for _ in range(2):
             with pytest.raises(openai.APIConnectionError):
                 client.chat.completions.create(model="m", messages=MESSAGES)
-    strict = wrap(client, strict=True)
+    strict = wrap(client.with_options(), strict=True)
     with pytest.raises(UnsupportedServerError):
         strict.chat.completions.create(model="m", messages=MESSAGES)
 
@@ -455,7 +466,8 @@ def test_warnings_of_repeated_requests_point_at_the_users_call(client: OpenAI, s
     server.refuses = {"custom_params"}
     for given in (None, True):
         with pytest.warns(UnsupportedServerWarning, match="custom_params") as said:
-            wrap(client, capabilities=given).chat.completions.create(model="m", messages=MESSAGES)
+            one = wrap(client.with_options(), capabilities=given)
+            one.chat.completions.create(model="m", messages=MESSAGES)
         assert [one.filename for one in said] == [__file__]
 
 

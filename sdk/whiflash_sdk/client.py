@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Final, Protocol, TypeVar
 
 from typing_extensions import Unpack
@@ -28,6 +31,16 @@ class ApiClient(Protocol):
 ClientT = TypeVar("ClientT", bound=ApiClient)
 
 _WRAPPED: Final = "_whiflash_settings"
+_OWNER: Final = "_whiflash_owner"
+_DOORS: Final = ("copy", "with_options", "request")
+
+
+@dataclass(frozen=True)
+class _Wrapped:
+    """What a client was given by `wrap`, or, if it is not `itself` wrapped, by the client that it was made from."""
+
+    told: Told
+    itself: bool
 
 
 def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
@@ -36,7 +49,8 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
     Hints come from the request itself (tools, tool choice, response format, a prefilled answer), then
     from `hints` here, from enclosing blocks (`whiflash_sdk.hinted`, `whiflash_sdk.spans`) and from
     `extra_body=Hints(...).extra_body()` on a call; what is set later wins. Clients made from this one
-    (`with_options`, `copy`) are wrapped too; to keep an unwrapped one, wrap `client.with_options()`.
+    (`with_options`, `copy`) are wrapped too, and `wrap` may give them other settings; to keep an unwrapped one, wrap
+    `client.with_options()`.
     Other routes, and every request to a server that does not route, go out untouched. (`copy.copy` makes no client of
     its own: what it returns asks through this one.)
 
@@ -57,48 +71,78 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
     Environment, read here: `WHIFLASH_SDK_TRACE` (0, 1 or a level) and `WHIFLASH_SDK_ASSUME` (1: `capabilities=True`)
     where the argument is not given; `WHIFLASH_SDK_DISABLE` (1: `capabilities=False`) in any case.
 
-    Raises: TypeError if `client` is something else; ValueError for an empty tenant, which would be no salt, and for a
-    variable that says neither yes nor no.
+    Raises: TypeError if `client` is something else; ValueError for a client that was wrapped with other settings, for
+    an empty tenant, which would be no salt, and for a variable that says neither yes nor no.
     """
     if not isinstance(client, (*api_clients(asynchronous=False), *api_clients(asynchronous=True))):
         raise TypeError(
             "wrap takes an OpenAI or AsyncOpenAI client, or Anthropic's, not "
             f"{type(client).__name__}. For other libraries see whiflash_sdk.http_client"
         )
-    _install(client, Told.of(**settings))
+    told = Told.of(**settings)
+    before: _Wrapped | None = vars(client).get(_WRAPPED)
+    if before is not None and before.itself and (others := _others(before.told, told)):
+        raise ValueError(
+            f"wrap: this client is wrapped already, with other {', '.join(others)}. Its other users would send the new "
+            "ones too. Wrap a copy, client.with_options(), or a framework's model of its own"
+        )
+    _install(client, told)
     return client
 
 
-def apart(client: Any) -> Any:
-    """A client with the same settings, to be wrapped beside others; itself where its class makes no copies.
+def _others(one: Told, other: Told) -> list[str]:
+    """Settings that differ."""
+    return [field.name for field in fields(Told) if getattr(one, field.name) != getattr(other, field.name)]
+
+
+def apart(client: Any, owner: object) -> Any:
+    """A client with the same settings that `owner` has for itself, to be wrapped; the one made for it before, if it is.
 
     What a tracer set on the client alone goes on seeing the copy's requests.
     """
+    known = vars(client).get(_OWNER)
+    if known is not None and known() is owner:
+        return client
     try:
         made = client.with_options()
     except TypeError:  # a subclass whose arguments are others
-        return client
+        made = _view(client)
     own = vars(client).get("request")
     if own is not None and _WRAPPED not in vars(client):
         vars(made)["request"] = own
+    vars(made)[_OWNER] = weakref.ref(owner)
+    return made
+
+
+def _view(client: Any) -> Any:
+    """A client that sends through the same connections, and makes resources of its own, which ask through it."""
+    made = copy.copy(client)
+    wrapped: _Wrapped | None = vars(made).pop(_WRAPPED, None)
+    for name in tuple(vars(made)):
+        of_class = getattr(type(made), name, None)
+        if isinstance(of_class, functools.cached_property) or (wrapped and name in _DOORS):
+            del vars(made)[name]
+    if wrapped:
+        _install(made, wrapped.told, client)
     return made
 
 
 def settings_of(client: Any) -> Told | None:
     """Settings of a wrapped client; None if it is not wrapped."""
-    told: Told | None = vars(client).get(_WRAPPED)
-    return told
+    wrapped: _Wrapped | None = vars(client).get(_WRAPPED)
+    return wrapped and wrapped.told
 
 
 def _install(client: Any, told: Told, origin: Any = None) -> None:
+    """Wrap a client; one that was made from `origin` has the settings from there."""
     already = _WRAPPED in vars(client)
-    vars(client)[_WRAPPED] = told
+    vars(client)[_WRAPPED] = _Wrapped(told, itself=origin is None)
     if already:
         return
     open_scope(client, origin)
     is_async = isinstance(client, api_clients(asynchronous=True))
     vars(client)["request"] = _async_request(client) if is_async else _sync_request(client)
-    for name in ("copy", "with_options"):
+    for name in _DOORS[:2]:
         vars(client)[name] = _wrapping_copy(client, name)
 
 
@@ -114,7 +158,7 @@ def _wrapping_copy(client: Any, name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(client, name))
     def copied(*args: Any, **kwargs: Any) -> Any:
         made = inherited()(*args, **kwargs)
-        _install(made, vars(client)[_WRAPPED], client)
+        _install(made, vars(client)[_WRAPPED].told, client)
         return made
 
     return copied
@@ -127,7 +171,7 @@ def _sync_request(client: Any) -> Callable[..., Any]:
     @functools.wraps(client.request)
     def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
         send = functools.partial(inherited(), cast_to)
-        route, body, told = _route(options), _body(options), vars(client)[_WRAPPED]
+        route, body, told = _route(options), _body(options), vars(client)[_WRAPPED].told
         if route is None:
             return send(options, **kwargs)
         server = None
@@ -156,7 +200,7 @@ def _async_request(client: Any) -> Callable[..., Any]:
     @functools.wraps(client.request)
     async def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
         send = functools.partial(inherited(), cast_to)
-        route, body, told = _route(options), _body(options), vars(client)[_WRAPPED]
+        route, body, told = _route(options), _body(options), vars(client)[_WRAPPED].told
         if route is None:
             return await send(options, **kwargs)
         server = None

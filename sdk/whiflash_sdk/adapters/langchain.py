@@ -23,10 +23,10 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     """
     settings.setdefault("agent", node)
     if model.root_client is not None:  # where the key is an async function there is none
-        model.root_client = wrap(apart(model.root_client), **settings)
+        model.root_client = wrap(apart(model.root_client, model), **settings)
         model.client = model.root_client.chat.completions
     if model.root_async_client is not None:
-        model.root_async_client = wrap(apart(model.root_async_client), **settings)
+        model.root_async_client = wrap(apart(model.root_async_client, model), **settings)
         model.async_client = model.root_async_client.chat.completions
     return model
 

@@ -21,7 +21,7 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     `ModelSettings(extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
-    model._client = wrap(apart(model._client), **settings)
+    model._client = wrap(apart(model._client, model), **settings)
     return model
 
 

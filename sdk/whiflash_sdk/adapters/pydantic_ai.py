@@ -26,7 +26,7 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     `model_settings={"extra_body": Hints(…).extra_body()}`.
     """
     settings.setdefault("agent", running_agent)
-    client = wrap(apart(model.client), **settings)
+    client = wrap(apart(model.client, model), **settings)
     if "client" in vars(model):
         model.client = client
     else:  # newer versions read it from the provider, which several models may share

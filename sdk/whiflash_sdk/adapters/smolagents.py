@@ -22,7 +22,7 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     every call of this model: `OpenAIModel(…, extra_body=Hints(…).extra_body())`.
     """
     settings.setdefault("agent", running_agent)
-    model.client = wrap(apart(model.client), **settings)
+    model.client = wrap(apart(model.client, model), **settings)
     return model
 
 
