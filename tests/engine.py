@@ -30,6 +30,7 @@ REQUEST_FIELDS = (
     "return_routed_experts",
     "session",
     "token_ids_logprob",
+    "token_indices_to_pool",
     "top_logprobs_num",
 )
 """What `Engine.submit` takes beside sampling parameters."""

@@ -1,5 +1,6 @@
 """What would end SGLang's scheduler is refused before it is scheduled, and nothing beside it."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from whiflash_sglang.compat.http.admission import check_bounds
+from whiflash_sglang.compat.http.admission import check_bounds, check_scores
 from whiflash_sglang.compat.http.requests import check_native
 from whiflash_sglang.spans.carrier import Own
 from whiflash_sglang.spans.hints import TOOLS_KEY
@@ -37,6 +38,7 @@ def check(ids: list[int] | None = None, sampling: dict[str, Any] | None = None, 
         {"sampling": {"stop_token_ids": ["7", None], "min_new_tokens": 2}},
         {"session_params": {"id": "a", "rid": None, "offset": 3, "replace": True}},
         {"positional_embed_overrides": OVERRIDES},
+        {"sampling": {"beam_width": 1}},
     ],
     ids=str,
 )
@@ -66,6 +68,7 @@ def test_what_the_scheduler_can_serve_is_admitted(given: dict[str, Any]) -> None
             "session_params.offset: is '3'; must be of the type int",
         ),
         ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides: only Engine.generate"),
+        ({"sampling": {"beam_width": 2}}, "beam_width: is 2; WHIFLASH drafts for one text a request"),
     ],
     ids=str,
 )
@@ -83,6 +86,42 @@ def test_an_empty_prompt_is_refused_unless_a_session_has_text() -> None:
         ):
             check_bounds(obj, [], TOKENS)
     check_bounds(GenerateReqInput(text="", sampling_params={}, session_params={"id": "a"}), [], TOKENS)
+
+
+SCORED: dict[str, Any] = {
+    "sampling_params": {"max_new_tokens": 0},
+    "return_logprob": True,
+    "logprob_start_len": 0,
+}
+WHOLE = {"disable_radix_cache": True, "chunked_prefill_size": -1, "allow_auto_truncate": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "server", "said"),
+    [
+        ({"token_indices_to_pool": [0, 2]}, {}, None),
+        ({"token_indices_to_pool": [0], "return_logprob": False, "logprob_start_len": -1}, {}, None),
+        ({"sampling_params": {}}, {"disable_radix_cache": False}, None),
+        ({"token_indices_to_pool": []}, {}, "is []; give positions of the prompt, from 0 to 2"),
+        ({"token_indices_to_pool": [3]}, {}, "is [3]"),
+        ({"token_indices_to_pool": [-1]}, {}, "is [-1]"),
+        ({"token_indices_to_pool": [0]}, {"disable_radix_cache": False}, "--disable-radix-cache"),
+        ({"token_indices_to_pool": [0]}, {"chunked_prefill_size": 64}, "--chunked-prefill-size -1"),
+        ({"token_indices_to_pool": [0]}, {"allow_auto_truncate": True}, "without --allow-auto-truncate"),
+        ({"token_indices_to_pool": [0], "sampling_params": {}}, {}, "max_new_tokens: is None; must be 0"),
+        ({"token_indices_to_pool": [0], "logprob_start_len": -1}, {}, "logprob_start_len: is -1; must be 0"),
+    ],
+    ids=str,
+)
+def test_positions_are_of_a_prompt_that_is_prefilled_whole(
+    given: dict[str, Any], server: dict[str, Any], said: str | None
+) -> None:
+    obj, args = GenerateReqInput(input_ids=[1, 2, 3], **SCORED | given), SimpleNamespace(**WHOLE | server)
+    if said is None:
+        check_scores(obj, [1, 2, 3], args)
+        return
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_scores(obj, [1, 2, 3], args)
 
 
 def test_a_text_prediction_needs_a_tokenizer() -> None:

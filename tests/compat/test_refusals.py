@@ -307,6 +307,7 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "lora": (True, "--lora-paths"),
     "enable_watermark": (True, "--enable-watermark"),
     "enable_mixed_chunk": (True, "--enable-mixed-chunk"),
+    "enable_mis": (True, "--enable-mis"),
     "enable_two_batch_overlap": (True, "--enable-two-batch-overlap"),
     "enable_single_batch_overlap": (True, "--enable-single-batch-overlap"),
     "enable_pdmux": (True, "--enable-pdmux"),

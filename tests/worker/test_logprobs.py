@@ -5,13 +5,16 @@ the temperature unless SGLANG_RETURN_ORIGINAL_LOGPROB says otherwise.
 """
 
 import random
+from itertools import product
 from typing import Any
 
 import pytest
 from engine import engine
 from model_set import Models
 from oracle_arm import OracleArm
+from overlap import overlapped
 from records import Logprobs, all_logprobs, assert_same_logprobs
+from reference import TIE
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from traffic import Arrival, play
 
@@ -94,3 +97,40 @@ def test_logprobs(models: Models, case: str, router: str, monkeypatch: pytest.Mo
     for rid in compared:
         assert_same_logprobs(found[rid], wanted[rid], rid)
     assert router != "random" or max(oracle.accepted) > 4
+
+
+@pytest.mark.parametrize("loop", [engine, overlapped])
+def test_scores_are_plain_decodings(models: Models, loop: Any) -> None:
+    """Of prompts alone, at chosen positions or behind the last token, beside requests that decode."""
+    rng = random.Random(7)
+    prompts = [tuple(rng.choices(range(32, 127), k=rng.randint(9, 20))) for _ in range(9)]
+    scored: dict[str, Any] = {"max_new_tokens": 0, "return_logprob": True, "token_ids_logprob": [69, 75, 256]}
+    kinds: list[dict[str, Any]] = [
+        {**scored, "logprob_start_len": 0, "token_indices_to_pool": [2, 5, 8]},
+        scored,
+        {"max_new_tokens": 24},
+    ]
+    arrivals = [Arrival(f"r{i}", i // 2, prompt, kinds[i % len(kinds)]) for i, prompt in enumerate(prompts)]
+    options = {"disable_radix_cache": True, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
+    found: list[dict[str, Any]] = []
+    texts: list[dict[str, list[int]]] = []
+    for flags in (None, models.whiflash("random"), models.whiflash("none")):
+        with loop(models.target, whiflash=flags, **options) as e:
+            outputs = play(e, arrivals)
+            records = {rid: e.requests[rid].logprob for rid in outputs}
+        found.append(
+            {
+                rid: [
+                    [float(value) for row in rows or [] for value in row or ()]
+                    for rows in (r.input_token_ids_logprobs_val, r.output_token_ids_logprobs_val)
+                ]
+                for rid, r in records.items()
+            }
+        )
+        texts.append(outputs)
+    plain, *ours = found
+    assert texts[1:] == texts[:1] * 2
+    assert [list(map(len, plain[f"r{i}"])) for i in range(3)] == [[9, 0], [0, 3], [0, 0]]
+    for rid, records in plain.items():
+        for one, values in product(ours, range(2)):
+            assert one[rid][values] == pytest.approx(records[values], abs=TIE), rid

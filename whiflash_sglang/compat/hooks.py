@@ -46,7 +46,16 @@ def in_scheduler() -> None:
     patching.require_names()
     from whiflash_sglang.compat.forward import parallel, target, triton_backend
     from whiflash_sglang.compat.http import control, figures, streamer
-    from whiflash_sglang.compat.scheduler import memory, prometheus, radix, releases, step, stops, whitespace
+    from whiflash_sglang.compat.scheduler import (
+        memory,
+        prometheus,
+        radix,
+        releases,
+        scores,
+        step,
+        stops,
+        whitespace,
+    )
 
     parts = (
         memory,
@@ -54,6 +63,7 @@ def in_scheduler() -> None:
         target,
         radix,
         releases,
+        scores,
         step,
         stops,
         figures,

@@ -32,6 +32,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.mem_cache.memory_pool:HybridReqToTokenPool"),
     PrivateName("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.move_kv_cache", ("tgt_loc", "src_loc")),
     PrivateName("sglang.srt.mem_cache.memory_pool:MLATokenToKVPool.move_kv_cache", ("tgt_loc", "src_loc")),
+    PrivateName("sglang.srt.managers.schedule_batch:Req.is_prefill_only"),
     PrivateName("sglang.srt.state_capturer.base:BaseTopkCapturer.__init__", ("max_batch_size",)),
     PrivateName("sglang.srt.state_capturer.base:TopkCaptureOutput", ("out_cache_loc", "topk", "host_cache")),
     PrivateName("sglang.srt.state_capturer.indexer_topk:get_global_indexer_capturer"),

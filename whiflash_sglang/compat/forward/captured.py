@@ -64,7 +64,8 @@ class Captured:
     """Outputs of some layers, and the state behind the final norm, of every forward that asks for hidden states.
 
     Attributes:
-        vectors: how many states of a row are kept. mode: what a forward is asked to keep for them.
+        read: states of a row that drafters read. vectors: those that are kept. mode: what a forward is asked to keep
+            for them.
     """
 
     def __init__(self, model: Any, num_layers: int, layers: Sequence[int], *, keeps_final: bool) -> None:
@@ -83,6 +84,7 @@ class Captured:
             _set_layers(model, self._layers)
         if self._layers and (keeps_final or self._joins_final):
             language_model(model).logits_processor.keep_last_hidden_states = True
+        self.read = len(layers)
         self.vectors = len(layers) + (keeps_final and not self._joins_final)
         self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
 

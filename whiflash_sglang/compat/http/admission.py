@@ -39,6 +39,7 @@ def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
     original(self, obj, input_ids)
     if ours and isinstance(obj, GenerateReqInput):
         check_bounds(obj, input_ids, self.model_config.vocab_size)
+        check_scores(obj, input_ids, self.server_args)
 
 
 def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabulary: int) -> None:
@@ -58,6 +59,11 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
     _check_range("top_logprobs_num (logprobs, top_logprobs)", obj.top_logprobs_num, most=vocabulary)
     _check_range("logprob_start_len", obj.logprob_start_len, least=-1)
     params: Mapping[str, Any] = obj.sampling_params
+    if params.get("beam_width") not in (None, 1):
+        raise ValueError(
+            f"beam_width: is {params['beam_width']}; WHIFLASH drafts for one text a request; leave it out, or ask a "
+            "server without WHIFLASH"
+        )
     _check_range("top_k", params.get("top_k"), most=INT32_MAX)
     if params.get("min_new_tokens"):
         # Elsewhere stop tokens are only compared with what was sampled.
@@ -71,6 +77,35 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
         obj.positional_embed_overrides, PositionalEmbeds
     ):
         raise ValueError("positional_embed_overrides: only Engine.generate takes them, as PositionalEmbeds")
+
+
+def check_scores(obj: GenerateReqInput, input_ids: Sequence[int] | None, server_args: Any) -> None:
+    """Of a request for scores at positions of its prompt, which `/v1/score` makes for a `score_extraction_token`: the
+    prompt goes through one forward that reads all of it, and the request ends.
+
+    Raises:
+        ValueError: it would end the scheduler or give other positions' scores; the message names the field.
+    """
+    positions = obj.token_indices_to_pool
+    if positions is None:
+        return
+    field = "token_indices_to_pool (score_extraction_token)"
+    length = len(input_ids or ())
+    if not positions or not all(isinstance(at, int) and 0 <= at < length for at in positions):
+        raise ValueError(f"{field}: is {positions!r}; give positions of the prompt, from 0 to {length - 1}")
+    whole = server_args.disable_radix_cache and server_args.chunked_prefill_size == -1
+    if not whole or server_args.allow_auto_truncate:
+        raise ValueError(
+            f"{field}: needs a server that prefills a prompt whole; start it with --disable-radix-cache "
+            "--chunked-prefill-size -1 and without --allow-auto-truncate"
+        )
+    asked = {
+        "sampling_params.max_new_tokens": obj.sampling_params.get("max_new_tokens"),
+        "logprob_start_len": obj.logprob_start_len if obj.return_logprob else 0,
+    }
+    for name, value in asked.items():
+        if value != 0:
+            raise ValueError(f"{name}: is {value}; must be 0 beside {field}")
 
 
 def _check_ids(field: str, ids: Sequence[int] | None, vocabulary: int) -> None:

@@ -340,6 +340,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     _removed("enable_watermark", "its state is not kept per verified position"),
     _removed("enable_mixed_chunk", "a step is a prefill or a round"),
+    _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
     _removed("enable_two_batch_overlap", _ONE_TOKEN),
     _removed("enable_single_batch_overlap", _ONE_TOKEN),
     _removed("enable_pdmux", _ONE_TOKEN),
