@@ -465,8 +465,8 @@ def test_warnings_point_at_the_users_call(
 def test_warnings_of_repeated_requests_point_at_the_users_call(client: OpenAI, server: FakeServer) -> None:
     server.refuses = {"custom_params"}
     for given in (None, True):
+        one = wrap(client.with_options(), capabilities=given)
         with pytest.warns(UnsupportedServerWarning, match="custom_params") as said:
-            one = wrap(client.with_options(), capabilities=given)
             one.chat.completions.create(model="m", messages=MESSAGES)
         assert [one.filename for one in said] == [__file__]
 
