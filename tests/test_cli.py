@@ -103,7 +103,10 @@ SCALING = (
     (["--enable-hierarchical-cache"], r"--enable-hierarchical-cache \(draft KV .*; remove it"),
     (["--enable-lora", "--lora-paths", "one=/nowhere"], r"LoRA \(--enable-lora, .*; remove it"),
     (["--pp-size", "2"], r"--pp-size must be 1 \(a round is .*"),
-    (["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], "--enable-dp-attention .*; remove it"),
+    (
+        ["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"],
+        r"--attn-dp-size must be 1 \(.*; --enable-dp-attention sets it\)",
+    ),
     (["--tp-size", "2", "--attn-dp-size", "2"], r"--attn-dp-size must be 1 \(ranks without .*"),
     (["--tokenizer-worker-num", "2"], "--tokenizer-worker-num must be 1"),
     (["--grpc-mode"], "remove --grpc-mode"),

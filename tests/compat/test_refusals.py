@@ -370,10 +370,6 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
         },
         "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
-    "enable_dp_attention": (
-        {"enable_dp_attention": True, "attn_dp_size": 2},
-        "--enable-dp-attention (ranks without a request",
-    ),
     "rust_server": ({"environment": {"SGLANG_RUST_SERVER": "1"}}, "unset SGLANG_RUST_SERVER"),
     "post_capture_sizing": (
         {"environment": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "true"}},
@@ -422,5 +418,5 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
     choose_for_cuda(several)
     assert several.disable_overlap_schedule
     elsewhere = ServerArgs(model_path="unused", device="cpu")
-    choose_for_cuda(elsewhere)
+    launches.choose(elsewhere)
     assert elsewhere.attention_backend is None

@@ -1,8 +1,10 @@
 """`whiflash check`: what must be right, and what is not."""
 
 import json
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -61,7 +63,7 @@ def _platform() -> list[Finding]:
 def check(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show passed checks.")] = False,
     model_path: Annotated[
-        str | None, typer.Option("--model-path", help="Target of --draft: hub id or directory.")
+        str | None, typer.Option("--model-path", help="Target of --draft or --recipe: hub id or directory.")
     ] = None,
     draft: Annotated[
         list[str] | None,
@@ -69,6 +71,16 @@ def check(
             "--draft",
             help="Check this bundle or drafter (hub id or directory) by its config.json: format, KV size, "
             "obstacles. May be repeated.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            exists=True,
+            dir_okay=False,
+            help="Judge these flags: would WHIFLASH start, and which flag is in the way? A shell line or script, YAML, "
+            "or JSON lines. Needs no GPU and no weights; with --model-path the target's layers count, too.",
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -79,12 +91,18 @@ def check(
     Examples:
     whiflash check -v
     whiflash check --model-path Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
+    whiflash check --recipe serve.sh
     """
     from rich.console import Console
 
+    if recipe is not None:
+        if draft:
+            raise typer.BadParameter("--recipe and --draft are two checks: run one, then the other")
+        _check_recipes(recipe, model_path, as_json=as_json, verbose=verbose)
+        return
     if model_path is not None and not draft:
         raise typer.BadParameter(
-            "--model-path has no effect without --draft: name the drafters with --draft, or leave it out"
+            "--model-path has no effect without --draft or --recipe: give one of them, or leave it out"
         )
     found = _drafts(draft, model_path) if draft else findings()
     verbose = verbose or bool(draft)
@@ -103,6 +121,54 @@ def check(
         )
     if failed:
         raise typer.Exit(1)
+
+
+def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose: bool) -> None:
+    """Print a verdict on each launch in the file; exit code 1 unless all would start."""
+    from whiflash_sglang.cli.recipes import read
+
+    recipes = read(path)  # before the seconds that importing SGLang takes
+    from whiflash_sglang.checkpoints.hub import look_up
+    from whiflash_sglang.compat.launch.recipes import judge
+
+    target = None if model_path is None else look_up(model_path).config.parent
+    verdicts = [(recipe.name, judge(recipe.flags, recipe.environment, target)) for recipe in recipes]
+    starting = sum(verdict.starts for _, verdict in verdicts)
+    if as_json:
+        typer.echo(json.dumps([_as_json(name, verdict) for name, verdict in verdicts], indent=2))
+    else:
+        for name, verdict in verdicts:
+            typer.echo("\n".join(_lines(name, verdict, full=verbose or len(verdicts) == 1)))
+        if len(verdicts) > 1:
+            first = Counter(next(iter(verdict.obstacles)) for _, verdict in verdicts if not verdict.starts)
+            parts = [f"{starting} of {len(verdicts)} start"]
+            parts += [f"{count} stop first at {name}" for name, count in first.most_common()]
+            typer.echo("; ".join(parts))
+    if starting < len(verdicts):
+        raise typer.Exit(1)
+
+
+def _as_json(name: str, verdict: Any) -> dict[str, Any]:
+    return {
+        "recipe": name,
+        "starts": verdict.starts,
+        "obstacles": verdict.obstacles,
+        "without_drafters": {"starts": not verdict.without_drafters, "obstacles": verdict.without_drafters},
+        "replaced": verdict.replaced,
+        "unread": verdict.unread,
+    }
+
+
+def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
+    lines = [f"{'starts ' if verdict.starts else 'refused'} {name}"]
+    lines += [f"  {sentence}" for sentence in verdict.obstacles.values()]
+    if len(verdict.without_drafters) < len(verdict.obstacles):
+        left = ", ".join(verdict.without_drafters)
+        lines.append(f"  without drafters: {f'still refused for {left}' if left else 'it starts'}")
+    if full:
+        lines += [f"  {sentence}" for sentence in verdict.replaced]
+        lines += [f"  not judged: {what}" for what in verdict.unread]
+    return lines
 
 
 def register(app: typer.Typer) -> None:

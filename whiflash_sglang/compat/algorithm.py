@@ -86,9 +86,8 @@ def _judge(server_args: Any) -> None:
         raise ConfigError(
             "WHIFLASH was chosen after the arguments were parsed; pass it to the launcher or to Engine"
         )
-    from whiflash_sglang.compat.forward.captured import may_capture
     from whiflash_sglang.compat.launch.arguments import Launch
-    from whiflash_sglang.compat.launch.refusals import refusal_of
+    from whiflash_sglang.compat.launch.refusals import UNCAPTURED, refusal_of
 
     launch = Launch.of(server_args)
     refusal = refusal_of(launch)
@@ -96,11 +95,8 @@ def _judge(server_args: Any) -> None:
         raise ConfigError(refusal)
     drafters, shape = settings_of(server_args).drafters, TargetShape.of(launch.model)
     check_drafters(drafters, shape)
-    if read_layers(drafters, shape) and not may_capture(launch.architecture):
-        raise ConfigError(
-            f"{launch.architecture} has no hidden-state capture in SGLang, so no drafter can read it; serve this "
-            "target without WHIFLASH"
-        )
+    if read_layers(drafters, shape) and UNCAPTURED.found(launch):
+        raise ConfigError(UNCAPTURED.sentence.format(launch.architecture))
 
 
 def register(worker: Callable[[], type]) -> None:

@@ -11,6 +11,8 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_platform
 
+from whiflash_sglang.compat.carried import settings_of
+
 CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "flashinfer")
 """Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
 no GPU has run any of them). `triton` and `flashinfer` are replaced (`compat/triton_backend.py`)."""
@@ -21,8 +23,9 @@ class Launch:
     """The facts by which a launch is judged.
 
     args: SGLang's arguments as resolved so far. given: the same as the user gave them. model: SGLang's configuration
-    of the target. device: `cpu` or `cuda`, or another accelerator's name. own_platform: this package's CPU platform
-    is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which takes one width.
+    of the target; None if only flags are known. device: `cpu` or `cuda`, or another accelerator's name. own_platform:
+    this package's CPU platform is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which
+    takes one width. draft_kv: a drafter keeps KV of its own at the target's slots.
     """
 
     args: Any
@@ -31,6 +34,7 @@ class Launch:
     device: str
     own_platform: bool
     xqa: bool = False
+    draft_kv: bool = True
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     @classmethod
@@ -40,7 +44,8 @@ class Launch:
         device = "hip" if cfg.device == "cuda" and platform.is_hip else str(cfg.device)
         own = type(current_platform).__module__.startswith("whiflash_sglang.")
         xqa = bool(platform.is_sm90 or platform.is_sm120)
-        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa)
+        draft_kv = bool(settings_of(server_args).drafters)
+        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa, draft_kv)
 
     @property
     def attention_backends(self) -> set[str]:
@@ -50,7 +55,7 @@ class Launch:
 
     @property
     def architecture(self) -> str:
-        return str(self.model.hf_config.architectures[0])
+        return "the target" if self.model is None else str(self.model.hf_config.architectures[0])
 
     def is_set(self, variable: str) -> bool:
         """Whether a switch of SGLang's environment is on."""
@@ -65,14 +70,13 @@ def choose(server_args: Any) -> None:
     if server_args.enable_multimodal is None:
         # A target that takes images or sound is served for text only, as SGLang serves Gemma 3 by itself.
         server_args.enable_multimodal = False
-    choose_for_cuda(server_args)
+    if torch.cuda.is_available() and not torch.version.hip and server_args.device in (None, "cuda"):
+        choose_for_cuda(server_args)
 
 
 def choose_for_cuda(server_args: Any) -> None:
-    """On CUDA, fill in what works where the user left the choice open; what the user chose is judged by
+    """Fill in what works on CUDA where the user left the choice open; what the user chose is judged by
     :mod:`whiflash_sglang.compat.launch.refusals`."""
-    if not torch.cuda.is_available() or torch.version.hip or server_args.device not in (None, "cuda"):
-        return
     if server_args.attention_backend is None:
         # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, for which every round waits.
         server_args.attention_backend = "fa3" if get_platform().is_sm90 else "triton"

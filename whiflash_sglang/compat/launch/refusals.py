@@ -11,14 +11,12 @@ layers are in one pool for the whole context (`launch.arguments.choose`): draft 
 target's slots, and a pool of their own for windowed layers would give up slots that are still drafted from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.configs.model_config import is_hybrid_swa_model
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
-from whiflash_sglang.compat.forward import recurrent
 from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
@@ -32,6 +30,8 @@ keys to the window of its first row, plans no mask for the others, and takes no 
 def has_windows(model: Any) -> bool:
     """Whether layers of a target (SGLang's `ModelConfig`) have one, also where SGLang itself keeps their KV whole
     (Gemma 2 and 3, OLMo 3)."""
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
     text = model.hf_text_config
     return bool(
         model.is_hybrid_swa
@@ -51,20 +51,24 @@ def has_heads_of_two_shapes(model: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """`found` gives None or False where a launch is fine, else what `sentence` names in its braces."""
+    """`found` gives None or False if a launch is fine, else what `sentence` names in its braces."""
 
     name: str
     found: Callable[[Launch], Any]
     sentence: str
 
 
-def refusal_of(launch: Launch) -> str | None:
-    """The first sentence that stops this launch, or None."""
+def refusals_of(launch: Launch) -> Iterator[tuple[str, str]]:
+    """Name and sentence of every row that stops this launch."""
     for refusal in REFUSALS:
         found = refusal.found(launch)
         if found not in (None, False):
-            return refusal.sentence.format(found)
-    return None
+            yield refusal.name, refusal.sentence.format(found)
+
+
+def refusal_of(launch: Launch) -> str | None:
+    """The first sentence that stops this launch, or None."""
+    return next((sentence for _, sentence in refusals_of(launch)), None)
 
 
 def _on(argument: str) -> Callable[[Launch], Any]:
@@ -78,13 +82,26 @@ def _more_than_one(argument: str) -> Callable[[Launch], Any]:
 
 def _foreign_flag(launch: Launch) -> str | None:
     """The first flag of SGLang's other algorithms that the user gave."""
-    given = (f for f, default in _FOREIGN.items() if launch.given.get(f, default) != default)
+    given = (f for f, default in FOREIGN.items() if launch.given.get(f, default) != default)
     return next((f"--{field.replace('_', '-')}" for field in given), None)
 
 
 def _architecture(condition: Callable[[Launch], Any]) -> Callable[[Launch], Any]:
-    """The target's architecture where `condition` holds."""
-    return lambda launch: launch.architecture if condition(launch) else None
+    """The target's architecture if `condition` holds; None if only flags are known."""
+    return lambda launch: launch.architecture if launch.model is not None and condition(launch) else None
+
+
+def _is_uncaptured(launch: Launch) -> bool:
+    from whiflash_sglang.compat.forward.captured import may_capture
+
+    return not may_capture(launch.architecture)
+
+
+def _recurrent() -> Any:
+    """Imported when a target is judged: flags alone need none of its models' configurations."""
+    from whiflash_sglang.compat.forward import recurrent
+
+    return recurrent
 
 
 def _foreign_attention(launch: Launch) -> str | None:
@@ -98,7 +115,7 @@ def _captures(launch: Launch, phase: str) -> bool:
 
 
 def _foreign_windowed_attention(launch: Launch) -> str | None:
-    if launch.device != "cuda" or not refusals.has_windows(launch.model):
+    if launch.device != "cuda" or launch.model is None or not refusals.has_windows(launch.model):
         return None
     return next(iter(sorted(launch.attention_backends.difference(refusals.ATTENTIONS))), None)
 
@@ -108,13 +125,17 @@ def _has_chunks(launch: Launch) -> bool:
     return bool(launch.model.is_local_attention_model or "chunked_attention" in kinds)
 
 
+def _takes_media(model: Any) -> bool:
+    return bool(model.is_multimodal or model.is_audio_model)
+
+
 def _one_file(launch: Launch) -> str | None:
     """The format of a checkpoint that is one file of packed weights."""
-    method = launch.model.quantization
+    method = None if launch.model is None else launch.model.quantization
     return str(method) if method in ("gguf", "expert_pack") else None
 
 
-_FOREIGN: dict[str, Any] = {
+FOREIGN: dict[str, Any] = {
     "speculative_num_steps": None,
     "speculative_eagle_topk": None,
     "speculative_num_draft_tokens": None,
@@ -134,7 +155,7 @@ _IDLE_RANKS = "ranks without a request would have to take part in every verifica
 _ONE_OF = {
     "pp_size": "a round is planned, drafted and verified by a process that has all layers",
     "dwdp_size": _IDLE_RANKS,
-    "attn_dp_size": _IDLE_RANKS,
+    "attn_dp_size": f"{_IDLE_RANKS}; --enable-dp-attention sets it",
     "attn_cp_size": "drafters read the KV of all positions",
     "dcp_size": "drafters read the KV of all positions",
     "ep_size": "experts on several ranks are untested with WHIFLASH",
@@ -203,12 +224,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
         "WHIFLASH on CUDA cannot keep --enable-deterministic-inference: it verifies several rows together; remove it",
     ),
-    Refusal(
-        "enable_dp_attention",
-        # Resolved, it is --attn-dp-size.
-        lambda x: bool(x.given.get("enable_dp_attention") and _more_than_one("attn_dp_size")(x)),
-        _REMOVE.format(f"--enable-dp-attention ({_IDLE_RANKS})"),
-    ),
     *(
         Refusal(
             argument,
@@ -222,12 +237,12 @@ REFUSALS: tuple[Refusal, ...] = (
     # which target
     Refusal(
         "recurrent",
-        _architecture(lambda x: recurrent.has_state(x.model) and not recurrent.is_known(x.model)),
+        _architecture(lambda x: _recurrent().has_state(x.model) and not _recurrent().is_known(x.model)),
         "{} keeps a recurrent state that cannot be set back to the last accepted draft; serve it without WHIFLASH",
     ),
     Refusal(
         "recurrent_sessions",
-        _architecture(lambda x: recurrent.has_state(x.model) and x.args.enable_streaming_session),
+        _architecture(lambda x: _recurrent().has_state(x.model) and x.args.enable_streaming_session),
         "{} keeps a recurrent state that cannot be set back to a session's last kept token; remove "
         "--enable-streaming-session",
     ),
@@ -245,7 +260,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "window_pool",
-        lambda x: refusals.has_windows(x.model) and x.given.get("swa_full_tokens_ratio") is not None,
+        lambda x: (
+            x.given.get("swa_full_tokens_ratio") is not None
+            and (x.model is None or refusals.has_windows(x.model))
+        ),
         "--swa-full-tokens-ratio sizes a pool for windowed layers, but WHIFLASH keeps their KV for the whole context; "
         "remove it",
     ),
@@ -256,7 +274,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "multimodal",
-        _architecture(lambda x: x.model.is_multimodal or x.model.is_audio_model),
+        lambda x: (x.args.enable_multimodal if x.model is None else _takes_media(x.model)) and x.architecture,
         "{} takes images or sound, which drafters cannot read; remove --enable-multimodal to serve its text",
     ),
     Refusal(
@@ -362,3 +380,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "--whiflash-eagle-steps and --whiflash-block-size; remove it",
     ),
 )
+UNCAPTURED = Refusal(
+    "uncaptured",
+    _architecture(_is_uncaptured),
+    "{} has no hidden-state capture in SGLang, so no drafter can read it; serve this target without WHIFLASH",
+)
+"""Beside the table: it stops a launch only if a drafter reads layers of the target."""

@@ -1,0 +1,161 @@
+"""Flags of launches as people keep them: a shell line or script, YAML, JSON lines. Imports no SGLang."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.errors import UsageError
+
+LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
+COMPUTED = re.compile(r"\$\(\(.*?\)\)|\$\([^()]*\)")
+ARRAY = re.compile(r"^\s*(\w+)\+?=\(([^()]*)\)", re.MULTILINE)
+OPEN_ARRAY = re.compile(r"=\([^()]*$")
+VARIABLE = re.compile(r"\b(SGLANG_\w+)=(\S+)")
+ROLES = "sglang_config"
+"""Key of srt-slurm's recipes: a mapping of flags for each role, `prefill`, `decode` or `aggregated`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One launch. flags: name → value as text, a list of words, or nothing for a switch and for a variable.
+    environment: variables of SGLang's that it sets."""
+
+    name: str
+    flags: Mapping[str, str | Sequence[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def read(path: Path) -> list[Recipe]:
+    """The launches of a file, by its ending: `.yaml` or `.yml`, `.json` or `.jsonl`, else a shell's.
+
+    Raises:
+        UsageError: the file is none of these, or has no launch in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"--recipe {path} is not text: give flags in YAML, JSON lines or a shell line"
+        ) from None
+    readers = {".yaml": _yaml, ".yml": _yaml, ".json": _json, ".jsonl": _json}
+    found = list(readers.get(path.suffix.lower(), _shell)(text, path))
+    if not found:
+        raise UsageError(
+            f"--recipe {path} has no flags: give a launch such as `sglang serve MODEL --tp-size 2`"
+        )
+    return found
+
+
+def _yaml(text: str, path: Path) -> Iterator[Recipe]:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+    except yaml.YAMLError as error:
+        raise UsageError(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    for document in documents:
+        _need_mapping(document, path)
+        backend = _backend(document)
+        if backend is None:
+            yield Recipe(str(path), _flags(document))
+            continue
+        for role, flags in backend[ROLES].items():
+            _need_mapping(flags, path)
+            environment = backend.get(f"{role}_environment") or {}
+            yield Recipe(
+                f"{path}: {role}", _flags(flags), {key: str(value) for key, value in environment.items()}
+            )
+
+
+def _backend(found: Any) -> dict[str, Any] | None:
+    """The first mapping in `found` that has roles; overrides, which come after it, are not read."""
+    if not isinstance(found, dict):
+        return None
+    if isinstance(found.get(ROLES), dict):
+        return found
+    return next((inner for value in found.values() if (inner := _backend(value))), None)
+
+
+def _json(text: str, path: Path) -> Iterator[Recipe]:
+    """Objects one after another: of flags, or with `flags` and, if given, `recipe` and `environment`."""
+    decoder, place = json.JSONDecoder(), 0
+    while text := text[place:].lstrip():
+        try:
+            document, place = decoder.raw_decode(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--recipe {path} is not JSON: {error}") from None
+        _need_mapping(document, path)
+        flags = document.get("flags", document)
+        _need_mapping(flags, path)
+        environment = {key: str(value) for key, value in document.get("environment", {}).items()}
+        yield Recipe(str(document.get("recipe", path)), _flags(flags), environment)
+
+
+def _need_mapping(found: Any, path: Path) -> None:
+    if not isinstance(found, dict):
+        raise UsageError(f"--recipe {path}: flags and values expected, such as tp-size: 2, not {found!r:.60}")
+
+
+def _flags(found: Mapping[Any, Any]) -> dict[str, str | list[str]]:
+    return {str(name): _text(value) for name, value in found.items()}
+
+
+def _text(value: Any) -> str | list[str]:
+    if isinstance(value, list):
+        return [str(word) for word in value]
+    if isinstance(value, bool | dict):
+        return json.dumps(value)
+    return "" if value is None else str(value)
+
+
+def _shell(text: str, path: Path) -> Iterator[Recipe]:
+    """Each launch of a script; a text without one is flags only. Arrays are filled in with all that they may hold."""
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    text = COMPUTED.sub("$computed", text)
+    arrays: dict[str, str] = {}
+    for name, words in ARRAY.findall(text):
+        arrays[name] = f"{arrays.get(name, '')} {words}"
+    launches = list(LAUNCH.finditer(text))
+    if not launches and text.lstrip().startswith("-"):
+        yield Recipe(str(path), _of_words(text.replace("\n", " "), arrays, path))
+    for number, launch in enumerate(launches, 1):
+        rest = text[launch.end() :]
+        line = (
+            rest.split("\n)", 1)[0] if OPEN_ARRAY.search(text[: launch.start()]) else rest.split("\n", 1)[0]
+        )
+        name = str(path) if len(launches) == 1 else f"{path}: {number}"
+        environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(text[: launch.start()])}
+        yield Recipe(name, _of_words(line, arrays, path), environment)
+
+
+def _of_words(line: str, arrays: Mapping[str, str], path: Path) -> dict[str, str | list[str]]:
+    for _ in arrays:  # an array may hold others
+        line = re.sub(r"\"?\$\{(\w+)\[[@*]\]\}\"?", lambda found: arrays.get(found[1], " "), line)
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    flags: dict[str, list[str]] = {}
+    name = "model-path"
+    try:
+        for word in lexer:
+            if set(word) <= set("();<>|&"):
+                break
+            if word.startswith("--") and len(word) > 2:
+                name, joined, value = word[2:].partition("=")
+                flags[name] = [value] if joined else []
+            elif name not in flags:  # the model, named first
+                flags[name] = [word]
+            else:
+                flags[name].append(word)
+    except ValueError as error:
+        raise UsageError(f"--recipe {path} is not a shell line: {error}") from None
+    return {name: _value(words) for name, words in flags.items()}
+
+
+def _value(words: list[str]) -> str | list[str]:
+    if not words or any("$" in word or "`" in word for word in words):
+        return ""
+    return words[0] if len(words) == 1 else words

@@ -1,0 +1,219 @@
+"""A launch judged by its flags: without weights, without a GPU, and if need be without the target's configuration.
+
+The rules are those of a start (:mod:`whiflash_sglang.compat.launch.refusals`), and SGLang's own parser reads the
+flags. Flags of SGLang's other algorithms count as replaced by WHIFLASH.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.arg_groups.parallel_hook import handle_deprecated_dp_attention
+from sglang.srt.server_args import ServerArgs
+
+from whiflash_sglang.compat.carried import ALGORITHM
+from whiflash_sglang.compat.launch.arguments import Launch, choose, choose_for_cuda
+from whiflash_sglang.compat.launch.refusals import FOREIGN, UNCAPTURED, refusals_of
+from whiflash_sglang.compat.patching import SGLANG_VERSION
+from whiflash_sglang.config import Flags, flag_of, parse_flags
+from whiflash_sglang.errors import ConfigError
+
+Flag = str | Sequence[str]
+"""A flag's value: `true` or `false` for a switch, words for a list. Empty: a switch that is on, or a value that a
+variable gives, which may be more than one."""
+_MORE_THAN_ONE = "2"
+_EAGLE = "arm `ar`, with an EAGLE-3 checkpoint or the target's own next-token head"
+_BLOCKS = "arm `diffusion`, with a DFlash or DSpark checkpoint"
+ALGORITHMS = {
+    "EAGLE": _EAGLE,
+    "EAGLE3": _EAGLE,
+    "NEXTN": _EAGLE,
+    "DFLASH": _BLOCKS,
+    "DSPARK": _BLOCKS,
+    "NGRAM": "arm `lookup`, which copies from the request's text and its tenant's memory",
+}
+"""SGLang's algorithms, and which part of WHIFLASH drafts like them."""
+SETTINGS = {
+    "speculative_num_steps": "--whiflash-eagle-steps, the longest chain",
+    "speculative_eagle_topk": "--whiflash-branches, the most chains of a request",
+    "speculative_num_draft_tokens": "--whiflash-block-size, the longest block",
+}
+"""Flags of SGLang's algorithms, and which of WHIFLASH's bounds the same; rounds choose lengths below it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether WHIFLASH would start.
+
+    obstacles: name of a rule or flag → the sentence that says what to do, all of them, the start's own first.
+    without_drafters: the same without drafters that keep KV. replaced: a sentence on each flag that WHIFLASH
+    replaces. unread: what no rule read, because the recipe does not hold it.
+    """
+
+    obstacles: Mapping[str, str]
+    without_drafters: Mapping[str, str]
+    replaced: Sequence[str] = ()
+    unread: Sequence[str] = ()
+
+    @property
+    def starts(self) -> bool:
+        return not self.obstacles
+
+
+@dataclass(slots=True)
+class _Read:
+    """Flags as SGLang reads them: fields of its arguments, and what did not become one."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+
+def judge(
+    flags: Mapping[str, Flag], environment: Mapping[str, str] | None = None, target: Path | None = None
+) -> Verdict:
+    """A launch with these flags, named with or without dashes.
+
+    Args:
+        environment: SGLang's variables that the launch sets. target: directory with the target's `config.json`. Without
+            it, and if the flags name no such directory, rules about the target's layers are left out.
+
+    Raises:
+        ConfigError: SGLang cannot read the target's configuration.
+    """
+    read = _read(flags)
+    replaced = _replace(read.fields)
+    named = Path(read.fields.get("model_path", ""))
+    if target is None and (named / "config.json").is_file():
+        target = named
+    if target is None:
+        read.unread.append("the target's layers: give --model-path")
+    launch = _launch(read.fields, environment or {}, target)
+    obstacles = read.wrong | _obstacles(launch)
+    without = read.wrong | _obstacles(replace(launch, draft_kv=False))
+    return Verdict(obstacles, without, replaced, read.unread)
+
+
+def _obstacles(launch: Launch) -> dict[str, str]:
+    found = dict(refusals_of(launch))
+    if launch.draft_kv and UNCAPTURED.found(launch):
+        found[UNCAPTURED.name] = UNCAPTURED.sentence.format(launch.architecture)
+    return found
+
+
+def _read(flags: Mapping[str, Flag]) -> _Read:
+    read, parser = _Read(), _parser()
+    ours = {flag_of(name): name for name in Flags.model_fields}
+    for name, value in flags.items():
+        option = "--" + name.lstrip("-").replace("_", "-")
+        action = parser.meant(option)
+        try:
+            if option in ours:
+                parse_flags({ours[option]: value})
+            elif action is None:
+                raise ConfigError(
+                    f"{option} is no flag of SGLang {SGLANG_VERSION}; remove it, or give its new name"
+                )
+            elif value == "" and action.nargs != 0:
+                found = parser.fields([option, _MORE_THAN_ONE]) if action.type in (int, float) else {}
+                read.fields |= found
+                read.unread += [] if found else [f"{option}, whose value is a variable"]
+            else:
+                read.fields |= parser.fields(_words(option, value, is_switch=action.nargs == 0))
+        except ConfigError as error:
+            read.wrong[option] = str(error)
+    if read.fields.pop("config", None):
+        read.unread.append("the file of --config")
+    return read
+
+
+def _words(option: str, value: Flag, *, is_switch: bool) -> list[str]:
+    """The command line's words for a flag; none for a switch that is off."""
+    if not isinstance(value, str):
+        return [option, *value]
+    if not is_switch:
+        return [f"{option}={value}"]
+    if value.lower() not in ("", "true", "false"):
+        raise ConfigError(f"{option} is a switch, not {value!r}; give true, false or no value")
+    return [] if value.lower() == "false" else [option]
+
+
+class _Parser(argparse.ArgumentParser):
+    """SGLang's, which reads one flag at a time and answers with the fields that it sets."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"SGLang {SGLANG_VERSION} does not take it: {message}; give another value")
+
+    def meant(self, option: str) -> argparse.Action | None:
+        """The flag of this name, or the only one that begins with it."""
+        named = {name: action for action in self._actions for name in action.option_strings}
+        found = (
+            [named[option]]
+            if option in named
+            else [a for name, a in named.items() if name.startswith(option)]
+        )
+        return found[0] if len({id(action) for action in found}) == 1 else None
+
+    def fields(self, words: list[str]) -> dict[str, Any]:
+        return vars(self.parse_known_args(words, argparse.Namespace())[0])
+
+
+@cache
+def _parser() -> _Parser:
+    # Old names are still flags: that they will go one day is no matter here.
+    logging.getLogger("sglang.srt.arg_groups.argparse_actions").setLevel(logging.ERROR)
+    parser = _Parser(add_help=False)
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return parser
+
+
+def _replace(fields: dict[str, Any]) -> list[str]:
+    """Take flags of SGLang's other algorithms out of `fields`; a sentence on each."""
+    algorithm = fields.pop("speculative_algorithm", None)
+    if algorithm is None or algorithm.upper() == ALGORITHM:
+        return []
+    part = ALGORITHMS.get(algorithm.upper(), "its own arms")
+    sentences = [f"--speculative-algorithm {algorithm} is replaced by {ALGORITHM}: {part}"]
+    for name in FOREIGN:
+        if name in fields:
+            del fields[name]
+            flag, by = f"--{name.replace('_', '-')}", SETTINGS.get(name)
+            sentences.append(
+                f"{flag} is replaced by {by}" if by else f"{flag} is left out: WHIFLASH has no use for it"
+            )
+    return sentences
+
+
+def _launch(fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None) -> Launch:
+    """What a start would see. Recipes that name no device are for GPUs."""
+    arguments = ServerArgs(**{"model_path": str(target), "device": "cuda", **fields})
+    device = arguments.device.partition(":")[0]
+    choose(arguments)
+    if device == "cuda":
+        choose_for_cuda(arguments)
+    handle_deprecated_dp_attention(arguments)
+    parse_cuda_graph_config(arguments)
+    model = None if target is None else _model(arguments, target)
+    return Launch(
+        resolving_view(arguments), fields, model, device, own_platform=True, environment=environment
+    )
+
+
+def _model(arguments: Any, target: Path) -> Any:
+    # Transformers and all of SGLang's models: only for a recipe whose target is there.
+    from sglang.srt.configs.model_config import ModelConfig
+
+    try:
+        return ModelConfig.from_server_args(arguments, model_path=str(target))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"SGLang cannot read {target / 'config.json'}: {error}; give another --model-path"
+        ) from None
