@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from whiflash_sdk.presets import MARKUP_ARGUMENTS
+from whiflash_sdk.reading import read_json
 
 _PATHS: Final = ("path", "file_path", "filepath", "filename", "file", "target_file", "absolute_path")
 _CONTENTS: Final = ("content", "contents", "file_text", "new_content", "text")
@@ -121,6 +122,6 @@ def _first(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str:
 
 def _read(text: str) -> object:
     try:
-        return json.loads(text)
+        return read_json(text)
     except ValueError:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import warn_unsupported
 from whiflash_sdk.hints import AGENT_FIELD, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
+from whiflash_sdk.reading import read_json
 from whiflash_sdk.session import Session, session
 from whiflash_sdk.spans import block_hints, opened_span
 
@@ -120,7 +120,7 @@ class Outgoing:
             self.plain = _with_hints(body, route, told, None)
         params = self.body.get("custom_params")
         sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
-        said = json.loads(sent) if sent else {}
+        said = read_json(sent) if sent else {}
         self.agent: str | None = said.get("agent") or _text(self.body.get(AGENT_FIELD))
         """The name that goes out."""
         self.traced = bool(said.get("trace"))

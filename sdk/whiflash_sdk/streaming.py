@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import queue
 import re
 import sys
@@ -21,6 +20,7 @@ from pydantic import BaseModel
 
 from whiflash_sdk.collecting import Call
 from whiflash_sdk.identity import base_classes
+from whiflash_sdk.reading import read_json
 from whiflash_sdk.trace import CALL, keep_stream
 
 _EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
@@ -78,7 +78,7 @@ class Passing:
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return read_json(data)
     except ValueError:  # `[DONE]`, a comment, an error page
         return None
 

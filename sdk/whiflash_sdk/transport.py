@@ -18,6 +18,7 @@ from whiflash_sdk.collecting import open_scope, start
 from whiflash_sdk.errors import HintError
 from whiflash_sdk.identity import OfRequest, base_classes
 from whiflash_sdk.outgoing import REFUSALS, Outgoing, Settings, Told, model_of, route_of
+from whiflash_sdk.reading import read_json
 from whiflash_sdk.streaming import watch
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _route(request: Any) -> str | None:
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
     try:
-        body = json.loads(content)
+        body = read_json(content)
     except ValueError:
         return None
     return body if isinstance(body, dict) else None
