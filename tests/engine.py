@@ -25,6 +25,7 @@ REQUEST_FIELDS = (
     "custom_logit_processor",
     "logprob_start_len",
     "priority",
+    "require_reasoning",
     "return_hidden_states",
     "return_logprob",
     "return_routed_experts",

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,4 +144,24 @@ def test_the_first_stop_in_a_block_ends_the_request(models: Models, monkeypatch:
         assert {rid: e.requests[rid].finished_reason.to_json() for rid in reasons} == reasons
         for rid, output in expected.items():
             assert list(e.requests[rid].output_ids) == output, "what lies behind a stop is kept"
+    assert max(oracle.accepted) == oracle.max_drafts
+
+
+def test_strict_thinking(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters of tokens, with and without a grammar behind them."""
+    monkeypatch.setenv("SGLANG_MAX_THINK_TOKENS", "9")
+    options = {**OPTIONS, "reasoning_parser": "deepseek-r1", "enable_strict_thinking": True}
+    arrivals = [
+        replace(a, params={**a.params, "require_reasoning": True})
+        for a in requests()
+        if "stop" not in a.params  # a stop would end the marker
+    ]
+    with engine(models.target, **options) as e:
+        expected = play(e, arrivals)
+        assert all("</think>" in e.scheduler.tokenizer.decode(output) for output in expected.values())
+    oracle = OracleArm(0.9, alphabet=range(32, 127))
+    for a in arrivals:
+        oracle.learn(a.prompt, expected[a.rid])
+    with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **options) as e:
+        assert play(e, arrivals) == expected
     assert max(oracle.accepted) == oracle.max_drafts

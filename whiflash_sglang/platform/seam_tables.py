@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
@@ -172,6 +173,22 @@ def _hybrid_pool(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return pool_of
 
 
+def _mask_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Masks of requests without a grammar of their own, as of --enable-strict-thinking: upstream's grammar objects
+    have this branch, its backend has not.
+    """
+
+    def apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+        if logits.device.type != "cpu":
+            upstream(logits, vocab_mask)
+            return
+        from xgrammar import apply_token_bitmask_inplace
+
+        apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
+
+    return staticmethod(apply_vocab_mask)
+
+
 METHOD_SEAMS: tuple[MethodSeam, ...] = (
     MethodSeam(
         "sglang.srt.mem_cache.kv_cache_configurator",
@@ -187,6 +204,9 @@ METHOD_SEAMS: tuple[MethodSeam, ...] = (
         "ModelRunner",
         "_extend_forward_kwargs",
         _keep_embedding_dtype,
+    ),
+    MethodSeam(
+        "sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host
     ),
     MethodSeam(
         "sglang.srt.layers.quantization.unquant", "UnquantizedLinearMethod", "apply", packed_weights.apply
