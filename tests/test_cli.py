@@ -100,7 +100,10 @@ def test_hub_ids_are_fetched_as_the_command_line_says(
 SCALING = (
     (["--disaggregation-mode", "prefill"], r"\(--disaggregation-mode; drafters need .*; remove it"),
     (["--disaggregation-mode", "decode"], r"\(--disaggregation-mode; drafters need .*; remove it"),
-    (["--enable-hierarchical-cache"], r"--enable-hierarchical-cache \(draft KV .*; remove it"),
+    (
+        ["--enable-hierarchical-cache"],
+        r"--enable-hierarchical-cache \(draft KV .*; remove it, or give --whiflash-drafters none",
+    ),
     (["--enable-lora", "--lora-paths", "one=/nowhere"], r"LoRA \(--enable-lora, .*; remove it"),
     (["--pp-size", "2"], r"--pp-size must be 1 \(a round is .*"),
     (

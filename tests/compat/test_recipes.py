@@ -14,7 +14,7 @@ from whiflash_sglang.compat.launch.recipes import judge
 from whiflash_sglang.errors import UsageError
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "agent_recipes.jsonl"
-STARTING = 0
+STARTING = 1
 """Recipes that WHIFLASH would start. It may grow only."""
 Write = Callable[[str, str], Path]
 

@@ -280,7 +280,8 @@ def test_latent_attention_is_taken(taken: Launch, tmp_path: Path) -> None:
 
 ARGUMENTS: dict[str, tuple[Any, str]] = {
     **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size", "dwdp_size")},
-    **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size", "ep_size")},
+    **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size")},
+    "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep .* --ep-size works without it"),
     "enable_attn_tp_input_scattered": (True, "--enable-attn-tp-input-scattered"),
     "enable_layernorm_sp": (True, "--enable-layernorm-sp"),
     "tokenizer_worker_num": (2, "--tokenizer-worker-num must be 1"),
@@ -322,6 +323,24 @@ SPELT = {
     "cpu_attention": "attention_backend",
     "other_algorithms": "speculative_num_steps",
 }
+
+
+BESIDE_DRAFT_KV = (
+    "enable_attn_tp_input_scattered",
+    "enable_layernorm_sp",
+    "enable_hierarchical_cache",
+    "enable_flexkv",
+    "enable_unified_cache_external_linker",
+    "enable_page_major_kv_layout",
+)
+"""Rows that a server without a drafter does not have."""
+
+
+@pytest.mark.parametrize("row", BESIDE_DRAFT_KV)
+def test_without_a_drafter(taken: Launch, row: str) -> None:
+    given = with_arguments(taken, **{row: True})
+    assert "give --whiflash-drafters none" in sentence(given)
+    assert refusal_of(replace(given, draft_kv=False)) is None
 
 
 @pytest.mark.parametrize("row", ARGUMENTS)

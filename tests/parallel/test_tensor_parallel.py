@@ -3,8 +3,10 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families import FAMILIES, tiny_family
 from matrix import sampled
 from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison, ReferenceTarget
@@ -21,16 +23,17 @@ from tensor_parallel import (
     play_plain,
     wild,
 )
+from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival
 
 
-def check(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, played: list[Played]) -> Played:
+def check(model: Any, arrivals: list[Arrival], plain: Outputs, played: list[Played]) -> Played:
     """Both ranks did the same, and no request got another text than plain decoding gives (fp32, ties but for)."""
     first, second = played
     for number, (one, other) in enumerate(zip(first.rounds, second.rounds, strict=True)):
         assert one == other, f"round {number} of {len(first.rounds)}"
     assert first.outputs == second.outputs
-    comparison = Comparison(ReferenceTarget(checkpoints.target))
+    comparison = Comparison(model)
     for a in arrivals:
         found = first.outputs[a.rid]
         expected = plain[a.rid] if a.abort_after is None else plain[a.rid][: len(found)]
@@ -46,7 +49,7 @@ def test_many_requests(checkpoints: Checkpoints, plain: Outputs, count: int) -> 
     if count != SAMPLE:
         plain = plainly(checkpoints, count)
     work = partial(play_ours, checkpoints, "random", arrivals, plain, retract=True)
-    found = check(checkpoints, arrivals, plain, on_ranks(RANKS, work))
+    found = check(ReferenceTarget(checkpoints.target), arrivals, plain, on_ranks(RANKS, work))
     assert found.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
     assert found.retracted
     assert found.cached
@@ -58,7 +61,7 @@ def test_no_rank_but_the_first_looks_at_a_clock_or_its_mail(checkpoints: Checkpo
     arrivals = ARRIVALS[:12]
     random = [replace(a, params={"max_new_tokens": 16, "temperature": 1.0}) for a in ARRIVALS[12:16]]
     played = on_ranks(RANKS, partial(wild, checkpoints, [*arrivals, *random], plain))
-    assert check(checkpoints, arrivals, plain, played).accepted
+    assert check(ReferenceTarget(checkpoints.target), arrivals, plain, played).accepted
 
 
 SAMPLED = [
@@ -71,6 +74,22 @@ SAMPLED = [
     for seed in range(8)
 ]
 """None with top-p: where one request of a batch has it, SGLang keys the noise of all by rank instead of by token."""
+
+
+@pytest.mark.evidence
+def test_experts_on_two_ranks(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    model = tiny_family(target, FAMILIES["Qwen3MoeForCausalLM"])
+    moe = Checkpoints(
+        target, tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
+    )
+    arrivals = ARRIVALS[:10]
+    plain, again = on_ranks(RANKS, partial(play_plain, moe, arrivals, ep_size=RANKS))
+    assert plain == again
+    ours = partial(play_ours, moe, "random", arrivals, plain, retract=True, ep_size=RANKS)
+    found = check(model, arrivals, plain, on_ranks(RANKS, ours))
+    assert found.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
+    assert found.accepted
 
 
 @pytest.mark.evidence

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from torch import Tensor, nn
 from whiflash_kernels import layers
 from whiflash_kernels.cpu.layers import compiled_layers
@@ -263,3 +264,25 @@ def experts_of_kimi(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     routed = self.experts(hidden_states, self.topk(hidden_states, self.gate(hidden_states)[0]))
     routed = routed * self.routed_scaling_factor
     return routed if self.num_shared_experts is None else routed + self.shared_experts(hidden_states)
+
+
+def of_own_experts(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `UnquantizedFusedMoEMethod.forward_native`, with experts on several ranks: an id of -1 means another rank's
+    expert, which upstream's loop over experts takes for an index. It is given the pairs of a token and an expert of
+    this rank, as tokens with one expert each.
+    """
+
+    def forward_native(self: Any, layer: Any, dispatch_output: Any) -> Any:
+        if layer.moe_ep_size == 1:
+            return upstream(self, layer, dispatch_output)
+        states, chosen = dispatch_output.hidden_states, dispatch_output.topk_output
+        tokens, places = (chosen.topk_ids >= 0).nonzero(as_tuple=True)
+        found = torch.zeros_like(states)
+        if len(tokens):
+            ids, weights = (t[tokens, places, None] for t in (chosen.topk_ids, chosen.topk_weights))
+            own = chosen._replace(topk_ids=ids, topk_weights=weights)
+            pairs = dispatch_output._replace(hidden_states=states[tokens], topk_output=own)
+            found.index_add_(0, tokens, upstream(self, layer, pairs).hidden_states)
+        return StandardCombineInput(hidden_states=found)
+
+    return forward_native

@@ -212,6 +212,12 @@ METHOD_SEAMS: tuple[MethodSeam, ...] = (
         "sglang.srt.layers.quantization.unquant", "UnquantizedLinearMethod", "apply", packed_weights.apply
     ),
     MethodSeam(
+        "sglang.srt.layers.quantization.unquant",
+        "UnquantizedFusedMoEMethod",
+        "forward_native",
+        layers.of_own_experts,
+    ),
+    MethodSeam(
         "sglang.srt.layers.logits_processor",
         "LogitsProcessor",
         "_compute_lm_head",

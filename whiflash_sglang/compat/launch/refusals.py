@@ -158,7 +158,6 @@ _ONE_OF = {
     "attn_dp_size": f"{_IDLE_RANKS}; --enable-dp-attention sets it",
     "attn_cp_size": "drafters read the KV of all positions",
     "dcp_size": "drafters read the KV of all positions",
-    "ep_size": "experts on several ranks are untested with WHIFLASH",
 }
 """Ways to spread a model, and why WHIFLASH does not go with more than one."""
 _REMOVE = "WHIFLASH does not work with {}; remove it"
@@ -170,6 +169,15 @@ def _removed(argument: str, reason: str = "") -> Refusal:
     """A switch that cannot be on."""
     flag = f"--{argument.replace('_', '-')}"
     return Refusal(argument, _on(argument), _REMOVE.format(f"{flag} ({reason})" if reason else flag))
+
+
+def _removed_beside_draft_kv(argument: str, reason: str) -> Refusal:
+    """A switch that cannot be on where a drafter keeps KV, or reads features, of its own."""
+    flag = f"--{argument.replace('_', '-')}"
+    sentence = (
+        f"WHIFLASH's drafters do not work with {flag} ({reason}); remove it, or give --whiflash-drafters none"
+    )
+    return Refusal(argument, lambda launch: launch.draft_kv and _on(argument)(launch), sentence)
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -204,7 +212,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "cuda_prefill_graphs",
-        lambda x: _captures(x, Phase.PREFILL),
+        lambda x: x.draft_kv and _captures(x, Phase.PREFILL),
         "prefills in CUDA graphs keep no features for WHIFLASH's drafters; give --cuda-graph-backend-prefill disabled",
     ),
     Refusal(
@@ -232,8 +240,16 @@ REFUSALS: tuple[Refusal, ...] = (
         )
         for argument, reason in _ONE_OF.items()
     ),
-    _removed("enable_attn_tp_input_scattered", "a rank would keep features of its own tokens only"),
-    _removed("enable_layernorm_sp", "a rank would keep features of its own tokens only"),
+    Refusal(
+        "moe_a2a_backend",
+        lambda x: x.args.moe_a2a_backend not in (None, "none") and x.args.moe_a2a_backend,
+        "--moe-a2a-backend {} exchanges tokens by counts that rounds do not keep; remove it: --ep-size works "
+        "without it",
+    ),
+    _removed_beside_draft_kv(
+        "enable_attn_tp_input_scattered", "a rank would keep features of its own tokens only"
+    ),
+    _removed_beside_draft_kv("enable_layernorm_sp", "a rank would keep features of its own tokens only"),
     # which target
     Refusal(
         "recurrent",
@@ -322,13 +338,15 @@ REFUSALS: tuple[Refusal, ...] = (
         _REMOVE.format("--decoupled-spec-role (drafters run in the target's process)"),
     ),
     # caches and memory
-    _removed("enable_hierarchical_cache", "draft KV would not follow the host tier"),
-    _removed("enable_lmcache", "draft KV would not follow the target's"),
-    _removed("enable_flexkv", "draft KV would not follow the target's"),
-    _removed("enable_unified_cache_external_linker", "draft KV would not follow the target's"),
-    _removed("enable_hisparse", "draft KV uses the target's own slots"),
-    _removed("enable_unified_memory", "draft KV uses the target's own slots"),
-    _removed("enable_page_major_kv_layout", "draft KV has a layout of its own"),
+    _removed_beside_draft_kv("enable_hierarchical_cache", "draft KV would not follow the host tier"),
+    _removed("enable_lmcache", "SGLang serves no speculative algorithm with it"),
+    _removed_beside_draft_kv("enable_flexkv", "draft KV would not follow the target's"),
+    _removed_beside_draft_kv(
+        "enable_unified_cache_external_linker", "draft KV would not follow the target's"
+    ),
+    _removed("enable_hisparse", "untested with verifications of several rows"),
+    _removed("enable_unified_memory", "untested with verifications of several rows"),
+    _removed_beside_draft_kv("enable_page_major_kv_layout", "draft KV has a layout of its own"),
     _removed("enable_memory_saver", "the drafters' memory is not released on sleep, and waking is untested"),
     *(
         _removed(argument, "it does not keep the state after each verified row")
