@@ -66,12 +66,15 @@ ENDS = {"ignore_eos": False, "max_new_tokens": 80}
 NO_BLANKS = {str(token): -100.0 for token in (197, 198, 201, 220)}
 """Tab, line feed, carriage return and space: a random model may fill an answer with them where a grammar allows it."""
 COMPACT: dict[str, Any] = {"logit_bias": NO_BLANKS, "max_tokens": 160}
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0, "token_ids_logprob": [70]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": native(),
     "generate-stream": native({"stream": True}),
     "generate-logprobs": native(LOGPROBS),
     "generate-n": native(n=3),
+    "generate-none": native(max_new_tokens=0),
+    "generate-one": native(LOGPROBS, max_new_tokens=1),
     "generate-batch": native({"text": [PROMPT, PROMPT[:20], "x"]}),
     "generate-ids": native({"text": None, "input_ids": [70, 71, 72, 70, 71]}),
     "generate-json-schema": native(json_schema=json.dumps(SCHEMA), logit_bias=NO_BLANKS, **ENDS),
@@ -87,7 +90,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate-penalties": native(frequency_penalty=0.6, presence_penalty=0.3),
     "generate-priority": native({"priority": 3}),
     "completion": text(),
-    "completion-stream": text(stream=True, stream_options={"include_usage": True}),
+    "completion-stream": text(stream=True, stream_options=USAGE),
+    "completion-one": text(max_tokens=1, logprobs=2),
     "completion-logprobs": text(logprobs=2, echo=True),
     "completion-n": text(n=2),
     "completion-bias": text(logit_bias={"80": 6.0}, stop=["k"]),
@@ -95,6 +99,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion-json-schema": text(json_schema=json.dumps(SCHEMA), ignore_eos=False, **COMPACT),
     "chat": chat(),
     "chat-stream": chat(stream=True),
+    "chat-one": chat(max_tokens=1),
+    "chat-one-stream": chat(max_tokens=1, stream=True, stream_options=USAGE),
+    "chat-usage-stream": chat(stream=True, stream_options=USAGE, stop=["k"]),
     "chat-logprobs": chat(logprobs=True, top_logprobs=2),
     "chat-n": chat(n=2),
     "chat-min-tokens": chat(min_tokens=12, stop=["k"]),
@@ -117,7 +124,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 OWN = re.compile(
-    r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|tokens_details|^spec_|^dp_rank$|^obfuscation$"
+    r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|^spec_|^dp_rank$|^obfuscation$"
 )
 """What no two answers share, how much was in the cache, and what every speculative algorithm of SGLang adds."""
 TEXTS = ("text", "content", "reasoning_content", "arguments", "delta", "partial_json", "thinking")

@@ -191,6 +191,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector._histogram_cls"),
     # a request's tenant, output and stops
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_finish_state", ("new_accepted_len",)),
+    PrivateName("sglang.srt.managers.schedule_batch:Req._stop_match_tail_len", ("new_accepted_len",)),
+    PrivateName(
+        f"{_COMPONENTS}.batch_result_processor:SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
+        ("result", "batch"),
+    ),
     PrivateName("sglang.srt.managers.schedule_batch:Req", ("extra_key", "cache_salt")),
     PrivateName("sglang.srt.managers.schedule_batch:Req.output_ids_through_stop"),
     PrivateName(

@@ -1,14 +1,17 @@
-"""Stop strings and patterns, found in a block where plain decoding finds them.
+"""Runs of accepted tokens end where plain decoding ends, before anything counts or keeps them.
 
-SGLang looks for them in all the text of a block at once: the first string of its list wins over the first one in the
-text, a string behind a stop token over the token, and a pattern meets other beginnings and ends. Tokens after them
-enter a session's next turn. Here the scheduler sees a block's tokens one by one and keeps none behind the first
-stop. Stop tokens need no text: the worker ends a block at them (`accept_and_commit` with `StopTable`).
+SGLang looks for stop strings and patterns in all the text of a run at once, when its tokens are in the request: the
+first string of its list wins over the first one in the text, a string behind a stop token over the token, and a pattern
+meets other beginnings and ends. By then the tokens behind the stop are counted as reasoning and committed. So a run is
+cut where SGLang cuts those that complete a grammar, and only its last token can end the request. Under overlap
+scheduling a run may also pass the token limit. The worker itself ends runs at stop tokens (`StopTable`).
 """
 
+from copy import copy
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import around, replace
@@ -16,23 +19,50 @@ from whiflash_sglang.compat.patching import around, replace
 
 def install() -> None:
     """Idempotent."""
-    replace(Req, "update_finish_state", _token_by_token)
+    replace(SchedulerBatchResultProcessor, "_resolve_spec_v2_tokens", _cutting)
+    replace(Req, "update_finish_state", _by_the_last_token)
 
 
 @around
-def _token_by_token(original: Any, self: Req, new_accepted_len: int = 1) -> None:
-    params, grammar = self.sampling_params, self.grammar
-    stops = params.stop_strs or params.stop_regex_strs
-    if new_accepted_len <= 1 or self.to_finish or not stops or not serves_ours():
-        original(self, new_accepted_len)
-        return
-    run = self.output_ids[-new_accepted_len:]
-    del self.output_ids[-new_accepted_len:]
-    for left, token in zip(reversed(range(len(run))), run, strict=True):
-        self.output_ids.append(token)
-        # It has taken the whole run already, and ends with its last token if it ends.
-        self.grammar = None if left else grammar
-        original(self, 1)
-        if self.finished():
-            break
-    self.grammar = grammar
+def _cutting(original: Any, self: Any, result: Any, batch: Any) -> list[list[int]]:
+    runs: list[list[int]] = original(self, result, batch)
+    if not serves_ours():
+        return runs
+    for i, req in enumerate(batch.reqs):
+        if req.is_retracted or req.finished() or req.to_finish:
+            continue
+        kept = _kept(req, runs[i])
+        if kept < len(runs[i]):
+            req.kv.kv_committed_len -= len(runs[i]) - kept
+            runs[i] = runs[i][:kept]
+            # SGLang reads here that a recurrent state is ahead of the tokens.
+            result.grammar_retained_tokens = result.grammar_retained_tokens or [None] * len(runs)
+            result.grammar_retained_tokens[i] = runs[i]
+    return runs
+
+
+def _kept(req: Req, run: list[int]) -> int:
+    """Tokens of a run up to the one that ends the request if they come one by one; all if none does."""
+    room = min(len(run), req.sampling_params.max_new_tokens - len(req.output_ids))
+    if room < 2 or not _ends_in_text(req):
+        return room
+    seen = copy(req)
+    seen.grammar = None  # It has taken the whole run already.
+    seen.output_ids = req.output_ids[-req._stop_match_tail_len(1) :]
+    for kept, token in enumerate(run[:room], 1):
+        seen.output_ids.append(token)
+        seen.update_finish_state(1)
+        if seen.finished():
+            return kept
+    return room
+
+
+def _ends_in_text(req: Req) -> bool:
+    return bool(req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs)
+
+
+@around
+def _by_the_last_token(original: Any, self: Req, new_accepted_len: int = 1) -> None:
+    if new_accepted_len > 1 and _ends_in_text(self) and serves_ours():
+        new_accepted_len = 1
+    original(self, new_accepted_len)
