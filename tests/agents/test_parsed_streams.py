@@ -1,9 +1,11 @@
-"""Streams whose calls and reasoning SGLang's parsers read: what a drafting server sends adds up to plain decoding's."""
+"""Streams of every route: what a drafting server sends adds up to plain decoding's, in text, calls, records and counts,
+also if SGLang's parsers read it, and if rounds commit whole blocks."""
 
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from math import ceil
 from random import Random
 from typing import Any
 
@@ -37,42 +39,88 @@ REASONING = "Let me think: Köln?\n</think>\n"
 QUESTION = [{"role": "user", "content": "one two three four"}]
 CHAT = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 700, "stream": True}
 TOOLS = [{"type": "function", "function": FUNCTION}]
+TEXT = "one two three four\n"
+SAMPLING = {"temperature": 0, "max_new_tokens": 700}
+NATIVE: dict[str, Any] = {"text": TEXT, "sampling_params": SAMPLING, "stream": True}
+COMPLETION = {"model": "tiny", "prompt": TEXT, "temperature": 0, "max_tokens": 700, "stream": True}
+OLLAMA = {"model": "tiny", "options": {"temperature": 0, "num_predict": 700}}
+LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": -1}
+USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "chat": ("chat/completions", {**CHAT, "tools": TOOLS}),
-    "chat-n": ("chat/completions", {**CHAT, "tools": TOOLS, "n": 3}),
-    "chat-logprobs": (
-        "chat/completions",
-        {**CHAT, "tools": TOOLS, "logprobs": True, "top_logprobs": 2}
-        | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    "generate": ("/generate", NATIVE),
+    "generate-logprobs": ("/generate", {**NATIVE, **LOGPROBS}),
+    "vertex": (
+        "/vertex_generate",
+        {
+            "instances": [{"text": TEXT}],
+            "parameters": {"sampling_params": SAMPLING, "stream": True, **LOGPROBS},
+        },
     ),
-    "chat-one-text": ("chat/completions", {**CHAT, "tools": TOOLS, "separate_reasoning": False}),
-    "chat-late-reasoning": ("chat/completions", {**CHAT, "tools": TOOLS, "stream_reasoning": False}),
-    "chat-one-call": ("chat/completions", {**CHAT, "tools": TOOLS, "parallel_tool_calls": False}),
-    "chat-cut-off": ("chat/completions", {**CHAT, "tools": TOOLS, "max_tokens": 180}),
+    "completion": ("/v1/completions", COMPLETION),
+    "completion-logprobs": ("/v1/completions", {**COMPLETION, "logprobs": 2, **USAGE}),
+    "completion-n": ("/v1/completions", {**COMPLETION, "n": 2, **USAGE}),
+    "chat": ("/v1/chat/completions", {**CHAT, "tools": TOOLS}),
+    "chat-n": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "n": 3}),
+    "chat-logprobs": (
+        "/v1/chat/completions",
+        {**CHAT, "tools": TOOLS, "logprobs": True, "top_logprobs": 2, **USAGE},
+    ),
+    "chat-one-text": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "separate_reasoning": False}),
+    "chat-late-reasoning": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "stream_reasoning": False}),
+    "chat-one-call": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "parallel_tool_calls": False}),
+    "chat-cut-off": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "max_tokens": 180, **USAGE}),
+    "chat-stop-in-reasoning": (
+        "/v1/chat/completions",
+        {**CHAT, "stop": ["zzz", "think", "Köln"], **USAGE},
+    ),
+    "chat-stop-in-a-call": ("/v1/chat/completions", {**CHAT, "tools": TOOLS, "stop": ["Paulo"], **USAGE}),
+    "chat-unparsed": ("/v1/chat/completions", {**CHAT, "separate_reasoning": False, **USAGE}),
+    "chat-unparsed-logprobs": (
+        "/v1/chat/completions",
+        {**CHAT, "separate_reasoning": False, "logprobs": True, "top_logprobs": 2, **USAGE},
+    ),
+    "invocations": ("/invocations", {**CHAT, "tools": TOOLS}),
     "responses": (
-        "responses",
+        "/v1/responses",
         {"model": "tiny", "input": "one two", "temperature": 0, "max_output_tokens": 700, "stream": True}
         | {"tools": [{"type": "function", **FUNCTION}]},
     ),
     "messages": (
-        "messages",
+        "/v1/messages",
         {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 700, "stream": True}
         | {"tools": [{"name": "get_weather", "input_schema": PARAMETERS}]},
+    ),
+    "ollama-chat": ("/api/chat", {**OLLAMA, "messages": QUESTION}),
+    "ollama-chat-cut-off": (
+        "/api/chat",
+        {**OLLAMA, "messages": QUESTION, "options": {"temperature": 0, "num_predict": 24}},
+    ),
+    "ollama-generate": ("/api/generate", {**OLLAMA, "prompt": TEXT}),
+    "ollama-generate-stopped": (
+        "/api/generate",
+        {**OLLAMA, "prompt": TEXT, "options": {"temperature": 0, "num_predict": 99, "stop": ["Köln"]}},
     ),
 }
 
 
-@pytest.fixture(scope="module", params=sampled([*ANSWERS, "hermes-incremental"], "hermes"))
+INTERVAL = 8
+VARIANTS = {
+    "hermes-incremental": ["--incremental-streaming-output"],
+    "hermes-interval": ["--stream-interval", str(INTERVAL)],
+}
+
+
+@pytest.fixture(scope="module", params=sampled([*ANSWERS, *VARIANTS], "hermes", "hermes-interval"))
 def servers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, host: ServerHost
 ) -> Iterator[tuple[Server, Server, list[int]]]:
     """A plain server and a drafting one, whose every answer is the parser's, and the tokens of that."""
     root = tmp_path_factory.mktemp("checkpoints")
-    parser, _, increments = request.param.partition("-")
+    parser, _, _ = request.param.partition("-")
     answer = scripted_target(root / "target", REASONING + ANSWERS[parser])
     shared = ["--model-path", str(root / "target"), "--served-model-name", "tiny", "--dtype", "float32"]
     shared += ["--tool-call-parser", parser, "--reasoning-parser", "qwen3-thinking"]
-    shared += ["--incremental-streaming-output"] if increments else []
+    shared += VARIANTS.get(request.param, [])
     ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
     ours += ["--speculative-draft-model-path", str(tiny_dflash(root / "d", root / "target"))]
     with ExitStack() as running, ThreadPoolExecutor(2) as pool:
@@ -83,67 +131,78 @@ def servers(
 
 def predictions(answer: list[int]) -> Iterator[dict[str, Any]]:
     """Hints for an answer: all of it, and parts between tokens that do not come, so that rounds commit as many."""
-    yield {"custom_params": {"whiflash_prediction": answer}}
+    yield {"whiflash_prediction": answer}
     for seed in range(3):
         rng = Random(seed)
         broken = [rng.randrange(256) if rng.random() < 0.15 else token for token in answer]
-        yield {"custom_params": {"whiflash_prediction": broken}}
+        yield {"whiflash_prediction": broken}
 
 
-def events(server: Server, case: str, more: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def hinted(route: str, body: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
+    """The request with hints, where the route has a place for them. Without it the server copies earlier answers."""
+    if route.startswith("/api/"):
+        return body
+    if "parameters" in body:
+        return {**body, "parameters": hinted("", body["parameters"], hints)}
+    if "sampling_params" in body:
+        return {**body, "sampling_params": {**body["sampling_params"], "custom_params": hints}}
+    return {**body, "custom_params": hints}
+
+
+def events(server: Server, case: str, hints: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Of a stream: the data of its events, in order."""
     route, body = CASES[case]
-    answer = httpx.post(f"{server.url}/v1/{route}", json={**body, **(more or {})}, timeout=None)
+    body = hinted(route, body, hints) if hints else body
+    answer = httpx.post(server.url + route, json=body, timeout=None)
     assert answer.status_code == 200, answer.text
     lines = (line.removeprefix("data: ") for line in answer.text.splitlines())
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def summed(sent: list[dict[str, Any]]) -> dict[Any, list[Any]]:
-    """What a client puts together from a stream: of each choice the parts in order, with their texts added up."""
+    """What a client puts together from a stream: of each choice the parts in order, with their texts added up, and the
+    records, which come behind the texts of their output, however many tokens that has.
+    """
     choices: dict[Any, list[Any]] = {}
+    records: dict[Any, list[Any]] = {}
     for event in sent:
         for choice, key, text in texts(event):
             parts = choices.setdefault(choice, [])
-            if parts and parts[-1][0] == key and None not in (parts[-1][1], text):
+            if key[0] == "logprobs":
+                records.setdefault(choice, []).append(key)
+            elif key == ("so far",):
+                parts[:] = [(("text",), text)]
+            elif parts and parts[-1][0] == key and None not in (parts[-1][1], text):
                 parts[-1] = (key, parts[-1][1] + text)
             else:
                 parts.append((key, text))
-    return choices
+    return {choice: parts + records.get(choice, []) for choice, parts in choices.items()}
 
 
 def texts(event: dict[str, Any]) -> Iterator[tuple[int, tuple[Any, ...], Any]]:
     """Pieces of text in an event with their choices and places; with None what begins or ends a part."""
+    if "meta_info" in event:
+        yield from native(event)
+    elif "done" in event:  # Ollama's
+        yield 0, ("text",), event["message"]["content"] if "message" in event else event["response"]
+        if event["done"]:
+            yield 0, ("end", event["done_reason"]), None
     for choice in event.get("choices", ()):
-        delta, index = choice["delta"], choice["index"]
-        for name in ("reasoning_content", "content"):
-            if delta.get(name):
-                yield index, (name,), delta[name]
-        for call in delta.get("tool_calls") or ():
-            if call["function"].get("name"):
-                yield index, ("call", call["index"], call["function"]["name"]), None
-            yield index, ("arguments", call["index"]), call["function"].get("arguments") or ""
-        for entry in (choice.get("logprobs") or {}).get("content") or ():
-            yield (
-                index,
-                ("logprobs", entry["token"], tuple(top["token"] for top in entry["top_logprobs"])),
-                None,
-            )
-        if choice["finish_reason"]:
-            yield index, ("end", choice["finish_reason"]), None
+        yield from of_choice(choice)
     if event.get("choices") == []:
-        yield 0, ("usage", event["usage"]["completion_tokens"], event["usage"]["total_tokens"]), None
+        counts = ("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens")
+        yield 0, ("usage", *(event["usage"][name] for name in counts)), None
     kind = event.get("type", "")
     if kind.endswith(".delta") and isinstance(event["delta"], str):
         yield 0, (kind, event["output_index"]), event["delta"]
     elif kind == "response.output_item.added":
         yield 0, (kind, event["output_index"], event["item"]["type"], event["item"].get("name")), None
+    elif kind == "response.completed":
+        usage = event["response"]["usage"]
+        yield 0, (kind, usage["output_tokens"], str(usage.get("output_tokens_details"))), None
     elif kind == "content_block_start":
-        yield (
-            0,
-            (kind, event["index"], event["content_block"]["type"], event["content_block"].get("name")),
-            None,
-        )
+        block = event["content_block"]
+        yield 0, (kind, event["index"], block["type"], block.get("name")), None
     elif kind == "content_block_delta":
         (text,) = [value for name, value in event["delta"].items() if name != "type"]
         yield 0, (kind, event["index"], event["delta"]["type"]), text
@@ -151,10 +210,46 @@ def texts(event: dict[str, Any]) -> Iterator[tuple[int, tuple[Any, ...], Any]]:
         yield 0, (kind, event["delta"]["stop_reason"], event["usage"]["output_tokens"]), None
 
 
-def steady(server: Server, case: str) -> list[Any]:
+def native(event: dict[str, Any]) -> Iterator[tuple[int, tuple[Any, ...], Any]]:
+    """The same, of the native route: its outputs have everything so far, or with `--incremental-…` what is new."""
+    meta, index = event["meta_info"], event.get("index", 0)
+    ends, whole = meta["finish_reason"], meta["completion_tokens"] == len(event["output_ids"])
+    yield index, ("so far" if whole else "text",), event["text"]
+    if ends is not None:
+        counts = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
+        yield index, ("end", ends, *(meta[name] for name in counts)), None
+        for kind in ("output_token_logprobs", "output_top_logprobs") if whole else ():
+            for entry in meta.get(kind, ()):
+                found = entry if isinstance(entry[0], list) else [entry]
+                yield index, (kind, tuple(token for _, token, _ in found)), None
+
+
+def of_choice(choice: dict[str, Any]) -> Iterator[tuple[int, tuple[Any, ...], Any]]:
+    """The same, of a choice of OpenAI's routes."""
+    index, records = choice["index"], choice.get("logprobs") or {}
+    if "text" in choice:
+        yield index, ("text",), choice["text"]
+    delta = choice.get("delta", {})
+    for name in ("reasoning_content", "content"):
+        if delta.get(name):
+            yield index, (name,), delta[name]
+    for call in delta.get("tool_calls") or ():
+        if call["function"].get("name"):
+            yield index, ("call", call["index"], call["function"]["name"]), None
+        yield index, ("arguments", call["index"]), call["function"].get("arguments") or ""
+    for entry in records.get("content") or ():
+        tops = tuple(top["token"] for top in entry["top_logprobs"])
+        yield index, ("logprobs", entry["token"], tops), None
+    for token, tops in zip(records.get("tokens", ()), records.get("top_logprobs") or (), strict=False):
+        yield index, ("logprobs", token, tuple(tops or ())), None
+    if choice["finish_reason"]:
+        yield index, ("end", choice["finish_reason"], choice.get("matched_stop")), None
+
+
+def steady(server: Server, case: str) -> dict[Any, list[Any]]:
     """Parts of a plain server's answer, from two streams that agree: a slow one brings several tokens at once, too."""
-    before = summed(events(server, case))[0]
-    while (found := summed(events(server, case))[0]) != before:
+    before = summed(events(server, case))
+    while (found := summed(events(server, case))) != before:
         before = found
     return found
 
@@ -162,10 +257,21 @@ def steady(server: Server, case: str) -> list[Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_deltas_add_up_to_plain_decodings(servers: tuple[Server, Server, list[int]], case: str) -> None:
     plain, drafting, answer = servers
-    expected = steady(plain, case.removesuffix("-n"))
+    expected = steady(plain, case)
     for hints in predictions(answer):
-        choices = summed(events(drafting, case, hints))
-        assert choices == dict.fromkeys(range(CASES[case][1].get("n", 1)), expected)
+        found = summed(events(drafting, case, hints))
+        assert found == expected
+
+
+@pytest.mark.parametrize(("case", "tokens"), [("ollama-generate", None), ("ollama-chat-cut-off", 24)])
+def test_outputs_are_as_many_as_plain_decodings(
+    servers: tuple[Server, Server, list[int]], request: pytest.FixtureRequest, case: str, tokens: int | None
+) -> None:
+    """The first token is sent at once, then as many as `--stream-interval` says."""
+    _, drafting, answer = servers
+    every = INTERVAL if "interval" in request.node.callspec.params["servers"] else 1
+    later = (len(answer) + 1 if tokens is None else tokens) - 1
+    assert len(events(drafting, case)) == 1 + ceil(later / every)
 
 
 def test_rounds_committed_several_tokens(servers: tuple[Server, Server, list[int]]) -> None:

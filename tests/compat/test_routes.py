@@ -1,10 +1,14 @@
 """Who may use our routes: every one of them under every combination of SGLang's keys."""
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute, APIWebSocketRoute
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import add_api_key_middleware
@@ -237,3 +241,34 @@ def test_nothing_is_changed_where_a_replica_is_silent(
 
 async def _nobody_answers(manager: Manager, seconds: float) -> None:
     raise SilentReplicaError({0}, 2, seconds or 300)
+
+
+def streaming_routes() -> Iterator[str]:
+    """SGLang's routes that may stream: websockets, and those whose request has a field `stream`, or brings on another's
+    fields (`parameters`).
+    """
+    for route in http_server.app.routes:
+        if isinstance(route, APIWebSocketRoute):
+            yield route.path
+        elif isinstance(route, APIRoute) and "POST" in route.methods:
+            given = get_type_hints(route.endpoint)
+            bodies = [name for hint in given.values() if isinstance(hint, type) for name in names_in(hint)]
+            if {"stream", "parameters"} & {*given, *bodies}:
+                yield route.path
+
+
+def names_in(body: type) -> Iterator[str]:
+    for part in body.__mro__:
+        yield from vars(part).get("__annotations__", {})
+
+
+def test_every_route_that_streams_is_compared() -> None:
+    """With the page's table, and each that serves text with plain decoding."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "reference" / "server.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| (`/.*`) \| (.*) \|$", page.partition("## Streams")[2].partition("\n## ")[0])
+    named = {route: chunks for paths, chunks in rows for route in re.findall(r"`(.*?)`", paths)}
+    assert set(streaming_routes()) == set(named)
+    served = {route for route, chunks in named.items() if not chunks.startswith("none")}
+    cases = (root / "tests" / "agents" / "test_parsed_streams.py").read_text("utf-8").partition("CASES:")[2]
+    assert set(re.findall(r'"(/[\w/]+)",', cases)) == served

@@ -22,7 +22,7 @@ from sglang.srt.parser.reasoning_parser import ReasoningParser
 from tiny_models import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from whiflash_sglang.compat.http.pieces import Cutter, OneByOne
+from whiflash_sglang.compat.http.pieces import Cutter, Detokenizer
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 TOOLS = [Tool(type="function", function={"name": "get_weather", "parameters": PARAMETERS})]
@@ -74,11 +74,11 @@ def written(piece: bytes) -> str:
     return "".join(bytes_to_unicode()[byte] for byte in piece)
 
 
-def decoder() -> OneByOne:
+def decoder(**parameters: Any) -> Detokenizer:
     manager = SimpleNamespace(
         tokenizer=tokenizer(), server_args=SimpleNamespace(disable_tokenizer_batch_decode=False)
     )
-    return OneByOne(manager, [], {"skip_special_tokens": False})
+    return Detokenizer(manager, [], {"skip_special_tokens": False, "stream_interval": 1, **parameters})
 
 
 def outputs(tokens: Sequence[int], sizes: Iterator[int], *, increments: bool) -> Iterator[dict[str, Any]]:
@@ -184,6 +184,49 @@ def compared(parser: str, *, increments: bool) -> Result:
             before[size] = before.get(size, 0) + differs
             after += parsed(parser, iter(cut), increments=increments) != expected
     return {"cases": cases, **before, "differ token by token": after}
+
+
+def with_records(steps: Iterator[dict[str, Any]], *, increments: bool) -> Iterator[dict[str, Any]]:
+    """The outputs with a record and a count for every token, reasoning for the first five."""
+    sent = 0
+    for output in steps:
+        meta, ids = output["meta_info"], output["output_ids"]
+        sent = sent + len(ids) if increments else len(ids)
+        meta |= {"reasoning_tokens": min(sent, 5), "output_token_logprobs_length": sent}
+        yield {**output, "meta_info": {**meta, "output_token_logprobs": [(0.5, t) for t in ids]}}
+
+
+@pytest.mark.parametrize("increments", [False, True])
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_pieces_have_the_records_and_counts_of_their_tokens(every: int, increments: bool) -> None:
+    """As if steps had brought one token, which SGLang sends at its stream interval."""
+    tokens = tokens_of(texts_of("tool hermes")[0])
+
+    def as_sent(sizes: Iterator[int]) -> Iterator[dict[str, Any]]:
+        return with_records(outputs(tokens, sizes, increments=increments), increments=increments)
+
+    expected = list(as_sent(iter([1, *[every] * len(tokens)])))
+    assert len(expected) > 3
+    for name, sizes in chunkings():
+        cutter = Cutter(decoder(stream_interval=every), increments=increments)
+        found = [piece for output in as_sent(sizes) for piece in cutter.cut(output)]
+        if not increments:  # who reads all records so far reads as many as are counted
+            for piece in found:
+                meta = piece["meta_info"]
+                count = meta["output_token_logprobs_length"]
+                meta["output_token_logprobs"] = meta["output_token_logprobs"][:count]
+        assert found == expected, name
+
+
+def test_what_may_become_a_stop_string_waits() -> None:
+    """As in SGLang's scheduler: it is sent with the token that decides."""
+    tokens = tokens_of(text := texts_of("tool hermes")[0])
+    stop = text[: len(text) // 2][-9:] + "§"
+    cutter = Cutter(decoder(stop=[stop]), increments=True)
+    (whole,) = outputs(tokens, iter([len(tokens)]), increments=True)
+    sizes = [len(piece["output_ids"]) for piece in cutter.cut(whole)]
+    assert sum(sizes) == len(tokens) > len(sizes)
+    assert max(sizes) > 1
 
 
 def test_every_parser_has_its_texts() -> None:

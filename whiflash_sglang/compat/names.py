@@ -332,7 +332,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         f"{_SERVING}.serving_chat:OpenAIServingChat._generate_chat_stream", ("adapted_request", "request")
     ),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._validate_request", ("request",)),
-    # parsers of tool calls and reasoning, fed token by token
+    # streams, cut for those that read them token by token
+    PrivateName("sglang.srt.entrypoints.http_server:serve_generate_request", ("obj", "request")),
+    PrivateName(
+        f"{_SERVING}.serving_completions:OpenAIServingCompletion._convert_to_internal_request", ("request",)
+    ),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._convert_to_internal_request", ("request",)),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._tool_call_parsing_active", ("request",)),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._encoding_output"),
@@ -340,6 +344,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.managers.detokenizer_manager:DetokenizerManager._decode_batch_token_id_output",
         ("recv_obj",),
     ),
+    PrivateName("sglang.srt.managers.schedule_batch:Req.check_match_stop_str_prefix"),
+    PrivateName("sglang.srt.managers.tokenizer_manager:_INCREMENTAL_STREAMING_META_INFO_KEYS"),
     PrivateName(
         f"{_SERVING}.serving_completions:OpenAIServingCompletion._build_completion_response", ("ret",)
     ),

@@ -14,7 +14,7 @@ from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
 from whiflash_sglang.compat.carried import META_KEY
-from whiflash_sglang.compat.http import pieces, predictions, traces
+from whiflash_sglang.compat.http import predictions, traces
 from whiflash_sglang.compat.http.converted import serving_of_responses
 from whiflash_sglang.compat.patching import allow_extra, around, replace
 
@@ -88,7 +88,6 @@ class _Named:
 def _naming_request(
     original: Any, self: Any, request_id: Any, prompt: Any, adapted: Any, *rest: Any, **named: Any
 ) -> _Named:
-    pieces.mark(adapted)
     return _Named(original(self, request_id, prompt, adapted, *rest, **named), adapted)
 
 

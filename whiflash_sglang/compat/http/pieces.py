@@ -1,80 +1,111 @@
-"""Streams for SGLang's parsers of tool calls and reasoning, a token at a time.
+"""Streams in the pieces that plain decoding sends, for whoever reads an output as if it had one token.
 
-These parsers lose text when a chunk holds several tokens, and a round commits several. So outputs that a parser reads
-are cut into those that single tokens would have brought; they follow each other without a wait. In the process that
-serves HTTP.
+A round commits several tokens, so an output of SGLang's has several. Most consumers were written for one: parsers of
+calls and reasoning lose text, Ollama's routes drop the last output's, chat completions attach log-probabilities to text
+of the same output. So every stream is cut into the outputs that plain decoding would have sent at the request's stream
+interval; they follow each other without a wait. Consumers that only add outputs up get them as they come. In the
+process that serves HTTP.
 """
 
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator
-from itertools import takewhile
+from itertools import islice, takewhile
 from types import SimpleNamespace
 from typing import Any
 
+from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.tokenizer_manager import _INCREMENTAL_STREAMING_META_INFO_KEYS
+from sglang.srt.runtime_context import get_serving
+from sglang.srt.sampling.sampling_params import SamplingParams
 
+from whiflash_sglang.compat.http import predictions
 from whiflash_sglang.compat.patching import around, replace
 
-_PARSED = "_whiflash_parsed"
+_ADDED_UP = "_whiflash_added_up"
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
-_LOGPROBS = (
-    "output_token_logprobs",
-    "output_top_logprobs",
-    "output_token_ids_logprobs",
-    "output_token_sampling_mask",
-    "output_token_sampling_logprobs",
+_COUNTS = (
+    "completion_tokens",
+    "reasoning_tokens",
+    "output_token_logprobs_length",
+    "output_token_sampling_mask_length",
 )
-"""Parts of `meta_info` with an entry for each token; in increments when the server streams those."""
+"""Numbers of `meta_info` that grow by at most one a token."""
 
 
 def install() -> None:
     """Idempotent."""
-    replace(OpenAIServingChat, "_convert_to_internal_request", _marking)
-
-
-def mark(obj: Any) -> None:
-    """Note that a parser reads the answer to the internal request `obj`."""
-    setattr(obj, _PARSED, True)
+    replace(http_server, "serve_generate_request", _adding_up)
+    replace(OpenAIServingCompletion, "_convert_to_internal_request", _adding_up_text)
+    replace(OpenAIServingChat, "_convert_to_internal_request", _adding_up_unless_parsed)
 
 
 @around
-def _marking(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
-    """Chat completions, and Anthropic's Messages, which SGLang serves as chat completions."""
+async def _adding_up(original: Any, obj: Any, request: Any) -> Any:
+    """The native route: outputs go out as they are."""
+    setattr(obj, _ADDED_UP, True)
+    return await original(obj, request)
+
+
+@around
+def _adding_up_text(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
     adapted, request = original(self, request, *rest, **named)
-    if (
-        self._tool_call_parsing_active(request)
-        or (self.reasoning_parser and request.separate_reasoning)
-        or self._encoding_output() is not None
-    ):
-        mark(adapted)
+    setattr(adapted, _ADDED_UP, True)
     return adapted, request
 
 
-async def single_tokens(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The outputs of a stream that a parser reads, one for each token; all others as they are.
+@around
+def _adding_up_unless_parsed(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
+    """Chat completions, and Anthropic's Messages, which SGLang serves as chat completions."""
+    adapted, request = original(self, request, *rest, **named)
+    parsed = (
+        self._tool_call_parsing_active(request)
+        or (self.reasoning_parser and request.separate_reasoning)
+        or self._encoding_output() is not None
+    )
+    setattr(adapted, _ADDED_UP, not parsed and not request.logprobs)
+    return adapted, request
+
+
+async def as_plain(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The outputs of a stream as plain decoding sends them; those that are only added up stay as they are.
 
     manager: SGLang's TokenizerManager. obj: the internal request, before SGLang expands it to its choices.
     """
-    cut = getattr(obj, _PARSED, False) and obj.stream and manager.tokenizer is not None
-    if not cut:
-        async for output in outputs:
-            yield output
-        return
-    prompt = obj.input_ids or manager.tokenizer.encode((obj.text or "")[-_CONTEXT_CHARACTERS:])
-    parameters = obj.sampling_params
+    cut = (
+        getattr(obj, "stream", False) and manager.tokenizer is not None and not getattr(obj, _ADDED_UP, False)
+    )
     choices: dict[int, Cutter] = {}
     async for output in outputs:
+        if not cut:
+            yield output
+            continue
         choice = output.get("index", 0)
         if choice not in choices:
-            decoder = OneByOne(manager, prompt[-_CONTEXT_TOKENS:], parameters)
+            own = predictions.of_choice(predictions.parameters_of(obj), obj, choice) or {}
+            parameters = {**(manager.preferred_sampling_params or {}), **own}
+            decoder = Detokenizer(manager, _context(manager, obj, choice), parameters)
             choices[choice] = Cutter(decoder, increments=manager.incremental_streaming_output)
         for piece in choices[choice].cut(output):
             yield piece
 
 
-class OneByOne(DetokenizerManager):
-    """SGLang's detokenizer for one answer, given one token at a time.
+def _context(manager: Any, obj: Any, choice: int) -> list[int]:
+    """The last token ids of the prompt that a choice answers."""
+    prompt: Any = obj.input_ids or obj.text or []
+    if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
+        prompt = predictions.of_choice(prompt, obj, choice)
+    if isinstance(prompt, str):
+        prompt = manager.tokenizer.encode(prompt[-_CONTEXT_CHARACTERS:])
+    return list(prompt[-_CONTEXT_TOKENS:])
+
+
+class Detokenizer(DetokenizerManager):
+    """SGLang's scheduler and detokenizer for one answer: when its tokens are sent, and as which text.
 
     Args:
         manager: SGLang's TokenizerManager.
@@ -87,6 +118,9 @@ class OneByOne(DetokenizerManager):
         self.vocab_size = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else None
         self.decode_status: dict[str, Any] = {}
         self.disable_tokenizer_batch_decode = manager.server_args.disable_tokenizer_batch_decode
+        given = {name: parameters.get(name) for name in ("stop", "stop_regex", "stream_interval")}
+        self._seen = _Seen(self.tokenizer, SamplingParams(**given))
+        self._unsent: list[int] = []
         self._context: list[int] | None = list(context)
         self._output = SimpleNamespace(
             rids=["answer"],
@@ -98,75 +132,98 @@ class OneByOne(DetokenizerManager):
             spaces_between_special_tokens=[parameters.get("spaces_between_special_tokens", True)],
         )
 
-    def text_of(self, token: int) -> str:
-        """What a step with this token alone would have added to the text; empty inside a character."""
-        self._output.decode_ids = [[*(self._context or ()), token]]
-        self._context = None
-        text: str = self._decode_batch_token_id_output(self._output)[0]
-        return text
+    def take(self, token: int) -> tuple[int, str] | None:
+        """The next token; where an output ends with it, that output's tokens and text, else None."""
+        self._unsent.append(token)
+        return self.flush() if self._seen.sends(token, len(self._unsent)) else None
+
+    def flush(self) -> tuple[int, str]:
+        """An output of the tokens that were not sent. Its text is empty inside a character."""
+        self._output.decode_ids = [[*(self._context or ()), *self._unsent]]
+        self._context, size, self._unsent = None, len(self._unsent), []
+        return size, self._decode_batch_token_id_output(self._output)[0]
+
+
+class _Seen(Req):  # type: ignore[misc]
+    """What SGLang's scheduler asks of a request to know whether its unsent tokens are sent."""
+
+    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
+        params.normalize(tokenizer)
+        self.tokenizer, self.sampling_params = tokenizer, params
+        self.output_ids = array("q")
+        self._interval = params.stream_interval or get_serving().stream_interval
+
+    def sends(self, token: int, unsent: int) -> bool:
+        self.output_ids.append(token)
+        enough = unsent >= self._interval or unsent == len(self.output_ids)
+        return enough and not self.check_match_stop_str_prefix()
 
 
 class Cutter:
-    """One choice's outputs, cut into those of single tokens.
+    """One choice's outputs, cut into those that plain decoding sends.
 
-    The text is always the one that arrived. A token whose text has not arrived waits: SGLang's detokenizer holds back
+    The text is always the one that arrived. An output whose text has not arrived waits: SGLang's detokenizer holds back
     more when a step ends inside a character than single tokens would have.
 
     Args:
         increments: whether outputs bring what is new, or everything so far.
     """
 
-    def __init__(self, decoder: OneByOne, *, increments: bool) -> None:
+    def __init__(self, decoder: Detokenizer, *, increments: bool) -> None:
         self._decoder, self._increments = decoder, increments
         self._waiting: deque[tuple[int, int]] = deque()
-        self._end = 0
-        """Where the text of the last token of `_waiting` ends, in characters from the answer's begin."""
+        """Sizes of outputs in tokens, and where their texts end, in characters from the answer's begin."""
+        self._end = self._seen = 0
+        """Where the last of them ends; tokens that the decoder has seen."""
+        self._tokens: list[int] = []
         self._text = ""
-        """What arrived and was not sent, which begins at `_shown`."""
+        """What arrived and was not sent; the text begins at `_shown`, the tokens and the records at `_sent`."""
         self._shown = self._sent = 0
-        """Characters and tokens that were sent."""
-        self._logprobs: dict[str, list[Any]] = {}
+        self._records: dict[str, list[Any]] = {}
 
     def cut(self, output: dict[str, Any]) -> list[dict[str, Any]]:
         """The outputs to send now for one that arrived; the last one of an answer ends with what arrived as its end."""
         meta, tokens, text = output["meta_info"], output["output_ids"], output["text"]
         if not self._increments:
-            tokens, text = tokens[self._sent + len(self._waiting) :], text[self._shown + len(self._text) :]
+            tokens, text = tokens[self._seen :], text[self._shown + len(self._text) :]
+        self._seen += len(tokens)
         self._text += text
-        for token in tokens:
-            self._end += len(self._decoder.text_of(token))
-            self._waiting.append((token, self._end))
+        self._tokens += tokens
         if self._increments:
-            for key in _LOGPROBS:
-                self._logprobs.setdefault(key, []).extend(meta.get(key) or ())
-        if meta["finish_reason"] is not None:
-            return [*(self._piece(output) for _ in range(len(self._waiting) - 1)), self._last(output)]
+            for key in meta.keys() & _INCREMENTAL_STREAMING_META_INFO_KEYS:
+                self._records.setdefault(key, []).extend(meta[key])
+        for token in tokens:
+            if (taken := self._decoder.take(token)) is not None:
+                self._wait(*taken)
         arrived = self._shown + len(self._text)
-        return [
-            self._piece(output) for _ in takewhile(lambda token: token[1] <= arrived, tuple(self._waiting))
-        ]
+        ready = sum(1 for _ in takewhile(lambda waiting: waiting[1] <= arrived, self._waiting))
+        if meta["finish_reason"] is None:
+            return [self._piece(output, *self._waiting.popleft()) for _ in range(ready)]
+        whole = sum(size for size, _ in islice(self._waiting, ready)) == len(self._tokens)
+        pieces = [self._piece(output, *self._waiting.popleft()) for _ in range(ready - whole)]
+        return [*pieces, self._piece(output, len(self._tokens), arrived, ends=True)]
 
-    def _piece(self, output: dict[str, Any]) -> dict[str, Any]:
-        token, end = self._waiting.popleft()
-        size = max(end - self._shown, 0)
-        text, self._text = self._text[:size], self._text[size:]
+    def _wait(self, size: int, text: str) -> None:
+        self._end += len(text)
+        self._waiting.append((size, self._end))
+
+    def _piece(self, output: dict[str, Any], size: int, end: int, *, ends: bool = False) -> dict[str, Any]:
+        """The next `size` tokens, with the text up to `end`."""
+        fresh = max(end - self._shown, 0)
+        text, self._text = self._text[:fresh], self._text[fresh:]
+        tokens, self._tokens = self._tokens[:size], self._tokens[size:]
         self._shown += len(text)
-        self._sent += 1
-        meta = {**output["meta_info"], "finish_reason": None, "completion_tokens": self._sent}
-        if "output_token_logprobs_length" in meta:
-            meta["output_token_logprobs_length"] = min(self._sent, meta["output_token_logprobs_length"])
-        if not self._increments:
-            whole, tokens = output["text"][: self._shown], output["output_ids"][: self._sent]
-            return {**output, "text": whole, "output_ids": tokens, "meta_info": meta}
-        for key in meta.keys() & self._logprobs.keys():
-            meta[key], self._logprobs[key] = self._logprobs[key][:1], self._logprobs[key][1:]
-        return {**output, "text": text, "output_ids": [token], "meta_info": meta}
-
-    def _last(self, output: dict[str, Any]) -> dict[str, Any]:
-        if not self._increments:
+        self._sent += size
+        if ends and not self._increments:
             return output
         meta = {**output["meta_info"]}
-        for key in meta.keys() & self._logprobs.keys():
-            meta[key] = self._logprobs[key]
-        tokens = [token for token, _ in self._waiting]
-        return {**output, "text": self._text, "output_ids": tokens, "meta_info": meta}
+        if not ends:
+            meta["finish_reason"] = None
+            meta |= {key: min(self._sent, meta[key]) for key in _COUNTS if key in meta}
+        if not self._increments:
+            whole = output["output_ids"][: self._sent]
+            return {**output, "text": output["text"][: self._shown], "output_ids": whole, "meta_info": meta}
+        for key in meta.keys() & self._records.keys():
+            records = self._records[key]
+            meta[key], self._records[key] = (records, []) if ends else (records[:size], records[size:])
+        return {**output, "text": text, "output_ids": tokens, "meta_info": meta}

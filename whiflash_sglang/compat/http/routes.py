@@ -59,13 +59,13 @@ def install(server_args: Any) -> None:
 
 @around
 async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-    """Refuse malformed hints of the native route, follow answers for full traces, and cut those that are parsed."""
+    """Refuse malformed hints of the native route, follow answers for full traces, and cut streams as plain ones."""
     outputs = original(self, obj, request)
     if asks_for_ours(self.server_args):
         requests.check_native(self, obj)
         await predictions.encoded(self, obj)
         outputs = predictions.followed(self, obj, outputs)
-    async for output in pieces.single_tokens(self, obj, traces.followed(self, obj, outputs)):
+    async for output in pieces.as_plain(self, obj, traces.followed(self, obj, outputs)):
         yield output
 
 
