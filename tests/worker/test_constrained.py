@@ -2,14 +2,16 @@
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from engine import engine
 from model_set import Models
 from oracle_arm import ARM, OracleArm
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from traffic import Arrival, play
 
 SCHEMA = json.dumps(
@@ -165,3 +167,39 @@ def test_strict_thinking(models: Models, monkeypatch: pytest.MonkeyPatch) -> Non
     with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **options) as e:
         assert play(e, arrivals) == expected
     assert max(oracle.accepted) == oracle.max_drafts
+
+
+NEEDS_TEMPLATE = {"response_template"}
+"""Parsers that read a checkpoint's own template."""
+
+
+def forced_calls() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sampling parameters of a forced call under every tool-call parser, and of a tag in `response_format`."""
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Look."}]}
+    tool = {"name": "look", "parameters": json.loads(SCHEMA), "strict": True}
+    tools = [{"type": "function", "function": tool}]
+    request = ChatCompletionRequest.model_validate({**asked, "tools": tools, "tool_choice": "required"})
+    for parser in sorted(FunctionCallParser.ToolCallParserEnum.keys() - NEEDS_TEMPLATE):
+        constraint = FunctionCallParser(request.tools, parser).get_structure_constraint("required")
+        yield parser, request.to_sampling_params([], {}, constraint)
+    content = {"type": "json_schema", "json_schema": tool["parameters"]}
+    tag = {"type": "tag", "begin": "<t>", "content": content, "end": "</t>"}
+    form = {"type": "structural_tag", "format": tag}
+    request = ChatCompletionRequest.model_validate({**asked, "response_format": form})
+    yield "response_format", request.to_sampling_params([], {})
+
+
+def test_forced_calls_are_plain_decodings(models: Models) -> None:
+    """With the same flags, whitespace included: a random model goes on with it where a grammar leaves it free."""
+    constraints = {}
+    for parser, params in forced_calls():
+        kinds = {name: params[name] for name in ("structural_tag", "json_schema", "ebnf") if params.get(name)}
+        constraints[json.dumps(kinds)] = parser, kinds  # many parsers share one
+    arrivals = [
+        Arrival(parser, 0, (70, 71, 72), {"max_new_tokens": 60, "ignore_eos": False, **kinds})
+        for parser, kinds in constraints.values()
+    ]
+    with engine(models.target, **OPTIONS) as e:
+        expected = play(e, arrivals)
+    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
+        assert play(e, arrivals) == expected
