@@ -309,6 +309,8 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "enable_watermark": (True, "--enable-watermark"),
     "enable_mixed_chunk": (True, "--enable-mixed-chunk"),
     "enable_mis": (True, "--enable-mis"),
+    "enable_eplb": (True, "--enable-eplb"),
+    "enable_return_routed_experts": (True, "LlamaForCausalLM has no experts"),
     "enable_two_batch_overlap": (True, "--enable-two-batch-overlap"),
     "enable_single_batch_overlap": (True, "--enable-single-batch-overlap"),
     "enable_pdmux": (True, "--enable-pdmux"),

@@ -104,6 +104,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Choose what works here wherever the command line left the choice open."""
         if server_args.device != "cpu":
             return
+        if server_args.enable_prefill_delayer:
+            raise ValueError(
+                "--enable-prefill-delayer needs overlap scheduling, which the CPU platform does not have; remove it"
+            )
         from whiflash_sglang.platform.seams import install_early_seams
 
         install_early_seams()

@@ -1,6 +1,7 @@
 """Every private SGLang name that the CPU platform replaces, in one table; `platform/seams.py` puts them in place."""
 
 import importlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -189,6 +190,37 @@ def _mask_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return staticmethod(apply_vocab_mask)
 
 
+class HostEvent:
+    """A moment on the host, for what upstream times by events of a device (--enable-forward-pass-metrics)."""
+
+    def __init__(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        """Whether what was issued before it is done."""
+        return True
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        """Milliseconds."""
+        return (end._seconds - self._seconds) * 1000
+
+
+def _begin_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def create(track_stream: bool = False) -> Any:
+        from sglang.srt.utils.device_timer import _TimingInterval
+
+        return _TimingInterval(start_event=HostEvent())
+
+    return staticmethod(create)
+
+
+def _end_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def end(self: Any, metadata: dict[str, Any]) -> None:
+        self.end_event, self.metadata = HostEvent(), metadata
+
+    return end
+
+
 METHOD_SEAMS: tuple[MethodSeam, ...] = (
     MethodSeam(
         "sglang.srt.mem_cache.kv_cache_configurator",
@@ -205,6 +237,8 @@ METHOD_SEAMS: tuple[MethodSeam, ...] = (
         "_extend_forward_kwargs",
         _keep_embedding_dtype,
     ),
+    MethodSeam("sglang.srt.utils.device_timer", "_TimingInterval", "create", _begin_on_host),
+    MethodSeam("sglang.srt.utils.device_timer", "_TimingInterval", "end", _end_on_host),
     MethodSeam(
         "sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host
     ),

@@ -371,12 +371,23 @@ REFUSALS: tuple[Refusal, ...] = (
     # what the scheduler does
     Refusal(
         "lora",
-        lambda x: bool(x.args.enable_lora or x.args.lora_paths),
+        lambda x: bool(x.args.enable_lora or x.args.lora_paths or x.args.enable_lora_overlap_loading),
         _REMOVE.format("LoRA (--enable-lora, --lora-paths; its rows are laid out for drafts of one length)"),
     ),
     _removed("enable_watermark", "its state is not kept per verified position"),
     _removed("enable_mixed_chunk", "a step is a prefill or a round"),
     _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
+    _removed("enable_eplb", "experts that move while it serves are untested"),
+    Refusal(
+        "enable_return_routed_experts",
+        _architecture(
+            lambda x: (
+                x.args.enable_return_routed_experts
+                and not getattr(x.model.hf_text_config, "num_experts_per_tok", None)
+            )
+        ),
+        "{} has no experts to return; remove --enable-return-routed-experts",
+    ),
     _removed("enable_two_batch_overlap", _ONE_TOKEN),
     _removed("enable_single_batch_overlap", _ONE_TOKEN),
     _removed("enable_pdmux", _ONE_TOKEN),
