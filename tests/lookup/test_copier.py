@@ -103,6 +103,20 @@ def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
     assert factors == pytest.approx([factors[0]] * len(factors))
 
 
+def test_how_a_request_copies_its_text_says_nothing_of_its_prediction() -> None:
+    """What is copied from that is judged by its own table alone, and is no evidence of how the request copies."""
+    copier = copier_of(1, 2, prediction=Prediction(range(100, 120), 2))
+    for _ in range(200):
+        copier._request.observe(0.5, False)
+    factor, proposal = copier._request.factor, copier.look(4, 0.0)
+    assert (proposal.origin, tokens_of(proposal)) == ("prediction", [100, 101, 102, 103])
+    fresh = copier_of(1, 2, prediction=Prediction(range(100, 120), 2)).look(4, 0.0)
+    assert factor < 0.5
+    assert proposal.alive == pytest.approx(fresh.alive)
+    copier.extend([100, 7])
+    assert copier._request.factor == factor
+
+
 def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
     calibration = MatchCalibration()
     rng = random.Random(0)

@@ -112,6 +112,19 @@ def test_a_request_without_a_pass_is_worth_its_best_voice() -> None:
     assert controller.may_join(ROW)
 
 
+@pytest.mark.parametrize("arm", [arms.LOOKUP, arms.STRUCTURE, arms.AR])
+def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
+    """Neither of an arm with a pass nor of a voice: others would be weighed against tokens that nobody gets."""
+    span = SpanHint("json", open=True, bias=((arm, 16.0),))
+    controller = opened(AutoPolicy(), RequestHints(spans=(span,)))
+    voices = {arms.LOOKUP: Forecast(3.0, 3), arms.STRUCTURE: Forecast(2.0, 2)}
+    told = {arms.AR: None, **voices}
+    plain = AutoPolicy().score(RequestState("r").signals(told))
+    assert controller.route([ROW], [told]) == [arms.AR if arm == arms.AR else arms.NONE]
+    expected = voices[arm].length if arm in voices else plain[arm]
+    assert controller.states[ROW].expected == pytest.approx(expected)
+
+
 def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:
     """As soon as it is known, and once; after a retraction the prefill has sampled another one."""
     hints = RequestHints(spans=(SpanHint("tool_call", "<c>", "</c>"),))

@@ -81,3 +81,45 @@ def test_an_arm_is_not_asked_behind_its_own_drafts() -> None:
     assert verified([Copy({2: [4, 2]})], [1, 2], "lookup") == ([1, 2], 2)
     assert verified([Grammar(), Copy({3: [4]})], [1, 2], "lookup") == ([1, 2, 3, 4, 5], 2)
     assert verified([Grammar(), Copy({3: [4]})], [1, FORBIDDEN, 2], "ar") == ([1], 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "route", "expected", "turns"),
+    [
+        ([1, 2], "ar", [1, 2, 3], ["structure", "lookup", "lookup"]),  # the grammar's own 3 is the last
+        (
+            [2, FORBIDDEN, 1],
+            "ar",
+            [2, 3],
+            ["structure", "lookup", "lookup"],
+        ),  # as many as before, and its own
+        (
+            [1, 3],
+            "ar",
+            [1, 3],
+            ["structure", "lookup", "structure", "lookup", "structure"],
+        ),  # nobody's but the pass's
+        (
+            [1, 3],
+            "lookup",
+            [1, 3],
+            ["structure", "structure", "structure"],
+        ),  # the copy's own 3 stays the last
+    ],
+)
+def test_who_spoke_last_is_who_added_last(
+    monkeypatch: pytest.MonkeyPatch, first: list[int], route: str, expected: list[int], turns: list[str]
+) -> None:
+    """Whether or not drafts were dropped before, and not who was asked last."""
+    asked: list[str] = []
+    drafters: list[Any] = [Grammar(), Copy({9: [1]})]
+    for drafter in drafters:
+
+        def noting(*args: Any, own: Any = drafter, extend: Any = drafter.extend) -> Voice:
+            asked.append(own.arm)
+            voice: Voice = extend(*args)
+            return voice
+
+        monkeypatch.setattr(drafter, "extend", noting)
+    assert verified(drafters, first, route)[0] == expected
+    assert asked == turns
