@@ -111,12 +111,17 @@ SCALING = (
         r"--attn-dp-size must be 1 \(.*; --enable-dp-attention sets it\)",
     ),
     (["--tp-size", "2", "--attn-dp-size", "2"], r"--attn-dp-size must be 1 \(ranks without .*"),
-    (["--tokenizer-worker-num", "2"], "--tokenizer-worker-num must be 1"),
     (["--grpc-mode"], "remove --grpc-mode"),
     (["--smg-grpc-mode"], "remove --smg-grpc-mode"),
-    (["--grpc-port", "40000"], "remove --grpc-port .*"),
 )
 """Ways to spread a server that WHIFLASH does not go: what a user writes, and how the line that he gets ends."""
+
+
+def test_mixed_chunks_are_switched_off_with_a_warning(
+    launch: Arguments, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("--enable-mixed-chunk").enable_mixed_chunk is False  # type: ignore[attr-defined]
+    assert "--enable-mixed-chunk is switched off" in capsys.readouterr().err
 
 
 def test_what_cannot_be_served_stops_before_weights_are_read(
@@ -130,7 +135,6 @@ def test_what_cannot_be_served_stops_before_weights_are_read(
             (target / file.name).write_bytes(file.read_bytes())
     for arguments, message in (
         *SCALING,
-        (["--enable-mixed-chunk"], "--enable-mixed-chunk .*; remove it"),
         (["--speculative-num-steps", "3"], "--speculative-num-steps belongs to .*; remove it"),
         (["--attention-backend", "torch_native"], "not torch_native; remove the flag"),
     ):

@@ -18,7 +18,7 @@ from whiflash_sglang.assemble import (
 )
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.carried import replace_settings, settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
 from whiflash_sglang.compat.forward.target import Target
@@ -64,7 +64,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
         super().__init__()
         self._target_worker, self._draft_worker = target_worker, None
-        self.settings = settings_of(server_args)
+        self._server_args, self.settings = server_args, settings_of(server_args)
         self.target, self.ranks = Target(target_worker), ranks_of_model()
         self.host = HostView.of(self.target.device, late=not server_args.disable_overlap_schedule)
         self.spending = Spending(cuts=self.ranks.size == 1)
@@ -239,6 +239,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def reconfigure(self, change: Any) -> None:
         """Change the policy while serving; running requests go on under the new one."""
         self.settings = self.settings_with(change)
+        replace_settings(self._server_args, self.settings)
         self.controller.policy = build_policy(self.settings, heads=self._has_heads)
         self.publisher.flush()
 

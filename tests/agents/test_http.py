@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import grpc
 import httpx
 import pytest
 from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, set_tracing_disabled
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-from server_host import Server, ServerHost
+from server_host import Server, ServerHost, free_port
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sdk import Hints, Span, Trace, capabilities, collect, http_client, routing, wrap
 from whiflash_sdk import predict as predicting
@@ -40,7 +41,12 @@ ASKED: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Server]:
+def grpc_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("checkpoints")
     target = tiny_target(root / "target", peaked=True)
     arguments = ["--model-path", target, "--served-model-name", "tiny", "--dtype", "float32"]
@@ -55,6 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
     template = root / "template.jinja"
     template.write_text(CHAT_TEMPLATE + "{# <function=f><parameter=p> #}")
     arguments += ["--tool-call-parser", "auto", "--reasoning-parser", "auto", "--chat-template", template]
+    arguments += ["--grpc-port", grpc_port]
     with host.running(*map(str, arguments)) as running:
         yield running
 
@@ -63,6 +70,20 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
 def client(server: Server) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
         yield wrap(made, strict=True, trace="full")
+
+
+def test_chats_over_grpc_are_served_without_hints(server: Server, grpc_port: int) -> None:
+    """The listener hands a body on without the fields that SGLang does not know; the text is that of HTTP."""
+    body = {key: value for key, value in ASKED.items() if key != "extra_body"}
+    body |= {"messages": MESSAGES, "ignore_eos": True, "whiflash": {"tenant": 3}}
+    message = json.dumps(body).encode()
+    length = bytes([len(message) & 127 | 128, len(message) >> 7])
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+        call = channel.unary_stream("/sglang.runtime.v1.SglangService/ChatComplete")
+        answer = b"".join(call(b"\x0a" + length + message, wait_for_ready=True)).decode(errors="replace")
+    over_http = server.post("/v1/chat/completions", {key: body[key] for key in body if key != "whiflash"})
+    content = over_http["choices"][0]["message"]["content"]
+    assert json.dumps(content) in answer
 
 
 def check(trace: Trace | None, tokens: int) -> Trace:

@@ -12,10 +12,8 @@ from sglang.srt.entrypoints import elastic_ep, engine, http_server, v1_loads
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.compat.http import routes as http_routes
 from whiflash_sglang.compat.launch import keys
-from whiflash_sglang.config import Flags, resolve
 
 PROBES = {"/health", "/health_generate", "/ready", "/metrics"}
 """Open to all, whatever keys there are: orchestrators and Prometheus have none."""
@@ -87,10 +85,7 @@ class App:
 @pytest.fixture(scope="module")
 def routes() -> list[tuple[str, str]]:
     """Every method and path of the application that serves HTTP."""
-    arguments = SimpleNamespace(
-        _whiflash=resolve(Flags(), embedded_bundle()), served_model_name="tiny", model_path="tiny"
-    )
-    http_routes.install(arguments)
+    http_routes.install()
     every = [*http_server.app.routes, *v1_loads.router.routes, *elastic_ep.router.routes]
     found = [(m, r.path) for r in every for m in sorted(getattr(r, "methods", None) or ())]
     assert len(found) > 100

@@ -14,8 +14,8 @@ from whiflash_sglang.compat.launch.recipes import judge
 from whiflash_sglang.errors import UsageError
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "agent_recipes.jsonl"
-STARTING = 1
-"""Recipes that WHIFLASH would start. It may grow only."""
+STARTING, WITHOUT_DRAFTERS = 2, 21
+"""Recipes that WHIFLASH would start, with drafters and without. They may grow only."""
 Write = Callable[[str, str], Path]
 
 
@@ -34,11 +34,13 @@ def published() -> list[dict[str, Any]]:
 
 def test_recipes_that_others_published() -> None:
     """If a rule went, correct the obstacles in the file and raise `STARTING`."""
-    found = [list(judge(recipe["flags"]).obstacles) for recipe in published()]
+    verdicts = [judge(recipe["flags"]) for recipe in published()]
+    found = [list(verdict.obstacles) for verdict in verdicts]
     for recipe, obstacles in zip(published(), found, strict=True):
         assert obstacles == recipe["obstacles"], recipe["recipe"]
     assert len(found) == 52
     assert sum(not obstacles for obstacles in found) == STARTING
+    assert sum(not verdict.without_drafters for verdict in verdicts) == WITHOUT_DRAFTERS
 
 
 def test_flags_of_other_algorithms_are_replaced() -> None:
@@ -78,6 +80,7 @@ def test_flags_of_other_algorithms_are_replaced() -> None:
         ({"cuda-graph-backend-prefill": "full"}, ["cuda_prefill_graphs"]),
         ({"disable-cuda-graph-padding": "true"}, ["cuda_graph_padding"]),
         ({"disable-cuda-graph-padding": "true", "disable-cuda-graph": "true"}, []),
+        ({"enable-hierarchical-cache": "", "whiflash-drafters": "none"}, []),
         ({"whiflash-router": "auto", "trust-remote-code": ""}, []),
         ({"whiflash-router": "fastest"}, ["--whiflash-router"]),
         ({"never-heard": "1"}, ["--never-heard"]),

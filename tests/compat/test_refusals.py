@@ -183,7 +183,7 @@ def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) 
     assert refusal_of(replace(taken, model=text)) is None
     with_images = target(tmp_path / "model", **kind)
     assert "remove --enable-multimodal" in sentence(replace(taken, model=with_images))
-    arguments = SimpleNamespace(device="cpu", enable_multimodal=None)
+    arguments = SimpleNamespace(device="cpu", enable_multimodal=None, enable_mixed_chunk=False)
     launches.choose(arguments)
     assert arguments.enable_multimodal is False
     arguments.enable_multimodal = True
@@ -245,7 +245,9 @@ def test_windows_are_verified_where_every_row_has_its_own(taken: Launch, tmp_pat
 
 
 def test_a_start_of_ours_keeps_the_kv_of_windowed_layers_whole(taken: Launch, tmp_path: Path) -> None:
-    arguments = SimpleNamespace(device="cpu", enable_multimodal=None, disable_hybrid_swa_memory=False)
+    arguments = SimpleNamespace(
+        device="cpu", enable_multimodal=None, enable_mixed_chunk=False, disable_hybrid_swa_memory=False
+    )
     launches.choose(arguments)
     assert arguments.disable_hybrid_swa_memory is True
     sized = with_arguments(taken, swa_full_tokens_ratio=0.5)
@@ -284,10 +286,8 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep .* --ep-size works without it"),
     "enable_attn_tp_input_scattered": (True, "--enable-attn-tp-input-scattered"),
     "enable_layernorm_sp": (True, "--enable-layernorm-sp"),
-    "tokenizer_worker_num": (2, "--tokenizer-worker-num must be 1"),
     "smg_grpc_mode": (True, "--smg-grpc-mode"),
     "grpc_mode": (True, "--grpc-mode"),
-    "grpc_port": (40000, r"remove --grpc-port \(SGLANG_GRPC_PORT\)"),
     "use_ray": (True, "--use-ray"),
     "encoder_only": (True, "--encoder-only"),
     "disaggregation_mode": ("decode", "--disaggregation-mode"),
@@ -307,7 +307,6 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "radix_cache_backend": ("mine", "--radix-cache-backend mine"),
     "lora": (True, "--lora-paths"),
     "enable_watermark": (True, "--enable-watermark"),
-    "enable_mixed_chunk": (True, "--enable-mixed-chunk"),
     "enable_mis": (True, "--enable-mis"),
     "enable_eplb": (True, "--enable-eplb"),
     "enable_return_routed_experts": (True, "LlamaForCausalLM has no experts"),
@@ -390,6 +389,11 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
             "environment": {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"},
         },
         "unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    ),
+    "workers_keys": ({"tokenizer_worker_num": 2, "admin_api_key": "key"}, "remove it, or --api-key"),
+    "workers_app": (
+        {"tokenizer_worker_num": 2, "environment": {"SGLANG_HTTP_SERVER_APP_PATH": "mine:app"}},
+        "unset SGLANG_HTTP_SERVER_APP_PATH",
     ),
     "rust_server": ({"environment": {"SGLANG_RUST_SERVER": "1"}}, "unset SGLANG_RUST_SERVER"),
     "post_capture_sizing": (

@@ -57,7 +57,12 @@ class Manager:
     """The tokenizer manager as far as the routes ask it; `sent` is what reached the schedulers."""
 
     def __init__(self) -> None:
-        self.server_args = SimpleNamespace(_whiflash=resolve(Flags(), embedded_bundle()))
+        self.server_args = SimpleNamespace(
+            _whiflash=resolve(Flags(), embedded_bundle()),
+            served_model_name="tiny",
+            model_path="tiny",
+            tokenizer_worker_num=1,
+        )
         self.sent: list[Any] = []
 
     def config_value(self, name: str) -> Any:
@@ -94,14 +99,7 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Manager:
 
 def client_of(manager: Manager, server: str) -> TestClient:
     """A client of our routes behind SGLang's own middleware."""
-    arguments = SimpleNamespace(
-        _whiflash=manager.server_args._whiflash,
-        served_model_name="tiny",
-        model_path="tiny",
-        tool_call_parser=None,
-        reasoning_parser=None,
-    )
-    routes.install(arguments)
+    routes.install()
     app = FastAPI(routes=our_routes())
     user, admin = SERVERS[server]
     manager.server_args.admin_api_key = admin

@@ -10,6 +10,9 @@ ALGORITHM = "WHIFLASH"
 META_KEY = "whiflash"
 """Key of an answer's `meta_info` that carries its trace."""
 
+APP_PATH, WORKER_APP = "SGLANG_HTTP_SERVER_APP_PATH", "whiflash_sglang.compat.http_worker:app"
+"""Variable that names the application of SGLang's tokenizer workers, and ours."""
+
 
 def settings_of(server_args: Any) -> Settings:
     """The resolved settings of a launch. They ride on an underscore attribute: SGLang pickles those to its children."""

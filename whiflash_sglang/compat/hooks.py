@@ -7,14 +7,16 @@ without WHIFLASH does not even import the hooks. They stay for the life of a pro
 that it is called for is ours.
 """
 
+import os
 from typing import Any
 
 from whiflash_sglang.compat import patching
+from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
 
 
 def in_launcher(server_args: Any) -> None:
     """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself; the controller's
-    watch. Idempotent.
+    watch. Idempotent. Several tokenizer workers serve HTTP from processes that SGLang starts with our module.
     """
     from whiflash_sglang.compat.http import admission, routes
     from whiflash_sglang.compat.launch import keys, replicas
@@ -22,7 +24,9 @@ def in_launcher(server_args: Any) -> None:
     replicas.install()
     keys.install()
     admission.install()
-    routes.install(server_args)
+    routes.install()
+    if server_args.tokenizer_worker_num > 1:
+        os.environ.setdefault(APP_PATH, WORKER_APP)
 
 
 def in_engine() -> None:

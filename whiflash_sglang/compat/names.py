@@ -19,6 +19,7 @@ _FLASHINFER_MLA = "sglang.srt.layers.attention.flashinfer_mla_backend:FlashInfer
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner"
 _POOL = "sglang.srt.model_executor.runner_utils.pool"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
+_WORKERS = "sglang.srt.managers.multi_tokenizer_mixin"
 
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.plugins:load_plugins"),
@@ -436,6 +437,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.launch_server:run_server", ("server_args",)),
     PrivateName("sglang.srt.server_args:prepare_server_args", ("argv",)),
     PrivateName("sglang.srt.models.registry:ModelRegistry.get_supported_archs"),
+    # tokenizer workers
+    PrivateName(f"{_WORKERS}:get_main_process_id", ()),
+    PrivateName(f"{_WORKERS}:read_from_shared_memory", ("name",)),
+    # launches judged by their flags
+    PrivateName("sglang.srt.arg_groups.cuda_graph_hook:parse_cuda_graph_config", ("server_args",)),
+    PrivateName("sglang.srt.arg_groups.parallel_hook:handle_deprecated_dp_attention", ("server_args",)),
 )
 
 HEAVY = (
@@ -443,6 +450,7 @@ HEAVY = (
     _SERVING,
     _MESSAGES,
     "sglang.launch_server",
+    _WORKERS,
     "sglang.srt.models.registry",
     "sglang.kernels.ops.attention.linear.",
     "sglang.kernels.ops.mamba.",

@@ -85,7 +85,7 @@ class Recording:
     begins. sampled: whether the operator has. spanned: whether an OpenTelemetry span is to carry its sums. began,
     ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
     worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
-    arm. sources: what its drafts were taken from.
+    arm. sources: what its drafts were taken from. policy: in force when the request ended.
     """
 
     level: TraceLevel | None
@@ -99,6 +99,7 @@ class Recording:
     plain: float = 0.0
     saved: dict[str, float] = field(default_factory=dict)
     sources: dict[str, Brought] = field(default_factory=dict)
+    policy: str = ""
 
     def begin(self) -> None:
         """A round begins; the first one starts the clock."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 from typing import Any, get_args
 
 from sglang.srt.managers.io_struct import GetInternalStateReq
@@ -28,7 +29,7 @@ FIRST_PAUSE = 0.01
 """Seconds before a question is asked again; doubled every time."""
 
 _questions = itertools.count()
-"""Answers carry their question's number: one that comes too late is not taken for another's."""
+"""Answers carry their question's process and number: one that comes too late is not taken for another's."""
 
 
 def install() -> None:
@@ -71,7 +72,7 @@ def state_request() -> GetInternalStateReq:
     SGLang's own request, which anybody's `GET /server_info` sends, gets no such state: two readings of it reveal
     what was accepted of the requests that run.
     """
-    return GetInternalStateReq(rid=f"{KEY}.{next(_questions)}")
+    return GetInternalStateReq(rid=f"{KEY}.{os.getpid()}.{next(_questions)}")
 
 
 @around

@@ -56,10 +56,15 @@ async def _reading_body(original: Any, self: Any, request: Any, raw_request: Any
     """SGLang's models drop fields that they do not know: ours are read from the body, which is parsed already."""
     if asks_for_ours(self.tokenizer_manager.server_args):
         try:
-            request.custom_params = from_body(request.custom_params, await raw_request.json())
+            request.custom_params = from_body(request.custom_params, await _body_of(raw_request))
         except HintError as error:
             return self.create_error_response(str(error), param=error.field)
     return await original(self, request, raw_request)
+
+
+async def _body_of(raw_request: Any) -> object:
+    """The parsed body of a request; none of what came over gRPC, which hands on SGLang's own fields only."""
+    return await raw_request.json() if hasattr(raw_request, "json") else {}
 
 
 def from_body(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:

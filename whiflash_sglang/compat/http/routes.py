@@ -1,6 +1,7 @@
 """What WHIFLASH adds to SGLang's HTTP process: routes of its own. Hints: `requests`; traces: `traces`."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
@@ -34,8 +35,8 @@ from whiflash_sglang.serving import SilentReplicaError, together
 from whiflash_sglang.spans.capabilities import capabilities
 
 
-def install(server_args: Any) -> None:
-    """Idempotent. Only the launcher's process serves HTTP, so only there this is called."""
+def install() -> None:
+    """Idempotent. Called in the processes that serve HTTP: the launcher's, or each tokenizer worker's."""
     traces.install()
     predictions.install()
     figures.install_answers()
@@ -47,7 +48,7 @@ def install(server_args: Any) -> None:
     pieces.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
-        http_server.app.get("/whiflash/capabilities")(_capabilities_of(server_args))
+        http_server.app.get("/whiflash/capabilities")(_capabilities)
         # As SGLang's own /set_internal_state: with --admin-api-key, only for its holder. Two readings of the state
         # reveal what was accepted of the requests in between.
         admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
@@ -69,27 +70,33 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
         yield output
 
 
-def _capabilities_of(server_args: Any) -> Any:
-    async def get_capabilities() -> dict[str, object]:
-        settings = settings_of(server_args)
-        manager = http_server._global_state.tokenizer_manager
-        return capabilities(
-            server_version=__version__,
-            model=server_args.served_model_name or server_args.model_path,
-            policy=settings.router,
-            arms=(
-                *settings.drafters,
-                *(("structure",) if settings.structure.enabled else ()),
-                *(("lookup",) if settings.lookup.enabled else ()),
-                "none",
-            ),
-            routes=converted.routes(http_server.app.state),
-            prediction_tokens=settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
-            tool_call_parser=manager.config_value("tool_call_parser"),
-            reasoning_parser=manager.config_value("reasoning_parser"),
-        )
+async def _capabilities() -> dict[str, object]:
+    manager = http_server._global_state.tokenizer_manager
+    server_args = manager.server_args
+    settings = settings_of(server_args)
+    return capabilities(
+        server_version=__version__,
+        model=server_args.served_model_name or server_args.model_path,
+        policy=await _policy(manager),
+        arms=(
+            *settings.drafters,
+            *(("structure",) if settings.structure.enabled else ()),
+            *(("lookup",) if settings.lookup.enabled else ()),
+            "none",
+        ),
+        routes=converted.routes(http_server.app.state),
+        prediction_tokens=settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
+        tool_call_parser=manager.config_value("tool_call_parser"),
+        reasoning_parser=manager.config_value("reasoning_parser"),
+    )
 
-    return get_capabilities
+
+async def _policy(manager: Any) -> str:
+    """The policy in force. Another tokenizer worker may have changed it: only the schedulers know."""
+    if manager.server_args.tokenizer_worker_num > 1:
+        with contextlib.suppress(SilentReplicaError):
+            return str(together(await _states())["policy"])
+    return settings_of(manager.server_args).router
 
 
 Seconds = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]

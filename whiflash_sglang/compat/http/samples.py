@@ -27,7 +27,7 @@ def take(manager: Any, state: Any, meta_info: dict[str, Any], recording: Recordi
         return
     tokens, reason = meta_info["completion_tokens"], meta_info["finish_reason"] or {}
     level: TraceLevel = "full" if settings.traces.text else "summary"
-    trace = build_trace(replace(recording, level=level), settings.router, tokens)
+    trace = build_trace(replace(recording, level=level), recording.policy, tokens)
     sample = {
         "time": round(time.time(), 3),
         "id": meta_info["id"],

@@ -48,11 +48,13 @@ def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recor
     return found
 
 
-def _ended(_: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any]]:
+def _ended(self: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any]]:
     """Recordings of the requests that end with this output, a list of at most one for each of `reqs`."""
     recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
     if not any(recordings):
         return {}
+    for recording in filter(None, recordings):
+        recording.policy = settings_of(self.server_args).router
     return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}
 
 
@@ -65,15 +67,13 @@ def _taking_recordings(
     original(self, meta_info, state, others, index, finish_reason)
     for recording in customized_info[META_KEY][index] if META_KEY in customized_info else ():
         if recording.level is not None:
-            policy = settings_of(self.server_args).router
-            meta_info[META_KEY] = build_trace(recording, policy, meta_info["completion_tokens"])
+            meta_info[META_KEY] = build_trace(recording, recording.policy, meta_info["completion_tokens"])
         if recording.sampled:
             from whiflash_sglang.compat.http import samples  # which imports what serves HTTP
 
             samples.take(self, state, meta_info, recording)
         if recording.spanned:
-            policy = settings_of(self.server_args).router
-            attributes = span_attributes(recording, policy, meta_info["completion_tokens"])
+            attributes = span_attributes(recording, recording.policy, meta_info["completion_tokens"])
             setattr(state, _ATTRIBUTES, attributes)
 
 

@@ -1,5 +1,6 @@
 """A launch of SGLang as WHIFLASH sees it when the arguments are read, before any weight is loaded."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_platform
 
 from whiflash_sglang.compat.carried import settings_of
+
+logger = logging.getLogger(__name__)
 
 CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "flashinfer")
 """Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
@@ -70,6 +73,11 @@ def choose(server_args: Any) -> None:
     if server_args.enable_multimodal is None:
         # A target that takes images or sound is served for text only, as SGLang serves Gemma 3 by itself.
         server_args.enable_multimodal = False
+    if server_args.enable_mixed_chunk:
+        logger.warning(
+            "--enable-mixed-chunk is switched off: WHIFLASH's step is a prefill or a round, never both"
+        )
+        server_args.enable_mixed_chunk = False
     if torch.cuda.is_available() and not torch.version.hip and server_args.device in (None, "cuda"):
         choose_for_cuda(server_args)
 

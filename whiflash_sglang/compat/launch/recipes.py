@@ -73,6 +73,7 @@ class _Read:
     fields: dict[str, Any] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    drafters: bool = True
 
 
 def judge(
@@ -94,7 +95,7 @@ def judge(
         target = named
     if target is None:
         read.unread.append("the target's layers: give --model-path")
-    launch = _launch(read.fields, environment or {}, target)
+    launch = replace(_launch(read.fields, environment or {}, target), draft_kv=read.drafters)
     obstacles = read.wrong | _obstacles(launch)
     without = read.wrong | _obstacles(replace(launch, draft_kv=False))
     return Verdict(obstacles, without, replaced, read.unread)
@@ -115,7 +116,7 @@ def _read(flags: Mapping[str, Flag]) -> _Read:
         action = parser.meant(option)
         try:
             if option in ours:
-                parse_flags({ours[option]: value})
+                read.drafters &= parse_flags({ours[option]: value}).drafters != "none"
             elif action is None:
                 raise ConfigError(
                     f"{option} is no flag of SGLang {SGLANG_VERSION}; remove it, or give its new name"

@@ -17,6 +17,7 @@ from typing import Any
 
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
+from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
 from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
@@ -162,7 +163,7 @@ _ONE_OF = {
 """Ways to spread a model, and why WHIFLASH does not go with more than one."""
 _REMOVE = "WHIFLASH does not work with {}; remove it"
 _ONE_TOKEN = "it decodes one token a step, and a verification has several"
-_HTTP = "WHIFLASH needs SGLang's own HTTP server in one process, for its routes, checks and traces; "
+_HTTP = "WHIFLASH needs SGLang's own HTTP server, for its routes, checks and traces; "
 
 
 def _removed(argument: str, reason: str = "") -> Refusal:
@@ -306,9 +307,17 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     # who serves it
     Refusal(
-        "tokenizer_worker_num",
-        _more_than_one("tokenizer_worker_num"),
-        _HTTP + "--tokenizer-worker-num must be 1",
+        "workers_keys",
+        lambda x: _more_than_one("tokenizer_worker_num")(x) and bool(x.args.api_key or x.args.admin_api_key),
+        "SGLang checks no keys with --tokenizer-worker-num above 1; remove it, or --api-key and --admin-api-key",
+    ),
+    Refusal(
+        "workers_app",
+        lambda x: (
+            _more_than_one("tokenizer_worker_num")(x)
+            and x.environment.get(APP_PATH, WORKER_APP) != WORKER_APP
+        ),
+        f"tokenizer workers need WHIFLASH's application for its routes, checks and traces; unset {APP_PATH}",
     ),
     Refusal(
         "rust_server",
@@ -319,11 +328,6 @@ REFUSALS: tuple[Refusal, ...] = (
         Refusal(argument, _on(argument), _HTTP + f"remove --{argument.replace('_', '-')}")
         # The old name first: resolved, it is the new one too.
         for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
-    ),
-    Refusal(
-        "grpc_port",
-        lambda x: x.args.grpc_port is not None,
-        _HTTP + "remove --grpc-port (SGLANG_GRPC_PORT), whose chat requests have no body to read hints from",
     ),
     Refusal(
         "disaggregation_mode",
@@ -375,7 +379,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _REMOVE.format("LoRA (--enable-lora, --lora-paths; its rows are laid out for drafts of one length)"),
     ),
     _removed("enable_watermark", "its state is not kept per verified position"),
-    _removed("enable_mixed_chunk", "a step is a prefill or a round"),
     _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
     _removed("enable_eplb", "experts that move while it serves are untested"),
     Refusal(
