@@ -15,6 +15,7 @@ from whiflash_sglang.errors import ConfigError
 def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: int, forced: int = 4) -> int:
     """Draft tokens that the KV reservation is computed from, with blocks of 8 and chains of 5."""
     settings = SimpleNamespace(
+        drafters={"ar": "e", "diffusion": "d"},
         eagle3="e",
         eagle_steps=5,
         dflash="d",

@@ -164,7 +164,9 @@ def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
     lines += [f"  {sentence}" for sentence in verdict.obstacles.values()]
     if len(verdict.without_drafters) < len(verdict.obstacles):
         left = ", ".join(verdict.without_drafters)
-        lines.append(f"  with --whiflash-drafters none: {f'still refused for {left}' if left else 'it starts'}")
+        lines.append(
+            f"  with --whiflash-drafters none: {f'still refused for {left}' if left else 'it starts'}"
+        )
     if full:
         lines += [f"  {sentence}" for sentence in verdict.replaced]
         lines += [f"  not judged: {what}" for what in verdict.unread]
