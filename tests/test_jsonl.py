@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import parse_json_lines, read_json_lines, stream_lines
+from whiflash_sglang.jsonl import (
+    DEEPEST,
+    parse_json_lines,
+    read_json,
+    read_json_file,
+    read_json_lines,
+    stream_lines,
+)
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
 from whiflash_sglang.lab.bench.load import Asker
 from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts
@@ -89,3 +97,43 @@ def test_a_streamed_answer_may_hold_any_text() -> None:
             )
 
     assert asyncio.run(ask()).tokens == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 3000, "nested deeper"),
+        ("[" * 100_000 + "]" * 100_000, "nested deeper"),
+        ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "nested deeper"),
+        ('{"a":' * (DEEPEST + 1) + "1" + "}" * (DEEPEST + 1), "nested deeper"),
+        ('{"a": NaN}', "NaN"),
+        ("[-Infinity]", "Infinity"),
+        ("[1e999]", "too large"),
+        (f"[{2**64}]", "too large"),
+        (f"[-1{'0' * 10_000}]", "too large"),
+        (b"\xff", "utf-8"),
+        ("", "Expecting value"),
+        ("{", "Expecting"),
+    ],
+)
+def test_text_that_is_no_json_is_a_value_error(text: str | bytes, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=why):
+        read_json(text)
+    file = tmp_path / "value.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=why):
+        read_json_file(file)
+
+
+def test_other_values_are_what_they_are(tmp_path: Path) -> None:
+    deep = "[" * DEEPEST + "]" * DEEPEST
+    assert json.dumps(read_json(deep)) == deep
+    assert read_json("[" + "[]," * 1000 + f'"[[[{{", {2**64 - 1}, -1e300, "1e999"]')[-3:] == [
+        2**64 - 1,
+        -1e300,
+        "1e999",
+    ]
+    assert read_json("[Infinity, 1e999]", finite=False) == [float("inf")] * 2
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_json_file(tmp_path / "fifo")

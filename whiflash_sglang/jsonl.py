@@ -1,4 +1,4 @@
-"""Reading JSON lines (values divided by line feeds, and by nothing else), and writing files.
+"""Reading JSON of others, whole or in lines (values divided by line feeds, and by nothing else), and writing files.
 
 `str.splitlines`, and what HTTP clients call lines, also ends at U+2028, U+0085 and others, which a JSON string may hold
 as they are.
@@ -6,11 +6,87 @@ as they are.
 
 import codecs
 import json
+import math
+import os
+import re
+import stat
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from whiflash_sglang.errors import ConfigError
+
+DEEPEST: Final = 200
+"""Objects and lists around a value at most: what reads it afterwards, or writes it again, calls itself for each."""
+LARGEST: Final = 2**64
+"""An integer's magnitude is below it."""
+MOST_BYTES: Final = 64 << 20
+"""Of a file that is read as one value."""
+
+_MANY_DIGITS: Final = re.compile(r"\d{19}")
+
+
+def read_json(text: str | bytes | bytearray, *, finite: bool = True) -> Any:
+    """The value of a JSON text that anybody may have written; bytes: UTF-8.
+
+    finite: whether NaN and infinities are refused, which JSON does not have, but configurations of models do.
+
+    Raises:
+        ValueError: it is no JSON, is nested deeper than `DEEPEST`, or has a number that is too large or none.
+    """
+    if not isinstance(text, str):
+        text = text.decode("utf-8")
+    numbers: dict[str, Any] = {"parse_float": _finite, "parse_constant": _no_number} if finite else {}
+    if _MANY_DIGITS.search(text):
+        numbers["parse_int"] = _integer
+    try:
+        value = json.loads(text, **numbers)  # noqa: TID251  (the one place)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST}") from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        _check_depth(value)
+    return value
+
+
+def read_json_file(path: Path, *, finite: bool = True) -> Any:
+    """`read_json` of a file of at most `MOST_BYTES`. Raises OSError where it cannot be opened, ValueError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("no regular file")
+        if found.st_size > MOST_BYTES:
+            raise ValueError(f"{found.st_size} bytes; at most {MOST_BYTES} are read")
+        return read_json(file.read(MOST_BYTES), finite=finite)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 21 or abs(value := int(digits)) >= LARGEST:
+        raise ValueError(f"an integer of {len(digits)} characters is too large: below 2^64 is expected")
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:32]} is too large for a number")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number that JSON allows")
+
+
+def _check_depth(value: Any) -> None:
+    """Level by level, so that nothing here is nested either."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        inside = [one for one in level if isinstance(one, dict | list)]
+        if inside and depth > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST}")
+        level = [
+            one for parent in inside for one in (parent.values() if isinstance(parent, dict) else parent)
+        ]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -38,8 +114,8 @@ def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) ->
     found: list[tuple[int, Any]] = []
     for number, line in lines_of(text):
         try:
-            found.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
+            found.append((number, read_json(line)))
+        except ValueError as error:
             if may_be_torn and found and text.endswith(line):
                 break
             raise ConfigError(f"{source}, line {number}: not JSON ({error})") from None

@@ -1,6 +1,5 @@
 """The manifest of a bundle: what `whiflash.json` says, and what it may say. Imports no SGLang."""
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import resources
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from whiflash_sglang import arms
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 
 PARTS: Final[Mapping[str, str]] = {arms.AR: "eagle3", arms.DIFFUSION: "dflash"}
@@ -217,10 +217,10 @@ def load_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_file(path)
     except FileNotFoundError:
         raise ConfigError(f"{bundle} is not a bundle: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
@@ -263,8 +263,8 @@ def first_problem(error: ValidationError, model: type[BaseModel], spell: Callabl
         return f"{spell(name)}{nested} is unknown; known: {known}"
     where = ".".join([spell(name), *(str(part) for part in problem["loc"][1:])])
     if problem["type"] == "literal_error":
-        return f"{where}: {problem['input']!r} is not one of {problem['ctx']['expected']}"
-    return f"{where}: {problem['msg']} (got {problem['input']!r})"
+        return f"{where}: {problem['input']!r:.200} is not one of {problem['ctx']['expected']}"
+    return f"{where}: {problem['msg']} (got {problem['input']!r:.200})"
 
 
 def _known_keys(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:

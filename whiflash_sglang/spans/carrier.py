@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, SCOPES, WIRE_KEY
 
+from whiflash_sglang.jsonl import read_json
 from whiflash_sglang.spans.hints import (
     CARRIED_FORCED,
     CARRIED_PREDICTION,
@@ -58,7 +59,7 @@ def as_carried(custom_params: Mapping[str, Any]) -> dict[str, Any]:
 def add_hints(custom_params: Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any] | None:
     """`custom_params` that were validated, with hints that say `fields` too; None: they would be too long."""
     params = dict(custom_params or {})
-    carried = json.loads(params.get(WIRE_KEY) or "{}")
+    carried = read_json(params.get(WIRE_KEY) or "{}")
     text = json.dumps({**carried, **fields}, ensure_ascii=False, separators=(",", ":"))
     return {**params, WIRE_KEY: text} if len(text.encode()) <= MAX_BYTES else None
 

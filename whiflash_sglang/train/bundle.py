@@ -11,6 +11,7 @@ from typing import Any
 from whiflash_sglang.checkpoints.hub import sha256
 from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, MANIFEST, load_manifest
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.train.config import TrainConfig
 
 ROUTER = "router"
@@ -58,7 +59,7 @@ def install_router(bundle: Path, trained: Path) -> None:
 def _sources(bundle: Path) -> dict[str, Any]:
     """What the manifest says of them, if there is one."""
     path = bundle / MANIFEST
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("sources", {})) if path.exists() else {}
+    return dict(read_json_file(path).get("sources", {})) if path.exists() else {}
 
 
 def _told(part: Path) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:
         ConfigError: the manifest would not be valid.
     """
     path = bundle / MANIFEST
-    fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    fields = read_json_file(path) if path.exists() else {}
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as scratch:
         staged = Path(scratch) / MANIFEST
         with staged.open("w", encoding="utf-8") as file:

@@ -20,7 +20,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
 from whiflash_sglang.drafters.lookup import WORTH
-from whiflash_sglang.jsonl import lines_of, write_whole
+from whiflash_sglang.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.lookup.copier import RULE_MATCH, Copier, Proposal
 from whiflash_sglang.models.choice import Choice, DraftHead, choose
@@ -295,11 +295,11 @@ class ReplayLog:
         lines = [line for _, line in lines_of(text)]
         for line in lines:
             try:
-                row = json.loads(line)
+                row = read_json(line)
                 accepted = {arm: np.array(row["accepted"][arm], dtype=np.int64) for arm in pair.longest}
                 tokens = {arm: np.array(row["tokens"][arm], dtype=np.int32) for arm in pair.longest}
                 alive = {arm: np.array(row["alive"][arm], dtype=np.float32) for arm in pair.longest}
-            except (json.JSONDecodeError, KeyError):
+            except (ValueError, KeyError):
                 break
             self.known[row["id"]] = Rounds(accepted, tokens, alive)
         if len(self.known) < len(lines):

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from whiflash_sglang.checkpoints.manifest import NAMES, check_arms
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.models.router import ROUTER_FILE, Router
 from whiflash_sglang.train.answers.provenance import Provenance, trained_on
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
@@ -373,7 +374,7 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     router.save(out / ROUTER_FILE)
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     plot_calibration(calibration_bins(router, held_out), out / PLOT)
-    log = json.loads((run / "log.json").read_text())
+    log = read_json_file(run / "log.json", finite=False)
     provenance.finish(out, {"log": log, "drafters": pair.digest})
     return TrainedRouter(out, report)
 

@@ -180,7 +180,8 @@ def _note_shown(shown: dict[int, str], line: str) -> None:
     """What the lines of a stream have put into the content of each choice."""
     for part in line.split("\n"):
         if part.startswith("data: {"):
-            for choice in json.loads(part.removeprefix("data: ")).get("choices") or ():
+            chunk = json.loads(part.removeprefix("data: "))  # noqa: TID251  (this server wrote it)
+            for choice in chunk.get("choices") or ():
                 text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
                 shown[choice["index"]] = shown.get(choice["index"], "") + text
 

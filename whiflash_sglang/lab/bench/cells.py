@@ -8,7 +8,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import lines_of, write_whole
+from whiflash_sglang.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.telemetry.round_clock import STAGES
 
 
@@ -125,8 +125,8 @@ class Journal(Generic[Kept]):
             return []
         lines = [line for _, line in lines_of(self.path.read_text(encoding="utf-8"))]
         try:
-            found = json.loads(lines[0])["fingerprint"] if lines else None
-        except (json.JSONDecodeError, KeyError, TypeError):
+            found = read_json(lines[0])["fingerprint"] if lines else None
+        except (ValueError, KeyError, TypeError):
             found = None
         if found != self._fingerprint:
             raise ConfigError(

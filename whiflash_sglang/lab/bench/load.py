@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ import httpx
 from pydantic import BaseModel
 
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.jsonl import stream_lines
+from whiflash_sglang.jsonl import read_json, stream_lines
 from whiflash_sglang.lab.bench.cells import Answer, Load, Round, RoundMs, round_ms_of
 from whiflash_sglang.lab.bench.prompts import Prompt
 
@@ -115,7 +114,7 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
     for at, line in arrived:
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
-        event = json.loads(line.removeprefix("data: "))
+        event = read_json(line.removeprefix("data: "))
         if "error" in event:
             raise RequestError(f"prompt {prompt}: {event['error']}")
         extension |= {key: value for key, value in (event.get("sglext") or {}).items() if value is not None}

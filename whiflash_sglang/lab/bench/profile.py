@@ -1,7 +1,6 @@
 """Where a round's time goes, operator by operator: torch's profiler in a running server."""
 
 import gzip
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +12,7 @@ import httpx
 from pydantic import BaseModel
 
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.jsonl import read_json
 
 
 class Operator(BaseModel, frozen=True, extra="forbid"):
@@ -188,5 +188,5 @@ def _written(directory: Path, known: set[Path]) -> Path:
 
 def _read(path: Path) -> list[Mapping[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as text:
-        events: list[Mapping[str, Any]] = json.load(text)["traceEvents"]
+        events: list[Mapping[str, Any]] = read_json(text.read(), finite=False)["traceEvents"]
     return events

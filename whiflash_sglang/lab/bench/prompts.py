@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import ConfigError, UsageError
-from whiflash_sglang.jsonl import parse_json_lines
+from whiflash_sglang.jsonl import parse_json_lines, read_json
 from whiflash_sglang.lab.recorded.files import read_recorded
 
 
@@ -143,8 +143,8 @@ def rows_of_file(path: Path) -> list[Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if text.lstrip().startswith("["):
         try:
-            return list(json.loads(text))
-        except json.JSONDecodeError as error:
+            return list(read_json(text))
+        except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
     return [row for _, row in parse_json_lines(text, path)]
 

@@ -37,6 +37,7 @@ from whiflash_sglang.lab.recorded.benchmark import renderer_of
 from whiflash_sglang.lab.recorded.conversation import Conversation, Renderer
 from whiflash_sglang.lab.recorded.files import read_recorded
 from whiflash_sglang.lab.statistics import Interval, paired_ratio, rate
+from whiflash_sglang.models.checkpoint import read_json_config
 from whiflash_sglang.progress import progress
 
 BASE = "pinned-none"
@@ -327,7 +328,7 @@ def run_recorded(run: RecordedRun, outputs: RecordedOutputs) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch, ExitStack() as stack:
         kinds = [name.partition("+")[0] for name in run.arms]
         subject = build_subject(run.model_path, run.bundle, run.dtype, run.server_args, Path(scratch), kinds)
-        context = json.loads((subject.target / "config.json").read_text("utf-8"))["max_position_embeddings"]
+        context = read_json_config(subject.target)["max_position_embeddings"]
         recorded = [one for path in run.paths for one in read_recorded(path)]
         talks, left_out = talks_of(
             recorded,

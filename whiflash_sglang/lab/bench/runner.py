@@ -37,6 +37,7 @@ from whiflash_sglang.lab.bench.load import (
 from whiflash_sglang.lab.bench.prompts import Prompt, digest_of
 from whiflash_sglang.lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
 from whiflash_sglang.lab.bench.report import LOOPS, Report, build_report
+from whiflash_sglang.models.checkpoint import read_json_config
 
 
 class Step(NamedTuple):
@@ -254,7 +255,7 @@ class Runner:
             return
         client = self._fleet.clients[arm.server]
         info = client.get("/server_info").json()
-        config = json.loads((self._plan.subject.target / "config.json").read_text())
+        config = read_json_config(self._plan.subject.target)
         wanted = scale_settings(info["max_total_num_tokens"], config["max_position_embeddings"])
         for setting in self._progress.track(wanted, description="scaling"):
             _flush(client)

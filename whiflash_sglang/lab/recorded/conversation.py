@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json
 from whiflash_sglang.spans.vocabulary import Vocabulary, token_bytes
 
 MAX_MESSAGES = 10_000
@@ -357,8 +358,8 @@ def _fill_fences(kinds: bytearray, text: str, start: int) -> None:
 def _lines(arguments: str) -> list[str]:
     """Lines of the strings in a call's arguments that are long enough to be quotations."""
     try:
-        values = [json.loads(arguments)]
-    except (ValueError, RecursionError):
+        values = [read_json(arguments, finite=False)]
+    except ValueError:
         return []
     lines: list[str] = []
     while values:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.jsonl import lines_of
+from whiflash_sglang.jsonl import lines_of, read_json
 from whiflash_sglang.lab.recorded.conversation import (
     Conversation,
     Message,
@@ -99,20 +99,18 @@ def _text(path: Path) -> str:
 def _stands_alone(line: str) -> bool:
     """Whether a file's first line is a record by itself."""
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(read_json(line, finite=False), dict)
+    except ValueError:
         return False
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text, finite=False)
     except json.JSONDecodeError as error:
         place = where if error.lineno == 1 else f"{where}, line {error.lineno}"
         raise RecordError(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise RecordError(f"{where}: nested too deeply") from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:
         raise RecordError(f"{where}: not JSON ({error})") from None
 
 

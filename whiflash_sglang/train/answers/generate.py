@@ -20,6 +20,7 @@ from whiflash_kernels.processor import has_avx2
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.embedded import cache_root
+from whiflash_sglang.jsonl import read_json
 from whiflash_sglang.models.layers import Attend
 from whiflash_sglang.models.target import TargetModel, causal_attention
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow
@@ -48,7 +49,7 @@ class GrammarMasks:
                 spec.text, any_whitespace=True, max_whitespace_cnt=None
             )
         else:
-            parts = json.loads(spec.text)
+            parts = read_json(spec.text)
             items = [
                 xgrammar.StructuralTagItem(
                     begin=part["begin"], schema=json.dumps(part["schema"]), end=part["end"]

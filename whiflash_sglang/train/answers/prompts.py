@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import read_json_lines
+from whiflash_sglang.jsonl import read_json, read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def server_parameter(spec: GrammarSpec) -> dict[str, str]:
     """The same as a sampling parameter of SGLang's."""
     if spec.kind == "json":
         return {"json_schema": spec.text}
-    return {"structural_tag": json.dumps({**json.loads(spec.text), "at_least_one": True})}
+    return {"structural_tag": json.dumps({**read_json(spec.text), "at_least_one": True})}
 
 
 class PromptRow(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
 from whiflash_sglang.provenance import made_by
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
@@ -59,7 +59,7 @@ def trained_on(checkpoint: Path, store: FeatureStore) -> int:
     file = checkpoint / "provenance.json"
     if not file.exists():
         return len(store.records)
-    for shard in json.loads(file.read_text()).get("data", []):
+    for shard in read_json_file(file).get("data", []):
         count = int(shard["sequences"])
         if count <= len(store.records) and digest_of(store.records[:count]) == shard["index_sha256"]:
             return count
@@ -93,7 +93,7 @@ def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) ->
         ConfigError: naming what has changed.
     """
     record = directory / RECORD
-    now = _flat(json.loads(json.dumps(facts)))
+    now = _flat(read_json(json.dumps(facts)))
     if not begun:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(record, json.dumps(now, indent=1) + "\n")
@@ -102,7 +102,7 @@ def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) ->
         raise ConfigError(
             f"{directory} does not record the arguments of its run ({RECORD} is missing); remove it to start over"
         )
-    before = json.loads(record.read_text(encoding="utf-8"))
+    before = read_json_file(record)
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:
         what = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed[:3])

@@ -1,6 +1,5 @@
 """Answers and features of a target that SGLang runs and captures."""
 
-import json
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.compat.forward.captured import may_capture
 from whiflash_sglang.compat.training.offline import OfflineEngine, Place
 from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.models.checkpoint import read_json_config
 from whiflash_sglang.train.answers.generate import LOOP_CHECK_EVERY, Answer
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow, server_parameter
 from whiflash_sglang.train.config import Data, Slots, TrainConfig
@@ -68,7 +68,7 @@ def start(config: TrainConfig, path: Path, shard: str) -> ServedTarget:
     Raises:
         ConfigError: SGLang does not know its layers' outputs, or the engine cannot be started so.
     """
-    architecture = (json.loads((path / "config.json").read_text()).get("architectures") or ["?"])[0]
+    architecture = (read_json_config(path).get("architectures") or ["?"])[0]
     shape = TargetShape.read(path / "config.json")
     if not may_capture(architecture):
         raise ConfigError(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whiflash_sglang.jsonl import lines_of
+from whiflash_sglang.jsonl import lines_of, read_json, read_json_file
 from whiflash_sglang.train.config import TrainConfig
 
 
@@ -58,7 +58,7 @@ class FeatureStore:
         shape = {"vectors": vectors, "hidden": hidden, "layers": layers}
         meta = path / "meta.json"
         if meta.exists():
-            found = json.loads(meta.read_text())
+            found = read_json_file(meta)
             if found != shape:
                 raise ValueError(
                     f"{path} holds features of {found}, this run needs {shape}; use another directory"
@@ -157,8 +157,8 @@ def _read_index(path: Path) -> list[SequenceRecord]:
     records = []
     for _, line in lines_of(path.read_text(encoding="utf-8")):
         try:
-            records.append(SequenceRecord(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
+            records.append(SequenceRecord(**read_json(line)))
+        except (ValueError, TypeError):
             break  # a half-written last line of a killed run
     return records
 
@@ -170,7 +170,7 @@ def open_stores(config: TrainConfig) -> list[FeatureStore]:
     """
     stores = []
     for path in sorted((config.work / "data").glob("shard*")):
-        meta = json.loads((path / "meta.json").read_text())
+        meta = read_json_file(path / "meta.json")
         shape = {"vectors": len(config.capture) + 1, "hidden": int(meta["hidden"])}
         stores.append(FeatureStore(path, **shape, layers=config.capture))
     return stores

@@ -1,6 +1,5 @@
 """The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.answers.provenance import (
@@ -176,8 +176,8 @@ def last_checkpoint(directory: Path) -> str | None:
     found = directory.glob("checkpoint-*")
     for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        except (OSError, json.JSONDecodeError):
+            read_json_file(checkpoint / TRAINER_STATE_NAME, finite=False)
+        except (OSError, ValueError):
             shutil.rmtree(checkpoint)
         else:
             return str(checkpoint)
