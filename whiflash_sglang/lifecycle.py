@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
@@ -13,7 +13,7 @@ from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
 from whiflash_sglang.learn.samples import Spool
-from whiflash_sglang.lookup.memory import handles_of, tenant_of
+from whiflash_sglang.lookup.memory import handle_of, handles_of, tenant_of
 from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
@@ -26,6 +26,21 @@ logger = logging.getLogger(__name__)
 
 MALFORMED = RequestHints()
 """In place of hints that could not be read."""
+
+FINISHED = ("stop", "length")
+"""Reasons for a request's end, as answers name them, of those that were neither aborted nor left by their client."""
+
+
+class Consent(NamedTuple):
+    """What a request, or all turns of a session so far, say about being learned from.
+
+    agrees: every one of them. forgets: how often something had been forgotten when the first of them arrived. handles:
+    as of `Sample`, of them all.
+    """
+
+    agrees: bool
+    forgets: int
+    handles: tuple[int, ...]
 
 
 class Lifecycle:
@@ -50,13 +65,22 @@ class Lifecycle:
         spool: Spool | None = None,
     ) -> None:
         self._spool = spool
-        self._forgets: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        """Per request, how often something had been forgotten when it began; a retraction changes nothing."""
+        self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
+        """By session, else by request."""
         self._read_prediction, self._hooks = read_prediction, hooks
         self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = of_text(drafters), sync, controller
         self._tokens, self._stops = tokens, stops
         self._quarantine, self._tally, self._publisher = quarantine, tally, publisher
+
+    def arrived(self, req: Any) -> None:
+        """A request came, which may wait long before it begins: from now on it may be forgotten."""
+        if self._spool is not None:
+            whole = req.session or req
+            known = self._consents.get(whole, Consent(True, self._spool.forgets, ()))
+            agrees, handles = _consent_of(req)
+            both = tuple(dict.fromkeys((*known.handles, *handles)))
+            self._consents[whole] = known._replace(agrees=known.agrees and agrees, handles=both)
 
     def begin(self, row: int, req: Any, upload: Upload) -> None:
         """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk).
@@ -69,8 +93,6 @@ class Lifecycle:
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
         if not req.output_ids:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
-        if self._spool is not None:
-            self._forgets.setdefault(req, self._spool.forgets)
         predicted = self._predicted(req)
         self._quarantine.begin(req.rid, tenant)
         for arm, drafter in self._drafters.items():
@@ -97,7 +119,7 @@ class Lifecycle:
                     with self._quarantine.guard(arm, req.rid):
                         drafter.finish(row, req.output_ids_through_stop)
         if self._spool is not None and kept and req.finished():
-            self._sample(self._spool, req, self._controller.states[row].hints)
+            self._sample(self._spool, req)
         self._tally.ended(self._controller.states[row].counts)
         self._forget(row)
         if not self._controller.states:
@@ -117,22 +139,20 @@ class Lifecycle:
         for row in list(self._controller.states):
             self._forget(row)
 
-    def _sample(self, spool: Spool, req: Any, hints: RequestHints) -> None:
+    def _sample(self, spool: Spool, req: Any) -> None:
         """Offer a finished request to the learner, if it consents and tokens are all that the target read of it.
 
-        `lookup: context` says that nothing is to be kept, and of a malformed hint nobody knows what it says. If
-        anything was forgotten while the request ran, it may be part of that.
+        A turn's prompt holds the turns before it. If anything was forgotten since the first of them arrived, they may
+        be part of that.
         """
         text = req.multimodal_inputs is None and req.input_embeds is None
-        consents = hints is not MALFORMED and hints.learn and hints.lookup == "memory"
-        forgotten = self._forgets.get(req) != spool.forgets
-        if not (text and consents) or forgotten or self._hooks:
+        consent = self._consents.get(req.session or req)
+        agrees = consent is not None and consent.agrees and consent.forgets == spool.forgets
+        finished = req.finished_reason.to_json()["type"] in FINISHED
+        if consent is None or not (text and agrees and finished) or self._hooks:
             spool.decline()
             return
-        tenant = tenant_of(req.extra_key, req.cache_salt)
-        blocks = [block.begin for block in hints.structure] or [span.kind for span in hints.spans]
-        handles = () if tenant is None else handles_of(tenant, hints.agent, blocks)
-        spool.offer(req.origin_input_ids, req.output_ids_through_stop, handles)
+        spool.offer(req.origin_input_ids, req.output_ids_through_stop, consent.handles)
 
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """What the request's caller expects back. Malformed: as of `_hints_of`."""
@@ -160,3 +180,16 @@ def _hints_of(req: Any) -> RequestHints:
     except HintError as error:
         logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
         return MALFORMED
+
+
+def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
+    """Whether a request may be learned from, and the handles that it is forgotten by.
+
+    `lookup: context` says that nothing is to be kept, and of a malformed hint nobody knows what it says.
+    """
+    hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
+    agrees = hints is not MALFORMED and hints.learn and hints.lookup == "memory"
+    if tenant is None:
+        return agrees, ()
+    blocks = [block.begin for block in hints.structure] or [span.kind for span in hints.spans]
+    return agrees, (handle_of(tenant), *sorted(handles_of(tenant, hints.agent, blocks)))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import Timeout
+from patience import wait_until
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.config import parse_flags, resolve
@@ -22,6 +24,7 @@ from whiflash_sglang.learn.samples import (
     forget_samples,
     prune,
     read_samples,
+    write_file,
 )
 
 TARGET = "a target"
@@ -53,10 +56,10 @@ def directory_of(spool: Spool) -> Path:
 
 
 def test_a_finished_request_is_read_back(spool: Spool) -> None:
-    spool.offer([1, 2], [3], {7, 5})
+    spool.offer([1, 2], [3], [7, 5])
     spool.offer([4], [5, 6])
     spool.flush()
-    assert kept(directory_of(spool)) == [Sample([1, 2], [3], [5, 7]), Sample([4], [5, 6], [])]
+    assert kept(directory_of(spool)) == [Sample([1, 2], [3], [7, 5]), Sample([4], [5, 6], [])]
     assert spool.counts["written"] == 2
     assert spool.size == sum(file.size for file in files_of(directory_of(spool)))
 
@@ -167,11 +170,51 @@ def test_who_is_forgotten_leaves_nothing(spool: Spool, handle: int | None, left:
         assert handle not in json.loads(file.path.read_text().splitlines()[0])["handles"]
 
 
-def test_forgetting_drops_what_nobody_can_read(spool: Spool) -> None:
-    torn = directory_of(spool) / "00000000000000000001-1.jsonl"
-    torn.write_text("{")
+@pytest.mark.parametrize("handle", [7, None])
+def test_forgetting_drops_what_nobody_can_read(spool: Spool, handle: int | None) -> None:
+    """Of a file that was being written when its writer was killed nobody knows whose it is, either."""
+    for name in ("00000000000000000001-1.jsonl", "00000000000000000002-1.part"):
+        (directory_of(spool) / name).write_text("{")
+    forget_samples(directory_of(spool), handle)
+    assert [path.name for path in directory_of(spool).iterdir()] == [".lock"]
+
+
+def test_forgetting_waits_for_no_disk_and_the_writer_drops_what_was_forgotten(spool: Spool) -> None:
+    """Somebody holds the directory's lock, and the writer waits for it with the samples that it has taken."""
+    spool.offer([1], [1], [7])
+    spool.offer([2], [2])
+    writer = threading.Thread(target=spool.flush)
+    with samples.locked(directory_of(spool)):
+        writer.start()
+        wait_until(lambda: spool._taken)
+        forgetting = threading.Thread(target=spool.forget, args=(7,), daemon=True)
+        forgetting.start()
+        forgetting.join(60)
+        assert not forgetting.is_alive()
+        assert writer.is_alive()
+    writer.join()
+    assert [sample.prompt for sample in kept(directory_of(spool))] == [[2]]
+
+
+def test_nobody_writes_while_samples_are_forgotten(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def files(directory: Path) -> list[Any]:
+        with pytest.raises(Timeout):
+            samples.locked(directory).acquire(blocking=False)
+        return files_of(directory)
+
+    monkeypatch.setattr(samples, "files_of", files)
     forget_samples(directory_of(spool), 7)
-    assert not torn.exists()
+
+
+def test_what_waits_is_counted_after_forgetting(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "WAITING", 10)
+    spool.offer([1] * 4, [1], [7])
+    spool.offer([2] * 4, [2])
+    spool.forget(7)
+    spool.offer([3] * 5, [3])
+    spool.offer([4] * 4, [4])
+    spool.flush()
+    assert [sample.prompt[0] for sample in kept(directory_of(spool))] == [2, 4]
 
 
 def test_samples_of_another_target_are_not_read(spool: Spool) -> None:
@@ -193,7 +236,91 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "samples" / ".lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="--whiflash-learn"):
         check_spool(tmp_path / "samples")
+    (tmp_path / "samples" / ".lock").unlink()
+    staged = tmp_path / "samples" / f"{10**18:020d}-{os.getpid()}.part"
+    staged.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        write_file(tmp_path / "samples", TARGET, [Sample([1], [2], [])], 1e9)
     assert (tmp_path / "elsewhere").read_text() == "as it was"
+
+
+def test_a_spool_that_others_may_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "samples"
+    check_spool(directory)
+    for mode in (0o777, 0o750, 0o701):
+        directory.chmod(mode)
+        with pytest.raises(ConfigError, match=f"has mode {mode:o}.*`chmod 700`"):
+            check_spool(directory)
+    directory.chmod(0o700)
+    (tmp_path / "link").symlink_to(directory)
+    with pytest.raises(ConfigError, match="but a link"):
+        check_spool(tmp_path / "link")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ConfigError, match="this process runs as user 12345"):
+        check_spool(directory)
+
+
+HEADER = '{"format":1,"target":"a target","handles":[7]}'
+LINE = '{"prompt":[1],"answer":[2],"handles":[7]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        (HEADER, LINE.replace("[1]", "[-1]")),
+        (HEADER, LINE.replace("[1]", "[2147483648]")),
+        (HEADER, LINE.replace("[1]", f"[1{'0' * 5000}]")),
+        (HEADER, LINE.replace("[1]", "[1.5]")),
+        (HEADER, LINE.replace("[1]", "[NaN]")),
+        (HEADER, LINE.replace("[1]", "[true]")),
+        (HEADER, LINE.replace("[1]", '["1"]')),
+        (HEADER, LINE.replace("[1]", "[[1]]")),
+        (HEADER, LINE.replace("[1]", "1")),
+        (HEADER, LINE.replace("[1]", "[" * 100_000)),
+        (HEADER, LINE.replace("[7]", "[8]")),
+        (HEADER, LINE.replace("[7]", "[-1]")),
+        (HEADER, LINE.replace('"prompt"', '"x":1,"prompt"')),
+        (HEADER, "[]"),
+        (HEADER, ""),
+        (HEADER.replace('"a target"', "1"), LINE),
+        (HEADER.replace("[7]", "7"), LINE),
+        ("[" * 100_000, LINE),
+    ],
+)
+def test_planted_lines_are_refused_by_name(spool: Spool, header: str, line: str) -> None:
+    """They may be of any type and range; nobody knows whose they are, so they go with whoever is forgotten."""
+    planted = directory_of(spool) / "00000000000000000001-1.jsonl"
+    planted.touch(0o600)
+    planted.write_text(f"{header}\n{LINE}\n{line}\n")
+    with pytest.raises(ConfigError, match=r"00001-1\.jsonl holds no samples"):
+        read_samples(planted, TARGET)
+    planted.write_text(f"{HEADER}\n{LINE}\n{LINE}\n")
+    assert len(read_samples(planted, TARGET)) == 2
+
+
+def test_files_of_others_are_refused(spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = directory_of(spool) / "00000000000000000001-1.jsonl"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.touch(0o600)
+    elsewhere.write_text(f"{HEADER}\n{LINE}\n")
+    planted.symlink_to(elsewhere)
+    assert files_of(directory_of(spool)) == []
+    with pytest.raises(OSError, match="symbolic link"):
+        read_samples(planted, TARGET)
+    planted.unlink()
+    os.mkfifo(planted, 0o600)
+    assert files_of(directory_of(spool)) == []
+    with pytest.raises(ConfigError, match="no regular file"):
+        read_samples(planted, TARGET)
+    planted.unlink()
+    elsewhere.rename(planted)
+    planted.chmod(0o604)
+    with pytest.raises(ConfigError, match=r"has mode 604.*`chmod 600`"):
+        read_samples(planted, TARGET)
+    planted.chmod(0o600)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ConfigError, match="belongs to user"):
+        read_samples(planted, TARGET)
 
 
 def test_pruning_leaves_other_files(tmp_path: Path) -> None:

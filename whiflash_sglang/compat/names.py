@@ -283,23 +283,15 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
     PrivateName(
-        "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.allocate_vocab_mask",
-        ("vocab_size", "batch_size", "device"),
-    ),
-    PrivateName(
-        "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.fill_vocab_mask", ("vocab_mask", "idx")
-    ),
-    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.accept_token", ("token",)),
-    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.rollback", ("k",)),
-    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.is_terminated"),
-    PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.resolve"),
-    PrivateName(
         "sglang.srt.layers.sampler:Sampler.forward",
         ("logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs"),
     ),
     PrivateName("sglang.srt.sampling.sampling_batch_info:ProcessorEntry", ("processor", "rows", "indices")),
     PrivateName("sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", ("logits",)),
     PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.from_device", ("retrieve_next_token",)),
+    PrivateName(
+        "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask", ("reqs", "tree", "sampling_info")
+    ),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_LEN"),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_METHOD"),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_TOKEN_MODE"),
@@ -307,6 +299,14 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.speculative.spec_utils:sample_simulated_acc_len",
         ("simulate_acc_len", "simulate_acc_method", "max_len"),
+    ),
+    PrivateName(
+        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend",
+        ("any_whitespace", "max_whitespace_cnt"),
+    ),
+    PrivateName(
+        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag",
+        ("key_string",),
     ),
     PrivateName("sglang.srt.constrained.xgrammar_backend:XGrammarGrammar", ("matcher",)),
     PrivateName("sglang.srt.constrained.llguidance_backend:GuidanceGrammar", ("ll_matcher",)),
@@ -318,6 +318,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.mem_cache.allocation_sizing:get_alloc_reserve_per_decode"),
     PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),
     PrivateName("sglang.srt.managers.scheduler:Scheduler.process_batch_result", ("batch", "result")),
+    PrivateName("sglang.srt.managers.scheduler:Scheduler._create_generation_req", ("recv_req",)),
     PrivateName("sglang.srt.mem_cache.common:release_kv_cache", ("req", "tree_cache", "checkpoint")),
     PrivateName("sglang.srt.session.streaming_session:StreamingSession.try_cache_finished_req", ("req",)),
     # the trace, out of the scheduler and into responses
@@ -407,6 +408,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("sglang.srt.managers.embed_types:PositionalEmbeds", ("embeds", "positions")),
     PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.config_value", ("name",)),
+    PrivateName("sglang.srt.managers.tokenizer_manager:TokenizerManager.server_status"),
+    PrivateName("sglang.srt.managers.tokenizer_manager:ServerStatus.Starting"),
+    PrivateName("sglang.srt.constants:HEALTH_CHECK_RID_PREFIX"),
     PrivateName("sglang.srt.managers.tokenizer_manager:ReqState.get_text"),
     PrivateName(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info",

@@ -1,24 +1,28 @@
 """Finished requests' tokens on disk, for a learner: bounded in bytes and age, written by a thread of its own.
 
 A file holds the requests of some seconds. Its first line is a header, every other line is a `Sample`; it is written
-under another name and renamed, so that a reader sees whole files only. Features are not among it: the learner computes
-them by a pass of the target, which takes a thousandth of their size on disk. Imports no SGLang and no torch.
+under another name and renamed, so that a reader sees whole files only. Directory and files belong to the server's user
+only, and whatever does not is refused. Features are not among it: the learner computes them by a pass of the target,
+which takes a thousandth of their size on disk. Imports no SGLang and no torch.
 """
 
-import fcntl
 import json
 import logging
 import os
+import re
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Any, BinaryIO, Final, Literal, NamedTuple, get_args
 
+from filelock import BaseFileLock, FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json
+from whiflash_sglang.lookup.memory import HANDLES
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,9 @@ SECONDS: Final = 10.0
 """Longest time that a finished request waits to be written."""
 WAITING: Final = 1 << 20
 """Tokens of requests that wait to be written at most."""
+
+_NAME: Final = re.compile(r"([0-9]{20})-[0-9]+\.jsonl", re.ASCII)
+_HANDLES_KEY: Final = b'"handles":'
 
 Outcome = Literal["written", "declined", "dropped", "failed"]
 """Of a finished request: on disk; not offered, since it does not consent or its tokens cannot be learned from; more
@@ -48,11 +55,42 @@ class Spooling(BaseModel):
 
 
 class Sample(NamedTuple):
-    """A finished request's token ids. handles: names that it is forgotten by (`lookup.memory.handles_of`)."""
+    """A finished request's token ids. handles: names that it is forgotten by (`lookup.memory.handles_of`), the
+    tenant's own first.
+    """
 
     prompt: list[int]
     answer: list[int]
     handles: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Of both."""
+        return len(self.prompt) + len(self.answer)
+
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Handle = Annotated[int, Field(ge=0, lt=HANDLES)]
+
+
+class _Header(BaseModel):
+    """A file's first line. handles: of all its samples."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    target: str
+    handles: list[Handle]
+
+
+class _Line(BaseModel):
+    """Every other line of a file: a `Sample`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: list[Token]
+    answer: list[Token]
+    handles: list[Handle]
 
 
 class SampleFile(NamedTuple):
@@ -69,9 +107,14 @@ def samples_of(learning: Path) -> Path:
 
 
 def check_spool(directory: Path) -> None:
-    """Make it, for its owner alone, if it is not there. Raises ConfigError where nothing can be written in it."""
+    """Make it, for its owner alone, if it is not there.
+
+    Raises:
+        ConfigError: nothing can be written in it, or others can.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_own(directory)
         with locked(directory):
             pass
     except OSError as error:
@@ -80,40 +123,82 @@ def check_spool(directory: Path) -> None:
         ) from None
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Nobody else changes the directory's files meanwhile. Raises OSError."""
-    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def check_own(path: Path) -> None:
+    """Raise ConfigError where a directory is a link, another user's, or open to others. OSError."""
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{path} is no directory but a link or a file: remove it, or use another directory")
+    _check_owner(path, found, "700")
+
+
+def open_own(path: Path) -> BinaryIO:
+    """A file that only this process's user may read and write, to be read; no link. Raises ConfigError, OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(descriptor, "rb")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{path} is no regular file: remove it")
+        _check_owner(path, found, "600")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_owner(path: Path, found: os.stat_result, mode: str) -> None:
+    if found.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}: run it as that user, "
+            "or use another directory"
+        )
+    if found.st_mode & 0o077:
+        raise ConfigError(
+            f"{path} has mode {stat.S_IMODE(found.st_mode):o}, so that other users may have written it: check what it "
+            f"holds, then `chmod {mode}`"
+        )
+
+
+def locked(directory: Path) -> BaseFileLock:
+    """A context in which nobody else changes the directory's files. Raises OSError."""
+    return FileLock(directory / ".lock", mode=0o600)
 
 
 def files_of(directory: Path) -> list[SampleFile]:
-    """The files of samples, oldest first; none of a directory that is not there."""
+    """The files of samples, oldest first, without links; none of a directory that is not there."""
     found = []
     for path in sorted(directory.glob(f"[0-9]*{SUFFIX}")):
+        name = _NAME.fullmatch(path.name)
         try:
-            written = int(path.name.partition("-")[0]) / 1e9
-            found.append(SampleFile(path, written, path.stat().st_size))
-        except (ValueError, FileNotFoundError):  # not ours, or dropped meanwhile
+            status = path.lstat()
+        except FileNotFoundError:  # dropped meanwhile
             continue
+        if name is not None and stat.S_ISREG(status.st_mode):
+            found.append(SampleFile(path, int(name[1]) / 1e9, status.st_size))
     return found
 
 
 def read_samples(path: Path, target: str) -> list[Sample]:
-    """The samples of a file; none of a file that was dropped meanwhile, or is of another format or target."""
+    """The samples of a file; none of a file that was dropped meanwhile, or is of another format or target.
+
+    Raises:
+        ConfigError: others may have written it, or it holds anything else.
+    """
     try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        said = json.loads(header)
-        if (said["format"], said["target"]) != (FORMAT, target):
-            return []
-        return [Sample(**json.loads(line)) for line in lines]
+        with open_own(path) as file:
+            header = _Header.model_validate_json(file.readline())
+            if (header.format, header.target) != (FORMAT, target):
+                return []
+            lines = [_Line.model_validate_json(line) for line in file]
+        known = set(header.handles)
+        if not all(known.issuperset(line.handles) for line in lines):
+            raise ValueError("a handle is not in the header")
+        return [Sample(line.prompt, line.answer, line.handles) for line in lines]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(
             f"{path} holds no samples ({type(error).__name__}): remove it; a server writes whole files only"
         ) from None
@@ -138,6 +223,8 @@ class Spool:
         self.failing, self.size, self.forgets = False, 0, 0
         self._directory, self._settings, self._target, self._now = settings.directory, settings, target, now
         self._waiting: list[Sample] = []
+        self._taken: list[Sample] = []
+        """Of what is being written: the writer looks once more when it has the directory's lock."""
         self._tokens = 0
         self._changed = threading.Condition()
         self._writing = threading.Lock()
@@ -145,13 +232,13 @@ class Spool:
 
     def offer(self, prompt: Sequence[int], answer: Sequence[int], handles: Iterable[int] = ()) -> None:
         """Write a finished request sooner or later, or drop it. Never waits, never raises."""
-        size = len(prompt) + len(answer)
+        sample = Sample(list(prompt), list(answer), list(handles))
         with self._changed:
-            if self._tokens + size > WAITING:
+            if self._tokens + sample.tokens > WAITING:
                 self.counts["dropped"] += 1
                 return
-            self._waiting.append(Sample(list(prompt), list(answer), sorted(handles)))
-            self._tokens += size
+            self._waiting.append(sample)
+            self._tokens += sample.tokens
             self._changed.notify()
 
     def decline(self) -> None:
@@ -165,22 +252,24 @@ class Spool:
     def flush(self) -> None:
         """Write what waits, now."""
         with self._writing:
-            self._write(self._take())
+            with self._changed:
+                self._taken, self._waiting, self._tokens = self._waiting, [], 0
+            if self._taken:
+                self._write()
 
     def forget(self, handle: int | None) -> None:
-        """Drop what `handle` names of what waits; None: all. What is on disk then is for `forget_samples`."""
-        self.forgets += 1
-        with self._writing:
-            taken = self._take()
-            kept = [sample for sample in taken if handle is not None and handle not in sample.handles]
-            with self._changed:
-                self._waiting[:0] = kept
-                self._tokens += sum(len(sample.prompt) + len(sample.answer) for sample in kept)
+        """Drop what `handle` names of what waits or is about to be written; None: all. Never waits for the disk.
 
-    def _take(self) -> list[Sample]:
+        What is on disk then is for `forget_samples`: either the writer has the directory's lock before that has it, or
+        it does not write what was dropped here.
+        """
         with self._changed:
-            taken, self._waiting, self._tokens = self._waiting, [], 0
-        return taken
+            self.forgets += 1
+            self._waiting, self._taken = (
+                [sample for sample in samples if handle is not None and handle not in sample.handles]
+                for samples in (self._waiting, self._taken)
+            )
+            self._tokens = sum(sample.tokens for sample in self._waiting)
 
     def _run(self) -> None:
         while True:
@@ -189,12 +278,14 @@ class Spool:
                 self._changed.wait_for(lambda: len(self._waiting) >= BATCH, SECONDS)
             self.flush()
 
-    def _write(self, samples: Sequence[Sample]) -> None:
-        if not samples:
-            return
+    def _write(self) -> None:
+        samples = self._taken
         try:
             with locked(self._directory):
-                write_file(self._directory, self._target, samples, self._now())
+                with self._changed:
+                    samples, self._taken = self._taken, []
+                if samples:
+                    write_file(self._directory, self._target, samples, self._now())
                 self.size = prune(self._directory, self._settings, self._now())
         except OSError as error:
             self.counts["failed"] += len(samples)
@@ -216,20 +307,25 @@ class Spool:
 def write_file(directory: Path, target: str, samples: Sequence[Sample], now: float) -> Path:
     """Write a file of samples, whole or not at all; the caller has `locked` the directory. Raises OSError."""
     path = directory / f"{int(now * 1e9):020d}-{os.getpid()}{SUFFIX}"
-    _replace(path, target, samples)
+    handles = {handle for sample in samples for handle in sample.handles}
+    _replace(path, _header(target, handles), [_json(sample._asdict()) for sample in samples])
     return path
 
 
-def _replace(path: Path, target: str, samples: Sequence[Sample]) -> None:
-    handles = sorted({handle for sample in samples for handle in sample.handles})
-    header: dict[str, Any] = {"format": FORMAT, "target": target, "handles": handles}
-    lines = [header, *(sample._asdict() for sample in samples)]
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _header(target: str, handles: set[int]) -> bytes:
+    return _json({"format": FORMAT, "target": target, "handles": sorted(handles)})
+
+
+def _replace(path: Path, header: bytes, lines: Sequence[bytes]) -> None:
     staged = path.with_suffix(".part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with os.fdopen(os.open(staged, flags, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(os.open(staged, flags, 0o600), "wb") as file:
+            file.writelines((header, *lines))
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
@@ -243,8 +339,7 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
 
     The caller has `locked` the directory. Raises OSError.
     """
-    for part in directory.glob("*.part"):
-        part.unlink(missing_ok=True)
+    _drop_parts(directory)
     files = files_of(directory)
     total = sum(file.size for file in files)
     for file in files:
@@ -256,22 +351,44 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
     return total
 
 
+def _drop_parts(directory: Path) -> None:
+    """What a killed writer left: nobody writes while the directory is `locked`."""
+    for part in directory.glob("*.part"):
+        part.unlink(missing_ok=True)
+
+
 def forget_samples(directory: Path, handle: int | None) -> None:
-    """Drop every sample on disk that `handle` names, and files that cannot be read; None: all. Raises OSError."""
+    """Drop every sample on disk that `handle` names, and files that cannot be read; None: all. Raises OSError.
+
+    Of tokens nothing is read: other threads of the caller go on meanwhile.
+    """
     with locked(directory):
+        _drop_parts(directory)
         for file in files_of(directory):
-            kept: list[Sample] = []
-            if handle is not None:
-                try:
-                    header, *lines = file.path.read_text(encoding="utf-8").splitlines()
-                    said = json.loads(header)
-                    if handle not in said["handles"]:
-                        continue
-                    samples = [Sample(**json.loads(line)) for line in lines]
-                    kept = [sample for sample in samples if handle not in sample.handles]
-                except (ValueError, KeyError, TypeError):  # nobody knows whose it is
-                    kept = []
-            if kept:
-                _replace(file.path, said["target"], kept)
-            else:
+            if handle is None or not _without(file.path, handle):
                 file.path.unlink(missing_ok=True)
+
+
+def _without(path: Path, handle: int) -> bool:
+    """Write a file again without what `handle` names; whether anything of it is to stay."""
+    try:
+        with open_own(path) as file:
+            header = _Header.model_validate_json(file.readline())
+            if handle not in header.handles:
+                return True
+            named = [(line, _handles(line)) for line in file]
+    except ValueError:  # ConfigError is one; nobody knows whose it is
+        return False
+    kept = [(line, handles) for line, handles in named if handle not in handles]
+    if kept:
+        left = {one for _, handles in kept for one in handles}
+        _replace(path, _header(header.target, left), [line for line, _ in kept])
+    return bool(kept)
+
+
+def _handles(line: bytes) -> list[Any]:
+    """Those of a `Sample`'s line, which ends with them. Raises ValueError."""
+    found = read_json(b"{" + _HANDLES_KEY + line.rpartition(_HANDLES_KEY)[2])["handles"]
+    if not isinstance(found, list):
+        raise ValueError("handles are no list")
+    return found

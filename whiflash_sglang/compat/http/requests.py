@@ -4,9 +4,11 @@ they imply. In the process that serves HTTP.
 
 from typing import Any
 
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
-from whiflash_sdk.hints import INFERRED_KEY, Span
+from sglang.srt.managers.tokenizer_manager import ServerStatus
+from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
@@ -36,6 +38,24 @@ def check_native(manager: Any, obj: Any) -> None:
         obj.sampling_params = [_carried(manager, entry) for entry in params]
     elif params is not None:
         obj.sampling_params = _carried(manager, params)
+
+
+def keep_from_learning(manager: Any, obj: Any) -> None:
+    """A health check, and whatever comes before the server is up, its warm-up, are nobody's text: no samples."""
+    params, rid = getattr(obj, "sampling_params", None), getattr(obj, "rid", None)
+    own = isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
+    if not own and manager.server_status != ServerStatus.Starting:
+        return
+    if settings_of(manager.server_args).samples.directory is not None:
+        several = isinstance(params, list)
+        entries: list[Any] = params if several else [params]  # type: ignore[assignment]
+        marked = [_marked(entry or {}) for entry in entries]
+        obj.sampling_params = marked if several else marked[0]
+
+
+def _marked(params: dict[str, Any]) -> dict[str, Any]:
+    given = params.get("custom_params")
+    return {**params, "custom_params": add_hints(given, {"learn": False}) or {WIRE_KEY: '{"learn": false}'}}
 
 
 def _carried(manager: Any, params: Any) -> Any:

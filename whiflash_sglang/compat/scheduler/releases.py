@@ -1,4 +1,5 @@
-"""Every end of a request's KV, retraction and preemption included; SGLang reports it to no worker.
+"""Every request's arrival, and every end of its KV, retraction and preemption included; SGLang reports neither to its
+worker.
 
 Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
 """
@@ -22,6 +23,8 @@ class Owner(Protocol):
     @property
     def leaving(self) -> bool: ...
 
+    def arrived(self, req: Any) -> None: ...
+
     def released(self, req: Any, *, kept: bool) -> None: ...
 
     def flush(self) -> None: ...
@@ -34,7 +37,7 @@ _together = False
 
 
 def notify(owner: Owner, runner: Any) -> None:
-    """Call `owner` on every release from now on, after the forwards of `runner`; neither is kept alive."""
+    """Call `owner` on every arrival and release from now on, after the forwards of `runner`; neither is kept alive."""
     global _owner, _runner
     _owner, _runner = ref(owner), ref(runner)
 
@@ -43,6 +46,7 @@ def install() -> None:
     """Idempotent."""
     replace(StreamingSession, "try_cache_finished_req", _keeping_what_was_computed)
     replace(Scheduler, "process_batch_result", _releasing_together)
+    replace(Scheduler, "_create_generation_req", _arriving)
     original = common.release_kv_cache
     replace(common, "release_kv_cache", _noting)
     for name, module in list(sys.modules.items()):
@@ -61,6 +65,15 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
         if kept and not _together:
             _flush()
     original(req, tree_cache, checkpoint=checkpoint)
+
+
+@around
+def _arriving(original: Any, self: Scheduler, recv_req: Any, *args: Any, **named: Any) -> Any:
+    req = original(self, recv_req, *args, **named)
+    owner = _owner() if _owner is not None else None
+    if owner is not None and serves_ours():
+        owner.arrived(req)
+    return req
 
 
 @around
